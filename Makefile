@@ -1,0 +1,41 @@
+# Every target stands alone on a fresh machine: the first one makes the environment.
+# `make demo` and `make test` are all that a new user needs.
+
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint mlflow-stop clean
+
+demo: $(STAMP)  ## the whole chain on photographs that ship with scikit-image
+	$(PYTHON) jobs/run.py configs/demo.yaml
+
+test: $(STAMP)  ## lint, types and the default tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest
+
+test-all: $(STAMP)  ## the slow tests too
+	$(PYTHON) -m pytest -m ""
+
+lint: $(STAMP)  ## format and sort what can be
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+mlflow-stop:  ## ends the MLflow server that a job started
+	$(PYTHON) -m pipeline.track.server stop
+
+clean:  ## removes the environment and the runs
+	rm -rf $(VENV) runs
+
+# uv where it is there, pip where it is not
+$(STAMP): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
+	  uv pip install --quiet --python $(PYTHON) -c constraints.txt -e '.[dev]'; \
+	else \
+	  python3 -m venv $(VENV) && \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	fi
+	@touch $(STAMP)

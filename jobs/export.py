@@ -1,0 +1,14 @@
+"""Writes the teacher's backbone as safetensors, loads it back and compares.
+
+python jobs/export.py configs/vits14.yaml run.name=vits14
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no installed package
+
+from pipeline.job import main
+
+if __name__ == "__main__":
+    main(["export"], __doc__)

@@ -1,0 +1,334 @@
+"""The whole configuration: one frozen pydantic model, a YAML recipe plus `a.b=value` overrides.
+
+Every field has a one-line doc, a bound and a reader (`tests/test_config_fields.py` holds that).
+Derived values are not here: `pipeline.plan.resolve` computes them, once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Range = tuple[Fraction, Fraction]
+
+# width, depth, heads (DINOv2 paper, table 17; RECIPE: models/vision_transformer.py)
+SIZES: dict[str, tuple[int, int, int]] = {
+    "vits": (384, 12, 6),
+    "vitb": (768, 12, 12),
+    "vitl": (1024, 24, 16),
+    "vitg": (1536, 40, 24),
+}
+
+
+class Section(BaseModel):
+    """A group of fields: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """Which run this is."""
+
+    name: str = Field("", description="name of the run; default: the recipe's file name")
+    folder: str = Field("runs", description="where run folders go; a path or a pyarrow.fs URI")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
+
+
+class Data(Section):
+    """Where images come from and how they are packed and read."""
+
+    source: str = Field(
+        "", description="what to pack: folder, tar, hub-style parquet, shards, or builtin:photos"
+    )
+    shards: str = Field(
+        "", description="folder of image shards; default: <run folder>/shards, made by pack"
+    )
+    image_column: str = Field("image", description="parquet column that holds the encoded image")
+    label_column: str = Field("label", description="parquet column that holds the label, if any")
+    labels: Literal["auto", "folder", "none"] = Field(
+        "auto", description="where labels of files come from; folder: the parent folder's name"
+    )
+    max_bad_fraction: Fraction = Field(
+        0.01, description="a stage ends when more than this share of its rows is bad"
+    )
+    max_image_pixels: Positive = Field(
+        200_000_000, description="larger images are bad (too_large); guards against bombs"
+    )
+    max_image_mb: float = Field(64, gt=0, description="larger encoded files are bad (too_large)")
+    shard_mb: float = Field(256, gt=0, description="size of one packed shard, in MiB")
+    row_group_images: Positive = Field(256, description="images in one parquet row group")
+    shuffle_images: Positive = Field(
+        1024, description="rows drawn from several row groups and shuffled together when training"
+    )
+
+
+class Augment(Section):
+    """Crops and colour of the views (RECIPE: data/augmentations.py)."""
+
+    global_size: Positive = Field(224, description="side of the two global crops, pixels")
+    local_size: Positive = Field(
+        98, description="side of the local crops, pixels; 96 with patch 16"
+    )
+    local_crops: int = Field(8, ge=0, description="local crops of an image; 0 switches them off")
+    global_scale: Range = Field(
+        (0.32, 1.0), description="area of a global crop; DINO (2021): .4, 1"
+    )
+    local_scale: Range = Field((0.05, 0.32), description="area of a local crop; DINO: .05, .4")
+    flip: Fraction = Field(0.5, description="probability of a horizontal flip, per crop")
+    blur: Literal["paper", "released"] = Field(
+        "paper",
+        description="blur probability of global 1, global 2, local: 1/.1/.5, or 0/.9/.5 as the "
+        "released code really does",
+    )
+    jitter: Fraction = Field(0.8, description="probability of colour jitter, per crop")
+    greyscale: Fraction = Field(0.2, description="probability of greyscale, per crop")
+    solarize: Fraction = Field(0.2, description="probability of solarize, second global crop only")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="normalisation mean (ImageNet)"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="normalisation standard deviation (ImageNet)"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Augment:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two areas 0 < low <= high, got {low}, {high}")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class Model(Section):
+    """The backbone (DINOv2 paper, table 17)."""
+
+    size: Literal["vits", "vitb", "vitl", "vitg"] = Field("vits", description="backbone size")
+    width: Positive | None = Field(None, description="overrides the size's width")
+    depth: Positive | None = Field(None, description="overrides the size's number of blocks")
+    heads: Positive | None = Field(None, description="overrides the size's attention heads")
+    patch_size: Positive = Field(14, description="side of a patch, pixels")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the width")
+    ffn: Literal["mlp", "swiglu"] = Field("mlp", description="feed-forward; swiglu in the L and g")
+    registers: int = Field(4, ge=0, description="register tokens; 0 in the paper's training runs")
+    layer_scale: float = Field(1e-5, gt=0, description="initial LayerScale")
+    drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth; .3 short, .4 long")
+
+    @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """Width, depth, heads with the overrides applied."""
+        width, depth, heads = SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads
+
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        width, _, heads = self.dimensions
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        return self
+
+
+class Head(Section):
+    """The DINO head: MLP, bottleneck, weight-normed prototypes."""
+
+    prototypes: Positive = Field(65536, description="prototypes K; 131072 in the long recipe")
+    bottleneck: Positive = Field(
+        256, description="width before the prototypes; 384 in the long one"
+    )
+    hidden: Positive = Field(2048, description="hidden width of the head's MLP")
+    layers: int = Field(3, ge=1, le=8, description="linear layers of the head's MLP")
+
+
+class IbotHead(Head):
+    """iBOT's head; shared with DINO unless `separate`."""
+
+    separate: bool = Field(False, description="a head of its own for iBOT; long recipe: true")
+
+
+class Loss(Section):
+    """The objective (DINOv2 paper, section 4)."""
+
+    dino_weight: NonNegative = Field(1.0, description="weight of the DINO terms")
+    ibot_weight: NonNegative = Field(1.0, description="weight of the iBOT term")
+    koleo_weight: NonNegative = Field(0.1, description="weight of the KoLeo term")
+    centring: Literal["softmax", "sinkhorn"] = Field(
+        "softmax", description="how targets are balanced; sinkhorn in the long recipe"
+    )
+    centre_momentum: float = Field(0.9, ge=0, lt=1, description="EMA of the softmax centre")
+    student_temperature: float = Field(0.1, gt=0, description="temperature of the student")
+    mask_probability: Fraction = Field(0.5, description="share of global crops that are masked")
+    mask_ratio: Range = Field((0.1, 0.5), description="share of patches hidden in a masked crop")
+
+    @model_validator(mode="after")
+    def _something(self) -> Loss:
+        if not self.dino_weight and not self.ibot_weight:
+            raise ValueError("dino_weight and ibot_weight are both 0: nothing would be learnt")
+        if self.mask_ratio[0] > self.mask_ratio[1]:
+            raise ValueError("mask_ratio must be low, high")
+        if self.ibot_weight and not self.mask_probability:
+            raise ValueError("ibot_weight is not 0 but mask_probability is: iBOT needs masks")
+        return self
+
+
+class Optim(Section):
+    """AdamW, its schedules and the length of the run."""
+
+    passes: float | None = Field(
+        None, gt=0, description="length of the run in passes over the data"
+    )
+    steps: Positive | None = Field(None, description="length of the run in steps, or give passes")
+    global_batch_size: Positive = Field(
+        1024, description="images in one step = workers x batch size x accumulation"
+    )
+    lr: float = Field(2e-3, gt=0, description="peak learning rate before lr_scaling")
+    lr_scaling: Literal["sqrt_1024", "none"] = Field(
+        "sqrt_1024", description="lr x sqrt(global batch size / 1024), or lr as it is"
+    )
+    min_lr: NonNegative = Field(1e-6, description="learning rate at the end")
+    warmup: Fraction = Field(0.1, description="share of the steps with rising lr; .16 long recipe")
+    weight_decay: NonNegative = Field(0.04, description="weight decay at the start")
+    weight_decay_end: NonNegative = Field(
+        0.4, description="weight decay at the end; .2 long recipe"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    clip: float = Field(3.0, gt=0, description="gradient norm limit of each sub-module")
+    layerwise_decay: float = Field(
+        0.9, gt=0, le=1, description="lr factor per block; 1.0 long recipe"
+    )
+    patch_embed_lr: float = Field(0.2, ge=0, description="lr factor of the patch embedding")
+    freeze_last_layer: Fraction = Field(
+        0.01, description="share of the steps with frozen prototypes; .002 long recipe"
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> Optim:
+        if self.passes is not None and self.steps is not None:
+            raise ValueError("give either passes or steps, not both")
+        return self
+
+
+class Teacher(Section):
+    """The EMA of the student and its temperature."""
+
+    momentum: Fraction = Field(0.992, description="EMA momentum at the start; .994 long recipe")
+    momentum_end: Fraction = Field(1.0, description="EMA momentum at the end")
+    temperature: float = Field(0.04, gt=0, description="temperature at the start")
+    temperature_end: float = Field(0.07, gt=0, description="temperature after its warm-up")
+    temperature_warmup: Fraction = Field(
+        0.3, description="share of the steps with rising temperature; .06 long recipe"
+    )
+
+
+class Train(Section):
+    """How the run is laid out over workers and time."""
+
+    workers: Positive | Literal["auto"] = Field(
+        "auto", description="training workers; auto: one per GPU, else one per two CPUs, at most 8"
+    )
+    accumulation: Positive = Field(1, description="micro batches that a worker adds up in a step")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="autocast type; auto: bfloat16 where the hardware has it"
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the blocks; auto: on GPUs"
+    )
+    log_every: Positive = Field(10, description="steps between step lines and MLflow points")
+    eval_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
+    save_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
+    keep_last: Positive = Field(2, description="checkpoints kept beside the best one")
+    max_restarts: int = Field(3, ge=0, description="restarts of the worker group after a failure")
+
+
+class Evaluate(Section):
+    """k-NN of the teacher on labelled images."""
+
+    reference: str = Field(
+        "", description="labelled shards that vote; default: the training shards"
+    )
+    queries: str = Field("", description="labelled shards that are classified; empty: health only")
+    k: Positive = Field(
+        20, description="neighbours that vote; DINOv2 reports the best of 10 to 200"
+    )
+    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
+    image_size: Positive | None = Field(None, description="default: the global crop's size")
+    during_training: Positive | None = Field(
+        5000, description="images of each set used while training; the evaluate stage uses all"
+    )
+    batch_size: Positive = Field(256, description="images embedded at once")
+
+
+class Export(Section):
+    """Which weights leave the run."""
+
+    checkpoint: Literal["best", "last"] = Field(
+        "best", description="which teacher is exported: the best by kNN or the last one"
+    )
+
+
+class Track(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="false: the local journal only, no MLflow")
+    uri: str = Field(
+        "", description="MLflow server; default: MLFLOW_TRACKING_URI, else one is started"
+    )
+    experiment: str = Field("", description="MLflow experiment; default: the run's name")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU use of rank 0's machine")
+    model_name: str = Field("", description="registered model; empty: log it, do not register")
+
+
+class Resources(Section):
+    """What the run takes from the machine or cluster."""
+
+    cpus: Positive | None = Field(None, description="CPUs for a Ray started here; default: all")
+    object_store_gb: float = Field(2.0, gt=0, description="object store of a Ray started here")
+    cpus_per_worker: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs that a training worker reserves; default: a quarter, 1 with GPU",
+    )
+    decode_tasks: Positive | None = Field(
+        None, description="decode tasks at once; default: what the free CPUs allow"
+    )
+    threads: Positive | None = Field(
+        None, description="torch threads of a worker; default: the machine's CPUs over its workers"
+    )
+
+
+class Config(Section):
+    """The recipe: what the user decides. See `pipeline.plan.Plan` for what follows from it."""
+
+    run: Run = Run()
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    head: Head = Head()
+    ibot_head: IbotHead = IbotHead()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    teacher: Teacher = Teacher()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    track: Track = Track()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _patches(self) -> Config:
+        patch = self.model.patch_size
+        for name, size in (
+            ("augment.global_size", self.augment.global_size),
+            ("augment.local_size", self.augment.local_size if self.augment.local_crops else patch),
+            ("evaluate.image_size", self.evaluate.image_size or patch),
+        ):
+            if size % patch:
+                raise ValueError(
+                    f"{name}={size} is not a multiple of model.patch_size={patch}; "
+                    f"the nearest is {max(1, round(size / patch)) * patch}"
+                )
+        return self

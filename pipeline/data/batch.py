@@ -1,0 +1,188 @@
+"""What the data stream hands to a training step.
+
+A `Batch` is what travels: uint8 crops with the numbers that say what to do with them. `Views` is
+what the networks see: normalised float images, crop-major, i.e. all images' first crop, then all
+images' second crop. Shapes and dtypes are checked once, when a batch is made; nothing checks them
+later.
+
+Shapes: B images, L local crops, S and s sides of global and local crops in pixels, P patches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.data.crops import GLOBAL_CROPS
+from pipeline.data.photometric import PARAMS, PhotometricSpec, apply_photometric
+from pipeline.errors import DataError
+
+Apply = Callable[[Tensor, Tensor, PhotometricSpec, torch.dtype], Tensor]
+
+BadImage = tuple[str, str, str]  # image id (hex), reason, detail
+
+# Name, dtype and shape; B and L bind to the first size met, None is any size.
+_COLUMNS: tuple[tuple[str, Any, tuple[int | str | None, ...]], ...] = (
+    ("image_ids", np.uint8, ("B", 16)),
+    ("global_crops", np.uint8, ("B", GLOBAL_CROPS, "S", "S", "C")),
+    ("local_crops", np.uint8, ("B", "L", "s", "s", "C")),
+    ("photometric", np.float32, ("B", "2+L", PARAMS)),
+    ("masks", np.bool_, ("B", GLOBAL_CROPS, None)),
+    ("labels", np.int64, ("B",)),
+)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The input of one forward pass, crop-major: row c * B + i is crop c of image i."""
+
+    global_views: Tensor  # float [2 B, C, S, S]
+    local_views: Tensor  # float [L B, C, s, s]
+    masks: Tensor  # bool [2 B, P], true = hidden from the student
+
+    @property
+    def images(self) -> int:
+        """Number of images, B."""
+        return len(self.global_views) // GLOBAL_CROPS
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images on one worker, image-major as the stream makes them."""
+
+    image_ids: Tensor  # uint8 [B, 16]
+    global_crops: Tensor  # uint8 [B, 2, S, S, C]
+    local_crops: Tensor  # uint8 [B, L, s, s, C]
+    photometric: Tensor  # float32 [B, 2 + L, PARAMS]
+    masks: Tensor  # bool [B, 2, P]
+    labels: Tensor  # int64 [B], -1 = unknown
+    bad: tuple[BadImage, ...] = ()  # images that were dropped on the way
+
+    @property
+    def images(self) -> int:
+        """Number of images, B."""
+        return len(self.image_ids)
+
+    @classmethod
+    def from_chunk(cls, chunk: Mapping[str, npt.NDArray[Any]]) -> "Batch":
+        """Make a batch from the arrays of the stream.
+
+        Args:
+            chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
+                valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
+                [B] where the chunk has them.
+
+        Raises:
+            DataError: naming the array that is missing or has another dtype or shape.
+        """
+        sizes: dict[str, int] = {}
+        for name, dtype, shape in (*_COLUMNS, ("valid", np.bool_, ("B",))):
+            if name not in chunk:
+                raise DataError(f"a chunk has no {name!r} (found: {', '.join(chunk)})")
+            _check(name, chunk[name], np.dtype(dtype), shape, sizes)
+        valid = chunk["valid"]
+        kept = {name: chunk[name] if valid.all() else chunk[name][valid] for name, *_ in _COLUMNS}
+        dropped = np.flatnonzero(~valid)
+        bad = tuple(
+            (
+                chunk["image_ids"][row].tobytes().hex(),
+                str(chunk["reason"][row]) if "reason" in chunk else "undecodable",
+                str(chunk["detail"][row]) if "detail" in chunk else "",
+            )
+            for row in dropped
+        )
+        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad)
+
+    @classmethod
+    def concat(cls, batches: Sequence["Batch"]) -> "Batch":
+        """Put batches of the same crop sizes behind each other."""
+        if len(batches) == 1:
+            return batches[0]
+        joined = {name: torch.cat([getattr(b, name) for b in batches]) for name, *_ in _COLUMNS}
+        return cls(**joined, bad=tuple(row for b in batches for row in b.bad))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Cut into micro-batches of consecutive images; the first one keeps `bad`.
+
+        Raises:
+            DataError: if the images do not divide into equal parts.
+        """
+        if self.images % parts:
+            raise DataError(f"a batch of {self.images} images does not divide into {parts} parts")
+        size = self.images // parts
+        return [self.take(start, start + size) for start in range(0, self.images, size)]
+
+    def take(self, start: int, stop: int) -> "Batch":
+        """The images from `start` up to `stop`; `bad` goes with the first one."""
+        part = {name: getattr(self, name)[start:stop] for name, *_ in _COLUMNS}
+        return Batch(**part, bad=self.bad if start == 0 else ())
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """Move the tensors; the photometric numbers stay where they are.
+
+        They are a plan that the host reads, so that colour needs no wait for the device; see
+        `apply_photometric`.
+        """
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if field.name not in ("photometric", "bad")
+        }
+        return replace(self, **moved)
+
+    def views(
+        self,
+        spec: PhotometricSpec,
+        dtype: torch.dtype = torch.float32,
+        photometric: Apply = apply_photometric,
+    ) -> Views:
+        """Apply colour, blur and solarize and normalise; see `Views` for the order of the rows.
+
+        Args:
+            spec: the one the parameters were drawn with.
+            dtype: of the views.
+            photometric: `apply_photometric` or a compiled form of it.
+        """
+
+        def crop_major(x: Tensor) -> Tensor:
+            return x.transpose(0, 1).flatten(0, 1)
+
+        parameters = (self.photometric[:, :GLOBAL_CROPS], self.photometric[:, GLOBAL_CROPS:])
+        global_views, local_views = (
+            photometric(crop_major(crops), crop_major(p), spec, dtype)
+            for crops, p in zip((self.global_crops, self.local_crops), parameters, strict=True)
+        )
+        return Views(global_views, local_views, crop_major(self.masks))
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    # Arrays out of Ray's object store are read-only; torch wants to own what it may write to.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _check(
+    name: str,
+    array: npt.NDArray[Any],
+    dtype: np.dtype[Any],
+    shape: tuple[int | str | None, ...],
+    sizes: dict[str, int],
+) -> None:
+    """Compare with the expected dtype and shape; letters must mean one size in all arrays."""
+    fits = array.dtype == dtype and array.ndim == len(shape)
+    for expected, found in zip(shape, array.shape, strict=False):
+        if expected == "2+L":
+            expected = GLOBAL_CROPS + sizes["L"]
+        elif isinstance(expected, str):
+            expected = sizes.setdefault(expected, found)
+        fits = fits and expected in (None, found)
+    if not fits:
+        wanted = ", ".join("*" if s is None else f"{s}" for s in shape)
+        known = ", ".join(f"{key} = {value}" for key, value in sizes.items())
+        raise DataError(
+            f"{name} of a chunk is {array.dtype} {list(array.shape)}, "
+            f"expected {dtype} [{wanted}] ({known})"
+        )

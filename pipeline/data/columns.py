@@ -1,0 +1,137 @@
+"""What an image shard is: columns, ids and metadata. The contract is in docs/data.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST = "_manifest.json"
+METADATA_KEY = b"raydino"
+
+IMAGE_SHARD_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # 32 hex digits, see `image_id`
+        pa.field("image", pa.binary(), nullable=False),  # encoded bytes as they came
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF orientation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("format", pa.string(), nullable=False),  # JPEG, PNG, ... as Pillow names it
+        pa.field("source", pa.string(), nullable=False),  # path inside the packed source
+        pa.field("label", pa.int64()),  # null where unknown
+    ]
+)
+
+BAD_IMAGE_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("image_id", pa.string()),  # null where no bytes could be read
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+def image_id(encoded: bytes) -> str:
+    """Name an image by its encoded bytes: blake2b with a 128-bit digest, as 32 hex digits."""
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def shard_metadata(class_names: Sequence[str]) -> dict[bytes, bytes]:
+    """The file metadata of a shard that this project wrote."""
+    content = {"schema_version": SCHEMA_VERSION, "class_names": list(class_names)}
+    return {METADATA_KEY: json.dumps(content, ensure_ascii=False).encode()}
+
+
+def class_names_of(schema: pa.Schema, label_column: str = "label") -> tuple[str, ...]:
+    """Class names in a parquet schema: ours, or those a hub data set keeps; () where none are.
+
+    Hub data sets describe their columns in the `huggingface` key: info.features.<column>.names.
+    """
+    metadata = schema.metadata or {}
+    ours = _json(metadata.get(METADATA_KEY))
+    if ours is not None:
+        return tuple(str(name) for name in ours.get("class_names", ()))
+    node: Any = _json(metadata.get(b"huggingface"))
+    for key in ("info", "features", label_column, "names"):
+        node = node.get(key) if isinstance(node, dict) else None
+    if isinstance(node, dict):  # some writers store {"0": "cat", "1": "dog"}
+        node = [node[key] for key in sorted(node, key=int)]
+    return tuple(str(name) for name in node) if isinstance(node, list) else ()
+
+
+def is_ours(schema: pa.Schema) -> bool:
+    """Whether this project wrote the file, so that its ids can be trusted.
+
+    Raises:
+        DataError: the file has a schema version that this code does not know.
+    """
+    ours = _json((schema.metadata or {}).get(METADATA_KEY))
+    if ours is None:
+        return False
+    if ours.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"the shard has schema version {ours.get('schema_version')}, this code reads "
+            f"{SCHEMA_VERSION}",
+            hint="pack the images again, or use the version that wrote them.",
+        )
+    return True
+
+
+def _json(value: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(value) if value is not None else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def check_columns(schema: pa.Schema, name: str, image_column: str, label_column: str) -> None:
+    """Refuse a file whose image or label column is missing or cannot be used.
+
+    A missing label column is an error only if the user named one.
+
+    Raises:
+        DataError: what the file has, what was expected, and what to set.
+    """
+    columns = ", ".join(schema.names)
+    if image_column not in schema.names:
+        guess = next((n for n in schema.names if is_image_type(schema.field(n).type)), "NAME")
+        raise DataError(
+            f'shard {name} has no column "{image_column}" (found: {columns}).',
+            hint=f"Name it with data.image_column={guess}.",
+        )
+    kind = schema.field(image_column).type
+    if not is_image_type(kind):
+        raise DataError(
+            f'column "{image_column}" of {name} holds {kind}, expected the encoded image: binary '
+            "or struct<bytes: binary, path: string>.",
+            hint="name the column of the image bytes with data.image_column=NAME.",
+        )
+    if label_column in schema.names:
+        kind = schema.field(label_column).type
+        if not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            raise DataError(
+                f'column "{label_column}" of {name} holds {kind}, expected integer class ids.',
+                hint="name the column of class ids with data.label_column=NAME.",
+            )
+    elif label_column != "label":
+        raise DataError(
+            f'shard {name} has no column "{label_column}" (found: {columns}).',
+            hint="name the column of class ids with data.label_column=NAME.",
+        )
+
+
+def is_image_type(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold encoded images."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and is_image_type(kind.field("bytes").type)
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    )

@@ -1,0 +1,222 @@
+"""What a pack has done, on storage: accounts of finished tasks, the manifest, the last report.
+
+`work` holds `plan.json` (the key of the pack under way), `runs/`, `shards/` (accounts of written
+shards) and, when it is finished, only `report.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from pipeline.data.merge import ROW_GROUP_BYTES, shard_name
+from pipeline.data.runs import PackSpec
+from pipeline.data.schema import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    is_ours,
+    open_shards,
+    resolve_uri,
+    write_bytes_atomic,
+)
+from pipeline.data.sources import Listing
+from pipeline.errors import DataError
+
+_PART = re.compile(r"part-\d{5,}\.parquet")
+_LEFTOVER = re.compile(r"\.(part-\d{5,}\.parquet|_manifest\.json)\.[0-9a-f]{8}\.tmp")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What a pack did. images_in == images_packed + duplicates + the sum of bad."""
+
+    images_in: int
+    images_packed: int
+    duplicates: int  # byte for byte equal to an image that was packed
+    bad: dict[str, int]  # reason: count
+    bytes: int  # of all shards
+    shards: int
+    digest: str
+    class_names: tuple[str, ...]
+    seconds: float
+
+
+def check_places(source: str, **outputs: str) -> None:
+    """Refuse outputs inside the source: a second run would pack what the first one wrote.
+
+    Raises:
+        DataError: an output lies in the source.
+    """
+    source_fs, root = resolve_uri(source)
+    if source_fs.get_file_info(root).type != pafs.FileType.Directory:
+        return
+    for name, uri in outputs.items():
+        fs, path = resolve_uri(uri)
+        inside, outside = path, root
+        if isinstance(fs, pafs.LocalFileSystem):
+            inside, outside = str(Path(path).resolve()), str(Path(root).resolve())
+        if type(fs) is type(source_fs) and f"{inside}/".startswith(f"{outside.rstrip('/')}/"):
+            raise DataError(
+                f"data.{name}={uri} lies inside the source {source}",
+                hint="choose a folder beside it; the source is only read.",
+            )
+
+
+def key_of(listing: Listing, arguments: Sequence[Any]) -> str:
+    """A digest of the source's files (names, sizes, times) and of the arguments."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([SCHEMA_VERSION, ROW_GROUP_BYTES, *arguments]).encode())
+    for entry in listing.entries:
+        digest.update(os.fsencode(entry.path) + b"\0%d\0%d\n" % (entry.size, entry.stamp))
+    for item in listing.refused:
+        digest.update(f"{item.source}\0{item.reason}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_json(fs: pafs.FileSystem, path: str) -> Any:
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        return None
+    with fs.open_input_stream(path) as stream:
+        return json.loads(stream.read())
+
+
+def _write_json(value: Any, fs: pafs.FileSystem, path: str) -> None:
+    write_bytes_atomic(json.dumps(value, indent=1, ensure_ascii=False).encode(), fs, path)
+
+
+def finished(work: str, key: str, shards: str) -> PackReport | None:
+    """The report of the same pack, if it was finished and its shards are still there."""
+    fs, folder = resolve_uri(work)
+    stored = _read_json(fs, f"{folder}/report.json")
+    if stored is None or stored["key"] != key:
+        return None
+    try:
+        if open_shards(shards).digest != stored["report"]["digest"]:
+            return None
+    except DataError:
+        return None
+    report = stored["report"]
+    return PackReport(**{**report, "class_names": tuple(report["class_names"])})
+
+
+def start(work: str, key: str, shards: str, source: str) -> None:
+    """Make the folders ready: kept where the same pack is under way, emptied of ours otherwise.
+
+    Raises:
+        DataError: the output folder holds shards of another source, or parquet files of others.
+    """
+    fs, folder = resolve_uri(work)
+    plan = _read_json(fs, f"{folder}/plan.json")
+    if plan == {"key": key}:
+        return
+    _claim(shards, source)
+    _clean(fs, folder)
+    for name in ("runs", "shards"):
+        fs.create_dir(f"{folder}/{name}", recursive=True)
+    _write_json({"key": key}, fs, f"{folder}/plan.json")
+
+
+def _claim(shards: str, source: str) -> None:
+    """Take away the shards of an older pack of the same source; nothing else is ever deleted."""
+    fs, folder = resolve_uri(shards)
+    fs.create_dir(folder, recursive=True)
+    manifest = _read_json(fs, f"{folder}/{MANIFEST}")
+    if manifest is not None and manifest.get("source") != _public(source):
+        raise DataError(
+            f"{shards} holds the shards of {manifest.get('source')}",
+            hint="choose another data.shards, or delete that folder first.",
+        )
+    found = fs.get_file_info(pafs.FileSelector(folder))
+    parts = [info for info in found if info.type == pafs.FileType.File]
+    parts = [info for info in parts if _PART.fullmatch(info.base_name)]
+    for info in parts:
+        with fs.open_input_file(info.path) as file:
+            if not is_ours(pq.ParquetFile(file).schema_arrow):
+                raise DataError(
+                    f"{shards} holds {info.base_name}, which this project did not write",
+                    hint="choose another data.shards.",
+                )
+    if manifest is not None:  # first, so that a half emptied folder does not pass for a whole one
+        fs.delete_file(f"{folder}/{MANIFEST}")
+    for info in parts:
+        fs.delete_file(info.path)
+
+
+def _clean(fs: pafs.FileSystem, folder: str) -> None:
+    for name in ("runs", "shards"):
+        if fs.get_file_info(f"{folder}/{name}").type == pafs.FileType.Directory:
+            fs.delete_dir(f"{folder}/{name}")
+    for name in ("plan.json", "runs.json", "report.json"):
+        if fs.get_file_info(f"{folder}/{name}").type == pafs.FileType.File:
+            fs.delete_file(f"{folder}/{name}")
+
+
+def accounts(work: str, kind: str) -> dict[int, dict[str, Any]]:
+    """Accounts of finished tasks by index; `kind` is "runs" or "shards"."""
+    fs, folder = resolve_uri(work)
+    selector = pafs.FileSelector(f"{folder}/{kind}", allow_not_found=True)
+    infos = [info for info in fs.get_file_info(selector) if info.type == pafs.FileType.File]
+    found = [_read_json(fs, info.path) for info in infos if info.extension == "json"]
+    return {account["index"]: account for account in found}
+
+
+def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
+    """Accounts of the shards that are there, with the size their account gives."""
+    fs, folder = resolve_uri(spec.shards)
+    return {
+        index: account
+        for index, account in accounts(spec.work, "shards").items()
+        if not account["rows"]
+        or fs.get_file_info(f"{folder}/{shard_name(index)}").size == account["bytes"]
+    }
+
+
+def write_manifest(
+    shards: str, source: str, class_names: Sequence[str], written: Sequence[dict[str, Any]]
+) -> str:
+    """Write the manifest, last of all files; returns the digest of ids, labels and class names."""
+    fs, folder = resolve_uri(shards)
+    digest = hashlib.blake2b(json.dumps([SCHEMA_VERSION, *class_names]).encode(), digest_size=16)
+    for account in written:
+        digest.update(f"{account['rows']} {account['digest']}\n".encode())
+    files = [account for account in written if account["rows"]]
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "source": _public(source),
+        "images": sum(account["rows"] for account in files),
+        "labelled": sum(account["labelled"] for account in files),
+        "class_names": list(class_names),
+        "digest": digest.hexdigest(),
+        "files": [
+            {name: account[name] for name in ("name", "rows", "bytes", "row_groups")}
+            for account in files
+        ],
+    }
+    _write_json(manifest, fs, f"{folder}/{MANIFEST}")
+    return digest.hexdigest()
+
+
+def finish(work: str, key: str, shards: str, report: PackReport) -> None:
+    """Keep the report, remove intermediates and what killed tasks left behind."""
+    fs, folder = resolve_uri(work)
+    _clean(fs, folder)
+    _write_json({"key": key, "report": dataclasses.asdict(report)}, fs, f"{folder}/report.json")
+    fs, folder = resolve_uri(shards)
+    for info in fs.get_file_info(pafs.FileSelector(folder)):
+        if _LEFTOVER.fullmatch(info.base_name):
+            fs.delete_file(info.path)
+
+
+def _public(uri: str) -> str:
+    """A URI without the keys that may stand before its host."""
+    return re.sub(r"://[^/@]*@", "://", uri)

@@ -1,0 +1,329 @@
+"""Open and read image shards: packed by this project, or parquet files as a hub stores them.
+
+The public face of the shard format; its parts are `columns` (what a shard is) and `storage`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from pipeline.data.columns import (
+    BAD_IMAGE_SCHEMA,
+    IMAGE_SHARD_SCHEMA,
+    MANIFEST,
+    SCHEMA_VERSION,
+    check_columns,
+    class_names_of,
+    image_id,
+    is_ours,
+    shard_metadata,
+)
+from pipeline.data.storage import (
+    absolute_uri,
+    atomic_path,
+    parquet_writer_atomic,
+    resolve_uri,
+    write_bytes_atomic,
+    write_parquet_atomic,
+)
+from pipeline.errors import DataError
+
+__all__ = [
+    "BAD_IMAGE_SCHEMA",
+    "IMAGE_SHARD_SCHEMA",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "RowGroup",
+    "ShardFile",
+    "ShardSet",
+    "absolute_uri",
+    "atomic_path",
+    "check_columns",
+    "class_names_of",
+    "image_array",
+    "image_id",
+    "is_ours",
+    "list_parquet",
+    "open_shards",
+    "parquet_writer_atomic",
+    "read_row_group",
+    "resolve_uri",
+    "shard_metadata",
+    "write_bytes_atomic",
+    "write_parquet_atomic",
+]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One parquet file: path in its file system, rows, rows of each row group, bytes."""
+
+    path: str
+    rows: int
+    row_groups: tuple[int, ...]
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """The file name without its folder."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A set of shards as a stage sees it. Small, holds no open file: safe to send to a task."""
+
+    uri: str
+    files: tuple[ShardFile, ...]
+    rows: int
+    class_names: tuple[str, ...]
+    packed: bool  # written by this project: unique ids, rows ordered by id over all files
+    digest: str
+    image_column: str
+    label_column: str
+    has_labels: bool
+
+    def parquet(self, file_index: int) -> pq.ParquetFile:
+        """Open one file, for a stage that reads other columns than `read_row_group` gives."""
+        return _open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """B rows of a shard: image_ids uint8[B, 16], labels int64[B] (-1: none), images on demand."""
+
+    images: pa.Array = field(repr=False)  # large_binary
+    image_ids: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
+    labels: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, row: int) -> bytes:
+        """The encoded image of a row; b"" where the shard has null."""
+        return self.images[row].as_py() or b""
+
+    @property
+    def hex_ids(self) -> list[str]:
+        """The ids as the 32 hex digits that tables show."""
+        return [bytes(value).hex() for value in self.image_ids]
+
+
+def open_shards(uri: str, image_column: str = "image", label_column: str = "label") -> ShardSet:
+    """Find the shards at `uri`: a folder (of any depth), one file, or `folder/train-*.parquet`.
+
+    A folder that this project packed is opened by its manifest alone; of other files the footers
+    are read.
+
+    Raises:
+        DataError: no such path, no parquet file, packing not finished, a shard missing or cut, no
+            image column, or columns of a type that cannot be used.
+    """
+    uri = absolute_uri(str(uri))
+    fs, path = resolve_uri(uri)
+    infos = list_parquet(fs, path, uri)
+    manifest_path = f"{path}/{MANIFEST}"
+    if fs.get_file_info(manifest_path).type == pafs.FileType.File:
+        if (image_column, label_column) != ("image", "label"):
+            raise DataError(
+                f'{uri} was packed: its columns are "image" and "label", not "{image_column}" and '
+                f'"{label_column}"',
+                hint="leave data.image_column and data.label_column as they are.",
+            )
+        return _from_manifest(uri, fs, path, infos)
+    return _from_footers(uri, fs, path, infos, image_column, label_column)
+
+
+def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:
+    """The parquet files at a path, sorted; hidden files and folders are left out.
+
+    Raises:
+        DataError: there is no such path or no parquet file in it.
+    """
+    folder, _, pattern = path.rpartition("/")
+    if "*" in pattern:
+        infos = _files(fs, folder, uri, recursive=False)
+        found = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
+        root = folder
+    else:
+        infos = _files(fs, path, uri, recursive=True)
+        found = [i for i in infos if i.base_name.endswith(".parquet") or i.path == path]
+        root = path
+    found = [i for i in found if not _hidden(i.path[len(root) :])]
+    if not found:
+        raise DataError(
+            f"no parquet files under {uri}",
+            hint=f"pack a folder of images first: python jobs/pack.py data.source={uri} "
+            "data.shards=shards/",
+        )
+    return sorted(found, key=lambda info: str(info.path))
+
+
+def _files(fs: pafs.FileSystem, path: str, uri: str, *, recursive: bool) -> list[pafs.FileInfo]:
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"no such path: {uri}", hint="check data.shards (and the mount).")
+    if info.type == pafs.FileType.File:
+        return [info]
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
+    return [i for i in infos if i.type == pafs.FileType.File]
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/"))
+
+
+def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(fs.open_input_file(path))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}",
+            hint="it may have been cut while it was copied: fetch it again or take it away.",
+        ) from error
+
+
+def _from_manifest(
+    uri: str, fs: pafs.FileSystem, path: str, infos: Sequence[pafs.FileInfo]
+) -> ShardSet:
+    with fs.open_input_stream(f"{path}/{MANIFEST}") as stream:
+        manifest = json.loads(stream.read())
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{uri} has schema version {manifest.get('schema_version')}, this code reads "
+            f"{SCHEMA_VERSION}",
+            hint="pack the images again, or use the version that wrote them.",
+        )
+    sizes = {info.path: info.size for info in infos}
+    files = []
+    for entry in manifest["files"]:
+        name, size = entry["name"], entry["bytes"]
+        found = sizes.get(f"{path}/{name}")
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise DataError(
+                f"shard {name} of {uri} {state}",
+                hint="copy the folder again, or pack again: a second run writes what is missing.",
+            )
+        groups = tuple(int(rows) for rows in entry["row_groups"])
+        files.append(ShardFile(f"{path}/{name}", int(entry["rows"]), groups, int(size)))
+    return ShardSet(
+        uri=uri,
+        files=tuple(files),
+        rows=sum(file.rows for file in files),
+        class_names=tuple(manifest["class_names"]),
+        packed=True,
+        digest=str(manifest["digest"]),
+        image_column="image",
+        label_column="label",
+        has_labels=int(manifest["labelled"]) > 0,
+    )
+
+
+def _from_footers(
+    uri: str,
+    fs: pafs.FileSystem,
+    path: str,
+    infos: Sequence[pafs.FileInfo],
+    image_column: str,
+    label_column: str,
+) -> ShardSet:
+    def footer(info: pafs.FileInfo) -> tuple[ShardFile, pa.Schema, bool]:
+        with _open_parquet(fs, info.path) as parquet:
+            meta, schema = parquet.metadata, parquet.schema_arrow
+            check_columns(schema, info.base_name, image_column, label_column)
+            groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+            labelled = label_column in schema.names and _any_value(meta, label_column)
+        return ShardFile(info.path, meta.num_rows, groups, info.size), schema, labelled
+
+    with ThreadPoolExecutor(8) as pool:  # footers of remote files are a round trip each
+        found = list(pool.map(footer, infos))
+    ours = [is_ours(schema) for _, schema, _ in found]
+    whole = len(infos) > 1 or infos[0].path != path
+    if any(ours) and whole and "*" not in path:
+        raise DataError(
+            f"{uri} holds packed shards but no {MANIFEST}: packing was not finished",
+            hint="run the same pack again; it goes on where it stopped.",
+        )
+    names = {class_names_of(schema, label_column) for _, schema, _ in found} - {()}
+    if len(names) > 1:
+        raise DataError(
+            f"the files under {uri} have different class names",
+            hint=f"pack them into one set first: python jobs/pack.py data.source={uri} "
+            "data.shards=shards/",
+        )
+    digest = hashlib.blake2b(digest_size=16)
+    for file, _, _ in found:
+        digest.update(f"{file.name}\0{file.bytes}\0{file.rows}\n".encode())
+    return ShardSet(
+        uri=uri,
+        files=tuple(file for file, _, _ in found),
+        rows=sum(file.rows for file, _, _ in found),
+        class_names=next(iter(names), ()),
+        packed=all(ours),
+        digest=digest.hexdigest(),
+        image_column=image_column,
+        label_column=label_column,
+        has_labels=any(labelled for _, _, labelled in found),
+    )
+
+
+def _any_value(meta: pq.FileMetaData, column: str) -> bool:
+    """Whether a column has a value that is not null, by the footer; True where it does not say."""
+    paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
+    if column not in paths:
+        return False
+    for group in range(meta.num_row_groups):
+        chunk = meta.row_group(group).column(paths.index(column))
+        stats = chunk.statistics
+        if stats is None or not stats.has_null_count or stats.null_count < chunk.num_values:
+            return True
+    return False
+
+
+def image_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """The encoded images of a column of either form as one large_binary array."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # what combine_chunks gives for more than 2 GiB
+        array = pa.concat_arrays([chunk.cast(pa.large_binary()) for chunk in array.chunks])
+    if pa.types.is_struct(array.type):
+        # `field` does not look at the nulls of the struct itself, `flatten` does.
+        array = array.flatten()[array.type.get_field_index("bytes")]
+    return array.cast(pa.large_binary())
+
+
+def read_row_group(shards: ShardSet, file_index: int, row_group: int) -> RowGroup:
+    """Read one row group: encoded images, ids and labels.
+
+    The id column is taken from files of this project; elsewhere ids are computed, whatever a
+    column `image_id` says (COCO has one, of numbers).
+    """
+    with shards.parquet(file_index) as parquet:
+        schema = parquet.schema_arrow
+        own_ids = is_ours(schema)
+        labelled = shards.label_column in schema.names
+        columns = [shards.image_column, *["image_id"] * own_ids, *[shards.label_column] * labelled]
+        table = parquet.read_row_group(row_group, columns=columns)
+    images = image_array(table.column(shards.image_column))
+    if own_ids:
+        ids = table.column("image_id").to_pylist()
+    else:
+        ids = [image_id(item.as_py() or b"") for item in images]
+    if labelled:
+        labels = table.column(shards.label_column).cast(pa.int64()).fill_null(-1).to_numpy()
+    else:
+        labels = np.full(len(images), -1, np.int64)
+    # From a bytearray: an array over bytes would be read-only, which torch warns about.
+    packed = np.frombuffer(bytearray.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
+    return RowGroup(images, packed, labels)

@@ -1,0 +1,31 @@
+"""The errors a user can cause: one sentence each, with what to do about it."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """A mistake in the input, the config or the surroundings, not a bug.
+
+    `what` says what was found and what was expected, `hint` what to do. `jobs/*` print both on
+    stderr and exit with 2; a traceback is shown only with `PIPELINE_DEBUG=1`.
+    """
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what, hint)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  {self.hint}" if self.hint else self.what
+
+
+class ConfigError(PipelineError):
+    """The recipe or an override is wrong; `what` lists every error found, one a line."""
+
+
+class DataError(PipelineError):
+    """Images, shards or tables are not what a stage can use."""
+
+
+class TrainError(PipelineError):
+    """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""

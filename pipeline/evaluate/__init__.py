@@ -1,0 +1,1 @@
+"""How good is a backbone: features, k-NN, health, pictures."""

@@ -1,0 +1,182 @@
+"""Weighted k-nearest-neighbour classification: how good features are before anything is trained.
+
+The law of the reference (DINOv2 `eval/knn.py`, after Wu et al. 2018): cosine similarity, weights
+softmax(similarity / temperature) over the largest k asked for, votes summed over the k nearest and
+not normalised again for smaller k.
+
+Shapes: N reference images, Q queries, D width, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import DataError
+
+TEMPERATURE = 0.07  # DINOv2 eval/knn.py
+SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB in float32
+RAW_SIDE = 16  # pixels
+
+
+class Labelled(Protocol):
+    """Images uint8 [N, S, S, 3] with labels int64 [N], -1 where unknown."""
+
+    @property
+    def images(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
+
+
+def nearest(
+    reference: Tensor, queries: Tensor, k: int, *, leave_one_out: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and row numbers of the k most similar reference rows, best first.
+
+    Args:
+        reference: [N, D], any scale; the work is done where it is.
+        queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
+        k: cut to the number of rows there are.
+        leave_one_out: queries are the reference rows, and none may find itself.
+
+    Returns:
+        float32 [Q, k] and int64 [Q, k].
+
+    Raises:
+        DataError: nothing to search in, widths that differ, or leave_one_out with other rows.
+    """
+    others = len(reference) - leave_one_out
+    if others < 1 or k < 1:
+        raise DataError(f"cannot take the {k} nearest of {max(others, 0)} images")
+    if reference.shape[1] != queries.shape[1]:
+        raise DataError(
+            f"reference features have width {reference.shape[1]}, queries {queries.shape[1]}",
+            hint="embed both with the same backbone",
+        )
+    if leave_one_out and len(queries) != len(reference):
+        raise DataError(
+            f"leave_one_out needs the reference as queries: {len(queries)} for {len(reference)}"
+        )
+    k = min(k, others)
+    transposed = functional.normalize(reference.float(), dim=1).T
+    part = max(1, SIMILARITIES_AT_ONCE // len(reference))
+    values, rows = [], []
+    for start in range(0, len(queries), part):
+        some = queries[start : start + part].to(reference.device).float()
+        similarities = functional.normalize(some, dim=1) @ transposed
+        if leave_one_out:
+            similarities.diagonal(start).fill_(-torch.inf)
+        top = similarities.topk(k, dim=1)
+        values.append(top.values)
+        rows.append(top.indices)
+    if not values:
+        empty = transposed.new_zeros(0, k)
+        return empty, empty.long()
+    return torch.cat(values), torch.cat(rows)
+
+
+def knn_votes(
+    similarities: Tensor,
+    labels: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+) -> dict[int, Tensor]:
+    """Class votes from sorted neighbours.
+
+    Args:
+        similarities: [Q, max(ks)], best first.
+        labels: int64 [Q, max(ks)], the neighbours' labels.
+        classes: C.
+        ks: numbers of neighbours to vote.
+        temperature: of the softmax over all max(ks) neighbours.
+
+    Returns:
+        for each k the votes [Q, C]; those of the largest k sum to 1 over the classes.
+    """
+    weights = (similarities / temperature).softmax(1)
+    empty = weights.new_zeros(len(weights), classes)
+    return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks}
+
+
+def knn_classify(
+    reference: Tensor,
+    reference_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    classes: int,
+    k: int | Sequence[int] = 20,
+    temperature: float = TEMPERATURE,
+    *,
+    leave_one_out: bool = False,
+) -> dict[int, float]:
+    """Top-1 accuracy of the weighted vote, for each k.
+
+    Args:
+        reference: [N, D].
+        reference_labels: int64 [N]; rows with a negative label do not vote.
+        queries: [Q, D].
+        query_labels: int64 [Q]; rows with a negative label are not counted.
+        classes: C, more than any label.
+        k: one number or several. With several, weights are taken over the largest, as the
+            reference does.
+        temperature: of the weights.
+        leave_one_out: queries are the reference rows, and none votes for itself.
+
+    Returns:
+        accuracy in [0, 1] by k.
+
+    Raises:
+        DataError: no labelled reference or query, or what `nearest` refuses.
+    """
+    ks = [k] if isinstance(k, int) else list(k)
+    known, asked = reference_labels >= 0, query_labels >= 0
+    if not known.any() or not asked.any():
+        raise DataError(
+            f"k-NN has {int(known.sum())} labelled reference images and "
+            f"{int(asked.sum())} labelled queries",
+            hint="evaluate on shards with a label column",
+        )
+    reference, reference_labels = reference[known], reference_labels[known]
+    queries, query_labels = queries[asked], query_labels[asked]
+    similarities, rows = nearest(reference, queries, max(ks), leave_one_out=leave_one_out)
+    labels = reference_labels.to(rows.device)[rows]
+    correct = dict.fromkeys(ks, 0)
+    part = max(1, SIMILARITIES_AT_ONCE // classes)  # the votes are [Q, C]
+    for start in range(0, len(rows), part):
+        some = slice(start, start + part)
+        votes = knn_votes(similarities[some], labels[some], classes, ks, temperature)
+        truth = query_labels[some].to(rows.device)
+        for number, vote in votes.items():
+            correct[number] += int((vote.argmax(1) == truth).sum())
+    return {number: hits / len(rows) for number, hits in correct.items()}
+
+
+def raw_pixels(
+    reference: Labelled, queries: Labelled, k: int = 20, temperature: float = TEMPERATURE
+) -> float:
+    """Accuracy of the same vote on the pixels themselves, the floor that features must beat.
+
+    Images are averaged down to 16 x 16 and the reference's mean image is taken off, without which
+    all cosines would be near 1.
+    """
+    small, asked = (_downscaled(found.images) for found in (reference, queries))
+    mean = small.mean(0)
+    labels, truth = (torch.from_numpy(found.labels) for found in (reference, queries))
+    classes = int(max(labels.max(), truth.max())) + 1
+    return knn_classify(small - mean, labels, asked - mean, truth, classes, k, temperature)[k]
+
+
+def _downscaled(images: npt.NDArray[np.uint8]) -> Tensor:
+    parts = [
+        functional.adaptive_avg_pool2d(
+            torch.from_numpy(np.array(images[start : start + 256])).permute(0, 3, 1, 2).float(),
+            RAW_SIDE,
+        ).flatten(1)
+        for start in range(0, len(images), 256)
+    ]
+    return torch.cat(parts) / 255

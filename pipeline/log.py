@@ -1,0 +1,42 @@
+"""Logging: configured once per process by a job or a worker, never at import."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+
+def configure(
+    prefix: str = "", level: int = logging.INFO, handler: logging.Handler | None = None
+) -> None:
+    """Sends `pipeline.*` log records to stdout, one line each.
+
+    Args:
+        prefix: put before every line, e.g. `[w3]` on training worker 3.
+        level: lowest level shown; `PIPELINE_DEBUG=1` lowers it to DEBUG.
+        handler: takes the records instead of stdout.
+    """
+    if os.environ.get("PIPELINE_DEBUG"):
+        level = logging.DEBUG
+    root = logging.getLogger("pipeline")
+    root.setLevel(level)
+    root.propagate = False
+    if handler is None:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(_LineFormatter(prefix))
+    else:
+        handler.setFormatter(logging.Formatter(f"{prefix} %(message)s" if prefix else None))
+    root.handlers[:] = [handler]
+
+
+class _LineFormatter(logging.Formatter):
+    def __init__(self, prefix: str) -> None:
+        super().__init__("%(message)s")
+        self.prefix = f"{prefix} " if prefix else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        mark = "warning: " if record.levelno == logging.WARNING else ""
+        mark = "error: " if record.levelno >= logging.ERROR else mark
+        return self.prefix + mark + text

@@ -1,0 +1,1 @@
+"""The loss terms of DINOv2 and the teacher targets they need."""

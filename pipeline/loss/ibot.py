@@ -1,0 +1,44 @@
+"""iBOT: patches hidden from the student predict the teacher's target of the same patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
+from pipeline.loss.target import Target, slices
+
+
+def patch_weights(masks: Tensor, masked: Tensor) -> Tensor:
+    """Weight `[M]` of each masked patch: 1 / (masked patches of its view) / (all views, masked or
+    not).
+
+    Args:
+        masks: bool `[V, P]`.
+        masked: int64 `[M]`, flat places of the masked patches.
+    """
+    views, patches = masks.shape
+    counts = masks.sum(dim=1).clamp(min=1)
+    return 1.0 / (counts[torch.div(masked, patches, rounding_mode="floor")] * views)
+
+
+def ibot_pieces(
+    target: Target, weights: Tensor, first_row: int = 0, term: int = 0
+) -> Iterator[Piece]:
+    """Pieces over M rows of logits, from `first_row` on."""
+    for part in slices(*target.logits.shape):
+        rows = slice(first_row + part.start, first_row + part.stop)
+        yield Piece(rows, target.probabilities(part), weights[part], term)
+
+
+def ibot_loss(
+    logits: Tensor, target: Target, weights: Tensor, temperature: float = STUDENT_TEMPERATURE
+) -> Tensor:
+    """`sum_i weights_i * CE(q_i, s_i)` over the masked patches, 0-d fp32 (DINOv2
+    loss/ibot_patch_loss.py).
+
+    0 without masked patches, and still connected to `logits`.
+    """
+    return cross_entropy(logits, lambda: ibot_pieces(target, weights), 1, temperature)[0]

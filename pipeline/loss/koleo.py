@@ -1,0 +1,30 @@
+"""KoLeo: spread the features of a batch by pushing each away from its nearest neighbour."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPS = 1e-8
+
+
+def koleo(features: Tensor) -> Tensor:
+    """`-mean_i log(|x_i - nearest(x_i)| + eps)` of L2-normalised rows `[B, D]`, 0-d fp32 (DINOv2
+    loss/koleo_loss.py).
+
+    Computed in fp32 whatever the input: 1e-8 is 0 in fp16 and a duplicate then gives infinity. The
+    gradient reaches both a row and its neighbour. Fewer than two rows have no neighbour: 0, still
+    connected to the input.
+    """
+    if len(features) < 2:
+        return features.float().sum() * 0.0
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features.float(), dim=-1, eps=EPS)
+        with torch.no_grad():
+            similarity = x @ x.T
+            similarity.fill_diagonal_(-1.0)
+            nearest = similarity.argmax(dim=1)
+        distance = torch.linalg.vector_norm(x - x[nearest] + EPS, dim=-1)
+        loss: Tensor = -(distance + EPS).log().mean()
+    return loss

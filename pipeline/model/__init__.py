@@ -1,0 +1,1 @@
+"""Backbone, heads, and the student-teacher pair."""

@@ -1,0 +1,147 @@
+"""Student and teacher: two encoders of one shape, the second the moving average of the first."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.head import Head
+from pipeline.model.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a backbone is made of. Widths, depths, heads: S 384/12/6, B 768/12/12, L 1024/24/16, g
+    1536/40/24.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    ffn: str = "mlp"
+    registers: int = 4
+    layer_scale: float = 1e-5
+    drop_path: float = 0.0
+    in_channels: int = 3
+    interpolate_offset: float = 0.0
+    interpolate_antialias: bool = True
+
+    def build(self) -> VisionTransformer:
+        """A freshly initialised backbone, drawn from torch's global generator."""
+        return VisionTransformer(**asdict(self))
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is made of. Defaults: DINOv2 short recipe."""
+
+    prototypes: int = 65536
+    bottleneck: int = 256
+    hidden: int = 2048
+    layers: int = 3
+
+    def build(self, width: int) -> Head:
+        """A freshly initialised head for tokens of `width`, drawn from torch's global generator."""
+        return Head(width, self.prototypes, self.bottleneck, self.hidden, self.layers)
+
+
+class Encoded(NamedTuple):
+    """What one forward gives to the losses. V views, K prototypes, M masked patches."""
+
+    cls: Tensor  # [V, D] normed CLS tokens of the global views, before the head
+    # [rows, K] logits: global CLS, local CLS, and with a shared head the masked patches after them.
+    dino: Tensor
+    ibot: Tensor | None  # [M, K'] logits of the masked patches from a head of their own
+
+
+class Encoder(nn.Module):
+    """Backbone and heads under one forward, so that DDP sees one call a micro batch."""
+
+    def __init__(
+        self, backbone: VisionTransformer, dino_head: Head, ibot_head: Head | None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = dino_head
+        self.ibot_head = ibot_head
+
+    def forward(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        masks: Tensor | None,
+        masked: Tensor,
+        score_cls: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Encoded:
+        """Score CLS tokens and masked patches against the prototypes.
+
+        Args:
+            global_views: `[V, 3, S, S]`.
+            local_views: `[W, 3, s, s]`, or None.
+            masks: bool `[V, P]`, patches hidden from the backbone; None (the teacher) hides none.
+            masked: int64 `[M]`, flat places in `[V * P]` whose patch tokens are scored.
+            score_cls: False leaves the CLS tokens out of the head (a DINO weight of 0).
+            generator: source of stochastic depth, used in training mode only.
+        """
+        inputs, hidden = [global_views], [masks]
+        if local_views is not None and len(local_views):
+            inputs.append(local_views)
+            hidden.append(None)
+        packed = self.backbone.packed(inputs, hidden, generator)
+        views, tokens = packed.groups[0]
+        patches = tokens - 1 - self.backbone.registers
+        cls = torch.cat([part[:, 0] for part in packed.views()])
+        # The norm works token by token: select first, then norm only what is used.
+        rows = masked // patches * tokens + (tokens - patches) + masked % patches
+        chosen = self.backbone.norm(torch.cat([cls, packed.tokens.index_select(0, rows)]))
+        cls, patch = chosen.split([len(cls), len(rows)])
+        scored = cls if score_cls else cls[:0]
+        if self.ibot_head is not None:
+            return Encoded(cls[:views], self.dino_head(scored), self.ibot_head(patch))
+        together = chosen if score_cls else patch
+        return Encoded(cls[:views], self.dino_head(together), None)
+
+
+@dataclass
+class Pair:
+    """The two encoders of a run. The teacher holds no gradients and stays in eval mode."""
+
+    student: Encoder
+    teacher: Encoder
+
+    def to(self, device: torch.device | str) -> Pair:
+        """Move both, in place."""
+        self.student.to(device)
+        self.teacher.to(device)
+        return self
+
+
+def build_pair(backbone: BackboneSpec, dino: HeadSpec, ibot: HeadSpec | None, seed: int) -> Pair:
+    """Student from `seed`, teacher as its copy. `ibot=None` shares the DINO head. Leaves the global
+    generator alone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = Encoder(
+            backbone.build(),
+            dino.build(backbone.width),
+            ibot.build(backbone.width) if ibot is not None else None,
+        )
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    return Pair(student.train(), teacher)
+
+
+@torch.no_grad()
+def ema_update(pair: Pair, momentum: float) -> None:
+    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
+    teacher: list[Tensor] = list(pair.teacher.parameters())
+    student: list[Tensor] = list(pair.student.parameters())
+    torch._foreach_lerp_(teacher, student, 1 - momentum)

@@ -1,0 +1,220 @@
+"""Everything that follows from a recipe, the data set and the machines, computed in one place."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config import Config
+from pipeline.errors import ConfigError
+from pipeline.overrides import field_paths
+from pipeline.schedule import StepValues, cosine, linear
+
+CHUNK_BYTES = (
+    32 * 2**20
+)  # of crops in one Ray Data block: few enough to stream, large enough to pay
+
+# A resumed run may change these and nothing else: they do not touch what is learnt.
+MAY_CHANGE = (
+    "run.folder",
+    "data.source",
+    "data.shards",
+    "data.max_bad_fraction",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.max_restarts",
+    "train.workers",
+    "train.accumulation",
+    "train.compile",
+    "evaluate.",
+    "export.",
+    "track.",
+    "resources.",
+)
+
+
+class Machine(BaseModel):
+    """What `resolve` must know of the place where training runs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpus: int
+    gpus: int
+    bfloat16: bool  # fast on the training device
+
+
+class Plan(BaseModel):
+    """A resolved run: the recipe and what was derived from it. Printed, logged and checkpointed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: Config
+    images: int
+    digest: str
+    class_names: tuple[str, ...]
+    device: Literal["cpu", "cuda"]
+    workers: int
+    steps: int
+    steps_per_pass: int
+    dropped_per_pass: int
+    worker_batch: int
+    micro_batch: int
+    chunk_images: int
+    window_images: int
+    lr: float
+    warmup_steps: int
+    freeze_last_layer_steps: int
+    temperature_warmup_steps: int
+    precision: Literal["float32", "bfloat16"]
+    precision_reason: str
+    compile: bool
+    eval_every: int
+    save_every: int
+    cpus_per_worker: float
+    threads: int
+
+    def at(self, step: int) -> StepValues:
+        """The scheduled values of one step (RECIPE section 6)."""
+        optim, teacher = self.config.optim, self.config.teacher
+        lr = cosine(step, self.lr, optim.min_lr, self.steps, warmup=self.warmup_steps)
+        return StepValues(
+            lr=lr,
+            weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, self.steps),
+            teacher_momentum=cosine(step, teacher.momentum, teacher.momentum_end, self.steps),
+            teacher_temperature=linear(
+                step, teacher.temperature, teacher.temperature_end, self.temperature_warmup_steps
+            ),
+            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a global crop, height and width."""
+        side = self.config.augment.global_size // self.config.model.patch_size
+        return side, side
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the uint8 crops of one image."""
+        return view_bytes(self.config)
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side of an evaluation image, pixels."""
+        return self.config.evaluate.image_size or self.config.augment.global_size
+
+    def changed(self, earlier: Config) -> tuple[list[str], list[str]]:
+        """Fields that differ from the config of a checkpoint: (may change, must not change)."""
+        allowed: list[str] = []
+        refused: list[str] = []
+        for path, _ in field_paths():
+            old, new = value_at(earlier, path), value_at(self.config, path)
+            if old != new:
+                may = any(path == p or (p.endswith(".") and path.startswith(p)) for p in MAY_CHANGE)
+                (allowed if may else refused).append(f"{path}: {old} -> {new}")
+        return allowed, refused
+
+
+def value_at(config: Config, path: str) -> object:
+    """The value of a dotted field."""
+    node: object = config
+    for name in path.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def resolve(
+    config: Config, *, images: int, digest: str, class_names: tuple[str, ...], machine: Machine
+) -> Plan:
+    """Turns passes into steps, scales the lr, picks workers, batch and precision.
+
+    Raises:
+        ConfigError: where the numbers cannot work together, with all that is wrong.
+    """
+    optim, train = config.optim, config.train
+    problems: list[str] = []
+    if train.workers == "auto":
+        workers = machine.gpus or max(1, min(8, machine.cpus // 2))
+        while workers > 1 and optim.global_batch_size % (workers * train.accumulation):
+            workers -= 1
+    else:
+        workers = train.workers
+    batch = optim.global_batch_size
+    share, rest = divmod(batch, workers * train.accumulation)
+    if rest or not share:
+        problems.append(
+            f"optim.global_batch_size={batch} does not divide into train.workers={workers} x "
+            f"train.accumulation={train.accumulation}"
+        )
+        share = 1
+    if images < batch:
+        problems.append(
+            f"optim.global_batch_size={batch} is more than the {images} images of the set; "
+            "a pass needs at least one step"
+        )
+    steps_per_pass = max(1, images // batch)
+    if optim.steps is None and optim.passes is None:
+        problems.append("optim.passes or optim.steps must say how long the run is")
+    steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
+    if problems:
+        raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
+    device: Literal["cpu", "cuda"] = "cuda" if machine.gpus else "cpu"
+    precision, reason = _precision(config, machine, device)
+    # The order of rows must not depend on the workers, so the window is cut from the global batch.
+    rows = config.data.shuffle_images
+    window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
+    chunk = _divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
+    scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
+    local_workers = max(1, workers if not machine.gpus else machine.gpus)
+    return Plan(
+        config=config,
+        images=images,
+        digest=digest,
+        class_names=class_names,
+        device=device,
+        workers=workers,
+        steps=steps,
+        steps_per_pass=steps_per_pass,
+        dropped_per_pass=images - steps_per_pass * batch,
+        worker_batch=share * train.accumulation,
+        micro_batch=share,
+        chunk_images=chunk,
+        window_images=window,
+        lr=optim.lr * scale,
+        warmup_steps=round(optim.warmup * steps),
+        freeze_last_layer_steps=round(optim.freeze_last_layer * steps),
+        temperature_warmup_steps=round(config.teacher.temperature_warmup * steps),
+        precision=precision,
+        precision_reason=reason,
+        compile=device == "cuda" if train.compile == "auto" else train.compile,
+        eval_every=train.eval_every or max(1, math.ceil(steps / 10)),
+        save_every=train.save_every or max(1, math.ceil(steps / 20)),
+        cpus_per_worker=config.resources.cpus_per_worker or (1.0 if machine.gpus else 0.25),
+        threads=config.resources.threads or max(1, machine.cpus // local_workers),
+    )
+
+
+def view_bytes(config: Config) -> int:
+    """Bytes of the uint8 crops of one image."""
+    augment = config.augment
+    return 3 * (2 * augment.global_size**2 + augment.local_crops * augment.local_size**2)
+
+
+def _precision(
+    config: Config, machine: Machine, device: str
+) -> tuple[Literal["float32", "bfloat16"], str]:
+    asked = config.train.precision
+    if asked != "auto":
+        return asked, "asked for"
+    if machine.bfloat16:
+        return "bfloat16", f"the {device} has it"
+    return "float32", f"no fast bfloat16 on this {device}"
+
+
+def _divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`."""
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)

@@ -1,0 +1,111 @@
+"""Runs stages in order, each in its own MLflow run under one pipeline run, and skips done ones."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.files import RunFolder, fingerprint
+from pipeline.stages import evaluate, export, pack, pretrain
+from pipeline.stages.context import Context, with_packed_sets
+from pipeline.track.driver import open_pipeline
+from pipeline.track.settings import TrackSettings
+
+log = logging.getLogger("pipeline")
+
+STAGES: dict[str, ModuleType] = {
+    "pack": pack,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "export": export,
+}
+ORDER = tuple(STAGES)
+
+
+def run(config: Config, stages: Sequence[str]) -> None:
+    """Runs the named stages.
+
+    Raises:
+        PipelineError: for whatever the user can mend.
+        SystemExit: with 143 after a SIGTERM that ended in a checkpoint.
+    """
+    config = named(config, stages)
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    log.info("run         %s in %s", config.run.name, folder.path)
+    context = Context(config, folder)
+    left = [name for name in stages if not _given(context, name)]
+    # Wrong paths are said, and finished stages skipped, before Ray is started for the rest.
+    while left and _up_to_date(context, left[0]):
+        left.pop(0)
+    if not left:
+        return
+    with cluster.joined(config.resources):
+        settings = TrackSettings(
+            run_folder=str(folder.path),
+            stage="pipeline",
+            experiment=config.track.experiment or config.run.name,
+            uri=config.track.uri if config.track.enabled else "none",
+        )
+        tracking = open_pipeline(
+            settings,
+            config.run.name,
+            nodes=cluster.nodes(),
+            tags={"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())},
+        )
+        with tracking:
+            context.tracking = tracking
+            for name in left:
+                _stage(context, name)
+        for line in tracking.links():
+            log.info("%s", line)
+
+
+def named(config: Config, stages: Sequence[str]) -> Config:
+    """The config with a run name; a run without recipe and name is called after its stage."""
+    if config.run.name:
+        return config
+    name = stages[0] if len(stages) == 1 else "run"
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def _given(context: Context, name: str) -> bool:
+    """Whether a stage has nothing to do because its output is an input of the recipe."""
+    if name != "pack" or context.config.data.source:
+        return False
+    return bool(context.config.data.shards) and not pack.sources(context)
+
+
+def _up_to_date(context: Context, name: str) -> bool:
+    key = STAGES[name].key(context)
+    done = context.folder.done(name, key)
+    if done is None:
+        return False
+    log.info("%-11s up to date (%s), skipped", name, key[:4])
+    _keep(context, name, done)
+    return True
+
+
+def _keep(context: Context, name: str, result: dict[str, Any]) -> None:
+    context.results[name] = result
+    context.config = with_packed_sets(context.config, context.folder)
+
+
+def _stage(context: Context, name: str) -> None:
+    if _up_to_date(context, name):
+        return
+    stage = STAGES[name]
+    key = stage.key(context)
+    tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
+    result: dict[str, Any] = stage.run(context, tracker)
+    if result.get("status") == "stopped":
+        log.info("stopped     at step %s; the same command goes on from there", result["step"])
+        sys.exit(143)  # 128 + SIGTERM
+    context.folder.mark_done(name, key, result)
+    _keep(context, name, result)
+    context.tracking.end_stage(name)

@@ -1,0 +1,95 @@
+"""What every stage gets: config, run folder, tracking, and the places of its inputs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.errors import ConfigError, DataError
+from pipeline.files import RunFolder
+
+log = logging.getLogger("pipeline")
+
+BUILTIN = "builtin:photos"  # a source that needs no network: photographs inside scikit-image
+
+
+@dataclass
+class Context:
+    """One job: a config, its run folder and the pipeline run in MLflow."""
+
+    config: Config
+    folder: RunFolder
+    tracking: Any = None  # pipeline.track.driver.Pipeline, once a stage has to run
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def shards_uri(self) -> str:
+        """Where the training shards are."""
+        return shards_uri(self.config, self.folder)
+
+    def shards(self) -> ShardSet:
+        """The training shards.
+
+        Raises:
+            DataError: where there are none.
+        """
+        return open_training_shards(self.config, self.folder)
+
+
+def shards_uri(config: Config, folder: RunFolder) -> str:
+    """The shards that the recipe names, or those that pack writes into the run folder."""
+    return config.data.shards or str(folder.path / "shards")
+
+
+def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
+    """The training shards.
+
+    Raises:
+        ConfigError: where neither shards nor a source are named.
+        DataError: where the shards are not there or cannot be used.
+    """
+    if not config.data.shards and not (folder.path / "shards").exists():
+        if config.data.source:
+            raise DataError(
+                f"{config.data.source} is not packed yet: there is no {folder.path / 'shards'}",
+                "pack it with jobs/pack.py and the same arguments, or run all with jobs/run.py",
+            )
+        raise ConfigError(
+            "no images: neither data.shards nor data.source is set",
+            "data.source=photos/ names images to pack, data.shards=shards/ packed ones",
+        )
+    return open_shards(
+        shards_uri(config, folder), config.data.image_column, config.data.label_column
+    )
+
+
+def with_packed_sets(config: Config, folder: RunFolder) -> Config:
+    """The config with evaluation sources replaced by the shards that pack made of them."""
+    changed = {
+        name: str(folder.path / "pack" / name)
+        for name in ("reference", "queries")
+        if (folder.path / "pack" / name / "_manifest.json").is_file()
+        and not is_shards(getattr(config.evaluate, name))
+    }
+    if not changed:
+        return config
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changed)})
+
+
+def is_shards(uri: str) -> bool:
+    """Whether a place holds parquet files directly, i.e. can be read without packing."""
+    if not uri or uri.startswith(BUILTIN):
+        return False
+    try:
+        open_shards(uri)
+    except DataError:
+        return False
+    return True
+
+
+def result_line(stage: str, text: str) -> None:
+    """`pack        1,000 images …`: one aligned line of a stage's result."""
+    log.info("%-11s %s", stage, text)

@@ -1,0 +1,98 @@
+"""`--dry-run`: what a job would do, without Ray and without writing anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.data.schema import open_shards
+from pipeline.data.sources import list_source
+from pipeline.data.storage import absolute_uri
+from pipeline.errors import DataError
+from pipeline.files import RunFolder
+from pipeline.plan import Machine, resolve
+from pipeline.stages.chain import named
+from pipeline.stages.context import BUILTIN, shards_uri
+from pipeline.stages.pretrain import describe
+from pipeline.train import build
+from pipeline.train.clock import duration
+
+log = logging.getLogger("pipeline")
+# Share of the peak of matrix products that a whole step reaches
+EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
+
+
+def dry_run(config: Config, stages: Sequence[str]) -> None:
+    """Prints steps, images, memory, disk and time.
+
+    Raises:
+        PipelineError: for all that would stop the real run at its start.
+    """
+    import torch
+
+    config = named(config, stages)
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder.path)
+    gpus = torch.cuda.device_count()
+    machine = Machine(
+        cpus=config.resources.cpus or os.cpu_count() or 1,
+        gpus=gpus,
+        bfloat16=bool(gpus) or cluster.cpu_has_bfloat16(),
+    )
+    images, digest, size = _images(config, folder)
+    if "pack" in stages and config.data.source:
+        log.info(
+            "pack        %s: about %s images, %.2f GiB of shards in %s",
+            config.data.source,
+            f"{images:,}",
+            size / 2**30,
+            shards_uri(config, folder),
+        )
+    if "pretrain" not in stages:
+        return
+    plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
+    for line in describe(plan):
+        log.info("%s", line)
+    cost = build.estimated_cost(plan, build.pair(config))
+    from pipeline.train.cost import peak_flops
+
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+    peak = peak_flops(plan.device, dtype, plan.threads) * plan.workers * EFFICIENCY[plan.device]
+    log.info(
+        "disk        about %.2f GiB of checkpoints and weights",
+        (config.train.keep_last + 1.25) * cost.checkpoint_bytes / 2**30,
+    )
+    seconds = cost.flops_per_image * config.optim.global_batch_size * plan.steps / max(peak, 1.0)
+    log.info(
+        "time        about %s of training on %d %s (%.1f GFLOP an image)",
+        duration(seconds),
+        plan.workers,
+        plan.device,
+        cost.flops_per_image / 1e9,
+    )
+
+
+def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
+    """Rows, digest and bytes of the shards; an estimate from the source where they are not made."""
+    try:
+        found = open_shards(
+            shards_uri(config, folder), config.data.image_column, config.data.label_column
+        )
+        return found.rows, found.digest, sum(file.bytes for file in found.files)
+    except DataError:
+        if not config.data.source:
+            raise
+    if config.data.source.startswith(BUILTIN):
+        from pipeline.data.demo import DEMO_BYTES, DEMO_IMAGES
+
+        return DEMO_IMAGES, "not packed yet", DEMO_BYTES
+    source = absolute_uri(config.data.source)
+    entries = list_source(source).entries
+    tables = sum(entry.path.endswith(".parquet") for entry in entries)
+    data = config.data
+    rows = open_shards(source, data.image_column, data.label_column).rows if tables else 0
+    size = sum(entry.size for entry in entries)
+    return len(entries) - tables + rows, "not packed yet", size

@@ -1,0 +1,140 @@
+"""The pack stage: sources of images into image shards, for training and for evaluation."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.data import ledger
+from pipeline.data.pack import PackReport, pack
+from pipeline.data.sources import list_source
+from pipeline.data.storage import absolute_uri
+from pipeline.errors import ConfigError
+from pipeline.files import fingerprint
+from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
+
+log = logging.getLogger("pipeline.data")
+SETTINGS = (
+    "image_column",
+    "label_column",
+    "labels",
+    "max_bad_fraction",
+    "max_image_pixels",
+    "max_image_mb",
+    "shard_mb",
+    "row_group_images",
+)
+
+
+def sources(context: Context) -> dict[str, tuple[str, str]]:
+    """What is packed: name -> (source, shards). Evaluation sets that are shards stay so."""
+    config, folder = context.config, context.folder
+    found = {}
+    if config.data.source:
+        found["train"] = (config.data.source, context.shards_uri)
+    for name in ("reference", "queries"):
+        source = getattr(config.evaluate, name)
+        if source and not is_shards(source):
+            found[name] = (source, str(folder.path / "pack" / name))
+    return {name: (_unfold(source, context), to) for name, (source, to) in found.items()}
+
+
+def key(context: Context) -> str:
+    """Changes when a setting or a file of a source does."""
+    data = context.config.data.model_dump(include=set(SETTINGS))
+    if not sources(context):
+        raise ConfigError(
+            "nothing to pack: data.source is empty", "name the images: data.source=photos/"
+        )
+    listed = {
+        name: [ledger.key_of(list_source(absolute_uri(source)), [source]), shards] for name, (source, shards) in sources(context).items()
+    }
+    return fingerprint([data, listed])
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """Packs all sources; the numbers of the training set are the stage's metrics."""
+    data = context.config.data
+    summary: dict[str, Any] = {}
+    for name, (source, shards) in sources(context).items():
+        report = pack(
+            source,
+            shards,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            labels=data.labels,
+            max_bad_fraction=data.max_bad_fraction,
+            max_pixels=data.max_image_pixels,
+            max_image_bytes=int(data.max_image_mb * 2**20),
+            shard_bytes=int(data.shard_mb * 2**20),
+            row_group_images=data.row_group_images,
+            bad_images=str(context.folder.path / "pack" / f"bad_images_{name}.parquet"),
+            work=str(context.folder.path / "pack" / f"work_{name}"),
+        )
+        _say(name, report, shards)
+        _track(context, tracker, name, report, source, shards)
+        summary[name] = _numbers(report)
+    return summary
+
+
+def _unfold(source: str, context: Context) -> str:
+    """`builtin:photos/train` becomes a folder of tiles, made once."""
+    if not source.startswith(BUILTIN):
+        return source
+    part = source.removeprefix(BUILTIN).strip("/") or "train"
+    if part not in ("train", "test"):
+        raise ConfigError(f"no source {source}", f"there are {BUILTIN}/train and {BUILTIN}/test")
+    folder = Path(context.folder.path / "source")
+    if not (folder / "_made").is_file():
+        from pipeline.data.demo import make_demo
+
+        make_demo(folder)
+        (folder / "_made").touch()
+    return str(folder / part)
+
+
+def _numbers(report: PackReport) -> dict[str, Any]:
+    return {
+        "images_in": report.images_in,
+        "images": report.images_packed,
+        "duplicates": report.duplicates,
+        "bad_images": sum(report.bad.values()),
+        "bytes": report.bytes,
+        "shards": report.shards,
+        "digest": report.digest,
+        "classes": len(report.class_names),
+        "bad": dict(report.bad),
+    }
+
+
+def _say(name: str, report: PackReport, shards: str) -> None:
+    bad = ", ".join(f"{count} {reason}" for reason, count in sorted(report.bad.items()))
+    result_line(
+        "pack",
+        f"{name}: {report.images_in:,} in = {report.images_packed:,} packed + "
+        f"{report.duplicates:,} byte duplicates + {sum(report.bad.values()):,} bad"
+        f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s",
+    )
+    log.debug("shards of %s in %s", name, shards)
+
+
+def _track(
+    context: Context, tracker: Any, name: str, report: PackReport, source: str, shards: str
+) -> None:
+    numbers = _numbers(report)
+    prefix = "data" if name == "train" else f"data/{name}"
+    tracker.metrics(0, {f"{prefix}/{k}": numbers[k] for k in ("images_in", "images", "duplicates")})
+    tracker.metrics(0, {f"{prefix}/bad_images": numbers["bad_images"]})
+    tracker.dataset(name, report.digest, source, "packing", report.images_in)
+    table = context.folder.path / "pack" / f"bad_images_{name}.parquet"
+    if table.is_file() and numbers["bad_images"]:
+        import pyarrow.parquet as pq
+
+        tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
+    if name == "train":
+        tracker.tags({"images.manifest": report.digest, "shards": shards})
+        tracker.note(
+            f"{report.images_packed:,} images packed of {report.images_in:,}: "
+            f"{report.duplicates:,} byte duplicates, {numbers['bad_images']:,} bad"
+        )

@@ -1,0 +1,102 @@
+"""The pretrain stage."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pipeline import cluster
+from pipeline.files import fingerprint
+from pipeline.overrides import field_paths
+from pipeline.plan import MAY_CHANGE, Plan, value_at
+from pipeline.stages.context import Context, result_line
+from pipeline.train import build
+from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
+
+log = logging.getLogger("pipeline.train")
+
+
+def plan(context: Context) -> Plan:
+    """The plan on this cluster."""
+    return plan_for(context.config, context.shards(), cluster.machine())
+
+
+def key(context: Context) -> str:
+    """Changes with whatever a resumed run may not change, and with the images."""
+    config = context.config
+    fixed = {
+        path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
+    }
+    return fingerprint([fixed, context.shards().digest])
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """Trains or resumes. The result has status `finished` or `stopped`."""
+    shards = context.shards()
+    found = plan(context)
+    evaluation_spec(context.config, shards)  # a wrong evaluation set is said before training
+    check_resume(found, context.folder)
+    tracker.artifact(write_plan(found, context.folder))
+    tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)
+    tracker.params(params(found))
+    for line in describe(found):
+        log.info("%s", line)
+    outcome = pretrain(
+        found,
+        shards,
+        context.folder,
+        context.tracking.worker_settings("pretrain", context.config.track.system_metrics),
+    )
+    details = outcome.details
+    best = details.get("best")
+    text = (
+        f"{outcome.status} at step {outcome.step}/{found.steps}"
+        + (f", {details['images_per_s']:,.0f} images/s" if "images_per_s" in details else "")
+        + (
+            f", data wait {100 * details['data_wait_fraction']:.1f} %"
+            if "data_wait_fraction" in details
+            else ""
+        )
+        + (f", best kNN {best['score']:.3f} at step {best['step']:.0f}" if best else "")
+    )
+    result_line("pretrain", text)
+    tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))
+    return {"status": outcome.status, "step": outcome.step, "steps": found.steps, **details}
+
+
+def params(found: Plan) -> dict[str, Any]:
+    """At most eight short ones; MLflow prints them above every picture."""
+    width, depth, _ = found.config.model.dimensions
+    return {
+        "model": f"{found.config.model.size} {width}x{depth}/{found.config.model.patch_size}",
+        "images": found.images,
+        "steps": found.steps,
+        "batch": found.config.optim.global_batch_size,
+        "lr": f"{found.lr:.3g}",
+        "workers": found.workers,
+        "precision": found.precision,
+        "seed": found.config.run.seed,
+    }
+
+
+def describe(found: Plan) -> list[str]:
+    """What differs from the defaults, what was derived, and what it will cost."""
+    config = found.config
+    built = build.pair(config)
+    cost = build.estimated_cost(found, built)
+    width, depth, heads = config.model.dimensions
+    batch = config.optim.global_batch_size
+    kept = config.train.keep_last + 1
+    return [
+        f"model       {width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
+        f"{config.model.registers} registers; {cost.parameters / 1e6:.1f} M parameters with heads",
+        f"data        {found.images:,} images ({found.digest[:8]}), {found.steps_per_pass} steps a "
+        f"pass, {found.dropped_per_pass} images left out of each pass",
+        f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
+        f"{found.steps / found.steps_per_pass:.2f} passes, warm-up {found.warmup_steps}",
+        f"workers     {found.workers} x {found.micro_batch} images x {config.train.accumulation}, "
+        f"{found.device}, {found.precision} ({found.precision_reason}), "
+        f"{found.threads} threads each, lr {found.lr:.3g}",
+        f"memory      about {cost.memory_bytes / 2**30:.2f} GiB a worker; checkpoints "
+        f"{cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
+    ]

@@ -1,0 +1,171 @@
+"""The driver's side: one MLflow run for the pipeline, a child run for each stage."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, LocalServer, links
+from pipeline.track.journal import FILE_NAME, Journal
+from pipeline.track.names import TAG_LIMIT, cut
+from pipeline.track.sender import Sender
+from pipeline.track.settings import PIPELINE, TrackSettings
+from pipeline.track.tracker import Status, Tracker
+
+log = logging.getLogger("pipeline.track")
+
+
+class Pipeline:
+    """The runs of one run folder, open. Use it with `with`: the runs end with the right status.
+
+    Attributes:
+        tracker: reports to the pipeline run.
+    """
+
+    def __init__(
+        self, settings: TrackSettings, sender: Sender | None, name: str, continued: bool
+    ) -> None:
+        self.settings, self._sender = settings, sender
+        self._name, self._continued = name, continued
+        self._stages: dict[str, Tracker] = {}
+        self._journal = Journal(Path(settings.run_folder) / FILE_NAME)
+        self.tracker = Tracker(replace(settings, stage=PIPELINE, system_metrics=False), sender)
+
+    def stage(
+        self,
+        stage: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+        system_metrics: bool = False,
+    ) -> Tracker:
+        """Opens a stage's run, or opens it again, and returns the driver's tracker for it."""
+        self.open(stage, stage, tags, parent=PIPELINE)
+        settings = replace(self.settings, stage=stage, system_metrics=system_metrics)
+        tracker = self._stages[stage] = Tracker(settings, self._sender)
+        if params:
+            tracker.params(params)
+        return tracker
+
+    def worker_settings(self, stage: str, system_metrics: bool = False) -> TrackSettings:
+        """The settings for the worker that reports for a stage; they can be pickled."""
+        settings = replace(self.settings, stage=stage, system_metrics=system_metrics)
+        ids = self.ids
+        return replace(settings, pipeline_run_id=ids.get(PIPELINE, ""), run_id=ids.get(stage, ""))
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """MLflow run ids by stage, as far as the server has given them."""
+        return dict(self._sender.known.runs) if self._sender else {}
+
+    def links(self) -> list[str]:
+        """The console lines of this pipeline; they are logged when its run is made."""
+        if not self._sender:
+            return [f"tracking   {self.settings.run_folder}/{FILE_NAME} (no MLflow)"]
+        known = self._sender.known
+        run = known.runs.get(PIPELINE, "")
+        return links(known.uri, self.settings.experiment, known.experiment_id, run)
+
+    def open(
+        self, run: str, title: str, tags: Mapping[str, Any] | None = None, parent: str = ""
+    ) -> None:
+        """Writes the line that makes a run, or continues it."""
+        spec = {"name": title, "pipeline": self._name, "experiment": self.settings.experiment}
+        if parent:
+            spec["parent"] = parent
+        kept = {k: cut(str(v), TAG_LIMIT) for k, v in {**_origin(), **(tags or {})}.items()}
+        find = {"find": True} if self._continued else {}
+        attempt = self._journal.attempt(run)
+        self._journal.append(run, open={**spec, **find, "tags": kept}, attempt=attempt)
+
+    def end_stage(self, stage: str, status: Status = "FINISHED") -> None:
+        """Ends a stage's run; for a chain of stages, where the pipeline goes on."""
+        self._stages.pop(stage).close(status)
+
+    def close(self, status: Status = "FINISHED", timeout: float = 60.0) -> None:
+        """Ends the runs that are still open, and waits up to `timeout` s until all is sent."""
+        for stage in list(self._stages):
+            self.end_stage(stage, status)
+        self.tracker.close(status)
+        self._journal.close()
+        if self._sender:
+            self._sender.close(timeout)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        stopped = kind is not None and not issubclass(kind, Exception)  # Ctrl-C, SystemExit
+        self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+
+def open_pipeline(
+    settings: TrackSettings,
+    name: str,
+    *,
+    nodes: int = 1,
+    resume: bool = False,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    wait: float = 30.0,
+) -> Pipeline:
+    """Opens the pipeline run of a run folder, or continues it.
+
+    Never fails for the server's sake: without one the run folder keeps everything. A server that
+    is given is waited for; one that is started here is not, its runs are made when it answers.
+
+    Args:
+        settings: run folder, experiment and server; `stage` is not used.
+        name: name of the run.
+        nodes: nodes of the Ray cluster; with several of them no local server is started.
+        resume: the run goes on elsewhere, so look for it on the server by its name.
+        params: at most 8 short ones; the rest belongs into `config`.
+        tags: further tags, e.g. recipe and config.hash.
+        config: file with the full config, sent as an artifact.
+        wait: seconds to wait for a server that is given.
+
+    Raises:
+        PipelineError: the address is not one of a server.
+    """
+    settings = replace(settings, run_folder=str(Path(settings.run_folder).absolute()))
+    Path(settings.run_folder).mkdir(parents=True, exist_ok=True)
+    sender = settings.sender(nodes)
+    if sender is None:
+        settings = replace(settings, uri=JOURNAL_ONLY)
+    else:
+        local = isinstance(sender.endpoint, LocalServer)
+        settings = replace(
+            settings, uri=LOCAL if local else sender.endpoint.id, key=sender.state.key
+        )
+    pipeline = Pipeline(settings, sender, name, resume)
+    pipeline.open(PIPELINE, name, tags)
+    if params:
+        pipeline.tracker.params(params)
+    if config:
+        pipeline.tracker.artifact(config)
+    if sender is not None:
+        sender.start()
+        if not isinstance(sender.endpoint, LocalServer):
+            sender.wait_for(PIPELINE, wait)
+    return pipeline
+
+
+def _origin() -> dict[str, str]:
+    """Tags that say where the run comes from."""
+    tags = {"ray.job_id": os.environ.get("RAY_JOB_ID", "")}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():  # not in a Ray working directory, nor once installed
+        command = ["git", "-C", str(root), "rev-parse", "--verify", "HEAD"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            tags["git.commit"] = tags["mlflow.source.git.commit"] = found.stdout.strip()
+    return {name: value for name, value in tags.items() if value}

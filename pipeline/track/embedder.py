@@ -1,0 +1,144 @@
+"""The trained backbone as an MLflow model: encoded images in, embeddings out.
+
+MLflow runs this very file to load the model ("models from code"), so nothing is pickled: the
+weights are the exported safetensors, and the code beside them is this package.
+
+    model = mlflow.pyfunc.load_model("models:/dinov2-vits14@best")
+    model.predict(pandas.DataFrame({"image": [Path("cat.jpg").read_bytes()]}))["embedding"]
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as DINOv2 was trained
+PACKAGES = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
+BATCH = 32
+
+
+def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) -> str:
+    """Logs the model to a run and returns its id; registers it if `spec` has a name.
+
+    Args:
+        client: MlflowClient.
+        run_id: the run that made it.
+        weights: folder with safetensors and config.json.
+        spec: name (registered model, may be empty), score, note, and image_size, mean, std.
+    """
+    import mlflow.pyfunc
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    columns_in = Schema([ColSpec(DataType.binary, "image")])
+    columns_out = Schema([ColSpec(Array(DataType.double), "embedding")])
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment, name="embedder", source_run_id=run_id)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on type hints and examples, in colour
+        path = f"{folder}/model"
+        mlflow.pyfunc.save_model(
+            path,
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            ),
+            python_model=__file__,
+            artifacts={"weights": str(weights.absolute())},
+            code_paths=[str(Path(__file__).parents[1])],
+            signature=ModelSignature(inputs=columns_in, outputs=columns_out),
+            pip_requirements=_pins(),
+            model_config={
+                "image_size": int(spec.get("image_size") or 0),
+                "mean": list(spec.get("mean") or MEAN),
+                "std": list(spec.get("std") or STD),
+            },
+        )
+        client.log_model_artifacts(logged.model_id, path)
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    if spec.get("name"):
+        _register(client, run_id, logged.model_id, spec)
+    return str(logged.model_id)
+
+
+def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    name, score = spec["name"], spec.get("score")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name,
+        source=f"models:/{model_id}",
+        run_id=run_id,
+        description=spec.get("note", ""),
+        tags={} if score is None else {"score": str(score)},
+        model_id=model_id,
+    ).version
+    try:
+        best = client.get_model_version_by_alias(name, "best")
+    except MlflowException:
+        best = None
+    if best is None or (score is not None and score > float(best.tags.get("score", "-inf"))):
+        client.set_registered_model_alias(name, "best", version)
+
+
+def _pins() -> list[str]:
+    """The installed versions, without a local suffix such as +cu128 that no index has."""
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES]
+
+
+def _set_model() -> None:
+    """Called when MLflow runs this file."""
+    import pandas as pd  # type: ignore[import-untyped]
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel
+
+    class Embedder(PythonModel):  # type: ignore[misc]
+        def load_context(self, context: Any) -> None:
+            from pipeline.model.weights import load_backbone
+
+            self.backbone, spec = load_backbone(Path(context.artifacts["weights"]))
+            config = context.model_config
+            self.size = config["image_size"] or spec.image_size
+            self.mean, self.std = config["mean"], config["std"]
+
+        def predict(
+            self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        ) -> pd.DataFrame:
+            images = list(model_input["image"])
+            batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+            rows = [row for batch in batches for row in self.embed(batch)]
+            return pd.DataFrame({"embedding": rows})
+
+        def embed(self, images: list[bytes]) -> list[list[float]]:
+            import numpy as np
+            import torch
+
+            from pipeline.data.crops import resize_centre_crop
+            from pipeline.data.decode import decode_rgb
+
+            crops = [resize_centre_crop(decode_rgb(image), self.size) for image in images]
+            pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255.0
+            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            with torch.inference_mode():
+                features = self.backbone((pixels - mean[:, None, None]) / std[:, None, None])
+            rows: list[list[float]] = features.double().tolist()
+            return rows
+
+    set_model(Embedder())
+
+
+if __name__ != "pipeline.track.embedder":  # run by MLflow under a name of its own
+    _set_model()

@@ -1,0 +1,189 @@
+"""The journal: an append-only file of what a run reported, written before anything is sent.
+
+`runs/<name>/metrics.jsonl` holds one JSON object a line. All have `run` (the stage, or `pipeline`)
+and `ts` (milliseconds since 1970); exactly one further key says what the line is:
+
+    {"run": "pretrain", "step": 40, "ts": 1700000000000, "metrics": {"loss/total": 9.81}}
+    {"run": "pretrain", "ts": …, "resume": 30, "attempt": 2}    steps >= 30 above it are void
+    open, end, params, tags, note, dataset, picture, artifact, table, model, system
+
+`"send": false` marks metrics that stay in the journal; `"to": "pipeline"` marks metrics that are
+shown on the parent run. A value that is not finite is `null`. Nothing is ever rewritten, so a
+reader needs no lock, and a line that was torn by a crash is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.names import numbers
+
+log = logging.getLogger("pipeline.track")
+
+FILE_NAME = "metrics.jsonl"
+
+_COMMON = ("run", "ts", "step", "attempt", "to", "send")
+
+Event = dict[str, Any]
+
+
+def kind(event: Event) -> str:
+    """What a journal line is: `metrics`, `open`, `picture`, …"""
+    return next((name for name in event if name not in _COMMON), "")
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def read(path: Path, start: int = 0, having: bytes = b"") -> Iterator[tuple[int, Event]]:
+    """Yields (offset after the line, event) for each complete, readable line from `start` on.
+
+    `having` skips lines without these bytes, unparsed.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        end = start
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # being written, or torn: the next writer ends it
+            end += len(line)
+            if having not in line:
+                continue
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "run" in event:
+                yield end, event
+
+
+def voided(path: Path, start: int) -> list[tuple[int, str, int]]:
+    """The resume marks after `start`: (offset after the mark, run, step)."""
+    lines = read(path, start, having=b'"resume": ')
+    return [(end, event["run"], int(event["resume"])) for end, event in lines if "resume" in event]
+
+
+def is_void(end: int, event: Event, marks: list[tuple[int, str, int]]) -> bool:
+    """Whether a later resume of the same stage starts at or before the step of this line."""
+    if "metrics" not in event and "picture" not in event:
+        return False
+    return any(
+        mark > end and run == event["run"] and event["step"] >= step for mark, run, step in marks
+    )
+
+
+class Journal:
+    """The journal of one run folder. Appending is safe from several threads and processes.
+
+    No method raises on a full or broken disk: the loss is said once, and training goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered, one write a line with O_APPEND: whole lines, also from several processes.
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._lock = threading.Lock()
+        self._torn = not _ends_with_newline(path)
+        self._lost = 0
+
+    def append(self, run: str, **event: Any) -> None:
+        """Writes one line; `ts` is filled in."""
+        line = json.dumps({"run": run, **event, "ts": event.get("ts") or now_ms()}, default=str)
+        data = (line + "\n").encode()
+        with self._lock:
+            if self._torn:
+                data = b"\n" + data
+            try:
+                written = os.write(self._fd, data)
+                self._torn = written < len(data)
+            except OSError as error:
+                self._lose(str(error))
+                return
+            if self._torn:
+                self._lose("the disk is full")
+
+    def _lose(self, why: str) -> None:
+        self._lost += 1
+        if self._lost == 1:
+            log.warning("cannot write %s (%s); training goes on, metrics are lost", self.path, why)
+
+    def metrics(
+        self, run: str, step: int, values: Mapping[str, Any], send: bool = True, to: str = ""
+    ) -> None:
+        """Writes the metrics of a step; what is not a number is left out and named once."""
+        kept, refused = numbers(values)
+        if refused:
+            log.warning("not a number, left out at step %d: %s", step, ", ".join(refused))
+        if kept:
+            marks: Event = {"to": to} if to else {}
+            marks |= {} if send else {"send": False}
+            self.append(run, step=int(step), metrics=kept, **marks)
+
+    def attempt(self, run: str) -> int:
+        """The number, from 1, of a start of this run that begins now.
+
+        A start that reported nothing does not count: the driver's `open` and the `resume` of the
+        first worker that follows it are the same start.
+        """
+        attempt, reported = 0, True
+        for _, event in read(self.path):
+            if event.get("to", event["run"]) != run:
+                continue
+            if "open" in event or "resume" in event:
+                attempt, reported = attempt + reported, False
+            elif "metrics" in event or "end" in event:
+                reported = True
+        return attempt + reported
+
+    def resume(self, run: str, step: int) -> int:
+        """Marks the rows of `run` with step >= `step` as void and returns the attempt.
+
+        Call it whenever a stage starts at a step; without earlier rows nothing is written. Rows
+        that MLflow has already stay there, because it cannot take a point back.
+        """
+        attempt = self.attempt(run)
+        if self.steps(run):
+            self.append(run, resume=int(step), attempt=attempt)
+        return attempt
+
+    def steps(self, run: str) -> dict[int, dict[str, float]]:
+        """The metrics of a stage by step, as the surviving steps reported them; NaN for null."""
+        rows: dict[int, dict[str, float]] = {}
+        for _, event in read(self.path):
+            if event["run"] != run:
+                continue
+            if "resume" in event:
+                rows = {step: row for step, row in rows.items() if step < event["resume"]}
+            elif "metrics" in event and "to" not in event:
+                values = {k: math.nan if v is None else v for k, v in event["metrics"].items()}
+                rows.setdefault(event["step"], {}).update(values)
+        return dict(sorted(rows.items()))
+
+    def close(self) -> None:
+        """Closes the file; further lines are lost."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
+
+
+def _ends_with_newline(path: Path) -> bool:
+    size = path.stat().st_size
+    if size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) == b"\n"

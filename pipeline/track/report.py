@@ -1,0 +1,123 @@
+"""A report of a run: one HTML file that needs nothing else, below 2 MB, also shown by MLflow."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.state import atomic_write
+from pipeline.track.svg import label, line_chart
+
+LIMIT_BYTES = 2_000_000
+TABLE_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, separated by blank lines."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by name, all of one length; rows over 200 are counted, not shown."""
+
+    columns: Mapping[str, Sequence[Any]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series of (x, y) by name."""
+
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    title: str = ""
+    x_label: str = "step"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, uint8 [H,W,3], or a file of one."""
+
+    pixels: Any
+    title: str = ""
+    caption: str = ""
+
+
+Section = Text | Table | Chart | Picture
+
+
+def write_report(path: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> None:
+    """Writes the report. If it gets too large, its pictures get smaller until it fits."""
+    css = (Path(__file__).parent / "report.css").read_text()
+    head = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{css}</style></head><body><main>"
+        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p></header>"
+    )
+    pictures = sum(isinstance(section, Picture) for section in sections)
+    for side in (1200, 900, 600, 400, 250, 120):
+        body = "".join(_section(section, side) for section in sections)
+        page = f"{head}{body}</main></body></html>".encode()
+        if len(page) <= LIMIT_BYTES or not pictures:
+            break
+    atomic_write(path, page)
+
+
+def _section(section: Section, side: int) -> str:
+    inner = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
+    if isinstance(section, Text):
+        blocks = section.text.strip().split("\n\n")
+        inner += "".join(f"<p>{html.escape(block)}</p>" for block in blocks)
+    elif isinstance(section, Table):
+        inner += _table(section)
+    elif isinstance(section, Chart):
+        inner += line_chart(section.series, section.x_label)
+    else:
+        inner += _picture(section, side)
+    shape = "wide" if isinstance(section, Text | Table) else "half"
+    return f"<section class='{shape}'>{inner}</section>"
+
+
+def _table(table: Table) -> str:
+    rows = list(zip(*table.columns.values(), strict=True))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
+    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows[:TABLE_ROWS])
+    more = len(rows) - TABLE_ROWS
+    note = f"<p class='note'>and {more:,} more rows</p>" if more > 0 else ""
+    return f"<div class='scroll'><table><tr>{head}</tr>{lines}</table></div>{note}"
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "item"):  # a number of numpy or torch
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"<td>{html.escape(str(value))}</td>"
+    text = f"{value:,}" if isinstance(value, int) else label(value)
+    return f"<td class='number'>{text}</td>"
+
+
+def _picture(section: Picture, side: int) -> str:
+    from PIL import Image
+
+    source = section.pixels
+    image = Image.open(source) if isinstance(source, str | Path) else Image.fromarray(source)
+    image = image.convert("RGB")
+    image.thumbnail((side, side))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    code = base64.b64encode(data.getvalue()).decode()
+    caption = html.escape(section.caption)
+    return (
+        f"<figure><img alt='{html.escape(section.title)}' width='{image.width}' "
+        f"height='{image.height}' src='data:image/jpeg;base64,{code}'>"
+        f"<figcaption>{caption}</figcaption></figure>"
+    )

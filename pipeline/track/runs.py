@@ -1,0 +1,104 @@
+"""Finds or makes the MLflow runs of a run folder: one for the pipeline, a child for each stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.track.client import NotReadyError
+from pipeline.track.journal import Event
+from pipeline.track.names import TAG_LIMIT, TAGS_PER_BATCH, cut
+from pipeline.track.state import Known
+
+
+class Runs:
+    """The runs of one folder on one server, by stage.
+
+    A run is known by its id, or is found by our own tags (`pipeline.key` marks the folder), so that
+    an answer that got lost, or another machine, does not make a second one.
+    """
+
+    def __init__(self, client: Any, known: Known, key: str) -> None:
+        self.client, self.known, self.key = client, known, key
+
+    def id(self, run: str) -> str:
+        """The id of a run that was opened, here or by another process with the same key."""
+        if run not in self.known.runs:
+            found = self._find({"pipeline.key": self.key, "pipeline.stage": run})
+            if found is None:
+                raise NotReadyError(f"run {run} is not created yet")
+            self.known.runs[run] = found
+        return self.known.runs[run]
+
+    def open(self, event: Event) -> None:
+        """Makes the run of an `open` line, or continues it, and sets its tags."""
+        from mlflow.exceptions import MlflowException
+
+        run, spec = event["run"], event["open"]
+        self.known.experiment_id = self._experiment(spec["experiment"])
+        if run in self.known.runs:
+            try:
+                self.client.get_run(self.known.runs[run])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                del self.known.runs[run]  # the server was set up anew
+        tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
+        if run not in self.known.runs:
+            found = self._find({"pipeline.key": self.key, "pipeline.stage": run})
+            if found is None and spec.get("find"):
+                found = self._find(tags)
+            if found is not None:
+                self.known.runs[run] = found
+        tags |= {"pipeline.key": self.key, "stage": run, "attempt": str(event["attempt"])}
+        tags |= spec.get("tags", {})
+        if run in self.known.runs:
+            self.client.update_run(self.known.runs[run], status="RUNNING")
+        else:
+            if parent := spec.get("parent"):
+                tags["mlflow.parentRunId"] = self.id(parent)
+            created = self.client.create_run(
+                self.known.experiment_id, start_time=event["ts"], run_name=spec["name"], tags=tags
+            )
+            self.known.runs[run] = created.info.run_id
+        self.tags(self.known.runs[run], tags)
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(self.client.create_experiment(name))
+            except MlflowException:  # somebody else was faster
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        if experiment.lifecycle_stage == "deleted":
+            raise NotReadyError(
+                f"experiment {name!r} is deleted on the server; bring it back with "
+                f"`mlflow experiments restore -x {experiment.experiment_id}` or take another name"
+            )
+        return str(experiment.experiment_id)
+
+    def _find(self, tags: dict[str, str]) -> str | None:
+        if not self.known.experiment_id:
+            experiments = [e.experiment_id for e in self.client.search_experiments()]
+        else:
+            experiments = [self.known.experiment_id]
+        where = " and ".join(f"tags.`{name}` = '{_quote(value)}'" for name, value in tags.items())
+        runs = self.client.search_runs(
+            experiments, where, max_results=1, order_by=["attributes.start_time DESC"]
+        )
+        return str(runs[0].info.run_id) if runs else None
+
+    def tags(self, run_id: str, tags: dict[str, Any]) -> None:
+        """Sets tags, each cut to what MLflow takes."""
+        from mlflow.entities import RunTag
+
+        rows = [RunTag(name, cut(str(value), TAG_LIMIT)) for name, value in tags.items()]
+        for i in range(0, len(rows), TAGS_PER_BATCH):
+            self.client.log_batch(run_id, tags=rows[i : i + TAGS_PER_BATCH])
+
+
+def _quote(value: str) -> str:
+    return value.replace("'", "")

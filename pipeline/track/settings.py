@@ -1,0 +1,57 @@
+"""What a process needs to know to report for a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.track import journal, state
+from pipeline.track.endpoint import find_endpoint
+from pipeline.track.sender import Sender
+
+PIPELINE = "pipeline"
+
+
+@dataclass(frozen=True)
+class TrackSettings:
+    """All that a worker needs to report for a stage; small and picklable.
+
+    Attributes:
+        run_folder: local path of `runs/<name>`, the same for driver and workers of one machine.
+        stage: name of the run that is reported to.
+        uri: address; "" = MLFLOW_TRACKING_URI or the local server; "none" = the journal only.
+        server_folder: where the local server keeps its data.
+        key: mark of the run folder, by which its runs are found.
+        pipeline_run_id, run_id: known ids; "" where the server was not there yet.
+        system_metrics: sample CPU, memory and GPU of this machine.
+    """
+
+    run_folder: str
+    stage: str
+    experiment: str = "raydino"
+    uri: str = ""
+    server_folder: str = ""
+    key: str = ""
+    pipeline_run_id: str = ""
+    run_id: str = ""
+    system_metrics: bool = False
+
+    def set_aside(self) -> None:
+        """Renames the journal that another run of the same name left on this machine."""
+        folder = Path(self.run_folder)
+        if self.key and state.key_of(folder) not in ("", self.key):
+            for name in (journal.FILE_NAME, state.FILE_NAME):
+                if (folder / name).exists():
+                    (folder / name).replace(folder / f"{name}.{journal.now_ms()}")
+
+    def sender(self, nodes: int = 1) -> Sender | None:
+        """A sender for this folder, not started; None if nothing is to be sent.
+
+        Raises:
+            PipelineError: the address is not one of a server.
+        """
+        folder = Path(self.run_folder)
+        local = Path(self.server_folder or folder.parent / "mlflow")
+        where = find_endpoint(self.uri, local, nodes)
+        runs = {PIPELINE: self.pipeline_run_id, self.stage: self.run_id}
+        return Sender(folder, where, self.key, runs) if where else None

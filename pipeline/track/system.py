@@ -1,0 +1,84 @@
+"""CPU, memory, network and GPU of this machine, sampled beside the run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.track.journal import Journal, now_ms, read
+
+log = logging.getLogger("pipeline.track")
+
+INTERVAL_S = 10.0
+
+
+class SystemMetrics(threading.Thread):
+    """Writes a `system` line every 10 s; step is seconds since the stage's first line.
+
+    The names are those of MLflow's own sampler, which its System metrics page expects.
+    """
+
+    def __init__(self, journal: Journal, run: str, interval: float = INTERVAL_S) -> None:
+        super().__init__(name="system-metrics", daemon=True)
+        self._journal, self._run, self._interval = journal, run, interval
+        self._done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Until close(): sample, write, wait. An error ends the sampling, not the run."""
+        try:
+            lines = read(self._journal.path)
+            begin = next((e["ts"] for _, e in lines if e["run"] == self._run), now_ms())
+            gpu = _gpu_sampler()
+            while not self._done.wait(self._interval):
+                values = {f"system/{k}": v for k, v in {**sample(), **gpu()}.items()}
+                now = now_ms()
+                self._journal.append(self._run, step=(now - begin) // 1000, ts=now, system=values)
+        except Exception as error:
+            log.warning("no system metrics: %s", error)
+
+    def close(self) -> None:
+        """Ends the sampling."""
+        self._done.set()
+        self.join(5.0)
+
+
+def sample() -> dict[str, float]:
+    """CPU, memory, disk and network now, for the whole machine."""
+    import psutil
+
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    network = psutil.net_io_counters()
+    return {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": disk.percent,
+        "network_receive_megabytes": network.bytes_recv / 1e6 if network else 0.0,
+        "network_transmit_megabytes": network.bytes_sent / 1e6 if network else 0.0,
+    }
+
+
+def _gpu_sampler() -> Callable[[], dict[str, float]]:
+    """A function that reads the GPUs, or one that returns nothing where there are none."""
+    try:
+        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # no package, no driver, no permission: each has its own error class
+        return dict
+
+    def read_gpus() -> dict[str, float]:
+        values: dict[str, Any] = {}
+        for i, handle in enumerate(handles):
+            use = pynvml.nvmlDeviceGetUtilizationRates(handle)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            values[f"gpu_{i}_utilization_percentage"] = float(use.gpu)
+            values[f"gpu_{i}_memory_usage_megabytes"] = memory.used / 1e6
+            values[f"gpu_{i}_memory_usage_percentage"] = 100.0 * memory.used / memory.total
+        return values
+
+    return read_gpus

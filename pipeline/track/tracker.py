@@ -1,0 +1,186 @@
+"""What a stage reports with: metrics, pictures, tables, files. Written down first, sent later."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.track import journal
+from pipeline.track.guard import harmless, plain
+from pipeline.track.names import MAX_PARAMS, PARAM_LIMIT, TAG_LIMIT, cut, metric_name, picture_key
+from pipeline.track.sender import Sender
+from pipeline.track.settings import PIPELINE, TrackSettings
+from pipeline.track.state import atomic_write
+from pipeline.track.system import SystemMetrics
+
+log = logging.getLogger("pipeline.track")
+
+TABLE_ROWS = 500
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker:
+    """Reports to one run. Every method returns at once and none raises.
+
+    Args:
+        settings: see TrackSettings.
+        sender: the sender to share; made (and closed) here if not given.
+    """
+
+    def __init__(self, settings: TrackSettings, sender: Sender | None = None) -> None:
+        self.settings = settings
+        settings.set_aside()
+        self.folder = Path(settings.run_folder)
+        self.stage = settings.stage
+        self.journal = journal.Journal(self.folder / journal.FILE_NAME)
+        self._own = settings.sender() if sender is None else None
+        if self._own:
+            self._own.start()
+        self._system = SystemMetrics(self.journal, self.stage) if settings.system_metrics else None
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow id of this run, or "" where the server has not given it yet."""
+        known = self._own.known.runs if self._own else {}
+        return self.settings.run_id or known.get(self.stage, "")
+
+    @harmless
+    def resume(self, step: int) -> None:
+        """Says that the stage starts at `step`: rows from there on that were not sent are void."""
+        self.journal.resume(self.stage, step)
+
+    @harmless
+    def metrics(self, step: int, values: Mapping[str, Any], send: bool = True) -> None:
+        """Writes metrics of a step; `send=False` keeps them in the journal."""
+        self.journal.metrics(self.stage, step, values, send)
+
+    @harmless
+    def headline(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows metrics on the pipeline run as well, whose page is the one that people open."""
+        self.journal.metrics(self.stage, step, values, to=PIPELINE)
+
+    @harmless
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Sets up to 8 short params; more would push the pictures off the page."""
+        if len(values) > MAX_PARAMS:
+            log.warning("only %d params are sent; the rest is in plan.yaml", MAX_PARAMS)
+        kept = list(values.items())[:MAX_PARAMS]
+        self._write(params={metric_name(k): cut(str(v), PARAM_LIMIT) for k, v in kept})
+
+    @harmless
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Sets tags."""
+        self._write(tags={metric_name(k): cut(str(v), TAG_LIMIT) for k, v in values.items()})
+
+    @harmless
+    def note(self, markdown: str) -> None:
+        """Sets the run's description; the page shows its first line, so begin with the result."""
+        self._write(note=cut(markdown, TAG_LIMIT))
+
+    @harmless
+    def dataset(
+        self, name: str, digest: str, source: str, context: str = "training", images: int = 0
+    ) -> None:
+        """Names a data set that the run read; the digest is cut to 36 characters."""
+        spec = {"name": name, "digest": digest, "source": source}
+        self._write(dataset={**spec, "context": context, "images": images})
+
+    @harmless
+    def picture(self, key: str, step: int, pixels: Any) -> None:
+        """Keeps a picture, uint8 [H,W,3], as PNG and shows it at `pictures/<key>` and `step`."""
+        from PIL import Image
+
+        key = picture_key(key)
+        file = f"pictures/{self.stage}/{key.removeprefix('pictures/')}-{step:08d}.png"
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "PNG", compress_level=1)
+        atomic_write(self.folder / file, data.getvalue())
+        self._write(step=int(step), picture={"key": key, "file": file})
+
+    @harmless
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Keeps a table, up to 500 rows, as `tables/<name>.json` and shows it."""
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        if len(rows) > TABLE_ROWS:
+            log.warning("table %s: the first %d of %d rows are kept", name, TABLE_ROWS, len(rows))
+        name = metric_name(name).replace("/", "-").replace(":", "-")
+        file = f"tables/{self.stage}/{name}.json"
+        data = {"columns": list(columns), "data": rows[:TABLE_ROWS]}
+        atomic_write(self.folder / file, json.dumps(data, default=plain).encode())
+        self._write(table={"name": name, "file": file})
+
+    @harmless
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Sends a file or a folder; one outside the run folder is copied into it first."""
+        self._write(artifact={"file": self._spooled(Path(path)), "folder": folder})
+
+    @harmless
+    def model(
+        self,
+        weights: str | Path,
+        name: str = "",
+        score: float | None = None,
+        note: str = "",
+        image_size: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        """Logs exported weights as an MLflow model, see embedder.py.
+
+        Args:
+            weights: folder with safetensors and config.json.
+            name: registered model; empty: log it, do not register.
+            score: k-NN accuracy; alias `best` moves to this version if it is the highest.
+            note: description of the version.
+            image_size: side of the crop; default: the backbone's.
+            mean: per channel, of values in 0 to 1; default: ImageNet's.
+            std: likewise.
+        """
+        spec = {"folder": self._spooled(Path(weights)), "name": name, "score": score, "note": note}
+        self._write(model=spec | {"image_size": image_size, "mean": mean, "std": std})
+
+    def close(self, status: Status | None = None, timeout: float = 60.0) -> None:
+        """Sends what is left. The driver also gives the run's status; a worker does not."""
+        if self._system:
+            self._system.close()
+        if status:
+            self._write(end=status)
+        if self._own:
+            self._own.close(timeout)
+        self.journal.close()
+
+    def _write(self, **event: Any) -> None:
+        self.journal.append(self.stage, **event)
+
+    def _spooled(self, path: Path) -> str:
+        path, folder = path.absolute(), self.folder.absolute()
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+        copy = folder / "artifacts" / self.stage / path.name
+        if path.is_dir():
+            shutil.copytree(path, copy, dirs_exist_ok=True)
+        else:
+            atomic_write(copy, path.read_bytes())
+        return str(copy.relative_to(folder))
+
+
+class NullTracker:
+    """Takes every report and does nothing; for the workers that are not rank 0."""
+
+    run_id = ""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if not callable(getattr(Tracker, name, None)) or name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *_, **__: None
+
+
+def tracker_from(settings: TrackSettings | None, rank: int = 0) -> Tracker | NullTracker:
+    """The tracker of a worker: a real one on rank 0, else (or without settings) a silent one."""
+    return Tracker(settings) if settings and rank == 0 else NullTracker()

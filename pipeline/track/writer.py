@@ -1,0 +1,159 @@
+"""Turns journal lines into MLflow calls. Client calls only: no active run, no global address."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.track.client import explain, is_final, patient, quiet_mlflow
+from pipeline.track.journal import Event, kind
+from pipeline.track.names import DIGEST_LIMIT, METRICS_PER_BATCH, PARAM_LIMIT, cut
+from pipeline.track.runs import Runs
+from pipeline.track.state import Known
+
+log = logging.getLogger("pipeline.track")
+
+
+class Writer:
+    """Applies journal lines to one server.
+
+    Args:
+        uri: address of the server.
+        known: ids of the runs there; filled in.
+        key: the run folder's mark, by which its runs are found again.
+        folder: the run folder; file names in the journal are relative to it.
+    """
+
+    def __init__(self, uri: str, known: Known, key: str, folder: Path) -> None:
+        quiet_mlflow()
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient(uri)
+        self.runs = Runs(self.client, known, key)
+        self.folder = folder
+        self._said: set[str] = set()
+
+    def apply(self, events: Sequence[Event]) -> None:
+        """Applies lines in order: any number of metrics, or a single other one.
+
+        What the server refuses for good is said once and left out.
+
+        Raises:
+            Exception: the server did not take them now; the same call may be made again.
+        """
+        by_run: dict[str, list[Event]] = {}
+        for event in events:
+            if kind(event) in ("metrics", "system"):
+                by_run.setdefault(event.get("to") or event["run"], []).append(event)
+            else:
+                self._try(event, self._other, event)
+        for run, rows in by_run.items():
+            self._try(rows[0], self._metrics, run, rows)
+
+    def _try(self, event: Event, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except Exception as error:
+            if not is_final(error):
+                raise
+            text = f"not sent to MLflow: {kind(event)} of {event['run']}: {explain(error)}"
+            if text not in self._said:
+                self._said.add(text)
+                log.warning("%s", text)
+
+    def _metrics(self, run: str, rows: list[Event]) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(name, math.nan if value is None else value, row["ts"], row["step"])
+            for row in rows
+            for name, value in row[kind(row)].items()
+        ]
+        run_id = self.runs.id(run)
+        for i in range(0, len(points), METRICS_PER_BATCH):
+            batch = points[i : i + METRICS_PER_BATCH]
+            self.client.log_batch(run_id, metrics=batch, synchronous=True)
+
+    def _other(self, event: Event) -> None:
+        name = kind(event)
+        if name == "open":
+            self.runs.open(event)
+        elif (handler := getattr(self, f"_{name}", None)) is not None:
+            with patient(name in ("picture", "artifact", "table", "model")):
+                handler(self.runs.id(event["run"]), event[name], event)
+
+    def _params(self, run_id: str, params: dict[str, str], _: Event) -> None:
+        from mlflow.entities import Param
+
+        params = {name: cut(value, PARAM_LIMIT) for name, value in params.items()}
+        there = self.client.get_run(run_id).data.params
+        new = [Param(name, value) for name, value in params.items() if name not in there]
+        if new:
+            self.client.log_batch(run_id, params=new)
+        changed = [f"{k}: {there[k]} -> {v}" for k, v in params.items() if there.get(k, v) != v]
+        if changed:  # MLflow refuses to change a param
+            self.runs.tags(run_id, {"config.changed": "; ".join(changed)})
+
+    def _tags(self, run_id: str, tags: dict[str, str], _: Event) -> None:
+        self.runs.tags(run_id, tags)
+
+    def _note(self, run_id: str, markdown: str, _: Event) -> None:
+        self.runs.tags(run_id, {"mlflow.note.content": markdown})
+
+    def _dataset(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=cut(spec["name"], 500),
+            digest=spec["digest"][:DIGEST_LIMIT],
+            source_type="uri",
+            source=json.dumps({"uri": spec["source"]}),
+            profile=json.dumps({"images": spec["images"]}),
+        )
+        tags = [InputTag("mlflow.data.context", spec["context"])]
+        tags.append(InputTag("images", str(spec["images"])))
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def _picture(self, run_id: str, spec: dict[str, Any], event: Event) -> None:
+        from PIL import Image
+
+        with Image.open(self.folder / spec["file"]) as picture:
+            picture.load()
+            self.client.log_image(
+                run_id, picture, key=spec["key"], step=event["step"], timestamp=event["ts"]
+            )
+
+    def _artifact(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
+        path = self.folder / spec["file"]
+        if path.is_dir():
+            self.client.log_artifacts(run_id, str(path), spec["folder"] or path.name)
+        else:
+            self.client.log_artifact(run_id, str(path), spec["folder"] or None)
+
+    def _table(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
+        path = self.folder / spec["file"]
+        self.client.log_artifact(run_id, str(path), "tables")
+        # With this tag the page draws a table (MlflowClient.log_table does the same, with pandas).
+        tag = "mlflow.loggedArtifacts"
+        tables = json.loads(self.client.get_run(run_id).data.tags.get(tag, "[]"))
+        if (entry := {"path": f"tables/{path.name}", "type": "table"}) not in tables:
+            self.runs.tags(run_id, {tag: json.dumps([*tables, entry])})
+
+    def _model(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
+        from pipeline.track.embedder import send_model
+
+        send_model(self.client, run_id, self.folder / spec["folder"], spec)
+
+    def _resume(self, run_id: str, step: int, event: Event) -> None:
+        from mlflow.entities import Metric
+
+        mark = Metric("data/attempt", float(event["attempt"]), event["ts"], step)
+        self.client.log_batch(run_id, metrics=[mark], synchronous=True)
+        self.runs.tags(run_id, {"attempt": event["attempt"]})
+
+    def _end(self, run_id: str, status: str, event: Event) -> None:
+        self.client.set_terminated(run_id, status, event["ts"])

@@ -1,0 +1,121 @@
+"""Evaluations while training: asked for at a step, run by an actor, collected when they are there.
+
+The training step never waits for one; only the end of the run does. A request that finds two
+unfinished ones before it waits for the older, so that teachers do not pile up in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from pipeline.evaluate.health import alarm
+from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import VisionTransformer
+from pipeline.plan import Plan
+from pipeline.train import build, state
+
+log = logging.getLogger("pipeline.train")
+MAX_PENDING = 2
+
+
+class EvaluatorActor:
+    """An `Evaluator` in a process of its own; weights come by value."""
+
+    def __init__(self, spec: EvaluationSpec, backbone: dict[str, Any]) -> None:
+        self.evaluator = Evaluator(spec)
+        self.backbone = BackboneSpec(**backbone)
+
+    def run(self, weights: dict[str, torch.Tensor], limit: int | None) -> Evaluation:
+        """Evaluates a teacher's backbone."""
+        backbone = self.backbone.build()
+        backbone.load_state_dict(weights)
+        return self.evaluator.run(backbone, limit)
+
+
+def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
+    """Starts the actor: on a GPU where one is free, else on CPUs beside the workers."""
+    gpus = ray.cluster_resources().get("GPU", 0) - plan.workers if plan.device == "cuda" else 0
+    options = {"num_cpus": 0, "num_gpus": 1 if gpus >= 1 else 0}
+    return (
+        ray.remote(EvaluatorActor)
+        .options(**options)
+        .remote(spec, asdict(build.backbone_spec(plan.config)))
+    )
+
+
+class Evaluations:
+    """Rank 0's side: requests, results, the best checkpoint and the collapse alarm."""
+
+    def __init__(self, plan: Plan, evaluator: Any, tracker: Any, folder: Path) -> None:
+        self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
+        self.checkpoints = folder / "checkpoints"
+        self.pending: list[tuple[int, Any]] = []
+        self.newest: dict[str, float] = {}
+        self.alarm_text = ""
+        self.score_name = f"eval/knn{plan.config.evaluate.k}_top1"
+        self.best: dict[str, float] | None = None
+        if (found := state.best(self.checkpoints)) is not None:
+            self.best = {"step": found[0].step, "score": found[1]}
+
+    def request(self, step: int, backbone: VisionTransformer) -> None:
+        """Asks for an evaluation of the weights as they are now."""
+        if len(self.pending) >= MAX_PENDING:
+            ray.wait([self.pending[0][1]], timeout=None)
+        self.collect()
+        weights = {
+            name: value.detach().cpu().clone() for name, value in backbone.state_dict().items()
+        }
+        limit = self.plan.config.evaluate.during_training
+        self.pending.append((step, self.evaluator.run.remote(weights, limit)))
+
+    def pending_steps(self) -> set[int]:
+        """Steps whose checkpoints may yet turn out to be the best."""
+        return {step for step, _ in self.pending}
+
+    def note_step(self, metrics: dict[str, float]) -> None:
+        """Keeps the step's health numbers for the alarm."""
+        self.newest |= {k: v for k, v in metrics.items() if k.startswith("health/")}
+
+    def collect(self, wait: bool = False) -> None:
+        """Records the results that are there; with `wait`, all of them."""
+        while self.pending:
+            step, reference = self.pending[0]
+            ready, _ = ray.wait([reference], timeout=None if wait else 0)
+            if not ready:
+                return
+            self.pending.pop(0)
+            try:
+                self._record(step, ray.get(reference))
+            except ray.exceptions.RayError as error:
+                # Training is worth more than one evaluation: said aloud, and the next one is tried.
+                log.error("the evaluation of step %d failed: %s", step, str(error).splitlines()[0])
+
+    def _record(self, step: int, found: Evaluation) -> None:
+        self.tracker.metrics(step, found.metrics)
+        for name, picture in found.pictures.items():
+            self.tracker.picture(name, step, picture)
+        score = found.metrics.get(self.score_name)
+        shown = ", ".join(f"{name.partition('/')[2]} {v:.4g}" for name, v in found.metrics.items())
+        log.info("evaluated   step %d: %s", step, shown)
+        if score is not None:
+            self.tracker.headline(step, {self.score_name: score})
+            known = {saved.step for saved in state.checkpoints(self.checkpoints)}
+            if step in known and (self.best is None or score > self.best["score"]):
+                self.best = {"step": step, "score": score}
+                state.mark_best(self.checkpoints, step, score)
+        sentence = alarm(
+            self.newest | found.metrics,
+            self.plan.config.head.prototypes,
+            warming_up=step <= max(self.plan.warmup_steps, self.plan.temperature_warmup_steps),
+        )
+        if sentence and sentence != self.alarm_text:
+            log.warning("%s", sentence)
+            self.tracker.tags({"alarm": sentence})
+        self.alarm_text = sentence or ""

@@ -1,0 +1,204 @@
+"""What is optimised: the weighted sum of DINO, iBOT and KoLeo, and the state the teacher's targets
+need.
+
+B images, V = 2B global views, L local crops, M masked patches, K prototypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Views
+from pipeline.errors import PipelineError
+from pipeline.loss.dino import GLOBAL, LOCAL, dino_pieces
+from pipeline.loss.ibot import ibot_pieces, patch_weights
+from pipeline.loss.koleo import koleo
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
+from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.model.pair import Encoded, Pair
+
+PATCH = 2  # place of the iBOT term beside GLOBAL and LOCAL
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Weights and constants of the loss. Defaults: DINOv2 short recipe; the long one centres with
+    sinkhorn.
+    """
+
+    dino_weight: float = 1.0
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+    student_temperature: float = STUDENT_TEMPERATURE
+    centring: Literal["softmax", "sinkhorn"] = "softmax"
+    centre_momentum: float = 0.9
+    sinkhorn_iterations: int = 3
+    clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
+
+
+class Targets(NamedTuple):
+    """The teacher's answers for one micro batch; None where the term has weight 0."""
+
+    dino: Target | None  # V rows
+    ibot: Target | None  # M rows
+
+
+class Terms(NamedTuple):
+    """The loss of one micro batch: `total` is optimised, `parts` are the unweighted terms, `health`
+    is for the log.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    health: dict[str, Tensor]
+
+
+class Objective:
+    """Makes targets and losses, and holds the two centres."""
+
+    def __init__(self, spec: ObjectiveSpec, dino_prototypes: int, ibot_prototypes: int) -> None:
+        """Start with centres at 0.
+
+        Raises:
+            PipelineError: unknown centring, a negative weight, or no term at all.
+        """
+        weights = (spec.dino_weight, spec.ibot_weight, spec.koleo_weight)
+        if spec.centring not in ("softmax", "sinkhorn"):
+            raise PipelineError(f"unknown centring {spec.centring!r}", "use softmax or sinkhorn")
+        if min(weights) < 0 or max(weights) == 0:
+            raise PipelineError(
+                f"loss weights dino, ibot, koleo are {weights}",
+                "use weights >= 0, at least one > 0",
+            )
+        self.spec = spec
+        self.dino_centre = Centre(dino_prototypes, spec.centre_momentum)
+        self.ibot_centre = Centre(ibot_prototypes, spec.centre_momentum)
+
+    @classmethod
+    def for_pair(cls, spec: ObjectiveSpec, pair: Pair) -> Objective:
+        """An objective with the numbers of prototypes of a pair's heads."""
+        dino = pair.teacher.dino_head
+        ibot = pair.teacher.ibot_head or dino
+        return cls(spec, len(dino.last_layer.weight_g), len(ibot.last_layer.weight_g))
+
+    @property
+    def scores_cls(self) -> bool:
+        """Whether CLS tokens go through the head."""
+        return self.spec.dino_weight > 0
+
+    def masked(self, views: Views) -> Tensor:
+        """Flat places in `[V * P]` of the masked patches, int64 `[M]`; none where iBOT has weight
+        0.
+        """
+        flat = views.masks.flatten()
+        if self.spec.ibot_weight == 0:
+            flat = flat[:0]
+        return flat.nonzero().squeeze(1)
+
+    def targets(self, teacher: Sequence[Encoded], temperature: float) -> list[Targets]:
+        """Targets of all micro batches of a step, from the teacher's unmasked global views.
+
+        Sinkhorn balances all of them together; a centre moves once a step. Every worker must call
+        this once a step.
+        """
+        cls, patch = zip(
+            *(self._split(encoded, len(encoded.cls)) for encoded in teacher), strict=True
+        )
+        dino = self._centred(cls, self.dino_centre, temperature) if self.scores_cls else None
+        ibot = None
+        if self.spec.ibot_weight > 0:
+            ibot = self._centred(patch, self.ibot_centre, temperature)
+        return [
+            Targets(dino[i] if dino else None, ibot[i] if ibot else None)
+            for i in range(len(teacher))
+        ]
+
+    def _split(self, encoded: Encoded, cls_rows: int) -> tuple[Tensor, Tensor]:
+        """CLS logits and patch logits of one forward, whichever head they came from."""
+        if encoded.ibot is not None:
+            return encoded.dino, encoded.ibot
+        rows = cls_rows if self.scores_cls else 0
+        return encoded.dino[:rows], encoded.dino[rows:]
+
+    def _centred(
+        self, logits: Sequence[Tensor], centre: Centre, temperature: float
+    ) -> list[Target]:
+        if self.spec.centring == "sinkhorn":
+            return sinkhorn_targets(logits, temperature, self.spec.sinkhorn_iterations)
+        targets = softmax_targets(logits, centre.use().to(logits[0].device), temperature)
+        centre.see(logits)
+        return targets
+
+    def losses(self, student: Encoded, targets: Targets, views: Views, masked: Tensor) -> Terms:
+        """The terms of one micro batch, in fp32."""
+        spec = self.spec
+        global_rows = len(views.global_views)
+        cls_rows = global_rows + len(views.local_views) if self.scores_cls else 0
+        local_crops = len(views.local_views) * 2 // max(global_rows, 1)
+
+        def dino() -> Iterator[Piece]:
+            if targets.dino is not None:
+                yield from dino_pieces(targets.dino, local_crops)
+
+        def ibot(first_row: int) -> Iterator[Piece]:
+            if targets.ibot is not None:
+                weights = patch_weights(views.masks, masked)
+                yield from ibot_pieces(targets.ibot, weights, first_row, PATCH)
+
+        if student.ibot is None:
+            sums = cross_entropy(
+                student.dino, lambda: chain(dino(), ibot(cls_rows)), 3, spec.student_temperature
+            )
+        else:  # a head without rows stays in the graph: DDP waits for its gradients
+            sums = cross_entropy(student.dino, dino, 3, spec.student_temperature) + cross_entropy(
+                student.ibot, lambda: ibot(0), 3, spec.student_temperature
+            )
+        total = spec.dino_weight * (sums[GLOBAL] + sums[LOCAL]) + spec.ibot_weight * sums[PATCH]
+        parts: dict[str, Tensor] = {}
+        if spec.dino_weight > 0:
+            parts |= {"dino_global": sums[GLOBAL].detach(), "dino_local": sums[LOCAL].detach()}
+        if spec.ibot_weight > 0:
+            parts["ibot"] = sums[PATCH].detach()
+        if spec.koleo_weight > 0:
+            # Each global crop by itself: two crops of one image are meant to be neighbours.
+            first, second = student.cls.chunk(2)
+            spread = koleo(first) + koleo(second)
+            total = total + spec.koleo_weight * spread
+            parts["koleo"] = spread.detach()
+        health: dict[str, Tensor] = {}
+        if targets.dino is not None:
+            with torch.no_grad():
+                entropy = targets.dino.entropy()
+                cross = parts["dino_global"] * (1 + local_crops)  # mean over the 2B cross pairs
+                health = {
+                    "teacher_entropy": entropy,
+                    "student_teacher_kl": cross - entropy,
+                    "prototypes_used": targets.dino.prototypes_used(),
+                }
+        return Terms(total, {"total": total.detach(), **parts}, health)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both centres with their pending means: nested dicts of tensors."""
+        return {"dino": self.dino_centre.state_dict(), "ibot": self.ibot_centre.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            PipelineError: the centres have another number of prototypes.
+        """
+        for name, centre in (("dino", self.dino_centre), ("ibot", self.ibot_centre)):
+            found, expected = state[name]["value"].numel(), centre.value.numel()
+            if found != expected:
+                raise PipelineError(
+                    f"the checkpoint's {name} centre has {found} prototypes, "
+                    f"the head has {expected}",
+                    "set the head's prototypes as in the checkpoint",
+                )
+            centre.load_state_dict(state[name])

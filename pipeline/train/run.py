@@ -1,0 +1,263 @@
+"""The driver's side of pretraining: plan, resume check, Ray Train, outcome."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.control import console
+from pipeline.data.feeder import launch_feeder
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.stream import MaskSpec, StreamSpec, reading_order
+from pipeline.errors import PipelineError, TrainError
+from pipeline.evaluate.teacher import EvaluationSpec
+from pipeline.files import RunFolder, atomic
+from pipeline.plan import Machine, Plan, resolve
+from pipeline.train import build, state
+
+log = logging.getLogger("pipeline.train")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended: `finished`, or `stopped` at a step because it was asked to."""
+
+    status: str
+    step: int
+    details: dict[str, Any]
+
+
+def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
+    """The plan of a config on a shard set and a cluster."""
+    return resolve(
+        config,
+        images=shards.rows,
+        digest=shards.digest,
+        class_names=shards.class_names,
+        machine=machine,
+    )
+
+
+def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
+    """What the feeder and its read tasks need."""
+    config = plan.config
+    order = reading_order(
+        shards,
+        seed=config.run.seed,
+        global_batch=config.optim.global_batch_size,
+        window=plan.window_images,
+        piece=plan.window_images,
+    )
+    loss = config.loss
+    return StreamSpec(
+        shards=shards,
+        order=order,
+        crops=build.crop_spec(config),
+        photometric=build.photometric_spec(config),
+        masks=MaskSpec(plan.grid, loss.mask_probability, loss.mask_ratio),
+        chunk=plan.chunk_images,
+        max_pixels=config.data.max_image_pixels,
+    )
+
+
+def evaluation_spec(config: Config, shards: ShardSet) -> EvaluationSpec:
+    """Which sets vote and which are asked; the training shards vote where nothing else is named.
+
+    Raises:
+        DataError: where a set cannot be read.
+        PipelineError: where one of the two has no labels.
+    """
+    settings, data = config.evaluate, config.data
+
+    def labelled(uri: str) -> ShardSet | None:
+        if not uri:
+            return None
+        found = open_shards(uri, data.image_column, data.label_column)
+        if not found.has_labels:
+            raise PipelineError(
+                f"evaluation set {uri} has no labels in column {data.label_column!r}",
+                "name the column with data.label_column=…, or leave evaluate.queries empty",
+            )
+        return found
+
+    queries = labelled(settings.queries)
+    reference = labelled(settings.reference)
+    if queries is not None and reference is None:
+        if not shards.has_labels:
+            raise PipelineError(
+                "evaluate.queries is set, but the training shards have no labels to vote with",
+                "name labelled shards with evaluate.reference=…",
+            )
+        reference = shards
+    return EvaluationSpec(
+        sample=shards,
+        reference=reference if queries is not None else None,
+        queries=queries,
+        image_size=settings.image_size or config.augment.global_size,
+        k=settings.k,
+        temperature=settings.temperature,
+        mean=config.augment.mean,
+        std=config.augment.std,
+        batch_size=settings.batch_size,
+        seed=config.run.seed,
+        max_pixels=data.max_image_pixels,
+    )
+
+
+def check_resume(plan: Plan, folder: RunFolder) -> state.Saved | None:
+    """The checkpoint to go on from, if its config allows it.
+
+    Raises:
+        TrainError: with every field that must not change, and where the data set is another one.
+    """
+    saved = state.latest(folder.path / "checkpoints")
+    if saved is None:
+        return None
+    allowed, refused = plan.changed(Config.model_validate(saved.meta["config"]))
+    if saved.meta["digest"] != plan.digest:
+        refused.append(f"the shards: {saved.meta['digest']} -> {plan.digest}")
+    elif saved.meta["steps"] != plan.steps:
+        refused.append(f"steps: {saved.meta['steps']} -> {plan.steps}")
+    if refused:
+        raise TrainError(
+            f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "
+            f"other values:\n    " + "\n    ".join(refused),
+            "give this run another name (run.name=…), or put these values back to resume",
+        )
+    for change in allowed:
+        log.info("changed     %s", change)
+    return saved
+
+
+def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Outcome:
+    """Trains, or goes on training, until the plan's last step or a request to stop.
+
+    Args:
+        plan: from `plan_for`.
+        shards: the image shards it was made for.
+        folder: the run folder.
+        track: settings from which rank 0 makes its tracker.
+
+    Raises:
+        TrainError: where a loss or gradient is not finite, or the workers failed too often.
+    """
+    import ray.train
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.train.evaluations import launch_evaluator
+    from pipeline.train.loop import train_worker
+
+    stage = folder.stage("pretrain")
+    stage.mkdir(parents=True, exist_ok=True)
+    (stage / "outcome.json").unlink(missing_ok=True)
+    decode_tasks = plan.config.resources.decode_tasks
+    feeder = launch_feeder(stream_spec(plan, shards), plan.steps, decode_tasks, plan.workers)
+    evaluator = launch_evaluator(evaluation_spec(plan.config, shards), plan)
+    job = {
+        "plan": plan.model_dump_json(),
+        "folder": str(folder.path),
+        "feeder": feeder,
+        "evaluator": evaluator,
+        "track": track,
+    }
+    per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}
+    if plan.device == "cuda":
+        per_worker["GPU"] = 1
+    # Ray Train's own records are one attempt's; what resumes a run is in `checkpoints`.
+    records = stage / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=plan.workers,
+            use_gpu=plan.device == "cuda",
+            resources_per_worker=per_worker,
+        ),
+        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        run_config=RunConfig(
+            name=records.name,
+            storage_path=str(records.parent),
+            failure_config=FailureConfig(max_failures=plan.config.train.max_restarts),
+        ),
+    )
+    with stop_on_sigterm(feeder):
+        try:
+            with console(feeder, log):
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise TrainError(
+                f"training failed more than {plan.config.train.max_restarts} times; last: "
+                f"{_last_line(error)}",
+                "the same command goes on from the last checkpoint; PIPELINE_DEBUG=1 shows all",
+            ) from error
+        finally:
+            ray.kill(evaluator)
+            ray.kill(feeder)
+    return _outcome(plan, stage / "outcome.json")
+
+
+def _outcome(plan: Plan, path: Path) -> Outcome:
+    found: dict[str, Any] = json.loads(path.read_text())
+    status = found.pop("status")
+    if status == "non_finite":
+        raise TrainError(
+            f"step {found['step']}: {found['detail']}; stopped before the update",
+            "lower optim.lr, raise optim.warmup or use train.precision=float32; "
+            "the same command goes on from the last checkpoint",
+        )
+    return Outcome(status, int(found.pop("step", plan.steps)), found)
+
+
+@contextmanager
+def stop_on_sigterm(feeder: Any) -> Iterator[None]:
+    """Inside, SIGTERM makes the workers write a checkpoint and end; the driver lives on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+
+    def tell() -> None:
+        asked.wait()
+        if not finished:
+            feeder.stop.remote()
+
+    finished = False
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+
+    def handler(number: int, frame: Any) -> None:
+        log.info("SIGTERM     writing a checkpoint, then ending")
+        asked.set()
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        finished = True
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def write_plan(plan: Plan, folder: RunFolder) -> Path:
+    """`plan.yaml` of the run: the recipe in full and what was derived."""
+    import yaml
+
+    path = folder.path / "plan.yaml"
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
+    return path

@@ -1,0 +1,154 @@
+"""One optimiser update, from views to the moved teacher.
+
+Order (DINOv2 train/train.py): rates, teacher targets, student forward and backward, clip each
+module, check that all is finite, AdamW, teacher. The host waits for the
+device twice: to count the masked patches, and for the check before the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batch import Views
+from pipeline.errors import TrainError
+from pipeline.loss.collectives import all_sum, world_size
+from pipeline.model.groups import apply_values
+from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
+from pipeline.schedule import StepValues
+from pipeline.train.objective import Objective, ObjectiveSpec
+
+__all__ = ["NonFinite", "Objective", "ObjectiveSpec", "StepResult", "train_step"]
+
+
+class NonFinite(TrainError):
+    """A loss term or a gradient is NaN or infinite; raised on all workers before the update."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Name the terms, e.g. `loss/koleo` or `optim/grad_norm_backbone`."""
+        super().__init__(
+            f"not finite: {', '.join(names)}",
+            "the step was not applied. Lower optim.lr, lengthen the warm-up, "
+            "or resume from an earlier checkpoint",
+        )
+        self.names = tuple(names)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports: 0-d tensors on the device, means over workers and micro batches, and the
+    stop wish.
+    """
+
+    scalars: dict[str, Tensor]
+    stop: bool
+
+
+def train_step(
+    student_forward: Callable[..., Encoded],
+    pair: Pair,
+    micro_batches: Sequence[Views],
+    optimizer: torch.optim.Optimizer,
+    values: StepValues,
+    objective: Objective,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    stop: bool = False,
+) -> StepResult:
+    """Run one step.
+
+    Args:
+        student_forward: the student, or what wraps it (DDP, a compiled form); called once a micro
+            batch.
+        pair: student and teacher; the teacher is moved at the end.
+        micro_batches: the step's views on this worker, of equal size. Gradients are averaged over
+            them.
+        optimizer: over the groups of `parameter_groups`.
+        values: this step's rates.
+        objective: losses and centres.
+        autocast_dtype: dtype of the networks' matrix products; losses stay in fp32. None switches
+            autocast off.
+        generator: source of the student's stochastic depth.
+        stop: this worker wants to end (say, after SIGTERM); the result says whether any does.
+
+    Raises:
+        NonFinite: on every worker, before the update, naming terms that are not finite on some
+            worker.
+    """
+    device = micro_batches[0].global_views.device
+    parts = len(micro_batches)
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+
+    apply_values(optimizer, values)
+    optimizer.zero_grad(set_to_none=True)
+    masked = [objective.masked(views) for views in micro_batches]
+    with torch.no_grad(), autocast():
+        teacher = [
+            pair.teacher(views.global_views, None, None, places, objective.scores_cls)
+            for views, places in zip(micro_batches, masked, strict=True)
+        ]
+    targets = objective.targets(teacher, values.teacher_temperature)
+    del teacher
+    found: list[dict[str, Tensor]] = []
+    for number, (views, places) in enumerate(zip(micro_batches, masked, strict=True)):
+        last = number == parts - 1
+        # DDP adds up the workers' gradients once a step, in the last backward.
+        with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
+            with autocast():
+                student = student_forward(
+                    views.global_views,
+                    views.local_views if len(views.local_views) else None,
+                    views.masks,
+                    places,
+                    objective.scores_cls,
+                    generator,
+                )
+            terms = objective.losses(student, targets[number], views, places)
+            targets[number] = targets[number]._replace(dino=None, ibot=None)  # free the logits
+            (terms.total / parts).backward()  # type: ignore[no-untyped-call]
+        found.append(
+            {f"loss/{name}": x for name, x in terms.parts.items()}
+            | {f"health/{name}": x for name, x in terms.health.items()}
+        )
+        del student, terms
+    means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
+    norms = _clip(pair.student, objective.spec.clip)
+    scalars, wanted = _agree(means, norms, stop, device)
+    optimizer.step()
+    ema_update(pair, values.teacher_momentum)
+    return StepResult(scalars, wanted)
+
+
+def _clip(student: Encoder, limit: float) -> dict[str, Tensor]:
+    """Limit the gradient norm of each sub-module by itself; the norms before that."""
+    norms = {
+        f"optim/grad_norm_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        for name, module in student.named_children()
+    }
+    return {"optim/grad_norm": torch.stack(list(norms.values())).max(), **norms}
+
+
+def _agree(
+    means: dict[str, Tensor], norms: dict[str, Tensor], stop: bool, device: torch.device
+) -> tuple[dict[str, Tensor], bool]:
+    """Average over the workers and find out, on all of them alike, whether to go on: one sum, one
+    wait.
+
+    The norms are those of the averaged gradients and equal everywhere.
+    """
+    local = {**means, **norms}
+    numbers = torch.stack([x.float() for x in local.values()])
+    stop_wish = torch.full((1,), float(stop), device=device)
+    message = all_sum(torch.cat([stop_wish, (~torch.isfinite(numbers)).float(), numbers]))
+    stopping, *broken = message[: 1 + len(local)].tolist()
+    if any(broken):
+        raise NonFinite([name for name, count in zip(local, broken, strict=True) if count])
+    averaged = (message[1 + len(local) :] / world_size()).unbind()
+    return dict(zip(local, averaged, strict=True)), stopping > 0

@@ -1,0 +1,136 @@
+"""The stream through real Ray Data: which bytes arrive where, for any number of workers."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from pipeline.data.batch import Batch
+from pipeline.data.crops import CropSpec
+from pipeline.data.feeder import launch_feeder
+from pipeline.data.photometric import PhotometricSpec
+from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.stream import (
+    MaskSpec,
+    StreamSpec,
+    batches,
+    reading_order,
+)
+from pipeline.errors import DataError
+
+IMAGES, BATCH, CHUNK = 70, 12, 2
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
+    folder = tmp_path_factory.mktemp("hub")
+    rng = np.random.default_rng(0)
+    encoded = []
+    for i in range(IMAGES):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (20 + i % 7, 24, 3), np.uint8)).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    encoded[17] = b"not an image"
+    for part in range(2):
+        rows = slice(part * 35, part * 35 + 35)
+        table = pa.table(
+            {
+                "image": pa.array([{"bytes": b, "path": None} for b in encoded[rows]]),
+                "label": pa.array(range(part * 35, part * 35 + 35), pa.int64()),
+            }
+        )
+        fs, path = resolve_uri(str(folder / f"part-{part}.parquet"))
+        write_parquet_atomic(table, fs, path, row_group_size=10)
+    shards = open_shards(str(folder))
+    return StreamSpec(
+        shards=shards,
+        order=reading_order(shards, seed=5, global_batch=BATCH, window=BATCH, piece=BATCH * 2),
+        crops=CropSpec(global_size=16, local_size=8, local_crops=2),
+        photometric=PhotometricSpec(),
+        masks=MaskSpec((4, 4), 0.5, (0.1, 0.5)),
+        chunk=CHUNK,
+        max_pixels=10_000,
+    )
+
+
+def consume(spec: StreamSpec, workers: int, first: int, last: int) -> list[list[Batch]]:
+    """Each worker's batches, read side by side as a training group would."""
+    feeder = launch_feeder(spec, last, None, workers)
+
+    @ray.remote(num_cpus=0)
+    def read(rank: int) -> list[Batch]:
+        micro = BATCH // workers
+        return list(batches(feeder, "a", rank, workers, first, last, micro, CHUNK))
+
+    found = ray.get([read.remote(rank) for rank in range(workers)])
+    ray.kill(feeder)
+    return found
+
+
+def by_step(found: list[list[Batch]]) -> list[dict[int, tuple[Batch, int]]]:
+    """Per step: label (= row number) -> (batch, place in it)."""
+    return [
+        {label: (part, i) for part in parts for i, label in enumerate(part.labels.tolist())}
+        for parts in zip(*found, strict=True)
+    ]
+
+
+def same(one: tuple[Batch, int], two: tuple[Batch, int]) -> bool:
+    (a, i), (b, j) = one, two
+    return all(
+        torch.equal(getattr(a, name)[i], getattr(b, name)[j])
+        for name in ("image_ids", "global_crops", "local_crops", "photometric", "masks")
+    )
+
+
+def test_crops_and_steps_do_not_depend_on_workers_or_restarts(
+    ray_cluster: None, spec: StreamSpec
+) -> None:
+    steps = 12  # two passes of 5 steps and a part of a third
+    whole = by_step(consume(spec, 1, 0, steps))
+    split = by_step(consume(spec, 2, 0, steps))
+    resumed = by_step(consume(spec, 3, 7, steps))
+    for step in range(steps):
+        assert set(whole[step]) == set(split[step])
+        assert all(same(whole[step][row], split[step][row]) for row in whole[step])
+    for step in range(7, steps):
+        assert set(whole[step]) == set(resumed[step - 7])
+        assert all(same(whole[step][row], resumed[step - 7][row]) for row in whole[step])
+
+
+def test_workers_get_the_same_rows_each_time(ray_cluster: None, spec: StreamSpec) -> None:
+    one, two = consume(spec, 2, 0, 10), consume(spec, 2, 0, 10)
+    for a, b in zip(one, two, strict=True):
+        assert [x.labels.tolist() for x in a] == [x.labels.tolist() for x in b]
+
+
+def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, spec: StreamSpec) -> None:
+    [found] = consume(spec, 1, 0, 5)
+    labels = [label for batch in found for label in batch.labels.tolist()]
+    bad = [row for batch in found for row in batch.bad]
+    assert len(labels) == len(set(labels))
+    assert len(labels) + len(bad) == 5 * BATCH
+    assert 17 not in labels
+    assert all(reason == "not_an_image" for _, reason, _ in bad)
+
+
+def test_unpacked_sets_above_the_limit_are_refused(
+    spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.stream.UNPACKED_LIMIT", 10)
+    with pytest.raises(DataError, match="not written by pack"):
+        reading_order(spec.shards, seed=0, global_batch=4, window=8, piece=8)
+
+
+def test_a_packed_spec_survives_pickling(spec: StreamSpec, tmp_path: Path) -> None:
+    import pickle
+
+    again = pickle.loads(pickle.dumps(spec))
+    assert again.order.pieces(0, 3)[0].stop == spec.order.pieces(0, 3)[0].stop
