@@ -16,20 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.merge import ROW_GROUP_BYTES, shard_name
 from pipeline.data.runs import PackSpec
 from pipeline.data.schema import (
+    BAD_IMAGE_SCHEMA,
     MANIFEST,
     SCHEMA_VERSION,
     is_ours,
     open_shards,
     resolve_uri,
     write_bytes_atomic,
+    write_parquet_atomic,
 )
-from pipeline.data.sources import Listing
+from pipeline.data.sources import Listing, Refused
 from pipeline.errors import DataError
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
@@ -179,6 +182,19 @@ def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
         if not account["rows"]
         or fs.get_file_info(f"{folder}/{shard_name(index)}").size == account["bytes"]
     }
+
+
+def write_bad_images(bad: Sequence[Refused], uri: str) -> None:
+    """Write the bad image table, sorted by source."""
+    rows = sorted(
+        (item.source, item.image_id or "", "pack", item.reason, item.detail) for item in bad
+    )
+    columns = list(zip(*rows, strict=True)) or [()] * len(BAD_IMAGE_SCHEMA)
+    columns[1] = tuple(name or None for name in columns[1])
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, BAD_IMAGE_SCHEMA, strict=True)]
+    write_parquet_atomic(
+        pa.table(arrays, schema=BAD_IMAGE_SCHEMA), *resolve_uri(uri), row_group_size=65_536
+    )
 
 
 def write_manifest(

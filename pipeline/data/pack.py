@@ -19,19 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from pipeline.data import ledger
 from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.ledger import PackReport
 from pipeline.data.merge import Merge, write_shard
 from pipeline.data.runs import PackSpec, write_runs
 from pipeline.data.schema import (
-    BAD_IMAGE_SCHEMA,
     absolute_uri,
     resolve_uri,
     write_bytes_atomic,
-    write_parquet_atomic,
 )
 from pipeline.data.sources import Plan, Refused, Task, list_source, plan_tasks
 from pipeline.errors import DataError
@@ -130,7 +126,7 @@ def pack(
     read = _read_all(plan.tasks, spec, on_progress)
     bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
     images_in = len(plan.refused) + sum(account["images"] for account in read)
-    _write_bad_images(bad, bad_images)
+    ledger.write_bad_images(bad, bad_images)
     _check_bad(bad, images_in, max_bad_fraction, source, bad_images)
     merge = _merge(plan, read, labels, shard_bytes, source)
     written = _write_all(merge, read, spec, on_progress)
@@ -239,18 +235,6 @@ def _quiet_ray_data() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _write_bad_images(bad: Sequence[Refused], uri: str) -> None:
-    rows = sorted(
-        (item.source, item.image_id or "", "pack", item.reason, item.detail) for item in bad
-    )
-    columns = list(zip(*rows, strict=True)) or [()] * len(BAD_IMAGE_SCHEMA)
-    columns[1] = tuple(name or None for name in columns[1])
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, BAD_IMAGE_SCHEMA, strict=True)]
-    write_parquet_atomic(
-        pa.table(arrays, schema=BAD_IMAGE_SCHEMA), *resolve_uri(uri), row_group_size=65_536
-    )
 
 
 def _check_bad(

@@ -5,7 +5,6 @@ The public face of the shard format; its parts are `columns` (what a shard is) a
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from pipeline.data.columns import (
 from pipeline.data.storage import (
     absolute_uri,
     atomic_path,
+    list_parquet,
     parquet_writer_atomic,
     resolve_uri,
     write_bytes_atomic,
@@ -143,45 +143,6 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
             )
         return _from_manifest(uri, fs, path, infos)
     return _from_footers(uri, fs, path, infos, image_column, label_column)
-
-
-def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:
-    """The parquet files at a path, sorted; hidden files and folders are left out.
-
-    Raises:
-        DataError: there is no such path or no parquet file in it.
-    """
-    folder, _, pattern = path.rpartition("/")
-    if "*" in pattern:
-        infos = _files(fs, folder, uri, recursive=False)
-        found = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
-        root = folder
-    else:
-        infos = _files(fs, path, uri, recursive=True)
-        found = [i for i in infos if i.base_name.endswith(".parquet") or i.path == path]
-        root = path
-    found = [i for i in found if not _hidden(i.path[len(root) :])]
-    if not found:
-        raise DataError(
-            f"no parquet files under {uri}",
-            hint=f"pack a folder of images first: python jobs/pack.py data.source={uri} "
-            "data.shards=shards/",
-        )
-    return sorted(found, key=lambda info: str(info.path))
-
-
-def _files(fs: pafs.FileSystem, path: str, uri: str, *, recursive: bool) -> list[pafs.FileInfo]:
-    info = fs.get_file_info(path)
-    if info.type == pafs.FileType.NotFound:
-        raise DataError(f"no such path: {uri}", hint="check data.shards (and the mount).")
-    if info.type == pafs.FileType.File:
-        return [info]
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
-    return [i for i in infos if i.type == pafs.FileType.File]
-
-
-def _hidden(relative: str) -> bool:
-    return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
 def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import uuid
@@ -42,6 +43,45 @@ def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         DataError: the URI names a scheme or bucket that cannot be opened.
     """
     return _filesystem(absolute_uri(str(uri)))
+
+
+def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:
+    """The parquet files at a path, sorted; hidden files and folders are left out.
+
+    Raises:
+        DataError: there is no such path or no parquet file in it.
+    """
+    folder, _, pattern = path.rpartition("/")
+    if "*" in pattern:
+        infos = _files(fs, folder, uri, recursive=False)
+        found = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
+        root = folder
+    else:
+        infos = _files(fs, path, uri, recursive=True)
+        found = [i for i in infos if i.base_name.endswith(".parquet") or i.path == path]
+        root = path
+    found = [i for i in found if not _hidden(i.path[len(root) :])]
+    if not found:
+        raise DataError(
+            f"no parquet files under {uri}",
+            hint=f"pack a folder of images first: python jobs/pack.py data.source={uri} "
+            "data.shards=shards/",
+        )
+    return sorted(found, key=lambda info: str(info.path))
+
+
+def _files(fs: pafs.FileSystem, path: str, uri: str, *, recursive: bool) -> list[pafs.FileInfo]:
+    info = fs.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"no such path: {uri}", hint="check data.shards (and the mount).")
+    if info.type == pafs.FileType.File:
+        return [info]
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
+    return [i for i in infos if i.type == pafs.FileType.File]
+
+
+def _hidden(relative: str) -> bool:
+    return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
 @contextmanager

@@ -84,6 +84,20 @@ def is_void(end: int, event: Event, marks: list[tuple[int, str, int]]) -> bool:
     )
 
 
+def read_steps(path: Path, run: str) -> dict[int, dict[str, float]]:
+    """The metrics of a stage by step, as the surviving steps reported them; NaN for null."""
+    rows: dict[int, dict[str, float]] = {}
+    for _, event in read(path):
+        if event["run"] != run:
+            continue
+        if "resume" in event:
+            rows = {step: row for step, row in rows.items() if step < event["resume"]}
+        elif "metrics" in event and "to" not in event:
+            values = {k: math.nan if v is None else v for k, v in event["metrics"].items()}
+            rows.setdefault(event["step"], {}).update(values)
+    return dict(sorted(rows.items()))
+
+
 class Journal:
     """The journal of one run folder. Appending is safe from several threads and processes.
 
@@ -160,17 +174,8 @@ class Journal:
         return attempt
 
     def steps(self, run: str) -> dict[int, dict[str, float]]:
-        """The metrics of a stage by step, as the surviving steps reported them; NaN for null."""
-        rows: dict[int, dict[str, float]] = {}
-        for _, event in read(self.path):
-            if event["run"] != run:
-                continue
-            if "resume" in event:
-                rows = {step: row for step, row in rows.items() if step < event["resume"]}
-            elif "metrics" in event and "to" not in event:
-                values = {k: math.nan if v is None else v for k, v in event["metrics"].items()}
-                rows.setdefault(event["step"], {}).update(values)
-        return dict(sorted(rows.items()))
+        """See read_steps."""
+        return read_steps(self.path, run)
 
     def close(self) -> None:
         """Closes the file; further lines are lost."""

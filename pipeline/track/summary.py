@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.track.journal import FILE_NAME, Journal, read
+from pipeline.track.journal import FILE_NAME, read, read_steps
 from pipeline.track.report import Chart, Picture, Section, Table, write_report
 
 
@@ -33,9 +33,7 @@ def run_report(
 
 def stage_curves(folder: Path, stage: str) -> list[Section]:
     """The charts of a stage from its journal: one a group of metrics (the text before `/`)."""
-    journal = Journal(folder / FILE_NAME)
-    rows = journal.steps(stage)
-    journal.close()
+    rows = read_steps(folder / FILE_NAME, stage)
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for step, values in rows.items():
         for name, value in values.items():

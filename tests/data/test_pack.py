@@ -662,9 +662,7 @@ def test_on_ray_the_shards_are_the_same(tmp_path, monkeypatch, capfd):
 @pytest.mark.usefixtures("ray_cluster")
 def test_on_ray_a_storage_error_is_one_sentence(tmp_path):
     plant(tmp_path / "photos")
-    write(
-        tmp_path / "out" / "shards" / "part-00000.parquet" / "x", b"in the way"
-    )
+    write(tmp_path / "out" / "shards" / "part-00000.parquet" / "x", b"in the way")
     with pytest.raises(DataError, match="packing stopped") as caught:
         packed(tmp_path / "photos", tmp_path / "out")
     assert "part-00000.parquet" in caught.value.what
