@@ -24,7 +24,7 @@ lint: $(STAMP)  ## format and sort what can be
 	$(VENV)/bin/ruff check --fix .
 
 mlflow-stop:  ## ends the MLflow server that a job started
-	$(PYTHON) -m pipeline.track.server stop
+	$(PYTHON) -c 'from pathlib import Path; from pipeline.track import server; server.stop(Path("runs/mlflow"))'
 
 clean:  ## removes the environment and the runs
 	rm -rf $(VENV) runs

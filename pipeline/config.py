@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Range = tuple[Fraction, Fraction]
 
@@ -25,9 +26,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 class Section(BaseModel):
-    """A group of fields: unknown keys are refused, values never change."""
+    """A group of fields: unknown keys are refused, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -195,7 +196,7 @@ class Optim(Section):
     weight_decay_end: NonNegative = Field(
         0.4, description="weight decay at the end; .2 long recipe"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's betas")
+    betas: tuple[Below1, Below1] = Field((0.9, 0.999), description="AdamW's betas")
     clip: float = Field(3.0, gt=0, description="gradient norm limit of each sub-module")
     layerwise_decay: float = Field(
         0.9, gt=0, le=1, description="lr factor per block; 1.0 long recipe"

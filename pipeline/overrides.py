@@ -76,7 +76,8 @@ def read_recipe(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, expected `section:` mappings")
-    return values
+    # a section whose fields are all commented out is an empty one
+    return {name: {} if value is None else value for name, value in values.items()}
 
 
 def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -113,6 +114,8 @@ def _assign(values: dict[str, Any], argument: str) -> None:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         value = text
+    if _is_text(path) and not isinstance(value, str):
+        value = text  # a folder may be called 2026 or no
     *parents, leaf = path.split(".")
     node = values
     for name in parents:
@@ -121,6 +124,10 @@ def _assign(values: dict[str, Any], argument: str) -> None:
             raise ConfigError(f"{path}: no such field{_suggestion(path)}")
         node = child
     node[leaf] = value
+
+
+def _is_text(path: str) -> bool:
+    return any(name == path and field.annotation is str for name, field in field_paths())
 
 
 def _sentence(error: dict[str, Any]) -> tuple[str, str]:

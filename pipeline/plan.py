@@ -75,6 +75,7 @@ class Plan(BaseModel):
     eval_every: int
     save_every: int
     cpus_per_worker: float
+    decode_cpus: float
     threads: int
 
     def at(self, step: int) -> StepValues:
@@ -160,6 +161,13 @@ def resolve(
     if optim.steps is None and optim.passes is None:
         problems.append("optim.passes or optim.steps must say how long the run is")
     steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
+    cpus_per_worker = config.resources.cpus_per_worker or (1.0 if machine.gpus else 0.25)
+    free_cpus = machine.cpus - workers * cpus_per_worker
+    if free_cpus <= 0:
+        problems.append(
+            f"train.workers={workers} x resources.cpus_per_worker={cpus_per_worker} leave none of "
+            f"the {machine.cpus} CPUs for decoding"
+        )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
     device: Literal["cpu", "cuda"] = "cuda" if machine.gpus else "cpu"
@@ -193,7 +201,8 @@ def resolve(
         compile=device == "cuda" if train.compile == "auto" else train.compile,
         eval_every=train.eval_every or max(1, math.ceil(steps / 10)),
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
-        cpus_per_worker=config.resources.cpus_per_worker or (1.0 if machine.gpus else 0.25),
+        cpus_per_worker=cpus_per_worker,
+        decode_cpus=min(1.0, free_cpus),
         threads=config.resources.threads or max(1, machine.cpus // local_workers),
     )
 

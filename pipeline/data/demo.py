@@ -30,6 +30,7 @@ from pipeline.errors import DataError
 TILE = 96  # pixels of a side, as written
 TRAIN_TILES, TEST_BLOCKS = 216, 4  # per photograph
 NEAR_COPIES, EXACT_COPIES = 60, 12  # of training tiles, in all
+DEMO_IMAGES, DEMO_BYTES = 3538, 10_000_000  # files of the training part, for estimates
 _VERSION = 1
 _QUALITY, _NEAR_QUALITY = 90, 60
 # Photographs with structure all over, by class; the names in the two packages.

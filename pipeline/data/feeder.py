@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,14 @@ from pipeline.control import Control
 from pipeline.data.order import Piece, ReadingOrder
 
 SEGMENT_PIECES = 4000  # read tasks of one Ray Data execution; its bookkeeping stays small
+
+
+@dataclass(frozen=True)
+class DecodeTasks:
+    """CPUs that a read task takes, and how many run at once (None: what the free CPUs allow)."""
+
+    cpus: float = 1.0
+    at_once: int | None = None
 
 
 class _ReadPieces:
@@ -49,11 +58,11 @@ class Feeder(Control):
         order: which rows make up which step.
         spec: object reference of a `stream.StreamSpec`, passed on to the read tasks as it is.
         last_step: steps of the run.
-        decode_tasks: read tasks at once; None for what the free CPUs allow.
+        tasks: what its read tasks may take.
     """
 
     def __init__(
-        self, order: ReadingOrder, spec: list[Any], last_step: int, decode_tasks: int | None
+        self, order: ReadingOrder, spec: list[Any], last_step: int, tasks: DecodeTasks
     ) -> None:
         super().__init__()
         from ray.data import DataContext
@@ -66,7 +75,7 @@ class Feeder(Control):
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
-        self.order, self.last_step, self.decode_tasks = order, last_step, decode_tasks
+        self.order, self.last_step, self.tasks = order, last_step, tasks
         self.spec = spec[0]
         self.ready = threading.Condition()
         self.attempt = ""
@@ -107,23 +116,23 @@ class Feeder(Control):
 
         rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        limits: dict[str, Any] = {"concurrency": self.decode_tasks} if self.decode_tasks else {}
+        limits: dict[str, Any] = {"concurrency": self.tasks.at_once} if self.tasks.at_once else {}
         return dataset.map_batches(
             _ReadPieces(self.spec),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=1,
+            num_cpus=self.tasks.cpus,
             **limits,
         )
 
 
-def launch_feeder(spec: Any, last_step: int, decode_tasks: int | None, workers: int) -> Any:
+def launch_feeder(spec: Any, last_step: int, tasks: DecodeTasks, workers: int) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
 
     Args:
         spec: the run's `stream.StreamSpec`.
         last_step: steps of the run.
-        decode_tasks: read tasks at once; None for what the free CPUs allow.
+        tasks: what its read tasks may take.
         workers: training workers that will ask.
     """
     import ray
@@ -134,4 +143,4 @@ def launch_feeder(spec: Any, last_step: int, decode_tasks: int | None, workers: 
         num_cpus=0, max_concurrency=workers + 8, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
-    return actor.remote(spec.order, [ray.put(spec)], last_step, decode_tasks)
+    return actor.remote(spec.order, [ray.put(spec)], last_step, tasks)

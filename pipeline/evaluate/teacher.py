@@ -42,6 +42,7 @@ class EvaluationSpec:
     batch_size: int
     seed: int
     max_pixels: int
+    half: bool = False  # embed in bfloat16
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ class Evaluator:
         return self._images[key]
 
     def _features(self, backbone: VisionTransformer, found: LabelledImages) -> Tensor:
-        # In float32: at step 0, features differ by less than bfloat16 can show (LayerScale).
         spec = self.spec
+        dtype = torch.bfloat16 if spec.half else torch.float32
         parts = found.batches(spec.batch_size)
-        return embed(backbone, parts, spec.mean, spec.std, self.device)
+        return embed(backbone, parts, spec.mean, spec.std, self.device, dtype)
 
     def _pca(self, backbone: VisionTransformer, found: LabelledImages) -> np.ndarray:
         return pca_grid(backbone, found.images[:PCA_IMAGES], self.spec.mean, self.spec.std)

@@ -14,7 +14,9 @@ from pipeline.files import RunFolder, fingerprint
 from pipeline.stages import evaluate, export, pack, pretrain
 from pipeline.stages.context import Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
+from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
+from pipeline.track.summary import run_report
 
 log = logging.getLogger("pipeline")
 
@@ -62,8 +64,22 @@ def run(config: Config, stages: Sequence[str]) -> None:
             context.tracking = tracking
             for name in left:
                 _stage(context, name)
-        for line in tracking.links():
-            log.info("%s", line)
+            _report(context)
+
+
+def _report(context: Context) -> None:
+    """`report.html` of the run folder, and the results on the page of the pipeline run."""
+    lines = {name: str(result.get("text", "")) for name, result in context.results.items()}
+    sections = [Table({"stage": list(lines), "result": list(lines.values())}, "Results")]
+    name = context.config.run.name
+    report = run_report(context.folder.path, name, context.config.data.source, sections)
+    log.info("report      %s", report)
+    tracker = context.tracking.tracker
+    tracker.artifact(report)
+    last = next(reversed(lines.values()), "")
+    best = lines.get("evaluate", last)
+    rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
+    tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
 
 
 def named(config: Config, stages: Sequence[str]) -> Config:

@@ -49,7 +49,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     import ray
 
     saved, found = chosen(context), plan(context)
-    spec = evaluation_spec(context.config, context.shards())
+    spec = evaluation_spec(found, context.shards())
     gpus = 1 if found.device == "cuda" else 0
     threads = 1 if gpus else max(1, int(ray.cluster_resources().get("CPU", 1)))
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)

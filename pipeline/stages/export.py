@@ -40,6 +40,14 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     result_line("export", text)
     tracker.note(text)
     tracker.artifact(folder / "config.json", "weights")
-    tracker.model(folder, config.track.model_name, score, note=text)
+    tracker.model(
+        folder,
+        config.track.model_name,
+        score,
+        note=text,
+        image_size=config.augment.global_size,
+        mean=config.augment.mean,
+        std=config.augment.std,
+    )
     size = (folder / "model.safetensors").stat().st_size
-    return {"folder": str(folder), "step": saved.step, "bytes": size, "knn": score}
+    return {"text": text, "folder": str(folder), "step": saved.step, "bytes": size, "knn": score}

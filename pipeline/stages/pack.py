@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from pipeline.errors import ConfigError
 from pipeline.files import fingerprint
 from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
 
-log = logging.getLogger("pipeline.data")
 SETTINGS = (
     "image_column",
     "label_column",
@@ -48,7 +46,8 @@ def key(context: Context) -> str:
             "nothing to pack: data.source is empty", "name the images: data.source=photos/"
         )
     listed = {
-        name: [ledger.key_of(list_source(absolute_uri(source)), [source]), shards] for name, (source, shards) in sources(context).items()
+        name: [ledger.key_of(list_source(absolute_uri(source)), [source]), shards]
+        for name, (source, shards) in sources(context).items()
     }
     return fingerprint([data, listed])
 
@@ -72,9 +71,11 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             bad_images=str(context.folder.path / "pack" / f"bad_images_{name}.parquet"),
             work=str(context.folder.path / "pack" / f"work_{name}"),
         )
-        _say(name, report, shards)
+        text = _text(name, report)
+        result_line("pack", text)
         _track(context, tracker, name, report, source, shards)
         summary[name] = _numbers(report)
+        summary["text"] = "; ".join(filter(None, [summary.get("text"), text]))
     return summary
 
 
@@ -85,13 +86,9 @@ def _unfold(source: str, context: Context) -> str:
     part = source.removeprefix(BUILTIN).strip("/") or "train"
     if part not in ("train", "test"):
         raise ConfigError(f"no source {source}", f"there are {BUILTIN}/train and {BUILTIN}/test")
-    folder = Path(context.folder.path / "source")
-    if not (folder / "_made").is_file():
-        from pipeline.data.demo import make_demo
+    from pipeline.data.demo import make_demo
 
-        make_demo(folder)
-        (folder / "_made").touch()
-    return str(folder / part)
+    return str(Path(make_demo(context.folder.path / "source").folder) / part)
 
 
 def _numbers(report: PackReport) -> dict[str, Any]:
@@ -108,15 +105,13 @@ def _numbers(report: PackReport) -> dict[str, Any]:
     }
 
 
-def _say(name: str, report: PackReport, shards: str) -> None:
+def _text(name: str, report: PackReport) -> str:
     bad = ", ".join(f"{count} {reason}" for reason, count in sorted(report.bad.items()))
-    result_line(
-        "pack",
+    return (
         f"{name}: {report.images_in:,} in = {report.images_packed:,} packed + "
         f"{report.duplicates:,} byte duplicates + {sum(report.bad.values()):,} bad"
-        f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s",
+        f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s"
     )
-    log.debug("shards of %s in %s", name, shards)
 
 
 def _track(

@@ -34,7 +34,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Trains or resumes. The result has status `finished` or `stopped`."""
     shards = context.shards()
     found = plan(context)
-    evaluation_spec(context.config, shards)  # a wrong evaluation set is said before training
+    evaluation_spec(found, shards)  # a wrong evaluation set is said before training
     check_resume(found, context.folder)
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)
@@ -61,7 +61,13 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     )
     result_line("pretrain", text)
     tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))
-    return {"status": outcome.status, "step": outcome.step, "steps": found.steps, **details}
+    return {
+        "text": text,
+        "status": outcome.status,
+        "step": outcome.step,
+        "steps": found.steps,
+        **details,
+    }
 
 
 def params(found: Plan) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Evaluations:
         if score is not None:
             self.tracker.headline(step, {self.score_name: score})
             known = {saved.step for saved in state.checkpoints(self.checkpoints)}
-            if step in known and (self.best is None or score > self.best["score"]):
+            if step in known and (self.best is None or score >= self.best["score"]):
                 self.best = {"step": step, "score": score}
                 state.mark_best(self.checkpoints, step, score)
         sentence = alarm(

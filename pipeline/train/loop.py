@@ -259,7 +259,8 @@ class Chief:
 
     def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
         """Waits for the evaluations under way and leaves the outcome for the driver."""
-        self.evaluations.collect(wait=True)
+        # Who stops a run is about to take the machine away: the checkpoint is safe, go.
+        self.evaluations.collect(wait=outcome["status"] == "finished")
         outcome |= clock.summary() | {"best": self.evaluations.best, "bad_images": self.bad_images}
         outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
         state.prune(self.folder / "checkpoints", self.plan.config.train.keep_last, set())

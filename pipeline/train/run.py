@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.control import console
-from pipeline.data.feeder import launch_feeder
+from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.stream import MaskSpec, StreamSpec, reading_order
 from pipeline.errors import PipelineError, TrainError
@@ -69,13 +69,14 @@ def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
     )
 
 
-def evaluation_spec(config: Config, shards: ShardSet) -> EvaluationSpec:
+def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     """Which sets vote and which are asked; the training shards vote where nothing else is named.
 
     Raises:
         DataError: where a set cannot be read.
         PipelineError: where one of the two has no labels.
     """
+    config = plan.config
     settings, data = config.evaluate, config.data
 
     def labelled(uri: str) -> ShardSet | None:
@@ -102,7 +103,7 @@ def evaluation_spec(config: Config, shards: ShardSet) -> EvaluationSpec:
         sample=shards,
         reference=reference if queries is not None else None,
         queries=queries,
-        image_size=settings.image_size or config.augment.global_size,
+        image_size=plan.evaluation_size,
         k=settings.k,
         temperature=settings.temperature,
         mean=config.augment.mean,
@@ -110,6 +111,7 @@ def evaluation_spec(config: Config, shards: ShardSet) -> EvaluationSpec:
         batch_size=settings.batch_size,
         seed=config.run.seed,
         max_pixels=data.max_image_pixels,
+        half=plan.precision == "bfloat16",
     )
 
 
@@ -160,9 +162,9 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "outcome.json").unlink(missing_ok=True)
-    decode_tasks = plan.config.resources.decode_tasks
-    feeder = launch_feeder(stream_spec(plan, shards), plan.steps, decode_tasks, plan.workers)
-    evaluator = launch_evaluator(evaluation_spec(plan.config, shards), plan)
+    tasks = DecodeTasks(plan.decode_cpus, plan.config.resources.decode_tasks)
+    feeder = launch_feeder(stream_spec(plan, shards), plan.steps, tasks, plan.workers)
+    evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
     job = {
         "plan": plan.model_dump_json(),
         "folder": str(folder.path),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.data.batch import Batch
 from pipeline.data.crops import CropSpec
-from pipeline.data.feeder import launch_feeder
+from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
 from pipeline.data.stream import (
@@ -62,7 +62,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
 
 def consume(spec: StreamSpec, workers: int, first: int, last: int) -> list[list[Batch]]:
     """Each worker's batches, read side by side as a training group would."""
-    feeder = launch_feeder(spec, last, None, workers)
+    feeder = launch_feeder(spec, last, DecodeTasks(), workers)
 
     @ray.remote(num_cpus=0)
     def read(rank: int) -> list[Batch]:

@@ -1,0 +1,1 @@
+"""The step, the loop around it, checkpoints, and the driver of a training run."""

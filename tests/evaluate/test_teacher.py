@@ -1,0 +1,89 @@
+"""The evaluator on shards of planted truth: one colour a class."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.schema import ShardSet, open_shards, resolve_uri, write_parquet_atomic
+from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
+from pipeline.model.pair import BackboneSpec
+
+COLOURS = np.asarray([(200, 30, 30), (30, 200, 30), (30, 30, 200)])
+
+
+class MeanColour(torch.nn.Module):
+    """A backbone whose feature is the mean of each channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+def shards(folder: Path, images: int, seed: int, bad: int = 0) -> ShardSet:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, images)
+    encoded = []
+    for label in labels:
+        buffer = io.BytesIO()
+        noise = rng.integers(-20, 20, (18, 18, 3))
+        Image.fromarray((COLOURS[label] + noise).astype(np.uint8)).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    encoded[:bad] = [b"broken"] * bad
+    table = pa.table(
+        {"image": pa.array(encoded, pa.binary()), "label": pa.array(labels, pa.int64())}
+    )
+    fs, path = resolve_uri(str(folder / "part.parquet"))
+    write_parquet_atomic(table, fs, path, row_group_size=16)
+    return open_shards(str(folder))
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> EvaluationSpec:
+    for name in "rq":
+        (tmp_path / name).mkdir()
+    reference = shards(tmp_path / "r", 60, 0)
+    return EvaluationSpec(
+        sample=reference,
+        reference=reference,
+        queries=shards(tmp_path / "q", 40, 1, bad=3),
+        image_size=16,
+        k=5,
+        temperature=0.07,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        batch_size=16,
+        seed=0,
+        max_pixels=1000,
+    )
+
+
+def test_colours_are_told_apart(spec: EvaluationSpec) -> None:
+    evaluator = Evaluator(spec)
+    evaluator._pca = lambda backbone, found: np.zeros((8, 8, 3), np.uint8)  # type: ignore[method-assign]
+    found = evaluator.run(MeanColour())  # type: ignore[arg-type]
+    assert found.metrics["eval/knn5_top1"] == 1.0
+    assert evaluator.raw_pixels() == 1.0
+
+
+def test_without_labels_health_only(spec: EvaluationSpec) -> None:
+    backbone = BackboneSpec(image_size=16, patch_size=8, width=24, depth=1, heads=2).build()
+    found = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
+    assert set(found.metrics) == {"health/feature_std", "health/effective_rank"}
+    height, width, _ = found.pictures["patch_pca"].shape
+    assert height == width
+
+
+def test_bad_rows_are_counted_and_a_limit_is_a_fixed_draw(spec: EvaluationSpec) -> None:
+    assert spec.queries is not None
+    whole = read_images(spec.queries, spec, None)
+    assert (len(whole.images), whole.bad) == (37, 3)
+    some, again = (read_images(spec.queries, spec, 10) for _ in range(2))
+    assert np.array_equal(some.images, again.images)
+    assert len(some.images) + some.bad == 10

@@ -1,0 +1,209 @@
+"""Who may import whom: the table of the design, and the rules that hold sources against it.
+
+A module may use what its row names. `inside` may be imported in functions only (or for type
+checking): those imports cost and couple nothing until the function runs. Patterns are matched
+against names without `pipeline.`; the first row that fits a module is its row.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+LEAVES = [
+    f"data.{name}"
+    for name in (
+        [
+            "schema",
+            "columns",
+            "storage",
+            "decode",
+            "crops",
+            "photometric",
+            "colour",
+            "draws",
+            "masks",
+            "batch",
+            "order",
+        ]
+    )
+]
+PACKING = [f"data.{name}" for name in ["sources", "items", "runs", "merge", "ledger"]]
+MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the modules of one row may import, of ours and of others."""
+
+    modules: list[str]
+    ours: list[str]
+    inside: list[str]
+    others: list[str]
+    others_inside: list[str]
+
+
+def row(
+    modules: str | list[str],
+    ours: str | list[str] = "",
+    inside: str | list[str] = "",
+    others: str = "",
+    others_inside: str = "",
+) -> Row:
+    """A row; names are separated by blanks."""
+    lists = [x if isinstance(x, list) else x.split() for x in (modules, ours, inside)]
+    return Row(*lists, others.split(), others_inside.split())
+
+
+TABLE = [
+    # the small things that everything may use
+    row("errors log schedule __init__"),
+    row("config", "errors", others="pydantic"),
+    row("overrides", "errors config", others="pydantic yaml"),
+    row("files", "errors"),
+    row("plan", "errors config overrides schedule", others="pydantic"),
+    row("control", others_inside="ray"),
+    row("cluster", "errors", "config plan", others_inside="ray"),
+    row("job", "errors log overrides", "stages stages.*"),
+    # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
+    row("data.draws data.masks data.order", "errors", others="numpy"),
+    row("data.schema data.columns data.storage", ["errors", *LEAVES], others="numpy pyarrow"),
+    row("data.decode", "errors", others="numpy PIL"),
+    row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
+    row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
+    row(PACKING, ["errors", *LEAVES, *PACKING], others="numpy pyarrow"),
+    row("data.pack", ["errors", *LEAVES, *PACKING], others_inside="ray"),
+    row(
+        "data.stream data.feeder",
+        ["errors", "control", *LEAVES],
+        "cluster data.stream",
+        others="numpy pyarrow",
+        others_inside="ray torch",
+    ),
+    # maths: no framework, no config
+    row("model.*", "errors schedule model.*", others="torch safetensors"),
+    row("loss.*", "errors schedule loss.*", others="torch"),
+    row("evaluate.*", ["errors", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
+    row("train.clock"),
+    row("train.cost", others="torch"),
+    row("train.step train.objective", [*MATHS, "train.objective"], others="torch"),
+    # from here on: config, files, Ray
+    row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
+    row("train.state", "errors files", others="torch"),
+    row(
+        "train.evaluations train.loop train.run",
+        [*MATHS, "config", "plan", "files", "log", "control", "evaluate.*"]
+        + ["data.stream", "data.feeder", "train.*"],
+        # the loop makes the tracker that it is handed as settings
+        ["track.tracker"],
+        others="torch ray",
+        others_inside="yaml psutil",
+    ),
+    row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
+    row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
+    row("stages.*", ["*"], "", "", "ray torch pyarrow"),
+]
+# An `__init__` may hand on what its package holds, and nothing else.
+PACKAGES = ["data", "model", "loss", "train", "evaluate", "track", "stages"]
+JOBS = row("*", "job", "log errors track track.*")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `pipeline.data.crops` or `torch.nn`, and where it stands."""
+
+    name: str
+    line: int
+    top_level: bool
+
+
+def imports_of(source: str, modules: Iterable[str] = ()) -> list[Import]:
+    """The imports in a source. `from pipeline.data import crops` is one of `pipeline.data.crops`.
+
+    Args:
+        source: Python text.
+        modules: full names of our modules, to tell a module from a name inside one.
+    """
+    known = set(modules)
+    found: list[Import] = []
+
+    def visit(node: ast.AST, top: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                found.append(Import(full if full in known else module, node.lineno, top))
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            called = node.func.id if isinstance(node.func, ast.Name) else called
+            if called in ("import_module", "__import__"):
+                what = node.args[0] if node.args else None
+                name = what.value if isinstance(what, ast.Constant) else "<computed>"
+                found.append(Import(str(name), node.lineno, top))
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            visit(child, top and not function and not typing)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def rows_of(module: str, table: Iterable[Row] = TABLE) -> Row | None:
+    """The first row that fits a module (`data.crops`)."""
+    if module in PACKAGES:
+        return row(module, f"{module}.*")
+    return next((r for r in table if any(fnmatch(module, p) for p in r.modules)), None)
+
+
+def violations(module: str, found: Iterable[Import], allowed: Row | None) -> list[str]:
+    """What a module imports and must not, one sentence each."""
+    if allowed is None:
+        return [f"{module}: no row of the table in tests/layers.py fits it"]
+    problems = []
+    for one in found:
+        place = f"{module}:{one.line}"
+        top, _, rest = one.name.partition(".")
+        if one.name.startswith((".", "<")):
+            problems.append(f"{place}: imports {one.name}; write the full name")
+        elif top in sys.stdlib_module_names:
+            continue
+        elif top == "jobs":
+            problems.append(f"{place}: nothing imports jobs")
+        elif top == "pipeline":
+            patterns = allowed.ours + ([] if one.top_level else allowed.inside)
+            if rest and not any(fnmatch(rest, pattern) for pattern in patterns):
+                how = _how(any(fnmatch(rest, p) for p in allowed.inside))
+                problems.append(f"{place}: must not import {one.name}{how}")
+        elif top not in allowed.others + ([] if one.top_level else allowed.others_inside):
+            how = _how(top in allowed.others_inside)
+            problems.append(f"{place}: must not import {top}{how}")
+    return problems
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[str]:
+    """The first circle of top-level imports, if any."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def module_name(path: Path, root: Path) -> str:
+    """`data.crops` for `pipeline/data/crops.py`; a package is called like its folder."""
+    parts = list(path.relative_to(root).with_suffix("").parts)
+    if parts[-1] == "__init__":
+        parts = parts[:-1] or ["__init__"]
+    return ".".join(parts)
+
+
+def _how(inside: bool) -> str:
+    return " at the top of the file, only inside a function" if inside else ""

@@ -1,0 +1,144 @@
+"""The models themselves: bounds, cross-field sentences, frozen, documented; recipes that load."""
+
+from __future__ import annotations
+
+import math
+import typing
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import SIZES, Config
+from pipeline.overrides import field_paths, load
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+FIELDS = dict(field_paths())
+# Where any finite number is right: normalisation subtracts it.
+UNBOUNDED = {"augment.mean"}
+
+
+def nested(path: str, value: object) -> dict[str, typing.Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return typing.cast("dict[str, typing.Any]", value)
+
+
+def refused(path: str, value: object) -> bool:
+    try:
+        Config.model_validate(nested(path, value))
+    except ValidationError:
+        return True
+    return False
+
+
+def kinds(annotation: object) -> set[object]:
+    """The scalar types in an annotation: `tuple[Fraction, Fraction] | None` gives float, None."""
+    if arguments := typing.get_args(annotation):
+        return set().union(*(kinds(a) for a in arguments if not isinstance(a, str)))
+    return {annotation}
+
+
+NUMBERS = [p for p, f in FIELDS.items() if kinds(f.annotation) & {int, float}]
+
+
+def test_the_default_is_a_valid_config() -> None:
+    assert Config() == Config.model_validate(Config().model_dump(mode="json"))
+
+
+def test_fields_are_found_by_an_independent_walk() -> None:
+    flat = {
+        f"{section}.{name}" for section, values in Config().model_dump().items() for name in values
+    }
+    assert set(FIELDS) == flat
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_every_field_has_a_line_of_documentation(path: str) -> None:
+    text = FIELDS[path].description
+    assert text, f"{path} has no description"
+    assert "\n" not in text
+    assert len(text) < 110
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_every_number_has_a_bound_and_is_finite(path: str) -> None:
+    default = FIELDS[path].default
+    count = len(default) if isinstance(default, tuple) else 0
+
+    def given(number: float) -> object:
+        return [number] * count if count else number
+
+    assert refused(path, given(math.nan)), f"{path} takes NaN"
+    assert refused(path, given(math.inf)), f"{path} takes infinity"
+    if path not in UNBOUNDED:
+        assert refused(path, given(-1)), f"{path} takes -1"
+
+
+def test_values_never_change() -> None:
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optim = config.optim  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "section", [Config, *(type(section) for _, section in Config())], ids=lambda m: m.__name__
+)
+def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> None:
+    assert section.model_config["extra"] == "forbid"
+    assert section.model_config["frozen"] is True
+    assert (section.__doc__ or "").strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["augment.global_scale=[0.9,0.2]"], "augment: global_scale must be two areas"),
+        (["augment.local_scale=[0,0.2]"], "augment: local_scale must be two areas 0 < low"),
+        (["augment.std=[1,0,1]"], "augment: std must be positive"),
+        (["model.width=100"], "model: width 100 is not a multiple of heads 6"),
+        (["loss.dino_weight=0", "loss.ibot_weight=0"], "nothing would be learnt"),
+        (["loss.mask_ratio=[0.5,0.1]"], "loss: mask_ratio must be low, high"),
+        (["loss.mask_probability=0"], "loss: ibot_weight is not 0 but mask_probability is"),
+        (["optim.passes=2", "optim.steps=10"], "optim: give either passes or steps, not both"),
+        (
+            ["augment.global_size=225"],
+            "augment.global_size=225 is not a multiple of model.patch_size=14; the nearest is 224",
+        ),
+        (["augment.local_size=97"], "augment.local_size=97 is not a multiple"),
+        (["evaluate.image_size=50"], "evaluate.image_size=50 is not a multiple"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_fields_that_do_not_go_together(arguments: list[str], sentence: str) -> None:
+    from pipeline.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load(arguments)
+    assert sentence in caught.value.what
+    assert len(caught.value.what.splitlines()) == 1
+
+
+def test_a_local_size_that_is_not_used_may_be_anything() -> None:
+    assert load(["augment.local_crops=0", "augment.local_size=97"]).augment.local_crops == 0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_and_their_overrides(size: str) -> None:
+    assert load([f"model.size={size}"]).model.dimensions == SIZES[size]
+    changed = load([f"model.size={size}", "model.depth=3", "model.width=48", "model.heads=2"])
+    assert changed.model.dimensions == (48, 3, 2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    config = load([str(recipe)])
+    assert config.run.name == recipe.stem
+    assert config.optim.passes or config.optim.steps, "a recipe says how long its run is"
+    assert recipe.read_text().startswith("#"), "a recipe starts with its card"
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES

@@ -1,0 +1,196 @@
+"""The import table of the design, held against every source, and the rules against planted sins."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import layers
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pipeline"
+SOURCES = {layers.module_name(path, PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}
+FULL = [f"pipeline.{name}" for name in SOURCES]
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+HEAVY = ("torch", "ray", "mlflow")
+# What a driver may load before it knows what to do; none of it may cost seconds.
+LIGHT = [
+    "errors",
+    "log",
+    "config",
+    "overrides",
+    "schedule",
+    "plan",
+    "files",
+    "control",
+    "cluster",
+    "job",
+    "track",
+    "data.order",
+]
+
+
+def imports(path: Path) -> list[layers.Import]:
+    return layers.imports_of(path.read_text(), FULL)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_imports_only_what_its_row_allows(module: str) -> None:
+    problems = layers.violations(module, imports(SOURCES[module]), layers.rows_of(module))
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_a_job_is_a_command_line_and_nothing_more(path: Path) -> None:
+    problems = layers.violations(f"jobs.{path.stem}", imports(path), layers.JOBS)
+    assert not problems, "\n".join(problems)
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_the_table_is_the_designs() -> None:
+    """Whoever widens a row meets the rules that the rows come from."""
+
+    def where(library: str, inside: bool) -> set[str]:
+        rows = layers.TABLE if inside else [r for r in layers.TABLE if library in r.others]
+        named = [r for r in rows if library in r.others + r.others_inside]
+        return {name for r in named for name in r.modules}
+
+    assert where("mlflow", inside=True) == {"track.embedder", "track.*"}
+    assert where("mlflow", inside=False) == set()
+    assert where("ray", inside=False) == {"train.evaluations", "train.loop", "train.run"}
+    assert where("ray", inside=True) <= {
+        *("cluster", "control", "data.pack", "data.stream", "data.feeder", "stages.*"),
+        *("train.evaluations", "train.loop", "train.run"),
+    }
+    small = {"errors", "log", "schedule", "config", "overrides", "files", "plan", "job"}
+    assert not small & (where("torch", inside=True) | where("ray", inside=True))
+    for maths in ("data.crops", "model.vit", "loss.dino", "evaluate.knn", "train.step"):
+        found = layers.rows_of(maths)
+        assert found
+        assert not {"config", "plan", "files", "log", "control"} & {*found.ours, *found.inside}
+
+
+def test_every_row_is_for_something() -> None:
+    used = {id(layers.rows_of(name)) for name in SOURCES}
+    idle = [row.modules for row in layers.TABLE if id(row) not in used]
+    assert not idle
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {
+        f"pipeline.{name}": {
+            one.name for one in imports(path) if one.top_level and one.name.startswith("pipeline.")
+        }
+        for name, path in SOURCES.items()
+    }
+    assert not layers.cycles(graph)
+
+
+PLANTED = [
+    ("loss.koleo", "import ray", "must not import ray"),
+    ("loss.koleo", "def f():\n    import ray.train", "must not import ray"),
+    ("loss.dino", "from pipeline.model.vit import VisionTransformer", "pipeline.model.vit"),
+    ("model.vit", "from pipeline.config import Config", "must not import pipeline.config"),
+    ("model.vit", "from pipeline import config", "must not import pipeline.config"),
+    ("data.crops", "from pipeline import plan as derived", "must not import pipeline.plan"),
+    ("data.draws", "import torch", "must not import torch"),
+    ("data.stream", "import torch", "must not import torch at the top of the file, only inside"),
+    ("data.feeder", "import ray", "must not import ray at the top of the file, only inside"),
+    ("evaluate.knn", "def f():\n    import mlflow", "must not import mlflow"),
+    ("train.step", "import ray.train as t", "must not import ray"),
+    ("train.loop", "from pipeline.track.tracker import Tracker", "at the top of the file"),
+    ("train.loop", "def f():\n    from pipeline.track import sync", "pipeline.track.sync"),
+    ("train.state", "import ray", "must not import ray"),
+    ("track.tracker", "import mlflow", "must not import mlflow at the top of the file"),
+    ("track.tracker", "class A:\n    import mlflow", "must not import mlflow at the top"),
+    ("track.sender", "def f():\n    from pipeline.config import Config", "pipeline.config"),
+    ("track.embedder", "from pipeline.model.weights import load_backbone", "at the top"),
+    ("config", "import torch", "must not import torch"),
+    ("schedule", "import numpy", "must not import numpy"),
+    ("errors", "from pipeline.log import configure", "must not import pipeline.log"),
+    ("stages.pack", "from jobs.pack import main", "nothing imports jobs"),
+    ("stages.pack", "import ray", "must not import ray at the top of the file"),
+    ("model.vit", "from ..config import Config", "write the full name"),
+    ("model.vit", "import importlib\nimportlib.import_module('ray')", "must not import ray"),
+    ("model.vit", "import importlib\nname = 'r'\nimportlib.import_module(name)", "<computed>"),
+    ("model.vit", "try:\n    import ray\nexcept ImportError:\n    pass", "must not import ray"),
+    ("loss", "from pipeline.model.vit import VisionTransformer", "pipeline.model.vit"),
+    ("new.idea", "", "no row of the table"),
+]
+INNOCENT = [
+    ("data.stream", "def f():\n    import ray, torch"),
+    ("cluster", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan"),
+    ("train.loop", "def f():\n    from pipeline.track.tracker import tracker_from"),
+    ("track.writer", "def f():\n    from mlflow import MlflowClient"),
+    ("track.embedder", "def f():\n    from pipeline.model.weights import load_backbone"),
+    ("evaluate.teacher", "from pipeline.data.schema import open_shards"),
+    ("schedule", "import math\nfrom collections.abc import Sequence"),
+    ("model.vit", "'import ray'\n# import ray"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "sentence"), PLANTED)
+def test_a_planted_violation_is_reported(module: str, source: str, sentence: str) -> None:
+    found = layers.violations(module, layers.imports_of(source, FULL), layers.rows_of(module))
+    assert len(found) == 1, found
+    assert sentence in found[0]
+
+
+@pytest.mark.parametrize(("module", "source"), INNOCENT)
+def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
+    found = layers.imports_of(source, FULL)
+    assert layers.violations(module, found, layers.rows_of(module)) == []
+
+
+def test_a_planted_circle_is_reported() -> None:
+    assert layers.cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+    assert not layers.cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_light_modules_load_nothing_heavy() -> None:
+    code = (
+        "import sys, json, importlib\n"
+        "found = {}\n"
+        f"for name in ['pipeline', *('pipeline.' + x for x in {LIGHT!r})]:\n"
+        "    importlib.import_module(name)\n"
+        f"    found[name] = [x for x in {HEAVY!r} if x in sys.modules]\n"
+        "print(json.dumps(found))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(shown.stdout)
+    assert not {name: loaded for name, loaded in found.items() if loaded}
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_help_answers_at_once(path: Path, record_property: pytest.RecordProperty) -> None:
+    # `-X importtime` names every module that was loaded, on stderr
+    begin = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", path, "--help"], capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - begin
+    assert shown.returncode == 0
+    assert shown.stdout.strip()
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in shown.stderr.split("\n")
+    }
+    assert "pathlib" in loaded
+    assert not loaded & set(HEAVY)
+    record_property("seconds", seconds)
+    assert seconds < 5, f"{seconds:.1f} s"  # 0.3 s on an idle machine; others may use this one
+
+
+def test_help_of_the_chain_lists_the_fields() -> None:
+    shown = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "run.py", "-h"], capture_output=True, text=True, check=True
+    )
+    for section in ("data", "optim", "resources"):
+        assert f"\n{section}\n" in shown.stdout
+    assert "python jobs/run.py" in shown.stdout
