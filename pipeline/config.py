@@ -80,10 +80,10 @@ class Augment(Section):
     )
     local_scale: Range = Field((0.05, 0.32), description="area of a local crop; DINO: .05, .4")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip, per crop")
-    blur: Literal["paper", "released"] = Field(
+    blur: Literal["paper", "released", "none"] = Field(
         "paper",
         description="blur probability of global 1, global 2, local: 1/.1/.5, or 0/.9/.5 as the "
-        "released code really does",
+        "released code really does; none for images of few pixels",
     )
     jitter: Fraction = Field(0.8, description="probability of colour jitter, per crop")
     greyscale: Fraction = Field(0.2, description="probability of greyscale, per crop")

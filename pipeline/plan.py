@@ -108,16 +108,17 @@ class Plan(BaseModel):
         """Side of an evaluation image, pixels."""
         return self.config.evaluate.image_size or self.config.augment.global_size
 
-    def changed(self, earlier: Config) -> tuple[list[str], list[str]]:
-        """Fields that differ from the config of a checkpoint: (may change, must not change)."""
-        allowed: list[str] = []
-        refused: list[str] = []
-        for path, _ in field_paths():
-            old, new = value_at(earlier, path), value_at(self.config, path)
-            if old != new:
-                may = any(path == p or (p.endswith(".") and path.startswith(p)) for p in MAY_CHANGE)
-                (allowed if may else refused).append(f"{path}: {old} -> {new}")
-        return allowed, refused
+
+def changes(earlier: Config, config: Config) -> tuple[list[str], list[str]]:
+    """Fields that differ from the config of a checkpoint: (may change, must not change)."""
+    allowed: list[str] = []
+    refused: list[str] = []
+    for path, _ in field_paths():
+        old, new = value_at(earlier, path), value_at(config, path)
+        if old != new:
+            may = any(path == p or (p.endswith(".") and path.startswith(p)) for p in MAY_CHANGE)
+            (allowed if may else refused).append(f"{path}: {old} -> {new}")
+    return allowed, refused
 
 
 def value_at(config: Config, path: str) -> object:

@@ -16,24 +16,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LEAVES = [
-    f"data.{name}"
-    for name in (
-        [
-            "schema",
-            "columns",
-            "storage",
-            "decode",
-            "crops",
-            "photometric",
-            "colour",
-            "draws",
-            "masks",
-            "batch",
-            "order",
-        ]
-    )
-]
-PACKING = [f"data.{name}" for name in ["sources", "items", "runs", "merge", "ledger"]]
+    "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
+    "data.colour", "data.draws", "data.masks", "data.batch", "data.order",
+]  # fmt: skip
+PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]
 
 

@@ -20,19 +20,9 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 HEAVY = ("torch", "ray", "mlflow")
 # What a driver may load before it knows what to do; none of it may cost seconds.
 LIGHT = [
-    "errors",
-    "log",
-    "config",
-    "overrides",
-    "schedule",
-    "plan",
-    "files",
-    "control",
-    "cluster",
-    "job",
-    "track",
-    "data.order",
-]
+    "errors", "log", "config", "overrides", "schedule", "plan", "files", "control", "cluster",
+    "job", "track", "data.order",
+]  # fmt: skip
 
 
 def imports(path: Path) -> list[layers.Import]:

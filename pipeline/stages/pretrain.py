@@ -22,12 +22,17 @@ def plan(context: Context) -> Plan:
 
 
 def key(context: Context) -> str:
-    """Changes with whatever a resumed run may not change, and with the images."""
-    config = context.config
+    """Changes with whatever a resumed run may not change, and with the images.
+
+    Raises:
+        TrainError: where such a change meets a checkpoint; said here, before Ray is started.
+    """
+    config, digest = context.config, context.shards().digest
+    check_resume(config, digest, context.folder)
     fixed = {
         path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
     }
-    return fingerprint([fixed, context.shards().digest])
+    return fingerprint([fixed, digest])
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -35,7 +40,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = context.shards()
     found = plan(context)
     evaluation_spec(found, shards)  # a wrong evaluation set is said before training
-    check_resume(found, context.folder)
+    for change in check_resume(found.config, shards.digest, context.folder):
+        log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)
     tracker.params(params(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch.nn import Module
+
 from pipeline.config import Config
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec
@@ -10,7 +12,7 @@ from pipeline.plan import Plan
 from pipeline.train.cost import Cost, estimate
 from pipeline.train.step import Objective, ObjectiveSpec
 
-BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}  # RECIPE sections 0 and 4
+BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}  # RECIPE sections 0 and 4
 
 
 def backbone_spec(config: Config) -> BackboneSpec:
@@ -93,27 +95,28 @@ def estimated_cost(plan: Plan, built: Pair) -> Cost:
     width, depth, _ = config.model.dimensions
     extra = 1 + config.model.registers
     side = config.augment.local_size // config.model.patch_size
-    heads = [student.dino_head] + ([student.ibot_head] if student.ibot_head is not None else [])
-    head_parameters = sum(p.numel() for head in heads for p in head.parameters())
-    backbone_parameters = sum(p.numel() for p in student.backbone.parameters())
-    low, high = config.loss.mask_ratio
+    dino, ibot = _parameters(student.dino_head), _parameters(student.ibot_head)
+    backbone_parameters = _parameters(student.backbone)
+    masked = config.loss.mask_probability * sum(config.loss.mask_ratio) / 2
+    patches = plan.grid[0] * plan.grid[1]
     return estimate(
-        head_parameters + backbone_parameters,
+        backbone_parameters + dino + ibot,
         backbone_parameters,
         width=width,
         depth=depth,
-        tokens_global=plan.grid[0] * plan.grid[1] + extra,
+        tokens_global=patches + extra,
         tokens_local=side * side + extra,
         local_crops=config.augment.local_crops,
         prototypes=config.head.prototypes,
-        head_parameters=sum(p.numel() for p in student.dino_head.parameters()),
-        masked_patches=2
-        * plan.grid[0]
-        * plan.grid[1]
-        * config.loss.mask_probability
-        * (low + high)
-        / 2,
+        head_parameters=dino,
+        patch_prototypes=(config.ibot_head if ibot else config.head).prototypes,
+        patch_head_parameters=ibot or dino,
+        masked_patches=2 * patches * masked if config.loss.ibot_weight else 0.0,
         micro_batch=plan.micro_batch,
         view_bytes=plan.view_bytes,
         half=plan.precision == "bfloat16",
     )
+
+
+def _parameters(module: Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0

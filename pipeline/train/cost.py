@@ -49,15 +49,18 @@ def estimate(
     local_crops: int,
     prototypes: int,
     head_parameters: int,
+    patch_prototypes: int,
+    patch_head_parameters: int,
     masked_patches: float,
     micro_batch: int,
     view_bytes: int,
     half: bool,
 ) -> Cost:
-    """An estimate good to some 20 %: matrix products of backbone and heads, attention, prototypes.
+    """Matrix products of backbone and heads, attention, prototypes; FLOPs good to a few percent.
 
-    Tokens per crop include CLS and registers. A multiply-add is 2 FLOPs; backward costs twice the
-    forward; the teacher only runs forward on the two global crops.
+    Tokens per crop include CLS and registers; masked patches are those of both global crops and go
+    through the patch head, which may be the same one. A multiply-add is 2 FLOPs; backward costs
+    twice the forward; the teacher only runs forward on the two global crops.
     """
 
     def forward(tokens: int, count: int) -> float:
@@ -65,15 +68,17 @@ def estimate(
         attention = 4 * depth * tokens * tokens * width
         return count * (products + attention)
 
-    head_student = 2 * head_parameters * (2 + local_crops + masked_patches)
-    head_teacher = 2 * head_parameters * (2 + masked_patches)
+    head_patches = 2 * patch_head_parameters * masked_patches
+    head_student = 2 * head_parameters * (2 + local_crops) + head_patches
+    head_teacher = 2 * head_parameters * 2 + head_patches
     student = forward(tokens_global, 2) + forward(tokens_local, local_crops) + head_student
     teacher = forward(tokens_global, 2) + head_teacher
     tokens = micro_batch * (2 * tokens_global + local_crops * tokens_local)
     element = 2 if half else 4
     # per block and token: inputs of 4 linear layers and 2 norms, GELU, attention output
     activations = tokens * depth * width * 34 // 2 * element
-    logits = int(micro_batch * (4 + local_crops + 2 * masked_patches) * prototypes * BYTES_F32 * 2)
+    scores = (4 + local_crops) * prototypes + 2 * masked_patches * patch_prototypes
+    logits = int(micro_batch * scores * BYTES_F32 * 2)
     return Cost(
         parameters=student_parameters,
         flops_per_image=3 * student + teacher,

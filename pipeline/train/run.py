@@ -21,7 +21,7 @@ from pipeline.data.stream import MaskSpec, StreamSpec, reading_order
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
-from pipeline.plan import Machine, Plan, resolve
+from pipeline.plan import Machine, Plan, changes, resolve
 from pipeline.train import build, state
 
 log = logging.getLogger("pipeline.train")
@@ -115,29 +115,27 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     )
 
 
-def check_resume(plan: Plan, folder: RunFolder) -> state.Saved | None:
-    """The checkpoint to go on from, if its config allows it.
+def check_resume(config: Config, digest: str, folder: RunFolder) -> list[str]:
+    """What differs, and may, from the run's last checkpoint; empty without one. Needs no Ray.
+
+    The length of the run follows from the config and the shards, so it is checked with them.
 
     Raises:
         TrainError: with every field that must not change, and where the data set is another one.
     """
     saved = state.latest(folder.path / "checkpoints")
     if saved is None:
-        return None
-    allowed, refused = plan.changed(Config.model_validate(saved.meta["config"]))
-    if saved.meta["digest"] != plan.digest:
-        refused.append(f"the shards: {saved.meta['digest']} -> {plan.digest}")
-    elif saved.meta["steps"] != plan.steps:
-        refused.append(f"steps: {saved.meta['steps']} -> {plan.steps}")
+        return []
+    allowed, refused = changes(Config.model_validate(saved.meta["config"]), config)
+    if saved.meta["digest"] != digest:
+        refused.append(f"the shards: {saved.meta['digest']} -> {digest}")
     if refused:
         raise TrainError(
             f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "
             f"other values:\n    " + "\n    ".join(refused),
             "give this run another name (run.name=…), or put these values back to resume",
         )
-    for change in allowed:
-        log.info("changed     %s", change)
-    return saved
+    return allowed
 
 
 def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Outcome:

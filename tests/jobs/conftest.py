@@ -1,0 +1,102 @@
+"""Jobs as a user starts them: as processes, on a recipe and images small enough for seconds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+TINY = f"""\
+# Tests: two classes of noise, seconds.
+data: {{max_bad_fraction: 0.05, shuffle_images: 32, row_group_images: 16}}
+augment: {{global_size: 16, local_size: 8, local_crops: 2}}
+model: {{width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}}
+head: {{prototypes: 64, bottleneck: 16, hidden: 32}}
+optim: {{steps: {STEPS}, global_batch_size: 16}}
+train: {{workers: 2, log_every: 1, save_every: 5, eval_every: 20, precision: float32}}
+evaluate: {{batch_size: 32}}
+track: {{enabled: false}}
+resources: {{cpus: 2, object_store_gb: 0.2, threads: 1}}
+"""
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` with 80 images of two classes, a copy and a broken file, and `test/` with 20."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for label, name in enumerate(("red", "green")):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 256, (24, 24, 3), np.uint8)
+                pixels[..., 1 - label] //= 4
+                Image.fromarray(pixels).save(place / f"{i:02d}.png")
+    shutil.copy(folder / "train" / "red" / "00.png", folder / "train" / "red" / "copy.png")
+    (folder / "train" / "red" / "broken.png").write_bytes(b"not a picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe called tiny."""
+    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """What a job finds: one thread, no cluster and no server but its own."""
+    gone = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PIPELINE_DEBUG", "PYTHONPATH"}
+    return {k: v for k, v in os.environ.items() if k not in gone} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def without_ray(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Runs a job where importing Ray is an error: it can only pass if it needs none."""
+    trap = tmp_path_factory.mktemp("trap")
+    (trap / "ray").mkdir()
+    (trap / "ray" / "__init__.py").write_text("raise RuntimeError('this job needs no Ray')\n")
+    return runner(environment | {"PYTHONPATH": str(trap)})
+
+
+@pytest.fixture(scope="session")
+def alone(environment: dict[str, str]) -> Job:
+    """Runs a job that starts and ends a Ray of its own."""
+    return runner(environment)
+
+
+@pytest.fixture(scope="session")
+def cluster_environment(ray_cluster: None, environment: dict[str, str]) -> dict[str, str]:
+    """As a job sees it that is submitted to the tests' cluster."""
+    import ray
+
+    return environment | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+def runner(environment: dict[str, str]) -> Job:
+    """Runs `jobs/<name>.py` with arguments, to its end."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, ROOT / "jobs" / f"{name}.py", *map(str, arguments)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run

@@ -1,0 +1,176 @@
+"""The estimate of a run's cost against torch's own count of one real step, and real files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.data.batch import Views
+from pipeline.model.groups import parameter_groups
+from pipeline.overrides import load
+from pipeline.plan import Machine, Plan, resolve
+from pipeline.train import build, cost, state
+from pipeline.train.step import train_step
+
+IMAGES = 4
+SMALL = [
+    "augment.global_size=48",
+    "augment.local_size=24",
+    "augment.local_crops=4",
+    "model.patch_size=6",
+    "model.width=128",
+    "model.depth=4",
+    "model.heads=4",
+    "model.registers=1",
+    "model.drop_path=0",
+    "head.prototypes=512",
+    "head.bottleneck=64",
+    "head.hidden=256",
+    "optim.steps=10",
+    f"optim.global_batch_size={IMAGES}",
+    "train.workers=1",
+    "train.precision=float32",
+]
+
+
+def plan(*overrides: str) -> Plan:
+    machine = Machine(cpus=2, gpus=0, bfloat16=False)
+    config = load([*SMALL, *overrides])
+    return resolve(config, images=100, digest="d", class_names=(), machine=machine)
+
+
+def views(found: Plan) -> Views:
+    """Noise, with as many masked patches as the recipe masks on average."""
+    augment = found.config.augment
+    patches = found.grid[0] * found.grid[1]
+    low, high = found.config.loss.mask_ratio
+    masked = round(patches * found.config.loss.mask_probability * (low + high) / 2)
+    masks = torch.zeros(2 * IMAGES, patches, dtype=torch.bool)
+    masks[:, :masked] = True
+    return Views(
+        torch.randn(2 * IMAGES, 3, augment.global_size, augment.global_size),
+        torch.randn(augment.local_crops * IMAGES, 3, augment.local_size, augment.local_size),
+        masks,
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.ffn=swiglu"],
+        ["model.depth=8", "model.width=64", "model.heads=2"],
+        ["augment.global_size=96"],  # 256 patches: attention weighs more
+        ["augment.local_crops=0"],
+        ["head.prototypes=8192"],
+        ["ibot_head.separate=true", "ibot_head.prototypes=4096", "ibot_head.hidden=128"],
+        ["loss.ibot_weight=0"],
+    ],
+    ids=lambda overrides: "-".join(overrides) or "small",
+)
+def test_flops_and_parameters_of_a_real_step(overrides: list[str]) -> None:
+    found = plan(*overrides)
+    pair = build.pair(found.config)
+    estimated = build.estimated_cost(found, pair)
+    assert estimated.parameters == sum(p.numel() for p in pair.student.parameters())
+
+    optimizer = torch.optim.AdamW(parameter_groups(pair.student))
+    objective = build.objective(found.config, pair)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        train_step(
+            pair.student, pair, [views(found)], optimizer, found.at(0), objective, generator=None
+        )
+    counted = counter.get_total_flops() / IMAGES
+    assert estimated.flops_per_image == pytest.approx(counted, rel=0.03)
+
+
+def test_the_published_backbone() -> None:
+    """ViT-S/14 of DINOv2: its parameters by the published shapes, its forward by torch's count."""
+    golden = Path(__file__).parents[1] / "golden" / "state_dict_shapes_vits14_518.json"
+    shapes = json.loads(golden.read_text())
+    shapes = shapes.get("shapes", shapes)
+    published = sum(math.prod(shape) for shape in shapes.values())
+    config = load(["augment.global_size=518", "model.registers=0"])
+    large = build.backbone_spec(config).build()
+    assert sum(p.numel() for p in large.parameters()) == published
+
+    config = load(["augment.global_size=224", "model.drop_path=0"])
+    backbone = build.backbone_spec(config).build().eval()
+    parameters = sum(p.numel() for p in backbone.parameters())
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        backbone(torch.zeros(1, 3, 224, 224))
+    one = cost.estimate(
+        parameters,
+        parameters,
+        width=384,
+        depth=12,
+        tokens_global=16 * 16 + 5,
+        tokens_local=0,
+        local_crops=0,
+        prototypes=0,
+        head_parameters=0,
+        patch_prototypes=0,
+        patch_head_parameters=0,
+        masked_patches=0,
+        micro_batch=1,
+        view_bytes=0,
+        half=False,
+    )
+    # two crops; the student's forward and backward are three forwards, the teacher's is one
+    assert one.flops_per_image / 8 == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_checkpoint_has_the_size_that_was_foretold(tmp_path: Path) -> None:
+    found = plan()
+    pair = build.pair(found.config)
+    estimated = build.estimated_cost(found, pair)
+    optimizer = torch.optim.AdamW(parameter_groups(pair.student))
+    objective = build.objective(found.config, pair)
+    train_step(pair.student, pair, [views(found)], optimizer, found.at(0), objective)
+    held = {
+        "student": pair.student.state_dict(),
+        "teacher": pair.teacher.state_dict(),
+        "objective": objective.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    saved = state.save(tmp_path, 1, held, {})
+    assert saved.meta["bytes"] == pytest.approx(estimated.checkpoint_bytes, rel=0.1)
+    # in memory: the checkpoint's four and the gradients
+    gradients = sum(p.grad.nbytes for p in pair.student.parameters() if p.grad is not None)
+    assert estimated.state_bytes == pytest.approx(estimated.checkpoint_bytes + gradients, rel=0.01)
+
+
+def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
+    small, large = (
+        build.estimated_cost(found, build.pair(found.config))
+        for found in (plan(), plan("optim.global_batch_size=8"))
+    )
+    assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, abs=2)
+    assert large.batch_bytes == 2 * small.batch_bytes
+    assert (large.state_bytes, large.flops_per_image) == (small.state_bytes, small.flops_per_image)
+    assert large.memory_bytes == sum((large.state_bytes, large.activation_bytes, large.batch_bytes))
+
+
+def test_the_peak_of_this_cpu_is_a_plausible_number() -> None:
+    threads = torch.get_num_threads()
+    assert 1e8 < cost.peak_flops("cpu", torch.float32, 1) < 1e14
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12)]
+    + [("NVIDIA L40S", 362e12), ("Tesla T4", 65e12), ("NVIDIA A10G", 125e12), ("Another", 0.0)],
+)
+def test_the_peak_of_a_gpu_is_its_data_sheets(
+    device: str, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+    assert cost.peak_flops("cuda", torch.bfloat16, 1) == peak

@@ -1,0 +1,300 @@
+"""Checkpoints: whole or not there, the right ones kept, nothing but tensors loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.errors import TrainError
+from pipeline.train import state
+from tests.train.small_run import Run, views
+
+META = {"config": {"run": {"seed": 0}}, "digest": "d"}
+
+
+def small(value: float = 1.0) -> dict[str, Any]:
+    return {"student": {"w": torch.full((3, 2), value)}, "objective": {"n": 1}}
+
+
+def steps(folder: Path) -> list[int]:
+    return [saved.step for saved in state.checkpoints(folder)]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """caplog that also hears `pipeline` where a job switched its propagation off."""
+    logger = logging.getLogger("pipeline")
+    before, logger.propagate = logger.propagate, True
+    yield caplog
+    logger.propagate = before
+
+
+def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path) -> None:
+    run = Run()
+    run.step(views(3))
+    run.step(views(3, seed=1))
+    kept = {
+        "student": run.pair.student.state_dict(),
+        "teacher": run.pair.teacher.state_dict(),
+        "objective": run.objective.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+    saved = state.save(tmp_path, 2, kept, META)
+    found = state.latest(tmp_path)
+    assert found == saved
+    assert found.step == 2
+    assert found.meta["digest"] == "d"
+    loaded = found.load()
+    flat, back = flatten(kept), flatten(loaded)
+    assert flat.keys() == back.keys()
+    for name, value in flat.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == back[name].dtype
+            assert torch.equal(value, back[name]), name
+        else:
+            assert value == back[name], name
+    # and a run that goes on from it takes the same step to the bit
+    other = Run()
+    other.pair.student.load_state_dict(loaded["student"])
+    other.pair.teacher.load_state_dict(loaded["teacher"])
+    other.objective.load_state_dict(loaded["objective"])
+    other.optimizer.load_state_dict(loaded["optimizer"])
+    third = [r.step(views(3, seed=2)).scalars["loss/total"] for r in (run, other)]
+    assert torch.equal(*third)
+    for name, value in run.weights().items():
+        assert torch.equal(value, other.weights()[name]), name
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for n, x in value.items() for k, v in flatten(x, f"{prefix}/{n}").items()}
+    if isinstance(value, list | tuple):
+        return flatten(dict(enumerate(value)), prefix) or {prefix: len(value)}
+    return {prefix: value}
+
+
+def test_the_files_are_what_the_docstring_says(tmp_path: Path) -> None:
+    state.save(tmp_path, 1200, small(), META)
+    assert names(tmp_path) == ["step-00001200"]
+    folder = tmp_path / "step-00001200"
+    assert names(folder) == ["meta.json", "state.pt"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta == META | {
+        "step": 1200,
+        "version": state.VERSION,
+        "bytes": (folder / "state.pt").stat().st_size,
+    }
+
+
+def half_written(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["torch.save", "os.fsync", "json.dump", "rename"])
+def test_a_failure_in_the_middle_leaves_the_earlier_one(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.save(tmp_path, 10, small(1), META)
+    if where == "torch.save":
+
+        def cut(value: Any, file: Any) -> None:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(state.torch, "save", cut)
+    elif where == "rename":
+        monkeypatch.setattr(Path, "rename", half_written)
+    else:
+        module, name = where.split(".")
+        monkeypatch.setattr(getattr(state, module), name, half_written)
+    with pytest.raises(OSError, match="No space"):
+        state.save(tmp_path, 20, small(2), META)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000010"]
+    found = state.latest(tmp_path)
+    assert found
+    assert found.load()["student"]["w"][0, 0] == 1
+
+
+def killed_at(tmp_path: Path, patch: Callable[[], None]) -> None:
+    """Saves step 20 in a process of its own, which kills itself where `patch` says."""
+    child = os.fork()
+    if child == 0:
+        try:
+            patch()
+            state.save(tmp_path, 20, small(2), META)
+        finally:
+            os._exit(7)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("call", [1, 2, "rename"])
+def test_a_kill_in_the_middle_leaves_the_earlier_one(tmp_path: Path, call: int | str) -> None:
+    state.save(tmp_path, 10, small(1), META)
+
+    def patch() -> None:
+        if call == "rename":
+            Path.rename = die  # type: ignore[method-assign,assignment]
+            return
+        calls: list[int] = []
+
+        def fsync(number: int) -> None:
+            calls.append(number)
+            if len(calls) == call:
+                die()
+
+        os.fsync = fsync  # type: ignore[assignment]
+
+    killed_at(tmp_path, patch)
+    assert steps(tmp_path) == [10]
+    # the same step again clears what the kill left behind
+    state.save(tmp_path, 20, small(3), META)
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    found = state.latest(tmp_path)
+    assert found
+    assert found.load()["student"]["w"][0, 0] == 3
+
+
+def cut_tensors(folder: Path) -> None:
+    os.truncate(folder / "state.pt", (folder / "state.pt").stat().st_size - 1)
+
+
+def cut_meta(folder: Path) -> None:
+    os.truncate(folder / "meta.json", 10)
+
+
+def no_tensors(folder: Path) -> None:
+    (folder / "state.pt").unlink()
+
+
+def no_meta(folder: Path) -> None:
+    (folder / "meta.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_tensors, cut_meta, no_tensors, no_meta])
+def test_a_damaged_one_is_named_and_passed_over(
+    tmp_path: Path, damage: Callable[[Path], None], warnings: pytest.LogCaptureFixture
+) -> None:
+    state.save(tmp_path, 10, small(1), META)
+    state.save(tmp_path, 20, small(2), META)
+    damage(tmp_path / "step-00000020")
+    with warnings.at_level("WARNING", "pipeline.train"):
+        found = state.latest(tmp_path)
+    assert found
+    assert found.step == 10
+    (record,) = warnings.records
+    assert "step-00000020" in record.getMessage()
+    assert "using an earlier one" in record.getMessage()
+
+
+def test_none_at_all(tmp_path: Path) -> None:
+    assert state.latest(tmp_path) is None
+    assert state.latest(tmp_path / "not-there") is None
+    assert state.best(tmp_path) is None
+    state.prune(tmp_path, 2, set())
+
+
+@pytest.mark.parametrize("version", [0, state.VERSION + 1, None])
+def test_another_version_is_refused_with_what_to_do(tmp_path: Path, version: int | None) -> None:
+    state.save(tmp_path, 10, small(), META)
+    path = tmp_path / "step-00000010" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
+    with pytest.raises(TrainError) as caught:
+        state.latest(tmp_path)
+    assert f"has version {version}, expected {state.VERSION}" in caught.value.what
+    assert caught.value.hint
+
+
+class Planted:
+    """Unpickled, it would make a file: what must never happen."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    saved = state.save(tmp_path / "checkpoints", 1, {"student": Planted(mark)}, META)
+    with pytest.raises(pickle.UnpicklingError):
+        saved.load()
+    assert not mark.exists()
+    torch.load(saved.path / "state.pt", weights_only=False)
+    assert mark.exists(), "the trap works"
+
+
+def test_tensors_come_to_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    saved = state.save(tmp_path, 1, small(), META)
+    with torch.device("meta"):
+        assert saved.load()["student"]["w"].device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "pending", "left"),
+    [
+        (2, None, set(), [50, 60]),
+        (1, None, set(), [60]),
+        (2, 20, set(), [20, 50, 60]),
+        (2, 60, set(), [50, 60]),
+        (1, 20, {30, 40}, [20, 30, 40, 60]),
+        (9, None, set(), [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_prune_keeps_the_last_the_best_and_the_undecided(
+    tmp_path: Path, keep_last: int, best: int | None, pending: set[int], left: list[int]
+) -> None:
+    for step in range(10, 70, 10):
+        state.save(tmp_path, step, small(step), META)
+    if best:
+        state.mark_best(tmp_path, best, 0.5)
+    state.prune(tmp_path, keep_last, pending)
+    assert steps(tmp_path) == left
+
+
+def test_prune_counts_only_whole_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        state.save(tmp_path, step, small(step), META)
+    cut_tensors(tmp_path / "step-00000040")
+    state.prune(tmp_path, 2, set())
+    assert steps(tmp_path) == [20, 30]
+
+
+def test_the_best_is_found_as_long_as_it_is_there(tmp_path: Path) -> None:
+    for step in (10, 20):
+        state.save(tmp_path, step, small(step), META)
+    state.mark_best(tmp_path, 10, 0.25)
+    found = state.best(tmp_path)
+    assert found
+    assert (found[0].step, found[1]) == (10, 0.25)
+    cut_tensors(tmp_path / "step-00000010")
+    assert state.best(tmp_path) is None
+
+
+def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    state.save(tmp_path, 10, small(1), META)
+    state.save(tmp_path, 10, small(2), META)
+    assert names(tmp_path) == ["step-00000010"]
+    found = state.latest(tmp_path)
+    assert found
+    assert found.load()["student"]["w"][0, 0] == 2
