@@ -1,6 +1,6 @@
 """Evaluates the teacher of a run: weighted k-NN on labelled shards, feature health without.
 
-python jobs/evaluate.py configs/vits14.yaml evaluate.queries=val/ run.name=vits14
+python jobs/evaluate.py configs/cifar10.yaml evaluate.queries=cifar10/test
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Writes the teacher's backbone as safetensors, loads it back and compares.
 
-python jobs/export.py configs/vits14.yaml run.name=vits14
+python jobs/export.py configs/cifar10.yaml
 """
 
 import sys

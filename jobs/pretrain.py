@@ -1,7 +1,7 @@
 """Trains a DINOv2 backbone on image shards; the same command again resumes.
 
-python jobs/pretrain.py configs/vits14.yaml data.shards=shards/ optim.lr=1e-3
-python jobs/pretrain.py configs/vits14.yaml data.shards=shards/ --dry-run
+python jobs/pretrain.py configs/cifar10.yaml data.shards=shards/ optim.lr=1e-3
+python jobs/pretrain.py configs/cifar10.yaml data.shards=shards/ --dry-run
 """
 
 import sys

@@ -23,6 +23,7 @@ QUIET = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # extra actors cost seconds at start
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "180",  # a loaded machine needs more than the default 30
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_COLOR_PREFIX": "0",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,15 @@ def cluster_environment(ray_cluster: None, environment: dict[str, str]) -> dict[
     import ray
 
     return environment | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+@pytest.fixture
+def quiet_log() -> Iterator[None]:
+    """Puts the log back that a job configures."""
+    logger = logging.getLogger("pipeline")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def runner(environment: dict[str, str]) -> Job:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -153,17 +152,6 @@ def test_other_images_are_no_resume(checkpoint: tuple[Path, str], recipe: Path) 
     with pytest.raises(TrainError, match=r"the shards: \w+ -> other"):
         check_resume(load([str(recipe)]), "other", RunFolder(checkpoint[0] / "tiny"))
     assert check_resume(load([str(recipe)]), "other", RunFolder(checkpoint[0] / "new")) == []
-
-
-@pytest.fixture
-def quiet_log() -> Iterator[None]:
-    """Puts the log back that a job configures."""
-    import logging
-
-    logger = logging.getLogger("pipeline")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 CHAIN = ["pack", "pretrain", "evaluate", "export"]
