@@ -54,12 +54,15 @@ def joined(resources: Resources) -> Iterator[None]:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    environment = {"env_vars": {**QUIET, "PYTHONPATH": _python_path()}}
+    variables = {name: os.environ[name] for name in QUIET}
     folder = None
     options: dict[str, object]
     if address:
-        options = {"address": address, "runtime_env": {"env_vars": QUIET}}
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # in a job, Ray sends the code itself
+            variables["PYTHONPATH"] = _python_path()
+        options = {"address": address, "runtime_env": {"env_vars": variables}}
     else:
+        variables["PYTHONPATH"] = _python_path()
         # Unix socket paths are limited to 107 bytes, so the folder must be short.
         folder = tempfile.mkdtemp(prefix="rd", dir="/tmp" if Path("/tmp").is_dir() else None)
         options = {
@@ -68,15 +71,19 @@ def joined(resources: Resources) -> Iterator[None]:
             "object_store_memory": int(resources.object_store_gb * 2**30),
             "_temp_dir": folder,
             "include_dashboard": False,
-            "runtime_env": environment,
+            "runtime_env": {"env_vars": variables},
         }
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
         ray.init(logging_level="error", log_to_driver=debug, **options)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not address:
+            raise
+        reason = str(error).strip().splitlines()[0]
         raise PipelineError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}",
-            "start it, correct the address, or unset RAY_ADDRESS to run on this machine",
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}",
+            "start it, give host:6379 or auto (http://host:8265 is for `ray job submit`), "
+            "or unset RAY_ADDRESS to run on this machine",
         ) from None
     try:
         yield
@@ -87,15 +94,16 @@ def joined(resources: Resources) -> Iterator[None]:
 
 
 def machine() -> Machine:
-    """CPUs and GPUs of the whole cluster, and whether the training device is fast in bfloat16."""
+    """CPUs and GPUs of the whole cluster, and whether this CPU is fast in bfloat16."""
     import ray
 
     from pipeline.plan import Machine
 
     total = ray.cluster_resources()
-    gpus = int(total.get("GPU", 0))
     return Machine(
-        cpus=max(1, int(total.get("CPU", 1))), gpus=gpus, bfloat16=bool(gpus) or cpu_has_bfloat16()
+        cpus=max(1, int(total.get("CPU", 1))),
+        gpus=int(total.get("GPU", 0)),
+        bfloat16=cpu_has_bfloat16(),
     )
 
 

@@ -35,7 +35,7 @@ class Run(Section):
     """Which run this is."""
 
     name: str = Field("", description="name of the run; default: the recipe's file name")
-    folder: str = Field("runs", description="where run folders go; a path or a pyarrow.fs URI")
+    folder: str = Field("runs", description="where run folders go; a path that all nodes share")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
 
 
@@ -230,6 +230,9 @@ class Train(Section):
 
     workers: Positive | Literal["auto"] = Field(
         "auto", description="training workers; auto: one per GPU, else one per two CPUs, at most 8"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs where the cluster has them; cpu for very small networks"
     )
     accumulation: Positive = Field(1, description="micro batches that a worker adds up in a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -25,9 +25,12 @@ class Control:
         """Asks the workers to write a checkpoint and end."""
         self._stopping.set()
 
-    def wait_stop(self) -> bool:
-        """Returns when somebody asked to stop."""
-        return self._stopping.wait()
+    def wait_stop(self, timeout: float = 30.0) -> bool:
+        """Whether somebody asked to stop; waits up to `timeout` seconds for that.
+
+        The wait has an end so that a worker group that died leaves no thread behind.
+        """
+        return self._stopping.wait(timeout)
 
     def say(self, level: int, line: str) -> None:
         """A worker's log line for the driver's console."""

@@ -29,3 +29,9 @@ class DataError(PipelineError):
 
 class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: with Ray's errors, the one that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

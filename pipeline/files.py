@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 
 @contextmanager
@@ -77,6 +78,30 @@ class RunFolder:
         except ValueError:
             return None  # not ours or cut short: the stage runs again
         return found["result"] if found.get("key") == key else None
+
+    def last(self, stage: str) -> dict[str, Any]:
+        """The result of a stage when it finished last, whatever its key; empty if it never did."""
+        mark = self.stage(stage) / "_done.json"
+        found: dict[str, Any] = json.loads(mark.read_text())["result"] if mark.is_file() else {}
+        return found
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other job on this machine works in the folder.
+
+        Raises:
+            PipelineError: where one does already.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".job.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PipelineError(
+                    f"another job is working in {self.path}",
+                    "wait until it ends, or give this one another run.name",
+                ) from None
+            yield
 
     def mark_done(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Says that a stage is finished; a rerun with the same key does nothing."""

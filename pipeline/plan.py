@@ -44,7 +44,7 @@ class Machine(BaseModel):
 
     cpus: int
     gpus: int
-    bfloat16: bool  # fast on the training device
+    bfloat16: bool  # the CPUs multiply it in hardware; GPUs of this decade do
 
 
 class Plan(BaseModel):
@@ -139,12 +139,20 @@ def resolve(
     """
     optim, train = config.optim, config.train
     problems: list[str] = []
+    gpus = 0 if train.device == "cpu" else machine.gpus
+    if train.device == "cuda" and not gpus:
+        problems.append("train.device=cuda, but the cluster has no GPU")
     if train.workers == "auto":
-        workers = machine.gpus or max(1, min(8, machine.cpus // 2))
+        workers = gpus or max(1, min(8, machine.cpus // 2))
         while workers > 1 and optim.global_batch_size % (workers * train.accumulation):
             workers -= 1
     else:
         workers = train.workers
+    if gpus and workers > gpus:
+        problems.append(
+            f"train.workers={workers} is more than the {gpus} GPUs of the cluster; "
+            "train.device=cpu trains without them"
+        )
     batch = optim.global_batch_size
     share, rest = divmod(batch, workers * train.accumulation)
     if rest or not share:
@@ -162,7 +170,7 @@ def resolve(
     if optim.steps is None and optim.passes is None:
         problems.append("optim.passes or optim.steps must say how long the run is")
     steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
-    cpus_per_worker = config.resources.cpus_per_worker or (1.0 if machine.gpus else 0.25)
+    cpus_per_worker = config.resources.cpus_per_worker or (1.0 if gpus else 0.25)
     free_cpus = machine.cpus - workers * cpus_per_worker
     if free_cpus <= 0:
         problems.append(
@@ -171,14 +179,13 @@ def resolve(
         )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
-    device: Literal["cpu", "cuda"] = "cuda" if machine.gpus else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
     # The order of rows must not depend on the workers, so the window is cut from the global batch.
     rows = config.data.shuffle_images
     window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
     chunk = _divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
-    local_workers = max(1, workers if not machine.gpus else machine.gpus)
     return Plan(
         config=config,
         images=images,
@@ -204,7 +211,7 @@ def resolve(
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
         cpus_per_worker=cpus_per_worker,
         decode_cpus=min(1.0, free_cpus),
-        threads=config.resources.threads or max(1, machine.cpus // local_workers),
+        threads=config.resources.threads or max(1, machine.cpus // workers),
     )
 
 
@@ -220,7 +227,7 @@ def _precision(
     asked = config.train.precision
     if asked != "auto":
         return asked, "asked for"
-    if machine.bfloat16:
+    if device == "cuda" or machine.bfloat16:
         return "bfloat16", f"the {device} has it"
     return "float32", f"no fast bfloat16 on this {device}"
 

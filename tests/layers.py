@@ -82,17 +82,22 @@ TABLE = [
     row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
     row("train.state", "errors files", others="torch"),
     row(
+        "train.chief",
+        [*MATHS, "plan", "files", "evaluate.*", "train.*"],
+        "track.tracker",  # made on rank 0 from the settings that the driver hands down
+        others="torch ray pyarrow",
+        others_inside="psutil",
+    ),
+    row(
         "train.evaluations train.loop train.run",
         [*MATHS, "config", "plan", "files", "log", "control", "evaluate.*"]
         + ["data.stream", "data.feeder", "train.*"],
-        # the loop makes the tracker that it is handed as settings
-        ["track.tracker"],
         others="torch ray",
-        others_inside="yaml psutil",
+        others_inside="yaml",
     ),
     row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
     row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
-    row("stages.*", ["*"], "", "", "ray torch pyarrow"),
+    row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]
 # An `__init__` may hand on what its package holds, and nothing else.
 PACKAGES = ["data", "model", "loss", "train", "evaluate", "track", "stages"]

@@ -159,6 +159,21 @@ def test_auto_takes_as_many_workers_as_divide_the_batch(
     assert found.device == ("cuda" if gpus else "cpu")
 
 
+GPUS = Machine(cpus=16, gpus=4, bfloat16=False)
+
+
+def test_the_device_is_the_gpus_unless_said_otherwise() -> None:
+    found = plan(machine=GPUS)
+    assert (found.device, found.workers, found.precision) == ("cuda", 4, "bfloat16")
+    found = plan("train.device=cpu", machine=GPUS)
+    assert (found.device, found.workers, found.precision) == ("cpu", 8, "float32")
+    assert (found.cpus_per_worker, found.threads) == (0.25, 2)
+    with pytest.raises(ConfigError, match=r"train\.device=cuda, but the cluster has no GPU"):
+        plan("train.device=cuda")
+    with pytest.raises(ConfigError, match=r"train\.workers=8 is more than the 4 GPUs"):
+        plan("train.workers=8", machine=GPUS)
+
+
 def test_all_that_cannot_work_is_said_at_once() -> None:
     config = load(["optim.global_batch_size=50", "train.workers=3", "train.accumulation=4"])
     with pytest.raises(ConfigError) as caught:
@@ -255,7 +270,8 @@ def test_workers_leave_cpus_for_decoding() -> None:
 @pytest.mark.parametrize(
     ("asked", "bfloat16", "gpus", "precision", "reason"),
     [
-        ("auto", True, 1, "bfloat16", "the cuda has it"),
+        ("auto", False, 1, "bfloat16", "the cuda has it"),
+        ("auto", True, 0, "bfloat16", "the cpu has it"),
         ("auto", False, 0, "float32", "no fast bfloat16 on this cpu"),
         ("float32", True, 1, "float32", "asked for"),
         ("bfloat16", False, 0, "bfloat16", "asked for"),
@@ -299,6 +315,7 @@ def other_value(path: str, old: Any) -> Any:
         "optim.betas": (0.8, 0.9),
         "data.labels": "none",
         "train.workers": 1,
+        "train.device": "cpu",
         "train.precision": "float32",
         "train.compile": True,
         "evaluate.image_size": 112,

@@ -73,8 +73,8 @@ class Batch:
 
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
-                valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
-                [B] where the chunk has them.
+                valid are dropped (all but one, where none is valid) and listed in `bad`, with
+                the text columns `reason` and `detail` [B] where the chunk has them.
 
         Raises:
             DataError: naming the array that is missing or has another dtype or shape.
@@ -84,9 +84,11 @@ class Batch:
             if name not in chunk:
                 raise DataError(f"a chunk has no {name!r} (found: {', '.join(chunk)})")
             _check(name, chunk[name], np.dtype(dtype), shape, sizes)
-        valid = chunk["valid"]
-        kept = {name: chunk[name] if valid.all() else chunk[name][valid] for name, *_ in _COLUMNS}
+        valid = chunk["valid"].copy()
         dropped = np.flatnonzero(~valid)
+        # One black image stays where all are bad: a worker without a batch would stop the others.
+        valid[0] |= not valid.any()
+        kept = {name: chunk[name] if valid.all() else chunk[name][valid] for name, *_ in _COLUMNS}
         bad = tuple(
             (
                 chunk["image_ids"][row].tobytes().hex(),

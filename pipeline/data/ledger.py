@@ -70,8 +70,8 @@ def check_places(source: str, **outputs: str) -> None:
             inside, outside = str(Path(path).resolve()), str(Path(root).resolve())
         if type(fs) is type(source_fs) and f"{inside}/".startswith(f"{outside.rstrip('/')}/"):
             raise DataError(
-                f"data.{name}={uri} lies inside the source {source}",
-                hint="choose a folder beside it; the source is only read.",
+                f"{name} ({uri}) lies inside the source {source}",
+                hint="choose data.shards and run.folder beside it; the source is only read.",
             )
 
 

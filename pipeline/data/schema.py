@@ -123,8 +123,8 @@ class RowGroup:
 def open_shards(uri: str, image_column: str = "image", label_column: str = "label") -> ShardSet:
     """Find the shards at `uri`: a folder (of any depth), one file, or `folder/train-*.parquet`.
 
-    A folder that this project packed is opened by its manifest alone; of other files the footers
-    are read.
+    A folder that this project packed is opened by its manifest alone, which knows the columns; of
+    other files the footers are read.
 
     Raises:
         DataError: no such path, no parquet file, packing not finished, a shard missing or cut, no
@@ -135,12 +135,6 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
     infos = list_parquet(fs, path, uri)
     manifest_path = f"{path}/{MANIFEST}"
     if fs.get_file_info(manifest_path).type == pafs.FileType.File:
-        if (image_column, label_column) != ("image", "label"):
-            raise DataError(
-                f'{uri} was packed: its columns are "image" and "label", not "{image_column}" and '
-                f'"{label_column}"',
-                hint="leave data.image_column and data.label_column as they are.",
-            )
         return _from_manifest(uri, fs, path, infos)
     return _from_footers(uri, fs, path, infos, image_column, label_column)
 

@@ -7,7 +7,7 @@ not normalised again for smaller k.
 Shapes: N reference images, Q queries, D width, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -157,26 +157,26 @@ def knn_classify(
 
 
 def raw_pixels(
-    reference: Labelled, queries: Labelled, k: int = 20, temperature: float = TEMPERATURE
+    reference: Iterable[Labelled],
+    queries: Iterable[Labelled],
+    k: int = 20,
+    temperature: float = TEMPERATURE,
 ) -> float:
     """Accuracy of the same vote on the pixels themselves, the floor that features must beat.
 
-    Images are averaged down to 16 x 16 and the reference's mean image is taken off, without which
-    all cosines would be near 1.
+    Images, given in batches, are averaged down to 16 x 16, and the reference's mean image is taken
+    off, without which all cosines would be near 1.
     """
-    small, asked = (_downscaled(found.images) for found in (reference, queries))
+    (small, labels), (asked, truth) = _downscaled(reference), _downscaled(queries)
     mean = small.mean(0)
-    labels, truth = (torch.from_numpy(found.labels) for found in (reference, queries))
     classes = int(max(labels.max(), truth.max())) + 1
     return knn_classify(small - mean, labels, asked - mean, truth, classes, k, temperature)[k]
 
 
-def _downscaled(images: npt.NDArray[np.uint8]) -> Tensor:
-    parts = [
-        functional.adaptive_avg_pool2d(
-            torch.from_numpy(np.array(images[start : start + 256])).permute(0, 3, 1, 2).float(),
-            RAW_SIDE,
-        ).flatten(1)
-        for start in range(0, len(images), 256)
-    ]
-    return torch.cat(parts) / 255
+def _downscaled(parts: Iterable[Labelled]) -> tuple[Tensor, Tensor]:
+    small, labels = [], []
+    for part in parts:
+        pixels = torch.from_numpy(np.array(part.images)).permute(0, 3, 1, 2).float()
+        small.append(functional.adaptive_avg_pool2d(pixels, RAW_SIDE).flatten(1) / 255)
+        labels.append(torch.from_numpy(part.labels))
+    return torch.cat(small), torch.cat(labels)

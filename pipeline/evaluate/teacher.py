@@ -6,6 +6,7 @@ test.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,12 +16,16 @@ from torch import Tensor
 
 from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import BadImage, decode_rgb
-from pipeline.data.schema import ShardSet, read_row_group
+from pipeline.data.schema import RowGroup, ShardSet, read_row_group
+from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
-from pipeline.evaluate.health import effective_rank, feature_std
+from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
 from pipeline.evaluate.knn import knn_classify, raw_pixels
 from pipeline.evaluate.pictures import pca_grid
+from pipeline.model.pair import Encoder
 from pipeline.model.vit import VisionTransformer
+
+log = logging.getLogger("pipeline.evaluate")
 
 HEALTH_IMAGES = 1024  # enough for a stable rank at usual widths, seconds to embed
 PCA_IMAGES = 8  # pairs of image and map fill a 4 x 4 grid
@@ -54,18 +59,19 @@ class Evaluation:
 
 
 class Evaluator:
-    """Keeps decoded images between evaluations of the same run.
+    """Keeps decoded images between evaluations of the same run, as far as they are few.
 
     Args:
         spec: sets and settings.
         threads: torch threads; beside a training worker, 1.
+        device: where the backbone runs.
     """
 
-    def __init__(self, spec: EvaluationSpec, threads: int = 1) -> None:
+    def __init__(self, spec: EvaluationSpec, threads: int = 1, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
         self.spec = spec
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._images: dict[tuple[str, int | None], LabelledImages] = {}
+        self.device = torch.device(device)
+        self._kept: dict[tuple[str, int | None], list[LabelledImages]] = {}
 
     def run(self, backbone: VisionTransformer, limit: int | None = None) -> Evaluation:
         """k-NN top-1, feature health and the PCA picture of a backbone.
@@ -78,91 +84,126 @@ class Evaluator:
         backbone = backbone.to(self.device).eval()
         metrics: dict[str, float] = {}
         if spec.reference and spec.queries:
-            reference = self._features(backbone, self.images(spec.reference, limit))
-            asked = self.images(spec.queries, limit)
-            features = self._features(backbone, asked)
-            labels = torch.from_numpy(self.images(spec.reference, limit).labels)
-            classes = max(int(labels.max()), int(asked.labels.max())) + 1
-            accuracies = knn_classify(
-                reference,
-                labels,
-                features,
-                torch.from_numpy(asked.labels),
-                classes,
-                k=spec.k,
-                temperature=spec.temperature,
+            reference, votes = self.features(backbone, spec.reference, limit)
+            shown = spec.queries
+            features, labels = self.features(backbone, shown, limit)
+            classes = max(int(votes.max()), int(labels.max())) + 1
+            found = knn_classify(
+                reference, votes, features, labels, classes, spec.k, spec.temperature
             )
-            metrics[f"eval/knn{spec.k}_top1"] = accuracies[spec.k]
+            metrics[f"eval/knn{spec.k}_top1"] = found[spec.k]
         else:
-            asked = self.images(spec.sample, min(limit or HEALTH_IMAGES, HEALTH_IMAGES))
-            features = self._features(backbone, asked)
+            shown, limit = spec.sample, min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
+            features, _ = self.features(backbone, shown, limit)
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
-        return Evaluation(metrics, {"patch_pca": self._pca(backbone, asked)})
+        first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
+        return Evaluation(metrics, {"patch_pca": pca_grid(backbone, first, spec.mean, spec.std)})
 
     def raw_pixels(self, limit: int | None = None) -> float | None:
         """k-NN top-1 of the pixels themselves, for comparison; None without labels."""
         spec = self.spec
         if not (spec.reference and spec.queries):
             return None
-        reference, queries = (self.images(s, limit) for s in (spec.reference, spec.queries))
-        return raw_pixels(reference, queries, k=spec.k, temperature=spec.temperature)
+        sets = (self.parts(spec.reference, limit), self.parts(spec.queries, limit))
+        return raw_pixels(*sets, k=spec.k, temperature=spec.temperature)
 
-    def images(self, shards: ShardSet, limit: int | None) -> LabelledImages:
-        """Decoded images of a set, from memory where they were read before."""
-        key = (shards.digest, limit)
-        if key not in self._images:
-            found = read_images(shards, self.spec, limit)
-            if found.images.nbytes > CACHE_BYTES:
-                return found
-            self._images[key] = found
-        return self._images[key]
+    def target_health(self, teacher: Encoder, temperature: float) -> dict[str, float]:
+        """Entropy of the teacher's targets in nats, and how many prototypes they choose.
 
-    def _features(self, backbone: VisionTransformer, found: LabelledImages) -> Tensor:
+        On the health sample, centred by its own mean: the centre that training would arrive at.
+        """
+        features, _ = self.features(teacher.backbone, self.spec.sample, HEALTH_IMAGES)
+        head = teacher.dino_head.to(self.device).eval()
+        with torch.no_grad():
+            logits = head(features.to(self.device)).float()
+        targets = torch.softmax((logits - logits.mean(0)) / temperature, 1)
+        return {
+            "health/teacher_entropy": float(teacher_entropy(targets)),
+            "health/prototypes_used": float(len(set(targets.argmax(1).tolist()))),
+        }
+
+    def features(
+        self, backbone: VisionTransformer, shards: ShardSet, limit: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """CLS features [N, D] and labels [N] of a set."""
         spec = self.spec
-        dtype = torch.bfloat16 if spec.half else torch.float32
-        parts = found.batches(spec.batch_size)
-        return embed(backbone, parts, spec.mean, spec.std, self.device, dtype)
+        labels: list[np.ndarray] = []
 
-    def _pca(self, backbone: VisionTransformer, found: LabelledImages) -> np.ndarray:
-        return pca_grid(backbone, found.images[:PCA_IMAGES], self.spec.mean, self.spec.std)
+        def images() -> Iterator[np.ndarray]:
+            for part in self.parts(shards, limit):
+                labels.append(part.labels)
+                yield part.images
+
+        dtype = torch.bfloat16 if spec.half else torch.float32
+        found = embed(backbone, images(), spec.mean, spec.std, self.device, dtype)
+        return found, torch.from_numpy(np.concatenate(labels))
+
+    def parts(self, shards: ShardSet, limit: int | None) -> Iterator[LabelledImages]:
+        """Decoded images of a set in batches, from memory where the set is small."""
+        key = (shards.digest, limit)
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        rows = min(limit or shards.rows, shards.rows)
+        small = rows * 3 * self.spec.image_size**2 <= CACHE_BYTES
+        kept = []
+        for part in read_images(shards, self.spec, limit):
+            if small:
+                kept.append(part)
+            yield part
+        if small:
+            self._kept[key] = kept
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """`images` uint8 [N, S, S, 3], `labels` int64 [N] (-1 unknown), and how many were bad."""
+    """A batch: `images` uint8 [B, S, S, 3], `labels` int64 [B], -1 where unknown."""
 
     images: np.ndarray
     labels: np.ndarray
-    bad: int
-
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """The images in parts of `size`."""
-        for start in range(0, len(self.images), size):
-            yield self.images[start : start + size]
 
 
-def read_images(shards: ShardSet, spec: EvaluationSpec, limit: int | None) -> LabelledImages:
-    """Reads and decodes a set, or `limit` of its rows drawn with the seed; bad ones are counted."""
+def read_images(
+    shards: ShardSet, spec: EvaluationSpec, limit: int | None
+) -> Iterator[LabelledImages]:
+    """Decodes a set, or `limit` of its rows drawn with the seed, in batches; bad rows are left out.
+
+    Raises:
+        DataError: where not one image could be decoded.
+    """
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    good = bad = 0
+    for table, row in _rows(shards, spec.seed, limit):
+        try:
+            image = decode_rgb(table.image(row), spec.max_pixels)
+        except BadImage:
+            bad += 1
+            continue
+        good += 1
+        images.append(resize_centre_crop(image, spec.image_size))
+        labels.append(int(table.labels[row]))
+        if len(images) == spec.batch_size:
+            yield LabelledImages(np.stack(images), np.asarray(labels, np.int64))
+            images, labels = [], []
+    if images:
+        yield LabelledImages(np.stack(images), np.asarray(labels, np.int64))
+    if bad:
+        log.warning("%d of %d images of %s could not be decoded", bad, good + bad, shards.uri)
+    if not good:
+        raise DataError(f"no image of {shards.uri} could be decoded", "pack it to see the reasons")
+
+
+def _rows(shards: ShardSet, seed: int, limit: int | None) -> Iterator[tuple[RowGroup, int]]:
     rows = np.arange(shards.rows)
     if limit is not None and limit < shards.rows:
-        rows = np.sort(np.random.default_rng([spec.seed, 1]).permutation(shards.rows)[:limit])
-    images, labels, bad, first = [], [], 0, 0
+        rows = np.sort(np.random.default_rng([seed, 1]).permutation(shards.rows)[:limit])
+    first = 0
     for file_index, file in enumerate(shards.files):
         for group, count in enumerate(file.row_groups):
             wanted = rows[(rows >= first) & (rows < first + count)] - first
             first += count
-            if not len(wanted):
-                continue
-            table = read_row_group(shards, file_index, group)
-            for row in wanted.tolist():
-                try:
-                    image = decode_rgb(table.image(row), spec.max_pixels)
-                except BadImage:
-                    bad += 1
-                    continue
-                images.append(resize_centre_crop(image, spec.image_size))
-                labels.append(int(table.labels[row]))
-    size = spec.image_size
-    stacked = np.stack(images) if images else np.zeros((0, size, size, 3), np.uint8)
-    return LabelledImages(stacked, np.asarray(labels, np.int64), bad)
+            if len(wanted):
+                table = read_row_group(shards, file_index, group)
+                yield from ((table, row) for row in wanted.tolist())

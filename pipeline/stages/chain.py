@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from pipeline import cluster
 from pipeline.config import Config
-from pipeline.files import RunFolder, fingerprint
+from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.stages import evaluate, export, pack, pretrain
 from pipeline.stages.context import Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
@@ -38,9 +41,15 @@ def run(config: Config, stages: Sequence[str]) -> None:
     """
     config = named(config, stages)
     folder = RunFolder.of(config.run.folder, config.run.name)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    log.info("run         %s in %s", config.run.name, folder.path)
+    with folder.locked():
+        log.info("run         %s in %s", config.run.name, folder.path)
+        _run(config, folder, stages)
+
+
+def _run(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
     context = Context(config, folder)
+    if "pack" not in stages:  # what an earlier job packed
+        context.config = with_packed_sets(config, folder)
     left = [name for name in stages if not _given(context, name)]
     # Wrong paths are said, and finished stages skipped, before Ray is started for the rest.
     while left and _up_to_date(context, left[0]):
@@ -58,6 +67,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
             settings,
             config.run.name,
             nodes=cluster.nodes(),
+            config=_write_config(config, folder),
             tags={"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())},
         )
         with tracking:
@@ -67,9 +77,17 @@ def run(config: Config, stages: Sequence[str]) -> None:
             _report(context)
 
 
+def _write_config(config: Config, folder: RunFolder) -> Path:
+    path = folder.path / "config.yaml"
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return path
+
+
 def _report(context: Context) -> None:
     """`report.html` of the run folder, and the results on the page of the pipeline run."""
-    lines = {name: str(result.get("text", "")) for name, result in context.results.items()}
+    known = {name: context.folder.last(name) for name in ORDER} | context.results
+    lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
     sections = [Table({"stage": list(lines), "result": list(lines.values())}, "Results")]
     name = context.config.run.name
     report = run_report(context.folder.path, name, context.config.data.source, sections)
@@ -100,7 +118,8 @@ def _given(context: Context, name: str) -> bool:
 def _up_to_date(context: Context, name: str) -> bool:
     key = STAGES[name].key(context)
     done = context.folder.done(name, key)
-    if done is None:
+    intact = getattr(STAGES[name], "intact", None)
+    if done is None or (intact and not intact(context)):
         return False
     log.info("%-11s up to date (%s), skipped", name, key[:4])
     _keep(context, name, done)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import RunFolder
 
@@ -68,15 +70,25 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
 
 def with_packed_sets(config: Config, folder: RunFolder) -> Config:
     """The config with evaluation sources replaced by the shards that pack made of them."""
-    changed = {
-        name: str(folder.path / "pack" / name)
-        for name in ("reference", "queries")
-        if (folder.path / "pack" / name / "_manifest.json").is_file()
-        and not is_shards(getattr(config.evaluate, name))
-    }
+    changed = {}
+    for name in ("reference", "queries"):
+        source, packed = getattr(config.evaluate, name), folder.path / "pack" / name
+        if source and not is_shards(source) and _source_of(packed) == _place(source, folder):
+            changed[name] = str(packed)
     if not changed:
         return config
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changed)})
+
+
+def _place(source: str, folder: RunFolder) -> str:
+    if source.startswith(BUILTIN):
+        return str(folder.path / "source" / source.removeprefix(BUILTIN).strip("/"))
+    return absolute_uri(source)
+
+
+def _source_of(packed: Path) -> str:
+    manifest = packed / MANIFEST
+    return str(json.loads(manifest.read_text())["source"]) if manifest.is_file() else ""
 
 
 def is_shards(uri: str) -> bool:

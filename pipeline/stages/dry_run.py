@@ -40,7 +40,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     machine = Machine(
         cpus=config.resources.cpus or os.cpu_count() or 1,
         gpus=gpus,
-        bfloat16=bool(gpus) or cluster.cpu_has_bfloat16(),
+        bfloat16=cluster.cpu_has_bfloat16(),
     )
     images, digest, size = _images(config, folder)
     if "pack" in stages and config.data.source:

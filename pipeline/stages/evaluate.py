@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
+from pipeline.data.schema import open_shards
 from pipeline.errors import TrainError
+from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.files import fingerprint
+from pipeline.model.pair import Encoder
 from pipeline.plan import Plan
 from pipeline.stages.context import Context, result_line
-from pipeline.stages.pretrain import plan
 from pipeline.train import build, state
 from pipeline.train.run import evaluation_spec
+
+log = logging.getLogger("pipeline.evaluate")
 
 
 def chosen(context: Context) -> state.Saved:
@@ -31,31 +38,43 @@ def chosen(context: Context) -> state.Saved:
     return saved
 
 
-def teacher(saved: state.Saved, found: Plan) -> Any:
-    """The teacher's backbone of a checkpoint."""
-    pair = build.pair(found.config)
+def trained_plan(saved: state.Saved) -> Plan:
+    """The plan that a checkpoint was trained with; today's recipe may differ."""
+    return Plan.model_validate(saved.meta["plan"])
+
+
+def teacher(saved: state.Saved) -> Encoder:
+    """The teacher of a checkpoint, heads included."""
+    pair = build.pair(trained_plan(saved).config)
     pair.teacher.load_state_dict(saved.load()["teacher"])
-    return pair.teacher.backbone
+    return pair.teacher
 
 
 def key(context: Context) -> str:
-    """Changes with the checkpoint and the evaluation settings."""
-    saved, config = chosen(context), context.config
-    return fingerprint([saved.step, saved.meta["digest"], config.evaluate.model_dump(mode="json")])
+    """Changes with the checkpoint, the evaluation settings and the images of the sets."""
+    saved, settings = chosen(context), context.config.evaluate
+    data = context.config.data
+    digests = [
+        open_shards(uri, data.image_column, data.label_column).digest
+        for uri in (settings.reference, settings.queries)
+        if uri
+    ]
+    return fingerprint([saved.step, saved.meta["plan"], settings.model_dump(mode="json"), digests])
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Evaluates on the full sets; without labels, health only."""
     import ray
 
-    saved, found = chosen(context), plan(context)
+    saved = chosen(context)
+    found = trained_plan(saved)
+    current = {"evaluate": context.config.evaluate, "data": context.config.data}
+    found = found.model_copy(update={"config": found.config.model_copy(update=current)})
     spec = evaluation_spec(found, context.shards())
-    gpus = 1 if found.device == "cuda" else 0
-    threads = 1 if gpus else max(1, int(ray.cluster_resources().get("CPU", 1)))
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and found.device == "cuda" else 0
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
-    results, pictures = ray.get(
-        task.remote(spec, found.model_dump_json(), str(saved.path), threads)
-    )
+    results, pictures = ray.get(task.remote(spec, str(saved.path), "cuda" if gpus else "cpu"))
+    sentence = alarm(results["trained"], found.config.head.prototypes)
     tracker.metrics(saved.step, results["trained"])
     score = f"eval/knn{spec.k}_top1"
     others = {name: values[score] for name, values in results.items() if score in values}
@@ -65,7 +84,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for name, picture in pictures.items():
         tracker.picture(name, saved.step, picture)
     if score in results["trained"]:
-        tracker.headline(saved.step, {score: results["trained"][score]})
+        tracker.headline(saved.step, {f"{score}_final": results["trained"][score]})
         text = (
             f"kNN-{spec.k} top-1 {others['trained']:.4f} at step {saved.step}; "
             f"the same network at step 0 {others['step0']:.4f}, "
@@ -77,6 +96,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             f"{name.partition('/')[2]} {value:.3g}" for name, value in health.items()
         )
     result_line("evaluate", text)
+    if sentence:
+        log.warning("%s", sentence)
+        text = f"{text}. Alarm: {sentence}"
     tracker.note(text)
     tracker.table(
         "evaluation",
@@ -89,21 +111,17 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 
 
 def _evaluate(
-    spec: EvaluationSpec, plan_json: str, checkpoint: str, threads: int
+    spec: EvaluationSpec, checkpoint: str, device: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    from pathlib import Path
-
-    found = Plan.model_validate_json(plan_json)
-    evaluator = Evaluator(spec, threads)
-    saved = next(
-        saved
-        for saved in state.checkpoints(Path(checkpoint).parent)
-        if str(saved.path) == checkpoint
-    )
-    trained = evaluator.run(teacher(saved, found))
-    results = {"trained": trained.metrics}
+    path = Path(checkpoint)
+    saved = next(saved for saved in state.checkpoints(path.parent) if saved.path == path)
+    found = trained_plan(saved)
+    evaluator = Evaluator(spec, len(os.sched_getaffinity(0)), device)
+    network = teacher(saved)
+    trained = evaluator.run(network.backbone)
+    temperature = found.at(max(0, saved.step - 1)).teacher_temperature
+    results = {"trained": trained.metrics | evaluator.target_health(network, temperature)}
     if spec.queries is not None:
-        start = evaluator.run(build.pair(found.config).teacher.backbone)
-        results["step0"] = start.metrics
+        results["step0"] = evaluator.run(build.pair(found.config).teacher.backbone).metrics
         results["raw_pixels"] = {f"eval/knn{spec.k}_top1": evaluator.raw_pixels() or 0.0}
     return results, trained.pictures

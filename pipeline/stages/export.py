@@ -7,21 +7,26 @@ from typing import Any
 from pipeline.files import fingerprint, write_json
 from pipeline.model.weights import save_backbone, verify
 from pipeline.stages.context import Context, result_line
-from pipeline.stages.evaluate import chosen, teacher
-from pipeline.stages.pretrain import plan
+from pipeline.stages.evaluate import chosen, teacher, trained_plan
 from pipeline.train import build
 
 
 def key(context: Context) -> str:
     """Changes with the checkpoint."""
     saved = chosen(context)
-    return fingerprint([saved.step, saved.meta["digest"], saved.meta["config"]])
+    return fingerprint([saved.step, saved.meta["plan"]])
+
+
+def intact(context: Context) -> bool:
+    """Whether what a finished stage wrote is still there."""
+    return (context.folder.path / "weights" / "dinov2" / "model.safetensors").is_file()
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Writes `weights/dinov2/`, loads it back and compares outputs before it says done."""
-    config, saved = context.config, chosen(context)
-    backbone = teacher(saved, plan(context)).eval()
+    saved = chosen(context)
+    config = trained_plan(saved).config
+    backbone = teacher(saved).backbone.eval()
     folder = context.folder.path / "weights" / "dinov2"
     save_backbone(backbone, build.backbone_spec(config), folder)
     write_json(
@@ -35,14 +40,14 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     )
     verify(backbone, folder)
     scores = context.results.get("evaluate", {}).get("trained", {})
-    score = scores.get(f"eval/knn{config.evaluate.k}_top1")
+    score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
     text = f"{folder} from step {saved.step}, loaded back and equal"
     result_line("export", text)
     tracker.note(text)
     tracker.artifact(folder / "config.json", "weights")
     tracker.model(
         folder,
-        config.track.model_name,
+        context.config.track.model_name,
         score,
         note=text,
         image_size=config.augment.global_size,

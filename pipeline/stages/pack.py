@@ -7,9 +7,10 @@ from typing import Any
 
 from pipeline.data import ledger
 from pipeline.data.pack import PackReport, pack
+from pipeline.data.schema import open_shards
 from pipeline.data.sources import list_source
 from pipeline.data.storage import absolute_uri
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.files import fingerprint
 from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
 
@@ -50,6 +51,16 @@ def key(context: Context) -> str:
         for name, (source, shards) in sources(context).items()
     }
     return fingerprint([data, listed])
+
+
+def intact(context: Context) -> bool:
+    """Whether the shards of a finished stage are still there."""
+    try:
+        for _, shards in sources(context).values():
+            open_shards(shards)
+    except DataError:
+        return False
+    return True
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -128,6 +139,7 @@ def _track(
 
         tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
     if name == "train":
+        tracker.headline(0, {"data/images": numbers["images"]})
         tracker.tags({"images.manifest": report.digest, "shards": shards})
         tracker.note(
             f"{report.images_packed:,} images packed of {report.images_in:,}: "

@@ -12,7 +12,11 @@ from pipeline.plan import Plan
 from pipeline.train.cost import Cost, estimate
 from pipeline.train.step import Objective, ObjectiveSpec
 
-BLUR = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}  # RECIPE sections 0 and 4
+BLUR = {
+    "paper": (1.0, 0.1, 0.5),
+    "released": (0.0, 0.9, 0.5),
+    "none": (0.0, 0.0, 0.0),
+}  # RECIPE sections 0 and 4
 
 
 def backbone_spec(config: Config) -> BackboneSpec:

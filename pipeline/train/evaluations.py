@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import torch
 
+from pipeline.errors import last_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
 from pipeline.model.pair import BackboneSpec
@@ -28,8 +29,8 @@ MAX_PENDING = 2
 class EvaluatorActor:
     """An `Evaluator` in a process of its own; weights come by value."""
 
-    def __init__(self, spec: EvaluationSpec, backbone: dict[str, Any]) -> None:
-        self.evaluator = Evaluator(spec)
+    def __init__(self, spec: EvaluationSpec, backbone: dict[str, Any], device: str) -> None:
+        self.evaluator = Evaluator(spec, device=device)
         self.backbone = BackboneSpec(**backbone)
 
     def run(self, weights: dict[str, torch.Tensor], limit: int | None) -> Evaluation:
@@ -42,11 +43,17 @@ class EvaluatorActor:
 def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     """Starts the actor: on a GPU where one is free, else on CPUs beside the workers."""
     gpus = ray.cluster_resources().get("GPU", 0) - plan.workers if plan.device == "cuda" else 0
-    options = {"num_cpus": 0, "num_gpus": 1 if gpus >= 1 else 0}
+    device = "cuda" if gpus >= 1 else "cpu"
+    options = {
+        "num_cpus": 0,
+        "num_gpus": 1 if gpus >= 1 else 0,
+        "max_restarts": 3,
+        "max_task_retries": 1,
+    }
     return (
         ray.remote(EvaluatorActor)
         .options(**options)
-        .remote(spec, asdict(build.backbone_spec(plan.config)))
+        .remote(spec, asdict(build.backbone_spec(plan.config)), device)
     )
 
 
@@ -95,7 +102,7 @@ class Evaluations:
                 self._record(step, ray.get(reference))
             except ray.exceptions.RayError as error:
                 # Training is worth more than one evaluation: said aloud, and the next one is tried.
-                log.error("the evaluation of step %d failed: %s", step, str(error).splitlines()[0])
+                log.error("the evaluation of step %d failed: %s", step, last_line(error))
 
     def _record(self, step: int, found: Evaluation) -> None:
         self.tracker.metrics(step, found.metrics)
@@ -109,7 +116,10 @@ class Evaluations:
             known = {saved.step for saved in state.checkpoints(self.checkpoints)}
             if step in known and (self.best is None or score >= self.best["score"]):
                 self.best = {"step": step, "score": score}
-                state.mark_best(self.checkpoints, step, score)
+                try:
+                    state.mark_best(self.checkpoints, step, score)
+                except OSError as error:
+                    log.error("%s could not be written (%s)", self.checkpoints / "best.json", error)
         sentence = alarm(
             self.newest | found.metrics,
             self.plan.config.head.prototypes,

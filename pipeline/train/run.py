@@ -18,7 +18,7 @@ from pipeline.control import console
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.stream import MaskSpec, StreamSpec, reading_order
-from pipeline.errors import PipelineError, TrainError
+from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
 from pipeline.plan import Machine, Plan, changes, resolve
@@ -126,9 +126,10 @@ def check_resume(config: Config, digest: str, folder: RunFolder) -> list[str]:
     saved = state.latest(folder.path / "checkpoints")
     if saved is None:
         return []
-    allowed, refused = changes(Config.model_validate(saved.meta["config"]), config)
-    if saved.meta["digest"] != digest:
-        refused.append(f"the shards: {saved.meta['digest']} -> {digest}")
+    earlier = Plan.model_validate(saved.meta["plan"])
+    allowed, refused = changes(earlier.config, config)
+    if earlier.digest != digest:
+        refused.append(f"the shards: {earlier.digest} -> {digest}")
     if refused:
         raise TrainError(
             f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "
@@ -163,7 +164,11 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     tasks = DecodeTasks(plan.decode_cpus, plan.config.resources.decode_tasks)
     feeder = launch_feeder(stream_spec(plan, shards), plan.steps, tasks, plan.workers)
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
+    # What the driver writes here must be seen by the workers, or checkpoints would go astray.
+    mark = stage / f".shared-{os.urandom(6).hex()}"
+    mark.touch()
     job = {
+        "mark": str(mark),
         "plan": plan.model_dump_json(),
         "folder": str(folder.path),
         "feeder": feeder,
@@ -197,23 +202,37 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
         except ray.train.TrainingFailedError as error:
             raise TrainError(
                 f"training failed more than {plan.config.train.max_restarts} times; last: "
-                f"{_last_line(error)}",
+                f"{last_line(error)}",
                 "the same command goes on from the last checkpoint; PIPELINE_DEBUG=1 shows all",
             ) from error
         finally:
+            mark.unlink(missing_ok=True)
             ray.kill(evaluator)
             ray.kill(feeder)
     return _outcome(plan, stage / "outcome.json")
 
 
 def _outcome(plan: Plan, path: Path) -> Outcome:
+    if not path.is_file():
+        raise TrainError(
+            f"the workers left no {path}: run.folder is not the same place on all nodes",
+            "give run.folder as an absolute path of storage that driver and workers share",
+        )
     found: dict[str, Any] = json.loads(path.read_text())
     status = found.pop("status")
     if status == "non_finite":
         raise TrainError(
             f"step {found['step']}: {found['detail']}; stopped before the update",
-            "lower optim.lr, raise optim.warmup or use train.precision=float32; "
-            "the same command goes on from the last checkpoint",
+            "start again under another run.name with a lower optim.lr, a longer optim.warmup or "
+            "train.precision=float32; the same command would meet the same step again",
+        )
+    if status == "bad_images":
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(found["bad_images"].items()))
+        raise DataError(
+            f"{sum(found['bad_images'].values())} images could not be used ({counts}), more than "
+            f"data.max_bad_fraction={plan.config.data.max_bad_fraction}; they are listed in "
+            f"{path.parent / 'bad_images.parquet'}",
+            "pack the shards again, or raise data.max_bad_fraction and go on with the same command",
         )
     return Outcome(status, int(found.pop("step", plan.steps)), found)
 
@@ -246,11 +265,6 @@ def stop_on_sigterm(feeder: Any) -> Iterator[None]:
         finished = True
         asked.set()
         signal.signal(signal.SIGTERM, before)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def write_plan(plan: Plan, folder: RunFolder) -> Path:

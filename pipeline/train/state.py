@@ -65,7 +65,10 @@ def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -
     temporary.mkdir()
     try:
         with (temporary / "state.pt").open("wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # how torch reports a disk that fills up midway
+                raise OSError(str(error).splitlines()[0]) from error
             file.flush()
             os.fsync(file.fileno())
         size = (temporary / "state.pt").stat().st_size
@@ -138,4 +141,7 @@ def prune(folder: Path, keep_last: int, protected: set[int]) -> None:
         protected = protected | {int(json.loads(pointer.read_text())["step"])}
     for saved in checkpoints(folder)[:-keep_last]:
         if saved.step not in protected:
-            shutil.rmtree(saved.path, ignore_errors=True)
+            # Out of the list in one move first: a kill must not leave half a checkpoint in it.
+            removed = saved.path.with_name(f".{saved.path.name}.removed")
+            saved.path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)

@@ -32,8 +32,7 @@ class NonFinite(TrainError):
         """Name the terms, e.g. `loss/koleo` or `optim/grad_norm_backbone`."""
         super().__init__(
             f"not finite: {', '.join(names)}",
-            "the step was not applied. Lower optim.lr, lengthen the warm-up, "
-            "or resume from an earlier checkpoint",
+            "the step was not applied; start again with a lower learning rate or a longer warm-up",
         )
         self.names = tuple(names)
 

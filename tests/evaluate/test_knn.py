@@ -111,7 +111,7 @@ def test_raw_pixels_tell_bright_patterns_apart_and_not_noise():
         patterns[labels == label, ..., label] |= 128
     sets = {
         name: [
-            SimpleNamespace(images=x[part], labels=labels[part])
+            [SimpleNamespace(images=x[part], labels=labels[part])]
             for part in (slice(0, 90), slice(90, None))
         ]
         for name, x in (("noise", noise), ("patterns", patterns))

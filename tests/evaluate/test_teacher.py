@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -64,9 +65,9 @@ def spec(tmp_path: Path) -> EvaluationSpec:
     )
 
 
-def test_colours_are_told_apart(spec: EvaluationSpec) -> None:
+def test_colours_are_told_apart(spec: EvaluationSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Evaluator(spec)
-    evaluator._pca = lambda backbone, found: np.zeros((8, 8, 3), np.uint8)  # type: ignore[method-assign]
+    monkeypatch.setattr("pipeline.evaluate.teacher.pca_grid", lambda *_: np.zeros((8, 8, 3)))
     found = evaluator.run(MeanColour())  # type: ignore[arg-type]
     assert found.metrics["eval/knn5_top1"] == 1.0
     assert evaluator.raw_pixels() == 1.0
@@ -82,8 +83,20 @@ def test_without_labels_health_only(spec: EvaluationSpec) -> None:
 
 def test_bad_rows_are_counted_and_a_limit_is_a_fixed_draw(spec: EvaluationSpec) -> None:
     assert spec.queries is not None
-    whole = read_images(spec.queries, spec, None)
-    assert (len(whole.images), whole.bad) == (37, 3)
-    some, again = (read_images(spec.queries, spec, 10) for _ in range(2))
-    assert np.array_equal(some.images, again.images)
-    assert len(some.images) + some.bad == 10
+    whole = list(read_images(spec.queries, spec, None))
+    assert [len(part.images) for part in whole] == [16, 16, 5]
+    some, again = (
+        np.concatenate([part.images for part in read_images(spec.queries, spec, 10)])
+        for _ in range(2)
+    )
+    assert np.array_equal(some, again)
+    assert 7 <= len(some) <= 10
+
+
+def test_targets_of_a_teacher_that_chooses_by_colour(spec: EvaluationSpec) -> None:
+    head = torch.nn.Linear(3, 3, bias=False)
+    torch.nn.init.eye_(head.weight)
+    teacher = SimpleNamespace(backbone=MeanColour(), dino_head=head)
+    found = Evaluator(spec).target_health(teacher, 0.01)  # type: ignore[arg-type]
+    assert found["health/prototypes_used"] == 3
+    assert found["health/teacher_entropy"] < 0.05

@@ -129,13 +129,13 @@ def test_a_failure_in_the_middle_leaves_the_earlier_one(
     assert found.load()["student"]["w"][0, 0] == 1
 
 
-def killed_at(tmp_path: Path, patch: Callable[[], None]) -> None:
-    """Saves step 20 in a process of its own, which kills itself where `patch` says."""
+def killed_in(work: Callable[[], object], patch: Callable[[], None]) -> None:
+    """Does some work in a process of its own, which kills itself where `patch` says."""
     child = os.fork()
     if child == 0:
         try:
             patch()
-            state.save(tmp_path, 20, small(2), META)
+            work()
         finally:
             os._exit(7)
     _, status = os.waitpid(child, 0)
@@ -164,7 +164,7 @@ def test_a_kill_in_the_middle_leaves_the_earlier_one(tmp_path: Path, call: int |
 
         os.fsync = fsync  # type: ignore[assignment]
 
-    killed_at(tmp_path, patch)
+    killed_in(lambda: state.save(tmp_path, 20, small(2), META), patch)
     assert steps(tmp_path) == [10]
     # the same step again clears what the kill left behind
     state.save(tmp_path, 20, small(3), META)
@@ -172,6 +172,35 @@ def test_a_kill_in_the_middle_leaves_the_earlier_one(tmp_path: Path, call: int |
     found = state.latest(tmp_path)
     assert found
     assert found.load()["student"]["w"][0, 0] == 3
+
+
+def test_a_full_disk_is_an_os_error_however_torch_reports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(OSError, match="unexpected pos"):
+        state.save(tmp_path, 10, small(), META)
+    assert names(tmp_path) == []
+
+
+def test_a_kill_while_pruning_leaves_no_half(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        state.save(tmp_path, step, small(step), META)
+
+    def patch() -> None:
+        def first_file_only(path: Path, **_: Any) -> None:
+            next(iter(sorted(path.iterdir()))).unlink()
+            die()
+
+        state.shutil.rmtree = first_file_only  # type: ignore[assignment]
+
+    killed_in(lambda: state.prune(tmp_path, 2, set()), patch)
+    assert steps(tmp_path) == [20, 30]
+    for path in tmp_path.glob("step-*"):
+        assert names(path) == ["meta.json", "state.pt"]
 
 
 def cut_tensors(folder: Path) -> None:

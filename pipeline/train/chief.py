@@ -1,0 +1,235 @@
+"""What rank 0 does beside its steps: step lines, journal, checkpoints, evaluations, pictures.
+
+Nothing of it waits for another machine, except a checkpoint for its own write.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from pipeline.data.batch import BadImage, Batch
+from pipeline.data.schema import BAD_IMAGE_SCHEMA
+from pipeline.files import atomic, write_json
+from pipeline.model.pair import Pair
+from pipeline.plan import Plan
+from pipeline.train import build, state
+from pipeline.train.clock import Clock
+from pipeline.train.evaluations import Evaluations
+from pipeline.train.step import Objective
+
+log = logging.getLogger("pipeline.train")
+
+
+@dataclass
+class Trainee:
+    """Everything that a checkpoint holds, on its device."""
+
+    pair: Pair
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+
+    def state(self) -> dict[str, Any]:
+        """Nested dicts of tensors and numbers, for `torch.save`."""
+        return {
+            "student": self.pair.student.state_dict(),
+            "teacher": self.pair.teacher.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Puts a checkpoint's tensors in place."""
+        self.pair.student.load_state_dict(found["student"])
+        self.pair.teacher.load_state_dict(found["teacher"])
+        self.objective.load_state_dict(found["objective"])
+        self.optimizer.load_state_dict(found["optimizer"])
+
+
+class BadTable:
+    """The bad images that training met, in the contract's columns; each id once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, str]] = {}
+        if path.is_file():
+            self.rows = {row["image_id"]: row for row in pq.read_table(path).to_pylist()}
+
+    def add(self, bad: list[BadImage]) -> None:
+        """Adds rows and writes the table again, if there are any."""
+        for image_id, reason, detail in bad:
+            row = {"source": "", "image_id": image_id, "stage": "pretrain", "reason": reason}
+            self.rows[image_id] = row | {"detail": detail}
+        if bad:
+            table = pa.Table.from_pylist(list(self.rows.values()), schema=BAD_IMAGE_SCHEMA)
+            with atomic(self.path) as temporary:
+                pq.write_table(table, temporary)
+
+
+class Chief:
+    """Rank 0's other duties: step lines, journal, checkpoints, evaluations, pictures."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainee: Trainee,
+        job: dict[str, Any],
+        folder: Path,
+        resumed: dict[str, Any] | None,
+    ) -> None:
+        from pipeline.track.tracker import tracker_from
+
+        self.plan, self.trainee, self.folder = plan, trainee, folder
+        self.tracker = tracker_from(job["track"])
+        first_step = int(resumed["step"]) if resumed else 0
+        self.tracker.resume(first_step)
+        self.evaluations = Evaluations(plan, job["evaluator"], self.tracker, folder)
+        self.control = job["feeder"]
+        self.stop_signal = self.control.wait_stop.remote()
+        self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
+        self.bad_table = BadTable(folder / "pretrain" / "bad_images.parquet")
+        self.too_many_bad = False
+        if first_step:
+            log.info("resumed     from the checkpoint at step %d", first_step)
+
+    def asked_to_stop(self) -> bool:
+        """Whether to write a checkpoint and end: SIGTERM, or too many images are bad."""
+        ready, _ = ray.wait([self.stop_signal], timeout=0)
+        if not ready:
+            return self.too_many_bad
+        if ray.get(self.stop_signal):
+            return True
+        self.stop_signal = self.control.wait_stop.remote()
+        return self.too_many_bad
+
+    def log(
+        self,
+        step: int,
+        rows: list[dict[str, float]],
+        clock: Clock,
+        bad: list[BadImage],
+    ) -> None:
+        """Journals every step since the last call; MLflow and the step line get the newest."""
+        plan = self.plan
+        self.bad.update(reason for _, reason, _ in bad)
+        self.bad_table.add(bad)
+        first = step - len(rows)
+        for offset, row in enumerate(rows[:-1]):
+            self.tracker.metrics(first + offset, row | _scheduled(plan, first + offset), send=False)
+        seen = step * plan.config.optim.global_batch_size
+        timing = clock.read()
+        newest = rows[-1] | _scheduled(plan, step - 1) | timing
+        newest |= {
+            "data/images_seen": seen,
+            "data/pass": step / plan.steps_per_pass,
+            "data/bad_images": self.bad.total(),
+            "health/nonfinite_steps": 0,
+            "perf/memory_gib": _resident_bytes() / 2**30,
+        }
+        if torch.cuda.is_available():
+            newest["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.tracker.metrics(step - 1, newest)
+        self.tracker.headline(step - 1, {"loss/total": newest["loss/total"]})
+        self.evaluations.note_step(newest)
+        if step % plan.config.train.log_every == 0 or step == plan.steps:
+            width = len(str(plan.steps))
+            log.info(
+                "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | eta %s",
+                str(step).zfill(width),
+                plan.steps,
+                100 * step / plan.steps,
+                newest["loss/total"],
+                f"{timing['perf/images_per_s']:,.0f}",
+                100 * timing["perf/data_wait_fraction"],
+                clock.eta(),
+            )
+        allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
+        self.too_many_bad = self.bad.total() > allowed
+        self.evaluations.collect()
+
+    def non_finite(
+        self, step: int, rows: list[dict[str, float]], clock: Clock, bad: list[BadImage]
+    ) -> None:
+        """Journals the steps before the one that was not finite, and that one as such."""
+        if rows:
+            self.log(step, rows, clock, bad)
+        self.tracker.metrics(step, {"health/nonfinite_steps": 1})
+
+    def save(self, step: int) -> None:
+        """A checkpoint; where it cannot be written, training goes on and says so."""
+        plan = self.plan
+        in_pass = step % plan.steps_per_pass
+        meta = {
+            "plan": plan.model_dump(mode="json"),
+            "bad_images": dict(self.bad),
+            "pass": step // plan.steps_per_pass,
+            "images_used_in_pass": in_pass * plan.config.optim.global_batch_size,
+            "mlflow_run": self.tracker.run_id,
+        }
+        try:
+            state.save(self.folder / "checkpoints", step, self.trainee.state(), meta)
+        except OSError as error:
+            log.error("checkpoint of step %d could not be written (%s); going on", step, error)
+            return
+        protected = self.evaluations.pending_steps()
+        state.prune(self.folder / "checkpoints", plan.config.train.keep_last, protected)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether the teacher of this step is evaluated: step 0, every n steps, the last one."""
+        return step % self.plan.eval_every == 0 or step == self.plan.steps
+
+    def evaluate(self, step: int) -> None:
+        """Asks for an evaluation of the teacher as it is now; the answer is collected later."""
+        self.evaluations.request(step, self.trainee.pair.teacher.backbone)
+
+    def picture_crops(self, batch: Batch) -> None:
+        """The first images as the student sees them, with masks, before step 0."""
+        from pipeline.evaluate.pictures import crops_sheet
+
+        self.tracker.picture(
+            "crops",
+            0,
+            crops_sheet(batch, build.photometric_spec(self.plan.config), self.plan.grid),
+        )
+
+    def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
+        """Waits for the evaluations under way and leaves the outcome for the driver."""
+        # Who stops a run is about to take the machine away: the checkpoint is safe, go.
+        self.evaluations.collect(wait=outcome["status"] == "finished")
+        if self.too_many_bad and outcome["status"] == "stopped":
+            outcome["status"] = "bad_images"
+        outcome |= clock.summary() | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
+        outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
+        state.prune(self.folder / "checkpoints", self.plan.config.train.keep_last, set())
+        write_json(self.folder / "pretrain" / "outcome.json", outcome)
+        self.tracker.close()
+
+
+def _scheduled(plan: Plan, step: int) -> dict[str, float]:
+    values = plan.at(step)
+    return {
+        "optim/lr": values.lr,
+        "optim/weight_decay": values.weight_decay,
+        "optim/teacher_momentum": values.teacher_momentum,
+        "optim/teacher_temperature": values.teacher_temperature,
+    }
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
