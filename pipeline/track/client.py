@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator
 
 from pipeline.track.names import cut
@@ -35,7 +34,6 @@ def quiet_mlflow() -> None:
     """Sets our defaults where the user set nothing, and silences what MLflow prints by itself."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", message=".*type hints to the `predict` method")
     # MLflow sets its own level when it is imported, so what it says is filtered where it is said.
     for name in ("mlflow.models.signature", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -32,9 +32,12 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc.utils import data_validation
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
+    # Advice in colour that passes all filters: the signature is given below, type hints add nothing.
+    data_validation.color_warning = lambda *_, **__: None
     columns_in = Schema([ColSpec(DataType.binary, "image")])
     columns_out = Schema([ColSpec(Array(DataType.double), "embedding")])
     experiment = client.get_run(run_id).info.experiment_id

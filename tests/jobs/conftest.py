@@ -106,7 +106,7 @@ def runner(environment: dict[str, str]) -> Job:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
         )
 
     return run

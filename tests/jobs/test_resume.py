@@ -23,6 +23,7 @@ from pipeline import job
 from pipeline.track.journal import read_steps
 from tests.jobs.conftest import ROOT, STEPS, Job, runner
 
+pytestmark = pytest.mark.timeout(900)  # seconds; half a minute each where nobody else works
 STAGES = ["pack", "pretrain", "evaluate", "export"]
 LOSSES = ["loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"]
 # The contract of metric names, as far as every step has them
