@@ -36,7 +36,7 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
-    # Advice in colour that passes all filters: the signature is given below, type hints add nothing.
+    # Advice in colour that passes all filters; the signature below says what type hints would.
     data_validation.color_warning = lambda *_, **__: None
     columns_in = Schema([ColSpec(DataType.binary, "image")])
     columns_out = Schema([ColSpec(Array(DataType.double), "embedding")])
