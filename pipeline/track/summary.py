@@ -45,6 +45,7 @@ def stage_curves(folder: Path, stage: str) -> list[Section]:
         Chart(series, f"{stage}: {group or 'metrics'}")
         for group in order
         for series in _by_size(groups[group])
+        if any(len(points) > 1 for points in series.values())  # one point is no curve
     ]
 
 
