@@ -23,11 +23,11 @@ lint: $(STAMP)  ## format and sort what can be
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-mlflow-stop:  ## ends the MLflow server that a job started
+mlflow-stop: $(STAMP)  ## ends the MLflow server that a job started
 	$(PYTHON) -c 'from pathlib import Path; from pipeline.track import server; server.stop(Path("runs/mlflow"))'
 
-clean:  ## removes the environment and the runs
-	rm -rf $(VENV) runs
+clean:  ## removes the environment; runs/ holds trained weights and stays
+	rm -rf $(VENV)
 
 # uv where it is there, pip where it is not
 $(STAMP): pyproject.toml constraints.txt

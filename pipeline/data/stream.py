@@ -9,8 +9,7 @@ Which images make up a step therefore depends on neither the number of workers n
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,19 +160,15 @@ def batches(
     last_step: int,
     micro_batch: int,
     chunk: int,
-    on_open: Callable[[float], None] | None = None,
 ) -> Iterator[Batch]:
     """This worker's micro batches from `first_step` on, in order, host side."""
     import ray
 
     step = first_step
     while step < last_step:
-        begin = time.perf_counter()
         if rank == 0:
             feeder.open.remote(attempt, step, workers)
         end, iterator = ray.get(feeder.iterator.remote(attempt, step, rank))
-        if on_open:
-            on_open(time.perf_counter() - begin)
         if rank == 0:
             feeder.open.remote(attempt, end, workers)
         held: list[Batch] = []

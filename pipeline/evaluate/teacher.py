@@ -20,8 +20,8 @@ from pipeline.data.schema import RowGroup, ShardSet, read_row_group
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import knn_classify, raw_pixels
-from pipeline.evaluate.pictures import pca_grid
+from pipeline.evaluate.knn import knn_classify, nearest, raw_pixels
+from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.model.pair import Encoder
 from pipeline.model.vit import VisionTransformer
 
@@ -29,6 +29,7 @@ log = logging.getLogger("pipeline.evaluate")
 
 HEALTH_IMAGES = 1024  # enough for a stable rank at usual widths, seconds to embed
 PCA_IMAGES = 8  # pairs of image and map fill a 4 x 4 grid
+SHOWN = 4  # queries in the picture of neighbours, each with its three nearest
 CACHE_BYTES = 2**30  # of decoded images kept between evaluations
 
 
@@ -83,6 +84,7 @@ class Evaluator:
         spec = self.spec
         backbone = backbone.to(self.device).eval()
         metrics: dict[str, float] = {}
+        pictures: dict[str, np.ndarray] = {}
         if spec.reference and spec.queries:
             reference, votes = self.features(backbone, spec.reference, limit)
             shown = spec.queries
@@ -92,13 +94,23 @@ class Evaluator:
                 reference, votes, features, labels, classes, spec.k, spec.temperature
             )
             metrics[f"eval/knn{spec.k}_top1"] = found[spec.k]
+            if kept := self._kept.get((spec.reference.digest, limit)):
+                first = next(self.parts(shown, limit)).images[:SHOWN]
+                _, rows = nearest(reference, features[:SHOWN], SHOWN - 1)
+                picked = [
+                    [kept[r // spec.batch_size].images[r % spec.batch_size] for r in row]
+                    for row in rows.tolist()
+                ]
+                correct = (votes[rows] == labels[:SHOWN, None]).numpy()
+                pictures["neighbours"] = neighbours_grid(first, np.asarray(picked), correct)
         else:
             shown, limit = spec.sample, min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
             features, _ = self.features(backbone, shown, limit)
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
-        return Evaluation(metrics, {"patch_pca": pca_grid(backbone, first, spec.mean, spec.std)})
+        pictures["patch_pca"] = pca_grid(backbone, first, spec.mean, spec.std)
+        return Evaluation(metrics, pictures)
 
     def raw_pixels(self, limit: int | None = None) -> float | None:
         """k-NN top-1 of the pixels themselves, for comparison; None without labels."""

@@ -19,8 +19,10 @@ from pipeline.stages.context import BUILTIN, shards_uri
 from pipeline.stages.pretrain import describe
 from pipeline.train import build
 from pipeline.train.clock import duration
+from pipeline.train.run import check_resume
 
 log = logging.getLogger("pipeline")
+NOT_PACKED = "not packed yet"
 # Share of the peak of matrix products that a whole step reaches
 EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
 
@@ -54,6 +56,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     if "pretrain" not in stages:
         return
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
+    if digest != NOT_PACKED:
+        check_resume(config, digest, folder)
     for line in describe(plan):
         log.info("%s", line)
     cost = build.estimated_cost(plan, build.pair(config))
@@ -88,11 +92,11 @@ def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
     if config.data.source.startswith(BUILTIN):
         from pipeline.data.demo import DEMO_BYTES, DEMO_IMAGES
 
-        return DEMO_IMAGES, "not packed yet", DEMO_BYTES
+        return DEMO_IMAGES, NOT_PACKED, DEMO_BYTES
     source = absolute_uri(config.data.source)
     entries = list_source(source).entries
     tables = sum(entry.path.endswith(".parquet") for entry in entries)
     data = config.data
     rows = open_shards(source, data.image_column, data.label_column).rows if tables else 0
     size = sum(entry.size for entry in entries)
-    return len(entries) - tables + rows, "not packed yet", size
+    return len(entries) - tables + rows, NOT_PACKED, size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             row_group_images=data.row_group_images,
             bad_images=str(context.folder.path / "pack" / f"bad_images_{name}.parquet"),
             work=str(context.folder.path / "pack" / f"work_{name}"),
+            on_progress=_Progress(name),
         )
         text = _text(name, report)
         result_line("pack", text)
@@ -88,6 +90,21 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         summary[name] = _numbers(report)
         summary["text"] = "; ".join(filter(None, [summary.get("text"), text]))
     return summary
+
+
+class _Progress:
+    """A line now and then while a long pack runs; none for a short one."""
+
+    EVERY_S = 20.0
+
+    def __init__(self, name: str) -> None:
+        self.name, self.said = name, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Takes what `pack` reports after each task."""
+        if time.monotonic() - self.said > self.EVERY_S:
+            self.said = time.monotonic()
+            result_line("pack", f"{self.name}: {what} {done}/{total} tasks")
 
 
 def _unfold(source: str, context: Context) -> str:
