@@ -62,11 +62,13 @@ def nearest(
             f"leave_one_out needs the reference as queries: {len(queries)} for {len(reference)}"
         )
     k = min(k, others)
-    transposed = functional.normalize(reference.float(), dim=1).T
+    # In float64: with LayerScale 1e-5 the cosines of an untrained backbone differ by 1e-9, which
+    # float32 rounds away, and the accuracy before training would look like chance.
+    transposed = functional.normalize(reference.double(), dim=1).T
     part = max(1, SIMILARITIES_AT_ONCE // len(reference))
     values, rows = [], []
     for start in range(0, len(queries), part):
-        some = queries[start : start + part].to(reference.device).float()
+        some = queries[start : start + part].to(reference.device).double()
         similarities = functional.normalize(some, dim=1) @ transposed
         if leave_one_out:
             similarities.diagonal(start).fill_(-torch.inf)
@@ -74,9 +76,9 @@ def nearest(
         values.append(top.values)
         rows.append(top.indices)
     if not values:
-        empty = transposed.new_zeros(0, k)
+        empty = transposed.new_zeros(0, k).float()
         return empty, empty.long()
-    return torch.cat(values), torch.cat(rows)
+    return torch.cat(values).float(), torch.cat(rows)
 
 
 def knn_votes(
