@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.schema import open_shards
-from pipeline.data.sources import list_source
+from pipeline.data.sources import ARCHIVES, list_source
 from pipeline.data.storage import absolute_uri
 from pipeline.errors import DataError
 from pipeline.files import RunFolder
@@ -47,13 +47,16 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     images, digest, size = _images(config, folder)
     if "pack" in stages and config.data.source:
         log.info(
-            "pack        %s: about %s images, %.2f GiB of shards in %s",
+            "pack        %s: %s images, %.2f GiB of shards in %s",
             config.data.source,
-            f"{images:,}",
+            f"about {images:,}" if images else "an unknown number of",
             size / 2**30,
             shards_uri(config, folder),
         )
     if "pretrain" not in stages:
+        return
+    if not images:
+        log.info("pretrain    the archives were not opened: pack them first to see the plan")
         return
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
     if digest != NOT_PACKED:
@@ -80,7 +83,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
 
 
 def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
-    """Rows, digest and bytes of the shards; an estimate from the source where they are not made."""
+    """Rows (0: unknown), digest and bytes of the shards, or an estimate from the source."""
     try:
         found = open_shards(
             shards_uri(config, folder), config.data.image_column, config.data.label_column
@@ -95,8 +98,10 @@ def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
         return DEMO_IMAGES, NOT_PACKED, DEMO_BYTES
     source = absolute_uri(config.data.source)
     entries = list_source(source).entries
+    archives = sum(entry.path.endswith(ARCHIVES) for entry in entries)
     tables = sum(entry.path.endswith(".parquet") for entry in entries)
     data = config.data
     rows = open_shards(source, data.image_column, data.label_column).rows if tables else 0
     size = sum(entry.size for entry in entries)
-    return len(entries) - tables + rows, NOT_PACKED, size
+    images = 0 if archives else len(entries) - tables + rows  # 0: not known
+    return images, NOT_PACKED, size
