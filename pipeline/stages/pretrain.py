@@ -103,7 +103,7 @@ def describe(found: Plan) -> list[str]:
         f"model       {width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
         f"{config.model.registers} registers; {cost.parameters / 1e6:.1f} M parameters with heads",
         f"data        {found.images:,} images ({found.digest[:14]}), "
-        f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} images left out of each pass",
+        f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} left out of each pass",
         f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
         f"{found.steps / found.steps_per_pass:.2f} passes, warm-up {found.warmup_steps}",
         f"workers     {found.workers} x {found.micro_batch} images x {config.train.accumulation}, "
