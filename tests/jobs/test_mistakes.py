@@ -13,6 +13,7 @@ from pipeline import job, log
 from pipeline.errors import PipelineError, TrainError
 from pipeline.files import RunFolder
 from pipeline.overrides import load
+from pipeline.plan import Machine, resolve
 from tests.jobs.conftest import Job
 
 ONE = pa.table({"img": [b"x"] * 40, "label": list(range(40))})
@@ -101,8 +102,10 @@ def write_checkpoint(recipe: Path, folder: Path, *overrides: str) -> None:
     from pipeline.train import state
 
     config = load([str(recipe), *overrides])
-    digest = open_shards(str(folder / "shards.parquet")).digest
-    meta = {"config": config.model_dump(mode="json"), "digest": digest, "steps": config.optim.steps}
+    found = open_shards(str(folder / "shards.parquet"))
+    machine = Machine(cpus=2, gpus=0, bfloat16=False)
+    plan = resolve(config, images=found.rows, digest=found.digest, class_names=(), machine=machine)
+    meta = {"plan": plan.model_dump(mode="json")}
     state.save(folder / "tiny" / "checkpoints", 5, {}, meta)
 
 

@@ -100,8 +100,10 @@ def test_a_run_report_shows_what_is_in_the_folder(tmp_path: Path) -> None:
     tracker = Tracker(settings)
     for step in range(50):
         tracker.metrics(step, {"loss/total": 10 / (1 + step), "loss/koleo": 0.1, "optim/lr": 1e-3})
-    tracker.metrics(49, {"eval/knn20_top1": 0.4, "health/prototypes_used": 4000.0})
-    tracker.metrics(49, {"health/teacher_entropy": 7.0})
+    for step in (10, 49):
+        tracker.metrics(step, {"eval/knn20_top1": 0.4, "health/prototypes_used": 4000.0})
+        tracker.metrics(step, {"health/teacher_entropy": 7.0})
+    tracker.metrics(49, {"data/images": 3})  # one point is no curve
     tracker.picture("crops", 0, np.zeros((20, 30, 3), np.uint8))
     tracker.picture("crops", 40, np.full((20, 30, 3), 255, np.uint8))
     tracker.table("neighbours", {"id": ["a"], "cosine": [0.5]})
