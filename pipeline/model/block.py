@@ -62,7 +62,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k / sqrt(d)) v over the tokens of each view, [views, heads, tokens, d].
 
     torch's fused kernel is the best one on GPUs and in float32. In bfloat16 on a CPU its backward
-    pass is 2 to 6 times slower than the products written out, which its matrix units do well.
+    pass is up to 7 times slower than the products written out (benchmarks/RESULTS.md).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
