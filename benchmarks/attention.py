@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py
 
-The two are measured in turn, one thread; the ratio is what counts (pipeline/model/block.py, _attend).
+The two are measured in turn, one thread; the ratio is what counts (model/block.py, _attend).
 """
 
 import statistics
@@ -40,7 +40,7 @@ def main() -> None:
                 plain.append(seconds(written_out, inputs))
             ratios = sorted(f / p for f, p in zip(fused[1:], plain[1:], strict=True))
             print(
-                f"{shape} {str(dtype):15} fused {1e3 * statistics.median(fused[1:]):7.1f} ms, "
+                f"{shape} {dtype!s:15} fused {1e3 * statistics.median(fused[1:]):7.1f} ms, "
                 f"written out {1e3 * statistics.median(plain[1:]):7.1f} ms, ratio "
                 f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             )
