@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.model.foreign import ForeignBackbone
 from pipeline.schedule import StepValues
 
 FIRST_LAYER = ("pos_embed", "patch_embed", "mask_token", "cls_token", "register_tokens")
@@ -41,13 +42,17 @@ def parameter_groups(
     """Groups for AdamW from an `Encoder` (or a bare backbone or head), parameters of equal factors
     together.
 
-    Each has `params`, `names`, `lr_multiplier`, `weight_decay_multiplier`, `is_last_layer`;
-    `apply_values` sets the rates.
+    Each has `params`, `names`, `lr_multiplier`, `weight_decay_multiplier`, `is_last_layer`,
+    `is_backbone`; `apply_values` sets the rates. Layers of foreign backbones are those that they
+    name themselves; of those, vectors do not decay.
     """
+    backbone = getattr(student, "backbone", None)
+    foreign = backbone if isinstance(backbone, ForeignBackbone) else None
+    layers, last = foreign.layers() if foreign else ({}, 0)
     named = list(student.named_parameters())
     children = ("backbone", "dino_head", "ibot_head")
     depth = len({n.split("blocks.")[1].split(".")[0] for n, _ in named if "blocks." in n})
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
@@ -55,7 +60,12 @@ def parameter_groups(
         inside = rest if head in children else name
         # A head's `mlp` must not meet the backbone's rules by accident: it has no blocks, so its
         # factor is 1.
-        key = multipliers(inside, depth, layerwise_decay, patch_embed_lr_multiplier)
+        lr, decay, is_last = multipliers(inside, depth, layerwise_decay, patch_embed_lr_multiplier)
+        if foreign and head == "backbone":
+            lr = layerwise_decay ** (last - layers.get(inside, last))
+            lr *= patch_embed_lr_multiplier if "patch_embed" in inside else 1.0
+            decay, is_last = (0.0 if parameter.ndim < 2 else decay), False
+        key = (lr, decay, is_last, head not in ("dino_head", "ibot_head"))
         group = groups.setdefault(
             key,
             {
@@ -64,6 +74,7 @@ def parameter_groups(
                 "lr_multiplier": key[0],
                 "weight_decay_multiplier": key[1],
                 "is_last_layer": key[2],
+                "is_backbone": key[3],
             },
         )
         group["params"].append(parameter)
@@ -75,5 +86,7 @@ def apply_values(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Set this step's learning rate and weight decay in every group made by `parameter_groups`."""
     for group in optimizer.param_groups:
         lr = values.last_layer_lr if group["is_last_layer"] else values.lr
+        if group["is_backbone"] and values.backbone_lr is not None:
+            lr = values.backbone_lr
         group["lr"] = lr * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["weight_decay_multiplier"]

@@ -1,4 +1,6 @@
-"""Student and teacher: two encoders of one shape, the second the moving average of the first."""
+"""Student and teacher: two encoders of one shape, the second the moving average of the first. When
+distilling, a third and larger one, which does not move, makes the targets.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import PipelineError
+from pipeline.model.foreign import ForeignBackbone, TimmSpec
 from pipeline.model.head import Head
 from pipeline.model.vit import VisionTransformer
+
+Backbone = VisionTransformer | ForeignBackbone
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,7 @@ class Encoded(NamedTuple):
 class Encoder(nn.Module):
     """Backbone and heads under one forward, so that DDP sees one call a micro batch."""
 
-    def __init__(
-        self, backbone: VisionTransformer, dino_head: Head, ibot_head: Head | None
-    ) -> None:
+    def __init__(self, backbone: Backbone, dino_head: Head, ibot_head: Head | None) -> None:
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -84,8 +88,8 @@ class Encoder(nn.Module):
         """Score CLS tokens and masked patches against the prototypes.
 
         Args:
-            global_views: `[V, 3, S, S]`.
-            local_views: `[W, 3, s, s]`, or None.
+            global_views: `[V, C, S, S]`.
+            local_views: `[W, C, s, s]`, or None.
             masks: bool `[V, P]`, patches hidden from the backbone; None (the teacher) hides none.
             masked: int64 `[M]`, flat places in `[V * P]` whose patch tokens are scored.
             score_cls: False leaves the CLS tokens out of the head (a DINO weight of 0).
@@ -95,14 +99,10 @@ class Encoder(nn.Module):
         if local_views is not None and len(local_views):
             inputs.append(local_views)
             hidden.append(None)
-        packed = self.backbone.packed(inputs, hidden, generator)
-        views, tokens = packed.groups[0]
-        patches = tokens - 1 - self.backbone.registers
-        cls = torch.cat([part[:, 0] for part in packed.views()])
-        # The norm works token by token: select first, then norm only what is used.
-        rows = masked // patches * tokens + (tokens - patches) + masked % patches
-        chosen = self.backbone.norm(torch.cat([cls, packed.tokens.index_select(0, rows)]))
-        cls, patch = chosen.split([len(cls), len(rows)])
+        chosen = self.backbone.encode(inputs, hidden, masked, generator)
+        count = len(chosen) - len(masked)
+        cls, patch = chosen[:count], chosen[count:]
+        views = len(global_views)
         scored = cls if score_cls else cls[:0]
         if self.ibot_head is not None:
             return Encoded(cls[:views], self.dino_head(scored), self.ibot_head(patch))
@@ -112,36 +112,83 @@ class Encoder(nn.Module):
 
 @dataclass
 class Pair:
-    """The two encoders of a run. The teacher holds no gradients and stays in eval mode."""
+    """The encoders of a run. Teacher and frozen one hold no gradients and stay in eval mode."""
 
     student: Encoder
-    teacher: Encoder
+    teacher: Encoder  # the moving average of the student
+    frozen: Encoder | None = None  # makes the targets instead of the teacher, when distilling
+
+    @property
+    def target_maker(self) -> Encoder:
+        """The encoder whose answers the student is asked to predict."""
+        return self.frozen or self.teacher
 
     def to(self, device: torch.device | str) -> Pair:
-        """Move both, in place."""
-        self.student.to(device)
-        self.teacher.to(device)
+        """Move all, in place."""
+        for encoder in (self.student, self.teacher, self.frozen):
+            if encoder is not None:
+                encoder.to(device)
         return self
 
 
-def build_pair(backbone: BackboneSpec, dino: HeadSpec, ibot: HeadSpec | None, seed: int) -> Pair:
+def build_pair(
+    backbone: BackboneSpec | TimmSpec | Backbone, dino: HeadSpec, ibot: HeadSpec | None, seed: int
+) -> Pair:
     """Student from `seed`, teacher as its copy. `ibot=None` shares the DINO head. Leaves the global
-    generator alone.
+    generator alone. A backbone that exists already is used as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        network = backbone.build() if isinstance(backbone, BackboneSpec | TimmSpec) else backbone
         student = Encoder(
-            backbone.build(),
-            dino.build(backbone.width),
-            ibot.build(backbone.width) if ibot is not None else None,
+            network,
+            dino.build(network.width),
+            ibot.build(network.width) if ibot is not None else None,
         )
+    return pair_of(student)
+
+
+def pair_of(student: Encoder) -> Pair:
+    """A student with a teacher that is its copy."""
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return Pair(student.train(), teacher)
 
 
+def freeze(encoder: Encoder, student: Encoder) -> Encoder:
+    """A trained encoder as the frozen teacher of a student.
+
+    Raises:
+        PipelineError: with everything in which their targets do not fit each other.
+    """
+    problems = []
+    for name, head, other in (
+        ("head", encoder.dino_head, student.dino_head),
+        ("ibot_head", encoder.ibot_head, student.ibot_head),
+    ):
+        theirs, ours = (len(h.last_layer.weight_g) if h else 0 for h in (head, other))
+        if theirs != ours:
+            problems.append(
+                f"its {name} has {theirs or 'no'} prototypes, the student's {ours or 'no'}"
+            )
+    sizes = (encoder.backbone.patch_size, student.backbone.patch_size)
+    if sizes[0] != sizes[1]:
+        problems.append(f"its patches have {sizes[0]} pixels, the student's {sizes[1]}")
+    if problems:
+        raise PipelineError(
+            f"the frozen teacher does not fit: {'; '.join(problems)}",
+            "set head.prototypes, ibot_head and model.patch_size as they were for the teacher",
+        )
+    return encoder.requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def ema_update(pair: Pair, momentum: float) -> None:
-    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
+    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter.
+
+    Buffers (running means of BatchNorm, which only foreign encoders have) are those of the student.
+    """
     teacher: list[Tensor] = list(pair.teacher.parameters())
     student: list[Tensor] = list(pair.student.parameters())
     torch._foreach_lerp_(teacher, student, 1 - momentum)
+    for moved, source in zip(pair.teacher.buffers(), pair.student.buffers(), strict=True):
+        moved.copy_(source)

@@ -82,6 +82,7 @@ class VisionTransformer(nn.Module):
         _check(image_size, patch_size, width, heads, ffn, drop_path)
         self.patch_size, self.width, self.registers = patch_size, width, registers
         self.drop_path = drop_path
+        self.has_patches = True
         self.interpolate_offset = interpolate_offset
         self.interpolate_antialias = interpolate_antialias
         side = image_size // patch_size
@@ -190,6 +191,30 @@ class VisionTransformer(nn.Module):
             for block in self.blocks:
                 x = block(x, groups)
         return Packed(x, groups)
+
+    def encode(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        masked: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Normed tokens that the losses use, `[R + M, D]`: the CLS of all R views, then M patches.
+
+        Args:
+            inputs: groups of views `[B, C, H, W]`.
+            masks: bool `[B, P]` of each group, or None.
+            masked: int64 `[M]`, flat places in `[B * P]` of the first group.
+            generator: source of stochastic depth, used in training mode only.
+        """
+        packed = self.packed(inputs, masks, generator)
+        tokens = packed.groups[0][1]
+        patches = tokens - 1 - self.registers
+        cls = torch.cat([part[:, 0] for part in packed.views()])
+        # The norm works token by token: select first, then norm only what is used.
+        rows = masked // patches * tokens + (tokens - patches) + masked % patches
+        chosen: Tensor = self.norm(torch.cat([cls, packed.tokens.index_select(0, rows)]))
+        return chosen
 
     def forward_packed(
         self,

@@ -1,42 +1,104 @@
-"""A backbone on disk: `model.safetensors` under DINOv2's names, and `config.json` that says what it
-is.
+"""A backbone on disk, in three formats: ours (dinov2's names), Hugging Face's and timm's.
+
+Each is a folder with `model.safetensors` and `config.json`, and each can be checked by reading it
+back. Files appear whole or not at all, the config last.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.model.fit import Weights, fit
+from pipeline.model.formats import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    agreement,
+    huggingface_config,
+    preprocessor_config,
+    same_sizes,
+    timm_config,
+    without_huggingface,
+)
+from pipeline.model.names import flatten_chunks, to_huggingface, to_timm
 from pipeline.model.pair import BackboneSpec
+from pipeline.model.read import read_json, read_weights
 from pipeline.model.vit import VisionTransformer
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-FORMAT = "raydino-backbone-1"
+__all__ = [
+    "Weights", "read_weights", "fit", "save_backbone", "save_huggingface", "save_timm",
+    "load_backbone", "load_weights", "verify", "verify_huggingface", "verify_timm", "agreement",
+    "without_huggingface", "flatten_chunks", "CONFIG", "FORMAT", "WEIGHTS",
+]  # fmt: skip
+
+PREPROCESSOR = "preprocessor_config.json"
+# Two libraries order the same float32 sums differently on some machines; a wrong name, order or
+# epsilon differs by far more. Of the largest output.
+TOLERANCE = 1e-5
 
 
 def save_backbone(backbone: VisionTransformer, spec: BackboneSpec, folder: str | Path) -> Path:
-    """Write weights and config; each file appears whole or not at all, the config last. Returns the
-    folder.
+    """Write weights and config under dinov2's names. Returns the folder."""
+    return write_folder(folder, _state(backbone), {CONFIG: {"format": FORMAT, **asdict(spec)}})
+
+
+def save_huggingface(
+    backbone: VisionTransformer,
+    spec: BackboneSpec,
+    folder: str | Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+) -> Path:
+    """Write a folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`.
+
+    Args:
+        backbone: the model.
+        spec: what it is made of.
+        folder: where to; made if it is not there.
+        mean: of each channel, for pixels in 0 to 1.
+        std: of each channel.
+        image_size: side of the crop that the image processor makes, pixels.
+
+    Raises:
+        PipelineError: Hugging Face has no such model (`without_huggingface`).
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: x.detach().cpu().contiguous() for name, x in backbone.state_dict().items()}
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
-    save_file(state, partial, metadata={"format": "pt"})
-    _publish(partial, folder / WEIGHTS)
-    partial = folder / f".{CONFIG}.{os.getpid()}"
-    partial.write_text(json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n")
-    _publish(partial, folder / CONFIG)
-    return folder
+    if reason := without_huggingface(spec):
+        raise PipelineError(reason, "use the dinov2 or timm format, or a whole model.mlp_ratio")
+    dtype = backbone.cls_token.dtype
+    configs = {
+        PREPROCESSOR: preprocessor_config(mean, std, image_size, spec.in_channels),
+        CONFIG: huggingface_config(spec, dtype),
+    }
+    return write_folder(folder, to_huggingface(_state(backbone)), configs)
+
+
+def save_timm(
+    backbone: VisionTransformer,
+    spec: BackboneSpec,
+    folder: str | Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+) -> Path:
+    """Write a folder for `timm.create_model("local-dir:<folder>", pretrained=True)`.
+
+    timm has no mask token, and with registers one tensor for CLS and its position: features are the
+    same, the two are not told apart any more. Arguments as `save_huggingface`.
+    """
+    config = timm_config(spec, mean, std, image_size)
+    return write_folder(folder, to_timm(_state(backbone)), {CONFIG: config})
 
 
 def load_backbone(folder: str | Path) -> tuple[VisionTransformer, BackboneSpec]:
@@ -52,7 +114,7 @@ def load_backbone(folder: str | Path) -> tuple[VisionTransformer, BackboneSpec]:
             raise PipelineError(
                 f"no {name} in {folder}", "give the folder that an export or a run has written"
             )
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if config.pop("format", None) != FORMAT:
         raise PipelineError(f"{folder / CONFIG} is not a {FORMAT} config", "export the run again")
     known = {field.name for field in fields(BackboneSpec)}
@@ -62,50 +124,18 @@ def load_backbone(folder: str | Path) -> tuple[VisionTransformer, BackboneSpec]:
             "it was written by a newer version; update raydino",
         )
     spec = BackboneSpec(**config)
-    backbone = spec.build().eval()
-    load_weights(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
-    return backbone, spec
+    return _loaded(spec, read_weights(folder), str(folder / WEIGHTS)), spec
 
 
-def load_weights(backbone: VisionTransformer, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly, `blocks.<chunk>.<i>` names of the reference's FSDP runs included.
-
-    A loose load is how the reference came to evaluate random weights: here every name and shape
-    must fit.
+def load_weights(backbone: VisionTransformer, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a state dict of dinov2 names strictly, with or without block chunks; see `fit`.
 
     Raises:
-        PipelineError: naming the first few tensors that are missing, unknown or of another shape.
+        PipelineError: names or shapes differ.
     """
-    state = flatten_chunks(state)
-    expected = backbone.state_dict()
-    problems = [f"missing {name}" for name in expected if name not in state]
-    problems += [f"unknown {name}" for name in state if name not in expected]
-    problems += [
-        f"{name} is {tuple(x.shape)}, expected {tuple(expected[name].shape)}"
-        for name, x in state.items()
-        if name in expected and x.shape != expected[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise PipelineError(
-            f"{source} does not fit the model: {'; '.join(problems[:4])}{more}",
-            "give the model's size, patch size, registers and image size as they were in training",
-        )
-    backbone.load_state_dict(state)
+    fit(backbone, Weights(flatten_chunks(state), "dinov2 names"), source)
 
 
-def flatten_chunks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename `blocks.<chunk>.<i>.*` to `blocks.<i>.*`; other names stay."""
-    flat = {}
-    for name, x in state.items():
-        parts = name.split(".")
-        if parts[0] == "blocks" and len(parts) > 2 and parts[2].isdigit():
-            del parts[1]
-        flat[".".join(parts)] = x
-    return flat
-
-
-@torch.no_grad()
 def verify(backbone: VisionTransformer, folder: str | Path) -> None:
     """Load `folder` back and compare weights and an output, to the bit.
 
@@ -113,24 +143,153 @@ def verify(backbone: VisionTransformer, folder: str | Path) -> None:
         PipelineError: what was written is not what is in memory.
     """
     again, spec = load_backbone(folder)
+    _same(backbone, _state(backbone), again, spec, folder)
+
+
+def verify_huggingface(backbone: VisionTransformer, spec: BackboneSpec, folder: str | Path) -> str:
+    """Check a folder of `save_huggingface`: read back and equal to the bit, and, where transformers
+    is installed, loaded by `AutoModel` and its outputs equal, at every size where they should be.
+
+    Returns:
+        What was compared with transformers, or that it is not installed.
+
+    Raises:
+        PipelineError: what was written is not what is in memory.
+    """
+    again = _loaded(spec, read_weights(folder), str(folder))
+    _same(backbone, _state(backbone), again, spec, folder)
+
+    def outputs() -> tuple[str, Callable[[Tensor], Tensor]]:
+        transformers: Any = import_module("transformers")
+        logging = transformers.utils.logging
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        model.eval()
+        version = f"transformers {transformers.__version__}"
+        return version, lambda x: model(pixel_values=x).last_hidden_state
+
+    return _same_elsewhere(again, spec, folder, outputs, everywhere=same_sizes(spec)[0])
+
+
+def verify_timm(backbone: VisionTransformer, spec: BackboneSpec, folder: str | Path) -> str:
+    """As `verify_huggingface`, for a folder of `save_timm` and `timm.create_model`."""
+    again = _loaded(spec, read_weights(folder), str(folder))
+    expected = _state(backbone)
+    expected["mask_token"] = torch.zeros_like(expected["mask_token"])
+    if spec.registers:
+        position = expected["pos_embed"]
+        expected["cls_token"] = expected["cls_token"] + position[:, :1]
+        none = torch.zeros_like(position[:, :1])
+        expected["pos_embed"] = torch.cat([none, position[:, 1:]], dim=1)
+    _same(backbone, expected, again, spec, folder)
+
+    def outputs() -> tuple[str, Callable[[Tensor], Tensor]]:
+        timm: Any = import_module("timm")
+        model = timm.create_model(f"local-dir:{Path(folder).absolute()}", pretrained=True).eval()
+        return f"timm {timm.__version__}", model.forward_features
+
+    return _same_elsewhere(again, spec, folder, outputs, everywhere=same_sizes(spec)[1])
+
+
+def _state(backbone: VisionTransformer) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in backbone.state_dict().items()}
+
+
+def _loaded(spec: BackboneSpec, weights: Weights, source: str) -> VisionTransformer:
+    """A backbone that holds the weights themselves: nothing is drawn, no tensor exists twice."""
+    with torch.device("meta"):
+        backbone = spec.build().eval()
+    fit(backbone, weights, source)
+    return backbone
+
+
+@torch.no_grad()
+def _same(
+    backbone: VisionTransformer,
+    expected: Mapping[str, Tensor],
+    again: VisionTransformer,
+    spec: BackboneSpec,
+    folder: str | Path,
+) -> None:
     written = again.state_dict()
-    different = [
-        n for n, x in backbone.state_dict().items() if not torch.equal(x.cpu(), written[n])
-    ]
+    different = [name for name, x in expected.items() if not torch.equal(x, written[name])]
     if different:
         raise PipelineError(
             f"{folder} differs from the model in {len(different)} tensors, first {different[0]}",
             "check the disk and export again",
         )
-    size = spec.image_size
-    image = torch.linspace(-2, 2, spec.in_channels * size * size).view(1, -1, size, size)
+    image = _image(spec, spec.image_size, spec.image_size)
     device, training = backbone.cls_token.device, backbone.training
     backbone.eval()
     here = backbone(image.to(device, backbone.cls_token.dtype)).cpu()
     backbone.train(training)
     # Equal weights on the same device give equal bits; another device only rounds differently.
-    if not torch.allclose(here, again(image), atol=0.0 if device.type == "cpu" else 1e-2, rtol=0.0):
+    there = again(image.to(again.cls_token.dtype))
+    if not torch.allclose(here, there, atol=0.0 if device.type == "cpu" else 1e-2, rtol=0.0):
         raise PipelineError(f"{folder} gives other features than the model", "export again")
+
+
+@torch.no_grad()
+def _same_elsewhere(
+    backbone: VisionTransformer,
+    spec: BackboneSpec,
+    folder: str | Path,
+    load: Callable[[], tuple[str, Callable[[Tensor], Tensor]]],
+    everywhere: bool,
+) -> str:
+    """Compare all tokens with another library's, where it is installed."""
+    try:
+        version, outputs = load()
+    except ImportError as error:
+        return f"not compared ({error})"
+    side, patch = spec.image_size, spec.patch_size
+    sizes = [(side, side)] + ([(max(patch, side - patch), side + patch)] if everywhere else [])
+    worst = 0.0
+    for height, width in sizes:
+        image = _image(spec, height, width).to(backbone.cls_token.dtype)
+        here = backbone.norm(backbone.packed([image], [None]).views()[0])
+        there = outputs(image)
+        difference = (here - there).abs().max().item() if here.shape == there.shape else torch.inf
+        if not difference <= TOLERANCE * here.abs().max().item():
+            raise PipelineError(
+                f"{folder} gives other features in {version} at {height} x {width} pixels: "
+                f"they differ by {difference:.2g}",
+                "report it with the versions of torch and of this library",
+            )
+        worst = max(worst, difference)
+    shown = " and ".join(f"{height} x {width}" for height, width in sizes)
+    how = "equal to the bit" if worst == 0 else f"equal but for {worst:.1g}"
+    return f"{how} in {version} at {shown}"
+
+
+def _image(spec: BackboneSpec, height: int, width: int) -> Tensor:
+    pixels = torch.linspace(-2, 2, spec.in_channels * height * width)
+    return pixels.view(1, spec.in_channels, height, width)
+
+
+def write_folder(
+    folder: str | Path, state: Mapping[str, Tensor], configs: Mapping[str, Mapping[str, Any]]
+) -> Path:
+    """A folder of `model.safetensors` and JSON files, each whole or not at all.
+
+    Weights first and configs in their order: who finds the last one finds all.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.{os.getpid()}"
+    contiguous = {name: x.contiguous() for name, x in state.items()}
+    save_file(contiguous, partial, metadata={"format": "pt"})
+    _publish(partial, folder / WEIGHTS)
+    for name, config in configs.items():
+        partial = folder / f".{name}.{os.getpid()}"
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        _publish(partial, folder / name)
+    return folder
 
 
 def _publish(partial: Path, final: Path) -> None:

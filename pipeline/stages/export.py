@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from pipeline.config import Augment
 from pipeline.files import fingerprint, write_json
-from pipeline.model.weights import save_backbone, verify
+from pipeline.model.foreign import TimmBackbone
+from pipeline.model.foreign_weights import save_foreign, verify_foreign
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import VisionTransformer
+from pipeline.model.weights import (
+    agreement,
+    save_backbone,
+    save_huggingface,
+    save_timm,
+    verify,
+    verify_huggingface,
+    verify_timm,
+    without_huggingface,
+)
 from pipeline.stages.context import Context, result_line
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
 from pipeline.train import build
 
+FORMATS = ("dinov2", "huggingface", "timm")
+FILES = ("model.safetensors", "config.json")
+
 
 def key(context: Context) -> str:
-    """Changes with the checkpoint."""
+    """Changes with the checkpoint, and with the formats that are written."""
     saved = chosen(context)
-    return fingerprint([saved.step, saved.meta["plan"]])
+    return fingerprint([saved.step, saved.meta["plan"], FORMATS])
 
 
 def intact(context: Context) -> bool:
     """Whether what a finished stage wrote is still there."""
-    return (context.folder.path / "weights" / "dinov2" / "model.safetensors").is_file()
+    weights = context.folder.path / "weights"
+    written = context.folder.last("export").get("formats", {})
+    files = [weights / name / file for name in written for file in FILES]
+    return bool(written) and all(file.is_file() for file in files)
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """Writes `weights/dinov2/`, loads it back and compares outputs before it says done."""
+    """Writes `weights/{dinov2,huggingface,timm}`, each loaded back and compared before it says
+    done.
+    """
     saved = chosen(context)
     config = trained_plan(saved).config
     backbone = teacher(saved).backbone.eval()
-    folder = context.folder.path / "weights" / "dinov2"
-    save_backbone(backbone, build.backbone_spec(config), folder)
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_mean": config.augment.mean,
-            "image_std": config.augment.std,
-            "crop_size": config.augment.global_size,
-            "resize": "shorter side to 256/224 of crop_size (to crop_size if smaller), bicubic",
-        },
-    )
-    verify(backbone, folder)
+    weights = context.folder.path / "weights"
+    if isinstance(backbone, TimmBackbone):
+        folder = save_foreign(backbone, weights / "timm", config.augment.mean, config.augment.std)
+        formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
+    elif isinstance(backbone, VisionTransformer):
+        spec = build.backbone_spec(config)
+        formats, agreed = _write(backbone, spec, weights, config.augment), agreement(spec)
+        folder = weights / "dinov2"
     scores = context.results.get("evaluate", {}).get("trained", {})
     score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
-    text = f"{folder} from step {saved.step}, loaded back and equal"
+    text = f"{weights} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
-    tracker.note(text)
+    details = [f"* {name}: {said}" for name, said in formats.items()]
+    tracker.note("\n\n".join([text, "\n".join(details), agreed]))
     tracker.artifact(folder / "config.json", "weights")
     tracker.model(
         folder,
@@ -54,5 +74,38 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         mean=config.augment.mean,
         std=config.augment.std,
     )
-    size = (folder / "model.safetensors").stat().st_size
-    return {"text": text, "folder": str(folder), "step": saved.step, "bytes": size, "knn": score}
+    size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)
+    return {
+        "text": text,
+        "folder": str(folder),
+        "formats": formats,
+        "step": saved.step,
+        "bytes": size,
+        "knn": score,
+    }
+
+
+def _write(
+    backbone: VisionTransformer, spec: BackboneSpec, weights: Path, augment: Augment
+) -> dict[str, str]:
+    """Writes and checks every format; gives what each was compared with."""
+    size, mean, std = augment.global_size, augment.mean, augment.std
+    done = {}
+    folder = save_backbone(backbone, spec, weights / "dinov2")
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_mean": mean,
+            "image_std": std,
+            "crop_size": size,
+            "resize": "shorter side to 256/224 of crop_size (to crop_size if smaller), bicubic",
+        },
+    )
+    verify(backbone, folder)
+    done["dinov2"] = "equal to the bit, read back"
+    if not without_huggingface(spec):
+        folder = save_huggingface(backbone, spec, weights / "huggingface", mean, std, size)
+        done["huggingface"] = verify_huggingface(backbone, spec, folder)
+    folder = save_timm(backbone, spec, weights / "timm", mean, std, size)
+    done["timm"] = verify_timm(backbone, spec, folder)
+    return done

@@ -1,0 +1,314 @@
+"""Backbones that are not ours: timm models, and any module that returns features or tokens.
+
+They offer what `VisionTransformer` offers to the rest: `encode` for training, `forward` and
+`forward_features` for evaluation. Views of different sizes go through them one after the other.
+B views, N tokens, P patches, D width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+
+Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B, P, D] if any
+
+
+class ForeignBackbone(nn.Module):
+    """What timm models and free modules have in common; see the sub-classes.
+
+    `has_patches` says whether there are patch tokens for iBOT; without them a run trains with DINO
+    and KoLeo only.
+    """
+
+    def __init__(self, module: nn.Module, width: int, patch_size: int, has_patches: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.width, self.patch_size, self.has_patches = width, patch_size, has_patches
+
+    def features(self, x: Tensor, masks: Tensor | None) -> Features:
+        """Views `[B, C, H, W]`, bool masks `[B, P]` or None, to CLS and patch tokens."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        inputs: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        masked: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As `VisionTransformer.encode`: `[R + M, D]`, the CLS of all views, then the patches at
+        `masked` of the first group.
+
+        Raises:
+            PipelineError: patches are asked for and there are none.
+        """
+        with _keyed(generator if self.training else None, inputs[0].device):
+            found = [self.features(x, mask) for x, mask in zip(inputs, masks, strict=True)]
+        cls = torch.cat([each for each, _ in found])
+        if not len(masked):
+            return cls
+        patches = found[0][1]
+        if patches is None:
+            raise PipelineError(
+                "iBOT needs patch tokens, and this encoder has none",
+                "set loss.ibot_weight=0 and loss.mask_probability=0",
+            )
+        return torch.cat([cls, patches.flatten(0, 1).index_select(0, masked)])
+
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
+        """CLS (or pooled) feature and patch tokens under the names of `VisionTransformer`."""
+        cls, patches = self.features(x, masks)
+        return {"x_norm_clstoken": cls, "x_norm_patchtokens": patches, "masks": masks}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The feature `[B, D]` of views `[B, C, H, W]`."""
+        return self.features(x, None)[0]
+
+    def layers(self) -> tuple[dict[str, int], int]:
+        """Layer of each parameter for layerwise learning rates, and the number of the last layer;
+        here all are the last one.
+        """
+        return {}, 0
+
+
+class ModuleBackbone(ForeignBackbone):
+    """Any module from Python that returns `[B, D]`, or tokens `[B, N, D]` with CLS first.
+
+    Tokens of a module whose forward takes `masks` (bool `[B, P]`) can be trained with iBOT; it
+    must hide these patches itself.
+    """
+
+    def __init__(
+        self, module: nn.Module, width: int, patch_size: int = 1, prefix_tokens: int = 1
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            module: `[B, C, H, W]` to `[B, D]` or `[B, prefix_tokens + P, D]`.
+            width: D.
+            patch_size: side of a patch in pixels, where there are tokens.
+            prefix_tokens: CLS and registers before the patches.
+        """
+        takes_masks = "masks" in inspect.signature(module.forward).parameters
+        super().__init__(module, width, patch_size, takes_masks)
+        self.prefix_tokens = prefix_tokens
+
+    def features(self, x: Tensor, masks: Tensor | None) -> Features:
+        """See `ForeignBackbone`.
+
+        Raises:
+            PipelineError: the module's output has another shape.
+        """
+        out = self.module(x, masks=masks) if self.has_patches else self.module(x)
+        shape = tuple(getattr(out, "shape", ()))
+        if len(shape) not in (2, 3) or shape[0] != len(x) or shape[-1] != self.width:
+            raise PipelineError(
+                f"the encoder returned {shape or type(out).__name__} for {tuple(x.shape)}, "
+                f"expected [{len(x)}, {self.width}] or [{len(x)}, tokens, {self.width}]",
+                "give the module's width, or wrap it so that it returns features or tokens",
+            )
+        if len(shape) == 2:
+            return out, None
+        return out[:, 0], out[:, self.prefix_tokens :]
+
+
+@dataclass(frozen=True)
+class TimmSpec:
+    """A timm model by name, freshly initialised."""
+
+    name: str  # without `timm:`
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    drop_path: float = 0.0
+
+    def build(self) -> TimmBackbone:
+        """The model, drawn from torch's global generator.
+
+        Raises:
+            PipelineError: timm is missing, has no such model, or its patches have another size.
+        """
+        module, arguments = _create(self)
+        backbone = TimmBackbone(module, self, arguments)
+        if backbone.has_patches and backbone.stride != self.patch_size:
+            raise PipelineError(
+                f"timm:{self.name} has patches of {backbone.stride} pixels, not {self.patch_size}",
+                f"set model.patch_size={backbone.stride}",
+            )
+        return backbone
+
+
+class TimmBackbone(ForeignBackbone):
+    """A timm model. ViTs hide masked patches with a mask token after their patch embedding."""
+
+    def __init__(self, module: Any, spec: TimmSpec, arguments: Mapping[str, Any]) -> None:
+        width = int(getattr(module, "head_hidden_size", 0) or module.num_features)
+        embed = getattr(module, "patch_embed", None)
+        size = getattr(embed, "patch_size", None)
+        tokens = isinstance(getattr(module, "blocks", None), nn.Module) and size is not None
+        super().__init__(module, width, spec.patch_size, False)
+        self.spec, self.arguments = spec, arguments  # what timm was called with, for the export
+        self.stride = int(size[0]) if tokens and isinstance(size, tuple) else 0
+        self.prefix_tokens = int(getattr(module, "num_prefix_tokens", 0))
+        self._masks: Tensor | None = None
+        if self.stride and self._gives_tokens():
+            self.has_patches = True
+            self.mask_token = nn.Parameter(torch.zeros(1, width))
+            embed.register_forward_hook(self._hide)  # type: ignore[union-attr]
+
+    def _gives_tokens(self) -> bool:
+        side = self.spec.image_size // self.stride * self.stride
+        was = self.module.training
+        with torch.no_grad():
+            x = torch.zeros(1, self.spec.in_channels, side, side)
+            out = self.module.eval().forward_features(x)  # type: ignore[operator]
+        self.module.train(was)
+        expected = (side // self.stride) ** 2 + self.prefix_tokens
+        return isinstance(out, Tensor) and tuple(out.shape) == (1, expected, self.width)
+
+    def _hide(self, embed: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+        if self._masks is None:
+            return out
+        flat = out.flatten(1, 2) if out.dim() == 4 else out  # some keep the grid, [B, h, w, D]
+        hidden = torch.where(self._masks[..., None], self.mask_token.to(flat.dtype), flat)
+        return hidden.view(out.shape)
+
+    def features(self, x: Tensor, masks: Tensor | None) -> Features:
+        """See `ForeignBackbone`."""
+        self._masks = masks if self.has_patches else None
+        try:
+            out = self.module.forward_features(x)  # type: ignore[operator]
+        finally:
+            self._masks = None
+        cls = self.module.forward_head(out, pre_logits=True)  # type: ignore[operator]
+        return cls, out[:, self.prefix_tokens :] if self.has_patches else None
+
+    def layers(self) -> tuple[dict[str, int], int]:
+        """Timm's own layers of the model: stem 0, then block by block."""
+        from timm.models import group_parameters
+
+        matcher = self.module.group_matcher(coarse=False)  # type: ignore[operator]
+        names = group_parameters(self.module, matcher, reverse=True)
+        return {"mask_token": 0} | {
+            f"module.{name}": int(layer) for name, layer in names.items()
+        }, max(int(layer) for layer in names.values())
+
+
+def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) -> None:
+    """Try one image of each size.
+
+    Raises:
+        PipelineError: the encoder does not take a size.
+    """
+    device, was = next(backbone.parameters()).device, backbone.training
+    backbone.eval()
+    for size in sizes:
+        try:
+            with torch.no_grad():
+                backbone(torch.zeros(1, channels, size, size, device=device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise PipelineError(
+                f"the encoder does not take images of {size} x {size} pixels and {channels} "
+                f"channels: {reason}",
+                "choose an encoder for variable sizes, or one crop size that it takes "
+                "(augment.local_crops=0)",
+            ) from error
+    backbone.train(was)
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of `model.safetensors` in a folder.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    file = Path(path)
+    file = file / "model.safetensors" if file.is_dir() else file
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise PipelineError(
+            f"no safetensors file at {path}",
+            "foreign encoders start from a .safetensors file (or its folder) or a run folder",
+        )
+    return dict(load_file(file))
+
+
+def fit_foreign(backbone: ForeignBackbone, state: Mapping[str, Tensor], source: str) -> str:
+    """Load the encoder's own names (`module.*` as we save them, or bare) strictly; say what was
+    left out: a classifier, which these models are built without.
+
+    Raises:
+        PipelineError: with every missing and unexpected name and every other shape.
+    """
+    expected = backbone.state_dict()
+    given = {k if k in expected else f"module.{k}": v for k, v in state.items()}
+    head = {k for k in given if k.startswith(("module.head.", "module.fc.", "module.classifier."))}
+    left_out = sorted(head - set(expected))
+    given = {k: v for k, v in given.items() if k not in left_out}
+    if "mask_token" in expected and "mask_token" not in given:
+        given["mask_token"] = expected["mask_token"]  # only training with masks has one
+    problems = [f"missing {k}" for k in expected if k not in given]
+    problems += [f"unexpected {k}" for k in given if k not in expected]
+    problems += [
+        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
+        for k, v in given.items()
+        if k in expected and v.shape != expected[k].shape
+    ]
+    if problems:
+        raise PipelineError(
+            f"{source} does not fit the encoder: {'; '.join(problems)}",
+            "name the model that these weights are of in model.encoder",
+        )
+    backbone.load_state_dict(given)
+    return f"{len(given)} tensors, {len(left_out)} of a classifier left out"
+
+
+def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise PipelineError(
+            f"model.encoder=timm:{spec.name} needs the package timm", "pip install timm"
+        ) from error
+    if not timm.is_model(spec.name):
+        near = difflib.get_close_matches(spec.name, timm.list_models(), n=3)
+        raise PipelineError(
+            f"timm {timm.__version__} has no model {spec.name!r}",
+            f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them",
+        )
+    dropped: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
+    fixed: dict[str, Any] = {"num_classes": 0, "in_chans": spec.in_channels}
+    # Only some families take these; the signature does not tell, because of **kwargs.
+    sized: dict[str, Any] = {"img_size": spec.image_size, "dynamic_img_size": True}
+    for extra in (sized, {"img_size": spec.image_size}, {}):
+        try:
+            model = timm.create_model(spec.name, pretrained=False, **fixed, **extra, **dropped)
+            return model, fixed | extra
+        except TypeError as error:
+            last = error
+    raise PipelineError(
+        f"timm:{spec.name} could not be built: {last}", "choose another model or model.drop_path=0"
+    ) from last
+
+
+@contextmanager
+def _keyed(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Foreign dropout draws from torch's global generator: seed it from ours, and put it back."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

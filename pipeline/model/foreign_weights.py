@@ -1,0 +1,118 @@
+"""A timm encoder on disk: a folder that timm loads by itself, and that we load back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import PipelineError
+from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign
+from pipeline.model.formats import CONFIG, WEIGHTS
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import VisionTransformer
+from pipeline.model.weights import load_backbone, write_folder
+
+OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it
+
+
+def save_foreign(
+    backbone: TimmBackbone, folder: str | Path, mean: Sequence[float], std: Sequence[float]
+) -> Path:
+    """Write `model.safetensors` under timm's own names and `config.json`; each file appears whole
+    or not at all. `timm.create_model("local-dir:<folder>", pretrained=True)` loads it.
+
+    The mask token is of use in training only and is left out.
+    """
+    spec = backbone.spec
+    config = {
+        "architecture": spec.name,
+        "num_classes": 0,
+        "num_features": backbone.width,
+        "model_args": dict(backbone.arguments),
+        "pretrained_cfg": {
+            "input_size": [spec.in_channels, spec.image_size, spec.image_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 224 / 256,
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+        },
+        OURS: asdict(spec),
+    }
+    state = {name: x.detach().cpu() for name, x in backbone.module.state_dict().items()}
+    return write_folder(folder, state, {CONFIG: config})
+
+
+def load_foreign(folder: str | Path) -> TimmBackbone:
+    """Read what `save_foreign` wrote; in eval mode, on the CPU.
+
+    Raises:
+        PipelineError: it is not such a folder, or names or shapes do not fit.
+    """
+    folder = Path(folder)
+    config = read_spec(folder)
+    if config is None:
+        raise PipelineError(
+            f"{folder / CONFIG} is not the config of a timm encoder of ours", "export the run again"
+        )
+    known = {field.name for field in fields(TimmSpec)}
+    backbone = TimmSpec(**{k: v for k, v in config.items() if k in known}).build()
+    fit_foreign(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    return backbone.eval()
+
+
+def load_any(
+    folder: str | Path,
+) -> tuple[VisionTransformer | TimmBackbone, BackboneSpec | TimmSpec]:
+    """A backbone that an export wrote, ours or a timm encoder, and what it is made of.
+
+    Raises:
+        PipelineError: as `load_backbone` and `load_foreign`.
+    """
+    if read_spec(folder) is None:
+        return load_backbone(folder)
+    backbone = load_foreign(folder)
+    return backbone, backbone.spec
+
+
+def read_spec(folder: str | Path) -> dict[str, Any] | None:
+    """Our settings in a folder that `save_foreign` wrote, None for any other."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text()).get(OURS)
+    return found if isinstance(found, dict) else None
+
+
+@torch.no_grad()
+def verify_foreign(backbone: TimmBackbone, folder: str | Path) -> str:
+    """Load the folder by ourselves and through timm, and compare an output to the bit.
+
+    Raises:
+        PipelineError: what was written gives other features.
+    """
+    import timm
+
+    spec = backbone.spec
+    size = spec.image_size
+    image = torch.linspace(-2, 2, spec.in_channels * size * size).view(1, -1, size, size)
+    was = backbone.training
+    here = backbone.cpu().eval()(image)
+    backbone.train(was)
+    # The path in the name is not a registry's: timm reads the folder.
+    theirs = timm.create_model(f"local-dir:{Path(folder).absolute()}", pretrained=True).eval()
+    for who, out in (("raydino", load_foreign(folder)(image)), ("timm", theirs(image))):
+        if not torch.equal(here, out):
+            worst = float((here - out).abs().max())
+            raise PipelineError(
+                f"{folder} read by {who} gives other features (up to {worst:.2g})",
+                "check the disk and export again",
+            )
+    return f"equal to the bit, read by raydino and timm {timm.__version__}"

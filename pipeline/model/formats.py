@@ -1,0 +1,170 @@
+"""What Hugging Face and timm read beside a backbone's weights, and where their models agree with
+ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.model.block import LAYER_NORM_EPS
+from pipeline.model.pair import BackboneSpec
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+FORMAT = "raydino-backbone-1"
+MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+
+
+def huggingface_config(spec: BackboneSpec, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """`config.json` of `Dinov2Model`, or with registers of `Dinov2WithRegistersModel`."""
+    kind = "dinov2_with_registers" if spec.registers else "dinov2"
+    config: dict[str, Any] = {
+        "architectures": [MODELS[kind]],
+        "model_type": kind,
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "mlp_ratio": int(spec.mlp_ratio),
+        "image_size": spec.image_size,
+        "patch_size": spec.patch_size,
+        "num_channels": spec.in_channels,
+        "use_swiglu_ffn": spec.ffn == "swiglu",
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "layerscale_value": spec.layer_scale,
+        "drop_path_rate": 0.0,  # theirs is another stochastic depth; the weights need none
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    if spec.registers:
+        config["num_register_tokens"] = spec.registers
+    return config
+
+
+def preprocessor_config(
+    mean: Sequence[float], std: Sequence[float], image_size: int, in_channels: int = 3
+) -> dict[str, Any]:
+    """`preprocessor_config.json` for `AutoImageProcessor`, as the hub's DINOv2 folders have it: the
+    shorter side to 256/224 of the crop, centre crop, the recipe's mean and deviation.
+    """
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": in_channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(image_size * 256 / 224)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+
+
+def timm_config(
+    spec: BackboneSpec, mean: Sequence[float], std: Sequence[float], image_size: int
+) -> dict[str, Any]:
+    """`config.json` for `timm.create_model("local-dir:<folder>", pretrained=True)`.
+
+    The named architecture only lends what JSON cannot say, the kind of feed-forward layer; sizes
+    are all in `model_args`.
+    """
+    swiglu = spec.ffn == "swiglu"
+    ratio = spec.mlp_ratio
+    if swiglu:
+        # timm wants the width of gate and value together; the half keeps int() from rounding down.
+        inner = (int(int(spec.width * spec.mlp_ratio) * 2 / 3) + 7) // 8 * 8
+        ratio = (2 * inner + 0.5) / spec.width
+    size = "giant" if swiglu else {768: "base", 1024: "large"}.get(spec.width, "small")
+    pixels = [spec.in_channels, spec.image_size, spec.image_size]
+    return {
+        "architecture": f"vit_{size}_patch14_{'reg4_' if spec.registers else ''}dinov2",
+        "num_classes": 0,
+        "num_features": spec.width,
+        "global_pool": "token",
+        "model_args": {
+            "img_size": spec.image_size,
+            "patch_size": spec.patch_size,
+            "in_chans": spec.in_channels,
+            "embed_dim": spec.width,
+            "depth": spec.depth,
+            "num_heads": spec.heads,
+            "mlp_ratio": ratio,
+            "init_values": spec.layer_scale,
+            "reg_tokens": spec.registers,
+            "no_embed_class": spec.registers > 0,
+            "dynamic_img_size": True,
+            "num_classes": 0,
+        },
+        "pretrained_cfg": {
+            "input_size": pixels,
+            "test_input_size": [spec.in_channels, image_size, image_size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 224 / 256,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def same_sizes(spec: BackboneSpec) -> tuple[bool, bool]:
+    """Whether Hugging Face's and timm's model give our features at every size, not just at
+    `spec.image_size`.
+
+    All three resize position embeddings. Hugging Face antialiases them with registers only, timm
+    always, and neither knows an offset.
+    """
+    plain = spec.interpolate_offset == 0
+    antialias = spec.interpolate_antialias
+    return plain and antialias == (spec.registers > 0), plain and antialias
+
+
+def agreement(spec: BackboneSpec) -> str:
+    """One sentence: at which sizes dinov2, Hugging Face and timm give the same features."""
+    huggingface, timm = same_sizes(spec)
+    if reason := without_huggingface(spec):
+        where = "every size" if timm else f"{spec.image_size} x {spec.image_size} only"
+        return f"{reason}; timm gives the same features at {where}."
+    if huggingface and timm:
+        return "dinov2, Hugging Face and timm give the same features at every size."
+    native = f"{spec.image_size} x {spec.image_size}"
+    if spec.interpolate_offset:
+        why = f"neither resizes position embeddings with an offset of {spec.interpolate_offset:g}"
+        return f"Hugging Face and timm give the same features at {native} only: {why}."
+    if huggingface:
+        return (
+            f"Hugging Face gives the same features at every size, timm at {native} only: it "
+            "antialiases resized position embeddings."
+        )
+    if timm:
+        return (
+            f"timm gives the same features at every size, Hugging Face at {native} only: without "
+            "registers it does not antialias resized position embeddings."
+        )
+    return (
+        f"Hugging Face and timm give the same features at {native} only: they antialias resized "
+        "position embeddings, this model does not."
+    )
+
+
+def without_huggingface(spec: BackboneSpec) -> str:
+    """Why Hugging Face has no model for this backbone; empty where it has one."""
+    if spec.mlp_ratio == int(spec.mlp_ratio):
+        return ""
+    return f"Hugging Face takes whole numbers as mlp_ratio only, not {spec.mlp_ratio:g}"

@@ -1,0 +1,149 @@
+"""Any file or folder that holds a backbone, as `Weights` under our names."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.model.block import LAYER_NORM_EPS
+from pipeline.model.fit import Weights
+from pipeline.model.formats import CONFIG, FORMAT, INDEX, MODELS, WEIGHTS
+from pipeline.model.names import State, from_checkpoint, from_huggingface, from_timm
+
+EXPECTED = (
+    "give a dinov2 .pth file, a Hugging Face folder (config.json with model_type dinov2 or "
+    "dinov2_with_registers), a timm folder or .safetensors file, or an export or run folder of ours"
+)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The backbone in a file or folder, under our names.
+
+    Accepted: a dinov2 `.pth` (raw, or a checkpoint under `teacher` or `model`; with or without
+    block chunks), a Hugging Face folder (one file or shards), a timm folder or file, the folder of
+    an export, a run folder that has one. Nothing is unpickled but tensors, nothing is downloaded.
+
+    Raises:
+        PipelineError: no such path, none of these, or a file that cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise PipelineError(
+            f"no weights: there is no {path}", f"{EXPECTED}; download hub names first"
+        )
+    if path.suffix == ".safetensors":
+        return _named(_load_safetensors(path), path, "timm")
+    return _named(_load_torch(path), path, "dinov2")
+
+
+def _read_folder(path: Path) -> Weights:
+    if not (path / CONFIG).is_file():
+        if (path / "weights" / "dinov2" / CONFIG).is_file():
+            return _read_folder(path / "weights" / "dinov2")
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        raise PipelineError(f"no weights: {path} has no {CONFIG} (found: {inside})", EXPECTED)
+    config = read_json(path / CONFIG)
+    if config.get("format") == FORMAT:
+        return Weights(_load_folder(path), "raydino export", heads=config.get("heads"))
+    if config.get("model_type") in MODELS:
+        for field, ours in (("layer_norm_eps", LAYER_NORM_EPS), ("hidden_act", "gelu")):
+            if config.get(field, ours) != ours:
+                raise PipelineError(
+                    f"{path / CONFIG} has {field}={config[field]}, DINOv2 has {ours}", EXPECTED
+                )
+        state, note = from_huggingface(_load_folder(path))
+        return Weights(state, "Hugging Face", note, config.get("num_attention_heads"))
+    if "architecture" in config:
+        options = config.get("model_args") or {}
+        state, note = from_timm(_load_folder(path), options.get("no_embed_class"))
+        return Weights(state, "timm", note, options.get("num_heads"))
+    kind = config.get("model_type") or config.get("format") or "no model_type"
+    raise PipelineError(f"{path / CONFIG} is of another kind of model ({kind})", EXPECTED)
+
+
+def _named(state: Mapping[str, Any], path: Path, otherwise: str) -> Weights:
+    """A single file has no config: its names say what it is."""
+    if any("embeddings.cls_token" in name for name in state):
+        return Weights(*_ordered(from_huggingface(state), "Hugging Face"))
+    if "reg_token" in state or (otherwise == "timm" and "mask_token" not in state):
+        found, origin = from_timm(state), "timm"
+    else:
+        found = from_checkpoint(state)
+        origin = f"dinov2 {path.suffix}"
+    if not {"cls_token", "patch_embed.proj.weight"} <= found[0].keys():
+        names = list(found[0] or state)
+        raise PipelineError(
+            f"{path} holds no backbone: {len(names)} names, such as {', '.join(names[:4])}; "
+            "expected cls_token, patch_embed.proj.weight and blocks.*",
+            EXPECTED,
+        )
+    return Weights(*_ordered(found, origin))
+
+
+def _ordered(found: tuple[State, str], origin: str) -> tuple[State, str, str]:
+    return found[0], origin, found[1]
+
+
+def _load_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0][:160]
+        raise PipelineError(
+            f"{path} cannot be read as tensors alone: {reason}",
+            "save its state dict by itself, e.g. torch.save(checkpoint['teacher'], 'teacher.pth')",
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise PipelineError(f"{path} holds a {type(loaded).__name__}, no state dict", EXPECTED)
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _load_safetensors(path: Path) -> State:
+    try:
+        state: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise PipelineError(
+            f"{path} is no whole safetensors file: {error}", "copy or export it again"
+        ) from error
+    return state
+
+
+def _load_folder(folder: Path) -> State:
+    if (folder / WEIGHTS).is_file():
+        return _load_safetensors(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        raise PipelineError(f"no {WEIGHTS} in {folder}", EXPECTED)
+    files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    state: State = {}
+    for name in files:
+        # A name with a path in it could lead out of the folder.
+        if Path(name).name != name or not (folder / name).is_file():
+            raise PipelineError(f"{folder / INDEX} names {name}, which is not there", EXPECTED)
+        state.update(_load_safetensors(folder / name))
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        PipelineError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise PipelineError(f"{path} is no JSON: {error}", "copy or export it again") from error
+    if not isinstance(found, dict):
+        raise PipelineError(f"{path} holds no JSON object", "copy or export it again")
+    return found
