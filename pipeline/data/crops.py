@@ -50,6 +50,7 @@ class CropSpec:
     local_scale: tuple[float, float] = (0.05, 0.32)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_probability: float = 0.5
+    channels: int = 3
 
     @property
     def views(self) -> int:
@@ -112,7 +113,11 @@ def crop_boxes(
 
 
 def _resize(image: npt.NDArray[Any], height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic uint8 [H, W, 3] -> [1, 3, height, width], channels-last in memory."""
+    """Antialiased bicubic uint8 [H, W, C] -> [1, C, height, width], channels-last in memory."""
+    if image.shape[2] > 4:
+        # The SIMD kernel has up to four channels. The same bits by threes, in half the time.
+        parts = [image[..., c : c + 3] for c in range(0, image.shape[2], 3)]
+        return torch.cat([_resize(part, height, width) for part in parts], 1)
     # The kernel reads three interleaved channels in place only where the whole input is dense, so a
     # copy of the crop (a few rows of memcpy) is faster than the strided view: 0.70 against 0.95 ms
     # for the ten crops of a photo. It also frees us from read-only arrays.
@@ -126,13 +131,13 @@ def cut_crops(
     """Cut the crops of one image.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, C].
         boxes: int64 [V, 4] as (top, left, height, width) inside the image.
         flips: bool [V].
         spec: sizes; V = 2 + spec.local_crops.
 
     Returns:
-        global crops uint8 [2, S, S, 3] and local crops uint8 [L, s, s, 3], contiguous.
+        global crops uint8 [2, S, S, C] and local crops uint8 [L, s, s, C], contiguous.
     """
     channels = image.shape[2]
     shapes = (
@@ -162,7 +167,7 @@ def resize_centre_crop(image: Image, size: int) -> Image:
         size: side of the result in pixels.
 
     Returns:
-        uint8 [size, size, 3].
+        uint8 [size, size, C].
     """
     height, width = image.shape[:2]
     if min(height, width) == 0:

@@ -35,6 +35,7 @@ from pipeline.errors import DataError
 __all__ = ["MAX_IMAGE_BYTES", "PackReport", "pack"]
 log = logging.getLogger("pipeline.data")
 
+RGB = 3  # channels
 RUN_BYTES = 128 * 2**20  # of images in memory of one task before they are written
 MAX_IMAGE_BYTES = 64 * 2**20
 Progress = Callable[[str, int, int], None]
@@ -64,6 +65,7 @@ def pack(
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
     max_image_bytes: int = MAX_IMAGE_BYTES,
+    channels: int = 3,
     shard_bytes: int = 256 * 2**20,
     row_group_images: int = 256,
     bad_images: str,
@@ -84,6 +86,8 @@ def pack(
         max_bad_fraction: more bad images than this part of all end the pack.
         max_pixels: images with more pixels are bad (too_large).
         max_image_bytes: encoded images with more bytes are bad (too_large).
+        channels: that training will ask for (see `decode.decode_image`); an image that cannot give
+            them is bad (undecodable).
         shard_bytes: about the size of a shard.
         row_group_images: rows of a row group, fewer where images are large.
         bad_images: path of the bad image table (parquet), written before anything can fail on it.
@@ -101,7 +105,10 @@ def pack(
     # All that the shards depend on. The limit of bad images is not in it: with a higher one, a pack
     # that ended on it goes on.
     arguments = [source, shards, image_column, label_column, labels, max_pixels, max_image_bytes]
-    key = ledger.key_of(listing, [*arguments, shard_bytes, row_group_images])
+    arguments += [shard_bytes, row_group_images]
+    # Only where it is not RGB, so that packs made before there was a choice stay finished.
+    arguments += [f"channels={channels}"] if channels != RGB else []
+    key = ledger.key_of(listing, arguments)
     if (finished := ledger.finished(work, key, shards)) is not None:
         log.info("%s is packed already, nothing to do", shards)
         return finished
@@ -122,6 +129,7 @@ def pack(
         run_bytes=RUN_BYTES,
         extras=plan.extras,
         name_lists=plan.name_lists,
+        channels=channels,
     )
     read = _read_all(plan.tasks, spec, on_progress)
     bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]

@@ -16,6 +16,9 @@ luminance of each pixel and every result is clamped to [0, 1]:
 so one position of the order costs one such blend and, for the crops that ask for it, a hue
 rotation.
 
+Channels that are not three are not colours: their grey is the mean of all channels, alpha counts as
+any other, and `skipped_operations` are left out. What is drawn does not depend on the channels.
+
 Shapes: N crops, C channels, H x W pixels.
 """
 
@@ -55,6 +58,8 @@ PHOTOMETRIC_DRAWS = 10  # one for each column and a second one for the blur (whe
 # Entry [row][position] is the column of the operation done there.
 ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(4)))
 
+RGB = 3  # channels in which hue, saturation and greyscale mean something
+
 _CACHED = 1 << 20  # floats worked on at once on the CPU: 1.5 times as fast as a whole batch
 
 
@@ -77,7 +82,6 @@ class PhotometricSpec:
     solarize_threshold: int = 128  # of 255
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    rgb: bool = True  # False: saturation, hue and greyscale are never drawn
 
 
 def draw_photometric(u: npt.NDArray[np.float64], spec: PhotometricSpec) -> npt.NDArray[np.float32]:
@@ -92,19 +96,24 @@ def draw_photometric(u: npt.NDArray[np.float64], spec: PhotometricSpec) -> npt.N
     """
     views = np.minimum(np.arange(u.shape[-2]), 2)
     out = np.zeros((*u.shape[:-1], PARAMS), np.float32)
-    strengths = (spec.brightness, spec.contrast, spec.saturation if spec.rgb else 0.0)
+    strengths = (spec.brightness, spec.contrast, spec.saturation)
     for column, strength in enumerate(strengths):
         low, high = max(0.0, 1.0 - strength), 1.0 + strength  # torchvision ColorJitter
         out[..., column] = low + (high - low) * u[..., column]
-    out[..., HUE] = spec.hue * (2 * u[..., HUE] - 1) if spec.rgb else 0.0
+    out[..., HUE] = spec.hue * (2 * u[..., HUE] - 1)
     out[..., ORDER] = np.floor(u[..., ORDER] * len(ORDERS))
     out[..., JITTER] = u[..., JITTER] < spec.jitter_probability
-    out[..., GREY] = u[..., GREY] < (spec.greyscale_probability if spec.rgb else 0.0)
+    out[..., GREY] = u[..., GREY] < spec.greyscale_probability
     low, high = spec.blur_sigma
     blurred = u[..., 7] < np.asarray(spec.blur_probability)[views]
     out[..., BLUR_SIGMA] = np.where(blurred, low + (high - low) * u[..., 8], 0.0)
     out[..., SOLARIZE] = u[..., 9] < np.asarray(spec.solarize_probability)[views]
     return out
+
+
+def skipped_operations(channels: int) -> tuple[str, ...]:
+    """Names of the operations that images of so many channels do not get: those of colours."""
+    return () if channels == RGB else ("saturation", "hue", "greyscale")
 
 
 def apply_photometric(
@@ -156,15 +165,19 @@ def _normalised(x: Tensor, spec: PhotometricSpec, dtype: torch.dtype) -> Tensor:
 
 def _apply_to_all(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
     """No shape depends on the parameters."""
+    coloured = x.shape[1] == RGB
     jitter = params[:, JITTER] > 0
     orders = _constant(ORDERS, torch.int64, x)[params[:, ORDER].long()]
     for position in range(4):
         column = torch.where(jitter, orders[:, position], -1)
         factor = params.gather(1, column.clamp(min=0)[:, None])[:, 0]
-        x = _blend(x, column, factor)
-        if x.shape[1] == 3:
+        if coloured:
+            x = _blend(x, column, factor)
             x = torch.where(per_crop(column == HUE), rotate_hue(x, factor), x)
-    x = torch.where(per_crop(params[:, GREY] > 0), luminance(x), x)
+        else:
+            x = _blend(x, torch.where(column == SATURATION, -1, column), factor)
+    if coloured:
+        x = torch.where(per_crop(params[:, GREY] > 0), luminance(x), x)
     x = blur(x, params[:, BLUR_SIGMA], spec.blur_kernel)
     solarized = per_crop(params[:, SOLARIZE] > 0) & (x >= spec.solarize_threshold / 255)
     return torch.where(solarized, 1 - x, x)
@@ -172,19 +185,20 @@ def _apply_to_all(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
 
 def _apply_to_some(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
     """Each operation on the crops that ask for it; changes x in place."""
+    coloured = x.shape[1] == RGB
     jitter = params[:, JITTER] > 0
     orders = torch.tensor(ORDERS)[params[:, ORDER].long()]
     for position in range(4):
         column = torch.where(jitter, orders[:, position], -1)
         factor = params.gather(1, column.clamp(min=0)[:, None])[:, 0]
-        for operation in range(4):
+        for operation in range(4 if coloured else SATURATION):  # hue is behind saturation
             chosen = (column == operation) & (factor != (0.0 if operation == HUE else 1.0))
             rows = _rows(chosen, x)
             if rows is None:
                 continue
             f = factor[chosen].to(x.device, non_blocking=True)
             x[rows] = _OPERATIONS[operation](x[rows], f)
-    if (rows := _rows(params[:, GREY] > 0, x)) is not None:
+    if coloured and (rows := _rows(params[:, GREY] > 0, x)) is not None:
         x[rows] = luminance(x[rows]).expand(-1, x.shape[1], -1, -1)
     blurred = params[:, BLUR_SIGMA] > 0
     if (rows := _rows(blurred, x)) is not None:

@@ -57,6 +57,7 @@ class PackSpec:
     run_bytes: int
     extras: pa.Schema
     name_lists: tuple[tuple[str, ...], ...]
+    channels: int = 3  # that every image must be able to give
 
 
 class _Row(NamedTuple):
@@ -121,7 +122,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         kept = []
         for place, item in enumerate(items):
             account["images"] += 1
-            found = _verify(item, spec.max_pixels)
+            found = _verify(item, spec.max_pixels, spec.channels)
             if isinstance(found, Refused):
                 account["bad"].append(dataclasses.astuple(found))
                 continue
@@ -149,12 +150,12 @@ def _null_table(schema: pa.Schema, rows: int) -> pa.Table:
     return pa.table([pa.nulls(rows, f.type) for f in schema], schema=schema)
 
 
-def _verify(item: Item | Refused, max_pixels: int) -> _Row | Refused:
+def _verify(item: Item | Refused, max_pixels: int, channels: int) -> _Row | Refused:
     if isinstance(item, Refused):
         return item
     name = image_id(item.encoded)
     try:
-        pixels, form = decode(item.encoded, max_pixels)
+        pixels, form = decode(item.encoded, max_pixels, channels)
     except BadImage as bad:
         return Refused(item.source, bad.reason, bad.detail, name)
     height, width = pixels.shape[:2]

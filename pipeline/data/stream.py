@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.batch import Batch
 from pipeline.data.crops import CropSpec, crop_boxes, cut_crops
-from pipeline.data.decode import REASONS, BadImage, decode_rgb
+from pipeline.data.decode import REASONS, BadImage, decode_image
 from pipeline.data.draws import CROP_STREAM, PHOTOMETRIC_STREAM, uniforms
 from pipeline.data.masks import masks_for
 from pipeline.data.order import Piece, ReadingOrder
@@ -110,6 +110,8 @@ def make_chunk(
 ) -> Chunk:
     """Decodes and cuts images that stand at `position`, `position` + 1, … of a pass."""
     count, crops = len(encoded), spec.crops
+    global_shape = (2, crops.global_size, crops.global_size, crops.channels)
+    local_shape = (crops.local_crops, crops.local_size, crops.local_size, crops.channels)
     seed = spec.order.seed
     boxes_u = uniforms(seed, pass_index, image_ids, crops.draws, CROP_STREAM)
     colour_u = uniforms(
@@ -120,10 +122,8 @@ def make_chunk(
     chunk: Chunk = {
         "image_ids": image_ids,
         "labels": labels,
-        "global_crops": np.zeros((count, 2, crops.global_size, crops.global_size, 3), np.uint8),
-        "local_crops": np.zeros(
-            (count, crops.local_crops, crops.local_size, crops.local_size, 3), np.uint8
-        ),
+        "global_crops": np.zeros((count, *global_shape), np.uint8),
+        "local_crops": np.zeros((count, *local_shape), np.uint8),
         "photometric": draw_photometric(
             colour_u.reshape(count, crops.views, PHOTOMETRIC_DRAWS), spec.photometric
         ),
@@ -141,7 +141,7 @@ def make_chunk(
     }
     for i, data in enumerate(encoded):
         try:
-            image = decode_rgb(data, spec.max_pixels)
+            image = decode_image(data, crops.channels, spec.max_pixels)
         except BadImage as bad:
             chunk["valid"][i], chunk["reason"][i] = False, REASONS.index(bad.reason)
             continue

@@ -24,7 +24,7 @@ RAW_SIDE = 16  # pixels
 
 
 class Labelled(Protocol):
-    """Images uint8 [N, S, S, 3] with labels int64 [N], -1 where unknown."""
+    """Images uint8 [N, S, S, C] with labels int64 [N], -1 where unknown."""
 
     @property
     def images(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102

@@ -1,6 +1,9 @@
 """Pictures of a run: square uint8 grids [H, H, 3].
 
-Shapes: n images, S side in pixels, P patches = grid height x grid width, D width.
+Images of three channels are shown as they are; one or two channels as the grey of the first, four
+and more as the colours of the first three.
+
+Shapes: n images, S side in pixels, C channels, P patches = grid height x grid width, D width.
 """
 
 import math
@@ -53,12 +56,14 @@ def crops_sheet(batch: Batch, spec: PhotometricSpec, grid: tuple[int, int]) -> I
 
 def pca_grid(
     backbone: nn.Module, images: Images, mean: Sequence[float], std: Sequence[float]
-) -> Images:
-    """Images beside the first three principal components of their patch tokens, as colours.
+) -> Images | None:
+    """Images beside the first three principal components of their patch tokens, as colours; None
+    for a backbone that gives no tokens.
 
     Args:
-        backbone: a VisionTransformer; its mode is as before afterwards.
-        images: uint8 [n, S, S, 3], S a multiple of the patch size. Eight fill the square.
+        backbone: with `forward_features` as a VisionTransformer has it; its mode is as before
+            afterwards.
+        images: uint8 [n, S, S, C], S a multiple of the patch size. Eight fill the square.
         mean: of each channel.
         std: of each channel.
     """
@@ -66,6 +71,8 @@ def pca_grid(
     with inference(backbone, device, torch.float32):
         features = backbone.forward_features(normalise(images, mean, std, device))  # type: ignore[operator]
     tokens = features["x_norm_patchtokens"]
+    if tokens is None:
+        return None
     side = math.isqrt(tokens.shape[1])
     return pca_picture(images, tokens.float().cpu(), (side, side))
 
@@ -74,7 +81,7 @@ def pca_picture(images: Images, tokens: Tensor, grid: tuple[int, int]) -> Images
     """`pca_grid` from tokens that are there already.
 
     Args:
-        images: uint8 [n, S, S, 3].
+        images: uint8 [n, S, S, C].
         tokens: [n, P, D] patch tokens.
         grid: (rows, columns) of the patches.
     """
@@ -116,8 +123,8 @@ def neighbours_grid(
     """A row for each query: the query, then its nearest images, best first.
 
     Args:
-        queries: uint8 [n, S, S, 3]; k + 1 of them fill the square.
-        neighbours: uint8 [n, k, S, S, 3].
+        queries: uint8 [n, S, S, C]; k + 1 of them fill the square.
+        neighbours: uint8 [n, k, S, S, C].
         correct: bool [n, k], whether labels agree: green-blue frames where true, orange where not.
     """
     count, k = neighbours.shape[:2]
@@ -136,16 +143,16 @@ def neighbours_grid(
 
 
 def _colours(views: Tensor, spec: PhotometricSpec) -> Tensor:
-    """Normalised views to RGB in [0, 1]; another number of channels is shown by its mean."""
+    """Normalised views to values in [0, 1]."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    x = (views * std + mean).clamp(0, 1)
-    return x if x.shape[1] == 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return (views * std + mean).clamp(0, 1)
 
 
 def _tiles(x: Tensor) -> Tensor:
-    """[n, 3, H, W] in [0, 1] to tiles [n, 3, CELL, CELL]."""
+    """[n, C, H, W] in [0, 1] to tiles [n, 3, CELL, CELL]."""
     if not len(x):
         return x.new_zeros(0, 3, CELL, CELL)
+    x = x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
     resized = functional.interpolate(x, size=(CELL, CELL), mode="bicubic", antialias=True)
     return resized.clamp(0, 1)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.crops import resize_centre_crop
-from pipeline.data.decode import BadImage, decode_rgb
+from pipeline.data.decode import BadImage, decode_image
 from pipeline.data.schema import RowGroup, ShardSet, read_row_group
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
@@ -23,7 +23,6 @@ from pipeline.evaluate.health import effective_rank, feature_std, teacher_entrop
 from pipeline.evaluate.knn import knn_classify, nearest, raw_pixels
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.model.pair import Encoder
-from pipeline.model.vit import VisionTransformer
 
 log = logging.getLogger("pipeline.evaluate")
 
@@ -43,12 +42,13 @@ class EvaluationSpec:
     image_size: int
     k: int
     temperature: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     batch_size: int
     seed: int
     max_pixels: int
     half: bool = False  # embed in bfloat16
+    channels: int = 3  # of an image, as `mean` and `std` have
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ class Evaluator:
         self.device = torch.device(device)
         self._kept: dict[tuple[str, int | None], list[LabelledImages]] = {}
 
-    def run(self, backbone: VisionTransformer, limit: int | None = None) -> Evaluation:
+    def run(self, backbone: nn.Module, limit: int | None = None) -> Evaluation:
         """k-NN top-1, feature health and the PCA picture of a backbone.
 
         Args:
-            backbone: in any mode; it is evaluated without gradients.
+            backbone: in any mode; it is evaluated without gradients. One without patch tokens has
+                no PCA picture.
             limit: at most so many images of each set, drawn with the seed; None for all.
         """
         spec = self.spec
@@ -109,7 +110,8 @@ class Evaluator:
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
-        pictures["patch_pca"] = pca_grid(backbone, first, spec.mean, spec.std)
+        if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
+            pictures["patch_pca"] = picture
         return Evaluation(metrics, pictures)
 
     def raw_pixels(self, limit: int | None = None) -> float | None:
@@ -136,7 +138,7 @@ class Evaluator:
         }
 
     def features(
-        self, backbone: VisionTransformer, shards: ShardSet, limit: int | None
+        self, backbone: nn.Module, shards: ShardSet, limit: int | None
     ) -> tuple[Tensor, Tensor]:
         """CLS features [N, D] and labels [N] of a set."""
         spec = self.spec
@@ -158,7 +160,7 @@ class Evaluator:
             yield from self._kept[key]
             return
         rows = min(limit or shards.rows, shards.rows)
-        small = rows * 3 * self.spec.image_size**2 <= CACHE_BYTES
+        small = rows * self.spec.channels * self.spec.image_size**2 <= CACHE_BYTES
         kept = []
         for part in read_images(shards, self.spec, limit):
             if small:
@@ -170,7 +172,7 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A batch: `images` uint8 [B, S, S, 3], `labels` int64 [B], -1 where unknown."""
+    """A batch: `images` uint8 [B, S, S, C], `labels` int64 [B], -1 where unknown."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -189,7 +191,7 @@ def read_images(
     good = bad = 0
     for table, row in _rows(shards, spec.seed, limit):
         try:
-            image = decode_rgb(table.image(row), spec.max_pixels)
+            image = decode_image(table.image(row), spec.channels, spec.max_pixels)
         except BadImage:
             bad += 1
             continue

@@ -51,7 +51,8 @@ def key(context: Context) -> str:
         name: [ledger.key_of(list_source(absolute_uri(source)), [source]), shards]
         for name, (source, shards) in sources(context).items()
     }
-    return fingerprint([data, listed])
+    channels = context.config.model.in_channels  # what each image must be able to give
+    return fingerprint([data, listed] + [channels] * (channels != 3))
 
 
 def intact(context: Context) -> bool:
@@ -77,6 +78,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             labels=data.labels,
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_image_pixels,
+            channels=context.config.model.in_channels,
             max_image_bytes=int(data.max_image_mb * 2**20),
             shard_bytes=int(data.shard_mb * 2**20),
             row_group_images=data.row_group_images,

@@ -110,12 +110,20 @@ def _set_model() -> None:
 
     class Embedder(PythonModel):  # type: ignore[misc]
         def load_context(self, context: Any) -> None:
-            from pipeline.model.weights import load_backbone
+            from pipeline.errors import PipelineError
+            from pipeline.model.foreign_weights import load_any
 
-            self.backbone, spec = load_backbone(Path(context.artifacts["weights"]))
+            self.backbone, spec = load_any(Path(context.artifacts["weights"]))
             config = context.model_config
             self.size = config["image_size"] or spec.image_size
             self.mean, self.std = config["mean"], config["std"]
+            self.channels = spec.in_channels
+            if not len(self.mean) == len(self.std) == self.channels:
+                raise PipelineError(
+                    f"the model has {self.channels} channels, its normalisation "
+                    f"{len(self.mean)} means and {len(self.std)} deviations",
+                    hint="log the model with the mean and std that it was trained with",
+                )
 
         def predict(
             self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -130,9 +138,10 @@ def _set_model() -> None:
             import torch
 
             from pipeline.data.crops import resize_centre_crop
-            from pipeline.data.decode import decode_rgb
+            from pipeline.data.decode import decode_image
 
-            crops = [resize_centre_crop(decode_rgb(image), self.size) for image in images]
+            decoded = [decode_image(image, self.channels) for image in images]
+            crops = [resize_centre_crop(image, self.size) for image in decoded]
             pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255.0
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             with torch.inference_mode():

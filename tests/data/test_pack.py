@@ -589,6 +589,62 @@ def test_an_unfinished_pack_is_no_source(tmp_path, serial):
     assert "packing was not finished" in mistake(tmp_path / "shards", tmp_path / "again")
 
 
+# ---- other channels than RGB
+
+
+def numpy_file(seed: int, channels: int = 6) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.random.default_rng(seed).integers(0, 256, (20, 30, channels), np.uint8))
+    return stream.getvalue()
+
+
+def bands(root: Path) -> dict[str, bytes]:
+    """Numpy files of six channels in a folder, an archive and a table: source -> bytes."""
+    write(root / "sea" / "a.npy", numpy_file(0))
+    with tarfile.open(root / "more.tar", "w") as archive:
+        for i in (1, 2):
+            about = tarfile.TarInfo(f"sea/{i}.npy")
+            about.size = len(numpy_file(i))
+            archive.addfile(about, io.BytesIO(numpy_file(i)))
+    pq.write_table(pa.table({"image": [numpy_file(3)]}), root / "table.parquet")
+    places = ("sea/a.npy", "more.tar/sea/1.npy", "more.tar/sea/2.npy", "table.parquet#0")
+    return {place: numpy_file(i) for i, place in enumerate(places)}
+
+
+def test_numpy_files_are_packed_as_they_came(tmp_path, serial):
+    good = bands(tmp_path / "land")
+    bad = {"sea/rgb.png": h.encode(h.pattern()), "sea/three.npy": numpy_file(9, channels=3)}
+    for source, encoded in bad.items():
+        write(tmp_path / "land" / source, encoded)
+    write(tmp_path / "land" / "sea" / "cut.npy", numpy_file(8)[:-1])
+    report = packed(tmp_path / "land", tmp_path / "six", channels=6)
+    assert bad_of(tmp_path / "six") == dict.fromkeys(bad, "undecodable") | {
+        "sea/cut.npy": "truncated"
+    }
+    assert report.images_packed == len(good)
+    rows = {row["source"]: row for row in table_of(tmp_path / "six").to_pylist()}
+    assert {source: row["image"] for source, row in rows.items()} == good
+    for row in rows.values():
+        assert (row["width"], row["height"], row["format"]) == (30, 20, "NPY")
+    # As RGB, the other two are the good ones.
+    assert packed(tmp_path / "land", tmp_path / "three").images_packed == 2
+    assert set(bad_of(tmp_path / "three")) == {*good, "sea/cut.npy"}
+
+
+def test_other_channels_are_another_pack_and_three_are_not(tmp_path, serial, monkeypatch):
+    plant(tmp_path / "photos")
+    keys = []
+    kept = ledger.key_of
+    monkeypatch.setattr(
+        ledger, "key_of", lambda *a: keys.append((kept(*a), list(a[1]))) or keys[-1][0]
+    )
+    for options in ({}, {"channels": 3}, {"channels": 1}, {"channels": 4}):
+        assert packed(tmp_path / "photos", tmp_path, **options).images_packed == 27
+    assert keys[0] == keys[1]
+    assert len({key for key, _ in keys}) == 3
+    assert keys[0][1][-2:] == [256 * 2**20, 8]  # the key of before there was a choice
+
+
 # ---- other file systems
 
 

@@ -151,18 +151,73 @@ def test_output_dtype_layout_and_inputs():
     assert ph.apply_photometric(x[:0], params[:0], SPEC).shape == (0, 3, 20, 20)
 
 
-@pytest.mark.parametrize("channels", [1, 4])
-def test_channels_that_are_no_colours(channels):
-    spec = ph.PhotometricSpec(rgb=False, mean=(0.0,) * channels, std=(1.0,) * channels)
-    params = drawn(100, spec)
-    assert (params[:, ph.SATURATION] == 1).all()
-    assert (params[:, [ph.HUE, ph.GREY]] == 0).all()
-    x = crops(100)[..., :1].expand(-1, -1, -1, channels)
-    ours = ph.apply_photometric(x, params, spec)
-    torch.testing.assert_close(dense(x, params, spec), ours, atol=1e-5, rtol=0)
-    for i in range(0, 100, 9):
-        expected = theirs(floats(x[..., :1])[i], params[i])
-        torch.testing.assert_close(ours[i, -1], expected[0], atol=1e-5, rtol=0)
+def channel_by_channel(x: torch.Tensor, row: torch.Tensor, solarize: bool = True) -> torch.Tensor:
+    """One crop [C, H, W], C != 3, through torchvision: planes, nothing that needs colours."""
+    values = row.tolist()
+
+    def contrast(planes: torch.Tensor, factor: float) -> torch.Tensor:
+        # One tall grey image has the mean of all channels.
+        return functional.adjust_contrast(planes.flatten(0, 1)[None], factor).view_as(planes)
+
+    def brightness(planes: torch.Tensor, factor: float) -> torch.Tensor:
+        return torch.cat([functional.adjust_brightness(p[None], factor) for p in planes])
+
+    if values[ph.JITTER]:
+        for column in ph.ORDERS[int(values[ph.ORDER])]:
+            if column in (ph.BRIGHTNESS, ph.CONTRAST):
+                x = (brightness, contrast)[column](x, values[column])
+    if values[ph.BLUR_SIGMA]:
+        sigma = [values[ph.BLUR_SIGMA]] * 2
+        x = torch.cat([functional.gaussian_blur(plane[None], [9, 9], sigma) for plane in x])
+    if values[ph.SOLARIZE] and solarize:
+        x = torch.cat([functional.solarize(plane[None], 128 / 255) for plane in x])
+    return x
+
+
+@PATHS
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_channels_that_are_no_colours(apply, channels):
+    mean = tuple(0.1 * (c + 1) for c in range(channels))
+    spec = ph.PhotometricSpec(mean=mean, std=(0.25,) * channels)
+    params = drawn(200)  # as for RGB: saturation, hue and greyscale among them
+    x = torch.cat((crops(200), crops(200, seed=1)), 3)[..., :channels].contiguous()
+    ours = apply(x, params, spec)
+    assert ours.shape == (200, channels, 20, 20)
+    rows = list(zip(floats(x), params, strict=True))
+    before = torch.stack([channel_by_channel(c, p, solarize=False) for c, p in rows])
+    expected = torch.stack([channel_by_channel(c, p) for c, p in rows])
+    edge = (before - 128 / 255).abs() < 1e-5
+    edge &= params[:, ph.SOLARIZE, None, None, None] > 0
+    assert edge.float().mean() < 1e-3
+    shift = torch.tensor(mean)[:, None, None]
+    assert (ours - (expected - shift) / 0.25).abs()[~edge].max() < 4 * TOLERANCE / 0.25
+
+
+def test_one_channel_has_the_contrast_and_brightness_of_a_grey_picture():
+    params = drawn(100)
+    params[:, ph.SATURATION] = 1  # the luma weights sum to 0.9999: saturation moves greys a little
+    spec = ph.PhotometricSpec(mean=(0.0,), std=(1.0,))
+    x = crops(100)[..., :1].contiguous()
+    coloured = ph.apply_photometric(x.expand(-1, -1, -1, 3), params, PLAIN)
+    # Solarize jumps at its threshold, so the two may differ there by more than round-off.
+    calm = params[:, ph.SOLARIZE] == 0
+    grey = ph.apply_photometric(x, params, spec)
+    assert (grey - coloured).abs()[calm].max() < 2e-4
+
+
+def test_skipped_operations_change_nothing():
+    assert ph.skipped_operations(3) == ()
+    names = {"saturation": ph.SATURATION, "hue": ph.HUE, "greyscale": ph.GREY}
+    for channels in (1, 2, 4, 6):
+        assert ph.skipped_operations(channels) == tuple(names)
+        spec = ph.PhotometricSpec(mean=(0.0,) * channels, std=(1.0,) * channels)
+        x = torch.cat((crops(48), crops(48, seed=1)), 3)[..., :channels].contiguous()
+        params = neutral(48)
+        params[:, ph.JITTER] = params[:, ph.GREY] = 1
+        params[:, ph.SATURATION], params[:, ph.HUE] = 1.7, 0.3
+        params[:, ph.ORDER] = torch.arange(48) % 24
+        for apply in (ph.apply_photometric, dense):
+            assert torch.equal(apply(x, params, spec), floats(x))
 
 
 def test_parameters_have_the_stated_law():

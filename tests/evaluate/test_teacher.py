@@ -81,6 +81,18 @@ def test_without_labels_health_only(spec: EvaluationSpec) -> None:
     assert height == width
 
 
+def test_a_backbone_without_patches_has_no_picture_of_them(spec: EvaluationSpec) -> None:
+    class WithoutPatches(MeanColour):
+        def forward_features(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+            return {"x_norm_clstoken": self(x), "x_norm_patchtokens": None}
+
+    backbone = WithoutPatches()
+    backbone.scale = torch.nn.Parameter(torch.ones(()))  # says where the backbone is
+    found = Evaluator(spec).run(backbone)
+    assert found.metrics["eval/knn5_top1"] == 1.0
+    assert set(found.pictures) == {"neighbours"}
+
+
 def test_bad_rows_are_counted_and_a_limit_is_a_fixed_draw(spec: EvaluationSpec) -> None:
     assert spec.queries is not None
     whole = list(read_images(spec.queries, spec, None))

@@ -51,3 +51,53 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
         expected = backbone(inputs).numpy()
     assert found.shape == (3, 48)
     assert np.abs(found - expected).max() < 1e-5
+
+
+def loaded(folder: Path, channels: int, mean: list[float]) -> Any:
+    """The model as MLflow loads it, without a server."""
+    from types import SimpleNamespace
+
+    from mlflow.models import model as mlflow_model
+
+    from pipeline.track.embedder import _set_model
+
+    _set_model()
+    model = mlflow_model.__mlflow_model__
+    config = {"image_size": 28, "mean": mean, "std": [0.2] * channels}
+    model.load_context(SimpleNamespace(artifacts={"weights": str(folder)}, model_config=config))
+    return model
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> None:
+    import pandas as pd
+    import torch
+    from PIL import Image
+
+    from pipeline.errors import PipelineError
+    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.weights import save_backbone
+
+    spec = BackboneSpec(
+        image_size=28, patch_size=14, width=48, depth=1, heads=3, in_channels=channels
+    )
+    torch.manual_seed(0)
+    backbone = spec.build().eval()
+    save_backbone(backbone, spec, tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, channels), dtype=np.uint8)
+    images = []
+    for image in pixels:
+        data = io.BytesIO()
+        if channels == 1:
+            Image.fromarray(image[..., 0]).save(data, "PNG")
+        else:
+            np.save(data, image)
+        images.append(data.getvalue())
+    model = loaded(tmp_path, channels, [0.4] * channels)
+    found = np.array(model.predict(None, pd.DataFrame({"image": images}))["embedding"].tolist())
+    with torch.inference_mode():
+        x = torch.from_numpy((pixels / 255.0 - 0.4) / 0.2).permute(0, 3, 1, 2).float()
+        expected = backbone(x).numpy()
+    assert np.abs(found - expected).max() < 1e-5
+    with pytest.raises(PipelineError, match=f"has {channels} channels.* 3 means"):
+        loaded(tmp_path, channels, [0.5, 0.5, 0.5])
