@@ -33,9 +33,9 @@ clean:  ## removes the environment; runs/ holds trained weights and stays
 $(STAMP): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
-	  uv pip install --quiet --python $(PYTHON) -c constraints.txt -e '.[dev]'; \
+	  uv pip install --quiet --python $(PYTHON) -c constraints.txt -e '.[dev,compat]'; \
 	else \
 	  python3 -m venv $(VENV) && \
-	  $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,compat]'; \
 	fi
 	@touch $(STAMP)

@@ -6,9 +6,11 @@ Derived values are not here: `pipeline.plan.resolve` computes them, once.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.model.sizes import SIZES
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -16,12 +18,18 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Range = tuple[Fraction, Fraction]
 
-# width, depth, heads (DINOv2 paper, table 17; RECIPE: models/vision_transformer.py)
-SIZES: dict[str, tuple[int, int, int]] = {
-    "vits": (384, 12, 6),
-    "vitb": (768, 12, 12),
-    "vitl": (1024, 24, 16),
-    "vitg": (1536, 40, 24),
+
+# What `objective=dino` means where a recipe does not say it (Caron et al. 2021, section 3 and
+# table 8 of its appendix).
+DINO: dict[str, dict[str, Any]] = {
+    "loss": {"ibot_weight": 0.0, "koleo_weight": 0.0, "mask_probability": 0.0},
+    "teacher": {"momentum": 0.996},
+    "augment": {"global_scale": (0.4, 1.0), "local_scale": (0.05, 0.4)},
+}
+# Distillation hides nothing and drops nothing (DINOv2 paper, section 5).
+DISTILLATION: dict[str, dict[str, Any]] = {
+    "loss": {"mask_probability": 0.0},
+    "model": {"drop_path": 0.0},
 }
 
 
@@ -88,11 +96,11 @@ class Augment(Section):
     jitter: Fraction = Field(0.8, description="probability of colour jitter, per crop")
     greyscale: Fraction = Field(0.2, description="probability of greyscale, per crop")
     solarize: Fraction = Field(0.2, description="probability of solarize, second global crop only")
-    mean: tuple[float, float, float] = Field(
-        (0.485, 0.456, 0.406), description="normalisation mean (ImageNet)"
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406), description="normalisation mean of each channel (ImageNet)"
     )
-    std: tuple[float, float, float] = Field(
-        (0.229, 0.224, 0.225), description="normalisation standard deviation (ImageNet)"
+    std: tuple[float, ...] = Field(
+        (0.229, 0.224, 0.225), description="normalisation deviation of each channel (ImageNet)"
     )
 
     @model_validator(mode="after")
@@ -109,16 +117,37 @@ class Augment(Section):
 class Model(Section):
     """The backbone (DINOv2 paper, table 17)."""
 
+    encoder: str = Field(
+        "dinov2",
+        pattern="^(dinov2|timm:.+)$",
+        description="dinov2: the ViT of these fields; timm:<name>: a timm model, of which only "
+        "patch_size, in_channels and drop_path are set here",
+    )
+    init: str = Field(
+        "",
+        description="weights to start from: dinov2 .pth, Hugging Face or timm folder, safetensors, "
+        "or a run folder of ours (then with its heads)",
+    )
+    init_resize: bool = Field(
+        False, description="resize the position embeddings of init to this run's image size"
+    )
     size: Literal["vits", "vitb", "vitl", "vitg"] = Field("vits", description="backbone size")
     width: Positive | None = Field(None, description="overrides the size's width")
     depth: Positive | None = Field(None, description="overrides the size's number of blocks")
     heads: Positive | None = Field(None, description="overrides the size's attention heads")
     patch_size: Positive = Field(14, description="side of a patch, pixels")
+    in_channels: Positive = Field(3, description="channels of an image; 3 is RGB")
     mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the width")
     ffn: Literal["mlp", "swiglu"] = Field("mlp", description="feed-forward; swiglu in the L and g")
     registers: int = Field(4, ge=0, description="register tokens; 0 in the paper's training runs")
     layer_scale: float = Field(1e-5, gt=0, description="initial LayerScale")
     drop_path: float = Field(0.1, ge=0, lt=1, description="stochastic depth; .3 short, .4 long")
+    interpolate_offset: NonNegative = Field(
+        0.0, description="added to the grid when position embeddings are resized; official: .1"
+    )
+    interpolate_antialias: bool = Field(
+        True, description="antialias resized position embeddings; official training: false"
+    )
 
     @property
     def dimensions(self) -> tuple[int, int, int]:
@@ -171,8 +200,6 @@ class Loss(Section):
             raise ValueError("dino_weight and ibot_weight are both 0: nothing would be learnt")
         if self.mask_ratio[0] > self.mask_ratio[1]:
             raise ValueError("mask_ratio must be low, high")
-        if self.ibot_weight and not self.mask_probability:
-            raise ValueError("ibot_weight is not 0 but mask_probability is: iBOT needs masks")
         return self
 
 
@@ -245,7 +272,18 @@ class Train(Section):
     eval_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
     save_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
     keep_last: Positive = Field(2, description="checkpoints kept beside the best one")
+    freeze_backbone_steps: int = Field(
+        0, ge=0, description="steps in which only the heads learn; for fresh heads on model.init"
+    )
     max_restarts: int = Field(3, ge=0, description="restarts of the worker group after a failure")
+
+
+class Distill(Section):
+    """Learning from a frozen, larger teacher (DINOv2 paper, section 5)."""
+
+    teacher: str = Field(
+        "", description="run folder or checkpoint of the frozen teacher; empty: self-distillation"
+    )
 
 
 class Evaluate(Section):
@@ -307,6 +345,9 @@ class Resources(Section):
 class Config(Section):
     """The recipe: what the user decides. See `pipeline.plan.Plan` for what follows from it."""
 
+    objective: Literal["dinov2", "dino"] = Field(
+        "dinov2", description="dino: DINO (2021), i.e. no masks, no iBOT, no KoLeo, its own EMA"
+    )
     run: Run = Run()
     data: Data = Data()
     augment: Augment = Augment()
@@ -317,10 +358,60 @@ class Config(Section):
     optim: Optim = Optim()
     teacher: Teacher = Teacher()
     train: Train = Train()
+    distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     track: Track = Track()
     resources: Resources = Resources()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """What an objective sets where the recipe says nothing."""
+        if not isinstance(values, dict):
+            return values
+        distill = values.get("distill")
+        for wanted, defaults in (
+            (values.get("objective") == "dino", DINO),
+            (isinstance(distill, dict) and distill.get("teacher"), DISTILLATION),
+        ):
+            for section, fields in defaults.items() if wanted else ():
+                given = values.get(section, {})
+                if isinstance(given, dict):
+                    values = values | {section: fields | given}
+        return values
+
+    @model_validator(mode="after")
+    def _terms(self) -> Config:
+        loss = self.loss
+        if self.objective == "dino" and (loss.ibot_weight or loss.koleo_weight):
+            raise ValueError(
+                f"objective=dino has no iBOT and no KoLeo, but loss.ibot_weight={loss.ibot_weight} "
+                f"and loss.koleo_weight={loss.koleo_weight}; set both to 0 or use objective=dinov2"
+            )
+        if self.objective == "dino" and loss.mask_probability:
+            raise ValueError("objective=dino hides nothing; set loss.mask_probability=0")
+        if self.objective == "dino" and self.distill.teacher:
+            raise ValueError("objective=dino has no frozen teacher; leave distill.teacher empty")
+        if self.distill.teacher and loss.mask_probability:
+            raise ValueError("distillation hides nothing; set loss.mask_probability=0")
+        if loss.ibot_weight and not loss.mask_probability and not self.distill.teacher:
+            raise ValueError(
+                "loss.ibot_weight is not 0 but loss.mask_probability is: iBOT needs masks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels(self) -> Config:
+        channels = self.model.in_channels
+        for name in ("mean", "std"):
+            values = getattr(self.augment, name)
+            if len(values) != channels:
+                raise ValueError(
+                    f"augment.{name} has {len(values)} numbers, but model.in_channels={channels}; "
+                    "give one for each channel"
+                )
+        return self
 
     @model_validator(mode="after")
     def _patches(self) -> Config:

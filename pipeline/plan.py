@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "run.folder",
     "data.source",
     "data.shards",
+    "model.init",
     "data.max_bad_fraction",
     "train.log_every",
     "train.eval_every",
@@ -90,6 +91,7 @@ class Plan(BaseModel):
                 step, teacher.temperature, teacher.temperature_end, self.temperature_warmup_steps
             ),
             last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+            backbone_lr=0.0 if step < self.config.train.freeze_backbone_steps else None,
         )
 
     @property
@@ -106,7 +108,7 @@ class Plan(BaseModel):
     @property
     def evaluation_size(self) -> int:
         """Side of an evaluation image, pixels."""
-        return self.config.evaluate.image_size or self.config.augment.global_size
+        return evaluation_size(self.config)
 
 
 def changes(earlier: Config, config: Config) -> tuple[list[str], list[str]]:
@@ -215,10 +217,17 @@ def resolve(
     )
 
 
+def evaluation_size(config: Config) -> int:
+    """Side of an evaluation image, pixels."""
+    return config.evaluate.image_size or config.augment.global_size
+
+
 def view_bytes(config: Config) -> int:
     """Bytes of the uint8 crops of one image."""
     augment = config.augment
-    return 3 * (2 * augment.global_size**2 + augment.local_crops * augment.local_size**2)
+    return config.model.in_channels * (
+        2 * augment.global_size**2 + augment.local_crops * augment.local_size**2
+    )
 
 
 def _precision(

@@ -19,6 +19,7 @@ class StepValues:
     teacher_momentum: float
     teacher_temperature: float
     last_layer_lr: float
+    backbone_lr: float | None = None  # where it differs from lr: 0 while the backbone is frozen
 
 
 def cosine(

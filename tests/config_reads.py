@@ -38,6 +38,8 @@ class Shape:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 self.sections[name] = kind
                 self.fields |= {f"{name}.{leaf}" for leaf in kind.model_fields}
+            else:
+                self.fields.add(name)
         self.classes = {kind.__name__: path for path, kind in self.sections.items()}
         self.properties: dict[tuple[str, str], list[str]] = {}
         for top in ast.parse(source).body:

@@ -49,7 +49,7 @@ def row(
 TABLE = [
     # the small things that everything may use
     row("errors log schedule __init__"),
-    row("config", "errors", others="pydantic"),
+    row("config", "errors model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors"),
     row("plan", "errors config overrides schedule", others="pydantic"),
@@ -72,15 +72,27 @@ TABLE = [
         others_inside="ray torch",
     ),
     # maths: no framework, no config
-    row("model.*", "errors schedule model.*", others="torch safetensors"),
+    row("model.sizes"),
+    row(
+        "model.*",
+        "errors schedule model.*",
+        others="torch safetensors",
+        others_inside="timm transformers",
+    ),
     row("loss.*", "errors schedule loss.*", others="torch"),
     row("evaluate.*", ["errors", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
     row("train.clock"),
     row("train.cost", others="torch"),
     row("train.step train.objective", [*MATHS, "train.objective"], others="torch"),
     # from here on: config, files, Ray
+    row(
+        "api",
+        [*MATHS, "train.objective", "train.step"],
+        others="torch",
+    ),
     row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
     row("train.state", "errors files", others="torch"),
+    row("train.start", [*MATHS, "config", "plan", "train.build", "train.state"], others="torch"),
     row(
         "train.chief",
         [*MATHS, "plan", "files", "evaluate.*", "train.*"],

@@ -97,7 +97,8 @@ def test_empty_means_empty_text() -> None:
         ("optim.lr=fast", "optim.lr: Input should be a valid number"),
         ("track.enabled=perhaps", "track.enabled: Input should be a valid boolean"),
         ("optim.betas=0.9", "optim.betas: Input should be a valid tuple"),
-        ("augment.mean=[0.5,0.5]", "augment.mean: "),
+        ("augment.mean=[0.5,x]", "augment.mean: Input should be a valid number"),
+        ("objective=dinov3", "objective: Input should be 'dinov2' or 'dino'"),
         ("train.workers=0", "train.workers: Input should be greater than 0"),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: Input should be less than or equal"),
         ("model.size=huge", "model.size: Input should be 'vits', 'vitb', 'vitl' or 'vitg'"),
@@ -137,10 +138,10 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FIELDS)
 def test_a_slip_in_any_field_is_recognised(path: str) -> None:
-    section, leaf = path.split(".")
+    section, _, leaf = path.rpartition(".")
     if len(leaf) < 3:
         return
-    slip = f"{section}.{leaf[:-2]}{leaf[-1]}{leaf[-2]}"  # the last two letters swapped
+    slip = f"{section}.{leaf[:-2]}{leaf[-1]}{leaf[-2]}".lstrip(".")  # the last two letters swapped
     if slip == path:
         slip = path[:-1]
     if slip in FIELDS:
@@ -218,7 +219,7 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
             section = line
         elif line:
             name, _, rest = line.strip().partition(" ")
-            listed[f"{section}.{name}"] = rest
+            listed[f"{section}.{name}".lstrip(".")] = rest
     assert list(listed) == list(FIELDS)
     for path, field in FIELDS.items():
         assert str(field.description) in listed[path]

@@ -39,7 +39,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
         PipelineError: for whatever the user can mend.
         SystemExit: with 143 after a SIGTERM that ended in a checkpoint.
     """
-    config = named(config, stages)
+    config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
     with folder.locked():
         log.info("run         %s in %s", config.run.name, folder.path)
@@ -106,6 +106,17 @@ def named(config: Config, stages: Sequence[str]) -> Config:
         return config
     name = stages[0] if len(stages) == 1 else "run"
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def with_absolute_weights(config: Config) -> Config:
+    """The config with full paths of the weights it starts from: workers run in other folders."""
+
+    def full(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    model = config.model.model_copy(update={"init": full(config.model.init)})
+    distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
+    return config.model_copy(update={"model": model, "distill": distill})
 
 
 def _given(context: Context, name: str) -> bool:

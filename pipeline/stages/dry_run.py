@@ -14,9 +14,9 @@ from pipeline.data.storage import absolute_uri
 from pipeline.errors import DataError
 from pipeline.files import RunFolder
 from pipeline.plan import Machine, resolve
-from pipeline.stages.chain import named
+from pipeline.stages.chain import named, with_absolute_weights
 from pipeline.stages.context import BUILTIN, shards_uri
-from pipeline.stages.pretrain import describe
+from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.train import build
 from pipeline.train.clock import duration
 from pipeline.train.run import check_resume
@@ -35,7 +35,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     """
     import torch
 
-    config = named(config, stages)
+    config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
     log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder.path)
     gpus = torch.cuda.device_count()
@@ -61,9 +61,10 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
     if digest != NOT_PACKED:
         check_resume(config, digest, folder)
-    for line in describe(plan):
+    built = starting_pair(plan, folder)
+    for line in describe(plan, built):
         log.info("%s", line)
-    cost = build.estimated_cost(plan, build.pair(config))
+    cost = build.estimated_cost(plan, built)
     from pipeline.train.cost import peak_flops
 
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32

@@ -15,8 +15,9 @@ from pipeline.files import fingerprint
 from pipeline.model.pair import Encoder
 from pipeline.plan import Plan
 from pipeline.stages.context import Context, result_line
-from pipeline.train import build, state
+from pipeline.train import state
 from pipeline.train.run import evaluation_spec
+from pipeline.train.start import encoder_of, starting_pair
 
 log = logging.getLogger("pipeline.evaluate")
 
@@ -45,9 +46,7 @@ def trained_plan(saved: state.Saved) -> Plan:
 
 def teacher(saved: state.Saved) -> Encoder:
     """The teacher of a checkpoint, heads included."""
-    pair = build.pair(trained_plan(saved).config)
-    pair.teacher.load_state_dict(saved.load()["teacher"])
-    return pair.teacher
+    return encoder_of(saved)[0]
 
 
 def key(context: Context) -> str:
@@ -122,6 +121,6 @@ def _evaluate(
     temperature = found.at(max(0, saved.step - 1)).teacher_temperature
     results = {"trained": trained.metrics | evaluator.target_health(network, temperature)}
     if spec.queries is not None:
-        results["step0"] = evaluator.run(build.pair(found.config).teacher.backbone).metrics
+        results["step0"] = evaluator.run(starting_pair(found.config)[0].teacher.backbone).metrics
         results["raw_pixels"] = {f"eval/knn{spec.k}_top1": evaluator.raw_pixels() or 0.0}
     return results, trained.pictures

@@ -6,11 +6,14 @@ import logging
 from typing import Any
 
 from pipeline import cluster
-from pipeline.files import fingerprint
+from pipeline.config import Config
+from pipeline.data.photometric import skipped_operations
+from pipeline.files import RunFolder, fingerprint
+from pipeline.model.pair import Pair
 from pipeline.overrides import field_paths
 from pipeline.plan import MAY_CHANGE, Plan, value_at
 from pipeline.stages.context import Context, result_line
-from pipeline.train import build
+from pipeline.train import build, start, state
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 
 log = logging.getLogger("pipeline.train")
@@ -45,7 +48,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)
     tracker.params(params(found))
-    for line in describe(found):
+    for line in describe(found, starting_pair(found, context.folder)):
         log.info("%s", line)
     outcome = pretrain(
         found,
@@ -76,11 +79,26 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     }
 
 
+def starting_pair(found: Plan, folder: RunFolder) -> Pair:
+    """The networks as the workers will make them, so that weights that do not fit are said here.
+
+    Raises:
+        PipelineError: as `pipeline.train.start` says.
+    """
+    config = found.config
+    saved = state.latest(folder.path / "checkpoints")
+    if saved is None and config.model.init:
+        built, text = start.starting_pair(config)
+        log.info("init        %s", text)
+    else:
+        built = build.pair(config)
+    return start.with_frozen_teacher(built, config)
+
+
 def params(found: Plan) -> dict[str, Any]:
     """At most eight short ones; MLflow prints them above every picture."""
-    width, depth, _ = found.config.model.dimensions
     return {
-        "model": f"{found.config.model.size} {width}x{depth}/{found.config.model.patch_size}",
+        "model": _model(found.config),
         "images": found.images,
         "steps": found.steps,
         "batch": found.config.optim.global_batch_size,
@@ -91,17 +109,44 @@ def params(found: Plan) -> dict[str, Any]:
     }
 
 
-def describe(found: Plan) -> list[str]:
+def _model(config: Config) -> str:
+    model = config.model
+    if model.encoder != "dinov2":
+        return model.encoder
+    width, depth, _ = model.dimensions
+    return f"{model.size} {width}x{depth}/{model.patch_size}"
+
+
+def describe(found: Plan, built: Pair) -> list[str]:
     """What differs from the defaults, what was derived, and what it will cost."""
     config = found.config
-    built = build.pair(config)
     cost = build.estimated_cost(found, built)
     width, depth, heads = config.model.dimensions
     batch = config.optim.global_batch_size
     kept = config.train.keep_last + 1
-    return [
-        f"model       {width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
-        f"{config.model.registers} registers; {cost.parameters / 1e6:.1f} M parameters with heads",
+    ours = config.model.encoder == "dinov2"
+    network = (
+        f"{width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
+        f"{config.model.registers} registers"
+        if ours
+        else f"{config.model.encoder}, {built.student.backbone.width} wide"
+    )
+    skipped = skipped_operations(config.model.in_channels)
+    loss = config.loss
+    lines = [
+        f"model       {network}; {cost.parameters / 1e6:.1f} M parameters with heads",
+        f"objective   {config.objective}: DINO {loss.dino_weight:g}, iBOT {loss.ibot_weight:g}, "
+        f"KoLeo {loss.koleo_weight:g}; {loss.centring} centring",
+    ]
+    if built.frozen:
+        size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
+        lines.append(f"teacher     {config.distill.teacher}, frozen, {size:.1f} M parameters")
+    if skipped:
+        lines.append(
+            f"colour      {', '.join(skipped)} need RGB and are skipped: images have "
+            f"{config.model.in_channels} channels"
+        )
+    lines += [
         f"data        {found.images:,} images ({found.digest[:14]}), "
         f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} left out of each pass",
         f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
@@ -112,3 +157,4 @@ def describe(found: Plan) -> list[str]:
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB a worker; checkpoints "
         f"{cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
     ]
+    return lines

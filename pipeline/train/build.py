@@ -7,9 +7,11 @@ from torch.nn import Module
 from pipeline.config import Config
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec
-from pipeline.model.pair import BackboneSpec, HeadSpec, Pair, build_pair
-from pipeline.plan import Plan
-from pipeline.train.cost import Cost, estimate
+from pipeline.errors import PipelineError
+from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
+from pipeline.model.pair import Backbone, BackboneSpec, HeadSpec, Pair, build_pair
+from pipeline.plan import Plan, evaluation_size
+from pipeline.train.cost import Cost, View, estimate, measured_view, vit_view
 from pipeline.train.step import Objective, ObjectiveSpec
 
 BLUR = {
@@ -34,15 +36,48 @@ def backbone_spec(config: Config) -> BackboneSpec:
         registers=model.registers,
         layer_scale=model.layer_scale,
         drop_path=model.drop_path,
+        in_channels=model.in_channels,
+        interpolate_offset=model.interpolate_offset,
+        interpolate_antialias=model.interpolate_antialias,
+    )
+
+
+def encoder_spec(config: Config) -> BackboneSpec | TimmSpec:
+    """Our ViT, or the timm model that `model.encoder` names."""
+    model = config.model
+    if model.encoder == "dinov2":
+        return backbone_spec(config)
+    return TimmSpec(
+        name=model.encoder.removeprefix("timm:"),
+        image_size=config.augment.global_size,
+        patch_size=model.patch_size,
+        in_channels=model.in_channels,
+        drop_path=model.drop_path,
     )
 
 
 def pair(config: Config) -> Pair:
-    """Student and teacher at step 0: the same on every worker, from the run's seed."""
+    """Student and teacher with random weights: the same on every worker, from the run's seed.
+
+    Raises:
+        PipelineError: a foreign encoder does not exist or does not do what the recipe asks for.
+    """
     dino = HeadSpec(**config.head.model_dump())
     ibot = config.ibot_head.model_dump(exclude={"separate"})
     separate = HeadSpec(**ibot) if config.ibot_head.separate else None
-    return build_pair(backbone_spec(config), dino, separate, config.run.seed)
+    built = build_pair(encoder_spec(config), dino, separate, config.run.seed)
+    backbone = built.student.backbone
+    if isinstance(backbone, ForeignBackbone):
+        augment = config.augment
+        if config.loss.ibot_weight and not backbone.has_patches:
+            raise PipelineError(
+                f"{config.model.encoder} has no patch tokens, which iBOT needs",
+                "set loss.ibot_weight=0 and loss.mask_probability=0",
+            )
+        sizes = {augment.global_size, evaluation_size(config)}
+        sizes |= {augment.local_size} if augment.local_crops else set()
+        check_sizes(backbone, config.model.in_channels, sorted(sizes))
+    return built
 
 
 def objective(config: Config, built: Pair) -> Objective:
@@ -55,6 +90,7 @@ def objective(config: Config, built: Pair) -> Objective:
         student_temperature=loss.student_temperature,
         centring=loss.centring,
         centre_momentum=loss.centre_momentum,
+        distil=bool(config.distill.teacher),
         clip=config.optim.clip,
     )
     return Objective.for_pair(spec, built)
@@ -70,6 +106,7 @@ def crop_spec(config: Config) -> CropSpec:
         global_scale=augment.global_scale,
         local_scale=augment.local_scale,
         flip_probability=augment.flip,
+        channels=config.model.in_channels,
     )
 
 
@@ -88,38 +125,50 @@ def photometric_spec(config: Config) -> PhotometricSpec:
 
 def compile_blocks(pair: Pair) -> None:
     """Compiles the blocks, whose shapes do not change from step to step, one by one."""
-    for encoder in (pair.student, pair.teacher):
-        for block in encoder.backbone.blocks:
+    for encoder in (pair.student, pair.teacher, pair.frozen):
+        backbone = encoder.backbone if encoder else None
+        network = backbone.module if isinstance(backbone, ForeignBackbone) else backbone
+        for block in getattr(network, "blocks", ()):
             block.compile(dynamic=None)
 
 
 def estimated_cost(plan: Plan, built: Pair) -> Cost:
     """Parameters, FLOPs, memory and disk of a plan."""
     config, student = plan.config, built.student
-    width, depth, _ = config.model.dimensions
-    extra = 1 + config.model.registers
-    side = config.augment.local_size // config.model.patch_size
+    augment = config.augment
     dino, ibot = _parameters(student.dino_head), _parameters(student.ibot_head)
-    backbone_parameters = _parameters(student.backbone)
-    masked = config.loss.mask_probability * sum(config.loss.mask_ratio) / 2
     patches = plan.grid[0] * plan.grid[1]
+    low, high = config.loss.mask_ratio
+    share = 1.0 if built.frozen else config.loss.mask_probability * (low + high) / 2
+    global_view = _view(student.backbone, config, augment.global_size)
+    target = built.frozen.backbone if built.frozen else None
     return estimate(
-        backbone_parameters + dino + ibot,
-        backbone_parameters,
-        width=width,
-        depth=depth,
-        tokens_global=patches + extra,
-        tokens_local=side * side + extra,
-        local_crops=config.augment.local_crops,
+        _parameters(student),
+        global_view=global_view,
+        local_view=_view(
+            student.backbone, config, augment.local_size if augment.local_crops else 0
+        ),
+        target_view=_view(target, config, augment.global_size) if target else global_view,
+        frozen_parameters=_parameters(built.frozen),
+        local_crops=augment.local_crops,
         prototypes=config.head.prototypes,
         head_parameters=dino,
         patch_prototypes=(config.ibot_head if ibot else config.head).prototypes,
         patch_head_parameters=ibot or dino,
-        masked_patches=2 * patches * masked if config.loss.ibot_weight else 0.0,
+        masked_patches=2 * patches * share if config.loss.ibot_weight else 0.0,
         micro_batch=plan.micro_batch,
         view_bytes=plan.view_bytes,
         half=plan.precision == "bfloat16",
     )
+
+
+def _view(backbone: Backbone, config: Config, size: int) -> View:
+    if not size:
+        return View(0.0, 0.0)
+    if isinstance(backbone, ForeignBackbone):
+        return measured_view(backbone, config.model.in_channels, size)
+    tokens = (size // backbone.patch_size) ** 2 + 1 + backbone.registers
+    return vit_view(_parameters(backbone), tokens, width=backbone.width, depth=len(backbone.blocks))
 
 
 def _parameters(module: Module | None) -> int:

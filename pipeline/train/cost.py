@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 BYTES_F32 = 4
 # Dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets.
@@ -38,14 +41,55 @@ class Cost:
         return self.state_bytes + self.activation_bytes + self.batch_bytes
 
 
+class View(NamedTuple):
+    """One view through a backbone: forward FLOPs, and numbers kept for the backward pass."""
+
+    flops: float
+    activations: float
+
+
+def vit_view(parameters: int, tokens: int, *, width: int, depth: int) -> View:
+    """A view of so many tokens (CLS and registers included) in our ViT; FLOPs good to a
+    few percent.
+
+    Matrix products and attention; a multiply-add is 2 FLOPs.
+    """
+    products = 2 * parameters * tokens
+    attention = 4 * depth * tokens * tokens * width
+    # per block and token: inputs of 4 linear layers and 2 norms, GELU, attention output
+    return View(products + attention, tokens * depth * width * 17)
+
+
+@torch.no_grad()
+def measured_view(backbone: nn.Module, channels: int, size: int) -> View:
+    """One view of `size` pixels through any backbone, counted while it runs once on the CPU."""
+    numbers = 0
+
+    def count(module: nn.Module, inputs: Any, out: Any) -> None:
+        nonlocal numbers
+        numbers += out.numel() if isinstance(out, Tensor) else 0
+
+    leaves = [m for m in backbone.modules() if not list(m.children())]
+    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
+    was = backbone.training
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            backbone.eval()(torch.zeros(1, channels, size, size))
+    finally:
+        backbone.train(was)
+        for hook in hooks:
+            hook.remove()
+    return View(float(counter.get_total_flops()), float(numbers))
+
+
 def estimate(
     student_parameters: int,
-    backbone_parameters: int,
     *,
-    width: int,
-    depth: int,
-    tokens_global: int,
-    tokens_local: int,
+    global_view: View,
+    local_view: View,
+    target_view: View,
+    frozen_parameters: int = 0,
     local_crops: int,
     prototypes: int,
     head_parameters: int,
@@ -56,34 +100,27 @@ def estimate(
     view_bytes: int,
     half: bool,
 ) -> Cost:
-    """Matrix products of backbone and heads, attention, prototypes; FLOPs good to a few percent.
+    """Backbones, heads and prototypes of one step.
 
-    Tokens per crop include CLS and registers; masked patches are those of both global crops and go
-    through the patch head, which may be the same one. A multiply-add is 2 FLOPs; backward costs
-    twice the forward; the teacher only runs forward on the two global crops.
+    Masked patches are those of both global crops and go through the patch head, which may be the
+    same one. Backward costs twice the forward; the teacher (or the frozen one, `target_view`) only
+    runs forward on the two global crops. A frozen teacher's heads are taken to be the student's.
     """
-
-    def forward(tokens: int, count: int) -> float:
-        products = 2 * backbone_parameters * tokens
-        attention = 4 * depth * tokens * tokens * width
-        return count * (products + attention)
-
     head_patches = 2 * patch_head_parameters * masked_patches
     head_student = 2 * head_parameters * (2 + local_crops) + head_patches
     head_teacher = 2 * head_parameters * 2 + head_patches
-    student = forward(tokens_global, 2) + forward(tokens_local, local_crops) + head_student
-    teacher = forward(tokens_global, 2) + head_teacher
-    tokens = micro_batch * (2 * tokens_global + local_crops * tokens_local)
+    student = 2 * global_view.flops + local_crops * local_view.flops + head_student
+    teacher = 2 * target_view.flops + head_teacher
     element = 2 if half else 4
-    # per block and token: inputs of 4 linear layers and 2 norms, GELU, attention output
-    activations = tokens * depth * width * 34 // 2 * element
+    kept = 2 * global_view.activations + local_crops * local_view.activations
+    activations = int(micro_batch * kept * element)
     scores = (4 + local_crops) * prototypes + 2 * masked_patches * patch_prototypes
     logits = int(micro_batch * scores * BYTES_F32 * 2)
     return Cost(
         parameters=student_parameters,
         flops_per_image=3 * student + teacher,
         # student, its gradients, two moments and the teacher
-        state_bytes=student_parameters * BYTES_F32 * 5,
+        state_bytes=(student_parameters * 5 + frozen_parameters) * BYTES_F32,
         activation_bytes=activations + logits,
         batch_bytes=micro_batch * view_bytes * (3 + element),
         checkpoint_bytes=student_parameters * BYTES_F32 * 4,

@@ -7,7 +7,6 @@ unfinished ones before it waits for the older, so that teachers do not pile up i
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from pipeline.errors import last_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
-from pipeline.model.pair import BackboneSpec
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.foreign import TimmSpec
+from pipeline.model.pair import Backbone, BackboneSpec
 from pipeline.plan import Plan
 from pipeline.train import build, state
 
@@ -29,9 +28,11 @@ MAX_PENDING = 2
 class EvaluatorActor:
     """An `Evaluator` in a process of its own; weights come by value."""
 
-    def __init__(self, spec: EvaluationSpec, backbone: dict[str, Any], device: str) -> None:
+    def __init__(
+        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str
+    ) -> None:
         self.evaluator = Evaluator(spec, device=device)
-        self.backbone = BackboneSpec(**backbone)
+        self.backbone = backbone
 
     def run(self, weights: dict[str, torch.Tensor], limit: int | None) -> Evaluation:
         """Evaluates a teacher's backbone."""
@@ -53,7 +54,7 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     return (
         ray.remote(EvaluatorActor)
         .options(**options)
-        .remote(spec, asdict(build.backbone_spec(plan.config)), device)
+        .remote(spec, build.encoder_spec(plan.config), device)
     )
 
 
@@ -71,7 +72,7 @@ class Evaluations:
         if (found := state.best(self.checkpoints)) is not None:
             self.best = {"step": found[0].step, "score": found[1]}
 
-    def request(self, step: int, backbone: VisionTransformer) -> None:
+    def request(self, step: int, backbone: Backbone) -> None:
         """Asks for an evaluation of the weights as they are now."""
         if len(self.pending) >= MAX_PENDING:
             ray.wait([self.pending[0][1]], timeout=None)

@@ -22,7 +22,7 @@ from pipeline.data.stream import batches
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Pair
 from pipeline.plan import Plan
-from pipeline.train import build, cost, state
+from pipeline.train import build, cost, start, state
 from pipeline.train.chief import Chief, Trainee
 from pipeline.train.clock import Clock
 from pipeline.train.step import NonFinite, train_step
@@ -48,8 +48,8 @@ def train_worker(job: dict[str, Any]) -> None:
     if not all(seen):
         return  # the driver finds no outcome and says what to do
 
-    trainee = _trainee(plan, device)
     saved = state.latest(folder / "checkpoints")
+    trainee = _trainee(plan, device, saved is not None)
     first_step = 0
     if saved:
         trainee.restore(saved.load())
@@ -124,10 +124,10 @@ def train_worker(job: dict[str, Any]) -> None:
         chief.finish(outcome, clock)
 
 
-def _trainee(plan: Plan, device: torch.device) -> Trainee:
-    pair = build.pair(plan.config)
-    pair.student.to(device)
-    pair.teacher.to(device)
+def _trainee(plan: Plan, device: torch.device, resumed: bool) -> Trainee:
+    # a resumed run no longer needs the weights it started from
+    built = build.pair(plan.config) if resumed else start.starting_pair(plan.config)[0]
+    pair = start.with_frozen_teacher(built, plan.config).to(device)
     if plan.compile:
         build.compile_blocks(pair)
     optim = plan.config.optim

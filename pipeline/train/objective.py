@@ -39,6 +39,7 @@ class ObjectiveSpec:
     centring: Literal["softmax", "sinkhorn"] = "softmax"
     centre_momentum: float = 0.9
     sinkhorn_iterations: int = 3
+    distil: bool = False  # no masks: iBOT on every patch of the global views
     clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
 
 
@@ -93,31 +94,70 @@ class Objective:
         return self.spec.dino_weight > 0
 
     def masked(self, views: Views) -> Tensor:
-        """Flat places in `[V * P]` of the masked patches, int64 `[M]`; none where iBOT has weight
-        0.
+        """Flat places in `[V * P]` of the patches that iBOT scores, int64 `[M]`: the masked ones,
+        all when distilling, none where iBOT has weight 0.
         """
-        flat = views.masks.flatten()
+        flat = self._scored(views).flatten()
         if self.spec.ibot_weight == 0:
             flat = flat[:0]
         return flat.nonzero().squeeze(1)
 
-    def targets(self, teacher: Sequence[Encoded], temperature: float) -> list[Targets]:
-        """Targets of all micro batches of a step, from the teacher's unmasked global views.
+    def hidden(self, views: Views) -> Tensor:
+        """Bool `[V, P]`, the patches hidden from the student: none when distilling."""
+        return torch.zeros_like(views.masks) if self.spec.distil else views.masks
 
-        Sinkhorn balances all of them together; a centre moves once a step. Every worker must call
-        this once a step.
+    def _scored(self, views: Views) -> Tensor:
+        return torch.ones_like(views.masks) if self.spec.distil else views.masks
+
+    def targets(self, teacher: Iterator[Encoded], temperature: float) -> Iterator[Targets]:
+        """Targets of a step's micro batches, in order, from the teacher's unmasked global views.
+
+        With softmax centring the teacher is asked for one micro batch at a time, so that no more
+        logits are held at once; the centres take in the step's means at the end. Sinkhorn balances
+        all micro batches together and must hold them all. Every worker must exhaust this once a
+        step.
         """
-        cls, patch = zip(
-            *(self._split(encoded, len(encoded.cls)) for encoded in teacher), strict=True
-        )
-        dino = self._centred(cls, self.dino_centre, temperature) if self.scores_cls else None
-        ibot = None
+        if self.spec.centring == "sinkhorn":
+            yield from self._balanced(teacher, temperature)
+            return
+        means: tuple[list[Tensor], list[Tensor]] = ([], [])
+        while (encoded := next(teacher, None)) is not None:
+            targets = [self._centred(encoded, temperature, *means)]
+            del encoded
+            yield targets.pop()  # held by nobody here while it is used
+        if self.scores_cls:
+            self.dino_centre.see(means[0])
         if self.spec.ibot_weight > 0:
-            ibot = self._centred(patch, self.ibot_centre, temperature)
-        return [
-            Targets(dino[i] if dino else None, ibot[i] if ibot else None)
-            for i in range(len(teacher))
-        ]
+            self.ibot_centre.see(means[1])
+
+    def _centred(
+        self, encoded: Encoded, temperature: float, cls_means: list[Tensor], means: list[Tensor]
+    ) -> Targets:
+        cls, patch = self._split(encoded, len(encoded.cls))
+        dino = ibot = None
+        if self.scores_cls:
+            dino = _softmax(cls, self.dino_centre, temperature, cls_means)
+        if self.spec.ibot_weight > 0:
+            ibot = _softmax(patch, self.ibot_centre, temperature, means)
+        return Targets(dino, ibot)
+
+    def _balanced(self, teacher: Iterator[Encoded], temperature: float) -> Iterator[Targets]:
+        both = [self._split(encoded, len(encoded.cls)) for encoded in teacher]
+        cls, patch = [each[0] for each in both], [each[1] for each in both]
+        rounds = self.spec.sinkhorn_iterations
+        nothing: list[Target | None] = [None] * len(both)
+        del both
+        dino: Sequence[Target | None] = (
+            sinkhorn_targets(cls, temperature, rounds) if self.scores_cls else nothing
+        )
+        ibot: Sequence[Target | None] = (
+            sinkhorn_targets(patch, temperature, rounds) if self.spec.ibot_weight > 0 else nothing
+        )
+        del cls, patch
+        left = list(zip(dino, ibot, strict=True))
+        del dino, ibot
+        while left:  # a micro batch's logits are freed when its turn is over
+            yield Targets(*left.pop(0))
 
     def _split(self, encoded: Encoded, cls_rows: int) -> tuple[Tensor, Tensor]:
         """CLS logits and patch logits of one forward, whichever head they came from."""
@@ -125,15 +165,6 @@ class Objective:
             return encoded.dino, encoded.ibot
         rows = cls_rows if self.scores_cls else 0
         return encoded.dino[:rows], encoded.dino[rows:]
-
-    def _centred(
-        self, logits: Sequence[Tensor], centre: Centre, temperature: float
-    ) -> list[Target]:
-        if self.spec.centring == "sinkhorn":
-            return sinkhorn_targets(logits, temperature, self.spec.sinkhorn_iterations)
-        targets = softmax_targets(logits, centre.use().to(logits[0].device), temperature)
-        centre.see(logits)
-        return targets
 
     def losses(self, student: Encoded, targets: Targets, views: Views, masked: Tensor) -> Terms:
         """The terms of one micro batch, in fp32."""
@@ -148,7 +179,7 @@ class Objective:
 
         def ibot(first_row: int) -> Iterator[Piece]:
             if targets.ibot is not None:
-                weights = patch_weights(views.masks, masked)
+                weights = patch_weights(self._scored(views), masked)
                 yield from ibot_pieces(targets.ibot, weights, first_row, PATCH)
 
         if student.ibot is None:
@@ -202,3 +233,9 @@ class Objective:
                     "set the head's prototypes as in the checkpoint",
                 )
             centre.load_state_dict(state[name])
+
+
+def _softmax(logits: Tensor, centre: Centre, temperature: float, means: list[Tensor]) -> Target:
+    """Centred targets of one micro batch; its mean, where it has rows, is added to `means`."""
+    means.append(logits.mean(dim=0, keepdim=True, dtype=torch.float32) if len(logits) else logits)
+    return softmax_targets([logits], centre.use().to(logits.device), temperature)[0]

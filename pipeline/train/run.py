@@ -112,6 +112,7 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
         seed=config.run.seed,
         max_pixels=data.max_image_pixels,
         half=plan.precision == "bfloat16",
+        channels=config.model.in_channels,
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.errors import TrainError
 from pipeline.files import write_json
 
 log = logging.getLogger("pipeline.train")
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

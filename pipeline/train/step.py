@@ -64,7 +64,8 @@ def train_step(
     Args:
         student_forward: the student, or what wraps it (DDP, a compiled form); called once a micro
             batch.
-        pair: student and teacher; the teacher is moved at the end.
+        pair: student and teacher; the teacher is moved at the end. Targets come from the frozen
+            encoder where there is one.
         micro_batches: the step's views on this worker, of equal size. Gradients are averaged over
             them.
         optimizer: over the groups of `parameter_groups`.
@@ -88,15 +89,20 @@ def train_step(
     apply_values(optimizer, values)
     optimizer.zero_grad(set_to_none=True)
     masked = [objective.masked(views) for views in micro_batches]
-    with torch.no_grad(), autocast():
-        teacher = [
-            pair.teacher(views.global_views, None, None, places, objective.scores_cls)
-            for views, places in zip(micro_batches, masked, strict=True)
-        ]
+
+    @torch.no_grad()
+    def answer(views: Views, places: Tensor) -> Encoded:
+        with autocast():
+            found: Encoded = pair.target_maker(
+                views.global_views, None, None, places, objective.scores_cls
+            )
+            return found
+
+    teacher = (answer(*each) for each in zip(micro_batches, masked, strict=True))
     targets = objective.targets(teacher, values.teacher_temperature)
-    del teacher
     found: list[dict[str, Tensor]] = []
     for number, (views, places) in enumerate(zip(micro_batches, masked, strict=True)):
+        target = next(targets)
         last = number == parts - 1
         # DDP adds up the workers' gradients once a step, in the last backward.
         with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
@@ -104,19 +110,20 @@ def train_step(
                 student = student_forward(
                     views.global_views,
                     views.local_views if len(views.local_views) else None,
-                    views.masks,
+                    objective.hidden(views),
                     places,
                     objective.scores_cls,
                     generator,
                 )
-            terms = objective.losses(student, targets[number], views, places)
-            targets[number] = targets[number]._replace(dino=None, ibot=None)  # free the logits
+            terms = objective.losses(student, target, views, places)
+            del target  # free the logits
             (terms.total / parts).backward()  # type: ignore[no-untyped-call]
         found.append(
             {f"loss/{name}": x for name, x in terms.parts.items()}
             | {f"health/{name}": x for name, x in terms.health.items()}
         )
         del student, terms
+    next(targets, None)  # nothing is left; the centres take in the step's means
     means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
     norms = _clip(pair.student, objective.spec.clip)
     scalars, wanted = _agree(means, norms, stop, device)

@@ -161,7 +161,7 @@ CHAIN = ["pack", "pretrain", "evaluate", "export"]
 SAID = [
     (["--fast"], "unknown option --fast", "options are --dry-run and --help"),
     (["--dry-run=yes"], "unknown option --dry-run=yes", "--dry-run"),
-    (["configs/nothing.yaml"], "no recipe at configs/nothing.yaml", "recipes are in configs/"),
+    (["configs/zzz.yaml"], "no recipe at configs/zzz.yaml", "recipes are in configs/"),
     (["optim={lr:1}"], "optim: give its fields one by one", "--help"),
     (["run.folder=s3://bucket/runs"], "run.folder=s3://bucket/runs is a URI", "shards may be"),
 ]

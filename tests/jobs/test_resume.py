@@ -119,6 +119,8 @@ def test_the_chain_in_one_go(whole: tuple[Path, str], images: Path) -> None:
     assert {"trained", "step0", "raw_pixels"} <= set(final)
     backbone, spec = load_backbone(run / "weights" / "dinov2")
     assert spec.width == 32
+    for name in ("dinov2", "huggingface", "timm"):
+        assert (run / "weights" / name / "config.json").is_file()
     with torch.no_grad():
         assert backbone.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
     assert (run / "report.html").stat().st_size > 1000

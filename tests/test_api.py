@@ -1,0 +1,66 @@
+"""The Python API: the code of docs/python.md runs, and its sizes are those of the reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import api
+from pipeline.errors import PipelineError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_code_of_the_page_runs() -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 6
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), space)
+    scalars = space["result"].scalars  # type: ignore[attr-defined]
+    assert {"loss/total", "loss/ibot", "loss/koleo"} <= set(scalars)
+    assert all(torch.isfinite(x) for x in scalars.values())
+
+
+def test_everything_that_is_named_is_there() -> None:
+    assert all(hasattr(api, name) for name in api.__all__)
+    page = (ROOT / "docs" / "python.md").read_text()
+    used = set(re.findall(r"api\.([A-Za-z_]+)", page))
+    assert used <= set(api.__all__)
+
+
+def test_a_size_by_name_has_the_published_shapes() -> None:
+    golden = json.loads((ROOT / "tests/golden/state_dict_shapes_vits14_518.json").read_text())
+    golden = golden.get("shapes", golden)
+    with torch.device("meta"):
+        built = api.sized("vits14", image_size=518, registers=0).build()
+    assert {n: list(x.shape) for n, x in built.state_dict().items()} == golden
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("vits14", 22), ("vitb14", 86.6), ("vitl14", 304), ("vitg14", 1136)]
+)
+def test_sizes_have_the_papers_parameters(name: str, millions: int) -> None:
+    """Against the model card of DINOv2: 21 M, 86 M, 300 M and 1,100 M, at its image size."""
+    with torch.device("meta"):
+        built = api.sized(name, image_size=518, registers=0).build()
+    count = sum(math.prod(p.shape) for p in built.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["vith14", "vits", "resnet50"])
+def test_no_such_size(name: str) -> None:
+    with pytest.raises(PipelineError, match=f"no size '{name}'"):
+        api.sized(name)
+
+
+def test_a_module_without_its_width() -> None:
+    with pytest.raises(PipelineError, match="the width of Conv2d is not known"):
+        api.student_teacher(nn.Conv2d(3, 8, 4))

@@ -1,0 +1,219 @@
+"""What a run starts from: given weights, checkpoints of ours, and the frozen teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import Config
+from pipeline.errors import PipelineError
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE
+from pipeline.model.pair import HeadSpec, build_pair, freeze
+from pipeline.overrides import load
+from pipeline.plan import Machine, resolve
+from pipeline.train import build, start, state
+from pipeline.train.objective import ObjectiveSpec
+from tests.train.small_run import HEAD, SPEC, Run, views
+
+SMALL = [
+    "augment.global_size=28",
+    "augment.local_size=14",
+    "augment.local_crops=2",
+    "model.width=24",
+    "model.depth=2",
+    "model.heads=2",
+    "model.registers=1",
+    "head.prototypes=20",
+    "head.bottleneck=8",
+    "head.hidden=16",
+    "optim.steps=10",
+    "optim.global_batch_size=4",
+]
+
+
+def config(*overrides: str) -> Config:
+    return load([*SMALL, *overrides])
+
+
+def run_folder(path: Path, *overrides: str, seed: int = 7) -> Path:
+    """A run folder with one checkpoint, as a run leaves it."""
+    recipe = config(f"run.seed={seed}", *overrides)
+    machine = Machine(cpus=2, gpus=0, bfloat16=False)
+    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=machine)
+    pair = build.pair(recipe)
+    with torch.no_grad():
+        for p in pair.teacher.parameters():  # not the student's any more
+            p.add_(0.01)
+    held = {"student": pair.student.state_dict(), "teacher": pair.teacher.state_dict()}
+    state.save(path / "checkpoints", 10, held, {"plan": plan.model_dump(mode="json")})
+    return path
+
+
+def test_a_run_of_ours_starts_both_from_its_teacher_with_heads(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "first")
+    pair, text = start.starting_pair(config(f"model.init={folder}"))
+    held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
+    for encoder in (pair.student, pair.teacher):
+        found = encoder.state_dict()
+        assert found.keys() == held.keys()
+        assert all(torch.equal(x, held[name]) for name, x in found.items())
+    assert text.endswith("with dino_head")
+    assert all(p.requires_grad for p in pair.student.parameters())
+    assert not any(p.requires_grad for p in pair.teacher.parameters())
+
+
+def test_heads_of_another_shape_are_new(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "first")
+    recipe = config(f"model.init={folder}", "head.prototypes=30")
+    pair, text = start.starting_pair(recipe)
+    assert "without heads; dino_head of another shape, new" in text
+    assert torch.equal(
+        pair.student.dino_head.last_layer.weight_v,
+        build.pair(recipe).student.dino_head.last_layer.weight_v,
+    )
+
+
+def test_a_larger_image_size_resizes_the_positions(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "first")
+    larger = ["augment.global_size=56", f"model.init={folder}"]
+    with pytest.raises(PipelineError) as caught:
+        start.starting_pair(config(*larger))
+    assert "model.init_resize=true" in str(caught.value) + caught.value.hint
+    pair, _ = start.starting_pair(config(*larger, "model.init_resize=true"))
+    small, _ = start.starting_pair(config(f"model.init={folder}"))
+    # the first phase's own interpolation is the reference: the features agree at the new size
+    x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        pair.teacher.backbone(x), small.teacher.backbone(x), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("path", ["runs/nothing", "runs/nothing.pth"])
+def test_no_weights_there(path: str) -> None:
+    with pytest.raises(PipelineError, match="nothing"):
+        start.starting_pair(config(f"model.init={path}"))
+
+
+def test_the_frozen_teacher_is_the_checkpoints(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "large", "model.width=48", "model.depth=3")
+    recipe = config(f"distill.teacher={folder}")
+    pair = start.with_frozen_teacher(build.pair(recipe), recipe)
+    held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
+    assert pair.frozen is not None and pair.target_maker is pair.frozen
+    assert all(torch.equal(x, held[n]) for n, x in pair.frozen.state_dict().items())
+    assert not any(p.requires_grad for p in pair.frozen.parameters())
+    assert (recipe.loss.mask_probability, recipe.model.drop_path) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("head.prototypes=30", "its head has 20 prototypes, the student's 30"),
+        ("ibot_head.separate=true", "its ibot_head has no prototypes"),
+        ("model.patch_size=7", "its patches have 14 pixels, the student's 7"),
+        ("augment.mean=[0.5,0.5,0.5]", "was trained with mean, std, channels"),
+    ],
+)
+def test_a_frozen_teacher_that_does_not_fit(tmp_path: Path, override: str, what: str) -> None:
+    folder = run_folder(tmp_path / "large")
+    recipe = config(f"distill.teacher={folder}", override)
+    with pytest.raises(PipelineError, match=what):
+        start.with_frozen_teacher(build.pair(recipe), recipe)
+
+
+def test_exported_weights_have_no_heads_to_distil_from(tmp_path: Path) -> None:
+    recipe = config(f"distill.teacher={tmp_path}")
+    with pytest.raises(PipelineError, match="holds no checkpoint of ours") as caught:
+        start.with_frozen_teacher(build.pair(recipe), recipe)
+    assert "no heads" in caught.value.hint
+
+
+def test_a_distillation_step_by_hand() -> None:
+    """Loss of one step against plain loops: targets of the frozen network, no masks, iBOT on every
+    patch; the teacher is the moving average of the student and the frozen network stays.
+    """
+    spec = ObjectiveSpec(distil=True, koleo_weight=0.0)
+    run = Run(spec)
+    large = build_pair(replace(SPEC, width=36, heads=3), HEAD, None, seed=5).teacher
+    run.pair.frozen = freeze(large, run.pair.student)
+    before = {n: x.clone() for n, x in large.state_dict().items()}
+    student = {n: x.clone() for n, x in run.pair.student.state_dict().items()}
+    v = views(3)
+
+    def log_q(encoder: torch.nn.Module, x: torch.Tensor, temperature: float) -> tuple:
+        with torch.no_grad():
+            tokens = encoder.backbone.forward_features(x)
+            scored = [
+                torch.log_softmax(encoder.dino_head(tokens[name]) / temperature, -1)
+                for name in ("x_norm_clstoken", "x_norm_patchtokens")
+            ]
+        return tuple(scored)
+
+    t_cls, t_patch = log_q(large, v.global_views, 0.07)
+    s_cls, s_patch = log_q(run.pair.student, v.global_views, STUDENT_TEMPERATURE)
+    l_cls, _ = log_q(run.pair.student, v.local_views, STUDENT_TEMPERATURE)
+    pairs = 0.0
+    for a in range(2):
+        for b in range(4):  # two global, two local views of the student
+            if a == b:
+                continue
+            s = s_cls[b * 3 : b * 3 + 3] if b < 2 else l_cls[(b - 2) * 3 : (b - 2) * 3 + 3]
+            pairs += float(-(t_cls[a * 3 : a * 3 + 3].exp() * s).sum(-1).mean()) / 6
+    patches = float(-(t_patch.exp() * s_patch).sum(-1).mean())
+
+    found = run.step(v).scalars
+    assert float(found["loss/dino_global"] + found["loss/dino_local"]) == pytest.approx(pairs, 1e-5)
+    assert float(found["loss/ibot"]) == pytest.approx(patches, 1e-5)
+    assert all(torch.equal(x, before[n]) for n, x in large.state_dict().items())
+    for (name, teacher), now in zip(
+        run.pair.teacher.named_parameters(), run.pair.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(teacher.data, 0.9 * student[name] + 0.1 * now.data)
+
+
+def test_the_objective_of_dino_is_that_of_the_paper() -> None:
+    """DINO (Caron et al. 2021), algorithm 1 written out: every teacher view against every other
+    view of the student, the centre moved by the batch after its use.
+    """
+    recipe = config("objective=dino")
+    assert (recipe.loss.ibot_weight, recipe.loss.koleo_weight) == (0, 0)
+    assert (recipe.loss.mask_probability, recipe.teacher.momentum) == (0, 0.996)
+    assert recipe.loss.centring == "softmax" and recipe.loss.centre_momentum == 0.9
+    run = Run(ObjectiveSpec(ibot_weight=0, koleo_weight=0), None)
+    assert build.objective(recipe, run.pair).spec == run.objective.spec
+    centre = torch.zeros(HEAD.prototypes)
+    for seed in range(3):
+        v = views(3, seed, masked=False)
+        with torch.no_grad():
+            t = run.pair.teacher.dino_head(run.pair.teacher.backbone(v.global_views))
+            student = run.pair.student
+            s = [student.dino_head(student.backbone(x)) for x in (v.global_views, v.local_views)]
+        q = torch.softmax((t - centre) / 0.07, -1).chunk(2)
+        p = [x for part in s for x in torch.log_softmax(part / 0.1, -1).split(3)]
+        terms = [-(q[a] * p[b]).sum(-1).mean() for a in range(2) for b in range(4) if a != b]
+        centre = 0.9 * centre + 0.1 * t.mean(0)
+        found = run.step(v).scalars
+        torch.testing.assert_close(found["loss/total"], torch.stack(terms).mean())
+        assert "loss/ibot" not in found and "loss/koleo" not in found
+
+
+def test_a_frozen_backbone_stays_while_the_heads_learn() -> None:
+    run = Run(ibot=HeadSpec(12, 4, 16))
+    recipe = config("train.freeze_backbone_steps=2", "optim.warmup=0", "optim.freeze_last_layer=0")
+    machine = Machine(cpus=2, gpus=0, bfloat16=False)
+    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=machine)
+    from pipeline.train.step import train_step
+
+    moved = []
+    for step in range(4):
+        before = {n: p.detach().clone() for n, p in run.pair.student.named_parameters()}
+        train_step(
+            run.pair.student, run.pair, [views(3)], run.optimizer, plan.at(step), run.objective
+        )
+        now = dict(run.pair.student.named_parameters())
+        moved.append({n.split(".")[0] for n, x in before.items() if not torch.equal(now[n], x)})
+    heads = {"dino_head", "ibot_head"}
+    assert moved == [heads, heads, heads | {"backbone"}, heads | {"backbone"}]
