@@ -75,7 +75,7 @@ TABLE = [
     row("model.sizes"),
     row(
         "model.*",
-        "errors schedule model.*",
+        "errors files schedule model.*",
         others="torch safetensors",
         others_inside="timm transformers",
     ),

@@ -16,7 +16,7 @@ from pipeline.errors import DataError
 CROP_STREAM = 0  # crop boxes and flips
 PHOTOMETRIC_STREAM = 1  # colour, blur, solarize
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the SplitMix64 increment
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the SplitMix64 increment
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
 _WORD = (1 << 64) - 1
@@ -24,7 +24,7 @@ _WORD = (1 << 64) - 1
 Words = npt.NDArray[np.uint64]
 
 
-def _mix(x: Words) -> Words:
+def mix(x: Words) -> Words:
     """The SplitMix64 finaliser: a bijection of 64-bit words in which every input bit counts."""
     x = (x ^ (x >> np.uint64(30))) * _MULTIPLY_1
     x = (x ^ (x >> np.uint64(27))) * _MULTIPLY_2
@@ -33,7 +33,7 @@ def _mix(x: Words) -> Words:
 
 def _absorb(state: Words, word: Words) -> Words:
     # The increment makes the order of the words count and keeps a zero word from being a no-op.
-    return _mix((state + _GOLDEN) ^ word)
+    return mix((state + GOLDEN) ^ word)
 
 
 def uniforms(
@@ -69,9 +69,9 @@ def uniforms(
     for word in (seed, pass_index, stream):
         state = _absorb(state, np.full(len(words), word & _WORD, np.uint64))
     state = _absorb(_absorb(state, words[:, 0]), words[:, 1])
-    counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    counter = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
     # Plain SplitMix64 walks one cycle of 2**64, on which the stretches of two images may overlap.
     # The second key moves each image to a cycle of its own.
-    second_key = _mix(state ^ _MULTIPLY_1)
-    bits = _mix(_mix(state[:, None] + counter[None, :]) ^ second_key[:, None])
+    second_key = mix(state ^ _MULTIPLY_1)
+    bits = mix(mix(state[:, None] + counter[None, :]) ^ second_key[:, None])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

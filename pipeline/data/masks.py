@@ -14,6 +14,8 @@ import random
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.draws import GOLDEN, mix
+
 Bools = npt.NDArray[np.bool_]
 
 ROUNDS = 10  # tries to place one block before giving up
@@ -126,9 +128,5 @@ def _permutation(key: int, size: int) -> npt.NDArray[np.int64]:
     """A permutation of `range(size)`: the order of SplitMix64 outputs, so numpy's own streams do
     not matter.
     """
-    with np.errstate(over="ignore"):
-        z = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    return np.argsort(z, kind="stable").astype(np.int64)
+    counter = np.arange(1, size + 1, dtype=np.uint64) * GOLDEN
+    return np.argsort(mix(np.uint64(key) + counter), kind="stable").astype(np.int64)

@@ -7,7 +7,6 @@ back. Files appear whole or not at all, the config last.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.files import atomic
 from pipeline.model.fit import Weights, fit
 from pipeline.model.formats import (
     CONFIG,
@@ -281,18 +281,10 @@ def write_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
     contiguous = {name: x.contiguous() for name, x in state.items()}
-    save_file(contiguous, partial, metadata={"format": "pt"})
-    _publish(partial, folder / WEIGHTS)
+    with atomic(folder / WEIGHTS) as partial:
+        save_file(contiguous, partial, metadata={"format": "pt"})
     for name, config in configs.items():
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        _publish(partial, folder / name)
+        with atomic(folder / name) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n")
     return folder
-
-
-def _publish(partial: Path, final: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(final)
