@@ -57,7 +57,7 @@ TABLE = [
     row("cluster", "errors", "config plan", others_inside="ray"),
     row("job", "errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
-    row("data.draws data.masks data.order", "errors", others="numpy"),
+    row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row("data.schema data.columns data.storage", ["errors", *LEAVES], others="numpy pyarrow"),
     row("data.decode", "errors", others="numpy PIL"),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
@@ -74,8 +74,14 @@ TABLE = [
     # maths: no framework, no config
     row("model.sizes"),
     row(
+        "model.weights model.foreign_weights",
+        "errors files model.*",
+        others="torch safetensors",
+        others_inside="timm transformers",
+    ),
+    row(
         "model.*",
-        "errors files schedule model.*",
+        "errors schedule model.*",
         others="torch safetensors",
         others_inside="timm transformers",
     ),
