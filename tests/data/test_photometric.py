@@ -260,3 +260,32 @@ def test_frequencies_are_those_measured_on_the_reference(shared):
             # four standard deviations of a frequency measured on 500 images
             spread = 4 * np.sqrt(max(ours * (1 - ours), 1e-9) / 500)
             assert abs(ours - measured[f"{name}/{operation}"]) <= spread + 1e-9
+
+
+def test_views_have_the_brightness_and_contrast_of_the_reference(shared):
+    """Mean and deviation of whole normalised views, against 3 x 10 of the reference's own pipeline
+    on the same picture. Draws differ, so the mean of theirs must lie within four standard errors
+    of ours.
+    """
+    from pipeline.data.crops import CropSpec, crop_boxes, cut_crops
+    from pipeline.data.draws import uniforms
+
+    golden = torch.load(shared / "golden/aug/seeded_crops.pt", weights_only=True)
+    image = golden["image_uint8"].numpy()
+    spec, crop = ph.PhotometricSpec(blur_probability=(0.0, 0.9, 0.5)), CropSpec()
+    ids = np.random.default_rng(0).integers(0, 256, (120, 16), np.uint8)
+    u = uniforms(0, 0, ids, crop.draws, 0)
+    colour = uniforms(0, 0, ids, 10 * ph.PHOTOMETRIC_DRAWS, 1).reshape(-1, 10, ph.PHOTOMETRIC_DRAWS)
+    params = torch.from_numpy(ph.draw_photometric(colour, spec))
+    found = {"global": [], "local": []}
+    for row in range(len(ids)):
+        boxes, flips = crop_boxes(u[row], image.shape[1], image.shape[0], crop)
+        cut = cut_crops(image, boxes, flips, crop)
+        for name, crops, drawn_for in zip(found, cut, params[row].split([2, 8]), strict=True):
+            found[name].append(ph.apply_photometric(torch.as_tensor(crops), drawn_for, spec))
+    for name, views in found.items():
+        flat = torch.cat(views).flatten(1)
+        for what, ours in (("mean", flat.mean(1)), ("std", flat.std(1))):
+            theirs = torch.tensor([x for out in golden["outs"] for x in out[f"{name}_{what}"]])
+            error = 4 * float(ours.std()) / len(theirs) ** 0.5
+            assert float(theirs.mean()) == pytest.approx(float(ours.mean()), abs=error)
