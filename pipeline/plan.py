@@ -21,7 +21,6 @@ MAY_CHANGE = (
     "run.folder",
     "data.source",
     "data.shards",
-    "model.init",
     "data.max_bad_fraction",
     "train.log_every",
     "train.eval_every",

@@ -356,7 +356,6 @@ def test_what_a_resumed_run_may_change(path: str) -> None:
         "data.source",
         "data.shards",
         "data.max_bad_fraction",
-        "model.init",  # a resumed run has its own weights
         "train.workers",
         "train.accumulation",
         "train.compile",
