@@ -40,9 +40,7 @@ def test_splitmix_finaliser_is_the_published_one():
     # First outputs of SplitMix64 seeded with 1234567 (Vigna's reference program).
     from pipeline.data import draws
 
-    state = (np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * draws.GOLDEN).astype(
-        np.uint64
-    )
+    state = (np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * draws.GOLDEN).astype(np.uint64)
     assert draws.mix(state).tolist() == [
         6457827717110365317,
         3203168211198807973,
