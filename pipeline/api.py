@@ -164,6 +164,6 @@ def with_head(backbone: Backbone, head: HeadSpec) -> nn.Sequential:
     return nn.Sequential(backbone, head.build(backbone.width))
 
 
-def output_size(backbone: BackboneSpec | Backbone) -> int:
-    """D, the length of a feature."""
-    return backbone.width
+def output_size(backbone: BackboneSpec | TimmSpec | Backbone) -> int:
+    """D, the length of a feature. A timm model is built to find out."""
+    return backbone.build().width if isinstance(backbone, TimmSpec) else backbone.width

@@ -402,6 +402,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _used(self) -> Config:
+        """Refuses what would be ignored."""
+        ibot = self.ibot_head
+        if ibot.separate and not self.loss.ibot_weight:
+            raise ValueError(
+                "ibot_head.separate=true makes a head that nothing trains: loss.ibot_weight is 0"
+            )
+        if not ibot.separate and ibot != IbotHead():
+            raise ValueError(
+                "ibot_head has values of its own but ibot_head.separate is false: iBOT would use "
+                "head; set ibot_head.separate=true"
+            )
+        if self.model.init_resize and not self.model.init:
+            raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
+        return self
+
+    @model_validator(mode="after")
     def _channels(self) -> Config:
         channels = self.model.in_channels
         for name in ("mean", "std"):
@@ -416,6 +433,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _patches(self) -> Config:
         patch = self.model.patch_size
+        if self.model.encoder != "dinov2" and not self.loss.ibot_weight:
+            return self  # an encoder that may have no patches: it says itself what it takes
         for name, size in (
             ("augment.global_size", self.augment.global_size),
             ("augment.local_size", self.augment.local_size if self.augment.local_crops else patch),

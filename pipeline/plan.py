@@ -77,6 +77,8 @@ class Plan(BaseModel):
     cpus_per_worker: float
     decode_cpus: float
     threads: int
+    init: str = ""  # the very checkpoint or file that model.init meant when the run began
+    frozen_teacher: str = ""  # the same of distill.teacher
 
     def at(self, step: int) -> StepValues:
         """The scheduled values of one step (RECIPE section 6)."""
@@ -171,6 +173,17 @@ def resolve(
     if optim.steps is None and optim.passes is None:
         problems.append("optim.passes or optim.steps must say how long the run is")
     steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
+    if train.freeze_backbone_steps >= steps:
+        problems.append(
+            f"train.freeze_backbone_steps={train.freeze_backbone_steps} freezes the backbone in "
+            f"all {steps} steps"
+        )
+    masked = int(2 * batch * config.loss.mask_probability)
+    if config.loss.ibot_weight and not config.distill.teacher and not masked:
+        problems.append(
+            f"loss.mask_probability={config.loss.mask_probability} of the {2 * batch} global crops "
+            "of a step are none: iBOT would have nothing to predict"
+        )
     cpus_per_worker = config.resources.cpus_per_worker or (1.0 if gpus else 0.25)
     free_cpus = machine.cpus - workers * cpus_per_worker
     if free_cpus <= 0:

@@ -98,7 +98,11 @@ TABLE = [
     ),
     row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
     row("train.state", "errors files", others="torch"),
-    row("train.start", [*MATHS, "config", "plan", "train.build", "train.state"], others="torch"),
+    row(
+        "train.start",
+        [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"],
+        others="torch",
+    ),
     row(
         "train.chief",
         [*MATHS, "plan", "files", "evaluate.*", "train.*"],

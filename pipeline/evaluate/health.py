@@ -110,7 +110,7 @@ def alarm(metrics: Mapping[str, float], prototypes: int, *, warming_up: bool = F
     if rank is not None and rank < MIN_EFFECTIVE_RANK:
         return (
             f"health/effective_rank is {rank:.2f}: the features differ in about one direction; "
-            "start again with a higher loss.koleo_weight, a larger optim.global_batch_size or a "
-            "lower optim.lr."
+            "start again with a larger optim.global_batch_size, a lower optim.lr, or (not with "
+            "objective=dino) a higher loss.koleo_weight."
         )
     return None

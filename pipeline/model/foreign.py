@@ -58,10 +58,10 @@ class ForeignBackbone(nn.Module):
         cls = torch.cat([each for each, _ in found])
         if not len(masked):
             return cls
-        patches = found[0][1]
+        patches = found[0][1] if self.has_patches else None
         if patches is None:
             raise PipelineError(
-                "iBOT needs patch tokens, and this encoder has none",
+                "iBOT needs patch tokens that can be hidden, and this encoder has none",
                 "set loss.ibot_weight=0 and loss.mask_probability=0",
             )
         return torch.cat([cls, patches.flatten(0, 1).index_select(0, masked)])
@@ -74,6 +74,11 @@ class ForeignBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The feature `[B, D]` of views `[B, C, H, W]`."""
         return self.features(x, None)[0]
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether there are layers for layerwise learning rates."""
+        return False
 
     def layers(self) -> tuple[dict[str, int], int]:
         """Layer of each parameter for layerwise learning rates, and the number of the last layer;
@@ -194,10 +199,29 @@ class TimmBackbone(ForeignBackbone):
         cls = self.module.forward_head(out, pre_logits=True)  # type: ignore[operator]
         return cls, out[:, self.prefix_tokens :] if self.has_patches else None
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether timm knows the layers of this model, for layerwise learning rates."""
+        return hasattr(self.module, "group_matcher")
+
+    def resized_position(self, position: Tensor) -> Tensor:
+        """Position embeddings `[1, N, D]` of another image size for this one."""
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        module: Any = self.module
+        resized: Tensor = resample_abs_pos_embed(
+            position,
+            new_size=list(module.patch_embed.grid_size),
+            num_prefix_tokens=0 if module.no_embed_class else self.prefix_tokens,
+        )
+        return resized
+
     def layers(self) -> tuple[dict[str, int], int]:
         """Timm's own layers of the model: stem 0, then block by block."""
         from timm.models import group_parameters
 
+        if not self.has_layers:
+            return {}, 0
         matcher = self.module.group_matcher(coarse=False)  # type: ignore[operator]
         names = group_parameters(self.module, matcher, reverse=True)
         return {"mask_token": 0} | {
@@ -244,9 +268,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     return dict(load_file(file))
 
 
-def fit_foreign(backbone: ForeignBackbone, state: Mapping[str, Tensor], source: str) -> str:
+def fit_foreign(
+    backbone: ForeignBackbone, state: Mapping[str, Tensor], source: str, resize: bool = False
+) -> str:
     """Load the encoder's own names (`module.*` as we save them, or bare) strictly; say what was
     left out: a classifier, which these models are built without.
+
+    Args:
+        backbone: the encoder.
+        state: tensors by name.
+        source: where they are from, for the message.
+        resize: give position embeddings of timm models this encoder's grid (timm's own way).
 
     Raises:
         PipelineError: with every missing and unexpected name and every other shape.
@@ -258,6 +290,11 @@ def fit_foreign(backbone: ForeignBackbone, state: Mapping[str, Tensor], source: 
     given = {k: v for k, v in given.items() if k not in left_out}
     if "mask_token" in expected and "mask_token" not in given:
         given["mask_token"] = expected["mask_token"]  # only training with masks has one
+    position, wanted = (x.get("module.pos_embed") for x in (given, expected))
+    grid = position is not None and wanted is not None and position.shape != wanted.shape
+    if grid and resize and isinstance(backbone, TimmBackbone):
+        given["module.pos_embed"] = backbone.resized_position(given["module.pos_embed"])
+        grid = False
     problems = [f"missing {k}" for k in expected if k not in given]
     problems += [f"unexpected {k}" for k in given if k not in expected]
     problems += [
@@ -268,7 +305,9 @@ def fit_foreign(backbone: ForeignBackbone, state: Mapping[str, Tensor], source: 
     if problems:
         raise PipelineError(
             f"{source} does not fit the encoder: {'; '.join(problems)}",
-            "name the model that these weights are of in model.encoder",
+            "model.init_resize=true resizes position embeddings"
+            if grid and len(problems) == 1
+            else "name the model that these weights are of in model.encoder",
         )
     backbone.load_state_dict(given)
     return f"{len(given)} tensors, {len(left_out)} of a classifier left out"

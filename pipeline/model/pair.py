@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
 @dataclass
 class Pair:
-    """The encoders of a run. Teacher and frozen one hold no gradients and stay in eval mode."""
+    """The encoders of a run. Teacher and frozen one hold no gradients."""
 
     student: Encoder
     teacher: Encoder  # the moving average of the student
@@ -149,8 +149,16 @@ def build_pair(
 
 
 def pair_of(student: Encoder) -> Pair:
-    """A student with a teacher that is its copy."""
+    """A student with a teacher that is its copy.
+
+    The teacher is in eval mode, but for BatchNorm: its layers normalise with the batch, as in DINO,
+    because averaged weights do not fit anybody's running means. The running means that they keep
+    meanwhile are for evaluation.
+    """
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
     return Pair(student.train(), teacher)
 
 
@@ -183,12 +191,7 @@ def freeze(encoder: Encoder, student: Encoder) -> Encoder:
 
 @torch.no_grad()
 def ema_update(pair: Pair, momentum: float) -> None:
-    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter.
-
-    Buffers (running means of BatchNorm, which only foreign encoders have) are those of the student.
-    """
+    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
     teacher: list[Tensor] = list(pair.teacher.parameters())
     student: list[Tensor] = list(pair.student.parameters())
     torch._foreach_lerp_(teacher, student, 1 - momentum)
-    for moved, source in zip(pair.teacher.buffers(), pair.student.buffers(), strict=True):
-        moved.copy_(source)

@@ -17,7 +17,7 @@ from pipeline.plan import Machine, resolve
 from pipeline.stages.chain import named, with_absolute_weights
 from pipeline.stages.context import BUILTIN, shards_uri
 from pipeline.stages.pretrain import describe, starting_pair
-from pipeline.train import build
+from pipeline.train import build, start, state
 from pipeline.train.clock import duration
 from pipeline.train.run import check_resume
 
@@ -61,6 +61,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
     if digest != NOT_PACKED:
         check_resume(config, digest, folder)
+    plan = start.located(plan, state.latest(folder.path / "checkpoints"))
     built = starting_pair(plan, folder)
     for line in describe(plan, built):
         log.info("%s", line)

@@ -121,7 +121,7 @@ def _evaluate(
     results = {"trained": trained.metrics | evaluator.target_health(network, temperature)}
     if spec.queries is not None:
         try:
-            first = starting_pair(found.config)[0].teacher.backbone
+            first = starting_pair(found)[0].teacher.backbone
         except PipelineError as error:  # model.init may be gone by now; the result is still one
             log.warning("step 0 is not evaluated: %s", error.what)
         else:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from pipeline import cluster
-from pipeline.config import Config
+from pipeline.config import Config, Model
 from pipeline.data.photometric import skipped_operations
 from pipeline.files import RunFolder, fingerprint
 from pipeline.model.pair import Pair
@@ -20,8 +20,9 @@ log = logging.getLogger("pipeline.train")
 
 
 def plan(context: Context) -> Plan:
-    """The plan on this cluster."""
-    return plan_for(context.config, context.shards(), cluster.machine())
+    """The plan on this cluster, with the weights that it starts from."""
+    found = plan_for(context.config, context.shards(), cluster.machine())
+    return start.located(found, state.latest(context.folder.path / "checkpoints"))
 
 
 def key(context: Context) -> str:
@@ -85,14 +86,13 @@ def starting_pair(found: Plan, folder: RunFolder) -> Pair:
     Raises:
         PipelineError: as `pipeline.train.start` says.
     """
-    config = found.config
     saved = state.latest(folder.path / "checkpoints")
-    if saved is None and config.model.init:
-        built, text = start.starting_pair(config)
+    if saved is None and found.init:
+        built, text = start.starting_pair(found)
         log.info("init        %s", text)
     else:
-        built = build.pair(config)
-    return start.with_frozen_teacher(built, config)
+        built = build.pair(found.config)
+    return start.with_frozen_teacher(built, found)
 
 
 def params(found: Plan) -> dict[str, Any]:
@@ -107,6 +107,18 @@ def params(found: Plan) -> dict[str, Any]:
         "precision": found.precision,
         "seed": found.config.run.seed,
     }
+
+
+def _unused(model: Model) -> str:
+    """Names the fields of our ViT that a recipe sets and a foreign encoder does not use."""
+    used = ("encoder", "init", "init_resize", "patch_size", "in_channels", "drop_path")
+    plain = Model()
+    ignored = [
+        f"model.{name}"
+        for name in Model.model_fields
+        if name not in used and getattr(model, name) != getattr(plain, name)
+    ]
+    return f" (not used: {', '.join(ignored)})" if ignored else ""
 
 
 def _model(config: Config) -> str:
@@ -129,7 +141,7 @@ def describe(found: Plan, built: Pair) -> list[str]:
         f"{width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
         f"{config.model.registers} registers"
         if ours
-        else f"{config.model.encoder}, {built.student.backbone.width} wide"
+        else f"{config.model.encoder}, {built.student.backbone.width} wide{_unused(config.model)}"
     )
     skipped = skipped_operations(config.model.in_channels)
     loss = config.loss
@@ -140,7 +152,7 @@ def describe(found: Plan, built: Pair) -> list[str]:
     ]
     if built.frozen:
         size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
-        lines.append(f"teacher     {config.distill.teacher}, frozen, {size:.1f} M parameters")
+        lines.append(f"teacher     {found.frozen_teacher}, frozen, {size:.1f} M parameters")
     if skipped:
         lines.append(
             f"colour      {', '.join(skipped)} need RGB and are skipped: images have "

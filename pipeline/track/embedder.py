@@ -10,6 +10,7 @@ weights are the exported safetensors, and the code beside them is this package.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -57,7 +58,7 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
             artifacts={"weights": str(weights.absolute())},
             code_paths=[str(Path(__file__).parents[1])],
             signature=ModelSignature(inputs=columns_in, outputs=columns_out),
-            pip_requirements=_pins(),
+            pip_requirements=_pins(weights),
             model_config={
                 "image_size": int(spec.get("image_size") or 0),
                 "mean": list(spec.get("mean") or MEAN),
@@ -97,9 +98,11 @@ def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> 
         client.set_registered_model_alias(name, "best", version)
 
 
-def _pins() -> list[str]:
+def _pins(weights: Path) -> list[str]:
     """The installed versions, without a local suffix such as +cu128 that no index has."""
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in PACKAGES]
+    foreign = "architecture" in json.loads((weights / "config.json").read_text())  # timm's
+    names = (*PACKAGES, "timm") if foreign else PACKAGES
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
 
 
 def _set_model() -> None:

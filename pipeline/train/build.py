@@ -69,10 +69,17 @@ def pair(config: Config) -> Pair:
     backbone = built.student.backbone
     if isinstance(backbone, ForeignBackbone):
         augment = config.augment
-        if config.loss.ibot_weight and not backbone.has_patches:
+        masked = config.loss.ibot_weight or config.loss.mask_probability
+        if masked and not backbone.has_patches:
             raise PipelineError(
-                f"{config.model.encoder} has no patch tokens, which iBOT needs",
+                f"{config.model.encoder} has no patch tokens to hide, which iBOT needs",
                 "set loss.ibot_weight=0 and loss.mask_probability=0",
+            )
+        if config.optim.layerwise_decay < 1 and not backbone.has_layers:
+            raise PipelineError(
+                f"timm does not know the layers of {config.model.encoder}, which "
+                f"optim.layerwise_decay={config.optim.layerwise_decay} needs",
+                "set optim.layerwise_decay=1",
             )
         sizes = {augment.global_size, evaluation_size(config)}
         sizes |= {augment.local_size} if augment.local_crops else set()

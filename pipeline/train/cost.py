@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -60,26 +61,21 @@ def vit_view(parameters: int, tokens: int, *, width: int, depth: int) -> View:
     return View(products + attention, tokens * depth * width * 17)
 
 
-@torch.no_grad()
 def measured_view(backbone: nn.Module, channels: int, size: int) -> View:
-    """One view of `size` pixels through any backbone, counted while it runs once on the CPU."""
+    """One view of `size` pixels through any backbone, counted on a copy without memory."""
     numbers = 0
+    probe = copy.deepcopy(backbone).requires_grad_(False).to("meta").eval()
 
     def count(module: nn.Module, inputs: Any, out: Any) -> None:
         nonlocal numbers
         numbers += out.numel() if isinstance(out, Tensor) else 0
 
-    leaves = [m for m in backbone.modules() if not list(m.children())]
-    hooks = [leaf.register_forward_hook(count) for leaf in leaves]
-    was = backbone.training
+    for module in probe.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
     counter = FlopCounterMode(display=False)
-    try:
-        with counter:
-            backbone.eval()(torch.zeros(1, channels, size, size))
-    finally:
-        backbone.train(was)
-        for hook in hooks:
-            hook.remove()
+    with counter, torch.device("meta"):
+        probe(torch.zeros(1, channels, size, size))
     return View(float(counter.get_total_flops()), float(numbers))
 
 

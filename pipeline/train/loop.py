@@ -126,8 +126,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
 def _trainee(plan: Plan, device: torch.device, resumed: bool) -> Trainee:
     # a resumed run no longer needs the weights it started from
-    built = build.pair(plan.config) if resumed else start.starting_pair(plan.config)[0]
-    pair = start.with_frozen_teacher(built, plan.config).to(device)
+    built = build.pair(plan.config) if resumed else start.starting_pair(plan)[0]
+    pair = start.with_frozen_teacher(built, plan).to(device)
     if plan.compile:
         build.compile_blocks(pair)
     optim = plan.config.optim
@@ -135,7 +135,10 @@ def _trainee(plan: Plan, device: torch.device, resumed: bool) -> Trainee:
     optimizer = torch.optim.AdamW(
         groups, lr=0.0, betas=optim.betas, fused=device.type == "cuda" or None
     )
-    return Trainee(pair, build.objective(plan.config, pair), optimizer)
+    objective = build.objective(plan.config, pair)
+    if not resumed:
+        start.carry_centres(objective, pair, plan)
+    return Trainee(pair, objective, optimizer)
 
 
 def _parallel(student: torch.nn.Module, device: torch.device, workers: int) -> torch.nn.Module:

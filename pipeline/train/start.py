@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.fit import Weights, fit
@@ -13,10 +16,36 @@ from pipeline.model.weights import read_weights
 from pipeline.plan import Plan
 from pipeline.train import state
 from pipeline.train.build import pair
+from pipeline.train.objective import Objective
 
 
-def starting_pair(config: Config) -> tuple[Pair, str]:
-    """The pair at step 0, random or with the weights that `model.init` names, and a line on them.
+def located(plan: Plan, saved: state.Saved | None) -> Plan:
+    """The plan with the very checkpoints that `model.init` and `distill.teacher` mean.
+
+    Looked up once, when the run begins: a run folder goes on changing, and all workers and all
+    restarts must use the same weights. A run that goes on, from `saved`, keeps what it began with.
+    """
+    if saved is not None:
+        earlier = Plan.model_validate(saved.meta["plan"])
+        return plan.model_copy(
+            update={"init": earlier.init, "frozen_teacher": earlier.frozen_teacher}
+        )
+
+    def found(path: str) -> str:
+        checkpoint = checkpoint_at(path) if path else None
+        return str(checkpoint.path) if checkpoint else path
+
+    config = plan.config
+    return plan.model_copy(
+        update={
+            "init": found(config.model.init),
+            "frozen_teacher": found(config.distill.teacher),
+        }
+    )
+
+
+def starting_pair(plan: Plan) -> tuple[Pair, str]:
+    """The pair at step 0, random or with the weights of a `located` plan, and a line on them.
 
     Weights of a run of ours come with its heads, from its teacher, for student and teacher alike;
     heads of another shape, and all heads for other weights, stay random.
@@ -24,8 +53,8 @@ def starting_pair(config: Config) -> tuple[Pair, str]:
     Raises:
         PipelineError: the weights are not there or do not fit, with all that is wrong.
     """
+    config, source = plan.config, plan.init
     built = pair(config)
-    source = config.model.init
     if not source:
         return built, "random weights"
     student = built.student
@@ -33,25 +62,26 @@ def starting_pair(config: Config) -> tuple[Pair, str]:
     saved = checkpoint_at(source)
     if saved is None:
         if isinstance(network, ForeignBackbone):
-            text = fit_foreign(network, read_safetensors(source), source)
+            text = fit_foreign(network, read_safetensors(source), source, resize)
         else:
             weights = read_weights(source)
             fit(network, weights, source, resize)
             text = f"{weights.origin}{weights.note and f', {weights.note}'}"
         return pair_of(student), f"{source} ({text}), heads are new"
-    held = saved.load()["teacher"]
-    tensors = {k.removeprefix("backbone."): v for k, v in held.items() if k.startswith("backbone.")}
+    held = saved.teacher()
+    tensors = _part(held, "backbone")
     if isinstance(network, ForeignBackbone):
-        fit_foreign(network, tensors, str(saved.path))
+        fit_foreign(network, tensors, str(saved.path), resize)
     else:
         fit(network, Weights(tensors, "checkpoint"), str(saved.path), resize)
     kept: list[str] = []
     fresh: list[str] = []
+    dropped = ""
     for name in ("dino_head", "ibot_head"):
-        head = getattr(student, name)
+        head, found = getattr(student, name), _part(held, name)
         if head is None:
+            dropped = f"; its {name} is left out" if found else ""
             continue
-        found = {k.removeprefix(f"{name}."): v for k, v in held.items() if k.startswith(f"{name}.")}
         shapes = {k: v.shape for k, v in head.state_dict().items()}
         fits = shapes == {k: v.shape for k, v in found.items()}
         (kept if fits else fresh).append(name)
@@ -59,7 +89,35 @@ def starting_pair(config: Config) -> tuple[Pair, str]:
             head.load_state_dict(found)
     heads = f"with {' and '.join(kept)}" if kept else "without heads"
     new = f"; {' and '.join(fresh)} of another shape, new" if fresh else ""
-    return pair_of(student), f"{saved.path}, {heads}{new}"
+    return pair_of(student), f"{saved.path}, {heads}{new}{dropped}"
+
+
+def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
+    """Begin with the centres of the checkpoint whose heads make the targets: those of the frozen
+    teacher, else of `model.init`. Trained heads need them from the first step on; the centre of a
+    head that is new stays 0.
+    """
+    source = plan.frozen_teacher or plan.init
+    saved = checkpoint_at(source) if source else None
+    if saved is None:
+        return
+    tensors, centres, own = saved.teacher(), saved.load()["objective"], objective.state_dict()
+    maker = pair.target_maker
+    for term in ("dino", "ibot"):
+        # the head that scores this term, here and there: iBOT may have one of its own
+        theirs = "ibot_head" if term == "ibot" and _part(tensors, "ibot_head") else "dino_head"
+        ours = "ibot_head" if term == "ibot" and maker.ibot_head is not None else "dino_head"
+        held = _part(tensors, theirs)
+        made = getattr(maker, ours).state_dict()
+        if theirs == ours and all(
+            name in held and torch.equal(x.cpu(), held[name]) for name, x in made.items()
+        ):
+            own[term] = centres[term]
+    objective.load_state_dict(own)
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
 
 def checkpoint_at(path: str) -> state.Saved | None:
@@ -77,17 +135,17 @@ def encoder_of(saved: state.Saved) -> tuple[Encoder, Config]:
     """The teacher of a checkpoint, heads included, and the recipe it was trained with."""
     config = Plan.model_validate(saved.meta["plan"]).config
     encoder = pair(config).teacher
-    encoder.load_state_dict(saved.load()["teacher"])
+    encoder.load_state_dict(saved.teacher())
     return encoder, config
 
 
-def with_frozen_teacher(built: Pair, config: Config) -> Pair:
-    """The pair with the frozen teacher of `distill.teacher`, where there is one.
+def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
+    """The pair with the frozen teacher of a `located` plan, where there is one.
 
     Raises:
         PipelineError: no checkpoint there, or targets that do not fit the student's heads.
     """
-    source = config.distill.teacher
+    config, source = plan.config, plan.frozen_teacher
     if not source:
         return built
     saved = checkpoint_at(source)
@@ -98,6 +156,16 @@ def with_frozen_teacher(built: Pair, config: Config) -> Pair:
             "no heads, and without heads there are no targets",
         )
     encoder, theirs = encoder_of(saved)
+    untrained = [
+        name
+        for name in ("dino_weight", "ibot_weight")
+        if getattr(config.loss, name) and not getattr(theirs.loss, name)
+    ]
+    if untrained:
+        raise PipelineError(
+            f"the frozen teacher was trained with loss.{untrained[0]}=0: its targets mean nothing",
+            f"set loss.{untrained[0]}=0 here too",
+        )
     seen, ours = ((c.augment.mean, c.augment.std, c.model.in_channels) for c in (theirs, config))
     if seen != ours:
         raise PipelineError(

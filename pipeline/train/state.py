@@ -45,6 +45,13 @@ class Saved:
         )
         return found
 
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's tensors alone; the rest is not read."""
+        found: dict[str, Any] = torch.load(
+            self.path / "state.pt", map_location="cpu", weights_only=True, mmap=True
+        )
+        return {name: x.clone() for name, x in found["teacher"].items()}
+
 
 def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
     """Writes a checkpoint atomically.

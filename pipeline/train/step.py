@@ -123,10 +123,10 @@ def train_step(
             | {f"health/{name}": x for name, x in terms.health.items()}
         )
         del student, terms
-    next(targets, None)  # nothing is left; the centres take in the step's means
     means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
     norms = _clip(pair.student, objective.spec.clip)
     scalars, wanted = _agree(means, norms, stop, device)
+    next(targets, None)  # nothing is left; the centres take in the means of a step that counts
     optimizer.step()
     ema_update(pair, values.teacher_momentum)
     return StepResult(scalars, wanted)

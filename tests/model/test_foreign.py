@@ -90,15 +90,22 @@ def test_a_convolutional_model_has_no_patches(name: str) -> None:
         ours.encode([x], [None], torch.tensor([0]))
 
 
-def test_the_teacher_has_the_students_running_means() -> None:
+def test_batch_norm_of_the_teacher_normalises_with_the_batch() -> None:
+    """As in DINO: running means of the student do not fit averaged weights. By hand: a copy of the
+    teacher's weights in training mode gives the teacher's targets.
+    """
     pair = build_pair(TimmSpec("resnet10t", image_size=32), HEAD, None, seed=0)
-    pair.student(drawn(4, 3, 32, 32), None, None, NONE)
-    before = dict(pair.teacher.named_buffers())
-    name = next(n for n in before if n.endswith("running_mean"))
-    assert not torch.equal(before[name], dict(pair.student.named_buffers())[name])
-    ema_update(pair, 0.9)
-    for n, x in pair.student.named_buffers():
-        assert torch.equal(dict(pair.teacher.named_buffers())[n], x)
+    x = drawn(4, 3, 32, 32)
+    for _ in range(2):
+        expected = copy.deepcopy(pair.teacher).train()(x, None, None, NONE).dino
+        torch.testing.assert_close(pair.teacher(x, None, None, NONE).dino, expected)
+        with torch.no_grad():
+            for p in pair.student.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        ema_update(pair, 0.5)
+    name = next(n for n, _ in pair.teacher.named_buffers() if n.endswith("running_mean"))
+    assert dict(pair.teacher.named_buffers())[name].abs().sum() > 0  # kept for evaluation
+    assert not any(m.training for m in build_pair(VIT, HEAD, None, seed=0).teacher.modules())
 
 
 def test_layers_are_those_of_timm() -> None:
@@ -248,3 +255,33 @@ def test_the_export_is_read_by_timm_and_by_us(tmp_path: Any, spec: TimmSpec) -> 
     save_file(broken, folder / "model.safetensors")
     with pytest.raises(PipelineError, match="gives other features"):
         verify_foreign(ours, folder)
+
+
+def test_position_embeddings_of_another_size() -> None:
+    torch.manual_seed(0)
+    small = VIT.build().eval()
+    large = replace(VIT, image_size=96).build().eval()
+    with pytest.raises(PipelineError, match="pos_embed") as caught:
+        fit_foreign(large, small.state_dict(), "x.safetensors")
+    assert "model.init_resize=true" in caught.value.hint
+    fit_foreign(large, small.state_dict(), "x.safetensors", resize=True)
+    x = drawn(1, 3, 96, 96)  # timm resizes on the fly in the small model: the same features
+    torch.testing.assert_close(large(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_whose_layers_timm_does_not_know() -> None:
+    pair = build_pair(TimmSpec("poolformer_s12", image_size=64), HEAD, None, seed=0)
+    assert not pair.student.backbone.has_layers
+    factors = {group["lr_multiplier"] for group in parameter_groups(pair.student, 0.5, 1.0)}
+    assert factors == {1.0}
+
+
+def test_tokens_that_cannot_be_hidden_are_not_scored() -> None:
+    class Open(Tokens):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return Tokens.forward(self, x)
+
+    wrapped = ModuleBackbone(Open(), width=6, patch_size=4)
+    assert not wrapped.has_patches
+    with pytest.raises(PipelineError, match="that can be hidden"):
+        wrapped.encode([drawn(1, 3, 8, 8)], [None], torch.tensor([0]))

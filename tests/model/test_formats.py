@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from pipeline.model.weights import (
     Weights,
     agreement,
     fit,
+    load_backbone,
     read_weights,
+    save_backbone,
     save_huggingface,
     save_timm,
     verify_huggingface,
@@ -277,6 +280,8 @@ def test_official_weights_go_through_all_formats(
     with torch.device("meta"):
         backbone = spec.build().eval()
     fit(backbone, read_weights(tmp_path / "official.pth"), "official.pth")
+    backbone, spec = load_backbone(save_backbone(backbone, spec, tmp_path / "own"))
+    shutil.rmtree(tmp_path / "own")
     save_huggingface(backbone, spec, tmp_path / "ours", MEAN, STD, 518)
     model = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
     for height, side in SIZES[:: 2 if blocks else 1]:  # few blocks of a wide one: not at 518

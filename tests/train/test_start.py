@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE
 from pipeline.model.pair import HeadSpec, build_pair, freeze
 from pipeline.overrides import load
-from pipeline.plan import Machine, resolve
+from pipeline.plan import Machine, Plan, resolve
 from pipeline.train import build, start, state
 from pipeline.train.objective import ObjectiveSpec
 from tests.train.small_run import HEAD, SPEC, Run, views
@@ -34,27 +34,41 @@ SMALL = [
 ]
 
 
+MACHINE = Machine(cpus=2, gpus=0, bfloat16=False)
+
+
 def config(*overrides: str) -> Config:
     return load([*SMALL, *overrides])
+
+
+def planned(*overrides: str) -> Plan:
+    """As a run begins: with the checkpoints looked up."""
+    found = resolve(config(*overrides), images=100, digest="d", class_names=(), machine=MACHINE)
+    return start.located(found, None)
 
 
 def run_folder(path: Path, *overrides: str, seed: int = 7) -> Path:
     """A run folder with one checkpoint, as a run leaves it."""
     recipe = config(f"run.seed={seed}", *overrides)
-    machine = Machine(cpus=2, gpus=0, bfloat16=False)
-    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=machine)
+    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=MACHINE)
     pair = build.pair(recipe)
     with torch.no_grad():
         for p in pair.teacher.parameters():  # not the student's any more
             p.add_(0.01)
-    held = {"student": pair.student.state_dict(), "teacher": pair.teacher.state_dict()}
+    objective = build.objective(recipe, pair)
+    objective.dino_centre.value += 3.0
+    held = {
+        "student": pair.student.state_dict(),
+        "teacher": pair.teacher.state_dict(),
+        "objective": objective.state_dict(),
+    }
     state.save(path / "checkpoints", 10, held, {"plan": plan.model_dump(mode="json")})
     return path
 
 
 def test_a_run_of_ours_starts_both_from_its_teacher_with_heads(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "first")
-    pair, text = start.starting_pair(config(f"model.init={folder}"))
+    pair, text = start.starting_pair(planned(f"model.init={folder}"))
     held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
     for encoder in (pair.student, pair.teacher):
         found = encoder.state_dict()
@@ -65,14 +79,59 @@ def test_a_run_of_ours_starts_both_from_its_teacher_with_heads(tmp_path: Path) -
     assert not any(p.requires_grad for p in pair.teacher.parameters())
 
 
+def test_a_run_that_goes_on_keeps_the_weights_it_began_with(tmp_path: Path) -> None:
+    """The first run trains on meanwhile: its folder then means another checkpoint."""
+    folder = run_folder(tmp_path / "large")
+    began = planned(f"distill.teacher={folder}", f"model.init={folder}")
+    assert began.frozen_teacher == began.init == str(folder / "checkpoints" / "step-00000010")
+    later = state.latest(folder / "checkpoints")
+    assert later is not None
+    state.save(folder / "checkpoints", 20, later.load(), later.meta)
+    own = state.save(tmp_path / "own", 3, {}, {"plan": began.model_dump(mode="json")})
+    again = planned(f"distill.teacher={folder}", f"model.init={folder}")
+    assert again.frozen_teacher.endswith("step-00000020")
+    assert start.located(again, own) == began
+
+
+def test_centres_come_with_the_heads(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "first")
+    for overrides, expected in (
+        ([f"model.init={folder}"], 3.0),
+        ([f"distill.teacher={folder}"], 3.0),
+        ([f"model.init={folder}", "head.prototypes=30"], 0.0),
+        ([], 0.0),
+    ):
+        plan = planned(*overrides)
+        pair = start.with_frozen_teacher(start.starting_pair(plan)[0], plan)
+        objective = build.objective(plan.config, pair)
+        start.carry_centres(objective, pair, plan)
+        assert objective.dino_centre.value.unique().tolist() == [expected]
+        assert objective.ibot_centre.value.unique().tolist() == [0.0]
+
+
+def test_a_teacher_without_ibot_has_no_targets_for_patches(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "dino", "objective=dino")
+    plan = planned(f"distill.teacher={folder}")
+    with pytest.raises(PipelineError, match=r"trained with loss\.ibot_weight=0"):
+        start.with_frozen_teacher(build.pair(plan.config), plan)
+    plan = planned(f"distill.teacher={folder}", "loss.ibot_weight=0")
+    assert start.with_frozen_teacher(build.pair(plan.config), plan).frozen is not None
+
+
+def test_a_head_that_is_left_out_is_named(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "first", "ibot_head.separate=true", "ibot_head.prototypes=12")
+    _, text = start.starting_pair(planned(f"model.init={folder}"))
+    assert text.endswith("with dino_head; its ibot_head is left out")
+
+
 def test_heads_of_another_shape_are_new(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "first")
-    recipe = config(f"model.init={folder}", "head.prototypes=30")
-    pair, text = start.starting_pair(recipe)
+    plan = planned(f"model.init={folder}", "head.prototypes=30")
+    pair, text = start.starting_pair(plan)
     assert "without heads; dino_head of another shape, new" in text
     assert torch.equal(
         pair.student.dino_head.last_layer.weight_v,
-        build.pair(recipe).student.dino_head.last_layer.weight_v,
+        build.pair(plan.config).student.dino_head.last_layer.weight_v,
     )
 
 
@@ -80,10 +139,10 @@ def test_a_larger_image_size_resizes_the_positions(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "first")
     larger = ["augment.global_size=56", f"model.init={folder}"]
     with pytest.raises(PipelineError) as caught:
-        start.starting_pair(config(*larger))
+        start.starting_pair(planned(*larger))
     assert "model.init_resize=true" in str(caught.value) + caught.value.hint
-    pair, _ = start.starting_pair(config(*larger, "model.init_resize=true"))
-    small, _ = start.starting_pair(config(f"model.init={folder}"))
+    pair, _ = start.starting_pair(planned(*larger, "model.init_resize=true"))
+    small, _ = start.starting_pair(planned(f"model.init={folder}"))
     # the first phase's own interpolation is the reference: the features agree at the new size
     x = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -94,13 +153,14 @@ def test_a_larger_image_size_resizes_the_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["runs/nothing", "runs/nothing.pth"])
 def test_no_weights_there(path: str) -> None:
     with pytest.raises(PipelineError, match="nothing"):
-        start.starting_pair(config(f"model.init={path}"))
+        start.starting_pair(planned(f"model.init={path}"))
 
 
 def test_the_frozen_teacher_is_the_checkpoints(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "large", "model.width=48", "model.depth=3")
-    recipe = config(f"distill.teacher={folder}")
-    pair = start.with_frozen_teacher(build.pair(recipe), recipe)
+    plan = planned(f"distill.teacher={folder}")
+    recipe = plan.config
+    pair = start.with_frozen_teacher(build.pair(recipe), plan)
     held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
     assert pair.frozen is not None and pair.target_maker is pair.frozen
     assert all(torch.equal(x, held[n]) for n, x in pair.frozen.state_dict().items())
@@ -119,15 +179,15 @@ def test_the_frozen_teacher_is_the_checkpoints(tmp_path: Path) -> None:
 )
 def test_a_frozen_teacher_that_does_not_fit(tmp_path: Path, override: str, what: str) -> None:
     folder = run_folder(tmp_path / "large")
-    recipe = config(f"distill.teacher={folder}", override)
+    plan = planned(f"distill.teacher={folder}", override)
     with pytest.raises(PipelineError, match=what):
-        start.with_frozen_teacher(build.pair(recipe), recipe)
+        start.with_frozen_teacher(build.pair(plan.config), plan)
 
 
 def test_exported_weights_have_no_heads_to_distil_from(tmp_path: Path) -> None:
-    recipe = config(f"distill.teacher={tmp_path}")
+    plan = planned(f"distill.teacher={tmp_path}")
     with pytest.raises(PipelineError, match="holds no checkpoint of ours") as caught:
-        start.with_frozen_teacher(build.pair(recipe), recipe)
+        start.with_frozen_teacher(build.pair(plan.config), plan)
     assert "no heads" in caught.value.hint
 
 
@@ -203,8 +263,7 @@ def test_the_objective_of_dino_is_that_of_the_paper() -> None:
 def test_a_frozen_backbone_stays_while_the_heads_learn() -> None:
     run = Run(ibot=HeadSpec(12, 4, 16))
     recipe = config("train.freeze_backbone_steps=2", "optim.warmup=0", "optim.freeze_last_layer=0")
-    machine = Machine(cpus=2, gpus=0, bfloat16=False)
-    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=machine)
+    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=MACHINE)
     from pipeline.train.step import train_step
 
     moved = []
