@@ -162,6 +162,20 @@ def test_a_value_that_is_not_finite_stops_before_the_update(
     assert_same(run.weights(), before, atol=0)
 
 
+def test_a_step_that_was_not_applied_leaves_the_centres_alone() -> None:
+    run, twin = Run(), Run()
+    for each in (run, twin):
+        each.step(views(3))
+    bad = views(3, seed=1)
+    bad.global_views[0, 0, 0, 0] = float("nan")  # the teacher sees it too
+    with pytest.raises(NonFinite):
+        run.step(bad)
+    for each in (run, twin):
+        each.step(views(3, seed=2))
+    assert_same(run.weights(), twin.weights(), atol=0)
+    assert torch.equal(run.objective.dino_centre.value, twin.objective.dino_centre.value)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
