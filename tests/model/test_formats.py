@@ -257,7 +257,7 @@ BIG = [
     pytest.param("g", 4, 1, id="g with registers, 1 block"),
     *(
         pytest.param(size, registers, None, id=f"{size}, {registers} registers, whole",
-                     marks=pytest.mark.slow)
+                     marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
         for size in ("B", "L", "g") for registers in (0, 4)
     ),
 ]  # fmt: skip
