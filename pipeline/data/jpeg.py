@@ -27,6 +27,7 @@ _APP0, _APP1, _APP2, _APP13, _APP14, _APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ICC, _MPF, _PHOTOSHOP = b"ICC_PROFILE\0", b"MPF\0", b"Photoshop 3.0\0"
 _ORIENTATION, _SHORT = 0x0112, 3  # tag, type
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -141,12 +142,18 @@ def exif_orientation(tiff: bytes) -> int | None:
     (count,) = struct.unpack_from(order + "H", tiff, at)
     if at + 2 + 12 * count > len(tiff):
         return None
-    found = 0
+    found = total = 0
     for entry in range(at + 2, at + 2 + 12 * count, 12):
-        tag, kind, values, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        tag, kind, values = struct.unpack_from(order + "HHI", tiff, entry)
+        size = _TYPE_BYTES.get(kind, len(tiff) + 1) * values
+        if size > 4:  # stored elsewhere in the block; some readers give up where it is not
+            total += size
+            if max(total, struct.unpack_from(order + "I", tiff, entry + 8)[0] + size) > len(tiff):
+                return None
         if tag == _ORIENTATION:
             if found or kind != _SHORT or values != 1:
                 return None
+            (value,) = struct.unpack_from(order + "H", tiff, entry + 8)
             found = value if 1 <= value <= 8 else 1
     return found
 
