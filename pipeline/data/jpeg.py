@@ -11,6 +11,7 @@ None, and the general road of `decode` says what it is.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ _DHT, _SOS, _DQT, _DRI, _COM = 0xC4, 0xDA, 0xDB, 0xDD, 0xFE
 _APP0, _APP1, _APP2, _APP13, _APP14, _APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ICC, _MPF, _PHOTOSHOP = b"ICC_PROFILE\0", b"MPF\0", b"Photoshop 3.0\0"
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _ORIENTATION, _SHORT = 0x0112, 3  # tag, type
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
@@ -116,7 +118,8 @@ def jpeg_header(encoded: bytes) -> JpegHeader:
     # Of several blocks it is not clear which counts.
     orientation = 0 if not exif else exif_orientation(exif[0]) if len(exif) == 1 else None
     if orientation == 0:  # not said; there XMP counts
-        orientation = None if b"tiff:Orientation" in xmp else 1
+        said = _XMP_ORIENTATION.search(xmp)
+        orientation = int(said[1]) if said and said[1] in b"12345678" else 1
     known = components == 1 or (
         components == 3 and adobe in (None, 1) and (jfif or adobe == 1 or ids == b"\1\2\3")
     )

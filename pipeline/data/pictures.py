@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 
 from pipeline.data.bad_image import BadImage, cut_short, too_large
 
@@ -121,8 +121,22 @@ def _orientation(image: Image.Image) -> int:
     return found if found in range(1, 9) else 1
 
 
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    # Not by ImageOps.exif_transpose: it writes the EXIF block anew, and fails where others of its
+    # values are broken.
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
