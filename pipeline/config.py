@@ -68,6 +68,10 @@ class Data(Section):
         200_000_000, description="larger images are bad (too_large); guards against bombs"
     )
     max_image_mb: float = Field(64, gt=0, description="larger encoded files are bad (too_large)")
+    scaled_decode: bool = Field(
+        True,
+        description="decode large JPEGs at 1/2, 1/4 or 1/8 where no crop would be enlarged by it",
+    )
     shard_mb: float = Field(256, gt=0, description="size of one packed shard, in MiB")
     row_group_images: Positive = Field(256, description="images in one parquet row group")
     shuffle_images: Positive = Field(

@@ -17,7 +17,8 @@ from pathlib import Path
 
 LEAVES = [
     "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
-    "data.colour", "data.draws", "data.masks", "data.batch", "data.order",
+    "data.colour", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
+    "data.jpeg", "data.npy", "data.pictures",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]
@@ -59,7 +60,12 @@ TABLE = [
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row("data.schema data.columns data.storage", ["errors", *LEAVES], others="numpy pyarrow"),
-    row("data.decode", "errors", others="numpy PIL"),
+    row("data.jpeg", others="numpy simplejpeg"),
+    row(
+        "data.decode data.bad_image data.npy data.pictures",
+        "data.bad_image data.jpeg data.npy data.pictures",
+        others="numpy PIL",
+    ),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
     row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
     row(PACKING, ["errors", *LEAVES, *PACKING], others="numpy pyarrow"),

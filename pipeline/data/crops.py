@@ -27,12 +27,15 @@ __all__ = [
     "CropSpec",
     "crop_boxes",
     "cut_crops",
+    "decode_shrink",
     "resize_centre_crop",
+    "scale_boxes",
     "uniforms",
 ]
 
 GLOBAL_CROPS = 2
 TRIES = 10  # torchvision RandomResizedCrop.get_params
+SHRINK_MARGIN = 1.0  # benchmarks/decode.py: what larger ones cost and give
 DRAWS_PER_VIEW = 2 * TRIES + 3  # areas, aspect ratios, then top, left and flip
 
 Image = npt.NDArray[np.uint8]
@@ -110,6 +113,51 @@ def crop_boxes(
     top = np.where(found, np.floor(u_top * (free_h + 1)).astype(np.int64), free_h // 2)
     left = np.where(found, np.floor(u_left * (free_w + 1)).astype(np.int64), free_w // 2)
     return np.stack((top, left, box_h, box_w), -1), u_flip < spec.flip_probability
+
+
+def decode_shrink(
+    boxes: Boxes, spec: CropSpec, margin: float = SHRINK_MARGIN
+) -> npt.NDArray[np.int64]:
+    """The largest of 8, 4, 2 and 1 by which an image may be decoded smaller for these boxes.
+
+    Args:
+        boxes: int64 [..., V, 4] as (top, left, height, width) at full size.
+        spec: sizes of the crops.
+        margin: every side of every box, divided by the shrink and rounded down, is at least this
+            many times the side of its crop. With 1 no crop is enlarged from the smaller image.
+
+    Returns:
+        int64 [...].
+    """
+    sides = np.where(np.arange(spec.views) < GLOBAL_CROPS, spec.global_size, spec.local_size)
+    shorter = boxes[..., 2:].min(-1)
+    shrink = np.ones(boxes.shape[:-2], np.int64)
+    for factor in (2, 4, 8):
+        shrink[(shorter // factor >= margin * sides).all(-1)] = factor
+    return shrink
+
+
+def scale_boxes(boxes: Boxes, shrink: int, height: int, width: int) -> Boxes:
+    """Boxes at full size to boxes in the image that was decoded at 1/shrink of it.
+
+    Rounded to whole pixels, inside the image and never empty. A side that `decode_shrink` found
+    long enough stays so.
+
+    Args:
+        boxes: int64 [..., 4] as (top, left, height, width) at full size.
+        shrink: what the image was decoded with (`decode.decode_shrunk`).
+        height: rows of the smaller image.
+        width: columns of the smaller image.
+
+    Returns:
+        int64 [..., 4]; the boxes themselves for a shrink of 1.
+    """
+    if shrink == 1:
+        return boxes
+    limit = np.array((height, width))
+    sides = np.clip(np.rint(boxes[..., 2:] / shrink).astype(np.int64), 1, limit)
+    corners = np.rint(boxes[..., :2] / shrink).astype(np.int64)
+    return np.concatenate((np.minimum(corners, limit - sides), sides), -1)
 
 
 def _resize(image: npt.NDArray[Any], height: int, width: int) -> torch.Tensor:

@@ -18,38 +18,34 @@ are luminance and RGB beside straight alpha, and any number can come from a nump
 
 from __future__ import annotations
 
-import functools
-import io
-import struct
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from numpy.lib import format as npy
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 200_000_000
-# Formats with a signature. Without one (TGA) any file can pass for an image; EPS runs a program.
-# MPO comes by way of JPEG.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+from pipeline.data.bad_image import MAX_PIXELS, REASONS, BadImage, cut_short, unidentified
+from pipeline.data.jpeg import JpegHeader, decode_plain, jpeg_header
+from pipeline.data.npy import MAGIC, decode_npy, npy_size
+from pipeline.data.pictures import FORMATS, MODES, convert, decode_picture, picture_size
+
+__all__ = [
+    "FORMATS",
+    "MAX_PIXELS",
+    "NPY",
+    "REASONS",
+    "BadImage",
+    "decode",
+    "decode_image",
+    "decode_rgb",
+    "decode_shrunk",
+    "image_size",
+]
+
 NPY = "NPY"  # our name for numpy files, which Pillow does not read
-_PICTURE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what a picture can give, by channels
-_EXIF_ORIENTATION = 0x0112
-REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large")
 
 UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-class BadImage(Exception):
-    """An image that cannot be used: `reason` is one of REASONS, `detail` says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def decode_image(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> UInt8Array:
@@ -64,237 +60,96 @@ def decode_image(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS
     Raises:
         BadImage: empty, not_an_image, undecodable, truncated or too_large (pixels), with a detail.
     """
-    return decode(encoded, max_pixels, channels)[0]
+    return _decode(encoded, max_pixels, channels, 1)[0]
 
 
 def decode_rgb(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
     """`decode_image` with three channels."""
-    return decode(encoded, max_pixels)[0]
+    return decode_image(encoded, 3, max_pixels)
+
+
+def decode_shrunk(
+    encoded: bytes, shrink: int, channels: int = 3, max_pixels: int = MAX_PIXELS
+) -> tuple[UInt8Array, int]:
+    """`decode_image` at 1/shrink of the size where that is cheaper, and the shrink that it is.
+
+    A plain JPEG leaves out the high frequencies of its cosine transform: ceil(H / shrink) rows of
+    ceil(W / shrink) pixels. Any other file comes in full size, with a shrink of 1.
+
+    Args:
+        encoded: as for `decode_image`; `max_pixels` counts the full size.
+        shrink: 1, 2, 4 or 8, as `crops.decode_shrink` chooses it.
+        channels: as for `decode_image`.
+        max_pixels: as for `decode_image`.
+
+    Raises:
+        BadImage: as `decode_image`.
+    """
+    pixels, _, shrink = _decode(encoded, max_pixels, channels, shrink)
+    return pixels, shrink
+
+
+def image_size(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) that `decode_image` will give, read from the header.
+
+    Raises:
+        BadImage: what the header and the end of the file show, for the reason that decoding gives.
+    """
+    with _reasons(encoded):
+        if encoded.startswith(MAGIC):
+            return npy_size(encoded, max_pixels, channels)
+        header = jpeg_header(encoded)
+        if header.plain and _allowed(header, max_pixels, channels):
+            return header.upright_size
+        return picture_size(encoded, max_pixels, channels)
 
 
 def decode(
     encoded: bytes, max_pixels: int = MAX_PIXELS, channels: int = 3
 ) -> tuple[UInt8Array, str]:
     """Like `decode_image`, and the format of the file: NPY, or as Pillow names it (JPEG, ...)."""
+    return _decode(encoded, max_pixels, channels, 1)[:2]
+
+
+def _decode(
+    encoded: bytes, max_pixels: int, channels: int, shrink: int
+) -> tuple[UInt8Array, str, int]:
+    """Pixels, format and the shrink that was used: by the fast road where that is open."""
+    with _reasons(encoded):
+        if encoded.startswith(MAGIC):
+            return decode_npy(encoded, max_pixels, channels), NPY, 1
+        header = jpeg_header(encoded)
+        if header.plain and _allowed(header, max_pixels, channels):
+            grey = channels == 1 and header.components == 1
+            if found := decode_plain(encoded, header, grey=grey, shrink=shrink):
+                pixels, shrink = found
+                if pixels.shape[2] != channels:
+                    other = np.array(convert(Image.fromarray(pixels), "JPEG", channels))
+                    pixels = other.reshape(*pixels.shape[:2], channels)
+                return pixels, "JPEG", shrink
+        return *decode_picture(encoded, max_pixels, channels), 1
+
+
+def _allowed(header: JpegHeader, max_pixels: int, channels: int) -> bool:
+    """Whatever is not, the general road refuses, in its own order and words."""
+    return header.width * header.height <= max_pixels and channels in MODES
+
+
+@contextmanager
+def _reasons(encoded: bytes) -> Iterator[None]:
+    """What decoders raise, as one of the documented reasons."""
     if not encoded:
         raise BadImage("empty", "0 bytes")
     try:
-        if encoded.startswith(npy.MAGIC_PREFIX):
-            return _decode_npy(encoded, max_pixels, channels), NPY
-        return _decode(encoded, max_pixels, channels)
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise _unidentified(encoded) from error
+        raise unidentified(encoded) from error
     except MemoryError as error:
         raise BadImage("too_large", "not enough memory to decode") from error
     # Decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, ... on bad bytes.
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"[:200]
-        cut = isinstance(error, EOFError) or "truncated" in detail.lower() or _cut_short(encoded)
+        cut = isinstance(error, EOFError) or "truncated" in detail.lower() or cut_short(encoded)
         raise BadImage("truncated" if cut else "undecodable", detail) from error
-
-
-def _decode(encoded: bytes, max_pixels: int, channels: int) -> tuple[UInt8Array, str]:
-    """The one place to make decoding faster (a plain JPEG can take another road here)."""
-    with _quiet():
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-        name = image.format or "?"
-        width, height = image.size
-        if width * height > max_pixels:
-            raise _too_large(width, height, max_pixels)
-        if channels not in _PICTURE_MODES:
-            detail = f"{name} cannot give {channels} channels, a .npy [H, W, {channels}] can"
-            raise BadImage("undecodable", detail)
-        if cut := _cut_short(encoded):
-            raise BadImage("truncated", cut)
-        if name not in _LOADS_QUIETLY:
-            image.load()
-    image.load()  # the long part, outside the lock, so that threads can share the work
-    with _quiet():
-        image = _upright(image)
-    # np.array copies: the view that np.asarray gives is read-only and torch warns about those.
-    pixels = np.array(_convert(image, name, channels))
-    return pixels.reshape(*pixels.shape[:2], channels), name
-
-
-def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
-    """To 8-bit samples of this many channels."""
-    if channels == 3:
-        return _to_rgb(image, name)
-    if channels == 1:
-        # Of equal R, G and B the luminance is that very value, so grey files lose nothing here.
-        return image if _is_plain(image, "L") else _to_rgb(image, name).convert("L")
-    deep = image.mode.startswith(("I", "F"))  # more than 8 bits: alpha is not kept
-    layer = _to_rgb(image, name) if deep or not image.has_transparency_data else _straight(image)
-    return layer.convert(_PICTURE_MODES[channels])
-
-
-def _is_plain(image: Image.Image, mode: str) -> bool:
-    return image.mode == mode and "transparency" not in image.info
-
-
-def _too_large(width: int, height: int, max_pixels: int) -> BadImage:
-    return BadImage("too_large", f"{width}x{height} pixels, at most {max_pixels} are read")
-
-
-def _decode_npy(encoded: bytes, max_pixels: int, channels: int) -> UInt8Array:
-    """A numpy file with [H, W, channels], or [H, W] where one channel is asked for.
-
-    8 bits are taken as they are, of 16 the high byte. The data is read where it lies by a plain
-    dtype: nothing here can unpickle.
-    """
-    offset, shape, fortran, dtype = _npy_header(encoded)
-    wanted = f"uint8 or uint16 [H, W, {channels}]" + (" or [H, W]" if channels == 1 else "")
-    height, width, *rest = (*shape, 0, 0)[: max(2, len(shape))]
-    fits = rest == [channels] or (not rest and channels == 1)
-    plain = dtype.kind == "u" and dtype.itemsize in (1, 2)
-    if not (plain and fits and height > 0 and width > 0):
-        raise BadImage("undecodable", f"{dtype} {list(shape)}, expected {wanted}"[:200])
-    if height * width > max_pixels:
-        raise _too_large(width, height, max_pixels)
-    count = height * width * channels
-    promised = offset + count * dtype.itemsize
-    if len(encoded) < promised:
-        raise BadImage("truncated", f"{len(encoded)} of {promised} bytes")
-    values = np.frombuffer(encoded, dtype, count, offset)
-    pixels = values.reshape(height, width, channels, order="F" if fortran else "C")
-    if dtype.itemsize == 2:
-        pixels = pixels >> 8
-    return np.array(pixels, np.uint8, order="C")
-
-
-def _npy_header(encoded: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
-    """Where the data starts, its shape, whether it is in Fortran order, and its dtype."""
-    start = 8  # magic and version
-    version = tuple(encoded[6:start])
-    if len(version) < 2:
-        raise BadImage("truncated", "the numpy header breaks off")
-    if version not in ((1, 0), (2, 0), (3, 0)):
-        raise BadImage("undecodable", f"numpy format {version[0]}.{version[1]} is not known")
-    length = 2 if version == (1, 0) else 4
-    offset = start + length + int.from_bytes(encoded[start : start + length], "little")
-    if len(encoded) < max(offset, start + length):
-        raise BadImage("truncated", "the numpy header breaks off")
-    # 3.0 is 2.0 with names of fields in UTF-8, and arrays with fields are refused anyway.
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    try:
-        with _quiet():  # numpy warns about headers that Python 2 wrote
-            return offset, *read(io.BytesIO(encoded[start:offset]))
-    except Exception as error:  # what Python's parser makes of 10,000 bytes of anything
-        detail = f"broken numpy header: {type(error).__name__}: {error}".splitlines()[0]
-        raise BadImage("undecodable", detail[:200]) from error
-
-
-# Formats whose `load` raises no warning; the others are loaded inside `_quiet`.
-_LOADS_QUIETLY = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-_lock = threading.RLock()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings from Pillow or numpy, and no pixel limit of its own: `max_pixels` is the limit.
-
-    Both settings belong to the process, so only one thread may be in here.
-    """
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        return image
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    mode = image.mode
-    if _is_plain(image, "RGB"):
-        return image
-    if mode.startswith("I;16") or (mode == "I" and name in ("PNG", "PPM")):
-        # 16 bits a sample; older versions of Pillow give them in 32-bit integers.
-        values = np.asarray(image)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if mode in ("I", "F"):
-        raise BadImage("undecodable", f"32-bit samples (mode {mode}) have no fixed range")
-    if mode == "LAB":
-        converted = ImageCms.applyTransform(image, _lab_to_srgb())
-        if converted is None:
-            raise BadImage("undecodable", "littleCMS could not convert Lab")
-        return converted
-    if image.has_transparency_data:
-        layer = _straight(image)
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _straight(image: Image.Image) -> Image.Image:
-    """RGBA with straight alpha."""
-    # La and RGBa (premultiplied) reach RGBA only by way of LA and RGBA.
-    return image.convert({"La": "LA", "RGBa": "RGBA"}.get(image.mode, image.mode)).convert("RGBA")
-
-
-@functools.lru_cache(maxsize=1)
-def _lab_to_srgb() -> ImageCms.ImageCmsTransform:
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")  # D50, as in TIFF
-    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
-
-
-def _unidentified(encoded: bytes) -> BadImage:
-    """Tell a file of a known kind whose header is broken from a file that is no image."""
-    for signature in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"):
-        if encoded.startswith(signature):
-            cut = _cut_short(encoded)
-            found = "broken header" + ", or a TIFF of more than 4 bands" * (signature[0] in b"IM")
-            return BadImage("truncated" if cut else "undecodable", cut or found)
-    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        cut = _cut_short(encoded)
-        return BadImage("truncated" if cut else "undecodable", cut or "broken header")
-    return BadImage("not_an_image", f"no format that is read starts with {encoded[:8]!r}")
-
-
-def _cut_short(encoded: bytes) -> str:
-    """Say how a file ends early by what its container promises; "" where it does not.
-
-    Decoders differ here: some fill the missing rows with grey and call it a success, and none
-    notices a tail of zeros, which is what an interrupted copy leaves behind.
-    """
-    if encoded.startswith(b"\xff\xd8"):
-        scan = _jpeg_scan(encoded)
-        if scan < 0 or encoded.rfind(b"\xff\xd9", scan) < 0:
-            return "the JPEG has no end marker"
-    elif encoded.startswith(b"\x89PNG"):
-        if b"IEND" not in encoded:
-            return "the PNG has no end chunk"
-    elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        promised = struct.unpack("<I", encoded[4:8])[0] + 8
-        if len(encoded) < promised:
-            return f"{len(encoded)} of {promised} bytes"
-    return ""
-
-
-def _jpeg_scan(encoded: bytes) -> int:
-    """Offset of the first scan, or -1; steps over segments, so an embedded preview is no match."""
-    at = 2
-    while at + 4 <= len(encoded):
-        if encoded[at] != 0xFF:
-            at += 1  # junk between segments, which decoders step over as well
-            continue
-        marker = encoded[at + 1]
-        if marker == 0xDA:
-            return at
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker == 0 or marker == 1 or 0xD0 <= marker <= 0xD8:  # markers without a length
-            at += 2
-        else:
-            at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-    return -1

@@ -1,0 +1,56 @@
+"""Why an image cannot be used: one of a few documented reasons, and a detail."""
+
+from __future__ import annotations
+
+import struct
+
+from pipeline.data.jpeg import jpeg_header
+
+MAX_PIXELS = 200_000_000
+REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large")
+
+
+class BadImage(Exception):
+    """An image that cannot be used: `reason` is one of REASONS, `detail` says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def too_large(width: int, height: int, max_pixels: int) -> BadImage:
+    """More pixels than are read."""
+    return BadImage("too_large", f"{width}x{height} pixels, at most {max_pixels} are read")
+
+
+def unidentified(encoded: bytes) -> BadImage:
+    """Tell a file of a known kind whose header is broken from a file that is no image."""
+    for signature in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"):
+        if encoded.startswith(signature):
+            cut = cut_short(encoded)
+            found = "broken header" + ", or a TIFF of more than 4 bands" * (signature[0] in b"IM")
+            return BadImage("truncated" if cut else "undecodable", cut or found)
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        cut = cut_short(encoded)
+        return BadImage("truncated" if cut else "undecodable", cut or "broken header")
+    return BadImage("not_an_image", f"no format that is read starts with {encoded[:8]!r}")
+
+
+def cut_short(encoded: bytes) -> str:
+    """Say how a file ends early by what its container promises; "" where it does not.
+
+    Decoders differ here: some fill the missing rows with grey and call it a success, and none
+    notices a tail of zeros, which is what an interrupted copy leaves behind.
+    """
+    if encoded.startswith(b"\xff\xd8"):
+        if not jpeg_header(encoded).ended:
+            return "the JPEG has no end marker"
+    elif encoded.startswith(b"\x89PNG"):
+        if b"IEND" not in encoded:
+            return "the PNG has no end chunk"
+    elif encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        promised = struct.unpack("<I", encoded[4:8])[0] + 8
+        if len(encoded) < promised:
+            return f"{len(encoded)} of {promised} bytes"
+    return ""
