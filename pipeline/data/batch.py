@@ -8,9 +8,10 @@ later.
 Shapes: B images, L local crops, S and s sides of global and local crops in pixels, P patches.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,19 @@ _COLUMNS: tuple[tuple[str, Any, tuple[int | str | None, ...]], ...] = (
 )
 
 
+class Work(NamedTuple):
+    """What making some images took: seconds of one core (reading: of waiting), and how many."""
+
+    images: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    crop_s: float = 0.0
+
+    def plus(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 @dataclass(frozen=True)
 class Views:
     """The input of one forward pass, crop-major: row c * B + i is crop c of image i."""
@@ -52,7 +66,10 @@ class Views:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images on one worker, image-major as the stream makes them."""
+    """One step's images on one worker, image-major as the stream makes them.
+
+    Read only: the crops may lie in the object store, where a write ends the process.
+    """
 
     image_ids: Tensor  # uint8 [B, 16]
     global_crops: Tensor  # uint8 [B, 2, S, S, C]
@@ -61,6 +78,7 @@ class Batch:
     masks: Tensor  # bool [B, 2, P]
     labels: Tensor  # int64 [B], -1 = unknown
     bad: tuple[BadImage, ...] = ()  # images that were dropped on the way
+    work: Work = field(default_factory=lambda: Work())  # what making them took
 
     @property
     def images(self) -> int:
@@ -74,7 +92,8 @@ class Batch:
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
                 valid are dropped (all but one, where none is valid) and listed in `bad`, with
-                the text columns `reason` and `detail` [B] where the chunk has them.
+                the text columns `reason` and `detail` [B] where the chunk has them. `seconds` [3]
+                (read, decode, cut) becomes `work`.
 
         Raises:
             DataError: naming the array that is missing or has another dtype or shape.
@@ -97,18 +116,32 @@ class Batch:
             )
             for row in dropped
         )
-        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad)
+        work = Work(len(dropped) + int(chunk["valid"].sum()), *chunk.get("seconds", ()))
+        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, work=work)
 
     @classmethod
-    def concat(cls, batches: Sequence["Batch"]) -> "Batch":
-        """Put batches of the same crop sizes behind each other."""
-        if len(batches) == 1:
+    def concat(cls, batches: Sequence["Batch"], pin: bool = False) -> "Batch":
+        """Put batches of the same crop sizes behind each other.
+
+        Args:
+            batches: one or more; a single one is handed on as it is, unless it is to be pinned.
+            pin: into page-locked memory, from which a GPU copies while the host goes on.
+        """
+        if len(batches) == 1 and not pin:
             return batches[0]
-        joined = {name: torch.cat([getattr(b, name) for b in batches]) for name, *_ in _COLUMNS}
-        return cls(**joined, bad=tuple(row for b in batches for row in b.bad))
+        joined = {}
+        for name, *_ in _COLUMNS:
+            parts = [getattr(b, name) for b in batches]
+            shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+            joined[name] = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin)
+            torch.cat(parts, out=joined[name])
+        work = Work()
+        for batch in batches:
+            work = work.plus(batch.work)
+        return cls(**joined, bad=tuple(row for b in batches for row in b.bad), work=work)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Cut into micro-batches of consecutive images; the first one keeps `bad`.
+        """Cut into micro-batches of consecutive images; the first one keeps `bad` and `work`.
 
         Raises:
             DataError: if the images do not divide into equal parts.
@@ -119,9 +152,9 @@ class Batch:
         return [self.take(start, start + size) for start in range(0, self.images, size)]
 
     def take(self, start: int, stop: int) -> "Batch":
-        """The images from `start` up to `stop`; `bad` goes with the first one."""
+        """The images from `start` up to `stop`; `bad` and `work` go with the first one."""
         part = {name: getattr(self, name)[start:stop] for name, *_ in _COLUMNS}
-        return Batch(**part, bad=self.bad if start == 0 else ())
+        return Batch(**part, bad=self.bad, work=self.work) if start == 0 else Batch(**part)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Move the tensors; the photometric numbers stay where they are.
@@ -130,9 +163,9 @@ class Batch:
         `apply_photometric`.
         """
         moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if field.name not in ("photometric", "bad")
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name not in ("photometric", "bad", "work")
         }
         return replace(self, **moved)
 
@@ -162,8 +195,11 @@ class Batch:
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    # Arrays out of Ray's object store are read-only; torch wants to own what it may write to.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    with warnings.catch_warnings():
+        # Arrays out of Ray's object store are read-only, which torch cannot express. Nobody writes
+        # to a batch, and a copy of the crops would cost more than all else on the way here.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 def _check(

@@ -1,12 +1,11 @@
 """The actor beside the driver that owns the data sets of a training run.
 
 It serves stretches of steps ("segments", several passes where they are short), so the end of a pass
-is nothing special, and plans the next segment while one runs. It loads no torch: the read tasks do.
+is nothing special, and plans the next segment while one runs. It loads no torch: decode tasks do.
 """
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -17,35 +16,54 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.control import Control
-from pipeline.data.order import Piece, ReadingOrder
+from pipeline.data.reading import Portion, Reading, ReadTask, read_portions
 
-SEGMENT_PIECES = 4000  # read tasks of one Ray Data execution; its bookkeeping stays small
+READ_WINDOWS = 16  # of the order in one read task
+# Read tasks of one Ray Data execution; each costs a millisecond before the first one starts.
+SEGMENT = 2000
+READ_CPUS = 0.05  # a read task waits for storage; more than 0 keeps it off a head without CPUs
+IN_FLIGHT = 2  # portions at a decoder: the next one is there when it has finished one
 
 
 @dataclass(frozen=True)
 class DecodeTasks:
-    """CPUs that a read task takes, and how many run at once (None: what the free CPUs allow)."""
+    """CPUs that a decoder takes, and how many run at once."""
 
     cpus: float = 1.0
-    at_once: int | None = None
+    at_once: int = 1
 
 
-class _ReadPieces:
-    """The map function of the data set; the spec travels once, through the object store."""
+class _Read:
+    """From a stretch of steps to its portions; the spec travels once, by the object store."""
 
-    def __init__(self, spec: Any) -> None:
-        self.spec = spec
+    def __init__(self, feeder: Any, spec: Any) -> None:
+        self.feeder, self.spec = feeder, spec
 
-    def __call__(self, table: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        import ray
+
+        spec = ray.get(self.spec)
+        for first, last in zip(*(table.column(n).to_pylist() for n in ("first", "last"))):
+            tasks = ray.get(self.feeder.read_tasks.remote(first, last))
+            for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion):
+                yield portion.table()
+
+
+class _Decode:
+    """From a portion to its chunks. An actor: it has its imports done, and its next portion."""
+
+    def __init__(self, spec: list[Any]) -> None:
         import ray
         import torch
 
-        from pipeline.data.stream import read_piece
+        torch.set_num_threads(1)  # decoders run side by side, one core each
+        self.spec = ray.get(spec[0])
 
-        torch.set_num_threads(1)  # tasks run side by side, one core each
-        spec = ray.get(self.spec)
-        for blob in table.column("piece").to_pylist():
-            for chunk in read_piece(pickle.loads(blob), spec):
+    def __call__(self, table: pa.Table) -> Iterator[dict[str, np.ndarray]]:
+        from pipeline.data.stream import make_chunks
+
+        for row in range(table.num_rows):
+            for chunk in make_chunks(Portion.of(table, row), self.spec):
                 yield {name: values[None] for name, values in chunk.items()}
 
 
@@ -54,10 +72,10 @@ class _Pace:
 
     While a read task waits for room, its next block counts as ready, so the loop's wait returns at
     once and the loop takes 60 % of a core for nothing (Ray 2.60, seen in a profile). Each turn
-    handles all that is ready, so 50 turns a second are plenty.
+    handles all that is ready, so 30 turns a second are plenty.
     """
 
-    TURN_S = 0.02
+    TURN_S = 0.03
 
     def before_execution_starts(self, executor: Any) -> None: ...
 
@@ -76,14 +94,14 @@ class Feeder(Control):
     its part. As `Control` it also carries messages between driver and workers.
 
     Args:
-        order: which rows make up which step.
+        reading: the shards and which of their rows make up which step.
         spec: object reference of a `stream.StreamSpec`, passed on to the read tasks as it is.
         last_step: steps of the run.
         tasks: what its read tasks may take.
     """
 
     def __init__(
-        self, order: ReadingOrder, spec: list[Any], last_step: int, tasks: DecodeTasks
+        self, reading: Reading, spec: list[Any], last_step: int, tasks: DecodeTasks
     ) -> None:
         super().__init__()
         from ray.data import DataContext
@@ -97,9 +115,9 @@ class Feeder(Control):
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
         context.custom_execution_callback_classes.append(_Pace)
-        self.order, self.last_step, self.tasks = order, last_step, tasks
+        self.reading, self.last_step, self.tasks = reading, last_step, tasks
         self.spec = spec[0]
-        self.ready = threading.Condition()
+        self.ready, self.planning = threading.Condition(), threading.Lock()
         self.attempt = ""
         self.segments: dict[int, tuple[int, list[Any]]] = {}
 
@@ -111,7 +129,7 @@ class Feeder(Control):
             if first_step in self.segments or first_step >= self.last_step:
                 return
             last = self._segment_end(first_step)
-            dataset = self._dataset(self.order.pieces(first_step, last))
+            dataset = self._dataset(first_step, last)
             parts = dataset.streaming_split(workers, equal=False)
             current = {s: v for s, v in self.segments.items() if v[0] >= first_step}
             self.segments = current | {first_step: (last, parts)}
@@ -128,30 +146,50 @@ class Feeder(Control):
             last, parts = self.segments[first_step]
             return last, parts[rank]
 
-    def _segment_end(self, first_step: int) -> int:
-        order = self.order
-        steps = max(order.steps_per_pass, SEGMENT_PIECES * order.piece // order.global_batch)
-        return min(self.last_step, first_step + steps)
+    def read_tasks(self, first_step: int, last_step: int) -> list[ReadTask]:
+        """What a read task reads; asked for when it runs, so that nothing is planned ahead."""
+        with self.planning:
+            return self.reading.tasks(first_step, last_step)
 
-    def _dataset(self, pieces: list[Piece]) -> Any:
+    @property
+    def _stretch(self) -> int:
+        """Steps of one read task."""
+        order = self.reading.order
+        return max(1, READ_WINDOWS * order.window // order.global_batch)
+
+    def _segment_end(self, first_step: int) -> int:
+        return min(self.last_step, first_step + SEGMENT * self._stretch)
+
+    def _dataset(self, first_step: int, last_step: int) -> Any:
         import ray
 
-        rows = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        starts = range(first_step, last_step, self._stretch)
+        rows = [{"first": a, "last": min(a + self._stretch, last_step)} for a in starts]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-        limits: dict[str, Any] = {"concurrency": self.tasks.at_once} if self.tasks.at_once else {}
+        me = ray.get_runtime_context().current_actor
+        common = {"batch_size": None, "batch_format": "pyarrow"}
+        most = self.tasks.at_once
+        pool = ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=most, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
+        )
         return dataset.map_batches(
-            _ReadPieces(self.spec),
-            batch_size=None,
-            batch_format="pyarrow",
+            _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=2
+        ).map_batches(
+            _Decode,
+            fn_constructor_args=([self.spec],),
+            compute=pool,
+            **common,
             num_cpus=self.tasks.cpus,
-            **limits,
         )
 
 
-def launch_feeder(spec: Any, last_step: int, tasks: DecodeTasks, workers: int) -> Any:
+def launch_feeder(
+    reading: Reading, spec: Any, last_step: int, tasks: DecodeTasks, workers: int
+) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
 
     Args:
+        reading: the shards and their order.
         spec: the run's `stream.StreamSpec`.
         last_step: steps of the run.
         tasks: what its read tasks may take.
@@ -162,7 +200,7 @@ def launch_feeder(spec: Any, last_step: int, tasks: DecodeTasks, workers: int) -
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Feeder).options(
-        num_cpus=0, max_concurrency=workers + 8, scheduling_strategy=here
+        num_cpus=0, max_concurrency=workers + 16, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
-    return actor.remote(spec.order, [ray.put(spec)], last_step, tasks)
+    return actor.remote(reading, [ray.put(spec)], last_step, tasks)

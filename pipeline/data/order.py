@@ -8,7 +8,7 @@ worker and which place it has, so what a checkpoint must remember of the data is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
@@ -19,7 +19,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Piece:
-    """The work of one read task: positions `start` to `stop` of one window of one pass."""
+    """The work of one read task: positions `start` to `stop` of one window of one pass.
+
+    It holds all that is needed to find its rows, so it is small however large the set is.
+    """
 
     pass_index: int
     window: int
@@ -40,22 +43,31 @@ class ReadingOrder:
         seed: of the run.
         global_batch: images in a step, over all workers.
         window: positions that are shuffled together; a multiple or a divisor of the global batch.
-        piece: positions that one read task handles; at most the window, a multiple of the chunk.
     """
 
     group_rows: Ints
     seed: int
     global_batch: int
     window: int
-    piece: int
+    _passes: dict[int, tuple[Ints, Ints]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def steps_per_pass(self) -> int:
         """Steps in a pass; the remainder of the rows is not used in this pass."""
         return int(self.group_rows.sum()) // self.global_batch
 
+    @property
+    def layout(self) -> str:
+        """16 hex digits of the row groups' lengths: another layout is another order."""
+        rows = np.ascontiguousarray(self.group_rows, "<i8")
+        return blake2b(rows.tobytes(), digest_size=8).hexdigest()
+
     def pieces(self, first_step: int, last_step: int) -> list[Piece]:
-        """Read tasks for steps `first_step` (in) to `last_step` (out), in order."""
+        """Read tasks for steps `first_step` (in) to `last_step` (out), in order.
+
+        Time and memory grow with the row groups of the set (one permutation a pass) and with the
+        windows asked for.
+        """
         found: list[Piece] = []
         step = first_step
         while step < last_step:
@@ -67,40 +79,48 @@ class ReadingOrder:
             step += end - begin
         return found
 
+    def _groups_of(self, pass_index: int) -> tuple[Ints, Ints]:
+        """Row groups in the order of a pass, and the position of each one's first row."""
+        if pass_index not in self._passes:
+            order = keyed(self.seed, pass_index, "groups").permutation(len(self.group_rows))
+            starts = np.concatenate([[0], np.cumsum(self.group_rows[order])])
+            while len(self._passes) > 1:  # readers of a pass overlap with those of the next one
+                self._passes.pop(min(self._passes))
+            self._passes[pass_index] = order, starts
+        return self._passes[pass_index]
+
     def _pass_pieces(self, pass_index: int, first: int, last: int) -> list[Piece]:
-        order = keyed(self.seed, pass_index, "groups").permutation(len(self.group_rows))
-        starts = np.concatenate([[0], np.cumsum(self.group_rows[order])])
+        order, starts = self._groups_of(pass_index)
         used = self.steps_per_pass * self.global_batch
         found = []
         for window in range(first // self.window, -(-last // self.window)):
             low, high = window * self.window, min((window + 1) * self.window, used)
             a = int(np.searchsorted(starts, low, side="right")) - 1
             b = int(np.searchsorted(starts, high, side="left"))
-            for start in range(low, high, self.piece):
-                stop = min(start + self.piece, high)
-                if stop > first and start < last:
-                    found.append(
-                        Piece(
-                            pass_index=pass_index,
-                            window=window,
-                            window_start=low,
-                            window_stop=high,
-                            start=max(start, first),
-                            stop=min(stop, last),
-                            groups=order[a:b],
-                            group_starts=starts[a:b],
-                        )
-                    )
+            found.append(
+                Piece(
+                    pass_index=pass_index,
+                    window=window,
+                    window_start=low,
+                    window_stop=high,
+                    start=max(low, first),
+                    stop=min(high, last),
+                    # copies: a view would keep the arrays of the whole pass alive
+                    groups=order[a:b].copy(),
+                    group_starts=starts[a:b].copy(),
+                )
+            )
         return found
 
-    def rows(self, piece: Piece) -> tuple[Ints, Ints]:
-        """The piece's rows in order: row group of each, and its place in that group."""
-        size = piece.window_stop - piece.window_start
-        shuffle = keyed(self.seed, piece.pass_index, "window", piece.window).permutation(size)
-        part = shuffle[piece.start - piece.window_start : piece.stop - piece.window_start]
-        positions = piece.window_start + part
-        at = np.searchsorted(piece.group_starts, positions, side="right") - 1
-        return piece.groups[at], positions - piece.group_starts[at]
+
+def piece_rows(piece: Piece, seed: int) -> tuple[Ints, Ints]:
+    """The piece's rows in order: for each, which of the piece's groups, and its place in it."""
+    size = piece.window_stop - piece.window_start
+    shuffle = keyed(seed, piece.pass_index, "window", piece.window).permutation(size)
+    part = shuffle[piece.start - piece.window_start : piece.stop - piece.window_start]
+    positions = piece.window_start + part
+    at = np.searchsorted(piece.group_starts, positions, side="right") - 1
+    return at, positions - piece.group_starts[at]
 
 
 def keyed(*key: int | str) -> np.random.Generator:

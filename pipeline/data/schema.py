@@ -45,6 +45,7 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "RowGroup",
+    "ShardColumns",
     "ShardFile",
     "ShardSet",
     "absolute_uri",
@@ -57,6 +58,7 @@ __all__ = [
     "list_parquet",
     "open_shards",
     "parquet_writer_atomic",
+    "read_group",
     "read_row_group",
     "resolve_uri",
     "shard_metadata",
@@ -94,6 +96,11 @@ class ShardSet:
     label_column: str
     has_labels: bool
 
+    @property
+    def columns(self) -> ShardColumns:
+        """The small part of this that a read task needs."""
+        return ShardColumns(self.uri, self.image_column, self.label_column)
+
     def parquet(self, file_index: int) -> pq.ParquetFile:
         """Open one file, for a stage that reads other columns than `read_row_group` gives."""
         return _open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
@@ -101,11 +108,15 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """B rows of a shard: image_ids uint8[B, 16], labels int64[B] (-1: none), images on demand."""
+    """B rows of a shard: image_ids uint8[B, 16], labels int64[B] (-1: none), images on demand.
 
-    images: pa.Array = field(repr=False)  # large_binary
+    `sizes` int64[B, 2] are height and width of the decoded images, 0 where the file does not say.
+    """
+
+    images: pa.Array = field(repr=False)  # binary or large_binary
     image_ids: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
     labels: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
+    sizes: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -248,37 +259,58 @@ def _any_value(meta: pq.FileMetaData, column: str) -> bool:
 
 
 def image_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """The encoded images of a column of either form as one large_binary array."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    """The encoded images of a column of either form as one array, binary or large_binary."""
+    array = column
+    if isinstance(column, pa.ChunkedArray):
+        # `combine_chunks` copies even a single chunk, here all images of a row group.
+        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # what combine_chunks gives for more than 2 GiB
         array = pa.concat_arrays([chunk.cast(pa.large_binary()) for chunk in array.chunks])
     if pa.types.is_struct(array.type):
         # `field` does not look at the nulls of the struct itself, `flatten` does.
         array = array.flatten()[array.type.get_field_index("bytes")]
-    return array.cast(pa.large_binary())
+    plain = pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
+    return array if plain else array.cast(pa.large_binary())
+
+
+@dataclass(frozen=True)
+class ShardColumns:
+    """Where a set's files are and which of their columns are read: all that a read task needs."""
+
+    uri: str
+    image: str
+    label: str
 
 
 def read_row_group(shards: ShardSet, file_index: int, row_group: int) -> RowGroup:
-    """Read one row group: encoded images, ids and labels.
+    """Read one row group: encoded images, ids, labels and sizes."""
+    return read_group(shards.columns, shards.files[file_index].path, row_group)
 
-    The id column is taken from files of this project; elsewhere ids are computed, whatever a
+
+def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
+    """Read one row group of the file at `path` (in the file system of `columns.uri`).
+
+    Ids and sizes are taken from files of this project; elsewhere ids are computed, whatever a
     column `image_id` says (COCO has one, of numbers).
     """
-    with shards.parquet(file_index) as parquet:
+    with _open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
         schema = parquet.schema_arrow
-        own_ids = is_ours(schema)
-        labelled = shards.label_column in schema.names
-        columns = [shards.image_column, *["image_id"] * own_ids, *[shards.label_column] * labelled]
-        table = parquet.read_row_group(row_group, columns=columns)
-    images = image_array(table.column(shards.image_column))
-    if own_ids:
+        own = is_ours(schema)
+        labelled = columns.label in schema.names
+        names = [columns.image, *["image_id", "height", "width"] * own]
+        table = parquet.read_row_group(row_group, columns=[*names, *[columns.label] * labelled])
+    images = image_array(table.column(columns.image))
+    sizes = np.zeros((len(images), 2), np.int64)
+    if own:
         ids = table.column("image_id").to_pylist()
+        for axis, name in enumerate(("height", "width")):
+            sizes[:, axis] = table.column(name).to_numpy()
     else:
         ids = [image_id(item.as_py() or b"") for item in images]
     if labelled:
-        labels = table.column(shards.label_column).cast(pa.int64()).fill_null(-1).to_numpy()
+        labels = table.column(columns.label).cast(pa.int64()).fill_null(-1).to_numpy()
     else:
         labels = np.full(len(images), -1, np.int64)
     # From a bytearray: an array over bytes would be read-only, which torch warns about.
     packed = np.frombuffer(bytearray.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
-    return RowGroup(images, packed, labels)
+    return RowGroup(images, packed, labels, sizes)

@@ -1,14 +1,16 @@
 """Image shards to training workers through Ray Data, in the order that `order.ReadingOrder` fixes.
 
-One read task handles a piece: it reads the row groups, decodes each image once, cuts its crops,
-draws colour numbers and masks, and yields chunks of `chunk` images. A chunk is one row of a Ray
-Data block of its own: so blocks keep the order of the plan, the splitter deals them to the workers
-in turn (`preserve_order` makes it exact), and worker r of W gets chunks r, r + W, r + 2 W, …
-Which images make up a step therefore depends on neither the number of workers nor a restart.
+A read task fetches a window of encoded images (`reading`) and deals it out in portions; a decode
+task decodes each image of a portion once, cuts its crops, draws colour numbers and masks, and
+yields chunks of `chunk` images. A chunk is one row of a Ray Data block of its own: so blocks keep
+the order of the plan, the splitter deals them to the workers in turn (`preserve_order` makes it
+exact), and worker r of W gets chunks r, r + W, r + 2 W, … Which images make up a step therefore
+depends on neither the number of workers nor a restart.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +18,23 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.batch import Batch
-from pipeline.data.crops import CropSpec, crop_boxes, cut_crops
-from pipeline.data.decode import REASONS, BadImage, decode_image
+from pipeline.data.crops import (
+    CropSpec,
+    crop_boxes,
+    cut_crops,
+    decode_shrink,
+    empty_crops,
+    scale_boxes,
+)
+from pipeline.data.decode import REASONS, BadImage, decode_shrunk, image_size
 from pipeline.data.draws import CROP_STREAM, PHOTOMETRIC_STREAM, uniforms
 from pipeline.data.masks import masks_for
-from pipeline.data.order import Piece, ReadingOrder
 from pipeline.data.photometric import PHOTOMETRIC_DRAWS, PhotometricSpec, draw_photometric
-from pipeline.data.schema import ShardSet, read_row_group
-from pipeline.errors import DataError
+from pipeline.data.reading import Portion
+from pipeline.data.schema import ShardColumns
 
-UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
 Chunk = dict[str, np.ndarray]
+PORTION_BYTES = 64 * 2**20  # of crops that a decode task makes: half a second of work for photos
 _REASON_NAMES = np.asarray(REASONS)  # blocks carry numbers; text does not fit into tensor columns
 
 
@@ -41,113 +49,100 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a read task needs beside its piece."""
+    """What read and decode tasks need beside their piece or portion; small whatever the set is."""
 
-    shards: ShardSet
-    order: ReadingOrder
+    columns: ShardColumns
+    seed: int
+    global_batch: int
+    steps_per_pass: int
     crops: CropSpec
     photometric: PhotometricSpec
     masks: MaskSpec
     chunk: int
     max_pixels: int
+    scaled_decode: bool = True
 
-    def group_place(self, group: int) -> tuple[int, int]:
-        """(file, row group in it) of a global row group index."""
-        counts = np.cumsum([len(file.row_groups) for file in self.shards.files])
-        file = int(np.searchsorted(counts, group, side="right"))
-        return file, group - (int(counts[file - 1]) if file else 0)
+    @property
+    def portion(self) -> int:
+        """Images of one decode task: whole chunks, about PORTION_BYTES of crops."""
+        return self.chunk * max(1, PORTION_BYTES // (self.chunk * self.crops.bytes))
 
 
-def reading_order(
-    shards: ShardSet, *, seed: int, global_batch: int, window: int, piece: int
-) -> ReadingOrder:
-    """The order for a shard set.
+def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
+    """The portion's chunks in order. Bad images stay in place with `valid` false and a reason."""
+    share = portion.read_s / len(portion)
+    for first in range(0, len(portion), spec.chunk):
+        chunk = make_chunk(portion, first, min(first + spec.chunk, len(portion)), spec)
+        chunk["seconds"][0] = share * len(chunk["labels"])
+        yield chunk
 
-    Shards that pack wrote are ordered by id, a random permutation, so a window of a few row groups
-    mixes them. Others may be sorted by class, so they are shuffled as a whole.
 
-    Raises:
-        DataError: where unpacked shards are too large for that.
+def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chunk:
+    """Decodes and cuts images `first` to `last` (out) of a portion.
+
+    Returns:
+        The arrays of `Batch`, with `valid` and `reason` [B], and `seconds` float64 [3]: reading
+        (set by the caller), decoding and cutting, of all images together.
     """
-    rows = np.asarray([n for file in shards.files for n in file.row_groups], np.int64)
-    if not shards.packed:
-        size = sum(file.bytes for file in shards.files)
-        if size > UNPACKED_LIMIT:
-            raise DataError(
-                f"{shards.files[0].path} and its neighbours ({size / 2**30:.1f} GiB) were not "
-                "written by pack: their order may be sorted by class",
-                "pack them first: python jobs/pack.py data.source=… data.shards=…",
-            )
-        window = max(1, int(rows.sum()) // global_batch) * global_batch
-    return ReadingOrder(rows, seed, global_batch, window, min(piece, window))
-
-
-def read_piece(piece: Piece, spec: StreamSpec) -> Iterator[Chunk]:
-    """The piece's chunks in order. Bad images stay in place with `valid` false and a reason."""
-    groups, rows = spec.order.rows(piece)
-    tables = {int(g): read_row_group(spec.shards, *spec.group_place(int(g))) for g in set(groups)}
-    for at in range(0, len(groups), spec.chunk):
-        encoded, ids, labels = [], [], []
-        for group, row in zip(
-            groups[at : at + spec.chunk], rows[at : at + spec.chunk], strict=True
-        ):
-            table = tables[int(group)]
-            encoded.append(table.image(int(row)))
-            ids.append(table.image_ids[row])
-            labels.append(table.labels[row])
-        yield make_chunk(
-            encoded, np.stack(ids), np.asarray(labels), piece.pass_index, piece.start + at, spec
-        )
-
-
-def make_chunk(
-    encoded: list[bytes],
-    image_ids: np.ndarray,
-    labels: np.ndarray,
-    pass_index: int,
-    position: int,
-    spec: StreamSpec,
-) -> Chunk:
-    """Decodes and cuts images that stand at `position`, `position` + 1, … of a pass."""
-    count, crops = len(encoded), spec.crops
-    global_shape = (2, crops.global_size, crops.global_size, crops.channels)
-    local_shape = (crops.local_crops, crops.local_size, crops.local_size, crops.channels)
-    seed = spec.order.seed
-    boxes_u = uniforms(seed, pass_index, image_ids, crops.draws, CROP_STREAM)
-    colour_u = uniforms(
-        seed, pass_index, image_ids, crops.views * PHOTOMETRIC_DRAWS, PHOTOMETRIC_STREAM
-    )
-    step_in_pass, first = divmod(position, spec.order.global_batch)
-    step = pass_index * spec.order.steps_per_pass + step_in_pass
+    crops, count = spec.crops, last - first
+    image_ids = portion.image_ids[first:last]
+    key = spec.seed, portion.pass_index, image_ids
+    boxes_u = uniforms(*key, crops.draws, CROP_STREAM)
+    colour_u = uniforms(*key, crops.views * PHOTOMETRIC_DRAWS, PHOTOMETRIC_STREAM)
+    step_in_pass, place = divmod(portion.start + first, spec.global_batch)
     chunk: Chunk = {
         "image_ids": image_ids,
-        "labels": labels,
-        "global_crops": np.zeros((count, *global_shape), np.uint8),
-        "local_crops": np.zeros((count, *local_shape), np.uint8),
+        "labels": portion.labels[first:last],
+        **dict(zip(("global_crops", "local_crops"), empty_crops(count, crops), strict=True)),
         "photometric": draw_photometric(
             colour_u.reshape(count, crops.views, PHOTOMETRIC_DRAWS), spec.photometric
         ),
         "masks": masks_for(
-            seed,
-            step,
-            np.arange(first, first + count),
-            spec.order.global_batch,
+            spec.seed,
+            portion.pass_index * spec.steps_per_pass + step_in_pass,
+            np.arange(place, place + count),
+            spec.global_batch,
             spec.masks.grid,
             spec.masks.probability,
             spec.masks.ratio,
         ),
         "valid": np.ones(count, bool),
         "reason": np.zeros(count, np.int8),
+        "seconds": np.zeros(3),
     }
-    for i, data in enumerate(encoded):
+    sizes = portion.sizes[first:last]
+    boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
+    shrinks = decode_shrink(boxes, crops) if spec.scaled_decode else np.ones(count, np.int64)
+    for i in range(count):
+        begin = time.perf_counter()
         try:
-            image = decode_image(data, crops.channels, spec.max_pixels)
+            encoded = portion.image(first + i)
+            if not sizes[i].all():  # the shard does not say, but the file does
+                height, width = image_size(encoded, crops.channels, spec.max_pixels)
+                boxes[i], flips[i] = crop_boxes(boxes_u[i], width, height, crops)
+                if spec.scaled_decode:
+                    shrinks[i] = decode_shrink(boxes[i], crops)
+            image, shrink = decode_shrunk(
+                encoded, int(shrinks[i]), crops.channels, spec.max_pixels
+            )
+            if sizes[i].all() and (image.shape[:2] != -(-sizes[i] // shrink)).any():
+                # The shard is wrong about its image: believe the pixels.
+                image, shrink = decode_shrunk(encoded, 1, crops.channels, spec.max_pixels)
+                boxes[i], _ = crop_boxes(boxes_u[i], image.shape[1], image.shape[0], crops)
         except BadImage as bad:
             chunk["valid"][i], chunk["reason"][i] = False, REASONS.index(bad.reason)
+            chunk["global_crops"][i], chunk["local_crops"][i] = 0, 0
             continue
-        height, width = image.shape[:2]
-        boxes, flips = crop_boxes(boxes_u[i], width, height, crops)
-        chunk["global_crops"][i], chunk["local_crops"][i] = cut_crops(image, boxes, flips, crops)
+        decoded = time.perf_counter()
+        cut_crops(
+            image,
+            scale_boxes(boxes[i], shrink, *image.shape[:2]),
+            flips[i],
+            crops,
+            out=(chunk["global_crops"][i], chunk["local_crops"][i]),
+        )
+        chunk["seconds"][1] += decoded - begin
+        chunk["seconds"][2] += time.perf_counter() - decoded
     return chunk
 
 

@@ -17,7 +17,8 @@ from pipeline.config import Config
 from pipeline.control import console
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.stream import MaskSpec, StreamSpec, reading_order
+from pipeline.data.reading import Reading, group_rows, reading_of
+from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
@@ -47,25 +48,31 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
     )
 
 
-def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
-    """What the feeder and its read tasks need."""
-    config = plan.config
-    order = reading_order(
+def reading_for(plan: Plan, shards: ShardSet) -> Reading:
+    """Which rows of the set make up which step."""
+    return reading_of(
         shards,
-        seed=config.run.seed,
-        global_batch=config.optim.global_batch_size,
+        seed=plan.config.run.seed,
+        global_batch=plan.config.optim.global_batch_size,
         window=plan.window_images,
-        piece=plan.window_images,
     )
+
+
+def stream_spec(plan: Plan, reading: Reading) -> StreamSpec:
+    """What the read and decode tasks need."""
+    config = plan.config
     loss = config.loss
     return StreamSpec(
-        shards=shards,
-        order=order,
+        columns=reading.shards.columns,
+        seed=config.run.seed,
+        global_batch=config.optim.global_batch_size,
+        steps_per_pass=reading.order.steps_per_pass,
         crops=build.crop_spec(config),
         photometric=build.photometric_spec(config),
         masks=MaskSpec(plan.grid, loss.mask_probability, loss.mask_ratio),
         chunk=plan.chunk_images,
         max_pixels=config.data.max_image_pixels,
+        scaled_decode=config.data.scaled_decode,
     )
 
 
@@ -163,7 +170,8 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "outcome.json").unlink(missing_ok=True)
     tasks = DecodeTasks(plan.decode_cpus, plan.config.resources.decode_tasks)
-    feeder = launch_feeder(stream_spec(plan, shards), plan.steps, tasks, plan.workers)
+    reading = reading_for(plan, shards)
+    feeder = launch_feeder(reading, stream_spec(plan, reading), plan.steps, tasks, plan.workers)
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
     mark = stage / f".shared-{os.urandom(6).hex()}"
