@@ -7,6 +7,7 @@ import struct
 from pipeline.data.jpeg import jpeg_header
 
 MAX_PIXELS = 200_000_000
+_BYTES = 5  # memory that decoding may take, a pixel of the limit: 1 GB for MAX_PIXELS
 REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large")
 
 
@@ -17,6 +18,15 @@ class BadImage(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def pixel_limit(max_pixels: int, bytes_per_pixel: int) -> int:
+    """The limit for files whose decoding takes this much memory a pixel.
+
+    A plain JPEG takes 3 bytes, other formats up to 20, from files of a few hundred bytes. So none
+    may take more than 1 GB, or in proportion more where `max_pixels` is above its default.
+    """
+    return min(max_pixels, max(max_pixels, MAX_PIXELS) * _BYTES // bytes_per_pixel)
 
 
 def too_large(width: int, height: int, max_pixels: int) -> BadImage:

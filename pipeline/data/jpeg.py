@@ -45,8 +45,15 @@ class JpegHeader(NamedTuple):
     adobe: int | None = None  # colour transform of the Adobe marker
     orientation: int | None = 1  # EXIF, 1 to 8; None where only an EXIF library can tell
     scan: int = -1  # offset of the first scan; -1 where there is none
+    interleaved: bool = True  # the first scan has all components
     ended: bool = False  # an end marker follows the first scan
     plain: bool = False  # the fast road may try it
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes a pixel that libjpeg holds until the last scan, where there are several."""
+        several = self.process not in (0, 1) or not self.interleaved
+        return 2 * max(1, self.components) if several else 0
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -126,8 +133,19 @@ def jpeg_header(encoded: bytes) -> JpegHeader:
     ended = scan >= 0 and encoded.rfind(b"\xff\xd9", scan) >= 0
     plain &= known and precision == 8 and width > 0 and height > 0 and ended
     plain &= orientation is not None
+    interleaved = scan < 0 or encoded[scan + 4 : scan + 5] == bytes([components])
     return JpegHeader(
-        width, height, components, precision, process, adobe, orientation, scan, ended, plain
+        width=width,
+        height=height,
+        components=components,
+        precision=precision,
+        process=process,
+        adobe=adobe,
+        orientation=orientation,
+        scan=scan,
+        interleaved=interleaved,
+        ended=ended,
+        plain=plain,
     )
 
 
