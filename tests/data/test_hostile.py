@@ -284,7 +284,7 @@ def largest(mode: str, form: str, side: int, path: Path, **options: Any) -> None
         ("L", "PNG", 4),
         ("RGB", "PNG", 7),
         ("RGBA", "PNG", 7),
-        ("RGB", "GIF", 4),
+        ("L", "GIF", 4),
         ("RGBA", "WEBP", 17),
         ("RGB", "JPEG", 9),
         ("RGB", "JPEG2000", 20),
@@ -296,11 +296,12 @@ def test_the_largest_picture_that_is_read_takes_less_than_a_gibibyte(
     tmp_path, mode, form, bytes_per_pixel
 ):
     """One just under the limit of its format, and one just over it that costs nothing."""
-    limit = int((200_000_000 * 5 / bytes_per_pixel) ** 0.5)
-    options = {"compression": "tiff_adobe_deflate"} if form == "TIFF" else {}
+    limit = int(min(200_000_000, 200_000_000 * 5 / bytes_per_pixel) ** 0.5)
+    quick = {"TIFF": {"compression": "tiff_adobe_deflate"}, "PNG": {"compress_level": 1}}
+    options = quick.get(form, {})
     largest(mode, form, limit, tmp_path / "files" / "a", **options)
     largest(mode, form, limit + 9, tmp_path / "over" / "b", **options)
     found = peaks(tmp_path / "files", tmp_path / "warm")
-    assert GIB / 2 < found["a"] < GIB
+    assert GIB / 3 < found["a"] < GIB
     with pytest.raises(BadImage, match="too_large"):
         decode((tmp_path / "over" / "b").read_bytes())
