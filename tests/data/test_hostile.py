@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import pack as packing
+from pipeline.data.bad_image import pixel_limit
 from pipeline.data.crops import (
     CropSpec,
     crop_boxes,
@@ -30,7 +31,7 @@ from pipeline.data.runs import PackSpec, write_runs
 from pipeline.data.schema import open_shards, read_row_group
 from pipeline.data.sources import list_source, plan_tasks
 from tests.data import hostile as h
-from tests.data.hostile_kinds import Kind, catalogue
+from tests.data.hostile_kinds import Kind, catalogue, jp2
 from tests.data.test_pack import tar_of, write
 
 GIB = 2**30
@@ -91,6 +92,18 @@ def test_a_lower_limit_holds_for_every_kind_by_its_header(monkeypatch):
             with pytest.raises(BadImage) as caught:
                 call(kind.encoded, height * width - 1)
             assert caught.value.reason == "too_large", kind.name
+
+
+def test_limits_are_lower_where_a_pixel_needs_more():
+    million = 10**6
+    at_default = {3: 200, 4: 200, 7: 142, 9: 111, 12: 83, 15: 66, 17: 58, 20: 50}  # docs/data.md
+    for needs, limit in at_default.items():
+        assert pixel_limit(200 * million, needs) // million == limit
+        assert pixel_limit(2000 * million, needs) // (10 * million) == limit
+        assert pixel_limit(40 * million, needs) == 40 * million
+    with pytest.raises(BadImage, match="at most 50000000"):
+        image_size(jp2(7072, 7072))
+    assert image_size(jp2(7000, 7000)) == (7000, 7000)
 
 
 # ---- packed
