@@ -65,7 +65,8 @@ class Data(Section):
         0.01, description="a stage ends when more than this share of its rows is bad"
     )
     max_image_pixels: Positive = Field(
-        200_000_000, description="larger images are bad (too_large); guards against bombs"
+        200_000_000,
+        description="larger images are bad (too_large); formats that take more memory have less",
     )
     max_image_mb: float = Field(64, gt=0, description="larger encoded files are bad (too_large)")
     scaled_decode: bool = Field(

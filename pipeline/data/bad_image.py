@@ -7,6 +7,7 @@ import struct
 from pipeline.data.jpeg import jpeg_header
 
 MAX_PIXELS = 200_000_000
+_BYTES = 5  # memory that decoding may take, a pixel of the limit: 1 GB for MAX_PIXELS
 REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large")
 
 
@@ -17,6 +18,15 @@ class BadImage(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def pixel_limit(max_pixels: int, bytes_per_pixel: int) -> int:
+    """The limit for files whose decoding takes this much memory a pixel.
+
+    A plain JPEG takes 3 bytes, other formats up to 20, from files of a few hundred bytes. So none
+    may take more than 1 GB, or in proportion more where `max_pixels` is above its default.
+    """
+    return min(max_pixels, max(max_pixels, MAX_PIXELS) * _BYTES // bytes_per_pixel)
 
 
 def too_large(width: int, height: int, max_pixels: int) -> BadImage:
@@ -31,7 +41,8 @@ def unidentified(encoded: bytes) -> BadImage:
             cut = cut_short(encoded)
             found = "broken header" + ", or a TIFF of more than 4 bands" * (signature[0] in b"IM")
             return BadImage("truncated" if cut else "undecodable", cut or found)
-    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+    webp = encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP"
+    if webp or encoded[4:12] in (b"ftypavif", b"ftypavis"):
         cut = cut_short(encoded)
         return BadImage("truncated" if cut else "undecodable", cut or "broken header")
     return BadImage("not_an_image", f"no format that is read starts with {encoded[:8]!r}")
@@ -53,4 +64,13 @@ def cut_short(encoded: bytes) -> str:
         promised = struct.unpack("<I", encoded[4:8])[0] + 8
         if len(encoded) < promised:
             return f"{len(encoded)} of {promised} bytes"
+    elif encoded[4:12] in (b"ftypavif", b"ftypavis"):
+        at = 0
+        while at + 8 <= len(encoded):  # boxes: size, kind, content
+            size = int.from_bytes(encoded[at : at + 4], "big")
+            if size < 8:
+                return ""  # to the end of the file, or 64 bits long
+            at += size
+        if at > len(encoded):
+            return f"{len(encoded)} of {at} bytes"
     return ""

@@ -25,7 +25,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.data.bad_image import MAX_PIXELS, REASONS, BadImage, cut_short, unidentified
+from pipeline.data.bad_image import (
+    MAX_PIXELS,
+    REASONS,
+    BadImage,
+    cut_short,
+    pixel_limit,
+    unidentified,
+)
 from pipeline.data.jpeg import JpegHeader, decode_plain, jpeg_header
 from pipeline.data.npy import MAGIC, decode_npy, npy_size
 from pipeline.data.pictures import FORMATS, MODES, convert, decode_picture, picture_size
@@ -132,7 +139,8 @@ def _decode(
 
 def _allowed(header: JpegHeader, max_pixels: int, channels: int) -> bool:
     """Whatever is not, the general road refuses, in its own order and words."""
-    return header.width * header.height <= max_pixels and channels in MODES
+    limit = pixel_limit(max_pixels, 3 + header.held_bytes)
+    return header.width * header.height <= limit and channels in MODES
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _APP0, _APP1, _APP2, _APP13, _APP14, _APP15 = 0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xEF
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _ICC, _MPF, _PHOTOSHOP = b"ICC_PROFILE\0", b"MPF\0", b"Photoshop 3.0\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_NOT_FILL = re.compile(rb"[^\xff]")
 _ORIENTATION, _SHORT = 0x0112, 3  # tag, type
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
@@ -45,8 +46,15 @@ class JpegHeader(NamedTuple):
     adobe: int | None = None  # colour transform of the Adobe marker
     orientation: int | None = 1  # EXIF, 1 to 8; None where only an EXIF library can tell
     scan: int = -1  # offset of the first scan; -1 where there is none
+    interleaved: bool = True  # the first scan has all components
     ended: bool = False  # an end marker follows the first scan
     plain: bool = False  # the fast road may try it
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes a pixel that libjpeg holds until the last scan, where there are several."""
+        several = self.process not in (0, 1) or not self.interleaved
+        return 2 * max(1, self.components) if several else 0
 
     @property
     def upright_size(self) -> tuple[int, int]:
@@ -69,15 +77,22 @@ def jpeg_header(encoded: bytes) -> JpegHeader:
     at, end = 2, len(encoded)
     while at + 4 <= end:
         if encoded[at] != 0xFF:
-            at += 1  # junk between segments, which decoders step over as well
+            at = encoded.find(b"\xff", at)  # junk, which decoders step over as well
             plain = False
+            if at < 0:
+                break
             continue
         marker = encoded[at + 1]
         if marker == _SOS:
             scan = at
             break
-        if marker == 0xFF or marker <= 1 or 0xD0 <= marker <= 0xD8:
-            at += 1 if marker == 0xFF else 2  # fill byte; markers without a length
+        if marker == 0xFF:  # fill bytes
+            after = _NOT_FILL.search(encoded, at)
+            at = after.start() - 1 if after else end
+            plain = False
+            continue
+        if marker <= 1 or 0xD0 <= marker <= 0xD8:  # markers without a length
+            at += 2
             plain = False
             continue
         length = int.from_bytes(encoded[at + 2 : at + 4], "big")
@@ -126,8 +141,19 @@ def jpeg_header(encoded: bytes) -> JpegHeader:
     ended = scan >= 0 and encoded.rfind(b"\xff\xd9", scan) >= 0
     plain &= known and precision == 8 and width > 0 and height > 0 and ended
     plain &= orientation is not None
+    interleaved = scan < 0 or encoded[scan + 4 : scan + 5] == bytes([components])
     return JpegHeader(
-        width, height, components, precision, process, adobe, orientation, scan, ended, plain
+        width=width,
+        height=height,
+        components=components,
+        precision=precision,
+        process=process,
+        adobe=adobe,
+        orientation=orientation,
+        scan=scan,
+        interleaved=interleaved,
+        ended=ended,
+        plain=plain,
     )
 
 

@@ -13,12 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.data.bad_image import BadImage, cut_short, too_large
+from pipeline.data.bad_image import BadImage, cut_short, pixel_limit, too_large
+from pipeline.data.jpeg import jpeg_header, turned
 
 # Formats with a signature. Without one (TGA) any file can pass for an image; EPS runs a program.
 # MPO comes by way of JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what a picture can give, by channels
+# Bytes a pixel that decoders hold beside the picture, as measured; rounded up.
+_DECODER_BYTES = {"WEBP": 10, "TIFF": 8, "JPEG2000": 13, "AVIF": 8}
+_STRIP = 2**20  # pixels that are converted at once
 _EXIF_ORIENTATION = 0x0112
 _TIFF_SIZE = (257, 256)  # tags of height and width as stored
 
@@ -38,10 +42,17 @@ def decode_picture(encoded: bytes, max_pixels: int, channels: int) -> tuple[Pixe
             image.load()
     image.load()  # the long part, outside the lock, so that threads can share the work
     with quiet():
-        image = _upright(image)
-    # np.array copies: the view that np.asarray gives is read-only and torch warns about those.
-    pixels = np.array(convert(image, name, channels))
-    return pixels.reshape(*pixels.shape[:2], channels), name
+        orientation = _orientation(image)
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        # In strips, for a conversion takes up to four more copies of what it converts.
+        out = pixels[top : top + rows]
+        whole = len(out) == len(pixels)
+        strip = image if whole else image.crop((0, top, image.width, top + len(out)))
+        out[...] = np.asarray(convert(strip, name, channels)).reshape(out.shape)
+    del image
+    return turned(pixels, orientation), name
 
 
 def picture_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
@@ -55,16 +66,25 @@ def picture_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, i
             width, height = image.size
         if name == "PNG" and not any(mark in encoded for mark in _PNG_ORIENTED):
             return height, width  # Pillow would decode it all to look behind the pixels
-        turned = _orientation(image) >= 5
-    return (width, height) if turned else (height, width)
+        on_its_side = _orientation(image) >= 5
+    return (width, height) if on_its_side else (height, width)
+
+
+def _bytes(image: Image.Image, encoded: bytes, channels: int) -> int:
+    """Memory of a pixel while an image is decoded: Pillow's, the result's, the decoder's own."""
+    own = _DECODER_BYTES.get(image.format or "", 0)
+    if encoded.startswith(b"\xff\xd8"):
+        own = jpeg_header(encoded).held_bytes
+    return (1 if image.mode in ("1", "L", "P") else 4) + max(channels, 3) + own
 
 
 def _open(encoded: bytes, max_pixels: int, channels: int) -> tuple[Image.Image, str]:
     image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     name = image.format or "?"
     width, height = image.size
-    if width * height > max_pixels:
-        raise too_large(width, height, max_pixels)
+    limit = pixel_limit(max_pixels, _bytes(image, encoded, channels))
+    if width * height > limit:
+        raise too_large(width, height, limit)
     if channels not in MODES:
         detail = f"{name} cannot give {channels} channels, a .npy [H, W, {channels}] can"
         raise BadImage("undecodable", detail)
@@ -119,24 +139,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
     return found if found in range(1, 9) else 1
-
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Not by ImageOps.exif_transpose: it writes the EXIF block anew, and fails where others of its
-    # values are broken.
-    method = _UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -150,8 +150,8 @@ def _walk_local(root: str, pattern: str = "") -> Iterator[Entry | Refused]:
                     waiting += [] if pattern else [item.path]
                     continue
                 if item.is_symlink():
-                    target = Path(item.path).resolve()
-                    if not target.is_file():
+                    target = _target(item.path)
+                    if target is None or not target.is_file():
                         yield Refused(readable(relative), "link", "link to a folder, or broken")
                         continue
                     if not target.is_relative_to(real_root):
@@ -162,6 +162,14 @@ def _walk_local(root: str, pattern: str = "") -> Iterator[Entry | Refused]:
                     yield Refused(readable(relative), "not_an_image", "not a regular file")
                     continue
                 yield Entry(relative, about.st_size, about.st_mtime_ns)
+
+
+def _target(link: str) -> Path | None:
+    """Where a link leads in the end; None where links form a circle."""
+    try:
+        return Path(link).resolve()
+    except (OSError, RuntimeError):  # RuntimeError up to Python 3.12
+        return None
 
 
 def _walk_remote(fs: pafs.FileSystem, root: str, pattern: str = "") -> Iterator[Entry | Refused]:

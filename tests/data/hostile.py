@@ -37,7 +37,7 @@ def jpeg(seed: int = 0, height: int = 48, width: int = 64, **options: Any) -> by
     return encode(pattern(height, width, seed), "JPEG", **{"quality": 90, **options})
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def chunk(kind: bytes, content: bytes) -> bytes:
     check = struct.pack(">I", zlib.crc32(kind + content))
     return struct.pack(">I", len(content)) + kind + content + check
 
@@ -53,14 +53,14 @@ def png(
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     chunks = [(b"IHDR", header), *extra, (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
 
 
 def bomb_png(width: int = 50_000, height: int = 50_000) -> bytes:
     """A few bytes whose header asks for 2.5 gigapixels."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    body = _chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + body + _chunk(b"IEND", b"")
+    body = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
 def bomb_gif() -> bytes:
