@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+HUE_CENTRES = (0, 2, 4)  # of red, green and blue, in sixths of the circle
+NO_CHROMA = 1e-30  # divides the zero of a grey pixel, which has no hue and keeps its value
 _OFF_SIGMA = 0.05  # pixels; exp(-200) is 0 in float32, so that kernel changes nothing
 
 
@@ -24,7 +26,7 @@ def luminance(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    grey: Tensor = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    grey: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     return grey
 
 
@@ -48,21 +50,23 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 def rotate_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Add `turn` [N] (1 = the whole circle) to the hue of [N, 3, H, W] in [0, 1].
 
-    Through HSV, and back by the closed form channel = max - chroma * ramp(hue), without sectors.
+    The hexagon of HSV without its sectors. With t the largest and b the smallest channel,
+    c = t - b and hues in sixths, the distance of a hue from red is 1 + (G + B - R - b) / c in
+    [0, 3], on green's side where G > B; and a channel is t - c (d - 1) with d its distance from
+    the hue, clamped to [1, 2].
     """
     red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    top = x.amax(1, keepdim=True)
-    chroma = top - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)  # a grey pixel has no hue and keeps its value
-    sixths = torch.where(
-        red == top,
-        (green - blue) / safe,
-        torch.where(green == top, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    sixths = sixths + per_crop(6 * turn)
-    offsets = torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)
-    k = (sixths + offsets).remainder(6)
-    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    top = torch.maximum(torch.maximum(red, green), blue)
+    bottom = torch.minimum(torch.minimum(red, green), blue)
+    chroma = top - bottom
+    from_red = (green + blue - red - bottom) / chroma.clamp(min=NO_CHROMA) + 1
+    hue = torch.copysign(from_red, green - blue)
+    # From -3 for a hue as far as it gets on one side: folded twice, any hue in [-3, 3] then gives
+    # its distance from the centre of a channel.
+    centres = torch.arange(0, 6, 2, device=x.device)
+    offsets = (6 * turn[:, None] - centres).remainder(6) - 3
+    distance = ((hue + offsets[:, :, None, None]).abs() - 3).abs()
+    return torch.addcmul(top + chroma, chroma, distance.clamp(1, 2), value=-1)
 
 
 def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
