@@ -17,7 +17,8 @@ from pathlib import Path
 
 LEAVES = [
     "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
-    "data.colour", "data.draws", "data.masks", "data.batch", "data.order",
+    "data.colour", "data.colour_crop", "data.colour_fused", "data.compiled", "data.draws",
+    "data.masks", "data.batch", "data.order",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]

@@ -6,6 +6,8 @@ once: no loop over crops, and nothing that makes the host wait for the device.
 Shapes: N crops, C channels, H x W pixels, values in [0, 1]; one factor [N] per crop.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,13 +23,18 @@ def per_crop(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def luminance(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, 1, H, W]: luma of three channels, the mean of any other number."""
-    if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
-    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    grey: Tensor = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+def luma(planes: Sequence[Tensor]) -> Tensor:
+    """Luma of three channels, the mean of any other number; channels as separate tensors."""
+    weights = LUMA if len(planes) == 3 else (1 / len(planes),) * len(planes)
+    grey = weights[0] * planes[0]
+    for weight, plane in zip(weights[1:], planes[1:], strict=True):
+        grey = grey + weight * plane
     return grey
+
+
+def luminance(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, 1, H, W], see `luma`."""
+    return luma(x.unbind(1))[:, None]
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -47,26 +54,33 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     return (f * x).add_((1 - f) * luminance(x)).clamp_(0, 1)
 
 
-def rotate_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn` [N] (1 = the whole circle) to the hue of [N, 3, H, W] in [0, 1].
+def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Add `turn` [N] (1 = the whole circle) to the hue of [N, 3, H, W] in [0, 1]."""
+    return torch.stack(rotate_hue(x.unbind(1), turn), 1)
+
+
+def rotate_hue(planes: Sequence[Tensor], turn: Tensor) -> list[Tensor]:
+    """Add `turn` [N] (1 = the whole circle) to the hue of red, green and blue [N, H, W].
 
     The hexagon of HSV without its sectors. With t the largest and b the smallest channel,
     c = t - b and hues in sixths, the distance of a hue from red is 1 + (G + B - R - b) / c in
     [0, 3], on green's side where G > B; and a channel is t - c (d - 1) with d its distance from
     the hue, clamped to [1, 2].
     """
-    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    red, green, blue = planes
     top = torch.maximum(torch.maximum(red, green), blue)
     bottom = torch.minimum(torch.minimum(red, green), blue)
     chroma = top - bottom
     from_red = (green + blue - red - bottom) / chroma.clamp(min=NO_CHROMA) + 1
     hue = torch.copysign(from_red, green - blue)
-    # From -3 for a hue as far as it gets on one side: folded twice, any hue in [-3, 3] then gives
-    # its distance from the centre of a channel.
-    centres = torch.arange(0, 6, 2, device=x.device)
-    offsets = (6 * turn[:, None] - centres).remainder(6) - 3
-    distance = ((hue + offsets[:, :, None, None]).abs() - 3).abs()
-    return torch.addcmul(top + chroma, chroma, distance.clamp(1, 2), value=-1)
+    turned = []
+    for centre in HUE_CENTRES:
+        # Hues are in [-3, 3]. Shifted by an offset in [-3, 3) and folded twice, each becomes its
+        # distance from the centre of this channel.
+        offset = (6 * turn - centre).remainder(6) - 3
+        distance = ((hue + offset[:, None, None]).abs() - 3).abs()
+        turned.append(top - chroma * (distance.clamp(1, 2) - 1))
+    return turned
 
 
 def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:

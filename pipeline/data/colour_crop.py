@@ -20,7 +20,7 @@ _NO_WEIGHT = 1e-9  # of the sum of a kernel; eight of them do not reach half a u
 
 
 def brightness_(x: Tensor, factor: float) -> None:
-    """factor * x."""
+    """Multiply; the factor is not negative."""
     x.mul_(factor)
     if factor > 1:
         x.clamp_max_(1)
