@@ -174,9 +174,8 @@ def worst_chain(roads, count: int = DRAWS, sides=SIDES) -> dict[str, float]:
         rows = list(zip(floats(x), params.tolist(), strict=True))
         before = torch.stack([chain(c, row, solarize=False) for c, row in rows])
         expected = torch.stack([chain(c, row, solarize=True) for c, row in rows])
-        # Solarize jumps at its threshold, so a round-off just there is a change by a lot.
+        # Solarize jumps by an 8-bit step at its threshold, which round-off may cross.
         edge = ((before - 128 / 255).abs() < 1e-5) & (params[:, ph.SOLARIZE, None, None, None] > 0)
-        # (a flat crop of 128 is all edge)
         assert edge.float().mean() < 2e-3
         found = [road(x, params, PLAIN) for road in roads]
         for road, ours in zip(roads, found, strict=True):

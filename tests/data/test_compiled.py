@@ -72,7 +72,7 @@ def test_the_device_gives_what_the_cpu_gives():
     torch._dynamo.reset()
     apply = CompiledPhotometric()
     x, params = inputs(64, 98)
-    calm = params[:, ph.SOLARIZE] == 0  # round-off at its threshold is a jump
+    calm = params[:, ph.SOLARIZE] == 0  # round-off may cross its threshold
     expected = ph.apply_photometric(x, params, SPEC)[calm]
     for road in (apply, ph.apply_photometric):
         found = road(x.cuda(), params, SPEC).cpu()[calm]
