@@ -236,7 +236,7 @@ def _finish(device: torch.device) -> None:
 
 def training_step(device: torch.device, images: int) -> Callable[[], object]:
     """A step of configs/vits14.yaml without its colour, blocks compiled as in training."""
-        from pipeline.data.batch import Views
+    from pipeline.data.batch import Views
     from pipeline.model.groups import parameter_groups
     from pipeline.overrides import load
     from pipeline.schedule import StepValues
