@@ -71,6 +71,9 @@ ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(4)))
 
 RGB = 3  # channels in which hue, saturation and greyscale mean something
 
+# On the CPU: from how many values on a crop is worth calls of its own (about 52 x 52 pixels), and
+# how many values of smaller crops are worked on at once.
+_ALONE, _TOGETHER = 1 << 13, 1 << 19
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # of the first four columns: changes nothing
 
 
@@ -136,11 +139,11 @@ def apply_photometric(
     """Apply the drawn parameters to crops of one size and normalise.
 
     The arithmetic is float32 whatever `dtype` is. There are three roads with the same results:
-    crops on the CPU are done one after the other in place; crops on an accelerator with the
-    parameters on the CPU in groups that ask for the same operation, without the host ever waiting;
-    and with the parameters on an accelerator, or under `torch.compile`, every operation runs on
-    all crops with neutral numbers where it is off: more arithmetic, fixed shapes, and fit to be
-    fused (see `compiled`).
+    crops on the CPU are done one after the other in place; small ones, and crops on an accelerator
+    with the parameters on the CPU, in groups that ask for the same operation, without the host ever
+    waiting; and with the parameters on an accelerator, or under `torch.compile`, every operation
+    runs on all crops with neutral numbers where it is off: more arithmetic, fixed shapes, and fit
+    to be fused (see `compiled`).
 
     Args:
         crops: uint8 [N, H, W, C].
@@ -164,9 +167,17 @@ def apply_photometric(
         return _normalised(
             _apply_to_all(_floats(crops), params.to(crops.device), spec), spec, dtype
         )
-    if crops.device.type != "cpu":
-        return _normalised(_apply_to_some(_floats(crops), params, spec), spec, dtype)
-    return _apply_to_each(crops, params, spec, dtype)
+    size = max(1, crops.shape[1:].numel())
+    on_cpu = crops.device.type == "cpu"
+    if on_cpu and size >= _ALONE:
+        return _apply_to_each(crops, params, spec, dtype)
+    part = max(1, _TOGETHER // size) if on_cpu else max(1, len(crops))
+    return torch.cat(
+        [
+            _normalised(_apply_to_some(_floats(some), p, spec), spec, dtype)
+            for some, p in zip(torch.split(crops, part), torch.split(params, part), strict=True)
+        ]
+    )
 
 
 def _floats(crops: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ def _floats(crops: Tensor) -> Tensor:
 
 def _threshold(spec: PhotometricSpec) -> float:
     # A little lower, so that a pixel of exactly this value is inverted however a device rounds.
-    return (spec.solarize_threshold - 1e-3) / 255
+    return (spec.solarize_threshold - 1e-4) / 255
 
 
 def _normalised(x: Tensor, spec: PhotometricSpec, dtype: torch.dtype) -> Tensor:

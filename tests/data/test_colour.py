@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data import photometric as ph
 from pipeline.data.demo import _photographs
+from pipeline.errors import DataError
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -64,12 +65,12 @@ def neutral(count: int) -> Tensor:
 
 
 def each(x: Tensor, params: Tensor, spec: ph.PhotometricSpec) -> Tensor:
-    """What a CPU does."""
-    return ph.apply_photometric(x, params, spec)
+    """What a CPU does with crops that are not small."""
+    return ph._apply_to_each(x, params, spec, torch.float32)
 
 
 def some(x: Tensor, params: Tensor, spec: ph.PhotometricSpec) -> Tensor:
-    """What an accelerator does that nothing is compiled for."""
+    """What a CPU does with small crops, and an accelerator that nothing is compiled for."""
     return ph._normalised(ph._apply_to_some(ph._floats(x), params, spec), spec, torch.float32)
 
 
@@ -221,6 +222,40 @@ def test_grey_pixels_keep_their_value_under_hue(road):
     params = neutral(3)
     params[:, ph.JITTER], params[:, ph.HUE] = 1, torch.tensor([-0.5, 0.1, 0.37])
     assert torch.equal(road(x, params, PLAIN), floats(x))
+
+
+@pytest.mark.parametrize(
+    ("side", "road"), [(52, "_apply_to_some"), (53, "_apply_to_each"), (98, "_apply_to_each")]
+)
+def test_the_size_of_a_crop_chooses_the_road_and_not_the_result(side, road, monkeypatch):
+    x = crops(12, (side, side), 5)
+    u = np.random.default_rng(5).random((4, 3, ph.PHOTOMETRIC_DRAWS))
+    params = torch.from_numpy(ph.draw_photometric(u, PLAIN)).flatten(0, 1)
+    params[:, ph.SOLARIZE] = 0
+    expected = torch.stack(
+        [chain(c, row, True) for c, row in zip(floats(x), params.tolist(), strict=True)]
+    )
+    taken = []
+    for name in ("_apply_to_some", "_apply_to_each"):
+        function = getattr(ph, name)
+
+        def noted(*arguments, name=name, function=function):
+            taken.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(ph, name, noted)
+    found = ph.apply_photometric(x, params, PLAIN)
+    assert set(taken) == {road}
+    assert (found - expected).abs().max() <= TOLERANCES["all in the drawn order"]
+
+
+def test_crops_that_cannot_be_reflected_are_refused():
+    with pytest.raises(DataError, match="4 x 9 pixels are too small for a blur of 9"):
+        ph.apply_photometric(torch.zeros(1, 4, 9, 3, dtype=torch.uint8), neutral(1), SPEC)
+    calm = ph.PhotometricSpec(blur_probability=(0.0, 0.0, 0.0))
+    assert ph.apply_photometric(
+        torch.zeros(1, 4, 9, 3, dtype=torch.uint8), neutral(1), calm
+    ).shape == (1, 3, 4, 9)
 
 
 @pytest.mark.parametrize("road", ROADS)
