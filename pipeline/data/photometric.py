@@ -193,8 +193,12 @@ def _threshold(spec: PhotometricSpec) -> float:
 
 def _normalised(x: Tensor, spec: PhotometricSpec, dtype: torch.dtype) -> Tensor:
     # The numbers of each channel are in the program: nothing to copy to the device.
-    rows = zip(x.unbind(1), spec.mean, spec.std, strict=True)
-    return torch.stack([((plane - mean) / std).to(dtype) for plane, mean, std in rows], 1)
+    channels = zip(x.unbind(1), spec.mean, spec.std, strict=True)
+    if torch.compiler.is_compiling():  # where writing in place would split what can be fused
+        return torch.stack([((plane - mean) / std).to(dtype) for plane, mean, std in channels], 1)
+    for plane, mean, std in channels:
+        plane.sub_(mean).div_(std)
+    return x.to(dtype)
 
 
 def _apply_to_all(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
