@@ -12,9 +12,9 @@ from pipeline.errors import ConfigError
 from pipeline.overrides import field_paths
 from pipeline.schedule import StepValues, cosine, linear
 
-CHUNK_BYTES = (
-    32 * 2**20
-)  # of crops in one Ray Data block: few enough to stream, large enough to pay
+CHUNK_BYTES = 36 * 2**20  # of crops in one Ray Data block: 64 images at the usual sizes
+WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
+DECODE_CPUS = 0.95  # the rest of a core is for read tasks, which wait most of the time
 
 # A resumed run may change these and nothing else: they do not touch what is learnt.
 MAY_CHANGE = (
@@ -55,6 +55,7 @@ class Plan(BaseModel):
     config: Config
     images: int
     digest: str
+    layout: str = ""  # of the row groups: another one is another reading order
     class_names: tuple[str, ...]
     device: Literal["cpu", "cuda"]
     workers: int
@@ -76,6 +77,7 @@ class Plan(BaseModel):
     save_every: int
     cpus_per_worker: float
     decode_cpus: float
+    decode_tasks: int
     threads: int
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
@@ -133,9 +135,25 @@ def value_at(config: Config, path: str) -> object:
 
 
 def resolve(
-    config: Config, *, images: int, digest: str, class_names: tuple[str, ...], machine: Machine
+    config: Config,
+    *,
+    images: int,
+    digest: str,
+    class_names: tuple[str, ...],
+    machine: Machine,
+    image_bytes: float = 0.0,
+    layout: str = "",
 ) -> Plan:
     """Turns passes into steps, scales the lr, picks workers, batch and precision.
+
+    Args:
+        config: the recipe.
+        images: of the set.
+        digest: of the set.
+        class_names: of the set.
+        machine: where it runs.
+        image_bytes: mean size of an encoded image; large ones make the shuffle window shorter.
+        layout: of the set's row groups, see `data.order.layout_of`.
 
     Raises:
         ConfigError: where the numbers cannot work together, with all that is wrong.
@@ -197,13 +215,17 @@ def resolve(
     precision, reason = _precision(config, machine, device)
     # The order of rows must not depend on the workers, so the window is cut from the global batch.
     rows = config.data.shuffle_images
+    if image_bytes:
+        rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
     window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
     chunk = _divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
+    decode_cpus = min(DECODE_CPUS, 0.9 * free_cpus)
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
         config=config,
         images=images,
         digest=digest,
+        layout=layout,
         class_names=class_names,
         device=device,
         workers=workers,
@@ -224,7 +246,8 @@ def resolve(
         eval_every=train.eval_every or max(1, math.ceil(steps / 10)),
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
         cpus_per_worker=cpus_per_worker,
-        decode_cpus=min(1.0, free_cpus),
+        decode_cpus=decode_cpus,
+        decode_tasks=config.resources.decode_tasks or max(1, int(free_cpus / decode_cpus)),
         threads=config.resources.threads or max(1, machine.cpus // workers),
     )
 

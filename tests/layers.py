@@ -17,8 +17,9 @@ from pathlib import Path
 
 LEAVES = [
     "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
-    "data.colour", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
-    "data.jpeg", "data.npy", "data.pictures",
+    "data.colour", "data.colour_crop", "data.colour_fused", "data.compiled", "data.draws",
+    "data.masks", "data.batch", "data.order", "data.bad_image", "data.jpeg", "data.npy",
+    "data.pictures",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]
@@ -70,9 +71,10 @@ TABLE = [
     row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
     row(PACKING, ["errors", *LEAVES, *PACKING], others="numpy pyarrow"),
     row("data.pack", ["errors", *LEAVES, *PACKING], others_inside="ray"),
+    row("data.reading", ["errors", *LEAVES], others="numpy pyarrow"),
     row(
         "data.stream data.feeder",
-        ["errors", "control", *LEAVES],
+        ["errors", "control", "data.reading", *LEAVES],
         "cluster data.stream",
         others="numpy pyarrow",
         others_inside="ray torch",
@@ -119,7 +121,7 @@ TABLE = [
     row(
         "train.evaluations train.loop train.run",
         [*MATHS, "config", "plan", "files", "log", "control", "evaluate.*"]
-        + ["data.stream", "data.feeder", "train.*"],
+        + ["data.reading", "data.stream", "data.feeder", "train.*"],
         others="torch ray",
         others_inside="yaml",
     ),

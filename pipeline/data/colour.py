@@ -6,11 +6,15 @@ once: no loop over crops, and nothing that makes the host wait for the device.
 Shapes: N crops, C channels, H x W pixels, values in [0, 1]; one factor [N] per crop.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-_LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+HUE_CENTRES = (0, 2, 4)  # of red, green and blue, in sixths of the circle
+NO_CHROMA = 1e-30  # divides the zero of a grey pixel, which has no hue and keeps its value
 _OFF_SIGMA = 0.05  # pixels; exp(-200) is 0 in float32, so that kernel changes nothing
 
 
@@ -19,13 +23,18 @@ def per_crop(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def luminance(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, 1, H, W]: luma of three channels, the mean of any other number."""
-    if x.shape[1] != 3:
-        return x.mean(1, keepdim=True)
-    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    grey: Tensor = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+def luma(planes: Sequence[Tensor]) -> Tensor:
+    """Luma of three channels, the mean of any other number; channels as separate tensors."""
+    weights = LUMA if len(planes) == 3 else (1 / len(planes),) * len(planes)
+    grey = weights[0] * planes[0]
+    for weight, plane in zip(weights[1:], planes[1:], strict=True):
+        grey = grey + weight * plane
     return grey
+
+
+def luminance(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, 1, H, W], see `luma`."""
+    return luma(x.unbind(1))[:, None]
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -45,24 +54,33 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     return (f * x).add_((1 - f) * luminance(x)).clamp_(0, 1)
 
 
-def rotate_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Add `turn` [N] (1 = the whole circle) to the hue of [N, 3, H, W] in [0, 1].
+def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Add `turn` [N] (1 = the whole circle) to the hue of [N, 3, H, W] in [0, 1]."""
+    return torch.stack(rotate_hue(x.unbind(1), turn), 1)
 
-    Through HSV, and back by the closed form channel = max - chroma * ramp(hue), without sectors.
+
+def rotate_hue(planes: Sequence[Tensor], turn: Tensor) -> list[Tensor]:
+    """Add `turn` [N] (1 = the whole circle) to the hue of red, green and blue [N, H, W].
+
+    The hexagon of HSV without its sectors. With t the largest and b the smallest channel,
+    c = t - b and hues in sixths, the distance of a hue from red is 1 + (G + B - R - b) / c in
+    [0, 3], on green's side where G > B; and a channel is t - c (d - 1) with d its distance from
+    the hue, clamped to [1, 2].
     """
-    red, green, blue = x[:, 0:1], x[:, 1:2], x[:, 2:3]
-    top = x.amax(1, keepdim=True)
-    chroma = top - x.amin(1, keepdim=True)
-    safe = torch.where(chroma > 0, chroma, 1.0)  # a grey pixel has no hue and keeps its value
-    sixths = torch.where(
-        red == top,
-        (green - blue) / safe,
-        torch.where(green == top, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    sixths = sixths + per_crop(6 * turn)
-    offsets = torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1)
-    k = (sixths + offsets).remainder(6)
-    return top - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    red, green, blue = planes
+    top = torch.maximum(torch.maximum(red, green), blue)
+    bottom = torch.minimum(torch.minimum(red, green), blue)
+    chroma = top - bottom
+    from_red = (green + blue - red - bottom) / chroma.clamp(min=NO_CHROMA) + 1
+    hue = torch.copysign(from_red, green - blue)
+    turned = []
+    for centre in HUE_CENTRES:
+        # Hues are in [-3, 3]. Shifted by an offset in [-3, 3) and folded twice, each becomes its
+        # distance from the centre of this channel.
+        offset = (6 * turn - centre).remainder(6) - 3
+        distance = ((hue + offset[:, None, None]).abs() - 3).abs()
+        turned.append(top - chroma * (distance.clamp(1, 2) - 1))
+    return turned
 
 
 def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:

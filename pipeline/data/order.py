@@ -56,12 +56,6 @@ class ReadingOrder:
         """Steps in a pass; the remainder of the rows is not used in this pass."""
         return int(self.group_rows.sum()) // self.global_batch
 
-    @property
-    def layout(self) -> str:
-        """16 hex digits of the row groups' lengths: another layout is another order."""
-        rows = np.ascontiguousarray(self.group_rows, "<i8")
-        return blake2b(rows.tobytes(), digest_size=8).hexdigest()
-
     def pieces(self, first_step: int, last_step: int) -> list[Piece]:
         """Read tasks for steps `first_step` (in) to `last_step` (out), in order.
 
@@ -111,6 +105,12 @@ class ReadingOrder:
                 )
             )
         return found
+
+
+def layout_of(group_rows: Ints) -> str:
+    """16 hex digits of the row groups' lengths: another layout is another order."""
+    rows = np.ascontiguousarray(group_rows, "<i8")
+    return blake2b(rows.tobytes(), digest_size=8).hexdigest()
 
 
 def piece_rows(piece: Piece, seed: int) -> tuple[Ints, Ints]:

@@ -23,7 +23,6 @@ Shapes: N crops, C channels, H x W pixels.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +33,24 @@ from torch import Tensor
 from pipeline.data.colour import (
     adjust_brightness,
     adjust_contrast,
+    adjust_hue,
     adjust_saturation,
     blur,
+    luma,
     luminance,
     per_crop,
-    rotate_hue,
 )
+from pipeline.data.colour_crop import (
+    blur_,
+    brightness_,
+    contrast_,
+    greyscale_,
+    hue_,
+    saturation_,
+    solarize_,
+)
+from pipeline.data.colour_fused import Jitter, jitter_planes
+from pipeline.errors import DataError
 
 # Columns of the parameters.
 BRIGHTNESS = 0  # factor, 1 changes nothing
@@ -60,7 +71,10 @@ ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(4)))
 
 RGB = 3  # channels in which hue, saturation and greyscale mean something
 
-_CACHED = 1 << 20  # floats worked on at once on the CPU: 1.5 times as fast as a whole batch
+# On the CPU: from how many values on a crop is worth calls of its own (about 52 x 52 pixels), and
+# how many values of smaller crops are worked on at once.
+_ALONE, _TOGETHER = 1 << 13, 1 << 19
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # of the first four columns: changes nothing
 
 
 @dataclass(frozen=True)
@@ -124,11 +138,12 @@ def apply_photometric(
 ) -> Tensor:
     """Apply the drawn parameters to crops of one size and normalise.
 
-    The arithmetic is float32 whatever `dtype` is. With the parameters on the CPU each operation
-    runs on the crops that ask for it only (the crops may be anywhere; nothing waits for the
-    device). With the parameters on an accelerator, or under `torch.compile`, every operation runs
-    on all crops with neutral numbers where it is off: more arithmetic, fixed shapes, and fit to be
-    fused.
+    The arithmetic is float32 whatever `dtype` is. There are three roads with the same results:
+    crops on the CPU are done one after the other in place; small ones, and crops on an accelerator
+    with the parameters on the CPU, in groups that ask for the same operation, without the host ever
+    waiting; and with the parameters on an accelerator, or under `torch.compile`, every operation
+    runs on all crops with neutral numbers where it is off: more arithmetic, fixed shapes, and fit
+    to be fused (see `compiled`).
 
     Args:
         crops: uint8 [N, H, W, C].
@@ -138,12 +153,25 @@ def apply_photometric(
 
     Returns:
         [N, C, H, W] contiguous, normalised by spec.mean and spec.std.
+
+    Raises:
+        DataError: the crops are too small for the blur's kernel to be reflected at the border.
     """
+    if min(crops.shape[1:3]) <= spec.blur_kernel // 2 and any(spec.blur_probability):
+        raise DataError(
+            f"crops of {crops.shape[1]} x {crops.shape[2]} pixels are too small for a blur of "
+            f"{spec.blur_kernel} pixels",
+            f"make them at least {spec.blur_kernel // 2 + 1} pixels wide, or set augment.blur=none",
+        )
     if params.device.type != "cpu" or torch.compiler.is_compiling():
-        x = _floats(crops)
-        return _normalised(_apply_to_all(x, params.to(x.device), spec), spec, dtype)
-    pixels = max(1, crops.shape[1:].numel())
-    part = max(1, _CACHED // pixels) if crops.device.type == "cpu" else max(1, len(crops))
+        return _normalised(
+            _apply_to_all(_floats(crops), params.to(crops.device), spec), spec, dtype
+        )
+    size = max(1, crops.shape[1:].numel())
+    on_cpu = crops.device.type == "cpu"
+    if on_cpu and size >= _ALONE:
+        return _apply_to_each(crops, params, spec, dtype)
+    part = max(1, _TOGETHER // size) if on_cpu else max(1, len(crops))
     return torch.cat(
         [
             _normalised(_apply_to_some(_floats(some), p, spec), spec, dtype)
@@ -158,29 +186,45 @@ def _floats(crops: Tensor) -> Tensor:
     return x.div_(255)
 
 
+def _threshold(spec: PhotometricSpec) -> float:
+    # A little lower, so that a pixel of exactly this value is inverted however a device rounds.
+    return (spec.solarize_threshold - 1e-4) / 255
+
+
 def _normalised(x: Tensor, spec: PhotometricSpec, dtype: torch.dtype) -> Tensor:
-    mean, std = (_constant(v, torch.float32, x)[:, None, None] for v in (spec.mean, spec.std))
-    return x.sub_(mean).div_(std).to(dtype)
+    # The numbers of each channel are in the program: nothing to copy to the device.
+    channels = zip(x.unbind(1), spec.mean, spec.std, strict=True)
+    if torch.compiler.is_compiling():  # where writing in place would split what can be fused
+        return torch.stack([((plane - mean) / std).to(dtype) for plane, mean, std in channels], 1)
+    for plane, mean, std in channels:
+        plane.sub_(mean).div_(std)
+    return x.to(dtype)
 
 
 def _apply_to_all(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
-    """No shape depends on the parameters."""
-    coloured = x.shape[1] == RGB
+    """No shape depends on the parameters, and nothing is copied from the host."""
     jitter = params[:, JITTER] > 0
-    orders = _constant(ORDERS, torch.int64, x)[params[:, ORDER].long()]
-    for position in range(4):
-        column = torch.where(jitter, orders[:, position], -1)
-        factor = params.gather(1, column.clamp(min=0)[:, None])[:, 0]
-        if coloured:
-            x = _blend(x, column, factor)
-            x = torch.where(per_crop(column == HUE), rotate_hue(x, factor), x)
-        else:
-            x = _blend(x, torch.where(column == SATURATION, -1, column), factor)
-    if coloured:
-        x = torch.where(per_crop(params[:, GREY] > 0), luminance(x), x)
-    x = blur(x, params[:, BLUR_SIGMA], spec.blur_kernel)
-    solarized = per_crop(params[:, SOLARIZE] > 0) & (x >= spec.solarize_threshold / 255)
+    strength = (torch.where(jitter, params[:, i], NEUTRAL[i]) for i in range(4))
+    planes = jitter_planes(x.unbind(1), Jitter(*strength), _positions(params[:, ORDER]))
+    if len(planes) == RGB:
+        grey, chosen = luma(planes), params[:, GREY, None, None] > 0
+        planes = [torch.where(chosen, grey, plane) for plane in planes]
+    x = blur(torch.stack(planes, 1), params[:, BLUR_SIGMA], spec.blur_kernel)
+    solarized = per_crop(params[:, SOLARIZE] > 0) & (x >= _threshold(spec))
     return torch.where(solarized, 1 - x, x)
+
+
+def _positions(row: Tensor) -> Jitter:
+    """Rows [N] of ORDERS -> the position of each operation, by arithmetic instead of a table."""
+    row = row.long()
+    first, second, third = row // 6, row % 6 // 2, row % 2
+    second = second + (second >= first).long()
+    third = third + (third >= torch.minimum(first, second)).long()
+    third = third + (third >= torch.maximum(first, second)).long()
+    # The fourth is at 3, which is what is missing to the sum of the others.
+    columns = (first, second, third)
+    done = [[(column == operation).long() for column in columns] for operation in range(4)]
+    return Jitter(*(3 - 3 * at0 - 2 * at1 - at2 for at0, at1, at2 in done))
 
 
 def _apply_to_some(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
@@ -192,7 +236,7 @@ def _apply_to_some(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
         column = torch.where(jitter, orders[:, position], -1)
         factor = params.gather(1, column.clamp(min=0)[:, None])[:, 0]
         for operation in range(4 if coloured else SATURATION):  # hue is behind saturation
-            chosen = (column == operation) & (factor != (0.0 if operation == HUE else 1.0))
+            chosen = (column == operation) & (factor != NEUTRAL[operation])
             rows = _rows(chosen, x)
             if rows is None:
                 continue
@@ -206,15 +250,35 @@ def _apply_to_some(x: Tensor, params: Tensor, spec: PhotometricSpec) -> Tensor:
         x[rows] = blur(x[rows], sigma, spec.blur_kernel)
     if (rows := _rows(params[:, SOLARIZE] > 0, x)) is not None:
         part = x[rows]
-        x[rows] = torch.where(part >= spec.solarize_threshold / 255, 1 - part, part)
+        x[rows] = torch.where(part >= _threshold(spec), 1 - part, part)
     return x
 
 
-def _constant(
-    values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype, x: Tensor
+def _apply_to_each(
+    crops: Tensor, params: Tensor, spec: PhotometricSpec, dtype: torch.dtype
 ) -> Tensor:
-    # Not torch.tensor(..., device=): that would make the host wait for the device.
-    return torch.tensor(values, dtype=dtype).to(x.device, non_blocking=True)
+    """One crop after the other, each staying in the cache from the first operation to the last."""
+    count, height, width, channels = crops.shape
+    out = torch.empty((count, channels, height, width), dtype=dtype)
+    buffer = torch.empty(out.shape[1:]) if dtype != torch.float32 else None
+    mean, std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
+    for crop, row, result in zip(crops, params.tolist(), out, strict=True):
+        x = result if buffer is None else buffer
+        x.copy_(crop.permute(2, 0, 1)).div_(255)
+        if row[JITTER]:
+            for column in ORDERS[int(row[ORDER])]:
+                if row[column] != NEUTRAL[column] and (channels == RGB or column < SATURATION):
+                    _IN_PLACE[column](x, row[column])
+        if row[GREY] and channels == RGB:
+            greyscale_(x)
+        if row[BLUR_SIGMA]:
+            blur_(x, row[BLUR_SIGMA], spec.blur_kernel)
+        if row[SOLARIZE]:
+            solarize_(x, _threshold(spec))
+        x.sub_(mean).div_(std)
+        if buffer is not None:
+            result.copy_(buffer)
+    return out
 
 
 def _rows(chosen: Tensor, x: Tensor) -> Tensor | None:
@@ -222,14 +286,5 @@ def _rows(chosen: Tensor, x: Tensor) -> Tensor | None:
     return rows.to(x.device, non_blocking=True) if len(rows) else None
 
 
-def _blend(x: Tensor, column: Tensor, factor: Tensor) -> Tensor:
-    """Brightness, contrast or saturation per crop, by `column`; x itself for any other column."""
-    grey = luminance(x)
-    is_contrast, is_saturation = per_crop(column == CONTRAST), per_crop(column == SATURATION)
-    f = per_crop(torch.where((column >= 0) & (column != HUE), factor, 1.0))
-    other = torch.where(is_contrast, grey.mean((2, 3), keepdim=True), grey)
-    other = torch.where(is_contrast | is_saturation, other, 0.0)
-    return (f * x + (1 - f) * other).clamp(0, 1)
-
-
-_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, rotate_hue)
+_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+_IN_PLACE = (brightness_, contrast_, saturation_, hue_)

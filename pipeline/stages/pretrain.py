@@ -31,12 +31,12 @@ def key(context: Context) -> str:
     Raises:
         TrainError: where such a change meets a checkpoint; said here, before Ray is started.
     """
-    config, digest = context.config, context.shards().digest
-    check_resume(config, digest, context.folder)
+    config, shards = context.config, context.shards()
+    check_resume(config, shards, context.folder)
     fixed = {
         path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
     }
-    return fingerprint([fixed, digest])
+    return fingerprint([fixed, shards.digest])
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = context.shards()
     found = plan(context)
     evaluation_spec(found, shards)  # a wrong evaluation set is said before training
-    for change in check_resume(found.config, shards.digest, context.folder):
+    for change in check_resume(found.config, shards, context.folder):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)

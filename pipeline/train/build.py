@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import Module
 
 from pipeline.config import Config
+from pipeline.data.batch import Apply
+from pipeline.data.compiled import CompiledPhotometric
 from pipeline.data.crops import CropSpec
-from pipeline.data.photometric import PhotometricSpec
+from pipeline.data.photometric import PhotometricSpec, apply_photometric
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
 from pipeline.model.pair import Backbone, BackboneSpec, HeadSpec, Pair, build_pair
@@ -128,6 +131,14 @@ def photometric_spec(config: Config) -> PhotometricSpec:
         mean=augment.mean,
         std=augment.std,
     )
+
+
+def photometric_function(plan: Plan, device: torch.device) -> Apply:
+    """What changes colours: compiled where the networks are, and as it is on a CPU.
+
+    One crop after the other is faster on a CPU than anything compiled (benchmarks/colour.py).
+    """
+    return CompiledPhotometric() if plan.compile and device.type != "cpu" else apply_photometric
 
 
 def compile_blocks(pair: Pair) -> None:

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import log as logs
 from pipeline.control import RemoteLines
-from pipeline.data.batch import BadImage, Batch, Views
+from pipeline.data.batch import Apply, BadImage, Batch, Views
 from pipeline.data.order import keyed
+from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.stream import batches
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Pair
@@ -56,6 +57,7 @@ def train_worker(job: dict[str, Any]) -> None:
         first_step = saved.step
     student = _parallel(trainee.pair.student, device, workers)
     photometric = build.photometric_spec(plan.config)
+    colours = build.photometric_function(plan, device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
     attempt = _shared_token()
     stream = batches(
@@ -87,7 +89,7 @@ def train_worker(job: dict[str, Any]) -> None:
             result = train_step(
                 student,
                 trainee.pair,
-                [_views(batch, photometric, device) for batch in held],
+                [_views(batch, photometric, device, colours) for batch in held],
                 trainee.optimizer,
                 plan.at(step),
                 trainee.objective,
@@ -148,8 +150,8 @@ def _parallel(student: torch.nn.Module, device: torch.device, workers: int) -> t
     return DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def _views(batch: Batch, spec: Any, device: torch.device) -> Views:
-    return batch.to(device).views(spec)
+def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: Apply) -> Views:
+    return batch.to(device).views(spec, photometric=colours)
 
 
 def _generator(seed: int, step: int, rank: int) -> torch.Generator:

@@ -17,6 +17,7 @@ from pipeline.config import Config
 from pipeline.control import console
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
@@ -45,6 +46,8 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
         digest=shards.digest,
         class_names=shards.class_names,
         machine=machine,
+        image_bytes=sum(file.bytes for file in shards.files) / max(1, shards.rows),
+        layout=layout_of(group_rows(shards)),
     )
 
 
@@ -123,7 +126,7 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     )
 
 
-def check_resume(config: Config, digest: str, folder: RunFolder) -> list[str]:
+def check_resume(config: Config, shards: ShardSet, folder: RunFolder) -> list[str]:
     """What differs, and may, from the run's last checkpoint; empty without one. Needs no Ray.
 
     The length of the run follows from the config and the shards, so it is checked with them.
@@ -136,8 +139,11 @@ def check_resume(config: Config, digest: str, folder: RunFolder) -> list[str]:
         return []
     earlier = Plan.model_validate(saved.meta["plan"])
     allowed, refused = changes(earlier.config, config)
-    if earlier.digest != digest:
-        refused.append(f"the shards: {earlier.digest} -> {digest}")
+    layout = layout_of(group_rows(shards))
+    if earlier.digest != shards.digest:
+        refused.append(f"the shards: {earlier.digest} -> {shards.digest}")
+    elif earlier.layout not in ("", layout):
+        refused.append(f"the row groups of the shards: {earlier.layout} -> {layout}")
     if refused:
         raise TrainError(
             f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "
@@ -169,7 +175,7 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
     (stage / "outcome.json").unlink(missing_ok=True)
-    tasks = DecodeTasks(plan.decode_cpus, plan.config.resources.decode_tasks)
+    tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
     reading = reading_for(plan, shards)
     feeder = launch_feeder(reading, stream_spec(plan, reading), plan.steps, tasks, plan.workers)
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)

@@ -107,6 +107,31 @@ def test_crops_equal_pillow(size):
     assert max(errors) < 0.5
 
 
+def test_crops_of_real_photos_equal_pillow(shared):
+    """200 crops of ImageNet photos, whole and upscaled boxes among them, as the reference cuts."""
+    files = sorted((shared / "data/imagenet-samples").glob("*.JPEG"))[:20]
+    means, most = [], 0
+    for number, file in enumerate(files):
+        photo_file = Image.open(file).convert("RGB")
+        image = np.asarray(photo_file)
+        ids = np.full((1, 16), number, np.uint8)
+        boxes, flips = crop_boxes(
+            uniforms(3, 0, ids, SPEC.draws)[0], photo_file.width, photo_file.height, SPEC
+        )
+        boxes[0] = 0, 0, photo_file.height, photo_file.width
+        boxes[2] = 10, 20, 60, 50
+        cut = [crop for crops in cut_crops(image, boxes, flips, SPEC) for crop in crops]
+        for ours, (top, left, height, width), flip in zip(cut, boxes, flips, strict=True):
+            crop = photo_file.crop((left, top, left + width, top + height))
+            theirs = np.asarray(crop.resize(ours.shape[:2], Image.Resampling.BICUBIC)).astype(int)
+            difference = abs(ours - (theirs[:, ::-1] if flip else theirs))
+            means.append(difference.mean())
+            most = max(most, int(difference.max()))
+    assert len(means) == 200
+    assert np.mean(means) < 0.05 and max(means) < 0.5, (np.mean(means), max(means))  # of 255
+    assert most <= 16  # found: 9, where the two round between the passes differently
+
+
 def test_read_only_tiny_and_whole_images_are_cut():
     spec = CropSpec(global_size=28, local_size=14, local_crops=2)
     for height, width in ((1, 1), (1, 9), (40, 40)):

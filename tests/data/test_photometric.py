@@ -66,7 +66,14 @@ def dense(x: torch.Tensor, params: torch.Tensor, spec: ph.PhotometricSpec) -> to
     return (out - mean[:, None, None]) / std[:, None, None]
 
 
-PATHS = pytest.mark.parametrize("apply", [ph.apply_photometric, dense], ids=["some", "all"])
+def each(x: torch.Tensor, params: torch.Tensor, spec: ph.PhotometricSpec) -> torch.Tensor:
+    """The path of crops that are not small on the CPU."""
+    return ph._apply_to_each(x, params, spec, torch.float32)
+
+
+PATHS = pytest.mark.parametrize(
+    "apply", [ph.apply_photometric, each, dense], ids=["some", "each", "all"]
+)
 
 
 @PATHS
@@ -131,8 +138,9 @@ def test_solarize_inverts_from_128_on():
         torch.testing.assert_close(values, torch.tensor([127.0, 127.0, 126.0]))
 
 
-def test_the_result_of_a_crop_does_not_depend_on_its_company():
-    params, x = drawn(60), crops(60)
+@pytest.mark.parametrize("size", [20, 60])
+def test_the_result_of_a_crop_does_not_depend_on_its_company(size):
+    params, x = drawn(60), crops(60, size)
     together = ph.apply_photometric(x, params, SPEC)
     for i in range(0, 60, 7):
         alone = ph.apply_photometric(x[i : i + 1], params[i : i + 1], SPEC)

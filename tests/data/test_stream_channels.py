@@ -121,7 +121,7 @@ def colours(crop: torch.Tensor, row: list[float], spec: ph.PhotometricSpec) -> t
     if row[ph.BLUR_SIGMA]:
         x = torch.cat([tv.gaussian_blur(p[None], [9, 9], [row[ph.BLUR_SIGMA]] * 2) for p in x])
     if row[ph.SOLARIZE]:
-        x = tv.solarize(x, 128 / 255)
+        x = tv.solarize(x, (128 - 1e-4) / 255)  # flat parts of 128 blur to 128 and round-off
     centre, scale = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
     return (x - centre) / scale
 

@@ -1,0 +1,39 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.data.batch import Batch
+from pipeline.data.compiled import CompiledPhotometric
+from pipeline.data.photometric import PARAMS, PhotometricSpec, apply_photometric
+from pipeline.train import build, loop
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles", "expected"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False), ("cpu", False, False)],
+)
+def test_colours_are_compiled_on_an_accelerator_where_the_networks_are(device, compiles, expected):
+    found = build.photometric_function(SimpleNamespace(compile=compiles), torch.device(device))
+    assert isinstance(found, CompiledPhotometric) == expected
+    assert expected or found is apply_photometric
+
+
+def test_the_loop_calls_the_function_it_was_given():
+    batch = Batch(
+        torch.zeros(2, 16, dtype=torch.uint8),
+        torch.zeros(2, 2, 8, 8, 3, dtype=torch.uint8),
+        torch.zeros(2, 3, 6, 6, 3, dtype=torch.uint8),
+        torch.ones(2, 5, PARAMS),
+        torch.zeros(2, 2, 4, dtype=torch.bool),
+        torch.zeros(2, dtype=torch.int64),
+    )
+    seen = []
+
+    def colours(crops, params, spec, dtype):
+        seen.append((tuple(crops.shape), tuple(params.shape)))
+        return torch.full((len(crops), 3, *crops.shape[1:3]), 7.0, dtype=dtype)
+
+    views = loop._views(batch, PhotometricSpec(), torch.device("cpu"), colours)
+    assert seen == [((4, 8, 8, 3), (4, PARAMS)), ((6, 6, 6, 3), (6, PARAMS))]
+    assert (views.global_views == 7).all() and (views.local_views == 7).all()
