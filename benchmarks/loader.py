@@ -4,13 +4,13 @@
 
 Four roads over the same photos, two processes each, measured in turn in every round:
 
-    reference   torch DataLoader, torchvision's PIL transforms as DINOv2 uses them (data/augmentations)
+    reference   torch DataLoader, torchvision's PIL transforms in DINOv2's order
     bare        our functions in a loop, no Ray: read, decode, boxes, uint8 crops, masks
     stream      our path: Ray Data, two decode tasks, one consuming worker
     + colour    the same, and the consuming worker applies colour on its CPU
 
-CPU seconds are those of every process that the road uses (Ray's own ones too), over the images after
-the first ones. `--profile` prints where the time of the stream goes, process by process.
+CPU seconds are those of every process that the road uses (Ray's own ones too), after the first
+images. `--profile` prints where the time of the stream goes, process by process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from torchvision import transforms
 from pipeline.cluster import quiet_environment
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec
-from pipeline.data.schema import open_shards
 from pipeline.data.reading import Reading, read_portions, reading_of
+from pipeline.data.schema import open_shards
 from pipeline.data.stream import MaskSpec, StreamSpec, make_chunks
 
 BATCH, PROCESSES = 64, 2

@@ -261,8 +261,11 @@ def test_cadence_and_threads() -> None:
 
 
 def test_workers_leave_cpus_for_decoding() -> None:
-    assert plan("train.workers=2").decode_cpus == 1
-    assert plan(machine=Machine(cpus=1, gpus=0, bfloat16=False)).decode_cpus == 0.75
+    found = plan("train.workers=2")
+    assert (found.decode_cpus, found.decode_tasks) == (0.95, 3)  # of 3.5 CPUs; reading needs some
+    small = plan(machine=Machine(cpus=1, gpus=0, bfloat16=False))
+    assert small.decode_tasks == 1 and small.decode_cpus == pytest.approx(0.9 * 0.75)
+    assert plan("resources.decode_tasks=7").decode_tasks == 7
     with pytest.raises(ConfigError, match="leave none of the 4 CPUs for decoding"):
         plan("train.workers=2", "resources.cpus_per_worker=2")
 

@@ -47,7 +47,8 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         """Both together."""
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+        seconds = (a + b for a, b in zip(self[1:], other[1:], strict=True))
+        return Work(self.images + other.images, *seconds)
 
 
 @dataclass(frozen=True)

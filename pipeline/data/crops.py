@@ -10,7 +10,7 @@ Shapes: B images, V = 2 + L views (2 global crops, then L local crops), boxes ar
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def cut_crops(
     """Cut the crops of one image.
 
     Args:
-        image: uint8 [H, W, C], C = spec.channels.
+        image: uint8 [H, W, C].
         boxes: int64 [V, 4] as (top, left, height, width) inside the image.
         flips: bool [V].
         spec: sizes; V = 2 + spec.local_crops.
@@ -222,7 +222,7 @@ def cut_crops(
         global crops uint8 [2, S, S, C] and local crops uint8 [L, s, s, C], contiguous.
     """
     if out is None:
-        global_crops, local_crops = empty_crops(1, spec)
+        global_crops, local_crops = empty_crops(1, replace(spec, channels=image.shape[2]))
         out = global_crops[0], local_crops[0]
     views = [*torch.from_numpy(out[0]), *torch.from_numpy(out[1])]
     for view, (top, left, height, width), flip in zip(

@@ -43,8 +43,8 @@ class _Read:
         import ray
 
         spec = ray.get(self.spec)
-        for first, last in zip(*(table.column(n).to_pylist() for n in ("first", "last"))):
-            tasks = ray.get(self.feeder.read_tasks.remote(first, last))
+        for row in table.to_pylist():
+            tasks = ray.get(self.feeder.read_tasks.remote(row["first"], row["last"]))
             for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion):
                 yield portion.table()
 

@@ -122,9 +122,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
                 boxes[i], flips[i] = crop_boxes(boxes_u[i], width, height, crops)
                 if spec.scaled_decode:
                     shrinks[i] = decode_shrink(boxes[i], crops)
-            image, shrink = decode_shrunk(
-                encoded, int(shrinks[i]), crops.channels, spec.max_pixels
-            )
+            image, shrink = decode_shrunk(encoded, int(shrinks[i]), crops.channels, spec.max_pixels)
             if sizes[i].all() and (image.shape[:2] != -(-sizes[i] // shrink)).any():
                 # The shard is wrong about its image: believe the pixels.
                 image, shrink = decode_shrunk(encoded, 1, crops.channels, spec.max_pixels)

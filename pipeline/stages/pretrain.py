@@ -7,7 +7,9 @@ from typing import Any
 
 from pipeline import cluster
 from pipeline.config import Config, Model
+from pipeline.data.order import layout_of
 from pipeline.data.photometric import skipped_operations
+from pipeline.data.reading import group_rows
 from pipeline.files import RunFolder, fingerprint
 from pipeline.model.pair import Pair
 from pipeline.overrides import field_paths
@@ -32,7 +34,8 @@ def key(context: Context) -> str:
         TrainError: where such a change meets a checkpoint; said here, before Ray is started.
     """
     config, shards = context.config, context.shards()
-    check_resume(config, shards, context.folder)
+    layout = layout_of(group_rows(shards))
+    check_resume(config, shards.digest, context.folder, layout)
     fixed = {
         path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
     }
@@ -44,7 +47,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = context.shards()
     found = plan(context)
     evaluation_spec(found, shards)  # a wrong evaluation set is said before training
-    for change in check_resume(found.config, shards, context.folder):
+    for change in check_resume(found.config, shards.digest, context.folder, found.layout):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)

@@ -16,9 +16,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.control import console
 from pipeline.data.feeder import DecodeTasks, launch_feeder
-from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
+from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
@@ -126,7 +126,7 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     )
 
 
-def check_resume(config: Config, shards: ShardSet, folder: RunFolder) -> list[str]:
+def check_resume(config: Config, digest: str, folder: RunFolder, layout: str = "") -> list[str]:
     """What differs, and may, from the run's last checkpoint; empty without one. Needs no Ray.
 
     The length of the run follows from the config and the shards, so it is checked with them.
@@ -139,10 +139,9 @@ def check_resume(config: Config, shards: ShardSet, folder: RunFolder) -> list[st
         return []
     earlier = Plan.model_validate(saved.meta["plan"])
     allowed, refused = changes(earlier.config, config)
-    layout = layout_of(group_rows(shards))
-    if earlier.digest != shards.digest:
-        refused.append(f"the shards: {earlier.digest} -> {shards.digest}")
-    elif earlier.layout not in ("", layout):
+    if earlier.digest != digest:
+        refused.append(f"the shards: {earlier.digest} -> {digest}")
+    elif layout and earlier.layout not in ("", layout):
         refused.append(f"the row groups of the shards: {earlier.layout} -> {layout}")
     if refused:
         raise TrainError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,20 +15,17 @@ from pipeline.data.batch import Batch
 from pipeline.data.crops import CropSpec
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.photometric import PhotometricSpec
+from pipeline.data.reading import Reading, reading_of
 from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
-from pipeline.data.stream import (
-    MaskSpec,
-    StreamSpec,
-    batches,
-    reading_order,
-)
+from pipeline.data.stream import MaskSpec, StreamSpec, batches
 from pipeline.errors import DataError
 
 IMAGES, BATCH, CHUNK = 70, 12, 2
+Source = tuple[Reading, StreamSpec]
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("hub")
     rng = np.random.default_rng(0)
     encoded = []
@@ -49,9 +45,12 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
         fs, path = resolve_uri(str(folder / f"part-{part}.parquet"))
         write_parquet_atomic(table, fs, path, row_group_size=10)
     shards = open_shards(str(folder))
-    return StreamSpec(
-        shards=shards,
-        order=reading_order(shards, seed=5, global_batch=BATCH, window=BATCH, piece=BATCH * 2),
+    reading = reading_of(shards, seed=5, global_batch=BATCH, window=BATCH)
+    return reading, StreamSpec(
+        columns=shards.columns,
+        seed=5,
+        global_batch=BATCH,
+        steps_per_pass=reading.order.steps_per_pass,
         crops=CropSpec(global_size=16, local_size=8, local_crops=2),
         photometric=PhotometricSpec(),
         masks=MaskSpec((4, 4), 0.5, (0.1, 0.5)),
@@ -60,9 +59,9 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
     )
 
 
-def consume(spec: StreamSpec, workers: int, first: int, last: int) -> list[list[Batch]]:
+def consume(source: Source, workers: int, first: int, last: int) -> list[list[Batch]]:
     """Each worker's batches, read side by side as a training group would."""
-    feeder = launch_feeder(spec, last, DecodeTasks(), workers)
+    feeder = launch_feeder(*source, last, DecodeTasks(0.9), workers)
 
     @ray.remote(num_cpus=0)
     def read(rank: int) -> list[Batch]:
@@ -91,12 +90,12 @@ def same(one: tuple[Batch, int], two: tuple[Batch, int]) -> bool:
 
 
 def test_crops_and_steps_do_not_depend_on_workers_or_restarts(
-    ray_cluster: None, spec: StreamSpec
+    ray_cluster: None, source: Source
 ) -> None:
     steps = 12  # two passes of 5 steps and a part of a third
-    whole = by_step(consume(spec, 1, 0, steps))
-    split = by_step(consume(spec, 2, 0, steps))
-    resumed = by_step(consume(spec, 3, 7, steps))
+    whole = by_step(consume(source, 1, 0, steps))
+    split = by_step(consume(source, 2, 0, steps))
+    resumed = by_step(consume(source, 3, 7, steps))
     for step in range(steps):
         assert set(whole[step]) == set(split[step])
         assert all(same(whole[step][row], split[step][row]) for row in whole[step])
@@ -105,14 +104,14 @@ def test_crops_and_steps_do_not_depend_on_workers_or_restarts(
         assert all(same(whole[step][row], resumed[step - 7][row]) for row in whole[step])
 
 
-def test_workers_get_the_same_rows_each_time(ray_cluster: None, spec: StreamSpec) -> None:
-    one, two = consume(spec, 2, 0, 10), consume(spec, 2, 0, 10)
+def test_workers_get_the_same_rows_each_time(ray_cluster: None, source: Source) -> None:
+    one, two = consume(source, 2, 0, 10), consume(source, 2, 0, 10)
     for a, b in zip(one, two, strict=True):
         assert [x.labels.tolist() for x in a] == [x.labels.tolist() for x in b]
 
 
-def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, spec: StreamSpec) -> None:
-    [found] = consume(spec, 1, 0, 5)
+def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, source: Source) -> None:
+    [found] = consume(source, 1, 0, 5)
     labels = [label for batch in found for label in batch.labels.tolist()]
     bad = [row for batch in found for row in batch.bad]
     assert len(labels) == len(set(labels))
@@ -122,15 +121,8 @@ def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, spec: 
 
 
 def test_unpacked_sets_above_the_limit_are_refused(
-    spec: StreamSpec, monkeypatch: pytest.MonkeyPatch
+    source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.stream.UNPACKED_LIMIT", 10)
+    monkeypatch.setattr("pipeline.data.reading.UNPACKED_LIMIT", 10)
     with pytest.raises(DataError, match="not written by pack"):
-        reading_order(spec.shards, seed=0, global_batch=4, window=8, piece=8)
-
-
-def test_a_packed_spec_survives_pickling(spec: StreamSpec, tmp_path: Path) -> None:
-    import pickle
-
-    again = pickle.loads(pickle.dumps(spec))
-    assert again.order.pieces(0, 3)[0].stop == spec.order.pieces(0, 3)[0].stop
+        reading_of(source[0].shards, seed=0, global_batch=4, window=8)

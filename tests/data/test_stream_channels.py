@@ -22,9 +22,9 @@ from pipeline.data.batch import Batch
 from pipeline.data.crops import CropSpec, crop_boxes
 from pipeline.data.decode import REASONS
 from pipeline.data.draws import CROP_STREAM, uniforms
-from pipeline.data.order import ReadingOrder
+from pipeline.data.reading import Reading, read_portions, reading_of
 from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
-from pipeline.data.stream import Chunk, MaskSpec, StreamSpec, read_piece, reading_order
+from pipeline.data.stream import Chunk, MaskSpec, StreamSpec, make_chunks
 from tests.data import hostile as h
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
@@ -69,7 +69,7 @@ def pixels(encoded: bytes, channels: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(encoded)).convert("L"))[..., None]
 
 
-def shard(folder: Path, files: list[bytes], channels: int) -> StreamSpec:
+def shard(folder: Path, files: list[bytes], channels: int) -> tuple[Reading, StreamSpec]:
     table = pa.table(
         {"image": pa.array(files, pa.binary()), "label": pa.array(range(IMAGES), pa.int64())}
     )
@@ -77,9 +77,12 @@ def shard(folder: Path, files: list[bytes], channels: int) -> StreamSpec:
     write_parquet_atomic(table, fs, path, row_group_size=10)
     shards = open_shards(str(folder))
     values = tuple(0.1 + 0.1 * c for c in range(channels))
-    return StreamSpec(
-        shards=shards,
-        order=reading_order(shards, seed=SEED, global_batch=BATCH, window=BATCH, piece=BATCH),
+    reading = reading_of(shards, seed=SEED, global_batch=BATCH, window=BATCH)
+    return reading, StreamSpec(
+        columns=shards.columns,
+        seed=SEED,
+        global_batch=BATCH,
+        steps_per_pass=reading.order.steps_per_pass,
         crops=CropSpec(global_size=28, local_size=14, local_crops=3, channels=channels),
         photometric=ph.PhotometricSpec(mean=values, std=values),
         masks=MaskSpec((2, 2), 0.5, (0.1, 0.5)),
@@ -88,12 +91,12 @@ def shard(folder: Path, files: list[bytes], channels: int) -> StreamSpec:
     )
 
 
-def chunks(spec: StreamSpec) -> Iterator[tuple[int, Chunk]]:
+def chunks(reading: Reading, spec: StreamSpec) -> Iterator[tuple[int, Chunk]]:
     """A second pass too: the numbers of a pass are its own."""
-    order: ReadingOrder = spec.order
-    for piece in order.pieces(0, 2 * order.steps_per_pass):
-        for chunk in read_piece(piece, spec):
-            yield piece.pass_index, chunk
+    tasks = reading.tasks(0, 2 * spec.steps_per_pass)
+    for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion):
+        for chunk in make_chunks(portion, spec):
+            yield portion.pass_index, chunk
 
 
 def cut(image: np.ndarray, box: list[int], flip: bool, side: int) -> torch.Tensor:
@@ -131,10 +134,10 @@ def colours(crop: torch.Tensor, row: list[float], spec: ph.PhotometricSpec) -> t
 )
 def test_crops_and_views_equal_a_loop_over_the_images(channels, files, lost, tmp_path):
     encoded = files()
-    spec = shard(tmp_path, encoded, channels)
+    reading, spec = shard(tmp_path, encoded, channels)
     seen: list[int] = []
     worst = 0.0
-    for pass_index, chunk in chunks(spec):
+    for pass_index, chunk in chunks(reading, spec):
         assert chunk["global_crops"].shape == (4, 2, 28, 28, channels)
         assert chunk["local_crops"].shape == (4, 3, 14, 14, channels)
         views = Batch.from_chunk(chunk).views(spec.photometric)
@@ -169,10 +172,10 @@ def test_crops_and_views_equal_a_loop_over_the_images(channels, files, lost, tmp
     [(1, grey_files, {5: "truncated"}), (6, six_files, {4: "undecodable", 5: "undecodable"})],
 )
 def test_what_cannot_serve_keeps_its_place_and_has_a_reason(channels, files, reasons, tmp_path):
-    spec = shard(tmp_path, files(), channels)
+    reading, spec = shard(tmp_path, files(), channels)
     found = {
         int(label): REASONS[reason]
-        for _, chunk in chunks(spec)
+        for _, chunk in chunks(reading, spec)
         for label, valid, reason in zip(
             chunk["labels"], chunk["valid"], chunk["reason"], strict=True
         )
@@ -187,7 +190,7 @@ def test_the_number_of_channels_changes_nothing_that_is_drawn(tmp_path):
     files[4] = h.jpeg()
     for folder in (grey, colour):
         folder.mkdir()
-    ones, threes = chunks(shard(grey, files, 1)), chunks(shard(colour, files, 3))
+    ones, threes = chunks(*shard(grey, files, 1)), chunks(*shard(colour, files, 3))
     for (_, one), (_, three) in zip(ones, threes, strict=True):
         for name in ("image_ids", "labels", "photometric", "masks", "valid"):
             np.testing.assert_array_equal(one[name], three[name], err_msg=name)
