@@ -153,8 +153,21 @@ def batches(
     last_step: int,
     micro_batch: int,
     chunk: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """This worker's micro batches from `first_step` on, in order, host side."""
+    """This worker's micro batches from `first_step` on, in order, host side.
+
+    Args:
+        feeder: handle of the `feeder.Feeder`.
+        attempt: what this group of workers calls itself; another one starts anew.
+        rank: of this worker.
+        workers: in the group.
+        first_step: of the run, or of what is left of it.
+        last_step: steps of the run.
+        micro_batch: images of one batch.
+        chunk: images of one block; divides `micro_batch`.
+        pin: put batches into page-locked memory, for a GPU.
+    """
     import ray
 
     step = first_step
@@ -172,6 +185,6 @@ def batches(
             found["reason"] = _REASON_NAMES[found["reason"]]
             held.append(Batch.from_chunk(found))
             if len(held) * chunk == micro_batch:
-                yield Batch.concat(held)
+                yield Batch.concat(held, pin)
                 held = []
         step = end

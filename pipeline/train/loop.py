@@ -69,6 +69,7 @@ def train_worker(job: dict[str, Any]) -> None:
         plan.steps,
         plan.micro_batch,
         plan.chunk_images,
+        pin=device.type == "cuda",
     )
     clock = _clock(plan, trainee.pair, first_step, device, dtype)
     chief = Chief(plan, trainee, job, folder, saved.meta if saved else None) if rank == 0 else None
