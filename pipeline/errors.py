@@ -27,6 +27,20 @@ class DataError(PipelineError):
     """Images, shards or tables are not what a stage can use."""
 
 
+class StorageError(DataError, OSError):
+    """Remote storage failed for good, or refused. Also an `OSError`: who can go on without, does.
+
+    `passing` says that another try later may help: nothing is wrong with what was asked for.
+    """
+
+    def __init__(self, what: str, hint: str = "", passing: bool = False) -> None:
+        super().__init__(what, hint)
+        self.passing = passing
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, bool]]:
+        return type(self), (self.what, self.hint, self.passing)
+
+
 class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
 

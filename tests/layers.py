@@ -16,7 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LEAVES = [
-    "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
+    "data.schema", "data.columns", "data.retry", "data.storage", "data.transfer", "data.decode", "data.crops", "data.photometric",
     "data.colour", "data.draws", "data.masks", "data.batch", "data.order",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
@@ -58,7 +58,11 @@ TABLE = [
     row("job", "errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
-    row("data.schema data.columns data.storage", ["errors", *LEAVES], others="numpy pyarrow"),
+    row(
+        "data.schema data.columns data.retry data.storage data.transfer",
+        ["errors", *LEAVES],
+        others="numpy pyarrow",
+    ),
     row("data.decode", "errors", others="numpy PIL"),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
     row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,12 +19,8 @@ from pipeline.data.columns import image_id
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.items import Item, read_task
 from pipeline.data.sources import Refused, Task
-from pipeline.data.storage import (
-    atomic_path,
-    resolve_uri,
-    write_bytes_atomic,
-    write_parquet_atomic,
-)
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -170,7 +167,7 @@ def _write_run(
     keep = [i for k, i in enumerate(order) if k == 0 or run.rows[order[k - 1]][0] != run.rows[i][0]]
     offset = 0
     index: list[list[Any]] = [[] for _ in INDEX_SCHEMA]
-    with atomic_path(fs, f"{path}.bin") as temporary, fs.open_output_stream(temporary) as stream:
+    with atomic_path(fs, f"{path}.bin") as temporary, Path(temporary).open("wb") as stream:
         for i in keep:
             name, source, encoded, *about = run.rows[i]
             stream.write(encoded)
