@@ -49,3 +49,8 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: with Ray's errors, the one that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, for a log that goes on: without what to do about it."""
+    return error.what if isinstance(error, PipelineError) else str(error)

@@ -13,14 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 KEY, SECRET = "testkey", "testsecret"
-SLOW_DOWN = (
-    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
 
 
 @dataclass
 class Fault:
-    """Breaks requests: those whose `METHOD path?query` matches, after `skip` of them, `times` times.
+    """Breaks requests whose `METHOD path?query` matches, after `skip` of them, `times` times.
 
     kind: a status such as 503, `reset` (the connection breaks before an answer), `cut` (the answer
     breaks off in its middle).

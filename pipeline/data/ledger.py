@@ -148,7 +148,8 @@ def _claim(shards: str, source: str) -> None:
         with open_patiently(fs, info.path) as file:
             if not is_ours(pq.ParquetFile(file).schema_arrow):
                 raise DataError(
-                    f"{public_uri(shards)} holds {info.base_name}, which this project did not write",
+                    f"{public_uri(shards)} holds {info.base_name}, which this project "
+                    "did not write",
                     hint="choose another data.shards.",
                 )
     if manifest is not None:  # first, so that a half emptied folder does not pass for a whole one

@@ -118,7 +118,8 @@ def explain(what: str, error: OSError, attempt: int = 1) -> StorageError | None:
         times = f"{attempt} times" if attempt > 1 else "once"
         return StorageError(
             f"{what} failed {times}: {said}",
-            "check the network and the endpoint (AWS_ENDPOINT_URL, or endpoint_override in the URI)",
+            "check the network, and the endpoint (AWS_ENDPOINT_URL, or endpoint_override=… in the "
+            "URI)",
             passing=True,
         )
     return None

@@ -156,8 +156,8 @@ def _from_manifest(
 ) -> ShardSet:
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
-            f"{public_uri(uri)} has schema version {manifest.get('schema_version')}, this code reads "
-            f"{SCHEMA_VERSION}",
+            f"{public_uri(uri)} has schema version {manifest.get('schema_version')}, "
+            f"this code reads {SCHEMA_VERSION}",
             hint="pack the images again, or use the version that wrote them.",
         )
     sizes = {info.path: info.size for info in infos}

@@ -197,7 +197,8 @@ def plan_tasks(
         own = is_ours(footer[0])
         if own and not listing.packed and len(listing.entries) > 1:
             raise DataError(
-                f"{public_uri(uri)} holds packed shards but no {MANIFEST}: packing was not finished",
+                f"{public_uri(uri)} holds packed shards but no {MANIFEST}: "
+                "packing was not finished",
                 hint="finish that pack first, or name the files as folder/part-*.parquet.",
             )
         columns = ("image", "label") if own else (image_column, label_column)

@@ -1,4 +1,4 @@
-"""Places: local paths and pyarrow URIs alike, opened, joined, listed. `transfer` moves the bytes."""
+"""Opens and lists places, local paths and pyarrow URIs alike. `transfer` moves the bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import functools
 import os
-import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,13 +13,14 @@ from pyarrow import fs as pafs
 
 from pipeline.data.retry import retries, with_retries
 from pipeline.errors import DataError
+from pipeline.uri import is_uri
+from pipeline.uri import public as public_uri
 
 __all__ = [
     "absolute_uri",
     "delete_file",
+    "exists",
     "file_info",
-    "is_uri",
-    "join_uri",
     "list_files",
     "list_parquet",
     "make_folder",
@@ -35,27 +35,9 @@ CONNECT_S, ANSWER_S = 5.0, 30.0  # until a request counts as failed
 PART_TRIES = 4  # of one part of an upload, by the client; the whole upload is tried again by us
 
 
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is a URI, not a local path."""
-    return "://" in str(place)
-
-
 def absolute_uri(uri: str) -> str:
     """The same place by a name that holds in any process: a local path is made absolute."""
     return uri if is_uri(uri) else str(Path(os.path.expandvars(uri)).expanduser().absolute())
-
-
-def join_uri(uri: str, *names: str) -> str:
-    """A place inside a folder. What follows a `?` in a URI stays at its end."""
-    if not is_uri(uri):
-        return str(Path(uri, *names))
-    path, mark, query = uri.partition("?")
-    return "/".join([path.rstrip("/"), *names]) + mark + query
-
-
-def public_uri(uri: str) -> str:
-    """A URI to show: without the keys that may stand before its host."""
-    return re.sub(r"://[^/@]*@", "://", uri)
 
 
 class _S3(pafs.S3FileSystem):  # type: ignore[misc]
@@ -110,6 +92,11 @@ def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 def file_info(fs: pafs.FileSystem, path: str, tries: int | None = None) -> pafs.FileInfo:
     """What is at a path: type, size, time of the last change."""
     return with_retries(f"looking up {path}", lambda: fs.get_file_info(path), tries)
+
+
+def exists(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether there is a file or a folder at a path."""
+    return bool(file_info(fs, path).type != pafs.FileType.NotFound)
 
 
 def list_files(

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.retry import with_retries
-from pipeline.data.storage import OBJECT_STORES, is_uri, make_folder, resolve_uri
+from pipeline.data.storage import OBJECT_STORES, make_folder, resolve_uri
+from pipeline.uri import Place, is_uri
 
 BLOCK = 16 * 2**20
 UPLOADING = 256 * 2**20  # bytes of one upload in memory at once
@@ -176,7 +177,7 @@ def write_bytes_atomic(content: bytes, fs: pafs.FileSystem, path: str) -> None:
 
 
 @contextmanager
-def local_copy(place: str | Path) -> Iterator[Path]:
+def local_copy(place: Place) -> Iterator[Path]:
     """A local file with the content of a place: itself, or a copy that is gone afterwards."""
     if not is_uri(place):
         yield Path(place)
