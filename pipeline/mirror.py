@@ -37,9 +37,16 @@ Seen = list[int]  # bytes, time of the last change in ns
 
 
 @contextmanager
-def mirrored(folder: RunFolder) -> Iterator[Callable[[], object]]:
+def mirrored(
+    folder: RunFolder, fetched: Callable[[list[str]], object] = len
+) -> Iterator[Callable[[], object]]:
     """Inside, `folder.path` is a copy of the run folder that is kept in step; gives a function that
     pushes at once. For a local run folder there is nothing to do.
+
+    Args:
+        folder: of the run.
+        fetched: called with the names of the files that another job has left, before anybody else
+            sees them.
 
     Raises:
         StorageError: the folder cannot be read at the start, or not be written at the end. Failures
@@ -49,7 +56,7 @@ def mirrored(folder: RunFolder) -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
     mirror = Mirror(folder.path, folder.uri)
-    mirror.pull()
+    fetched(mirror.pull())
     finished = threading.Event()
     pusher = threading.Thread(target=mirror.push_often, args=[finished], daemon=True)
     pusher.start()

@@ -62,6 +62,7 @@ class PackReport:
     digest: str
     class_names: tuple[str, ...]
     seconds: float
+    retries: int = 0  # remote calls that were tried again
 
 
 def check_places(source: str, **outputs: str) -> None:

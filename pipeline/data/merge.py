@@ -17,7 +17,7 @@ from pyarrow import fs as pafs
 
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, shard_metadata
 from pipeline.data.runs import PackSpec
-from pipeline.data.storage import file_info, resolve_uri, with_retries
+from pipeline.data.storage import file_info, resolve_uri, retries, with_retries
 from pipeline.data.transfer import parquet_writer_atomic, read_bytes, write_bytes_atomic
 
 ROW_GROUP_BYTES = 128 * 2**20  # a row group is read whole, so large images make shorter ones
@@ -47,6 +47,7 @@ def id_range(index: int, shards: int) -> tuple[str, str]:
 
 def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     """Write shard `index` and return (and store, last) its account; no rows, no file."""
+    before = retries()
     work_fs, work = resolve_uri(spec.work)
     fs, folder = resolve_uri(spec.shards)
     runs = json.loads(read_bytes(work_fs, f"{work}/runs.json"))
@@ -84,6 +85,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
         account["labelled"] = sum(label is not None for label in labels)
         account["bytes"] = file_info(fs, path).size
     account["digest"] = digest.hexdigest()
+    account["retries"] = retries() - before
     stored = json.dumps(account).encode()
     write_bytes_atomic(stored, work_fs, f"{work}/shards/shard-{index:06d}.json")
     return account

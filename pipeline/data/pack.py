@@ -152,6 +152,7 @@ def pack(
         digest=digest,
         class_names=merge.class_names,
         seconds=round(time.monotonic() - begin, 3),
+        retries=sum(account.get("retries", 0) for account in [*read, *written]),
     )
     if images_in != report.images_packed + report.duplicates + len(bad):
         raise RuntimeError(f"images were lost or counted twice: {report}")

@@ -19,7 +19,7 @@ from pipeline.data.columns import image_id
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.items import Item, read_task
 from pipeline.data.sources import Refused, Task
-from pipeline.data.storage import resolve_uri
+from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
 
 INDEX_SCHEMA = pa.schema(
@@ -83,6 +83,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     The account: `images` = kept + duplicates + len(bad); runs with their bytes; folders and largest
     label seen in good images.
     """
+    before = retries()
     fs, _ = resolve_uri(spec.source)
     work_fs, work = resolve_uri(spec.work)
     name = f"{work}/runs/task-{index:06d}"
@@ -139,6 +140,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
             flush()
     flush()
     account["folders"] = sorted(folder for folder in folders if folder is not None)
+    account["retries"] = retries() - before
     write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
     return account
 

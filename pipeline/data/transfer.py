@@ -29,6 +29,7 @@ from pipeline.uri import Place, is_uri
 
 BLOCK = 16 * 2**20
 UPLOADING = 256 * 2**20  # bytes of one upload in memory at once
+WRITE_TRIES = 4  # of a whole file, where each part of it was tried several times (storage.py)
 BUFFER = 4 * 2**20  # of a remote file that is read from front to end
 
 
@@ -135,7 +136,7 @@ def upload(local: Path, fs: pafs.FileSystem, path: str, size: int | None = None)
         StorageError: the storage failed, or refused; what had the name before still has it.
     """
     total = local.stat().st_size if size is None else size
-    with_retries(f"writing {path}", lambda: _send(local, total, fs, path))
+    with_retries(f"writing {path}", lambda: _send(local, total, fs, path), WRITE_TRIES)
 
 
 def _send(local: Path, total: int, fs: pafs.FileSystem, path: str) -> None:

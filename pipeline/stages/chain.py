@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import cluster
 from pipeline.config import Config
-from pipeline.data.storage import absolute_uri
+from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
 from pipeline.stages import evaluate, export, pack, pretrain
@@ -21,6 +21,7 @@ from pipeline.stages.context import Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
 from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
+from pipeline.track.state import FILE_NAME, forget_local
 from pipeline.track.summary import run_report
 from pipeline.uri import public
 
@@ -44,9 +45,11 @@ def run(config: Config, stages: Sequence[str]) -> None:
     """
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
+    if folder.uri:
+        resolve_uri(folder.uri)  # a wrong one is said before anything is written
     with folder.locked():
         log.info("run         %s in %s", config.run.name, folder)
-        with mirrored(folder) as push:
+        with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
 
 
@@ -84,6 +87,11 @@ def _run(
                 _stage(context, name)
                 push()
             _report(context)
+
+
+def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
+    if FILE_NAME in names:
+        forget_local(folder.path)
 
 
 def _write_config(config: Config, folder: RunFolder) -> Path:

@@ -137,6 +137,7 @@ def _numbers(report: PackReport) -> dict[str, Any]:
         "duplicates": report.duplicates,
         "bad_images": sum(report.bad.values()),
         "bytes": report.bytes,
+        "storage_retries": report.retries,
         "shards": report.shards,
         "digest": report.digest,
         "classes": len(report.class_names),
@@ -160,6 +161,7 @@ def _track(
     prefix = "data" if name == "train" else f"data/{name}"
     tracker.metrics(0, {f"{prefix}/{k}": numbers[k] for k in ("images_in", "images", "duplicates")})
     tracker.metrics(0, {f"{prefix}/bad_images": numbers["bad_images"]})
+    tracker.metrics(0, {f"{prefix}/storage_retries": report.retries})
     tracker.dataset(name, report.digest, public(source), "packing", report.images_in)
     if numbers["bad_images"]:
         import pyarrow.parquet as pq

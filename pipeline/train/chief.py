@@ -20,7 +20,7 @@ import torch
 from pipeline.control import Reports
 from pipeline.data.batch import BadImage, Batch
 from pipeline.data.schema import BAD_IMAGE_SCHEMA
-from pipeline.data.storage import resolve_uri
+from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import read_bytes, write_bytes_atomic, write_parquet_atomic
 from pipeline.errors import one_line
 from pipeline.model.pair import Pair
@@ -141,6 +141,7 @@ class Chief:
             "data/images_seen": seen,
             "data/pass": step / plan.steps_per_pass,
             "data/bad_images": self.bad.total(),
+            "data/storage_retries": retries(),  # of checkpoints and tables, in this process
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
         }
