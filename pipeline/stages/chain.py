@@ -77,7 +77,8 @@ def _run(
         tracking = open_pipeline(
             settings,
             config.run.name,
-            nodes=cluster.nodes(),
+            # reports for a remote run folder are all sent from here
+            nodes=1 if folder.uri else cluster.nodes(),
             config=written,
             tags={"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())},
         )

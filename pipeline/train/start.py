@@ -61,6 +61,11 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
     student = built.student
     network, resize = student.backbone, config.model.init_resize
     saved = checkpoint_at(source)
+    if saved is None and is_uri(source):
+        raise PipelineError(
+            f"model.init={public(source)} holds no checkpoint of ours",
+            "at a URI, name a run folder or a folder checkpoints/step-…; download other weights",
+        )
     if saved is None:
         if isinstance(network, ForeignBackbone):
             text = fit_foreign(network, read_safetensors(source), source, resize)

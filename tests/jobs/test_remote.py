@@ -82,6 +82,14 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
     assert "pack        up to date" in done.stdout + done.stderr
     check_contract(s3, tmp_path)
 
+    # a third one finds nothing to do, and starts no Ray for that
+    (tmp_path / "trap" / "ray").mkdir(parents=True)
+    (tmp_path / "trap" / "ray" / "__init__.py").write_text("raise RuntimeError('no Ray')\n")
+    changes = {"RAYDINO_HOME": str(tmp_path / "third"), "PYTHONPATH": str(tmp_path / "trap")}
+    idle = runner(environment | s3.environment() | changes)("run", *arguments(recipe))
+    assert idle.returncode == 0, idle.stderr
+    assert (idle.stdout + idle.stderr).count("up to date") == 4
+
 
 def check_contract(s3: S3, folder: Path) -> None:
     """The run folder in the bucket is what the design says."""
@@ -101,6 +109,7 @@ def check_contract(s3: S3, folder: Path) -> None:
     rows = read_steps(folder / "metrics.jsonl", "pretrain")
     steps = [step for step, row in rows.items() if "loss/total" in row]
     assert steps == list(range(STEPS))
+    assert rows[9]["data/storage_retries"] >= 2  # the checkpoint that failed at first
     assert json.loads(get(s3, "pretrain/outcome.json"))["status"] == "finished"
     # checkpoints: the newest ones and the best, each with both files
     folders = {name.split("/")[1] for name in found if name.startswith("checkpoints/step-")}

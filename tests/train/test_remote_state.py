@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.config import Config
 from pipeline.data import retry, storage
-from pipeline.errors import StorageError, TrainError
+from pipeline.errors import PipelineError, StorageError, TrainError
 from pipeline.train import state
-from pipeline.train.start import checkpoint_at
+from pipeline.train.start import checkpoint_at, starting_pair
 from tests.s3 import S3
 
 META = {"config": {"run": {"seed": 0}}}
@@ -143,6 +145,12 @@ def test_storage_that_is_away_is_not_an_empty_folder(bucket: S3) -> None:
     for where in ("^GET.*list-type", "^GET.*meta.json"):
         with bucket.broken(where, 503, times=1000), pytest.raises(StorageError):
             state.latest(FOLDER)
+
+
+def test_weights_in_a_bucket_are_no_checkpoint(bucket: S3) -> None:
+    plan = SimpleNamespace(config=Config(), init="s3://K:S@checks/weights")
+    with pytest.raises(PipelineError, match="model.init=s3://checks/weights holds no checkpoint"):
+        starting_pair(plan)  # type: ignore[arg-type]
 
 
 def test_a_run_and_a_checkpoint_are_found_by_their_uris(bucket: S3) -> None:
