@@ -91,6 +91,8 @@ def with_retries(what: str, call: Callable[[], T], tries: int | None = None) -> 
 
 def explain(what: str, error: OSError, attempt: int = 1) -> StorageError | None:
     """The sentence for an error of remote storage; None where it is an error of another kind."""
+    if isinstance(error, FileNotFoundError):
+        return None
     text = str(error)
     aws, curl = _AWS.search(text), _CURL.search(text)
     code, status = (aws["code"], int(aws["status"] or 0)) if aws else ("", 0)
@@ -112,9 +114,14 @@ def explain(what: str, error: OSError, attempt: int = 1) -> StorageError | None:
         own = isinstance(error, ConnectionError | TimeoutError)
         passing = own or bool(_PASSING_WORDS.search(text))
         said = text.splitlines()[0] if text else type(error).__name__
+    if code == "UNKNOWN":
+        said = f"HTTP status {status}"
+    if aws and not passing:
+        return StorageError(
+            f"{what} failed: {said}",
+            "the storage does not take the request: check region, endpoint and credentials",
+        )
     if passing:
-        if code == "UNKNOWN":
-            said = f"HTTP status {status}"
         times = f"{attempt} times" if attempt > 1 else "once"
         return StorageError(
             f"{what} failed {times}: {said}",
