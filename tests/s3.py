@@ -124,7 +124,7 @@ def gate(app: Callable[..., Any], s3: S3) -> Callable[..., Any]:
             return app(environ, start)
         if fault.kind == "reset":
             _reset(environ["werkzeug.socket"])
-            return []
+            raise ConnectionResetError  # werkzeug takes it for the client's doing, and is silent
         if fault.kind == "cut":
             return _cut(app, environ, start)
         length = int(environ.get("CONTENT_LENGTH") or 0)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.data.storage import PART_TRIES
 from pipeline.track.journal import read_steps
 from tests.jobs.conftest import ROOT, STEPS, runner
 from tests.s3 import S3
@@ -40,6 +41,7 @@ def arguments(recipe: Path) -> list[str]:
         f"evaluate.queries=s3://{BUCKET}/photos/test",
         f"data.shards=s3://{BUCKET}/shards",
         f"run.folder=s3://{BUCKET}/runs",
+        "train.workers=1",
     ]
 
 
@@ -51,7 +53,9 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
     # storage that fails now and then, while it is read and while it is written
     with (
         s3.broken(r"^GET /chain/shards/part", 503, skip=2, times=2) as read,
-        s3.broken(r"^PUT /chain/runs/tiny/checkpoints", "reset", skip=1, times=2) as written,
+        s3.broken(
+            r"^PUT /chain/runs/tiny/checkpoints", "reset", skip=1, times=PART_TRIES
+        ) as written,
     ):
         job = subprocess.Popen(
             command, env=here, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,7 +69,7 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
         said, _ = job.communicate(timeout=300)
     assert job.returncode == 143, said
     assert read.done == 2, said
-    assert written.done == 2, said
+    assert written.done == PART_TRIES, said
     assert f"in s3://{BUCKET}/runs/tiny" in said
     stopped = objects(s3)
     assert {"config.yaml", "plan.yaml", "metrics.jsonl", "pack/_done.json"} <= stopped.keys()
@@ -109,7 +113,7 @@ def check_contract(s3: S3, folder: Path) -> None:
     rows = read_steps(folder / "metrics.jsonl", "pretrain")
     steps = [step for step, row in rows.items() if "loss/total" in row]
     assert steps == list(range(STEPS))
-    assert rows[9]["data/storage_retries"] >= 2  # the checkpoint that failed at first
+    assert rows[9]["data/storage_retries"] >= 1  # the checkpoint that failed at first
     assert json.loads(get(s3, "pretrain/outcome.json"))["status"] == "finished"
     # checkpoints: the newest ones and the best, each with both files
     folders = {name.split("/")[1] for name in found if name.startswith("checkpoints/step-")}
