@@ -7,12 +7,14 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 KEY, SECRET = "testkey", "testsecret"
+HANG_S = 4.0
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Fault:
     """Breaks requests whose `METHOD path?query` matches, after `skip` of them, `times` times.
 
     kind: a status such as 503, `reset` (the connection breaks before an answer), `cut` (the answer
-    breaks off in its middle).
+    breaks off in its middle), `hang` (the answer comes after some seconds).
     """
 
     pattern: str
@@ -125,6 +127,9 @@ def gate(app: Callable[..., Any], s3: S3) -> Callable[..., Any]:
         if fault.kind == "reset":
             _reset(environ["werkzeug.socket"])
             raise ConnectionResetError  # werkzeug takes it for the client's doing, and is silent
+        if fault.kind == "hang":
+            time.sleep(HANG_S)
+            return app(environ, start)
         if fault.kind == "cut":
             return _cut(app, environ, start)
         length = int(environ.get("CONTENT_LENGTH") or 0)

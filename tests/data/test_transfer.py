@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from pipeline.data.schema import open_shards, read_row_group
 from pipeline.data.sources import Refused, Task, list_source
 from pipeline.data.storage import resolve_uri
 from pipeline.errors import DataError, PipelineError, StorageError
-from tests.s3 import S3, serving
+from tests.s3 import HANG_S, S3, serving
 
 BIG = 24 * 2**20  # bytes: three parts of an upload
 CONTENT = random.Random(0).randbytes(BIG)
@@ -61,6 +62,19 @@ def test_a_read_goes_through_and_its_tries_are_counted(
         assert transfer.read_bytes(fs, path) == b"12345" * 1000
     assert fault.done == times
     assert retries() - before == times
+
+
+def test_an_answer_that_does_not_come_is_a_failure(
+    s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ANSWER_S", 1.0)
+    fs, path = resolve_uri(f"s3://{bucket}/a.bin")
+    transfer.write_bytes_atomic(b"12345" * 1000, fs, path)
+    before, begin = retries(), time.monotonic()
+    with s3.broken("^GET", "hang") as fault:
+        assert transfer.read_bytes(fs, path) == b"12345" * 1000
+    assert fault.done == retries() - before == 1
+    assert time.monotonic() - begin < HANG_S
 
 
 def test_nothing_is_counted_where_nothing_fails(s3: S3, bucket: str) -> None:
