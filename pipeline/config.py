@@ -43,7 +43,9 @@ class Run(Section):
     """Which run this is."""
 
     name: str = Field("", description="name of the run; default: the recipe's file name")
-    folder: str = Field("runs", description="where run folders go; a path that all nodes share")
+    folder: str = Field(
+        "runs", description="where run folders go: a path that all nodes share, or a URI"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
 
 

@@ -1,4 +1,4 @@
-"""Messages between the driver and its workers: lines for the console, and the wish to stop.
+"""Messages between driver and workers: lines for the console, reports, and the wish to stop.
 
 Ray can copy workers' output to the driver, but with a prefix on each line and with everything that
 other libraries print. The step lines are the face of a run, so they travel on their own.
@@ -7,11 +7,28 @@ other libraries print. The step lines are the face of a run, so they travel on t
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A call of a tracker's method. An actor with several threads does not keep the order of calls,
+    so the reports of one worker (`source`) are numbered.
+    """
+
+    source: str
+    number: int
+    method: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
 class Control:
@@ -20,6 +37,7 @@ class Control:
     def __init__(self) -> None:
         self._stopping = threading.Event()
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
 
     def stop(self) -> None:
         """Asks the workers to write a checkpoint and end."""
@@ -38,13 +56,25 @@ class Control:
 
     def listen(self, timeout: float = 2.0) -> list[tuple[int, str]]:
         """The lines said since the last call; waits up to `timeout` seconds for one."""
-        found = []
-        try:
-            found.append(self._lines.get(timeout=timeout))
-            while True:
-                found.append(self._lines.get_nowait())
-        except queue.Empty:
-            return found
+        return _taken(self._lines, timeout)
+
+    def report(self, report: Report) -> None:
+        """A worker's report for the driver's tracker."""
+        self._reports.put(report)
+
+    def reports(self, timeout: float = 2.0) -> list[Report]:
+        """The reports since the last call; waits up to `timeout` seconds for one."""
+        return _taken(self._reports, timeout)
+
+
+def _taken(waiting: queue.SimpleQueue[T], timeout: float) -> list[T]:
+    found: list[T] = []
+    try:
+        found.append(waiting.get(timeout=timeout))
+        while True:
+            found.append(waiting.get_nowait())
+    except queue.Empty:
+        return found
 
 
 class RemoteLines(logging.Handler):
@@ -59,16 +89,102 @@ class RemoteLines(logging.Handler):
         self.control.say.remote(record.levelno, self.format(record))
 
 
+class Reports:
+    """A worker's side of `reporting`: hands calls on, numbered, and knows when all have arrived."""
+
+    def __init__(self, control: Any) -> None:
+        self.control = control
+        self.source, self.number = os.urandom(6).hex(), 0
+        self.lock = threading.Lock()
+        self.under_way: list[Any] = []
+
+    def send(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Hands a call on; does not wait."""
+        import ray
+
+        with self.lock:
+            report = Report(self.source, self.number, method, arguments, options)
+            self.number += 1
+            self.under_way.append(self.control.report.remote(report))
+            if len(self.under_way) > 100:
+                _, self.under_way = ray.wait(
+                    self.under_way, num_returns=len(self.under_way), timeout=0
+                )
+
+    def wait(self, timeout: float) -> None:
+        """Waits until all calls are with the driver's side, for at most `timeout` seconds."""
+        import ray
+
+        with self.lock:
+            ray.wait(self.under_way, num_returns=len(self.under_way), timeout=timeout)
+
+
+class InOrder:
+    """Makes the reported calls on a tracker, in the order in which each worker reported them.
+
+    Reports of a worker from which another one has taken over come too late and are dropped: the new
+    one has said from which step on the old rows are void.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
+        self.source, self.next = "", 0
+        self.gone: set[str] = set()
+        self.held: dict[int, Report] = {}
+
+    def take(self, reports: list[Report]) -> None:
+        """Makes the calls whose turn it is; keeps those that overtook another one."""
+        for report in reports:
+            if report.source in self.gone:
+                continue
+            if report.source != self.source:
+                self.finish()
+                self.gone.add(self.source)
+                self.source, self.next = report.source, 0
+            self.held[report.number] = report
+            while self.next in self.held:
+                self._make(self.held.pop(self.next))
+                self.next += 1
+
+    def finish(self) -> None:
+        """Makes the calls that wait for one that never came."""
+        for number in sorted(self.held):
+            self._make(self.held.pop(number))
+
+    def _make(self, report: Report) -> None:
+        getattr(self.tracker, report.method)(*report.arguments, **report.options)
+
+
 @contextmanager
 def console(control: Any, log: logging.Logger) -> Iterator[None]:
     """Inside, lines that workers say appear in the driver's log as they come."""
+
+    def say(lines: list[tuple[int, str]]) -> None:
+        for level, line in lines:
+            log.log(level, "%s", line)
+
+    with _pumped(control.listen, say):
+        yield
+
+
+@contextmanager
+def reporting(control: Any, tracker: Any) -> Iterator[None]:
+    """Inside, what workers send by `Reports` is called on `tracker`."""
+    calls = InOrder(tracker)
+    with _pumped(control.reports, calls.take):
+        yield
+    calls.finish()
+
+
+@contextmanager
+def _pumped(source: Any, take: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, a thread hands on what an actor's method gives; at the end, the rest of it."""
     import ray
 
     finished = threading.Event()
 
     def pump(timeout: float) -> None:
-        for level, line in ray.get(control.listen.remote(timeout)):
-            log.log(level, "%s", line)
+        take(ray.get(source.remote(timeout)))
 
     def run() -> None:
         while not finished.is_set():
@@ -87,4 +203,4 @@ def console(control: Any, log: logging.Logger) -> Iterator[None]:
         try:
             pump(0.0)
         except ray.exceptions.RayError:
-            log.debug("the control actor ended before its last lines were read")
+            logging.getLogger("pipeline").debug("the control actor ended before its last words")

@@ -27,6 +27,20 @@ class DataError(PipelineError):
     """Images, shards or tables are not what a stage can use."""
 
 
+class StorageError(DataError, OSError):
+    """Remote storage failed for good, or refused. Also an `OSError`: who can go on without, does.
+
+    `passing` says that another try later may help: nothing is wrong with what was asked for.
+    """
+
+    def __init__(self, what: str, hint: str = "", passing: bool = False) -> None:
+        super().__init__(what, hint)
+        self.passing = passing
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, bool]]:
+        return type(self), (self.what, self.hint, self.passing)
+
+
 class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
 
@@ -35,3 +49,8 @@ def last_line(error: BaseException) -> str:
     """The last line of an error's text: with Ray's errors, the one that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, for a log that goes on: without what to do about it."""
+    return error.what if isinstance(error, PipelineError) else str(error)

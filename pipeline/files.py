@@ -12,7 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import PipelineError
+from pipeline.uri import Place, is_uri, join, public
 
 
 @contextmanager
@@ -44,25 +45,43 @@ def fingerprint(value: Any) -> str:
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def home() -> Path:
+    """Where working copies of remote run folders are: `RAYDINO_HOME`, else ~/.cache/raydino."""
+    return Path(os.environ.get("RAYDINO_HOME") or "~/.cache/raydino").expanduser().absolute()
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """`runs/<name>/`: plan, journal, checkpoints, weights, pictures and one folder per stage."""
+    """`runs/<name>/`: plan, journal, checkpoints, weights, pictures and one folder per stage.
+
+    Attributes:
+        path: where the job works; the run folder itself, or a working copy of the one at `uri`.
+        uri: of the run folder, if it is remote. `mirror` keeps the small files in step; what is
+            large or written by other nodes (`at`) is read and written there.
+    """
 
     path: Path
+    uri: str = ""
 
     @classmethod
     def of(cls, folder: str, name: str) -> RunFolder:
-        """The folder of a run.
-
-        Raises:
-            ConfigError: for a URI, which run folders do not support yet.
-        """
-        if "://" in folder and not folder.startswith("file://"):
-            raise ConfigError(
-                f"run.folder={folder} is a URI; expected a path that all nodes share",
-                "shards may be remote, run folders not yet",
-            )
+        """The folder of a run: a path, or a URI that pyarrow opens."""
+        if is_uri(folder) and not folder.startswith("file://"):
+            uri = str(join(folder, name))
+            return cls(home() / "runs" / fingerprint(public(folder)) / name, uri)
         return cls((Path(folder.removeprefix("file://")) / name).absolute())
+
+    def at(self, *names: str) -> Place:
+        """A place in the folder that all nodes reach."""
+        return join(self.uri or self.path, *names)
+
+    @property
+    def checkpoints(self) -> Place:
+        """Where the checkpoints are."""
+        return self.at("checkpoints")
+
+    def __str__(self) -> str:
+        return public(self.uri or self.path)
 
     def stage(self, name: str) -> Path:
         """The folder of a stage's own files."""
@@ -98,7 +117,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise PipelineError(
-                    f"another job is working in {self.path}",
+                    f"another job is working in {self}",
                     "wait until it ends, or give this one another run.name",
                 ) from None
             yield

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data import storage
+from tests.s3 import S3, serving
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,6 +23,26 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared (golden values and real images), which is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """An S3 server on loopback, shared by the tests, each of which makes its own bucket."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """The server, with its keys in the environment; faults and key checks end with the test."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    storage._filesystem.cache_clear()  # clients keep the environment that they were made in
+    s3_server.requests.clear()
+    yield s3_server
+    s3_server.check_keys = False
+    s3_server.faults.clear()
+    storage._filesystem.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -16,13 +16,13 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LEAVES = [
-    "data.schema", "data.columns", "data.storage", "data.decode", "data.crops", "data.photometric",
-    "data.colour", "data.colour_crop", "data.colour_fused", "data.compiled", "data.draws",
-    "data.masks", "data.batch", "data.order", "data.bad_image", "data.jpeg", "data.npy",
-    "data.pictures",
+    "data.schema", "data.columns", "data.retry", "data.storage", "data.transfer", "data.decode",
+    "data.crops", "data.photometric", "data.colour", "data.colour_crop", "data.colour_fused",
+    "data.compiled", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
+    "data.jpeg", "data.npy", "data.pictures",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
-MATHS = ["errors", "schedule", "model.*", "loss.*", *LEAVES]
+MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,22 @@ def row(
 
 TABLE = [
     # the small things that everything may use
-    row("errors log schedule __init__"),
+    row("errors log schedule uri __init__"),
     row("config", "errors model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
-    row("files", "errors"),
+    row("files", "errors uri"),
+    row("mirror", "errors files uri data.retry data.storage data.transfer"),
     row("plan", "errors config overrides schedule", others="pydantic"),
     row("control", others_inside="ray"),
     row("cluster", "errors", "config plan", others_inside="ray"),
     row("job", "errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
-    row("data.schema data.columns data.storage", ["errors", *LEAVES], others="numpy pyarrow"),
+    row(
+        "data.schema data.columns data.retry data.storage data.transfer",
+        ["errors", "uri", *LEAVES],
+        others="numpy pyarrow",
+    ),
     row("data.jpeg", others="numpy simplejpeg"),
     row(
         "data.decode data.bad_image data.npy data.pictures",
@@ -105,7 +110,11 @@ TABLE = [
         others="torch",
     ),
     row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
-    row("train.state", "errors files", others="torch"),
+    row(
+        "train.state train.remote_state",
+        "errors uri data.storage data.transfer train.remote_state",
+        others="torch",
+    ),
     row(
         "train.start",
         [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"],
@@ -113,8 +122,9 @@ TABLE = [
     ),
     row(
         "train.chief",
-        [*MATHS, "plan", "files", "evaluate.*", "train.*"],
-        "track.tracker",  # made on rank 0 from the settings that the driver hands down
+        [*MATHS, "plan", "control", "evaluate.*", "train.*"],
+        # made on rank 0 from the settings that the driver hands down
+        "track.tracker track.remote",
         others="torch ray pyarrow",
         others_inside="psutil",
     ),

@@ -44,11 +44,12 @@ class Work(NamedTuple):
     read_s: float = 0.0
     decode_s: float = 0.0
     crop_s: float = 0.0
+    retries: float = 0  # calls to storage that were tried again
 
     def plus(self, other: "Work") -> "Work":
         """Both together."""
-        seconds = (a + b for a, b in zip(self[1:], other[1:], strict=True))
-        return Work(self.images + other.images, *seconds)
+        rest = (a + b for a, b in zip(self[1:], other[1:], strict=True))
+        return Work(self.images + other.images, *rest)
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class Batch:
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
                 valid are dropped (all but one, where none is valid) and listed in `bad`, with
-                the text columns `reason` and `detail` [B] where the chunk has them. `seconds` [3]
-                (read, decode, cut) becomes `work`.
+                the text columns `reason` and `detail` [B] where the chunk has them. `work` [4]
+                holds the fields of `Work` behind the first.
 
         Raises:
             DataError: naming the array that is missing or has another dtype or shape.
@@ -117,7 +118,7 @@ class Batch:
             )
             for row in dropped
         )
-        work = Work(len(dropped) + int(chunk["valid"].sum()), *chunk.get("seconds", ()))
+        work = Work(len(dropped) + int(chunk["valid"].sum()), *chunk.get("work", ()))
         return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, work=work)
 
     @classmethod

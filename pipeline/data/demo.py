@@ -32,6 +32,7 @@ TRAIN_TILES, TEST_BLOCKS = 216, 4  # per photograph
 NEAR_COPIES, EXACT_COPIES = 60, 12  # of training tiles, in all
 DEMO_IMAGES, DEMO_BYTES = 3538, 10_000_000  # files of the training part, for estimates
 _VERSION = 1
+DEMO_MARK = ".demo.json"  # hidden, so that pack does not take it for an image
 _QUALITY, _NEAR_QUALITY = 90, 60
 # Photographs with structure all over, by class; the names in the two packages.
 _SKIMAGE = {
@@ -82,7 +83,7 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
     begin = time.monotonic()
     folder = Path(folder)
     about = {"version": _VERSION, "seed": seed}
-    mark = folder / ".demo.json"  # hidden, so that pack does not take it for an image
+    mark = folder / DEMO_MARK
     if mark.is_file() and (found := json.loads(mark.read_text()))["about"] == about:
         names = tuple(found["report"].pop("class_names"))
         return DemoReport(**{**found["report"], "class_names": names, "folder": str(folder)})

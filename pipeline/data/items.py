@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 import pyarrow as pa
@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.schema import image_array
-from pipeline.data.sources import Refused, Task, extra_fields, open_file, readable
+from pipeline.data.sources import Refused, Task, extra_fields, readable
+from pipeline.data.transfer import open_patiently, read_bytes
+from pipeline.errors import StorageError
 
 _BATCH_ROWS = 32  # of a parquet file in memory at once
 _REMOTE_READS = 8  # under way at once
@@ -54,7 +56,11 @@ def read_task(
     max_image_bytes: int,
     extras: pa.Schema,
 ) -> Iterator[Piece]:
-    """All images of a task in their order. Nothing that is wrong with the source raises."""
+    """All images of a task in their order. Nothing that is wrong with the source raises.
+
+    Raises:
+        StorageError: remote storage failed after all tries. That says nothing about the images.
+    """
     if task.kind == "files":
         yield from _read_files(fs, root, task.paths)
     elif task.kind == "tar":
@@ -72,9 +78,15 @@ def _folder(path: str) -> str | None:
 def _read_files(fs: pafs.FileSystem, root: str, paths: Sequence[str]) -> Iterator[Piece]:
     def read(path: str) -> Item | Refused:
         try:
-            with open_file(fs, f"{root}/{path}") as file:
-                encoded = file.read()
+            if isinstance(fs, pafs.LocalFileSystem):  # by Python, which takes names of any bytes
+                encoded = Path(f"{root}/{path}").read_bytes()
+            else:
+                encoded = read_bytes(fs, f"{root}/{path}")
         except OSError as error:
+            if isinstance(error, StorageError) and error.passing:
+                raise
+            if isinstance(error, StorageError):
+                return Refused(readable(path), "unreadable", error.what[:200])
             return Refused(readable(path), "unreadable", f"{type(error).__name__}: {error}"[:200])
         folder = _folder(path)
         return Item(readable(path), encoded, readable(folder) if folder else None)
@@ -95,7 +107,7 @@ def _read_tar(
     members = 0
     try:
         with (
-            open_file(fs, f"{root}/{path}") as file,
+            open_patiently(fs, f"{root}/{path}") as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as archive,
         ):
             while (member := archive.next()) is not None:
@@ -106,6 +118,8 @@ def _read_tar(
                     continue
                 yield _member(archive, member, readable(path), max_image_bytes)
                 members += 1
+    except StorageError:
+        raise
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         cut = isinstance(error, EOFError) or "unexpected end" in str(error)
         detail = f"the archive breaks off after {members} files: {error}"[:200]
@@ -168,7 +182,7 @@ def _read_parquet(
     extras: pa.Schema,
 ) -> Iterator[Piece]:
     path = task.paths[0]
-    with open_file(fs, f"{root}/{path}") as file, pq.ParquetFile(file) as parquet:
+    with open_patiently(fs, f"{root}/{path}") as file, pq.ParquetFile(file) as parquet:
         schema, meta = parquet.schema_arrow, parquet.metadata
         kept = extra_fields(schema, image_column, label_column, own=task.own)
         columns = [image_column, *[name for name, _ in kept], *["source"] * task.own]
@@ -187,6 +201,8 @@ def _read_parquet(
                         _extras(table, {field.name: name for name, field in kept}, extras),
                     )
                     row += len(items)
+            except StorageError:
+                raise
             except (pa.ArrowException, OSError) as error:
                 detail = f"cannot read the row group: {str(error).splitlines()[0]}"[:200]
                 yield (

@@ -6,6 +6,7 @@ shards) and, when it is finished, only `report.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -33,6 +34,15 @@ from pipeline.data.schema import (
     write_parquet_atomic,
 )
 from pipeline.data.sources import Listing, Refused
+from pipeline.data.storage import (
+    delete_file,
+    file_info,
+    list_files,
+    make_folder,
+    public_uri,
+    with_retries,
+)
+from pipeline.data.transfer import open_patiently, read_json
 from pipeline.errors import DataError
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
@@ -52,6 +62,7 @@ class PackReport:
     digest: str
     class_names: tuple[str, ...]
     seconds: float
+    retries: int = 0  # remote calls that were tried again
 
 
 def check_places(source: str, **outputs: str) -> None:
@@ -61,16 +72,16 @@ def check_places(source: str, **outputs: str) -> None:
         DataError: an output lies in the source.
     """
     source_fs, root = resolve_uri(source)
-    if source_fs.get_file_info(root).type != pafs.FileType.Directory:
+    if file_info(source_fs, root, tries=3).type != pafs.FileType.Directory:
         return
     for name, uri in outputs.items():
         fs, path = resolve_uri(uri)
         inside, outside = path, root
         if isinstance(fs, pafs.LocalFileSystem):
             inside, outside = str(Path(path).resolve()), str(Path(root).resolve())
-        if type(fs) is type(source_fs) and f"{inside}/".startswith(f"{outside.rstrip('/')}/"):
+        if fs == source_fs and f"{inside}/".startswith(f"{outside.rstrip('/')}/"):
             raise DataError(
-                f"{name} ({uri}) lies inside the source {source}",
+                f"{name} ({public_uri(uri)}) lies inside the source {public_uri(source)}",
                 hint="choose data.shards and run.folder beside it; the source is only read.",
             )
 
@@ -86,13 +97,6 @@ def key_of(listing: Listing, arguments: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-def _read_json(fs: pafs.FileSystem, path: str) -> Any:
-    if fs.get_file_info(path).type != pafs.FileType.File:
-        return None
-    with fs.open_input_stream(path) as stream:
-        return json.loads(stream.read())
-
-
 def _write_json(value: Any, fs: pafs.FileSystem, path: str) -> None:
     write_bytes_atomic(json.dumps(value, indent=1, ensure_ascii=False).encode(), fs, path)
 
@@ -100,7 +104,7 @@ def _write_json(value: Any, fs: pafs.FileSystem, path: str) -> None:
 def finished(work: str, key: str, shards: str) -> PackReport | None:
     """The report of the same pack, if it was finished and its shards are still there."""
     fs, folder = resolve_uri(work)
-    stored = _read_json(fs, f"{folder}/report.json")
+    stored = read_json(fs, f"{folder}/report.json")
     if stored is None or stored["key"] != key:
         return None
     try:
@@ -119,57 +123,61 @@ def start(work: str, key: str, shards: str, source: str) -> None:
         DataError: the output folder holds shards of another source, or parquet files of others.
     """
     fs, folder = resolve_uri(work)
-    plan = _read_json(fs, f"{folder}/plan.json")
+    plan = read_json(fs, f"{folder}/plan.json")
     if plan == {"key": key}:
         return
     _claim(shards, source)
     _clean(fs, folder)
     for name in ("runs", "shards"):
-        fs.create_dir(f"{folder}/{name}", recursive=True)
+        make_folder(fs, f"{folder}/{name}")
     _write_json({"key": key}, fs, f"{folder}/plan.json")
 
 
 def _claim(shards: str, source: str) -> None:
     """Take away the shards of an older pack of the same source; nothing else is ever deleted."""
     fs, folder = resolve_uri(shards)
-    fs.create_dir(folder, recursive=True)
-    manifest = _read_json(fs, f"{folder}/{MANIFEST}")
-    if manifest is not None and manifest.get("source") != _public(source):
+    make_folder(fs, folder)
+    manifest = read_json(fs, f"{folder}/{MANIFEST}")
+    if manifest is not None and manifest.get("source") != public_uri(source):
         raise DataError(
-            f"{shards} holds the shards of {manifest.get('source')}",
+            f"{public_uri(shards)} holds the shards of {manifest.get('source')}",
             hint="choose another data.shards, or delete that folder first.",
         )
-    found = fs.get_file_info(pafs.FileSelector(folder))
-    parts = [info for info in found if info.type == pafs.FileType.File]
-    parts = [info for info in parts if _PART.fullmatch(info.base_name)]
+    found = list_files(fs, folder, recursive=False)
+    parts = [info for info in found if _PART.fullmatch(info.base_name)]
     for info in parts:
-        with fs.open_input_file(info.path) as file:
+        with open_patiently(fs, info.path) as file:
             if not is_ours(pq.ParquetFile(file).schema_arrow):
                 raise DataError(
-                    f"{shards} holds {info.base_name}, which this project did not write",
+                    f"{public_uri(shards)} holds {info.base_name}, which this project "
+                    "did not write",
                     hint="choose another data.shards.",
                 )
     if manifest is not None:  # first, so that a half emptied folder does not pass for a whole one
-        fs.delete_file(f"{folder}/{MANIFEST}")
+        delete_file(fs, f"{folder}/{MANIFEST}")
     for info in parts:
-        fs.delete_file(info.path)
+        delete_file(fs, info.path)
 
 
 def _clean(fs: pafs.FileSystem, folder: str) -> None:
     for name in ("runs", "shards"):
-        if fs.get_file_info(f"{folder}/{name}").type == pafs.FileType.Directory:
-            fs.delete_dir(f"{folder}/{name}")
+        if file_info(fs, f"{folder}/{name}").type == pafs.FileType.Directory:
+            _delete_folder(fs, f"{folder}/{name}")
     for name in ("plan.json", "runs.json", "report.json"):
-        if fs.get_file_info(f"{folder}/{name}").type == pafs.FileType.File:
-            fs.delete_file(f"{folder}/{name}")
+        if file_info(fs, f"{folder}/{name}").type == pafs.FileType.File:
+            delete_file(fs, f"{folder}/{name}")
+
+
+def _delete_folder(fs: pafs.FileSystem, path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        with_retries(f"deleting {path}", lambda: fs.delete_dir(path))
 
 
 def accounts(work: str, kind: str) -> dict[int, dict[str, Any]]:
     """Accounts of finished tasks by index; `kind` is "runs" or "shards"."""
     fs, folder = resolve_uri(work)
-    selector = pafs.FileSelector(f"{folder}/{kind}", allow_not_found=True)
-    infos = [info for info in fs.get_file_info(selector) if info.type == pafs.FileType.File]
-    found = [_read_json(fs, info.path) for info in infos if info.extension == "json"]
+    infos = list_files(fs, f"{folder}/{kind}", recursive=False)
+    found = [read_json(fs, info.path) for info in infos if info.extension == "json"]
     return {account["index"]: account for account in found}
 
 
@@ -180,7 +188,7 @@ def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
         index: account
         for index, account in accounts(spec.work, "shards").items()
         if not account["rows"]
-        or fs.get_file_info(f"{folder}/{shard_name(index)}").size == account["bytes"]
+        or file_info(fs, f"{folder}/{shard_name(index)}").size == account["bytes"]
     }
 
 
@@ -208,7 +216,7 @@ def write_manifest(
     files = [account for account in written if account["rows"]]
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "source": _public(source),
+        "source": public_uri(source),
         "images": sum(account["rows"] for account in files),
         "labelled": sum(account["labelled"] for account in files),
         "class_names": list(class_names),
@@ -228,11 +236,6 @@ def finish(work: str, key: str, shards: str, report: PackReport) -> None:
     _clean(fs, folder)
     _write_json({"key": key, "report": dataclasses.asdict(report)}, fs, f"{folder}/report.json")
     fs, folder = resolve_uri(shards)
-    for info in fs.get_file_info(pafs.FileSelector(folder)):
+    for info in list_files(fs, folder, recursive=False):
         if _LEFTOVER.fullmatch(info.base_name):
-            fs.delete_file(info.path)
-
-
-def _public(uri: str) -> str:
-    """A URI without the keys that may stand before its host."""
-    return re.sub(r"://[^/@]*@", "://", uri)
+            delete_file(fs, info.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from pyarrow import fs as pafs
 
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, shard_metadata
 from pipeline.data.runs import PackSpec
-from pipeline.data.storage import parquet_writer_atomic, resolve_uri, write_bytes_atomic
+from pipeline.data.storage import file_info, resolve_uri, retries, with_retries
+from pipeline.data.transfer import parquet_writer_atomic, read_bytes, write_bytes_atomic
 
 ROW_GROUP_BYTES = 128 * 2**20  # a row group is read whole, so large images make shorter ones
 
@@ -45,10 +47,10 @@ def id_range(index: int, shards: int) -> tuple[str, str]:
 
 def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     """Write shard `index` and return (and store, last) its account; no rows, no file."""
+    before = retries()
     work_fs, work = resolve_uri(spec.work)
     fs, folder = resolve_uri(spec.shards)
-    with work_fs.open_input_stream(f"{work}/runs.json") as stream:
-        runs = json.loads(stream.read())
+    runs = json.loads(read_bytes(work_fs, f"{work}/runs.json"))
     low, high = id_range(index, merge.shards)
     found = [_rows_of(work_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
     rows, duplicates = _unique(pa.concat_tables(found))
@@ -81,8 +83,9 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
         for name, label in zip(rows.column("image_id").to_pylist(), labels, strict=True):
             digest.update(f"{name} {label}\n".encode())
         account["labelled"] = sum(label is not None for label in labels)
-        account["bytes"] = fs.get_file_info(path).size
+        account["bytes"] = file_info(fs, path).size
     account["digest"] = digest.hexdigest()
+    account["retries"] = retries() - before
     stored = json.dumps(account).encode()
     write_bytes_atomic(stored, work_fs, f"{work}/shards/shard-{index:06d}.json")
     return account
@@ -90,13 +93,18 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
 
 def _rows_of(fs: pafs.FileSystem, path: str, run: int, low: str, high: str) -> pa.Table:
     """The index rows of one run with low <= id < high."""
-    with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
-        groups = []
-        for group in range(parquet.metadata.num_row_groups):
-            stats = parquet.metadata.row_group(group).column(0).statistics
-            if stats is None or not stats.has_min_max or (stats.max >= low and stats.min < high):
-                groups.append(group)
-        table = parquet.read_row_groups(groups)
+
+    def read() -> pa.Table:
+        with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
+            groups = []
+            for group in range(parquet.metadata.num_row_groups):
+                stats = parquet.metadata.row_group(group).column(0).statistics
+                known = stats is not None and stats.has_min_max
+                if not known or (stats.max >= low and stats.min < high):
+                    groups.append(group)
+            return parquet.read_row_groups(groups)
+
+    table = with_retries(f"reading {path}.parquet", read)
     ids = table.column("image_id")
     table = table.filter(pc.and_(pc.greater_equal(ids, low), pc.less(ids, high)))
     return table.append_column("run", pa.array(np.full(table.num_rows, run, np.int32)))
@@ -137,6 +145,12 @@ def _row_groups(sizes: np.ndarray[Any, Any], rows: int) -> Iterator[tuple[int, i
     yield start, len(sizes)
 
 
+def _read_range(fs: pafs.FileSystem, path: str, low: int, high: int) -> pa.Buffer:
+    with fs.open_input_file(path) as file:
+        file.seek(low)
+        return file.read_buffer(high - low)
+
+
 class _Images:
     """The encoded images of a shard's rows: one read per run, as ids of a range lie together."""
 
@@ -149,9 +163,11 @@ class _Images:
             mine = self.run == run
             low = int(self.offset[mine].min())
             high = int((self.offset[mine] + self.size[mine]).max())
-            with fs.open_input_file(f"{paths[run]}.bin") as file:
-                file.seek(low)
-                self.blocks[run] = low, file.read_buffer(high - low)
+            block = with_retries(
+                f"reading {paths[run]}.bin",
+                functools.partial(_read_range, fs, f"{paths[run]}.bin", low, high),
+            )
+            self.blocks[run] = low, block
 
     def take(self, start: int, end: int) -> pa.Array:
         found = []

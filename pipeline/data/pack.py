@@ -30,7 +30,7 @@ from pipeline.data.schema import (
     write_bytes_atomic,
 )
 from pipeline.data.sources import Plan, Refused, Task, list_source, plan_tasks
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 __all__ = ["MAX_IMAGE_BYTES", "PackReport", "pack"]
 log = logging.getLogger("pipeline.data")
@@ -46,6 +46,9 @@ def _storage_errors() -> Iterator[None]:
     """What storage says, as a sentence; bad files of the source never come to this."""
     try:
         yield
+    except StorageError as error:
+        more = "the same pack goes on where it stopped" if error.passing else ""
+        raise DataError(error.what, hint="; ".join(filter(None, [error.hint, more]))) from error
     except OSError as error:
         raise DataError(
             f"packing stopped: {type(error).__name__}: {error}",
@@ -149,6 +152,7 @@ def pack(
         digest=digest,
         class_names=merge.class_names,
         seconds=round(time.monotonic() - begin, 3),
+        retries=sum(account.get("retries", 0) for account in [*read, *written]),
     )
     if images_in != report.images_packed + report.duplicates + len(bad):
         raise RuntimeError(f"images were lost or counted twice: {report}")
@@ -218,6 +222,9 @@ def _each(
     def run(row: dict[str, Any]) -> dict[str, str]:
         try:
             return {"account": json.dumps(function(ray.get(shared)[row["item"]])), "error": ""}
+        except StorageError as error:
+            said = json.dumps([error.what, error.hint, error.passing])
+            return {"account": said, "error": "storage"}
         except OSError as error:  # its words, not a traceback through Ray
             return {"account": "", "error": str(error)}
 
@@ -228,6 +235,8 @@ def _each(
     dataset.context.print_on_execution_start = False
     with _quiet_ray_data():
         for row in dataset.iter_rows():
+            if row["error"] == "storage":
+                raise StorageError(*json.loads(row["account"]))
             if row["error"]:
                 raise OSError(row["error"])
             yield json.loads(row["account"])

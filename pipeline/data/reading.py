@@ -11,7 +11,7 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.order import Ints, Piece, ReadingOrder, piece_rows
+from pipeline.data.retry import retries
 from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group
 from pipeline.errors import DataError
 
@@ -98,6 +99,7 @@ class Portion:
     offsets: Ints  # [n + 1] in `encoded`
     encoded: Any  # bytes of all images, one after the other
     read_s: float  # what fetching them took
+    retries: int  # calls to storage that were tried again for them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,6 +150,7 @@ def read_portions(
             groups = list(pool.map(lambda place: read_group(columns, *place), task.places))
             return groups, time.perf_counter() - begin
 
+        counted = retries()
         fetched = ahead.submit(fetch, tasks[0])
         for n, task in enumerate(tasks):
             groups, read_s = fetched.result()
@@ -157,12 +160,12 @@ def read_portions(
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
-                yield _portion(task.piece, at, groups, which[part], rows[part], share)
+                found = _portion(task.piece, at, groups, which[part], rows[part])
+                before, counted = counted, retries()
+                yield replace(found, read_s=found.read_s + share, retries=counted - before)
 
 
-def _portion(
-    piece: Piece, at: int, groups: Sequence[RowGroup], which: Ints, rows: Ints, read_s: float
-) -> Portion:
+def _portion(piece: Piece, at: int, groups: Sequence[RowGroup], which: Ints, rows: Ints) -> Portion:
     begin = time.perf_counter()
     pairs = list(zip(which.tolist(), rows.tolist(), strict=True))
     # Null is an image of no bytes, which decoding names as empty.
@@ -179,6 +182,7 @@ def _portion(
         start=piece.start + at,
         offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         encoded=encoded,
-        read_s=read_s + time.perf_counter() - begin,
+        read_s=time.perf_counter() - begin,
+        retries=0,
         **found,
     )

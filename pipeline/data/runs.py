@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,12 +19,8 @@ from pipeline.data.columns import image_id
 from pipeline.data.decode import BadImage, decode
 from pipeline.data.items import Item, read_task
 from pipeline.data.sources import Refused, Task
-from pipeline.data.storage import (
-    atomic_path,
-    resolve_uri,
-    write_bytes_atomic,
-    write_parquet_atomic,
-)
+from pipeline.data.storage import resolve_uri, retries
+from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -86,6 +83,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     The account: `images` = kept + duplicates + len(bad); runs with their bytes; folders and largest
     label seen in good images.
     """
+    before = retries()
     fs, _ = resolve_uri(spec.source)
     work_fs, work = resolve_uri(spec.work)
     name = f"{work}/runs/task-{index:06d}"
@@ -142,6 +140,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
             flush()
     flush()
     account["folders"] = sorted(folder for folder in folders if folder is not None)
+    account["retries"] = retries() - before
     write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
     return account
 
@@ -170,7 +169,7 @@ def _write_run(
     keep = [i for k, i in enumerate(order) if k == 0 or run.rows[order[k - 1]][0] != run.rows[i][0]]
     offset = 0
     index: list[list[Any]] = [[] for _ in INDEX_SCHEMA]
-    with atomic_path(fs, f"{path}.bin") as temporary, fs.open_output_stream(temporary) as stream:
+    with atomic_path(fs, f"{path}.bin") as temporary, Path(temporary).open("wb") as stream:
         for i in keep:
             name, source, encoded, *about = run.rows[i]
             stream.write(encoded)

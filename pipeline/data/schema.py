@@ -6,7 +6,6 @@ The public face of the shard format; its parts are `columns` (what a shard is) a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,16 +27,16 @@ from pipeline.data.columns import (
     is_ours,
     shard_metadata,
 )
-from pipeline.data.storage import (
-    absolute_uri,
+from pipeline.data.retry import with_retries
+from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
+from pipeline.data.transfer import (
     atomic_path,
-    list_parquet,
     parquet_writer_atomic,
-    resolve_uri,
+    read_json,
     write_bytes_atomic,
     write_parquet_atomic,
 )
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 __all__ = [
     "BAD_IMAGE_SCHEMA",
@@ -144,15 +143,18 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
     uri = absolute_uri(str(uri))
     fs, path = resolve_uri(uri)
     infos = list_parquet(fs, path, uri)
-    manifest_path = f"{path}/{MANIFEST}"
-    if fs.get_file_info(manifest_path).type == pafs.FileType.File:
-        return _from_manifest(uri, fs, path, infos)
+    if infos[0].path != path and "*" not in path:
+        manifest = read_json(fs, f"{path}/{MANIFEST}")
+        if manifest is not None:
+            return _from_manifest(manifest, uri, path, infos)
     return _from_footers(uri, fs, path, infos, image_column, label_column)
 
 
 def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(fs.open_input_file(path))
+        return with_retries(f"reading {path}", lambda: pq.ParquetFile(fs.open_input_file(path)))
+    except StorageError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{path} is not a readable parquet file: {str(error).splitlines()[0]}",
@@ -161,14 +163,12 @@ def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
 
 
 def _from_manifest(
-    uri: str, fs: pafs.FileSystem, path: str, infos: Sequence[pafs.FileInfo]
+    manifest: dict[str, Any], uri: str, path: str, infos: Sequence[pafs.FileInfo]
 ) -> ShardSet:
-    with fs.open_input_stream(f"{path}/{MANIFEST}") as stream:
-        manifest = json.loads(stream.read())
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
-            f"{uri} has schema version {manifest.get('schema_version')}, this code reads "
-            f"{SCHEMA_VERSION}",
+            f"{public_uri(uri)} has schema version {manifest.get('schema_version')}, "
+            f"this code reads {SCHEMA_VERSION}",
             hint="pack the images again, or use the version that wrote them.",
         )
     sizes = {info.path: info.size for info in infos}
@@ -179,7 +179,7 @@ def _from_manifest(
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise DataError(
-                f"shard {name} of {uri} {state}",
+                f"shard {name} of {public_uri(uri)} {state}",
                 hint="copy the folder again, or pack again: a second run writes what is missing.",
             )
         groups = tuple(int(rows) for rows in entry["row_groups"])
@@ -219,15 +219,15 @@ def _from_footers(
     whole = len(infos) > 1 or infos[0].path != path
     if any(ours) and whole and "*" not in path:
         raise DataError(
-            f"{uri} holds packed shards but no {MANIFEST}: packing was not finished",
+            f"{public_uri(uri)} holds packed shards but no {MANIFEST}: packing was not finished",
             hint="run the same pack again; it goes on where it stopped.",
         )
     names = {class_names_of(schema, label_column) for _, schema, _ in found} - {()}
     if len(names) > 1:
         raise DataError(
-            f"the files under {uri} have different class names",
-            hint=f"pack them into one set first: python jobs/pack.py data.source={uri} "
-            "data.shards=shards/",
+            f"the files under {public_uri(uri)} have different class names",
+            hint="pack them into one set first: python jobs/pack.py data.source="
+            f"{public_uri(uri)} data.shards=shards/",
         )
     digest = hashlib.blake2b(digest_size=16)
     for file, _, _ in found:
@@ -292,13 +292,14 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
 
     Ids and sizes are taken from files of this project; elsewhere ids are computed, whatever a
     column `image_id` says (COCO has one, of numbers).
+
+    Raises:
+        DataError: the file is not readable as parquet, or the storage failed after all tries.
     """
-    with _open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
-        schema = parquet.schema_arrow
-        own = is_ours(schema)
-        labelled = columns.label in schema.names
-        names = [columns.image, *["image_id", "height", "width"] * own]
-        table = parquet.read_row_group(row_group, columns=[*names, *[columns.label] * labelled])
+    table, own, labelled = with_retries(
+        f"reading row group {row_group} of {path}",
+        lambda: _read_columns(columns, path, row_group),
+    )
     images = image_array(table.column(columns.image))
     sizes = np.zeros((len(images), 2), np.int64)
     if own:
@@ -314,3 +315,14 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
     # From a bytearray: an array over bytes would be read-only, which torch warns about.
     packed = np.frombuffer(bytearray.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
     return RowGroup(images, packed, labels, sizes)
+
+
+def _read_columns(columns: ShardColumns, path: str, row_group: int) -> tuple[pa.Table, bool, bool]:
+    """The columns that a `RowGroup` needs; whether the file is ours, and has labels."""
+    with _open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
+        schema = parquet.schema_arrow
+        own = is_ours(schema)
+        labelled = columns.label in schema.names
+        names = [columns.image, *["image_id", "height", "width"] * own]
+        table = parquet.read_row_group(row_group, columns=[*names, *[columns.label] * labelled])
+    return table, own, labelled

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,8 +26,9 @@ from pipeline.data.columns import (
     class_names_of,
     is_ours,
 )
-from pipeline.data.storage import resolve_uri
-from pipeline.errors import DataError
+from pipeline.data.storage import file_info, list_files, public_uri, resolve_uri
+from pipeline.data.transfer import open_patiently
+from pipeline.errors import DataError, StorageError
 
 TASK_BYTES = 64 * 2**20  # of source in one task: small enough for a small machine and for a retry
 TASK_FILES = 1000
@@ -101,12 +101,14 @@ def list_source(uri: str) -> Listing:
     fs, path = resolve_uri(uri)
     local = isinstance(fs, pafs.LocalFileSystem)
     folder, _, pattern = path.rpartition("/")
-    info = fs.get_file_info(path)
+    info = file_info(fs, path, tries=3)
     if info.type == pafs.FileType.NotFound and "*" in pattern:
         found = _walk_local(folder, pattern) if local else _walk_remote(fs, folder, pattern)
         root = folder
     elif info.type == pafs.FileType.NotFound:
-        raise DataError(f"no such path: {uri}", hint="check data.source (and the mount).")
+        raise DataError(
+            f"no such path: {public_uri(uri)}", hint="check data.source (and the mount)."
+        )
     elif info.type == pafs.FileType.File:
         root, found = folder, iter([Entry(pattern, info.size, info.mtime_ns or 0)])
     else:
@@ -126,7 +128,8 @@ def list_source(uri: str) -> Listing:
             entries.append(item)
     if not entries and not refused:
         raise DataError(
-            f"no files under {uri}" + (f" ({hidden} hidden ones are left out)" if hidden else ""),
+            f"no files under {public_uri(uri)}"
+            + (f" ({hidden} hidden ones are left out)" if hidden else ""),
             hint="data.source is a folder of images, tar files or parquet files.",
         )
     entries.sort(key=lambda entry: os.fsencode(entry.path))
@@ -173,8 +176,8 @@ def _target(link: str) -> Path | None:
 
 
 def _walk_remote(fs: pafs.FileSystem, root: str, pattern: str = "") -> Iterator[Entry | Refused]:
-    for info in fs.get_file_info(pafs.FileSelector(root, recursive=not pattern)):
-        if info.type == pafs.FileType.File and fnmatch.fnmatchcase(info.base_name, pattern or "*"):
+    for info in list_files(fs, root, recursive=not pattern, missing=False):
+        if fnmatch.fnmatchcase(info.base_name, pattern or "*"):
             yield Entry(info.path[len(root) :].lstrip("/"), info.size, info.mtime_ns or 0)
 
 
@@ -202,7 +205,8 @@ def plan_tasks(
         own = is_ours(footer[0])
         if own and not listing.packed and len(listing.entries) > 1:
             raise DataError(
-                f"{uri} holds packed shards but no {MANIFEST}: packing was not finished",
+                f"{public_uri(uri)} holds packed shards but no {MANIFEST}: "
+                "packing was not finished",
                 hint="finish that pack first, or name the files as folder/part-*.parquet.",
             )
         columns = ("image", "label") if own else (image_column, label_column)
@@ -237,17 +241,12 @@ def plan_tasks(
 
 def _footer(fs: pafs.FileSystem, path: str) -> tuple[pa.Schema, pq.FileMetaData] | str:
     try:
-        with open_file(fs, path) as file, pq.ParquetFile(file) as parquet:
+        with open_patiently(fs, path) as file, pq.ParquetFile(file) as parquet:
             return parquet.schema_arrow, parquet.metadata
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError) as error:
         return f"not a readable parquet file: {str(error).splitlines()[0]}"[:200]
-
-
-def open_file(fs: pafs.FileSystem, path: str) -> Any:
-    """Open for reading. Local files by Python, which takes names that are no UTF-8."""
-    if isinstance(fs, pafs.LocalFileSystem):
-        return Path(path).open("rb")
-    return fs.open_input_file(path)
 
 
 def _row_group_runs(meta: pq.FileMetaData) -> Iterator[tuple[int, ...]]:
@@ -285,7 +284,7 @@ def _join(uri: str, schemas: Sequence[pa.Schema]) -> pa.Schema:
         joined = pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            f"the parquet files under {uri} disagree: {str(error).splitlines()[0]}",
+            f"the parquet files under {public_uri(uri)} disagree: {str(error).splitlines()[0]}",
             hint="pack them apart, or give the column one type.",
         ) from error
     return pa.schema(sorted(joined, key=lambda field: str(field.name)))

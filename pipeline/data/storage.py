@@ -1,38 +1,82 @@
-"""Get bytes in and out of storage: local paths and pyarrow URIs alike, every write whole or not."""
+"""Opens and lists places, local paths and pyarrow URIs alike. `transfer` moves the bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.data.retry import retries, with_retries
 from pipeline.errors import DataError
+from pipeline.uri import is_uri
+from pipeline.uri import public as public_uri
+
+__all__ = [
+    "absolute_uri",
+    "delete_file",
+    "exists",
+    "file_info",
+    "list_files",
+    "list_parquet",
+    "make_folder",
+    "public_uri",
+    "resolve_uri",
+    "retries",
+    "with_retries",
+]
+
+OBJECT_STORES = ("s3", "gcs", "abfs")  # an upload that is not complete cannot be seen
+CONNECT_S, ANSWER_S = 5.0, 30.0  # until a request counts as failed
+PART_TRIES = 4  # of one part of an upload, by the client; the whole upload is tried again by us
 
 
 def absolute_uri(uri: str) -> str:
     """The same place by a name that holds in any process: a local path is made absolute."""
-    return uri if "://" in uri else str(Path(os.path.expandvars(uri)).expanduser().absolute())
+    return uri if is_uri(uri) else str(Path(os.path.expandvars(uri)).expanduser().absolute())
+
+
+class _S3(pafs.S3FileSystem):  # type: ignore[misc]
+    """S3 without the client's own retries, which nobody counts; uploads go by `writer`."""
+
+    writer: pafs.FileSystem
+
+
+def _s3(found: pafs.S3FileSystem) -> _S3:
+    _, (options,) = found.__reduce__()  # what pyarrow read from the URI and the environment
+    options = {**options, "connect_timeout": CONNECT_S, "request_timeout": ANSWER_S}
+    once, several = (
+        pafs.AwsStandardS3RetryStrategy(max_attempts=tries) for tries in (1, PART_TRIES)
+    )
+    made = _S3(**options, retry_strategy=once)
+    # A failed part alone is sent again, not the whole file.
+    made.writer = pafs.S3FileSystem(**options, retry_strategy=several)
+    return made
 
 
 @functools.lru_cache(maxsize=64)  # an S3 client asks for the region of its bucket when made
 def _filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
+    if not is_uri(uri):
         return pafs.LocalFileSystem(), uri
+    shown = public_uri(uri)
     try:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
+        filesystem, path = with_retries(
+            f"opening {shown}", lambda: pafs.FileSystem.from_uri(uri), tries=3
+        )
+    except DataError:
+        raise
     except (pa.ArrowException, ValueError, OSError) as error:
+        said = str(error).splitlines()[0].replace(uri, shown)
         raise DataError(
-            f"cannot open {uri}: {str(error).splitlines()[0]}",
+            f"cannot open {shown}: {said}",
             hint="use a local path or a URI that pyarrow reads, such as s3://bucket/folder.",
         ) from error
+    if filesystem.type_name == "s3":
+        filesystem = _s3(filesystem)
     return filesystem, path.rstrip("/") or "/"
 
 
@@ -43,6 +87,25 @@ def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
         DataError: the URI names a scheme or bucket that cannot be opened.
     """
     return _filesystem(absolute_uri(str(uri)))
+
+
+def file_info(fs: pafs.FileSystem, path: str, tries: int | None = None) -> pafs.FileInfo:
+    """What is at a path: type, size, time of the last change."""
+    return with_retries(f"looking up {path}", lambda: fs.get_file_info(path), tries)
+
+
+def exists(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether there is a file or a folder at a path."""
+    return bool(file_info(fs, path).type != pafs.FileType.NotFound)
+
+
+def list_files(
+    fs: pafs.FileSystem, path: str, *, recursive: bool = True, missing: bool = True
+) -> list[pafs.FileInfo]:
+    """The files under a folder; none where there is no such folder and `missing` allows that."""
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=missing)
+    infos = with_retries(f"listing {path}", lambda: fs.get_file_info(selector))
+    return [info for info in infos if info.type == pafs.FileType.File]
 
 
 def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:
@@ -63,80 +126,35 @@ def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo
     found = [i for i in found if not _hidden(i.path[len(root) :])]
     if not found:
         raise DataError(
-            f"no parquet files under {uri}",
-            hint=f"pack a folder of images first: python jobs/pack.py data.source={uri} "
-            "data.shards=shards/",
+            f"no parquet files under {public_uri(uri)}",
+            hint=f"pack a folder of images first: python jobs/pack.py "
+            f"data.source={public_uri(uri)} data.shards=shards/",
         )
     return sorted(found, key=lambda info: str(info.path))
 
 
 def _files(fs: pafs.FileSystem, path: str, uri: str, *, recursive: bool) -> list[pafs.FileInfo]:
-    info = fs.get_file_info(path)
+    info = file_info(fs, path, tries=3)
     if info.type == pafs.FileType.NotFound:
-        raise DataError(f"no such path: {uri}", hint="check data.shards (and the mount).")
+        raise DataError(
+            f"no such path: {public_uri(uri)}", hint="check data.shards (and the mount)."
+        )
     if info.type == pafs.FileType.File:
         return [info]
-    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive))
-    return [i for i in infos if i.type == pafs.FileType.File]
+    return list_files(fs, path, recursive=recursive)
 
 
 def _hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
-@contextmanager
-def atomic_path(fs: pafs.FileSystem, path: str) -> Iterator[str]:
-    """Give a temporary path beside `path`; it takes the name at the end, or goes on an error."""
-    folder, _, name = path.rpartition("/")
-    fs.create_dir(folder or "/", recursive=True)
-    # The leading dot keeps a file that a kill left behind out of every listing of ours.
-    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield temporary
-        if isinstance(fs, pafs.LocalFileSystem):
-            with Path(temporary).open("rb") as written:
-                os.fsync(written.fileno())
-        fs.move(temporary, path)
-    except BaseException:
-        if fs.get_file_info(temporary).type == pafs.FileType.File:
-            fs.delete_file(temporary)
-        raise
+def make_folder(fs: pafs.FileSystem, path: str) -> None:
+    """Makes a folder, where there are such things; an object store needs none."""
+    if fs.type_name not in OBJECT_STORES:
+        fs.create_dir(path, recursive=True)
 
 
-def write_bytes_atomic(content: bytes, fs: pafs.FileSystem, path: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    with atomic_path(fs, path) as temporary, fs.open_output_stream(temporary) as stream:
-        stream.write(content)
-
-
-@contextmanager
-def parquet_writer_atomic(
-    schema: pa.Schema, fs: pafs.FileSystem, path: str
-) -> Iterator[pq.ParquetWriter]:
-    """A parquet writer whose file is there whole at the end, or not at all.
-
-    Columns of encoded images are not compressed a second time. The bytes depend on what is written
-    and on the pyarrow version only.
-    """
-    images = {field.name for field in schema if pa.types.is_binary(field.type)}
-    with (
-        atomic_path(fs, path) as temporary,
-        pq.ParquetWriter(
-            temporary,
-            schema,
-            filesystem=fs,
-            compression={name: "none" if name in images else "zstd" for name in schema.names},
-            use_dictionary=[name for name in ("format", "label") if name in schema.names],
-            # Statistics of image bytes would copy two whole images to the footer.
-            write_statistics=[name for name in schema.names if name not in images],
-        ) as writer,
-    ):
-        yield writer
-
-
-def write_parquet_atomic(
-    table: pa.Table, fs: pafs.FileSystem, path: str, row_group_size: int
-) -> None:
-    """Write a parquet file so that it is there whole or not at all; `row_group_size` in rows."""
-    with parquet_writer_atomic(table.schema, fs, path) as writer:
-        writer.write_table(table, row_group_size=row_group_size)
+def delete_file(fs: pafs.FileSystem, path: str) -> None:
+    """Deletes a file; one that is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        with_retries(f"deleting {path}", lambda: fs.delete_file(path))

@@ -73,7 +73,8 @@ def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
     share = portion.read_s / len(portion)
     for first in range(0, len(portion), spec.chunk):
         chunk = make_chunk(portion, first, min(first + spec.chunk, len(portion)), spec)
-        chunk["seconds"][0] = share * len(chunk["labels"])
+        chunk["work"][0] = share * len(chunk["labels"])
+        chunk["work"][3] = portion.retries if first == 0 else 0
         yield chunk
 
 
@@ -81,8 +82,9 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
     """Decodes and cuts images `first` to `last` (out) of a portion.
 
     Returns:
-        The arrays of `Batch`, with `valid` and `reason` [B], and `seconds` float64 [3]: reading
-        (set by the caller), decoding and cutting, of all images together.
+        The arrays of `Batch`, with `valid` and `reason` [B], and `work` float64 [4]: seconds of
+        reading, decoding and cutting of all images together, and calls to storage that were tried
+        again; the first and the last are set by the caller.
     """
     crops, count = spec.crops, last - first
     image_ids = portion.image_ids[first:last]
@@ -108,7 +110,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
         ),
         "valid": np.ones(count, bool),
         "reason": np.zeros(count, np.int8),
-        "seconds": np.zeros(3),
+        "work": np.zeros(4),
     }
     sizes = portion.sizes[first:last]
     boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
@@ -139,8 +141,8 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
             crops,
             out=(chunk["global_crops"][i], chunk["local_crops"][i]),
         )
-        chunk["seconds"][1] += decoded - begin
-        chunk["seconds"][2] += time.perf_counter() - decoded
+        chunk["work"][1] += decoded - begin
+        chunk["work"][2] += time.perf_counter() - decoded
     return chunk
 
 

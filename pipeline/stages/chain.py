@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,13 +13,17 @@ import yaml
 
 from pipeline import cluster
 from pipeline.config import Config
+from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.files import RunFolder, atomic, fingerprint
+from pipeline.mirror import mirrored
 from pipeline.stages import evaluate, export, pack, pretrain
 from pipeline.stages.context import Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
 from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
+from pipeline.track.state import FILE_NAME, forget_local
 from pipeline.track.summary import run_report
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 
@@ -41,12 +45,17 @@ def run(config: Config, stages: Sequence[str]) -> None:
     """
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
+    if folder.uri:
+        resolve_uri(folder.uri)  # a wrong one is said before anything is written
     with folder.locked():
-        log.info("run         %s in %s", config.run.name, folder.path)
-        _run(config, folder, stages)
+        log.info("run         %s in %s", config.run.name, folder)
+        with mirrored(folder, lambda names: _fetched(folder, names)) as push:
+            _run(config, folder, stages, push)
 
 
-def _run(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
+def _run(
+    config: Config, folder: RunFolder, stages: Sequence[str], push: Callable[[], object]
+) -> None:
     context = Context(config, folder)
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
@@ -56,6 +65,8 @@ def _run(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
         left.pop(0)
     if not left:
         return
+    written = _write_config(config, folder)
+    push()  # a remote run folder that cannot be written is said now
     with cluster.joined(config.resources):
         settings = TrackSettings(
             run_folder=str(folder.path),
@@ -66,15 +77,22 @@ def _run(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
         tracking = open_pipeline(
             settings,
             config.run.name,
-            nodes=cluster.nodes(),
-            config=_write_config(config, folder),
+            # reports for a remote run folder are all sent from here
+            nodes=1 if folder.uri else cluster.nodes(),
+            config=written,
             tags={"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())},
         )
         with tracking:
             context.tracking = tracking
             for name in left:
                 _stage(context, name)
+                push()
             _report(context)
+
+
+def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
+    if FILE_NAME in names:
+        forget_local(folder.path)
 
 
 def _write_config(config: Config, folder: RunFolder) -> Path:
@@ -91,7 +109,7 @@ def _report(context: Context) -> None:
     sections = [Table({"stage": list(lines), "result": list(lines.values())}, "Results")]
     name = context.config.run.name
     report = run_report(context.folder.path, name, context.config.data.source, sections)
-    log.info("report      %s", report)
+    log.info("report      %s", public(context.folder.at(report.name)))
     tracker = context.tracking.tracker
     tracker.artifact(report)
     last = next(reversed(lines.values()), "")
@@ -112,7 +130,7 @@ def with_absolute_weights(config: Config) -> Config:
     """The config with full paths of the weights it starts from: workers run in other folders."""
 
     def full(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path else path
+        return absolute_uri(path) if path else path
 
     model = config.model.model_copy(update={"init": full(config.model.init)})
     distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.storage import exists, resolve_uri
+from pipeline.data.transfer import read_json
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
+from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline")
 
@@ -43,7 +44,7 @@ class Context:
 
 def shards_uri(config: Config, folder: RunFolder) -> str:
     """The shards that the recipe names, or those that pack writes into the run folder."""
-    return config.data.shards or str(folder.path / "shards")
+    return config.data.shards or str(folder.at("shards"))
 
 
 def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
@@ -53,10 +54,11 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
         ConfigError: where neither shards nor a source are named.
         DataError: where the shards are not there or cannot be used.
     """
-    if not config.data.shards and not (folder.path / "shards").exists():
+    if not config.data.shards and not exists(*resolve_uri(str(folder.at("shards")))):
         if config.data.source:
             raise DataError(
-                f"{config.data.source} is not packed yet: there is no {folder.path / 'shards'}",
+                f"{public(config.data.source)} is not packed yet: there is no "
+                f"{public(folder.at('shards'))}",
                 "pack it with jobs/pack.py and the same arguments, or run all with jobs/run.py",
             )
         raise ConfigError(
@@ -72,7 +74,7 @@ def with_packed_sets(config: Config, folder: RunFolder) -> Config:
     """The config with evaluation sources replaced by the shards that pack made of them."""
     changed = {}
     for name in ("reference", "queries"):
-        source, packed = getattr(config.evaluate, name), folder.path / "pack" / name
+        source, packed = getattr(config.evaluate, name), folder.at("pack", name)
         if source and not is_shards(source) and _source_of(packed) == _place(source, folder):
             changed[name] = str(packed)
     if not changed:
@@ -82,13 +84,13 @@ def with_packed_sets(config: Config, folder: RunFolder) -> Config:
 
 def _place(source: str, folder: RunFolder) -> str:
     if source.startswith(BUILTIN):
-        return str(folder.path / "source" / source.removeprefix(BUILTIN).strip("/"))
-    return absolute_uri(source)
+        source = str(folder.at("source", source.removeprefix(BUILTIN).strip("/")))
+    return public(absolute_uri(source))
 
 
-def _source_of(packed: Path) -> str:
-    manifest = packed / MANIFEST
-    return str(json.loads(manifest.read_text())["source"]) if manifest.is_file() else ""
+def _source_of(packed: Place) -> str:
+    manifest = read_json(*resolve_uri(str(join(packed, MANIFEST))))
+    return str(manifest["source"]) if manifest else ""
 
 
 def is_shards(uri: str) -> bool:
@@ -97,6 +99,8 @@ def is_shards(uri: str) -> bool:
         return False
     try:
         open_shards(uri)
+    except StorageError:
+        raise  # nobody knows what is there
     except DataError:
         return False
     return True

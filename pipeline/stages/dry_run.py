@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.schema import open_shards
 from pipeline.data.sources import ARCHIVES, list_source
 from pipeline.data.storage import absolute_uri
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.plan import Machine, resolve
 from pipeline.stages.chain import named, with_absolute_weights
@@ -37,7 +37,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
 
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
-    log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder.path)
+    log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder)
     gpus = torch.cuda.device_count()
     machine = Machine(
         cpus=config.resources.cpus or os.cpu_count() or 1,
@@ -61,7 +61,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
     if digest != NOT_PACKED:
         check_resume(config, digest, folder)
-    plan = start.located(plan, state.latest(folder.path / "checkpoints"))
+    plan = start.located(plan, state.latest(folder.checkpoints))
     built = starting_pair(plan, folder)
     for line in describe(plan, built):
         log.info("%s", line)
@@ -91,6 +91,8 @@ def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
             shards_uri(config, folder), config.data.image_column, config.data.label_column
         )
         return found.rows, found.digest, sum(file.bytes for file in found.files)
+    except StorageError:
+        raise
     except DataError:
         if not config.data.source:
             raise

@@ -18,6 +18,7 @@ from pipeline.stages.context import Context, result_line
 from pipeline.train import state
 from pipeline.train.run import evaluation_spec
 from pipeline.train.start import encoder_of, starting_pair
+from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline.evaluate")
 
@@ -28,12 +29,12 @@ def chosen(context: Context) -> state.Saved:
     Raises:
         TrainError: where the run has none.
     """
-    folder = context.folder.path / "checkpoints"
+    folder = context.folder.checkpoints
     best = state.best(folder) if context.config.export.checkpoint == "best" else None
     saved = best[0] if best else state.latest(folder)
     if saved is None:
         raise TrainError(
-            f"run {context.folder.path.name} has no checkpoint in {folder}",
+            f"run {context.folder.path.name} has no checkpoint in {public(folder)}",
             "pretrain first, or name the run with run.name=…",
         )
     return saved
@@ -111,8 +112,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 def _evaluate(
     spec: EvaluationSpec, checkpoint: str, device: str
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    path = Path(checkpoint)
-    saved = next(saved for saved in state.checkpoints(path.parent) if saved.path == path)
+    saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
+    if saved is None:
+        raise TrainError(f"the checkpoint {public(checkpoint)} is gone", "evaluate again")
     found = trained_plan(saved)
     evaluator = Evaluator(spec, len(os.sched_getaffinity(0)), device)
     network = teacher(saved)

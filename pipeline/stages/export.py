@@ -24,6 +24,7 @@ from pipeline.model.weights import (
 from pipeline.stages.context import Context, result_line
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
 from pipeline.train import build
+from pipeline.uri import public
 
 FORMATS = ("dinov2", "huggingface", "timm")
 FILES = ("model.safetensors", "config.json")
@@ -60,7 +61,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         folder = weights / "dinov2"
     scores = context.results.get("evaluate", {}).get("trained", {})
     score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
-    text = f"{weights} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
+    place = public(context.folder.at("weights"))
+    text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
     details = [f"* {name}: {said}" for name, said in formats.items()]
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))
@@ -77,7 +79,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)
     return {
         "text": text,
-        "folder": str(folder),
+        "folder": public(context.folder.at("weights", folder.name)),
         "formats": formats,
         "step": saved.step,
         "bytes": size,

@@ -11,9 +11,12 @@ from pipeline.data.pack import PackReport, pack
 from pipeline.data.schema import open_shards
 from pipeline.data.sources import list_source
 from pipeline.data.storage import absolute_uri
-from pipeline.errors import ConfigError, DataError
+from pipeline.data.transfer import local_copy
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
+from pipeline.mirror import upload_folder
 from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
+from pipeline.uri import is_uri, join, public
 
 SETTINGS = (
     "image_column",
@@ -36,7 +39,7 @@ def sources(context: Context) -> dict[str, tuple[str, str]]:
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
         if source and not is_shards(source):
-            found[name] = (source, str(folder.path / "pack" / name))
+            found[name] = (source, str(folder.at("pack", name)))
     return {name: (_unfold(source, context), to) for name, (source, to) in found.items()}
 
 
@@ -60,6 +63,8 @@ def intact(context: Context) -> bool:
     try:
         for _, shards in sources(context).values():
             open_shards(shards)
+    except StorageError:
+        raise
     except DataError:
         return False
     return True
@@ -82,8 +87,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             max_image_bytes=int(data.max_image_mb * 2**20),
             shard_bytes=int(data.shard_mb * 2**20),
             row_group_images=data.row_group_images,
-            bad_images=str(context.folder.path / "pack" / f"bad_images_{name}.parquet"),
-            work=str(context.folder.path / "pack" / f"work_{name}"),
+            bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
+            work=str(context.folder.at("pack", f"work_{name}")),
             on_progress=_Progress(name),
         )
         text = _text(name, report)
@@ -116,9 +121,13 @@ def _unfold(source: str, context: Context) -> str:
     part = source.removeprefix(BUILTIN).strip("/") or "train"
     if part not in ("train", "test"):
         raise ConfigError(f"no source {source}", f"there are {BUILTIN}/train and {BUILTIN}/test")
-    from pipeline.data.demo import make_demo
+    from pipeline.data.demo import DEMO_MARK, make_demo
 
-    return str(Path(make_demo(context.folder.path / "source").folder) / part)
+    local = Path(make_demo(context.folder.path / "source").folder)
+    place = context.folder.at("source")
+    if is_uri(place):  # where all nodes can read it
+        upload_folder(local, str(place), DEMO_MARK)
+    return str(join(place, part))
 
 
 def _numbers(report: PackReport) -> dict[str, Any]:
@@ -128,6 +137,7 @@ def _numbers(report: PackReport) -> dict[str, Any]:
         "duplicates": report.duplicates,
         "bad_images": sum(report.bad.values()),
         "bytes": report.bytes,
+        "storage_retries": report.retries,
         "shards": report.shards,
         "digest": report.digest,
         "classes": len(report.class_names),
@@ -151,15 +161,16 @@ def _track(
     prefix = "data" if name == "train" else f"data/{name}"
     tracker.metrics(0, {f"{prefix}/{k}": numbers[k] for k in ("images_in", "images", "duplicates")})
     tracker.metrics(0, {f"{prefix}/bad_images": numbers["bad_images"]})
-    tracker.dataset(name, report.digest, source, "packing", report.images_in)
-    table = context.folder.path / "pack" / f"bad_images_{name}.parquet"
-    if table.is_file() and numbers["bad_images"]:
+    tracker.metrics(0, {f"{prefix}/storage_retries": report.retries})
+    tracker.dataset(name, report.digest, public(source), "packing", report.images_in)
+    if numbers["bad_images"]:
         import pyarrow.parquet as pq
 
-        tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
+        with local_copy(context.folder.at("pack", f"bad_images_{name}.parquet")) as table:
+            tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
     if name == "train":
         tracker.headline(0, {"data/images": numbers["images"]})
-        tracker.tags({"images.manifest": report.digest, "shards": shards})
+        tracker.tags({"images.manifest": report.digest, "shards": public(shards)})
         tracker.note(
             f"{report.images_packed:,} images packed of {report.images_in:,}: "
             f"{report.duplicates:,} byte duplicates, {numbers['bad_images']:,} bad"

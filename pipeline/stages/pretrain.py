@@ -17,6 +17,7 @@ from pipeline.plan import MAY_CHANGE, Plan, value_at
 from pipeline.stages.context import Context, result_line
 from pipeline.train import build, start, state
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.train")
 
@@ -24,7 +25,7 @@ log = logging.getLogger("pipeline.train")
 def plan(context: Context) -> Plan:
     """The plan on this cluster, with the weights that it starts from."""
     found = plan_for(context.config, context.shards(), cluster.machine())
-    return start.located(found, state.latest(context.folder.path / "checkpoints"))
+    return start.located(found, state.latest(context.folder.checkpoints))
 
 
 def key(context: Context) -> str:
@@ -50,7 +51,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for change in check_resume(found.config, shards.digest, context.folder, found.layout):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
-    tracker.dataset("train", shards.digest, context.shards_uri, "training", shards.rows)
+    tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
     tracker.params(params(found))
     for line in describe(found, starting_pair(found, context.folder)):
         log.info("%s", line)
@@ -59,6 +60,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         shards,
         context.folder,
         context.tracking.worker_settings("pretrain", context.config.track.system_metrics),
+        tracker,
     )
     details = outcome.details
     best = details.get("best")
@@ -89,7 +91,7 @@ def starting_pair(found: Plan, folder: RunFolder) -> Pair:
     Raises:
         PipelineError: as `pipeline.train.start` says.
     """
-    saved = state.latest(folder.path / "checkpoints")
+    saved = state.latest(folder.checkpoints)
     if saved is None and found.init:
         built, text = start.starting_pair(found)
         log.info("init        %s", text)
@@ -155,7 +157,7 @@ def describe(found: Plan, built: Pair) -> list[str]:
     ]
     if built.frozen:
         size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
-        lines.append(f"teacher     {found.frozen_teacher}, frozen, {size:.1f} M parameters")
+        lines.append(f"teacher     {public(found.frozen_teacher)}, frozen, {size:.1f} M parameters")
     if skipped:
         lines.append(
             f"colour      {', '.join(skipped)} need RGB and are skipped: images have "

@@ -58,6 +58,17 @@ def key_of(folder: Path) -> str:
     return str(json.loads(path.read_text())["key"]) if path.exists() else ""
 
 
+def forget_local(folder: Path) -> None:
+    """Forgets the local servers that a folder knows; for one that comes from another machine, whose
+    server may have the same path there. The runs are then made again here, whole.
+    """
+    if not (folder / FILE_NAME).exists():
+        return
+    state = State(folder)
+    state.servers = {k: v for k, v in state.servers.items() if not k.startswith("local:")}
+    state.save()
+
+
 class FolderLock:
     """One sender a folder: an flock that the kernel drops when the process dies."""
 

@@ -145,6 +145,11 @@ class Tracker:
         spec = {"folder": self._spooled(Path(weights)), "name": name, "score": score, "note": note}
         self._write(model=spec | {"image_size": image_size, "mean": mean, "std": std})
 
+    @harmless
+    def line(self, event: Mapping[str, Any]) -> None:
+        """Writes a journal line that another process of this stage made."""
+        self._write(**event)
+
     def close(self, status: Status | None = None, timeout: float = 60.0) -> None:
         """Sends what is left. The driver also gives the run's status; a worker does not."""
         if self._system:

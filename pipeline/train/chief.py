@@ -5,10 +5,11 @@ Nothing of it waits for another machine, except a checkpoint for its own write.
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +17,19 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
+from pipeline.control import Reports
 from pipeline.data.batch import BadImage, Batch
 from pipeline.data.schema import BAD_IMAGE_SCHEMA
-from pipeline.files import atomic, write_json
+from pipeline.data.storage import resolve_uri, retries
+from pipeline.data.transfer import read_bytes, write_bytes_atomic, write_parquet_atomic
+from pipeline.errors import one_line
 from pipeline.model.pair import Pair
 from pipeline.plan import Plan
 from pipeline.train import build, state
 from pipeline.train.clock import Clock
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.step import Objective
+from pipeline.uri import Place, is_uri, join
 
 log = logging.getLogger("pipeline.train")
 
@@ -57,21 +62,27 @@ class Trainee:
 class BadTable:
     """The bad images that training met, in the contract's columns; each id once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: Place) -> None:
+        self.fs, self.path = resolve_uri(str(place))
         self.rows: dict[str, dict[str, str]] = {}
-        if path.is_file():
-            self.rows = {row["image_id"]: row for row in pq.read_table(path).to_pylist()}
+        try:
+            table = pq.read_table(io.BytesIO(read_bytes(self.fs, self.path)))
+        except FileNotFoundError:
+            return
+        self.rows = {row["image_id"]: row for row in table.to_pylist()}
 
     def add(self, bad: list[BadImage]) -> None:
         """Adds rows and writes the table again, if there are any."""
         for image_id, reason, detail in bad:
             row = {"source": "", "image_id": image_id, "stage": "pretrain", "reason": reason}
             self.rows[image_id] = row | {"detail": detail}
-        if bad:
-            table = pa.Table.from_pylist(list(self.rows.values()), schema=BAD_IMAGE_SCHEMA)
-            with atomic(self.path) as temporary:
-                pq.write_table(table, temporary)
+        if not bad:
+            return
+        table = pa.Table.from_pylist(list(self.rows.values()), schema=BAD_IMAGE_SCHEMA)
+        try:
+            write_parquet_atomic(table, self.fs, self.path, row_group_size=65_536)
+        except OSError as error:  # the next bad image, or the end of the run, writes it all again
+            log.error("the bad image table could not be written (%s); going on", one_line(error))
 
 
 class Chief:
@@ -82,20 +93,19 @@ class Chief:
         plan: Plan,
         trainee: Trainee,
         job: dict[str, Any],
-        folder: Path,
+        folder: Place,
         resumed: dict[str, Any] | None,
     ) -> None:
-        from pipeline.track.tracker import tracker_from
-
         self.plan, self.trainee, self.folder = plan, trainee, folder
-        self.tracker = tracker_from(job["track"])
+        self.checkpoints = join(folder, "checkpoints")
+        self.tracker = _tracker(job, folder)
         first_step = int(resumed["step"]) if resumed else 0
         self.tracker.resume(first_step)
         self.evaluations = Evaluations(plan, job["evaluator"], self.tracker, folder)
         self.control = job["feeder"]
         self.stop_signal = self.control.wait_stop.remote()
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
-        self.bad_table = BadTable(folder / "pretrain" / "bad_images.parquet")
+        self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
@@ -131,6 +141,7 @@ class Chief:
             "data/images_seen": seen,
             "data/pass": step / plan.steps_per_pass,
             "data/bad_images": self.bad.total(),
+            "data/storage_retries": retries(),  # of checkpoints and tables, in this process
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
         }
@@ -175,12 +186,19 @@ class Chief:
             "mlflow_run": self.tracker.run_id,
         }
         try:
-            state.save(self.folder / "checkpoints", step, self.trainee.state(), meta)
+            state.save(self.checkpoints, step, self.trainee.state(), meta)
         except OSError as error:
-            log.error("checkpoint of step %d could not be written (%s); going on", step, error)
+            said = one_line(error)
+            log.error("checkpoint of step %d could not be written (%s); going on", step, said)
             return
-        protected = self.evaluations.pending_steps()
-        state.prune(self.folder / "checkpoints", plan.config.train.keep_last, protected)
+        self.prune(self.evaluations.pending_steps())
+
+    def prune(self, protected: set[int]) -> None:
+        """Removes old checkpoints; where that fails, the next one tries again."""
+        try:
+            state.prune(self.checkpoints, self.plan.config.train.keep_last, protected)
+        except OSError as error:
+            log.error("old checkpoints could not be removed (%s); going on", one_line(error))
 
     def evaluation_due(self, step: int) -> bool:
         """Whether the teacher of this step is evaluated: step 0, every n steps, the last one."""
@@ -208,9 +226,20 @@ class Chief:
             outcome["status"] = "bad_images"
         outcome |= clock.summary() | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
         outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
-        state.prune(self.folder / "checkpoints", self.plan.config.train.keep_last, set())
-        write_json(self.folder / "pretrain" / "outcome.json", outcome)
+        self.prune(set())
         self.tracker.close()
+        place = join(self.folder, "pretrain", "outcome.json")
+        write_bytes_atomic(json.dumps(outcome, indent=1).encode(), *resolve_uri(str(place)))
+
+
+def _tracker(job: dict[str, Any], folder: Place) -> Any:
+    """Writes into the run folder; where that is remote, the driver does, which keeps its copy."""
+    from pipeline.track.remote import RemoteTracker
+    from pipeline.track.tracker import tracker_from
+
+    if job["track"] and is_uri(folder):
+        return RemoteTracker(job["track"], Reports(job["feeder"]))
+    return tracker_from(job["track"])
 
 
 def _scheduled(plan: Plan, step: int) -> dict[str, float]:

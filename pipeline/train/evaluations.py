@@ -7,19 +7,19 @@ unfinished ones before it waits for the older, so that teachers do not pile up i
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from pipeline.errors import last_line
+from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.pair import Backbone, BackboneSpec
 from pipeline.plan import Plan
 from pipeline.train import build, state
+from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline.train")
 MAX_PENDING = 2
@@ -61,9 +61,9 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
 class Evaluations:
     """Rank 0's side: requests, results, the best checkpoint and the collapse alarm."""
 
-    def __init__(self, plan: Plan, evaluator: Any, tracker: Any, folder: Path) -> None:
+    def __init__(self, plan: Plan, evaluator: Any, tracker: Any, folder: Place) -> None:
         self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = join(folder, "checkpoints")
         self.pending: list[tuple[int, Any]] = []
         self.newest: dict[str, float] = {}
         self.alarm_text = ""
@@ -114,13 +114,11 @@ class Evaluations:
         log.info("evaluated   step %d: %s", step, shown)
         if score is not None:
             self.tracker.headline(step, {self.score_name: score})
-            known = {saved.step for saved in state.checkpoints(self.checkpoints)}
-            if step in known and (self.best is None or score >= self.best["score"]):
-                self.best = {"step": step, "score": score}
-                try:
-                    state.mark_best(self.checkpoints, step, score)
-                except OSError as error:
-                    log.error("%s could not be written (%s)", self.checkpoints / "best.json", error)
+            try:
+                self._note_best(step, score)
+            except OSError as error:
+                place = public(join(self.checkpoints, "best.json"))
+                log.error("%s could not be written (%s)", place, one_line(error))
         sentence = alarm(
             self.newest | found.metrics,
             self.plan.config.head.prototypes,
@@ -131,3 +129,9 @@ class Evaluations:
             log.warning("%s", sentence)
             self.tracker.tags({"alarm": sentence})
         self.alarm_text = sentence or ""
+
+    def _note_best(self, step: int, score: float) -> None:
+        known = {saved.step for saved in state.checkpoints(self.checkpoints)}
+        if step in known and (self.best is None or score >= self.best["score"]):
+            self.best = {"step": step, "score": score}
+            state.mark_best(self.checkpoints, step, score)

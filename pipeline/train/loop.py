@@ -27,6 +27,7 @@ from pipeline.train import build, cost, start, state
 from pipeline.train.chief import Chief, Trainee
 from pipeline.train.clock import Clock
 from pipeline.train.step import NonFinite, train_step
+from pipeline.uri import is_uri, join
 
 log = logging.getLogger("pipeline.train")
 
@@ -42,14 +43,14 @@ def train_worker(job: dict[str, Any]) -> None:
     )
     torch.set_num_threads(plan.threads)
     device = ray.train.torch.get_device()
-    folder = Path(job["folder"])
-    seen = [Path(job["mark"]).exists()] * workers
+    folder = job["folder"] if is_uri(job["folder"]) else Path(job["folder"])
+    seen = [not job["mark"] or Path(job["mark"]).exists()] * workers
     if dist.is_initialized():
         dist.all_gather_object(seen, seen[rank])
     if not all(seen):
         return  # the driver finds no outcome and says what to do
 
-    saved = state.latest(folder / "checkpoints")
+    saved = state.latest(join(folder, "checkpoints"))
     trainee = _trainee(plan, device, saved is not None)
     first_step = 0
     if saved:

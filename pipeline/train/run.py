@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -14,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.control import console
+from pipeline.control import console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
+from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
 from pipeline.plan import Machine, Plan, changes, resolve
 from pipeline.train import build, state
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.train")
 
@@ -134,7 +136,7 @@ def check_resume(config: Config, digest: str, folder: RunFolder, layout: str = "
     Raises:
         TrainError: with every field that must not change, and where the data set is another one.
     """
-    saved = state.latest(folder.path / "checkpoints")
+    saved = state.latest(folder.checkpoints)
     if saved is None:
         return []
     earlier = Plan.model_validate(saved.meta["plan"])
@@ -152,7 +154,9 @@ def check_resume(config: Config, digest: str, folder: RunFolder, layout: str = "
     return allowed
 
 
-def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Outcome:
+def pretrain(
+    plan: Plan, shards: ShardSet, folder: RunFolder, track: Any, tracker: Any = None
+) -> Outcome:
     """Trains, or goes on training, until the plan's last step or a request to stop.
 
     Args:
@@ -160,6 +164,8 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
         shards: the image shards it was made for.
         folder: the run folder.
         track: settings from which rank 0 makes its tracker.
+        tracker: the driver's tracker of this stage; takes rank 0's reports where the run folder is
+            remote.
 
     Raises:
         TrainError: where a loss or gradient is not finite, or the workers failed too often.
@@ -173,7 +179,8 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
-    (stage / "outcome.json").unlink(missing_ok=True)
+    fs, outcome = resolve_uri(str(folder.at("pretrain", "outcome.json")))
+    delete_file(fs, outcome)
     tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
     reading = reading_for(plan, shards)
     feeder = launch_feeder(reading, stream_spec(plan, reading), plan.steps, tasks, plan.workers)
@@ -182,9 +189,9 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     mark = stage / f".shared-{os.urandom(6).hex()}"
     mark.touch()
     job = {
-        "mark": str(mark),
+        "mark": "" if folder.uri else str(mark),
         "plan": plan.model_dump_json(),
-        "folder": str(folder.path),
+        "folder": str(folder.at()),
         "feeder": feeder,
         "evaluator": evaluator,
         "track": track,
@@ -211,7 +218,7 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
     )
     with stop_on_sigterm(feeder):
         try:
-            with console(feeder, log):
+            with console(feeder, log), reporting(feeder, tracker):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainError(
@@ -223,16 +230,18 @@ def pretrain(plan: Plan, shards: ShardSet, folder: RunFolder, track: Any) -> Out
             mark.unlink(missing_ok=True)
             ray.kill(evaluator)
             ray.kill(feeder)
-    return _outcome(plan, stage / "outcome.json")
+    return _outcome(plan, folder)
 
 
-def _outcome(plan: Plan, path: Path) -> Outcome:
-    if not path.is_file():
+def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
+    place = str(folder.at("pretrain", "outcome.json"))
+    found: dict[str, Any] | None = read_json(*resolve_uri(place))
+    if found is None:
         raise TrainError(
-            f"the workers left no {path}: run.folder is not the same place on all nodes",
-            "give run.folder as an absolute path of storage that driver and workers share",
+            f"the workers left no {public(place)}: run.folder is not the same place on all nodes",
+            "give run.folder as an absolute path of storage that driver and workers share, "
+            "or as a URI",
         )
-    found: dict[str, Any] = json.loads(path.read_text())
     status = found.pop("status")
     if status == "non_finite":
         raise TrainError(
@@ -245,7 +254,7 @@ def _outcome(plan: Plan, path: Path) -> Outcome:
         raise DataError(
             f"{sum(found['bad_images'].values())} images could not be used ({counts}), more than "
             f"data.max_bad_fraction={plan.config.data.max_bad_fraction}; they are listed in "
-            f"{path.parent / 'bad_images.parquet'}",
+            f"{public(folder.at('pretrain', 'bad_images.parquet'))}",
             "pack the shards again, or raise data.max_bad_fraction and go on with the same command",
         )
     return Outcome(status, int(found.pop("step", plan.steps)), found)

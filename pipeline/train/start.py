@@ -17,6 +17,7 @@ from pipeline.plan import Plan
 from pipeline.train import state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective
+from pipeline.uri import is_uri, join, parent, public
 
 
 def located(plan: Plan, saved: state.Saved | None) -> Plan:
@@ -60,6 +61,11 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
     student = built.student
     network, resize = student.backbone, config.model.init_resize
     saved = checkpoint_at(source)
+    if saved is None and is_uri(source):
+        raise PipelineError(
+            f"model.init={public(source)} holds no checkpoint of ours",
+            "at a URI, name a run folder or a folder checkpoints/step-…; download other weights",
+        )
     if saved is None:
         if isinstance(network, ForeignBackbone):
             text = fit_foreign(network, read_safetensors(source), source, resize)
@@ -89,7 +95,7 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
             head.load_state_dict(found)
     heads = f"with {' and '.join(kept)}" if kept else "without heads"
     new = f"; {' and '.join(fresh)} of another shape, new" if fresh else ""
-    return pair_of(student), f"{saved.path}, {heads}{new}{dropped}"
+    return pair_of(student), f"{public(saved.path)}, {heads}{new}{dropped}"
 
 
 def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
@@ -124,11 +130,11 @@ def checkpoint_at(path: str) -> state.Saved | None:
     """The checkpoint that a run folder (the best one, else the last) or a checkpoint's path means;
     None where the path is neither.
     """
-    folder = Path(path)
-    if (folder / "meta.json").is_file():
-        return next((s for s in state.checkpoints(folder.parent) if s.path == folder), None)
-    best = state.best(folder / "checkpoints")
-    return best[0] if best else state.latest(folder / "checkpoints")
+    place = path if is_uri(path) else Path(path)
+    if parent(place)[1].startswith("step-") and (saved := state.at(place)):
+        return saved
+    best = state.best(join(place, "checkpoints"))
+    return best[0] if best else state.latest(join(place, "checkpoints"))
 
 
 def encoder_of(saved: state.Saved) -> tuple[Encoder, Config]:
@@ -151,7 +157,7 @@ def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
     saved = checkpoint_at(source)
     if saved is None:
         raise PipelineError(
-            f"distill.teacher={source} holds no checkpoint of ours",
+            f"distill.teacher={public(source)} holds no checkpoint of ours",
             "name a run folder (runs/<name>) or a folder checkpoints/step-…; exported weights have "
             "no heads, and without heads there are no targets",
         )

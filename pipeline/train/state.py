@@ -2,25 +2,33 @@
 
 A checkpoint is a folder `checkpoints/step-00001200/` with `state.pt` (tensors, loads with
 `weights_only=True`) and `meta.json` (step, what the pass has used, config, MLflow run, sizes).
-The folder gets its name last, so one that has its name is complete. It holds no per-worker state:
+The folder gets its name last, so one that has its name is complete; at a URI, where nothing can be
+renamed, `meta.json` is written last instead (`remote_state`). It holds no per-worker state:
 random numbers are keyed by (seed, step, worker) and the position in the data follows from the step,
 so any number of workers can read it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.errors import TrainError
-from pipeline.files import write_json
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import local_copy, read_json, write_bytes_atomic
+from pipeline.errors import StorageError, TrainError
+from pipeline.train import remote_state
+from pipeline.train.remote_state import Entry
+from pipeline.uri import Place, is_uri, join, parent, public
 
 log = logging.getLogger("pipeline.train")
 VERSION = 3
@@ -28,9 +36,9 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk that can be read."""
+    """A checkpoint that can be read, at a path or a URI."""
 
-    path: Path
+    path: Place
     meta: dict[str, Any]
 
     @property
@@ -40,20 +48,20 @@ class Saved:
 
     def load(self) -> dict[str, Any]:
         """The tensors, on the CPU."""
-        found: dict[str, Any] = torch.load(
-            self.path / "state.pt", map_location="cpu", weights_only=True
-        )
+        with local_copy(join(self.path, "state.pt")) as file:
+            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return found
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's tensors alone; the rest is not read."""
-        found: dict[str, Any] = torch.load(
-            self.path / "state.pt", map_location="cpu", weights_only=True, mmap=True
-        )
-        return {name: x.clone() for name, x in found["teacher"].items()}
+        with local_copy(join(self.path, "state.pt")) as file:
+            found: dict[str, Any] = torch.load(
+                file, map_location="cpu", weights_only=True, mmap=True
+            )
+            return {name: x.clone() for name, x in found["teacher"].items()}
 
 
-def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
+def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
     """Writes a checkpoint atomically.
 
     Args:
@@ -65,21 +73,21 @@ def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
     """
+    name = f"step-{step:08d}"
+    meta = {**meta, "step": step, "version": VERSION}
+    if is_uri(folder):
+        with tempfile.TemporaryDirectory(prefix="raydino-") as here:
+            meta["bytes"] = _write(Path(here) / "state.pt", state)
+            remote_state.save(str(folder), name, Path(here) / "state.pt", meta)
+        return Saved(join(folder, name), meta)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
+    final = folder / name
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with (temporary / "state.pt").open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # how torch reports a disk that fills up midway
-                raise OSError(str(error).splitlines()[0]) from error
-            file.flush()
-            os.fsync(file.fileno())
-        size = (temporary / "state.pt").stat().st_size
-        meta = {**meta, "step": step, "version": VERSION, "bytes": size}
+        meta["bytes"] = _write(temporary / "state.pt", state)
         with (temporary / "meta.json").open("w") as text:
             json.dump(meta, text, indent=1)
             text.flush()
@@ -91,25 +99,45 @@ def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any]) -
     return Saved(final, meta)
 
 
-def checkpoints(folder: Path) -> list[Saved]:
-    """The complete checkpoints of a run, oldest first; broken ones are named in a warning."""
-    found = []
-    for path in sorted(folder.glob("step-*")):
+def _write(path: Path, state: dict[str, Any]) -> int:
+    """Writes and flushes the tensors; gives the file's bytes."""
+    with path.open("wb") as file:
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            size = (path / "state.pt").stat().st_size
+            torch.save(state, file)
+        except RuntimeError as error:  # how torch reports a disk that fills up midway
+            raise OSError(str(error).splitlines()[0]) from error
+        file.flush()
+        os.fsync(file.fileno())
+    return path.stat().st_size
+
+
+def checkpoints(folder: Place) -> list[Saved]:
+    """The complete checkpoints of a run, oldest first; broken ones are named in a warning.
+
+    Raises:
+        TrainError: one was written by another version.
+        StorageError: a remote folder cannot be read.
+    """
+    found = []
+    for path, read in _entries(folder):
+        try:
+            meta, size = read()
+        except StorageError:
+            raise
         except (OSError, ValueError) as error:
-            log.warning("checkpoint %s is not readable (%s); using an earlier one", path, error)
+            log.warning(
+                "checkpoint %s is not readable (%s); using an earlier one", public(path), error
+            )
             continue
         if meta.get("version") != VERSION:
             raise TrainError(
-                f"checkpoint {path} has version {meta.get('version')}, expected {VERSION}",
+                f"checkpoint {public(path)} has version {meta.get('version')}, expected {VERSION}",
                 "resume it with the raydino version that wrote it, or give the run a new name",
             )
         if size != meta["bytes"]:
             log.warning(
                 "checkpoint %s is cut short (%d of %d bytes); using an earlier one",
-                path,
+                public(path),
                 size,
                 meta["bytes"],
             )
@@ -118,37 +146,63 @@ def checkpoints(folder: Path) -> list[Saved]:
     return found
 
 
-def latest(folder: Path) -> Saved | None:
+def _entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
+    if is_uri(folder):
+        yield from remote_state.entries(str(folder))
+        return
+
+    def read(path: Path) -> tuple[dict[str, Any], int]:
+        return json.loads((path / "meta.json").read_text()), (path / "state.pt").stat().st_size
+
+    for path in sorted(Path(folder).glob("step-*")):
+        yield path, functools.partial(read, path)
+
+
+def at(place: Place) -> Saved | None:
+    """The complete checkpoint at a place `…/step-…`, if there is one."""
+    folder, name = parent(place)
+    return next((s for s in checkpoints(folder) if parent(s.path)[1] == name), None)
+
+
+def latest(folder: Place) -> Saved | None:
     """The newest complete checkpoint, if any."""
     found = checkpoints(folder)
     return found[-1] if found else None
 
 
-def best(folder: Path) -> tuple[Saved, float] | None:
+def best(folder: Place) -> tuple[Saved, float] | None:
     """The checkpoint that `mark_best` named and its score, if it is still there."""
-    pointer = folder / "best.json"
-    if not pointer.is_file():
-        return None
-    found = json.loads(pointer.read_text())
-    for saved in checkpoints(folder):
+    found = _best(folder)
+    for saved in checkpoints(folder) if found else ():
         if saved.step == int(found["step"]):
             return saved, float(found["score"])
     return None
 
 
-def mark_best(folder: Path, step: int, score: float) -> None:
+def _best(folder: Place) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(*resolve_uri(str(join(folder, "best.json")))) or {}
+    return found
+
+
+def mark_best(folder: Place, step: int, score: float) -> None:
     """Points `best.json` at a step; the checkpoint of that step is then kept."""
-    write_json(folder / "best.json", {"step": step, "score": score})
+    content = json.dumps({"step": step, "score": score}, indent=1) + "\n"
+    write_bytes_atomic(content.encode(), *resolve_uri(str(join(folder, "best.json"))))
 
 
-def prune(folder: Path, keep_last: int, protected: set[int]) -> None:
+def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and those of `protected` steps."""
-    pointer = folder / "best.json"
-    if pointer.is_file():
-        protected = protected | {int(json.loads(pointer.read_text())["step"])}
+    if found := _best(folder):
+        protected = protected | {int(found["step"])}
     for saved in checkpoints(folder)[:-keep_last]:
-        if saved.step not in protected:
-            # Out of the list in one move first: a kill must not leave half a checkpoint in it.
-            removed = saved.path.with_name(f".{saved.path.name}.removed")
-            saved.path.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+        if saved.step in protected:
+            continue
+        if isinstance(saved.path, str):
+            remote_state.remove(saved.path)
+            continue
+        # Out of the list in one move first: a kill must not leave half a checkpoint in it.
+        removed = saved.path.with_name(f".{saved.path.name}.removed")
+        saved.path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+    if is_uri(folder):
+        remote_state.sweep(str(folder))

@@ -694,7 +694,7 @@ def test_a_file_system_that_is_not_local(tmp_path, serial, monkeypatch):
 
 
 def test_keys_in_a_uri_are_not_written_down():
-    assert ledger._public("s3://KEY:SECRET@bucket/a?region=x") == "s3://bucket/a?region=x"
+    assert storage.public_uri("s3://KEY:SECRET@bucket/a?region=x") == "s3://bucket/a?region=x"
 
 
 # ---- on Ray

@@ -84,7 +84,9 @@ def cluster_environment(ray_cluster: None, environment: dict[str, str]) -> dict[
     """As a job sees it that is submitted to the tests' cluster."""
     import ray
 
-    return environment | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    # what starting the cluster has set (its token); `environment` may be older than that
+    started = {k: v for k, v in os.environ.items() if k.startswith("RAY_")}
+    return environment | started | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ SAID = [
     (["--dry-run=yes"], "unknown option --dry-run=yes", "--dry-run"),
     (["configs/zzz.yaml"], "no recipe at configs/zzz.yaml", "recipes are in configs/"),
     (["optim={lr:1}"], "optim: give its fields one by one", "--help"),
-    (["run.folder=s3://bucket/runs"], "run.folder=s3://bucket/runs is a URI", "shards may be"),
+    (["run.folder=zz://bucket/runs"], "cannot open zz://bucket/runs/run", "s3://bucket/folder"),
 ]
 
 
