@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,12 +120,21 @@ class Portion:
     @classmethod
     def of(cls, table: pa.Table, row: int = 0) -> Portion:
         """From a row of a block; the images are not copied."""
-        encoded = memoryview(table.column("encoded")[row].as_buffer())
+        (encoded,) = _values(table.column("encoded").slice(row, 1).chunk(0))
         return cls(**pickle.loads(table.column("head")[row].as_py()), encoded=encoded)
 
 
 def _offsets(size: int) -> pa.Buffer:
     return pa.py_buffer(np.asarray([0, size], np.int64))
+
+
+def _values(array: pa.Array) -> list[memoryview]:
+    """The values of a binary or large_binary array where they lie; a scalar would be a copy."""
+    _, starts, data = array.buffers()
+    wide = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+    ends = np.frombuffer(starts, wide)[array.offset : array.offset + len(array) + 1].tolist()
+    view = memoryview(data if data is not None else b"")
+    return [view[a:b] for a, b in pairwise(ends)]
 
 
 def read_portions(
@@ -156,32 +166,39 @@ def read_portions(
             groups, read_s = fetched.result()
             if n + 1 < len(tasks):
                 fetched = ahead.submit(fetch, tasks[n + 1])
+            images = [_values(group.images) for group in groups]
             which, rows = piece_rows(task.piece, seed)
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
-                found = _portion(task.piece, at, groups, which[part], rows[part])
+                found = _portion(task.piece, at, groups, images, which[part], rows[part])
                 before, counted = counted, retries()
                 yield replace(found, read_s=found.read_s + share, retries=counted - before)
 
 
-def _portion(piece: Piece, at: int, groups: Sequence[RowGroup], which: Ints, rows: Ints) -> Portion:
+def _portion(
+    piece: Piece,
+    at: int,
+    groups: Sequence[RowGroup],
+    images: Sequence[Sequence[memoryview]],
+    which: Ints,
+    rows: Ints,
+) -> Portion:
+    """Copies the encoded images of some rows behind each other; a null is an image of no bytes."""
     begin = time.perf_counter()
     pairs = list(zip(which.tolist(), rows.tolist(), strict=True))
-    # Null is an image of no bytes, which decoding names as empty.
-    images = [groups[g].images[row].as_buffer() or b"" for g, row in pairs]
-    sizes = [len(image) for image in images]
-    encoded = b"".join(images)
+    values = [images[group][row] for group, row in pairs]
+    sizes = np.cumsum([0, *map(len, values)])
 
     def column(name: str) -> Any:
-        return np.stack([getattr(groups[g], name)[row] for g, row in pairs])
+        return np.stack([getattr(groups[group], name)[row] for group, row in pairs])
 
     found = {name: column(name) for name in ("image_ids", "labels", "sizes")}
     return Portion(
         pass_index=piece.pass_index,
         start=piece.start + at,
-        offsets=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        encoded=encoded,
+        offsets=sizes.astype(np.int64),
+        encoded=b"".join(values),
         read_s=time.perf_counter() - begin,
         retries=0,
         **found,
