@@ -22,7 +22,7 @@ READ_WINDOWS = 16  # of the order in one read task
 # Read tasks of one Ray Data execution; each costs a millisecond before the first one starts.
 SEGMENT = 2000
 READ_CPUS = 0.05  # a read task waits for storage; more than 0 keeps it off a head without CPUs
-IN_FLIGHT = 2  # portions at a decoder: the next one is there when it has finished one
+IN_FLIGHT = 3  # portions at a decoder: the next one is there when it has finished one
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Feeder(Control):
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
         context.custom_execution_callback_classes.append(_Pace)
+        context._max_num_blocks_in_streaming_gen_buffer = 4  # what a decoder makes in one turn
         context.memory_usage_poll_interval_s = None  # a thread for each portion
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
