@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import RunFolder
+from pipeline.plan import Machine
 
 log = logging.getLogger("pipeline")
 
@@ -65,6 +68,17 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
         )
     return open_shards(
         shards_uri(config, folder), config.data.image_column, config.data.label_column
+    )
+
+
+def local_machine(config: Config) -> Machine:
+    """What a Ray that is started on this machine would find, without starting one."""
+    import torch
+
+    return Machine(
+        cpus=config.resources.cpus or os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        bfloat16=cluster.cpu_has_bfloat16(),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from pipeline.data.batch import BadImage, Batch
+from pipeline.data.batch import BadImage, Batch, Work
 from pipeline.data.schema import BAD_IMAGE_SCHEMA
 from pipeline.files import atomic, write_json
 from pipeline.model.pair import Pair
@@ -24,6 +25,7 @@ from pipeline.plan import Plan
 from pipeline.train import build, state
 from pipeline.train.clock import Clock
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.limits import Watch, ms, per_image
 from pipeline.train.step import Objective
 
 log = logging.getLogger("pipeline.train")
@@ -97,6 +99,7 @@ class Chief:
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
         self.bad_table = BadTable(folder / "pretrain" / "bad_images.parquet")
         self.too_many_bad = False
+        self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
 
@@ -116,6 +119,7 @@ class Chief:
         rows: list[dict[str, float]],
         clock: Clock,
         bad: list[BadImage],
+        work: Work,
     ) -> None:
         """Journals every step since the last call; MLflow and the step line get the newest."""
         plan = self.plan
@@ -131,6 +135,8 @@ class Chief:
             "data/images_seen": seen,
             "data/pass": step / plan.steps_per_pass,
             "data/bad_images": self.bad.total(),
+            **{f"data/bad_{reason}": count for reason, count in self.bad.items()},
+            **per_image(work),
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
         }
@@ -142,25 +148,36 @@ class Chief:
         if step % plan.config.train.log_every == 0 or step == plan.steps:
             width = len(str(plan.steps))
             log.info(
-                "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | eta %s",
+                "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | decode %s ms%s | eta %s",
                 str(step).zfill(width),
                 plan.steps,
                 100 * step / plan.steps,
                 newest["loss/total"],
                 f"{timing['perf/images_per_s']:,.0f}",
                 100 * timing["perf/data_wait_fraction"],
+                ms(newest["perf/decode_ms"] + newest["perf/crop_ms"]),
+                f" | {counts} bad" if (counts := reasons(self.bad)) else "",
                 clock.eta(),
             )
+        settled = clock.done - len(rows) >= clock.WARMUP_STEPS
+        if settled and (said := self.watch.window(work, timing)):
+            log.warning("%s", said)
+            self.tracker.tags({"data_limit": said})
         allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
         self.too_many_bad = self.bad.total() > allowed
         self.evaluations.collect()
 
     def non_finite(
-        self, step: int, rows: list[dict[str, float]], clock: Clock, bad: list[BadImage]
+        self,
+        step: int,
+        rows: list[dict[str, float]],
+        clock: Clock,
+        bad: list[BadImage],
+        work: Work,
     ) -> None:
         """Journals the steps before the one that was not finite, and that one as such."""
         if rows:
-            self.log(step, rows, clock, bad)
+            self.log(step, rows, clock, bad, work)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
     def save(self, step: int) -> None:
@@ -206,7 +223,9 @@ class Chief:
         self.evaluations.collect(wait=outcome["status"] == "finished")
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        outcome |= clock.summary() | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
+        summary = clock.summary()
+        outcome["data_limit"] = self.watch.whole(summary)
+        outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
         outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
         state.prune(self.folder / "checkpoints", self.plan.config.train.keep_last, set())
         write_json(self.folder / "pretrain" / "outcome.json", outcome)
@@ -221,6 +240,12 @@ def _scheduled(plan: Plan, step: int) -> dict[str, float]:
         "optim/teacher_momentum": values.teacher_momentum,
         "optim/teacher_temperature": values.teacher_temperature,
     }
+
+
+def reasons(bad: Mapping[str, int]) -> str:
+    """`3 (2 truncated, 1 empty)`, or nothing where no image is bad."""
+    parts = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items(), key=lambda x: -x[1]))
+    return f"{sum(bad.values())} ({parts})" if parts else ""
 
 
 def _resident_bytes() -> int:
