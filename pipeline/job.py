@@ -15,7 +15,7 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
     """Runs stages with the process's arguments; exits 2 on a user's mistake.
 
     Args:
-        stages: names in `pipeline.stages.ORDER`.
+        stages: names in `pipeline.stages.ORDER`, or `doctor` alone.
         doc: what `--help` says first.
         arguments: default: `sys.argv[1:]`.
     """
@@ -26,12 +26,20 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         return
     log.configure()
     try:
-        if unknown := [flag for flag in flags if flag != "--dry-run"]:
+        checking = list(stages) == ["doctor"]
+        options = [] if checking else ["--dry-run"]
+        if unknown := [flag for flag in flags if flag not in options]:
             raise PipelineError(
                 f"unknown option {unknown[0]}",
-                "options are --dry-run and --help; fields are set as section.field=value",
+                f"{'options are --dry-run and' if options else 'the option is'} --help; "
+                "fields are set as section.field=value",
             )
         config = load([a for a in given if not a.startswith("-")])
+        if checking:
+            from pipeline.stages.doctor import doctor
+
+            doctor(config)
+            return
         if flags:
             from pipeline.stages.dry_run import dry_run
 

@@ -84,6 +84,7 @@ TABLE = [
         others="numpy pyarrow",
         others_inside="ray torch",
     ),
+    row("data.probe", ["errors", "data.reading", "data.stream", *LEAVES], others="numpy"),
     # maths: no framework, no config
     row("model.sizes"),
     row(
@@ -101,6 +102,7 @@ TABLE = [
     row("loss.*", "errors schedule loss.*", others="torch"),
     row("evaluate.*", ["errors", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
     row("train.clock"),
+    row("train.limits", "data.batch"),
     row("train.cost", others="torch"),
     row("train.step train.objective", [*MATHS, "train.objective"], others="torch"),
     # from here on: config, files, Ray

@@ -21,6 +21,7 @@ from pipeline.data.reading import Portion, Reading, ReadTask, read_portions
 READ_WINDOWS = 16  # of the order in one read task
 # Read tasks of one Ray Data execution; each costs a millisecond before the first one starts.
 SEGMENT = 2000
+READ_TASKS = 2  # at once; the later one runs ahead of its turn
 READ_CPUS = 0.05  # a read task waits for storage; more than 0 keeps it off a head without CPUs
 IN_FLIGHT = 3  # portions at a decoder: the next one is there when it has finished one
 
@@ -176,7 +177,7 @@ class Feeder(Control):
             min_size=1, initial_size=most, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
         )
         return dataset.map_batches(
-            _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=2
+            _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=READ_TASKS
         ).map_batches(
             _Decode,
             fn_constructor_args=([self.spec],),

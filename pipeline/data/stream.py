@@ -78,14 +78,19 @@ def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
         yield chunk
 
 
-def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chunk:
-    """Decodes and cuts images `first` to `last` (out) of a portion.
+@dataclass(frozen=True)
+class Draws:
+    """What is decided about some images before any of them is decoded."""
 
-    Returns:
-        The arrays of `Batch`, with `valid` and `reason` [B], and `work` float64 [4]: seconds of
-        reading, decoding and cutting of all images together, and calls to storage that were tried
-        again; the first and the last are set by the caller.
-    """
+    chunk: Chunk  # the arrays of a chunk; crops have room and no values
+    boxes_u: np.ndarray  # [B, ...] uniform numbers from which boxes are made
+    boxes: np.ndarray  # [B, V, 4], of the sizes that the shard gives
+    flips: np.ndarray  # [B, V]
+    shrinks: np.ndarray  # [B]
+
+
+def draw(portion: Portion, first: int, last: int, spec: StreamSpec) -> Draws:
+    """Boxes, flips, colour numbers and masks of images `first` to `last` (out) of a portion."""
     crops, count = spec.crops, last - first
     image_ids = portion.image_ids[first:last]
     key = spec.seed, portion.pass_index, image_ids
@@ -115,25 +120,42 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
     sizes = portion.sizes[first:last]
     boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
     shrinks = decode_shrink(boxes, crops) if spec.scaled_decode else np.ones(count, np.int64)
-    for i in range(count):
+    return Draws(chunk, boxes_u, boxes, flips, shrinks)
+
+
+def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chunk:
+    """Decodes and cuts images `first` to `last` (out) of a portion.
+
+    Returns:
+        The arrays of `Batch`, with `valid` and `reason` [B], and `work` float64 [4]: seconds of
+        reading, decoding and all else (draws, masks, cutting) of all images together, and calls to
+        storage that were tried again; the first and the last are set by the caller.
+    """
+    start = time.perf_counter()
+    crops, sizes = spec.crops, portion.sizes[first:last]
+    drawn = draw(portion, first, last, spec)
+    chunk, boxes, flips, shrinks = drawn.chunk, drawn.boxes, drawn.flips, drawn.shrinks
+    decode_s = 0.0
+    for i in range(last - first):
         begin = time.perf_counter()
         try:
             encoded = portion.image(first + i)
             if not sizes[i].all():  # the shard does not say, but the file does
                 height, width = image_size(encoded, crops.channels, spec.max_pixels)
-                boxes[i], flips[i] = crop_boxes(boxes_u[i], width, height, crops)
+                boxes[i], flips[i] = crop_boxes(drawn.boxes_u[i], width, height, crops)
                 if spec.scaled_decode:
                     shrinks[i] = decode_shrink(boxes[i], crops)
             image, shrink = decode_shrunk(encoded, int(shrinks[i]), crops.channels, spec.max_pixels)
             if sizes[i].all() and (image.shape[:2] != -(-sizes[i] // shrink)).any():
                 # The shard is wrong about its image: believe the pixels.
                 image, shrink = decode_shrunk(encoded, 1, crops.channels, spec.max_pixels)
-                boxes[i], _ = crop_boxes(boxes_u[i], image.shape[1], image.shape[0], crops)
+                boxes[i], _ = crop_boxes(drawn.boxes_u[i], image.shape[1], image.shape[0], crops)
         except BadImage as bad:
             chunk["valid"][i], chunk["reason"][i] = False, REASONS.index(bad.reason)
             chunk["global_crops"][i], chunk["local_crops"][i] = 0, 0
             continue
-        decoded = time.perf_counter()
+        finally:
+            decode_s += time.perf_counter() - begin
         cut_crops(
             image,
             scale_boxes(boxes[i], shrink, *image.shape[:2]),
@@ -141,8 +163,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
             crops,
             out=(chunk["global_crops"][i], chunk["local_crops"][i]),
         )
-        chunk["work"][1] += decoded - begin
-        chunk["work"][2] += time.perf_counter() - decoded
+    chunk["work"][1:3] = decode_s, time.perf_counter() - start - decode_s
     return chunk
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
 from pipeline.data.storage import exists, resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
+from pipeline.plan import Machine
 from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline")
@@ -67,6 +70,17 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
         )
     return open_shards(
         shards_uri(config, folder), config.data.image_column, config.data.label_column
+    )
+
+
+def local_machine(config: Config) -> Machine:
+    """What a Ray that is started on this machine would find, without starting one."""
+    import torch
+
+    return Machine(
+        cpus=config.resources.cpus or os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        bfloat16=cluster.cpu_has_bfloat16(),
     )
 
 

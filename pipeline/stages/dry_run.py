@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
-from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.schema import open_shards
 from pipeline.data.sources import ARCHIVES, list_source
 from pipeline.data.storage import absolute_uri
 from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
-from pipeline.plan import Machine, resolve
+from pipeline.plan import resolve
 from pipeline.stages.chain import named, with_absolute_weights
-from pipeline.stages.context import BUILTIN, shards_uri
+from pipeline.stages.context import BUILTIN, local_machine, shards_uri
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.train import build, start, state
 from pipeline.train.clock import duration
@@ -38,12 +36,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
     log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder)
-    gpus = torch.cuda.device_count()
-    machine = Machine(
-        cpus=config.resources.cpus or os.cpu_count() or 1,
-        gpus=gpus,
-        bfloat16=cluster.cpu_has_bfloat16(),
-    )
+    machine = local_machine(config)
     images, digest, size = _images(config, folder)
     if "pack" in stages and config.data.source:
         log.info(

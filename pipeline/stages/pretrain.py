@@ -73,6 +73,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             else ""
         )
         + (f", best kNN {best['score']:.3f} at step {best['step']:.0f}" if best else "")
+        + (f"; {details['data_limit']}" if details.get("data_limit") else "")
     )
     result_line("pretrain", text)
     tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import ray
 import torch
 
 from pipeline.control import Reports
-from pipeline.data.batch import BadImage, Batch
+from pipeline.data.batch import BadImage, Batch, Work
 from pipeline.data.schema import BAD_IMAGE_SCHEMA
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import read_bytes, write_bytes_atomic, write_parquet_atomic
@@ -28,6 +29,7 @@ from pipeline.plan import Plan
 from pipeline.train import build, state
 from pipeline.train.clock import Clock
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.limits import Watch, ms, per_image
 from pipeline.train.step import Objective
 from pipeline.uri import Place, is_uri, join
 
@@ -107,6 +109,8 @@ class Chief:
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
         self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
+        self.read_retries = 0.0
+        self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
 
@@ -126,10 +130,12 @@ class Chief:
         rows: list[dict[str, float]],
         clock: Clock,
         bad: list[BadImage],
+        work: Work,
     ) -> None:
         """Journals every step since the last call; MLflow and the step line get the newest."""
         plan = self.plan
         self.bad.update(reason for _, reason, _ in bad)
+        self.read_retries += work.retries
         self.bad_table.add(bad)
         first = step - len(rows)
         for offset, row in enumerate(rows[:-1]):
@@ -142,6 +148,9 @@ class Chief:
             "data/pass": step / plan.steps_per_pass,
             "data/bad_images": self.bad.total(),
             "data/storage_retries": retries(),  # of checkpoints and tables, in this process
+            "data/read_retries": self.read_retries,
+            **{f"data/bad_{reason}": count for reason, count in self.bad.items()},
+            **per_image(work),
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
         }
@@ -153,25 +162,36 @@ class Chief:
         if step % plan.config.train.log_every == 0 or step == plan.steps:
             width = len(str(plan.steps))
             log.info(
-                "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | eta %s",
+                "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | decode %s ms%s | eta %s",
                 str(step).zfill(width),
                 plan.steps,
                 100 * step / plan.steps,
                 newest["loss/total"],
                 f"{timing['perf/images_per_s']:,.0f}",
                 100 * timing["perf/data_wait_fraction"],
+                ms(newest["perf/decode_ms"] + newest["perf/crop_ms"]),
+                f" | {counts} bad" if (counts := reasons(self.bad)) else "",
                 clock.eta(),
             )
+        settled = clock.done - len(rows) >= clock.WARMUP_STEPS
+        if settled and (said := self.watch.window(work, timing)):
+            log.warning("%s", said)
+            self.tracker.tags({"data_limit": said})
         allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
         self.too_many_bad = self.bad.total() > allowed
         self.evaluations.collect()
 
     def non_finite(
-        self, step: int, rows: list[dict[str, float]], clock: Clock, bad: list[BadImage]
+        self,
+        step: int,
+        rows: list[dict[str, float]],
+        clock: Clock,
+        bad: list[BadImage],
+        work: Work,
     ) -> None:
         """Journals the steps before the one that was not finite, and that one as such."""
         if rows:
-            self.log(step, rows, clock, bad)
+            self.log(step, rows, clock, bad, work)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
     def save(self, step: int) -> None:
@@ -224,7 +244,9 @@ class Chief:
         self.evaluations.collect(wait=outcome["status"] == "finished")
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        outcome |= clock.summary() | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
+        summary = clock.summary()
+        outcome["data_limit"] = self.watch.whole(summary)
+        outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
         outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
         self.prune(set())
         self.tracker.close()
@@ -250,6 +272,12 @@ def _scheduled(plan: Plan, step: int) -> dict[str, float]:
         "optim/teacher_momentum": values.teacher_momentum,
         "optim/teacher_temperature": values.teacher_temperature,
     }
+
+
+def reasons(bad: Mapping[str, int]) -> str:
+    """`3 (2 truncated, 1 empty)`, or nothing where no image is bad."""
+    parts = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items(), key=lambda x: -x[1]))
+    return f"{sum(bad.values())} ({parts})" if parts else ""
 
 
 def _resident_bytes() -> int:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import log as logs
 from pipeline.control import RemoteLines
-from pipeline.data.batch import Apply, BadImage, Batch, Views
+from pipeline.data.batch import Apply, BadImage, Batch, Views, Work
 from pipeline.data.order import keyed
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.stream import batches
@@ -76,6 +76,7 @@ def train_worker(job: dict[str, Any]) -> None:
     chief = Chief(plan, trainee, job, folder, saved.meta if saved else None) if rank == 0 else None
     kept: list[dict[str, Tensor]] = []
     bad: list[BadImage] = []
+    work = Work()
 
     outcome: dict[str, Any] = {"status": "finished"}
     step = first_step
@@ -86,7 +87,9 @@ def train_worker(job: dict[str, Any]) -> None:
             held = [next(stream) for _ in range(plan.config.train.accumulation)]
         if chief and step == 0:
             chief.picture_crops(held[0])
-        bad += [row for batch in held for row in batch.bad]
+        for batch in held:
+            bad += batch.bad
+            work = work.plus(batch.work)
         try:
             result = train_step(
                 student,
@@ -101,9 +104,9 @@ def train_worker(job: dict[str, Any]) -> None:
             )
         except NonFinite as error:
             outcome = {"status": "non_finite", "step": step, "detail": error.what}
-            bad = _gathered(bad, device, workers)
+            bad, work = _gathered(bad, work, device, workers)
             if chief:
-                chief.non_finite(step, _rows(kept), clock, bad)
+                chief.non_finite(step, _rows(kept), clock, bad, work)
             break
         clock.tick()
         step += 1
@@ -113,10 +116,10 @@ def train_worker(job: dict[str, Any]) -> None:
         # every evaluated teacher has a checkpoint, so that any of them can be the best
         save_due = evaluate_due or result.stop or step % plan.save_every == 0
         if save_due or step % plan.config.train.log_every == 0:
-            bad = _gathered(bad, device, workers)
+            bad, work = _gathered(bad, work, device, workers)
             if chief:
-                chief.log(step, _rows(kept), clock, bad)
-            kept, bad = [], []
+                chief.log(step, _rows(kept), clock, bad, work)
+            kept, bad, work = [], [], Work()
         if chief and save_due:
             chief.save(step)
         if chief and evaluate_due:
@@ -191,14 +194,18 @@ def _rows(kept: list[dict[str, Tensor]]) -> list[dict[str, float]]:
     return [dict(zip(names, row, strict=True)) for row in table.cpu().tolist()]
 
 
-def _gathered(bad: list[BadImage], device: torch.device, workers: int) -> list[BadImage]:
-    """The bad images of all workers; there are none nearly always, which costs one number."""
+def _gathered(
+    bad: list[BadImage], work: Work, device: torch.device, workers: int
+) -> tuple[list[BadImage], Work]:
+    """The bad images of all workers (there are none nearly always) and the sum of their work."""
     if workers == 1:
-        return bad
-    total = torch.tensor([len(bad)], device=device)
+        return bad, work
+    total = torch.tensor([len(bad), *work], dtype=torch.float64, device=device)
     dist.all_reduce(total)
-    if not int(total.item()):
-        return []
+    found, images, *seconds = total.tolist()
+    work = Work(int(images), *seconds)
+    if not found:
+        return [], work
     parts: list[Any] = [None] * workers
     dist.all_gather_object(parts, bad)
-    return [row for part in parts for row in part]
+    return [row for part in parts for row in part], work

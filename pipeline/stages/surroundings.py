@@ -1,0 +1,130 @@
+"""What is around a run: versions, machine or cluster, shared memory, the place of run folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import time
+import uuid
+from importlib import metadata
+from pathlib import Path
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.data.storage import resolve_uri
+from pipeline.errors import PipelineError
+from pipeline.plan import Machine
+from pipeline.stages.context import local_machine, result_line
+
+log = logging.getLogger("pipeline")
+
+PACKAGES = ("torch", "ray", "mlflow", "pyarrow", "numpy", "pillow", "simplejpeg")
+SHARED_MEMORY = Path("/dev/shm")
+WRITTEN = 4 * 2**20
+
+
+def versions() -> str:
+    """Of Python and of what the figures depend on."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "is not installed"
+
+    found = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {found}"
+
+
+def machine_of(config: Config) -> tuple[Machine, float]:
+    """CPUs and GPUs, and the bytes of the object store of the run."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        with cluster.joined(config.resources):
+            import ray
+
+            found, nodes = cluster.machine(), cluster.nodes()
+            store = float(ray.cluster_resources().get("object_store_memory", 0))
+        place = f"cluster at {address}, {nodes} node{'s' * (nodes != 1)}: "
+    else:
+        found, place = local_machine(config), "this machine: "
+        store = config.resources.object_store_gb * 2**30
+    text = f"{place}{found.cpus} CPU{'s' * (found.cpus != 1)}, {_gpus(found, bool(address))}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else found.cpus
+    if not address and usable < found.cpus:
+        text += f"; this process may use {usable} of them: set resources.cpus={usable}"
+    result_line("machine", text)
+    return found, store
+
+
+def _gpus(machine: Machine, remote: bool) -> str:
+    if not machine.gpus:
+        return "no GPU"
+    import torch
+
+    name = "" if remote else f" ({torch.cuda.get_device_name(0)})"
+    return f"{machine.gpus} GPU{'s' * (machine.gpus != 1)}{name}"
+
+
+def shared_memory(config: Config) -> None:
+    """The object store of a Ray that is started here lies in shared memory, if it has the room."""
+    if os.environ.get("RAY_ADDRESS") or not SHARED_MEMORY.is_dir():
+        return
+    free, wanted = shutil.disk_usage(SHARED_MEMORY).free, config.resources.object_store_gb * 2**30
+    result_line("shm", f"{size_of(free)} free in {SHARED_MEMORY}, object store {size_of(wanted)}")
+    if free < wanted:
+        log.warning(
+            "the object store (resources.object_store_gb=%g) does not fit into %s; Ray would "
+            "put it on the disk, which is slow: start the container with a larger --shm-size",
+            config.resources.object_store_gb,
+            SHARED_MEMORY,
+        )
+
+
+def disk(run_folder: str) -> None:
+    """Writes a file where runs go, reads it back and takes it away.
+
+    Raises:
+        PipelineError: where that is not possible.
+    """
+    from pyarrow import fs as pafs
+
+    files, path = resolve_uri(run_folder.removeprefix("file://"))
+    local = isinstance(files, pafs.LocalFileSystem)
+    if local:  # the folder need not be there yet, and the doctor does not make it
+        path = str(next(p for p in (Path(path), *Path(path).parents) if p.exists()))
+    name = f"{path}/.doctor.{uuid.uuid4().hex[:8]}.tmp"
+    content = os.urandom(WRITTEN)
+    begin = time.perf_counter()
+    try:
+        try:
+            with files.open_output_stream(name) as stream:
+                stream.write(content)
+            with files.open_input_stream(name) as stream:
+                same = stream.read() == content
+        finally:
+            if files.get_file_info(name).type == pafs.FileType.File:
+                files.delete_file(name)
+    except OSError as error:
+        raise PipelineError(
+            f"run.folder={run_folder} cannot be written: {str(error).splitlines()[0]}",
+            "give a folder that this user may write in, with room for checkpoints",
+        ) from None
+    if not same:
+        raise PipelineError(
+            f"run.folder={run_folder} gives back other bytes than were written",
+            "take other storage for runs",
+        )
+    seconds = time.perf_counter() - begin
+    free = f"{size_of(shutil.disk_usage(path).free)} free; " if local else ""
+    result_line("disk", f"{path}: {free}4 MiB written and read back in {1000 * seconds:.0f} ms")
+
+
+def size_of(count: float) -> str:
+    """`1.5 GiB`, `36.0 MiB` or `0.9 KiB`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 2**10:,.1f} KiB"

@@ -1,0 +1,163 @@
+"""The doctor: its arithmetic on planted times, and the whole of it on shards of seconds."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline import job
+from pipeline.data.schema import resolve_uri, write_parquet_atomic
+from pipeline.overrides import load
+from pipeline.plan import Machine, Plan, resolve
+from pipeline.stages import doctor, surroundings
+from pipeline.stages.doctor import Memory, Needs
+from tests.jobs.conftest import Job
+
+pytestmark = pytest.mark.usefixtures("quiet_log")
+LINES = ["run", "doctor", "machine", "disk", "shards", "images", "bad", "read", "decode", "cut"]
+LINES += ["draws", "whole", "scaled", "rate", "cpus", "memory", "store"]
+
+
+@pytest.mark.parametrize(
+    ("whole_ms", "tasks", "rate", "cpus"),
+    [(4.0, 1, 200, 5.0), (4.0, 64, 12_800, 5.0), (0.5, 2, 3200, 0.625), (100, 10, 80, 125)],
+)
+def test_the_prediction(whole_ms: float, tasks: int, rate: float, cpus: float) -> None:
+    """4 ms are 250 images/s of a core, of which Ray takes a fifth: 200."""
+    needs = Needs.of(whole_ms, tasks)
+    assert needs.images_per_s == pytest.approx(rate)
+    assert needs.cpus_per_1000 == pytest.approx(cpus)
+
+
+def plan_of(*overrides: str, cpus: int = 64, gpus: int = 8) -> Plan:
+    config = load(["optim.steps=1", *overrides])
+    machine = Machine(cpus=cpus, gpus=gpus, bfloat16=True)
+    return resolve(config, images=100_000, digest="", class_names=(), machine=machine)
+
+
+def test_the_memory() -> None:
+    """Against the same sum by hand: ten crops of an image are 531,888 bytes."""
+    plan = plan_of()
+    image = 3 * (2 * 224**2 + 8 * 98**2)
+    assert image == 531_552
+    spec = type("Spec", (), {"portion": 2 * plan.chunk_images})()
+    memory = Memory.of(plan, spec, 110_000, 1024)
+    assert (plan.chunk_images, plan.workers, plan.decode_tasks) == (64, 8, 58)
+    assert memory.chunk == 64 * image
+    assert memory.portion_crops == 128 * image
+    assert memory.portion_encoded == 128 * 110_000
+    assert memory.window == 1024 * 110_000
+    readers, decoders = 4 * 128 * 110_000, 58 * (2 * 128 * 110_000 + 2 * 128 * image)
+    workers = 8 * (128 * image + 2 * 64 * image)
+    assert memory.object_store(plan) == readers + decoders + workers
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty pictures, of which one is none."""
+    folder = tmp_path_factory.mktemp("doctor") / "shards"
+    rng = np.random.default_rng(0)
+    images = []
+    for i in range(50):
+        buffer = io.BytesIO()
+        pixels = rng.integers(0, 255, (30, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG" if i % 2 else "PNG")
+        images.append(buffer.getvalue() if i != 8 else b"nothing")
+    fs, path = resolve_uri(str(folder / "part.parquet"))
+    write_parquet_atomic(pa.table({"image": images}), fs, path, row_group_size=20)
+    return folder
+
+
+def by_name(text: str) -> dict[str, str]:
+    lines = [line for line in text.splitlines() if not line.startswith("warning: ")]
+    return {line[:12].strip(): line[12:] for line in lines}
+
+
+def test_the_whole(
+    shards: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.main(["doctor"], "doc", [str(recipe), f"data.shards={shards}", f"run.folder={tmp_path}/r"])
+    shown = capsys.readouterr()
+    lines = by_name(shown.out)
+    assert not shown.err
+    assert set(lines) - {"shm"} == set(LINES) - {"run"}
+    assert len(shown.out.splitlines()) < 30
+    assert "2 CPUs" in lines["machine"]  # resources.cpus of the recipe
+    assert "50 images in 1 file" in lines["shards"] and "not packed" in lines["shards"]
+    assert "50 read" in lines["images"] and "50 % plain JPEGs" in lines["images"]
+    assert lines["bad"] == "1 not_an_image, of 50 decoded"
+    assert "median (lowest to highest), 50 images" in lines["whole"]
+    assert "beside 2 cpu workers" in lines["rate"]
+    assert not list(tmp_path.iterdir())  # nothing stays
+
+
+def test_as_a_job_that_needs_no_ray(without_ray: Job, shards: Path, tmp_path: Path) -> None:
+    shown = without_ray("doctor", f"data.shards={shards}", f"run.folder={tmp_path}")
+    assert shown.returncode == 0, shown.stderr
+    lines = by_name(shown.stdout)
+    assert "decode CPUs" in lines["cpus"] and "images/s from" in lines["rate"]
+
+
+MISTAKES = [
+    (["data.shards=/not/there"], "no such path: /not/there", "data.shards"),
+    ([], "no images: neither data.shards nor data.source is set", "data.source="),
+    (["data.source=photos"], "photos is not packed yet", "jobs/pack.py"),
+    (["--dry-run"], "unknown option --dry-run", "the option is --help"),
+    (["data.shard=x"], "data.shard: no such field", "--help"),
+    (["{shards}", "data.image_column=img"], 'has no column "img"', "data.image_column="),
+    (["{shards}", "model.in_channels=7", "augment.mean=[0,0,0,0,0,0,0]"], "none of", "in_channels"),
+    (["{shards}", "optim.global_batch_size=64"], "more than the 50 images", "recipe"),
+    (["{shards}", "run.folder=/proc/runs"], "run.folder=/proc/runs cannot be written", "may write"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what", "hint"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_mistakes(
+    arguments: list[str],
+    what: str,
+    hint: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [f"data.shards={shards}" if a == "{shards}" else a for a in arguments]
+    if "model.in_channels=7" in given:
+        given.append("augment.std=[1,1,1,1,1,1,1]")
+    if not any(a.startswith("run.folder=") for a in given):
+        given.append(f"run.folder={tmp_path}")
+    with pytest.raises(SystemExit) as ended:
+        job.main(["doctor"], "doc", given)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert what in lines[0]
+    assert hint in lines[1]
+
+
+def test_little_shared_memory_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(surroundings, "SHARED_MEMORY", tmp_path)
+    with caplog.at_level("INFO", logger="pipeline"):
+        surroundings.shared_memory(load(["resources.object_store_gb=1e6"]))
+        assert "resources.object_store_gb=1e+06" in caplog.text and "--shm-size" in caplog.text
+        caplog.clear()
+        surroundings.shared_memory(load(["resources.object_store_gb=0.001"]))
+        assert "--shm-size" not in caplog.text
+
+
+def test_large_unpacked_sets_are_said(
+    monkeypatch: pytest.MonkeyPatch,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "UNPACKED_LIMIT", 10)
+    job.main(["doctor"], "doc", [f"data.shards={shards}", f"run.folder={tmp_path}"])
+    assert "warning: training refuses unpacked sets" in capsys.readouterr().out

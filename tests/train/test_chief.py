@@ -1,0 +1,118 @@
+"""Rank 0's step line and metrics, and what is summed over workers, without Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.data.batch import Work
+from pipeline.overrides import load
+from pipeline.plan import Machine, resolve
+from pipeline.train import loop
+from pipeline.train.chief import BadTable, Chief, reasons
+from pipeline.train.clock import Clock
+from pipeline.train.limits import Watch
+
+BAD = [("0" * 32, "truncated", ""), ("1" * 32, "empty", ""), ("2" * 32, "truncated", "")]
+
+
+class Tracker:
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.said: dict[str, str] = {}
+
+    def metrics(self, step: int, values: dict[str, float], send: bool = True) -> None:
+        self.rows[step] = values
+
+    def tags(self, values: dict[str, str]) -> None:
+        self.said |= values
+
+    def headline(self, step: int, values: dict[str, float]) -> None: ...
+
+
+@pytest.fixture
+def chief(tmp_path: Path) -> Chief:
+    config = load(["optim.steps=100", "optim.global_batch_size=8", "train.log_every=5"])
+    machine = Machine(cpus=2, gpus=0, bfloat16=False)
+    plan = resolve(config, images=800, digest="", class_names=(), machine=machine)
+    found = object.__new__(Chief)  # its constructor wants a control actor
+    found.plan, found.tracker = plan, Tracker()  # type: ignore[assignment]
+    found.evaluations = SimpleNamespace(note_step=lambda _: None, collect=lambda: None)  # type: ignore
+    found.bad, found.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
+    found.too_many_bad, found.watch = False, Watch(plan.decode_tasks, True)
+    return found
+
+
+class Timed(Clock):
+    """A clock that always says the same of a window."""
+
+    def read(self) -> dict[str, float]:
+        return {
+            "perf/images_per_s": 120.0,
+            "perf/data_wait_fraction": 0.3,
+            "perf/step_s": 0.1,
+        }
+
+
+def test_a_line_and_its_metrics(chief: Chief, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"loss/total": 9.0}] * 5
+    clock = Timed(0, 100, 8, 1.0, 0.0)
+    work = Work(images=40, read_s=0.04, decode_s=0.2, crop_s=0.1)  # 7.5 ms x 120/s: 0.9 of a core
+    clock.done = 5
+    with caplog.at_level(logging.INFO, logger="pipeline"):
+        chief.log(5, rows, clock, [], work)
+        assert "| wait 30% | decode 7.5 ms | eta " in caplog.text
+        assert "bad" not in caplog.text
+        assert "waits for data" not in caplog.text  # the first five steps
+        clock.done = 10
+        chief.log(10, rows, clock, BAD, work)
+        assert "| decode 7.5 ms | 3 (2 truncated, 1 empty) bad | eta " in caplog.text
+        clock.done = 15
+        chief.log(15, rows, clock, [], work)
+    newest = chief.tracker.rows[14]
+    assert newest["perf/read_ms"] == pytest.approx(1)
+    assert newest["perf/decode_ms"] == pytest.approx(5)
+    assert newest["perf/crop_ms"] == pytest.approx(2.5)
+    assert newest["data/bad_images"] == 3
+    assert (newest["data/bad_truncated"], newest["data/bad_empty"]) == (2, 1)
+    assert "data/bad_truncated" not in chief.tracker.rows[4]
+    said = [record for record in caplog.records if "waits for data" in record.message]
+    assert len(said) == 1 and said[0].levelname == "WARNING"
+    assert chief.tracker.said == {"data_limit": said[0].message}
+    assert "1 decoder can give at most 133 images/s" in said[0].message
+
+
+def test_reasons() -> None:
+    assert reasons({}) == ""
+    assert reasons({"empty": 1, "truncated": 1200}) == "1201 (1200 truncated, 1 empty)"
+
+
+def test_workers_are_summed_in_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    others: dict[str, Any] = {"bad": [], "work": Work(3, 0.5, 0.25, 0.125)}
+
+    def all_reduce(x: torch.Tensor) -> None:
+        calls.append("reduce")
+        x += torch.tensor([len(others["bad"]), *others["work"]], dtype=x.dtype)
+
+    def all_gather_object(parts: list[Any], mine: Any) -> None:
+        calls.append("gather")
+        parts[:] = [mine, others["bad"]]
+
+    monkeypatch.setattr(loop.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(loop.dist, "all_gather_object", all_gather_object)
+    mine, cpu = Work(5, 1.0, 2.0, 4.0), torch.device("cpu")
+    both = Work(8, 1.5, 2.25, 4.125)
+    assert loop._gathered([], mine, cpu, 2) == ([], both)
+    assert calls == ["reduce"]
+    others["bad"] = BAD[1:]
+    assert loop._gathered(BAD[:1], mine, cpu, 2) == (BAD, both)
+    assert calls == ["reduce", "reduce", "gather"]
+    assert loop._gathered(BAD, mine, cpu, 1) == (BAD, mine)
+    assert len(calls) == 3
