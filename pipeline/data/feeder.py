@@ -98,10 +98,16 @@ class Feeder(Control):
         spec: object reference of a `stream.StreamSpec`, passed on to the read tasks as it is.
         last_step: steps of the run.
         tasks: what its read tasks may take.
+        segment: read tasks of one Ray Data execution.
     """
 
     def __init__(
-        self, reading: Reading, spec: list[Any], last_step: int, tasks: DecodeTasks
+        self,
+        reading: Reading,
+        spec: list[Any],
+        last_step: int,
+        tasks: DecodeTasks,
+        segment: int = SEGMENT,
     ) -> None:
         super().__init__()
         from ray.data import DataContext
@@ -116,7 +122,7 @@ class Feeder(Control):
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
         context.custom_execution_callback_classes.append(_Pace)
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
-        self.spec = spec[0]
+        self.spec, self.segment = spec[0], segment
         self.ready, self.planning = threading.Condition(), threading.Lock()
         self.attempt = ""
         self.segments: dict[int, tuple[int, list[Any]]] = {}
@@ -158,7 +164,7 @@ class Feeder(Control):
         return max(1, READ_WINDOWS * order.window // order.global_batch)
 
     def _segment_end(self, first_step: int) -> int:
-        return min(self.last_step, first_step + SEGMENT * self._stretch)
+        return min(self.last_step, first_step + self.segment * self._stretch)
 
     def _dataset(self, first_step: int, last_step: int) -> Any:
         import ray
@@ -184,7 +190,12 @@ class Feeder(Control):
 
 
 def launch_feeder(
-    reading: Reading, spec: Any, last_step: int, tasks: DecodeTasks, workers: int
+    reading: Reading,
+    spec: Any,
+    last_step: int,
+    tasks: DecodeTasks,
+    workers: int,
+    segment: int = SEGMENT,
 ) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
 
@@ -194,6 +205,7 @@ def launch_feeder(
         last_step: steps of the run.
         tasks: what its read tasks may take.
         workers: training workers that will ask.
+        segment: read tasks of one Ray Data execution; tests make it small.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -203,4 +215,4 @@ def launch_feeder(
         num_cpus=0, max_concurrency=workers + 16, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
-    return actor.remote(reading, [ray.put(spec)], last_step, tasks)
+    return actor.remote(reading, [ray.put(spec)], last_step, tasks, segment)

@@ -164,7 +164,23 @@ def _from_manifest(
     uri: str, fs: pafs.FileSystem, path: str, infos: Sequence[pafs.FileInfo]
 ) -> ShardSet:
     with fs.open_input_stream(f"{path}/{MANIFEST}") as stream:
-        manifest = json.loads(stream.read())
+        return shards_of_manifest(uri, path, json.loads(stream.read()), infos)
+
+
+def shards_of_manifest(
+    uri: str, path: str, manifest: dict[str, Any], infos: Sequence[pafs.FileInfo]
+) -> ShardSet:
+    """The set that a manifest describes.
+
+    Args:
+        uri: of the set.
+        path: its folder in the file system.
+        manifest: what `_manifest.json` holds.
+        infos: the files that are there.
+
+    Raises:
+        DataError: another schema version, or a shard that is missing or of another size.
+    """
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{uri} has schema version {manifest.get('schema_version')}, this code reads "
