@@ -73,10 +73,7 @@ def measure(shards: int, answer: Any) -> None:
     ]
     before = peak_mib()
     content = timed(found, "parse", lambda: json.loads(text))
-    opened = timed(
-        found, "open", lambda: schema.shards_of_manifest("/set", "/set", content, infos)
-    )
-    del content
+    opened = timed(found, "open", lambda: schema.shards_of_manifest("/set", "/set", content, infos))
     reading = timed(
         found, "order", lambda: reading_of(opened, seed=0, global_batch=BATCH, window=WINDOW)
     )

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Reader:
         )
 
     def take(self, steps: int) -> list[Step]:
-        return [images(batch) for batch, _ in zip(self.batches, range(steps), strict=False)]
+        return [images(batch) for batch in islice(self.batches, steps)]
 
     def pid(self) -> int:
         return os.getpid()

@@ -1,4 +1,4 @@
-"""The contract "randomness is data", held without Ray: what an image becomes depends on its key only.
+"""The contract "randomness is data" without Ray: what an image becomes depends on its key only.
 
 `complaints` compares a stream with another one that was cut, dealt or started in another way, and
 names every rule that does not hold. The second half of this file takes one key at a time out of the
@@ -11,6 +11,7 @@ two crops with equal red and green come from equal boxes.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,7 +192,7 @@ def repeats(seen: Seen, other_seed: Seen, seed: int) -> set[str]:
         if often(passes):
             found.add(f"{name} are the same in two passes")
         row = [values[key] for key in sorted(values) if key[0] == 0]
-        if often(list(zip(row, row[1:], strict=False))):
+        if often(list(itertools.pairwise(row))):
             found.add(f"{name} are the same for two images")
         others = getattr(other_seed, "boxes" if name == "crops" else "colours")
         if often([(values[key], others[key]) for key in values.keys() & others.keys()]):
@@ -248,7 +249,9 @@ def complaints(hub: ShardSet, packed: ShardSet) -> set[str]:
     ):
         found |= differences(whole, run(hub, other), masks=True, order=True)
     found |= differences(whole, run(hub, replace(way, window=8)), masks=True, order=False)
-    found |= differences(whole, run(hub, replace(way, batch=12, window=24)), masks=False, order=False)
+    found |= differences(
+        whole, run(hub, replace(way, batch=12, window=24)), masks=False, order=False
+    )
     return found | differences(whole, run(packed, way), masks=True, order=False)
 
 
@@ -294,7 +297,7 @@ def test_stops_and_other_numbers_of_workers_lose_and_repeat_nothing(
     last = 1 + max(step for step, _ in whole.places)
     edges = [0, *sorted(s for s in stops if s < last), last]
     places: dict[tuple[int, int], str] = {}
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in itertools.pairwise(edges):
         fits = [w for w in (1, 2, 3) if way.batch % w == 0 and way.batch // w % way.chunk == 0]
         part = replace(way, first=first, workers=data.draw(st.sampled_from(fits)))
         seen = run(hub, part, end)
@@ -360,9 +363,7 @@ def without_order(key: str) -> Callable[..., Any]:
     original = order.keyed
 
     def broken(seed: int, pass_index: int, *others: Any) -> Any:
-        return original(
-            0 if key == "seed" else seed, 0 if key == "pass" else pass_index, *others
-        )
+        return original(0 if key == "seed" else seed, 0 if key == "pass" else pass_index, *others)
 
     return broken
 
