@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -422,3 +423,29 @@ def test_a_row_that_is_dealt_twice_is_noticed(
 
     monkeypatch.setattr("pipeline.data.reading.piece_rows", broken)
     assert "an image came twice in a pass" in complaints(hub, packed)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_windows_that_are_too_large_to_hold_two_are_fetched_one_by_one(
+    limit: int, hub: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same portions; how many windows are in memory is counted where they are fetched."""
+    from pipeline.data import reading as module
+
+    plain = run(hub, Way())
+    monkeypatch.setattr(module, "AHEAD_BYTES", limit)
+    assert run(hub, Way()).images == plain.images
+
+    fetched: list[str] = []
+    original = module.read_group
+    monkeypatch.setattr(
+        module, "read_group", lambda *args: (fetched.append(args[1]), original(*args))[1]
+    )
+    shards = replace(hub, packed=True)
+    tasks = reading_of(shards, seed=0, global_batch=8, window=16).tasks(0, 4)
+    portions = read_portions(tasks, shards.columns, 0, 4)
+    next(portions)
+    time.sleep(0.3)  # what is fetched ahead is fetched by now
+    expected = len(tasks[0].places) + (len(tasks[1].places) if limit else 0)
+    assert len(fetched) == expected
+    assert sum(len(portion) for portion in portions) == 28
