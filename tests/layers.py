@@ -78,8 +78,8 @@ TABLE = [
     row("data.pack", ["errors", *LEAVES, *PACKING], others_inside="ray"),
     row("data.reading", ["errors", *LEAVES], others="numpy pyarrow"),
     row(
-        "data.stream data.feeder",
-        ["errors", "control", "data.reading", *LEAVES],
+        "data.stream data.feeder data.segments",
+        ["errors", "control", "data.reading", "data.segments", *LEAVES],
         "cluster data.stream",
         others="numpy pyarrow",
         others_inside="ray torch",

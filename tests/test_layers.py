@@ -55,7 +55,15 @@ def test_the_table_is_the_designs() -> None:
     ours = {"train.evaluations", "train.chief", "train.loop", "train.run"}
     assert where("ray", inside=False) == ours
     assert where("ray", inside=True) <= ours | {
-        *("cluster", "control", "data.pack", "data.stream", "data.feeder", "stages.*"),
+        *(
+            "cluster",
+            "control",
+            "data.pack",
+            "data.stream",
+            "data.feeder",
+            "data.segments",
+            "stages.*",
+        ),
     }
     small = {"errors", "log", "schedule", "config", "overrides", "files", "plan", "job"}
     assert not small & (where("torch", inside=True) | where("ray", inside=True))

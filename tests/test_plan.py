@@ -17,6 +17,7 @@ from pipeline.overrides import field_paths, load
 from pipeline.plan import (
     CHUNK_BYTES,
     MAY_CHANGE,
+    WINDOW_BYTES,
     Machine,
     Plan,
     changes,
@@ -233,6 +234,27 @@ def test_chunks_and_windows_fit(
     # and the order of rows stays what it is when the same batch is laid out otherwise
     for other in ({"workers": 1}, {"workers": workers}, {"workers": share * workers}):
         assert resolved(**other).window_images == found.window_images
+
+
+@given(image_bytes=st.floats(1e3, 5e8), batch=st.integers(1, 5000), rows=st.integers(1, 100_000))
+@settings(max_examples=200, deadline=None)
+def test_a_window_of_large_images_stays_small(image_bytes: float, batch: int, rows: int) -> None:
+    values = {
+        "optim": {"steps": 1, "global_batch_size": batch},
+        "data": {"shuffle_images": rows},
+        "train": {"workers": 1},
+    }
+    found = resolve(
+        Config.model_validate(values),
+        images=batch,
+        digest="d",
+        class_names=(),
+        machine=Machine(cpus=4, gpus=0, bfloat16=False),
+        image_bytes=image_bytes,
+    )
+    # an image is read whole, however large it is
+    assert found.window_images * image_bytes <= WINDOW_BYTES or found.window_images == 1
+    assert found.window_images <= rows
 
 
 def test_the_bytes_of_an_image_are_those_of_its_crops() -> None:

@@ -53,19 +53,22 @@ class _Read:
 class _Decode:
     """From a portion to its chunks. An actor: it has its imports done, and its next portion."""
 
-    def __init__(self, spec: list[Any]) -> None:
+    def __init__(self, feeder: Any, spec: list[Any], attempt: str, first_step: int) -> None:
         import ray
         import torch
 
         torch.set_num_threads(1)  # decoders run side by side, one core each
         self.spec = ray.get(spec[0])
+        self.feeder, self.segment = feeder, (attempt, first_step)
 
     def __call__(self, table: pa.Table) -> Iterator[dict[str, np.ndarray]]:
         from pipeline.data.stream import make_chunks
 
         for row in range(table.num_rows):
-            for chunk in make_chunks(Portion.of(table, row), self.spec):
+            portion = Portion.of(table, row)
+            for chunk in make_chunks(portion, self.spec):
                 yield {name: values[None] for name, values in chunk.items()}
+            self.feeder.note_decoded.remote(*self.segment, len(portion))
 
 
 class _Pace:
@@ -99,10 +102,16 @@ class Feeder(Control):
         spec: object reference of a `stream.StreamSpec`, passed on to the read tasks as it is.
         last_step: steps of the run.
         tasks: what its read tasks may take.
+        segment: read tasks of one Ray Data execution.
     """
 
     def __init__(
-        self, reading: Reading, spec: list[Any], last_step: int, tasks: DecodeTasks
+        self,
+        reading: Reading,
+        spec: list[Any],
+        last_step: int,
+        tasks: DecodeTasks,
+        segment: int = SEGMENT,
     ) -> None:
         super().__init__()
         from ray.data import DataContext
@@ -120,23 +129,25 @@ class Feeder(Control):
         context.memory_usage_poll_interval_s = None  # a thread for each portion
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
-        self.spec = spec[0]
+        self.spec, self.segment = spec[0], segment
         self.ready, self.planning = threading.Condition(), threading.Lock()
         self.attempt = ""
         self.segments: dict[int, tuple[int, list[Any]]] = {}
+        self.decoded: dict[int, int] = {}  # images of a segment
 
     def open(self, attempt: str, first_step: int, workers: int) -> None:
         """Plans the segment that starts at `first_step`, unless that is done already."""
         with self.ready:
             if attempt != self.attempt:  # the worker group is a new one: drop the old one's data
-                self.attempt, self.segments = attempt, {}
+                self.attempt, self.segments, self.decoded = attempt, {}, {}
             if first_step in self.segments or first_step >= self.last_step:
                 return
             last = self._segment_end(first_step)
-            dataset = self._dataset(first_step, last)
+            dataset = self._dataset(attempt, first_step, last)
             parts = dataset.streaming_split(workers, equal=False)
             current = {s: v for s, v in self.segments.items() if v[0] >= first_step}
             self.segments = current | {first_step: (last, parts)}
+            self.decoded = {s: self.decoded.get(s, 0) for s in self.segments}
             self.ready.notify_all()
 
     def iterator(self, attempt: str, first_step: int, rank: int) -> tuple[int, Any]:
@@ -150,6 +161,26 @@ class Feeder(Control):
             last, parts = self.segments[first_step]
             return last, parts[rank]
 
+    def note_decoded(self, attempt: str, first_step: int, images: int) -> None:
+        """A decoder has finished a portion; a task that is repeated tells it twice."""
+        with self.ready:
+            if attempt == self.attempt and first_step in self.decoded:
+                self.decoded[first_step] += images
+                self.ready.notify_all()
+
+    def all_decoded(self, attempt: str, first_step: int, timeout_s: float) -> bool:
+        """Whether every image of a segment has been decoded, or becomes so in that time."""
+
+        def done() -> bool:
+            if attempt != self.attempt or first_step not in self.segments:
+                return True
+            steps = self.segments[first_step][0] - first_step
+            images = steps * self.reading.order.global_batch
+            return self.decoded[first_step] >= images
+
+        with self.ready:
+            return self.ready.wait_for(done, timeout_s)
+
     def read_tasks(self, first_step: int, last_step: int) -> list[ReadTask]:
         """What a read task reads; asked for when it runs, so that nothing is planned ahead."""
         with self.planning:
@@ -162,9 +193,9 @@ class Feeder(Control):
         return max(1, READ_WINDOWS * order.window // order.global_batch)
 
     def _segment_end(self, first_step: int) -> int:
-        return min(self.last_step, first_step + SEGMENT * self._stretch)
+        return min(self.last_step, first_step + self.segment * self._stretch)
 
-    def _dataset(self, first_step: int, last_step: int) -> Any:
+    def _dataset(self, attempt: str, first_step: int, last_step: int) -> Any:
         import ray
 
         starts = range(first_step, last_step, self._stretch)
@@ -180,7 +211,7 @@ class Feeder(Control):
             _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=READ_TASKS
         ).map_batches(
             _Decode,
-            fn_constructor_args=([self.spec],),
+            fn_constructor_args=(me, [self.spec], attempt, first_step),
             compute=pool,
             **common,
             num_cpus=self.tasks.cpus,
@@ -188,7 +219,12 @@ class Feeder(Control):
 
 
 def launch_feeder(
-    reading: Reading, spec: Any, last_step: int, tasks: DecodeTasks, workers: int
+    reading: Reading,
+    spec: Any,
+    last_step: int,
+    tasks: DecodeTasks,
+    workers: int,
+    segment: int = SEGMENT,
 ) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
 
@@ -198,13 +234,14 @@ def launch_feeder(
         last_step: steps of the run.
         tasks: what its read tasks may take.
         workers: training workers that will ask.
+        segment: read tasks of one Ray Data execution; tests make it small.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Feeder).options(
-        num_cpus=0, max_concurrency=workers + 16, scheduling_strategy=here
+        num_cpus=0, max_concurrency=2 * workers + 16, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
-    return actor.remote(reading, [ray.put(spec)], last_step, tasks)
+    return actor.remote(reading, [ray.put(spec)], last_step, tasks, segment)

@@ -9,6 +9,7 @@ worker and which place it has, so what a checkpoint must remember of the data is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -51,7 +52,7 @@ class ReadingOrder:
     window: int
     _passes: dict[int, tuple[Ints, Ints]] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property  # a sum over all row groups
     def steps_per_pass(self) -> int:
         """Steps in a pass; the remainder of the rows is not used in this pass."""
         return int(self.group_rows.sum()) // self.global_batch

@@ -25,6 +25,7 @@ from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group
 from pipeline.errors import DataError
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
+AHEAD_BYTES = 512 * 2**20  # of a window in memory beside which the next one is fetched already
 _READS_AT_ONCE = 4  # row groups of one window; storage that is far away likes several
 
 
@@ -143,6 +144,8 @@ def read_portions(
     """Fetches the row groups of pieces and deals their images out in order.
 
     The next piece is fetched while this one is dealt out, so storage that is far away costs little.
+    Only where a window is larger than `AHEAD_BYTES` (a whole set that was not packed), one is held
+    at a time.
 
     Args:
         tasks: what to read.
@@ -164,7 +167,9 @@ def read_portions(
         fetched = ahead.submit(fetch, tasks[0])
         for n, task in enumerate(tasks):
             groups, read_s = fetched.result()
-            if n + 1 < len(tasks):
+            more = n + 1 < len(tasks)
+            overlap = more and sum(group.images.nbytes for group in groups) <= AHEAD_BYTES
+            if overlap:
                 fetched = ahead.submit(fetch, tasks[n + 1])
             images = [_values(group.images) for group in groups]
             which, rows = piece_rows(task.piece, seed)
@@ -174,6 +179,9 @@ def read_portions(
                 found = _portion(task.piece, at, groups, images, which[part], rows[part])
                 before, counted = counted, retries()
                 yield replace(found, read_s=found.read_s + share, retries=counted - before)
+            if more and not overlap:
+                del groups, images
+                fetched = ahead.submit(fetch, tasks[n + 1])
 
 
 def _portion(

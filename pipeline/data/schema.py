@@ -146,7 +146,7 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
     if infos[0].path != path and "*" not in path:
         manifest = read_json(fs, f"{path}/{MANIFEST}")
         if manifest is not None:
-            return _from_manifest(manifest, uri, path, infos)
+            return shards_of_manifest(uri, path, manifest, infos)
     return _from_footers(uri, fs, path, infos, image_column, label_column)
 
 
@@ -162,9 +162,20 @@ def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
         ) from error
 
 
-def _from_manifest(
-    manifest: dict[str, Any], uri: str, path: str, infos: Sequence[pafs.FileInfo]
+def shards_of_manifest(
+    uri: str, path: str, manifest: dict[str, Any], infos: Sequence[pafs.FileInfo]
 ) -> ShardSet:
+    """The set that a manifest describes.
+
+    Args:
+        uri: of the set.
+        path: its folder in the file system.
+        manifest: what `_manifest.json` holds.
+        infos: the files that are there.
+
+    Raises:
+        DataError: another schema version, or a shard that is missing or of another size.
+    """
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{public_uri(uri)} has schema version {manifest.get('schema_version')}, "

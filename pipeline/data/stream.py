@@ -32,6 +32,7 @@ from pipeline.data.masks import masks_for
 from pipeline.data.photometric import PHOTOMETRIC_DRAWS, PhotometricSpec, draw_photometric
 from pipeline.data.reading import Portion
 from pipeline.data.schema import ShardColumns
+from pipeline.data.segments import blocks
 
 Chunk = dict[str, np.ndarray]
 PORTION_BYTES = 64 * 2**20  # of crops that a decode task makes: half a second of work for photos
@@ -191,23 +192,11 @@ def batches(
         chunk: images of one block; divides `micro_batch`.
         pin: put batches into page-locked memory, for a GPU.
     """
-    import ray
-
-    step = first_step
-    while step < last_step:
-        if rank == 0:
-            feeder.open.remote(attempt, step, workers)
-        end, iterator = ray.get(feeder.iterator.remote(attempt, step, rank))
-        if rank == 0:
-            feeder.open.remote(attempt, end, workers)
-        held: list[Batch] = []
-        for block in iterator.iter_batches(
-            batch_size=None, batch_format="numpy", prefetch_batches=2
-        ):
-            found = {name: values[0] for name, values in block.items()}
-            found["reason"] = _REASON_NAMES[found["reason"]]
-            held.append(Batch.from_chunk(found))
-            if len(held) * chunk == micro_batch:
-                yield Batch.concat(held, pin)
-                held = []
-        step = end
+    held: list[Batch] = []
+    for block in blocks(feeder, attempt, rank, workers, first_step, last_step):
+        found = {name: values[0] for name, values in block.items()}
+        found["reason"] = _REASON_NAMES[found["reason"]]
+        held.append(Batch.from_chunk(found))
+        if len(held) * chunk == micro_batch:
+            yield Batch.concat(held, pin)
+            held = []
