@@ -45,6 +45,7 @@ def chief(tmp_path: Path) -> Chief:
     found.plan, found.tracker = plan, Tracker()  # type: ignore[assignment]
     found.evaluations = SimpleNamespace(note_step=lambda _: None, collect=lambda: None)  # type: ignore
     found.bad, found.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
+    found.read_retries = 0.0
     found.too_many_bad, found.watch = False, Watch(plan.decode_tasks, True)
     return found
 
@@ -63,7 +64,8 @@ class Timed(Clock):
 def test_a_line_and_its_metrics(chief: Chief, caplog: pytest.LogCaptureFixture) -> None:
     rows = [{"loss/total": 9.0}] * 5
     clock = Timed(0, 100, 8, 1.0, 0.0)
-    work = Work(images=40, read_s=0.04, decode_s=0.2, crop_s=0.1)  # 7.5 ms x 120/s: 0.9 of a core
+    # 7.5 ms x 120/s: 0.9 of a core
+    work = Work(images=40, read_s=0.04, decode_s=0.2, crop_s=0.1, retries=2)
     clock.done = 5
     with caplog.at_level(logging.INFO, logger="pipeline"):
         chief.log(5, rows, clock, [], work)
@@ -79,6 +81,7 @@ def test_a_line_and_its_metrics(chief: Chief, caplog: pytest.LogCaptureFixture) 
     assert newest["perf/read_ms"] == pytest.approx(1)
     assert newest["perf/decode_ms"] == pytest.approx(5)
     assert newest["perf/crop_ms"] == pytest.approx(2.5)
+    assert newest["data/read_retries"] == 6  # two in each of three windows
     assert newest["data/bad_images"] == 3
     assert (newest["data/bad_truncated"], newest["data/bad_empty"]) == (2, 1)
     assert "data/bad_truncated" not in chief.tracker.rows[4]
