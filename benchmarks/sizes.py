@@ -153,7 +153,10 @@ def write_shards(
 def stream(
     shards: ShardSet, folder: Path, store_mb: int, seconds: float, batch: int, pause_s: float = 0
 ) -> Memory:
-    """One worker takes batches for so long, as the plan's window and chunk rules have it."""
+    """One worker takes batches for so long, as the plan's window rule has it.
+
+    A chunk is a 64th of the store: decoders are up to four chunks ahead each.
+    """
     import ray
 
     from pipeline.data.feeder import DecodeTasks, launch_feeder
@@ -168,7 +171,7 @@ def stream(
     rows = max(1, min(1024, int(WINDOW_BYTES // mean)))
     window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
     reading = reading_of(shards, seed=0, global_batch=batch, window=window)
-    chunk = _divisor(window, min(64, batch))
+    chunk = _divisor(window, min(batch, max(1, store_mb * MIB // (64 * CropSpec().bytes))))
     spec = StreamSpec(
         columns=shards.columns,
         seed=0,
