@@ -1,6 +1,6 @@
 """Do the ends of passes and of segments stall training? Gaps between batches against the median.
 
-    python benchmarks/epoch_end.py --photos ../shared/data/imagenet-samples
+    python benchmarks/epoch_end.py --photos photos/
 
 One worker asks for a batch, works on it for a fixed time, and asks for the next one. Waits are
 sorted by what lies between the two batches: nothing, the end of a pass, or the end of a segment

@@ -1,6 +1,6 @@
 """Memory of the stream: thumbnails, 20-megapixel photos, and a set larger than the object store.
 
-    python benchmarks/sizes.py --photos ../shared/data/imagenet-samples
+    python benchmarks/sizes.py --photos photos/
 
 Real photos are re-encoded to the wanted size, written as shards, and streamed to one worker. Every
 half second each process of Ray is looked at. Printed are, for each kind of process, the largest

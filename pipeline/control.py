@@ -171,9 +171,11 @@ def console(control: Any, log: logging.Logger) -> Iterator[None]:
 def reporting(control: Any, tracker: Any) -> Iterator[None]:
     """Inside, what workers send by `Reports` is called on `tracker`."""
     calls = InOrder(tracker)
-    with _pumped(control.reports, calls.take):
-        yield
-    calls.finish()
+    try:
+        with _pumped(control.reports, calls.take):
+            yield
+    finally:
+        calls.finish()
 
 
 @contextmanager

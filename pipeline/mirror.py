@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -130,22 +132,33 @@ class Mirror:
         """
         with self.lock:
             pushed = []
-            try:
-                for name in self._in_order():
-                    with contextlib.suppress(FileNotFoundError):  # replaced or removed meanwhile
-                        state = _state(self.path / name)
-                        if self.seen.get(name, {}).get("here") == state:
-                            continue
-                        # A journal grows all the time: what it has now are whole lines.
-                        upload(self.path / name, self.fs, f"{self.root}/{name}", state[0])
-                        info = file_info(self.fs, f"{self.root}/{name}")
-                        there = [int(info.size), int(info.mtime_ns or 0)]
-                        self.seen[name] = {"there": there, "here": state}
-                        pushed.append(name)
-            finally:
-                if pushed:
+            for name in self._in_order():
+                with (
+                    contextlib.suppress(FileNotFoundError),  # removed meanwhile
+                    self._held(name) as held,
+                ):
+                    state = _state(held)
+                    if self.seen.get(name, {}).get("here") == state:
+                        continue
+                    # A journal grows all the time: what it has now are whole lines.
+                    upload(held, self.fs, f"{self.root}/{name}", state[0])
+                    info = file_info(self.fs, f"{self.root}/{name}")
+                    there = [int(info.size), int(info.mtime_ns or 0)]
+                    self.seen[name] = {"there": there, "here": state}
+                    # At once: a kill must not make our own upload look like somebody else's.
                     self._remember()
+                    pushed.append(name)
             return pushed
+
+    @contextlib.contextmanager
+    def _held(self, name: str) -> Iterator[Path]:
+        """The file under a second name, so that one that is replaced meanwhile is sent whole."""
+        link = self.path / f".{uuid.uuid4().hex}.push"
+        os.link(self.path / name, link)
+        try:
+            yield link
+        finally:
+            link.unlink()
 
     def push_often(self, finished: threading.Event) -> None:
         """Pushes every 30 s, or more rarely where a push takes long, until `finished`."""

@@ -14,7 +14,8 @@ from pipeline.schedule import StepValues, cosine, linear
 
 CHUNK_BYTES = 36 * 2**20  # of crops in one Ray Data block: 64 images at the usual sizes
 WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
-DECODE_CPUS = 0.95  # the rest of a core is for read tasks, which wait most of the time
+DECODE_CPUS = 0.95  # of a decoder; the rest of a core finds other uses
+READ_CPUS = 0.1  # of all read tasks (data.feeder): decoders must leave them that
 
 # A resumed run may change these and nothing else: they do not touch what is learnt.
 MAY_CHANGE = (
@@ -204,7 +205,7 @@ def resolve(
         )
     cpus_per_worker = config.resources.cpus_per_worker or (1.0 if gpus else 0.25)
     free_cpus = machine.cpus - workers * cpus_per_worker
-    if free_cpus <= 0:
+    if free_cpus <= READ_CPUS:
         problems.append(
             f"train.workers={workers} x resources.cpus_per_worker={cpus_per_worker} leave none of "
             f"the {machine.cpus} CPUs for decoding"
@@ -219,7 +220,8 @@ def resolve(
         rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
     window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
     chunk = _divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
-    decode_cpus = min(DECODE_CPUS, 0.9 * free_cpus)
+    for_decoding = free_cpus - READ_CPUS
+    decode_cpus = min(DECODE_CPUS, for_decoding)
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
         config=config,
@@ -247,7 +249,7 @@ def resolve(
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
         cpus_per_worker=cpus_per_worker,
         decode_cpus=decode_cpus,
-        decode_tasks=config.resources.decode_tasks or max(1, int(free_cpus / decode_cpus)),
+        decode_tasks=config.resources.decode_tasks or max(1, int(for_decoding / decode_cpus)),
         threads=config.resources.threads or max(1, machine.cpus // workers),
     )
 

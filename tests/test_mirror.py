@@ -226,3 +226,46 @@ def test_a_folder_that_never_changes_is_uploaded_once(bucket: S3, tmp_path: Path
     upload_folder(tmp_path, RUN, ".mark")
     assert {r.split()[0] for r in bucket.requests} <= {"HEAD", "GET"}
     assert json.loads(there(bucket)["train/3.png"]) == 3
+
+
+def test_a_file_that_is_replaced_while_it_is_sent_is_sent_whole(
+    bucket: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Mirror(tmp_path, RUN)
+    write(tmp_path, "report.html", "long " * 100)
+    real = mirrors.upload
+
+    def replaced(local: Path, *rest: object) -> None:
+        write(tmp_path, "new.tmp", "short")
+        (tmp_path / "new.tmp").replace(tmp_path / "report.html")
+        real(local, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mirrors, "upload", replaced)
+    here.push()
+    assert there(bucket)["report.html"] == "long " * 100
+    monkeypatch.setattr(mirrors, "upload", real)
+    assert here.push() == ["report.html"]
+    assert there(bucket)["report.html"] == "short"
+    assert not list(tmp_path.glob(".*.push"))
+
+
+def test_a_kill_in_a_push_does_not_make_our_own_files_somebody_elses(
+    bucket: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Mirror(tmp_path, RUN)
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path, name, "old")
+    real = mirrors.upload
+
+    def killed(local: Path, fs: object, path: str, *rest: object) -> None:
+        if path.endswith("b.txt"):
+            raise KeyboardInterrupt
+        real(local, fs, path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mirrors, "upload", killed)
+    with pytest.raises(KeyboardInterrupt):
+        here.push()
+    write(tmp_path, "a.txt", "newer")
+    again = Mirror(tmp_path, RUN)
+    assert again.pull() == []
+    assert (tmp_path / "a.txt").read_text() == "newer"

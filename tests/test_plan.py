@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Config
+from pipeline.data import feeder
 from pipeline.errors import ConfigError
 from pipeline.overrides import field_paths, load
 from pipeline.plan import (
     CHUNK_BYTES,
     MAY_CHANGE,
+    READ_CPUS,
     WINDOW_BYTES,
     Machine,
     Plan,
@@ -286,8 +288,17 @@ def test_workers_leave_cpus_for_decoding() -> None:
     found = plan("train.workers=2")
     assert (found.decode_cpus, found.decode_tasks) == (0.95, 3)  # of 3.5 CPUs; reading needs some
     small = plan(machine=Machine(cpus=1, gpus=0, bfloat16=False))
-    assert small.decode_tasks == 1 and small.decode_cpus == pytest.approx(0.9 * 0.75)
+    assert small.decode_tasks == 1 and small.decode_cpus == pytest.approx(0.75 - READ_CPUS)
     assert plan("resources.decode_tasks=7").decode_tasks == 7
+    # the read tasks' share is theirs on any machine: without it nothing would ever be decoded
+    assert pytest.approx(feeder.READ_TASKS * feeder.READ_CPUS) == READ_CPUS
+    for cpus in range(1, 257):
+        for gpus in (0, 1, 2, 8):
+            if cpus <= gpus:
+                continue
+            found = plan(machine=Machine(cpus=cpus, gpus=gpus, bfloat16=True))
+            used = found.workers * found.cpus_per_worker + found.decode_tasks * found.decode_cpus
+            assert used + READ_CPUS <= cpus + 1e-9, (cpus, gpus)
     with pytest.raises(ConfigError, match="leave none of the 4 CPUs for decoding"):
         plan("train.workers=2", "resources.cpus_per_worker=2")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,20 @@ class DecodeTasks:
 
     cpus: float = 1.0
     at_once: int = 1
+
+
+@dataclass
+class Decoded:
+    """What has been decoded of a segment; a portion that is done twice counts once."""
+
+    images: int = 0
+    places: set[tuple[int, int]] = field(default_factory=set)
+
+    def note(self, place: tuple[int, int], images: int) -> None:
+        """The portion at (pass, position) is done."""
+        if place not in self.places:
+            self.places.add(place)
+            self.images += images
 
 
 class _Read:
@@ -68,7 +82,8 @@ class _Decode:
             portion = Portion.of(table, row)
             for chunk in make_chunks(portion, self.spec):
                 yield {name: values[None] for name, values in chunk.items()}
-            self.feeder.note_decoded.remote(*self.segment, len(portion))
+            place = portion.pass_index, portion.start
+            self.feeder.note_decoded.remote(*self.segment, place, len(portion))
 
 
 class _Pace:
@@ -132,14 +147,19 @@ class Feeder(Control):
         self.spec, self.segment = spec[0], segment
         self.ready, self.planning = threading.Condition(), threading.Lock()
         self.attempt = ""
+        self.replaced: set[str] = set()
         self.segments: dict[int, tuple[int, list[Any]]] = {}
-        self.decoded: dict[int, int] = {}  # images of a segment
+        self.decoded: dict[int, Decoded] = {}
 
     def open(self, attempt: str, first_step: int, workers: int) -> None:
         """Plans the segment that starts at `first_step`, unless that is done already."""
         with self.ready:
+            if attempt in self.replaced:
+                return  # a late word of a group that is gone
             if attempt != self.attempt:  # the worker group is a new one: drop the old one's data
+                self.replaced.add(self.attempt)
                 self.attempt, self.segments, self.decoded = attempt, {}, {}
+                self.ready.notify_all()
             if first_step in self.segments or first_step >= self.last_step:
                 return
             last = self._segment_end(first_step)
@@ -147,25 +167,33 @@ class Feeder(Control):
             parts = dataset.streaming_split(workers, equal=False)
             current = {s: v for s, v in self.segments.items() if v[0] >= first_step}
             self.segments = current | {first_step: (last, parts)}
-            self.decoded = {s: self.decoded.get(s, 0) for s in self.segments}
+            self.decoded = {s: self.decoded.get(s, Decoded()) for s in self.segments}
             self.ready.notify_all()
 
     def iterator(self, attempt: str, first_step: int, rank: int) -> tuple[int, Any]:
         """(step after the segment, iterator of this worker's chunks)."""
         with self.ready:
             opened = self.ready.wait_for(
-                lambda: self.attempt == attempt and first_step in self.segments, timeout=600
+                lambda: (
+                    attempt in self.replaced
+                    or (self.attempt == attempt and first_step in self.segments)
+                ),
+                timeout=600,
             )
+            if attempt in self.replaced:
+                raise RuntimeError("another group of workers has taken over")
             if not opened:
                 raise TimeoutError(f"no data for step {first_step} after 600 s")
             last, parts = self.segments[first_step]
             return last, parts[rank]
 
-    def note_decoded(self, attempt: str, first_step: int, images: int) -> None:
-        """A decoder has finished a portion; a task that is repeated tells it twice."""
+    def note_decoded(
+        self, attempt: str, first_step: int, place: tuple[int, int], images: int
+    ) -> None:
+        """A decoder has finished the portion at a place; one that is repeated counts once."""
         with self.ready:
             if attempt == self.attempt and first_step in self.decoded:
-                self.decoded[first_step] += images
+                self.decoded[first_step].note(place, images)
                 self.ready.notify_all()
 
     def all_decoded(self, attempt: str, first_step: int, timeout_s: float) -> bool:
@@ -176,7 +204,7 @@ class Feeder(Control):
                 return True
             steps = self.segments[first_step][0] - first_step
             images = steps * self.reading.order.global_batch
-            return self.decoded[first_step] >= images
+            return self.decoded[first_step].images >= images
 
         with self.ready:
             return self.ready.wait_for(done, timeout_s)

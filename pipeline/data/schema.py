@@ -36,7 +36,7 @@ from pipeline.data.transfer import (
     write_bytes_atomic,
     write_parquet_atomic,
 )
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError, StorageError, one_line
 
 __all__ = [
     "BAD_IMAGE_SCHEMA",
@@ -307,10 +307,18 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
     Raises:
         DataError: the file is not readable as parquet, or the storage failed after all tries.
     """
-    table, own, labelled = with_retries(
-        f"reading row group {row_group} of {path}",
-        lambda: _read_columns(columns, path, row_group),
-    )
+    try:
+        table, own, labelled = with_retries(
+            f"reading row group {row_group} of {path}",
+            lambda: _read_columns(columns, path, row_group),
+        )
+    except DataError:  # a sentence already; storage's is one
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"row group {row_group} of {path} cannot be read: {one_line(error)}",
+            hint="the file is damaged: fetch it again, or pack again.",
+        ) from error
     images = image_array(table.column(columns.image))
     sizes = np.zeros((len(images), 2), np.int64)
     if own:

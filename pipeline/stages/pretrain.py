@@ -48,7 +48,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = context.shards()
     found = plan(context)
     evaluation_spec(found, shards)  # a wrong evaluation set is said before training
-    for change in check_resume(found.config, shards.digest, context.folder, found.layout):
+    for change in check_resume(
+        found.config, shards.digest, context.folder, found.layout, found.window_images
+    ):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)

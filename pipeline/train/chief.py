@@ -109,7 +109,7 @@ class Chief:
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
         self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
-        self.read_retries = 0.0
+        self.read_retries = float(resumed.get("read_retries", 0)) if resumed else 0.0
         self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
@@ -134,9 +134,7 @@ class Chief:
     ) -> None:
         """Journals every step since the last call; MLflow and the step line get the newest."""
         plan = self.plan
-        self.bad.update(reason for _, reason, _ in bad)
-        self.read_retries += work.retries
-        self.bad_table.add(bad)
+        self._note(bad, work)
         first = step - len(rows)
         for offset, row in enumerate(rows[:-1]):
             self.tracker.metrics(first + offset, row | _scheduled(plan, first + offset), send=False)
@@ -181,6 +179,11 @@ class Chief:
         self.too_many_bad = self.bad.total() > allowed
         self.evaluations.collect()
 
+    def _note(self, bad: list[BadImage], work: Work) -> None:
+        self.bad.update(reason for _, reason, _ in bad)
+        self.bad_table.add(bad)
+        self.read_retries += work.retries
+
     def non_finite(
         self,
         step: int,
@@ -192,6 +195,8 @@ class Chief:
         """Journals the steps before the one that was not finite, and that one as such."""
         if rows:
             self.log(step, rows, clock, bad, work)
+        else:
+            self._note(bad, work)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
     def save(self, step: int) -> None:
@@ -201,6 +206,7 @@ class Chief:
         meta = {
             "plan": plan.model_dump(mode="json"),
             "bad_images": dict(self.bad),
+            "read_retries": self.read_retries,
             "pass": step // plan.steps_per_pass,
             "images_used_in_pass": in_pass * plan.config.optim.global_batch_size,
             "mlflow_run": self.tracker.run_id,

@@ -128,7 +128,9 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     )
 
 
-def check_resume(config: Config, digest: str, folder: RunFolder, layout: str = "") -> list[str]:
+def check_resume(
+    config: Config, digest: str, folder: RunFolder, layout: str = "", window: int = 0
+) -> list[str]:
     """What differs, and may, from the run's last checkpoint; empty without one. Needs no Ray.
 
     The length of the run follows from the config and the shards, so it is checked with them.
@@ -145,6 +147,8 @@ def check_resume(config: Config, digest: str, folder: RunFolder, layout: str = "
         refused.append(f"the shards: {earlier.digest} -> {digest}")
     elif layout and earlier.layout not in ("", layout):
         refused.append(f"the row groups of the shards: {earlier.layout} -> {layout}")
+    elif window and earlier.window_images != window:
+        refused.append(f"images shuffled together: {earlier.window_images} -> {window}")
     if refused:
         raise TrainError(
             f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "

@@ -148,3 +148,12 @@ def test_the_spec_of_a_task_does_not_grow_with_the_set(tmp_path: Path) -> None:
     ]
     assert abs(sizes[0][0] - sizes[1][0]) < 100
     assert sizes[1][1] < 2 * sizes[0][1]
+
+
+def test_a_portion_that_is_decoded_twice_counts_once() -> None:
+    from pipeline.data.feeder import Decoded
+
+    found = Decoded()
+    for place, images in (((0, 0), 6), ((0, 6), 6), ((0, 0), 6), ((1, 0), 4)):
+        found.note(place, images)
+    assert found.images == 16

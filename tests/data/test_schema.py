@@ -252,3 +252,16 @@ def test_cifar10(shared):
     assert shards.class_names[:2] == ("airplane", "automobile")
     assert shards.has_labels
     assert not shards.packed
+
+
+def test_a_damaged_row_group_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = [bytes([i]) * 5000 for i in range(20)]
+    table = pa.table({"image": pa.array(images, pa.binary())})
+    write_parquet_atomic(table, *resolve_uri(str(path)), row_group_size=20)
+    shards = open_shards(str(tmp_path))
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196  # the first page's header; the footer stays whole
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"row group 0 of .*a\.parquet cannot be read: \S"):
+        read_row_group(shards, 0, 0)

@@ -13,7 +13,7 @@ from pipeline import job, log
 from pipeline.errors import PipelineError, TrainError
 from pipeline.files import RunFolder
 from pipeline.overrides import load
-from pipeline.plan import Machine, resolve
+from pipeline.plan import Machine
 from tests.jobs.conftest import Job
 
 ONE = pa.table({"img": [b"x"] * 40, "label": list(range(40))})
@@ -100,11 +100,12 @@ def write_checkpoint(recipe: Path, folder: Path, *overrides: str) -> None:
     """A checkpoint at step 5, as far as its meta data goes."""
     from pipeline.data.schema import open_shards
     from pipeline.train import state
+    from pipeline.train.run import plan_for
 
     config = load([str(recipe), *overrides])
     found = open_shards(str(folder / "shards.parquet"))
     machine = Machine(cpus=2, gpus=0, bfloat16=False)
-    plan = resolve(config, images=found.rows, digest=found.digest, class_names=(), machine=machine)
+    plan = plan_for(config, found, machine)
     meta = {"plan": plan.model_dump(mode="json")}
     state.save(folder / "tiny" / "checkpoints", 5, {}, meta)
 
@@ -147,6 +148,17 @@ def test_what_a_resume_says(
     first, *fields = caught.value.what.splitlines()
     assert first.endswith("made with other values:")
     assert [line.strip() for line in fields] == refused
+
+
+def test_another_reading_order_is_no_resume(checkpoint: tuple[Path, str], recipe: Path) -> None:
+    from pipeline.train.run import check_resume
+
+    folder, digest = checkpoint
+    config, place = load([str(recipe)]), RunFolder(folder / "tiny")
+    with pytest.raises(TrainError, match=r"the row groups of the shards: \w+ -> other"):
+        check_resume(config, digest, place, layout="other")
+    with pytest.raises(TrainError, match=r"images shuffled together: \d+ -> 7"):
+        check_resume(config, digest, place, window=7)
 
 
 def test_other_images_are_no_resume(checkpoint: tuple[Path, str], recipe: Path) -> None:
