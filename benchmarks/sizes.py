@@ -109,7 +109,7 @@ class Watch:
 
 
 def encoded(photos: list[Path], i: int, megapixels: float, quality: int) -> bytes:
-    """A photo shrunk to about so many pixels, or, where it has too few, many photos side by side."""
+    """A photo shrunk to about so many pixels; where it has too few, many photos side by side."""
 
     def opened(n: int) -> Image.Image:
         with Image.open(photos[n % len(photos)]) as image:
@@ -255,7 +255,7 @@ def main() -> None:
                 place,
                 images=options.large if large else options.thumbnails,
                 distinct=4 if large else 512,
-                megapixels=options.megapixels if large else 0.04,
+                megapixels=options.megapixels if large else 0.05,
                 quality=88 if large else 80,
             )
             found = stream(
