@@ -109,11 +109,22 @@ class Watch:
 
 
 def encoded(photos: list[Path], i: int, megapixels: float, quality: int) -> bytes:
-    """A photo at about so many pixels; the number makes its bytes its own."""
-    with Image.open(photos[i % len(photos)]) as opened:
-        image = opened.convert("RGB")
+    """A photo shrunk to about so many pixels; where it has too few, many photos side by side."""
+
+    def opened(n: int) -> Image.Image:
+        with Image.open(photos[n % len(photos)]) as image:
+            return image.convert("RGB")
+
+    image = opened(i)
     scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
-    image = image.resize((round(image.width * scale), round(image.height * scale)))
+    width, height = round(image.width * scale), round(image.height * scale)
+    if scale <= 1:
+        image = image.resize((width, height))
+    else:  # enlarged ones would be smooth: few bytes, and not what a camera gives
+        image = Image.new("RGB", (width, height))
+        tiles = [(x, y) for y in range(0, height, 375) for x in range(0, width, 500)]
+        for n, corner in enumerate(tiles):
+            image.paste(opened(i + n).resize((500, 375)), corner)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality, comment=str(i).encode())
     return stream.getvalue()
@@ -244,7 +255,7 @@ def main() -> None:
                 place,
                 images=options.large if large else options.thumbnails,
                 distinct=4 if large else 512,
-                megapixels=options.megapixels if large else 0.04,
+                megapixels=options.megapixels if large else 0.05,
                 quality=88 if large else 80,
             )
             found = stream(
