@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,25 @@ def stream(
     return meter.figures()
 
 
+@contextmanager
+def cluster(folder: Path, store_gb: float) -> Iterator[None]:
+    """A Ray of its own for each run: what a killed one held would slow the next one down."""
+    import ray
+
+    ray.init(
+        num_cpus=PROCESSES,
+        object_store_memory=int(store_gb * 2**30),
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        _temp_dir=str(folder / "ray"),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def packed(photos: str, folder: Path) -> Any:
     from pipeline.data.pack import pack
 
@@ -262,14 +282,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet_environment()
-    import ray
-
     folder = Path(tempfile.mkdtemp(prefix="rd", dir="/tmp"))
-    ray.init(num_cpus=PROCESSES, object_store_memory=int(options.store_gb * 2**30),
-             include_dashboard=False, logging_level="error", log_to_driver=False,
-             _temp_dir=str(folder / "ray"))  # fmt: skip
     try:
-        shards = packed(str(Path(options.photos).absolute()), folder)
+        with cluster(folder, options.store_gb):
+            shards = packed(str(Path(options.photos).absolute()), folder)
         encoded = [
             shards.parquet(0).read_row_group(g, columns=["image"])["image"].to_pylist()
             for g in range(len(shards.files[0].row_groups))
@@ -288,11 +304,16 @@ def main() -> None:
             max_pixels=10**9,
         )
         size = options.warm_up, options.images
+
+        def with_ray(colour: bool) -> Figures:
+            with cluster(folder, options.store_gb):
+                return stream(reading, spec, *size, colour, options.profile)
+
         roads = {
             "reference": lambda: reference(photos, min(size[0], 256), size[1] // 4),
             "bare": lambda: bare(reading, spec, min(size[0], 256), size[1]),
-            "stream": lambda: stream(reading, spec, *size, False, options.profile),
-            "colour": lambda: stream(reading, spec, *size, True, options.profile),
+            "stream": lambda: with_ray(False),
+            "colour": lambda: with_ray(True),
         }
         found: dict[str, list[Figures]] = defaultdict(list)
         for _ in range(options.rounds):
@@ -304,7 +325,6 @@ def main() -> None:
                       flush=True)  # fmt: skip
         report(found)
     finally:
-        ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 

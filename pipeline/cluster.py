@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # extra actors cost seconds at start
+    # For so long a data set whose workers were killed keeps its share of the CPUs.
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a loaded machine needs more than the default 30

@@ -231,9 +231,10 @@ class Feeder(Control):
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         me = ray.get_runtime_context().current_actor
         common = {"batch_size": None, "batch_format": "pyarrow"}
-        most = self.tasks.at_once
+        # Of a fixed size: a pool that may shrink does so in the first quiet moment, and half of
+        # the decoders are then gone for the rest of the run.
         pool = ray.data.ActorPoolStrategy(
-            min_size=1, initial_size=most, max_size=most, max_tasks_in_flight_per_actor=IN_FLIGHT
+            size=self.tasks.at_once, max_tasks_in_flight_per_actor=IN_FLIGHT
         )
         return dataset.map_batches(
             _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=READ_TASKS
