@@ -25,13 +25,13 @@ LINES += ["draws", "whole", "scaled", "rate", "cpus", "memory", "store"]
 
 @pytest.mark.parametrize(
     ("whole_ms", "tasks", "rate", "cpus"),
-    [(4.0, 1, 200, 5.0), (4.0, 64, 12_800, 5.0), (0.5, 2, 3200, 0.625), (100, 10, 80, 125)],
+    [(4.0, 1, 182.5, 5.479), (4.0, 64, 11_680, 5.479), (0.5, 2, 2920, 0.685), (100, 10, 73, 137)],
 )
 def test_the_prediction(whole_ms: float, tasks: int, rate: float, cpus: float) -> None:
-    """4 ms are 250 images/s of a core, of which Ray takes a fifth: 200."""
+    """4 ms are 250 images/s of a core, of which Ray leaves 0.73 (benchmarks/loader.py): 182.5."""
     needs = Needs.of(whole_ms, tasks)
     assert needs.images_per_s == pytest.approx(rate)
-    assert needs.cpus_per_1000 == pytest.approx(cpus)
+    assert needs.cpus_per_1000 == pytest.approx(cpus, rel=1e-3)
 
 
 def plan_of(*overrides: str, cpus: int = 64, gpus: int = 8) -> Plan:
