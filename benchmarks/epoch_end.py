@@ -21,14 +21,12 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from loader import GRID, packed
+from loader import packed, spec_of
 
 from pipeline.cluster import quiet_environment
-from pipeline.data.crops import CropSpec
 from pipeline.data.feeder import READ_WINDOWS, DecodeTasks, launch_feeder
-from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.reading import reading_of
-from pipeline.data.stream import MaskSpec, StreamSpec, batches
+from pipeline.data.stream import batches
 
 
 def main() -> None:
@@ -50,17 +48,7 @@ def main() -> None:
         shards = packed(str(Path(options.photos).absolute()), folder)
         reading = reading_of(shards, seed=0, global_batch=options.batch, window=options.batch)
         steps_per_pass = reading.order.steps_per_pass
-        spec = StreamSpec(
-            columns=shards.columns,
-            seed=0,
-            global_batch=options.batch,
-            steps_per_pass=steps_per_pass,
-            crops=CropSpec(),
-            photometric=PhotometricSpec(),
-            masks=MaskSpec(GRID, 0.5, (0.1, 0.5)),
-            chunk=options.batch,
-            max_pixels=10**9,
-        )
+        spec = spec_of(reading, options.batch)
         tasks = DecodeTasks(0.9, options.decoders)
         feeder = launch_feeder(reading, spec, options.steps, tasks, 1, options.segment)
 

@@ -242,7 +242,7 @@ def stream(
 
 
 @contextmanager
-def cluster(folder: Path, store_gb: float) -> Iterator[None]:
+def cluster(folder: Path, store_gb: float, **options: Any) -> Iterator[None]:
     """A Ray of its own for each run: what a killed one held would slow the next one down."""
     import ray
 
@@ -253,11 +253,27 @@ def cluster(folder: Path, store_gb: float) -> Iterator[None]:
         logging_level="error",
         log_to_driver=False,
         _temp_dir=str(folder / "ray"),
+        **options,
     )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def spec_of(reading: Reading, chunk: int) -> StreamSpec:
+    """The usual ten crops with the masks of patches of 14."""
+    return StreamSpec(
+        columns=reading.shards.columns,
+        seed=0,
+        global_batch=reading.order.global_batch,
+        steps_per_pass=reading.order.steps_per_pass,
+        crops=CropSpec(),
+        photometric=PhotometricSpec(),
+        masks=MaskSpec(GRID, 0.5, (0.1, 0.5)),
+        chunk=chunk,
+        max_pixels=10**9,
+    )
 
 
 def packed(photos: str, folder: Path) -> Any:
@@ -292,17 +308,7 @@ def main() -> None:
         ]
         photos = [image for group in encoded for image in group]
         reading = reading_of(shards, seed=0, global_batch=BATCH, window=options.window)
-        spec = StreamSpec(
-            columns=shards.columns,
-            seed=0,
-            global_batch=BATCH,
-            steps_per_pass=reading.order.steps_per_pass,
-            crops=CropSpec(),
-            photometric=PhotometricSpec(),
-            masks=MaskSpec(GRID, 0.5, (0.1, 0.5)),
-            chunk=options.chunk,
-            max_pixels=10**9,
-        )
+        spec = spec_of(reading, options.chunk)
         size = options.warm_up, options.images
 
         def with_ray(colour: bool) -> Figures:

@@ -32,12 +32,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import psutil
 import pyarrow as pa
 import torch
+from loader import spec_of
 from PIL import Image
 
 from pipeline.cluster import quiet_environment
 from pipeline.data.crops import CropSpec
 from pipeline.data.merge import ROW_GROUP_BYTES
-from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.reading import reading_of
 from pipeline.data.schema import (
     IMAGE_SHARD_SCHEMA,
@@ -48,8 +48,7 @@ from pipeline.data.schema import (
     shard_metadata,
     write_parquet_atomic,
 )
-from pipeline.data.stream import MaskSpec, StreamSpec
-from pipeline.plan import WINDOW_BYTES
+from pipeline.plan import divisor, window_of
 
 MIB = 2**20
 KINDS = {  # part of a process title: what it is called here
@@ -179,21 +178,10 @@ def stream(
              logging_level="error", log_to_driver=False, _temp_dir=str(folder / "ray"),
              object_spilling_directory=str(spill))  # fmt: skip
     mean = sum(file.bytes for file in shards.files) / shards.rows
-    rows = max(1, min(1024, int(WINDOW_BYTES // mean)))
-    window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
+    window = window_of(1024, batch, mean)
     reading = reading_of(shards, seed=0, global_batch=batch, window=window)
-    chunk = _divisor(window, min(batch, max(1, store_mb * MIB // (64 * CropSpec().bytes))))
-    spec = StreamSpec(
-        columns=shards.columns,
-        seed=0,
-        global_batch=batch,
-        steps_per_pass=reading.order.steps_per_pass,
-        crops=CropSpec(),
-        photometric=PhotometricSpec(),
-        masks=MaskSpec((16, 16), 0.5, (0.1, 0.5)),
-        chunk=chunk,
-        max_pixels=10**9,
-    )
+    chunk = divisor(window, min(batch, max(1, store_mb * MIB // (64 * CropSpec().bytes))))
+    spec = spec_of(reading, chunk)
     steps = 10**6
 
     @ray.remote(num_cpus=0)
@@ -225,10 +213,6 @@ def stream(
         ray.shutdown()
         shutil.rmtree(folder / "ray", ignore_errors=True)
         shutil.rmtree(spill, ignore_errors=True)
-
-
-def _divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
 
 
 def main() -> None:

@@ -214,12 +214,8 @@ def resolve(
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
-    # The order of rows must not depend on the workers, so the window is cut from the global batch.
-    rows = config.data.shuffle_images
-    if image_bytes:
-        rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
-    window = max(1, rows // batch) * batch if batch <= rows else _divisor(batch, rows)
-    chunk = _divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
+    window = window_of(config.data.shuffle_images, batch, image_bytes)
+    chunk = divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
     for_decoding = free_cpus - READ_CPUS
     decode_cpus = min(DECODE_CPUS, for_decoding)
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
@@ -278,6 +274,22 @@ def _precision(
     return "float32", f"no fast bfloat16 on this {device}"
 
 
-def _divisor(number: int, limit: int) -> int:
+def window_of(rows: int, batch: int, image_bytes: float) -> int:
+    """Images that are shuffled together: about `rows`, fewer where they are large.
+
+    The order of rows must not depend on the workers, so it is a multiple or a divisor of the global
+    batch.
+
+    Args:
+        rows: wanted.
+        batch: the global batch.
+        image_bytes: mean size of an encoded image; 0 where it is not known.
+    """
+    if image_bytes:
+        rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
+    return max(1, rows // batch) * batch if batch <= rows else divisor(batch, rows)
+
+
+def divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is not above `limit`."""
     return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)

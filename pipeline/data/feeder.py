@@ -116,7 +116,7 @@ class Feeder(Control):
         reading: the shards and which of their rows make up which step.
         spec: object reference of a `stream.StreamSpec`, passed on to the read tasks as it is.
         last_step: steps of the run.
-        tasks: what its read tasks may take.
+        tasks: what its decoders may take.
         segment: read tasks of one Ray Data execution.
     """
 
@@ -261,7 +261,7 @@ def launch_feeder(
         reading: the shards and their order.
         spec: the run's `stream.StreamSpec`.
         last_step: steps of the run.
-        tasks: what its read tasks may take.
+        tasks: what its decoders may take.
         workers: training workers that will ask.
         segment: read tasks of one Ray Data execution; tests make it small.
     """

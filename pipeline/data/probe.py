@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data.bad_image import REASONS
 from pipeline.data.decode import BadImage, image_size
 from pipeline.data.jpeg import jpeg_header
-from pipeline.data.reading import Portion
+from pipeline.data.reading import Portion, portion_of
 from pipeline.data.schema import RowGroup, ShardSet, read_row_group
 from pipeline.data.stream import StreamSpec, draw, make_chunk
 from pipeline.errors import DataError
@@ -110,24 +110,16 @@ def read_sample(
         group = read_row_group(shards, file, index)
         read_s.append(time.perf_counter() - begin)
         groups.append(group)
-        sizes.append(sum(len(group.images[row].as_buffer() or b"") for row in range(len(group))))
+        sizes.append(sum(map(len, group.encoded)))
         if sum(map(len, groups)) >= images or sum(sizes) >= limit_bytes or sum(read_s) >= seconds:
             break
+    which = np.repeat(np.arange(len(groups)), [len(group) for group in groups])[:images]
+    places = np.concatenate([np.arange(len(group)) for group in groups])[:images]
     return Sample(
-        _portion(groups, images),
+        portion_of(groups, which, places),
         Spread.of([1000 * s / len(g) for s, g in zip(read_s, groups, strict=True)]),
         Spread.of([size / s for s, size in zip(read_s, sizes, strict=True)]),
     )
-
-
-def _portion(groups: Sequence[RowGroup], images: int) -> Portion:
-    encoded = [g.images[row].as_buffer() or b"" for g in groups for row in range(len(g))][:images]
-    offsets = np.concatenate([[0], np.cumsum([len(image) for image in encoded])])
-    ids, labels, sizes = (
-        np.concatenate([getattr(group, name) for group in groups])[:images]
-        for name in ("image_ids", "labels", "sizes")
-    )
-    return Portion(0, 0, ids, labels, sizes, offsets.astype(np.int64), b"".join(encoded), 0.0, 0)
 
 
 def time_sample(

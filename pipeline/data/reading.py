@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.data.order import Ints, Piece, ReadingOrder, piece_rows
 from pipeline.data.retry import retries
-from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group
+from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group, values_of
 from pipeline.errors import DataError
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
@@ -121,21 +120,12 @@ class Portion:
     @classmethod
     def of(cls, table: pa.Table, row: int = 0) -> Portion:
         """From a row of a block; the images are not copied."""
-        (encoded,) = _values(table.column("encoded").slice(row, 1).chunk(0))
+        (encoded,) = values_of(table.column("encoded").slice(row, 1).chunk(0))
         return cls(**pickle.loads(table.column("head")[row].as_py()), encoded=encoded)
 
 
 def _offsets(size: int) -> pa.Buffer:
     return pa.py_buffer(np.asarray([0, size], np.int64))
-
-
-def _values(array: pa.Array) -> list[memoryview]:
-    """The values of a binary or large_binary array where they lie; a scalar would be a copy."""
-    _, starts, data = array.buffers()
-    wide = np.int64 if pa.types.is_large_binary(array.type) else np.int32
-    ends = np.frombuffer(starts, wide)[array.offset : array.offset + len(array) + 1].tolist()
-    view = memoryview(data if data is not None else b"")
-    return [view[a:b] for a, b in pairwise(ends)]
 
 
 def read_portions(
@@ -171,41 +161,46 @@ def read_portions(
             overlap = more and sum(group.images.nbytes for group in groups) <= AHEAD_BYTES
             if overlap:
                 fetched = ahead.submit(fetch, tasks[n + 1])
-            images = [_values(group.images) for group in groups]
             which, rows = piece_rows(task.piece, seed)
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
-                found = _portion(task.piece, at, groups, images, which[part], rows[part])
+                piece = task.piece
+                found = portion_of(
+                    groups, which[part], rows[part], piece.pass_index, piece.start + at
+                )
                 before, counted = counted, retries()
                 yield replace(found, read_s=found.read_s + share, retries=counted - before)
             if more and not overlap:
-                del groups, images
+                del groups
                 fetched = ahead.submit(fetch, tasks[n + 1])
 
 
-def _portion(
-    piece: Piece,
-    at: int,
-    groups: Sequence[RowGroup],
-    images: Sequence[Sequence[memoryview]],
-    which: Ints,
-    rows: Ints,
+def portion_of(
+    groups: Sequence[RowGroup], which: Ints, rows: Ints, pass_index: int = 0, start: int = 0
 ) -> Portion:
-    """Copies the encoded images of some rows behind each other; a null is an image of no bytes."""
+    """Copies the encoded images of some rows behind each other.
+
+    Args:
+        groups: row groups that were read.
+        which: the group of each image.
+        rows: its place in that group.
+        pass_index: the pass they are for.
+        start: the position in it of the first one.
+    """
     begin = time.perf_counter()
     pairs = list(zip(which.tolist(), rows.tolist(), strict=True))
-    values = [images[group][row] for group, row in pairs]
-    sizes = np.cumsum([0, *map(len, values)])
+    values = [groups[group].encoded[row] for group, row in pairs]
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int64)
 
     def column(name: str) -> Any:
         return np.stack([getattr(groups[group], name)[row] for group, row in pairs])
 
     found = {name: column(name) for name in ("image_ids", "labels", "sizes")}
     return Portion(
-        pass_index=piece.pass_index,
-        start=piece.start + at,
-        offsets=sizes.astype(np.int64),
+        pass_index=pass_index,
+        start=start,
+        offsets=offsets,
         encoded=b"".join(values),
         read_s=time.perf_counter() - begin,
         retries=0,

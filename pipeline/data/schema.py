@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,7 @@ __all__ = [
     "read_row_group",
     "resolve_uri",
     "shard_metadata",
+    "values_of",
     "write_bytes_atomic",
     "write_parquet_atomic",
 ]
@@ -120,9 +123,14 @@ class RowGroup:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property
+    def encoded(self) -> list[memoryview]:
+        """The encoded images where they lie; empty where the shard has null."""
+        return values_of(self.images)
+
     def image(self, row: int) -> bytes:
         """The encoded image of a row; b"" where the shard has null."""
-        return self.images[row].as_py() or b""
+        return bytes(self.encoded[row])
 
     @property
     def hex_ids(self) -> list[str]:
@@ -282,6 +290,20 @@ def image_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
         array = array.flatten()[array.type.get_field_index("bytes")]
     plain = pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
     return array if plain else array.cast(pa.large_binary())
+
+
+def values_of(array: pa.Array) -> list[memoryview]:
+    """The values of a binary or large_binary array where they lie (a scalar would be a copy); a
+    null has no bytes.
+    """
+    _, starts, data = array.buffers()
+    wide = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+    ends = np.frombuffer(starts, wide)[array.offset : array.offset + len(array) + 1].tolist()
+    view = memoryview(data if data is not None else b"")
+    found = [view[a:b] for a, b in pairwise(ends)]
+    for row in np.flatnonzero(array.is_null()) if array.null_count else ():
+        found[row] = view[:0]
+    return found
 
 
 @dataclass(frozen=True)

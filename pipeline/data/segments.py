@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 Block = dict[str, Any]  # arrays with a first axis of length one: a chunk is a row
-_PREFETCH = 2  # chunks that are fetched before they are asked for
+PREFETCH = 2  # chunks that are fetched before they are asked for
 _ASK_S = 1.0  # how long a question to the feeder stays open
 
 
@@ -68,7 +68,7 @@ def _open(feeder: Any, attempt: str, rank: int, workers: int, step: int) -> _Seg
     if rank == 0:
         feeder.open.remote(attempt, end, workers)  # planned; the first question for data starts it
     found = iter(
-        part.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=_PREFETCH)
+        part.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
     )
     first = next(found, None)
     return _Segment(end, iter(()) if first is None else chain([first], found))

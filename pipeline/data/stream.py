@@ -120,8 +120,14 @@ def draw(portion: Portion, first: int, last: int, spec: StreamSpec) -> Draws:
     }
     sizes = portion.sizes[first:last]
     boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
-    shrinks = decode_shrink(boxes, crops) if spec.scaled_decode else np.ones(count, np.int64)
-    return Draws(chunk, boxes_u, boxes, flips, shrinks)
+    return Draws(chunk, boxes_u, boxes, flips, _shrinks(boxes, spec))
+
+
+def _shrinks(boxes: np.ndarray, spec: StreamSpec) -> np.ndarray:
+    """By how much images with these boxes [..., V, 4] may be decoded smaller: [...]."""
+    if spec.scaled_decode:
+        return decode_shrink(boxes, spec.crops)
+    return np.ones(boxes.shape[:-2], np.int64)
 
 
 def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chunk:
@@ -144,8 +150,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
             if not sizes[i].all():  # the shard does not say, but the file does
                 height, width = image_size(encoded, crops.channels, spec.max_pixels)
                 boxes[i], flips[i] = crop_boxes(drawn.boxes_u[i], width, height, crops)
-                if spec.scaled_decode:
-                    shrinks[i] = decode_shrink(boxes[i], crops)
+                shrinks[i] = _shrinks(boxes[i], spec)
             image, shrink = decode_shrunk(encoded, int(shrinks[i]), crops.channels, spec.max_pixels)
             if sizes[i].all() and (image.shape[:2] != -(-sizes[i] // shrink)).any():
                 # The shard is wrong about its image: believe the pixels.

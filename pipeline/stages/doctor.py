@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.data.feeder import IN_FLIGHT, READ_TASKS
-from pipeline.data.order import ReadingOrder
 from pipeline.data.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
-from pipeline.data.reading import UNPACKED_LIMIT, Reading, group_rows
+from pipeline.data.reading import UNPACKED_LIMIT
 from pipeline.data.schema import ShardSet
+from pipeline.data.segments import PREFETCH
 from pipeline.data.stream import StreamSpec
 from pipeline.files import RunFolder
 from pipeline.plan import Machine, Plan
 from pipeline.stages.chain import named
 from pipeline.stages.context import open_training_shards, result_line
 from pipeline.stages.surroundings import disk, machine_of, shared_memory, size_of, versions
-from pipeline.train.limits import ms
+from pipeline.train.limits import count, ms
 from pipeline.train.run import plan_for, stream_spec
 
 log = logging.getLogger("pipeline")
@@ -31,7 +31,6 @@ log = logging.getLogger("pipeline")
 # Of the rate of the bare functions: the rest is Ray's own work (benchmarks/loader.py).
 THROUGH_RAY = 0.73
 BUSY = 0.8  # share of a core, below which the figures need a word
-PREFETCHED = 2  # chunks that wait at a worker (data.stream.batches)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Memory:
         """
         readers = READ_TASKS * 2 * self.portion_encoded
         decoders = plan.decode_tasks * (IN_FLIGHT * self.portion_encoded + 2 * self.portion_crops)
-        workers = plan.workers * (plan.worker_batch * plan.view_bytes + PREFETCHED * self.chunk)
+        workers = plan.workers * (plan.worker_batch * plan.view_bytes + PREFETCH * self.chunk)
         return readers + decoders + workers
 
 
@@ -93,13 +92,7 @@ def doctor(config: Config) -> None:
     disk(config.run.folder)
     _shards(shards)
     plan = plan_for(_plannable(config, shards.rows), shards, machine)
-    order = ReadingOrder(
-        group_rows(shards),
-        config.run.seed,
-        plan.config.optim.global_batch_size,
-        plan.window_images,
-    )
-    spec = stream_spec(plan, Reading(shards, order))
+    spec = stream_spec(plan, shards)
     with _one_thread():
         sample = read_sample(shards)
         timing, contents = time_sample(sample, spec)
@@ -115,8 +108,7 @@ def _shards(shards: ShardSet) -> None:
     kind = "packed" if shards.packed else "not packed"
     result_line(
         "shards",
-        f"{shards.uri}: {shards.rows:,} images in {files:,} file{'s' * (files != 1)}, "
-        f"{size_of(size)}, {kind}",
+        f"{shards.uri}: {shards.rows:,} images in {count(files, 'file')}, {size_of(size)}, {kind}",
     )
     if not shards.packed and size > UNPACKED_LIMIT:
         log.warning("training refuses unpacked sets of more than %s", size_of(UNPACKED_LIMIT))
@@ -195,9 +187,9 @@ def _prediction(plan: Plan, machine: Machine, needs: Needs) -> None:
     shared = ", less what training takes of the same cores" if plan.device == "cpu" else ""
     result_line(
         "rate",
-        f"about {needs.images_per_s:,.0f} images/s from {tasks:,} decode "
-        f"task{'s' * (tasks != 1)} on {machine.cpus} CPU{'s' * (machine.cpus != 1)} beside "
-        f"{plan.workers} {plan.device} worker{'s' * (plan.workers != 1)}{shared}",
+        f"about {needs.images_per_s:,.0f} images/s from {count(tasks, 'decode task')} on "
+        f"{count(machine.cpus, 'CPU')} beside {count(plan.workers, f'{plan.device} worker')}"
+        f"{shared}",
     )
     result_line(
         "cpus",

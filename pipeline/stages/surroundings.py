@@ -17,6 +17,7 @@ from pipeline.data.storage import resolve_uri
 from pipeline.errors import PipelineError
 from pipeline.plan import Machine
 from pipeline.stages.context import local_machine, result_line
+from pipeline.train.limits import count
 
 log = logging.getLogger("pipeline")
 
@@ -47,11 +48,11 @@ def machine_of(config: Config) -> tuple[Machine, float]:
 
             found, nodes = cluster.machine(), cluster.nodes()
             store = float(ray.cluster_resources().get("object_store_memory", 0))
-        place = f"cluster at {address}, {nodes} node{'s' * (nodes != 1)}: "
+        place = f"cluster at {address}, {count(nodes, 'node')}: "
     else:
         found, place = local_machine(config), "this machine: "
         store = config.resources.object_store_gb * 2**30
-    text = f"{place}{found.cpus} CPU{'s' * (found.cpus != 1)}, {_gpus(found, bool(address))}"
+    text = f"{place}{count(found.cpus, 'CPU')}, {_gpus(found, bool(address))}"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else found.cpus
     if not address and usable < found.cpus:
         text += f"; this process may use {usable} of them: set resources.cpus={usable}"
@@ -65,7 +66,7 @@ def _gpus(machine: Machine, remote: bool) -> str:
     import torch
 
     name = "" if remote else f" ({torch.cuda.get_device_name(0)})"
-    return f"{machine.gpus} GPU{'s' * (machine.gpus != 1)}{name}"
+    return f"{count(machine.gpus, 'GPU')}{name}"
 
 
 def shared_memory(config: Config) -> None:
@@ -122,9 +123,9 @@ def disk(run_folder: str) -> None:
     result_line("disk", f"{path}: {free}4 MiB written and read back in {1000 * seconds:.0f} ms")
 
 
-def size_of(count: float) -> str:
+def size_of(size: float) -> str:
     """`1.5 GiB`, `36.0 MiB` or `0.9 KiB`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 2**10:,.1f} KiB"
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 2**10:,.1f} KiB"

@@ -76,7 +76,7 @@ def _decoding(feed: Feed) -> str:
     else:
         most = f"cutting crops takes {ms(feed.crop_ms)} of {ms(both)} ms an image"
         also = "or fewer or smaller crops (augment.local_crops)"
-    some = _count(feed.decode_tasks, "decoder")
+    some = count(feed.decode_tasks, "decoder")
     return (
         f"{some} can give at most {1000 * feed.decode_tasks / both:,.0f} images/s "
         f"({most}); give more CPUs (or CPU nodes) for decoding, a higher resources.decode_tasks "
@@ -105,7 +105,8 @@ def ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2g}"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """`1 decoder`, `2,000 decoders`."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

@@ -63,15 +63,15 @@ def reading_for(plan: Plan, shards: ShardSet) -> Reading:
     )
 
 
-def stream_spec(plan: Plan, reading: Reading) -> StreamSpec:
+def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
     """What the read and decode tasks need."""
     config = plan.config
     loss = config.loss
     return StreamSpec(
-        columns=reading.shards.columns,
+        columns=shards.columns,
         seed=config.run.seed,
         global_batch=config.optim.global_batch_size,
-        steps_per_pass=reading.order.steps_per_pass,
+        steps_per_pass=plan.steps_per_pass,
         crops=build.crop_spec(config),
         photometric=build.photometric_spec(config),
         masks=MaskSpec(plan.grid, loss.mask_probability, loss.mask_ratio),
@@ -186,8 +186,9 @@ def pretrain(
     fs, outcome = resolve_uri(str(folder.at("pretrain", "outcome.json")))
     delete_file(fs, outcome)
     tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
-    reading = reading_for(plan, shards)
-    feeder = launch_feeder(reading, stream_spec(plan, reading), plan.steps, tasks, plan.workers)
+    feeder = launch_feeder(
+        reading_for(plan, shards), stream_spec(plan, shards), plan.steps, tasks, plan.workers
+    )
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
     mark = stage / f".shared-{os.urandom(6).hex()}"

@@ -85,6 +85,17 @@ def broken_header(encoded: bytes) -> bytes:
     return encoded[: at + 4] + b"\x00" * 15 + encoded[at + 19 :]
 
 
+ORIENTED = {  # EXIF 2.32, table of tag 0x0112: what a viewer has to do with the stored rows
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
 BROKEN_KINDS = (
     "empty",
     "text",

@@ -167,16 +167,6 @@ def wide_webp() -> bytes:
     return whole[:at] + b"\xff\x3f\0\xff\x3f\0" + whole[at + 6 :]
 
 
-UPRIGHT = {
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, 1),
-}
 OTHERS = {  # by signature; none of them is a picture that is read
     "words.jpg": b"a caption, not a picture",
     "page.jpg": b"<!DOCTYPE html><title>404 Not Found</title>",
@@ -240,7 +230,7 @@ def _jpegs() -> list[Kind]:
     ]  # fmt: skip
     for tenth in range(1, 10):
         found.append(Kind(f"cut_{tenth}0.jpg", h.cut(h.jpeg(80 + tenth), tenth / 10), "truncated"))
-    for value, turn in UPRIGHT.items():
+    for value, turn in h.ORIENTED.items():
         seed = 60 + value
         picture = turn(shown(h.jpeg(seed)))
         found.append(Kind(f"turned_{value}.jpg", h.jpeg(seed, exif=oriented(value)), "", picture,
@@ -350,7 +340,7 @@ def _other_formats() -> list[Kind]:
         Kind("sixteen_bits.tif", h.encode(GREY.astype(np.uint16) << 8, "TIFF"), "", three, "TIFF"),
         Kind("deflate.tif", h.encode(PICTURE, "TIFF", compression="tiff_adobe_deflate"), "",
              PICTURE, "TIFF"),
-        Kind("turned.tif", h.encode(PICTURE, "TIFF", exif=oriented(6)), "", UPRIGHT[6](PICTURE),
+        Kind("turned.tif", h.encode(PICTURE, "TIFF", exif=oriented(6)), "", h.ORIENTED[6](PICTURE),
              "TIFF"),
         Kind("circle.tif", loop, "", three, "TIFF"),
         Kind("tag_bomb.tif", grey_tiff(entries={305: (2, 2**32 - 1, 400)}), "", three, "TIFF"),

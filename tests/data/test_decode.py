@@ -144,19 +144,7 @@ def test_palette_and_colour_key_transparency():
     np.testing.assert_array_equal(found[0], [[7, 7, 7], [255, 255, 255]])
 
 
-ORIENTED = {  # EXIF 2.32, table of tag 0x0112: what a viewer has to do with the stored rows
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a, 1),
-}
-
-
-@pytest.mark.parametrize("value", list(ORIENTED))
+@pytest.mark.parametrize("value", list(h.ORIENTED))
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "JPEG", "WEBP"])
 def test_exif_orientation(value, form):
     exif = Image.Exif()
@@ -166,7 +154,7 @@ def test_exif_orientation(value, form):
     if form == "JPEG":
         stored = np.asarray(Image.open(io.BytesIO(h.jpeg())))
     found = decode_rgb(h.encode(PICTURE, form, exif=exif, **options))
-    np.testing.assert_array_equal(found, ORIENTED[value](stored))
+    np.testing.assert_array_equal(found, h.ORIENTED[value](stored))
 
 
 def test_broken_exif_does_not_hurt_the_picture():

@@ -16,7 +16,6 @@ from pipeline.data import decode as roads
 from pipeline.data.decode import BadImage, decode, decode_image, decode_shrunk, image_size
 from pipeline.data.jpeg import SHRINKS, exif_orientation, jpeg_header
 from tests.data import hostile as h
-from tests.data.test_decode import ORIENTED
 
 PICTURE = h.pattern()
 
@@ -322,7 +321,7 @@ def test_a_smaller_picture_is_turned_as_the_whole(shrink, value):
     for size in ((48, 64), (251, 377)):
         stored = decode_shrunk(h.jpeg(1, *size), shrink)[0]
         found = decode_shrunk(h.jpeg(1, *size, exif=turned(value)), shrink)[0]
-        np.testing.assert_array_equal(found, ORIENTED[value](stored))
+        np.testing.assert_array_equal(found, h.ORIENTED[value](stored))
         assert found.flags.writeable and found.flags.c_contiguous
 
 
