@@ -273,6 +273,7 @@ def spec_of(reading: Reading, chunk: int) -> StreamSpec:
         masks=MaskSpec(GRID, 0.5, (0.1, 0.5)),
         chunk=chunk,
         max_pixels=10**9,
+        image_bytes=reading.shards.image_bytes,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -48,7 +49,7 @@ from pipeline.data.schema import (
     shard_metadata,
     write_parquet_atomic,
 )
-from pipeline.plan import divisor, window_of
+from pipeline.plan import chunk_of, window_of
 
 MIB = 2**20
 KINDS = {  # part of a process title: what it is called here
@@ -177,10 +178,11 @@ def stream(
     ray.init(num_cpus=2, object_store_memory=store_mb * MIB, include_dashboard=False,
              logging_level="error", log_to_driver=False, _temp_dir=str(folder / "ray"),
              object_spilling_directory=str(spill))  # fmt: skip
-    mean = sum(file.bytes for file in shards.files) / shards.rows
+    mean = shards.image_bytes
     window = window_of(1024, batch, mean)
     reading = reading_of(shards, seed=0, global_batch=batch, window=window)
-    chunk = divisor(window, min(batch, max(1, store_mb * MIB // (64 * CropSpec().bytes))))
+    share = math.gcd(window, max(1, min(batch, store_mb * MIB // (64 * CropSpec().bytes))))
+    chunk = chunk_of(share, CropSpec().bytes, mean)
     spec = spec_of(reading, chunk)
     steps = 10**6
 
@@ -237,7 +239,10 @@ def main() -> None:
             shards = write_shards(
                 photos,
                 place,
-                images=options.large if large else options.thumbnails,
+                # the endless set is several times as large as its store
+                images=options.large
+                if large
+                else options.thumbnails * (1 + 3 * (name == "endless")),
                 distinct=4 if large else 512,
                 megapixels=options.megapixels if large else 0.05,
                 quality=88 if large else 80,

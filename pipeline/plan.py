@@ -13,6 +13,7 @@ from pipeline.overrides import field_paths
 from pipeline.schedule import StepValues, cosine, linear
 
 CHUNK_BYTES = 36 * 2**20  # of crops in one Ray Data block: 64 images at the usual sizes
+ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
 WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
 DECODE_CPUS = 0.95  # of a decoder; the rest of a core finds other uses
 READ_CPUS = 0.1  # of all read tasks (data.feeder): decoders must leave them that
@@ -215,7 +216,7 @@ def resolve(
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
     window = window_of(config.data.shuffle_images, batch, image_bytes)
-    chunk = divisor(math.gcd(share, window), max(1, CHUNK_BYTES // view_bytes(config)))
+    chunk = chunk_of(math.gcd(share, window), view_bytes(config), image_bytes)
     for_decoding = free_cpus - READ_CPUS
     decode_cpus = min(DECODE_CPUS, for_decoding)
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
@@ -288,6 +289,18 @@ def window_of(rows: int, batch: int, image_bytes: float) -> int:
     if image_bytes:
         rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
     return max(1, rows // batch) * batch if batch <= rows else divisor(batch, rows)
+
+
+def chunk_of(share: int, crop_bytes: int, image_bytes: float) -> int:
+    """Images of one block of crops: it divides `share` and is small on both sides of the decoding.
+
+    Args:
+        share: what it must divide: images of a worker's step, of a window.
+        crop_bytes: crops of one image.
+        image_bytes: mean size of an encoded image; 0 where it is not known.
+    """
+    encoded = int(ENCODED_BYTES // image_bytes) if image_bytes else share
+    return divisor(share, max(1, min(CHUNK_BYTES // crop_bytes, encoded)))
 
 
 def divisor(number: int, limit: int) -> int:

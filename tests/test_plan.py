@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.overrides import field_paths, load
 from pipeline.plan import (
     CHUNK_BYTES,
+    ENCODED_BYTES,
     MAY_CHANGE,
     READ_CPUS,
     WINDOW_BYTES,
@@ -423,3 +424,14 @@ def test_the_length_of_a_step_is_derived_only_here() -> None:
     assert found.evaluation_size == 28
     assert plan("evaluate.image_size=42").evaluation_size == 42
     assert math.prod(found.grid) == 16
+
+
+@pytest.mark.parametrize("image_bytes", [0, 10_000, 6 * 2**20, 40 * 2**20])
+def test_large_images_make_small_chunks(image_bytes):
+    found = resolve(
+        Config.model_validate({"optim": {"steps": 1, "global_batch_size": 64}, "train": {"workers": 1}}),
+        images=64, digest="d", class_names=(), image_bytes=image_bytes,
+        machine=Machine(cpus=8, gpus=0, bfloat16=False),
+    )  # fmt: skip
+    most = max(d for d in (1, 2, 4, 8, 16, 32, 64) if d * image_bytes <= ENCODED_BYTES or d == 1)
+    assert found.chunk_images == most

@@ -99,6 +99,11 @@ class ShardSet:
     has_labels: bool
 
     @property
+    def image_bytes(self) -> float:
+        """Mean size of an encoded image, by the sizes of the files."""
+        return sum(file.bytes for file in self.files) / max(1, self.rows)
+
+    @property
     def columns(self) -> ShardColumns:
         """The small part of this that a read task needs."""
         return ShardColumns(self.uri, self.image_column, self.label_column)

@@ -62,11 +62,15 @@ class StreamSpec:
     chunk: int
     max_pixels: int
     scaled_decode: bool = True
+    image_bytes: float = 0  # mean size of an encoded image, where it is known
 
     @property
     def portion(self) -> int:
-        """Images of one decode task: whole chunks, about PORTION_BYTES of crops."""
-        return self.chunk * max(1, PORTION_BYTES // (self.chunk * self.crops.bytes))
+        """Images of one decode task: whole chunks, about PORTION_BYTES of what is larger: crops, or
+        encoded images twice, since more of those wait.
+        """
+        largest = max(self.crops.bytes, 2 * self.image_bytes)
+        return self.chunk * max(1, int(PORTION_BYTES // (self.chunk * largest)))
 
 
 def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:

@@ -48,7 +48,7 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
         digest=shards.digest,
         class_names=shards.class_names,
         machine=machine,
-        image_bytes=sum(file.bytes for file in shards.files) / max(1, shards.rows),
+        image_bytes=shards.image_bytes,
         layout=layout_of(group_rows(shards)),
     )
 
@@ -78,6 +78,7 @@ def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
         chunk=plan.chunk_images,
         max_pixels=config.data.max_image_pixels,
         scaled_decode=config.data.scaled_decode,
+        image_bytes=shards.image_bytes,
     )
 
 
