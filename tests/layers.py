@@ -137,12 +137,20 @@ TABLE = [
         others="torch ray",
         others_inside="yaml",
     ),
+    # curation: tasks on Ray over parquet; what they compute is plain numpy
+    row("curate.exact", others="numpy"),
+    row(
+        "curate.*",
+        ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
+        others="numpy pyarrow PIL scipy",
+        others_inside="ray torch onnxruntime sklearn umap",
+    ),
     row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
     row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]
 # An `__init__` may hand on what its package holds, and nothing else.
-PACKAGES = ["data", "model", "loss", "train", "evaluate", "track", "stages"]
+PACKAGES = ["data", "curate", "model", "loss", "train", "evaluate", "track", "stages"]
 JOBS = row("*", "job", "log errors track track.*")
 
 

@@ -58,6 +58,7 @@ def test_the_table_is_the_designs() -> None:
         *(
             "cluster",
             "control",
+            "curate.*",
             "data.pack",
             "data.stream",
             "data.feeder",

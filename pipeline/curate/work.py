@@ -1,0 +1,228 @@
+"""Steps of the curation: tasks that write files, each with an account, so that a rerun goes on.
+
+A step is a list of tasks. A task reads files, writes files (each whole or not at all) and returns
+an account of what it did. Its account is written last, so a task is finished when its account is
+there. A step that was killed goes on with what is missing, and a finished one is not run again as
+long as its key, which is made of its settings and of the keys of what it reads, stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.storage import file_info, list_files, resolve_uri
+from pipeline.data.transfer import read_json, write_bytes_atomic
+from pipeline.errors import DataError, PipelineError
+from pipeline.files import fingerprint
+from pipeline.uri import Place, join
+
+log = logging.getLogger("pipeline.curate")
+
+SAID_EVERY_S = 20.0
+RETRIES = 3  # of a task whose worker was killed; errors of the task itself are not tried again
+AHEAD = 2  # tasks that wait for each CPU, so that none is idle and few are lost
+
+Account = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a step's function.
+
+    Attributes:
+        name: of its account; what the files it writes should be called too.
+        arguments: positional, after the step's folder; pickled, so small.
+    """
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step did.
+
+    Attributes:
+        step: its name.
+        key: of its settings and inputs.
+        folder: where its files are.
+        accounts: what each task returned, by the order of the tasks. `rows` and `bytes` in them are
+            added up where they are given.
+        reused: tasks that were finished before.
+        seconds: wall time of this run.
+        cpu_s: CPU time of all tasks, in this run and before.
+        peak_bytes: largest resident memory that a task's process had.
+    """
+
+    step: str
+    key: str
+    folder: str
+    accounts: tuple[Account, ...]
+    reused: int
+    seconds: float
+    cpu_s: float
+    peak_bytes: int
+
+    def total(self, name: str) -> float:
+        """The sum of a number over the accounts."""
+        return float(sum(account.get(name, 0) for account in self.accounts))
+
+
+def run_step(
+    root: Place,
+    step: str,
+    settings: Any,
+    tasks: Sequence[Task],
+    function: Callable[..., Account],
+    *,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    at_once: int | None = None,
+) -> Result:
+    """Runs the tasks of a step that are not finished yet, as Ray tasks, and returns all accounts.
+
+    Args:
+        root: folder of the curation, that all nodes reach; the step's files go to `root/step`.
+        step: its name, which may have slashes.
+        settings: JSON-like; all that the files depend on: settings and the keys of the steps that
+            are read. Other settings than last time empty the step's folder of accounts.
+        tasks: with unique names.
+        function: `function(folder, *arguments)` writes its files below `folder` and returns its
+            account, JSON-like. It must give the same files whenever it is called.
+        cpus: of a task.
+        gpus: of a task.
+        at_once: most tasks at once; default: as many as the cluster has CPUs for.
+
+    Raises:
+        PipelineError: what a task said; the others are cancelled.
+    """
+    begin = time.monotonic()
+    folder = str(join(root, *step.split("/")))
+    key = fingerprint([step, settings, [task.name for task in tasks]])
+    done = _accounts(folder, key)
+    missing = [task for task in tasks if task.name not in done]
+    if done and missing:
+        log.info("%s: %d of %d tasks were finished before", step, len(done), len(tasks))
+    reused = len(tasks) - len(missing)
+    if missing:
+        for name, account in _run(folder, missing, function, cpus, gpus, at_once, step, len(tasks)):
+            done[name] = account
+        if len(tasks) > 1:  # one file instead of many, for the next start
+            _write(folder, "_accounts.json", {"key": key, "accounts": done})
+    accounts = tuple(done[task.name] for task in tasks)
+    return Result(
+        step=step,
+        key=key,
+        folder=folder,
+        accounts=accounts,
+        reused=reused,
+        seconds=time.monotonic() - begin,
+        cpu_s=sum(account["_cpu_s"] for account in accounts),
+        peak_bytes=max((account["_peak_bytes"] for account in accounts), default=0),
+    )
+
+
+def _accounts(folder: str, key: str) -> dict[str, Account]:
+    """Accounts of finished tasks by name. A folder that was filled under another key is emptied."""
+    fs, path = resolve_uri(folder)
+    marked = read_json(fs, f"{path}/_key.json")
+    if marked != {"key": key}:
+        if marked is not None:
+            fs.delete_dir_contents(path)
+        _write(folder, "_key.json", {"key": key})
+        return {}
+    whole = read_json(fs, f"{path}/_accounts.json")
+    if whole is not None and whole["key"] == key:
+        return dict(whole["accounts"])
+    infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
+    found = (read_json(fs, info.path) for info in infos if info.extension == "json")
+    return {account["_name"]: account for account in found}
+
+
+def _is_folder(fs: Any, path: str) -> bool:
+    from pyarrow import fs as pafs
+
+    return bool(file_info(fs, f"{path}/_tasks").type == pafs.FileType.Directory)
+
+
+def _write(folder: str, name: str, value: Any) -> None:
+    fs, path = resolve_uri(folder)
+    write_bytes_atomic(json.dumps(value).encode(), fs, f"{path}/{name}")
+
+
+def _run(
+    folder: str,
+    tasks: Sequence[Task],
+    function: Callable[..., Account],
+    cpus: float,
+    gpus: float,
+    at_once: int | None,
+    step: str,
+    total: int,
+) -> Any:
+    import ray
+
+    threads = str(max(1, int(cpus)))
+    variables = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    remote = ray.remote(_task).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_retries=RETRIES,
+        runtime_env={"env_vars": variables},
+    )
+    room = int(ray.cluster_resources().get("CPU", 1) / cpus) if cpus else len(tasks)
+    most = min(at_once or AHEAD * max(1, room), len(tasks))
+    waiting, said = list(reversed(tasks)), time.monotonic()
+    running: dict[Any, str] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                task = waiting.pop()
+                running[remote.remote(folder, task, function)] = task.name
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for reference in ready:
+                name = running.pop(reference)
+                yield name, _account(ray.get(reference))
+            if time.monotonic() - said > SAID_EVERY_S:
+                said = time.monotonic()
+                left = len(waiting) + len(running)
+                log.info("curate      %s: %d/%d tasks", step, total - left, total)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _account(found: tuple[Account | None, tuple[str, str] | None]) -> Account:
+    account, error = found
+    if error is not None:
+        raise DataError(*error)
+    assert account is not None
+    return account
+
+
+def _task(
+    folder: str, task: Task, function: Callable[..., Account]
+) -> tuple[Account | None, tuple[str, str] | None]:
+    """In a worker: an account, or what and hint of a user's error."""
+    before, begin = time.process_time(), time.monotonic()
+    try:
+        account = dict(function(folder, *task.arguments))
+    except PipelineError as error:
+        return None, (error.what, error.hint or "")
+    account["_name"] = task.name
+    account["_seconds"] = round(time.monotonic() - begin, 3)
+    account["_cpu_s"] = round(time.process_time() - before, 3)
+    account["_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _write(join_tasks(folder), f"{task.name}.json", account)
+    return account, None
+
+
+def join_tasks(folder: str) -> str:
+    """Where a step keeps the accounts of its tasks."""
+    return str(join(folder, "_tasks"))
