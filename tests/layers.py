@@ -140,6 +140,21 @@ TABLE = [
     # curation: tasks on Ray over parquet; what they compute is plain numpy
     row("curate.exact", others="numpy"),
     row(
+        "curate.shards",
+        [
+            "errors",
+            "files",
+            "uri",
+            "curate.*",
+            "data.merge",
+            "data.ledger",
+            "data.sources",
+            *LEAVES,
+        ],
+        others="numpy pyarrow",
+        others_inside="PIL",
+    ),
+    row(
         "curate.*",
         ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
         others="numpy pyarrow PIL scipy",
