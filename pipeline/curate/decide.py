@@ -94,16 +94,19 @@ class _Rows:
     @classmethod
     def of(cls, file: InputFile, ids: Bytes16) -> _Rows:
         n = len(ids)
-        empty = [np.full(n, value, object) for value in ("", None, None, None, "")]
         return cls(
             file,
             ids,
-            np.zeros(n, np.int8),
-            *empty,
-            np.full(n, np.nan),
-            np.full(n, np.nan),
-            np.full(n, -1, np.int64),
-            np.zeros(n, np.int32),
+            code=np.zeros(n, np.int8),
+            rule=np.full(n, "", object),
+            keeper=np.full(n, None, object),
+            query=np.full(n, None, object),
+            component=np.full(n, None, object),
+            part=np.full(n, "", object),
+            similarity=np.full(n, np.nan),
+            score=np.full(n, np.nan),
+            cluster=np.full(n, -1, np.int64),
+            hits=np.zeros(n, np.int32),
         )
 
     def places(self, table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -332,8 +335,7 @@ def draws(ids: Bytes16, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A number in [0, 1) for each image, from its id and the seed alone."""
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2)
     mixed = _scrambled(words[:, 0] ^ _scrambled(words[:, 1] ^ np.uint64(seed)))
-    found: np.ndarray[Any, np.dtype[np.float64]] = (mixed >> np.uint64(11)) * 2.0**-53
-    return found
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def _scrambled(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:

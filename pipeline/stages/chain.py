@@ -16,8 +16,8 @@ from pipeline.config import Config
 from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
-from pipeline.stages import evaluate, export, pack, pretrain
-from pipeline.stages.context import Context, with_packed_sets
+from pipeline.stages import curate, evaluate, export, pack, pretrain
+from pipeline.stages.context import DESCRIPTOR, Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
 from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
@@ -29,6 +29,7 @@ log = logging.getLogger("pipeline")
 
 STAGES: dict[str, ModuleType] = {
     "pack": pack,
+    "curate": curate,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
@@ -56,7 +57,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
 def _run(
     config: Config, folder: RunFolder, stages: Sequence[str], push: Callable[[], object]
 ) -> None:
-    context = Context(config, folder)
+    context = Context(config, folder, only=len(stages) == 1)
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
     left = [name for name in stages if not _given(context, name)]
@@ -134,11 +135,23 @@ def with_absolute_weights(config: Config) -> Config:
 
     model = config.model.model_copy(update={"init": full(config.model.init)})
     distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
-    return config.model_copy(update={"model": model, "distill": distill})
+    curate = config.curate
+    embedders = {
+        name: value if value == DESCRIPTOR else full(value)
+        for name, value in (
+            ("copy_embedder", curate.copy_embedder),
+            ("embedder", curate.embedder),
+        )
+    }
+    return config.model_copy(
+        update={"model": model, "distill": distill, "curate": curate.model_copy(update=embedders)}
+    )
 
 
 def _given(context: Context, name: str) -> bool:
     """Whether a stage has nothing to do because its output is an input of the recipe."""
+    if name == "curate":
+        return not context.config.curate.preset and not context.only
     if name != "pack" or context.config.data.source:
         return False
     return bool(context.config.data.shards) and not pack.sources(context)
