@@ -49,11 +49,12 @@ def hash64(seed: int, ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
     def mix(x: Array) -> Array:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return np.asarray(x ^ (x >> np.uint64(31)))
 
     start = mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2).astype(np.uint64)
-    return mix(words[:, 0] ^ mix(words[:, 1] ^ start))
+    found: np.ndarray[Any, np.dtype[np.uint64]] = mix(words[:, 0] ^ mix(words[:, 1] ^ start))
+    return found
 
 
 def cells_for(rows: int, probes: int, dim: int, cell_images: int | None = None) -> int:
@@ -279,7 +280,9 @@ def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """
     sizes = np.asarray(sizes, np.int64)
     exact = sizes * total / max(1, int(sizes.sum()))
-    given = np.minimum(np.maximum(np.floor(exact).astype(np.int64), sizes > 0), sizes)
+    given: np.ndarray[Any, np.dtype[np.int64]] = np.minimum(
+        np.maximum(np.floor(exact).astype(np.int64), sizes > 0), sizes
+    )
     order = np.argsort(given - exact, kind="stable")
     for place in order:
         if given.sum() >= total:

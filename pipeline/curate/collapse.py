@@ -48,7 +48,7 @@ def hash_task(
 ) -> dict[str, Any]:
     """Writes the hash of each vector of a portion to the bucket of the hash."""
     rows = read_rows(vectors, portion, exact)
-    content = memoryview(np.ascontiguousarray(rows.vectors).view(np.uint8).reshape(-1))
+    content = np.ascontiguousarray(rows.vectors).tobytes()
     width = 2 * vectors.dim
     hashes = b"".join(
         blake2b(content[at : at + width], digest_size=16).digest()

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.curate.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
 from pipeline.curate.collapse import copies_of
-from pipeline.curate.exact import Doubles, Halves, Ints
+from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.items import Visiting, visiting_of
 from pipeline.curate.portions import (
     CROPS,
@@ -182,7 +182,9 @@ class Likeness:
         for begin in range(0, len(a), CHUNK):
             some = slice(begin, begin + CHUNK)
             one, other = self.rows.only(a[some]), self.rows.only(b[some])
-            found[some] = np.maximum(self._seen(one, other), self._seen(other, one))
+            found[some] = self._seen(one, other)
+            if one.crops is not None:
+                found[some] = np.maximum(found[some], self._seen(other, one))
         return found
 
     def _seen(self, visitors: Rows, members: Rows) -> Doubles:

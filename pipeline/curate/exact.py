@@ -48,7 +48,7 @@ def device() -> str:
     """`cuda` where torch sees a GPU, else empty: products are made by numpy then."""
     import sys
 
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if torch is None:
         # Ray hides GPUs from tasks that asked for none; torch takes seconds to import.
         import os

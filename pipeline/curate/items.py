@@ -155,13 +155,18 @@ def read_items(
             if keep is not None:
                 table = table.filter(pa.array(keep(table.column("row").to_numpy())))
             tables.append((not visitor, table))
+    return items_of(tables, dim, probes)
+
+
+def items_of(tables: list[tuple[bool, pa.Table]], dim: int, probes: int) -> Items:
+    """Items of tables, each of members or of visitors; the list is emptied on the way."""
     total = sum(len(table) for _, table in tables)
     vectors = np.empty((total, dim), np.float32)
     small: list[list[Array]] = [[] for _ in range(5)]
     begin = 0
-    for place_of in range(len(tables)):
-        member, table = tables[place_of]
-        tables[place_of] = (member, table.slice(0, 0))  # frees it: vectors become twice as wide
+    tables.reverse()
+    while tables:  # freed one by one: vectors become twice as wide
+        member, table = tables.pop()
         vectors[begin : begin + len(table)] = unraw(table.column("vector"), np.float16, dim)
         begin += len(table)
         columns = (
