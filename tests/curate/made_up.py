@@ -26,7 +26,7 @@ from pipeline.curate import tables, work
 from pipeline.data import demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
-THRESHOLD, LOWEST, GUARD = 0.93, 0.86, 0.04
+THRESHOLD, LOWEST, GUARD = 0.9, 0.8, 0.06
 ATTACKS = "jpeg half crop mirror light blur overlay grey rotate".split()
 
 
@@ -112,6 +112,8 @@ def write_run(
     seeds = [_tile(photos, rng, label=rng.choice([3, 13])) for _ in range(30)] if photos else []
     if images == 1:
         rows = [_row(Image.new("RGB", (96, 96), (90, 120, 60)), "web/one", 0)]
+    if images >= 1000:
+        rows += _group(photos, 45) + _chain(photos, rng)
     while len(rows) < images:
         rows.append(_planted(len(rows), rows, evaluation, photos, rng))
     rng.shuffle(rows)  # type: ignore[arg-type]
@@ -200,6 +202,27 @@ def _planted(
     row = Row(rng.bytes(500), b"", HOSTILE, 0, 0, 0, np.zeros(143, np.float16))
     row.error = "cannot identify image <file>"
     return row
+
+
+def _group(photos: list[Image.Image], size: int) -> list[Row]:
+    """One picture, saved again and again."""
+    image = photos[3].crop((60, 40, 230, 200)).convert("RGB")
+    return [
+        _row(image.resize((170 - 2 * i, 160 - 2 * i)), "web/animals", 3, 30 + i)
+        for i in range(size)
+    ]
+
+
+def _chain(photos: list[Image.Image], rng: np.random.Generator) -> list[Row]:
+    """From one picture to another in small steps: each like the next, the ends unlike."""
+    rows = []
+    for _ in range(3):
+        a, b = (
+            photos[int(k)].convert("RGB").crop((30, 30, 190, 190)).resize((120, 120))
+            for k in rng.choice(len(photos), 2, replace=False)
+        )
+        rows += [_row(Image.blend(a, b, step / 9), "web/space", 5) for step in range(10)]
+    return rows
 
 
 def _decide(run: Run, off: set[str]) -> None:
