@@ -1,0 +1,137 @@
+"""The curate stage: from all images to those worth training on, with a reason for each other one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pipeline.curate import report
+from pipeline.curate.report_summary import Summary
+from pipeline.data.schema import open_shards
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.files import fingerprint
+from pipeline.stages.context import DESCRIPTOR, Context, result_line
+from pipeline.stages.curate_sets import POOL_NAME, Sets, open_sets
+from pipeline.stages.curate_steps import Found, decide, write_shards
+from pipeline.uri import Place, public
+
+log = logging.getLogger("pipeline.curate")
+
+SECTIONS = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
+
+
+def key(context: Context) -> str:
+    """Changes with any setting of the curation and with the images of any set.
+
+    Raises:
+        PipelineError: the recipe curates nothing, or a set is not there.
+    """
+    config = context.config
+    if not config.curate.preset:
+        raise ConfigError(
+            "nothing to curate: curate.preset is empty",
+            "choose what to do: curate.preset=dedup takes away copies and junk",
+        )
+    settings = config.model_dump(mode="json", include=set(SECTIONS))
+    for unused in ("query", "batch_size"):  # they change no decision
+        del settings["curate"][unused]
+    del settings["quality"]["sample"]
+    data = config.data
+    shards = [data.shard_mb, data.row_group_images, data.max_image_pixels, context.shards_uri]
+    channels = config.model.in_channels
+    return fingerprint([settings, open_sets(context).digests, shards, channels, config.run.seed])
+
+
+def intact(context: Context) -> bool:
+    """Whether the curated shards of a finished stage are still there."""
+    digest = context.folder.last("curate").get("digest")
+    try:
+        return bool(open_shards(context.shards_uri).digest == digest)
+    except StorageError:
+        raise
+    except DataError:
+        return False
+
+
+def steps_of(context: Context) -> Place:
+    """Where the steps of the curation keep their tables."""
+    return context.folder.at("curate", "steps")
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """Curates; the result has the counts, what is kept and the digest of the curated shards."""
+    config = context.config
+    _warn(context)
+    sets = open_sets(context)
+    for name, digest in sets.digests.items():
+        images = sets.pool.rows if name == POOL_NAME else 0
+        uri, _, short = digest.rpartition(" ")
+        tracker.dataset(name, short, public(uri), "curation", images)
+    found = decide(config, sets, steps_of(context))
+    result_line("curate", found.tally.line())
+    for line in found.tally.lines():
+        result_line("", line)
+    summary = _summary(context, found, sets)
+    page = context.folder.stage("curate") / "report.html"
+    report.write(page, summary, f"Curation of {config.run.name}", found.tally.line())
+    log.info("report      %s", public(context.folder.at("curate", "report.html")))
+    _track(tracker, found, summary, page)
+    shards = write_shards(found, config, sets, context.shards_uri)
+    tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
+    tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
+    tracker.headline(0, {"curate/images": shards.rows})
+    return {
+        "text": found.tally.line(),
+        "images_in": found.tally.rows,
+        "images": shards.rows,
+        "digest": shards.digest,
+        "reasons": found.tally.total(),
+        "parts": found.tally.total_parts(),
+        "sources": found.tally.reasons,
+        "threshold": found.threshold,
+        "leak_threshold": found.leak_threshold,
+        "penalty": found.penalty,
+        "embedder": config.curate.copy_embedder,
+    }
+
+
+def _warn(context: Context) -> None:
+    config = context.config
+    paper = config.curate.preset == "lvd142m"
+    if paper and not config.curate.copy_embedder.endswith(".onnx"):
+        log.warning(
+            "curate.preset=lvd142m: the paper's thresholds (0.6 for copies, 0.45 for leaks) are "
+            "those of SSCD vectors; with curate.copy_embedder=%s they are calibrated instead, "
+            "unless the recipe sets them",
+            public(config.curate.copy_embedder),
+        )
+    selects = bool(config.retrieve.seeds) or bool(config.balance.images)
+    if selects and config.curate.embedder == DESCRIPTOR:
+        log.warning(
+            "curate.embedder=descriptor tells copies, not what an image shows: retrieval and "
+            "balance need a trained network, e.g. curate.embedder=runs/<name>"
+        )
+
+
+def _summary(context: Context, found: Found, sets: Sets) -> Summary:
+    return report.summarise(
+        found.root,
+        results=found.results,
+        calibration=found.calibration,
+        threshold=found.threshold,
+        leak_threshold=found.leak_threshold,
+        evaluation_sets=found.leak_prints,
+        seed_sets=found.seed_prints,
+        folders=found.folders,
+        rows_in=found.tally.rows,
+        seed=context.config.run.seed,
+    )
+
+
+def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
+    total = found.tally.total()
+    tracker.metrics(0, {f"curate/{reason}": count for reason, count in total.items()})
+    tracker.metrics(0, {"curate/images_in": found.tally.rows})
+    tracker.note(found.tally.line() + "\n\n" + "\n".join(f"* {x}" for x in found.tally.lines()))
+    tracker.artifact(page, "curate")
