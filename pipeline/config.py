@@ -364,7 +364,7 @@ class Quality(Section):
     enabled: bool = Field(True, description="false: only what cannot be decoded goes")
     min_side: int = Field(32, ge=0, description="shorter side, pixels (too_small)")
     max_aspect: NonNegative = Field(4.0, description="long over short side (aspect)")
-    min_entropy: NonNegative = Field(2.0, description="luminance histogram, bits of 8 (flat)")
+    min_entropy: NonNegative = Field(1.0, description="luminance histogram, bits of 8 (flat)")
     min_contrast: NonNegative = Field(4.0, description="deviation of the luminance of 255 (flat)")
     min_brightness: NonNegative = Field(
         0.0, description="brightest 5 % are darker than this, of 255 (flat)"
@@ -372,7 +372,9 @@ class Quality(Section):
     max_brightness: NonNegative = Field(
         0.0, description="darkest 5 % are brighter than this, of 255 (flat)"
     )
-    min_sharpness: NonNegative = Field(0.0, description="variance of the Laplacian (flat)")
+    min_sharpness: NonNegative = Field(
+        10.0, description="variance of the Laplacian at 32 x 32 pixels: gradients, blank scans (flat)"
+    )
     sample: Positive = Field(2000, description="images that a dry run measures")
 
 

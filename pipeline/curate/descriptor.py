@@ -56,22 +56,11 @@ def describe(rgb: Pixels) -> tuple[Halves, Halves]:
     return full[0], crops[0]
 
 
-def enlarged(grey: Image.Image) -> Pixels:
-    """A grey image as uint8 [256, 256], of whatever shape it was."""
-    found: Pixels = np.asarray(grey.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR))
-    return found
-
-
-def halved(pixels: Pixels) -> Doubles:
-    """uint8 [2h, 2w] to means of 2 x 2, exactly, [h, w]."""
-    wide = pixels.astype(np.uint16)
-    rows = wide[::2] + wide[1::2]
-    return (rows[:, ::2] + rows[:, 1::2]) / 4.0
-
-
 def square(grey: Image.Image) -> Doubles:
-    """A grey image as [128, 128]."""
-    return halved(enlarged(grey))
+    """A grey image of any shape as [128, 128], multiples of 1/4."""
+    twice = np.asarray(grey.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR), np.uint16)
+    rows = twice[::2] + twice[1::2]
+    return (rows[:, ::2] + rows[:, 1::2]) / 4.0
 
 
 def describe_grey(squares: Doubles) -> tuple[Halves, Halves]:

@@ -37,11 +37,11 @@ class Rules:
 
     min_side: int = 32
     max_aspect: float = 4.0
-    min_entropy: float = 2.0
+    min_entropy: float = 1.0
     min_contrast: float = 4.0
     min_brightness: float = 0.0
     max_brightness: float = 0.0
-    min_sharpness: float = 0.3
+    min_sharpness: float = 10.0
 
 
 # rule, reason, what is measured, and whether too low or too high fails

@@ -18,7 +18,8 @@ BIN = 0.01  # width of a bar of similarities
 NEAR, FAR = 0.02, 0.05  # from the threshold: ends of the bands
 PAIRS = 8  # shown of each band
 COMPONENTS = 6  # shown of each kind
-MEMBERS = 11  # shown of a component, beside its keeper
+MEMBERS = 10  # shown of a component, beside its keepers
+KEEPERS = 5  # shown of a component that is split
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,25 @@ class Edges:
 
 @dataclass(frozen=True)
 class Member:
-    """A row of a component; its similarity is that to its keeper."""
+    """A row of a component; its similarity is that to `of`, the keeper (itself, where it is)."""
 
     row: int
+    of: int
     similarity: float
-    keeper: bool
     chained: bool
+
+    @property
+    def keeper(self) -> bool:
+        """Whether it stays."""
+        return self.row == self.of
 
 
 @dataclass(frozen=True)
 class Component:
-    """Images that are copies of one another; `members` are a few of them, the keeper first."""
+    """Images that are copies of one another; `members` are a few of them.
+
+    Members of a keeper follow it, the most alike first; the first keeper is not chained.
+    """
 
     name: str
     size: int
@@ -198,7 +207,7 @@ def _members(
 ) -> dict[bytes, tuple[Member, ...]]:
     kept = {name: Smallest(MEMBERS) for name in chosen}
     unlike = {name: Smallest(3) for name in chosen}
-    keepers: dict[bytes, set[Member]] = {name: set() for name in chosen}
+    keepers = {name: Smallest(KEEPERS) for name in chosen}
     names = pa.array(sorted(chosen), pa.binary(16))
     columns = ["row", "component", "keeper", "similarity", "chained"]
     for file, table in tables.read("components", columns):
@@ -209,24 +218,22 @@ def _members(
         hexes = pa.chunked_array([[named[row] for row in table["row"].to_pylist()]])
         drawn = draws(hex_ids(hexes), seed)
         for one, draw in zip(table.to_pylist(), drawn, strict=True):
-            stays = one["keeper"] == one["row"]
-            member = Member(one["row"], one["similarity"], stays, bool(one["chained"]))
+            item = (one["row"], one["keeper"], one["similarity"], bool(one["chained"]))
             name = one["component"]
-            if stays and len(keepers[name]) < MEMBERS:
-                keepers[name].add(member)
-            elif not stays:
-                item = (member.row, member.similarity, member.chained)
-                kept[name].offer(np.array([draw]), lambda _, item=item: item)  # type: ignore[misc]
-                unlike[name].offer(np.array([item[1]]), lambda _, item=item: item)  # type: ignore[misc]
+            some = keepers if item[0] == item[1] else kept
+            some[name].offer(np.array([draw]), lambda _, item=item: item)  # type: ignore[misc]
+            if some is kept:
+                unlike[name].offer(np.array([item[2]]), lambda _, item=item: item)  # type: ignore[misc]
     found = {}
     for name in chosen:
         # The least like ones are where a mistake would show, so three of them are always there.
         rest = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()][:MEMBERS]}
-        others = sorted(rest.values(), key=lambda item: (-item[1], item[0]))
-        stay = sorted(keepers[name], key=lambda m: (m.chained, m.row))
-        found[name] = (
-            *stay,
-            *(Member(row, value, False, chain) for row, value, chain in others),
+        stay = sorted(keepers[name].items(), key=lambda item: (item[3], item[0]))
+        place = {item[0]: k for k, item in enumerate(stay)}
+        others = [item for item in rest.values() if item[1] in place]
+        order = sorted(
+            [*stay, *others], key=lambda item: (place[item[1]], item[0] != item[1], -item[2])
         )
+        found[name] = tuple(Member(*item) for item in order)
     return found
 

@@ -39,8 +39,23 @@ def _groups(summary: Summary) -> list[Section]:
         else "No two images are copies of one another."
     )
     found: list[Section] = [Heading("Copies", text)]
+    if summary.edges is not None and summary.edges.count:
+        found.append(_similarities(summary))
     if not parts.count:
         return found
+    found.append(
+        Curve(
+            {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
+            "Groups by size",
+            "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
+            "placeholders, logos, or a threshold that is too low.",
+            x_label="images in a group",
+            y_label="groups",
+            x_log=True,
+            y_log=True,
+            stems=True,
+        )
+    )
     found.append(_gallery(summary, parts.largest, "The largest groups", FRAME))
     if parts.count > len(parts.largest):
         found.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
@@ -56,19 +71,6 @@ def _groups(summary: Summary) -> list[Section]:
                 "their own.",
             )
         )
-    found.append(
-        Curve(
-            {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
-            "Groups by size",
-            "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
-            "placeholders, logos, or a threshold that is too low.",
-            x_label="images in a group",
-            y_label="groups",
-            x_log=True,
-            y_log=True,
-            stems=True,
-        )
-    )
     return found
 
 
@@ -80,36 +82,41 @@ def _gallery(summary: Summary, some: Sequence[Component], title: str, text: str)
         )
         for one in some
     ]
-    return Gallery(groups, title, text)
+    return Gallery(groups, title, text, flow=True)
 
 
 def _pairs(summary: Summary) -> list[Section]:
     edges, threshold = summary.edges, summary.threshold
     assert edges is not None
     assert threshold is not None
-    groups = [
-        Group(
-            pair_tiles(summary, pair),
-            below=f"{similarity(pair.similarity)}: {'copies' if band.copies else 'not copies'}",
-            close=True,
-        )
-        for band in edges.bands
-        for pair in band.pairs
-    ]
     galleries: list[Section] = []
-    place = 0
     for band in edges.bands:
-        some = groups[place : place + len(band.pairs)]
-        place += len(band.pairs)
-        galleries.append(Gallery(some, _band(band), flow=True))
+        verdict = "copies" if band.copies else "not copies"
+        groups = [
+            Group(
+                pair_tiles(summary, pair),
+                below=f"{similarity(pair.similarity)}: {verdict}",
+                close=True,
+            )
+            for pair in sorted(band.pairs, key=lambda pair: pair.similarity)
+        ]
+        galleries.append(Gallery(groups, _band(band), flow=True))
     head = Heading(
         "Pairs near the threshold",
         f"Pairs more alike than {similarity(threshold)} count as copies. Look at both sides of "
         "the line: copies below it call for a lower threshold, different images above it for a "
         "higher one.",
     )
+    charts = [] if summary.components is not None else [_similarities(summary)]
+    return [head, *charts, *galleries]
+
+
+def _similarities(summary: Summary) -> Section:
+    edges, threshold = summary.edges, summary.threshold
+    assert edges is not None
+    assert threshold is not None
     line = (Mark(threshold, f"threshold {similarity(threshold)}"),)
-    chart = Histogram(
+    return Histogram(
         edges.bins,
         edges.counts,
         "How alike the compared pairs are",
@@ -121,11 +128,6 @@ def _pairs(summary: Summary) -> list[Section]:
         marks=line,
         colours=("var(--c6)", COLOURS["duplicate_near"]),
     )
-    return [head, chart, *_middle(galleries)]
-
-
-def _middle(galleries: list[Section]) -> list[Section]:
-    return galleries
 
 
 def _band(band: Band) -> str:

@@ -8,10 +8,11 @@ from pipeline.curate.report_copy_sections import copy_sections
 from pipeline.curate.report_set_sections import leak_sections, seed_sections
 from pipeline.curate.report_spread_sections import cluster_sections, cost_sections, map_sections
 from pipeline.curate.report_summary import Summary
-from pipeline.curate.report_tiles import KEEP, tile
+from pipeline.curate.report_tiles import keeper_tile, tile
 from pipeline.curate.report_words import (
     COLOURS,
     MEANING,
+    PHRASES,
     REMOVED,
     RULES,
     images,
@@ -26,6 +27,7 @@ from pipeline.track.matrix import Column, Matrix
 from pipeline.track.report import Section
 
 QUALITY = ("undecodable", "too_small", "aspect", "flat")
+UNREADABLE = 10  # shown; there is nothing to see
 SOURCES = 30  # rows of the table; the others are added up in one
 
 
@@ -53,10 +55,11 @@ def sentence(summary: Summary) -> str:
     if not gone:
         return f"{said}; nothing was left out."
     reasons = {reason: summary.counts.reasons[reason] for reason in REMOVED}
-    first = [f"{n:,} ({name_of(reason)})" for reason, n in largest(reasons)]
-    rest = f", and {len(first) - 3} other reasons" if len(first) > 3 else ""
-    why = ", ".join(first[:3]) + rest if rest else listed(first)
-    return f"{said}; {gone:,} are left out: {why}."
+    why = [f"{n:,} {PHRASES[reason]}" for reason, n in largest(reasons)]
+    if len(why) > 4:
+        rest = gone - sum(n for _, n in largest(reasons)[:3])
+        why = [*why[:3], f"{rest:,} have one of {len(why) - 3} other reasons"]
+    return f"{said}; {gone:,} are left out: {listed(why)}."
 
 
 def balance(summary: Summary) -> str:
@@ -93,7 +96,8 @@ def _result(summary: Summary) -> Section:
     said = sentence(summary)
     return Numbers(
         numbers,
-        text=said if problems else f"{said} {balance(summary)}",
+        text=said,
+        note="" if problems else f"✓ {balance(summary)}",
         problem="The balance does not hold: " + "; ".join(problems) + "." if problems else "",
     )
 
@@ -107,13 +111,13 @@ def _where(summary: Summary) -> list[Section]:
     for stage in summary.stages:
         gone = [(count, COLOURS[reason]) for reason, count in stage.removed.items()]
         removed = before - stage.left
-        why = listed([f"{n:,} {name_of(r)}" for r, n in stage.removed.items()] or ["none"])
+        why = listed([f"{n:,} {PHRASES[r]}" for r, n in stage.removed.items()] or ["none go"])
         bars.append(
             Bar(
                 stage.name,
                 ((stage.left, COLOURS["kept"]), *gone),
                 f"{stage.left:,} ({share(stage.left, total)})",
-                f"− {removed:,}: {why}" if removed else "− 0",
+                f"− {removed:,}: {why}" if len(stage.removed) > 1 else why,
             )
         )
         before = stage.left
@@ -182,7 +186,10 @@ def _rules(summary: Summary) -> list[Section]:
             one = summary.shown.get(row)
             value = one.score if one else None
             words = f"{value:.3g}" if value is not None else _error(one.error if one else "")
-            tiles.append(tile(summary, row, first=words))
+            name = (one.path.rpartition("/")[2] if one else "") if value is None else ""
+            tiles.append(tile(summary, row, name, first=words))
+        if reason == "undecodable":
+            tiles = tiles[:UNREADABLE]
         about = f"{rule} ({said}); below each picture what was measured" if rule else ""
         groups.append((reason, Group(tiles, title, about)))
     groups.sort(key=lambda kv: QUALITY.index(kv[0]))
@@ -205,7 +212,7 @@ def _others(summary: Summary) -> list[Section]:
     groups = []
     for row in rows[:12]:
         if row in summary.keepers:
-            keeper = tile(summary, summary.keepers[row], first="stays", frame=KEEP)
+            keeper = keeper_tile(summary, summary.keepers[row])
             groups.append(Group([keeper, tile(summary, row)], close=True))
     if not groups:
         return []

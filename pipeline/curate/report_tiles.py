@@ -61,14 +61,17 @@ def pair_tiles(summary: Summary, pair: Pair) -> tuple[Tile, Tile]:
 def member_tile(summary: Summary, member: Member) -> Tile:
     """An image of a component: its similarity to the keeper, and what became of it."""
     if member.keeper:
-        one = summary.shown.get(member.row)
-        stays = one is not None and one.reason == "kept"
-        words = "kept" if stays else "best of the group"
-        after = "" if stays or one is None else f"then: {name_of(one.reason)}"
-        return tile(summary, member.row, after, first=words, frame=KEEP)
+        return keeper_tile(summary, member.row)
     more = "chain" if member.chained else ""
     frame = CHAIN if member.chained else ""
     return tile(summary, member.row, more, first=_like(summary, member), frame=frame)
+
+
+def keeper_tile(summary: Summary, row: int) -> Tile:
+    """The image that stays of copies; a later stage may have taken it all the same."""
+    one = summary.shown.get(row)
+    after = "" if one is None or one.reason == "kept" else f"but {name_of(one.reason)}"
+    return tile(summary, row, after, first="keeper", frame=KEEP)
 
 
 def component_text(component: Component) -> str:

@@ -29,8 +29,19 @@ NAMES = {
     "not_retrieved": "like no seed image",
     "balanced_out": "too many of its kind",
 }
+PHRASES = {
+    "undecodable": "cannot be read",
+    "too_small": "are too small",
+    "aspect": "are too long and thin",
+    "flat": "show almost nothing",
+    "duplicate_bytes": "are files that come twice",
+    "duplicate_near": "are copies of another image",
+    "leaks_evaluation": "are in an evaluation set",
+    "not_retrieved": "are like no seed image",
+    "balanced_out": "are too many of their kind",
+}
 MEANING = {
-    "kept": "goes into the curated set.",
+    "kept": "Goes into the curated set.",
     "undecodable": "The file is broken, empty or no image.",
     "too_small": "Its shorter side has too few pixels.",
     "aspect": "Its long side is too many times the short one, as of a banner or a ruler.",
@@ -129,7 +140,7 @@ def seconds(number: float) -> str:
 
 def similarity(number: float) -> str:
     """0.953; 1.000 only where it is one."""
-    return f"{number:.3f}" if number >= 1 or number < 0.9995 else f"{number:.6f}"[:7]
+    return f"{number:.3f}" if number >= 1 or number < 0.9995 else "> 0.999"
 
 
 def listed(parts: list[str]) -> str:

@@ -79,6 +79,7 @@ class Numbers:
     numbers: Sequence[tuple[str, str]]
     title: str = ""
     text: str = ""
+    note: str = ""
     problem: str = ""
     wide: bool = True
 
@@ -90,7 +91,8 @@ class Numbers:
         )
         problem = f"<p class='problem'>{html.escape(self.problem)}</p>" if self.problem else ""
         said = f"<p class='lead'>{html.escape(self.text)}</p>" if self.text else ""
-        return f"{problem}{said}<div class='numbers'>{items}</div>"
+        note = f"<p class='note'>{html.escape(self.note)}</p>" if self.note else ""
+        return f"{problem}{said}<div class='numbers'>{items}</div>{note}"
 
 
 def shrunk(jpeg: bytes, size: int) -> tuple[bytes, int, int]:
