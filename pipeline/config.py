@@ -373,7 +373,7 @@ class Quality(Section):
         0.0, description="darkest 5 % are brighter than this, of 255 (flat)"
     )
     min_sharpness: NonNegative = Field(
-        10.0, description="variance of the Laplacian at 32 x 32 pixels: gradients, blank scans (flat)"
+        10.0, description="Laplacian's variance at 32 x 32 pixels; low: gradients, blanks (flat)"
     )
     sample: Positive = Field(2000, description="images that a dry run measures")
 

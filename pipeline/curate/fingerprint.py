@@ -46,7 +46,12 @@ MEASURES = (
 
 
 def fingerprint(
-    root: Place, inputs: Inputs, *, max_pixels: int = MAX_PIXELS, channels: int = 3
+    root: Place,
+    inputs: Inputs,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    channels: int = 3,
+    step: str = STEP,
 ) -> Result:
     """Writes `tables.FINGERPRINT` of every input file; accounts have rows, bytes and bad rows.
 
@@ -57,10 +62,11 @@ def fingerprint(
         inputs: all images.
         max_pixels: larger images are refused.
         channels: of an image, as the training decodes it.
+        step: its name; an evaluation set has one of its own.
     """
     tasks = [Task(file.name, (file, max_pixels, channels)) for file in inputs.files]
     settings = [VERSION, inputs.digest, max_pixels, channels]
-    return run_step(root, STEP, settings, tasks, fingerprint_file)
+    return run_step(root, step, settings, tasks, fingerprint_file)
 
 
 def fingerprint_file(

@@ -247,7 +247,9 @@ def table_writer(
         with pq.ParquetWriter(
             temporary,
             schema,
-            compression={n: "none" if _dense(schema.field(n).type) else "zstd" for n in schema.names},
+            compression={
+                n: "none" if _dense(schema.field(n).type) else "zstd" for n in schema.names
+            },
             use_dictionary=[f.name for f in schema if pa.types.is_string(f.type)],
             write_statistics=[f.name for f in schema if pa.types.is_integer(f.type)],
             write_page_checksum=True,
