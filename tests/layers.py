@@ -140,6 +140,13 @@ TABLE = [
     # curation: tasks on Ray over parquet; what they compute is plain numpy
     row("curate.exact", others="numpy"),
     row(
+        "curate.report* curate.gallery",
+        ["errors", "uri", "curate.*", "track.charts", "track.gallery", "track.matrix"]
+        + ["track.plane", "track.report", *LEAVES],
+        others="numpy pyarrow PIL",
+        others_inside="umap",
+    ),
+    row(
         "curate.*",
         ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
         others="numpy pyarrow PIL scipy",
