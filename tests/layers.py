@@ -155,6 +155,13 @@ TABLE = [
         others_inside="PIL",
     ),
     row(
+        "curate.report* curate.gallery",
+        ["errors", "uri", "curate.*", "track.charts", "track.gallery", "track.matrix"]
+        + ["track.plane", "track.report", *LEAVES],
+        others="numpy pyarrow PIL",
+        others_inside="umap",
+    ),
+    row(
         "curate.*",
         ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
         others="numpy pyarrow PIL scipy",

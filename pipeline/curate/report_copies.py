@@ -16,9 +16,9 @@ from pipeline.curate.report_read import Smallest, Tables, draws, hex_ids, ids, v
 
 BIN = 0.01  # width of a bar of similarities
 NEAR, FAR = 0.02, 0.05  # from the threshold: ends of the bands
-PAIRS = 8  # shown of each band
+PAIRS = 6  # shown of each band
 COMPONENTS = 6  # shown of each kind
-MEMBERS = 10  # shown of a component, beside its keepers
+MEMBERS = 9  # shown of a component, beside its keepers
 KEEPERS = 5  # shown of a component that is split
 
 
@@ -227,10 +227,10 @@ def _members(
     found = {}
     for name in chosen:
         # The least like ones are where a mistake would show, so three of them are always there.
-        rest = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()][:MEMBERS]}
+        rest = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()]}
         stay = sorted(keepers[name].items(), key=lambda item: (item[3], item[0]))
         place = {item[0]: k for k, item in enumerate(stay)}
-        others = [item for item in rest.values() if item[1] in place]
+        others = [item for item in list(rest.values())[:MEMBERS] if item[1] in place]
         order = sorted(
             [*stay, *others], key=lambda item: (place[item[1]], item[0] != item[1], -item[2])
         )

@@ -100,7 +100,7 @@ def _pairs(summary: Summary) -> list[Section]:
             )
             for pair in sorted(band.pairs, key=lambda pair: pair.similarity)
         ]
-        galleries.append(Gallery(groups, _band(band), flow=True))
+        galleries.append(Gallery(groups, _band(band), flow=True, wide=False))
     head = Heading(
         "Pairs near the threshold",
         f"Pairs more alike than {similarity(threshold)} count as copies. Look at both sides of "
@@ -137,6 +137,10 @@ def _band(band: Band) -> str:
     return f"{low}{high}: {band.count:,} {'pair' if band.count == 1 else 'pairs'}, {verdict}"
 
 
+def _rare(rate: float) -> str:
+    return f"one in {1 / rate:,.0f}" if rate > 0 else "not one of the"
+
+
 def _calibration(summary: Summary) -> list[Section]:
     known = summary.calibration
     assert known is not None
@@ -145,8 +149,8 @@ def _calibration(summary: Summary) -> list[Section]:
     recall, rate = float(known["recall"]), float(known["false_positive_rate"])
     text = (
         f"Copies were made of some of these very images. At {similarity(threshold)}, "
-        f"{share(recall, 1)} of them are found, while at most {rate:.1g} of "
-        f"{int(known['negatives']):,} pairs of different images are taken for copies."
+        f"{share(recall, 1)} of them are found, while {_rare(rate)} pairs of different images is "
+        f"taken for copies (measured on {int(known['negatives']):,} pairs)."
     )
     if abs(used - threshold) > 1e-9:
         text += f" The threshold in use, {similarity(used)}, was set by hand."

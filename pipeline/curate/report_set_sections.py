@@ -67,8 +67,8 @@ def _leak(summary: Summary, leak: Leaks) -> list[Section]:
     if leak.low:
         words = "If these are different images, the threshold is too low."
         title = f"{leak.name}: the least alike that still count"
-        found.append(Gallery(groups(leak.low), title, words, flow=True))
-    if leak.rows >= 5:
+        found.append(Gallery(groups(leak.low), title, words, flow=True, wide=False))
+    if leak.low:
         limit = summary.leak_threshold
         marks = (Mark(limit, f"threshold {similarity(limit)}"),) if limit is not None else ()
         found.append(_histogram(leak.counts, f"{leak.name}: how alike the matches are", marks))
@@ -99,6 +99,15 @@ def seed_sections(summary: Summary) -> list[Section]:
     for one in sets:
         if one.rows:
             found += _seeds(summary, one)
+    rows = [
+        row
+        for (reason, _), some in summary.counts.samples.items()
+        if reason == "not_retrieved"
+        for row in some
+    ]
+    if rows:
+        left = Group([tile(summary, row, first=summary.shown[row].image_id[:8]) for row in rows])
+        found.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
     return found
 
 

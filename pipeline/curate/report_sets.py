@@ -25,8 +25,7 @@ from pipeline.curate.tables import read_table
 SHOWN = 8  # pairs of each kind
 SEEDS = 8  # shown of a seed set
 NEIGHBOURS = 8  # shown of a seed
-BIN = 0.02
-BINS = 100  # of similarities from -1 to 1
+BINS = 200  # of similarities from -1 to 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Leaks:
         rows: rows of the pile that match.
         top: the most alike.
         low: the least alike that still match.
-        counts: rows by similarity, 100 bars from -1 to 1.
+        counts: rows by similarity, 200 bars from -1 to 1.
         pictures: images of the set by id.
     """
 
@@ -74,7 +73,7 @@ class Retrieved:
         asked: neighbours of all seeds, each counted as often as it was asked for.
         rows: rows that they are.
         seeds: up to eight seed images, by the hash of their id, with rows that came for them.
-        counts: rows by similarity, 100 bars from -1 to 1.
+        counts: rows by similarity, 200 bars from -1 to 1.
         clusters: that rows came from (cluster only).
         pictures: seed images by id.
     """

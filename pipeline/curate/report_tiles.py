@@ -77,7 +77,7 @@ def keeper_tile(summary: Summary, row: int) -> Tile:
 def component_text(component: Component) -> str:
     """How many images, and how many of them are not shown."""
     left = component.size - len(component.members)
-    more = f", {left:,} more are not shown" if left > 0 else ""
+    more = f", {left:,} more {'is' if left == 1 else 'are'} not shown" if left > 0 else ""
     return f"{component.size:,} images{more}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from pipeline.track.plane import BOTTOM, HEIGHT, Axis, Mark, Plane
@@ -46,7 +46,7 @@ class Curve:
             return "<p class='note'>no values</p>" + _text(self.text)
         ys = [y for _, y in points] + list(self.y_range or ())
         plane = Plane(
-            Axis.over([x for x, _ in points], 6, self.x_log, tight=not self.x_log),
+            Axis.over([x for x, _ in points], 6, self.x_log, tight=not self.stems),
             Axis.over(ys, 5, self.y_log),
         )
         inner = ""
@@ -106,11 +106,11 @@ class Histogram:
         if not any(self.counts):
             return "<p class='note'>no values</p>" + _text(self.text)
         heights = [c for c in self.counts if c] + ([] if self.y_log else [0])
-        low = [0.8] if self.y_log else []
-        ends = [self.edges[0], self.edges[-1]]
-        plane = Plane(
-            Axis.over(ends, 6, tight=True), Axis.over([*heights, *low], 5, self.y_log)
-        )
+        across = Axis.over([self.edges[0], self.edges[-1]], 6, tight=True)
+        up = Axis.over(heights, 5, self.y_log)
+        if self.y_log:  # so that a bar of one can be seen
+            up = replace(up, low=up.low * 0.6)
+        plane = Plane(across, up)
         floor = plane.at(0, plane.y.low)[1]
         parts = []
         for (left, right), count in zip(pairwise(self.edges), self.counts, strict=True):

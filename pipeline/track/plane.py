@@ -48,6 +48,8 @@ class Axis:
         decades = [10.0**power for power in range(first, last + 1, step)]
         if last - first <= 2:
             decades = sorted(d * m for d in decades for m in (1, 2, 5) if d * m <= 10.0**last)
+        if tight and high > low:
+            return cls(low, high, tuple(t for t in decades if low <= t <= high), log=True)
         return cls(10.0**first, 10.0**last, tuple(decades), log=True)
 
     def share(self, value: float) -> float:

@@ -84,7 +84,7 @@ def calibration(threshold: float = THRESHOLD) -> dict[str, Any]:
     """As calibrate gives it."""
     steps = np.linspace(0.5, 0.99, 50)
     curve = [
-        [float(t), float(1 / (1 + np.exp(25 * (t - 0.96)))), float(10 ** (-16 * (t - 0.5) - 0.3))]
+        [float(t), float(1 / (1 + np.exp(25 * (t - 0.9945)))), float(10 ** (-16 * (t - 0.5) - 0.3))]
         for t in steps
     ]
     curve[-5:] = [[t, recall, 0.0] for t, recall, _ in curve[-5:]]
