@@ -128,7 +128,7 @@ def find_pairs(
         exact: folder of `tables.EXACT` and key of its step: rows with another keeper are not
             joined; empty: all rows are.
         cell_images: mean images in a cell; default: what costs least.
-        visiting: items of an image with views (`descriptor.visiting`); needed where
+        visiting: further items of an image with views (`descriptor.visiting`); needed where
             `vectors.views`.
         penalty: that the similarity of a crop is reduced by.
         seed: of the sample and of the cells.
@@ -587,7 +587,13 @@ def _crops(vectors: Vectors, visiting: Visiting | None) -> tuple[bool, ...]:
     if not vectors.views or visiting is None:
         return (False,)
     none = np.zeros((0, vectors.dim), np.float16)
-    _, crops = visiting(none, np.zeros((0, CROPS, vectors.dim), np.float16))
+    rows = Rows(
+        np.zeros(0, np.int64),
+        np.zeros((0, 16), np.uint8),
+        none,
+        np.zeros((0, CROPS, vectors.dim), np.float16),
+    )
+    _, crops = items.visiting_of(rows, visiting)
     return tuple(bool(crop) for crop in crops)
 
 
