@@ -193,6 +193,29 @@ def items_of(tables: list[tuple[bool, pa.Table]], dim: int, probes: int) -> Item
     return Items(row, ids, view, cells, is_member, vectors)
 
 
+@dataclass(frozen=True)
+class Shuffled:
+    """Items in buckets on storage.
+
+    Attributes:
+        folder: of the shuffle.
+        names: of the tasks that wrote, with their shelves.
+        dim: of a vector.
+        probes: cells of an item.
+        crops: which views are of crops.
+    """
+
+    folder: str
+    names: tuple[tuple[str, tuple[int, ...]], ...]
+    dim: int
+    probes: int
+    crops: tuple[bool, ...]
+
+    def read(self, bucket: int, keep: Callable[[Ints], Array] | None = None) -> Items:
+        """The items of a bucket; `keep` says which rows are wanted."""
+        return read_items(self.folder, self.names, bucket, self.dim, self.probes, keep)
+
+
 def by_cell(item: Ints, cell: Array) -> Iterator[tuple[int, Ints]]:
     """Each cell with its items, in the order of the cells."""
     if not len(item):
