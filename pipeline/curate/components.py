@@ -225,7 +225,9 @@ def keep_task(
     if not tables:
         return {"rows": 0, "bytes": write_table(COMPONENTS.empty_table(), folder, f"{part:05d}")}
     table = pa.concat_tables(tables)
-    column = {name: table.column(name).to_numpy() for name in table.names if name != "image_id"}
+    column = {
+        name: table.column(name).to_numpy() for name in table.column_names if name != "image_id"
+    }
     column["image_id"] = ids_of(table.column("image_id"))
     rows = _vectors(gathered, names, part, dim)
     by_row = np.argsort(rows.row)

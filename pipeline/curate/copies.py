@@ -20,8 +20,7 @@ import numpy as np
 from pipeline.curate import cells as cells_of
 from pipeline.curate import collapse, components, items, join, leaks
 from pipeline.curate.exact import Halves
-from pipeline.curate.items import Visiting
-from pipeline.curate.leaks import Shuffled
+from pipeline.curate.items import Shuffled, Visiting
 from pipeline.curate.portions import CROPS, Portion, Rows, portions
 from pipeline.curate.tables import InputFile, Inputs, Vectors
 from pipeline.curate.work import Result, Task, run_step
@@ -114,7 +113,6 @@ def find_pairs(
     seed: int = 0,
     gpus: float = 0.0,
     _buckets: int | None = None,
-    _bucketing: str = "near",
     _portion_rows: int | None = None,
 ) -> Copies:
     """All pairs of images that are alike, as the edges of a maximum spanning forest.
@@ -128,14 +126,88 @@ def find_pairs(
         exact: folder of `tables.EXACT` and key of its step: rows with another keeper are not
             joined; empty: all rows are.
         cell_images: mean images in a cell; default: what costs least.
-        visiting: items of an image with views (`descriptor.visiting`); needed where
+        visiting: further items of an image with views (`descriptor.visiting`); needed where
             `vectors.views`.
         penalty: that the similarity of a crop is reduced by.
         seed: of the sample and of the cells.
         gpus: of the tasks that compare.
     """
+    buckets, copies, where, steps = placed(
+        root,
+        inputs,
+        vectors,
+        exact,
+        probes,
+        cell_images,
+        visiting,
+        seed,
+        gpus,
+        _buckets,
+        "near",
+        _portion_rows,
+    )
+    shuffle_key = steps[-1].key
+    pairs = run_step(
+        root,
+        "copies/pairs",
+        [shuffle_key, lowest, penalty],
+        [
+            Task(
+                f"{b:05d}",
+                (where, b, lowest, penalty),
+            )
+            for b in range(buckets)
+        ],
+        join.join_task,
+        gpus=gpus,
+    )
+    edges = run_step(
+        root,
+        "edges",
+        [pairs.key],
+        [Task("edges", (pairs.folder, [f"{b:05d}" for b in range(buckets)], copies, lowest))],
+        join.edges_task,
+    )
+    steps = (*steps, pairs, edges)
+    found = Copies(
+        root=str(root),
+        rows=inputs.rows,
+        penalty=penalty,
+        cells=next(step.folder for step in steps if step.step == "copies/cells"),
+        buckets=buckets,
+        shuffled=where,
+        copies=copies,
+        edges=edges.folder,
+        lowest=lowest,
+        touched=int(edges.total("touched")),
+        portion_rows=_portion_rows,
+        keys={step.step: step.key for step in steps},
+        steps=steps,
+    )
+    found.save()
+    return found
+
+
+def placed(
+    root: Place,
+    inputs: Inputs,
+    vectors: Vectors,
+    exact: tuple[str, str],
+    probes: int,
+    cell_images: int | None,
+    visiting: Visiting | None,
+    seed: int,
+    gpus: float,
+    wanted_buckets: int | None,
+    bucketing: str,
+    portion_rows: int | None,
+) -> tuple[int, tuple[str, tuple[str, ...]], Shuffled, tuple[Result, ...]]:
+    """The first half of `find_pairs`: the items in their buckets.
+
+    Returns:
+        The number of buckets, folder and tables of rows with equal vectors, the items, the steps.
+    """
     assert visiting is not None or not vectors.views, "views need a function that makes the items"
-    portion_rows = _portion_rows
     of = portions(inputs.files, vectors, portion_rows)
     crops = _crops(vectors, visiting)
     steps: list[Result] = []
@@ -169,9 +241,9 @@ def find_pairs(
         [Task(p.name, (vectors, p, exact[0], copies, seed, share)) for p in of],
         cells_of.sample_task,
     )
-    buckets = _buckets or cells_of.buckets_for(rows, vectors.dim, len(crops))
+    buckets = wanted_buckets or cells_of.buckets_for(rows, vectors.dim, len(crops))
     buckets = max(1, min(buckets, cells))
-    arguments = (vectors.dim, cells, buckets, seed, _bucketing)
+    arguments = (vectors.dim, cells, buckets, seed, bucketing)
     fitted = step(
         "copies/cells",
         [sample.key, arguments],
@@ -188,42 +260,7 @@ def find_pairs(
         gpus=gpus,
     )
     where = Shuffled(shuffled.folder, _written(of, shuffled), vectors.dim, probes, crops)
-    pairs = step(
-        "copies/pairs",
-        [shuffled.key, lowest, penalty],
-        [
-            Task(
-                f"{b:05d}",
-                (where.folder, where.names, b, vectors.dim, probes, lowest, crops, penalty),
-            )
-            for b in range(buckets)
-        ],
-        join.join_task,
-        gpus=gpus,
-    )
-    edges = step(
-        "edges",
-        [pairs.key, collapsed.key],
-        [Task("edges", (pairs.folder, [f"{b:05d}" for b in range(buckets)], copies, lowest))],
-        join.edges_task,
-    )
-    found = Copies(
-        root=str(root),
-        rows=inputs.rows,
-        penalty=penalty,
-        cells=fitted.folder,
-        buckets=buckets,
-        shuffled=where,
-        copies=copies,
-        edges=edges.folder,
-        lowest=lowest,
-        touched=int(edges.total("touched")),
-        portion_rows=portion_rows,
-        keys={result.step: result.key for result in steps},
-        steps=tuple(steps),
-    )
-    found.save()
-    return found
+    return buckets, copies, where, tuple(steps)
 
 
 def find_leaks(
@@ -587,7 +624,13 @@ def _crops(vectors: Vectors, visiting: Visiting | None) -> tuple[bool, ...]:
     if not vectors.views or visiting is None:
         return (False,)
     none = np.zeros((0, vectors.dim), np.float16)
-    _, crops = visiting(none, np.zeros((0, CROPS, vectors.dim), np.float16))
+    rows = Rows(
+        np.zeros(0, np.int64),
+        np.zeros((0, 16), np.uint8),
+        none,
+        np.zeros((0, CROPS, vectors.dim), np.float16),
+    )
+    _, crops = items.visiting_of(rows, visiting)
     return tuple(bool(crop) for crop in crops)
 
 

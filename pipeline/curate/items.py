@@ -23,15 +23,17 @@ from pipeline.curate.portions import Ids, Portion, Rows, read_rows
 from pipeline.curate.tables import Vectors, id_array, ids_of
 
 Array = np.ndarray[Any, Any]
-# visiting(full [n, d], crops [n, 9, d]) -> (items [n, v, d], of crops bool [v]); item 0 is `full`
+# visiting(full [n, d], crops [n, 9, d]) -> (further items [n, v, d], which are of crops bool [v])
 Visiting = Callable[[Halves, Halves], tuple[Halves, Array]]
 
 
 def visiting_of(rows: Rows, visiting: Visiting | None) -> tuple[Halves, Array]:
-    """The items of rows: [n, v, d], and which of the v are of crops."""
+    """The items of rows, their own vectors first: [n, v, d], and which of the v are of crops."""
+    own = rows.vectors[:, None]
     if rows.crops is None or visiting is None:
-        return rows.vectors[:, None], np.zeros(1, bool)
-    return visiting(rows.vectors, rows.crops)
+        return own, np.zeros(1, bool)
+    items, crops = visiting(rows.vectors, rows.crops)
+    return np.concatenate([own, items], axis=1), np.append(False, crops)
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,33 @@ def items_of(tables: list[tuple[bool, pa.Table]], dim: int, probes: int) -> Item
     return Items(row, ids, view, cells, is_member, vectors)
 
 
+@dataclass(frozen=True)
+class Shuffled:
+    """Items in buckets on storage.
+
+    Attributes:
+        folder: of the shuffle.
+        names: of the tasks that wrote, with their shelves.
+        dim: of a vector.
+        probes: cells of an item.
+        crops: which views are of crops.
+    """
+
+    folder: str
+    names: tuple[tuple[str, tuple[int, ...]], ...]
+    dim: int
+    probes: int
+    crops: tuple[bool, ...]
+
+    def read(self, bucket: int, keep: Callable[[Ints], Array] | None = None) -> Items:
+        """The items of a bucket; `keep` says which rows are wanted."""
+        return read_items(self.folder, self.names, bucket, self.dim, self.probes, keep)
+
+
 def by_cell(item: Ints, cell: Array) -> Iterator[tuple[int, Ints]]:
     """Each cell with its items, in the order of the cells."""
+    if not len(item):
+        return
     order = np.argsort(cell, kind="stable")
     cells, starts = np.unique(cell[order], return_index=True)
     for number, some in zip(cells, np.split(item[order], starts[1:]), strict=True):

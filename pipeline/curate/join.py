@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.curate.exact import Doubles, Ints, device, pairs_above
 from pipeline.curate.forest import Forest
-from pipeline.curate.items import Items, by_cell, read_items
+from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.portions import Ids, big_endian, order_by_id
 from pipeline.curate.tables import EDGES, ID, ROW, id_array, ids_of, read_table, write_table
 
@@ -31,22 +31,14 @@ PAIRS = pa.schema(
 
 
 def join_task(
-    folder: str,
-    shuffle: str,
-    names: Sequence[tuple[str, Sequence[int]]],
-    bucket: int,
-    dim: int,
-    probes: int,
-    lowest: float,
-    crops: Sequence[bool],
-    penalty: float,
+    folder: str, shuffled: Shuffled, bucket: int, lowest: float, penalty: float
 ) -> dict[str, Any]:
     """Joins a bucket with itself and writes the forest of its pairs above `lowest`."""
-    items = read_items(shuffle, names, bucket, dim, probes)
+    items = shuffled.read(bucket)
     node, row, ids = nodes_of(items)
     forest = Forest()
     compared = 0
-    for i, j, similarity, products in self_pairs(items, lowest, np.array(crops), penalty):
+    for i, j, similarity, products in self_pairs(items, lowest, np.array(shuffled.crops), penalty):
         compared += products
         a, b = node[i], node[j]
         other = a != b

@@ -7,8 +7,7 @@ The same serves images that are added to a curated set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pyarrow as pa
 from pipeline.curate.collapse import COPIES
 from pipeline.curate.components import spread
 from pipeline.curate.exact import Doubles, Ints
-from pipeline.curate.items import Items, by_cell, read_items
+from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.join import best, visit
 from pipeline.curate.portions import Ids, read_range
 from pipeline.curate.tables import (
@@ -45,29 +44,6 @@ QUERIES = pa.schema(
 )
 # Best match of each new row among the images of an earlier set.
 MATCHES = pa.schema([("row", ROW), ("image_id", ID), ("similarity", pa.float64())])
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """Items in buckets on storage.
-
-    Attributes:
-        folder: of the shuffle.
-        names: of the tasks that wrote, with their shelves.
-        dim: of a vector.
-        probes: cells of an item.
-        crops: which views are of crops.
-    """
-
-    folder: str
-    names: tuple[tuple[str, tuple[int, ...]], ...]
-    dim: int
-    probes: int
-    crops: tuple[bool, ...]
-
-    def read(self, bucket: int, keep: Callable[[Ints], Array] | None = None) -> Items:
-        """The items of a bucket; `keep` says which rows are wanted."""
-        return read_items(self.folder, self.names, bucket, self.dim, self.probes, keep)
 
 
 def relative_pairs(
