@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
-from pipeline.curate import report
+from pipeline.curate import gallery, report, report_numbers
 from pipeline.curate.report_summary import Summary
+from pipeline.curate.threshold import Calibration
 from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
@@ -80,7 +82,6 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = write_shards(found, config, sets, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
     tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
-    tracker.headline(0, {"curate/images": shards.rows})
     return {
         "text": found.tally.line(),
         "images_in": found.tally.rows,
@@ -118,7 +119,7 @@ def _summary(context: Context, found: Found, sets: Sets) -> Summary:
     return report.summarise(
         found.root,
         results=found.results,
-        calibration=found.calibration,
+        calibration=_calibration(found.calibration),
         threshold=found.threshold,
         leak_threshold=found.leak_threshold,
         evaluation_sets=found.leak_prints,
@@ -129,9 +130,27 @@ def _summary(context: Context, found: Found, sets: Sets) -> Summary:
     )
 
 
+def _calibration(found: Calibration | None) -> dict[str, Any] | None:
+    """As the report reads it; nothing where there were too few images to measure anything."""
+    if found is None or math.isnan(found.recall):
+        return None
+    return {
+        "threshold": found.threshold,
+        "penalty": found.penalty,
+        "false_positive_rate": found.target,
+        "negatives": found.negatives,
+        "recall": found.recall,
+        "recall_by_attack": found.recalls,
+        "curve": [list(point) for point in found.curve],
+    }
+
+
 def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
-    total = found.tally.total()
-    tracker.metrics(0, {f"curate/{reason}": count for reason, count in total.items()})
-    tracker.metrics(0, {"curate/images_in": found.tally.rows})
-    tracker.note(found.tally.line() + "\n\n" + "\n".join(f"* {x}" for x in found.tally.lines()))
+    tracker.metrics(0, report_numbers.metrics(summary))
+    tracker.headline(0, {"curate/kept": summary.kept})
+    for name, pixels in gallery.pictures(summary).items():
+        tracker.picture(name, 0, pixels)
+    for name, columns in report_numbers.tables(summary).items():
+        tracker.table(name, columns)
+    tracker.note(report_numbers.note(summary))
     tracker.artifact(page, "curate")

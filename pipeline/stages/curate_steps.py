@@ -9,23 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
-
 from pipeline.config import Config
 from pipeline.curate import copies as copying
 from pipeline.curate import decide as deciding
 from pipeline.curate import exact_copies, fingerprint, quality
 from pipeline.curate.copies import Copies
 from pipeline.curate.decide import Mix, Tables
-from pipeline.curate.descriptor import DIM, visiting
+from pipeline.curate.calibrate import calibrate
+from pipeline.curate.descriptor import visiting
+from pipeline.curate.embed import embed
+from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.shards import write_curated
 from pipeline.curate.sources import list_folders, sources_of
 from pipeline.curate.tables import POOL, Inputs, Vectors
 from pipeline.curate.tally import Tally
+from pipeline.curate.threshold import DEFAULT_PENALTY, Calibration
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.data.schema import ShardSet
-from pipeline.stages.context import DESCRIPTOR
 from pipeline.stages.curate_sets import Sets
+from pipeline.stages.embedders import embedder_of
 from pipeline.uri import Place, join
 
 log = logging.getLogger("pipeline.curate")
@@ -45,7 +47,13 @@ class Found:
         folders: of the tables, by name (`report_read.NAMES`).
         leak_prints: fingerprints of each evaluation set.
         seed_prints: of each seed set.
-        calibration: as `calibrate` gives it.
+        calibration: where a threshold was to be calibrated.
+        threshold: above which two images are copies.
+        leak_threshold: above which one is a copy of an image of an evaluation set.
+        penalty: that the similarity of a crop is reduced by.
+        gpus: of a task that compares.
+        spec: what makes the vectors that find copies.
+        copies: what joining left.
     """
 
     root: Place
@@ -54,11 +62,12 @@ class Found:
     folders: dict[str, str] = field(default_factory=dict)
     leak_prints: dict[str, str] = field(default_factory=dict)
     seed_prints: dict[str, str] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
-    threshold: float = 0.9
-    leak_threshold: float = 0.9
-    penalty: float = 0.02
+    calibration: Calibration | None = None
+    threshold: float | None = None
+    leak_threshold: float | None = None
+    penalty: float = 0.0
     gpus: float = 0.0
+    spec: EmbedderSpec | None = None
     copies: Copies | None = None
 
     def add(self, name: str, result: Result, steps: Iterable[Result] = ()) -> Result:
@@ -91,7 +100,7 @@ def decide(config: Config, sets: Sets, root: Place) -> Found:
     tables = Tables(prints.folder, marks.folder if marks else "", exact.folder)
     keys = [prints.key, marks.key if marks else "", exact.key]
     if config.dedup.enabled or sets.leaks:
-        vectors = _descriptors(inputs, prints)
+        vectors = _calibrated(found, config, inputs, prints, exact)
         tables, more = _copies(found, config, sets, inputs, vectors, prints, exact, tables)
         keys += more
     # what chooses from what is left
@@ -130,9 +139,59 @@ def _fingerprint(root: Place, inputs: Inputs, config: Config) -> Result:
     )
 
 
-def _descriptors(inputs: Inputs, prints: Result) -> Vectors:
-    names = tuple(file.name for file in inputs.files)
-    return Vectors(prints.folder, names, DIM, prints.key, "descriptor", views=True)
+def _vectors(
+    found: Found,
+    root: Place,
+    step: str,
+    inputs: Inputs,
+    alive: Result | None,
+    spec: EmbedderSpec,
+    prints: Result,
+    config: Config,
+) -> Vectors:
+    vectors, result = embed(
+        root,
+        step,
+        inputs,
+        alive,
+        spec,
+        fingerprints=prints,
+        max_pixels=config.data.max_image_pixels,
+        channels=config.model.in_channels,
+    )
+    if result is not prints:
+        found.add("", result)
+    return vectors
+
+
+def _calibrated(
+    found: Found, config: Config, inputs: Inputs, prints: Result, exact: Result
+) -> Vectors:
+    """Vectors that find copies, and the thresholds that go with them."""
+    dedup, leaks = config.dedup, config.leaks
+    spec = embedder_of(config, "curate.copy_embedder", config.curate.copy_embedder)
+    found.spec = spec
+    vectors = _vectors(found, found.root, "embed_copy", inputs, exact, spec, prints, config)
+    found.penalty = DEFAULT_PENALTY if vectors.views else 0.0
+    threshold = dedup.threshold
+    if threshold == "auto":
+        measured, step = calibrate(
+            found.root,
+            inputs,
+            prints,
+            exact,
+            spec,
+            images=dedup.calibration_images,
+            target=dedup.false_positives,
+            seed=config.run.seed,
+            max_pixels=config.data.max_image_pixels,
+        )
+        found.add("", step)
+        threshold, found.penalty = measured.threshold, measured.penalty
+        found.calibration = measured
+    found.threshold = threshold
+    found.leak_threshold = threshold if leaks.threshold == "auto" else leaks.threshold
+    return vectors
 
 
 def _copies(
@@ -148,12 +207,12 @@ def _copies(
     """Pairs, leaks, components; the tables with them, and the keys of those steps."""
     root, dedup = found.root, config.dedup
     views = visiting if vectors.views else None
-    low = min(found.threshold, found.leak_threshold if sets.leaks else 1.0)
+    assert found.threshold is not None and found.leak_threshold is not None
     pairs = copying.find_pairs(
         root,
         inputs,
         vectors,
-        lowest=max(0.0, low - BELOW),
+        lowest=max(0.0, found.threshold - BELOW),
         probes=dedup.probes,
         exact=(exact.folder, exact.key),
         cell_images=dedup.cell_images,
@@ -204,7 +263,8 @@ def _evaluation_set(
     prints = _fingerprint(root, inputs, config)
     found.add("", prints)
     found.leak_prints[name] = prints.folder
-    return inputs, _descriptors(inputs, prints)
+    assert found.spec is not None
+    return inputs, _vectors(found, root, "embed_copy", inputs, None, found.spec, prints, config)
 
 
 def _leaking(found: Found, inputs: Inputs, tables: Tables, keys: list[str]) -> str:
