@@ -99,6 +99,9 @@ class Resources:
     group_rows: int = GROUP_ROWS
 
 
+ONE_CPU = Resources()
+
+
 def fit(
     root: Place,
     name: str,
@@ -106,7 +109,7 @@ def fit(
     clusters: int,
     seed: int,
     iterations: int,
-    resources: Resources = Resources(),
+    resources: Resources = ONE_CPU,
 ) -> Fitted:
     """Spherical k-means of the rows; see `kmeans`.
 
@@ -436,7 +439,7 @@ def assign(
     name: str,
     rows: Considered,
     fitted: Fitted,
-    resources: Resources = Resources(),
+    resources: Resources = ONE_CPU,
 ) -> tuple[Result, Array]:
     """The cluster of each row.
 
