@@ -41,7 +41,7 @@ def waterfill(sizes: Array, target: int, floors: Array | None = None) -> Array:
             low = middle
         else:
             high = middle - 1
-    given = np.clip(low, least, sizes)
+    given: Array = np.clip(low, least, sizes)
     more = np.flatnonzero((sizes > low) & (given <= low))
     more = more[np.argsort(-sizes[more], kind="stable")]
     given[more[: target - int(given.sum())]] += 1

@@ -18,7 +18,7 @@ from pipeline.curate.tables import Vectors, id_array, list_array, vector_schema,
 def ids_of_numbers(numbers, salt=b""):
     """Ids as hashes of numbers, like those of images."""
     digests = [blake2b(salt + int(n).to_bytes(8, "big"), digest_size=16).digest() for n in numbers]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16).copy()
 
 
 def separated(count, clusters, dim=16, spread=0.05, seed=0):
