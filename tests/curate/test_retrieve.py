@@ -147,7 +147,7 @@ def clusters_case(tmp_path: Path, counts, **wanted):
         made = ids_of_numbers(chosen, name.encode())
         sets[name] = written(tmp_path, made, vectors[chosen], name=name)
     found = retrieve.retrieve(
-        tmp_path, "r", rows, sets, Wanted(mode="cluster", clusters=4, **wanted), 5
+        tmp_path, "r", rows, sets, Wanted(mode="cluster", clusters=4, **wanted), 6
     )
     return found, table_of(found, rows.names), truth, pool, vectors
 
