@@ -210,7 +210,7 @@ def _members(
     keepers = {name: Smallest(KEEPERS) for name in chosen}
     names = pa.array(sorted(chosen), pa.binary(16))
     columns = ["row", "component", "keeper", "similarity", "chained"]
-    for file, table in tables.read("components", columns):
+    for _, table in tables.read("components", columns):
         table = table.filter(pc.is_in(table["component"], names))
         if not len(table):
             continue
@@ -236,4 +236,3 @@ def _members(
         )
         found[name] = tuple(Member(*item) for item in order)
     return found
-

@@ -49,8 +49,7 @@ def sentence(summary: Summary) -> str:
         return "No images went in, so none are kept."
     gone = summary.rows - summary.kept
     said = (
-        f"{summary.kept:,} of {images(summary.rows)} are kept "
-        f"({share(summary.kept, summary.rows)})"
+        f"{summary.kept:,} of {images(summary.rows)} are kept ({share(summary.kept, summary.rows)})"
     )
     if not gone:
         return f"{said}; nothing was left out."
@@ -140,9 +139,9 @@ def _where(summary: Summary) -> list[Section]:
         for reason in ("kept", *REMOVED)
         if counts[reason]
     ]
-    why = Bars(reasons, "Reasons, and what they mean", whole=total, head=("reason", "images"))
+    meanings = Bars(reasons, "Reasons, and what they mean", whole=total, head=("reason", "images"))
     head = Heading("What was left out, and why", "Every image that went in has one reason.")
-    return [head, funnel, why, _sources(summary)]
+    return [head, funnel, meanings, _sources(summary)]
 
 
 def _sources(summary: Summary) -> Section:
