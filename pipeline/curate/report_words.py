@@ -40,6 +40,7 @@ PHRASES = {
     "not_retrieved": "are like no seed image",
     "balanced_out": "are too many of their kind",
 }
+SINGULAR = {"are": "is", "show": "shows"}
 MEANING = {
     "kept": "Goes into the curated set.",
     "undecodable": "The file is broken, empty or no image.",
@@ -98,6 +99,17 @@ def name_of(reason: str) -> str:
 def count(number: float) -> str:
     """12,345."""
     return f"{int(number):,}"
+
+
+def phrase(number: int, reason: str) -> str:
+    """1 is too small, 12 are too small."""
+    words = PHRASES[reason]
+    if number == 1:
+        first, _, rest = words.partition(" ")
+        words = f"{SINGULAR.get(first, first)} {rest}"
+        words = words.replace("is files that come", "is a file that comes")
+        words = words.replace("is copies of", "is a copy of").replace("their kind", "its kind")
+    return f"{number:,} {words}"
 
 
 def images(number: int) -> str:

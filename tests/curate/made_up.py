@@ -112,7 +112,7 @@ def write_run(
     evaluation = [_tile(photos, rng) for _ in range(60)] if images > 1 else []
     seeds = [_tile(photos, rng, label=rng.choice([3, 13])) for _ in range(30)] if photos else []
     if images == 1:
-        rows = [_row(Image.new("RGB", (96, 96), (90, 120, 60)), "web/one", 0)]
+        rows = [_row(Image.linear_gradient("L").convert("RGB"), "web/one", 0)]
     if images >= 1000:
         rows += _group(photos, 45) + _chain(photos, rng)
     while len(rows) < images:
@@ -243,7 +243,7 @@ def _decide(run: Run, off: set[str]) -> None:
             row.reason, row.rule, row.keeper = "duplicate_bytes", "bytes", first[row.image_id]
             row.similarity = 1.0
     alive = [i for i, row in enumerate(rows) if row.reason == "kept"]
-    if "leaks" not in off and alive:
+    if "leaks" not in off and alive and run.evaluation:
         queries = np.stack([row.vector for row in run.evaluation]).astype(np.float64)
         for i in alive:
             found = queries @ rows[i].vector.astype(np.float64)

@@ -22,6 +22,7 @@ from pipeline.curate.report_words import (
     PHRASES,
     RGB,
     STAGES,
+    phrase,
     seconds,
     share,
     similarity,
@@ -225,10 +226,10 @@ def everything(summary: Summary, folder: Path) -> str:
 def test_too_large_a_report_gets_smaller_pictures(
     summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "LIMIT_BYTES", 700_000)
+    monkeypatch.setattr(report, "LIMIT_BYTES", 1_000_000)
     write(tmp_path / "r.html", summary)
     said = (tmp_path / "r.html").read_text()
-    assert len(said.encode()) <= 700_000 and "Suspected chains" in Page(said).titles
+    assert len(said.encode()) <= 1_000_000 and "Suspected chains" in Page(said).titles
 
 
 def test_twenty_thousand_points_fit(summary: Summary, tmp_path: Path) -> None:
@@ -356,6 +357,14 @@ def test_shares_never_round_to_none_or_all(part: int, whole: int, said: str) -> 
 
 
 def test_numbers_in_words() -> None:
+    assert [phrase(n, "balanced_out") for n in (1, 1200)] == [
+        "1 is too many of its kind",
+        "1,200 are too many of their kind",
+    ]
+    assert phrase(1, "duplicate_near") == "1 is a copy of another image"
+    assert phrase(1, "duplicate_bytes") == "1 is a file that comes twice"
+    assert phrase(1, "flat") == "1 shows almost nothing"
+    assert phrase(1, "undecodable") == "1 cannot be read"
     assert similarity(1.0) == "1.000" and similarity(0.99996) == "> 0.999"
     assert similarity(0.8765) == "0.876" or similarity(0.8765) == "0.877"
     assert [seconds(s) for s in (0.4, 59.7, 60, 3599.6, 7500)] == [
