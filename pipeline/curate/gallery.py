@@ -1,4 +1,4 @@
-"""Pictures of a curation for MLflow: square grids, a row for each thing, its name in the first cell.
+"""Pictures of a curation for MLflow: square grids, a row for each thing, its name first.
 
 uint8 [H, H, 3], white between the tiles. MLflow shows pictures in square cards, so a grid that is
 not square would be small.
@@ -26,6 +26,7 @@ CELL = 112  # side of a tile, pixels
 GAP = 4  # white between tiles, pixels
 BORDER = 5  # of a frame, pixels
 COLUMNS = 7  # the name and six tiles
+MOST_LINES = 12
 MAP_SIDE = 800  # pixels
 INK, BLANK = (29, 36, 48), (233, 236, 240)
 
@@ -123,30 +124,34 @@ def _removed(summary: Summary) -> list[Line]:
     return [
         Line(
             f"{name_of(reason)} {rule if len(rule) < 16 else ''} {counts.by_rule[reason, rule]:,}",
-            [_shown(summary, row, RGB[reason]) for row in rows[: COLUMNS - 1]],
+            [_shown(summary, row, RGB[reason]) for row in rows],
         )
         for (reason, rule), rows in order
         if any(summary.shown[row].thumbnail for row in rows if row in summary.shown)
-    ][:12]
+    ][:MOST_LINES]
 
 
 def _copies(summary: Summary) -> list[Line]:
     parts = summary.components
     if parts is None:
         return []
-    chosen: dict[str, Component] = {}
-    for one in (*parts.largest[:3], *parts.chains[:2], *parts.random):
-        chosen.setdefault(one.name, one)
-    return [
-        Line(
-            images(one.size),
-            [
-                _shown(summary, m.row, RGB["kept"] if m.keeper else _reason(summary, m.row))
-                for m in one.members
-            ],
-        )
-        for one in list(chosen.values())[:COLUMNS]
-    ]
+
+    def cells(one: Component) -> list[Cell]:
+        return [
+            _shown(summary, m.row, RGB["kept"] if m.keeper else _reason(summary, m.row))
+            for m in one.members[: COLUMNS - 1]
+        ]
+
+    chosen = {one.name: one for one in (*parts.largest[:3], *parts.chains[:2])}
+    lines = [Line(images(one.size), cells(one)) for one in chosen.values()]
+    row: list[Cell] = []  # small groups share one
+    for one in parts.random:
+        some = [] if one.name in chosen else cells(one)
+        if len(row) + len(some) > COLUMNS - 1:
+            lines.append(Line("by chance", row))
+            row = []
+        row += some
+    return [*lines, *([Line("by chance", row)] if row else [])][:COLUMNS]
 
 
 def _borderline(summary: Summary) -> list[Line]:
@@ -164,15 +169,16 @@ def _leaks(summary: Summary) -> list[Line]:
     lines = []
     for leak in summary.leaks:
         for what, matches in (("most alike", leak.top), ("least alike", leak.low)):
-            if matches:
-                name = f"{leak.name}: {leak.leaked:,} leaked, {what}"
-                lines.append(Line(name, _pairs(summary, matches, leak.pictures)))
-    return lines[:12]
+            name = f"{leak.name}: {leak.leaked:,} leaked, {what}"
+            cells = _pairs(summary, matches, leak.pictures)
+            for start in range(0, len(cells), COLUMNS - 1):
+                lines.append(Line("" if start else name, cells[start : start + COLUMNS - 1]))
+    return lines[:MOST_LINES]
 
 
 def _pairs(summary: Summary, matches: Sequence[Match], known: Any) -> list[Cell]:
     cells = []
-    for match in matches[: (COLUMNS - 1) // 2]:
+    for match in matches:
         one: Shown | None = known.get(match.query)
         cells.append(Cell(one.thumbnail if one else b"", RGB["leaks_evaluation"]))
         cells.append(_shown(summary, match.row))

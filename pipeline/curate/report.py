@@ -1,13 +1,13 @@
 """The report of a curation: one page, pictures and numbers for MLflow. Reads tables, needs no Ray.
 
-    summary = summarise(root, results=results, calibration=calibration)
-    write(path, summary)
-    tracker.metrics(0, metrics(summary))
-    for key, pixels in pictures(summary).items():
-        tracker.picture(f"curate/{key}", 0, pixels)
-    for name, columns in tables(summary).items():
-        tracker.table(name, columns)
-    tracker.note(note(summary))
+summary = summarise(root, results=results, calibration=calibration)
+write(path, summary)
+tracker.metrics(0, metrics(summary))
+for key, pixels in pictures(summary).items():
+    tracker.picture(f"curate/{key}", 0, pixels)
+for name, columns in tables(summary).items():
+    tracker.table(name, columns)
+tracker.note(note(summary))
 """
 
 from __future__ import annotations

@@ -158,11 +158,12 @@ def _sheets(tables: Tables, sizes: Ints, seed: int) -> Mapping[int, tuple[tuple[
 
 
 def _draws_of(tables: Tables, file: str, rows: Ints, seed: int) -> np.ndarray[Any, Any]:
-    """Draws of rows of one file, by their image ids."""
+    """Draws of rows of one file, by their image ids; 1 where a row has no decision."""
     table = read_table(tables.folders["decisions"], file, ["row", "image_id"])
-    places = np.searchsorted(table["row"].to_numpy(), rows)
-    found: np.ndarray[Any, Any] = draws(hex_ids(table["image_id"]), seed)[places]
-    return found
+    known = dict(
+        zip(table["row"].to_pylist(), draws(hex_ids(table["image_id"]), seed).tolist(), strict=True)
+    )
+    return np.array([known.get(row, 1.0) for row in rows.tolist()])
 
 
 def _item(

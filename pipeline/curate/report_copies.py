@@ -19,6 +19,7 @@ NEAR, FAR = 0.02, 0.05  # from the threshold: ends of the bands
 PAIRS = 6  # shown of each band
 COMPONENTS = 6  # shown of each kind
 MEMBERS = 9  # shown of a component, beside its keepers
+NOBODY = "0" * 32  # id of a row that has no decision, which the balance tells of
 KEEPERS = 5  # shown of a component that is split
 
 
@@ -116,7 +117,7 @@ def read_edges(tables: Tables, threshold: float, seed: int) -> Edges:
     inside = np.zeros(len(kept), np.int64)
     # Bars end at the threshold, so that each is on one side of it.
     below, over = int(np.ceil((threshold + 1) / BIN)), int(np.ceil((1.001 - threshold) / BIN))
-    bins = threshold + BIN * np.arange(-below, over + 1)
+    bins = np.round(threshold + BIN * np.arange(-below, over + 1), 12)
     counts = np.zeros(len(bins) - 1, np.int64)
     for _, table in tables.read("edges", ["a", "b", "similarity"]):
         values = table["similarity"].to_numpy().astype(np.float64)
@@ -210,12 +211,12 @@ def _members(
     keepers = {name: Smallest(KEEPERS) for name in chosen}
     names = pa.array(sorted(chosen), pa.binary(16))
     columns = ["row", "component", "keeper", "similarity", "chained"]
-    for file, table in tables.read("components", columns):
+    for _, table in tables.read("components", columns):
         table = table.filter(pc.is_in(table["component"], names))
         if not len(table):
             continue
         named = tables.column_of("decisions", table["row"].to_pylist(), "image_id")
-        hexes = pa.chunked_array([[named[row] for row in table["row"].to_pylist()]])
+        hexes = pa.chunked_array([[named.get(row, NOBODY) for row in table["row"].to_pylist()]])
         drawn = draws(hex_ids(hexes), seed)
         for one, draw in zip(table.to_pylist(), drawn, strict=True):
             item = (one["row"], one["keeper"], one["similarity"], bool(one["chained"]))
@@ -236,4 +237,3 @@ def _members(
         )
         found[name] = tuple(Member(*item) for item in order)
     return found
-

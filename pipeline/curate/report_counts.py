@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def count_decisions(tables: Tables, seed: int, rows_in: int | None) -> Counts:
         _sample(table, drawn, samples)
     ends.sort()
     tables.first = {file: first for first, _, file in ends}
-    if torn or any(a[1] != b[0] for a, b in zip(ends, ends[1:], strict=False)):
+    if torn or any(a[1] != b[0] for a, b in pairwise(ends)):
         problems.append("the rows of the decisions have gaps or come twice")
     if wrong:
         problems.append(f"{wrong:,} decisions say kept with a reason, or the other way round")

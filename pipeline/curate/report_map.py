@@ -111,7 +111,8 @@ def _spread(places: Floats) -> Floats:
     """From 0 to 1 on each axis; outliers beyond the outer 0.5 % lie on the edge."""
     low, high = np.percentile(places, [0.5, 99.5], axis=0)
     wide = np.where(high - low > 1e-12, high - low, 1.0)
-    return np.clip((places - low) / wide, 0, 1)
+    inside: Floats = np.clip((places - low) / wide, 0, 1)
+    return inside
 
 
 def _pictures(places: Floats, rows: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

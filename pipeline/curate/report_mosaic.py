@@ -42,4 +42,7 @@ def _cell(x: int, y: int, one: Shown, size: int) -> str:
     words = html.escape(f"{name_of(one.reason)}: {one.path or one.image_id}", quote=True)
     gone = "" if one.reason == "kept" else " class='gone'"
     place = f"grid-column:{x + 1};grid-row:{y + 1}"
-    return f"<img{gone} alt='{words}' title='{words}' style='{place}' src='data:image/jpeg;base64,{code}'>"
+    return (
+        f"<img{gone} alt='{words}' title='{words}' style='{place}' "
+        f"src='data:image/jpeg;base64,{code}'>"
+    )

@@ -76,7 +76,7 @@ def tables(summary: Summary) -> dict[str, Columns]:
             "collisions": [one.collisions for one in summary.retrieved],
         }
     if summary.costs:
-        names = "step tasks reused rows bytes seconds cpu_s peak_bytes".split()
+        names = ["step", "tasks", "reused", "rows", "bytes", "seconds", "cpu_s", "peak_bytes"]
         found["curate_cost"] = {
             name: [getattr(cost, name) for cost in summary.costs] for name in names
         }
@@ -130,9 +130,7 @@ def _sources(summary: Summary) -> Columns:
     """Sources by size; those beyond 499 are added up, so that the columns do too."""
     reasons = ["kept", *(r for r in REMOVED if summary.counts.reasons[r])]
     by_size = sorted(summary.counts.by_source.items(), key=lambda kv: (-sum(kv[1].values()), kv[0]))
-    lines = [
-        [source, sum(of.values()), *(of.get(r, 0) for r in reasons)] for source, of in by_size
-    ]
+    lines = [[source, sum(of.values()), *(of.get(r, 0) for r in reasons)] for source, of in by_size]
     if len(lines) > TABLE_ROWS:
         rest = list(zip(*(line[1:] for line in lines[TABLE_ROWS - 1 :]), strict=True))
         lines[TABLE_ROWS - 1 :] = [["(others)", *map(sum, rest)]]
@@ -169,8 +167,6 @@ def _leaks(summary: Summary) -> Columns:
     return {
         "set": [leak.name for leak, _ in rows],
         "evaluation_image": [match.query.hex() for _, match in rows],
-        "image": [
-            summary.shown[m.row].image_id if m.row in summary.shown else "" for _, m in rows
-        ],
+        "image": [summary.shown[m.row].image_id if m.row in summary.shown else "" for _, m in rows],
         "similarity": [match.similarity for _, match in rows],
     }

@@ -49,6 +49,7 @@ class Shown:
         path: path or URL that it came from.
         thumbnail: JPEG, or b"".
         error: why it cannot be decoded, or "".
+        encoded_bytes: of the file.
     """
 
     row: int
@@ -61,7 +62,7 @@ class Shown:
     path: str = ""
     width: int = 0
     height: int = 0
-    bytes: int = 0
+    encoded_bytes: int = 0
     error: str = ""
     thumbnail: bytes = field(default=b"", repr=False)
 
@@ -224,9 +225,7 @@ def pictures_of(folder: str, ids: Iterable[bytes]) -> dict[bytes, Shown]:
         if pc.any(chosen).as_py():
             for one in read_table(folder, file, columns).filter(chosen).to_pylist():
                 name = one["image_id"]
-                found.setdefault(
-                    name, Shown(row=one["row"], image_id=name.hex(), **_picture(one))
-                )
+                found.setdefault(name, Shown(row=one["row"], image_id=name.hex(), **_picture(one)))
     return found
 
 
@@ -235,7 +234,7 @@ def _picture(one: Mapping[str, Any]) -> dict[str, Any]:
         "path": one.get("source") or "",
         "width": one.get("width") or 0,
         "height": one.get("height") or 0,
-        "bytes": one.get("bytes") or 0,
+        "encoded_bytes": one.get("bytes") or 0,
         "error": one.get("error") or "",
         "thumbnail": one.get("thumbnail") or b"",
     }

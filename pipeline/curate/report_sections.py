@@ -12,13 +12,13 @@ from pipeline.curate.report_tiles import keeper_tile, tile
 from pipeline.curate.report_words import (
     COLOURS,
     MEANING,
-    PHRASES,
     REMOVED,
     RULES,
     images,
     largest,
     listed,
     name_of,
+    phrase,
     share,
 )
 from pipeline.track.charts import Bar, Bars
@@ -48,18 +48,18 @@ def sentence(summary: Summary) -> str:
     if not summary.rows:
         return "No images went in, so none are kept."
     gone = summary.rows - summary.kept
-    said = (
-        f"{summary.kept:,} of {images(summary.rows)} are kept "
-        f"({share(summary.kept, summary.rows)})"
-    )
+    verb = "is" if summary.rows == 1 else "are"
+    part = share(summary.kept, summary.rows)
+    said = f"{summary.kept:,} of {images(summary.rows)} {verb} kept ({part})"
     if not gone:
         return f"{said}; nothing was left out."
     reasons = {reason: summary.counts.reasons[reason] for reason in REMOVED}
-    why = [f"{n:,} {PHRASES[reason]}" for reason, n in largest(reasons)]
+    why = [phrase(n, reason) for reason, n in largest(reasons)]
     if len(why) > 4:
         rest = gone - sum(n for _, n in largest(reasons)[:3])
         why = [*why[:3], f"{rest:,} have one of {len(why) - 3} other reasons"]
-    return f"{said}; {gone:,} are left out: {listed(why)}."
+    why = why or ["their reasons are not known"]
+    return f"{said}; {gone:,} {'is' if gone == 1 else 'are'} left out: {listed(why)}."
 
 
 def balance(summary: Summary) -> str:
@@ -111,7 +111,7 @@ def _where(summary: Summary) -> list[Section]:
     for stage in summary.stages:
         gone = [(count, COLOURS[reason]) for reason, count in stage.removed.items()]
         removed = before - stage.left
-        why = listed([f"{n:,} {PHRASES[r]}" for r, n in stage.removed.items()] or ["none go"])
+        why = listed([phrase(n, r) for r, n in stage.removed.items()] or ["none go"])
         bars.append(
             Bar(
                 stage.name,
@@ -140,9 +140,9 @@ def _where(summary: Summary) -> list[Section]:
         for reason in ("kept", *REMOVED)
         if counts[reason]
     ]
-    why = Bars(reasons, "Reasons, and what they mean", whole=total, head=("reason", "images"))
+    meanings = Bars(reasons, "Reasons, and what they mean", whole=total, head=("reason", "images"))
     head = Heading("What was left out, and why", "Every image that went in has one reason.")
-    return [head, funnel, why, _sources(summary)]
+    return [head, funnel, meanings, _sources(summary)]
 
 
 def _sources(summary: Summary) -> Section:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.curate.report_sets import BINS, Leaks, Retrieved
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.curate.report_sets import BINS, Leaks, Match, Retrieved
 from pipeline.curate.report_summary import Summary
 from pipeline.curate.report_tiles import match_tiles, other, tile
 from pipeline.curate.report_words import COLOURS, images, share, similarity
@@ -26,7 +29,7 @@ def leak_sections(summary: Summary) -> list[Section]:
     )
     rules = summary.counts.by_rule
     sets = summary.leaks
-    columns = {
+    columns: Mapping[str, Sequence[Any]] = {
         "evaluation set": [leak.name for leak in sets],
         "its images": [leak.images or "–" for leak in sets],
         "of them in the pile": [leak.leaked for leak in sets],
@@ -50,11 +53,11 @@ def leak_sections(summary: Summary) -> list[Section]:
 
 
 def _leak(summary: Summary, leak: Leaks) -> list[Section]:
-    def groups(matches: tuple[object, ...]) -> list[Group]:
+    def groups(matches: tuple[Match, ...]) -> list[Group]:
         return [
             Group(
-                match_tiles(summary, match, leak.name, leak.pictures.get(match.query)),  # type: ignore[attr-defined]
-                below=f"{similarity(match.similarity)} alike",  # type: ignore[attr-defined]
+                match_tiles(summary, match, leak.name, leak.pictures.get(match.query)),
+                below=f"{similarity(match.similarity)} alike",
                 close=True,
             )
             for match in matches
@@ -81,7 +84,7 @@ def seed_sections(summary: Summary) -> list[Section]:
         return []
     sets = summary.retrieved
     gone = summary.counts.reasons["not_retrieved"]
-    columns = {
+    columns: Mapping[str, Sequence[Any]] = {
         "seed set": [one.name for one in sets],
         "by": [one.part or "–" for one in sets],
         "seed images": [one.images or "–" for one in sets],

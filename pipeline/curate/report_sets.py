@@ -1,4 +1,4 @@
-"""What the report says of other sets: images of evaluation sets in the pile, and seeds' neighbours."""
+"""What the report says of other sets: evaluation images in the pile, and seeds' neighbours."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from pipeline.curate.report_clusters import Level, ranked
 from pipeline.curate.report_map import GRID
 from pipeline.curate.report_mosaic import Mosaic
@@ -29,7 +32,7 @@ def cluster_sections(summary: Summary) -> list[Section]:
         "drown small ones. The effective number is how many clusters of equal size would be as "
         "diverse; higher is more even."
     )
-    columns = {
+    columns: Mapping[str, Sequence[Any]] = {
         "": [name for name, _ in levels],
         "clusters": [level.clusters for _, level in levels],
         "effective before": [round(level.effective_before, 1) for _, level in levels],
@@ -115,7 +118,7 @@ def cost_sections(summary: Summary) -> list[Section]:
     if not costs:
         return []
     wall, cpu = sum(c.seconds for c in costs), sum(c.cpu_s for c in costs)
-    columns = {
+    columns: Mapping[str, Sequence[Any]] = {
         "step": [c.step for c in costs],
         "wall time, this run": [seconds(c.seconds) for c in costs],
         "CPU time": [seconds(c.cpu_s) for c in costs],

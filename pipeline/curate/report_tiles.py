@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pipeline.curate.report_copies import Component, Member, Pair
+from pipeline.curate.report_read import Shown
 from pipeline.curate.report_sets import Match
 from pipeline.curate.report_summary import Summary
 from pipeline.curate.report_words import COLOURS, name_of, similarity, size
-from pipeline.curate.report_read import Shown
 from pipeline.track.gallery import Tile
 
 KEEP, GONE, ASK, CHAIN = "keep", "gone", "ask", "chain"
@@ -96,7 +96,7 @@ def _like(summary: Summary, member: Member) -> str:
 def _tip(one: Shown) -> str:
     parts = [one.path or one.source, one.image_id]
     if one.width:
-        parts.append(f"{one.width:,} x {one.height:,} pixels, {size(one.bytes)}")
+        parts.append(f"{one.width:,} x {one.height:,} pixels, {size(one.encoded_bytes)}")
     if one.error:
         parts.append(one.error)
     return "\n".join(part for part in parts if part)

@@ -40,12 +40,13 @@ PHRASES = {
     "not_retrieved": "are like no seed image",
     "balanced_out": "are too many of their kind",
 }
+SINGULAR = {"are": "is", "show": "shows"}
 MEANING = {
     "kept": "Goes into the curated set.",
     "undecodable": "The file is broken, empty or no image.",
     "too_small": "Its shorter side has too few pixels.",
     "aspect": "Its long side is too many times the short one, as of a banner or a ruler.",
-    "flat": "One colour, too little contrast, too dark, too bright or blurred; the rule says which.",
+    "flat": "One colour, too little contrast, too dark, too bright or blurred. The rule says it.",
     "duplicate_bytes": "Byte for byte the same as an image that is kept.",
     "duplicate_near": "Shows the same picture as one that is kept: saved again, resized, cropped, "
     "mirrored or recoloured. The best one of each group stays.",
@@ -100,6 +101,17 @@ def count(number: float) -> str:
     return f"{int(number):,}"
 
 
+def phrase(number: int, reason: str) -> str:
+    """1 is too small, 12 are too small."""
+    words = PHRASES[reason]
+    if number == 1:
+        first, _, rest = words.partition(" ")
+        words = f"{SINGULAR.get(first, first)} {rest}"
+        words = words.replace("is files that come", "is a file that comes")
+        words = words.replace("is copies of", "is a copy of").replace("their kind", "its kind")
+    return f"{number:,} {words}"
+
+
 def images(number: int) -> str:
     """1 image, 12,345 images."""
     return f"{number:,} image" + ("" if number == 1 else "s")
@@ -111,10 +123,10 @@ def share(part: float, whole: float) -> str:
         return "–"
     percent = 100 * part / whole
     if 0 < percent < 0.1:
-        return "< 0.1 %"
+        return "< 0.1\u00a0%"
     if 99.9 < percent < 100:
-        return "> 99.9 %"
-    return f"{percent:.1f} %" if percent < 99.95 and percent else f"{percent:.0f} %"
+        return "> 99.9\u00a0%"
+    return f"{percent:.1f}\u00a0%" if percent < 99.95 and percent else f"{percent:.0f}\u00a0%"
 
 
 def size(number: float) -> str:

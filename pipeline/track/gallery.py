@@ -145,4 +145,7 @@ def _tile(tile: Tile, size: int) -> str:
         for kind in ("b" if not i else "span",)
     )
     tip = f" title='{html.escape(tile.tip, quote=True)}'" if tile.tip else ""
-    return f"<figure class='tile {tile.frame}'{tip}><div>{shown}</div><figcaption>{lines}</figcaption></figure>"
+    return (
+        f"<figure class='tile {tile.frame}'{tip}><div>{shown}</div>"
+        f"<figcaption>{lines}</figcaption></figure>"
+    )

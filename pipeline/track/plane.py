@@ -1,4 +1,4 @@
-"""The plane that a chart is drawn on: linear or logarithmic axes with round ticks, as inline SVG."""
+"""The plane that a chart is drawn on: linear or logarithmic axes with round ticks, in SVG."""
 
 from __future__ import annotations
 
@@ -101,7 +101,6 @@ class Plane:
             place = f"x='{right + (-6 if left_side else 6):.1f}' y='{TOP - 4}'"
             anchor = "end" if left_side else "start"
             parts.append(f"<path class='mark' d='M{right:.1f} {TOP - 14}V{floor}'/>")
-            parts.append(
-                f"<text class='marked' {place} text-anchor='{anchor}'>{html.escape(mark.text)}</text>"
-            )
+            place = f"class='marked' {place} text-anchor='{anchor}'"
+            parts.append(f"<text {place}>{html.escape(mark.text)}</text>")
         return "".join(parts) + "</svg>"

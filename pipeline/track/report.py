@@ -87,7 +87,8 @@ def write_report(
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{css}</style></head><body><main>"
-        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p>{_contents(sections)}</header>"
+        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p>"
+        f"{_contents(sections)}</header>"
     )
     plain = Text | Table | Chart | Heading
     pictures = sum(not isinstance(section, plain) for section in sections)
@@ -114,7 +115,9 @@ def _section(section: Section, side: int, chapters: bool) -> str:
     if isinstance(section, Heading):
         said = f"<p>{html.escape(section.text)}</p>" if section.text else ""
         name = html.escape(section.title)
-        return f"<div class='chapter wide' id='{_anchor(section.title)}'><h2>{name}</h2>{said}</div>"
+        return (
+            f"<div class='chapter wide' id='{_anchor(section.title)}'><h2>{name}</h2>{said}</div>"
+        )
     level = "h3" if chapters else "h2"
     inner = f"<{level}>{html.escape(section.title)}</{level}>" if section.title else ""
     if isinstance(section, Text):

@@ -27,7 +27,8 @@ from pipeline.data import demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
 THRESHOLD, LOWEST, GUARD = 0.9, 0.8, 0.06
-ATTACKS = "jpeg half crop mirror light blur overlay grey rotate".split()
+ATTACKS = ("jpeg", "half", "crop", "mirror", "light", "blur", "overlay", "grey", "rotate")
+STEPS = ("fingerprint", "quality", "exact", "calibrate", "join", "components")
 
 
 @dataclass
@@ -111,7 +112,7 @@ def write_run(
     evaluation = [_tile(photos, rng) for _ in range(60)] if images > 1 else []
     seeds = [_tile(photos, rng, label=rng.choice([3, 13])) for _ in range(30)] if photos else []
     if images == 1:
-        rows = [_row(Image.new("RGB", (96, 96), (90, 120, 60)), "web/one", 0)]
+        rows = [_row(Image.linear_gradient("L").convert("RGB"), "web/one", 0)]
     if images >= 1000:
         rows += _group(photos, 45) + _chain(photos, rng)
     while len(rows) < images:
@@ -242,7 +243,7 @@ def _decide(run: Run, off: set[str]) -> None:
             row.reason, row.rule, row.keeper = "duplicate_bytes", "bytes", first[row.image_id]
             row.similarity = 1.0
     alive = [i for i, row in enumerate(rows) if row.reason == "kept"]
-    if "leaks" not in off and alive:
+    if "leaks" not in off and alive and run.evaluation:
         queries = np.stack([row.vector for row in run.evaluation]).astype(np.float64)
         for i in alive:
             found = queries @ rows[i].vector.astype(np.float64)
@@ -290,9 +291,7 @@ def _components(run: Run, alive: list[int]) -> None:
             continue
         name = min(rows[i].image_id for i in members)
         run.components[name] = members
-        left = sorted(
-            members, key=lambda i: (-rows[i].width * rows[i].height, rows[i].image_id)
-        )
+        left = sorted(members, key=lambda i: (-rows[i].width * rows[i].height, rows[i].image_id))
         while left:
             free = [i for i in left if rows[i].reason != "leaks_evaluation"]
             keeper = (free or left)[0]
@@ -364,7 +363,7 @@ def _write(run: Run, files: int, off: set[str]) -> None:
         mine = [e for e in run.edges if low <= e[0] < high]
         put(
             "edges",
-            dict(zip("a b similarity".split(), map(list, zip(*mine, strict=True)), strict=True))
+            dict(zip(("a", "b", "similarity"), map(list, zip(*mine, strict=True)), strict=True))
             if mine
             else {"a": [], "b": [], "similarity": []},
             tables.EDGES,
@@ -429,7 +428,7 @@ def _write(run: Run, files: int, off: set[str]) -> None:
 def results(root: Path, files: int) -> list[work.Result]:
     """Steps as they would have been accounted."""
     found = []
-    for number, step in enumerate("fingerprint quality exact calibrate join components".split()):
+    for number, step in enumerate(STEPS):
         accounts = tuple(
             {"rows": 500, "bytes": 3_000_000 // (number + 1), "_seconds": 1.0} for _ in range(files)
         )
