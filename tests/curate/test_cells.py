@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.curate import cells, exact
@@ -120,6 +120,7 @@ def test_near_cells_share_a_bucket(sample: Array) -> None:
     assert replicas(cells.bucket_cells(found.centres, 12, 0, "modulo")) > 1.5 * clustered
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=20), share=st.floats(0, 1))
 def test_shares_add_up(sizes: list[int], share: float) -> None:
     held = sum(size > 0 for size in sizes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.curate import bucketed, portions, tables
@@ -17,6 +17,7 @@ from pipeline.errors import DataError
 from tests.curate.planted import ids_for, write_pool
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 30), max_size=12), most=st.integers(1, 40))
 def test_portions_hold_each_row_once(sizes: list[int], most: int) -> None:
     files, first = [], 0
