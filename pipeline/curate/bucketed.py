@@ -2,7 +2,7 @@
 
 So a task that needs a bucket reads one piece of each file, and files are as many as the tasks that
 wrote them. With many buckets the footers would be what is read most: then a task writes one file
-for each 64 buckets.
+for each 128 buckets.
 """
 
 from __future__ import annotations

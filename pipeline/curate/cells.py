@@ -288,6 +288,8 @@ def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if given.sum() >= total:
             break
         given[place] += given[place] < sizes[place]
+    while given.sum() > max(total, np.count_nonzero(sizes)):  # small ones were given one
+        given[int(np.argmax(np.where(given > 1, given - exact, -np.inf)))] -= 1
     return given
 
 

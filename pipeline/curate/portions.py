@@ -18,7 +18,9 @@ from pipeline.curate.tables import InputFile, Vectors, ids_of, matrix, read_tabl
 from pipeline.errors import DataError
 from pipeline.uri import join, public
 
-PORTION_BYTES = 96 * 2**20  # of the vectors of a portion
+PORTION_BYTES = 96 * 2**20  # of the vectors of a portion, at most
+PORTIONS = 32  # of small sets, so that all CPUs have work
+PORTION_ROWS = 4096  # of a portion of a small set, at least
 CROPS = 9  # of an image with views
 OFF_UNIT = 0.02  # lengths may be that far from 1: rounding to half precision gives 0.001
 
@@ -76,11 +78,12 @@ def portions(
     Args:
         files: the inputs that the vectors are of.
         vectors: of them.
-        rows: most in a portion; default: by the bytes of their vectors.
+        rows: most in a portion; default: by the bytes of their vectors and by all rows.
     """
     each = vectors.dim * 2 * (2 * (CROPS + 1) if vectors.views else 1)
-    most = rows or max(1, PORTION_BYTES // each)
-    names = set(vectors.names)
+    files, names = list(files), set(vectors.names)
+    even = max(PORTION_ROWS, sum(file.rows for file in files) // PORTIONS)
+    most = rows or max(1, min(PORTION_BYTES // each, even))
     found: list[list[Part]] = []
     room = 0
     for file in files:
