@@ -123,7 +123,8 @@ def _operator(start: float, end: float) -> Doubles:
         row[used[:rest]] -= 1
     for row in rounded[1::2]:
         row[np.flatnonzero(row)[0]] -= row.sum()
-    return rounded / _BITS
+    found: Doubles = rounded / _BITS
+    return found
 
 
 def visiting(full: Halves, crops: Halves) -> tuple[Halves, Bools]:

@@ -76,7 +76,7 @@ def spec_of(
     """
     if embedder == DESCRIPTOR:
         return EmbedderSpec()
-    given = {
+    given: dict[str, Any] = {
         "name": embedder,
         "digest": digest_of(embedder),
         "image_size": image_size,

@@ -22,7 +22,7 @@ SCALES = (1.0, 1.07, 1.14, 1.21, 1.29)  # of the other image; a crop to 60 % of 
 SLACK = 5  # pixels of the square in which a block may be off: rotation by 5 degrees moves it by 2
 STRAY = 2  # pixels that the whole may stand outside of the other
 FOUND = 0.6  # share of the blocks that must match
-SAME = 0.53  # mean correlation of the best of these
+SAME = 0.6  # mean correlation of the best of these
 _SMOOTH = 5  # pixels of the mean that is taken off
 _PLACES = [(y, x) for y in range(0, SIDE, BLOCK) for x in range(0, SIDE, BLOCK)]
 
@@ -44,14 +44,15 @@ def agreement(a: Pixels, b: Pixels) -> float:
 
 def _inside(a: Pixels, b: Pixels) -> float:
     """How well a, as it is or mirrored, is found in b enlarged."""
+    details = [_detail(turned.astype(np.float32)) for turned in (a, a[:, ::-1])]
+    blocks = _unit(
+        np.stack([d[y : y + BLOCK, x : x + BLOCK].ravel() for d in details for y, x in _PLACES])
+    )
     best = 0.0
-    for turned in (a, a[:, ::-1]):
-        detail = _detail(turned.astype(np.float32))
-        blocks = _unit(np.stack([detail[y : y + BLOCK, x : x + BLOCK].ravel() for y, x in _PLACES]))
-        for scale in SCALES:
-            side = round(SIDE * scale)
-            larger = Image.fromarray(b).resize((side, side), Image.Resampling.BILINEAR)
-            best = max(best, _matched(blocks, np.asarray(larger, np.float32)))
+    for scale in SCALES:
+        side = round(SIDE * scale)
+        larger = Image.fromarray(b).resize((side, side), Image.Resampling.BILINEAR)
+        best = max(best, _matched(blocks, np.asarray(larger, np.float32)))
     return best
 
 
@@ -75,9 +76,10 @@ def _matched(blocks: Floats, image: Floats) -> float:
     maps = np.pad(maps, ((0, 0), (STRAY, STRAY), (STRAY, STRAY)), mode="edge")
     # The same displacement for all blocks: each map is read from its own block's place on.
     reach = len(image) - SIDE + 2 * STRAY + 1
-    moved = np.stack(
-        [one[y : y + reach, x : x + reach] for (y, x), one in zip(_PLACES, maps, strict=True)]
-    )
+    own = zip(_PLACES + _PLACES, maps, strict=True)
+    moved = np.stack([one[y : y + reach, x : x + reach] for (y, x), one in own])
+    blocks_of = moved.reshape(2, len(_PLACES), reach, reach)  # as it is, and mirrored
     count = max(1, round(FOUND * len(_PLACES)))
-    ranked = np.partition(moved, len(_PLACES) - count, axis=0)[len(_PLACES) - count :]
-    return float(ranked.mean(0).max())
+    least = len(_PLACES) - count
+    ranked = np.partition(blocks_of, least, axis=1)[:, least:]
+    return float(ranked.mean(1).max())

@@ -3,7 +3,7 @@
 Half of the images choose the threshold (and the penalty of crop views), the other half says what
 they are worth. A pair that must not match is an image and any copy of another image. With h images
 in a half these are 10 h (h - 1), so 250 images give 600,000 pairs: a rate of 1e-6 cannot be counted
-there. So the highest similarities are fitted: their excess over the quantile of 1e-4 falls off like
+there. So the highest similarities are fitted: their excess over the quantile of 1e-3 falls off like
 an exponential, whose scale is its median. That quantile and median do not move much where a few
 pairs are wrong.
 
@@ -27,10 +27,10 @@ from pipeline.curate.same_picture import same_picture
 FEWEST = 20  # images, below which the defaults are used
 DEFAULT_PENALTY = 0.06
 DEFAULT_VIEWS, DEFAULT_PLAIN = 0.70, 0.90  # thresholds: of the descriptor, of any other embedder
-FITTED = 1e-4  # share of the negatives above the point where the tail's fit begins
+FITTED = 1e-3  # share of the negatives above the point where the tail's fit begins
 FEWEST_FITTED = 30  # negatives in the tail
 PENALTIES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
-LOOKED_AT = 3  # pairs of images, for each image, that `same_picture` looks at
+LOOKED_AT = 1  # pairs of images, for each image, that `same_picture` looks at
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
 CURVE = 41  # points
 _CHUNK = 2**25  # similarities computed at once
@@ -248,7 +248,7 @@ def compare(sample: Attacked) -> Compared:
 
 
 def _best(a: Floats, b: np.ndarray[Any, Any]) -> Floats:
-    """Of a [h, d] with b [h, copies, views, d]: the highest product over the views, [h, h, copies]."""
+    """The highest product over the views of b, [h, copies, views, d], with a, [h, d]."""
     h, copies, views, dim = b.shape
     out = np.empty((h, h, copies), np.float32)
     step = max(1, _CHUNK // (h * copies * views))
