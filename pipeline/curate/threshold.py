@@ -8,7 +8,8 @@ an exponential, whose scale is its median. That quantile and median do not move 
 pairs are wrong.
 
 A user's images hold copies of each other, which are no errors when they match. So the pairs that
-are most alike are looked at by `same_picture`, and those that it takes for copies are left out.
+are most alike are looked at by `same_picture`, until many in a row are none, and those that it takes
+for copies are left out.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from pipeline.curate.attacks import ATTACKS
 from pipeline.curate.descriptor import MIRROR
 from pipeline.curate.same_picture import same_picture
 
-FEWEST = 20  # images, below which the defaults are used
+FEWEST = 60  # images, below which the defaults are used
 DEFAULT_PENALTY = 0.06
 DEFAULT_VIEWS, DEFAULT_PLAIN = 0.70, 0.90  # thresholds: of the descriptor, of any other embedder
 FITTED = 1e-3  # share of the negatives above the point where the tail's fit begins
-FEWEST_FITTED = 30  # negatives in the tail
+FEWEST_FITTED = 300  # negatives in the tail: thirty pairs of images, of which all copies are alike
 PENALTIES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
-LOOKED_AT = 1  # pairs of images, for each image, that `same_picture` looks at
+PATIENCE = 40  # pairs in a row that are no copies, after which no more are looked at
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
 CURVE = 41  # points
 _CHUNK = 2**25  # similarities computed at once
@@ -240,10 +241,13 @@ def compare(sample: Attacked) -> Compared:
     unlike = ~np.eye(len(wholes), dtype=bool)
     found = 0
     alike = plain[:, :, 0] if crop is None else np.maximum(plain, crop - DEFAULT_PENALTY)[:, :, 0]
+    others = 0
     for i, j in _most_alike(alike):
         if same_picture(sample.pictures[i], sample.pictures[j]):
             unlike[i, j] = unlike[j, i] = False
-            found += 1
+            found, others = found + 1, 0
+        elif (others := others + 1) == PATIENCE:
+            break
     return Compared(plain, crop, unlike, found)
 
 
@@ -262,5 +266,5 @@ def _most_alike(similarity: Floats) -> Iterator[tuple[int, int]]:
     """Pairs (i < j), most alike first."""
     i, j = np.triu_indices(len(similarity), 1)
     both = np.maximum(similarity[i, j], similarity[j, i])
-    for pair in np.argsort(-both, kind="stable")[: LOOKED_AT * len(similarity)]:
+    for pair in np.argsort(-both, kind="stable"):
         yield int(i[pair]), int(j[pair])
