@@ -35,8 +35,9 @@ PARTS = ("as_is", "sample", "cluster", "balanced", "pool")
 CODE = {reason: code for code, reason in enumerate(REASONS)}
 KEPT = CODE["kept"]
 
-# rows that are left when copies and leaks are gone: what retrieval and balancing choose from
-ALIVE = pa.schema([("row", ROW)])
+# rows that are left when copies and leaks are gone: what retrieval and balancing choose from. Each
+# is its own keeper, so the table can stand for one of exact copies.
+ALIVE = pa.schema([("row", ROW), ("keeper", ROW)])
 # of each component with a row that leaks: its best match
 LEAKING = pa.schema(
     [
@@ -62,6 +63,7 @@ class Tables:
     components: str = ""
     leaks: str = ""
     leaking: str = ""  # of `best_leaks`; given where leaks take their components with them
+    matches: tuple[str, ...] = ()  # with each earlier curation that images are added to
     retrieved: str = ""
     balanced: str = ""
 
@@ -129,7 +131,7 @@ def alive(folder: str, file: InputFile, inputs: Inputs, tables: Tables) -> Accou
     """Task: writes the rows of a file that pass quality, are no copy and do not leak."""
     rows = _without_copies(file, inputs, tables)
     left = file.first + np.flatnonzero(rows.code == KEPT)
-    table = pa.table([pa.array(left, ROW)], schema=ALIVE)
+    table = pa.table([left, left], schema=ALIVE)
     return {"rows": len(left), "bytes": write_table(table, folder, file.name)}
 
 
@@ -208,6 +210,7 @@ def _without_copies(file: InputFile, inputs: Inputs, tables: Tables) -> _Rows:
     _quality(rows, tables, about.column("error").to_pylist())
     _equal(rows, inputs, tables)
     _leaking(rows, tables)
+    _earlier(rows, tables)
     _near(rows, tables)
     return rows
 
@@ -274,6 +277,18 @@ def _matched(rows: _Rows, places: Any, table: pa.Table) -> None:
     rows.similarity[places] = table.column("similarity").to_numpy()
 
 
+def _earlier(rows: _Rows, tables: Tables) -> None:
+    """Copies of images that an earlier curation kept; the latest curation first."""
+    for folder in tables.matches:
+        table = read_table(folder, rows.file.name)
+        places = rows.places(table, "matches")
+        fresh = rows.remove(places, "duplicate_near")
+        places, table = places[fresh], table.filter(pa.array(fresh))
+        rows.rule[places] = "earlier"
+        rows.keeper[places] = _objects(ids_of(table.column("image_id")))
+        rows.similarity[places] = table.column("similarity").to_numpy()
+
+
 def _near(rows: _Rows, tables: Tables) -> None:
     if not tables.components:
         return
@@ -293,20 +308,19 @@ def _select(rows: _Rows, tables: Tables) -> None:
     kept = rows.code == KEPT
     as_is = rows.file.kind == AS_IS
     rows.part[kept] = "as_is" if as_is else ""
-    if tables.retrieved:
+    if tables.retrieved and not as_is:
         table = read_table(tables.retrieved, rows.file.name)
         places = rows.places(table, "retrieved")
         wanted = kept[places]
         places, table = places[wanted], table.filter(pa.array(wanted))
-        if not as_is:
-            rows.part[places] = np.array(table.column("part").to_pylist(), object)
+        rows.part[places] = np.array(table.column("part").to_pylist(), object)
         rows.rule[places] = np.array(table.column("set").to_pylist(), object)
         rows.query[places] = _objects(ids_of(table.column("query_id")))
         rows.similarity[places] = table.column("similarity").to_numpy()
         rows.hits[places] = table.column("hits").to_numpy()
         rows.cluster[places] = table.column("cluster").to_numpy()
     considered = np.zeros(len(kept), bool)
-    if tables.balanced:
+    if tables.balanced and not as_is:
         table = read_table(tables.balanced, rows.file.name)
         places = rows.places(table, "balanced")
         considered[places] = True

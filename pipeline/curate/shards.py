@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.curate.tables import InputFile, Inputs, read_table
+from pipeline.curate.tables import AS_IS, InputFile, Inputs, read_table
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, MANIFEST, is_ours, shard_metadata
 from pipeline.data.ledger import write_manifest
@@ -42,6 +42,7 @@ from pipeline.errors import DataError
 from pipeline.files import fingerprint
 from pipeline.uri import Place, join, parent, public
 
+EARLIER = "earlier"  # the set of images that are there already
 MARK = "curated from "  # begins the `source` of a manifest
 RUN_BYTES = 256 * 2**20  # of images that are sorted at once
 
@@ -141,7 +142,8 @@ def write_curated(
     *,
     shard_bytes: int,
     row_group_images: int,
-) -> tuple[ShardSet, list[Result]]:
+    earlier: ShardSet | None = None,
+) -> tuple[ShardSet, list[Result], int]:
     """Writes the images that are kept as image shards with a manifest; needs a joined Ray cluster.
 
     A rerun writes what is missing, and nothing where nothing changed.
@@ -155,9 +157,11 @@ def write_curated(
         fingerprints: folder of that step.
         shard_bytes: about the size of a shard.
         row_group_images: rows of a row group, fewer where images are large.
+        earlier: curated shards that the images are added to.
 
     Returns:
-        The shards, and the results of the steps that ran.
+        The shards, the results of the steps that ran, and how many of the earlier images came again
+        (byte for byte, though nothing took them for copies).
 
     Raises:
         DataError: nothing is kept, or the folder holds something else.
@@ -168,12 +172,15 @@ def write_curated(
             f"curation kept none of {inputs.rows:,} images",
             "the decisions say why, image by image; relax the rule that removed most of them",
         )
-    form = form_of(sets)
-    count = max(1, math.ceil(decisions.total("kept_bytes") / shard_bytes))
+    form = form_of([*sets, *([(EARLIER, earlier)] if earlier else [])])
+    size = decisions.total("kept_bytes")
+    size += sum(f.bytes for f in earlier.files) if earlier else 0
+    count = max(1, math.ceil(size / shard_bytes))
     about = [decisions.key, count, row_group_images, str(form.schema), form.class_names]
+    about += [earlier.digest] if earlier else []
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
     if (found := _finished(work, shards, key)) is not None:
-        return found, []
+        return found, [], kept + (earlier.rows if earlier else 0) - found.rows
     _claim(shards)
     results = []
     pieces: list[list[Piece]] = [[] for _ in range(count)]
@@ -182,6 +189,10 @@ def write_curated(
     for file, account in zip(inputs.files, decisions.accounts, strict=True):
         if file.set in form.packed and account["kept"]:
             for index in range(_place(account["low"], count), _place(account["high"], count) + 1):
+                pieces[index].append(Piece(file))
+    if earlier:
+        for file, low, high in _ranges(earlier):
+            for index in range(_place(low, count), _place(high, count) + 1):
                 pieces[index].append(Piece(file))
     for account in runs.accounts if runs else ():
         file = inputs.files[account["file"]]
@@ -197,9 +208,12 @@ def write_curated(
     ]
     written = run_step(folder, name, key, tasks, write_shard)
     results.append(written)
-    if written.total("rows") != kept:
-        raise RuntimeError(f"{kept} images are kept, {written.total('rows')} are in the shards")
-    source = MARK + ", ".join(public(s.uri) for _, s in sets)
+    again = int(written.total("again"))
+    wanted = kept + (earlier.rows if earlier else 0) - again
+    if written.total("rows") != wanted:
+        raise RuntimeError(f"{wanted} images are kept, {written.total('rows')} are in the shards")
+    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
+    source = MARK + ", ".join(public(s.uri) for _, s in every)
     write_manifest(str(shards), source, form.class_names, written.accounts)
     found = open_shards(str(shards))
     fs, path = resolve_uri(str(work))
@@ -208,7 +222,24 @@ def write_curated(
     if runs:  # as large as the images
         fs, path = resolve_uri(runs.folder)
         fs.delete_dir(path)
-    return found, results
+    return found, results, again
+
+
+def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
+    """Files of an earlier curation with their first and last id."""
+
+    def one(index: int) -> tuple[InputFile, str, str]:
+        with earlier.parquet(index) as parquet:
+            meta = parquet.metadata
+            place = parquet.schema_arrow.get_field_index("image_id")
+            ends = [
+                meta.row_group(g).column(place).statistics for g in (0, meta.num_row_groups - 1)
+            ]
+        file = InputFile(index, EARLIER, AS_IS, 0, earlier.files[index], earlier.columns)
+        return file, ends[0].min, ends[1].max
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, range(len(earlier.files))))
 
 
 def _finished(work: Place, shards: Place, key: str) -> ShardSet | None:
@@ -335,10 +366,20 @@ def write_shard(
         RuntimeError: two rows have one id.
     """
     low, high = id_range(index, count)
-    found = [t for piece in pieces for t in _read(piece, low, high, decisions, sorted_folder, form)]
-    table = pa.concat_tables(found) if found else form.schema.empty_table()
-    table = _in_order(table)
+    new, old = (
+        [
+            table
+            for piece in pieces
+            if (piece.file.set == EARLIER) is there
+            for table in _read(piece, low, high, decisions, sorted_folder, form)
+        ]
+        for there in (False, True)
+    )
+    new, again = _without(new, old)
+    found = [*new, *old]
+    table = _in_order(pa.concat_tables(found) if found else form.schema.empty_table())
     account: Account = {"name": shard_name(index), "rows": table.num_rows, "row_groups": []}
+    account["again"] = again
     ids = table.column("image_id").to_pylist()
     labels = table.column("label").to_pylist()
     if len(set(ids)) != len(ids):
@@ -360,6 +401,15 @@ def write_shard(
     return account
 
 
+def _without(new: list[pa.Table], old: list[pa.Table]) -> tuple[list[pa.Table], int]:
+    """New rows whose ids are not among the old ones, and how many were."""
+    if not new or not old:
+        return new, 0
+    known = pa.concat_arrays([c for t in old for c in t.column("image_id").chunks])
+    fresh = [t.filter(pc.invert(pc.is_in(t.column("image_id"), known))) for t in new]
+    return fresh, sum(map(len, new)) - sum(map(len, fresh))
+
+
 def _in_order(table: pa.Table) -> pa.Table:
     ids = table.column("image_id").to_numpy(zero_copy_only=False).astype(str)
     if (ids[1:] >= ids[:-1]).all():
@@ -377,7 +427,12 @@ def _read(
         with open_patiently(fs, path) as file, pq.ParquetFile(file) as parquet:
             yield parquet.read_row_groups(list(piece.groups)).cast(form.schema)
         return
-    ids, kept = _decided(piece.file, decisions)
+    if piece.file.set == EARLIER:
+        with _opened(piece.file) as parquet:
+            names = parquet.read(columns=["image_id"]).column(0).to_pylist()
+        ids, kept = np.array(names, "U32"), np.ones(len(names), bool)
+    else:
+        ids, kept = _decided(piece.file, decisions)
     kept &= (ids >= low) & (ids < high)
     first = 0
     with _opened(piece.file) as parquet:

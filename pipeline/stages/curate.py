@@ -1,4 +1,4 @@
-"""The curate stage: from all images to those worth training on, with a reason for each other one."""
+"""The curate stage: images that are worth training on, and for each other one why it is not."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
 from pipeline.stages.context import DESCRIPTOR, Context, result_line
-from pipeline.stages.curate_sets import POOL_NAME, Sets, open_sets
-from pipeline.stages.curate_steps import Found, decide, write_shards
+from pipeline.stages.curate_found import Found
+from pipeline.stages.curate_sets import POOL_NAME, open_sets
+from pipeline.stages.curate_steps import decide, write_shards
 from pipeline.uri import Place, public
 
 log = logging.getLogger("pipeline.curate")
@@ -71,29 +72,34 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         uri, _, short = digest.rpartition(" ")
         tracker.dataset(name, short, public(uri), "curation", images)
     found = decide(config, sets, steps_of(context))
-    result_line("curate", found.tally.line())
-    for line in found.tally.lines():
+    tally = found.counted
+    result_line("curate", tally.line())
+    for line in tally.lines():
         result_line("", line)
-    summary = _summary(context, found, sets)
+    summary = _summary(context, found)
     page = context.folder.stage("curate") / "report.html"
-    report.write(page, summary, f"Curation of {config.run.name}", found.tally.line())
+    report.write(page, summary, f"Curation of {config.run.name}", tally.line())
     log.info("report      %s", public(context.folder.at("curate", "report.html")))
     _track(tracker, found, summary, page)
-    shards = write_shards(found, config, sets, context.shards_uri)
+    shards = write_shards(found, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
     tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
     return {
-        "text": found.tally.line(),
-        "images_in": found.tally.rows,
+        "text": tally.line(),
+        "images_in": tally.rows,
         "images": shards.rows,
         "digest": shards.digest,
-        "reasons": found.tally.total(),
-        "parts": found.tally.total_parts(),
-        "sources": found.tally.reasons,
+        "reasons": tally.total(),
+        "parts": tally.total_parts(),
+        "sources": tally.reasons,
         "threshold": found.threshold,
         "leak_threshold": found.leak_threshold,
         "penalty": found.penalty,
-        "embedder": config.curate.copy_embedder,
+        "embedder": found.copy_spec.settings[:2] if found.copy_spec else None,
+        "copy_embedder": config.curate.copy_embedder,
+        "shards": context.shards_uri,
+        "against": config.curate.against,
+        **found.numbers,
     }
 
 
@@ -115,7 +121,7 @@ def _warn(context: Context) -> None:
         )
 
 
-def _summary(context: Context, found: Found, sets: Sets) -> Summary:
+def _summary(context: Context, found: Found) -> Summary:
     return report.summarise(
         found.root,
         results=found.results,
@@ -125,7 +131,7 @@ def _summary(context: Context, found: Found, sets: Sets) -> Summary:
         evaluation_sets=found.leak_prints,
         seed_sets=found.seed_prints,
         folders=found.folders,
-        rows_in=found.tally.rows,
+        rows_in=found.counted.rows,
         seed=context.config.run.seed,
     )
 

@@ -9,6 +9,7 @@ from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.stages.context import Context, open_packed_shards
+from pipeline.stages.curate_earlier import Earlier, earlier_runs
 from pipeline.uri import public
 
 POOL_NAME = "pool"  # what the images are called that are not of a seed set
@@ -24,12 +25,16 @@ class Sets:
         seeds: sets that retrieval begins from.
         leaks: evaluation sets, whose images must not be trained on.
         include: whether seed images go into the curated set.
+        earlier: curations that these images are added to, the latest first.
+        earlier_shards: what they kept.
     """
 
     pool: ShardSet
     seeds: dict[str, ShardSet]
     leaks: dict[str, ShardSet]
     include: bool
+    earlier: tuple[Earlier, ...] = ()
+    earlier_shards: ShardSet | None = None
 
     @property
     def inputs(self) -> Inputs:
@@ -49,6 +54,8 @@ class Sets:
         every = {POOL_NAME: self.pool}
         every |= {f"seeds.{name}": shards for name, shards in self.seeds.items()}
         every |= {f"leaks.{name}": shards for name, shards in self.leaks.items()}
+        if self.earlier_shards is not None:
+            every["earlier"] = self.earlier_shards
         return {name: f"{shards.uri} {shards.digest}" for name, shards in every.items()}
 
 
@@ -72,6 +79,7 @@ def open_sets(context: Context) -> Sets:
             raise ConfigError(
                 f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
             )
+    earlier = earlier_runs(config.curate.against) if config.curate.against else []
     return Sets(
         pool=open_packed_shards(config, context.folder),
         seeds={
@@ -85,6 +93,8 @@ def open_sets(context: Context) -> Sets:
             for name, uri in sorted(leaks.items())
         },
         include=config.retrieve.include,
+        earlier=tuple(earlier),
+        earlier_shards=open_shards(earlier[0].result["shards"]) if earlier else None,
     )
 
 

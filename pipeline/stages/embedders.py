@@ -1,4 +1,4 @@
-"""What `curate.copy_embedder` and `curate.embedder` mean: no weights, a run of ours, weights, ONNX."""
+"""What the embedder fields of `curate` mean: no weights, a run of ours, weights, or ONNX."""
 
 from __future__ import annotations
 

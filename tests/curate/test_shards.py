@@ -69,7 +69,7 @@ def curated(tmp_path: Path, sets: list, share: float = 0.7, size: int = 4000, ro
 
 def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (found, _), result = curated(tmp_path, sets)
+    (found, _, _), result = curated(tmp_path, sets)
     assert found.packed and len(found.files) > 3
     opened = open_shards(str(tmp_path / "curated"))
     assert opened == found
@@ -91,7 +91,7 @@ def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
 
 def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (found, _), _ = curated(tmp_path, sets, share=1.0)
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
     table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
     assert table.schema.names == [
         "image_id", "image", "width", "height", "format", "source", "label",
@@ -113,16 +113,16 @@ def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
 
 def test_the_digest_says_which_images_they_are(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (one, _), _ = curated(tmp_path, sets)
-    (again, results), _ = curated(tmp_path, sets)
+    (one, _, _), _ = curated(tmp_path, sets)
+    (again, results, _), _ = curated(tmp_path, sets)
     assert again == one and not results  # nothing was written again
-    (less, _), _ = curated(tmp_path, sets, share=0.5)
+    (less, _, _), _ = curated(tmp_path, sets, share=0.5)
     assert less.digest != one.digest and less.rows < one.rows
     manifest = json.loads((tmp_path / "curated" / "_manifest.json").read_text())
     assert manifest["images"] == less.rows and manifest["source"].startswith("curated from ")
-    (back, _), _ = curated(tmp_path, sets)
+    (back, _, _), _ = curated(tmp_path, sets)
     assert back.digest == one.digest
-    (other, _), _ = curated(tmp_path, sets, size=10**9)
+    (other, _, _), _ = curated(tmp_path, sets, size=10**9)
     assert len(other.files) == 1
     assert other.rows == back.rows and not (tmp_path / "curated" / "part-00001.parquet").exists()
 
@@ -137,18 +137,18 @@ def test_a_packed_set_in_other_pieces_gives_the_same_shards(tmp_path, monkeypatc
     loose = hub(tmp_path / "hub", [list(images.values())[:9], list(images.values())[9:]])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    (a, _), _ = curated(tmp_path / "a", [("pool", POOL, pack)])
-    (b, _), _ = curated(tmp_path / "b", [("pool", POOL, loose)])
+    (a, _, _), _ = curated(tmp_path / "a", [("pool", POOL, pack)])
+    (b, _, _), _ = curated(tmp_path / "b", [("pool", POOL, loose)])
     assert a.digest == b.digest
     assert [f.rows for f in a.files] == [f.rows for f in b.files]
 
 
 def test_a_shard_that_is_gone_is_written_again(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (one, _), _ = curated(tmp_path, sets)
+    (one, _, _), _ = curated(tmp_path, sets)
     before = {f.name: Path(f.path).read_bytes() for f in one.files}
     Path(one.files[1].path).unlink()
-    (again, _), _ = curated(tmp_path, sets)
+    (again, _, _), _ = curated(tmp_path, sets)
     assert again.digest == one.digest
     assert {f.name: Path(f.path).read_bytes() for f in again.files} == before
 
@@ -157,7 +157,7 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     from pipeline.curate import shards as module
 
     sets = pile(tmp_path, monkeypatch)
-    (whole, _), _ = curated(tmp_path, sets)
+    (whole, _, _), _ = curated(tmp_path, sets)
     before = {f.name: Path(f.path).read_bytes() for f in whole.files}
     (tmp_path / "again").mkdir()
     real, calls = module.write_shard, []
@@ -176,7 +176,7 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module, "write_shard", lambda f, i, *r: (calls.append(i), real(f, i, *r))[1]
     )
-    (found, _), _ = curated(tmp_path / "again", sets)
+    (found, _, _), _ = curated(tmp_path / "again", sets)
     assert found.digest == whole.digest
     assert {f.name: Path(f.path).read_bytes() for f in found.files} == before
     assert calls.count(2) == 2
@@ -203,7 +203,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_images(tmp_path, monkeypatch, count):
     sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(i) for i in range(count)], []]))]
-    (found, _), _ = curated(tmp_path, sets, share=1.0)
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
     assert found.rows == count and found.packed
 
 
@@ -224,7 +224,7 @@ def test_labels_of_several_sets(tmp_path, monkeypatch):
     assert form.labels == {"a": (1, 2), "b": (0, 2), "c": None}
     assert form_of([("c", c)]).labels == {"c": ()}
     sets = [("a", POOL, a), ("b", POOL, b), ("c", POOL, c)]
-    (found, _), _ = curated(tmp_path, sets, share=1.0)
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
     rows = pa.concat_tables([pq.read_table(f.path) for f in found.files]).to_pylist()
     labels = {row["image_id"]: row["label"] for row in rows}
     expected = dict.fromkeys([0, 2], 1) | {1: 2, 10: 0, 11: 2, 12: 2, 20: None}
@@ -244,6 +244,6 @@ def test_numpy_images_keep_their_format(tmp_path, monkeypatch):
     still = io.BytesIO()
     Image.new("L", (24, 24)).save(still, "WEBP")
     sets = [("pool", POOL, hub(tmp_path / "hub", [[stream.getvalue(), still.getvalue()]]))]
-    (found, _), _ = curated(tmp_path, sets, share=1.0)
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
     table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
     assert sorted(table.column("format").to_pylist()) == ["NPY", "WEBP"]
