@@ -14,6 +14,7 @@ import yaml
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
 from pipeline.stages import curate, evaluate, export, pack, pretrain
@@ -45,6 +46,9 @@ def run(config: Config, stages: Sequence[str]) -> None:
         SystemExit: with 143 after a SIGTERM that ended in a checkpoint.
     """
     config = with_absolute_weights(named(config, stages))
+    if config.curate.query:
+        _look_up(config, stages)
+        return
     folder = RunFolder.of(config.run.folder, config.run.name)
     if folder.uri:
         resolve_uri(folder.uri)  # a wrong one is said before anything is written
@@ -52,6 +56,18 @@ def run(config: Config, stages: Sequence[str]) -> None:
         log.info("run         %s in %s", config.run.name, folder)
         with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
+
+
+def _look_up(config: Config, stages: Sequence[str]) -> None:
+    """Looks an image up instead of curating."""
+    if list(stages) != ["curate"]:
+        raise ConfigError(
+            "curate.query looks up one image, but a whole chain was asked for",
+            "use jobs/curate.py, or leave curate.query empty",
+        )
+    from pipeline.stages.curate_query import look
+
+    look(config)
 
 
 def _run(
@@ -143,9 +159,9 @@ def with_absolute_weights(config: Config) -> Config:
             ("embedder", curate.embedder),
         )
     }
-    return config.model_copy(
-        update={"model": model, "distill": distill, "curate": curate.model_copy(update=embedders)}
-    )
+    places = {"against": full(curate.against), "shards": full(curate.shards)}
+    curate = curate.model_copy(update=embedders | places)
+    return config.model_copy(update={"model": model, "distill": distill, "curate": curate})
 
 
 def _given(context: Context, name: str) -> bool:
