@@ -138,7 +138,7 @@ TABLE = [
         others_inside="yaml",
     ),
     # curation: tasks on Ray over parquet; what they compute is plain numpy
-    row("curate.exact", others="numpy"),
+    row("curate.exact", others="numpy", others_inside="torch"),
     row(
         "curate.shards",
         [
