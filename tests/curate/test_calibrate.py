@@ -25,8 +25,8 @@ def test_tail_of_an_exponential_is_found_by_the_fit():
     for seed in range(3):
         rng = np.random.default_rng(seed)
         x = np.sort(0.3 + rng.exponential(0.02, 200_000)).astype(np.float32)
-        counted, extrapolated = tail_threshold(x, 1e-3)
-        assert not extrapolated and abs(counted - (0.3 + 0.02 * math.log(1e3))) < 0.003
+        counted, extrapolated = tail_threshold(x, 2e-3)
+        assert not extrapolated and abs(counted - (0.3 + 0.02 * math.log(500))) < 0.003
         fitted, extrapolated = tail_threshold(x, 1e-6)
         assert extrapolated and abs(fitted - (0.3 + 0.02 * math.log(1e6))) < 0.03
         # a few pairs that are copies after all move it little
@@ -75,7 +75,9 @@ def test_few_images_give_a_stated_default(images):
     assert math.isnan(Calibration.of_json(found.to_json()).recall)
 
 
-def test_all_images_equal():
+def test_all_images_equal(monkeypatch):
+    monkeypatch.setattr(threshold, "same_picture", lambda a, b: (a == b).all())
+    monkeypatch.setattr(threshold, "LOOKED_AT", 60)
     one = plain_sample(1)
     pictures = np.repeat(picture(scene(0))[None], 60, 0)
     found = measure_threshold(Attacked(np.repeat(one.vectors, 60, 0), None, pictures), 1e-6)
