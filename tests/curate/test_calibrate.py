@@ -113,7 +113,7 @@ def test_planted_copies_in_the_sample_hardly_move_the_threshold(shared, seed):
     assert dirty.recall > clean.recall - 0.03 and clean.recall > 0.85
 
 
-def run(tmp_path, images, name, backwards=False, count=64, **options):
+def run(tmp_path, images, name, backwards=False, count=60, **options):
     where = Here(backwards)
     for part in (module, fingerprint, exact_copies):
         part.run_step = where
@@ -133,15 +133,14 @@ def steps(monkeypatch):
         monkeypatch.setattr(part, "run_step", part.run_step)
 
 
-def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps):
-    images = [encoded(scene(n, 48, 64), "JPEG") for n in range(80)] + [b"", b"broken"]
+def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
+    monkeypatch.setattr(threshold, "PATIENCE", 5)
+    images = [encoded(scene(n, 32, 40), "JPEG") for n in range(66)] + [b"", b"broken"]
     one = run(tmp_path, images, "one")
     order = np.random.default_rng(0).permutation(len(images))
     two = run(tmp_path, [images[i] for i in order], "two", backwards=True)
-    assert one == two and one.images == 64 and one.extrapolated and "extrapolated" in one.warning
+    assert one == two and one.images == 60 and one.extrapolated and "extrapolated" in one.warning
     assert 0.3 < one.threshold < 0.995 and one.recall > 0.5
-    other = run(tmp_path, images, "three", seed=1)
-    assert other.curve != one.curve
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
