@@ -8,8 +8,8 @@ an exponential, whose scale is its median. That quantile and median do not move 
 pairs are wrong.
 
 A user's images hold copies of each other, which are no errors when they match. So the pairs that
-are most alike are looked at by `same_picture`, until many in a row are none, and those that it takes
-for copies are left out.
+are most alike are looked at by `same_picture`, until many in a row are none, and those that are
+copies by it are left out.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ DEFAULT_VIEWS, DEFAULT_PLAIN = 0.70, 0.90  # thresholds: of the descriptor, of a
 FITTED = 1e-3  # share of the negatives above the point where the tail's fit begins
 FEWEST_FITTED = 300  # negatives in the tail: thirty pairs of images, of which all copies are alike
 PENALTIES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
+LOOKED_AT = 5  # pairs of images, for each image, at most
 PATIENCE = 40  # pairs in a row that are no copies, after which no more are looked at
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
 CURVE = 41  # points
@@ -266,5 +267,5 @@ def _most_alike(similarity: Floats) -> Iterator[tuple[int, int]]:
     """Pairs (i < j), most alike first."""
     i, j = np.triu_indices(len(similarity), 1)
     both = np.maximum(similarity[i, j], similarity[j, i])
-    for pair in np.argsort(-both, kind="stable"):
+    for pair in np.argsort(-both, kind="stable")[: LOOKED_AT * len(similarity)]:
         yield int(i[pair]), int(j[pair])
