@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import io
 import math
 import shutil
+import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -155,6 +158,24 @@ def test_the_map_is_a_pca_of_the_descriptors(run: Run, summary: Summary) -> None
     fitted = PCA(2, svd_solver="full").fit(points)
     assert np.allclose(np.abs(ours), np.abs(fitted.transform(points)), atol=1e-9)
     assert share == pytest.approx(fitted.explained_variance_ratio_.sum())
+
+
+def test_umap_lays_out_the_map_where_it_is_installed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fake:
+        def __init__(self, **options: object) -> None:
+            assert options["random_state"] == 0 and options["metric"] == "cosine"
+
+        def fit_transform(self, points: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+            return points[:, :2]
+
+    module = types.ModuleType("umap")
+    module.__spec__ = importlib.machinery.ModuleSpec("umap", None)
+    module.UMAP = Fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "umap", module)
+    found = summarise(run.root).map
+    assert found is not None and (found.method, found.explained) == ("UMAP", 0.0)
 
 
 def test_what_is_shown_has_its_picture_and_its_decision(run: Run, summary: Summary) -> None:
