@@ -6,8 +6,6 @@ settings and what it reads stay the same; so another threshold costs what comes 
 
 from __future__ import annotations
 
-import ray
-
 from pipeline.config import Config
 from pipeline.curate import decide as deciding
 from pipeline.curate import exact_copies, quality
@@ -36,6 +34,8 @@ def decide(config: Config, sets: Sets, root: Place) -> Found:
     Raises:
         PipelineError: a table is damaged, or a step could not do its work.
     """
+    import ray
+
     gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     found = Found(config, sets, sets.inputs, root, gpus)
     prints = found.add(fingerprints(found, root, found.inputs), "fingerprint")

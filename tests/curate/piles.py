@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,21 @@ from pipeline.data.schema import ShardSet, open_shards
 
 def without_ray(monkeypatch: Any) -> None:
     """Steps run in this process, one task after the other."""
+    import ray
+
+    from pipeline import cluster
+    from pipeline.curate import copies, embed
 
     def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
         for task in tasks:
             yield task.name, work._account(work._task(folder, task, function))
 
     monkeypatch.setattr(work, "_run", run)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(embed, "_resources", lambda: (0.0, 1.0))
+    monkeypatch.setattr(copies, "_cpus_of_fit", lambda: 1.0)
+    monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(cluster, "nodes", lambda: 1)
 
 
 def picture(seed: int, size: int = 24, quality: int = 0) -> bytes:
