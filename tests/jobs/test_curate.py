@@ -426,3 +426,55 @@ def test_the_demo_loses_what_was_planted(tmp_path, monkeypatch):
     page = (run.path / "curate" / "report.html").read_text()
     assert "almost nothing to see" in page and "copy of another image" in page
     assert json.loads((run.path / "curate" / "_done.json").read_text())["result"]["images"] > 3400
+
+
+def files_of(run: RunFolder, *parts: str) -> dict[str, bytes]:
+    root = run.path.joinpath(*parts)
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.parquet"))}
+
+
+def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Killed after every fifth task: no task is run twice, and the result has the same bytes."""
+    from pipeline.curate import work
+
+    images = wild()
+    hub(tmp_path / "hub", [images[:15], images[15:40], images[40:]])
+    hub(tmp_path / "test", [[encoded(blobs(3))]])
+    hub(tmp_path / "seeds", [[encoded(blobs(i).rotate(5)) for i in range(6)]])
+    sets = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
+    sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    sets += ["retrieve.mode=sample", "balance.images=9", "balance.resampling=1"]
+    sets += ["data.shard_mb=0.01"]
+    inner, ran = work._run, []
+
+    def counted(folder, tasks, *rest):
+        for name, account in inner(folder, tasks, *rest):
+            ran.append((folder, name))
+            yield name, account
+
+    monkeypatch.setattr(work, "_run", counted)
+    whole = curate(tmp_path, *sets, name="whole")
+    assert_balanced(whole, len(images) + 6)
+    clean, starts = len(ran), 0
+    assert clean > 60
+    ran.clear()
+
+    def killed(folder, tasks, *rest):
+        for name, account in counted(folder, tasks, *rest):
+            if len(ran) % 5 == 0:
+                raise KeyboardInterrupt  # the account is written, the driver has not seen it
+            yield name, account
+
+    monkeypatch.setattr(work, "_run", killed)
+    run = None
+    while run is None:
+        starts += 1
+        try:
+            run = curate(tmp_path, *sets, name="killed")
+        except KeyboardInterrupt:
+            assert starts < clean
+    assert starts > clean / 6
+    assert len(ran) == len(set(ran)) == clean
+    steps = ("curate", "steps", "decisions")
+    assert files_of(run, *steps) == files_of(whole, *steps)
+    assert files_of(run, "curated") == files_of(whole, "curated")
