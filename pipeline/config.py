@@ -6,6 +6,7 @@ Derived values are not here: `pipeline.plan.resolve` computes them, once.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +31,26 @@ DINO: dict[str, dict[str, Any]] = {
 DISTILLATION: dict[str, dict[str, Any]] = {
     "loss": {"mask_probability": 0.0},
     "model": {"drop_path": 0.0},
+}
+# What a preset of the curation means where a recipe does not say it. `dedup` and `balanced` are the
+# defaults of the fields; `lvd142m` has the numbers of the DINOv2 paper (section 3, appendix A).
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "lvd142m": {
+        "dedup": {"chains": "keep"},
+        "leaks": {"scope": "components"},
+        "retrieve": {
+            "neighbours": 4,
+            "clusters": 100_000,
+            "cluster_seeds": 3,
+            "cluster_images": 10_000,
+            "cap": 1_000_000,
+        },
+    },
+}
+# The paper's thresholds are those of SSCD, which comes as ONNX; other vectors are calibrated.
+LVD142M_SSCD: dict[str, dict[str, Any]] = {
+    "dedup": {"threshold": 0.6},
+    "leaks": {"threshold": 0.45},
 }
 
 
@@ -343,7 +364,7 @@ class Quality(Section):
     enabled: bool = Field(True, description="false: only what cannot be decoded goes")
     min_side: int = Field(32, ge=0, description="shorter side, pixels (too_small)")
     max_aspect: NonNegative = Field(4.0, description="long over short side (aspect)")
-    min_entropy: NonNegative = Field(2.0, description="luminance histogram, bits of 8 (flat)")
+    min_entropy: NonNegative = Field(1.0, description="luminance histogram, bits of 8 (flat)")
     min_contrast: NonNegative = Field(4.0, description="deviation of the luminance of 255 (flat)")
     min_brightness: NonNegative = Field(
         0.0, description="brightest 5 % are darker than this, of 255 (flat)"
@@ -351,7 +372,9 @@ class Quality(Section):
     max_brightness: NonNegative = Field(
         0.0, description="darkest 5 % are brighter than this, of 255 (flat)"
     )
-    min_sharpness: NonNegative = Field(0.0, description="variance of the Laplacian (flat)")
+    min_sharpness: NonNegative = Field(
+        10.0, description="Laplacian's variance at 32 x 32 pixels; low: gradients, blanks (flat)"
+    )
     sample: Positive = Field(2000, description="images that a dry run measures")
 
 
@@ -430,6 +453,14 @@ class Balance(Section):
     iterations: Positive = Field(10, description="of k-means")
     floor: int = Field(1, ge=0, description="images of every leaf that is large enough, at least")
     floor_members: Positive = Field(2, description="images that make a leaf large enough")
+
+    @model_validator(mode="after")
+    def _coarser(self) -> Balance:
+        if any(a <= b for a, b in pairwise(self.levels)):
+            raise ValueError(
+                f"levels must have fewer clusters each, finest first, got {list(self.levels)}"
+            )
+        return self
 
 
 class Mix(Section):
@@ -512,13 +543,20 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """What an objective sets where the recipe says nothing."""
+        """What an objective or a preset sets where the recipe says nothing."""
         if not isinstance(values, dict):
             return values
-        distill = values.get("distill")
+        distill, curate = (
+            found if isinstance(found := values.get(name), dict) else {}
+            for name in ("distill", "curate")
+        )
+        preset = str(curate.get("preset", ""))
+        sscd = preset == "lvd142m" and str(curate.get("copy_embedder", "")).endswith(".onnx")
         for wanted, defaults in (
             (values.get("objective") == "dino", DINO),
-            (isinstance(distill, dict) and distill.get("teacher"), DISTILLATION),
+            (distill.get("teacher"), DISTILLATION),
+            (preset in PRESETS, PRESETS.get(preset, {})),
+            (sscd, LVD142M_SSCD),
         ):
             for section, fields in defaults.items() if wanted else ():
                 given = values.get(section, {})
@@ -561,6 +599,34 @@ class Config(Section):
             )
         if self.model.init_resize and not self.model.init:
             raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
+        return self
+
+    @model_validator(mode="after")
+    def _curated(self) -> Config:
+        curate = self.curate
+        parts = (self.quality, self.dedup, self.leaks, self.retrieve, self.balance, self.mix)
+        if not curate.preset:
+            set_here = [type(x).__name__.lower() for x in parts if x != type(x)()]
+            if set_here:
+                raise ValueError(
+                    f"{', '.join(set_here)} would be ignored: curate.preset is empty, so nothing "
+                    "is curated; set curate.preset=dedup"
+                )
+            return self
+        if curate.preset == "balanced" and not self.balance.images:
+            raise ValueError(
+                "curate.preset=balanced does not know how many images to keep; set balance.images"
+            )
+        if curate.preset == "lvd142m" and not self.retrieve.seeds:
+            raise ValueError(
+                "curate.preset=lvd142m retrieves images like those of seed sets, and there is "
+                "none; set retrieve.seeds.<name>=shards"
+            )
+        if self.leaks.scope == "components" and not self.dedup.enabled:
+            raise ValueError(
+                "leaks.scope=components needs the components that dedup finds; set "
+                "dedup.enabled=true or leaks.scope=images"
+            )
         return self
 
     @model_validator(mode="after")

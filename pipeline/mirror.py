@@ -31,7 +31,7 @@ from pipeline.uri import public
 log = logging.getLogger("pipeline")
 
 MARK = ".mirror.json"  # what was the same in both places when this copy saw it last
-APART = ("checkpoints", "shards", "source")  # folders that are not copied
+APART = ("checkpoints", "shards", "curated", "source")  # folders that are not copied
 EVERY_S = 30.0
 AT_ONCE = 8
 
@@ -214,9 +214,9 @@ def _belongs(name: str) -> bool:
         return False
     if parts[0] in APART or parts[:2] == ["pretrain", "ray"]:  # records of one attempt
         return False
-    # pack has shards and work folders in folders of its own
+    # pack and curate have shards and tables in folders of their own
     written_there = name in ("pretrain/outcome.json", "pretrain/bad_images.parquet")
-    return not written_there and not (parts[0] == "pack" and len(parts) > 2)
+    return not written_there and not (parts[0] in ("pack", "curate") and len(parts) > 2)
 
 
 def _state(path: Path) -> Seen:

@@ -138,7 +138,29 @@ TABLE = [
         others_inside="yaml",
     ),
     # curation: tasks on Ray over parquet; what they compute is plain numpy
-    row("curate.exact", others="numpy"),
+    row("curate.exact", others="numpy", others_inside="torch"),
+    row(
+        "curate.shards",
+        [
+            "errors",
+            "files",
+            "uri",
+            "curate.*",
+            "data.merge",
+            "data.ledger",
+            "data.sources",
+            *LEAVES,
+        ],
+        others="numpy pyarrow",
+        others_inside="PIL",
+    ),
+    row(
+        "curate.report* curate.gallery",
+        ["errors", "uri", "curate.*", "track.charts", "track.gallery", "track.matrix"]
+        + ["track.plane", "track.report", *LEAVES],
+        others="numpy pyarrow PIL",
+        others_inside="umap",
+    ),
     row(
         "curate.*",
         ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],

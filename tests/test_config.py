@@ -120,6 +120,19 @@ def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> Non
         ),
         (["augment.local_size=97"], "augment.local_size=97 is not a multiple"),
         (["evaluate.image_size=50"], "evaluate.image_size=50 is not a multiple"),
+        (["curate.preset=balanced"], "does not know how many images to keep; set balance.images"),
+        (["curate.preset=lvd142m"], "there is none; set retrieve.seeds.<name>=shards"),
+        (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
+        (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
+        (
+            ["curate.preset=dedup", "dedup.enabled=false", "leaks.scope=components"],
+            "leaks.scope=components needs the components that dedup finds",
+        ),
+        (
+            ["curate.preset=balanced", "balance.images=5", "balance.levels=[9,9]"],
+            "balance: levels must have fewer clusters each, finest first, got [9, 9]",
+        ),
+        (["curate.preset=dedup", "dedup.threshold=1.5"], "dedup.threshold: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -130,6 +143,22 @@ def test_fields_that_do_not_go_together(arguments: list[str], sentence: str) -> 
         load(arguments)
     assert sentence in caught.value.what
     assert len(caught.value.what.splitlines()) == 1
+
+
+def test_what_a_preset_means() -> None:
+    seeds = ["curate.preset=lvd142m", "retrieve.seeds.landmarks=x"]
+    paper = load([*seeds, "curate.copy_embedder=sscd.onnx"])
+    assert (paper.dedup.threshold, paper.leaks.threshold) == (0.6, 0.45)
+    assert (paper.dedup.chains, paper.leaks.scope) == ("keep", "components")
+    retrieve = paper.retrieve
+    assert (retrieve.neighbours, retrieve.clusters, retrieve.cluster_images) == (4, 100_000, 10_000)
+    assert (retrieve.cluster_seeds, retrieve.cap) == (3, 1_000_000)
+    # the paper's thresholds are those of SSCD: other vectors are calibrated, unless the user says
+    other = load(seeds)
+    assert (other.dedup.threshold, other.leaks.threshold) == ("auto", "auto")
+    assert load([*seeds, "dedup.threshold=0.7"]).dedup.threshold == 0.7
+    assert load([*seeds, "dedup.chains=split"]).dedup.chains == "split"
+    assert load(["curate.preset=dedup"]).dedup == Config().dedup
 
 
 def test_a_local_size_that_is_not_used_may_be_anything() -> None:

@@ -10,9 +10,15 @@ precision finds the candidates with a margin, and doubles decide. The same holds
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+
+BLOCK = 2**21  # products at once: 8 MiB of single precision, which a cache holds
+COLUMNS = 16  # centres of which one maximum is taken, to find a bound for the nearest ones
+DENSE = 1 / 64  # share of pairs above which all products in doubles are cheaper than single ones
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Halves = np.ndarray[Any, np.dtype[np.float16]]
@@ -38,7 +44,24 @@ def dots(a: Halves, b: Halves) -> Doubles:
     return found
 
 
-def nearest(vectors: Halves, centres: Halves, count: int) -> tuple[np.ndarray[Any, Any], Doubles]:
+def device() -> str:
+    """`cuda` where torch sees a GPU, else empty: products are made by numpy then."""
+    import sys
+
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        # Ray hides GPUs from tasks that asked for none; torch takes seconds to import.
+        import os
+
+        if os.environ.get("CUDA_VISIBLE_DEVICES", "") in ("", "-1", "NoDevFiles"):
+            return ""
+        import torch
+    return "cuda" if torch.cuda.is_available() else ""
+
+
+def nearest(
+    vectors: Halves, centres: Halves, count: int, on: str | None = None
+) -> tuple[np.ndarray[Any, Any], Doubles]:
     """The `count` centres with the highest dot product of each vector, exactly ordered.
 
     Equal products are ordered by the centre's number.
@@ -47,52 +70,186 @@ def nearest(vectors: Halves, centres: Halves, count: int) -> tuple[np.ndarray[An
         vectors: [n, d] of unit length.
         centres: [k, d] of unit length.
         count: at most k.
+        on: torch device of the fast products; default: a GPU where there is one, else numpy.
 
     Returns:
         int32 [n, count] and the exact products [n, count].
     """
-    n, k = len(vectors), len(centres)
-    count = min(count, k)
-    spare = min(k, count + 1)
-    fast = vectors.astype(np.float32) @ centres.astype(np.float32).T
-    if spare < k:
-        found = np.argpartition(-fast, spare - 1, axis=1)[:, :spare]
-        lowest = np.take_along_axis(fast, found, 1).min(1)
-        # More than `spare` within the margin of the last: these rows need a look at all centres.
-        close = (fast >= (lowest - 2 * margin(vectors.shape[1]))[:, None]).sum(1) > spare
-    else:
-        found, close = np.broadcast_to(np.arange(k), (n, k)), np.zeros(n, bool)
-    wide = vectors.astype(np.float64)
-    exact = np.empty((n, spare))
-    for column in range(spare):
-        exact[:, column] = np.einsum("nd,nd->n", wide, centres[found[:, column]].astype(np.float64))
-    order = np.lexsort((found, -exact), axis=1)[:, :count]
-    which = np.take_along_axis(found, order, 1).astype(np.int32)
-    similarity = np.take_along_axis(exact, order, 1)
-    if close.any():
-        rows = np.flatnonzero(close)
-        all_of = wide[rows] @ centres.astype(np.float64).T
-        numbers = np.broadcast_to(np.arange(k), all_of.shape)
-        order = np.lexsort((numbers, -all_of), axis=1)[:, :count]
-        which[rows] = order
-        similarity[rows] = np.take_along_axis(all_of, order, 1)
+    which = nearest_numbers(vectors, centres, count, on)
+    similarity = np.empty(which.shape)
+    step = max(1, BLOCK // max(1, vectors.shape[1]))
+    for begin in range(0, len(vectors), step):
+        rows = slice(begin, begin + step)
+        wide = vectors[rows].astype(np.float64)
+        for column in range(which.shape[1]):
+            of = centres[which[rows, column]].astype(np.float64)
+            similarity[rows, column] = np.einsum("nd,nd->n", wide, of)
     return which, similarity
 
 
+def nearest_numbers(
+    vectors: Halves, centres: Halves, count: int, on: str | None = None
+) -> np.ndarray[Any, Any]:
+    """As `nearest`, without the products, of which only those that are close are made in doubles.
+
+    Returns:
+        int32 [n, count].
+    """
+    n, k = len(vectors), len(centres)
+    count = min(count, k)
+    which = np.empty((n, count), np.int32)
+    if not n or not count:
+        return which
+    on = device() if on is None else on
+    wide = -(-k // COLUMNS) * COLUMNS
+    if on:
+        products: Any = _OnDevice(centres, wide, on)
+        step = max(1, 32 * BLOCK // wide)
+    else:
+        products = _OnCpu(centres, wide)
+        step = max(16, BLOCK // wide)
+    for begin in range(0, n, step):
+        rows = vectors[begin : begin + step]
+        found, values = products.candidates(rows, count, 2 * margin(vectors.shape[1]))
+        which[begin : begin + step] = _ordered(rows, centres, found, values, count)
+    return which
+
+
+class _OnCpu:
+    """Products of blocks of vectors with all centres, and which of them may be the highest."""
+
+    def __init__(self, centres: Halves, wide: int) -> None:
+        self.centres = centres.astype(np.float32)
+        self.wide = wide
+        self.fast: Floats = np.empty((0, wide), np.float32)
+
+    def candidates(
+        self, rows: Halves, count: int, slack: float
+    ) -> tuple[np.ndarray[Any, Any], Floats]:
+        """Numbers [n, w] and products [n, w] of all centres that can be among the `count` nearest.
+
+        Places that a row does not need have number k or more and product -inf.
+        """
+        n, k = len(rows), len(self.centres)
+        if len(self.fast) < n:
+            self.fast = np.full((n, self.wide), -np.inf, np.float32)
+        fast = self.fast[:n]
+        np.matmul(rows.astype(np.float32), self.centres.T, out=fast[:, :k])
+        # At least `count` centres have a product of at least the count-th highest of the maxima.
+        highest = fast
+        while highest.shape[1] % 2 == 0 and highest.shape[1] // 2 >= max(count, k // COLUMNS):
+            half = highest.shape[1] // 2
+            highest = np.maximum(highest[:, :half], highest[:, half:])
+        if count == 1:
+            bound = highest.max(1)
+        else:
+            place = highest.shape[1] - count
+            bound = np.partition(highest, place, axis=1)[:, place]
+        flat = np.flatnonzero(fast >= (bound - np.float32(slack))[:, None])
+        row = flat // self.wide
+        counts = np.bincount(row, minlength=n)
+        place_in_row = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found = np.full((n, int(counts.max())), self.wide, np.int32)
+        values = np.full(found.shape, -np.inf, np.float32)
+        found[row, place_in_row] = flat - row * self.wide
+        values[row, place_in_row] = fast.reshape(-1)[flat]
+        return found, values
+
+
+class _OnDevice:
+    """The same with torch. Single precision throughout: no TF32, whose products are rounded."""
+
+    def __init__(self, centres: Halves, wide: int, on: str) -> None:
+        import torch
+
+        self.torch, self.on, self.wide = torch, on, wide
+        self.centres = torch.from_numpy(np.array(centres)).to(on).float()
+
+    def candidates(
+        self, rows: Halves, count: int, slack: float
+    ) -> tuple[np.ndarray[Any, Any], Floats]:
+        """As on the CPU."""
+        torch, k = self.torch, len(self.centres)
+        with _full_precision(torch):
+            fast = torch.from_numpy(np.array(rows)).to(self.on).float() @ self.centres.T
+        width = min(k, count + 8)
+        while True:
+            values, found = torch.topk(fast, width, dim=1)
+            # All that can matter are seen once the last one seen is below the slack.
+            if width == k or bool((values[:, -1] < values[:, count - 1] - slack).all()):
+                return found.int().cpu().numpy(), values.cpu().numpy()
+            width = min(k, 2 * width)
+
+
+@contextmanager
+def _full_precision(torch: Any) -> Iterator[None]:
+    """Inside, matrix products of single precision are made in single precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _ordered(
+    rows: Halves,
+    centres: Halves,
+    found: np.ndarray[Any, Any],
+    values: Floats,
+    count: int,
+) -> np.ndarray[Any, Any]:
+    """The first `count` candidates of each row by exact product, then by number, [n, count]."""
+    order = np.argsort(-values, axis=1, kind="stable")[:, : count + 1]
+    best = np.take_along_axis(found, order, 1)
+    sorted_values = np.take_along_axis(values, order, 1)
+    which = best[:, :count]
+    slack = np.float32(2 * margin(rows.shape[1]))
+    with np.errstate(invalid="ignore"):  # -inf less -inf
+        close = (sorted_values[:, :-1] - sorted_values[:, 1:] <= slack).any(1)
+    unsure = np.flatnonzero(close)
+    step = max(1, BLOCK // (found.shape[1] * rows.shape[1]))
+    for begin in range(0, len(unsure), step):
+        some = unsure[begin : begin + step]
+        real = values[some] > -np.inf
+        numbers = np.where(real, found[some], len(centres))
+        of = centres[np.minimum(numbers, len(centres) - 1)].astype(np.float64)
+        exact = np.einsum("nd,nwd->nw", rows[some].astype(np.float64), of)
+        exact[~real] = -np.inf
+        first = np.lexsort((numbers, -exact), axis=1)[:, :count]
+        which[some] = np.take_along_axis(numbers, first, 1)
+    return which
+
+
 def pairs_above(
-    a: Halves, b: Halves, threshold: float, fast: Floats | None = None
+    a: Halves | Floats,
+    b: Halves | Floats,
+    threshold: float | np.ndarray[Any, Any],
+    fast: Floats | None = None,
 ) -> tuple[Ints, Ints, Doubles]:
     """Rows (i of a, j of b) whose exact dot product is above the threshold, and the products.
 
     Args:
-        a: [n, d].
-        b: [m, d].
-        threshold: of the dot product.
+        a: [n, d], values of half precision (in single precision they need not be converted).
+        b: [m, d], likewise.
+        threshold: of the dot product, one number or [n].
         fast: the products in single precision [n, m], where they are at hand.
     """
     if fast is None:
-        fast = a.astype(np.float32) @ b.astype(np.float32).T
-    i, j = np.nonzero(fast > threshold - margin(a.shape[1]))
-    exact = dots(a[i], b[j])
-    above = exact > threshold
+        fast = a.astype(np.float32, copy=False) @ b.astype(np.float32, copy=False).T
+    bound = np.asarray(threshold, np.float64)
+    lowest = (bound - margin(a.shape[1])).astype(np.float32)
+    flat = np.flatnonzero(fast > (lowest[:, None] if lowest.ndim else lowest))
+    i, j = np.divmod(flat, max(1, fast.shape[1]))
+    if len(flat) > DENSE * fast.size:
+        exact = (a.astype(np.float64) @ b.astype(np.float64).T).reshape(-1)[flat]
+    else:
+        exact = np.empty(len(flat))
+        step = max(1, BLOCK // max(1, a.shape[1]))
+        for begin in range(0, len(flat), step):
+            some = slice(begin, begin + step)
+            exact[some] = np.einsum(
+                "nd,nd->n", a[i[some]].astype(np.float64), b[j[some]].astype(np.float64)
+            )
+    above = exact > (bound[i] if bound.ndim else bound)
     return i[above], j[above], exact[above]

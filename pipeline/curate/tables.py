@@ -11,8 +11,10 @@ step shuffles rows.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,7 +141,7 @@ DECISIONS = pa.schema(
         ("cluster", pa.int64()),
         ("query_id", pa.string()),  # image of an evaluation or seed set
         ("score", pa.float32()),  # what a quality rule measured
-        ("rule", pa.string()),  # quality rule; bytes, pixels or near of a duplicate; a leak's set
+        ("rule", pa.string()),  # quality rule; bytes, pixels, near or earlier of a copy; a leak's set
         ("part", pa.string()),  # as_is, sample, cluster, balanced or pool: why it is kept
         ("source", pa.string()),  # which input, and the top folder in it
         ("hits", pa.int32()),  # seed images that asked for it
@@ -229,23 +231,31 @@ def vector_schema(dim: int) -> pa.Schema:
 
 def write_table(table: pa.Table, folder: str, name: str, row_group_size: int = 65_536) -> int:
     """Writes `folder/name.parquet` whole or not at all, with checksums; returns its bytes."""
-    fs, path = resolve_uri(str(join(folder, f"{name}.parquet")))
-    with atomic_path(fs, path) as temporary:
-        pq.write_table(
-            table,
-            temporary,
-            row_group_size=row_group_size,
-            compression={
-                n: "none" if _dense(table.schema.field(n).type) else "zstd"
-                for n in table.schema.names
-            },
-            use_dictionary=[f.name for f in table.schema if pa.types.is_string(f.type)],
-            write_statistics=[f.name for f in table.schema if pa.types.is_integer(f.type)],
-            write_page_checksum=True,
-        )
-        from pathlib import Path
+    with table_writer(table.schema, folder, name) as (writer, size):
+        writer.write_table(table, row_group_size=row_group_size)
+    return size()
 
-        return Path(temporary).stat().st_size
+
+@contextmanager
+def table_writer(
+    schema: pa.Schema, folder: str, name: str
+) -> Iterator[tuple[pq.ParquetWriter, Callable[[], int]]]:
+    """As `write_table`, piece by piece: a writer, and what tells the bytes of the closed file."""
+    fs, path = resolve_uri(str(join(folder, f"{name}.parquet")))
+    sizes: list[int] = []
+    with atomic_path(fs, path) as temporary:
+        with pq.ParquetWriter(
+            temporary,
+            schema,
+            compression={
+                n: "none" if _dense(schema.field(n).type) else "zstd" for n in schema.names
+            },
+            use_dictionary=[f.name for f in schema if pa.types.is_string(f.type)],
+            write_statistics=[f.name for f in schema if pa.types.is_integer(f.type)],
+            write_page_checksum=True,
+        ) as writer:
+            yield writer, lambda: sizes[0]
+        sizes.append(Path(temporary).stat().st_size)
 
 
 def _dense(kind: pa.DataType) -> bool:

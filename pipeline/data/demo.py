@@ -1,7 +1,7 @@
 """A small labelled set of real images without any download, with planted flaws.
 
-Tiles of photographs that come with scikit-image and scikit-learn; among them duplicates and broken
-files for the other stages to find.
+Tiles of photographs that come with scikit-image and scikit-learn; among them duplicates, flat tiles
+and broken files for the other stages to find.
 
 The class of a tile is its photograph. Training and test tiles come from different parts of it: four
 blocks are kept for the test, and no training tile touches them. Tiles are cut at three scales.
@@ -30,8 +30,9 @@ from pipeline.errors import DataError
 TILE = 96  # pixels of a side, as written
 TRAIN_TILES, TEST_BLOCKS = 216, 4  # per photograph
 NEAR_COPIES, EXACT_COPIES = 60, 12  # of training tiles, in all
-DEMO_IMAGES, DEMO_BYTES = 3538, 10_000_000  # files of the training part, for estimates
-_VERSION = 1
+FLAT_TILES = 24  # with next to nothing on them, as scans and failed exposures have it
+DEMO_IMAGES, DEMO_BYTES = 3562, 10_000_000  # files of the training part, for estimates
+_VERSION = 2
 DEMO_MARK = ".demo.json"  # hidden, so that pack does not take it for an image
 _QUALITY, _NEAR_QUALITY = 90, 60
 # Photographs with structure all over, by class; the names in the two packages.
@@ -58,7 +59,9 @@ Box = tuple[int, int, int]  # left, top, side; pixels of the photograph
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What `make_demo` wrote. `train` = tiles + near_duplicates + copies, broken files apart."""
+    """What `make_demo` wrote. `train` = tiles + near_duplicates + copies + flat; broken files are
+    apart.
+    """
 
     folder: str
     class_names: tuple[str, ...]
@@ -66,6 +69,7 @@ class DemoReport:
     test: int
     near_duplicates: int
     copies: int
+    flat: int
     broken: int
     seconds: float
 
@@ -75,7 +79,8 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
 
     Names say what a file is: `tile_<side>_<left>_<top>.jpg` (pixels of the photograph),
     `near_...` (a training tile recompressed at quality 60), `copy_...` (its very bytes),
-    `broken_<kind>`. A folder that is complete already is left as it is.
+    `flat_<number>.jpg`, `broken_<kind>`. A folder that is complete already is left as it is, one of
+    an older version is made anew.
 
     Raises:
         DataError: the photographs are not installed, or `folder` holds something else.
@@ -84,9 +89,13 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
     folder = Path(folder)
     about = {"version": _VERSION, "seed": seed}
     mark = folder / DEMO_MARK
-    if mark.is_file() and (found := json.loads(mark.read_text()))["about"] == about:
-        names = tuple(found["report"].pop("class_names"))
-        return DemoReport(**{**found["report"], "class_names": names, "folder": str(folder)})
+    if mark.is_file():
+        found = json.loads(mark.read_text())
+        if found["about"] == about:
+            names = tuple(found["report"].pop("class_names"))
+            return DemoReport(**{**found["report"], "class_names": names, "folder": str(folder)})
+        if found["about"]["seed"] == seed:
+            shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(
             f"{folder} holds something that is not this demo",
@@ -107,7 +116,8 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
     near = {_named(k, "near"): _recompressed(train[k]) for k in chosen[:NEAR_COPIES]}
     copies = {_named(k, "copy"): train[k] for k in chosen[NEAR_COPIES:]}
     broken = _broken(rng, train, sorted(photos))
-    for part, files in (("train", train | near | copies | broken), ("test", test)):
+    flat = _flat(rng, sorted(photos))
+    for part, files in (("train", train | near | copies | flat | broken), ("test", test)):
         for name, encoded in files.items():
             path = unfinished / part / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +125,11 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
     report = DemoReport(
         folder=str(folder),
         class_names=tuple(sorted(photos)),
-        train=len(train) + len(near) + len(copies),
+        train=len(train) + len(near) + len(copies) + len(flat),
         test=len(test),
         near_duplicates=len(near),
         copies=len(copies),
+        flat=len(flat),
         broken=len(broken),
         seconds=round(time.monotonic() - begin, 3),
     )
@@ -230,6 +241,19 @@ def _recompressed(encoded: bytes) -> bytes:
 def _named(path: str, kind: str) -> str:
     folder, _, name = path.partition("/")
     return f"{folder}/{kind}_{name}"
+
+
+def _flat(rng: random.Random, classes: list[str]) -> dict[str, bytes]:
+    """One colour each, every other one with a little noise, in some class."""
+    files = {}
+    for number in range(FLAT_TILES):
+        pixels = np.full((TILE, TILE, 3), [rng.randrange(256) for _ in range(3)], np.uint8)
+        if number % 2:
+            noise = np.frombuffer(rng.randbytes(TILE * TILE), np.uint8).reshape(TILE, TILE, 1) & 1
+            pixels = np.maximum(pixels, 1) - noise
+        name = f"{rng.choice(classes)}/flat_{number:02d}.jpg"
+        files[name] = _jpeg(Image.fromarray(pixels), _QUALITY)
+    return files
 
 
 def _broken(rng: random.Random, train: dict[str, bytes], classes: list[str]) -> dict[str, bytes]:

@@ -73,7 +73,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
         schema = schema.with_metadata(shard_metadata(merge.class_names))
         path = f"{folder}/{account['name']}"
         with parquet_writer_atomic(schema, fs, path) as writer:
-            for start, end in _row_groups(rows.column("size").to_numpy(), spec.row_group_images):
+            for start, end in row_groups(rows.column("size").to_numpy(), spec.row_group_images):
                 part = rows.slice(start, end - start)
                 columns = {name: part.column(name) for name in part.column_names}
                 columns["image"] = images.take(start, end)
@@ -137,7 +137,8 @@ def _labels(rows: pa.Table, names: list[int], merge: Merge) -> list[int | None]:
     return found
 
 
-def _row_groups(sizes: np.ndarray[Any, Any], rows: int) -> Iterator[tuple[int, int]]:
+def row_groups(sizes: np.ndarray[Any, Any], rows: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each row group: at most `rows` images, and ROW_GROUP_BYTES of them."""
     start, held = 0, 0
     for at, size in enumerate(sizes.tolist()):
         if at > start and (at - start == rows or held + size > ROW_GROUP_BYTES):

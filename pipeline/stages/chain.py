@@ -14,10 +14,11 @@ import yaml
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
-from pipeline.stages import evaluate, export, pack, pretrain
-from pipeline.stages.context import Context, with_packed_sets
+from pipeline.stages import curate, evaluate, export, pack, pretrain
+from pipeline.stages.context import DESCRIPTOR, Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
 from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
@@ -29,6 +30,7 @@ log = logging.getLogger("pipeline")
 
 STAGES: dict[str, ModuleType] = {
     "pack": pack,
+    "curate": curate,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
@@ -44,6 +46,9 @@ def run(config: Config, stages: Sequence[str]) -> None:
         SystemExit: with 143 after a SIGTERM that ended in a checkpoint.
     """
     config = with_absolute_weights(named(config, stages))
+    if config.curate.query:
+        _look_up(config, stages)
+        return
     folder = RunFolder.of(config.run.folder, config.run.name)
     if folder.uri:
         resolve_uri(folder.uri)  # a wrong one is said before anything is written
@@ -53,10 +58,22 @@ def run(config: Config, stages: Sequence[str]) -> None:
             _run(config, folder, stages, push)
 
 
+def _look_up(config: Config, stages: Sequence[str]) -> None:
+    """Looks an image up instead of curating."""
+    if list(stages) != ["curate"]:
+        raise ConfigError(
+            "curate.query looks up one image, but a whole chain was asked for",
+            "use jobs/curate.py, or leave curate.query empty",
+        )
+    from pipeline.stages.curate_query import look
+
+    look(config)
+
+
 def _run(
     config: Config, folder: RunFolder, stages: Sequence[str], push: Callable[[], object]
 ) -> None:
-    context = Context(config, folder)
+    context = Context(config, folder, only=len(stages) == 1)
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
     left = [name for name in stages if not _given(context, name)]
@@ -134,11 +151,23 @@ def with_absolute_weights(config: Config) -> Config:
 
     model = config.model.model_copy(update={"init": full(config.model.init)})
     distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
-    return config.model_copy(update={"model": model, "distill": distill})
+    curate = config.curate
+    embedders = {
+        name: value if value == DESCRIPTOR else full(value)
+        for name, value in (
+            ("copy_embedder", curate.copy_embedder),
+            ("embedder", curate.embedder),
+        )
+    }
+    places = {"against": full(curate.against), "shards": full(curate.shards)}
+    curate = curate.model_copy(update=embedders | places)
+    return config.model_copy(update={"model": model, "distill": distill, "curate": curate})
 
 
 def _given(context: Context, name: str) -> bool:
     """Whether a stage has nothing to do because its output is an input of the recipe."""
+    if name == "curate":
+        return not context.config.curate.preset and not context.only
     if name != "pack" or context.config.data.source:
         return False
     return bool(context.config.data.shards) and not pack.sources(context)

@@ -19,6 +19,7 @@ from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline")
 
+DESCRIPTOR = "descriptor"  # an embedder that needs no weights
 BUILTIN = "builtin:photos"  # a source that needs no network: photographs inside scikit-image
 
 
@@ -30,11 +31,17 @@ class Context:
     folder: RunFolder
     tracking: Any = None  # pipeline.track.driver.Pipeline, once a stage has to run
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    only: bool = False  # one stage was asked for by name
 
     @property
     def shards_uri(self) -> str:
         """Where the training shards are."""
         return shards_uri(self.config, self.folder)
+
+    @property
+    def packed_uri(self) -> str:
+        """Where the shards are before any of their images is left out."""
+        return packed_uri(self.config, self.folder)
 
     def shards(self) -> ShardSet:
         """The training shards.
@@ -45,13 +52,40 @@ class Context:
         return open_training_shards(self.config, self.folder)
 
 
-def shards_uri(config: Config, folder: RunFolder) -> str:
+def packed_uri(config: Config, folder: RunFolder) -> str:
     """The shards that the recipe names, or those that pack writes into the run folder."""
     return config.data.shards or str(folder.at("shards"))
 
 
+def shards_uri(config: Config, folder: RunFolder) -> str:
+    """What is trained on: curated shards where the recipe curates, else all packed ones."""
+    curate = config.curate
+    if not curate.preset:
+        return packed_uri(config, folder)
+    return curate.shards or str(folder.at("curated"))
+
+
 def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
     """The training shards.
+
+    Raises:
+        ConfigError: where neither shards nor a source are named.
+        DataError: where the shards are not there or cannot be used.
+    """
+    if not config.curate.preset:
+        return open_packed_shards(config, folder)
+    uri = shards_uri(config, folder)
+    if not exists(*resolve_uri(uri)):
+        raise DataError(
+            f"the images are not curated yet: there is no {public(uri)}",
+            "curate them with jobs/curate.py and the same arguments, run all with jobs/run.py, or "
+            "train on all images with curate.preset=",
+        )
+    return open_shards(uri)
+
+
+def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
+    """The shards before any of their images is left out.
 
     Raises:
         ConfigError: where neither shards nor a source are named.
@@ -69,7 +103,7 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
             "data.source=photos/ names images to pack, data.shards=shards/ packed ones",
         )
     return open_shards(
-        shards_uri(config, folder), config.data.image_column, config.data.label_column
+        packed_uri(config, folder), config.data.image_column, config.data.label_column
     )
 
 

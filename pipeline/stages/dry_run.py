@@ -13,7 +13,8 @@ from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.plan import resolve
 from pipeline.stages.chain import named, with_absolute_weights
-from pipeline.stages.context import BUILTIN, local_machine, shards_uri
+from pipeline.stages.context import BUILTIN, local_machine, packed_uri, shards_uri
+from pipeline.stages.curate_plan import curation_plan
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.train import build, start, state
 from pipeline.train.clock import duration
@@ -21,6 +22,7 @@ from pipeline.train.run import check_resume
 
 log = logging.getLogger("pipeline")
 NOT_PACKED = "not packed yet"
+NOT_CURATED = "not curated yet"  # the number of images is then that of all
 # Share of the peak of matrix products that a whole step reaches
 EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
 
@@ -44,15 +46,19 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
             config.data.source,
             f"about {images:,}" if images else "an unknown number of",
             size / 2**30,
-            shards_uri(config, folder),
+            packed_uri(config, folder),
         )
+    if config.curate.preset:
+        if "curate" in stages:
+            curation_plan(config, folder)
+        images, digest = _curated(config, folder) or (images, NOT_CURATED)
     if "pretrain" not in stages:
         return
     if not images:
         log.info("pretrain    the archives were not opened: pack them first to see the plan")
         return
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
-    if digest != NOT_PACKED:
+    if digest not in (NOT_PACKED, NOT_CURATED):
         check_resume(config, digest, folder)
     plan = start.located(plan, state.latest(folder.checkpoints))
     built = starting_pair(plan, folder)
@@ -77,11 +83,22 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     )
 
 
+def _curated(config: Config, folder: RunFolder) -> tuple[int, str] | None:
+    """Rows and digest of the curated shards, where there are any."""
+    try:
+        found = open_shards(shards_uri(config, folder))
+    except StorageError:
+        raise
+    except DataError:
+        return None
+    return found.rows, found.digest
+
+
 def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
     """Rows (0: unknown), digest and bytes of the shards, or an estimate from the source."""
     try:
         found = open_shards(
-            shards_uri(config, folder), config.data.image_column, config.data.label_column
+            packed_uri(config, folder), config.data.image_column, config.data.label_column
         )
         return found.rows, found.digest, sum(file.bytes for file in found.files)
     except StorageError:

@@ -35,7 +35,7 @@ def sources(context: Context) -> dict[str, tuple[str, str]]:
     config, folder = context.config, context.folder
     found = {}
     if config.data.source:
-        found["train"] = (config.data.source, context.shards_uri)
+        found["train"] = (config.data.source, context.packed_uri)
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
         if source and not is_shards(source):

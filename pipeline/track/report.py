@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from pipeline.track.gallery import Heading
 from pipeline.track.state import atomic_write
 from pipeline.track.svg import label, line_chart
 
@@ -51,29 +53,73 @@ class Picture:
     caption: str = ""
 
 
-Section = Text | Table | Chart | Picture
+class Drawn(Protocol):
+    """A section that draws itself: those of `charts`, `gallery` and `matrix`."""
+
+    @property
+    def title(self) -> str:
+        """Above it, or ""."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes the whole width."""
+
+    def html(self, side: int) -> str:
+        """Itself, with pictures that shrink with the side (1,200 pixels at first)."""
 
 
-def write_report(path: Path, title: str, sections: Sequence[Section], subtitle: str = "") -> None:
-    """Writes the report. If it gets too large, its pictures get smaller until it fits."""
+Section = Text | Table | Chart | Picture | Heading | Drawn
+
+
+def write_report(
+    path: Path,
+    title: str,
+    sections: Sequence[Section],
+    subtitle: str = "",
+    limit: int = LIMIT_BYTES,
+) -> None:
+    """Writes the report. If it gets too large, its pictures get smaller until it fits.
+
+    Headings make chapters, with a list of contents at the top.
+    """
     css = (Path(__file__).parent / "report.css").read_text()
     head = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{css}</style></head><body><main>"
-        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p></header>"
+        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p>"
+        f"{_contents(sections)}</header>"
     )
-    pictures = sum(isinstance(section, Picture) for section in sections)
+    plain = Text | Table | Chart | Heading
+    pictures = sum(not isinstance(section, plain) for section in sections)
+    chapters = any(isinstance(section, Heading) for section in sections)
     for side in (1200, 900, 600, 400, 250, 120):
-        body = "".join(_section(section, side) for section in sections)
+        body = "".join(_section(section, side, chapters) for section in sections)
         page = f"{head}{body}</main></body></html>".encode()
-        if len(page) <= LIMIT_BYTES or not pictures:
+        if len(page) <= limit or not pictures:
             break
     atomic_write(path, page)
 
 
-def _section(section: Section, side: int) -> str:
-    inner = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
+def _contents(sections: Sequence[Section]) -> str:
+    titles = [section.title for section in sections if isinstance(section, Heading)]
+    links = "".join(f"<a href='#{_anchor(title)}'>{html.escape(title)}</a>" for title in titles)
+    return f"<nav aria-label='contents'>{links}</nav>" if links else ""
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "chapter"
+
+
+def _section(section: Section, side: int, chapters: bool) -> str:
+    if isinstance(section, Heading):
+        said = f"<p>{html.escape(section.text)}</p>" if section.text else ""
+        name = html.escape(section.title)
+        return (
+            f"<div class='chapter wide' id='{_anchor(section.title)}'><h2>{name}</h2>{said}</div>"
+        )
+    level = "h3" if chapters else "h2"
+    inner = f"<{level}>{html.escape(section.title)}</{level}>" if section.title else ""
     if isinstance(section, Text):
         blocks = section.text.strip().split("\n\n")
         inner += "".join(f"<p>{html.escape(block)}</p>" for block in blocks)
@@ -81,9 +127,12 @@ def _section(section: Section, side: int) -> str:
         inner += _table(section)
     elif isinstance(section, Chart):
         inner += line_chart(section.series, section.x_label)
-    else:
+    elif isinstance(section, Picture):
         inner += _picture(section, side)
-    shape = "wide" if isinstance(section, Text | Table) else "half"
+    else:
+        inner += section.html(side)
+    wide = isinstance(section, Text | Table) or getattr(section, "wide", False)
+    shape = "wide" if wide else "half"
     return f"<section class='{shape}'>{inner}</section>"
 
 

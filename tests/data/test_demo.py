@@ -51,11 +51,12 @@ def test_counts(made):
         ("train", "tile"): 3456,
         ("train", "near"): 60,
         ("train", "copy"): 12,
+        ("train", "flat"): 24,
         ("train", "broken"): 10,
         ("test", "tile"): 576,
     }
-    assert (report.train, report.test, report.broken) == (3528, 576, 10)
-    assert (report.near_duplicates, report.copies) == (60, 12)
+    assert (report.train, report.test, report.broken) == (3552, 576, 10)
+    assert (report.near_duplicates, report.copies, report.flat) == (60, 12, 24)
     assert len(report.class_names) == 16
     for part, each in (("train", 216), ("test", 36)):
         tiles = Counter(n.split("/")[1] for n in found if n.startswith(part) and "/tile_" in n)
@@ -67,7 +68,7 @@ def test_no_pixel_of_a_photograph_is_in_both_parts(made):
     painted = defaultdict(lambda: np.zeros((2, 1500, 1500), bool))
     for name in files(folder):
         part, photo, tile = name.split("/")
-        if "broken" not in tile:
+        if not tile.startswith(("broken", "flat")):
             left, top, side = box(tile)
             painted[photo][int(part == "test"), top : top + side, left : left + side] = True
     assert set(painted) == set(report.class_names)
@@ -108,8 +109,11 @@ def test_planted_duplicates_and_broken_files(made):
         elif kind == "broken":
             with pytest.raises(BadImage):
                 decode_rgb(content)
+        elif kind == "flat":
+            assert decode_rgb(content).std((0, 1)).max() < 2
         else:
             assert decode_rgb(content).shape == (96, 96, 3)
+            assert name.startswith("test") or decode_rgb(content).std() > 4
 
 
 def test_the_same_bytes_each_time(made, tmp_path):
@@ -120,6 +124,16 @@ def test_the_same_bytes_each_time(made, tmp_path):
     assert (folder / "train").stat().st_mtime_ns == stamp
     with pytest.raises(DataError, match="not this demo"):
         make_demo(folder, seed=1)
+
+
+def test_a_demo_of_an_older_version_is_made_anew(made, tmp_path):
+    folder, report = made
+    old = tmp_path / "old"
+    (old / "train" / "cat").mkdir(parents=True)
+    (old / "train" / "cat" / "gone.jpg").write_bytes(b"x")
+    (old / ".demo.json").write_text('{"about": {"version": 1, "seed": 0}, "report": {}}')
+    assert make_demo(old).train == report.train
+    assert files(old) == files(folder)
 
 
 def test_something_else_is_not_overwritten(tmp_path, monkeypatch):
@@ -140,11 +154,11 @@ def test_packed_it_gives_what_was_planted(made, tmp_path, monkeypatch):
         bad_images=str(tmp_path / "bad.parquet"),
         work=str(tmp_path / "work"),
     )
-    assert (report.images_packed, report.duplicates) == (3516, 12)
+    assert (report.images_packed, report.duplicates) == (3540, 12)
     assert report.bad == {"empty": 1, "not_an_image": 4, "too_large": 1, "truncated": 4}
     assert report.class_names == demo_report.class_names
     shards = open_shards(str(tmp_path / "shards"))
-    assert (shards.rows, shards.has_labels) == (3516, True)
+    assert (shards.rows, shards.has_labels) == (3540, True)
 
 
 def test_a_nearest_neighbour_on_raw_pixels_is_better_than_chance_and_not_perfect(made):

@@ -1,0 +1,124 @@
+"""How many test images of CIFAR-10 have a near copy in its training set, by the descriptor.
+
+    python benchmarks/leaks.py [--cifar FOLDER] [--images N] [--gallery leaks.png]
+
+The threshold is calibrated on training images as the curate stage does it. For every test image the
+100 training images with the most similar wholes are compared exactly, crops included. The gallery
+shows pairs drawn from bands of similarity around the threshold (test left, training right), and the
+table how many of a band `same_picture` takes for copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from pipeline.curate.calibrate import copies_of, picture
+from pipeline.curate.descriptor import MIRROR, describe, describe_grey, similarity, square
+from pipeline.curate.same_picture import same_picture
+from pipeline.curate.threshold import Attacked, measure_threshold
+from pipeline.data.columns import image_id
+from pipeline.data.decode import decode_image
+
+CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+NEIGHBOURS = 100
+STEP = 0.05  # width of a band
+SHOWN = 12  # pairs of a band
+TILE = 64
+
+
+def images_of(folder: Path, split: str) -> tuple[Any, list[bytes]]:
+    """uint8 [n, 32, 32, 3] and ids."""
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    rows = [row["bytes"] for f in files for row in pq.read_table(f).column("image").to_pylist()]
+    ids = [bytes.fromhex(image_id(row)) for row in rows]
+    return np.stack([decode_image(row) for row in rows]), ids
+
+
+def described(images: Any) -> tuple[Any, Any]:
+    found = []
+    for at in range(0, len(images), 2000):
+        greys = [square(Image.fromarray(x).convert("L")) for x in images[at : at + 2000]]
+        found.append(describe_grey(np.stack(greys)))
+    full, crops = (np.concatenate(x) for x in zip(*found, strict=True))
+    return full, crops
+
+
+def calibrated(images: Any, ids: list[bytes], count: int) -> Any:
+    vectors, crops, pictures = [], [], []
+    for i in sorted(range(len(ids)), key=lambda i: ids[i])[:count]:
+        copies = copies_of(images[i], ids[i])
+        found = [describe(copy) for copy in copies]
+        vectors.append(np.stack([full for full, _ in found]))
+        crops.append(np.stack([views for _, views in found]))
+        pictures.append(picture(images[i]))
+    sample = Attacked(np.stack(vectors), np.stack(crops), np.stack(pictures))
+    return measure_threshold(sample, 1e-6)
+
+
+def best_matches(test: Any, train: Any, penalty: float) -> tuple[Any, Any]:
+    """The most similar training image of each test image, and how similar it is."""
+    found, score = np.zeros(len(test[0]), int), np.zeros(len(test[0]))
+    wide = train[0].astype(np.float32)
+    for at in range(0, len(test[0]), 200):
+        part = test[0][at : at + 200].astype(np.float32)
+        near = np.maximum(part @ wide.T, (part * MIRROR.astype(np.float32)) @ wide.T)
+        which = np.argpartition(-near, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
+        i, j = np.repeat(np.arange(at, at + len(part)), NEIGHBOURS), which.ravel()
+        exact = similarity(test[0][i], test[1][i], train[0][j], train[1][j], penalty)
+        exact = exact.reshape(len(part), NEIGHBOURS)
+        best = exact.argmax(1)
+        rows = np.arange(len(part))
+        found[at : at + 200], score[at : at + 200] = which[rows, best], exact[rows, best]
+    return found, score
+
+
+def gallery(bands: list[tuple[str, Any]], path: Path) -> None:
+    """A row for each band: its name, then pairs uint8 [n, 2, 32, 32, 3]."""
+    height, width = TILE + 6, 90 + SHOWN * (2 * TILE + 10)
+    sheet = Image.new("RGB", (width, height * len(bands)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pairs) in enumerate(bands):
+        draw.text((4, row * height + 24), name, fill="black")
+        for n, pair in enumerate(pairs[:SHOWN]):
+            both = Image.fromarray(np.concatenate(list(pair), 1)).resize((2 * TILE, TILE))
+            sheet.paste(both, (90 + n * (2 * TILE + 10), row * height + 3))
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cifar", type=Path, default=CIFAR)
+    parser.add_argument("--images", type=int, default=500, help="that are attacked to calibrate")
+    parser.add_argument("--gallery", type=Path, default=Path("leaks.png"))
+    given = parser.parse_args()
+    (train, ids), (test, _) = images_of(given.cifar, "train"), images_of(given.cifar, "test")
+    chosen = calibrated(train, ids, given.images)
+    limit = chosen.threshold
+    print(f"calibrated on {chosen.images} training images: threshold {limit:.4f}, penalty", end=" ")
+    print(f"{chosen.penalty}, recall {chosen.recall:.3f}, {chosen.copies} pairs of copies left out")
+    found, score = best_matches(described(test), described(train), chosen.penalty)
+    print(f"{int((score > limit).sum())} of {len(test):,} test images have a near copy\n")
+
+    rng = np.random.default_rng(0)
+    bands = []
+    print("| similarity | test images | same picture, of those looked at |\n|---|---|---|")
+    edges = [limit + STEP * n for n in range(-3, 5)]
+    for low, high in zip(edges, [*edges[1:], 1.01], strict=True):
+        inside = rng.permutation(np.flatnonzero((score > low) & (score <= high)))
+        looked = inside[:100]
+        same = sum(same_picture(picture(test[i]), picture(train[found[i]])) for i in looked)
+        print(f"| {low:.3f} to {min(high, 1):.3f} | {len(inside)} | {same} of {len(looked)} |")
+        pairs = [np.stack([test[i], train[found[i]]]) for i in inside[:SHOWN]]
+        bands.append((f"{low:.2f}-{min(high, 1):.2f}" + " *" * (low >= limit), pairs))
+    gallery(bands, given.gallery)
+    print(f"\ngallery: {given.gallery} (bands with * are above the threshold)")
+
+
+if __name__ == "__main__":
+    main()

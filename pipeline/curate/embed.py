@@ -1,0 +1,161 @@
+"""Images to vectors: one file of unit vectors for each input file, on GPUs where there are any.
+
+A worker keeps its model from task to task, decodes a row group with all its CPUs and embeds it in
+batches while the rest is decoded. A finished file is not embedded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate import descriptor
+from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, Images, opened
+from pipeline.curate.fingerprint import fingerprint, groups_of
+from pipeline.curate.tables import (
+    InputFile,
+    Inputs,
+    Vectors,
+    id_array,
+    list_array,
+    read_table,
+    table_writer,
+    vector_schema,
+)
+from pipeline.curate.work import Account, Result, Task, run_step
+from pipeline.data.bad_image import MAX_PIXELS, BadImage
+from pipeline.data.decode import decode_image
+from pipeline.uri import Place
+
+VERSION = 1
+
+
+def embed(
+    root: Place,
+    step: str,
+    inputs: Inputs,
+    alive: Result | None,
+    spec: EmbedderSpec,
+    *,
+    fingerprints: Result | None = None,
+    max_pixels: int = MAX_PIXELS,
+    channels: int = 3,
+) -> tuple[Vectors, Result]:
+    """Vectors of all images, or of those that are alive.
+
+    The descriptor is read from the fingerprints, which hold all rows; who reads them leaves out the
+    rest by the same `alive`. Without fingerprints they are made, under the name of the step.
+
+    Args:
+        root: folder of the curation.
+        step: its name.
+        inputs: all images.
+        alive: of `exact_copies.collapse`: only rows that are their own keeper; None: all that can
+            be decoded.
+        spec: the embedder.
+        fingerprints: of the same inputs.
+        max_pixels: larger images are refused.
+        channels: of an image, where fingerprints are made.
+
+    Returns:
+        where the vectors are, and the step that made them.
+    """
+    names = tuple(file.name for file in inputs.files)
+    if spec.kind == DESCRIPTOR:
+        made = fingerprints or fingerprint(
+            root, inputs, max_pixels=max_pixels, channels=channels, step=step
+        )
+        column, dim = "descriptor", descriptor.DIM
+        return Vectors(made.folder, names, dim, made.key, column, views=True), made
+    gpus, cpus = _resources()
+    exact = alive.folder if alive else ""
+    tasks = [
+        Task(file.name, (file, spec, exact, max_pixels, bool(gpus), int(cpus)))
+        for file in inputs.files
+    ]
+    settings = [VERSION, inputs.digest, alive.key if alive else "", spec.settings, max_pixels]
+    found = run_step(root, step, settings, tasks, embed_file, cpus=cpus, gpus=gpus)
+    dim = int(found.accounts[0]["dim"]) if found.accounts else 0
+    return Vectors(found.folder, names, dim, found.key), found
+
+
+def _resources() -> tuple[float, float]:
+    """GPUs and CPUs of a task: a GPU and its share of the CPUs that decode for it, or a CPU."""
+    import ray
+
+    there = ray.cluster_resources()
+    gpus, cpus = there.get("GPU", 0.0), there.get("CPU", 1.0)
+    if gpus < 1:
+        return 0.0, 1.0
+    return 1.0, float(max(1, int(cpus // gpus)))
+
+
+def embed_file(
+    folder: str,
+    file: InputFile,
+    spec: EmbedderSpec,
+    exact: str = "",
+    max_pixels: int = MAX_PIXELS,
+    gpu: bool = False,
+    threads: int = 1,
+) -> Account:
+    """Task: the vectors of one file, by row; rows that cannot be decoded are left out."""
+    embedder = opened(spec, gpu, threads)
+    wanted = np.ones(file.rows, bool)
+    if exact:
+        table = read_table(exact, file.name, ["row", "keeper"])
+        row, keeper = table.column("row").to_numpy(), table.column("keeper").to_numpy()
+        wanted[:] = False
+        wanted[row[row == keeper] - file.first] = True
+
+    def prepared(encoded: bytes) -> Images | None:
+        try:
+            return embedder.prepare(decode_image(encoded, embedder.channels, max_pixels))
+        except BadImage:
+            return None
+
+    rows = first = 0
+    schema = vector_schema(embedder.dim)
+    starts = np.cumsum([0, *file.file.row_groups])
+    groups = [g for g in range(len(starts) - 1) if wanted[starts[g] : starts[g + 1]].any()]
+    with (
+        table_writer(schema, folder, file.name) as (writer, size),
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for number, (group, _) in zip(groups, groups_of(file, groups), strict=True):
+            first = int(starts[number])
+            chosen = np.flatnonzero(wanted[first : first + len(group)])
+            kept: list[int] = []
+            waiting: list[Images] = []
+            found = []
+            images = pool.map(prepared, (group.image(int(place)) for place in chosen))
+            for place, image in zip(chosen, images, strict=True):
+                if image is None:
+                    continue
+                kept.append(int(place))
+                waiting.append(image)
+                if len(waiting) == spec.batch_size:
+                    found.append(embedder.embed(waiting))
+                    waiting = []
+            found.append(embedder.embed(waiting))
+            writer.write_table(_table(file.first + first, kept, group.image_ids, found, schema))
+            rows += len(kept)
+    return {"rows": rows, "bytes": size(), "dim": embedder.dim}
+
+
+def _table(
+    first: int,
+    places: Sequence[int],
+    ids: np.ndarray,
+    vectors: Sequence[np.ndarray],
+    schema: pa.Schema,
+) -> pa.Table:
+    columns = {
+        "row": first + np.asarray(places, np.int64),
+        "image_id": id_array(ids[np.asarray(places, np.int64)]),
+        "vector": list_array(np.concatenate(vectors)),
+    }
+    return pa.table(columns, schema)

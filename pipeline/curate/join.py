@@ -1,0 +1,195 @@
+"""The exact join within cells: which pairs of images are alike.
+
+Each vector is compared with the members of its nearest cells: one matrix product of members and
+visitors for each cell, in single precision, with doubles for what comes near the threshold. What is
+found in a bucket is reduced to its maximum spanning forest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.exact import Doubles, Ints, device, pairs_above
+from pipeline.curate.forest import Forest
+from pipeline.curate.items import Items, Shuffled, by_cell
+from pipeline.curate.portions import Ids, big_endian, order_by_id
+from pipeline.curate.tables import EDGES, ID, ROW, id_array, ids_of, read_table, write_table
+
+TILE = 2048  # items on each side of a product: 16 MiB
+
+Array = np.ndarray[Any, Any]
+Pairs = tuple[Ints, Ints, Doubles]
+
+# Pairs of a bucket, with the ids that order pairs of equal similarity.
+PAIRS = pa.schema(
+    [("a", ROW), ("b", ROW), ("similarity", pa.float64()), ("a_id", ID), ("b_id", ID)]
+)
+
+
+def join_task(
+    folder: str, shuffled: Shuffled, bucket: int, lowest: float, penalty: float
+) -> dict[str, Any]:
+    """Joins a bucket with itself and writes the forest of its pairs above `lowest`."""
+    items = shuffled.read(bucket)
+    node, row, ids = nodes_of(items)
+    forest = Forest()
+    compared = 0
+    for i, j, similarity, products in self_pairs(items, lowest, np.array(shuffled.crops), penalty):
+        compared += products
+        a, b = node[i], node[j]
+        other = a != b
+        forest.add(a[other], b[other], similarity[other])
+    a, b, similarity = forest.edges()
+    size = write_table(pairs_table(row, ids, a, b, similarity), folder, f"{bucket:05d}")
+    _, sizes = np.unique(items.members()[1], return_counts=True)
+    return {
+        "rows": int(items.member.sum()),
+        "bytes": size,
+        "items": len(items),
+        "pairs": forest.pairs,
+        "edges": len(a),
+        "compared": compared,
+        "largest_cell": int(sizes.max(initial=0)),
+    }
+
+
+def nodes_of(items: Items) -> tuple[Ints, Ints, Ids]:
+    """Node of each item; rows and ids of the nodes, which are ordered by image id."""
+    row, first, inverse = np.unique(items.row, return_index=True, return_inverse=True)
+    ids = items.ids[first]
+    order = order_by_id(ids, row)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[inverse], row[order], ids[order]
+
+
+def pairs_table(row: Ints, ids: Ids, a: Ints, b: Ints, similarity: Doubles) -> pa.Table:
+    """Pairs of nodes as `PAIRS`."""
+    return pa.table(
+        {
+            "a": row[a],
+            "b": row[b],
+            "similarity": similarity,
+            "a_id": id_array(ids[a]),
+            "b_id": id_array(ids[b]),
+        }
+    ).cast(PAIRS)
+
+
+def self_pairs(
+    items: Items, lowest: float, crops: Array, penalty: float
+) -> Iterator[tuple[Ints, Ints, Doubles, int]]:
+    """Pairs of items of a bucket above `lowest`, and how many products were made."""
+    own = dict(by_cell(*items.members()))
+    for _, mine in by_cell(*items.members()):
+        x = items.vectors[mine]
+        for a in range(0, len(mine), TILE):
+            for b in range(a, len(mine), TILE):
+                i, j, similarity = tile(x[a : a + TILE], x[b : b + TILE], lowest)
+                upper = j + b > i + a
+                found = mine[i[upper] + a], mine[j[upper] + b], similarity[upper]
+                yield *found, len(x[a : a + TILE]) * len(x[b : b + TILE])
+    yield from visit(items, items.visits(home=False), items, own, lowest, crops, penalty)
+
+
+def visit(
+    visitors: Items,
+    visits: tuple[Ints, Array],
+    hosts: Items,
+    own: dict[int, Ints],
+    lowest: float,
+    crops: Array,
+    penalty: float,
+) -> Iterator[tuple[Ints, Ints, Doubles, int]]:
+    """Pairs (visitor, member) above `lowest` in the cells that visitors and members share.
+
+    Args:
+        visitors: who visits.
+        visits: (visitor, cell) of each visit.
+        hosts: who is visited.
+        own: members of each cell.
+        lowest: of the similarity.
+        crops: which views are of crops; their similarity is reduced by the penalty.
+        penalty: see crops.
+
+    Yields:
+        Visitors, members, similarities, and how many products were made.
+    """
+    reduced = np.where(crops, penalty, 0.0)
+    for cell, guests in by_cell(*visits):
+        mine = own.get(cell)
+        if mine is None:
+            continue
+        y = hosts.vectors[mine]
+        for a in range(0, len(guests), TILE):
+            some = guests[a : a + TILE]
+            x, less = visitors.vectors[some], reduced[visitors.view[some]]
+            for b in range(0, len(mine), TILE):
+                i, j, similarity = tile(x, y[b : b + TILE], lowest, less)
+                members = mine[j + b]
+                yield some[i], members, similarity - less[i], len(x) * len(y[b : b + TILE])
+
+
+def tile(x: Array, y: Array, lowest: float, less: Array | None = None) -> Pairs:
+    """Pairs of x and y whose exact product, less what `less` says of x, is above `lowest`."""
+    threshold: Any = lowest if less is None or not less.any() else lowest + less
+    if on := device():
+        import torch
+
+        with torch.inference_mode():
+            a, b = (torch.from_numpy(np.ascontiguousarray(v)).to(on) for v in (x, y))
+            return pairs_above(x, y, threshold, (a @ b.T).cpu().numpy())
+    return pairs_above(x, y, threshold)
+
+
+def edges_task(
+    folder: str,
+    pairs: str,
+    names: Sequence[str],
+    collapsed: tuple[str, Sequence[str]],
+    lowest: float,
+) -> dict[str, Any]:
+    """The forest over all buckets and the rows with equal vectors, as `tables.EDGES`.
+
+    It holds some 150 bytes for each row that has a copy.
+    """
+    tables = [read_table(pairs, name) for name in names]
+    columns = ["row", "stands", "similarity", "image_id", "stands_id"]
+    for name in collapsed[1]:
+        copies = read_table(collapsed[0], name, columns)
+        above = copies.column("similarity").to_numpy() > lowest
+        tables.append(copies.filter(pa.array(above)).select(columns).rename_columns(PAIRS.names))
+    table = pa.concat_tables([PAIRS.empty_table(), *(t.cast(PAIRS) for t in tables)])
+    del tables
+    rows = np.concatenate([table.column(name).to_numpy() for name in ("a", "b")])
+    row, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    both = np.concatenate([ids_of(table.column(name)) for name in ("a_id", "b_id")])
+    order = order_by_id(both[first], row)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    node = rank[inverse]
+    forest = Forest()
+    forest.add(node[: len(table)], node[len(table) :], table.column("similarity").to_numpy())
+    a, b, similarity = forest.edges()
+    by_id = row[order]
+    edges = pa.table({"a": by_id[a], "b": by_id[b], "similarity": similarity}).cast(EDGES)
+    return {"rows": len(edges), "bytes": write_table(edges, folder, "edges"), "touched": len(row)}
+
+
+def best(keys: Sequence[Array], similarity: Doubles, ids: Sequence[Ids | Array]) -> Ints:
+    """Places of the best pair of each key: the highest similarity, then the smallest of `ids`."""
+    if not len(similarity):
+        return np.zeros(0, np.int64)
+    ties: list[Array] = []
+    for one in reversed(ids):
+        ties.extend(reversed(big_endian(one)) if one.ndim == 2 else [one])
+    order = np.lexsort([*ties, -similarity, *keys])
+    new = np.ones(len(order), bool)
+    new[1:] = False
+    for key in keys:
+        new[1:] |= key[order][1:] != key[order][:-1]
+    return order[new]

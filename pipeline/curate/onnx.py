@@ -1,0 +1,186 @@
+"""A user's model in ONNX as an embedder: what it takes is read from its own signature."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError, one_line
+
+DEFAULT_SIZE = 224  # pixels, where the model leaves its input's size open
+EXPECTED = (
+    "expected one input [batch, 3, height, width] or [batch, height, width, 3] of uint8, float16 "
+    "or float, and an output [batch, width] (or tokens [batch, tokens, width], CLS first)"
+)
+_KINDS = {
+    "tensor(uint8)": np.uint8,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes.
+
+    Attributes:
+        name: of the input.
+        kind: uint8 takes pixels as they are; floats take (pixels / 255 - mean) / std.
+        channels_last: [b, S, S, 3] instead of [b, 3, S, S].
+        size: S, pixels.
+        batch: images at once where the model fixes them, else 0.
+        mean: of each channel.
+        std: of each channel.
+    """
+
+    name: str
+    kind: Any
+    channels_last: bool
+    size: int
+    batch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class OnnxModel:
+    """An ONNX model: uint8 [b, S, S, 3] to float32 [b, D].
+
+    Args:
+        path: of the `.onnx` file.
+        image_size: S where the model leaves it open; default 224.
+        mean: where the model's metadata has no `mean` (a JSON list).
+        std: likewise.
+        threads: of one call.
+        gpu: use CUDA where onnxruntime has it.
+
+    Raises:
+        DataError: onnxruntime is missing, or the model does not fit; says what was found.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        image_size: int | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+        threads: int = 1,
+        gpu: bool = False,
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise DataError(
+                f"{path} needs the package onnxruntime, which is not installed",
+                "pip install 'raydino[onnx]'",
+            ) from error
+        if not Path(path).is_file():
+            raise DataError(f"no model: there is no {path}", "give the path of a .onnx file")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        known = onnxruntime.get_available_providers()
+        wanted = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
+        try:
+            self._session = onnxruntime.InferenceSession(
+                path, options, providers=[name for name in wanted if name in known]
+            )
+        except Exception as error:  # its classes of errors are of each version's own
+            reason = one_line(error).splitlines()[0][:200]
+            raise DataError(f"{path} cannot be opened: {reason}", EXPECTED) from error
+        self.path = path
+        self.signature = _signature(self._session, path, image_size, mean, std)
+        side = self.signature.size
+        self.dim = self(np.zeros((1, side, side, 3), np.uint8)).shape[1]
+
+    def __call__(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, Any]:
+        """uint8 [b, S, S, 3] to float32 [b, D]."""
+        fixed = self.signature.batch
+        if not fixed:
+            return self._run(images)
+        found = []
+        for at in range(0, len(images), fixed):
+            part = images[at : at + fixed]
+            filled = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), 0)])
+            found.append(self._run(filled)[: len(part)])
+        return np.concatenate(found)
+
+    def _run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        signature = self.signature
+        x = images
+        if signature.kind != np.uint8:
+            centre, scale = (np.asarray(v, np.float32) for v in (signature.mean, signature.std))
+            x = ((x.astype(np.float32) / 255 - centre) / scale).astype(signature.kind)
+        if not signature.channels_last:
+            x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        try:
+            outputs = self._session.run(None, {signature.name: x})
+        except Exception as error:
+            reason = one_line(error).splitlines()[0][:200]
+            raise DataError(
+                f"{self.path} failed on images {x.shape}: {reason}", EXPECTED
+            ) from error
+        for rank in (2, 4, 3):  # features, then features of 1 x 1 pixels, then tokens
+            for out in outputs:
+                shape = np.shape(out)
+                if len(shape) != rank or shape[0] != len(images):
+                    continue
+                if rank == 2:
+                    return np.asarray(out, np.float32)
+                if rank == 4 and shape[2:] == (1, 1):
+                    return np.asarray(out[:, :, 0, 0], np.float32)
+                if rank == 3:
+                    return np.asarray(out[:, 0], np.float32)
+        shapes = ", ".join(str(np.shape(out)) for out in outputs)
+        raise DataError(f"{self.path} gives {shapes} for {len(images)} images", EXPECTED)
+
+
+def _signature(
+    session: Any,
+    path: str,
+    image_size: int | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Signature:
+    inputs = session.get_inputs()
+    shown = ", ".join(f"{x.name} {x.type} {x.shape}" for x in inputs)
+    wrong = DataError(f"{path} takes {shown or 'nothing'}", EXPECTED)
+    if len(inputs) != 1 or inputs[0].type not in _KINDS or len(inputs[0].shape) != 4:
+        raise wrong
+    shape = inputs[0].shape
+    if (shape[1] == 3) == (shape[3] == 3):
+        raise wrong
+    last = shape[3] == 3
+    sides = {side for side in (shape[1:3] if last else shape[2:]) if isinstance(side, int)}
+    if len(sides) > 1:
+        raise wrong
+    fixed = next(iter(sides), None)
+    if fixed and image_size and fixed != image_size:
+        raise DataError(
+            f"{path} takes images of {fixed} x {fixed} pixels, curate.image_size={image_size}",
+            "leave curate.image_size empty",
+        )
+    metadata = session.get_modelmeta().custom_metadata_map
+    values = {}
+    for name, default in (("mean", mean), ("std", std)):
+        try:
+            values[name] = tuple(
+                float(v) for v in json.loads(metadata.get(name, "null")) or default
+            )
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} has metadata {name}={metadata[name]!r}, expected a JSON list of numbers",
+                "export the model again, or take the entry out",
+            ) from error
+    return Signature(
+        name=inputs[0].name,
+        kind=_KINDS[inputs[0].type],
+        channels_last=last,
+        size=fixed or image_size or DEFAULT_SIZE,
+        batch=shape[0] if isinstance(shape[0], int) else 0,
+        **values,
+    )

@@ -1,0 +1,194 @@
+"""Sections of the report about copies: examples, similarities, sizes, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.curate.report_copies import BIN, Band, Component
+from pipeline.curate.report_summary import Summary
+from pipeline.curate.report_tiles import component_text, member_tile, pair_tiles
+from pipeline.curate.report_words import COLOURS, images, share, similarity
+from pipeline.track.charts import Bar, Bars, Curve, Histogram
+from pipeline.track.gallery import Gallery, Group, Heading
+from pipeline.track.plane import Mark
+from pipeline.track.report import Section
+
+FRAME = "A green frame marks the image that stays; below the others, how alike they are to it."
+
+
+def copy_sections(summary: Summary) -> list[Section]:
+    """What the search for copies found, and how the threshold was chosen."""
+    found: list[Section] = []
+    if summary.components is not None:
+        found += _groups(summary)
+    if summary.edges is not None and summary.edges.count:
+        found += _pairs(summary)
+    if summary.calibration is not None:
+        found += _calibration(summary)
+    return found
+
+
+def _groups(summary: Summary) -> list[Section]:
+    parts = summary.components
+    assert parts is not None
+    gone = summary.counts.reasons["duplicate_near"]
+    text = (
+        f"{parts.rows:,} images are in {parts.count:,} groups of copies; {gone:,} of them are "
+        f"left out for it. The largest group has {images(parts.largest_size)}."
+        if parts.count
+        else "No two images are copies of one another."
+    )
+    found: list[Section] = [Heading("Copies", text)]
+    if summary.edges is not None and summary.edges.count:
+        found.append(_similarities(summary))
+    if not parts.count:
+        return found
+    found.append(
+        Curve(
+            {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
+            "Groups by size",
+            "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
+            "placeholders, logos, or a threshold that is too low.",
+            x_label="images in a group",
+            y_label="groups",
+            x_log=True,
+            y_log=True,
+            stems=True,
+        )
+    )
+    found.append(_gallery(summary, parts.largest, "The largest groups", FRAME))
+    if parts.count > len(parts.largest):
+        found.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
+    if parts.chains:
+        found.append(
+            _gallery(
+                summary,
+                parts.chains,
+                "Suspected chains",
+                f"A is like B and B like C, but A is not like C: {images(parts.chained)} "
+                f"{'is' if parts.chained == 1 else 'are'} too unlike the first image kept of "
+                "their group (orange frames). Where chains are split, such images get a keeper of "
+                "their own.",
+            )
+        )
+    return found
+
+
+def _gallery(summary: Summary, some: Sequence[Component], title: str, text: str) -> Section:
+    groups = [
+        Group(
+            [member_tile(summary, member) for member in one.members],
+            component_text(one),
+        )
+        for one in some
+    ]
+    return Gallery(groups, title, text, flow=True)
+
+
+def _pairs(summary: Summary) -> list[Section]:
+    edges, threshold = summary.edges, summary.threshold
+    assert edges is not None
+    assert threshold is not None
+    galleries: list[Section] = []
+    for band in edges.bands:
+        verdict = "copies" if band.copies else "not copies"
+        groups = [
+            Group(
+                pair_tiles(summary, pair),
+                below=f"{similarity(pair.similarity)}: {verdict}",
+                close=True,
+            )
+            for pair in sorted(band.pairs, key=lambda pair: pair.similarity)
+        ]
+        galleries.append(Gallery(groups, _band(band), flow=True, wide=False))
+    head = Heading(
+        "Pairs near the threshold",
+        f"Pairs more alike than {similarity(threshold)} count as copies. Look at both sides of "
+        "the line: copies below it call for a lower threshold, different images above it for a "
+        "higher one.",
+    )
+    charts = [] if summary.components is not None else [_similarities(summary)]
+    return [head, *charts, *galleries]
+
+
+def _similarities(summary: Summary) -> Section:
+    edges, threshold = summary.edges, summary.threshold
+    assert edges is not None
+    assert threshold is not None
+    line = (Mark(threshold, f"threshold {similarity(threshold)}"),)
+    return Histogram(
+        edges.bins,
+        edges.counts,
+        "How alike the compared pairs are",
+        f"{edges.above:,} pairs above the threshold, {edges.count - edges.above:,} below it. Only "
+        "pairs that hold groups together are kept, so large groups have few.",
+        x_label=f"similarity (bars of {BIN:g})",
+        y_label="pairs",
+        y_log=max(edges.counts) > 50 * max(1, sorted(edges.counts)[len(edges.counts) // 2]),
+        marks=line,
+        colours=("var(--c6)", COLOURS["duplicate_near"]),
+    )
+
+
+def _band(band: Band) -> str:
+    low = f"{similarity(band.low)} to " if band.low > 0 else "up to "
+    high = similarity(min(1.0, band.high))
+    verdict = "copies" if band.copies else "not copies"
+    return f"{low}{high}: {band.count:,} {'pair' if band.count == 1 else 'pairs'}, {verdict}"
+
+
+def _rare(rate: float) -> str:
+    return f"one in {1 / rate:,.0f}" if rate > 0 else "not one of the"
+
+
+def _calibration(summary: Summary) -> list[Section]:
+    known = summary.calibration
+    assert known is not None
+    threshold = float(known["threshold"])
+    used = summary.threshold if summary.threshold is not None else threshold
+    recall, rate = float(known["recall"]), float(known["false_positive_rate"])
+    text = (
+        f"Copies were made of some of these very images. At {similarity(threshold)}, "
+        f"{share(recall, 1)} of them are found, while {_rare(rate)} pairs of different images is "
+        f"taken for copies (measured on {int(known['negatives']):,} pairs)."
+    )
+    if abs(used - threshold) > 1e-9:
+        text += f" The threshold in use, {similarity(used)}, was set by hand."
+    line = (Mark(used, f"threshold {similarity(used)}"),)
+    curve = [(float(t), float(r), float(f)) for t, r, f in known["curve"]]
+    positive = [f for _, _, f in curve if f > 0]
+    found: list[Section] = [Heading("How the threshold was chosen", text)]
+    if curve:
+        found += [
+            Curve(
+                {"recall": [(t, 100 * r) for t, r, _ in curve]},
+                "Copies found",
+                "Higher thresholds miss more copies.",
+                x_label="threshold",
+                y_label="% of copies found",
+                y_range=(0.0, 100.0),
+                marks=line,
+                colours={"recall": COLOURS["duplicate_near"]},
+            ),
+            Curve(
+                {"false": [(t, f) for t, _, f in curve]},
+                "Different images taken for copies",
+                "Logarithmic; where the line ends, no pair was."
+                if len(positive) < len(curve)
+                else "Logarithmic.",
+                x_label="threshold",
+                y_label="share of pairs",
+                y_log=True,
+                marks=line,
+                colours={"false": COLOURS["leaks_evaluation"]},
+            ),
+        ]
+    attacks = dict(known.get("recall_by_attack", {}))
+    bars = [
+        Bar(str(name), ((float(part), COLOURS["duplicate_near"]),), share(float(part), 1))
+        for name, part in sorted(attacks.items(), key=lambda kv: (-kv[1], kv[0]))
+    ]
+    if bars:
+        said = "Of copies made in each way, the share that is found at the threshold."
+        found.append(Bars(bars, "Copies found, by what was done to them", said, whole=1.0))
+    return found

@@ -1,0 +1,229 @@
+"""Cluster-based retrieval: rows of the pool's clusters that hold seed images (DINOv2, section 3).
+
+The pool is clustered by k-means and the seeds are assigned to its clusters. A cluster with more
+than `cluster_seeds` seeds of a set gives the set up to `cluster_images` of its rows, drawn by hash:
+the nearest would be the seeds' near copies and would narrow what a cluster shows. A cap for the set
+is shared out among its clusters by water-filling. Each row names the nearest seed of its cluster.
+
+How right this is, is bounded by how pure the clusters are. `purity` says it without labels: the
+share of the retrieved rows that are as similar to their seed as nine tenths of the seeds are to
+another seed of their cluster. More clusters make it higher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate import lloyd, smallest
+from pipeline.curate.choosing import RETRIEVE, draw, id_words
+from pipeline.curate.considered import Considered, Points, Source
+from pipeline.curate.kmeans import Centroids
+from pipeline.curate.lloyd import Cost, Fitted, Resources
+from pipeline.curate.neighbours import ASKED, Images
+from pipeline.curate.smallest import Entries, Limits
+from pipeline.curate.tables import id_array, ids_of, read_table, write_table
+from pipeline.curate.waterfill import waterfill
+from pipeline.curate.work import Account, Task, run_step
+from pipeline.files import fingerprint
+from pipeline.uri import Place
+
+Array = np.ndarray[Any, Any]
+
+CLUSTER_ROWS = 1000  # of the pool, in the mean; the paper's 100,000 clusters had 7,440
+LIKE_SEEDS = 0.1  # share of seeds that are less like another seed than a pure row may be
+COMPARED = 1024  # seeds of a cluster that are compared with each other
+
+
+@dataclass(frozen=True)
+class SeedSet:
+    """Seeds of a set as tasks read them."""
+
+    source: Source
+    names: tuple[str, ...]
+    assigned: str  # folder of their clusters
+
+    def clusters(self) -> Array:
+        """Of each seed, in the order of `read`."""
+        found = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in self.names]
+        return np.asarray(np.concatenate(found), np.int64)
+
+    def read(self) -> Points:
+        """All seeds: at most as many as the pool's task holds."""
+        return self.source.read_all(self.names)
+
+
+def ask(
+    root: Place,
+    name: str,
+    pool: Considered,
+    seeds: dict[str, Considered],
+    clusters: int | None,
+    cluster_seeds: int,
+    cluster_images: int,
+    cap: int,
+    seed: int,
+    iterations: int,
+    resources: Resources,
+    cost: Cost,
+) -> tuple[dict[str, tuple[str, list[str]]], str, dict[str, dict[str, Any]]]:
+    """What the clusters with seeds of each set give.
+
+    Args:
+        root: folder of the curation.
+        name: of the step.
+        pool: rows to retrieve.
+        seeds: of each set, by name.
+        clusters: of the pool; none: one for a thousand rows.
+        cluster_seeds: a cluster with more seeds of a set than this is taken from.
+        cluster_images: rows of such a cluster, at most.
+        cap: rows of a set, at most.
+        seed: of the run.
+        iterations: of k-means.
+        resources: of the tasks that cluster.
+        cost: is added to.
+
+    Returns:
+        Of each set: folder and names of files (`neighbours.ASKED`, by row); a key; and of each set:
+        `requested` (rows to give after cap and water-filling), `clusters`, `clusters_of`,
+        `seeds_covered` (share of the seeds that are in clusters taken from), `rows_in_clusters`.
+    """
+    count = clusters or max(1, pool.rows // CLUSTER_ROWS)
+    fitted = lloyd.fit(root, f"{name}/clusters", pool, count, seed, iterations, resources)
+    cost.add(fitted.cost)
+    result, sizes = lloyd.assign(root, f"{name}/assigned", pool, fitted, resources)
+    cost.add(result)
+    names = sorted(seeds)
+    quota = np.zeros((len(names), fitted.clusters), np.int64)
+    sets, told = [], {}
+    for number, one in enumerate(names):
+        held, counts = _assign_seeds(root, f"{name}/seeds/{number}", seeds[one], fitted, cost)
+        taken = counts > cluster_seeds
+        most = np.where(taken, np.minimum(sizes, cluster_images), 0)
+        quota[number] = waterfill(most, cap)
+        sets.append(SeedSet(seeds[one].source, seeds[one].names, held))
+        told[one] = {
+            "requested": int(quota[number].sum()),
+            "clusters": int(taken.sum()),
+            "clusters_of": fitted.clusters,
+            "seeds_covered": float(counts[taken].sum() / max(1, counts.sum())),
+            "rows_in_clusters": int(sizes[taken].sum()),
+        }
+    key = [result.key, [seeds[one].key for one in names], names, seed, fingerprint(quota.tolist())]
+    arguments = (result.folder, tuple(sets), names, fitted.clusters, seed)
+    limits = smallest.limits(
+        root, f"{name}/chosen", pool, quota.ravel(), drawn_entries, arguments, key, cost
+    )
+    groups = pool.groups(smallest.GROUP_ROWS)
+    asked = {}
+    for number, one in enumerate(names):
+        tasks = [
+            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, arguments, number, limits))
+            for g, group in enumerate(groups)
+        ]
+        step = run_step(root, f"{name}/asked/{number}", [limits.key, one], tasks, _evidence_task)
+        cost.add(step)
+        asked[one] = (step.folder, [task.name for task in tasks])
+        found = step.total("rows")
+        told[one] |= {"found": int(found), "purity": step.total("pure") / max(1.0, found)}
+    return asked, fingerprint(key), told
+
+
+def _assign_seeds(
+    root: Place, name: str, seeds: Considered, fitted: Fitted, cost: Cost
+) -> tuple[str, Array]:
+    if not fitted.clusters:
+        return "", np.zeros(0, np.int64)
+    result, counts = lloyd.assign(root, name, seeds, fitted)
+    cost.add(result)
+    return result.folder, counts
+
+
+def drawn_entries(
+    name: str,
+    assigned: str,
+    sets: tuple[SeedSet, ...],
+    names: list[str],
+    clusters: int,
+    seed: int,
+    only: int | None = None,
+) -> Entries:
+    """Rows of a file once for each set; groups are set times clusters plus cluster.
+
+    A set's own images are left out. Each set draws by its name, so that sets draw different rows.
+    """
+    table = read_table(assigned, name, ["row", "image_id", "leaf"])
+    rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
+    leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
+    parts = []
+    for number, one in enumerate(sets):
+        if (only is not None and number != only) or not len(rows):
+            continue
+        other = ~Images.read(one.assigned, one.names).contain(ids)
+        what = int(fingerprint(names[number])[:8], 16)
+        keys = draw(seed, what, ids[other], RETRIEVE)
+        parts.append(Entries(number * clusters + leaves[other], keys, ids[other], rows[other]))
+    return Entries.joined(parts)
+
+
+def _evidence_task(
+    folder: str,
+    name: str,
+    source: Source,
+    files: tuple[str, ...],
+    arguments: tuple[Any, ...],
+    number: int,
+    limits: Limits,
+) -> Account:
+    """The rows chosen for a set, with the nearest seed of their cluster."""
+    _, sets, _, clusters, _ = arguments
+    upto = limits.load()
+    found: list[tuple[Array, Array, Array]] = []
+    for file in files:
+        entries = drawn_entries(file, *arguments, only=number)
+        entries = entries.take(upto.chosen(entries))
+        if not len(entries.rows):
+            continue
+        points = source.read(file)
+        at = np.searchsorted(points.rows, entries.rows)
+        found.append((entries.rows, entries.groups - number * clusters, points.vectors[at]))
+    if not found:
+        table = ASKED.empty_table()
+        return {"rows": 0, "bytes": write_table(table, folder, name), "pure": 0}
+    rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    query, similarity, pure = _nearest_seeds(sets[number], leaves, vectors)
+    order = np.argsort(rows, kind="stable")
+    columns = [
+        rows[order],
+        id_array(query[order]),
+        similarity[order],
+        np.full(len(rows), -1, np.int32),
+        leaves[order],
+    ]
+    written = write_table(pa.table(columns, schema=ASKED), folder, name)
+    return {"rows": len(rows), "bytes": written, "pure": int(pure.sum())}
+
+
+def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, Array, Array]:
+    """Id of the nearest seed of the same cluster, the similarity, and whether it is like seeds."""
+    seeds, of = one.read(), one.clusters()
+    query, similarity = np.zeros((len(leaves), 16), np.uint8), np.zeros(len(leaves))
+    between: list[Array] = []
+    for leaf in np.unique(of):
+        mine = np.flatnonzero(of == leaf)
+        high, low = id_words(seeds.ids[mine])
+        mine = mine[np.lexsort((low, high))]  # equals go to the smaller id
+        here = np.flatnonzero(leaves == leaf)
+        if len(here):
+            nearest, products = Centroids(seeds.vectors[mine]).nearest(vectors[here])
+            query[here], similarity[here] = seeds.ids[mine[nearest]], products
+        if len(mine) > 1:
+            wide = seeds.vectors[mine[:COMPARED]].astype(np.float64)
+            products = wide @ wide.T
+            np.fill_diagonal(products, -np.inf)
+            between.append(products.max(1))
+    usual = np.quantile(np.concatenate(between), LIKE_SEEDS) if between else 1.0
+    return query, similarity, similarity >= usual

@@ -1,0 +1,162 @@
+"""The curate stage: images that are worth training on, and for each other one why it is not."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from pipeline.curate import gallery, report, report_numbers
+from pipeline.curate.report_summary import Summary
+from pipeline.curate.threshold import Calibration
+from pipeline.data.schema import open_shards
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.files import fingerprint
+from pipeline.stages.context import DESCRIPTOR, Context, result_line
+from pipeline.stages.curate_found import Found
+from pipeline.stages.curate_sets import POOL_NAME, open_sets
+from pipeline.stages.curate_steps import decide, write_shards
+from pipeline.uri import Place, public
+
+log = logging.getLogger("pipeline.curate")
+
+SECTIONS = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
+
+
+def key(context: Context) -> str:
+    """Changes with any setting of the curation and with the images of any set.
+
+    Raises:
+        PipelineError: the recipe curates nothing, or a set is not there.
+    """
+    config = context.config
+    if not config.curate.preset:
+        raise ConfigError(
+            "nothing to curate: curate.preset is empty",
+            "choose what to do: curate.preset=dedup takes away copies and junk",
+        )
+    settings = config.model_dump(mode="json", include=set(SECTIONS))
+    for unused in ("query", "batch_size"):  # they change no decision
+        del settings["curate"][unused]
+    del settings["quality"]["sample"]
+    data = config.data
+    shards = [data.shard_mb, data.row_group_images, data.max_image_pixels, context.shards_uri]
+    channels = config.model.in_channels
+    return fingerprint([settings, open_sets(context).digests, shards, channels, config.run.seed])
+
+
+def intact(context: Context) -> bool:
+    """Whether the curated shards of a finished stage are still there."""
+    digest = context.folder.last("curate").get("digest")
+    try:
+        return bool(open_shards(context.shards_uri).digest == digest)
+    except StorageError:
+        raise
+    except DataError:
+        return False
+
+
+def steps_of(context: Context) -> Place:
+    """Where the steps of the curation keep their tables."""
+    return context.folder.at("curate", "steps")
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """Curates; the result has the counts, what is kept and the digest of the curated shards."""
+    config = context.config
+    _warn(context)
+    sets = open_sets(context)
+    for name, digest in sets.digests.items():
+        images = sets.pool.rows if name == POOL_NAME else 0
+        uri, _, short = digest.rpartition(" ")
+        tracker.dataset(name, short, public(uri), "curation", images)
+    found = decide(config, sets, steps_of(context))
+    tally = found.counted
+    result_line("curate", tally.line())
+    for line in tally.lines():
+        result_line("", line)
+    summary = _summary(context, found)
+    page = context.folder.stage("curate") / "report.html"
+    report.write(page, summary, f"Curation of {config.run.name}", tally.line())
+    log.info("report      %s", public(context.folder.at("curate", "report.html")))
+    _track(tracker, found, summary, page)
+    shards = write_shards(found, context.shards_uri)
+    tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
+    tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
+    return {
+        "text": tally.line(),
+        "images_in": tally.rows,
+        "images": shards.rows,
+        "digest": shards.digest,
+        "reasons": tally.total(),
+        "parts": tally.total_parts(),
+        "sources": tally.reasons,
+        "threshold": found.threshold,
+        "leak_threshold": found.leak_threshold,
+        "penalty": found.penalty,
+        "embedder": found.copy_spec.settings[:2] if found.copy_spec else None,
+        "copy_embedder": config.curate.copy_embedder,
+        "shards": context.shards_uri,
+        "against": config.curate.against,
+        **found.numbers,
+    }
+
+
+def _warn(context: Context) -> None:
+    config = context.config
+    paper = config.curate.preset == "lvd142m"
+    if paper and not config.curate.copy_embedder.endswith(".onnx"):
+        log.warning(
+            "curate.preset=lvd142m: the paper's thresholds (0.6 for copies, 0.45 for leaks) are "
+            "those of SSCD vectors; with curate.copy_embedder=%s they are calibrated instead, "
+            "unless the recipe sets them",
+            public(config.curate.copy_embedder),
+        )
+    selects = bool(config.retrieve.seeds) or bool(config.balance.images)
+    if selects and config.curate.embedder == DESCRIPTOR:
+        log.warning(
+            "curate.embedder=descriptor tells copies, not what an image shows: retrieval and "
+            "balance need a trained network, e.g. curate.embedder=runs/<name>"
+        )
+
+
+def _summary(context: Context, found: Found) -> Summary:
+    return report.summarise(
+        found.root,
+        results=found.results,
+        calibration=_calibration(found.calibration),
+        threshold=found.threshold,
+        leak_threshold=found.leak_threshold,
+        evaluation_sets=found.leak_prints,
+        seed_sets=found.seed_prints,
+        folders=found.folders,
+        rows_in=found.counted.rows,
+        seed=context.config.run.seed,
+    )
+
+
+def _calibration(found: Calibration | None) -> dict[str, Any] | None:
+    """As the report reads it; nothing where there were too few images to measure anything."""
+    if found is None or math.isnan(found.recall):
+        return None
+    return {
+        "threshold": found.threshold,
+        "penalty": found.penalty,
+        "false_positive_rate": found.target,
+        "negatives": found.negatives,
+        "recall": found.recall,
+        "recall_by_attack": found.recalls,
+        "curve": [list(point) for point in found.curve],
+    }
+
+
+def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
+    tracker.metrics(0, report_numbers.metrics(summary))
+    tracker.headline(0, {"curate/kept": summary.kept})
+    for name, pixels in gallery.pictures(summary).items():
+        tracker.picture(name, 0, pixels)
+    for name, columns in report_numbers.tables(summary).items():
+        tracker.table(name, columns)
+    tracker.note(report_numbers.note(summary))
+    tracker.artifact(page, "curate")

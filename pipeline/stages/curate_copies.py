@@ -1,0 +1,177 @@
+"""The steps of a curation that compare images: the threshold, leaks, components of copies, and
+copies of images that were curated earlier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.curate import copies as copying
+from pipeline.curate import decide as deciding
+from pipeline.curate.calibrate import calibrate
+from pipeline.curate.copies import Copies
+from pipeline.curate.descriptor import visiting
+from pipeline.curate.tables import POOL, Inputs, Vectors
+from pipeline.curate.threshold import DEFAULT_PENALTY
+from pipeline.curate.work import Result, Task, run_step
+from pipeline.data.schema import ShardSet
+from pipeline.errors import DataError
+from pipeline.stages.curate_earlier import Earlier
+from pipeline.stages.curate_found import Found, fingerprints, vectors_of
+from pipeline.stages.embedders import embedder_of
+from pipeline.uri import join, public
+
+BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report can show them
+
+
+def compare(found: Found, prints: Result, exact: Result) -> None:
+    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier."""
+    config, sets, earlier = found.config, found.sets, list(found.sets.earlier)
+    if not (config.dedup.enabled or sets.leaks or earlier):
+        return
+    spec = embedder_of(config, "curate.copy_embedder", config.curate.copy_embedder)
+    found.copy_spec = spec
+    vectors = vectors_of(found, found.root, "embed_copy", found.inputs, prints, spec, exact)
+    found.copy_vectors = vectors
+    _thresholds(found, vectors, prints, exact, earlier)
+    if config.dedup.enabled or sets.leaks:
+        _pairs(found, vectors, prints, exact)
+    if earlier:
+        _matches(found, vectors, exact, earlier)
+
+
+def _thresholds(
+    found: Found, vectors: Vectors, prints: Result, exact: Result, earlier: list[Earlier]
+) -> None:
+    config, spec = found.config, found.copy_spec
+    assert spec is not None
+    threshold = config.dedup.threshold
+    found.penalty = DEFAULT_PENALTY if vectors.views else 0.0
+    if earlier:  # similarities must mean the same as there
+        first = earlier[0].result
+        found.penalty = float(first["penalty"])
+        threshold = first["threshold"] if threshold == "auto" else threshold
+        if first["embedder"] != spec.settings[:2]:
+            raise DataError(
+                f"curate.against={public(earlier[0].run)} was made with another copy embedder "
+                f"({first['copy_embedder']}) than curate.copy_embedder={spec.name}",
+                "use the same one, or curate everything anew without curate.against",
+            )
+    elif threshold == "auto":
+        calibration, step = calibrate(
+            found.root,
+            found.inputs,
+            prints,
+            exact,
+            spec,
+            images=config.dedup.calibration_images,
+            target=config.dedup.false_positives,
+            seed=config.run.seed,
+            max_pixels=config.data.max_image_pixels,
+        )
+        found.add(step)
+        found.calibration = calibration
+        threshold, found.penalty = calibration.threshold, calibration.penalty
+    leaks = config.leaks.threshold
+    found.threshold = float(threshold)
+    found.leak_threshold = float(threshold if leaks == "auto" else leaks)
+
+
+def _pairs(found: Found, vectors: Vectors, prints: Result, exact: Result) -> None:
+    config, sets, inputs = found.config, found.sets, found.inputs
+    dedup = config.dedup
+    views = visiting if vectors.views else None
+    assert found.threshold is not None and found.leak_threshold is not None
+    pairs = copying.find_pairs(
+        found.root,
+        inputs,
+        vectors,
+        lowest=max(0.0, found.threshold - BELOW),
+        probes=dedup.probes,
+        exact=(exact.folder, exact.key),
+        cell_images=dedup.cell_images,
+        visiting=views,
+        penalty=found.penalty,
+        seed=config.run.seed,
+        gpus=found.gpus,
+    )
+    found.results += pairs.steps
+    leaks = None
+    if sets.leaks:
+        leaks, steps = copying.find_leaks(
+            pairs,
+            inputs,
+            {name: _evaluation_set(found, name, shards) for name, shards in sets.leaks.items()},
+            threshold=found.leak_threshold,
+            visiting=views,
+            gpus=found.gpus,
+        )
+        found.add(leaks, "leaks", steps)
+    if not dedup.enabled:
+        return
+    found.folders["edges"] = pairs.edges
+    components, steps = copying.find_components(
+        pairs,
+        inputs,
+        vectors,
+        fingerprints=(prints.folder, prints.key),
+        threshold=found.threshold,
+        guard=dedup.guard,
+        chains=dedup.chains,
+        leaks=(leaks.folder, leaks.key) if leaks else ("", ""),
+        visiting=views,
+    )
+    found.add(components, "components", steps)
+    if leaks and config.leaks.scope == "components":
+        _leaking(found)
+
+
+def _evaluation_set(found: Found, name: str, shards: ShardSet) -> tuple[Inputs, Vectors]:
+    inputs = Inputs.of([(name, POOL, shards)])
+    root = join(found.root, "sets", f"leaks-{name}")
+    prints = fingerprints(found, root, inputs)
+    found.leak_prints[name] = prints.folder
+    assert found.copy_spec is not None
+    found.add(replace(prints, step=f"fingerprint/{name}"))
+    return inputs, vectors_of(found, root, "embed_copy", inputs, prints, found.copy_spec)
+
+
+def _leaking(found: Found) -> None:
+    """The best leak of each component, for all of its rows go."""
+    tables, files = found.tables, found.inputs.files
+    each = run_step(
+        found.root,
+        "leaking/files",
+        found.keys,
+        [Task(file.name, (file, tables)) for file in files],
+        deciding.leaks_of,
+    )
+    task = Task("leaking", (tuple(file.name for file in files), each.folder))
+    best = run_step(found.root, "leaking/best", [each.key], [task], deciding.best_leaks)
+    found.add(each)
+    found.add(best)
+    found.tables = replace(tables, leaking=best.folder)
+    found.keys.append(["leaking", best.key])
+
+
+def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlier]) -> None:
+    assert found.threshold is not None
+    folders = []
+    for number, one in enumerate(earlier):
+        copies = Copies.open(one.root)
+        names, key = one.decisions()
+        matches, steps = copying.find_matches(
+            join(found.root, "against", f"{number:03d}"),
+            copies,
+            found.inputs,
+            vectors,
+            decisions=(str(join(one.root, "decisions")), names, key),
+            threshold=found.threshold,
+            visiting=visiting if vectors.views else None,
+            exact=(exact.folder, exact.key),
+            gpus=found.gpus,
+        )
+        found.add(matches, steps=steps)
+        found.keys.append(["matches", matches.key])
+        folders.append(matches.folder)
+    found.tables = replace(found.tables, matches=tuple(folders))

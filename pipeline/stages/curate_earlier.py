@@ -1,0 +1,65 @@
+"""Curations that were made before: what new images are compared with and added to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.curate.report_read import parquet_names
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import read_json
+from pipeline.errors import DataError
+from pipeline.uri import Place, is_uri, join, public
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """A finished curation that images are added to.
+
+    Attributes:
+        run: its run folder.
+        result: of its stage: thresholds, penalty, embedder, where its shards are.
+    """
+
+    run: str
+    result: dict[str, Any]
+
+    @property
+    def root(self) -> Place:
+        """Folder of its steps."""
+        return join(self.run if is_uri(self.run) else Path(self.run), "curate", "steps")
+
+    def decisions(self) -> tuple[tuple[str, ...], str]:
+        """Names of its files of decisions, and their key.
+
+        Raises:
+            DataError: there are none.
+        """
+        folder = str(join(self.root, "decisions"))
+        fs, path = resolve_uri(folder)
+        key, names = read_json(fs, f"{path}/_key.json"), parquet_names(folder)
+        if key is None or not names:
+            raise DataError(f"{public(self.run)} has no decisions", "curate it again")
+        return names, json.dumps(key)
+
+
+def earlier_runs(run: str) -> list[Earlier]:
+    """The curation in a run folder, the one that it was added to, and so on.
+
+    Raises:
+        DataError: one is not there or not finished.
+    """
+    found: list[Earlier] = []
+    while run and run not in (one.run for one in found):
+        place = join(run if is_uri(run) else Path(run), "curate", "_done.json")
+        done = read_json(*resolve_uri(str(place)))
+        if done is None:
+            raise DataError(
+                f"{public(run)} holds no finished curation",
+                "name a run folder (runs/<name>) that jobs/curate.py or jobs/run.py has curated",
+            )
+        found.append(Earlier(run, done["result"]))
+        run = str(done["result"].get("against", ""))
+    return found

@@ -1,0 +1,105 @@
+"""What a curation would do, for `--dry-run`: rules counted on a sample, and steps with their cost."""
+
+from __future__ import annotations
+
+import logging
+
+from pipeline.config import Config
+from pipeline.curate.cells import cells_for
+from pipeline.curate.descriptor import DIM
+from pipeline.curate.quality import sample_counts
+from pipeline.errors import DataError, StorageError
+from pipeline.files import RunFolder
+from pipeline.stages.context import DESCRIPTOR, Context, result_line, with_packed_sets
+from pipeline.stages.curate_sets import Sets, open_sets
+from pipeline.stages.curate_steps import rules
+from pipeline.train.clock import duration
+from pipeline.uri import public
+
+log = logging.getLogger("pipeline.curate")
+
+# CPU seconds of one core, measured on small photos (docs/curation.md); larger ones take longer.
+FINGERPRINT_S = 6e-3  # of an image, without decoding it
+DECODE_S = 2e-8  # of a pixel
+FLOPS = 4e10  # of a core, in products of matrices
+ATTACKED_S = 0.12  # of an image that calibration attacks nine times
+TABLE_BYTES = 6_000  # of an image in all tables, most of it descriptors and the thumbnail
+PIXELS = 200_000  # of an image, where nothing is known
+
+
+def curation_plan(config: Config, folder: RunFolder) -> None:
+    """Prints what the rules would remove from a sample and what each step will do and take.
+
+    Raises:
+        PipelineError: a set is not there.
+    """
+    context = Context(with_packed_sets(config, folder), folder)
+    try:
+        sets = open_sets(context)
+    except StorageError:
+        raise
+    except DataError as error:
+        if not config.data.source:
+            raise
+        result_line("curate", f"its steps are known when the images are packed: {error.what}")
+        return
+    inputs = sets.inputs
+    if config.quality.enabled:
+        counts = sample_counts(
+            inputs,
+            rules(config),
+            config.quality.sample,
+            config.run.seed,
+            config.data.max_image_pixels,
+            config.model.in_channels,
+        )
+        result_line("quality", f"of a sample of {counts.images:,} of {inputs.rows:,} images:")
+        for line in counts.lines():
+            result_line("", line)
+    for line in steps_of(config, sets):
+        result_line("curate", line)
+
+
+def steps_of(config: Config, sets: Sets) -> list[str]:
+    """A line for each step that the recipe asks for."""
+    rows = sets.inputs.rows
+    others = sum(shards.rows for shards in sets.leaks.values())
+    if not sets.include:
+        others += sum(shards.rows for shards in sets.seeds.values())
+    each = FINGERPRINT_S + DECODE_S * PIXELS
+    lines = [
+        f"fingerprint {rows + others:,} images, each decoded once: about "
+        f"{duration(each * (rows + others))} of one core, "
+        f"{(rows + others) * TABLE_BYTES / 2**30:.2f} GiB of tables"
+    ]
+    lines.append("quality     rules above; equal bytes and equal pixels collapse")
+    dedup, name = config.dedup, public(config.curate.copy_embedder)
+    if dedup.enabled or sets.leaks or sets.earlier:
+        if dedup.threshold == "auto" and not sets.earlier:
+            images = min(rows, dedup.calibration_images)
+            lines.append(
+                f"threshold   calibrated on {images:,} images for a share of {dedup.false_positives:g}"
+                f" of false pairs: about {duration(ATTACKED_S * images)}"
+            )
+        else:
+            shown = sets.earlier[0].result["threshold"] if sets.earlier else dedup.threshold
+            lines.append(f"threshold   {shown} (given)")
+        cells = cells_for(rows, dedup.probes, DIM, dedup.cell_images)
+        views = 19 if name == DESCRIPTOR else 1
+        flops = 2 * DIM * rows * views * (cells + rows / max(1, cells) * dedup.probes * 1.6)
+        lines.append(
+            f"copies      by {name}: {cells:,} cells, {dedup.probes} probes, about "
+            f"{duration(flops / FLOPS)} of one core; one of each group of copies stays"
+        )
+    for set_name, shards in sets.leaks.items():
+        lines.append(
+            f"leaks       {set_name}: {shards.rows:,} images of {public(shards.uri)}; "
+            f"what goes: {config.leaks.scope}"
+        )
+    for one in sets.earlier:
+        lines.append(f"against     {public(one.run)}: {one.result['images']:,} images are there")
+    for set_name, shards in sets.seeds.items():
+        lines.append(f"retrieve    like {set_name}: {shards.rows:,} images of {public(shards.uri)}")
+    if config.balance.images:
+        lines.append(f"balance     a sample of {config.balance.images:,} images")
+    return lines

@@ -1,0 +1,111 @@
+"""The image sets that a curation reads: what is curated, seed sets, evaluation sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Config
+from pipeline.curate.tables import AS_IS, POOL, Inputs
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.stages.context import Context, open_packed_shards
+from pipeline.stages.curate_earlier import Earlier, earlier_runs
+from pipeline.uri import public
+
+POOL_NAME = "pool"  # what the images are called that are not of a seed set
+QUERIES = "queries"  # the evaluation set of `evaluate.queries`
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The sets by name, as opened.
+
+    Attributes:
+        pool: what is curated.
+        seeds: sets that retrieval begins from.
+        leaks: evaluation sets, whose images must not be trained on.
+        include: whether seed images go into the curated set.
+        earlier: curations that these images are added to, the latest first.
+        earlier_shards: what they kept.
+    """
+
+    pool: ShardSet
+    seeds: dict[str, ShardSet]
+    leaks: dict[str, ShardSet]
+    include: bool
+    earlier: tuple[Earlier, ...] = ()
+    earlier_shards: ShardSet | None = None
+
+    @property
+    def inputs(self) -> Inputs:
+        """All images that a decision is made on."""
+        seeds = self.seeds if self.include else {}
+        found = [(name, AS_IS, shards) for name, shards in seeds.items()]
+        return Inputs.of([(POOL_NAME, POOL, self.pool), *found])
+
+    @property
+    def inputs_by_name(self) -> list[tuple[str, ShardSet]]:
+        """The sets of `inputs`."""
+        return [(POOL_NAME, self.pool), *(self.seeds.items() if self.include else ())]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What says whether any image of any set has changed."""
+        every = {POOL_NAME: self.pool}
+        every |= {f"seeds.{name}": shards for name, shards in self.seeds.items()}
+        every |= {f"leaks.{name}": shards for name, shards in self.leaks.items()}
+        if self.earlier_shards is not None:
+            every["earlier"] = self.earlier_shards
+        return {name: f"{shards.uri} {shards.digest}" for name, shards in every.items()}
+
+
+def open_sets(context: Context) -> Sets:
+    """Opens all sets that the recipe names.
+
+    Raises:
+        PipelineError: one is not there, is not packed, or has a name that is taken.
+    """
+    config = context.config
+    leaks = dict(config.leaks.sets)
+    if config.evaluate.queries:
+        if QUERIES in leaks:
+            raise ConfigError(
+                f"leaks.sets.{QUERIES} has the name of the set of evaluate.queries",
+                "give it another name",
+            )
+        leaks[QUERIES] = config.evaluate.queries
+    for name in config.retrieve.seeds:
+        if name == POOL_NAME or "/" in name:
+            raise ConfigError(
+                f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
+            )
+    earlier = earlier_runs(config.curate.against) if config.curate.against else []
+    return Sets(
+        pool=open_packed_shards(config, context.folder),
+        seeds={
+            name: _opened(config, f"retrieve.seeds.{name}", uri)
+            for name, uri in sorted(config.retrieve.seeds.items())
+        },
+        leaks={
+            name: _opened(
+                config, "evaluate.queries" if name == QUERIES else f"leaks.sets.{name}", uri
+            )
+            for name, uri in sorted(leaks.items())
+        },
+        include=config.retrieve.include,
+        earlier=tuple(earlier),
+        earlier_shards=open_shards(earlier[0].result["shards"]) if earlier else None,
+    )
+
+
+def _opened(config: Config, field: str, uri: str) -> ShardSet:
+    try:
+        return open_shards(uri, config.data.image_column, config.data.label_column)
+    except StorageError:
+        raise
+    except DataError as error:
+        more = "jobs/pack.py packs it with the same arguments" if field[0] == "e" else ""
+        raise DataError(
+            f"{field}={public(uri)} cannot be read as shards: {error.what}",
+            "; ".join(filter(None, [more, error.hint])),
+        ) from error

@@ -1,0 +1,117 @@
+"""The steps of a curation in order, each of which goes on where an earlier run stopped.
+
+Every step writes files below `<run folder>/curate/steps` and is not run again as long as its
+settings and what it reads stay the same; so another threshold costs what comes after it.
+"""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.curate import decide as deciding
+from pipeline.curate import exact_copies, quality
+from pipeline.curate.decide import Mix
+from pipeline.curate.quality import Rules
+from pipeline.curate.shards import write_curated
+from pipeline.curate.sources import list_folders, sources_of
+from pipeline.curate.tally import Tally
+from pipeline.curate.work import Result, Task, run_step
+from pipeline.data.schema import ShardSet
+from pipeline.stages.curate_copies import compare
+from pipeline.stages.curate_found import Found, fingerprints
+from pipeline.stages.curate_select import select
+from pipeline.stages.curate_sets import Sets
+from pipeline.uri import Place
+
+
+def decide(config: Config, sets: Sets, root: Place) -> Found:
+    """Runs all steps up to the decisions; needs a joined Ray cluster.
+
+    Args:
+        config: the recipe.
+        sets: what goes in.
+        root: folder of the steps, that all nodes reach.
+
+    Raises:
+        PipelineError: a table is damaged, or a step could not do its work.
+    """
+    import ray
+
+    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    found = Found(config, sets, sets.inputs, root, gpus)
+    prints = found.add(fingerprints(found, root, found.inputs), "fingerprint")
+    marks = None
+    if config.quality.enabled:
+        marks = found.add(quality.quality(root, found.inputs, prints, rules(config)), "quality")
+    exact = found.add(exact_copies.collapse(root, found.inputs, prints, marks), "exact")
+    compare(found, prints, exact)
+    select(found, prints)
+    _decisions(found)
+    return found
+
+
+def rules(config: Config) -> Rules:
+    """The limits of the quality rules."""
+    return Rules(**config.quality.model_dump(exclude={"enabled", "sample"}))
+
+
+def _decisions(found: Found) -> None:
+    files, tables, config = found.inputs.files, found.tables, found.config
+    listed = run_step(
+        found.root,
+        "sources",
+        found.keys[:1],
+        [Task(file.name, (file, tables.fingerprint)) for file in files],
+        list_folders,
+    )
+    sources = sources_of(listed.accounts)
+    mix = Mix(config.run.seed, shares(config))
+    names = {name: [s.root, s.folders] for name, s in sources.items()}
+    decisions = run_step(
+        found.root,
+        "decisions",
+        [1, found.keys, found.inputs.digest, names, mix.seed, sorted(mix.shares.items())],
+        [Task(file.name, (file, found.inputs, tables, sources[file.set], mix)) for file in files],
+        deciding.decide,
+    )
+    found.add(listed)
+    found.results.append(decisions)
+    found.folders["decisions"] = decisions.folder
+    found.tally = Tally.of(found.inputs, decisions.accounts)
+
+
+def shares(config: Config) -> dict[str, float]:
+    """Share of each part that is kept, where that is not all of it."""
+    mix = config.mix
+    every = {
+        "pool": mix.pool,
+        "as_is": mix.as_is,
+        "sample": mix.sample,
+        "cluster": mix.cluster,
+        "balanced": mix.balanced,
+    }
+    return {part: share for part, share in every.items() if share < 1}
+
+
+def write_shards(found: Found, shards: Place) -> ShardSet:
+    """Writes what is kept, and what was curated earlier, to the folder `shards`.
+
+    Raises:
+        DataError: nothing is kept, or the folder holds something else.
+    """
+    data = found.config.data
+    decisions: Result = next(r for r in reversed(found.results) if r.step == "decisions")
+    written, steps, again = write_curated(
+        shards,
+        found.root,
+        found.sets.inputs_by_name,
+        found.inputs,
+        decisions,
+        found.folders["fingerprint"],
+        shard_bytes=int(data.shard_mb * 2**20),
+        row_group_images=data.row_group_images,
+        earlier=found.sets.earlier_shards,
+    )
+    found.results += steps
+    earlier = found.sets.earlier_shards
+    found.counted.check([written.rows - (earlier.rows - again if earlier else 0)])
+    return written

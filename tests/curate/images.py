@@ -1,0 +1,69 @@
+"""Small sets of images as a hub stores them, for tests of curation."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageFilter
+
+from pipeline.curate.tables import POOL, Inputs
+from pipeline.curate.work import Result
+from pipeline.data.schema import open_shards
+
+
+def scene(seed: int, height: int = 96, width: int = 120) -> np.ndarray[Any, Any]:
+    """uint8 [H, W, 3]: soft coloured blobs, unlike those of every other seed."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, (12, 15, 3), np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(1)))
+
+
+def encoded(pixels: Any, form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def shard(path: Path, images: Sequence[bytes], group: int = 4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"bytes": image, "path": f"{path.stem}/{i}.img"} for i, image in enumerate(images)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(rows, kind)}), path, row_group_size=group)
+    return path
+
+
+def inputs_of(folder: Path, *sets: tuple[str, str]) -> Inputs:
+    """All shards of a folder as a pool, or some by (name, kind), each `name.parquet`."""
+    if not sets:
+        return Inputs.of([("pool", POOL, open_shards(str(folder)))])
+    return Inputs.of([(n, k, open_shards(str(folder / f"{n}.parquet"))) for n, k in sets])
+
+
+def result(folder: Path | str, key: str = "key", accounts: Sequence[Any] = ()) -> Result:
+    """A finished step."""
+    return Result("step", key, str(folder), tuple(accounts), 0, 0.0, 0.0, 0)
+
+
+class Here:
+    """Stands for `run_step`: runs the tasks in this process, in any order."""
+
+    def __init__(self, backwards: bool = False) -> None:
+        self.backwards = backwards
+
+    def __call__(
+        self, root: Any, step: str, settings: Any, tasks: Any, function: Any, **_: Any
+    ) -> Result:
+        folder = Path(root) / step
+        order = list(range(len(tasks)))
+        accounts: dict[int, Any] = {}
+        for i in reversed(order) if self.backwards else order:
+            accounts[i] = function(str(folder), *tasks[i].arguments)
+        return result(folder, repr([step, settings]), [accounts[i] for i in order])

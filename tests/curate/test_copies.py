@@ -1,0 +1,539 @@
+"""Copies from vectors to components, against planted truth and plain loops over all pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pipeline.curate import copies, leaks, tables
+from pipeline.curate.exact import unit_half
+from pipeline.errors import DataError
+from tests.curate.planted import (
+    Pool,
+    all_views,
+    ids_for,
+    planted,
+    read_all,
+    visiting,
+    without_ray,
+    write_pool,
+)
+
+Array = np.ndarray[Any, Any]
+T = 0.6
+
+
+def run(
+    pool: Pool,
+    *,
+    threshold: float = T,
+    guard: float = 0.1,
+    chains: str = "split",
+    leaking: tuple[str, str] = ("", ""),
+    **settings: Any,
+) -> tuple[copies.Copies, pa.Table]:
+    """Pairs and components of a pool."""
+    views = {"visiting": visiting} if pool.vectors.views else {}
+    settings = {"lowest": threshold, "probes": 8, "cell_images": 60} | views | settings
+    found = copies.find_pairs(pool.root / "run", pool.inputs, pool.vectors, **settings)
+    result, _ = copies.find_components(
+        found,
+        pool.inputs,
+        pool.vectors,
+        fingerprints=pool.fingerprints,
+        threshold=threshold,
+        guard=guard,
+        chains=chains,
+        leaks=leaking,
+        **views,
+    )
+    return found, read_all(result.folder, pool.inputs)
+
+
+def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
+    """Components without rows: what must not depend on their order."""
+    row = table.column("row").to_numpy()
+    own = [bytes(pool.ids[r]) for r in row]
+    columns = ("component", "size", "keeper_id", "similarity", "chained")
+    return set(zip(own, *(table.column(name).to_pylist() for name in columns), strict=True))
+
+
+def edges_of(found: copies.Copies) -> pa.Table:
+    return tables.read_table(found.edges, "edges")
+
+
+def brute(x: Array, threshold: float) -> Array:
+    """Component of each row by all pairs."""
+    i, j = np.nonzero(x.astype(float) @ x.astype(float).T > threshold)
+    graph = coo_array((np.ones(len(i)), (i, j)), shape=(len(x), len(x)))
+    label: Array = connected_components(graph, directed=False)[1]
+    return label
+
+
+def labels(n: int, table: pa.Table) -> Array:
+    """Component of each row, its own where it is in none."""
+    label = np.arange(n)
+    names = table.column("component").to_pylist()
+    numbers = {name: n + place for place, name in enumerate(sorted(set(names)))}
+    label[table.column("row").to_numpy()] = [numbers[name] for name in names]
+    return label
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Array, Array, Array]:
+    return planted(3000, dim=64, lowest=0.75)
+
+
+def test_planted_pairs_join_and_edges_are_exact(
+    small: tuple[Array, Array, Array], tmp_path: Path
+) -> None:
+    x, source, _ = small
+    pool = write_pool(tmp_path, x, ids_for(len(x)), [1000, 500, 1500])
+    with without_ray():
+        found, table = run(pool, threshold=0.7, chains="keep")
+    label, has = labels(len(x), table), np.flatnonzero(source >= 0)
+    assert (label[has] == label[source[has]]).mean() >= 0.99
+    edges = edges_of(found)
+    a, b = edges.column("a").to_numpy(), edges.column("b").to_numpy()
+    exact = (x[a].astype(float) * x[b].astype(float)).sum(1)
+    assert np.array_equal(exact, edges.column("similarity").to_numpy())
+    assert (exact > 0.7).all() and (a != b).all()
+    # a forest: one edge less than rows in each component
+    rows, components = np.unique(np.append(a, b)), set(table.column("component").to_pylist())
+    assert len(edges) == len(rows) - len(components) and len(table) == len(rows)
+    # nothing joined that all pairs do not join
+    truth = brute(x, 0.7)
+    for component in np.unique(label):
+        assert len(set(truth[label == component])) == 1
+
+
+def test_the_forest_is_of_maximum_weight(tmp_path: Path) -> None:
+    from scipy.sparse.csgraph import minimum_spanning_tree
+
+    x, _, _ = planted(300, dim=32, lowest=0.7, copies=0.5)
+    pool = write_pool(tmp_path, x, ids_for(300), [300])
+    with without_ray():
+        found, _ = run(pool, threshold=0.5, probes=300)
+    all_of = np.triu(x.astype(float) @ x.astype(float).T, 1)
+    weight = np.where(all_of > 0.5, 2.0 - all_of, 0)
+    tree = minimum_spanning_tree(coo_array(weight).tocsr())
+    mine = np.sort(edges_of(found).column("similarity").to_numpy())
+    assert np.allclose(mine, np.sort(2.0 - tree.data), atol=1e-12)
+
+
+@pytest.mark.parametrize("buckets, portion, files", [(2, 700, [3000]), (7, 3000, [1] * 5 + [2995])])
+def test_buckets_files_and_portions_change_nothing(
+    small: tuple[Array, Array, Array], tmp_path: Path, buckets: int, portion: int, files: list[int]
+) -> None:
+    x, _, _ = small
+    ids = ids_for(len(x))
+    order = np.random.default_rng(buckets).permutation(len(x))
+    one = write_pool(tmp_path / "one", x, ids, [3000])
+    other = write_pool(tmp_path / "other", x[order], ids[order], files)
+    with without_ray():
+        a = run(one, threshold=0.7, _buckets=1)
+        b = run(other, threshold=0.7, _buckets=buckets, _portion_rows=portion)
+    assert by_id(one, a[1]) == by_id(other, b[1]) and len(a[1]) > 400
+
+    def named(pool: Pool, found: copies.Copies) -> list[tuple[bytes, bytes, float]]:
+        edges = edges_of(found)
+        rows = [pool.ids[edges.column(name).to_numpy()] for name in ("a", "b")]
+        similarity = edges.column("similarity").to_pylist()
+        return [(bytes(p), bytes(q), s) for p, q, s in zip(*rows, similarity, strict=True)]
+
+    assert named(one, a[0]) == named(other, b[0])
+    assert b[0].buckets == buckets
+
+
+def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
+    small: tuple[Array, Array, Array], tmp_path: Path, ray_cluster: None
+) -> None:
+    x, _, _ = small
+    pool = write_pool(tmp_path / "ray", x, ids_for(len(x)), [1500, 1500])
+    plain = write_pool(tmp_path / "plain", x, ids_for(len(x)), [1500, 1500])
+    a, table = run(pool, threshold=0.7, _buckets=3)
+    with without_ray():
+        b = run(plain, threshold=0.7, _buckets=3)[1]
+    assert by_id(pool, table) == by_id(plain, b)
+    again, same = run(pool, threshold=0.7, _buckets=3)
+    assert all(step.reused == len(step.accounts) for step in again.steps) and same.equals(table)
+    assert not any(step.reused for step in a.steps)
+    # another threshold joins nothing anew
+    higher = copies.find_components(
+        again, pool.inputs, pool.vectors, fingerprints=pool.fingerprints, threshold=0.9, guard=0.1
+    )[0]
+    assert 0 < higher.total("rows") < len(table)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("equal", [True, False])
+def test_few_rows(tmp_path: Path, rows: int, equal: bool) -> None:
+    x = unit_half(np.eye(3)[[0] * rows] if equal else np.eye(3)[:rows].reshape(rows, 3))
+    pool = write_pool(tmp_path, x, ids_for(rows), [rows] if rows else [])
+    with without_ray():
+        found, table = run(pool) if rows else (None, None)
+        if not rows:
+            empty = write_pool(tmp_path / "empty", x, ids_for(0), [0])
+            assert len(run(empty)[1]) == 0
+            nothing = copies.find_pairs(
+                tmp_path / "none", pool.inputs, pool.vectors, lowest=T, probes=8
+            )
+            assert len(edges_of(nothing)) == 0
+            return
+    assert found is not None and table is not None
+    assert len(table) == (2 if rows == 2 and equal else 0)
+
+
+def test_all_equal_leaves_one(tmp_path: Path) -> None:
+    x = np.repeat(unit_half(np.random.default_rng(0).standard_normal((1, 16))), 500, 0)
+    pool = write_pool(tmp_path, x, ids_for(500), [200, 300])
+    with without_ray():
+        found, table = run(pool)
+    smallest = min(bytes(i) for i in pool.ids)
+    assert set(table.column("keeper_id").to_pylist()) == {smallest}
+    assert len(table) == 500 and len(edges_of(found)) == 499
+    assert found.steps[1].total("copies") == 499
+
+
+def test_vectors_of_zeros_are_like_nothing(tmp_path: Path) -> None:
+    x = np.zeros((4, 8), np.float16)
+    x[3, 0] = 1
+    with without_ray():
+        found, table = run(write_pool(tmp_path, x, ids_for(4), [4]))
+    assert len(table) == 0 and len(edges_of(found)) == 0
+
+
+def giant(tmp_path: Path, equal: int, near: int, other: int, dim: int) -> tuple[Pool, Array]:
+    rng = np.random.default_rng(0)
+    one = rng.standard_normal(dim)
+    one /= np.linalg.norm(one)
+    x = np.concatenate(
+        [
+            np.repeat(one[None], equal, 0),
+            one + 0.02 * rng.standard_normal((near, dim)),
+            rng.standard_normal((other, dim)),
+        ]
+    )
+    order = rng.permutation(len(x))
+    files = [len(x) // 2, len(x) - len(x) // 2]
+    pool = write_pool(tmp_path, unit_half(x)[order], ids_for(len(x)), files)
+    return pool, np.flatnonzero(order < equal + near)
+
+
+def test_giant_group_has_one_survivor(tmp_path: Path) -> None:
+    pool, group = giant(tmp_path, 2000, 100, 900, 64)
+    with without_ray():
+        found, table = run(pool, threshold=0.8)
+    assert table.column("row").to_pylist() == group.tolist()
+    assert len(set(table.column("keeper").to_pylist())) == 1
+    assert set(table.column("size").to_pylist()) == {2100}
+    pairs = next(step for step in found.steps if step.step == "copies/pairs")
+    assert pairs.total("compared") < 20 * 1001**2
+
+
+def test_many_near_copies_in_one_cell_stay_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.curate import forest, join
+
+    monkeypatch.setattr(forest, "PENDING", 5000)
+    monkeypatch.setattr(join, "TILE", 64)
+    pool, group = giant(tmp_path, 0, 700, 100, 32)
+    with without_ray():
+        found, table = run(pool, threshold=0.8, cell_images=800)
+    assert table.column("row").to_pylist() == group.tolist()
+    assert len(set(table.column("keeper").to_pylist())) == 1
+    assert len(edges_of(found)) == 699
+
+
+def chain(step: float, count: int) -> Array:
+    """Vectors in a plane, neighbours at the given cosine."""
+    angle = np.arange(count) * np.arccos(step)
+    return unit_half(np.stack([np.cos(angle), np.sin(angle)] + [0 * angle] * 6, 1))
+
+
+@pytest.mark.parametrize("chains, keepers", [("keep", 1), ("split", 2)])
+def test_a_chain_is_split_where_wanted(tmp_path: Path, chains: str, keepers: int) -> None:
+    # A-B-C-D with cosines .8 to the next, .28 and -.35 further on; A is the largest image.
+    pool = write_pool(tmp_path, chain(0.8, 4), ids_for(4), [4], areas=np.array([40, 30, 20, 10]))
+    with without_ray():
+        _, table = run(pool, threshold=0.7, chains=chains)
+    assert table.column("size").to_pylist() == [4] * 4
+    assert table.column("chained").to_pylist() == [False, False, True, True]
+    assert len(set(table.column("component").to_pylist())) == 1
+    keeper = table.column("keeper").to_pylist()
+    assert keeper == ([0, 0, 0, 0] if chains == "keep" else [0, 0, 2, 2])
+    assert len(set(keeper)) == keepers
+
+
+def test_a_hub_that_comes_last_leaves_one(tmp_path: Path) -> None:
+    # Spokes are not alike (.49), each is like the hub (.7): a rule of earlier neighbours keeps all.
+    x = np.concatenate([0.7 * np.eye(9)[:8], np.zeros((1, 9))])
+    x[:8, 8] = np.sqrt(1 - 0.49)
+    x[8, 8] = 1
+    pool = write_pool(tmp_path, unit_half(x), ids_for(9), [9], areas=np.array([1] * 8 + [9]))
+    with without_ray():
+        _, table = run(pool, threshold=0.6)
+    assert table.column("keeper").to_pylist() == [8] * 9
+    similarity = table.column("similarity").to_numpy()
+    assert similarity[8] == 1 and np.allclose(similarity[:8], np.sqrt(0.51), atol=1e-3)
+
+
+@pytest.mark.parametrize("wins", ["as_is", "area", "density", "id"])
+def test_who_is_kept(tmp_path: Path, wins: str) -> None:
+    x = np.repeat(unit_half(np.eye(4)[:1]), 4, 0)
+    ids = np.arange(4, dtype=np.uint8)[::-1].repeat(16).reshape(4, 16)  # row 3 has the smallest
+    areas, densities = np.array([100, 100, 100, 100]), np.array([2, 2, 2, 2])
+    kinds = [tables.POOL, tables.POOL]
+    if wins in ("as_is", "area", "density"):
+        densities[2] = 9
+    if wins in ("as_is", "area"):
+        areas[1] = 400
+    if wins == "as_is":
+        kinds[0] = tables.AS_IS
+    pool = write_pool(tmp_path, x, ids, [1, 3], kinds=kinds, areas=areas, densities=densities)
+    with without_ray():
+        _, table = run(pool)
+    wanted = {"as_is": 0, "area": 1, "density": 2, "id": 3}[wins]
+    assert table.column("keeper").to_pylist() == [wanted] * 4
+    assert set(table.column("component").to_pylist()) == {bytes(16)}
+
+
+def with_views(n: int, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Descriptors with crops: of every third image the next is a mirror, the one after a crop."""
+    rng = np.random.default_rng(seed)
+    full = unit_half(rng.standard_normal((n, 143)))
+    crops = unit_half(rng.standard_normal((n, 9, 143)))
+    first = np.arange(0, n - 2, 6)
+    sign = np.tile((-1.0) ** np.arange(12), 12)[1:]
+    full[first + 1] = unit_half(full[first] * sign + 0.03 * rng.standard_normal((len(first), 143)))
+    noise = 0.03 * rng.standard_normal((len(first), 143))
+    full[first + 2] = unit_half(crops[first, 4] * sign + noise)
+    return full, crops, first
+
+
+def test_mirrors_and_crops_are_found_from_both_sides(tmp_path: Path) -> None:
+    full, crops, first = with_views(240)
+    areas = np.ones(240, int)
+    areas[first] = 9  # a mirror and a crop are like the image, not like each other
+    pool = write_pool(tmp_path, full, ids_for(240), [100, 140], crops=crops, areas=areas)
+    with without_ray():
+        found, table = run(pool, threshold=0.7, penalty=0.05, _buckets=3)
+    rows = np.sort(np.concatenate([first, first + 1, first + 2]))
+    assert table.column("row").to_pylist() == rows.tolist()
+    assert set(table.column("size").to_pylist()) == {3}
+    assert not any(table.column("chained").to_pylist())
+    # every similarity is the best of all views, by a plain loop
+    items, crop = all_views(full, crops)
+    edges = edges_of(found).to_pylist()
+    assert len(edges) == 2 * len(first)
+    for edge in edges:
+        a, b = edge["a"], edge["b"]
+        seen = [
+            float(items[p, v].astype(float) @ full[q].astype(float)) - 0.05 * crop[v]
+            for p, q in ((a, b), (b, a))
+            for v in range(20)
+        ]
+        assert edge["similarity"] == max(seen)
+    for one in table.to_pylist():
+        if one["row"] == one["keeper"]:
+            assert one["similarity"] == 1
+
+
+def test_the_penalty_counts_for_crops_only(tmp_path: Path) -> None:
+    full, crops, first = with_views(60)
+    pool = write_pool(tmp_path, full, ids_for(60), [60], crops=crops)
+    with without_ray():
+        _, table = run(pool, threshold=0.7, penalty=0.29)
+    assert table.column("row").to_pylist() == np.sort(np.append(first, first + 1)).tolist()
+
+
+def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
+    """Rows 0 to 39 are copies of queries at .9 to .5, rows 40 to 79 are like none."""
+    rng = np.random.default_rng(3)
+    queries = unit_half(rng.standard_normal((40, 64)))
+    s = np.linspace(0.95, 0.5, 40)[:, None]
+    other = rng.standard_normal((80, 64))
+    q = queries.astype(float)
+    other[:40] -= (other[:40] * q).sum(1, keepdims=True) * q
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    x = other.copy()
+    x[:40] = s * q + np.sqrt(1 - s * s) * other[:40]
+    x = np.concatenate([unit_half(x), unit_half(x[:1]), unit_half(x[:1])])  # 80, 81: equal to 0
+    pool = write_pool(tmp_path, x, ids_for(82), [30, 30, 22])
+    sets = {}
+    for name, some in (("b", queries[:25]), ("a", queries[20:])):
+        other_pool = write_pool(tmp_path / name, some, ids_for(len(some), 7), [len(some)])
+        sets[name] = (other_pool.inputs, other_pool.vectors)
+    return pool, sets, queries
+
+
+@pytest.mark.parametrize("buckets", [1, 3])
+def test_leaks_are_the_best_match_of_each_row(tmp_path: Path, buckets: int) -> None:
+    pool, sets, queries = leak_pool(tmp_path)
+    x = tables.matrix(
+        pa.concat_tables(
+            [tables.read_table(pool.vectors.folder, name) for name in pool.vectors.names]
+        ).column("vector"),
+        64,
+    )
+    with without_ray():
+        found, _ = run(pool, cell_images=10, _buckets=buckets)
+        result, steps = copies.find_leaks(found, pool.inputs, sets, threshold=0.55)
+    table = read_all(result.folder, pool.inputs).to_pylist()
+    products = x.astype(float) @ queries.astype(float).T
+    wanted = {}
+    for row in np.flatnonzero(products.max(1) > 0.55):
+        best = int(products[row].argmax())
+        # queries 20 to 24 are in both sets: then the first name
+        name, at = ("a", best - 20) if best >= 20 else ("b", best)
+        size = {"a": 20, "b": 25}[name]
+        wanted[int(row)] = (name, bytes(ids_for(size, 7)[at]), float(products[row, best]))
+    assert {one["row"]: (one["set"], one["query_id"], one["similarity"]) for one in table} == wanted
+    assert {80, 81, 0} <= set(wanted) and not set(range(40, 80)) & set(wanted)
+    counted = next(s for s in steps if s.step.endswith("queries")).accounts[0]["queries"]
+    hits = products[:, :25].max(0) > 0.55, products[:, 20:].max(0) > 0.55
+    assert counted == {"b": int(hits[0].sum()), "a": int(hits[1].sum())}
+
+
+def test_leaks_never_are_keepers(tmp_path: Path) -> None:
+    x = chain(0.95, 3)
+    pool = write_pool(tmp_path, x, ids_for(3), [3], areas=np.array([9, 2, 1]))
+    own = write_pool(tmp_path / "set", x[:1], ids_for(1, 5), [1])
+    with without_ray():
+        found, table = run(pool, threshold=0.7)
+        assert table.column("keeper").to_pylist() == [0, 0, 0]
+        result, _ = copies.find_leaks(
+            found, pool.inputs, {"set": (own.inputs, own.vectors)}, threshold=0.99
+        )
+        _, table = run(pool, threshold=0.7, leaking=(result.folder, "leaks"))
+    assert read_all(result.folder, pool.inputs).column("row").to_pylist() == [0]
+    assert table.column("keeper").to_pylist() == [1, 1, 1]
+    assert table.column("size").to_pylist() == [3, 3, 3]
+
+
+def test_a_set_that_equals_the_pool_leaks_whole(
+    small: tuple[Array, Array, Array], tmp_path: Path
+) -> None:
+    x = small[0][:500]
+    pool = write_pool(tmp_path, x, ids_for(500), [250, 250])
+    with without_ray():
+        found, _ = run(pool, threshold=0.9, _buckets=3)
+        sets = {"same": (pool.inputs, pool.vectors)}
+        result, _ = copies.find_leaks(found, pool.inputs, sets, threshold=0.9)
+    table = read_all(result.folder, pool.inputs)
+    assert table.column("row").to_pylist() == list(range(500))
+
+
+def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
+    full, crops, _ = with_views(120)
+    old = write_pool(tmp_path / "old", full, ids_for(120), [120], crops=crops)
+    # new: a copy of each image, by a crop of the stored one or as it is
+    rng = np.random.default_rng(1)
+    fresh = unit_half(crops[:, 2].astype(float) + 0.03 * rng.standard_normal((120, 143)))
+    fresh[::2] = full[::2]
+    new = write_pool(
+        tmp_path / "new", fresh, ids_for(120, 1), [60, 60], crops=unit_half(0 * crops + 1e-3)
+    )
+    kept = np.ones(120, bool)
+    kept[:20] = False
+    decisions = pa.table({"row": np.arange(120), "kept": kept})
+    tables.write_table(decisions, str(tmp_path / "decisions"), "00000")
+    with without_ray():
+        settings = {"lowest": 0.7, "probes": 8, "cell_images": 10, "penalty": 0.05}
+        copies.find_pairs(
+            tmp_path / "one", old.inputs, old.vectors, visiting=visiting, _buckets=2, **settings
+        )
+        (tmp_path / "one").rename(tmp_path / "moved")
+        earlier = copies.Copies.open(tmp_path / "moved")
+        result, _ = copies.find_matches(
+            tmp_path / "two",
+            earlier,
+            new.inputs,
+            new.vectors,
+            decisions=(str(tmp_path / "decisions"), ["00000"], "k"),
+            threshold=0.7,
+            visiting=visiting,
+        )
+    table = read_all(result.folder, new.inputs)
+    assert table.schema.equals(leaks.MATCHES)
+    assert table.column("row").to_pylist()[-80:] == list(range(40, 120))
+    items, crop = all_views(full, crops)
+    for one in table.to_pylist():
+        wide = fresh[one["row"]].astype(float)
+        by_views = [items.astype(float) @ wide - 0.05 * crop]
+        best = np.where(kept, by_views[0].max(1), -1)
+        assert one["image_id"] == bytes(old.ids[best.argmax()])
+        assert one["similarity"] == best.max()
+
+
+def test_look_up_finds_one_image(tmp_path: Path) -> None:
+    full, crops, _ = with_views(120)
+    pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
+    with without_ray():
+        found, _ = run(pool, threshold=0.7, cell_images=10, _buckets=3, penalty=0.05)
+    stored = copies.Copies.open(found.root)
+    for row in (3, 4, 119):
+        photo = unit_half(crops[row, 3] * 1.0)
+        one = copies.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
+        assert [match.row for match in one] == [row]
+        assert one[0].image_id == bytes(pool.ids[row]).hex()
+    nothing = unit_half(np.random.default_rng(9).standard_normal(143))
+    assert not copies.look_up(stored, nothing, crops[0] * 0, visiting, threshold=0.7)
+    with pytest.raises(DataError, match="have 3 numbers"):
+        copies.look_up(stored, nothing[:3], threshold=0.7)
+    with pytest.raises(DataError, match="holds no curation"):
+        copies.Copies.open(tmp_path / "nowhere")
+
+
+def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
+    x = np.repeat(unit_half(np.eye(4)[:1]), 5, 0)
+    pool = write_pool(tmp_path, x, ids_for(5), [5])
+    # row 2 failed before, row 3 is a copy of row 0 by bytes
+    table = pa.table({"row": [0, 1, 3, 4], "keeper": [0, 1, 0, 4], "method": ["", "", "bytes", ""]})
+    tables.write_table(table.cast(tables.EXACT), str(tmp_path / "exact"), "00000")
+    with without_ray():
+        _, found = run(pool, exact=(str(tmp_path / "exact"), "e"))
+    assert found.column("row").to_pylist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("bad", [np.nan, 3.0])
+def test_vectors_that_are_none_are_refused(tmp_path: Path, bad: float) -> None:
+    x = unit_half(np.eye(4))
+    x[2] = bad
+    pool = write_pool(tmp_path, x, ids_for(4), [4])
+    with without_ray(), pytest.raises(DataError, match=r"00000\.parquet: the vector of row 2 has"):
+        run(pool)
+
+
+@pytest.mark.parametrize("where", ["embedded", "run/copies/shuffle/b0000", "run/copies/pairs"])
+def test_a_damaged_file_is_named(
+    small: tuple[Array, Array, Array], tmp_path: Path, where: str
+) -> None:
+    x = small[0][:400]
+    pool = write_pool(tmp_path, x, ids_for(400), [400])
+    with without_ray():
+        found, _ = run(pool, threshold=0.7)
+        file = tmp_path / where / "00000.parquet"
+        content = bytearray(file.read_bytes())
+        for at in range(len(content) // 4, len(content) // 2):
+            content[at] ^= 0xFF
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=r"00000\.parquet cannot be read") as error:
+            run(pool, threshold=0.7) if where == "embedded" else _rerun(found, where)
+    assert str(file) in error.value.what
+
+
+def _rerun(found: copies.Copies, where: str) -> None:
+    from pipeline.curate import join
+
+    if where.endswith("pairs"):
+        join.edges_task(f"{found.root}/x", f"{found.root}/copies/pairs", ["00000"], ("", ()), T)
+    else:
+        found.shuffled.read(0)

@@ -1,0 +1,214 @@
+"""Vectors against the models themselves, called by hand."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.curate import embed as module
+from pipeline.curate import embedders, fingerprint
+from pipeline.curate.embed import embed, embed_file
+from pipeline.curate.embedders import EmbedderSpec, digest_of, opened, spec_of
+from pipeline.curate.tables import matrix
+from pipeline.data.crops import resize_centre_crop
+from pipeline.data.decode import decode_image
+from pipeline.errors import DataError, PipelineError
+from pipeline.evaluate.features import embed as features_of
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_backbone, save_huggingface
+from tests.curate.images import Here, encoded, inputs_of, result, scene, shard
+
+SPEC = BackboneSpec(image_size=28, width=64, depth=2, heads=1, registers=2)
+MEAN, STD = embedders.MEAN, embedders.STD
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return SPEC.build().eval()
+
+
+def by_hand(network, images, size=28):
+    pixels = np.stack([resize_centre_crop(decode_image(image), size) for image in images])
+    found = features_of(network, [pixels], MEAN, STD).double().numpy()
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def vectors_of(folder):
+    table = pq.read_table(Path(folder) / "00000.parquet")
+    dim = table.schema.field("vector").type.list_size
+    return table.column("row").to_pylist(), matrix(table.column("vector"), dim)
+
+
+IMAGES = [encoded(scene(n, 40 + n, 50)) for n in range(7)]
+
+
+@pytest.mark.parametrize("form", ["ours", "huggingface", "pth"])
+def test_weights_in_every_form_give_their_features(tmp_path, backbone, form):
+    if form == "ours":
+        path = save_backbone(backbone, SPEC, tmp_path / "w")
+    elif form == "huggingface":
+        path = save_huggingface(backbone, SPEC, tmp_path / "w", MEAN, STD, 28)
+    else:
+        path = tmp_path / "w.pth"
+        torch.save(backbone.state_dict(), path)
+    shard(tmp_path / "in" / "a.parquet", [*IMAGES[:3], b"broken", *IMAGES[3:]], group=3)
+    file = inputs_of(tmp_path / "in").files[0]
+    spec = spec_of(str(path), batch_size=2)
+    account = embed_file(str(tmp_path / "out"), file, spec)
+    rows, vectors = vectors_of(tmp_path / "out")
+    assert rows == [0, 1, 2, 4, 5, 6, 7] and account["dim"] == 64 and account["rows"] == 7
+    np.testing.assert_allclose(vectors, by_hand(backbone, IMAGES), atol=1e-3)
+    first = (tmp_path / "out" / "00000.parquet").read_bytes()
+    embed_file(str(tmp_path / "out"), file, spec, threads=1)
+    assert (tmp_path / "out" / "00000.parquet").read_bytes() == first
+
+
+def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
+    where = Here()
+    monkeypatch.setattr(module, "run_step", where)
+    monkeypatch.setattr(module, "_resources", lambda: (0.0, 1.0))
+    save_backbone(backbone, SPEC, tmp_path / "w")
+    shard(tmp_path / "in" / "a.parquet", IMAGES, group=2)
+    inputs = inputs_of(tmp_path / "in")
+    exact = tmp_path / "exact"
+    exact.mkdir()
+    import pyarrow as pa
+
+    keepers = pa.table(
+        {"row": [0, 1, 2, 5], "keeper": [0, 0, 2, 5], "method": ["", "bytes", "", ""]}
+    )
+    pq.write_table(keepers, exact / "00000.parquet")
+    spec = spec_of(str(tmp_path / "w"))
+    vectors, step = embed(tmp_path / "out", "embed", inputs, result(exact), spec)
+    assert (vectors.dim, vectors.column, vectors.views, vectors.names) == (
+        64,
+        "vector",
+        False,
+        ("00000",),
+    )
+    rows, found = vectors_of(vectors.folder)
+    assert rows == [0, 2, 5] and step.accounts[0]["rows"] == 3
+    np.testing.assert_allclose(found, by_hand(backbone, [IMAGES[i] for i in rows]), atol=1e-3)
+
+
+def test_descriptors_are_the_fingerprints(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "run_step", Here())
+    shard(tmp_path / "in" / "a.parquet", IMAGES)
+    inputs = inputs_of(tmp_path / "in")
+    vectors, step = embed(tmp_path / "out", "sets/val", inputs, None, EmbedderSpec())
+    assert vectors.folder == str(tmp_path / "out" / "sets" / "val") and vectors.views
+    assert (vectors.column, vectors.dim) == ("descriptor", 143) and vectors.key == step.key
+    again, same = embed(tmp_path / "out", "x", inputs, None, EmbedderSpec(), fingerprints=step)
+    assert same is step and again == vectors
+
+
+def loaded(network):
+    return network
+
+
+def test_what_cannot_be_used_is_said(tmp_path):
+    with pytest.raises(PipelineError, match="there is no"):
+        spec_of(str(tmp_path / "nothing"))
+    spec = EmbedderSpec("backbone", "nan", "1", load=partial(loaded, Nan()), image_size=8)
+    with pytest.raises(DataError, match="not finite"):
+        opened(spec)
+    (tmp_path / "a").write_bytes(b"1")
+    before = digest_of(tmp_path)
+    (tmp_path / "a").write_bytes(b"2")
+    assert digest_of(tmp_path) != before
+
+
+class Nan(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) * torch.nan
+
+
+# ---- ONNX
+
+
+def onnx_file(path, kind="float", last=False, size=(16, 16), batch="N", metadata=None, rank=2):
+    """A model that gives the mean of each channel in each of four quarters."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    h = onnx.helper
+    types = {"float": 1, "uint8": 2, "float16": 10}
+    shape = [batch, *size, 3] if last else [batch, 3, *size]
+    nodes = [h.make_node("Cast", ["x"], ["wide"], to=1)]
+    turned = "wide"
+    if last:
+        nodes.append(h.make_node("Transpose", ["wide"], ["first"], perm=[0, 3, 1, 2]))
+        turned = "first"
+    nodes.append(
+        h.make_node("AveragePool", [turned], ["pooled"], kernel_shape=[8, 8], strides=[8, 8])
+    )
+    nodes.append(h.make_node("Flatten", ["pooled"], ["flat"]))
+    out, width = "flat", [batch, 12]
+    if rank == 3:
+        axes = h.make_tensor("axes", 7, [1], [1])
+        nodes.append(h.make_node("Unsqueeze", ["flat", "axes"], ["tokens"]))
+        out, width = "tokens", [batch, 1, 12]
+    graph = h.make_graph(
+        nodes,
+        "quarters",
+        [h.make_tensor_value_info("x", types[kind], shape)],
+        [h.make_tensor_value_info(out, 1, width)],
+        [axes] if rank == 3 else [],
+    )
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
+    for key, value in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kind": "uint8", "last": True},
+        {"kind": "float16", "size": ("H", "W")},
+        {"batch": 4, "rank": 3},
+        {"metadata": {"mean": "[0, 0, 0]", "std": "[1, 1, 1]"}},
+    ],
+)
+def test_onnx_takes_what_its_signature_says(tmp_path, options):
+    path = onnx_file(tmp_path / "m.onnx", **options)
+    spec = spec_of(str(path), image_size=16 if "size" in options else None)
+    shard(tmp_path / "in" / "a.parquet", IMAGES)
+    embed_file(str(tmp_path / "out"), inputs_of(tmp_path / "in").files[0], spec)
+    rows, found = vectors_of(tmp_path / "out")
+    assert rows == list(range(7))
+    for vector, image in zip(found, IMAGES, strict=True):
+        pixels = resize_centre_crop(decode_image(image), 16).astype(float)
+        if options.get("kind") != "uint8":
+            plain = "metadata" in options
+            pixels = pixels / 255 if plain else (pixels / 255 - MEAN) / STD
+        quarters = pixels.reshape(2, 8, 2, 8, 3).mean((1, 3)).transpose(2, 0, 1).ravel()
+        np.testing.assert_allclose(vector, quarters / np.linalg.norm(quarters), atol=4e-3)
+
+
+def test_onnx_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    path = onnx_file(tmp_path / "m.onnx")
+    with pytest.raises(DataError, match="takes images of 16 x 16 pixels"):
+        opened(spec_of(str(path), image_size=32))
+    wide = onnx_file(tmp_path / "w.onnx", size=(16, 24))
+    with pytest.raises(DataError, match="takes x tensor"):
+        opened(spec_of(str(wide)))
+    odd = onnx_file(tmp_path / "o.onnx", metadata={"mean": json.dumps("grey")})
+    with pytest.raises(DataError, match="metadata mean"):
+        opened(spec_of(str(odd)))
+    (tmp_path / "t.onnx").write_bytes(b"text")
+    with pytest.raises(DataError, match="cannot be opened"):
+        opened(spec_of(str(tmp_path / "t.onnx")))
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(DataError, match="needs the package onnxruntime"):
+        opened(spec_of(str(path), batch_size=3))

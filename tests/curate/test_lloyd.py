@@ -1,0 +1,169 @@
+"""k-means over files equals k-means in memory, for any files, tasks and row order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted_vectors import ids_of_numbers, run_here, written
+
+from pipeline.curate import lloyd, smallest
+from pipeline.curate.choosing import BALANCE, draw
+from pipeline.curate.exact import unit_half
+from pipeline.curate.kmeans import fit_local
+from pipeline.curate.lloyd import Cost, Resources
+from pipeline.curate.smallest import Entries
+from pipeline.curate.tables import ids_of, read_table, write_table
+from pipeline.errors import DataError, PipelineError
+
+MANY_TASKS = Resources(local_work=0, group_rows=1)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    run_here(monkeypatch)
+
+
+@pytest.fixture
+def points():
+    rng = np.random.default_rng(0)
+    vectors = unit_half(rng.standard_normal((300, 12)) + 2 * np.eye(12)[rng.integers(0, 12, 300)])
+    return ids_of_numbers(range(300)), vectors
+
+
+def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatch):
+    ids, vectors = points
+    wanted = fit_local(ids, vectors, 9, seed=3, iterations=4)
+    shuffled = np.random.default_rng(1).permutation(300)
+    monkeypatch.setattr(lloyd, "RANGE_ELEMENTS", 4 * 12)  # sums are added up by three tasks
+    members = []
+    for name, files, order, resources in (
+        ("one", 1, None, Resources()),
+        ("three", 3, shuffled, MANY_TASKS),
+    ):
+        rows = written(tmp_path / name, ids, vectors, files, order)
+        fitted = lloyd.fit(tmp_path / name, "km", rows, 9, 3, 4, resources)
+        np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
+        assert list(fitted.similarity) == wanted.similarity and fitted.cost.cpu_s > 0
+        result, counts = lloyd.assign(tmp_path / name, "leaf", rows, fitted, resources)
+        found = {}
+        for file in rows.names:
+            table = read_table(result.folder, file)
+            for image, leaf in zip(
+                ids_of(table["image_id"]), table["leaf"].to_pylist(), strict=True
+            ):
+                found[image.tobytes()] = leaf
+        members.append(found)
+        np.testing.assert_array_equal(counts, np.bincount(list(found.values()), minlength=9))
+    assert members[0] == members[1] and len(members[0]) == 300
+    again = lloyd.fit(tmp_path / "three", "km", rows, 9, 3, 4, MANY_TASKS)
+    assert again == fitted  # and nothing but the centroids is left
+    assert [p.name for p in (tmp_path / "three" / "km").iterdir()] == [f"fit-{fitted.key}"]
+
+
+def test_a_fit_that_was_killed_goes_on(points, tmp_path: Path, monkeypatch):
+    """It ends in the third iteration; the next start runs only what is missing."""
+    ids, vectors = points
+    rows = written(tmp_path, ids, vectors, 2)
+    run, ran = lloyd.run_step, []
+
+    def stops(root, step, *args, **kwargs):
+        if step.endswith("means/002/new"):
+            raise KeyboardInterrupt
+        result = run(root, step, *args, **kwargs)
+        ran.append((step, result.reused, len(result.accounts)))
+        return result
+
+    monkeypatch.setattr(lloyd, "run_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        lloyd.fit(tmp_path, "km", rows, 5, 3, 4, MANY_TASKS)
+    before = len(ran)
+
+    def goes_on(root, step, *args, **kwargs):
+        result = run(root, step, *args, **kwargs)
+        ran.append((step, result.reused, len(result.accounts)))
+        return result
+
+    monkeypatch.setattr(lloyd, "run_step", goes_on)
+    fitted = lloyd.fit(tmp_path, "km", rows, 5, 3, 4, MANY_TASKS)
+    assert all(reused == tasks for _, reused, tasks in ran[before : 2 * before])
+    assert ran[2 * before][1] == 0
+    np.testing.assert_array_equal(fitted.centroids(), fit_local(ids, vectors, 5, 3, 4).centroids)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_hardly_any_rows(points, tmp_path: Path, count):
+    ids, vectors = points[0][:count], points[1][:count]
+    rows = written(tmp_path, ids, vectors, 2)
+    for name, resources in (("local", Resources()), ("spread", MANY_TASKS)):
+        fitted = lloyd.fit(tmp_path, name, rows, 3, 0, 2, resources)
+        assert fitted.clusters == count and fitted.centroids().shape == (count, 12)
+        _, counts = lloyd.assign(tmp_path, f"{name}-leaf", rows, fitted)
+        assert counts.tolist() == [1] * count
+
+
+def test_left_out_rows_do_not_count(points, tmp_path: Path):
+    ids, vectors = points
+    rows = written(tmp_path, ids, vectors, 2)
+    alive = np.arange(300) % 3 > 0
+    for i, name in enumerate(rows.names):
+        mine = np.arange(150 * i, 150 * (i + 1))
+        write_table(_rows(mine[alive[mine]]), str(tmp_path / "kept"), name)
+    fewer = rows.within(str(tmp_path / "kept"), "k", [100, 100])
+    fitted = lloyd.fit(tmp_path, "km", fewer, 5, 3, 3)
+    wanted = fit_local(ids[alive], vectors[alive], 5, 3, 3)
+    np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
+    assert fewer.rows == 200 and fewer.key != rows.key
+
+
+def _rows(rows):
+    import pyarrow as pa
+
+    return pa.table({"row": rows})
+
+
+def test_too_many_clusters_are_refused(points, tmp_path: Path):
+    rows = written(tmp_path, *points)
+    with pytest.raises(PipelineError, match="do not fit into a task"):
+        lloyd.fit(tmp_path, "km", rows, 2**24, 0, 2)
+
+
+def test_damaged_vectors_are_named(points, tmp_path: Path):
+    rows = written(tmp_path, *points)
+    file = tmp_path / "vectors" / "00000.parquet"
+    content = bytearray(file.read_bytes())
+    content[2000:2040] = bytes(40)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"00000\.parquet cannot be read"):
+        lloyd.fit(tmp_path, "km", rows, 3, 0, 2)
+
+
+def some_entries(name, folder, groups):
+    """Entries of a file: groups by row, drawn."""
+    table = read_table(folder, name, ["row", "image_id"])
+    rows, ids = table["row"].to_numpy(), ids_of(table["image_id"])
+    return Entries(rows % groups, draw(9, 0, ids, BALANCE), ids, rows)
+
+
+@pytest.mark.parametrize("range_rows", [1, 10**6])
+def test_first_of_each_group_over_files(points, tmp_path: Path, range_rows, monkeypatch):
+    """Chosen over five files is what one sort of all rows chooses."""
+    ids, vectors = points
+    rows = written(tmp_path, ids, vectors, 5)
+    quota = np.array([0, 1, 30, 1000, 7, 2, 3])
+    monkeypatch.setattr(smallest, "RANGE_ROWS", range_rows)
+    monkeypatch.setattr(smallest, "GROUP_ROWS", 100)
+    arguments = (rows.source.folder, 7)
+    limits = smallest.limits(
+        tmp_path, "first", rows, quota, some_entries, arguments, "key", Cost()
+    ).load()
+    got = []
+    for name in rows.names:
+        entries = some_entries(name, *arguments)
+        got += entries.rows[limits.chosen(entries)].tolist()
+    keys, wanted = draw(9, 0, ids, BALANCE), []
+    for group in range(7):
+        members = sorted(range(group, 300, 7), key=lambda i: (keys[i], ids[i].tobytes()))
+        wanted += members[: quota[group]]
+    assert sorted(got) == sorted(wanted)

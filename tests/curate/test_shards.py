@@ -1,0 +1,249 @@
+"""Curated shards against the images that went in and a plain sort of those that are kept."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.curate.decide import Mix, Tables, decide
+from pipeline.curate.shards import form_of, write_curated
+from pipeline.curate.sources import Sources
+from pipeline.curate.tables import AS_IS, POOL, Inputs
+from pipeline.curate.work import Task, run_step
+from pipeline.data.columns import image_id
+from pipeline.data.schema import open_shards, read_row_group
+from pipeline.errors import DataError
+from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    without_ray(monkeypatch)
+
+
+def pile(tmp_path: Path, monkeypatch) -> list:
+    """A pack of 30 photos of two classes, 40 rows of a hub in three files with extra columns."""
+    for seed in range(30):
+        place = tmp_path / "photos" / ("cat" if seed % 2 else "dog") / f"{seed}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(picture(seed))
+    pack = packed(tmp_path / "photos", tmp_path / "pack", monkeypatch, row_group_images=8)
+    images = [picture(100 + i, quality=i % 2) for i in range(40)]
+    loose = hub(
+        tmp_path / "hub",
+        [images[:15], images[15:15], images[15:]],
+        caption=[f"number {i}" for i in range(40)],
+        width=[str(i) for i in range(40)],
+    )
+    return [("pool", POOL, loose), ("seeds", AS_IS, pack)]
+
+
+def decisions(tmp_path: Path, sets: list, share: float = 0.7):
+    inputs = Inputs.of(sets)
+    found = fingerprints(tmp_path / "fp", inputs)
+    tasks = [
+        Task(f.name, (f, inputs, Tables(found), Sources(f.set), Mix(1, {"pool": share})))
+        for f in inputs.files
+    ]
+    return inputs, found, run_step(tmp_path, "decisions", [share], tasks, decide)
+
+
+def curated(tmp_path: Path, sets: list, share: float = 0.7, size: int = 4000, rows: int = 7):
+    inputs, found, result = decisions(tmp_path, sets, share)
+    named = [(name, shards) for name, _, shards in sets]
+    return (
+        write_curated(
+            tmp_path / "curated", tmp_path / "work", named, inputs, result, found,
+            shard_bytes=size, row_group_images=rows,
+        ),
+        result,
+    )  # fmt: skip
+
+
+def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
+    sets = pile(tmp_path, monkeypatch)
+    (found, _, _), result = curated(tmp_path, sets)
+    assert found.packed and len(found.files) > 3
+    opened = open_shards(str(tmp_path / "curated"))
+    assert opened == found
+    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    ids = table.column("image_id").to_pylist()
+    kept = [
+        row["image_id"]
+        for name in ("00000", "00001", "00002", "00003")
+        for row in pq.read_table(tmp_path / "decisions" / f"{name}.parquet").to_pylist()
+        if row["kept"]
+    ]
+    assert ids == sorted(kept) and len(set(ids)) == len(ids) == result.total("kept") > 40
+    for name, encoded in zip(ids, table.column("image").to_pylist(), strict=True):
+        assert image_id(encoded) == name
+    assert max(max(f.row_groups) for f in found.files) <= 7
+    group = read_row_group(found, 0, 0)
+    assert group.hex_ids == ids[: len(group)]
+
+
+def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
+    sets = pile(tmp_path, monkeypatch)
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    assert table.schema.names == [
+        "image_id", "image", "width", "height", "format", "source", "label",
+        "caption", "original_width",
+    ]  # fmt: skip
+    rows = {row["image_id"]: row for row in table.to_pylist()}
+    for i in range(40):
+        row = rows[image_id(picture(100 + i, quality=i % 2))]
+        assert (row["caption"], row["original_width"]) == (f"number {i}", str(i))
+        assert row["format"] == ("JPEG" if i % 2 else "PNG")
+        assert (row["width"], row["height"], row["label"]) == (24, 24, None)
+    assert found.class_names == ("cat", "dog")
+    for seed in range(30):
+        row = rows[image_id(picture(seed))]
+        name = "cat" if seed % 2 else "dog"
+        assert (row["source"], row["caption"]) == (f"{name}/{seed}.png", None)
+        assert found.class_names[row["label"]] == name
+
+
+def test_the_digest_says_which_images_they_are(tmp_path, monkeypatch):
+    sets = pile(tmp_path, monkeypatch)
+    (one, _, _), _ = curated(tmp_path, sets)
+    (again, results, _), _ = curated(tmp_path, sets)
+    assert again == one and not results  # nothing was written again
+    (less, _, _), _ = curated(tmp_path, sets, share=0.5)
+    assert less.digest != one.digest and less.rows < one.rows
+    manifest = json.loads((tmp_path / "curated" / "_manifest.json").read_text())
+    assert manifest["images"] == less.rows and manifest["source"].startswith("curated from ")
+    (back, _, _), _ = curated(tmp_path, sets)
+    assert back.digest == one.digest
+    (other, _, _), _ = curated(tmp_path, sets, size=10**9)
+    assert len(other.files) == 1
+    assert other.rows == back.rows and not (tmp_path / "curated" / "part-00001.parquet").exists()
+
+
+def test_a_packed_set_in_other_pieces_gives_the_same_shards(tmp_path, monkeypatch):
+    """Loose files and a pack of the same images: the same ids in the same shards."""
+    images = {f"{seed}.png": picture(seed) for seed in range(25)}
+    for name, encoded in images.items():
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(encoded)
+    pack = packed(tmp_path / "photos", tmp_path / "pack", monkeypatch)
+    loose = hub(tmp_path / "hub", [list(images.values())[:9], list(images.values())[9:]])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (a, _, _), _ = curated(tmp_path / "a", [("pool", POOL, pack)])
+    (b, _, _), _ = curated(tmp_path / "b", [("pool", POOL, loose)])
+    assert a.digest == b.digest
+    assert [f.rows for f in a.files] == [f.rows for f in b.files]
+
+
+def test_a_shard_that_is_gone_is_written_again(tmp_path, monkeypatch):
+    sets = pile(tmp_path, monkeypatch)
+    (one, _, _), _ = curated(tmp_path, sets)
+    before = {f.name: Path(f.path).read_bytes() for f in one.files}
+    Path(one.files[1].path).unlink()
+    (again, _, _), _ = curated(tmp_path, sets)
+    assert again.digest == one.digest
+    assert {f.name: Path(f.path).read_bytes() for f in again.files} == before
+
+
+def test_a_kill_between_two_shards(tmp_path, monkeypatch):
+    from pipeline.curate import shards as module
+
+    sets = pile(tmp_path, monkeypatch)
+    (whole, _, _), _ = curated(tmp_path, sets)
+    before = {f.name: Path(f.path).read_bytes() for f in whole.files}
+    (tmp_path / "again").mkdir()
+    real, calls = module.write_shard, []
+
+    def dies(folder, index, *rest):
+        calls.append(index)
+        if index == 2:
+            raise KeyboardInterrupt
+        return real(folder, index, *rest)
+
+    monkeypatch.setattr(module, "write_shard", dies)
+    with pytest.raises(KeyboardInterrupt):
+        curated(tmp_path / "again", sets)
+    with pytest.raises(DataError, match="packing was not finished"):
+        open_shards(str(tmp_path / "again" / "curated"))
+    monkeypatch.setattr(
+        module, "write_shard", lambda f, i, *r: (calls.append(i), real(f, i, *r))[1]
+    )
+    (found, _, _), _ = curated(tmp_path / "again", sets)
+    assert found.digest == whole.digest
+    assert {f.name: Path(f.path).read_bytes() for f in found.files} == before
+    assert calls.count(2) == 2
+    assert calls.count(0) == calls.count(1) == 1
+
+
+def test_nothing_kept_is_one_sentence(tmp_path, monkeypatch):
+    sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(1), picture(2)]]))]
+    with pytest.raises(DataError) as caught:
+        curated(tmp_path, sets, share=0.0)
+    assert caught.value.what == "curation kept none of 2 images"
+    assert not (tmp_path / "curated").exists()
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch):
+    sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(1), picture(2)]]))]
+    (tmp_path / "curated").mkdir()
+    (tmp_path / "curated" / "thesis.tex").write_text("mine")
+    with pytest.raises(DataError, match="holds something that no curation wrote"):
+        curated(tmp_path, sets)
+    assert (tmp_path / "curated" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_and_two_images(tmp_path, monkeypatch, count):
+    sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(i) for i in range(count)], []]))]
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
+    assert found.rows == count and found.packed
+
+
+def test_labels_of_several_sets(tmp_path, monkeypatch):
+    def named(folder: str, names: list[str], labels: list[int], first: int):
+        made = hub(tmp_path / folder, [[picture(first + i) for i in range(3)]], label=labels)
+        path = made.files[0].path
+        features = {"label": {"names": names, "_type": "ClassLabel"}}
+        meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        pq.write_table(pq.read_table(path).replace_schema_metadata(meta), path)
+        return open_shards(str(tmp_path / folder))
+
+    a = named("a", ["cat", "dog"], [0, 1, 0], 0)
+    b = named("b", ["bird", "dog"], [0, 1, 1], 10)
+    c = hub(tmp_path / "c", [[picture(20)]], label=[5])  # ids without names
+    form = form_of([("a", a), ("b", b), ("c", c)])
+    assert form.class_names == ("bird", "cat", "dog")
+    assert form.labels == {"a": (1, 2), "b": (0, 2), "c": None}
+    assert form_of([("c", c)]).labels == {"c": ()}
+    sets = [("a", POOL, a), ("b", POOL, b), ("c", POOL, c)]
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
+    rows = pa.concat_tables([pq.read_table(f.path) for f in found.files]).to_pylist()
+    labels = {row["image_id"]: row["label"] for row in rows}
+    expected = dict.fromkeys([0, 2], 1) | {1: 2, 10: 0, 11: 2, 12: 2, 20: None}
+    assert labels == {image_id(picture(seed)): label for seed, label in expected.items()}
+
+
+def test_columns_that_cannot_be_one(tmp_path):
+    a = hub(tmp_path / "a", [[picture(0)]], extra=["text"])
+    b = hub(tmp_path / "b", [[picture(1)]], extra=[{"a": 1}])
+    with pytest.raises(DataError, match="the sets a, b disagree about a column"):
+        form_of([("a", a), ("b", b)])
+
+
+def test_numpy_images_keep_their_format(tmp_path, monkeypatch):
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((24, 24, 3), np.uint8))
+    still = io.BytesIO()
+    Image.new("L", (24, 24)).save(still, "WEBP")
+    sets = [("pool", POOL, hub(tmp_path / "hub", [[stream.getvalue(), still.getvalue()]]))]
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    assert sorted(table.column("format").to_pylist()) == ["NPY", "WEBP"]

@@ -1,0 +1,480 @@
+"""The curate stage from config to shards, in one process; `test_curate_jobs.py` has it on Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageOps
+
+from pipeline import job
+from pipeline.data.schema import open_shards
+from pipeline.files import RunFolder
+from tests.curate.piles import hub, packed, without_ray
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch, quiet_log):
+    without_ray(monkeypatch)
+
+
+def blobs(seed: int, size: int = 64) -> Image.Image:
+    """A picture of coarse random structure: unlike any other, and easily told from its copies."""
+    draw = np.random.default_rng(seed)
+    coarse = draw.integers(0, 256, (9, 9, 3), np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+FIXED = ["dedup.threshold=0.9", "quality.min_entropy=1", "quality.min_sharpness=1"]
+
+
+def curate(folder: Path, *arguments: str, name: str = "r") -> RunFolder:
+    """Runs jobs/curate.py in this process."""
+    given = [f"run.folder={folder}", f"run.name={name}", "track.enabled=false"]
+    job.main(["curate"], "doc", [*given, "curate.preset=dedup", *FIXED, *arguments])
+    return RunFolder.of(str(folder), name)
+
+
+def decisions(run: RunFolder) -> list[dict]:
+    folder = run.path / "curate" / "steps" / "decisions"
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def assert_balanced(run: RunFolder, rows: int) -> Counter:
+    """in = kept + removed, per source and in total, and the shards hold what is kept."""
+    found = decisions(run)
+    assert [row["row"] for row in found] == list(range(rows))
+    assert all(row["kept"] is (row["reason"] == "kept") for row in found)
+    result = run.last("curate")
+    counts = Counter(row["reason"] for row in found)
+    assert result["reasons"] == dict(counts)
+    per_source: dict[str, Counter] = {}
+    for row in found:
+        per_source.setdefault(row["source"], Counter())[row["reason"]] += 1
+    assert result["sources"] == {k: dict(v) for k, v in per_source.items()}
+    shards = open_shards(str(run.path / "curated"))
+    ids = pa.concat_tables([pq.read_table(f.path) for f in shards.files])["image_id"].to_pylist()
+    assert ids == sorted(row["image_id"] for row in found if row["kept"])
+    known = {row["image_id"] for row in found}
+    for row in found:
+        if row["reason"].startswith("duplicate"):
+            assert row["rule"] == "earlier" or row["keeper_id"] in known
+        if row["reason"] == "leaks_evaluation":
+            assert row["query_id"] and row["rule"]
+    return counts
+
+
+def wild(count: int = 30) -> list[bytes]:
+    """Pictures with planted copies: 3 smaller ones, 2 mirrored, 2 of equal pixels, 2 of equal bytes,
+    3 flat, 2 small, 1 long, 1 broken."""
+    images = [blobs(seed) for seed in range(count)]
+    found = [encoded(image, "JPEG", quality=95) for image in images]
+    found += [encoded(images[i].resize((48, 48)), "JPEG", quality=80) for i in range(3)]
+    found += [encoded(ImageOps.mirror(images[i]), "JPEG", quality=80) for i in range(3, 5)]
+    found += [encoded(Image.open(io.BytesIO(found[i])), "PNG") for i in range(5, 7)]
+    found += [found[7], found[8]]
+    found += [encoded(Image.new("RGB", (64, 64), (40 * i, 90, 20))) for i in range(3)]
+    found += [encoded(blobs(900 + i, 20)) for i in range(2)]
+    found += [encoded(blobs(950).resize((300, 40))), b"not a picture"]
+    return found
+
+
+WILD = Counter(
+    kept=30, duplicate_near=7, duplicate_bytes=2, flat=3, too_small=2, aspect=1, undecodable=1
+)
+
+
+def test_a_wild_pile_as_hubs_store_it(tmp_path):
+    images = wild()
+    hub(tmp_path / "hub", [images[:20], images[20:]], caption=[str(i) for i in range(len(images))])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub")
+    assert assert_balanced(run, len(images)) == WILD
+    rows = decisions(run)
+    assert {row["rule"] for row in rows[35:37]} == {"pixels"} or rows[5]["rule"] == "pixels"
+    report = (run.path / "curate" / "report.html").read_text()
+    assert "copy of another image" in report
+    assert "http" not in report.replace("http://www.w3.org", "")  # it needs nothing else
+    shards = open_shards(str(run.path / "curated"))
+    table = pq.read_table(shards.files[0].path)
+    assert table.column("caption").null_count == 0
+
+
+def test_the_order_of_rows_changes_nothing(tmp_path):
+    images = wild()
+    hub(tmp_path / "a", [images])
+    mixed = [images[i] for i in np.random.default_rng(5).permutation(len(images))]
+    hub(tmp_path / "b", [mixed[:11], mixed[11:30], mixed[30:]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/a", name="a")
+    other = curate(tmp_path, f"data.shards={tmp_path}/b", name="b")
+    assert assert_balanced(one, len(images)) == assert_balanced(other, len(images))
+    kept = [sorted(r["image_id"] for r in decisions(x) if r["kept"]) for x in (one, other)]
+    assert kept[0] == kept[1]
+    assert one.last("curate")["digest"] == other.last("curate")["digest"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_and_two_images(tmp_path, count):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(count)]])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub")
+    assert assert_balanced(run, count) == {"kept": count}
+
+
+def test_thresholds_of_few_images_are_the_defaults(tmp_path):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(3)]])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub", "dedup.threshold=auto")
+    assert assert_balanced(run, 3) == {"kept": 3}
+    assert 0.5 < run.last("curate")["threshold"] < 1
+
+
+def said(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_no_images_are_one_sentence(tmp_path, capsys):
+    hub(tmp_path / "hub", [[]])
+    with pytest.raises(SystemExit):
+        curate(tmp_path, f"data.shards={tmp_path}/hub")
+    assert said(capsys)[0] == "error: curation kept none of 0 images"
+
+
+def test_all_duplicates(tmp_path):
+    image = blobs(1)
+    copies = [encoded(image, "JPEG", quality=q) for q in range(60, 90)] + [encoded(image)] * 9
+    hub(tmp_path / "hub", [copies])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub")
+    counts = assert_balanced(run, len(copies))
+    assert counts == {"kept": 1, "duplicate_near": 30, "duplicate_bytes": 8}
+
+
+def test_all_filtered(tmp_path, capsys):
+    hub(tmp_path / "hub", [[encoded(Image.new("RGB", (64, 64), (i, 0, 0))) for i in range(9)]])
+    with pytest.raises(SystemExit):
+        curate(tmp_path, f"data.shards={tmp_path}/hub")
+    lines = said(capsys)
+    assert lines[0] == "error: curation kept none of 9 images" and len(lines) == 2
+    run = RunFolder.of(str(tmp_path), "r")
+    assert {row["reason"] for row in decisions(run)} == {"flat"}  # the decisions are there
+    assert "almost nothing to see" in (run.path / "curate" / "report.html").read_text()
+    assert not (run.path / "curate" / "_done.json").exists()
+
+
+@pytest.mark.parametrize("scope", ["images", "components"])
+def test_a_reference_set_that_equals_the_pool(tmp_path, capsys, scope):
+    images = [encoded(blobs(i)) for i in range(12)]
+    hub(tmp_path / "hub", [images])
+    with pytest.raises(SystemExit):
+        curate(
+            tmp_path,
+            f"data.shards={tmp_path}/hub",
+            f"leaks.sets.same={tmp_path}/hub",
+            f"leaks.scope={scope}",
+        )
+    assert said(capsys)[0] == "error: curation kept none of 12 images"
+    rows = decisions(RunFolder.of(str(tmp_path), "r"))
+    assert {(r["reason"], r["rule"]) for r in rows} == {("leaks_evaluation", "same")}
+    assert all(r["query_id"] == r["image_id"] and r["similarity"] > 0.99 for r in rows)
+
+
+def test_leaks_and_their_components(tmp_path):
+    images = [blobs(i) for i in range(20)]
+    pool = [encoded(image, "JPEG", quality=95) for image in images]
+    pool += [encoded(images[i], "JPEG", quality=70) for i in (0, 1, 2)]  # copies within the pool
+    tests = [encoded(images[i].resize((50, 50)), "JPEG", quality=90) for i in (0, 5)]
+    tests += [encoded(blobs(99))]
+    hub(tmp_path / "hub", [pool])
+    hub(tmp_path / "test", [tests])
+    sets = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
+    strict = curate(tmp_path, *sets, name="strict")
+    counts = assert_balanced(strict, len(pool))
+    assert counts == {"kept": 18, "leaks_evaluation": 3, "duplicate_near": 2}
+    whole = curate(tmp_path, *sets, "leaks.scope=components", "leaks.threshold=0.95", name="whole")
+    assert assert_balanced(whole, len(pool))["leaks_evaluation"] == 3
+
+
+def test_parts_switched_off(tmp_path):
+    images = wild()
+    hub(tmp_path / "hub", [images])
+    place = f"data.shards={tmp_path}/hub"
+    run = curate(tmp_path, place, "dedup.enabled=false", name="a")
+    counts = assert_balanced(run, len(images))
+    assert counts == WILD + Counter(kept=5) - Counter(duplicate_near=5)
+    run = curate(tmp_path, place, "quality.enabled=false", name="b")
+    counts = assert_balanced(run, len(images))
+    assert set(counts) == {"kept", "undecodable", "duplicate_bytes", "duplicate_near"}
+    run = curate(tmp_path, place, "mix.pool=0.5", name="c")
+    counts = assert_balanced(run, len(images))
+    assert 5 < counts["kept"] < 25 and counts["balanced_out"] == 30 - counts["kept"]
+
+
+def test_seeds_and_balance(tmp_path):
+    pool = [encoded(blobs(i)) for i in range(60)]
+    seeds = [encoded(blobs(i).resize((60, 60)).rotate(4)) for i in range(4)]
+    hub(tmp_path / "hub", [pool])
+    hub(tmp_path / "seeds", [seeds])
+    place = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    sample = ["retrieve.mode=sample", "retrieve.neighbours=3"]
+    run = curate(tmp_path, *place, *sample, name="sample")
+    counts = assert_balanced(run, 64)
+    parts = Counter(row["part"] for row in decisions(run) if row["kept"])
+    assert parts["as_is"] == 4 and 4 < parts["sample"] <= 12
+    assert counts["not_retrieved"] == 64 - counts["kept"] - counts["duplicate_near"]
+    retrieved = [row for row in decisions(run) if row["part"] == "sample"]
+    assert sum(row["hits"] for row in retrieved) == 12
+    assert run.last("curate")["retrieved"]["sets"]["mine"]["collisions"] == 12 - parts["sample"]
+
+    run = curate(tmp_path, *place, *sample, "retrieve.include=false", name="queries")
+    assert_balanced(run, 60)  # seeds are no inputs
+    assert {row["part"] for row in decisions(run)} == {"sample", ""}
+
+    both = ["balance.images=20", "curate.preset=balanced", "balance.resampling=1"]
+    run = curate(tmp_path, place[0], *both, name="balanced")
+    counts = assert_balanced(run, 60)
+    assert counts == {"kept": 20, "balanced_out": 40}
+    run = curate(tmp_path, *place, *sample, *both, name="both")
+    assert_balanced(run, 64)
+    parts = Counter(row["part"] for row in decisions(run) if row["kept"])
+    assert set(parts) == {"as_is", "sample", "balanced"}
+
+
+def test_a_second_run_does_nothing_and_a_changed_one_what_it_must(tmp_path, capsys):
+    images = wild()
+    hub(tmp_path / "hub", [images])
+    place = f"data.shards={tmp_path}/hub"
+    run = curate(tmp_path, place)
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*.parquet")}
+    curate(tmp_path, place)
+    assert "curate      up to date" in capsys.readouterr().out
+    curate(tmp_path, place, "dedup.chains=keep")  # only what comes after the pairs
+    changed = {
+        p.relative_to(run.path / "curate" / "steps").parts[0]
+        for p, stamp in before.items()
+        if "steps" in p.parts and p.stat().st_mtime_ns != stamp
+    }
+    assert not changed & {"fingerprint", "quality", "exact", "edges"}
+    # a lost shard is written again
+    (run.path / "curated" / "part-00000.parquet").unlink()
+    curate(tmp_path, place, "dedup.chains=keep")
+    assert_balanced(run, len(images))
+
+
+def test_a_damaged_table_is_named_and_refused(tmp_path, capsys):
+    images = wild()
+    hub(tmp_path / "hub", [images])
+    place = f"data.shards={tmp_path}/hub"
+    run = curate(tmp_path, place)
+    prints = run.path / "curate" / "steps" / "fingerprint" / "00000.parquet"
+    content = bytearray(prints.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    prints.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        curate(tmp_path, place, "dedup.threshold=0.8", "dedup.probes=3")
+    what, hint = said(capsys)
+    assert "fingerprint/00000.parquet cannot be read" in what and "delete" in hint
+
+
+def test_images_are_added_to_a_curated_set(tmp_path):
+    first = [encoded(blobs(i), "JPEG", quality=95) for i in range(20)]
+    second = [encoded(blobs(i), "JPEG", quality=60) for i in range(5)]  # copies of what is there
+    second += [first[7], encoded(Image.new("RGB", (64, 64), "red"))]
+    second += [encoded(blobs(100 + i)) for i in range(6)]
+    hub(tmp_path / "one", [first])
+    hub(tmp_path / "two", [second])
+    hub(tmp_path / "three", [[second[8], encoded(blobs(3).resize((50, 50))), encoded(blobs(200))]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/one", name="one")
+    two = curate(tmp_path, f"data.shards={tmp_path}/two", f"curate.against={one.path}", name="two")
+    counts = Counter(row["reason"] for row in decisions(two))
+    assert counts == {"kept": 6, "duplicate_near": 6, "flat": 1}
+    rows = decisions(two)
+    assert {row["rule"] for row in rows if row["reason"] == "duplicate_near"} == {"earlier"}
+    ids = {row["image_id"] for row in decisions(one)}
+    assert {row["keeper_id"] for row in rows if row["rule"] == "earlier"} <= ids
+    assert open_shards(str(two.path / "curated")).rows == 26  # the earlier ones and the new ones
+    assert two.last("curate")["threshold"] == one.last("curate")["threshold"]
+    # a third pile meets both
+    three = curate(
+        tmp_path, f"data.shards={tmp_path}/three", f"curate.against={two.path}", name="three"
+    )
+    assert [row["reason"] for row in decisions(three)] == ["duplicate_near"] * 2 + ["kept"]
+    assert open_shards(str(three.path / "curated")).rows == 27
+
+
+def test_looking_up_one_image(tmp_path, capsys):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(12)]])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub")
+    ImageOps.mirror(blobs(4)).resize((50, 50)).save(tmp_path / "photo.jpg")
+    blobs(77).save(tmp_path / "other.png")
+    capsys.readouterr()
+    curate(tmp_path, f"curate.query={tmp_path}/photo.jpg")
+    shown = capsys.readouterr().out
+    assert f"is a copy of {decisions(run)[4]['image_id']}" in shown and "kept" in shown
+    assert Image.open(run.path / "curate" / "query.png").width > 600
+    curate(tmp_path, f"curate.query={tmp_path}/other.png")
+    assert "other.png is a copy of nothing in the set" in capsys.readouterr().out
+
+
+MISTAKES = [
+    (["curate.preset="], "nothing to curate: curate.preset is empty", "curate.preset=dedup"),
+    (["data.shards="], "no images: neither data.shards nor data.source", "data.source="),
+    (["leaks.sets.x=/not/there"], "leaks.sets.x=/not/there cannot be read as shards", "check"),
+    (["retrieve.seeds.pool=hub"], "a seed set cannot be called pool", "another name"),
+    (["retrieve.seeds.x=/not/there"], "retrieve.seeds.x=/not/there cannot be read", "check"),
+    (["curate.copy_embedder=/no/model.onnx"], "curate.copy_embedder=/no/model.onnx", ".onnx"),
+    (["curate.against=/no/run"], "/no/run holds no finished curation", "run folder"),
+    (["curate.query=/no/photo.jpg"], "curate.query=/no/photo.jpg: there is no such file", ""),
+    (["evaluate.queries=/no/set"], "evaluate.queries=/no/set cannot be read", "jobs/pack.py"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what", "hint"), MISTAKES, ids=lambda x: str(x)[:40])
+def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, what, hint):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(2)]])
+    if arguments == ["curate.preset="]:
+        arguments = ["curate.preset=", *(f"{f.split('=')[0]}=" for f in [])]
+        given = [f"run.folder={tmp_path}", "track.enabled=false", f"data.shards={tmp_path}/hub"]
+        with pytest.raises(SystemExit) as ended:
+            job.main(["curate"], "doc", [*given, *arguments])
+    else:
+        with pytest.raises(SystemExit) as ended:
+            curate(tmp_path, f"data.shards={tmp_path}/hub", *arguments)
+    assert ended.value.code == 2
+    lines = said(capsys)
+    assert len(lines) <= 2 and what in lines[0]
+    assert hint in lines[-1]
+
+
+def test_training_reads_what_is_kept(tmp_path, capsys):
+    from pipeline.overrides import load
+    from pipeline.stages.context import Context
+
+    images = wild()
+    hub(tmp_path / "hub", [images])
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub")
+    given = [f"run.folder={tmp_path}", "run.name=r", f"data.shards={tmp_path}/hub"]
+    context = Context(load([*given, "curate.preset=dedup"]), run)
+    assert context.shards().rows == 30
+    assert context.shards().digest == run.last("curate")["digest"]
+    assert Context(load(given), run).shards().rows == len(images)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        job.main(["pretrain"], "doc", [*given[:1], "run.name=new", given[2], "curate.preset=dedup",
+                                       "optim.steps=1"])  # fmt: skip
+    assert "the images are not curated yet" in said(capsys)[0]
+
+
+def test_a_dry_run_counts_rules_and_writes_nothing(tmp_path, capsys):
+    images = wild()
+    hub(tmp_path / "hub", [images])
+    place = [f"run.folder={tmp_path}/runs", f"data.shards={tmp_path}/hub", "curate.preset=dedup"]
+    logging.getLogger("pipeline").handlers.clear()
+    job.main(["curate"], "doc", [*place, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert f"of a sample of {len(images)} of {len(images)} images" in shown
+    assert "min_side" in shown and "fingerprint" in shown and "calibrated on" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_presets_warn_about_vectors_that_they_are_not_for(tmp_path, capsys):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(30)]])
+    hub(tmp_path / "seeds", [[encoded(blobs(200 + i)) for i in range(5)]])
+    given = [f"run.folder={tmp_path}", "run.name=r", "track.enabled=false"]
+    given += ["curate.preset=lvd142m", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given += ["retrieve.clusters=3", "quality.min_sharpness=1", f"data.shards={tmp_path}/hub"]
+    job.main(["curate"], "doc", given)
+    shown = capsys.readouterr().out
+    assert "those of SSCD vectors" in shown and "calibrated instead" in shown
+    assert "need a trained network" in shown
+    assert_balanced(RunFolder.of(str(tmp_path), "r"), 35)
+
+
+def test_the_demo_loses_what_was_planted(tmp_path, monkeypatch):
+    from pipeline.data.demo import make_demo
+
+    report = make_demo(tmp_path / "photos")
+    shards = packed(tmp_path / "photos" / "train", tmp_path / "shards", monkeypatch)
+    test = packed(tmp_path / "photos" / "test", tmp_path / "test", monkeypatch)
+    given = ["configs/demo.yaml", f"run.folder={tmp_path}", "track.enabled=false"]
+    given += [f"data.shards={shards.uri}", "data.source=", f"evaluate.queries={test.uri}"]
+    root = Path(__file__).parents[2]
+    given[0] = str(root / given[0])
+    job.main(["curate"], "doc", given)
+    run = RunFolder.of(str(tmp_path), "demo")
+    assert_balanced(run, shards.rows)
+    sources = pq.read_table(run.path / "curate/steps/fingerprint/00000.parquet")["source"].to_pylist()
+    gone: Counter = Counter()
+    for row, source in zip(decisions(run), sources, strict=True):
+        kind = source.split("/")[1].split("_")[0]
+        if not row["kept"]:
+            gone[kind, row["reason"]] += 1
+    assert gone["flat", "flat"] == report.flat == 24
+    assert gone["near", "duplicate_near"] + gone["tile", "duplicate_near"] >= report.near_duplicates
+    assert sum(gone.values()) < 24 + 60 + 25  # hardly anything else
+    page = (run.path / "curate" / "report.html").read_text()
+    assert "almost nothing to see" in page and "copy of another image" in page
+    assert json.loads((run.path / "curate" / "_done.json").read_text())["result"]["images"] > 3400
+
+
+def files_of(run: RunFolder, *parts: str) -> dict[str, bytes]:
+    root = run.path.joinpath(*parts)
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.parquet"))}
+
+
+def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Killed after every fifth task: no task is run twice, and the result has the same bytes."""
+    from pipeline.curate import work
+
+    images = wild()
+    hub(tmp_path / "hub", [images[:15], images[15:40], images[40:]])
+    hub(tmp_path / "test", [[encoded(blobs(3))]])
+    hub(tmp_path / "seeds", [[encoded(blobs(i).rotate(5)) for i in range(6)]])
+    sets = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
+    sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    sets += ["retrieve.mode=sample", "balance.images=9", "balance.resampling=1"]
+    sets += ["data.shard_mb=0.01"]
+    inner, ran = work._run, []
+
+    def counted(folder, tasks, *rest):
+        for name, account in inner(folder, tasks, *rest):
+            ran.append((folder, name))
+            yield name, account
+
+    monkeypatch.setattr(work, "_run", counted)
+    whole = curate(tmp_path, *sets, name="whole")
+    assert_balanced(whole, len(images) + 6)
+    clean, starts = len(ran), 0
+    assert clean > 60
+    ran.clear()
+
+    def killed(folder, tasks, *rest):
+        for name, account in counted(folder, tasks, *rest):
+            if len(ran) % 5 == 0:
+                raise KeyboardInterrupt  # the account is written, the driver has not seen it
+            yield name, account
+
+    monkeypatch.setattr(work, "_run", killed)
+    run = None
+    while run is None:
+        starts += 1
+        try:
+            run = curate(tmp_path, *sets, name="killed")
+        except KeyboardInterrupt:
+            assert starts < clean
+    assert starts > clean / 6
+    assert len(ran) == len(set(ran)) == clean
+    steps = ("curate", "steps", "decisions")
+    assert files_of(run, *steps) == files_of(whole, *steps)
+    assert files_of(run, "curated") == files_of(whole, "curated")
