@@ -180,11 +180,11 @@ def _evidence_task(
     limits: Limits,
 ) -> Account:
     """The rows chosen for a set, with the nearest seed of their cluster."""
-    _, sets, _, clusters, _ = arguments
+    assigned, sets, names, clusters, seed = arguments
     upto = limits.load()
     found: list[tuple[Array, Array, Array]] = []
     for file in files:
-        entries = drawn_entries(file, *arguments, number)
+        entries = drawn_entries(file, assigned, sets, names, clusters, seed, number)
         entries = entries.take(upto.chosen(entries))
         if not len(entries.rows):
             continue
