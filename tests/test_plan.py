@@ -428,8 +428,9 @@ def test_the_length_of_a_step_is_derived_only_here() -> None:
 
 @pytest.mark.parametrize("image_bytes", [0, 10_000, 6 * 2**20, 40 * 2**20])
 def test_large_images_make_small_chunks(image_bytes):
+    values = {"optim": {"steps": 1, "global_batch_size": 64}, "train": {"workers": 1}}
     found = resolve(
-        Config.model_validate({"optim": {"steps": 1, "global_batch_size": 64}, "train": {"workers": 1}}),
+        Config.model_validate(values),
         images=64, digest="d", class_names=(), image_bytes=image_bytes,
         machine=Machine(cpus=8, gpus=0, bfloat16=False),
     )  # fmt: skip
