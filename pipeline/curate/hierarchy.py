@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate import lloyd, smallest
+from pipeline.curate.assign import assign
 from pipeline.curate.choosing import firsts, numbers_as_ids
 from pipeline.curate.considered import Considered
 from pipeline.curate.exact import Halves
@@ -35,24 +36,28 @@ Array = np.ndarray[Any, Any]
 LEAF_ROWS = 30  # mean members of a leaf
 MOST_LEAVES = 100_000  # the first level of Vo et al., before each cluster is split
 RATIO = 10  # of neighbouring levels; Vo et al.: 20, 10 and 5
-LEAST_RATIO = 2  # a level that is less coarse than this is left out
-TOP = 300  # a top level that is coarser than the concepts are many would hide the rare ones
+LEAST_RATIO = 3  # of the top level
+TOP = 300  # clusters: a top level coarser than there are concepts hides the rare ones
+LEAST_TOP = 10  # clusters of the top level; with less there is one level
 
 
 def default_levels(rows: int, dim: int, top: int = TOP) -> tuple[int, ...]:
     """Clusters of each level, finest first, for so many rows.
 
     Leaves have 30 rows in the mean, and more above 3,000,000 rows. Each level has a tenth of the
-    clusters of the one below, but not under `top`; so up to `2 top` leaves there is one level only.
+    clusters of the one below, but the top has at least `top`; with less than `3 top` leaves a third
+    of them, since two levels were better than one at every size (benchmarks/concepts.py). Below
+    900 rows there is one level.
 
     Args:
         rows: considered.
         dim: of the vectors, which limits how many centroids a task can hold.
-        top: fewest clusters of an upper level.
+        top: fewest clusters of the top level.
     """
     levels = [max(1, min(rows // LEAF_ROWS, MOST_LEAVES, lloyd.TASK_ELEMENTS // dim))]
-    while levels[-1] >= LEAST_RATIO * top:
-        levels.append(max(top, levels[-1] // RATIO))
+    least = min(top, levels[0] // LEAST_RATIO)
+    while least >= LEAST_TOP and levels[-1] >= LEAST_RATIO * least:
+        levels.append(max(least, levels[-1] // RATIO))
     return tuple(levels)
 
 
@@ -72,7 +77,7 @@ class Hierarchy:
 
     Attributes:
         leaves: centroids of the finest level.
-        folder: where the leaf of each row is written: `NNNNN.parquet` (`lloyd.ASSIGNED`).
+        folder: where the leaf of each row is written: `NNNNN.parquet` (`assign.ASSIGNED`).
         key: of all of it.
         sizes: rows of each leaf, int64 [leaves].
         parents: for each level but the top, the cluster of the next level of each of its clusters.
@@ -131,7 +136,7 @@ def build(
     check_levels(wanted)
     cost = Cost()
     fitted = lloyd.fit(root, f"{name}/leaves-0", rows, wanted[0], seed, iterations, resources)
-    result, sizes = lloyd.assign(root, f"{name}/assigned-0", rows, fitted, resources)
+    result, sizes = assign(root, f"{name}/assigned-0", rows, fitted, resources)
     cost.add(fitted.cost)
     cost.add(result)
     for turn in range(1, resampling + 1):
@@ -141,7 +146,7 @@ def build(
         fitted = lloyd.fit(
             root, f"{name}/leaves-{turn}", near, fitted.clusters, seed + turn, iterations, resources
         )
-        result, sizes = lloyd.assign(root, f"{name}/assigned-{turn}", rows, fitted, resources)
+        result, sizes = assign(root, f"{name}/assigned-{turn}", rows, fitted, resources)
         cost.add(fitted.cost)
         cost.add(result)
     arguments = (fitted, wanted[1:], seed, iterations, resampling, resources.gpus > 0)

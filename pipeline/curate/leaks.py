@@ -8,6 +8,7 @@ The same serves images that are added to a curated set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 from pipeline.curate.collapse import COPIES
 from pipeline.curate.components import spread
 from pipeline.curate.exact import Doubles, Ints
+from pipeline.curate.forest import PENDING
 from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.join import best, visit
 from pipeline.curate.portions import Ids, read_range
@@ -51,15 +53,18 @@ def relative_pairs(
 ) -> tuple[Ints, Ints, Doubles]:
     """Pairs (item of the pool, item of the other set) of a bucket above the threshold."""
     found: list[tuple[Ints, Ints, Doubles]] = []
-    own = dict(by_cell(*pool.members()))
-    visits = other.visits(home=True)
-    for i, j, similarity, _ in visit(other, visits, pool, own, threshold, crops, penalty):
-        found.append((j, i, similarity))
+    pending = 0
+    own, visits = dict(by_cell(*pool.members())), other.visits(home=True)
+    by_others = visit(other, visits, pool, own, threshold, crops, penalty)
     own, visits = dict(by_cell(*other.members())), pool.visits(home=False)
-    for i, j, similarity, _ in visit(pool, visits, other, own, threshold, crops, penalty):
-        found.append((i, j, similarity))
-        if sum(len(f[0]) for f in found) > 4_000_000:  # equal pairs of several views and cells
+    by_pool = visit(pool, visits, other, own, threshold, crops, penalty)
+    both = chain(((j, i, s) for i, j, s, _ in by_others), ((i, j, s) for i, j, s, _ in by_pool))
+    for pairs in both:
+        found.append(pairs)
+        pending += len(pairs[0])
+        if pending > PENDING:  # the same pairs by several views and cells
             found = [_each_once(pool, other, found)]
+            pending = -len(found[0][0])  # the next time when there are twice as many
     return _each_once(pool, other, found)
 
 

@@ -83,7 +83,8 @@ def portions(
     each = vectors.dim * 2 * (2 * (CROPS + 1) if vectors.views else 1)
     files, names = list(files), set(vectors.names)
     even = max(PORTION_ROWS, sum(file.rows for file in files) // PORTIONS)
-    most = rows or max(1, min(PORTION_BYTES // each, even))
+    most = rows or max(1, PORTION_BYTES // each)
+    even = min(most, even)
     found: list[list[Part]] = []
     room = 0
     for file in files:
@@ -92,9 +93,10 @@ def portions(
         for begin in range(0, file.rows, most):
             end = min(file.rows, begin + most)
             part = Part(file.name, file.first + begin, file.first + end, file.rows <= most)
+            # Parts of a file cost a reading of the file each, so only what is too large is cut.
             if end - begin > room:
                 found.append([])
-                room = most
+                room = rows or even
             found[-1].append(part)
             room -= end - begin
     return [Portion(f"{number:05d}", tuple(parts)) for number, parts in enumerate(found)]

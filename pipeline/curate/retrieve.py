@@ -169,8 +169,8 @@ def retrieve(
 def _owner_task(folder: str, name: str, source: Source, asked: tuple[Asked, ...]) -> Account:
     """Gives each row of a file that was asked for to the seed that is most similar."""
     rows = np.asarray(read_table(source.folder, name, ["row"])["row"].to_numpy(), np.int64)
-    low, high = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
-    within = [("row", ">=", low), ("row", "<=", high)]
+    start, end = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    within = [("row", ">=", start), ("row", "<=", end)]
     tables: list[pa.Table] = []
     number: list[Array] = []
     unique: dict[str, int] = {}

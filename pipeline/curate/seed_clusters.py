@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate import lloyd, smallest
+from pipeline.curate.assign import assign
 from pipeline.curate.choosing import RETRIEVE, draw, id_words
 from pipeline.curate.considered import Considered, Points, Source
 from pipeline.curate.kmeans import Centroids
@@ -94,7 +95,7 @@ def ask(
     count = clusters or max(1, pool.rows // CLUSTER_ROWS)
     fitted = lloyd.fit(root, f"{name}/clusters", pool, count, seed, iterations, resources)
     cost.add(fitted.cost)
-    result, sizes = lloyd.assign(root, f"{name}/assigned", pool, fitted, resources)
+    result, sizes = assign(root, f"{name}/assigned", pool, fitted, resources)
     cost.add(result)
     names = sorted(seeds)
     quota = np.zeros((len(names), fitted.clusters), np.int64)
@@ -137,7 +138,7 @@ def _assign_seeds(
 ) -> tuple[str, Array]:
     if not fitted.clusters:
         return "", np.zeros(0, np.int64)
-    result, counts = lloyd.assign(root, name, seeds, fitted)
+    result, counts = assign(root, name, seeds, fitted)
     cost.add(result)
     return result.folder, counts
 
@@ -179,11 +180,11 @@ def _evidence_task(
     limits: Limits,
 ) -> Account:
     """The rows chosen for a set, with the nearest seed of their cluster."""
-    _, sets, _, clusters, _ = arguments
+    assigned, sets, names, clusters, seed = arguments
     upto = limits.load()
     found: list[tuple[Array, Array, Array]] = []
     for file in files:
-        entries = drawn_entries(file, *arguments, only=number)
+        entries = drawn_entries(file, assigned, sets, names, clusters, seed, number)
         entries = entries.take(upto.chosen(entries))
         if not len(entries.rows):
             continue

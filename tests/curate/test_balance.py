@@ -144,8 +144,10 @@ def test_resampling_takes_the_nearest_of_each_leaf(tmp_path: Path):
 
 def test_default_levels():
     assert hierarchy.default_levels(0, 384) == (1,)
-    assert hierarchy.default_levels(6_000, 384) == (200,)
-    assert hierarchy.default_levels(20_000, 384) == (666, 300)
+    assert hierarchy.default_levels(890, 384) == (29,)
+    assert hierarchy.default_levels(900, 384) == (30, 10)
+    assert hierarchy.default_levels(6_000, 384) == (200, 66)
+    assert hierarchy.default_levels(20_000, 384) == (666, 222)
     assert hierarchy.default_levels(60_000, 384) == (2000, 300)
     assert hierarchy.default_levels(10**6, 384) == (33_333, 3_333, 333)
     assert hierarchy.default_levels(10**9, 384) == (100_000, 10_000, 1_000, 300)

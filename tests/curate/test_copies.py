@@ -375,7 +375,10 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
 
 
 @pytest.mark.parametrize("buckets", [1, 3])
-def test_leaks_are_the_best_match_of_each_row(tmp_path: Path, buckets: int) -> None:
+def test_leaks_are_the_best_match_of_each_row(
+    tmp_path: Path, buckets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leaks, "PENDING", 5)
     pool, sets, queries = leak_pool(tmp_path)
     x = tables.matrix(
         pa.concat_tables(

@@ -9,6 +9,7 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
 from pipeline.curate import lloyd, smallest
+from pipeline.curate.assign import assign
 from pipeline.curate.choosing import BALANCE, draw
 from pipeline.curate.exact import unit_half
 from pipeline.curate.kmeans import fit_local
@@ -46,7 +47,7 @@ def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatc
         fitted = lloyd.fit(tmp_path / name, "km", rows, 9, 3, 4, resources)
         np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
         assert list(fitted.similarity) == wanted.similarity and fitted.cost.cpu_s > 0
-        result, counts = lloyd.assign(tmp_path / name, "leaf", rows, fitted, resources)
+        result, counts = assign(tmp_path / name, "leaf", rows, fitted, resources)
         found = {}
         for file in rows.names:
             table = read_table(result.folder, file)
@@ -99,7 +100,7 @@ def test_hardly_any_rows(points, tmp_path: Path, count):
     for name, resources in (("local", Resources()), ("spread", MANY_TASKS)):
         fitted = lloyd.fit(tmp_path, name, rows, 3, 0, 2, resources)
         assert fitted.clusters == count and fitted.centroids().shape == (count, 12)
-        _, counts = lloyd.assign(tmp_path, f"{name}-leaf", rows, fitted)
+        _, counts = assign(tmp_path, f"{name}-leaf", rows, fitted)
         assert counts.tolist() == [1] * count
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.curate.waterfill import effective, largest, share, waterfill
 
-sizes_and_floors = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 4)), max_size=12)
+sizes_and_floors = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=8)
 
 
 def poured(sizes, target, floors):
@@ -24,7 +24,7 @@ def poured(sizes, target, floors):
 
 
 @settings(deadline=None)
-@given(sizes_and_floors, st.integers(0, 400))
+@given(sizes_and_floors, st.integers(0, 100))
 def test_is_the_loop(members, target):
     sizes = [size for size, _ in members]
     floors = [min(size, floor) for size, floor in members]

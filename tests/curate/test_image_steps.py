@@ -1,0 +1,61 @@
+"""The steps of images on Ray: what is finished is reused, and edges of sets go through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.curate.calibrate import calibrate
+from pipeline.curate.embed import embed
+from pipeline.curate.embedders import EmbedderSpec, spec_of
+from pipeline.curate.exact_copies import collapse
+from pipeline.curate.fingerprint import fingerprint
+from pipeline.curate.quality import Rules, quality
+from pipeline.curate.tables import Inputs, read_table
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_backbone
+from tests.curate.images import encoded, inputs_of, scene, shard
+
+
+def all_steps(root, inputs, spec):
+    prints = fingerprint(root, inputs)
+    marks = quality(root, inputs, prints, Rules())
+    exact = collapse(root, inputs, prints, marks)
+    calibration, measured = calibrate(root, inputs, prints, exact, spec, images=60)
+    vectors, made = embed(root, "embed", inputs, exact, spec, fingerprints=prints)
+    return calibration, vectors, (prints, marks, exact, measured, made)
+
+
+@pytest.mark.slow
+def test_on_ray_and_again(tmp_path, ray_cluster):
+    torch.manual_seed(0)
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
+    weights = save_backbone(spec.build(), spec, tmp_path / "weights")
+    images = [encoded(scene(n, 40, 50), "JPEG") for n in range(70)]
+    shard(tmp_path / "in" / "a.parquet", images[:40])
+    shard(tmp_path / "in" / "b.parquet", [*images[40:], images[0], b""])
+    inputs = inputs_of(tmp_path / "in")
+    first = all_steps(tmp_path / "out", inputs, spec_of(str(weights)))
+    calibration, vectors, results = first
+    assert calibration.images == 60 and vectors.dim == 64 and calibration.penalty == 0
+    assert results[2].total("copies_bytes") == 1 and results[2].total("rows") == 71
+    rows = [read_table(vectors.folder, n).column("row").to_numpy() for n in vectors.names]
+    assert len(np.concatenate(rows)) == 70
+    again = all_steps(tmp_path / "out", inputs, spec_of(str(weights)))
+    assert again[:2] == first[:2]
+    assert [r.reused for r in again[2]] == [len(r.accounts) for r in again[2]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [0, 1, 2, -3])
+def test_edges(tmp_path, ray_cluster, images):
+    """No, one, two images; -3: three that cannot be decoded. And no file at all."""
+    content = [encoded(scene(n)) for n in range(images)] if images >= 0 else [b"x"] * 3
+    shard(tmp_path / "in" / "a.parquet", content)
+    for inputs in (inputs_of(tmp_path / "in"), Inputs((), "none")):
+        root = tmp_path / f"out{inputs.rows}-{len(inputs.files)}"
+        calibration, vectors, results = all_steps(root, inputs, EmbedderSpec())
+        alive = max(0, images) if inputs.files else 0
+        assert results[2].total("rows") == alive and calibration.images == alive
+        assert calibration.warning and len(vectors.names) == len(inputs.files)

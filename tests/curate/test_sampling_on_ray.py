@@ -1,0 +1,45 @@
+"""Balance and retrieval through Ray give what they give in one process, and go on after an end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from planted_vectors import ids_of_numbers, run_here, separated, written
+
+from pipeline.curate import hierarchy
+from pipeline.curate.balance import balance
+from pipeline.curate.retrieve import Wanted, retrieve
+from pipeline.curate.tables import read_table
+
+
+def everything(folder: Path, files: int):
+    vectors, _ = separated(160, 8)
+    ids = ids_of_numbers(range(160))
+    rows = written(folder, ids[:140], vectors[:140], files)
+    seeds = {"s": written(folder, ids[140:], vectors[140:], name="s")}
+    built = hierarchy.build(folder, "levels", rows, (12, 4), 3, 2, 1)
+    found = balance(folder, "balanced", rows, built, 30, 3, 1, 2)
+    got = retrieve(folder, "retrieved", rows, seeds, Wanted("sample"), 3)
+    tables = [
+        read_table(step.folder, name).to_pylist()
+        for step in (found.result, got.result)
+        for name in rows.names
+    ]
+    return tables, found, got
+
+
+def test_same_on_ray_and_again_after_files_are_lost(tmp_path: Path, ray_cluster, monkeypatch):
+    tables, found, got = everything(tmp_path / "ray", 2)
+    assert found.cost.peak_bytes > 0 and found.result.reused == 0
+    again, found_again, got_again = everything(tmp_path / "ray", 2)
+    assert again == tables and found_again.result.reused == got_again.result.reused == 2
+    shutil.rmtree(tmp_path / "ray" / "balanced")
+    assert everything(tmp_path / "ray", 2)[0] == tables
+    run_here(monkeypatch)
+    here, found_here, got_here = everything(tmp_path / "here", 2)
+    assert here == tables
+    assert found_here.summary == found.summary and got_here.summary == got.summary
+    one_file, _, _ = everything(tmp_path / "one", 1)
+    assert np.concatenate(tables[:2]).tolist() == one_file[0]
