@@ -1,4 +1,4 @@
-"""What a curation would do, for `--dry-run`: rules counted on a sample, and steps with their cost."""
+"""What a curation would do, for `--dry-run`: rules counted on a sample, steps and their cost."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipeline.uri import public
 log = logging.getLogger("pipeline.curate")
 
 # CPU seconds of one core, measured on small photos (docs/curation.md); larger ones take longer.
-FINGERPRINT_S = 6e-3  # of an image, without decoding it
-DECODE_S = 2e-8  # of a pixel
+IMAGE_S = 7e-4  # of an image
+PIXEL_S = 1.8e-8  # and of each of its pixels, decoding included
 FLOPS = 4e10  # of a core, in products of matrices
-ATTACKED_S = 0.12  # of an image that calibration attacks nine times
-TABLE_BYTES = 6_000  # of an image in all tables, most of it descriptors and the thumbnail
+ATTACKED_S = 0.05  # of an image that calibration attacks nine times
+TABLE_BYTES = 13_000  # of an image in all tables, most of it descriptors and the thumbnail
 PIXELS = 200_000  # of an image, where nothing is known
 
 
@@ -66,10 +66,10 @@ def steps_of(config: Config, sets: Sets) -> list[str]:
     others = sum(shards.rows for shards in sets.leaks.values())
     if not sets.include:
         others += sum(shards.rows for shards in sets.seeds.values())
-    each = FINGERPRINT_S + DECODE_S * PIXELS
+    each = IMAGE_S + PIXEL_S * PIXELS
     lines = [
         f"fingerprint {rows + others:,} images, each decoded once: about "
-        f"{duration(each * (rows + others))} of one core, "
+        f"{duration(each * (rows + others))} of one core at {PIXELS:,} pixels, "
         f"{(rows + others) * TABLE_BYTES / 2**30:.2f} GiB of tables"
     ]
     lines.append("quality     rules above; equal bytes and equal pixels collapse")
@@ -78,8 +78,8 @@ def steps_of(config: Config, sets: Sets) -> list[str]:
         if dedup.threshold == "auto" and not sets.earlier:
             images = min(rows, dedup.calibration_images)
             lines.append(
-                f"threshold   calibrated on {images:,} images for a share of {dedup.false_positives:g}"
-                f" of false pairs: about {duration(ATTACKED_S * images)}"
+                f"threshold   calibrated on {images:,} images, {dedup.false_positives:g} of false "
+                f"pairs: about {duration(ATTACKED_S * images)} of one core"
             )
         else:
             shown = sets.earlier[0].result["threshold"] if sets.earlier else dedup.threshold

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,16 @@ def without_ray(monkeypatch: Any) -> None:
     monkeypatch.setattr(copies, "_cpus_of_fit", lambda: 1.0)
     monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "nodes", lambda: 1)
+
+
+def dies_once(folder: str, task: work.Task, function: Any) -> Any:
+    """Instead of `work._task`: kills its worker before the first task of each step, then works."""
+    marks = Path(os.environ["CURATE_MARKS"])
+    try:
+        (marks / folder.replace("/", "_")[-150:]).touch(exist_ok=False)
+    except FileExistsError:
+        return work._task(folder, task, function)
+    return os.kill(os.getpid(), signal.SIGKILL)
 
 
 def picture(seed: int, size: int = 24, quality: int = 0) -> bytes:

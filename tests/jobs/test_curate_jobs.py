@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from pipeline import cluster, job
 from pipeline.curate import work
 from pipeline.files import RunFolder
-from tests.curate.piles import hub
+from tests.curate.piles import dies_once, hub
 from tests.jobs.conftest import ROOT, runner
 from tests.jobs.test_curate import FIXED, assert_balanced, blobs, encoded, files_of, wild
 from tests.jobs.test_resume import arguments
@@ -48,21 +47,6 @@ def sets(folder: Path) -> list[str]:
         "balance.resampling=1",
         "data.shard_mb=0.01",
     ]
-
-
-ORIGINAL = work._task
-
-
-def dies_once(folder: str, task: work.Task, function):  # type: ignore[no-untyped-def]
-    """In a worker: kills it before the first task of each step, after that works."""
-    marks = Path(os.environ["CURATE_MARKS"])
-    try:
-        (marks / folder.replace("/", "_")[-150:]).touch(exist_ok=False)
-    except FileExistsError:
-        from pipeline.curate import work as unpatched
-
-        return unpatched._task(folder, task, function)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_is_killed_in_each_step(
