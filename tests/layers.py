@@ -170,6 +170,7 @@ TABLE = [
     ),
     row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
     row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
+    row("stages.curate_query", ["*"], "", "numpy PIL"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]
 # An `__init__` may hand on what its package holds, and nothing else.

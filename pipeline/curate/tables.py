@@ -141,10 +141,8 @@ DECISIONS = pa.schema(
         ("cluster", pa.int64()),
         ("query_id", pa.string()),  # image of an evaluation or seed set
         ("score", pa.float32()),  # what a quality rule measured
-        (
-            "rule",
-            pa.string(),
-        ),  # quality rule; bytes, pixels, near or earlier of a copy; a leak's set
+        # quality rule; bytes, pixels, near or earlier of a copy; a leak's or seed's set; mix.<part>
+        ("rule", pa.string()),
         ("part", pa.string()),  # as_is, sample, cluster, balanced or pool: why it is kept
         ("source", pa.string()),  # which input, and the top folder in it
         ("hits", pa.int32()),  # seed images that asked for it

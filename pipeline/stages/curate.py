@@ -17,10 +17,11 @@ from pipeline.stages.context import DESCRIPTOR, Context, result_line
 from pipeline.stages.curate_found import Found
 from pipeline.stages.curate_sets import POOL_NAME, open_sets
 from pipeline.stages.curate_steps import decide, write_shards
-from pipeline.uri import Place, public
+from pipeline.uri import Place, is_uri, public
 
 log = logging.getLogger("pipeline.curate")
 
+SENT_BYTES = 32 * 2**20  # of decisions that go to MLflow; larger ones stay where they are
 SECTIONS = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
 
 
@@ -160,3 +161,8 @@ def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
         tracker.table(name, columns)
     tracker.note(report_numbers.note(summary))
     tracker.artifact(page, "curate")
+    decisions = next(r for r in reversed(found.results) if r.step == "decisions")
+    tracker.tags({"decisions": public(decisions.folder)})
+    if not is_uri(decisions.folder) and decisions.total("bytes") <= SENT_BYTES:
+        for file in found.inputs.files:
+            tracker.artifact(Path(decisions.folder) / f"{file.name}.parquet", "curate/decisions")

@@ -21,7 +21,7 @@ from pipeline.data.stream import StreamSpec
 from pipeline.files import RunFolder
 from pipeline.plan import Machine, Plan
 from pipeline.stages.chain import named
-from pipeline.stages.context import open_training_shards, result_line
+from pipeline.stages.context import open_packed_shards, result_line
 from pipeline.stages.surroundings import disk, machine_of, shared_memory, size_of, versions
 from pipeline.train.limits import count, ms
 from pipeline.train.run import plan_for, stream_spec
@@ -86,7 +86,7 @@ def doctor(config: Config) -> None:
     """
     config = named(config, ["doctor"])
     folder = RunFolder.of(config.run.folder, config.run.name)
-    shards = open_training_shards(config, folder)
+    shards = open_packed_shards(config, folder)
     result_line("doctor", versions())
     machine, store = machine_of(config)
     shared_memory(config)

@@ -169,7 +169,7 @@ def test_other_images_are_no_resume(checkpoint: tuple[Path, str], recipe: Path) 
     assert check_resume(load([str(recipe)]), "other", RunFolder(checkpoint[0] / "new")) == []
 
 
-CHAIN = ["pack", "pretrain", "evaluate", "export"]
+CHAIN = ["pack", "curate", "pretrain", "evaluate", "export"]
 SAID = [
     (["--fast"], "unknown option --fast", "options are --dry-run and --help"),
     (["--dry-run=yes"], "unknown option --dry-run=yes", "--dry-run"),
