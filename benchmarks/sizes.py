@@ -4,7 +4,7 @@
 
 Real photos are re-encoded to the wanted size, written as shards, and streamed to one worker. Every
 half second each process of Ray is looked at. Printed are, for each kind of process, the largest
-memory of its own (USS: what would be free if it ended; the object store is not in it), the most
+memory of its own (anonymous; neither libraries nor the object store are in it), the most
 that the object store held, what it spilled to disk, and images/s in steady state.
 
     thumbnails   about 10 KB each, many of them
@@ -72,6 +72,16 @@ class Memory:
     sent: float = 0.0  # crops that went through the store
 
 
+def anonymous(pid: int) -> int:
+    """Bytes of a process that are neither files nor shared memory: pages of the object store that
+    only one process has touched would count as its own otherwise.
+    """
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Anon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 class Watch:
     """Looks at this process's children until it is stopped."""
 
@@ -97,9 +107,9 @@ class Watch:
                     title = " ".join(process.cmdline()[:1])
                     name = next((k for part, k in KINDS.items() if part in title), None)
                     if name and title.startswith("ray::"):
-                        own = process.memory_full_info().uss / MIB
+                        own = anonymous(process.pid) / MIB
                         self.found.own[name] = max(self.found.own[name], own)
-                except psutil.Error:
+                except (psutil.Error, OSError):
                     continue
             whole = ray.cluster_resources().get("object_store_memory", 0)
             free = ray.available_resources().get("object_store_memory", 0)

@@ -19,7 +19,7 @@ LEAVES = [
     "data.schema", "data.columns", "data.retry", "data.storage", "data.transfer", "data.decode",
     "data.crops", "data.photometric", "data.colour", "data.colour_crop", "data.colour_fused",
     "data.compiled", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
-    "data.jpeg", "data.npy", "data.pictures",
+    "data.jpeg", "data.npy", "data.pictures", "data.rows",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
@@ -62,7 +62,7 @@ TABLE = [
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
-        "data.schema data.columns data.retry data.storage data.transfer",
+        "data.schema data.columns data.retry data.rows data.storage data.transfer",
         ["errors", "uri", *LEAVES],
         others="numpy pyarrow",
     ),
@@ -80,10 +80,11 @@ TABLE = [
     row(
         "data.stream data.feeder data.segments",
         ["errors", "control", "data.reading", "data.segments", *LEAVES],
-        "cluster data.stream",
+        "cluster data.read_ahead data.stream",
         others="numpy pyarrow",
         others_inside="ray torch",
     ),
+    row("data.read_ahead", others="ray"),
     row("data.probe", ["errors", "data.reading", "data.stream", *LEAVES], others="numpy"),
     # maths: no framework, no config
     row("model.sizes"),

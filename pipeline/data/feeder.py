@@ -6,13 +6,13 @@ is nothing special, and plans the next segment while one runs. It loads no torch
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from pipeline.control import Control
@@ -21,9 +21,13 @@ from pipeline.data.reading import Portion, Reading, ReadTask, read_portions
 READ_WINDOWS = 16  # of the order in one read task
 # Read tasks of one Ray Data execution; each costs a millisecond before the first one starts.
 SEGMENT = 2000
-READ_TASKS = 2  # at once; the later one runs ahead of its turn
-READ_CPUS = 0.05  # a read task waits for storage; more than 0 keeps it off a head without CPUs
-IN_FLIGHT = 3  # portions at a decoder: the next one is there when it has finished one
+# One read task feeds so many decoders; it reads some 10,000 photos a second. What a second one
+# reads waits for its turn, up to a whole task, so there is one only where the first is too slow.
+DECODERS_PER_READ = 24
+AHEAD = 1.0  # encoded bytes that wait for decoders, of those that they have been given
+READ_CPUS = 0.1  # of all read tasks, which wait for storage; more than 0: none on a bare head
+BUFFER = 4  # blocks of a task that wait to be noticed
+IN_FLIGHT = 2  # portions at a decoder: the next one is there when it has finished one
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class DecodeTasks:
 
     cpus: float = 1.0
     at_once: int = 1
+
+
+def reads_at_once(decoders: int) -> int:
+    """Read tasks for so many decoders."""
+    return 1 + decoders // DECODERS_PER_READ
 
 
 @dataclass
@@ -71,17 +80,23 @@ class _Decode:
         import ray
         import torch
 
+        import pipeline.data.stream  # noqa: F401  (all imports are done when this ends)
+
         torch.set_num_threads(1)  # decoders run side by side, one core each
+        # Ray collects garbage in all its processes when a store fills; that took 0.3 s here, nearly
+        # all of it for what the imports made.
+        gc.collect()
+        gc.freeze()
         self.spec = ray.get(spec[0])
         self.feeder, self.segment = feeder, (attempt, first_step)
 
-    def __call__(self, table: pa.Table) -> Iterator[dict[str, np.ndarray]]:
-        from pipeline.data.stream import make_chunks
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        from pipeline.data.stream import chunk_table, make_chunks
 
         for row in range(table.num_rows):
             portion = Portion.of(table, row)
             for chunk in make_chunks(portion, self.spec):
-                yield {name: values[None] for name, values in chunk.items()}
+                yield chunk_table(chunk)
             place = portion.pass_index, portion.start
             self.feeder.note_decoded.remote(*self.segment, place, len(portion))
 
@@ -132,6 +147,7 @@ class Feeder(Control):
         from ray.data import DataContext
 
         from pipeline.cluster import quiet_environment
+        from pipeline.data.read_ahead import limit_reading
 
         quiet_environment()
         context = DataContext.get_current()
@@ -140,8 +156,9 @@ class Feeder(Control):
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
         context.custom_execution_callback_classes.append(_Pace)
-        context._max_num_blocks_in_streaming_gen_buffer = 4  # what a decoder makes in one turn
+        context._max_num_blocks_in_streaming_gen_buffer = BUFFER  # a turn's work
         context.memory_usage_poll_interval_s = None  # a thread for each portion
+        limit_reading(context, AHEAD)
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
         self.spec, self.segment = spec[0], segment
@@ -236,8 +253,9 @@ class Feeder(Control):
         pool = ray.data.ActorPoolStrategy(
             size=self.tasks.at_once, max_tasks_in_flight_per_actor=IN_FLIGHT
         )
+        reads = reads_at_once(self.tasks.at_once)
         return dataset.map_batches(
-            _Read(me, self.spec), **common, num_cpus=READ_CPUS, concurrency=READ_TASKS
+            _Read(me, self.spec), **common, num_cpus=READ_CPUS / reads, concurrency=reads
         ).map_batches(
             _Decode,
             fn_constructor_args=(me, [self.spec], attempt, first_step),

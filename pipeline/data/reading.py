@@ -7,7 +7,6 @@ be kept, so short tasks keep little. No torch in here; read tasks start fast and
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,8 @@ import pyarrow as pa
 
 from pipeline.data.order import Ints, Piece, ReadingOrder, piece_rows
 from pipeline.data.retry import retries
-from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group, values_of
+from pipeline.data.rows import row_at, row_of
+from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group
 from pipeline.errors import DataError
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
@@ -111,21 +111,14 @@ class Portion:
 
     def table(self) -> pa.Table:
         """One row of a Ray Data block."""
-        head = pickle.dumps({n: v for n, v in self.__dict__.items() if n != "encoded"})
-        images = pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), 1, [None, _offsets(len(self.encoded)), pa.py_buffer(self.encoded)]
-        )
-        return pa.table({"head": pa.array([head], pa.binary()), "encoded": images})
+        head = {name: value for name, value in self.__dict__.items() if name != "encoded"}
+        return row_of(head, {"encoded": self.encoded})
 
     @classmethod
     def of(cls, table: pa.Table, row: int = 0) -> Portion:
         """From a row of a block; the images are not copied."""
-        (encoded,) = values_of(table.column("encoded").slice(row, 1).chunk(0))
-        return cls(**pickle.loads(table.column("head")[row].as_py()), encoded=encoded)
-
-
-def _offsets(size: int) -> pa.Buffer:
-    return pa.py_buffer(np.asarray([0, size], np.int64))
+        head, large = row_at(table, row)
+        return cls(**head, encoded=large["encoded"])
 
 
 def read_portions(

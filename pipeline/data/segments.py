@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-Block = dict[str, Any]  # arrays with a first axis of length one: a chunk is a row
+Block = Any  # a pyarrow table: a chunk is a row
 PREFETCH = 2  # chunks that are fetched before they are asked for
 _ASK_S = 1.0  # how long a question to the feeder stays open
 
@@ -29,6 +29,8 @@ def blocks(
 ) -> Iterator[Block]:
     """This worker's blocks from `first_step` to `last_step` (out), over all segments between.
 
+    Reading and decoding begin with this call, not with the first block that is asked for.
+
     Args:
         feeder: the run's `feeder.Feeder`.
         attempt: names the group of workers; a new group has a new one.
@@ -41,10 +43,22 @@ def blocks(
         ray.exceptions.RayError: the feeder or an execution is gone.
     """
     if first_step >= last_step:
-        return
-    segment, begin = _open(feeder, attempt, rank, workers, first_step), first_step
+        return iter(())
+    opening = _Ahead(feeder, attempt, rank, workers, None, first_step)
+    return _blocks(opening, feeder, attempt, rank, workers, first_step, last_step)
+
+
+def _blocks(
+    opening: _Ahead,
+    feeder: Any,
+    attempt: str,
+    rank: int,
+    workers: int,
+    begin: int,
+    last_step: int,
+) -> Iterator[Block]:
     while True:
-        ahead = None
+        segment, ahead = opening.result(), None
         if segment.end < last_step:
             ahead = _Ahead(feeder, attempt, rank, workers, begin, segment.end)
         try:
@@ -55,7 +69,7 @@ def blocks(
             raise
         if ahead is None:
             return
-        begin, segment = segment.end, ahead.result()
+        begin, opening = segment.end, ahead
 
 
 def _open(feeder: Any, attempt: str, rank: int, workers: int, step: int) -> _Segment:
@@ -68,17 +82,17 @@ def _open(feeder: Any, attempt: str, rank: int, workers: int, step: int) -> _Seg
     if rank == 0:
         feeder.open.remote(attempt, end, workers)  # planned; the first question for data starts it
     found = iter(
-        part.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=PREFETCH)
+        part.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH)
     )
     first = next(found, None)
     return _Segment(end, iter(()) if first is None else chain([first], found))
 
 
 class _Ahead:
-    """Opens a segment in a thread, when the one before it is decoded or used up."""
+    """Opens a segment in a thread, when the one before it (if any) is decoded or used up."""
 
     def __init__(
-        self, feeder: Any, attempt: str, rank: int, workers: int, begin: int, step: int
+        self, feeder: Any, attempt: str, rank: int, workers: int, begin: int | None, step: int
     ) -> None:
         self._used_up, self._cancelled = threading.Event(), threading.Event()
         self._segment: _Segment | None = None
@@ -88,7 +102,7 @@ class _Ahead:
             import ray
 
             try:
-                while not self._used_up.is_set():
+                while begin is not None and not self._used_up.is_set():
                     if ray.get(feeder.all_decoded.remote(attempt, begin, _ASK_S)):
                         break
                 if not self._cancelled.is_set():

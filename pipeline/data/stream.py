@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.data.batch import Batch
 from pipeline.data.crops import (
@@ -31,12 +32,14 @@ from pipeline.data.draws import CROP_STREAM, PHOTOMETRIC_STREAM, uniforms
 from pipeline.data.masks import masks_for
 from pipeline.data.photometric import PHOTOMETRIC_DRAWS, PhotometricSpec, draw_photometric
 from pipeline.data.reading import Portion
+from pipeline.data.rows import row_at, row_of
 from pipeline.data.schema import ShardColumns
 from pipeline.data.segments import blocks
 
 Chunk = dict[str, np.ndarray]
-PORTION_BYTES = 64 * 2**20  # of crops that a decode task makes: half a second of work for photos
-_REASON_NAMES = np.asarray(REASONS)  # blocks carry numbers; text does not fit into tensor columns
+PORTION_BYTES = 128 * 2**20  # of crops that a decode task makes: half a second of work for photos
+_LARGE = "global_crops", "local_crops"
+_REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class StreamSpec:
     @property
     def portion(self) -> int:
         """Images of one decode task: whole chunks, about PORTION_BYTES of what is larger: crops, or
-        encoded images twice, since more of those wait.
+        encoded images eight times, since more of those wait.
         """
-        largest = max(self.crops.bytes, 2 * self.image_bytes)
+        largest = max(self.crops.bytes, 8 * self.image_bytes)
         return self.chunk * max(1, int(PORTION_BYTES // (self.chunk * largest)))
 
 
@@ -81,6 +84,24 @@ def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
         chunk["work"][0] = share * len(chunk["labels"])
         chunk["work"][3] = portion.retries if first == 0 else 0
         yield chunk
+
+
+def chunk_table(chunk: Chunk) -> pa.Table:
+    """A chunk as the one row of a block; its crops are not copied."""
+    head = {name: value for name, value in chunk.items() if name not in _LARGE}
+    shapes = {name: chunk[name].shape for name in _LARGE}
+    return row_of({"arrays": head, "shapes": shapes}, {name: chunk[name] for name in _LARGE})
+
+
+def chunks_in(table: pa.Table) -> Iterator[Chunk]:
+    """The chunks of a block, in it; they are read only."""
+    for row in range(table.num_rows):
+        head, large = row_at(table, row)
+        crops = {
+            name: np.frombuffer(large[name], np.uint8).reshape(shape)
+            for name, shape in head["shapes"].items()
+        }
+        yield {**head["arrays"], **crops}
 
 
 @dataclass(frozen=True)
@@ -190,6 +211,8 @@ def batches(
 ) -> Iterator[Batch]:
     """This worker's micro batches from `first_step` on, in order, host side.
 
+    Reading and decoding begin with this call.
+
     Args:
         feeder: handle of the `feeder.Feeder`.
         attempt: what this group of workers calls itself; another one starts anew.
@@ -201,11 +224,16 @@ def batches(
         chunk: images of one block; divides `micro_batch`.
         pin: put batches into page-locked memory, for a GPU.
     """
+    found = blocks(feeder, attempt, rank, workers, first_step, last_step)
+    return _micro_batches(found, micro_batch // chunk, pin)
+
+
+def _micro_batches(found: Iterator[Any], chunks: int, pin: bool) -> Iterator[Batch]:
     held: list[Batch] = []
-    for block in blocks(feeder, attempt, rank, workers, first_step, last_step):
-        found = {name: values[0] for name, values in block.items()}
-        found["reason"] = _REASON_NAMES[found["reason"]]
-        held.append(Batch.from_chunk(found))
-        if len(held) * chunk == micro_batch:
-            yield Batch.concat(held, pin)
-            held = []
+    for block in found:
+        for chunk in chunks_in(block):
+            chunk["reason"] = _REASON_NAMES[chunk["reason"]]
+            held.append(Batch.from_chunk(chunk))
+            if len(held) == chunks:
+                yield Batch.concat(held, pin)
+                held = []

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import Config
-from pipeline.data.feeder import IN_FLIGHT, READ_TASKS
+from pipeline.data.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.data.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
 from pipeline.data.reading import UNPACKED_LIMIT
 from pipeline.data.schema import ShardSet
@@ -71,8 +71,9 @@ class Memory:
 
         A decoder makes the crops of one portion while those of the one before wait for their turn.
         """
-        readers = READ_TASKS * 2 * self.portion_encoded
-        decoders = plan.decode_tasks * (IN_FLIGHT * self.portion_encoded + 2 * self.portion_crops)
+        readers = reads_at_once(plan.decode_tasks) * 2 * BUFFER * self.portion_encoded
+        in_work = IN_FLIGHT * self.portion_encoded
+        decoders = plan.decode_tasks * ((1 + AHEAD) * in_work + 2 * self.portion_crops)
         workers = plan.workers * (plan.worker_batch * plan.view_bytes + PREFETCH * self.chunk)
         return readers + decoders + workers
 
@@ -204,7 +205,7 @@ def _memory(plan: Plan, spec: StreamSpec, memory: Memory, store: float) -> None:
         f"chunk {plan.chunk_images:,} images, {size_of(memory.chunk)}; portion {spec.portion:,} "
         f"images, {size_of(memory.portion_encoded)} encoded and {size_of(memory.portion_crops)} of "
         "crops; "
-        f"window {size_of(memory.window)}, two in each of {READ_TASKS} read tasks",
+        f"window {size_of(memory.window)}, two in each read task",
     )
     wanted = memory.object_store(plan)
     result_line("store", f"about {size_of(wanted)} of the object store's {size_of(store)}")

@@ -51,19 +51,10 @@ def train_worker(job: dict[str, Any]) -> None:
         return  # the driver finds no outcome and says what to do
 
     saved = state.latest(join(folder, "checkpoints"))
-    trainee = _trainee(plan, device, saved is not None)
-    first_step = 0
-    if saved:
-        trainee.restore(saved.load())
-        first_step = saved.step
-    student = _parallel(trainee.pair.student, device, workers)
-    photometric = build.photometric_spec(plan.config)
-    colours = build.photometric_function(plan, device)
-    dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
-    attempt = _shared_token()
-    stream = batches(
+    first_step = saved.step if saved else 0
+    stream = batches(  # decoders start while the model is built
         job["feeder"],
-        attempt,
+        _shared_token(),
         rank,
         workers,
         first_step,
@@ -72,6 +63,13 @@ def train_worker(job: dict[str, Any]) -> None:
         plan.chunk_images,
         pin=device.type == "cuda",
     )
+    trainee = _trainee(plan, device, saved is not None)
+    if saved:
+        trainee.restore(saved.load())
+    student = _parallel(trainee.pair.student, device, workers)
+    photometric = build.photometric_spec(plan.config)
+    colours = build.photometric_function(plan, device)
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
     clock = _clock(plan, trainee.pair, first_step, device, dtype)
     chief = Chief(plan, trainee, job, folder, saved.meta if saved else None) if rank == 0 else None
     kept: list[dict[str, Tensor]] = []

@@ -120,6 +120,17 @@ def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, source
     assert all(reason == "not_an_image" for _, reason, _ in bad)
 
 
+def test_decoding_begins_before_the_first_batch_is_asked_for(
+    ray_cluster: None, source: Source
+) -> None:
+    feeder = launch_feeder(*source, 5, DecodeTasks(0.9), 1)
+    stream = batches(feeder, "a", 0, 1, 0, 5, BATCH, CHUNK)
+    ray.get(feeder.iterator.remote("a", 0, 0))  # the segment is open
+    assert ray.get(feeder.all_decoded.remote("a", 0, 60))
+    assert len(list(stream)) == 5
+    ray.kill(feeder)
+
+
 def test_unpacked_sets_above_the_limit_are_refused(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,8 @@ def test_the_memory() -> None:
     assert memory.portion_crops == 128 * image
     assert memory.portion_encoded == 128 * 110_000
     assert memory.window == 1024 * 110_000
-    readers, decoders = 4 * 128 * 110_000, 58 * (3 * 128 * 110_000 + 2 * 128 * image)
+    readers = 3 * 8 * 128 * 110_000  # a task for each 24 decoders begun, eight portions each
+    decoders = 58 * (2 * 2 * 128 * 110_000 + 2 * 128 * image)
     workers = 8 * (128 * image + 2 * 64 * image)
     assert memory.object_store(plan) == readers + decoders + workers
 
