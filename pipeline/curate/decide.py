@@ -51,6 +51,7 @@ LEAKING = pa.schema(
 
 Bytes16 = np.ndarray[Any, np.dtype[np.uint8]]
 Objects = np.ndarray[Any, np.dtype[np.object_]]
+Starts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ class _Rows:
         return fresh
 
 
-def alive(folder: str, file: InputFile, inputs: Inputs, tables: Tables) -> Account:
+def alive(folder: str, file: InputFile, starts: Starts, tables: Tables) -> Account:
     """Task: writes the rows of a file that pass quality, are no copy and do not leak."""
-    rows = _without_copies(file, inputs, tables)
+    rows = _without_copies(file, starts, tables)
     left = file.first + np.flatnonzero(rows.code == KEPT)
     table = pa.table([left, left], schema=ALIVE)
     return {"rows": len(left), "bytes": write_table(table, folder, file.name)}
@@ -169,14 +170,14 @@ def _best(table: pa.Table) -> pa.Table:
 
 
 def decide(
-    folder: str, file: InputFile, inputs: Inputs, tables: Tables, sources: Sources, mix: Mix
+    folder: str, file: InputFile, starts: Starts, tables: Tables, sources: Sources, mix: Mix
 ) -> Account:
     """Task: writes the decisions on the rows of one file.
 
     The account counts them: `counts[source][reason]`, of what is kept also `parts[source][part]`;
     and has what a shard needs to know of the file: `low` and `high` id and `kept_bytes`.
     """
-    rows = _without_copies(file, inputs, tables)
+    rows = _without_copies(file, starts, tables)
     _select(rows, tables)
     _mix(rows, mix)
     about = read_table(tables.fingerprint, file.name, ["row", "source", "bytes"])
@@ -199,7 +200,7 @@ def decide(
     }
 
 
-def _without_copies(file: InputFile, inputs: Inputs, tables: Tables) -> _Rows:
+def _without_copies(file: InputFile, starts: Starts, tables: Tables) -> _Rows:
     about = read_table(tables.fingerprint, file.name, ["image_id", "error"])
     rows = _Rows.of(file, ids_of(about.column("image_id")))
     if len(rows.ids) != file.rows:
@@ -208,7 +209,7 @@ def _without_copies(file: InputFile, inputs: Inputs, tables: Tables) -> _Rows:
             "delete that folder and run again",
         )
     _quality(rows, tables, about.column("error").to_pylist())
-    _equal(rows, inputs, tables)
+    _equal(rows, starts, tables)
     _leaking(rows, tables)
     _earlier(rows, tables)
     _near(rows, tables)
@@ -232,7 +233,7 @@ def _quality(rows: _Rows, tables: Tables, errors: list[str]) -> None:
         rows.score[places[marked]] = table.column("value").to_numpy()[marked]
 
 
-def _equal(rows: _Rows, inputs: Inputs, tables: Tables) -> None:
+def _equal(rows: _Rows, starts: Starts, tables: Tables) -> None:
     if not tables.exact:
         return
     table = read_table(tables.exact, rows.file.name)
@@ -247,7 +248,7 @@ def _equal(rows: _Rows, inputs: Inputs, tables: Tables) -> None:
         if kind == "bytes":  # an id is a hash of the bytes
             rows.keeper[places[these]] = _objects(rows.ids[places[these]])
         elif len(these):
-            rows.keeper[places[these]] = _ids_at(keeper[these], inputs, tables.fingerprint)
+            rows.keeper[places[these]] = _ids_at(keeper[these], starts, tables.fingerprint)
 
 
 def _leaking(rows: _Rows, tables: Tables) -> None:
@@ -361,16 +362,19 @@ def _scrambled(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dt
         return x ^ (x >> np.uint64(31))
 
 
-def _ids_at(keepers: Any, inputs: Inputs, fingerprint: str) -> Objects:
+def starts_of(inputs: Inputs) -> Starts:
+    """First row of each input file: all that a task must know of the other files."""
+    return np.array([file.first for file in inputs.files], np.int64)
+
+
+def _ids_at(keepers: Any, starts: Starts, fingerprint: str) -> Objects:
     """Image ids of rows that may be in any file."""
     found = np.full(len(keepers), None, object)
-    firsts = np.array([file.first for file in inputs.files])
-    holders = np.searchsorted(firsts, keepers, "right") - 1
+    holders = np.searchsorted(starts, keepers, "right") - 1  # of files that are empty, the last
     for holder in np.unique(holders):
-        file = inputs.files[holder]
-        ids = ids_of(read_table(fingerprint, file.name, ["image_id"]).column("image_id"))
+        ids = ids_of(read_table(fingerprint, f"{holder:05d}", ["image_id"]).column("image_id"))
         mine = np.flatnonzero(holders == holder)
-        found[mine] = _objects(ids[keepers[mine] - file.first])
+        found[mine] = _objects(ids[keepers[mine] - starts[holder]])
     return found
 
 

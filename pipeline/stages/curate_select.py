@@ -28,12 +28,12 @@ def select(found: Found, prints: Result) -> None:
     config, sets = found.config, found.sets
     if not sets.seeds and not config.balance.images:
         return
-    files = found.inputs.files
+    files, starts = found.inputs.files, deciding.starts_of(found.inputs)
     alive = run_step(
         found.root,
         "alive",
         found.keys,
-        [Task(file.name, (file, found.inputs, found.tables)) for file in files],
+        [Task(file.name, (file, starts, found.tables)) for file in files],
         deciding.alive,
     )
     found.add(alive)

@@ -64,13 +64,13 @@ def _decisions(found: Found) -> None:
         list_folders,
     )
     sources = sources_of(listed.accounts)
-    mix = Mix(config.run.seed, shares(config))
+    mix, starts = Mix(config.run.seed, shares(config)), deciding.starts_of(found.inputs)
     names = {name: [s.root, s.folders] for name, s in sources.items()}
     decisions = run_step(
         found.root,
         "decisions",
         [1, found.keys, found.inputs.digest, names, mix.seed, sorted(mix.shares.items())],
-        [Task(file.name, (file, found.inputs, tables, sources[file.set], mix)) for file in files],
+        [Task(file.name, (file, starts, tables, sources[file.set], mix)) for file in files],
         deciding.decide,
     )
     found.add(listed)

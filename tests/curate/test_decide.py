@@ -18,6 +18,7 @@ from pipeline.curate.decide import (
     decide,
     draws,
     leaks_of,
+    starts_of,
 )
 from pipeline.curate.sources import FEW, Sources, list_folders, sources_of
 from pipeline.curate.tables import (
@@ -64,7 +65,7 @@ def decided(
     folder: Path, inputs: Inputs, tables: Tables, mix: Mix | None = None
 ) -> tuple[list[dict], Tally]:
     accounts = [
-        decide(str(folder), file, inputs, tables, SOURCES[file.set], mix or Mix())
+        decide(str(folder), file, starts_of(inputs), tables, SOURCES[file.set], mix or Mix())
         for file in inputs.files
     ]
     rows = [row for file in inputs.files for row in read_table(str(folder), file.name).to_pylist()]
@@ -162,7 +163,7 @@ def test_what_is_alive_is_what_is_kept_where_nothing_selects(pile, steps, tmp_pa
     rows, _ = decided(tmp_path / "decisions", inputs, steps)
     found = []
     for file in inputs.files:
-        alive(str(tmp_path / "alive"), file, inputs, steps)
+        alive(str(tmp_path / "alive"), file, starts_of(inputs), steps)
         table = read_table(str(tmp_path / "alive"), file.name)
         assert table.schema.equals(ALIVE)
         found += table.column("row").to_pylist()
@@ -267,7 +268,7 @@ def test_draws_are_even():
 def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
     inputs, found, _ = pile
     accounts = [
-        decide(str(tmp_path), file, inputs, Tables(found), SOURCES[file.set], Mix())
+        decide(str(tmp_path), file, starts_of(inputs), Tables(found), SOURCES[file.set], Mix())
         for file in inputs.files
     ]
     for change in ({"kept": 1}, {"counts": {"pool": {"kept": 1}}}, {"parts": {}}):
@@ -279,7 +280,7 @@ def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
 
     write_table(table, other, "00000")  # rows of another file
     with pytest.raises(RuntimeError, match="not of this file"):
-        decide(str(tmp_path), inputs.files[0], inputs, Tables(found, leaks=other),
+        decide(str(tmp_path), inputs.files[0], starts_of(inputs), Tables(found, leaks=other),
                SOURCES["seeds"], Mix())  # fmt: skip
 
 
@@ -291,11 +292,11 @@ def test_a_damaged_table_is_named(pile, steps, tmp_path):
     content[10] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(DataError, match="00001"):
-        decide(str(tmp_path), inputs.files[1], inputs, Tables(found, leaks=leaks),
+        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(found, leaks=leaks),
                SOURCES["pool"], Mix())  # fmt: skip
     path.unlink()
     with pytest.raises(DataError, match=r"00001.*cannot be read"):
-        decide(str(tmp_path), inputs.files[1], inputs, Tables(found, leaks=leaks),
+        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(found, leaks=leaks),
                SOURCES["pool"], Mix())  # fmt: skip
 
 

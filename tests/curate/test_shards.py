@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.decide import Mix, Tables, decide
+from pipeline.curate.decide import Mix, Tables, decide, starts_of
 from pipeline.curate.shards import form_of, write_curated
 from pipeline.curate.sources import Sources
 from pipeline.curate.tables import AS_IS, POOL, Inputs
@@ -49,7 +49,7 @@ def decisions(tmp_path: Path, sets: list, share: float = 0.7):
     inputs = Inputs.of(sets)
     found = fingerprints(tmp_path / "fp", inputs)
     tasks = [
-        Task(f.name, (f, inputs, Tables(found), Sources(f.set), Mix(1, {"pool": share})))
+        Task(f.name, (f, starts_of(inputs), Tables(found), Sources(f.set), Mix(1, {"pool": share})))
         for f in inputs.files
     ]
     return inputs, found, run_step(tmp_path, "decisions", [share], tasks, decide)

@@ -348,14 +348,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "what", "hint"), MISTAKES, ids=lambda x: str(x)[:40])
 def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, what, hint):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(2)]])
-    if arguments == ["curate.preset="]:
-        arguments = ["curate.preset=", *(f"{f.split('=')[0]}=" for f in [])]
-        given = [f"run.folder={tmp_path}", "track.enabled=false", f"data.shards={tmp_path}/hub"]
-        with pytest.raises(SystemExit) as ended:
-            job.main(["curate"], "doc", [*given, *arguments])
-    else:
-        with pytest.raises(SystemExit) as ended:
-            curate(tmp_path, f"data.shards={tmp_path}/hub", *arguments)
+    given = [f"run.folder={tmp_path}", "run.name=r", f"data.shards={tmp_path}/hub"]
+    with pytest.raises(SystemExit) as ended:
+        job.main(["curate"], "doc", [*given, "curate.preset=dedup", *arguments])
     assert ended.value.code == 2
     lines = said(capsys)
     assert len(lines) <= 2 and what in lines[0]
@@ -485,3 +480,35 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
     steps = ("curate", "steps", "decisions")
     assert files_of(run, *steps) == files_of(whole, *steps)
     assert files_of(run, "curated") == files_of(whole, "curated")
+
+
+@pytest.mark.slow
+def test_a_run_folder_in_a_bucket(tmp_path, s3, monkeypatch, capsys):
+    s3.make("pile")
+    images = wild()
+    local = hub(tmp_path / "hub", [images[:20], images[20:]])
+    for file in local.files:
+        s3.client().upload_file(file.path, "pile", f"hub/{file.name}")
+    monkeypatch.setenv("RAYDINO_HOME", str(tmp_path / "home"))
+    given = ["run.folder=s3://pile/runs", "run.name=r", "track.enabled=false"]
+    given += ["curate.preset=dedup", *FIXED, "data.shards=s3://pile/hub"]
+    with s3.broken(r"^PUT /pile/runs/r/curate/steps", 503, skip=4, times=2) as faults:
+        job.main(["curate"], "doc", given)
+    assert faults.done == 2
+    found = s3.objects("pile", "runs/r/")
+    assert {"runs/r/curate/report.html", "runs/r/curate/_done.json"} <= found.keys()
+    assert "runs/r/curated/_manifest.json" in found
+    here = curate(tmp_path, f"data.shards={tmp_path}/hub", name="here")
+    mine = files_of(here, "curate", "steps", "decisions")
+    for name, content in mine.items():
+        assert s3.read("pile", f"runs/r/curate/steps/decisions/{name}") == content
+    assert open_shards("s3://pile/runs/r/curated").digest == here.last("curate")["digest"]
+    # another machine has only the bucket
+    monkeypatch.setenv("RAYDINO_HOME", str(tmp_path / "other"))
+    capsys.readouterr()
+    job.main(["curate"], "doc", given)
+    assert "curate      up to date" in capsys.readouterr().out
+    assert not list((tmp_path / "other").rglob("fingerprint"))  # tables stay where they are
+    blobs(2).save(tmp_path / "photo.png")
+    job.main(["curate"], "doc", [*given, f"curate.query={tmp_path}/photo.png"])
+    assert "photo.png is a copy of" in capsys.readouterr().out
