@@ -50,7 +50,8 @@ def row(
 
 TABLE = [
     # the small things that everything may use
-    row("errors log schedule uri __init__"),
+    row("schedule uri __init__"),
+    row("errors log", "uri"),
     row("config", "errors model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors uri"),
@@ -138,8 +139,14 @@ TABLE = [
         others="torch ray",
         others_inside="yaml",
     ),
-    row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
-    row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
+    row(
+        "track.embedder",
+        "errors log uri track.*",
+        "model.* data.*",
+        "",
+        "mlflow torch numpy pandas",
+    ),
+    row("track.*", "errors log uri track.*", "", "", "mlflow PIL psutil pynvml"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]
 # An `__init__` may hand on what its package holds, and nothing else.

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.track.state import atomic_write
 from pipeline.track.svg import label, line_chart
+from pipeline.uri import public
 
 LIMIT_BYTES = 2_000_000
 TABLE_ROWS = 200
@@ -66,7 +67,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section], subtitle: 
     pictures = sum(isinstance(section, Picture) for section in sections)
     for side in (1200, 900, 600, 400, 250, 120):
         body = "".join(_section(section, side) for section in sections)
-        page = f"{head}{body}</main></body></html>".encode()
+        page = public(f"{head}{body}</main></body></html>").encode()
         if len(page) <= LIMIT_BYTES or not pictures:
             break
     atomic_write(path, page)
