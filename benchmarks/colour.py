@@ -80,8 +80,8 @@ def only(operation: str | None, parts: list[Part]) -> list[Part]:
     return out
 
 
-def ours(parts: list[Part]) -> list[Tensor]:
-    return [ph.apply_photometric(crops, params, SPEC) for crops, params in parts]
+def ours(parts: list[Part], function: Callable[..., Tensor] = ph.apply_photometric) -> list[Tensor]:
+    return [function(crops, params, SPEC) for crops, params in parts]
 
 
 def torchvision_floats(parts: list[Part]) -> list[Tensor]:
@@ -188,15 +188,11 @@ def on_the_cpu(parts: list[Part], compiled: bool) -> None:
     if compiled:
         function = CompiledPhotometric()
         begin = time.perf_counter()
-        roads = {"ours": lambda: ours(parts), "compiled": lambda: _each(function, parts)}
+        roads = {"ours": lambda: ours(parts), "compiled": lambda: ours(parts, function)}
         roads["compiled"]()
         print(f"compiling: {time.perf_counter() - begin:.0f} s")
         spent = in_turn(roads)
         print("compiled", *(f"{n} {statistics.median(v):.2f} ms" for n, v in spent.items()))
-
-
-def _each(function: Callable[..., Tensor], parts: list[Part]) -> list[Tensor]:
-    return [function(crops, params, SPEC, torch.float32) for crops, params in parts]
 
 
 def on_a_device(parts: list[Part], device: torch.device, images: int) -> None:
@@ -208,8 +204,8 @@ def on_a_device(parts: list[Part], device: torch.device, images: int) -> None:
     ]
     compiled = CompiledPhotometric()
     roads = {
-        "eager, in groups": lambda: _each(ph.apply_photometric, parts),
-        "compiled": lambda: _each(compiled, parts),
+        "eager, in groups": lambda: ours(parts),
+        "compiled": lambda: ours(parts, compiled),
         "step of ViT-S/14": training_step(device, images),
     }
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pipeline.uri import public
+
 
 class PipelineError(Exception):
     """A mistake in the input, the config or the surroundings, not a bug.
 
     `what` says what was found and what was expected, `hint` what to do. `jobs/*` print both on
-    stderr and exit with 2; a traceback is shown only with `PIPELINE_DEBUG=1`.
+    stderr and exit with 2; a traceback is shown only with `PIPELINE_DEBUG=1`. Keys in URIs are left
+    out of both.
     """
 
     def __init__(self, what: str, hint: str = "") -> None:
+        what, hint = public(what), public(hint)
         super().__init__(what, hint)
         self.what = what
         self.hint = hint
@@ -47,10 +51,10 @@ class TrainError(PipelineError):
 
 def last_line(error: BaseException) -> str:
     """The last line of an error's text: with Ray's errors, the one that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in public(str(error)).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
     """An error in one line, for a log that goes on: without what to do about it."""
-    return error.what if isinstance(error, PipelineError) else str(error)
+    return error.what if isinstance(error, PipelineError) else public(str(error))

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from pipeline.uri import public
+
 
 def configure(
     prefix: str = "", level: int = logging.INFO, handler: logging.Handler | None = None
@@ -26,11 +28,18 @@ def configure(
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(_LineFormatter(prefix))
     else:
-        handler.setFormatter(logging.Formatter(f"{prefix} %(message)s" if prefix else None))
+        handler.setFormatter(_Formatter(f"{prefix} %(message)s" if prefix else None))
     root.handlers[:] = [handler]
 
 
-class _LineFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Lines without the keys that a URI may hold: whoever logs a place need not think of them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return public(super().format(record))
+
+
+class _LineFormatter(_Formatter):
     def __init__(self, prefix: str) -> None:
         super().__init__("%(message)s")
         self.prefix = f"{prefix} " if prefix else ""

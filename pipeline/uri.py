@@ -30,6 +30,8 @@ def parent(place: Place) -> tuple[Place, str]:
     return folder + mark + query, name
 
 
-def public(place: Place) -> str:
-    """A place as it may be shown: without the keys that can stand before a URI's host."""
-    return re.sub(r"://[^/@]*@", "://", str(place))
+def public(text: Place) -> str:
+    """A place, or a text with places in it, as it may be shown: without the keys that can stand
+    before a URI's host.
+    """
+    return re.sub(r"://[^/@\s]*@", "://", str(text))

@@ -50,7 +50,8 @@ def row(
 
 TABLE = [
     # the small things that everything may use
-    row("errors log schedule uri __init__"),
+    row("schedule uri __init__"),
+    row("errors log", "uri"),
     row("config", "errors model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors uri"),
@@ -168,8 +169,14 @@ TABLE = [
         others="numpy pyarrow PIL scipy",
         others_inside="ray torch onnxruntime sklearn umap",
     ),
-    row("track.embedder", "errors log track.*", "model.* data.*", "", "mlflow torch numpy pandas"),
-    row("track.*", "errors log track.*", "", "", "mlflow PIL psutil pynvml"),
+    row(
+        "track.embedder",
+        "errors log uri track.*",
+        "model.* data.*",
+        "",
+        "mlflow torch numpy pandas",
+    ),
+    row("track.*", "errors log uri track.*", "", "", "mlflow PIL psutil pynvml"),
     row("stages.curate_query", ["*"], "", "numpy PIL"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]

@@ -91,14 +91,15 @@ class Batch:
         return len(self.image_ids)
 
     @classmethod
-    def from_chunk(cls, chunk: Mapping[str, npt.NDArray[Any]]) -> "Batch":
+    def from_chunk(cls, chunk: Mapping[str, npt.NDArray[Any]], keep_one: bool = True) -> "Batch":
         """Make a batch from the arrays of the stream.
 
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
-                valid are dropped (all but one, where none is valid) and listed in `bad`, with
-                the text columns `reason` and `detail` [B] where the chunk has them. `work` [4]
-                holds the fields of `Work` behind the first.
+                valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
+                [B] where the chunk has them. `work` [4] holds the fields of `Work` behind the
+                first.
+            keep_one: where none is valid, keep one, which is black.
 
         Raises:
             DataError: naming the array that is missing or has another dtype or shape.
@@ -110,8 +111,8 @@ class Batch:
             _check(name, chunk[name], np.dtype(dtype), shape, sizes)
         valid = chunk["valid"].copy()
         dropped = np.flatnonzero(~valid)
-        # One black image stays where all are bad: a worker without a batch would stop the others.
-        valid[0] |= not valid.any()
+        # A worker without a batch would stop the others.
+        valid[0] |= keep_one and not valid.any()
         kept = {name: chunk[name] if valid.all() else chunk[name][valid] for name, *_ in _COLUMNS}
         bad = tuple(
             (

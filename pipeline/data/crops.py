@@ -68,8 +68,16 @@ class CropSpec:
     @property
     def bytes(self) -> int:
         """Of the uint8 crops of one image."""
-        pixels = GLOBAL_CROPS * self.global_size**2 + self.local_crops * self.local_size**2
-        return self.channels * pixels
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the global and of the local crops of one image."""
+        large, small, channels = self.global_size, self.local_size, self.channels
+        return (
+            (GLOBAL_CROPS, large, large, channels),
+            (self.local_crops, small, small, channels),
+        )
 
 
 def crop_boxes(
@@ -195,11 +203,8 @@ Crops = tuple[Image, Image]
 
 def empty_crops(images: int, spec: CropSpec) -> Crops:
     """Room for the crops of so many images: uint8 [B, 2, S, S, C] and [B, L, s, s, C], unset."""
-    large, small, channels = spec.global_size, spec.local_size, spec.channels
-    return (
-        np.empty((images, GLOBAL_CROPS, large, large, channels), np.uint8),
-        np.empty((images, spec.local_crops, small, small, channels), np.uint8),
-    )
+    large, small = (np.empty((images, *shape), np.uint8) for shape in spec.shapes)
+    return large, small
 
 
 def cut_crops(

@@ -233,7 +233,8 @@ def _micro_batches(found: Iterator[Any], chunks: int, pin: bool) -> Iterator[Bat
     for block in found:
         for chunk in chunks_in(block):
             chunk["reason"] = _REASON_NAMES[chunk["reason"]]
-            held.append(Batch.from_chunk(chunk))
+            last = len(held) + 1 == chunks
+            held.append(Batch.from_chunk(chunk, last and not any(part.images for part in held)))
             if len(held) == chunks:
                 yield Batch.concat(held, pin)
                 held = []

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from pipeline import cluster
 from pipeline.config import Config
-from pipeline.data.storage import resolve_uri
-from pipeline.errors import PipelineError
+from pipeline.data.storage import delete_file, resolve_uri
+from pipeline.data.transfer import read_bytes, write_bytes_atomic
+from pipeline.errors import PipelineError, StorageError
 from pipeline.plan import Machine
 from pipeline.stages.context import local_machine, result_line
 from pipeline.train.limits import count
@@ -101,13 +102,12 @@ def disk(run_folder: str) -> None:
     begin = time.perf_counter()
     try:
         try:
-            with files.open_output_stream(name) as stream:
-                stream.write(content)
-            with files.open_input_stream(name) as stream:
-                same = stream.read() == content
+            write_bytes_atomic(content, files, name)
+            same = read_bytes(files, name) == content
         finally:
-            if files.get_file_info(name).type == pafs.FileType.File:
-                files.delete_file(name)
+            delete_file(files, name)
+    except StorageError:
+        raise  # says what to do
     except OSError as error:
         raise PipelineError(
             f"run.folder={run_folder} cannot be written: {str(error).splitlines()[0]}",

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from pipeline.track.gallery import Heading
 from pipeline.track.state import atomic_write
 from pipeline.track.svg import label, line_chart
+from pipeline.uri import public
 
 LIMIT_BYTES = 2_000_000
 TABLE_ROWS = 200
@@ -95,7 +96,7 @@ def write_report(
     chapters = any(isinstance(section, Heading) for section in sections)
     for side in (1200, 900, 600, 400, 250, 120):
         body = "".join(_section(section, side, chapters) for section in sections)
-        page = f"{head}{body}</main></body></html>".encode()
+        page = public(f"{head}{body}</main></body></html>").encode()
         if len(page) <= limit or not pictures:
             break
     atomic_write(path, page)

@@ -17,6 +17,7 @@ from pipeline.track.sender import Sender
 from pipeline.track.settings import PIPELINE, TrackSettings
 from pipeline.track.state import atomic_write
 from pipeline.track.system import SystemMetrics
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.track")
 
@@ -71,7 +72,7 @@ class Tracker:
         if len(values) > MAX_PARAMS:
             log.warning("only %d params are sent; the rest is in plan.yaml", MAX_PARAMS)
         kept = list(values.items())[:MAX_PARAMS]
-        self._write(params={metric_name(k): cut(str(v), PARAM_LIMIT) for k, v in kept})
+        self._write(params={metric_name(k): cut(public(str(v)), PARAM_LIMIT) for k, v in kept})
 
     @harmless
     def tags(self, values: Mapping[str, Any]) -> None:

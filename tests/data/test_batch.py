@@ -4,6 +4,7 @@ import torch
 
 from pipeline.data import photometric as ph
 from pipeline.data.batch import Batch
+from pipeline.data.stream import _micro_batches, chunk_table
 from pipeline.errors import DataError
 
 B, L, S, s, P = 3, 4, 28, 14, 4
@@ -134,3 +135,15 @@ def test_a_missing_array_is_named():
     del data["labels"]
     with pytest.raises(DataError, match="no 'labels'"):
         Batch.from_chunk(data)
+
+
+def test_a_micro_batch_keeps_one_image_where_all_are_bad() -> None:
+    bad, good = chunk(), chunk()
+    bad["valid"][:] = False
+    size = len(bad["valid"])
+
+    def images(*found: dict[str, np.ndarray]) -> list[int]:
+        tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in found]
+        return [batch.images for batch in _micro_batches(iter(tables), 2, False)]
+
+    assert images(bad, good, good, bad, bad, bad, good, good) == [size, size, 1, 2 * size]
