@@ -4,7 +4,7 @@
     python jobs/curate.py configs/curate.yaml data.shards=shards/ --dry-run
     python jobs/curate.py configs/curate.yaml curate.query=photo.jpg
 
-Writes runs/<name>/curated (image shards), runs/<name>/curate/decisions (one row per image) and
+Writes runs/<name>/curated (image shards), runs/<name>/curate/steps/decisions (a row per image) and
 runs/<name>/curate/report.html. With curate.query it only says whether that image is a copy of one
 that was curated before.
 """

@@ -124,7 +124,7 @@ def gather_task(
             }
         )
     if not rows:
-        return {"rows": 0, "bytes": 0, "shelves": []}
+        return {"rows": 0, "bytes": 0, "shelves": [], "vector_shelves": []}
     whole = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
     bucket = part_of(whole["label"], parts)
     order = np.argsort(bucket, kind="stable")
@@ -145,9 +145,11 @@ def gather_task(
     order = np.argsort(mine, kind="stable")
     columns_of = {"row": found_rows.row[order], "vector": raw(found_rows.vectors[order])}
     if found_rows.crops is not None:
-        columns_of["crops"] = raw(found_rows.crops[order].reshape(len(order), -1))
+        crops = found_rows.crops[order].reshape(len(order), CROPS * vectors.dim)
+        columns_of["crops"] = raw(crops)
     size += write_buckets(str(folder) + "/vectors", portion.name, pa.table(columns_of), mine[order])
-    return {"rows": len(whole["row"]), "bytes": size, "shelves": shelves_of(bucket)}
+    shelves = {"shelves": shelves_of(bucket), "vector_shelves": shelves_of(mine)}
+    return {"rows": len(whole["row"]), "bytes": size, **shelves}
 
 
 def part_of(label: Ints, parts: int) -> Ints:
@@ -201,6 +203,7 @@ def keep_task(
     folder: str,
     gathered: str,
     names: Sequence[tuple[str, Sequence[int]]],
+    vector_names: Sequence[tuple[str, Sequence[int]]],
     part: int,
     dim: int,
     visiting: Visiting | None,
@@ -213,7 +216,8 @@ def keep_task(
     Args:
         folder: of the step.
         gathered: of `gather_task`.
-        names: of its tasks, with their shelves.
+        names: of its tasks, with their shelves of rows.
+        vector_names: with their shelves of vectors.
         part: which.
         dim: of a vector.
         visiting: views that count.
@@ -229,7 +233,7 @@ def keep_task(
         name: table.column(name).to_numpy() for name in table.column_names if name != "image_id"
     }
     column["image_id"] = ids_of(table.column("image_id"))
-    rows = _vectors(gathered, names, part, dim)
+    rows = _vectors(gathered, vector_names, part, dim)
     by_row = np.argsort(rows.row)
     at = by_row[np.searchsorted(rows.row[by_row], column["stands"])]
     order = keeper_order(

@@ -409,7 +409,7 @@ def find_components(
         components.gather_task,
     )
     least = threshold - guard
-    names = _written(of, gathered)
+    names, vector_names = (_written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
     kept = run_step(
         root,
         "copies/kept",
@@ -420,6 +420,7 @@ def find_components(
                 (
                     gathered.folder,
                     names,
+                    vector_names,
                     part,
                     vectors.dim,
                     visiting,
@@ -612,10 +613,12 @@ def _check_dim(stored: Shuffled, dim: int, who: str) -> None:
         )
 
 
-def _written(of: Sequence[Portion], result: Result) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _written(
+    of: Sequence[Portion], result: Result, which: str = "shelves"
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names of the tasks of a shuffle, with the shelves that each wrote."""
     return tuple(
-        (portion.name, tuple(account["shelves"]))
+        (portion.name, tuple(account[which]))
         for portion, account in zip(of, result.accounts, strict=True)
     )
 

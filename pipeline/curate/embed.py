@@ -86,11 +86,10 @@ def _resources() -> tuple[float, float]:
     """GPUs and CPUs of a task: a GPU and its share of the CPUs that decode for it, or a CPU."""
     import ray
 
-    there = ray.cluster_resources()
-    gpus, cpus = there.get("GPU", 0.0), there.get("CPU", 1.0)
-    if gpus < 1:
-        return 0.0, 1.0
-    return 1.0, float(max(1, int(cpus // gpus)))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Of the nodes with GPUs alone: a task must fit on one of them, whatever others have.
+    shares = [n.get("CPU", 0.0) // n["GPU"] for n in nodes if n.get("GPU", 0.0) >= 1]
+    return (1.0, float(max(1.0, min(shares)))) if shares else (0.0, 1.0)
 
 
 def embed_file(

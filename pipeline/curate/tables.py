@@ -189,7 +189,11 @@ class Inputs:
             for file in shards.files:
                 files.append(InputFile(len(files), name, kind, first, file, shards.columns))
                 first += file.rows
-        digest = "-".join(f"{name}:{kind}:{shards.digest}" for name, kind, shards in sets)
+        # The columns too: a digest of shards that were not packed here knows sizes alone.
+        digest = "-".join(
+            f"{name}:{kind}:{shards.digest}:{shards.image_column}:{shards.label_column}"
+            for name, kind, shards in sets
+        )
         return cls(tuple(files), digest)
 
     @property

@@ -13,7 +13,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.data.storage import file_info, list_files, resolve_uri
@@ -42,6 +42,7 @@ class Task:
 
     name: str
     arguments: tuple[Any, ...] = ()
+    key: str = ""  # of the step, set by `run_step`
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def run_step(
         log.info("%s: %d of %d tasks were finished before", step, len(done), len(tasks))
     reused = len(tasks) - len(missing)
     if missing:
+        missing = [replace(task, key=key) for task in missing]
         for name, account in _run(folder, missing, function, cpus, gpus, at_once, step, len(tasks)):
             done[name] = account
         if len(tasks) > 1:  # one file instead of many, for the next start
@@ -142,7 +144,8 @@ def _accounts(folder: str, key: str) -> dict[str, Account]:
         return dict(whole["accounts"])
     infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
     found = (read_json(fs, info.path) for info in infos if info.extension == "json")
-    return {account["_name"]: account for account in found}
+    # A task of a driver that was killed may still end, under the key that its step had then.
+    return {account["_name"]: account for account in found if account["_key"] == key}
 
 
 def _is_folder(fs: Any, path: str) -> bool:
@@ -215,7 +218,7 @@ def _task(
         account = dict(function(folder, *task.arguments))
     except PipelineError as error:
         return None, (error.what, error.hint or "")
-    account["_name"] = task.name
+    account["_name"], account["_key"] = task.name, task.key
     account["_seconds"] = round(time.monotonic() - begin, 3)
     account["_cpu_s"] = round(time.process_time() - before, 3)
     account["_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.stages.context import DESCRIPTOR, Context, result_line
 from pipeline.stages.curate_found import Found
 from pipeline.stages.curate_sets import POOL_NAME, open_sets
 from pipeline.stages.curate_steps import decide, write_shards
+from pipeline.stages.embedders import embedder_of
 from pipeline.uri import Place, is_uri, public
 
 log = logging.getLogger("pipeline.curate")
@@ -44,7 +46,17 @@ def key(context: Context) -> str:
     data = config.data
     shards = [data.shard_mb, data.row_group_images, data.max_image_pixels, context.shards_uri]
     channels = config.model.in_channels
-    return fingerprint([settings, open_sets(context).digests, shards, channels, config.run.seed])
+    columns = [data.image_column, data.label_column]
+    curate = config.curate
+    vectors = [  # what a place holds may change while its name does not
+        replace(embedder_of(config, f"curate.{field}", value), batch_size=1).settings
+        for field, value in (
+            ("copy_embedder", curate.copy_embedder),
+            ("embedder", curate.embedder),
+        )
+    ]
+    digests = open_sets(context).digests
+    return fingerprint([settings, digests, shards, channels, columns, vectors, config.run.seed])
 
 
 def intact(context: Context) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.config import Config
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import absolute_uri
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.stages.context import Context, open_packed_shards
 from pipeline.stages.curate_earlier import Earlier, earlier_runs
@@ -80,7 +81,7 @@ def open_sets(context: Context) -> Sets:
                 f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
             )
     earlier = earlier_runs(config.curate.against) if config.curate.against else []
-    return Sets(
+    found = Sets(
         pool=open_packed_shards(config, context.folder),
         seeds={
             name: _opened(config, f"retrieve.seeds.{name}", uri)
@@ -96,6 +97,24 @@ def open_sets(context: Context) -> Sets:
         earlier=tuple(earlier),
         earlier_shards=open_shards(earlier[0].result["shards"]) if earlier else None,
     )
+    _check_output(context, found)
+    return found
+
+
+def _check_output(context: Context, sets: Sets) -> None:
+    """Refuses to write where something is read: the output is emptied before it is written."""
+    output = absolute_uri(context.shards_uri).rstrip("/")
+    given = {"data.shards": sets.pool, "curate.against": sets.earlier_shards}
+    given |= {f"retrieve.seeds.{name}": shards for name, shards in sets.seeds.items()}
+    given |= {f"leaks.sets.{name}": shards for name, shards in sets.leaks.items()}
+    for field, shards in given.items():
+        uri = shards.uri.rstrip("/") if shards is not None else ""
+        if uri and f"{uri}/".startswith(f"{output}/"):
+            raise ConfigError(
+                f"the curated shards would be written to {public(output)}, which is read as "
+                f"{field}={public(uri)}",
+                "give this run another run.name, or set curate.shards",
+            )
 
 
 def _opened(config: Config, field: str, uri: str) -> ShardSet:

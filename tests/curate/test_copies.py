@@ -201,6 +201,24 @@ def test_all_equal_leaves_one(tmp_path: Path) -> None:
     assert found.steps[1].total("copies") == 499
 
 
+@pytest.mark.parametrize("views", [False, True])
+def test_a_file_whose_only_copies_are_of_rows_elsewhere(tmp_path: Path, views: bool) -> None:
+    rng = np.random.default_rng(0)
+    dim = 143 if views else 16
+    x = unit_half(rng.standard_normal((80, dim)))
+    ids = ids_for(80)
+    low, high = sorted((3, 60), key=lambda row: bytes(ids[row]))
+    x[high] = x[low]  # equal vectors: the smaller id stands for the other one, in another file
+    crops = unit_half(rng.standard_normal((80, 9, dim))) if views else None
+    if crops is not None:
+        crops[high] = crops[low]
+    pool = write_pool(tmp_path, x, ids, [40, 40], crops=crops)
+    with without_ray():
+        _, table = run(pool, threshold=0.9)
+    assert sorted(table.column("row").to_pylist()) == [3, 60]
+    assert len(set(table.column("keeper").to_pylist())) == 1
+
+
 def test_vectors_of_zeros_are_like_nothing(tmp_path: Path) -> None:
     x = np.zeros((4, 8), np.float16)
     x[3, 0] = 1

@@ -292,6 +292,21 @@ def test_a_damaged_table_is_named_and_refused(tmp_path, capsys):
     assert "fingerprint/00000.parquet cannot be read" in what and "delete" in hint
 
 
+def test_what_is_read_is_never_written_over(tmp_path, capsys):
+    hub(tmp_path / "one", [[encoded(blobs(i)) for i in range(4)]])
+    run = curate(tmp_path, f"data.shards={tmp_path}/one")
+    for arguments in (
+        [f"data.shards={run.path}/curated"],
+        [f"data.shards={tmp_path}/one", f"curate.against={run.path}"],
+        [f"data.shards={tmp_path}/one", f"retrieve.seeds.x={run.path}/curated"],
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            curate(tmp_path, *arguments)
+        assert "the curated shards would be written to" in said(capsys)[0]
+        assert open_shards(str(run.path / "curated")).rows == 4
+
+
 def test_images_are_added_to_a_curated_set(tmp_path):
     first = [encoded(blobs(i), "JPEG", quality=95) for i in range(20)]
     second = [encoded(blobs(i), "JPEG", quality=60) for i in range(5)]  # copies of what is there
