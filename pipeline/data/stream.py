@@ -37,7 +37,7 @@ from pipeline.data.schema import ShardColumns
 from pipeline.data.segments import blocks
 
 Chunk = dict[str, np.ndarray]
-PORTION_BYTES = 128 * 2**20  # of crops that a decode task makes: half a second of work for photos
+PORTION_BYTES = 72 * 2**20  # of crops that a decode task makes: two of the largest chunks
 _LARGE = "global_crops", "local_crops"
 _REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
 
@@ -70,9 +70,9 @@ class StreamSpec:
     @property
     def portion(self) -> int:
         """Images of one decode task: whole chunks, about PORTION_BYTES of what is larger: crops, or
-        encoded images eight times, since more of those wait.
+        encoded images four times, since more of those wait.
         """
-        largest = max(self.crops.bytes, 8 * self.image_bytes)
+        largest = max(self.crops.bytes, 4 * self.image_bytes)
         return self.chunk * max(1, int(PORTION_BYTES // (self.chunk * largest)))
 
 
