@@ -1,4 +1,4 @@
-"""The harness of several nodes: each node is one of Ray's, dies when killed, and needs the token."""
+"""The harness of several nodes: each is one of Ray's, dies when killed, and needs the token."""
 
 from __future__ import annotations
 
