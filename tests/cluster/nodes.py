@@ -177,7 +177,7 @@ class Cluster:
             f"--resources={json.dumps(dict(resources or {}))}",
             f"--labels={marks}",
             f"--temp-dir={temporary}",
-            # Free ports instead of the usual ones, which other nodes on this machine have. Given, so
+            # Free ports instead of the usual ones, which other nodes here have. They are given, so
             # that the raylet need not wait for agents to say theirs: after 15 s it gives up.
             *(f"--{port}={free_port()}" for port in AGENT_PORTS),
             *("--min-worker-port=0", "--max-worker-port=0"),
@@ -351,7 +351,7 @@ def _living(process: psutil.Process) -> bool:
 
 
 def _adopt_orphans() -> None:
-    """In `ray start` before it begins: orphans come to it, and it ends when the tests are killed."""
+    """In `ray start` before it begins: orphans come to it, and it ends when the tests end."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(SUBREAPER, 1, 0, 0, 0)
     libc.prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
