@@ -59,7 +59,7 @@ def watched(made: Cluster, kinds: dict[str, str]) -> Iterator[dict[str, set[str]
 
 def chain(made: Cluster, pile: Pile, folder: Path, *extra: str) -> Ran:
     kinds = {"training": "RayTrainWorker", "decoding": "_Decode", "evaluator": "EvaluatorActor"}
-    given = arguments(pile, write_recipe(folder), folder / "runs")
+    given = arguments(pile, write_recipe(folder, curate=True), folder / "runs")
     with watched(made, kinds) as where:
         job = submit(made, "python", "jobs/run.py", *given, *extra)
         assert job.finish() == 0, job.text

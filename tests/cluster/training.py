@@ -55,8 +55,6 @@ class Training:
         given = [
             str(write_recipe(self.folder)),
             f"data.shards={self.shards}",
-            "curate.preset=",
-            "evaluate.queries=",
             f"run.folder={self.folder}/runs",
             f"optim.steps={self.steps}",
             "train.eval_every=10000",
