@@ -88,11 +88,7 @@ def test_a_full_object_store_spills(three: Cluster, tmp_path: Path) -> None:
         others.until("filled 16")
         if name == "train":
             first = others
-    spilled = [
-        path
-        for node in three.nodes
-        for path in three.folder.glob(f"n{three.nodes.index(node)}/**/ray_spilled_objects*/*")
-    ]
+    spilled = [path for node in three.nodes for path in node.folder.rglob("ray_spilled_objects*/*")]
     assert sum(path.stat().st_size for path in spilled) > 50 * 2**20
     assert job.finish() == 0, job.text
     over.touch()
