@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
+    from pipeline.arrangement import Machine
     from pipeline.config import Resources
-    from pipeline.plan import Machine
 
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -99,7 +99,7 @@ def machine() -> Machine:
     """CPUs and GPUs of the whole cluster, and whether this CPU is fast in bfloat16."""
     import ray
 
-    from pipeline.plan import Machine
+    from pipeline.arrangement import Machine
 
     total = ray.cluster_resources()
     return Machine(

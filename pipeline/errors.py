@@ -27,6 +27,10 @@ class ConfigError(PipelineError):
     """The recipe or an override is wrong; `what` lists every error found, one a line."""
 
 
+class PlacementError(ConfigError):
+    """The cluster has no room for the plan; nodes that come may change that."""
+
+
 class DataError(PipelineError):
     """Images, shards or tables are not what a stage can use."""
 

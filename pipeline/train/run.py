@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.control import console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
@@ -24,7 +25,7 @@ from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
-from pipeline.plan import Machine, Plan, changes, resolve
+from pipeline.plan import Plan, changes, resolve
 from pipeline.train import build, state
 from pipeline.uri import public
 
