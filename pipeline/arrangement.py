@@ -82,7 +82,9 @@ def group_sizes(config: Config, machine: Machine, gpus: int) -> tuple[int, ...]:
             fits = arrange(config, machine.rooms, n, per_worker, feeder) is not None
             if n == 1 or (fits and not batch % (n * train.accumulation)):
                 return () if batch % (n * train.accumulation) else (n,)
-    low, high = train.workers if isinstance(train.workers, tuple) else (train.workers,) * 2
+        return ()
+    asked = train.workers
+    low, high = asked if isinstance(asked, tuple) else (asked, asked)
     for n in range(high, low - 1, -1):
         if not batch % (n * train.accumulation):
             micro_batches = n * train.accumulation
@@ -127,14 +129,17 @@ def no_room(
     """What to say where not even so many workers fit."""
     nodes = without_feeder(machine.rooms, feeder_cpus)
     hint = "add nodes, or wait for some that are coming with resources.wait_s=900"
-    if placed(nodes, workers, share) is None or (share.gpus and not machine.gpus):
+    worker = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+    needs = [worker] * workers + [{"CPU": DECODE_CPUS}]
+    if placed(nodes, workers, share) is None:
         said = missing(nodes, workers, share)
         first = "train.device=cpu trains without GPUs" if share.gpus else "lower train.workers"
-        return PlacementError(said, f"{first}, or {hint}")
+        return PlacementError(said, f"{first}, or {hint}", needs)
     return PlacementError(
         f"train.workers={workers} x resources.cpus_per_worker={share.cpus:g} leave none of the "
         f"{machine.cpus} CPUs for decoding",
         f"lower one of them, or {hint}",
+        needs,
     )
 
 

@@ -172,7 +172,7 @@ def test_the_device_is_the_gpus_unless_said_otherwise() -> None:
     assert (found.device, found.workers, found.precision) == ("cpu", 8, "float32")
     assert (found.cpus_per_worker, found.threads) == (0.25, 2)
     with pytest.raises(
-        ConfigError, match=r"2 workers of 1 GPU .* has 4 CPUs on 1 node: room for none"
+        ConfigError, match=r"2 workers of 1 GPU .* has 0 GPUs and 4 CPUs on 1 node: room for none"
     ):
         plan("train.device=cuda", "train.workers=2")
     with pytest.raises(
