@@ -23,7 +23,8 @@ def atomic(path: Path) -> Iterator[Path]:
     The file is flushed to the disk before the rename, so a crash leaves the old one or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # random, since processes of several nodes may have the same number
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -7,10 +7,12 @@ unfinished ones before it waits for the older, so that teachers do not pile up i
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
@@ -51,11 +53,27 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
         "max_restarts": 3,
         "max_task_retries": 1,
     }
+    if device == "cpu" and (node := roomiest(ray.nodes())):
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
     return (
         ray.remote(EvaluatorActor)
         .options(**options)
         .remote(spec, build.encoder_spec(plan.config), device)
     )
+
+
+def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Id of the living node with the most CPUs; empty where none has any.
+
+    An actor that reserves nothing may be put anywhere, on a head without CPUs too, whose memory the
+    whole cluster needs. Where the node is lost, the actor starts again on any other.
+
+    Args:
+        nodes: from `ray.nodes()`.
+    """
+    rooms = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in nodes if n["Alive"]}
+    best = max(rooms, key=lambda node: (rooms[node], node), default="")
+    return best if best and rooms[best] > 0 else ""
 
 
 class Evaluations:

@@ -30,6 +30,13 @@ ROOT = Path(__file__).parents[2]
 START_S = 240.0  # a loaded machine starts a node in half a minute
 STORE = 128 * 2**20
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
+PDEATHSIG = 1  # PR_SET_PDEATHSIG
+AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -170,9 +177,11 @@ class Cluster:
             f"--resources={json.dumps(dict(resources or {}))}",
             f"--labels={marks}",
             f"--temp-dir={temporary}",
-            # free ports instead of the usual ones, which other nodes on this machine have
-            *(f"--dashboard-agent-listen-port={free_port()}", "--min-worker-port=0"),
-            "--max-worker-port=0",
+            # Free ports instead of the usual ones, which other nodes here have. They are given, so
+            # that the raylet need not wait for agents to say theirs: after 15 s it gives up.
+            *(f"--{port}={free_port()}" for port in AGENT_PORTS),
+            *("--min-worker-port=0", "--max-worker-port=0"),
+            f"--include-log-monitor={'true' if name == 'head' else 'false'}",
             *arguments,
         ]
         environment = self.env | dict(env or {})
@@ -342,7 +351,10 @@ def _living(process: psutil.Process) -> bool:
 
 
 def _adopt_orphans() -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+    """In `ray start` before it begins: orphans come to it, and it ends when the tests end."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _said(node: Node, words: str) -> bool:

@@ -18,9 +18,6 @@ BATCH = 16
 RECIPE = f"""\
 # Tests on clusters: a few of the demo's tiles, seconds of training.
 data: {{max_bad_fraction: 0.2, shuffle_images: 32, row_group_images: 16}}
-curate: {{preset: dedup}}
-quality: {{min_sharpness: 1.0}}
-dedup: {{threshold: 0.89}}
 augment: {{global_size: 16, local_size: 8, local_crops: 2}}
 model: {{width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}}
 head: {{prototypes: 64, bottleneck: 16, hidden: 32}}
@@ -29,6 +26,12 @@ train: {{workers: 2, log_every: 1, save_every: 10, eval_every: 30, precision: fl
 evaluate: {{batch_size: 32}}
 track: {{enabled: false}}
 resources: {{cpus_per_worker: 1, threads: 1}}
+"""
+
+CURATE = """\
+curate: {preset: dedup}
+quality: {min_sharpness: 1.0}
+dedup: {threshold: 0.89}
 """
 
 
@@ -87,10 +90,10 @@ def make_pile(folder: Path) -> Pile:
     )
 
 
-def write_recipe(folder: Path) -> Path:
+def write_recipe(folder: Path, curate: bool = False) -> Path:
     """The recipe; its run is called `small`."""
     path = folder / "small.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE + CURATE if curate else RECIPE)
     return path
 
 

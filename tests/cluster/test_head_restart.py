@@ -1,0 +1,83 @@
+"""The head dies and comes back: with GCS fault tolerance (Redis) and without."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import consumed as notes
+from tests.cluster.nodes import cluster, free_port, token, wait_for
+from tests.cluster.training import SAVE_EVERY, Training
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+# where the driver runs: on a node that stays, not on the head, where Ray puts it by itself
+DRIVER = ('--entrypoint-resources={"driver": 1}',)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    """host:port of a server of its own."""
+    if not (server := shutil.which("redis-server")):
+        pytest.skip("GCS fault tolerance needs redis-server, which is not installed")
+    port = free_port()
+    process = subprocess.Popen(
+        [server, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""],
+        stdout=subprocess.DEVNULL,
+    )
+    yield f"127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+def test_the_head_restarts_with_fault_tolerance(redis: str, tmp_path: Path) -> None:
+    kept = {"RAY_REDIS_ADDRESS": redis}
+    with cluster(env=token() | notes.environment(tmp_path)) as made:
+        head = made.head(env=kept)
+        made.add("train", cpus=2)
+        made.add("decode", cpus=1, resources={"driver": 1})
+        training = Training(made, tmp_path, steps=150)
+        job = training.submit(options=DRIVER)
+        training.until_step(12, job)
+        at = time.time()
+        head.kill()
+        made.head(env=kept)
+        back = time.time() - at
+        wait_for(lambda: (training.run / "pretrain" / "_done.json").exists(), "the end", 900)
+        groups = training.consumed().groups
+        training.check_and_record(
+            "head-restart-gcs-ft",
+            at,
+            f"head back after {back:.0f} s; worker groups started at steps {groups}",
+        )
+
+
+def test_the_head_restarts_without_fault_tolerance(tmp_path: Path) -> None:
+    with cluster(env=token() | notes.environment(tmp_path)) as made:
+        head = made.head()
+        train = made.add("train", cpus=2)
+        decode = made.add("decode", cpus=1)
+        training = Training(made, tmp_path, steps=60)
+        job = training.submit()
+        training.until_step(12, job)
+        at = time.time()
+        head.kill()
+        assert job.finish() != 0
+        made.head()
+        # the other nodes belong to a cluster that is gone; they end, and others take their place
+        for node in (train, decode):
+            wait_for(lambda node=node: node.process.poll() is not None, f"{node.name} to end", 300)
+        made.add("train", cpus=2)
+        made.add("decode", cpus=1)
+        back = time.time() - at
+        job = training.submit()
+        assert job.finish() == 0, job.text
+        job.until("resumed     from the checkpoint at step")
+        figures = training.check_and_record(
+            "head-restart-no-ft", at, f"all nodes back after {back:.0f} s, then resubmitted"
+        )
+        assert figures["lost_steps"] <= SAVE_EVERY + 10
