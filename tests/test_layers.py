@@ -124,7 +124,7 @@ PLANTED = [
 ]
 INNOCENT = [
     ("data.stream", "def f():\n    import ray, torch"),
-    ("cluster", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.plan"),
+    ("cluster", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pipeline.config"),
     ("train.chief", "def f():\n    from pipeline.track.tracker import tracker_from"),
     ("track.writer", "def f():\n    from mlflow import MlflowClient"),
     ("track.embedder", "def f():\n    from pipeline.model.weights import load_backbone"),

@@ -47,6 +47,7 @@ def noted(batches):
             for batch in batches(feeder, attempt, rank, workers, first_step, *others, **options):
                 ids = [bytes(row.numpy()).hex() for row in batch.image_ids]
                 ids += [name for name, _, _ in batch.bad]
+                time.sleep(float(os.environ.get("STEP_S", "0")))  # steps of a larger network
                 file.write(json.dumps({"time": time.time(), "ids": ids}) + "\\n")
                 yield batch
     return wrapped
@@ -97,8 +98,13 @@ class Consumed:
         return [found[number] for number in sorted(found)]
 
 
-def consumed(notes: Mapping[str, str] | Path, accumulation: int = 1) -> Consumed:
-    """Reads the notes of a run; `notes` is the environment that its cluster had, or the folder."""
+def consumed(notes: Mapping[str, str] | Path, micro_batches: int = 0) -> Consumed:
+    """Reads the notes of a run.
+
+    Args:
+        notes: the environment that its cluster had, or the folder.
+        micro_batches: of a step, over all workers; 0: one for each worker.
+    """
     folder = notes if isinstance(notes, Path) else Path(notes["CONSUMED"])
     groups: dict[str, list[tuple[dict[str, float], list[dict[str, list[str]]]]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
@@ -111,6 +117,7 @@ def consumed(notes: Mapping[str, str] | Path, accumulation: int = 1) -> Consumed
     taken = 0
     for group in ordered:
         first = int(group[0][0]["first"])
+        accumulation = max(1, micro_batches // len(group))
         done = min(len(lines) for _, lines in group) // accumulation
         taken += done
         for later in [step for step in steps if step >= first]:
