@@ -31,6 +31,8 @@ class Hook:
         def exec_module(module):
             run(module)
             module.batches = noted(module.batches)
+            if "NAN_STEP" in os.environ:
+                module._views = poisoned(module._views)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -50,6 +52,17 @@ def noted(batches):
                 time.sleep(float(os.environ.get("STEP_S", "0")))  # steps of a larger network
                 file.write(json.dumps({"time": time.time(), "ids": ids}) + "\\n")
                 yield batch
+    return wrapped
+
+
+def poisoned(views):
+    calls = iter(range(10**9))
+
+    def wrapped(*arguments):
+        found = views(*arguments)
+        if next(calls) == int(os.environ["NAN_STEP"]) and os.environ["RANK"] == "1":
+            found.global_views[0, 0, 0, 0] = float("nan")  # one pixel of one of two workers
+        return found
     return wrapped
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster import consumed, training
 from tests.cluster.consumed import Consumed
 from tests.cluster.figures import record
-from tests.cluster.nodes import Cluster, Node, cluster, wait_for
+from tests.cluster.nodes import Cluster, Node, cluster, token, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Cluster]:
     """A head without CPUs and three nodes of one CPU: two workers and a decoder fit."""
-    with cluster(env=consumed.environment(tmp_path / "notes") | {"STEP_S": "0.3"}) as found:
+    notes = consumed.environment(tmp_path / "notes")
+    with cluster(env=token() | notes | {"STEP_S": "0.3"}) as found:
         found.head()
         for name in "abc":
             found.add(name, cpus=1)
