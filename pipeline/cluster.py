@@ -6,17 +6,23 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, PlacementError
+from pipeline.placement import Node
 
 if TYPE_CHECKING:
+    from pipeline.arrangement import Machine
     from pipeline.config import Resources
-    from pipeline.plan import Machine
+
+log = logging.getLogger("pipeline")
+T = TypeVar("T")
+SAY_S = 30.0  # between two words about what is missing
 
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -28,6 +34,8 @@ QUIET = {
     "RAY_raylet_start_wait_time_s": "180",  # a loaded machine needs more than the default 30
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Nodes about to go are watched by train.scaling, which does not wait for their last second.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -77,7 +85,8 @@ def joined(resources: Resources) -> Iterator[None]:
         }
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
-        ray.init(logging_level="error", log_to_driver=debug, **options)
+        with own_process_group():
+            ray.init(logging_level="error", log_to_driver=debug, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if not address:
             raise
@@ -95,18 +104,105 @@ def joined(resources: Resources) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def machine() -> Machine:
-    """CPUs and GPUs of the whole cluster, and whether this CPU is fast in bfloat16."""
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """Inside, processes that Ray starts get a process group of their own.
+
+    `timeout`, schedulers and terminals send SIGTERM to the whole group of a job. Ray's processes
+    would end on it at once, and with them the workers that should write a checkpoint first. They
+    still end with this process, by Ray's own means.
+    """
+    from ray._private import services
+
+    plain = services.ConsolePopen
+
+    class Apart(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, start_new_session=True)
+
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain
+
+
+class Seen(NamedTuple):
+    """A node that is alive, and whether it will be taken away."""
+
+    node: Node
+    leaving: bool
+
+
+def seen_nodes() -> dict[str, Seen]:
+    """The nodes that are alive, by their id."""
     import ray
+    from ray._private.state import state
 
-    from pipeline.plan import Machine
+    here = ray.get_runtime_context().get_node_id()
+    draining = state.get_draining_nodes() or {}
+    found = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            has, key = node["Resources"], node["NodeID"]
+            room = Node(has.get("CPU", 0.0), has.get("GPU", 0.0), key == here)
+            found[key] = Seen(room, key in draining)
+    return found
 
-    total = ray.cluster_resources()
+
+def machine() -> Machine:
+    """What the nodes of the cluster have, and whether this CPU is fast in bfloat16."""
+    from pipeline.arrangement import Machine
+
+    nodes = tuple(seen.node for seen in seen_nodes().values() if not seen.leaving)
     return Machine(
-        cpus=max(1, int(total.get("CPU", 1))),
-        gpus=int(total.get("GPU", 0)),
+        cpus=max(1, int(sum(node.cpus for node in nodes))),
+        gpus=int(sum(node.gpus for node in nodes)),
         bfloat16=cpu_has_bfloat16(),
+        nodes=nodes,
     )
+
+
+def with_room(make: Callable[[Machine], T], wait_s: float) -> T:
+    """What `make` makes of the cluster, as soon as it has room for it.
+
+    Meanwhile an autoscaler is asked for what is missing, and every half minute it is said.
+
+    Args:
+        make: raises `PlacementError` where there is no room.
+        wait_s: how long to wait for nodes that may come; 0: not at all.
+
+    Raises:
+        PlacementError: there was no room until then.
+    """
+    begun = time.monotonic()
+    said = asked = -SAY_S
+    while True:
+        try:
+            found = make(machine())
+        except PlacementError as error:
+            waited = time.monotonic() - begun
+            if waited >= wait_s:
+                what = f"{error.what}; waited {waited:.0f} s for more" if wait_s else error.what
+                raise PlacementError(what, error.hint, error.bundles) from None
+            if waited - said >= SAY_S:
+                log.info("waiting     %s; for %.0f s more", error.what, wait_s - waited)
+                said = waited
+            if waited - asked >= SAY_S:
+                _request(error.bundles)
+                asked = waited
+            time.sleep(min(1.0, wait_s - waited))
+        else:
+            if asked >= 0:
+                _request([])  # Ray Train and Ray Data ask for what they need themselves
+            return found
+
+
+def _request(bundles: list[dict[str, float]]) -> None:
+    """Asks an autoscaler, if there is one, for room for these."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
 
 
 def cpu_has_bfloat16() -> bool:

@@ -283,8 +283,10 @@ class Teacher(Section):
 class Train(Section):
     """How the run is laid out over workers and time."""
 
-    workers: Positive | Literal["auto"] = Field(
-        "auto", description="training workers; auto: one per GPU, else one per two CPUs, at most 8"
+    workers: Positive | tuple[Positive, Positive] | Literal["auto"] = Field(
+        "auto",
+        description="training workers; auto: one per GPU, else one per two CPUs, at most 8; "
+        "[2,8]: as many of these as the cluster has room for, now and later",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: GPUs where the cluster has them; cpu for very small networks"
@@ -303,7 +305,18 @@ class Train(Section):
     freeze_backbone_steps: int = Field(
         0, ge=0, description="steps in which only the heads learn; for fresh heads on model.init"
     )
-    max_restarts: int = Field(3, ge=0, description="restarts of the worker group after a failure")
+    max_restarts: int = Field(
+        3, ge=0, description="restarts of the worker group without a new checkpoint in between"
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> Train:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            low, high = self.workers
+            raise ValueError(
+                f"train.workers=[{low},{high}] is no range; did you mean [{high},{low}]?"
+            )
+        return self
 
 
 class Distill(Section):
@@ -503,8 +516,27 @@ class Resources(Section):
         gt=0,
         description="CPUs that a training worker reserves; default: a quarter, 1 with GPU",
     )
+    gpus_per_worker: float = Field(
+        1.0, gt=0, le=1, description="below 1, training workers share a GPU, over gloo"
+    )
     decode_tasks: Positive | None = Field(
         None, description="decode tasks at once; default: what the free CPUs allow"
+    )
+    feeder_cpus: float | None = Field(
+        None,
+        ge=0,
+        description="CPUs of the driver's node that decoders leave to the feeder; default: 1 on "
+        "a node with 16 and more",
+    )
+    wait_s: float = Field(
+        0.0,
+        ge=0,
+        description="how long a plan waits for nodes that may still come; 0: refused at once",
+    )
+    replace_s: float = Field(
+        900.0,
+        ge=0,
+        description="how long training waits for room again, e.g. for another node for a lost one",
     )
     threads: Positive | None = Field(
         None, description="torch threads of a worker; default: the machine's CPUs over its workers"

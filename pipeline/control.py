@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+STOP, MOVE, SAVE = "stop", "move", "save"
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,61 @@ class Report:
 
 
 class Control:
-    """Base of the actor beside the driver; its methods are called from driver and workers."""
+    """Base of the actor beside the driver; its methods are called from driver and workers.
+
+    A wish is what somebody outside wants of the workers at the end of a step: `stop` (write a
+    checkpoint and end), `move` (write one and wait to be taken away) or `save` (write one and go
+    on). `stop` is for good; of the others the last one counts.
+    """
 
     def __init__(self) -> None:
-        self._stopping = threading.Event()
+        self._wishes = threading.Condition()
+        self._wish, self._saved, self._answer = "", -1, -1
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
 
     def stop(self) -> None:
         """Asks the workers to write a checkpoint and end."""
-        self._stopping.set()
+        self.ask(STOP)
 
-    def wait_stop(self, timeout: float = 30.0) -> bool:
-        """Whether somebody asked to stop; waits up to `timeout` seconds for that.
+    def ask(self, wish: str) -> None:
+        """Asks something of the workers; "" takes an earlier wish back, unless it was `stop`."""
+        with self._wishes:
+            if self._wish != STOP:
+                self._wish, self._answer = wish, -1
+            self._wishes.notify_all()
+
+    def wait_wish(self, timeout: float = 30.0) -> str:
+        """What is wished, or "" after `timeout` seconds without a wish.
 
         The wait has an end so that a worker group that died leaves no thread behind.
         """
-        return self._stopping.wait(timeout)
+        with self._wishes:
+            self._wishes.wait_for(lambda: self._wish, timeout)
+            return self._wish
+
+    def answer(self, wish: str, step: int) -> bool:
+        """A worker's word that a wish has been done at a step. False: it was taken back before."""
+        with self._wishes:
+            wanted = bool(wish) and wish == self._wish
+            if wanted and wish != STOP:
+                self._wish, self._answer = "", step
+            return wanted
+
+    def answered(self) -> int:
+        """The step at which the last wish was done; -1 while it is not."""
+        with self._wishes:
+            return self._answer
+
+    def note_saved(self, step: int) -> None:
+        """A worker's word that there is a checkpoint of a step."""
+        with self._wishes:
+            self._saved = max(self._saved, step)
+
+    def saved(self) -> int:
+        """The step of the newest checkpoint that was written in this start of the job; or -1."""
+        with self._wishes:
+            return self._saved
 
     def say(self, level: int, line: str) -> None:
         """A worker's log line for the driver's console."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.uri import public
 
 
@@ -25,6 +27,22 @@ class PipelineError(Exception):
 
 class ConfigError(PipelineError):
     """The recipe or an override is wrong; `what` lists every error found, one a line."""
+
+
+class PlacementError(ConfigError):
+    """The cluster has no room for the plan; nodes that come may change that.
+
+    `bundles` are the resources that it needs, each of them on one node, in Ray's names.
+    """
+
+    def __init__(
+        self, what: str, hint: str = "", bundles: list[dict[str, float]] | None = None
+    ) -> None:
+        super().__init__(what, hint)
+        self.bundles = bundles or []
+
+    def __reduce__(self) -> tuple[type[PlacementError], tuple[Any, ...]]:
+        return type(self), (self.what, self.hint, self.bundles)
 
 
 class DataError(PipelineError):

@@ -54,6 +54,12 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         sys.stdout.flush()
         sys.stderr.write(f"error: {error.what}\n" + (f"  {error.hint}\n" if error.hint else ""))
         sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("PIPELINE_DEBUG"):
+            raise
+        sys.stdout.flush()
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
+        sys.exit(130)  # 128 + SIGINT
 
 
 def _print(text: str) -> None:

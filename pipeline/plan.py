@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.arrangement import (
+    Arrangement,
+    Machine,
+    arrange,
+    feeder_share,
+    group_sizes,
+    no_room,
+    shown,
+    worker_share,
+)
 from pipeline.config import Config
 from pipeline.errors import ConfigError
 from pipeline.overrides import field_paths
+from pipeline.placement import Node, Share
 from pipeline.schedule import StepValues, cosine, linear
 
 CHUNK_BYTES = 36 * 2**20  # of crops in one Ray Data block: 64 images at the usual sizes
 ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
 WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
-DECODE_CPUS = 0.95  # of a decoder; the rest of a core finds other uses
-READ_CPUS = 0.1  # of all read tasks (data.feeder): decoders must leave them that
 
 # A resumed run may change these and nothing else: they do not touch what is learnt.
 MAY_CHANGE = (
@@ -47,16 +57,6 @@ MAY_CHANGE = (
 )
 
 
-class Machine(BaseModel):
-    """What `resolve` must know of the place where training runs."""
-
-    model_config = ConfigDict(frozen=True)
-
-    cpus: int
-    gpus: int
-    bfloat16: bool  # the CPUs multiply it in hardware; GPUs of this decade do
-
-
 class Plan(BaseModel):
     """A resolved run: the recipe and what was derived from it. Printed, logged and checkpointed."""
 
@@ -68,12 +68,14 @@ class Plan(BaseModel):
     layout: str = ""  # of the row groups: another one is another reading order
     class_names: tuple[str, ...]
     device: Literal["cpu", "cuda"]
-    workers: int
+    workers: int  # of the first group; a later one may have another of the sizes
+    sizes: tuple[int, ...]  # numbers of workers that a group may have, ascending
     steps: int
     steps_per_pass: int
     dropped_per_pass: int
     worker_batch: int
     micro_batch: int
+    accumulation: int  # micro batches of a worker in a step
     chunk_images: int
     window_images: int
     lr: float
@@ -86,6 +88,8 @@ class Plan(BaseModel):
     eval_every: int
     save_every: int
     cpus_per_worker: float
+    gpus_per_worker: float
+    feeder_cpus: float
     decode_cpus: float
     decode_tasks: int
     threads: int
@@ -106,6 +110,38 @@ class Plan(BaseModel):
             last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
             backbone_lr=0.0 if step < self.config.train.freeze_backbone_steps else None,
         )
+
+    def for_workers(self, workers: int) -> Plan:
+        """The plan of a group of another size: the same micro batches, dealt to other hands.
+
+        A step has the same micro batches whatever the size, so what is computed over a micro batch
+        (KoLeo, iBOT's centre) does not change with it.
+        """
+        accumulation = self.workers * self.accumulation // workers
+        return self.model_copy(
+            update={
+                "workers": workers,
+                "accumulation": accumulation,
+                "worker_batch": self.micro_batch * accumulation,
+            }
+        )
+
+    @property
+    def share(self) -> Share:
+        """What a training worker reserves."""
+        return Share(self.cpus_per_worker, self.gpus_per_worker)
+
+    def arranged_on(self, nodes: Sequence[Node], most: int | None = None) -> Arrangement | None:
+        """The largest group that these nodes have room for, and the decoders beside it.
+
+        Args:
+            nodes: what each node has, all of it.
+            most: workers at most.
+        """
+        for workers in reversed([n for n in self.sizes if most is None or n <= most]):
+            if found := arrange(self.config, nodes, workers, self.share, self.feeder_cpus):
+                return found
+        return None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,28 +206,18 @@ def resolve(
     """
     optim, train = config.optim, config.train
     problems: list[str] = []
-    gpus = 0 if train.device == "cpu" else machine.gpus
-    if train.device == "cuda" and not gpus:
-        problems.append("train.device=cuda, but the cluster has no GPU")
-    if train.workers == "auto":
-        workers = gpus or max(1, min(8, machine.cpus // 2))
-        while workers > 1 and optim.global_batch_size % (workers * train.accumulation):
-            workers -= 1
-    else:
-        workers = train.workers
-    if gpus and workers > gpus:
-        problems.append(
-            f"train.workers={workers} is more than the {gpus} GPUs of the cluster; "
-            "train.device=cpu trains without them"
-        )
     batch = optim.global_batch_size
-    share, rest = divmod(batch, workers * train.accumulation)
-    if rest or not share:
+    gpus = 0 if train.device == "cpu" else machine.gpus
+    per_worker = worker_share(config, gpus)
+    feeder_cpus = feeder_share(config, machine)
+    sizes = group_sizes(config, machine, gpus)
+    if not sizes:
         problems.append(
-            f"optim.global_batch_size={batch} does not divide into train.workers={workers} x "
-            f"train.accumulation={train.accumulation}"
+            f"optim.global_batch_size={batch} does not divide into train.workers="
+            f"{shown(train.workers)} x train.accumulation={train.accumulation}"
         )
-        share = 1
+    parts = (sizes[-1] if sizes else 1) * train.accumulation
+    share = max(1, batch // parts)
     if images < batch:
         problems.append(
             f"optim.global_batch_size={batch} is more than the {images} images of the set; "
@@ -212,21 +238,18 @@ def resolve(
             f"loss.mask_probability={config.loss.mask_probability} of the {2 * batch} global crops "
             "of a step are none: iBOT would have nothing to predict"
         )
-    cpus_per_worker = config.resources.cpus_per_worker or (1.0 if gpus else 0.25)
-    free_cpus = machine.cpus - workers * cpus_per_worker
-    if free_cpus <= READ_CPUS:
-        problems.append(
-            f"train.workers={workers} x resources.cpus_per_worker={cpus_per_worker} leave none of "
-            f"the {machine.cpus} CPUs for decoding"
-        )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
+    found = None
+    for workers in reversed(sizes):
+        found = found or arrange(config, machine.rooms, workers, per_worker, feeder_cpus)
+    if found is None or (train.device == "cuda" and not gpus):
+        raise no_room(config, machine, sizes[0], per_worker, feeder_cpus)
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
     window = window_of(config.data.shuffle_images, batch, image_bytes)
     chunk = chunk_of(math.gcd(share, window), view_bytes(config), image_bytes)
-    for_decoding = free_cpus - READ_CPUS
-    decode_cpus = min(DECODE_CPUS, for_decoding)
+    accumulation = parts // found.workers
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
         config=config,
@@ -235,12 +258,14 @@ def resolve(
         layout=layout,
         class_names=class_names,
         device=device,
-        workers=workers,
+        workers=found.workers,
+        sizes=sizes,
         steps=steps,
         steps_per_pass=steps_per_pass,
         dropped_per_pass=images - steps_per_pass * batch,
-        worker_batch=share * train.accumulation,
+        worker_batch=share * accumulation,
         micro_batch=share,
+        accumulation=accumulation,
         chunk_images=chunk,
         window_images=window,
         lr=optim.lr * scale,
@@ -252,10 +277,12 @@ def resolve(
         compile=device == "cuda" if train.compile == "auto" else train.compile,
         eval_every=train.eval_every or max(1, math.ceil(steps / 10)),
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
-        cpus_per_worker=cpus_per_worker,
-        decode_cpus=decode_cpus,
-        decode_tasks=config.resources.decode_tasks or max(1, int(for_decoding / decode_cpus)),
-        threads=config.resources.threads or max(1, machine.cpus // workers),
+        cpus_per_worker=per_worker.cpus,
+        gpus_per_worker=per_worker.gpus,
+        feeder_cpus=feeder_cpus,
+        decode_cpus=found.decode_cpus,
+        decode_tasks=found.decode_tasks,
+        threads=found.threads,
     )
 
 

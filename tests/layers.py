@@ -56,9 +56,11 @@ TABLE = [
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),
-    row("plan", "errors config overrides schedule", others="pydantic"),
+    row("placement"),
+    row("arrangement", "errors config placement", others="pydantic"),
+    row("plan", "arrangement errors config overrides placement schedule", others="pydantic"),
     row("control", others_inside="ray"),
-    row("cluster", "errors", "config plan", others_inside="ray"),
+    row("cluster", "errors placement", "arrangement config", others_inside="ray"),
     row("job", "errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
@@ -133,8 +135,9 @@ TABLE = [
         others_inside="psutil",
     ),
     row(
-        "train.evaluations train.loop train.run",
-        [*MATHS, "config", "plan", "files", "log", "control", "evaluate.*"]
+        "train.evaluations train.loop train.run train.scaling",
+        [*MATHS, "arrangement", "config", "plan", "placement", "files", "log", "control"]
+        + ["cluster", "evaluate.*"]
         + ["data.reading", "data.stream", "data.feeder", "train.*"],
         others="torch ray",
         others_inside="yaml",

@@ -21,16 +21,36 @@ def test_lines_keep_their_order_and_level() -> None:
     assert control.listen(0) == []
 
 
-def test_wait_stop_returns_when_asked() -> None:
+def test_wait_wish_returns_when_asked() -> None:
     control = Control()
-    answered: list[bool] = []
-    waiter = threading.Thread(target=lambda: answered.append(control.wait_stop()), daemon=True)
+    answered: list[str] = []
+    waiter = threading.Thread(target=lambda: answered.append(control.wait_wish()), daemon=True)
     waiter.start()
     time.sleep(0.05)
     assert not answered
     control.stop()
     waiter.join(5)
-    assert answered == [True]
+    assert answered == ["stop"]
+
+
+def test_wishes_are_answered_once_and_stop_is_for_good() -> None:
+    control = Control()
+    assert control.wait_wish(0) == "" and control.answered() == -1
+    control.ask("save")
+    control.ask("move")  # the last one counts
+    assert control.wait_wish(0) == "move"
+    assert not control.answer("save", 3) and control.answered() == -1
+    assert control.answer("move", 4) and control.answered() == 4
+    assert control.wait_wish(0) == "" and not control.answer("move", 5)
+    control.ask("move")
+    assert control.answered() == -1
+    control.ask("")  # taken back
+    assert not control.answer("move", 6)
+    control.stop()
+    control.ask("move")
+    control.ask("")
+    assert control.wait_wish(0) == "stop"
+    assert control.answer("stop", 7) and control.wait_wish(0) == "stop"
 
 
 def test_a_workers_log_reaches_the_drivers(ray_cluster: None) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.arrangement import READ_CPUS, Machine
 from pipeline.config import Config
 from pipeline.data import feeder
 from pipeline.errors import ConfigError
@@ -19,9 +20,7 @@ from pipeline.plan import (
     CHUNK_BYTES,
     ENCODED_BYTES,
     MAY_CHANGE,
-    READ_CPUS,
     WINDOW_BYTES,
-    Machine,
     Plan,
     changes,
     resolve,
@@ -172,9 +171,13 @@ def test_the_device_is_the_gpus_unless_said_otherwise() -> None:
     found = plan("train.device=cpu", machine=GPUS)
     assert (found.device, found.workers, found.precision) == ("cpu", 8, "float32")
     assert (found.cpus_per_worker, found.threads) == (0.25, 2)
-    with pytest.raises(ConfigError, match=r"train\.device=cuda, but the cluster has no GPU"):
-        plan("train.device=cuda")
-    with pytest.raises(ConfigError, match=r"train\.workers=8 is more than the 4 GPUs"):
+    with pytest.raises(
+        ConfigError, match=r"2 workers of 1 GPU .* has 0 GPUs and 4 CPUs on 1 node: room for none"
+    ):
+        plan("train.device=cuda", "train.workers=2")
+    with pytest.raises(
+        ConfigError, match="8 workers of 1 GPU and 1 CPU each need 8 GPUs and 8 CPUs; the"
+    ):
         plan("train.workers=8", machine=GPUS)
 
 

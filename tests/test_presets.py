@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.overrides import load
-from pipeline.plan import Machine, Plan, resolve, value_at
+from pipeline.plan import Plan, resolve, value_at
 from pipeline.train import build
 
 ROOT = Path(__file__).parents[1]

@@ -174,9 +174,7 @@ class Feeder(Control):
             if attempt in self.replaced:
                 return  # a late word of a group that is gone
             if attempt != self.attempt:  # the worker group is a new one: drop the old one's data
-                self.replaced.add(self.attempt)
-                self.attempt, self.segments, self.decoded = attempt, {}, {}
-                self.ready.notify_all()
+                self._drop(attempt)
             if first_step in self.segments or first_step >= self.last_step:
                 return
             last = self._segment_end(first_step)
@@ -186,6 +184,30 @@ class Feeder(Control):
             self.segments = current | {first_step: (last, parts)}
             self.decoded = {s: self.decoded.get(s, Decoded()) for s in self.segments}
             self.ready.notify_all()
+
+    def release(self, tasks: DecodeTasks | None = None) -> None:
+        """Ends the data of the group that is gone or about to go, so that its decoders give their
+        CPUs back. Who wants data after that is another group.
+
+        Args:
+            tasks: what the decoders of the next group may take; default: as before.
+        """
+        with self.ready:
+            self.tasks = tasks or self.tasks
+            self._drop("")
+        self.ask("")
+
+    def _drop(self, attempt: str) -> None:
+        """Forgets the group of workers that there is, in favour of another one."""
+        import ray
+
+        if self.attempt:
+            self.replaced.add(self.attempt)
+        for _, parts in self.segments.values():
+            # Workers that still hold a part would keep the execution alive.
+            ray.kill(parts[0]._coord_actor)
+        self.attempt, self.segments, self.decoded = attempt, {}, {}
+        self.ready.notify_all()
 
     def iterator(self, attempt: str, first_step: int, rank: int) -> tuple[int, Any]:
         """(step after the segment, iterator of this worker's chunks)."""
@@ -272,6 +294,7 @@ def launch_feeder(
     tasks: DecodeTasks,
     workers: int,
     segment: int = SEGMENT,
+    cpus: float = 0.0,
 ) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
 
@@ -280,15 +303,16 @@ def launch_feeder(
         spec: the run's `stream.StreamSpec`.
         last_step: steps of the run.
         tasks: what its decoders may take.
-        workers: training workers that will ask.
+        workers: training workers that will ask, at most.
         segment: read tasks of one Ray Data execution; tests make it small.
+        cpus: that it reserves on its node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Feeder).options(
-        num_cpus=0, max_concurrency=2 * workers + 16, scheduling_strategy=here
+        num_cpus=cpus, max_concurrency=2 * workers + 16, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
     return actor.remote(reading, [ray.put(spec)], last_step, tasks, segment)

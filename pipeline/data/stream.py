@@ -208,8 +208,12 @@ def batches(
     micro_batch: int,
     chunk: int,
     pin: bool = False,
+    accumulation: int = 1,
 ) -> Iterator[Batch]:
     """This worker's micro batches from `first_step` on, in order, host side.
+
+    Micro batch j of worker r is the one that worker r + j * workers would have if there were one
+    for each micro batch: which images it has does not depend on the number of workers.
 
     Reading and decoding begin with this call.
 
@@ -223,18 +227,29 @@ def batches(
         micro_batch: images of one batch.
         chunk: images of one block; divides `micro_batch`.
         pin: put batches into page-locked memory, for a GPU.
+        accumulation: micro batches of a step.
     """
     found = blocks(feeder, attempt, rank, workers, first_step, last_step)
-    return _micro_batches(found, micro_batch // chunk, pin)
+    return _micro_batches(found, micro_batch // chunk, accumulation, pin)
 
 
-def _micro_batches(found: Iterator[Any], chunks: int, pin: bool) -> Iterator[Batch]:
-    held: list[Batch] = []
+def _micro_batches(
+    found: Iterator[Any], chunks: int, accumulation: int, pin: bool
+) -> Iterator[Batch]:
+    """Chunk k of a worker's step belongs to micro batch k mod accumulation.
+
+    Chunk c of a step comes to worker c mod W. With W * accumulation workers it would come to worker
+    c mod (W * accumulation), and this is that one's batch.
+    """
+    held: list[list[Batch]] = [[] for _ in range(accumulation)]
+    arrived = 0
     for block in found:
         for chunk in chunks_in(block):
             chunk["reason"] = _REASON_NAMES[chunk["reason"]]
-            last = len(held) + 1 == chunks
-            held.append(Batch.from_chunk(chunk, last and not any(part.images for part in held)))
-            if len(held) == chunks:
-                yield Batch.concat(held, pin)
-                held = []
+            parts = held[arrived % accumulation]
+            last = len(parts) + 1 == chunks
+            parts.append(Batch.from_chunk(chunk, last and not any(part.images for part in parts)))
+            arrived += 1
+            if arrived % accumulation == 0 and last:
+                yield from (Batch.concat(parts, pin) for parts in held)
+                held = [[] for _ in range(accumulation)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
 
     Raises:
         PipelineError: for whatever the user can mend.
-        SystemExit: with 143 after a SIGTERM that ended in a checkpoint.
+        SystemExit: with 143 after a SIGTERM, 130 after a Ctrl-C, that ended in a checkpoint.
     """
     config = with_absolute_weights(named(config, stages))
     if config.curate.query:
@@ -198,7 +199,7 @@ def _stage(context: Context, name: str) -> None:
     result: dict[str, Any] = stage.run(context, tracker)
     if result.get("status") == "stopped":
         log.info("stopped     at step %s; the same command goes on from there", result["step"])
-        sys.exit(143)  # 128 + SIGTERM
+        sys.exit(128 + (result["signal"] or signal.SIGTERM))
     context.folder.mark_done(name, key, result)
     _keep(context, name, result)
     context.tracking.end_stage(name)

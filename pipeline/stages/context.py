@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import cluster
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
 from pipeline.data.storage import exists, resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
-from pipeline.plan import Machine
 from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline")

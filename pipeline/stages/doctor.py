@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.data.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.data.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
@@ -19,7 +20,7 @@ from pipeline.data.schema import ShardSet
 from pipeline.data.segments import PREFETCH
 from pipeline.data.stream import StreamSpec
 from pipeline.files import RunFolder
-from pipeline.plan import Machine, Plan
+from pipeline.plan import Plan
 from pipeline.stages.chain import named
 from pipeline.stages.context import open_packed_shards, result_line
 from pipeline.stages.surroundings import disk, machine_of, shared_memory, size_of, versions

@@ -24,7 +24,10 @@ log = logging.getLogger("pipeline.train")
 
 def plan(context: Context) -> Plan:
     """The plan on this cluster, with the weights that it starts from."""
-    found = plan_for(context.config, context.shards(), cluster.machine())
+    config, shards = context.config, context.shards()
+    found = cluster.with_room(
+        lambda machine: plan_for(config, shards, machine), config.resources.wait_s
+    )
     return start.located(found, state.latest(context.folder.checkpoints))
 
 
@@ -117,6 +120,19 @@ def params(found: Plan) -> dict[str, Any]:
     }
 
 
+def _range(found: Plan) -> list[str]:
+    """Which numbers of workers an elastic run may have."""
+    asked = found.config.train.workers
+    if not isinstance(asked, tuple):
+        return []
+    low, high = asked
+    sizes = ", ".join(map(str, found.sizes))
+    parts = found.workers * found.accumulation
+    left = high - low + 1 - len(found.sizes)
+    said = f"            {sizes} of [{low}, {high}] divide the {parts} micro batches of a step"
+    return [said + (f"; the other {left} are not used" if left else "")]
+
+
 def _unused(model: Model) -> str:
     """Names the fields of our ViT that a recipe sets and a foreign encoder does not use."""
     used = ("encoder", "init", "init_resize", "patch_size", "in_channels", "drop_path")
@@ -171,9 +187,10 @@ def describe(found: Plan, built: Pair) -> list[str]:
         f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} left out of each pass",
         f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
         f"{found.steps / found.steps_per_pass:.2f} passes, warm-up {found.warmup_steps}",
-        f"workers     {found.workers} x {found.micro_batch} images x {config.train.accumulation}, "
+        f"workers     {found.workers} x {found.micro_batch} images x {found.accumulation}, "
         f"{found.device}, {found.precision} ({found.precision_reason}), "
         f"{found.threads} threads each, lr {found.lr:.3g}",
+        *_range(found),
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB a worker; checkpoints "
         f"{cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
     ]

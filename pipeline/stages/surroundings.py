@@ -12,11 +12,11 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import cluster
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.transfer import read_bytes, write_bytes_atomic
 from pipeline.errors import PipelineError, StorageError
-from pipeline.plan import Machine
 from pipeline.stages.context import local_machine, result_line
 from pipeline.train.limits import count
 

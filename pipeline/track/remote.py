@@ -52,6 +52,10 @@ class RemoteTracker:
 
         return report
 
+    def flush(self, timeout: float) -> None:
+        """Waits until the reports so far are with the driver, for at most `timeout` seconds."""
+        self._sending.wait(timeout)
+
     def close(self, timeout: float = 60.0) -> None:
         """Waits until all reports have arrived. The run itself is the driver's to end."""
         if self._system:

@@ -151,6 +151,10 @@ class Tracker:
         """Writes a journal line that another process of this stage made."""
         self._write(**event)
 
+    @harmless
+    def flush(self, timeout: float) -> None:
+        """Waits until what was reported outlives this process: it is written down at once here."""
+
     def close(self, status: Status | None = None, timeout: float = 60.0) -> None:
         """Sends what is left. The driver also gives the run's status; a worker does not."""
         if self._system:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from pipeline.control import Reports
+from pipeline.control import MOVE, STOP, Reports
 from pipeline.data.batch import BadImage, Batch, Work
 from pipeline.data.schema import BAD_IMAGE_SCHEMA
 from pipeline.data.storage import resolve_uri, retries
@@ -34,6 +35,8 @@ from pipeline.train.step import Objective
 from pipeline.uri import Place, is_uri, join
 
 log = logging.getLogger("pipeline.train")
+COLLECT_S = 10.0  # for evaluations under way when a group moves: the notice may be short
+LAST_TRIES_S = (5, 10, 15)  # pauses before the last checkpoint of a run is tried again
 
 
 @dataclass
@@ -105,24 +108,42 @@ class Chief:
         self.tracker.resume(first_step)
         self.evaluations = Evaluations(plan, job["evaluator"], self.tracker, folder)
         self.control = job["feeder"]
-        self.stop_signal = self.control.wait_stop.remote()
+        self.wished = self.control.wait_wish.remote()
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
         self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
+        self.unsaved, self.alarm_text = 0, ""  # checkpoints in a row that could not be written
         self.read_retries = float(resumed.get("read_retries", 0)) if resumed else 0.0
         self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
 
-    def asked_to_stop(self) -> bool:
-        """Whether to write a checkpoint and end: SIGTERM, or too many images are bad."""
-        ready, _ = ray.wait([self.stop_signal], timeout=0)
+    def wish(self) -> str:
+        """What is wanted at the end of a step: `stop`, `move`, `save` (see `Control`), or ""."""
+        if self.too_many_bad:
+            return STOP
+        ready, _ = ray.wait([self.wished], timeout=0)
         if not ready:
-            return self.too_many_bad
-        if ray.get(self.stop_signal):
-            return True
-        self.stop_signal = self.control.wait_stop.remote()
-        return self.too_many_bad
+            return ""
+        found = str(ray.get(self.wished))
+        if not found:
+            self.wished = self.control.wait_wish.remote()
+        return found
+
+    def settled(self, step: int) -> str:
+        """What the group does now that a wish has its checkpoint; "" if nobody wants it any more.
+
+        Before a move, results of evaluations that would be lost come first.
+        """
+        wish = self.wish()
+        if wish == STOP:
+            return STOP
+        if wish == MOVE:
+            self.evaluations.collect(wait=True, timeout=COLLECT_S)
+            self.tracker.flush(COLLECT_S)
+        wanted = ray.get(self.control.answer.remote(wish, step))
+        self.wished = self.control.wait_wish.remote()
+        return wish if wanted else ""
 
     def log(
         self,
@@ -151,6 +172,7 @@ class Chief:
             **per_image(work),
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
+            "perf/workers": plan.workers,
         }
         if torch.cuda.is_available():
             newest["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -199,8 +221,8 @@ class Chief:
             self._note(bad, work)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
-    def save(self, step: int) -> None:
-        """A checkpoint; where it cannot be written, training goes on and says so."""
+    def save(self, step: int) -> bool:
+        """Writes a checkpoint; where it cannot be written, training goes on and says so."""
         plan = self.plan
         in_pass = step % plan.steps_per_pass
         meta = {
@@ -214,10 +236,27 @@ class Chief:
         try:
             state.save(self.checkpoints, step, self.trainee.state(), meta)
         except OSError as error:
-            said = one_line(error)
-            log.error("checkpoint of step %d could not be written (%s); going on", step, said)
-            return
+            self._unsaved(step, one_line(error))
+            return False
+        self.control.note_saved.remote(step)
+        if self.unsaved:
+            log.warning("checkpoint of step %d is written again", step)
+            self.tracker.tags({"alarm": ""})
+        self.unsaved, self.alarm_text = 0, ""
+        self.tracker.metrics(step - 1, {"health/checkpoints_failed": 0})
         self.prune(self.evaluations.pending_steps())
+        return True
+
+    def _unsaved(self, step: int, why: str) -> None:
+        """The alarm: a line, a tag, a metric. The checkpoints before it are as they were."""
+        self.unsaved += 1
+        self.alarm_text = (
+            f"checkpoint of step {step} could not be written ({why}); going on, "
+            f"{self.unsaved} in a row; a restart would begin at the last one before"
+        )
+        log.error("%s", self.alarm_text)
+        self.tracker.metrics(step - 1, {"health/checkpoints_failed": self.unsaved})
+        self.tracker.tags({"alarm": self.alarm_text})
 
     def prune(self, protected: set[int]) -> None:
         """Removes old checkpoints; where that fails, the next one tries again."""
@@ -250,14 +289,27 @@ class Chief:
         self.evaluations.collect(wait=outcome["status"] == "finished")
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
+        if outcome["status"] == "finished" and not self._last_is_saved():
+            outcome = {"status": "unsaved", "detail": self.alarm_text}
         summary = clock.summary()
         outcome["data_limit"] = self.watch.whole(summary)
         outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
-        outcome |= {"peak_memory_gib": _peak_bytes() / 2**30, "alarm": self.evaluations.alarm_text}
+        outcome |= {
+            "peak_memory_gib": _peak_bytes() / 2**30,
+            "alarm": self.evaluations.alarm_text or self.alarm_text,
+        }
         self.prune(set())
         self.tracker.close()
         place = join(self.folder, "pretrain", "outcome.json")
         write_bytes_atomic(json.dumps(outcome, indent=1).encode(), *resolve_uri(str(place)))
+
+    def _last_is_saved(self) -> bool:
+        """Whether what all the steps made is on disk; a few more tries where it is not."""
+        for pause in LAST_TRIES_S if self.unsaved else ():
+            time.sleep(pause)
+            if self.save(self.plan.steps):
+                break
+        return not self.unsaved
 
 
 def _tracker(job: dict[str, Any], folder: Place) -> Any:

@@ -45,7 +45,7 @@ class EvaluatorActor:
 
 def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     """Starts the actor: on a GPU where one is free, else on CPUs beside the workers."""
-    gpus = ray.cluster_resources().get("GPU", 0) - plan.workers if plan.device == "cuda" else 0
+    gpus = ray.cluster_resources().get("GPU", 0) - plan.sizes[-1] if plan.device == "cuda" else 0
     device = "cuda" if gpus >= 1 else "cpu"
     options = {
         "num_cpus": 0,
@@ -109,11 +109,11 @@ class Evaluations:
         """Keeps the step's health numbers for the alarm."""
         self.newest |= {k: v for k, v in metrics.items() if k.startswith("health/")}
 
-    def collect(self, wait: bool = False) -> None:
-        """Records the results that are there; with `wait`, all of them."""
+    def collect(self, wait: bool = False, timeout: float | None = None) -> None:
+        """Records the results that are there; with `wait`, all that come within `timeout` s."""
         while self.pending:
             step, reference = self.pending[0]
-            ready, _ = ray.wait([reference], timeout=None if wait else 0)
+            ready, _ = ray.wait([reference], timeout=timeout if wait else 0)
             if not ready:
                 return
             self.pending.pop(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import log as logs
-from pipeline.control import RemoteLines
+from pipeline.control import MOVE, STOP, RemoteLines
 from pipeline.data.batch import Apply, BadImage, Batch, Views, Work
 from pipeline.data.order import keyed
 from pipeline.data.photometric import PhotometricSpec
@@ -30,12 +31,14 @@ from pipeline.train.step import NonFinite, train_step
 from pipeline.uri import is_uri, join
 
 log = logging.getLogger("pipeline.train")
+HOLD_S = 120.0  # a group that wrote a checkpoint to move waits so long to be taken away
 
 
 def train_worker(job: dict[str, Any]) -> None:
     """One worker of the group. `job` comes from `train.run`; see there."""
-    plan = Plan.model_validate_json(job["plan"])
-    rank, workers = ray.train.get_context().get_world_rank(), plan.workers
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    plan = Plan.model_validate_json(job["plan"]).for_workers(workers)
     logs.configure(
         f"[w{rank}]" if rank else "",
         logging.WARNING if rank else logging.INFO,
@@ -50,11 +53,11 @@ def train_worker(job: dict[str, Any]) -> None:
     if not all(seen):
         return  # the driver finds no outcome and says what to do
 
-    saved = state.latest(join(folder, "checkpoints"))
+    saved, tensors = state.restored(join(folder, "checkpoints"))
     first_step = saved.step if saved else 0
     stream = batches(  # decoders start while the model is built
         job["feeder"],
-        _shared_token(),
+        _from_rank_0(os.urandom(8).hex()),
         rank,
         workers,
         first_step,
@@ -62,10 +65,12 @@ def train_worker(job: dict[str, Any]) -> None:
         plan.micro_batch,
         plan.chunk_images,
         pin=device.type == "cuda",
+        accumulation=plan.accumulation,
     )
     trainee = _trainee(plan, device, saved is not None)
-    if saved:
-        trainee.restore(saved.load())
+    if tensors:
+        trainee.restore(tensors)
+        del tensors
     student = _parallel(trainee.pair.student, device, workers)
     photometric = build.photometric_spec(plan.config)
     colours = build.photometric_function(plan, device)
@@ -82,7 +87,7 @@ def train_worker(job: dict[str, Any]) -> None:
         chief.evaluate(first_step)  # after a resume too: what was under way died with the workers
     while step < plan.steps:
         with clock.waiting():
-            held = [next(stream) for _ in range(plan.config.train.accumulation)]
+            held = [next(stream) for _ in range(plan.accumulation)]
         if chief and step == 0:
             chief.picture_crops(held[0])
         for batch in held:
@@ -97,8 +102,8 @@ def train_worker(job: dict[str, Any]) -> None:
                 plan.at(step),
                 trainee.objective,
                 autocast_dtype=dtype,
-                generator=_generator(plan.config.run.seed, step, rank),
-                stop=chief is not None and chief.asked_to_stop(),
+                generator=_generators(plan, step, rank),
+                stop=chief is not None and bool(chief.wish()),
             )
         except NonFinite as error:
             outcome = {"status": "non_finite", "step": step, "detail": error.what}
@@ -123,8 +128,12 @@ def train_worker(job: dict[str, Any]) -> None:
         if chief and evaluate_due:
             chief.evaluate(step)
         if result.stop and not last:
-            outcome = {"status": "stopped", "step": step}
-            break
+            wish = _from_rank_0(chief.settled(step) if chief else "")
+            if wish == STOP:
+                outcome = {"status": "stopped", "step": step}
+                break
+            if wish == MOVE:
+                time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
     if chief:
         chief.finish(outcome, clock)
 
@@ -157,17 +166,21 @@ def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: A
     return batch.to(device).views(spec, photometric=colours)
 
 
-def _generator(seed: int, step: int, rank: int) -> torch.Generator:
-    # on the CPU whatever the device is, so that the draws of stochastic depth do not depend on it
-    key = int(keyed(seed, step, rank, "drop_path").integers(2**63))
-    return torch.Generator().manual_seed(key)
+def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:
+    """For each micro batch of this worker its draws of stochastic depth, which depend neither on
+    the device nor on the number of workers.
+    """
+    keys = (rank + i * plan.workers for i in range(plan.accumulation))
+    seed = plan.config.run.seed
+    draws = (keyed(seed, step, key, "drop_path").integers(2**63) for key in keys)
+    return [torch.Generator().manual_seed(int(draw)) for draw in draws]
 
 
-def _shared_token() -> str:
-    token = [os.urandom(8).hex()]
+def _from_rank_0(word: str) -> str:
+    words = [word]
     if dist.is_initialized():
-        dist.broadcast_object_list(token, src=0)
-    return token[0]
+        dist.broadcast_object_list(words, src=0)
+    return words[0]
 
 
 def _clock(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.control import console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
@@ -24,7 +25,7 @@ from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
-from pipeline.plan import Machine, Plan, changes, resolve
+from pipeline.plan import Plan, changes, resolve
 from pipeline.train import build, state
 from pipeline.uri import public
 
@@ -177,10 +178,11 @@ def pretrain(
     """
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from pipeline.train.evaluations import launch_evaluator
     from pipeline.train.loop import train_worker
+    from pipeline.train.scaling import Patience, Scaling, Trainer
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,12 @@ def pretrain(
     delete_file(fs, outcome)
     tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
     feeder = launch_feeder(
-        reading_for(plan, shards), stream_spec(plan, shards), plan.steps, tasks, plan.workers
+        reading_for(plan, shards),
+        stream_spec(plan, shards),
+        plan.steps,
+        tasks,
+        plan.sizes[-1],
+        cpus=plan.feeder_cpus,
     )
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
@@ -204,42 +211,49 @@ def pretrain(
     }
     per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}
     if plan.device == "cuda":
-        per_worker["GPU"] = 1
+        per_worker["GPU"] = plan.gpus_per_worker
     # Ray Train's own records are one attempt's; what resumes a run is in `checkpoints`.
     records = stage / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}"
-    trainer = TorchTrainer(
+    scaling = ScalingConfig(
+        num_workers=plan.sizes[-1],
+        use_gpu=plan.device == "cuda",
+        resources_per_worker=per_worker,
+    )
+    failures = FailureConfig(max_failures=plan.config.train.max_restarts)
+    # NCCL has no two workers on one GPU
+    alone = plan.device == "cuda" and plan.gpus_per_worker == 1
+    trainer = Trainer(
         train_worker,
         train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=plan.workers,
-            use_gpu=plan.device == "cuda",
-            resources_per_worker=per_worker,
-        ),
-        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
         run_config=RunConfig(
-            name=records.name,
-            storage_path=str(records.parent),
-            failure_config=FailureConfig(max_failures=plan.config.train.max_restarts),
+            name=records.name, storage_path=str(records.parent), failure_config=failures
         ),
+        scaling=Scaling(scaling, plan, feeder),
+        patience=Patience(failures, feeder),
     )
-    with stop_on_sigterm(feeder):
+    with stop_on_signals(feeder) as asked:
         try:
             with console(feeder, log), reporting(feeder, tracker):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
+            cause = getattr(error, "controller_failure", None)
+            if isinstance(cause, PipelineError):
+                raise cause from None
             raise TrainError(
-                f"training failed more than {plan.config.train.max_restarts} times; last: "
-                f"{last_line(error)}",
+                f"training failed more than {plan.config.train.max_restarts} times at one "
+                f"checkpoint; last: {last_line(error)}",
                 "the same command goes on from the last checkpoint; PIPELINE_DEBUG=1 shows all",
             ) from error
         finally:
             mark.unlink(missing_ok=True)
             ray.kill(evaluator)
             ray.kill(feeder)
-    return _outcome(plan, folder)
+    return _outcome(plan, folder, asked)
 
 
-def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
+def _outcome(plan: Plan, folder: RunFolder, asked: Asked) -> Outcome:
     place = str(folder.at("pretrain", "outcome.json"))
     found: dict[str, Any] | None = read_json(*resolve_uri(place))
     if found is None:
@@ -263,37 +277,64 @@ def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
             f"{public(folder.at('pretrain', 'bad_images.parquet'))}",
             "pack the shards again, or raise data.max_bad_fraction and go on with the same command",
         )
+    if status == "unsaved":
+        raise TrainError(
+            f"all {plan.steps} steps are done, but their checkpoint could not be written: "
+            f"{found['detail']}",
+            "make room, or make the place writable; the same command goes on from the last "
+            "checkpoint",
+        )
+    if status == "stopped":
+        found["signal"] = asked.number
     return Outcome(status, int(found.pop("step", plan.steps)), found)
 
 
+@dataclass
+class Asked:
+    """The signal by which the run was asked to stop; 0: none, or no signal."""
+
+    number: int = 0
+
+
 @contextmanager
-def stop_on_sigterm(feeder: Any) -> Iterator[None]:
-    """Inside, SIGTERM makes the workers write a checkpoint and end; the driver lives on."""
+def stop_on_signals(feeder: Any) -> Iterator[Asked]:
+    """Inside, SIGTERM or Ctrl-C makes the workers write a checkpoint and end; the driver lives on.
+
+    Ctrl-C after that ends it at once. SIGTERM does not: `timeout` sends it twice, to the job and to
+    its process group.
+    """
+    found = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield found
         return
     asked = threading.Event()
+    finished = False
 
     def tell() -> None:
         asked.wait()
         if not finished:
             feeder.stop.remote()
 
-    finished = False
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
 
     def handler(number: int, frame: Any) -> None:
-        log.info("SIGTERM     writing a checkpoint, then ending")
+        if asked.is_set():
+            return
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        log.info("%-11s writing a checkpoint, then ending", name)
+        found.number = number
         asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield found
     finally:
         finished = True
         asked.set()
-        signal.signal(signal.SIGTERM, before)
+        for number, handling in before.items():
+            signal.signal(number, handling)
 
 
 def write_plan(plan: Plan, folder: RunFolder) -> Path:

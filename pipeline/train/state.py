@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -92,8 +93,12 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
             json.dump(meta, text, indent=1)
             text.flush()
             os.fsync(text.fileno())
-        shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume
+        aside = folder / f".{final.name}.removed"
+        if final.exists():  # the same step again, after a resume
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         temporary.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Saved(final, meta)
@@ -168,6 +173,33 @@ def latest(folder: Place) -> Saved | None:
     """The newest complete checkpoint, if any."""
     found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
+    """The newest checkpoint whose tensors can be read, with them; (None, {}) without one.
+
+    A file of the right length may still be damaged (a disk that lost its power); the checksums in
+    it tell. Then the one before is used, and that is said.
+
+    Raises:
+        OSError: a file could not be read; another try may help.
+        TrainError: there are checkpoints, and all of them are damaged.
+    """
+    found = checkpoints(folder)
+    for saved in reversed(found):
+        try:
+            return saved, saved.load()
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            why = str(error).strip().splitlines()[0]
+            log.warning(
+                "checkpoint %s is damaged (%s); using an earlier one", public(saved.path), why
+            )
+    if found:
+        raise TrainError(
+            f"all checkpoints in {public(folder)} are damaged",
+            "put one back from a copy, or remove them to begin again",
+        )
+    return None, {}
 
 
 def best(folder: Place) -> tuple[Saved, float] | None:

@@ -56,7 +56,7 @@ def train_step(
     objective: Objective,
     *,
     autocast_dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     stop: bool = False,
 ) -> StepResult:
     """Run one step.
@@ -73,7 +73,7 @@ def train_step(
         objective: losses and centres.
         autocast_dtype: dtype of the networks' matrix products; losses stay in fp32. None switches
             autocast off.
-        generator: source of the student's stochastic depth.
+        generator: source of the student's stochastic depth; or one for each micro batch.
         stop: this worker wants to end (say, after SIGTERM); the result says whether any does.
 
     Raises:
@@ -86,6 +86,9 @@ def train_step(
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
+    generators = (
+        list(generator) if isinstance(generator, Sequence) else [generator] * len(micro_batches)
+    )
     apply_values(optimizer, values)
     optimizer.zero_grad(set_to_none=True)
     masked = [objective.masked(views) for views in micro_batches]
@@ -113,7 +116,7 @@ def train_step(
                     objective.hidden(views),
                     places,
                     objective.scores_cls,
-                    generator,
+                    generators[number],
                 )
             terms = objective.losses(student, target, views, places)
             del target  # free the logits

@@ -1,112 +1,141 @@
-"""A training run on a test cluster that faults happen to, and what it must be afterwards."""
+"""A tiny training run on a cluster of several nodes: started, watched, hurt, and accounted for."""
 
 from __future__ import annotations
 
 import io
-import time
-from itertools import pairwise
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.track.journal import read_steps
-from tests.cluster import consumed as notes
-from tests.cluster.figures import record
-from tests.cluster.nodes import Cluster
-from tests.cluster.submit import Job, submit
-from tests.cluster.tiny import BATCH, write_recipe
-from tests.curate.piles import hub
+from tests.cluster.consumed import Consumed
+from tests.cluster.nodes import ROOT, clean_environment
+from tests.cluster.submit import Job
 
-IMAGES = 100  # of which a pass drops what fills no batch
-PER_PASS = IMAGES // BATCH
-SAVE_EVERY = 10
+IMAGES, BATCH = 80, 16
+PASS = IMAGES // BATCH  # steps
+LOSSES = ["loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"]
+RECIPE = """\
+# Tests of faults: two classes of noise, a worker and a decoder take a CPU each.
+data: {shuffle_images: 32}
+augment: {global_size: 16, local_size: 8, local_crops: 2}
+model: {width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}
+head: {prototypes: 64, bottleneck: 16, hidden: 32}
+optim: {steps: 40, global_batch_size: 16}
+train: {workers: 2, log_every: 1, save_every: 5, eval_every: 20, precision: float32}
+evaluate: {batch_size: 32}
+track: {enabled: false}
+resources: {cpus_per_worker: 1, object_store_gb: 0.2, threads: 1}
+"""
 
 
 def make_shards(folder: Path) -> Path:
-    """Parquet of noise; no two images are the same."""
+    """`folder`/shards/0.parquet with 80 images of noise in row groups of 16."""
     draw = np.random.default_rng(0)
-    images = []
-    for _ in range(IMAGES):
-        stream = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).save(stream, "PNG")
-        images.append(stream.getvalue())
-    hub(folder / "hub", [images[:50], images[50:]])
-    return folder / "hub"
+    rows = []
+    for number in range(IMAGES):
+        pixels = draw.integers(0, 256, (24, 24, 3), np.uint8)
+        pixels[..., number % 2] //= 4
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "PNG")
+        rows.append({"image": {"bytes": data.getvalue(), "path": ""}, "label": number % 2})
+    shards = folder / "shards"
+    shards.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), shards / "0.parquet", row_group_size=16)
+    return shards
 
 
-class Training:
-    """`jobs/pretrain.py` with two workers that need a CPU each, submitted as often as needed.
+def start(
+    folder: Path, shards: Path, environment: dict[str, str], *extra: str, group: bool = False
+) -> Job:
+    """Starts `jobs/pretrain.py` as a process of its own; its run folder is `folder`/fault.
 
     Args:
-        cluster: made with `notes.environment(folder)`.
-        folder: shared by all nodes.
-        steps: of the run.
+        folder: of the run.
+        shards: from `make_shards`.
+        environment: of a client of a cluster, or of none.
+        extra: overrides.
+        group: in a process group of its own, as a shell starts a job.
     """
+    recipe = folder / "fault.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(RECIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "jobs" / "pretrain.py"), str(recipe)]
+        + [f"data.shards={shards}", f"run.folder={folder}", *extra],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=group,
+    )
+    return Job(process)
 
-    def __init__(self, cluster: Cluster, folder: Path, steps: int) -> None:
-        self.cluster, self.folder, self.steps = cluster, folder, steps
-        self.run = folder / "runs" / "small"
-        self.shards = make_shards(folder)
 
-    def submit(self, *extra: str, options: tuple[str, ...] = ()) -> Job:
-        """Starts it, or goes on with it."""
-        given = [
-            str(write_recipe(self.folder)),
-            f"data.shards={self.shards}",
-            f"run.folder={self.folder}/runs",
-            f"optim.steps={self.steps}",
-            "train.eval_every=10000",
-            f"train.save_every={SAVE_EVERY}",
-        ]
-        return submit(self.cluster, "python", "jobs/pretrain.py", *given, *extra, options=options)
+def alone() -> dict[str, str]:
+    """Environment of a job that starts a Ray of its own."""
+    return clean_environment()
 
-    def journal(self) -> list[int]:
-        """Steps whose metrics are in the journal, in order."""
-        rows = read_steps(self.run / "metrics.jsonl", "pretrain")
-        return [step for step, row in rows.items() if "loss/total" in row]
 
-    def until_step(self, step: int, job: Job, timeout: float = 600) -> None:
-        """Waits until the journal has that step; the job's console may be cut off by a fault."""
-        end = time.monotonic() + timeout
-        journal = self.run / "metrics.jsonl"
-        while not (journal.exists() and max(self.journal(), default=-1) >= step):
-            assert time.monotonic() < end, f"step {step} did not come\n{job.text}"
-            time.sleep(0.3)
+def end(job: Job) -> None:
+    """Ends a job that still runs, with everything that it started."""
+    if job.process.poll() is None:
+        below = psutil.Process(job.process.pid).children(recursive=True)
+        job.process.kill()
+        for process in below:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+    job.process.wait()
 
-    def consumed(self) -> notes.Consumed:
-        """What the workers were given up to now."""
-        return notes.consumed(self.cluster.env)
 
-    def check_and_record(self, name: str, at: float, note: str) -> dict[str, Any]:
-        """After the end: each image as often as it should be, each step in the journal once.
+def journal(folder: Path) -> dict[int, dict[str, float]]:
+    """The metrics of the training steps that count."""
+    rows = read_steps(folder / "fault" / "metrics.jsonl", "pretrain")
+    return {step: row for step, row in rows.items() if "loss/total" in row}
 
-        Args:
-            name: of the fault, as in the table.
-            at: when it happened, seconds since 1970.
-            note: for the table.
 
-        Returns:
-            The figures that were recorded. `recovery_s` is the longest time without a new step that
-            began or ended after the fault.
-        """
-        found = self.consumed()
-        assert list(found.steps) == list(range(self.steps)), sorted(found.steps)
-        repeated = found.repeated(PER_PASS)
-        lost = found.lost(PER_PASS, PER_PASS * BATCH)
-        missing = self.steps - len(set(self.journal()) & set(range(self.steps)))
-        times = [found.times[step] for step in range(self.steps)]
-        pauses = [b - max(a, at) for a, b in pairwise(times) if b > at]
-        figures = record(
-            name,
-            lost_steps=found.taken - self.steps,
-            recovery_s=max(pauses, default=0.0),
-            repeated=repeated,
-            lost=lost,
-            metrics_lost=missing,
-            note=note,
-        )
-        assert (repeated, lost, missing) == (0, 0, 0), figures
-        assert self.journal() == list(range(self.steps))
-        return figures
+def missing_steps(folder: Path, steps: int) -> int:
+    """Steps without metrics in the journal."""
+    return steps - len(set(journal(folder)) & set(range(steps)))
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in the run folder."""
+    found = (folder / "fault" / "checkpoints").glob("step-*")
+    return sorted(int(path.name.partition("-")[2]) for path in found)
+
+
+def assert_all_images_once(found: Consumed, steps: int) -> None:
+    """Each pass used each image once, and each step a whole batch."""
+    assert sorted(found.steps) == list(range(steps))
+    assert {len(images) for images in found.steps.values()} == {BATCH}
+    assert found.repeated(PASS) == 0
+    assert found.lost(PASS, IMAGES) == 0
+
+
+def recovery(found: Consumed, at: float) -> float:
+    """Seconds from a moment to the first step that a later group of workers took."""
+    first = found.groups[-1]
+    return min(time for step, time in found.times.items() if step >= first) - at
+
+
+def pids(word: str, below: int | None = None) -> list[int]:
+    """Processes below one (default: this one) whose name or command line has the word."""
+    found = []
+    for process in psutil.Process(below or os.getpid()).children(recursive=True):
+        try:
+            if word in " ".join([process.name(), *process.cmdline()]):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from pipeline import job
+from pipeline.arrangement import Machine
 from pipeline.data.schema import resolve_uri, write_parquet_atomic
 from pipeline.overrides import load
-from pipeline.plan import Machine, Plan, resolve
+from pipeline.plan import Plan, resolve
 from pipeline.stages import doctor, surroundings
 from pipeline.stages.doctor import Memory, Needs
 from tests.jobs.conftest import Job

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job, log
+from pipeline.arrangement import Machine
 from pipeline.errors import PipelineError, TrainError
 from pipeline.files import RunFolder
 from pipeline.overrides import load
-from pipeline.plan import Machine
 from tests.jobs.conftest import Job
 
 ONE = pa.table({"img": [b"x"] * 40, "label": list(range(40))})

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.arrangement import Machine
 from pipeline.data.batch import Work
 from pipeline.overrides import load
-from pipeline.plan import Machine, resolve
+from pipeline.plan import resolve
 from pipeline.train import loop
 from pipeline.train.chief import BadTable, Chief, reasons
 from pipeline.train.clock import Clock

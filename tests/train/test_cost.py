@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.arrangement import Machine
 from pipeline.data.batch import Views
 from pipeline.model.groups import parameter_groups
 from pipeline.overrides import load
-from pipeline.plan import Machine, Plan, resolve
+from pipeline.plan import Plan, resolve
 from pipeline.train import build, cost, state
 from pipeline.train.step import train_step
 

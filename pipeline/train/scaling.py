@@ -1,0 +1,184 @@
+"""How many workers the next group has, when the running one moves, and when to give up.
+
+Ray Train asks a scaling policy: while no group runs, how large the next one is to be; while one
+runs, whether to replace it. Its own policies count fractional CPUs roughly, know nothing of sizes
+that do not divide a batch, wait for ever, and take workers away between two checkpoints. This one
+looks at the nodes that are there and not about to go, and lets a group that must move write a
+checkpoint first. Decoders are let go before, as they hold the CPUs that workers need.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import (
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+    ScalingPolicy,
+)
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+
+from pipeline.arrangement import Arrangement
+from pipeline.cluster import seen_nodes
+from pipeline.control import MOVE, SAVE
+from pipeline.data.feeder import DecodeTasks
+from pipeline.errors import PlacementError
+from pipeline.placement import missing
+from pipeline.plan import Plan
+
+SAY_S = 30.0  # between two words about what is missing
+LOOK_S = 3.0  # between two looks at the nodes while all is well
+SETTLE_S = 10.0  # so long new room must stay before a running group grows into it
+
+
+class Scaling(ScalingPolicy):  # type: ignore[misc]
+    """The policy of a run.
+
+    Args:
+        config: what Ray Train knows of the workers.
+        plan: of the run.
+        feeder: handle of the run's feeder.
+    """
+
+    def __init__(self, config: ScalingConfig, plan: Plan, feeder: Any) -> None:
+        super().__init__(config)
+        self.plan, self.feeder = plan, feeder
+        self.waiting_since: float | None = None
+        self.said = self.looked = 0.0
+        self.room_since: float | None = None
+        self.size = 0  # of the newest group
+        self.leaving: set[str] = set()  # nodes about to go for which something has been asked
+        self.wish = ""
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self.plan.sizes[-1]
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """The largest group that the nodes have room for; else a pause, and in the end an error.
+
+        Raises:
+            PlacementError: there was no room for `resources.replace_s` seconds.
+        """
+        self._maybe_send_resource_request()
+        now = time.monotonic()
+        if self.waiting_since is None:
+            self.waiting_since = now
+            self._release(None)
+        nodes = seen_nodes()
+        there = [node for node in nodes.values() if not node.leaving]
+        found = self.plan.arranged_on([n.node for n in there])
+        waited, limit = now - self.waiting_since, self.plan.config.resources.replace_s
+        if found and waited <= limit:
+            return self._resized(found)
+        smallest = self.plan.sizes[0]
+        what = missing([n.node for n in there], smallest, self.plan.share)
+        if found:
+            what += ", but others use it"
+        if waited > limit:
+            raise PlacementError(
+                f"{what}; waited {waited:.0f} s for it",
+                "the same command goes on from the last checkpoint once there is room; "
+                "resources.replace_s says how long to wait",
+            )
+        if now - self.said >= SAY_S:
+            self.said = now
+            self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
+        time.sleep(1.0)  # the loop that asks does not pause by itself
+        return NoopDecision()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Moves the group off nodes that are about to go, and into room that has come."""
+        self._maybe_send_resource_request()
+        self.waiting_since = None
+        now = time.monotonic()
+        if not self.wish and now - self.looked < LOOK_S:
+            return NoopDecision()
+        self.looked = now
+        nodes = seen_nodes()
+        found = self.plan.arranged_on([n.node for n in nodes.values() if not n.leaving])
+        if self.wish:
+            return self._wished(found)
+        mine = {worker.metadata.node_id for worker in worker_group_state.workers}
+        leaving = {key for key in mine if key in nodes and nodes[key].leaving}
+        if leaving - self.leaving:
+            self.leaving |= leaving
+            where = f"{len(leaving)} node{'s' if len(leaving) > 1 else ''} with training workers"
+            self._say(f"notice      {where} will be taken away; writing a checkpoint first")
+            self._ask(MOVE if found else SAVE)
+        elif found and found.workers > len(worker_group_state.workers):
+            self.room_since = self.room_since or now
+            if now - self.room_since >= SETTLE_S:
+                self._ask(MOVE)
+        else:
+            self.room_since = None
+        return NoopDecision()
+
+    def _wished(self, found: Arrangement | None) -> ScalingDecision:
+        """What follows from an answer to a wish, once it is there."""
+        if ray.get(self.feeder.answered.remote()) < 0:
+            return NoopDecision()
+        moving, self.wish = self.wish == MOVE, ""
+        if not moving or found is None:
+            return NoopDecision()
+        self._release(found)
+        return self._resized(found)
+
+    def _resized(self, found: Arrangement) -> ResizeDecision:
+        if self.size and found.workers != self.size:
+            self._say(f"workers     {self.size} -> {found.workers}")
+        self.size, self.room_since, self.leaving = found.workers, None, set()
+        self._release(found)
+        return ResizeDecision(
+            num_workers=found.workers,
+            resources_per_worker=self.scaling_config._resources_per_worker_not_none,
+        )
+
+    def _ask(self, wish: str) -> None:
+        self.wish, self.room_since = wish, None
+        ray.get(self.feeder.ask.remote(wish))
+
+    def _release(self, found: Arrangement | None) -> None:
+        """Lets the decoders go; the next ones take what the next group leaves."""
+        self.wish = ""
+        tasks = DecodeTasks(found.decode_cpus, found.decode_tasks) if found else None
+        ray.get(self.feeder.release.remote(tasks))
+
+    def _say(self, line: str) -> None:
+        self.feeder.say.remote(logging.WARNING, line)
+
+
+class Patience(DefaultFailurePolicy):  # type: ignore[misc]
+    """Counts failures of the workers between two checkpoints, not over the life of the run."""
+
+    def __init__(self, config: FailureConfig, feeder: Any) -> None:
+        super().__init__(config)
+        self.feeder, self.saved = feeder, -1
+
+    def make_decision(self, training_failed_error: Any) -> Any:
+        """As Ray decides, with the count begun anew where training got on since the last one."""
+        saved = ray.get(self.feeder.saved.remote())
+        if saved > self.saved:
+            self.saved, self._worker_group_failures = saved, 0
+        return super().make_decision(training_failed_error)
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """A `TorchTrainer` with the policies above; signals stay with the job."""
+
+    def __init__(self, *arguments: Any, scaling: Scaling, patience: Patience, **options: Any):
+        super().__init__(*arguments, **options)
+        self._policies = {"scaling_policy": scaling, "failure_policy": patience}
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        return super()._initialize_and_run_controller(**options | self._policies)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ctrl-C leads to a checkpoint (`train.run`), where Ray's handler drops the run."""
