@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -39,6 +43,12 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Without this Ray and gloo listen on all addresses of the machine, for nodes that are not to come.
+# Ray reads the first one when it is imported; it is not for Windows and macOS alone.
+LOOPBACK = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,7 +63,8 @@ def quiet_environment() -> None:
 
 @contextmanager
 def joined(resources: Resources) -> Iterator[None]:
-    """Inside, this process is a Ray driver; a Ray that was started here ends with it.
+    """Inside, this process is a Ray driver; a Ray that was started here ends with it. It listens on
+    loopback only. SIGTERM ends the process with 143.
 
     The cluster is the one of `RAY_ADDRESS` (set by `ray job submit`), else one on this machine.
 
@@ -61,9 +72,14 @@ def joined(resources: Resources) -> Iterator[None]:
         PipelineError: where the address answers nothing.
     """
     quiet_environment()
+    address = os.environ.get("RAY_ADDRESS")
+    with nullcontext() if address else _loopback():
+        yield from _joined(resources, address)
+
+
+def _joined(resources: Resources, address: str | None) -> Iterator[None]:
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     variables = {name: os.environ[name] for name in QUIET}
     folder = None
     options: dict[str, object]
@@ -73,6 +89,7 @@ def joined(resources: Resources) -> Iterator[None]:
         options = {"address": address, "runtime_env": {"env_vars": variables}}
     else:
         variables["PYTHONPATH"] = _python_path()
+        variables["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"]
         # Unix socket paths are limited to 107 bytes, so the folder must be short.
         folder = tempfile.mkdtemp(prefix="rd", dir="/tmp" if Path("/tmp").is_dir() else None)
         options = {
@@ -96,9 +113,14 @@ def joined(resources: Resources) -> Iterator[None]:
             "start it, give host:6379 or auto (http://host:8265 is for `ray job submit`), "
             "or unset RAY_ADDRESS to run on this machine",
         ) from None
+    if not address:
+        _hide_token()
+    before = _exit_at_sigterm()
     try:
         yield
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,6 +147,58 @@ def own_process_group() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = plain
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    missing = LOOPBACK.keys() - os.environ.keys()
+    os.environ.update({name: LOOPBACK[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
+def _exit_at_sigterm() -> Any:
+    """Lets SIGTERM unwind the job with the status of a shell, so that its MLflow runs are ended as
+    killed. To be called after `ray.init`, which sets a handler that exits with 15.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def handler(number: int, frame: Any) -> None:
+        logging.getLogger("pipeline").info("SIGTERM     ending")
+        sys.exit(128 + number)
+
+    return signal.signal(signal.SIGTERM, handler)
+
+
+def _hide_token() -> None:
+    """Ray keeps its token in a file that it makes readable by every user of the machine."""
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # there is none, or it is somebody else's
+        token.chmod(token.stat().st_mode & 0o700)
+
+
+def uploaded() -> bool:
+    """Whether this is a submitted job, working in a copy of the project that Ray made for it and
+    deletes some time after it.
+    """
+    return bool(_job_config().get("runtime_env", {}).get("working_dir"))
+
+
+def submission() -> dict[str, str]:
+    """The id and the metadata of a submitted job, named `ray.…`; empty for other jobs."""
+    metadata = _job_config().get("metadata", {})
+    known = {str(name).removeprefix("job_"): str(value) for name, value in metadata.items()}
+    return {f"ray.{name}": value for name, value in known.items() if name != "name"}
+
+
+def _job_config() -> dict[str, Any]:
+    """What `ray job submit` gives the processes that it starts."""
+    found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return found
 
 
 class Seen(NamedTuple):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.model.sizes import SIZES
+from pipeline.uri import public
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -55,9 +56,24 @@ LVD142M_SSCD: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    """A group of fields: unknown keys are refused, numbers are finite, values never change."""
+    """A group of fields: unknown keys are refused, numbers are finite, values never change.
+
+    No text holds a key or a password: the config is written into the run folder, into checkpoints
+    and to MLflow, and what is typed can be seen in the list of processes and jobs.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _no_secrets(cls, value: Any) -> Any:
+        if isinstance(value, str) and public(value) != value:
+            raise ValueError(
+                f"{public(value)} was given with a key or password before the host; put those into "
+                "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+            )
+        return value
 
 
 class Run(Section):

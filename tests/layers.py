@@ -185,7 +185,7 @@ TABLE = [
 ]
 # An `__init__` may hand on what its package holds, and nothing else.
 PACKAGES = ["data", "curate", "model", "loss", "train", "evaluate", "track", "stages"]
-JOBS = row("*", "job", "log errors track track.*")
+JOBS = row("*", "job", "log errors uri stages.sync")
 
 
 @dataclass(frozen=True)

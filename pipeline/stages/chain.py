@@ -21,11 +21,12 @@ from pipeline.mirror import mirrored
 from pipeline.stages import curate, evaluate, export, pack, pretrain
 from pipeline.stages.context import DESCRIPTOR, Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
+from pipeline.track.endpoint import hide_credentials
 from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
 from pipeline.track.state import FILE_NAME, forget_local
 from pipeline.track.summary import run_report
-from pipeline.uri import public
+from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline")
 
@@ -47,6 +48,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
         SystemExit: with 143 after a SIGTERM, 130 after a Ctrl-C, that ended in a checkpoint.
     """
     config = with_absolute_weights(named(config, stages))
+    _check_outputs(config, stages)
     if config.curate.query:
         _look_up(config, stages)
         return
@@ -57,6 +59,27 @@ def run(config: Config, stages: Sequence[str]) -> None:
         log.info("run         %s in %s", config.run.name, folder)
         with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
+
+
+def _check_outputs(config: Config, stages: Sequence[str]) -> None:
+    """Refuses a submitted job that would write below its working directory.
+
+    Raises:
+        ConfigError: where it would: Ray deletes that directory some time after the job.
+    """
+    if not cluster.uploaded():
+        return
+    places = {"run.folder": config.run.folder, "curate.shards": config.curate.shards}
+    if "pack" in stages and config.data.source:
+        places["data.shards"] = config.data.shards
+    copy = Path.cwd()
+    for field, place in places.items():
+        if place and not is_uri(place) and (copy / place).is_relative_to(copy):
+            raise ConfigError(
+                f"{field}={place} is in the copy of the project that Ray made for this job, which "
+                "is deleted some time after it",
+                f"give storage that all nodes share: {field}=s3://bucket/… or an absolute path",
+            )
 
 
 def _look_up(config: Config, stages: Sequence[str]) -> None:
@@ -85,10 +108,12 @@ def _run(
         return
     written = _write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
+    hide_credentials()  # before there are workers, which get the environment
     with cluster.joined(config.resources):
         settings = TrackSettings(
             run_folder=str(folder.path),
             stage="pipeline",
+            shown=str(folder) if folder.uri else "",
             experiment=config.track.experiment or config.run.name,
             uri=config.track.uri if config.track.enabled else "none",
         )
@@ -98,7 +123,7 @@ def _run(
             # reports for a remote run folder are all sent from here
             nodes=1 if folder.uri else cluster.nodes(),
             config=written,
-            tags={"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())},
+            tags=_origin(config),
         )
         with tracking:
             context.tracking = tracking
@@ -106,6 +131,12 @@ def _run(
                 _stage(context, name)
                 push()
             _report(context)
+
+
+def _origin(config: Config) -> dict[str, str]:
+    """Tags that say what runs, and which submitted job it is, by its id and its metadata."""
+    tags = {"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())}
+    return {**cluster.submission(), **tags}
 
 
 def _fetched(folder: RunFolder, names: Sequence[str]) -> None:

@@ -77,6 +77,11 @@ def explain(error: Exception) -> str:
             "403 Invalid Host header: start the server with --allowed-hosts "
             '"localhost:*,127.0.0.1:*,10.*,HOST:*", or use its private IP address'
         )
+    if "error code 401" in text or getattr(error, "error_code", "") == "UNAUTHENTICATED":
+        return (
+            "401, user and password are not right: set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD"
+        )
     if found := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):  # "Connection refused"
         return found[1]
     if "timed out" in text.lower():

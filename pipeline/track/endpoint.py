@@ -7,9 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import PipelineError
 from pipeline.track import server
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.track")
 
@@ -61,6 +63,19 @@ class LocalServer:
         return found.uri if server.healthy(found.uri) else None
 
 
+def hide_credentials() -> None:
+    """Takes user and password out of MLFLOW_TRACKING_URI into the variables that MLflow's client
+    has for them: the address is written into the run folder and shown in links.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if public(uri) == uri:
+        return
+    given = urlsplit(uri)
+    os.environ["MLFLOW_TRACKING_URI"] = public(uri)
+    for name, value in (("USERNAME", given.username), ("PASSWORD", given.password)):
+        os.environ.setdefault(f"MLFLOW_TRACKING_{name}", unquote(value or ""))
+
+
 def find_endpoint(uri: str, folder: Path, nodes: int = 1) -> Endpoint | None:
     """Where to send: `uri`, else MLFLOW_TRACKING_URI, else the local server; None for the journal.
 
@@ -72,12 +87,18 @@ def find_endpoint(uri: str, folder: Path, nodes: int = 1) -> Endpoint | None:
     Raises:
         PipelineError: the address is not one of a server.
     """
+    hide_credentials()
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri == JOURNAL_ONLY:
         return None
     if uri == LOCAL:
         return LocalServer(folder)
     if uri:
+        if public(uri) != uri:
+            raise PipelineError(
+                f"MLflow address {uri} has a password in it",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+            )
         if not uri.startswith(("http://", "https://", "databricks")):
             raise PipelineError(
                 f"MLflow address {uri!r} is not a server",

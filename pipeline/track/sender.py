@@ -34,13 +34,20 @@ class Sender(threading.Thread):
         endpoint: where to send.
         key: see State; empty: from the folder, or new.
         runs: ids that another process was given, by stage.
+        shown: what to call the run folder where something is to be sent later.
     """
 
     def __init__(
-        self, folder: Path, endpoint: Endpoint, key: str = "", runs: dict[str, str] | None = None
+        self,
+        folder: Path,
+        endpoint: Endpoint,
+        key: str = "",
+        runs: dict[str, str] | None = None,
+        shown: str = "",
     ) -> None:
         super().__init__(name="mlflow-sender", daemon=True)
         self.folder = folder
+        self.shown = shown or _short(folder)
         self.path = folder / journal.FILE_NAME
         self.endpoint = endpoint
         self.state = State(folder, key)
@@ -51,6 +58,7 @@ class Sender(threading.Thread):
         self._closing = False
         self._given_up = False
         self._failures = 0
+        self._greeted = ""
         self._first = True
         self._begin = self.path.stat().st_size if self.path.exists() else 0
         self._began = time.monotonic()
@@ -102,7 +110,7 @@ class Sender(threading.Thread):
         self._wake.set()
         left = unsent(self.path, self.known.sent)
         if left:
-            log.warning("%s not sent; later: python jobs/sync.py %s", left, _short(self.folder))
+            log.warning("%s not sent; later: python jobs/sync.py %s", left, self.shown)
         return left
 
     def take_over(self, again: bool = False) -> bool:
@@ -175,6 +183,9 @@ class Sender(threading.Thread):
     def _greet(self, experiment: str) -> None:
         known = self.known
         run_id = known.runs.get("pipeline", "")
+        if run_id == self._greeted:  # a journal has a line for each start of the job
+            return
+        self._greeted = run_id
         for line in links(known.uri, experiment, known.experiment_id, run_id):
             log.info("%s", line)
 

@@ -21,6 +21,7 @@ class TrackSettings:
         stage: name of the run that is reported to.
         uri: address; "" = MLFLOW_TRACKING_URI or the local server; "none" = the journal only.
         server_folder: where the local server keeps its data.
+        shown: what to call the run folder; "" = its path.
         key: mark of the run folder, by which its runs are found.
         pipeline_run_id, run_id: known ids; "" where the server was not there yet.
         system_metrics: sample CPU, memory and GPU of this machine.
@@ -31,6 +32,7 @@ class TrackSettings:
     experiment: str = "raydino"
     uri: str = ""
     server_folder: str = ""
+    shown: str = ""
     key: str = ""
     pipeline_run_id: str = ""
     run_id: str = ""
@@ -54,4 +56,4 @@ class TrackSettings:
         local = Path(self.server_folder or folder.parent / "mlflow")
         where = find_endpoint(self.uri, local, nodes)
         runs = {PIPELINE: self.pipeline_run_id, self.stage: self.run_id}
-        return Sender(folder, where, self.key, runs) if where else None
+        return Sender(folder, where, self.key, runs, self.shown) if where else None
