@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.curate import gallery, report, report_numbers
 from pipeline.curate.report_summary import Summary
-from pipeline.curate.threshold import Calibration
 from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
@@ -126,6 +124,14 @@ def _warn(context: Context) -> None:
             "unless the recipe sets them",
             public(config.curate.copy_embedder),
         )
+    usual, dedup = type(config.dedup)(), config.dedup
+    calibrates = (dedup.false_positives, dedup.calibration_images)
+    if config.curate.against and calibrates != (usual.false_positives, usual.calibration_images):
+        log.warning(
+            "curate.against=%s: its threshold is used, so dedup.false_positives and "
+            "dedup.calibration_images change nothing",
+            public(config.curate.against),
+        )
     selects = bool(config.retrieve.seeds) or bool(config.balance.images)
     if selects and config.curate.embedder == DESCRIPTOR:
         log.warning(
@@ -138,7 +144,7 @@ def _summary(context: Context, found: Found) -> Summary:
     return report.summarise(
         found.root,
         results=found.results,
-        calibration=_calibration(found.calibration),
+        calibration=found.calibration.to_json() if found.calibration else None,
         threshold=found.threshold,
         leak_threshold=found.leak_threshold,
         evaluation_sets=found.leak_prints,
@@ -147,21 +153,6 @@ def _summary(context: Context, found: Found) -> Summary:
         rows_in=found.counted.rows,
         seed=context.config.run.seed,
     )
-
-
-def _calibration(found: Calibration | None) -> dict[str, Any] | None:
-    """As the report reads it; nothing where there were too few images to measure anything."""
-    if found is None or math.isnan(found.recall):
-        return None
-    return {
-        "threshold": found.threshold,
-        "penalty": found.penalty,
-        "false_positive_rate": found.target,
-        "negatives": found.negatives,
-        "recall": found.recall,
-        "recall_by_attack": found.recalls,
-        "curve": [list(point) for point in found.curve],
-    }
 
 
 def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:

@@ -50,7 +50,7 @@ def _thresholds(
     if earlier:  # similarities must mean the same as there
         first = earlier[0].result
         found.penalty = float(first["penalty"])
-        threshold = first["threshold"] if threshold == "auto" else threshold
+        threshold = first["threshold"]
         if first["embedder"] != spec.settings[:2]:
             raise DataError(
                 f"curate.against={public(earlier[0].run)} was made with another copy embedder "
@@ -64,6 +64,7 @@ def _thresholds(
             prints,
             exact,
             spec,
+            vectors,
             images=config.dedup.calibration_images,
             target=config.dedup.false_positives,
             seed=config.run.seed,
