@@ -38,7 +38,7 @@ SECTIONS = ("quality", "dedup", "leaks", "retrieve", "balance", "mix")
 def preset_values(preset: str, copy_embedder: str) -> Values:
     """By section, what a preset sets."""
     found = {name: dict(fields) for name, fields in _PRESETS.get(preset, {}).items()}
-    if preset == "lvd142m" and copy_embedder.endswith(".onnx"):
+    if preset == "lvd142m" and copy_embedder.partition("?")[0].endswith(".onnx"):
         for name, fields in _LVD142M_SSCD.items():
             found[name] = found.get(name, {}) | fields
     return found

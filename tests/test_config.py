@@ -125,7 +125,12 @@ def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> Non
         (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
         (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
         (
-            ["curate.preset=dedup", "dedup.enabled=false", "leaks.scope=components"],
+            [
+                "curate.preset=dedup",
+                "dedup.enabled=false",
+                "leaks.scope=components",
+                "leaks.sets.a=b",
+            ],
             "leaks.scope=components needs the components that dedup finds",
         ),
         (

@@ -116,7 +116,7 @@ def calibrate(
         (gathered.folder, [file.name for file, _ in files]),
         (made.folder, [file.name for file, _ in mine]),
     ]
-    task = Task("calibration", (*folders, target))
+    task = Task("calibration", (*folders, vectors.views, target))
     found = run_step(root, step, [gathered.key, made.key, target], [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
     if calibration.warning:
@@ -152,7 +152,7 @@ def draw_file(
 def gather_file(
     folder: str, name: str, rows: Sequence[int], fingerprints: str, vectors: Vectors
 ) -> Account:
-    """Task: vectors and small pictures of some rows of a file; rows without a vector are left out."""
+    """Task: vectors and small pictures of some rows of a file, as far as they have a vector."""
     chosen = [("row", "in", list(rows))]
     columns = ["row", "image_id", vectors.column, *["views"] * vectors.views]
     found = read_table(vectors.folder, name, columns, chosen)
@@ -252,9 +252,11 @@ def _channels(rgb: Any, channels: int) -> Any:
 Written = tuple[str, Sequence[str]]  # a folder and the names of its tables
 
 
-def measure_task(folder: str, gathered: Written, copies: Written, target: float) -> Account:
+def measure_task(
+    folder: str, gathered: Written, copies: Written, views: bool, target: float
+) -> Account:
     """Task: the calibration of what `gather_file` and `attack_file` wrote."""
-    found = measure_threshold(sample_of(_read(gathered), _read(copies)), target)
+    found = measure_threshold(sample_of(_read(gathered), _read(copies), views), target)
     return {"rows": found.images, "calibration": found.to_json()}
 
 
@@ -265,12 +267,12 @@ def _read(written: Written) -> pa.Table | None:
     return pa.concat_tables(tables).combine_chunks().sort_by("image_id")
 
 
-def sample_of(gathered: pa.Table | None, copies: pa.Table | None) -> Sample:
+def sample_of(gathered: pa.Table | None, copies: pa.Table | None, views: bool) -> Sample:
     """The sample, ordered by image id; copies of images that have no vector are left out."""
     if gathered is None or copies is None:
-        nothing = np.zeros((0, 1), np.float16)
-        places = np.zeros(0, np.int64)
-        return Sample(nothing, None, np.zeros((0, SIDE, SIDE), np.uint8), places, nothing, None)
+        none, places = np.zeros((0, 1), np.float16), np.zeros(0, np.int64)
+        crops = np.zeros((0, descriptor.VIEWS, 1), np.float16) if views else None
+        return Sample(none, crops, np.zeros((0, SIDE, SIDE), np.uint8), places, none, crops)
     names, of = (
         ids_of(table["image_id"]).copy().view("V16").ravel() for table in (gathered, copies)
     )
@@ -283,7 +285,6 @@ def sample_of(gathered: pa.Table | None, copies: pa.Table | None) -> Sample:
         width = table.schema.field(name).type.list_size
         return matrix(table[name], width).reshape(*shape, width // math.prod(shape[1:]))
 
-    views = "views" in gathered.schema.names
     pictures = b"".join(value.as_py() for value in gathered["picture"])
     return Sample(
         vectors=numbers(gathered, "vector", m),

@@ -83,7 +83,9 @@ def embed(
 
 
 def task_resources() -> tuple[float, float]:
-    """GPUs and CPUs of a task that embeds: a GPU and its share of the CPUs that decode for it, or a CPU."""
+    """GPUs and CPUs of a task that embeds: a GPU and its share of the CPUs, which decode for it, or
+    one CPU.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""The section of the report about the threshold: what it is, where it comes from, how sure it is."""
+"""The section of the report about the threshold: what it is, where from, how sure it is."""
 
 from __future__ import annotations
 

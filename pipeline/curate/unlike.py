@@ -6,8 +6,8 @@ lowest of them falls off like an exponential, whose scale is its median. A media
 pairs that are copies after all.
 
 A user's images hold copies of each other, which are no errors when they match. So the pairs that
-are most alike are looked at by `same_picture`, until many in a row are none, and those that are
-copies by it are left out.
+are most alike are looked at by `same_picture`, until hardly any is one, and those that are copies
+by it are left out.
 
 How far the threshold would move with another sample is seen by drawing images of this one with
 repetition (bootstrap): pairs are not independent of each other, images are.
@@ -16,21 +16,24 @@ repetition (bootstrap): pairs are not independent of each other, images are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.curate.descriptor import MIRROR, similarities
 from pipeline.curate.exact import Doubles, Halves, Ints, dots
-from pipeline.curate.same_picture import same_picture
+from pipeline.curate.same_picture import agreement
 
 TOP = 20_000  # pairs that are most alike: of them the threshold is made
 COUNTED = 300  # unlike pairs that may pass, from which on they are counted and nothing is fitted
-DEPTH = 300  # pairs above the point where the tail's fit begins
+FITTED = 1e-4  # share of the pairs above the point where the tail's fit begins
+DEPTH = 300  # pairs above it, at least
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
 LOOKED_AT = 2000  # pairs, at most
-PATIENCE = 40  # pairs in a row that are no copies, after which no more are looked at
+PATIENCE, FEW = 40, 4  # of so many in a row fewer are copies: no more are looked at
+SURE = 0.7  # agreement of copies; among horses on meadows some reach 0.65
 DRAWS = 200  # samples drawn from the sample
 LIKELY = (0.025, 0.975)  # the interval holds this share of their thresholds
 _BLOCK = 2**24  # similarities computed at once
@@ -65,7 +68,7 @@ class Pairs:
 
     @property
     def images(self) -> int:
-        """M."""
+        """How many there are, m."""
         return len(self.vectors)
 
     def at(self, penalty: float) -> Floats:
@@ -132,7 +135,7 @@ def all_pairs(vectors: Halves, crops: Halves | None) -> Pairs:
 def without_copies(pairs: Pairs, pictures: Pictures, penalty: float) -> Pairs:
     """Looks at the pairs that are most alike, and leaves out those of the same picture.
 
-    What is like the same third image is not looked at: it is left out too.
+    A pair of which both were found to be copies of a third image is left out without a look.
 
     Args:
         pairs: of the sample.
@@ -141,28 +144,22 @@ def without_copies(pairs: Pairs, pictures: Pictures, penalty: float) -> Pairs:
     """
     _, i, j = pairs.top(penalty)
     group = np.arange(pairs.images)
-    looked = others = 0
-    for a, b in zip(i.tolist(), j.tolist(), strict=True):
-        if group[a] == group[b]:
-            continue
-        if looked == LOOKED_AT or others == PATIENCE:
-            break
-        looked += 1
-        if same_picture(pictures[a], pictures[b]):
-            group[group == group[b]] = group[a]
-            others = 0
-        else:
-            others += 1
     unlike = pairs.unlike.copy()
-    for name in np.flatnonzero(np.bincount(group) > 1):
-        members = np.flatnonzero(group == name)
-        for place, a in enumerate(members[:-1]):
-            b = members[place + 1 :]
+    last: deque[bool] = deque(maxlen=PATIENCE)
+    looked = 0
+    for a, b in zip(i.tolist(), j.tolist(), strict=True):
+        same = bool(group[a] == group[b])
+        if not same:
+            if looked == LOOKED_AT or (len(last) == PATIENCE and sum(last) < FEW):
+                break
+            looked += 1
+            same = agreement(pictures[a], pictures[b]) >= SURE
+            last.append(same)
+        if same:
+            group[group == group[b]] = group[a]
             unlike[a * pairs.images - a * (a + 1) // 2 + b - a - 1] = False
     copies = int(len(unlike) - unlike.sum())
-    return Pairs(
-        pairs.vectors, pairs.crops, pairs.plain, pairs.crop, unlike, copies, looked == LOOKED_AT
-    )
+    return replace(pairs, unlike=unlike, copies=copies, exhausted=looked == LOOKED_AT)
 
 
 def tail_threshold(
@@ -186,7 +183,7 @@ def tail_threshold(
 
     if allowed >= COUNTED:
         return _rounded(float(top[at(allowed)])), False
-    depth = min(float(DEPTH), float(count[-1]))
+    depth = min(max(float(DEPTH), FITTED * total), float(count[-1]))
     start, middle = float(top[at(depth)]), float(top[at(depth / 2)])
     scale = (middle - start) / math.log(2)
     return _rounded(start + scale * math.log(depth / allowed)), True

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.curate import gallery, report, report_numbers
+from pipeline.curate.onnx_files import is_onnx
 from pipeline.curate.report_summary import Summary
 from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -15,6 +16,7 @@ from pipeline.files import fingerprint
 from pipeline.stages.context import DESCRIPTOR, Context, result_line
 from pipeline.stages.curate_found import Found
 from pipeline.stages.curate_sets import POOL_NAME, open_sets
+from pipeline.stages.curate_sizes import check_clusters
 from pipeline.stages.curate_steps import decide, write_shards
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import Place, is_uri, public
@@ -82,6 +84,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         images = sets.pool.rows if name == POOL_NAME else 0
         uri, _, short = digest.rpartition(" ")
         tracker.dataset(name, short, public(uri), "curation", images)
+    check_clusters(config, sets)
     found = decide(config, sets, steps_of(context))
     tally = found.counted
     result_line("curate", tally.line())
@@ -117,7 +120,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 def _warn(context: Context) -> None:
     config = context.config
     paper = config.curate.preset == "lvd142m"
-    if paper and not config.curate.copy_embedder.endswith(".onnx"):
+    if paper and not is_onnx(config.curate.copy_embedder):
         log.warning(
             "curate.preset=lvd142m: the paper's thresholds (0.6 for copies, 0.45 for leaks) are "
             "those of SSCD vectors; with curate.copy_embedder=%s they are calibrated instead, "

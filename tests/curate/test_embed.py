@@ -73,7 +73,7 @@ def test_weights_in_every_form_give_their_features(tmp_path, backbone, form):
 def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
     where = Here()
     monkeypatch.setattr(module, "run_step", where)
-    monkeypatch.setattr(module, "_resources", lambda: (0.0, 1.0))
+    monkeypatch.setattr(module, "task_resources", lambda: (0.0, 1.0))
     save_backbone(backbone, SPEC, tmp_path / "w")
     shard(tmp_path / "in" / "a.parquet", IMAGES, group=2)
     inputs = inputs_of(tmp_path / "in")
