@@ -1,7 +1,8 @@
 """The curation's part of the recipe: what its presets mean, and fields that would be ignored.
 
 A field that is set and that nothing would read is refused: who sets it expects something of it. It
-counts as set where it is neither its default nor what the preset says.
+counts as set where it is neither its default nor what the preset says. What stands beside an
+`enabled=false` is not refused: that is a switch, to be turned and turned back.
 """
 
 from __future__ import annotations
@@ -91,7 +92,6 @@ def _ignored(config: Config) -> Iterator[str]:
     curate, dedup, retrieve = config.curate, config.dedup, config.retrieve
     sets = bool(config.leaks.sets or config.evaluate.queries)
     seeds, balanced = bool(retrieve.seeds), bool(config.balance.images)
-    compares = dedup.enabled or sets or bool(curate.against)
     values = preset_values(curate.preset, curate.copy_embedder)
 
     def user_set(name: str, fields: Iterable[str] | None = None, but: str = "") -> list[str]:
@@ -111,31 +111,10 @@ def _ignored(config: Config) -> Iterator[str]:
             found.append((fields, why))
 
     unless(
-        config.quality.enabled,
-        user_set("quality", but="enabled"),
-        "quality.enabled=false; set it to true",
-    )
-    unless(
-        compares,
-        user_set("dedup", but="enabled"),
-        "nothing is compared with dedup.enabled=false and no evaluation set",
-    )
-    if compares:
-        unless(
-            dedup.enabled,
-            user_set("dedup", ("guard", "chains")),
-            "dedup.enabled=false finds no components",
-        )
-        unless(
-            dedup.threshold == "auto",
-            user_set("dedup", ("false_positives", "calibration_images")),
-            f"dedup.threshold={dedup.threshold} is given, so nothing is calibrated; set "
-            "dedup.threshold=auto",
-        )
-    unless(
-        compares,
-        user_set("curate", ("copy_embedder",)),
-        "nothing is compared with dedup.enabled=false and no evaluation set",
+        dedup.threshold == "auto",
+        user_set("dedup", ("false_positives", "calibration_images")),
+        f"dedup.threshold={dedup.threshold} is given, so nothing is calibrated; set "
+        "dedup.threshold=auto",
     )
     unless(
         sets,

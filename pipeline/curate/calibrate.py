@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.curate import descriptor
+from pipeline.curate import descriptor, embed
 from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.embed import task_resources
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.fingerprint import groups_of
 from pipeline.curate.measure import three_channels
@@ -104,7 +103,7 @@ def calibrate(
         Task(file.name, (file.name, rows, fingerprints.folder, vectors)) for file, rows in files
     ]
     gathered = run_step(root, f"{step}_gathered", [drawn.key, vectors.key], tasks, gather_file)
-    gpus, cpus = (0.0, 1.0) if spec.kind == DESCRIPTOR else task_resources()
+    gpus, cpus = (0.0, 1.0) if spec.kind == DESCRIPTOR else embed.task_resources()
     mine = _by_file(inputs, rows_of[:images])
     tasks = [
         Task(file.name, (file, rows, spec, seed, max_pixels, bool(gpus), int(cpus)))

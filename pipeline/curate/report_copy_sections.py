@@ -14,7 +14,11 @@ from pipeline.track.gallery import Gallery, Group, Heading
 from pipeline.track.plane import Mark
 from pipeline.track.report import Section
 
-FRAME = "A green frame marks the image that stays; below the others, how alike they are to it."
+FRAME = (
+    "A green frame marks an image that stays; below the others, how alike they are to it. That may "
+    "be less than the threshold, where they are like another member of their group."
+)
+CHAINS = " Of a group with several green frames, some images were too unlike the first one."
 
 
 def copy_sections(summary: Summary) -> list[Section]:
@@ -55,7 +59,8 @@ def _groups(summary: Summary) -> list[Section]:
             stems=True,
         )
     )
-    found.append(_gallery(summary, parts.largest, "The largest groups", FRAME))
+    about = FRAME + CHAINS if parts.chains else FRAME
+    found.append(_gallery(summary, parts.largest, "The largest groups", about))
     if parts.count > len(parts.largest):
         found.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
     if parts.chains:

@@ -100,7 +100,7 @@ def _numbers(known: Mapping[str, Any]) -> Section:
     if known["recall"] is not None:
         numbers.append((share(float(known["recall"]), 1), "of the copies made are found"))
     if known["reached"] is not None:
-        what = "of different pairs pass (one half of the images sets it, the other is counted)"
+        what = "pairs of one half of the images pass the threshold of the other half"
         numbers.append((_counted(float(known["reached"]), int(known["negatives"])), what))
     warning = str(known["warning"])
     problem = f"Mind: {warning}. Look at the pairs near the threshold." if warning else ""
