@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.curate import calibrate as module
-from pipeline.curate import exact_copies, fingerprint, threshold, unlike
+from pipeline.curate import embed as embedding
+from pipeline.curate import embedders, exact_copies, fingerprint, threshold, unlike
 from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.calibrate import calibrate, copies_of, picture
+from pipeline.curate.calibrate import attack_file, calibrate, copies_of, picture
 from pipeline.curate.descriptor import describe, similarity
 from pipeline.curate.embed import embed
-from pipeline.curate.embedders import EmbedderSpec
+from pipeline.curate.embedders import MEAN, STD, EmbedderSpec, spec_of
 from pipeline.curate.exact import unit_half
 from pipeline.curate.threshold import Calibration, Sample, measure_threshold
 from pipeline.curate.unlike import all_pairs, interval, tail_threshold
+from pipeline.data.columns import image_id
+from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import decode_image
+from pipeline.evaluate.features import embed as features_of
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_backbone
 from tests.curate.images import Here, encoded, inputs_of, scene, shard
 
 
@@ -241,3 +250,54 @@ def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
     found = run(tmp_path, files, "few")
     assert found.images == images and found.threshold == threshold.DEFAULT_VIEWS and found.warning
+
+
+def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
+    """On a GPU where there is one, with its CPUs, in batches; the vectors are the network's."""
+    torch.manual_seed(0)
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
+    network = spec.build().eval()
+    embedder = spec_of(str(save_backbone(network, spec, tmp_path / "weights")), batch_size=16)
+    asked = {}
+
+    class Seen(Here):
+        def __call__(self, root, step, settings, tasks, function, **resources):
+            asked[step] = resources, [task.arguments[-2:] for task in tasks]
+            return super().__call__(root, step, settings, tasks, function)
+
+    for part in (module, embedding, fingerprint, exact_copies):
+        monkeypatch.setattr(part, "run_step", Seen())
+    monkeypatch.setattr(embedding, "task_resources", lambda: (1.0, 3.0))
+    images = [encoded(scene(n, 40, 50), "JPEG") for n in range(9)]
+    shard(tmp_path / "in" / "a.parquet", [*images, b"broken"], group=4)
+    inputs, root = inputs_of(tmp_path / "in"), tmp_path / "out"
+    prints = fingerprint.fingerprint(root, inputs)
+    alive = exact_copies.collapse(root, inputs, prints)
+    vectors, _ = embedding.embed(root, "embed", inputs, alive, embedder)
+    found, _ = calibrate(root, inputs, prints, alive, embedder, vectors, images=5)
+    assert (found.images, found.attacked) == (9, 5)
+    assert asked["calibrate_copies"] == ({"cpus": 3.0, "gpus": 1.0}, [(True, 3)])
+    assert asked["calibrate_copies"][0] == asked["embed"][0]
+    table = pq.read_table(root / "calibrate_copies" / "00000.parquet")
+    by_id = {bytes.fromhex(image_id(image)): decode_image(image) for image in images}
+    for name, row in zip(table["image_id"].to_pylist(), table["vectors"].to_pylist(), strict=True):
+        copies = copies_of(by_id[name], name)[1:]
+        pixels = np.stack([resize_centre_crop(copy, 28) for copy in copies])
+        expected = features_of(network, [pixels], MEAN, STD).double().numpy()
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.array(row).reshape(9, -1), expected, atol=1e-3)
+
+
+def test_a_model_is_opened_once_for_all_files_of_a_worker(tmp_path, monkeypatch):
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
+    embedder = spec_of(str(save_backbone(spec.build(), spec, tmp_path / "weights")))
+    opened = []
+    load = embedders.load_weights
+    monkeypatch.setattr(embedders, "_open", {})
+    counted = replace(embedder, load=lambda: opened.append(1) or load(str(tmp_path / "weights")))
+    for n in range(3):
+        shard(tmp_path / "in" / f"{n}.parquet", [encoded(scene(n))])
+    for file in inputs_of(tmp_path / "in").files:
+        embedding.embed_file(str(tmp_path / "out"), file, counted)
+        attack_file(str(tmp_path / "copies"), file, [file.first], counted, 0)
+    assert len(opened) == 1

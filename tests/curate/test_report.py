@@ -28,6 +28,7 @@ from pipeline.curate.report_words import (
     similarity,
 )
 from pipeline.curate.tables import REASONS
+from pipeline.track.gallery import Gallery, Group, Tile
 from pipeline.track.names import metric_name, picture_key
 from tests.curate.conftest import summarised
 from tests.curate.made_up import HOSTILE, Run, calibration, write_run
@@ -338,6 +339,17 @@ def test_a_threshold_set_by_hand_counts(run: Run, tmp_path: Path) -> None:
     assert "How the threshold was chosen" not in (tmp_path / "r.html").read_text()
     assert summary.edges is not None
     assert summary.edges.above == sum(s > 0.95 for _, _, s in run.edges)
+
+
+def test_small_pictures_are_enlarged() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 20), "red").save(stream, "JPEG")
+    page = Gallery([Group([Tile(stream.getvalue())])]).html(1200)
+    assert "class='enlarged'" in page and "width='96' height='60'" in page
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 96), "red").save(stream, "JPEG")
+    page = Gallery([Group([Tile(stream.getvalue())])]).html(1200)
+    assert "enlarged" not in page and "width='60' height='96'" in page
 
 
 def test_words_exist_for_every_reason() -> None:
