@@ -23,7 +23,7 @@ from scipy.fft import dctn
 from pipeline.curate.attacks import ATTACKS
 from pipeline.curate.calibrate import copies_of, picture
 from pipeline.curate.descriptor import MIRROR, describe_grey, square, visiting
-from pipeline.curate.threshold import PENALTIES, Attacked, measure_threshold
+from pipeline.curate.threshold import PENALTIES, Sample, measure_threshold
 from pipeline.data.columns import image_id
 from pipeline.data.decode import decode_image
 
@@ -43,8 +43,10 @@ def phash(grey: Image.Image) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def prepared(files: list[Path]) -> tuple[Attacked, Any, dict[str, float]]:
-    """Descriptors of all photos and copies, their hashes [m, copies, 2, 8], and CPU ms a photo."""
+def prepared(files: list[Path]) -> tuple[Any, Any, Any, Any, dict[str, float]]:
+    """Descriptors of all photos and copies [m, copies, …], of their crops, small pictures of the
+    photos, hashes [m, copies, 2, 8], and CPU ms a photo.
+    """
     squares = np.zeros((len(files), COPIES, 128, 128))
     hashes = np.zeros((len(files), COPIES, 2, 8), np.uint8)
     pictures = []
@@ -64,14 +66,15 @@ def prepared(files: list[Path]) -> tuple[Attacked, Any, dict[str, float]]:
     full, crops = describe_grey(squares.reshape(-1, 128, 128))
     spent["descriptor"] += time.process_time() - begin
     shape = (len(files), COPIES)
-    sample = Attacked(full.reshape(*shape, -1), crops.reshape(*shape, 9, -1), np.stack(pictures))
-    return sample, hashes, {k: 1000 * v / (len(files) * COPIES) for k, v in spent.items()}
+    each = {k: 1000 * v / (len(files) * COPIES) for k, v in spent.items()}
+    full, crops = full.reshape(*shape, -1), crops.reshape(*shape, 9, -1)
+    return full, crops, np.stack(pictures), hashes, each
 
 
-def similarities(sample: Attacked) -> tuple[Any, Any]:
+def similarities(full: Any, crops: Any) -> tuple[Any, Any]:
     """[n, n] of the wholes (also mirrored), and of wholes with crops, n = photos x copies."""
-    full = sample.vectors.reshape(-1, sample.vectors.shape[-1])
-    crops = sample.crops.reshape(len(full), 9, -1)  # type: ignore[union-attr]
+    full = full.reshape(-1, full.shape[-1])
+    crops = crops.reshape(len(full), 9, -1)
     wide = full.astype(np.float32)
     plain = np.maximum(wide @ wide.T, (wide * MIRROR.astype(np.float32)) @ wide.T)
     crop = np.full_like(plain, -1)
@@ -119,9 +122,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     given = parser.parse_args()
     files = sorted([*given.photos.glob("*.JPEG"), *given.photos.glob("*.jpg")])[: given.images]
-    sample, hashes, spent = prepared(files)
-    halves = [sample.only(slice(half, None, 2)) for half in (0, 1)]
-    compared = [similarities(half) for half in halves]
+    full, crops, pictures, hashes, spent = prepared(files)
+    compared = [similarities(full[half::2], crops[half::2]) for half in (0, 1)]
     hashed = [hash_similarity(half) for half in halves_of(hashes)]
 
     rows: dict[str, list[Any]] = {}
@@ -157,9 +159,12 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
     ours, theirs = (np.mean(rows[n], 0)[0] for n in ("descriptor", "pHash, flip-aware"))
     print(f"\ndescriptor over flip-aware pHash: {ours / theirs:.3f} times the pairs")
+    every = np.arange(len(files))
+    sample = Sample(full[:, 0], crops[:, 0], pictures, every, full[:, 1:], crops[:, 1:])
     own = measure_threshold(sample, RATE)
-    print(f"calibration of the same photos: threshold {own.threshold:.4f}, penalty {own.penalty},")
-    print(f"recall {own.recall:.4f}, rate reached {own.reached:.1e} of {own.negatives:,} pairs")
+    print(f"calibration of the same photos: threshold {own.threshold:.4f}", end=" ")
+    print(f"({own.low:.3f} to {own.high:.3f}), penalty {own.penalty}, recall {own.recall:.4f},")
+    print(f"{own.copies} of {own.negatives:,} pairs are copies and were left out")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipeline.curate.calibrate import copies_of, picture
+from pipeline.curate.calibrate import COMPARED, copies_of, picture
 from pipeline.curate.descriptor import MIRROR, describe, describe_grey, similarity, square
 from pipeline.curate.same_picture import same_picture
-from pipeline.curate.threshold import Attacked, measure_threshold
+from pipeline.curate.threshold import Sample, measure_threshold
 from pipeline.data.columns import image_id
 from pipeline.data.decode import decode_image
 
@@ -49,15 +49,22 @@ def described(images: Any) -> tuple[Any, Any]:
     return full, crops
 
 
-def calibrated(images: Any, ids: list[bytes], count: int) -> Any:
-    vectors, crops, pictures = [], [], []
-    for i in sorted(range(len(ids)), key=lambda i: ids[i])[:count]:
-        copies = copies_of(images[i], ids[i])
-        found = [describe(copy) for copy in copies]
-        vectors.append(np.stack([full for full, _ in found]))
-        crops.append(np.stack([views for _, views in found]))
-        pictures.append(picture(images[i]))
-    sample = Attacked(np.stack(vectors), np.stack(crops), np.stack(pictures))
+def calibrated(images: Any, ids: list[bytes], seed: int, count: int, compared: int) -> Any:
+    """As the curate stage does it, but for the draw of the sample."""
+    drawn = np.random.default_rng(seed).permutation(len(ids))[:compared]
+    chosen = sorted(drawn.tolist(), key=lambda i: ids[i])
+    attacked = sorted(chosen.index(i) for i in drawn[:count].tolist())
+    copies = [copies_of(images[chosen[i]], ids[chosen[i]])[1:] for i in attacked]
+    found = [[describe(copy) for copy in some] for some in copies]
+    full, crops = described(images[chosen])
+    sample = Sample(
+        full,
+        crops,
+        np.stack([picture(images[i]) for i in chosen]),
+        np.array(attacked),
+        np.stack([np.stack([whole for whole, _ in some]) for some in found]),
+        np.stack([np.stack([views for _, views in some]) for some in found]),
+    )
     return measure_threshold(sample, 1e-6)
 
 
@@ -95,13 +102,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cifar", type=Path, default=CIFAR)
     parser.add_argument("--images", type=int, default=500, help="that are attacked to calibrate")
+    parser.add_argument("--compared", type=int, default=COMPARED, help="with each other")
+    parser.add_argument("--samples", type=int, default=1, help="calibrate so many times")
     parser.add_argument("--gallery", type=Path, default=Path("leaks.png"))
     given = parser.parse_args()
     (train, ids), (test, _) = images_of(given.cifar, "train"), images_of(given.cifar, "test")
-    chosen = calibrated(train, ids, given.images)
-    limit = chosen.threshold
-    print(f"calibrated on {chosen.images} training images: threshold {limit:.4f}, penalty", end=" ")
-    print(f"{chosen.penalty}, recall {chosen.recall:.3f}, {chosen.copies} pairs of copies left out")
+    samples = [
+        calibrated(train, ids, seed, given.images, given.compared) for seed in range(given.samples)
+    ]
+    for one in samples:
+        print(f"threshold {one.threshold:.4f} ({one.low:.3f} to {one.high:.3f}), penalty", end=" ")
+        print(f"{one.penalty}, recall {one.recall:.3f}, rate {one.reached:.1e},", end=" ")
+        print(f"{one.negatives:,} pairs, {one.copies} of copies left out")
+    chosen, limit = samples[0], samples[0].threshold
     found, score = best_matches(described(test), described(train), chosen.penalty)
     print(f"{int((score > limit).sum())} of {len(test):,} test images have a near copy\n")
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipeline.curation import preset_values, problems
 from pipeline.model.sizes import SIZES
 from pipeline.uri import public
 
@@ -19,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Range = tuple[Fraction, Fraction]
+Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
 # What `objective=dino` means where a recipe does not say it (Caron et al. 2021, section 3 and
@@ -32,26 +34,6 @@ DINO: dict[str, dict[str, Any]] = {
 DISTILLATION: dict[str, dict[str, Any]] = {
     "loss": {"mask_probability": 0.0},
     "model": {"drop_path": 0.0},
-}
-# What a preset of the curation means where a recipe does not say it. `dedup` and `balanced` are the
-# defaults of the fields; `lvd142m` has the numbers of the DINOv2 paper (section 3, appendix A).
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "lvd142m": {
-        "dedup": {"chains": "keep"},
-        "leaks": {"scope": "components"},
-        "retrieve": {
-            "neighbours": 4,
-            "clusters": 100_000,
-            "cluster_seeds": 3,
-            "cluster_images": 10_000,
-            "cap": 1_000_000,
-        },
-    },
-}
-# The paper's thresholds are those of SSCD, which comes as ONNX; other vectors are calibrated.
-LVD142M_SSCD: dict[str, dict[str, Any]] = {
-    "dedup": {"threshold": 0.6},
-    "leaks": {"threshold": 0.45},
 }
 
 
@@ -414,10 +396,14 @@ class Dedup(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto", description="cosine above which two images are copies; auto: calibrated; SSCD: .6"
     )
-    false_positives: float = Field(
-        1e-6, gt=0, lt=1, description="share of unlike pairs that auto may take for copies"
+    false_positives: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+        "auto",
+        description="share of unlike pairs that may be taken for copies when the threshold is "
+        "calibrated; auto: 0.01 / images, at most 1e-6",
     )
-    calibration_images: Positive = Field(500, description="of the set, attacked to calibrate")
+    calibration_images: int = Field(
+        500, gt=0, le=4000, description="of the set, attacked to see which copies are found"
+    )
     probes: Positive = Field(8, description="cells in which an image is compared; 16 above 10^8")
     cell_images: Positive | None = Field(
         None, description="mean images in a cell; default: what costs least"
@@ -493,13 +479,24 @@ class Balance(Section):
 
 
 class Mix(Section):
-    """Share of each part that goes into the curated set."""
+    """Weights of the parts of the curated set."""
 
-    pool: Fraction = Field(1.0, description="images of no other part, where nothing selects")
-    as_is: Fraction = Field(1.0, description="seed images")
-    sample: Fraction = Field(1.0, description="retrieved as neighbours")
-    cluster: Fraction = Field(1.0, description="retrieved by clusters")
-    balanced: Fraction = Field(1.0, description="sampled by balancing")
+    by: Literal["share", "proportion"] = Field(
+        "share",
+        description="share: so much of each part is kept; proportion: the parts stand to each "
+        "other like their weights, and as much is kept as that allows",
+    )
+    pool: Weight = Field(1.0, description="images of no other part, where nothing selects")
+    as_is: Weight = Field(1.0, description="seed images")
+    sample: Weight = Field(1.0, description="retrieved as neighbours")
+    cluster: Weight = Field(1.0, description="retrieved by clusters")
+    balanced: Weight = Field(1.0, description="sampled by balancing")
+
+    @model_validator(mode="after")
+    def _something(self) -> Mix:
+        if not (self.pool or self.as_is or self.sample or self.cluster or self.balanced):
+            raise ValueError("all weights are 0: nothing would be kept")
+        return self
 
 
 class Export(Section):
@@ -598,13 +595,11 @@ class Config(Section):
             found if isinstance(found := values.get(name), dict) else {}
             for name in ("distill", "curate")
         )
-        preset = str(curate.get("preset", ""))
-        sscd = preset == "lvd142m" and str(curate.get("copy_embedder", "")).endswith(".onnx")
+        preset = preset_values(*(str(curate.get(n, "")) for n in ("preset", "copy_embedder")))
         for wanted, defaults in (
             (values.get("objective") == "dino", DINO),
             (distill.get("teacher"), DISTILLATION),
-            (preset in PRESETS, PRESETS.get(preset, {})),
-            (sscd, LVD142M_SSCD),
+            (True, preset),
         ):
             for section, fields in defaults.items() if wanted else ():
                 given = values.get(section, {})
@@ -651,30 +646,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _curated(self) -> Config:
-        curate = self.curate
-        parts = (self.quality, self.dedup, self.leaks, self.retrieve, self.balance, self.mix)
-        if not curate.preset:
-            set_here = [type(x).__name__.lower() for x in parts if x != type(x)()]
-            if set_here:
-                raise ValueError(
-                    f"{', '.join(set_here)} would be ignored: curate.preset is empty, so nothing "
-                    "is curated; set curate.preset=dedup"
-                )
-            return self
-        if curate.preset == "balanced" and not self.balance.images:
-            raise ValueError(
-                "curate.preset=balanced does not know how many images to keep; set balance.images"
-            )
-        if curate.preset == "lvd142m" and not self.retrieve.seeds:
-            raise ValueError(
-                "curate.preset=lvd142m retrieves images like those of seed sets, and there is "
-                "none; set retrieve.seeds.<name>=shards"
-            )
-        if self.leaks.scope == "components" and not self.dedup.enabled:
-            raise ValueError(
-                "leaks.scope=components needs the components that dedup finds; set "
-                "dedup.enabled=true or leaks.scope=images"
-            )
+        if found := problems(self):
+            raise ValueError("\n".join(found))
         return self
 
     @model_validator(mode="after")

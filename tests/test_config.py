@@ -125,7 +125,12 @@ def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> Non
         (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
         (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
         (
-            ["curate.preset=dedup", "dedup.enabled=false", "leaks.scope=components"],
+            [
+                "curate.preset=dedup",
+                "dedup.enabled=false",
+                "leaks.scope=components",
+                "leaks.sets.a=b",
+            ],
             "leaks.scope=components needs the components that dedup finds",
         ),
         (
@@ -143,6 +148,94 @@ def test_fields_that_do_not_go_together(arguments: list[str], sentence: str) -> 
         load(arguments)
     assert sentence in caught.value.what
     assert len(caught.value.what.splitlines()) == 1
+
+
+ON = ["curate.preset=dedup"]
+SEEDS = [*ON, "retrieve.seeds.a=b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields", "why"),
+    [
+        (
+            [*ON, "balance.floor=2", "balance.levels=[9,3]"],
+            "balance.levels, balance.floor",
+            "nothing",
+        ),
+        ([*ON, "retrieve.neighbours=9"], "retrieve.neighbours", "there is no seed set"),
+        ([*SEEDS, "retrieve.mode=sample", "retrieve.cap=9"], "retrieve.cap", "mode=sample"),
+        ([*SEEDS, "retrieve.mode=cluster", "retrieve.neighbours=9"], "retrieve.neighbours", "mode"),
+        ([*SEEDS, "retrieve.mode=sample", "retrieve.sample_above=9"], "retrieve.sample_above", "m"),
+        ([*ON, "mix.sample=0.5"], "mix.sample", "nothing is retrieved as neighbours"),
+        ([*ON, "mix.as_is=0.5"], "mix.as_is", "no seed images are kept"),
+        ([*SEEDS, "mix.pool=0.5"], "mix.pool", "retrieval or balance choose from the pool"),
+        ([*ON, "mix.balanced=0"], "mix.balanced", "nothing is balanced"),
+        ([*ON, "leaks.threshold=0.5"], "leaks.threshold", "there is no evaluation set"),
+        (
+            [
+                *ON,
+                "dedup.threshold=0.8",
+                "dedup.false_positives=1e-7",
+                "dedup.calibration_images=9",
+            ],
+            "dedup.false_positives, dedup.calibration_images",
+            "set dedup.threshold=auto",
+        ),
+        ([*ON, "curate.embedder=runs/a"], "curate.embedder", "only retrieval and balance"),
+        ([*ON, "curate.image_size=96"], "curate.image_size", "a size of its own"),
+    ],
+)
+def test_curation_fields_that_nothing_would_read(
+    arguments: list[str], fields: str, why: str
+) -> None:
+    from pipeline.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load(arguments)
+    assert caught.value.what.startswith(f"{fields} would be ignored: ")
+    assert why in caught.value.what
+    assert len(caught.value.what.splitlines()) == 1
+
+
+def test_all_fields_that_nothing_would_read_are_told_at_once() -> None:
+    from pipeline.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load([*ON, "balance.floor=2", "mix.sample=0.5", "leaks.scope=components"])
+    assert [line.split()[0] for line in caught.value.what.splitlines()] == [
+        "leaks.scope",
+        "balance.floor",
+        "mix.sample",
+    ]
+
+
+def test_curation_fields_that_are_read_or_are_defaults() -> None:
+    load([*ON, "balance.images=9", "balance.floor=2", "mix.balanced=0.5", "curate.embedder=a.onnx"])
+    load([*ON, "leaks.sets.a=b", "leaks.threshold=0.5", "leaks.scope=components"])
+    load([*ON, "evaluate.queries=a", "leaks.threshold=0.5"])
+    load([*SEEDS, "retrieve.neighbours=9", "retrieve.clusters=9", "mix.as_is=0.5"])
+    load([*ON, "quality.enabled=false", "quality.min_side=9", "dedup.enabled=false"])
+    load([*ON, "balance.floor=1", "mix.sample=1", "dedup.threshold=0.8"])  # as they are anyway
+    seeds = ["curate.preset=lvd142m", "retrieve.seeds.a=b"]
+    load(
+        [*seeds, "curate.copy_embedder=sscd.onnx"]
+    )  # the preset's leaks.threshold is not the user's
+    config = load([*seeds, "retrieve.mode=sample"])  # nor are its clusters
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
+
+
+def test_weights_of_parts() -> None:
+    from pipeline.errors import ConfigError
+
+    mixed = [*SEEDS, "mix.as_is=3"]
+    with pytest.raises(
+        ConfigError, match=r"mix\.as_is=3 is no share: no image is repeated; set mix\.by"
+    ):
+        load(mixed)
+    assert load([*mixed, "mix.by=proportion"]).mix.as_is == 3
+    zeros = [f"mix.{part}=0" for part in ("pool", "as_is", "sample", "cluster", "balanced")]
+    with pytest.raises(ConfigError, match="nothing would be kept"):
+        load([*ON, *zeros])
 
 
 def test_what_a_preset_means() -> None:

@@ -1,27 +1,41 @@
 """The threshold from the user's own images: some are attacked, and it is seen what still matches.
 
 The sample is the images with the smallest random numbers of (seed, image id), so it does not depend
-on the order of the files.
+on the order of the files. All of its pairs are compared, as they are; the first of its images are
+attacked.
 """
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.curate import descriptor
+from pipeline.curate import descriptor, embed
 from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.fingerprint import groups_of
 from pipeline.curate.measure import three_channels
 from pipeline.curate.same_picture import SIDE
-from pipeline.curate.tables import ID, InputFile, Inputs, ids_of, matrix, read_table, write_table
-from pipeline.curate.threshold import Attacked, Calibration, measure_threshold
+from pipeline.curate.tables import (
+    ID,
+    InputFile,
+    Inputs,
+    Vectors,
+    ids_of,
+    list_array,
+    matrix,
+    read_table,
+    write_table,
+)
+from pipeline.curate.threshold import Calibration, Sample, measure_threshold
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.bad_image import MAX_PIXELS
 from pipeline.data.decode import decode_image
@@ -31,9 +45,10 @@ from pipeline.uri import Place
 log = logging.getLogger("pipeline.curate")
 
 STEP = "calibrate"
+COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
 SAMPLE_STREAM = 3  # of data.draws
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
-_COPIES = 1 + len(ATTACKS)
+AT_ONCE = 32  # images that are attacked and then embedded
 
 
 def calibrate(
@@ -42,6 +57,7 @@ def calibrate(
     fingerprints: Result,
     alive: Result,
     spec: EmbedderSpec,
+    vectors: Vectors,
     *,
     images: int = 500,
     target: float = 1e-6,
@@ -57,7 +73,8 @@ def calibrate(
         fingerprints: of all inputs.
         alive: of `exact_copies.collapse`; the sample is of rows that are their own keeper.
         spec: the embedder that finds copies.
-        images: of the sample.
+        vectors: of it, of all rows that are alive.
+        images: that are attacked.
         target: share of unlike pairs that may be taken for copies.
         seed: of the sample and of the attacks.
         max_pixels: larger images are refused.
@@ -66,34 +83,52 @@ def calibrate(
     Returns:
         the calibration, and the step that measured it.
     """
-    rows = int(alive.total("rows"))
+    rows, most = int(alive.total("rows")), max(COMPARED, images)
     # Twice what is needed and then some goes to the driver, which takes the smallest.
-    below = min(1.0, (2 * images + 100) / max(1, rows))
+    below = min(1.0, (2 * most + 100) / max(1, rows))
     tasks = [
         Task(file.name, (file.name, fingerprints.folder, alive.folder, below, seed))
         for file in inputs.files
     ]
-    keys = [1, fingerprints.key, alive.key, images, seed]
+    keys = [2, fingerprints.key, alive.key, most, seed]
     drawn = run_step(root, f"{step}_sample", keys, tasks, draw_file)
     ranked = sorted(
         (float(draw), str(name), int(row))
         for account in drawn.accounts
         for draw, name, row in account["drawn"]
     )
-    chosen: dict[int, list[int]] = {}
-    for _, _, row in ranked[:images]:
-        file, place = inputs.place(row)
-        chosen.setdefault(file.index, []).append(place)
-    files = [(inputs.files[index], sorted(places)) for index, places in sorted(chosen.items())]
-    tasks = [Task(f.name, (f, places, spec, seed, max_pixels)) for f, places in files]
-    made = run_step(root, f"{step}_copies", [drawn.key, spec.settings], tasks, attack_file)
-    names = [file.name for file, _ in files]
-    task = Task("calibration", (made.folder, names, spec.kind == DESCRIPTOR, target))
-    found = run_step(root, step, [made.key, target], [task], measure_task)
+    rows_of = [row for _, _, row in ranked]
+    files = _by_file(inputs, rows_of[:most])
+    tasks = [
+        Task(file.name, (file.name, rows, fingerprints.folder, vectors)) for file, rows in files
+    ]
+    gathered = run_step(root, f"{step}_gathered", [drawn.key, vectors.key], tasks, gather_file)
+    gpus, cpus = (0.0, 1.0) if spec.kind == DESCRIPTOR else embed.task_resources()
+    mine = _by_file(inputs, rows_of[:images])
+    tasks = [
+        Task(file.name, (file, rows, spec, seed, max_pixels, bool(gpus), int(cpus)))
+        for file, rows in mine
+    ]
+    keys = [drawn.key, images, spec.settings]
+    made = run_step(root, f"{step}_copies", keys, tasks, attack_file, cpus=cpus, gpus=gpus)
+    folders = [
+        (gathered.folder, [file.name for file, _ in files]),
+        (made.folder, [file.name for file, _ in mine]),
+    ]
+    task = Task("calibration", (*folders, vectors.views, target))
+    found = run_step(root, step, [gathered.key, made.key, target], [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
     if calibration.warning:
         log.warning("calibration: %s", calibration.warning)
     return calibration, found
+
+
+def _by_file(inputs: Inputs, rows: Sequence[int]) -> list[tuple[InputFile, list[int]]]:
+    """Rows by the file that they are in, ascending."""
+    chosen: dict[int, list[int]] = {}
+    for row in sorted(rows):
+        chosen.setdefault(inputs.place(row)[0].index, []).append(row)
+    return [(inputs.files[index], found) for index, found in sorted(chosen.items())]
 
 
 def draw_file(
@@ -113,43 +148,73 @@ def draw_file(
     return {"rows": len(draws), "drawn": found}
 
 
+def gather_file(
+    folder: str, name: str, rows: Sequence[int], fingerprints: str, vectors: Vectors
+) -> Account:
+    """Task: vectors and small pictures of some rows of a file, as far as they have a vector."""
+    chosen = [("row", "in", list(rows))]
+    columns = ["row", "image_id", vectors.column, *["views"] * vectors.views]
+    found = read_table(vectors.folder, name, columns, chosen)
+    seen = read_table(fingerprints, name, ["row", "thumbnail"], chosen)
+    seen = seen.take(pa.array(np.searchsorted(seen["row"].to_numpy(), found["row"].to_numpy())))
+    pictures = [_thumbnail(one.as_py()).tobytes() for one in seen["thumbnail"]]
+    written: dict[str, Any] = {
+        "image_id": found["image_id"],
+        "vector": found[vectors.column],
+        "picture": pa.array(pictures, pa.binary(SIDE * SIDE)),
+    }
+    if vectors.views:
+        written["views"] = found["views"]
+    return {"rows": len(found), "bytes": write_table(pa.table(written), folder, name)}
+
+
 def attack_file(
     folder: str,
     file: InputFile,
-    places: Sequence[int],
+    rows: Sequence[int],
     spec: EmbedderSpec,
     seed: int,
     max_pixels: int = MAX_PIXELS,
+    gpu: bool = False,
+    threads: int = 1,
 ) -> Account:
-    """Task: vectors of some images of a file, and of their nine copies."""
-    embedder = None if spec.kind == DESCRIPTOR else opened(spec)
+    """Task: vectors of the nine copies of some images of a file."""
+    embedder = None if spec.kind == DESCRIPTOR else opened(spec, gpu, threads)
+    channels = 3 if embedder is None else embedder.channels
+    places = np.asarray(rows) - file.first
     starts = np.cumsum([0, *file.file.row_groups])
     groups = np.searchsorted(starts, places, side="right") - 1
     ids: list[bytes] = []
-    vectors, crops, pictures = [], [], []
-    for number in np.unique(groups).tolist():
-        group, _ = next(groups_of(file, [number]))
-        for place in np.asarray(places)[groups == number] - starts[number]:
-            channels = 3 if embedder is None else embedder.channels
-            pixels = decode_image(group.image(int(place)), channels, max_pixels)
-            ids.append(group.image_ids[place].tobytes())
-            copies = copies_of(three_channels(pixels), ids[-1], seed)
-            pictures.append(picture(copies[0]).ravel())
-            if embedder is None:
-                found = [descriptor.describe(copy) for copy in copies]
-                vectors.append(np.stack([full for full, _ in found]).ravel())
-                crops.append(np.stack([views for _, views in found]).ravel())
-            else:
-                fitted = [_channels(copy, embedder.channels) for copy in copies]
-                made = embedder.embed([embedder.prepare(copy) for copy in fitted])
-                vectors.append(made.ravel())
+    vectors: list[Any] = []
+    views: list[Any] = []
+
+    def copied(one: tuple[bytes, bytes]) -> Any:
+        pixels = decode_image(one[1], channels, max_pixels)
+        copies = copies_of(three_channels(pixels), one[0], seed)[1:]
+        if embedder is None:
+            return [descriptor.describe(copy) for copy in copies]
+        return [embedder.prepare(_channels(copy, channels)) for copy in copies]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for number in np.unique(groups).tolist():
+            group, _ = next(groups_of(file, [number]))
+            these = (places[groups == number] - starts[number]).tolist()
+            for at in range(0, len(these), AT_ONCE):
+                part = these[at : at + AT_ONCE]
+                given = [(group.image_ids[p].tobytes(), group.image(p)) for p in part]
+                copies = [copy for some in pool.map(copied, given) for copy in some]
+                ids += [name for name, _ in given]
+                if embedder is None:
+                    vectors.append(np.stack([full for full, _ in copies]))
+                    views.append(np.stack([crops for _, crops in copies]))
+                else:
+                    vectors.append(embedder.embed(copies))
     columns: dict[str, Any] = {
         "image_id": pa.array(ids, ID),
-        "vectors": _lists(vectors),
-        "pictures": pa.array([p.tobytes() for p in pictures], pa.binary(SIDE * SIDE)),
+        "vectors": list_array(np.concatenate(vectors).reshape(len(ids), -1)),
     }
-    if crops:
-        columns["crops"] = _lists(crops)
+    if views:
+        columns["views"] = list_array(np.concatenate(views).reshape(len(ids), -1))
     return {"rows": len(ids), "bytes": write_table(pa.table(columns), folder, file.name)}
 
 
@@ -165,8 +230,17 @@ def copies_of(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
 
 def picture(rgb: Any) -> Any:
     """What `same_picture` compares: uint8 [64, 64] grey."""
-    grey = Image.fromarray(rgb).convert("L")
-    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return _small(Image.fromarray(rgb))
+
+
+def _thumbnail(encoded: bytes) -> Any:
+    """The same of the thumbnail that fingerprints have."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return _small(image)
+
+
+def _small(image: Image.Image) -> Any:
+    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def _channels(rgb: Any, channels: int) -> Any:
@@ -174,33 +248,48 @@ def _channels(rgb: Any, channels: int) -> Any:
     return rgb if channels == 3 else np.ascontiguousarray(rgb[..., np.arange(channels) % 3])
 
 
-def _lists(rows: Sequence[Any]) -> pa.Array:
-    stacked = np.stack(rows)
-    return pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), stacked.shape[1])
+Written = tuple[str, Sequence[str]]  # a folder and the names of its tables
 
 
-def measure_task(folder: str, copies: str, names: Sequence[str], views: bool, target: float) -> Any:
-    """Task: the calibration from the vectors of all copies, ordered by image id."""
-    tables = [read_table(copies, name) for name in names]
-    return {"rows": 0, "calibration": measure_threshold(attacked(tables, views), target).to_json()}
+def measure_task(
+    folder: str, gathered: Written, copies: Written, views: bool, target: float
+) -> Account:
+    """Task: the calibration of what `gather_file` and `attack_file` wrote."""
+    found = measure_threshold(sample_of(_read(gathered), _read(copies), views), target)
+    return {"rows": found.images, "calibration": found.to_json()}
 
 
-def attacked(tables: Sequence[pa.Table], views: bool) -> Attacked:
-    """The sample in what `attack_file` wrote."""
+def _read(written: Written) -> pa.Table | None:
+    tables = [read_table(written[0], name) for name in written[1]]
     if not tables:
-        crops = np.zeros((0, _COPIES, 9, 1), np.float16) if views else None
-        nothing = np.zeros((0, _COPIES, 1), np.float16)
-        return Attacked(nothing, crops, np.zeros((0, SIDE, SIDE), np.uint8))
-    table = pa.concat_tables(tables).combine_chunks().sort_by("image_id")
-    images = len(table)
+        return None
+    return pa.concat_tables(tables).combine_chunks().sort_by("image_id")
 
-    def numbers(name: str) -> Any:
+
+def sample_of(gathered: pa.Table | None, copies: pa.Table | None, views: bool) -> Sample:
+    """The sample, ordered by image id; copies of images that have no vector are left out."""
+    if gathered is None or copies is None:
+        none, places = np.zeros((0, 1), np.float16), np.zeros(0, np.int64)
+        crops = np.zeros((0, descriptor.VIEWS, 1), np.float16) if views else None
+        return Sample(none, crops, np.zeros((0, SIDE, SIDE), np.uint8), places, none, crops)
+    names, of = (
+        ids_of(table["image_id"]).copy().view("V16").ravel() for table in (gathered, copies)
+    )
+    place = {name.tobytes(): at for at, name in enumerate(names)}
+    there = np.array([name.tobytes() in place for name in of], bool)
+    copies = copies.filter(pa.array(there))
+    m, h = len(gathered), len(copies)
+
+    def numbers(table: pa.Table, name: str, *shape: int) -> Any:
         width = table.schema.field(name).type.list_size
-        return matrix(table.column(name), width).reshape(images, _COPIES, -1)
+        return matrix(table[name], width).reshape(*shape, width // math.prod(shape[1:]))
 
-    pictures = b"".join(value.as_py() for value in table.column("pictures"))
-    return Attacked(
-        numbers("vectors"),
-        numbers("crops").reshape(images, _COPIES, descriptor.VIEWS, -1) if views else None,
-        np.frombuffer(pictures, np.uint8).reshape(images, SIDE, SIDE),
+    pictures = b"".join(value.as_py() for value in gathered["picture"])
+    return Sample(
+        vectors=numbers(gathered, "vector", m),
+        crops=numbers(gathered, "views", m, descriptor.VIEWS) if views else None,
+        pictures=np.frombuffer(pictures, np.uint8).reshape(m, SIDE, SIDE),
+        originals=np.array([place[name.tobytes()] for name in of[there]], np.int64),
+        copies=numbers(copies, "vectors", h, len(ATTACKS)),
+        copies_crops=numbers(copies, "views", h, len(ATTACKS), descriptor.VIEWS) if views else None,
     )

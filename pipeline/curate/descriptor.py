@@ -160,10 +160,20 @@ def similarity(
     Returns:
         float64 [n].
     """
-    best = dots(a_full, b_full)
+    plain, crop = similarities(a_full, a_crops, b_full, b_crops)
+    return np.maximum(plain, crop - penalty)
+
+
+def similarities(
+    a_full: Halves, a_crops: Halves, b_full: Halves, b_crops: Halves
+) -> tuple[Doubles, Doubles]:
+    """The two that `similarity` is made of, before the penalty: of the wholes, and of a whole with
+    crops; exactly.
+    """
+    found = [dots(a_full, b_full), np.full(len(a_full), -1.0)]
     for full, (other, crops) in ((a_full, (b_full, b_crops)), (b_full, (a_full, a_crops))):
         visitors, is_crop = visiting(other, crops)
         for view in range(VISITORS):
-            found = dots(full, visitors[:, view]) - penalty * is_crop[view]
-            np.maximum(best, found, out=best)
-    return best
+            best = found[int(is_crop[view])]
+            np.maximum(best, dots(full, visitors[:, view]), out=best)
+    return found[0], found[1]

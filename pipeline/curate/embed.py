@@ -70,7 +70,7 @@ def embed(
         )
         column, dim = "descriptor", descriptor.DIM
         return Vectors(made.folder, names, dim, made.key, column, views=True), made
-    gpus, cpus = _resources()
+    gpus, cpus = task_resources()
     exact = alive.folder if alive else ""
     tasks = [
         Task(file.name, (file, spec, exact, max_pixels, bool(gpus), int(cpus)))
@@ -82,8 +82,10 @@ def embed(
     return Vectors(found.folder, names, dim, found.key), found
 
 
-def _resources() -> tuple[float, float]:
-    """GPUs and CPUs of a task: a GPU and its share of the CPUs that decode for it, or a CPU."""
+def task_resources() -> tuple[float, float]:
+    """GPUs and CPUs of a task that embeds: a GPU and its share of the CPUs, which decode for it, or
+    one CPU.
+    """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

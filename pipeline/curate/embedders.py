@@ -17,7 +17,9 @@ import numpy as np
 
 from pipeline.curate.exact import Halves, unit_half
 from pipeline.curate.onnx import OnnxModel
+from pipeline.curate.onnx_files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, PipelineError
+from pipeline.uri import is_uri, public
 
 DESCRIPTOR, BACKBONE, ONNX = "descriptor", "backbone", "onnx"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -36,7 +38,7 @@ class EmbedderSpec:
         digest: changes with the weights; results are kept under it.
         load: of a backbone: gives a module [b, C, S, S] -> [b, D]. A function of a module (or a
             partial of one), so that it can be pickled.
-        path: of an ONNX model, that all nodes reach.
+        path: of an ONNX model, that all nodes reach; or its URI.
         image_size: side of the images; None: the model's own.
         mean: of each channel, for values in 0 to 1.
         std: of each channel.
@@ -77,25 +79,33 @@ def spec_of(
     if embedder == DESCRIPTOR:
         return EmbedderSpec()
     given: dict[str, Any] = {
-        "name": embedder,
+        "name": public(embedder),
         "digest": digest_of(embedder),
         "image_size": image_size,
         "batch_size": batch_size,
         "mean": tuple(mean),
         "std": tuple(std),
     }
-    path = str(Path(embedder).absolute())
-    if embedder.endswith(".onnx"):
+    path = embedder if is_uri(embedder) else str(Path(embedder).absolute())
+    if is_onnx(embedder):
         return EmbedderSpec(ONNX, path=path, **given)
     return EmbedderSpec(BACKBONE, load=partial(load_weights, path), **given)
 
 
 def digest_of(path: str | Path) -> str:
-    """Of a file's content, or of all files in a folder and their names.
+    """Of a file's content, or of all files in a folder and their names. To a `.onnx` file belong
+    the files beside it that hold its weights.
 
     Raises:
         PipelineError: there is none.
     """
+    if is_onnx(path):
+        return files_of(str(path)).digest
+    if is_uri(path):
+        raise PipelineError(
+            f"no embedder: {public(path)} holds no checkpoint of ours",
+            "at a URI, name a run folder or a .onnx file; download other weights",
+        )
     place = Path(path)
     if not place.exists():
         raise PipelineError(
@@ -163,9 +173,9 @@ class Embedder:
         self.spec = spec
         self.channels = len(spec.mean)
         if spec.kind == ONNX:
-            model = OnnxModel(
-                spec.path, spec.image_size, spec.mean, spec.std, threads=threads, gpu=gpu
-            )
+            path = on_this_node(spec.path, spec.digest)
+            sizes = (spec.image_size, spec.mean, spec.std)
+            model = OnnxModel(path, *sizes, threads=threads, gpu=gpu, name=spec.name)
             self._run: Callable[[Images], Any] = model
             self.size, self.dim = model.signature.size, model.dim
             return

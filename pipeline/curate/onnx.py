@@ -51,12 +51,13 @@ class OnnxModel:
     """An ONNX model: uint8 [b, S, S, 3] to float32 [b, D].
 
     Args:
-        path: of the `.onnx` file.
+        path: of the `.onnx` file, beside which the files of its weights lie.
         image_size: S where the model leaves it open; default 224.
         mean: where the model's metadata has no `mean` (a JSON list).
         std: likewise.
         threads: of one call.
         gpu: use CUDA where onnxruntime has it.
+        name: for messages; default: the path.
 
     Raises:
         DataError: onnxruntime is missing, or the model does not fit; says what was found.
@@ -70,16 +71,18 @@ class OnnxModel:
         std: Sequence[float],
         threads: int = 1,
         gpu: bool = False,
+        name: str = "",
     ) -> None:
+        name = name or path
         try:
             import onnxruntime
         except ImportError as error:
             raise DataError(
-                f"{path} needs the package onnxruntime, which is not installed",
+                f"{name} needs the package onnxruntime, which is not installed",
                 "pip install 'raydino[onnx]'",
             ) from error
         if not Path(path).is_file():
-            raise DataError(f"no model: there is no {path}", "give the path of a .onnx file")
+            raise DataError(f"no model: there is no {name}", "give the path of a .onnx file")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -87,13 +90,13 @@ class OnnxModel:
         wanted = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
         try:
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=[name for name in wanted if name in known]
+                path, options, providers=[one for one in wanted if one in known]
             )
         except Exception as error:  # its classes of errors are of each version's own
             reason = one_line(error).splitlines()[0][:200]
-            raise DataError(f"{path} cannot be opened: {reason}", EXPECTED) from error
-        self.path = path
-        self.signature = _signature(self._session, path, image_size, mean, std)
+            raise DataError(f"{name} cannot be opened: {reason}", EXPECTED) from error
+        self.name = name
+        self.signature = _signature(self._session, name, image_size, mean, std)
         side = self.signature.size
         self.dim = self(np.zeros((1, side, side, 3), np.uint8)).shape[1]
 
@@ -122,7 +125,7 @@ class OnnxModel:
         except Exception as error:
             reason = one_line(error).splitlines()[0][:200]
             raise DataError(
-                f"{self.path} failed on images {x.shape}: {reason}", EXPECTED
+                f"{self.name} failed on images {x.shape}: {reason}", EXPECTED
             ) from error
         for rank in (2, 4, 3):  # features, then features of 1 x 1 pixels, then tokens
             for out in outputs:
@@ -136,7 +139,7 @@ class OnnxModel:
                 if rank == 3:
                     return np.asarray(out[:, 0], np.float32)
         shapes = ", ".join(str(np.shape(out)) for out in outputs)
-        raise DataError(f"{self.path} gives {shapes} for {len(images)} images", EXPECTED)
+        raise DataError(f"{self.name} gives {shapes} for {len(images)} images", EXPECTED)
 
 
 def _signature(

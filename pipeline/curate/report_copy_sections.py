@@ -6,14 +6,19 @@ from collections.abc import Sequence
 
 from pipeline.curate.report_copies import BIN, Band, Component
 from pipeline.curate.report_summary import Summary
+from pipeline.curate.report_threshold import threshold_sections
 from pipeline.curate.report_tiles import component_text, member_tile, pair_tiles
-from pipeline.curate.report_words import COLOURS, images, share, similarity
-from pipeline.track.charts import Bar, Bars, Curve, Histogram
+from pipeline.curate.report_words import COLOURS, images, similarity
+from pipeline.track.charts import Curve, Histogram
 from pipeline.track.gallery import Gallery, Group, Heading
 from pipeline.track.plane import Mark
 from pipeline.track.report import Section
 
-FRAME = "A green frame marks the image that stays; below the others, how alike they are to it."
+FRAME = (
+    "A green frame marks an image that stays; below the others, how alike they are to it. That may "
+    "be less than the threshold, where they are like another member of their group."
+)
+CHAINS = " Of a group with several green frames, some images were too unlike the first one."
 
 
 def copy_sections(summary: Summary) -> list[Section]:
@@ -23,9 +28,7 @@ def copy_sections(summary: Summary) -> list[Section]:
         found += _groups(summary)
     if summary.edges is not None and summary.edges.count:
         found += _pairs(summary)
-    if summary.calibration is not None:
-        found += _calibration(summary)
-    return found
+    return found + threshold_sections(summary)
 
 
 def _groups(summary: Summary) -> list[Section]:
@@ -56,7 +59,8 @@ def _groups(summary: Summary) -> list[Section]:
             stems=True,
         )
     )
-    found.append(_gallery(summary, parts.largest, "The largest groups", FRAME))
+    about = FRAME + CHAINS if parts.chains else FRAME
+    found.append(_gallery(summary, parts.largest, "The largest groups", about))
     if parts.count > len(parts.largest):
         found.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
     if parts.chains:
@@ -135,60 +139,3 @@ def _band(band: Band) -> str:
     high = similarity(min(1.0, band.high))
     verdict = "copies" if band.copies else "not copies"
     return f"{low}{high}: {band.count:,} {'pair' if band.count == 1 else 'pairs'}, {verdict}"
-
-
-def _rare(rate: float) -> str:
-    return f"one in {1 / rate:,.0f}" if rate > 0 else "not one of the"
-
-
-def _calibration(summary: Summary) -> list[Section]:
-    known = summary.calibration
-    assert known is not None
-    threshold = float(known["threshold"])
-    used = summary.threshold if summary.threshold is not None else threshold
-    recall, rate = float(known["recall"]), float(known["false_positive_rate"])
-    text = (
-        f"Copies were made of some of these very images. At {similarity(threshold)}, "
-        f"{share(recall, 1)} of them are found, while {_rare(rate)} pairs of different images is "
-        f"taken for copies (measured on {int(known['negatives']):,} pairs)."
-    )
-    if abs(used - threshold) > 1e-9:
-        text += f" The threshold in use, {similarity(used)}, was set by hand."
-    line = (Mark(used, f"threshold {similarity(used)}"),)
-    curve = [(float(t), float(r), float(f)) for t, r, f in known["curve"]]
-    positive = [f for _, _, f in curve if f > 0]
-    found: list[Section] = [Heading("How the threshold was chosen", text)]
-    if curve:
-        found += [
-            Curve(
-                {"recall": [(t, 100 * r) for t, r, _ in curve]},
-                "Copies found",
-                "Higher thresholds miss more copies.",
-                x_label="threshold",
-                y_label="% of copies found",
-                y_range=(0.0, 100.0),
-                marks=line,
-                colours={"recall": COLOURS["duplicate_near"]},
-            ),
-            Curve(
-                {"false": [(t, f) for t, _, f in curve]},
-                "Different images taken for copies",
-                "Logarithmic; where the line ends, no pair was."
-                if len(positive) < len(curve)
-                else "Logarithmic.",
-                x_label="threshold",
-                y_label="share of pairs",
-                y_log=True,
-                marks=line,
-                colours={"false": COLOURS["leaks_evaluation"]},
-            ),
-        ]
-    attacks = dict(known.get("recall_by_attack", {}))
-    bars = [
-        Bar(str(name), ((float(part), COLOURS["duplicate_near"]),), share(float(part), 1))
-        for name, part in sorted(attacks.items(), key=lambda kv: (-kv[1], kv[0]))
-    ]
-    if bars:
-        said = "Of copies made in each way, the share that is found at the threshold."
-        found.append(Bars(bars, "Copies found, by what was done to them", said, whole=1.0))
-    return found

@@ -26,9 +26,10 @@ def metrics(summary: Summary) -> dict[str, float]:
     found |= {f"removed/{reason}": counts[reason] for reason in REMOVED}
     if summary.threshold is not None:
         found["threshold"] = summary.threshold
-    if summary.calibration is not None:
-        found["expected_recall"] = float(summary.calibration["recall"])
-        found["false_positive_rate"] = float(summary.calibration["false_positive_rate"])
+    if (known := summary.calibration) is not None:
+        names = {"expected_recall": "recall", "false_positive_rate": "reached"}
+        names |= {"threshold_low": "low", "threshold_high": "high"}
+        found |= {name: float(known[of]) for name, of in names.items() if known[of] is not None}
     if summary.edges is not None:
         found["pairs"] = summary.edges.above
     if (parts := summary.components) is not None:
@@ -101,12 +102,16 @@ def note(summary: Summary) -> str:
             for reason in used
         ]
     said = []
-    if summary.calibration is not None and summary.threshold is not None:
-        said.append(
-            f"Threshold {similarity(summary.threshold)}: "
-            f"{share(float(summary.calibration['recall']), 1)} of copies are expected to be found "
-            f"at a false-positive rate of {float(summary.calibration['false_positive_rate']):.1g}."
-        )
+    if (known := summary.calibration) is not None:
+        found = f"Threshold {similarity(float(known['threshold']))}"
+        if known["recall"] is not None:
+            found += (
+                f": {share(float(known['recall']), 1)} of copies are expected to be found, with "
+                f"{float(known['target']):.1g} of the pairs of different images"
+            )
+        said.append(f"{found}.")
+        if known["warning"]:
+            said.append(f"**Mind:** {known['warning']}.")
     for leak in summary.leaks:
         of = f" of {leak.images:,}" if leak.images else ""
         said.append(f"Of the evaluation set {leak.name}, {leak.leaked:,}{of} images leaked.")

@@ -190,7 +190,7 @@ def _rules(summary: Summary) -> list[Section]:
             tiles.append(tile(summary, row, name, first=words))
         if reason == "undecodable":
             tiles = tiles[:UNREADABLE]
-        about = f"{rule} ({said}); below each picture what was measured" if rule else ""
+        about = f"{rule} ({said}); below each picture what was measured" if said else ""
         groups.append((reason, Group(tiles, title, about)))
     groups.sort(key=lambda kv: QUALITY.index(kv[0]))
     found: list[Section] = []

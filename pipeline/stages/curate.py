@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.curate import gallery, report, report_numbers
+from pipeline.curate.onnx_files import is_onnx
 from pipeline.curate.report_summary import Summary
-from pipeline.curate.threshold import Calibration
 from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
 from pipeline.stages.context import DESCRIPTOR, Context, result_line
 from pipeline.stages.curate_found import Found
 from pipeline.stages.curate_sets import POOL_NAME, open_sets
+from pipeline.stages.curate_sizes import check_clusters
 from pipeline.stages.curate_steps import decide, write_shards
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import Place, is_uri, public
@@ -84,6 +84,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         images = sets.pool.rows if name == POOL_NAME else 0
         uri, _, short = digest.rpartition(" ")
         tracker.dataset(name, short, public(uri), "curation", images)
+    check_clusters(config, sets)
     found = decide(config, sets, steps_of(context))
     tally = found.counted
     result_line("curate", tally.line())
@@ -119,12 +120,20 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 def _warn(context: Context) -> None:
     config = context.config
     paper = config.curate.preset == "lvd142m"
-    if paper and not config.curate.copy_embedder.endswith(".onnx"):
+    if paper and not is_onnx(config.curate.copy_embedder):
         log.warning(
             "curate.preset=lvd142m: the paper's thresholds (0.6 for copies, 0.45 for leaks) are "
             "those of SSCD vectors; with curate.copy_embedder=%s they are calibrated instead, "
             "unless the recipe sets them",
             public(config.curate.copy_embedder),
+        )
+    usual, dedup = type(config.dedup)(), config.dedup
+    calibrates = (dedup.false_positives, dedup.calibration_images)
+    if config.curate.against and calibrates != (usual.false_positives, usual.calibration_images):
+        log.warning(
+            "curate.against=%s: its threshold is used, so dedup.false_positives and "
+            "dedup.calibration_images change nothing",
+            public(config.curate.against),
         )
     selects = bool(config.retrieve.seeds) or bool(config.balance.images)
     if selects and config.curate.embedder == DESCRIPTOR:
@@ -138,7 +147,7 @@ def _summary(context: Context, found: Found) -> Summary:
     return report.summarise(
         found.root,
         results=found.results,
-        calibration=_calibration(found.calibration),
+        calibration=found.calibration.to_json() if found.calibration else None,
         threshold=found.threshold,
         leak_threshold=found.leak_threshold,
         evaluation_sets=found.leak_prints,
@@ -147,21 +156,6 @@ def _summary(context: Context, found: Found) -> Summary:
         rows_in=found.counted.rows,
         seed=context.config.run.seed,
     )
-
-
-def _calibration(found: Calibration | None) -> dict[str, Any] | None:
-    """As the report reads it; nothing where there were too few images to measure anything."""
-    if found is None or math.isnan(found.recall):
-        return None
-    return {
-        "threshold": found.threshold,
-        "penalty": found.penalty,
-        "false_positive_rate": found.target,
-        "negatives": found.negatives,
-        "recall": found.recall,
-        "recall_by_attack": found.recalls,
-        "curve": [list(point) for point in found.curve],
-    }
 
 
 def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.config import Config
 from pipeline.curate import copies as copying
 from pipeline.curate import decide as deciding
 from pipeline.curate.calibrate import calibrate
@@ -21,6 +22,8 @@ from pipeline.stages.curate_found import Found, fingerprints, vectors_of
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import join, public
 
+FALSE_PAIRS = 0.01  # of the images, that are in a pair that is wrongly taken for copies
+MOST_FALSE = 1e-6  # share of the pairs
 BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report can show them
 
 
@@ -40,6 +43,16 @@ def compare(found: Found, prints: Result, exact: Result) -> None:
         _matches(found, vectors, exact, earlier)
 
 
+def false_positives(config: Config, images: int) -> float:
+    """Share of unlike pairs that may be taken for copies.
+
+    n images have n² / 2 pairs, so a share fit for thousands of images is not for millions. With
+    0.01 / n one image in a hundred is in a false pair, and one in two hundred is lost by it.
+    """
+    share = config.dedup.false_positives
+    return share if share != "auto" else min(MOST_FALSE, FALSE_PAIRS / max(1, images))
+
+
 def _thresholds(
     found: Found, vectors: Vectors, prints: Result, exact: Result, earlier: list[Earlier]
 ) -> None:
@@ -50,7 +63,7 @@ def _thresholds(
     if earlier:  # similarities must mean the same as there
         first = earlier[0].result
         found.penalty = float(first["penalty"])
-        threshold = first["threshold"] if threshold == "auto" else threshold
+        threshold = first["threshold"]
         if first["embedder"] != spec.settings[:2]:
             raise DataError(
                 f"curate.against={public(earlier[0].run)} was made with another copy embedder "
@@ -64,8 +77,9 @@ def _thresholds(
             prints,
             exact,
             spec,
+            vectors,
             images=config.dedup.calibration_images,
-            target=config.dedup.false_positives,
+            target=false_positives(config, int(exact.total("rows"))),
             seed=config.run.seed,
             max_pixels=config.data.max_image_pixels,
         )

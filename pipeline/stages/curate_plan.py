@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 
 from pipeline.config import Config
+from pipeline.curate.calibrate import COMPARED
 from pipeline.curate.cells import cells_for
 from pipeline.curate.descriptor import DIM
 from pipeline.curate.quality import sample_counts
 from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.stages.context import DESCRIPTOR, Context, result_line, with_packed_sets
+from pipeline.stages.curate_copies import false_positives
 from pipeline.stages.curate_sets import Sets, open_sets
+from pipeline.stages.curate_sizes import check_clusters
 from pipeline.stages.curate_steps import rules
 from pipeline.train.clock import duration
 from pipeline.uri import public
@@ -22,6 +25,7 @@ log = logging.getLogger("pipeline.curate")
 IMAGE_S = 7e-4  # of an image
 PIXEL_S = 1.8e-8  # and of each of its pixels, decoding included
 FLOPS = 4e10  # of a core, in products of matrices
+COMPARED_S = 15  # of comparing the images of a calibration
 ATTACKED_S = 0.05  # of an image that calibration attacks nine times
 TABLE_BYTES = 13_000  # of an image in all tables, most of it descriptors and the thumbnail
 PIXELS = 200_000  # of an image, where nothing is known
@@ -43,6 +47,7 @@ def curation_plan(config: Config, folder: RunFolder) -> None:
             raise
         result_line("curate", f"its steps are known when the images are packed: {error.what}")
         return
+    check_clusters(config, sets)
     inputs = sets.inputs
     if config.quality.enabled:
         counts = sample_counts(
@@ -76,10 +81,11 @@ def steps_of(config: Config, sets: Sets) -> list[str]:
     dedup, name = config.dedup, public(config.curate.copy_embedder)
     if dedup.enabled or sets.leaks or sets.earlier:
         if dedup.threshold == "auto" and not sets.earlier:
-            images = min(rows, dedup.calibration_images)
+            images, compared = (min(rows, n) for n in (dedup.calibration_images, COMPARED))
             lines.append(
-                f"threshold   calibrated on {images:,} images, {dedup.false_positives:g} of false "
-                f"pairs: about {duration(ATTACKED_S * images)} of one core"
+                f"threshold   calibrated: all pairs of {compared:,} images, "
+                f"{false_positives(config, rows):.2g} of them may pass; {images:,} images are "
+                f"attacked: about {duration(COMPARED_S + ATTACKED_S * images)} of one core"
             )
         else:
             shown = sets.earlier[0].result["threshold"] if sets.earlier else dedup.threshold

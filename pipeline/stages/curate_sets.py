@@ -81,6 +81,7 @@ def open_sets(context: Context) -> Sets:
                 f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
             )
     earlier = earlier_runs(config.curate.against) if config.curate.against else []
+    _check_earlier(config, earlier)
     found = Sets(
         pool=open_packed_shards(config, context.folder),
         seeds={
@@ -99,6 +100,25 @@ def open_sets(context: Context) -> Sets:
     )
     _check_output(context, found)
     return found
+
+
+def _check_earlier(config: Config, earlier: list[Earlier]) -> None:
+    """Refuses what new images cannot be compared with, or not as the recipe says."""
+    for one in earlier:
+        if one.result["threshold"] is None:
+            raise DataError(
+                f"{public(one.run)} was curated without comparing images (dedup.enabled=false and "
+                "no evaluation set), so new images cannot be compared with it",
+                "curate it again with dedup.enabled=true, or leave curate.against empty and "
+                "curate all images together",
+            )
+    wanted = config.dedup.threshold
+    if earlier and wanted != "auto" and wanted != earlier[0].result["threshold"]:
+        raise ConfigError(
+            f"dedup.threshold={wanted}, but {public(earlier[0].run)} was curated with "
+            f"{earlier[0].result['threshold']:.6g}, and one set has one threshold",
+            "leave dedup.threshold out: the one of curate.against is used",
+        )
 
 
 def _check_output(context: Context, sets: Sets) -> None:

@@ -64,32 +64,58 @@ def _decisions(found: Found) -> None:
         list_folders,
     )
     sources = sources_of(listed.accounts)
-    mix, starts = Mix(config.run.seed, shares(config)), deciding.starts_of(found.inputs)
+    starts = deciding.starts_of(found.inputs)
     names = {name: [s.root, s.folders] for name, s in sources.items()}
-    decisions = run_step(
-        found.root,
-        "decisions",
-        [1, found.keys, found.inputs.digest, names, mix.seed, sorted(mix.shares.items())],
-        [Task(file.name, (file, starts, tables, sources[file.set], mix)) for file in files],
-        deciding.decide,
-    )
+
+    def decided(step: str, shares: dict[str, float]) -> Result:
+        mix = Mix(config.run.seed, shares)
+        return run_step(
+            found.root,
+            step,
+            [1, found.keys, found.inputs.digest, names, mix.seed, sorted(shares.items())],
+            [Task(file.name, (file, starts, tables, sources[file.set], mix)) for file in files],
+            deciding.decide,
+        )
+
+    shares = weights(config)
+    if config.mix.by == "proportion":
+        whole = found.add(decided("parts", {}))
+        shares = proportions(shares, Tally.of(found.inputs, whole.accounts).total_parts())
+    decisions = decided("decisions", {part: w for part, w in shares.items() if w < 1})
     found.add(listed)
     found.results.append(decisions)
     found.folders["decisions"] = decisions.folder
     found.tally = Tally.of(found.inputs, decisions.accounts)
 
 
-def shares(config: Config) -> dict[str, float]:
-    """Share of each part that is kept, where that is not all of it."""
+def weights(config: Config) -> dict[str, float]:
+    """Of each part."""
     mix = config.mix
-    every = {
+    return {
         "pool": mix.pool,
         "as_is": mix.as_is,
         "sample": mix.sample,
         "cluster": mix.cluster,
         "balanced": mix.balanced,
     }
-    return {part: share for part, share in every.items() if share < 1}
+
+
+def proportions(weights: dict[str, float], images: dict[str, int]) -> dict[str, float]:
+    """The shares of the parts that make them stand to each other like their weights.
+
+    The part that is scarcest for its weight is kept whole, and no image is repeated. Parts without
+    images are passed over.
+
+    Args:
+        weights: of each part.
+        images: of the parts that have any.
+    """
+    wanted = {part: weights[part] for part, count in images.items() if count and weights[part]}
+    unit = min((images[part] / weight for part, weight in wanted.items()), default=0.0)
+    return {
+        part: min(1.0, unit * weight / images[part]) if part in wanted else 0.0
+        for part, weight in weights.items()
+    }
 
 
 def write_shards(found: Found, shards: Place) -> ShardSet:

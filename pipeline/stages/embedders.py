@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.curate.embedders import BACKBONE, DESCRIPTOR, EmbedderSpec, spec_of
+from pipeline.curate.onnx_files import is_onnx
 from pipeline.errors import DataError, PipelineError
 from pipeline.files import fingerprint
 from pipeline.train import state
@@ -30,7 +31,7 @@ def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
     curate = config.curate
     if value == DESCRIPTOR:
         return EmbedderSpec()
-    saved = None if value.endswith(".onnx") else checkpoint_at(value)
+    saved = None if is_onnx(value) else checkpoint_at(value)
     if saved is not None:
         theirs = encoder_config(saved)
         return EmbedderSpec(

@@ -131,8 +131,10 @@ def _tile(tile: Tile, size: int) -> str:
     alt = html.escape(tile.alt, quote=True)
     if jpeg:
         code = base64.b64encode(jpeg).decode()
+        times = max(1, size // max(width, height))  # icons are enlarged, pixel by pixel
+        kind = " class='enlarged'" if times > 1 else ""
         shown = (
-            f"<img alt='{alt}' width='{width}' height='{height}' "
+            f"<img{kind} alt='{alt}' width='{times * width}' height='{times * height}' "
             f"src='data:image/jpeg;base64,{code}'>"
         )
     else:

@@ -34,7 +34,7 @@ def without_ray(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(work, "_run", run)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(embed, "_resources", lambda: (0.0, 1.0))
+    monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
     monkeypatch.setattr(copies, "_cpus_of_fit", lambda: 1.0)
     monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "nodes", lambda: 1)

@@ -4,68 +4,146 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.curate import calibrate as module
-from pipeline.curate import exact_copies, fingerprint, threshold
+from pipeline.curate import embed as embedding
+from pipeline.curate import embedders, exact_copies, fingerprint, threshold, unlike
 from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.calibrate import calibrate, copies_of, picture
-from pipeline.curate.descriptor import describe
-from pipeline.curate.embedders import EmbedderSpec
+from pipeline.curate.calibrate import attack_file, calibrate, copies_of, picture
+from pipeline.curate.descriptor import describe, similarity
+from pipeline.curate.embed import embed
+from pipeline.curate.embedders import MEAN, STD, EmbedderSpec, spec_of
 from pipeline.curate.exact import unit_half
-from pipeline.curate.threshold import Attacked, Calibration, measure_threshold, tail_threshold
+from pipeline.curate.threshold import Calibration, Sample, measure_threshold
+from pipeline.curate.unlike import all_pairs, interval, tail_threshold
+from pipeline.data.columns import image_id
+from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import decode_image
+from pipeline.evaluate.features import embed as features_of
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_backbone
 from tests.curate.images import Here, encoded, inputs_of, scene, shard
+
+
+def unit(rng, *shape):
+    return unit_half(rng.normal(size=shape).reshape(-1, shape[-1])).reshape(shape)
 
 
 def test_tail_of_an_exponential_is_found_by_the_fit():
     """Similarities with an exponential tail: the quantile of any rate is known."""
-    for seed in range(3):
+    found = []
+    for seed in range(5):
         rng = np.random.default_rng(seed)
-        x = np.sort(0.3 + rng.exponential(0.02, 200_000)).astype(np.float32)
-        counted, extrapolated = tail_threshold(x, 2e-3)
-        assert not extrapolated and abs(counted - (0.3 + 0.02 * math.log(500))) < 0.003
-        fitted, extrapolated = tail_threshold(x, 1e-6)
-        assert extrapolated and abs(fitted - (0.3 + 0.02 * math.log(1e6))) < 0.03
+        x = np.sort(0.3 + rng.exponential(0.02, 2_000_000))[::-1]
+        counted, extrapolated = tail_threshold(x[:20_000], len(x), 1e-3)
+        assert not extrapolated and abs(counted - (0.3 + 0.02 * math.log(1e3))) < 0.003
+        fitted, extrapolated = tail_threshold(x[:20_000], len(x), 1e-6)
+        assert extrapolated
         # a few pairs that are copies after all move it little
-        spoilt = np.sort(np.concatenate([x, np.full(20, 0.99, np.float32)]))
-        assert abs(tail_threshold(spoilt, 1e-6)[0] - fitted) < 0.04
+        spoilt = np.concatenate([np.full(20, 0.99), x])
+        assert abs(tail_threshold(spoilt[:20_000], len(x), 1e-6)[0] - fitted) < 0.03
+        found.append(fitted - (0.3 + 0.02 * math.log(1e6)))
+    assert abs(np.mean(found)) < 0.01 and max(map(abs, found)) < 0.03
 
 
-def plain_sample(images: int, dim: int = 64, noise: float = 0.3, seed: int = 0) -> Attacked:
+def test_weights_count_pairs_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    top = np.sort(rng.random(900))[::-1]
+    times = rng.integers(0, 4, 900)
+    again = np.repeat(top, times)
+    for target in (1e-3, 0.1):
+        weighted = tail_threshold(top, 10_000, target, times.astype(float))
+        assert weighted == tail_threshold(again, 10_000, target)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_all_pairs_are_those_of_two_loops(views):
+    rng = np.random.default_rng(1)
+    vectors = unit(rng, 23, 143)
+    crops = unit(rng, 23, 9, 143) if views else None
+    pairs = all_pairs(vectors, crops)
+    expected = []
+    for i in range(23):
+        for j in range(i + 1, 23):
+            one = slice(i, i + 1), slice(j, j + 1)
+            if crops is None:
+                expected.append(float(vectors[i].astype(float) @ vectors[j].astype(float)))
+            else:
+                a, b = one
+                expected.append(similarity(vectors[a], crops[a], vectors[b], crops[b], 0.05)[0])
+    np.testing.assert_allclose(pairs.at(0.05), expected, atol=1e-5)
+    top, i, j = pairs.top(0.05, 7)
+    assert top.tolist() == sorted(expected, reverse=True)[:7]
+    order = [(a, b) for a in range(23) for b in range(a + 1, 23)]
+    assert [expected[order.index(pair)] for pair in zip(i, j, strict=True)] == top.tolist()
+    assert pairs.ends(np.arange(len(order)))[0].tolist() == [a for a, _ in order]
+
+
+def plain_sample(images: int, dim: int = 64, noise: float = 0.3, seed: int = 0) -> Sample:
     rng = np.random.default_rng(seed)
     first = rng.normal(size=(images, 1, dim))
     copies = first + noise * rng.normal(size=(images, len(ATTACKS), dim))
     pictures = rng.integers(0, 256, (images, 64, 64)).astype(np.uint8)
-    return Attacked(unit_half(np.concatenate([first, copies], 1)), None, pictures)
+    every = np.arange(images)
+    vectors = unit_half(first.reshape(-1, dim))
+    return Sample(
+        vectors,
+        None,
+        pictures,
+        every,
+        unit_half(copies.reshape(-1, dim)).reshape(copies.shape),
+        None,
+    )
 
 
-def test_recall_and_rate_are_counted_on_the_other_half(monkeypatch):
-    monkeypatch.setattr(threshold, "same_picture", lambda a, b: False)
-    sample = plain_sample(100)
-    found = measure_threshold(sample, 2e-2)
-    other = sample.vectors[1::2].astype(np.float64)
+def test_recall_and_rate_are_those_of_the_pairs(monkeypatch):
+    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
+    sample = plain_sample(120)
+    found = measure_threshold(sample, 5e-2)
+    wide = sample.vectors.astype(np.float64)
     hits = [
-        [float(a @ c) > found.threshold for c in copies]
-        for a, copies in zip(other[:, 0], other[:, 1:], strict=True)
+        [float(wide[i] @ c) > found.threshold for c in sample.copies[i].astype(np.float64)]
+        for i in range(1, 120, 2)
     ]
-    wrong = [
-        float(a @ c) > found.threshold
-        for i, a in enumerate(other[:, 0])
-        for j, copies in enumerate(other)
-        for c in copies
-        if i != j
-    ]
+    both = [float(wide[i] @ wide[j]) for i in range(120) for j in range(i + 1, 120)]
     assert found.recall == pytest.approx(np.mean(hits)) and found.recall > 0.99
-    assert found.reached == pytest.approx(np.mean(wrong), abs=1e-9) and 0.01 < found.reached < 0.03
-    assert found.negatives == len(wrong) == 10 * 50 * 49 and not found.extrapolated
+    assert found.negatives == len(both) == 120 * 119 / 2 and not found.extrapolated
+    assert np.mean(np.array(both) > found.threshold) == pytest.approx(0.05, abs=2e-3)
+    assert 0.02 < found.reached < 0.09  # of one half, by the threshold of the other
+    assert found.low < found.threshold < found.high
     assert list(found.recalls) == list(ATTACKS) and found.penalty == 0
     again = Calibration.of_json(json.loads(json.dumps(found.to_json())))
     assert again == found
     _, recalls, rates = zip(*found.curve, strict=True)
     assert list(recalls) == sorted(recalls, reverse=True) and rates[-1] == 0
+
+
+def test_the_interval_holds_the_thresholds_of_other_samples(monkeypatch):
+    """Of one distribution: 30 samples of 150 images, against a sample of 3,000."""
+    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
+    rng = np.random.default_rng(5)
+    mean = rng.normal(size=24)
+
+    def threshold_of(images):
+        vectors = unit_half(mean * 0.4 + rng.normal(size=(images, 24)))
+        pairs = all_pairs(vectors, None)
+        total = len(pairs.plain)
+        top, i, j = pairs.top(0.0, total // 10)
+        return tail_threshold(top, total, 0.03)[0], interval(top, i, j, images, 0, 0.03)
+
+    truth = threshold_of(3000)[0]
+    found = [threshold_of(150) for _ in range(30)]
+    inside = sum(low <= truth <= high for _, (low, high) in found)
+    assert inside >= 25
+    spread = np.std([threshold for threshold, _ in found])
+    widths = np.array([high - low for _, (low, high) in found])
+    assert 2 < np.median(widths) / spread < 8  # four deviations, were it exact
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 5, 59])
@@ -77,24 +155,44 @@ def test_few_images_give_a_stated_default(images):
 
 
 def test_all_images_equal(monkeypatch):
-    monkeypatch.setattr(threshold, "same_picture", lambda a, b: (a == b).all())
-    monkeypatch.setattr(threshold, "LOOKED_AT", 60)
+    monkeypatch.setattr(unlike, "agreement", lambda a, b: float((a == b).all()))
     one = plain_sample(1)
     pictures = np.repeat(picture(scene(0))[None], 60, 0)
-    found = measure_threshold(Attacked(np.repeat(one.vectors, 60, 0), None, pictures), 1e-6)
-    assert 0 < found.threshold <= threshold.HIGHEST and found.negatives == 0
+    sample = Sample(
+        np.repeat(one.vectors, 60, 0),
+        None,
+        pictures,
+        np.arange(60),
+        np.repeat(one.copies, 60, 0),
+        None,
+    )
+    found = measure_threshold(sample, 1e-6)
+    assert 0 < found.threshold <= unlike.HIGHEST and found.negatives == 0
+    assert found.copies == 60 * 59 / 2
     assert "copies of each other" in found.warning and found.recall >= 0
 
 
-def attacked(images: list, ids: list[bytes]) -> Attacked:
-    vectors, crops, pictures = [], [], []
-    for rgb, name in zip(images, ids, strict=True):
-        copies = copies_of(rgb, name)
-        full, views = zip(*map(describe, copies), strict=True)
-        vectors.append(np.stack(full))
-        crops.append(np.stack(views))
-        pictures.append(picture(copies[0]))
-    return Attacked(np.stack(vectors), np.stack(crops), np.stack(pictures))
+def test_what_the_reader_must_know_is_said(monkeypatch):
+    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
+    assert "are few" in measure_threshold(plain_sample(100), 1e-2).warning
+    assert "extrapolated" in measure_threshold(plain_sample(100), 1e-6).warning
+    alike = plain_sample(100, noise=0.01)
+    near = unit_half(alike.vectors[:1].astype(float) + 1e-3 * alike.vectors.astype(float))
+    found = measure_threshold(
+        Sample(near, None, alike.pictures, alike.originals, alike.copies, None), 1e-6
+    )
+    assert found.threshold == unlike.HIGHEST and "as alike as copies" in found.warning
+    monkeypatch.setattr(unlike, "LOOKED_AT", 30)
+    assert "may be too high" in measure_threshold(plain_sample(100), 1e-2).warning
+
+
+def attacked(images: list, ids: list[bytes]) -> Sample:
+    found = [list(map(describe, copies_of(x, n))) for x, n in zip(images, ids, strict=True)]
+    full = np.stack([np.stack([whole for whole, _ in some]) for some in found])
+    crops = np.stack([np.stack([views for _, views in some]) for some in found])
+    pictures = np.stack([picture(image) for image in images])
+    every = np.arange(len(images))
+    return Sample(full[:, 0], crops[:, 0], pictures, every, full[:, 1:], crops[:, 1:])
 
 
 @pytest.mark.slow
@@ -106,7 +204,7 @@ def test_planted_copies_in_the_sample_hardly_move_the_threshold(shared, seed):
     ids = [bytes([n]) * 16 for n in range(200)]
     clean = measure_threshold(attacked(photos, ids), 1e-6)
     names = list(ATTACKS)
-    for n in range(20):  # the same half, so that they meet
+    for n in range(20):
         photos[100 + 2 * n] = attack(photos[2 * n], names[n % 9], ids[n])
     dirty = measure_threshold(attacked(photos, ids), 1e-6)
     assert dirty.copies - clean.copies >= 17
@@ -123,9 +221,11 @@ def run(tmp_path, images, name, backwards=False, count=60, **options):
     inputs = inputs_of(tmp_path / name)
     prints = fingerprint.fingerprint(tmp_path / f"{name}-out", inputs)
     alive = exact_copies.collapse(tmp_path / f"{name}-out", inputs, prints)
-    return calibrate(
-        tmp_path / f"{name}-out", inputs, prints, alive, EmbedderSpec(), images=count, **options
-    )[0]
+    root = tmp_path / f"{name}-out"
+    vectors, _ = embed(root, "embed", inputs, alive, EmbedderSpec(), fingerprints=prints)
+    return calibrate(root, inputs, prints, alive, EmbedderSpec(), vectors, images=count, **options)[
+        0
+    ]
 
 
 @pytest.fixture
@@ -135,12 +235,13 @@ def steps(monkeypatch):
 
 
 def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
-    monkeypatch.setattr(threshold, "PATIENCE", 5)
+    monkeypatch.setattr(unlike, "LOOKED_AT", 5)
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(66)] + [b"", b"broken"]
     one = run(tmp_path, images, "one")
     order = np.random.default_rng(0).permutation(len(images))
     two = run(tmp_path, [images[i] for i in order], "two", backwards=True)
-    assert one == two and one.images == 60 and one.extrapolated and "extrapolated" in one.warning
+    assert one == two and one.extrapolated and "extrapolated" in one.warning
+    assert (one.images, one.attacked, one.negatives + one.copies) == (66, 60, 66 * 65 / 2)
     assert 0.3 < one.threshold < 0.995 and one.recall > 0.5
 
 
@@ -149,3 +250,54 @@ def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
     found = run(tmp_path, files, "few")
     assert found.images == images and found.threshold == threshold.DEFAULT_VIEWS and found.warning
+
+
+def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
+    """On a GPU where there is one, with its CPUs, in batches; the vectors are the network's."""
+    torch.manual_seed(0)
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
+    network = spec.build().eval()
+    embedder = spec_of(str(save_backbone(network, spec, tmp_path / "weights")), batch_size=16)
+    asked = {}
+
+    class Seen(Here):
+        def __call__(self, root, step, settings, tasks, function, **resources):
+            asked[step] = resources, [task.arguments[-2:] for task in tasks]
+            return super().__call__(root, step, settings, tasks, function)
+
+    for part in (module, embedding, fingerprint, exact_copies):
+        monkeypatch.setattr(part, "run_step", Seen())
+    monkeypatch.setattr(embedding, "task_resources", lambda: (1.0, 3.0))
+    images = [encoded(scene(n, 40, 50), "JPEG") for n in range(9)]
+    shard(tmp_path / "in" / "a.parquet", [*images, b"broken"], group=4)
+    inputs, root = inputs_of(tmp_path / "in"), tmp_path / "out"
+    prints = fingerprint.fingerprint(root, inputs)
+    alive = exact_copies.collapse(root, inputs, prints)
+    vectors, _ = embedding.embed(root, "embed", inputs, alive, embedder)
+    found, _ = calibrate(root, inputs, prints, alive, embedder, vectors, images=5)
+    assert (found.images, found.attacked) == (9, 5)
+    assert asked["calibrate_copies"] == ({"cpus": 3.0, "gpus": 1.0}, [(True, 3)])
+    assert asked["calibrate_copies"][0] == asked["embed"][0]
+    table = pq.read_table(root / "calibrate_copies" / "00000.parquet")
+    by_id = {bytes.fromhex(image_id(image)): decode_image(image) for image in images}
+    for name, row in zip(table["image_id"].to_pylist(), table["vectors"].to_pylist(), strict=True):
+        copies = copies_of(by_id[name], name)[1:]
+        pixels = np.stack([resize_centre_crop(copy, 28) for copy in copies])
+        expected = features_of(network, [pixels], MEAN, STD).double().numpy()
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.array(row).reshape(9, -1), expected, atol=1e-3)
+
+
+def test_a_model_is_opened_once_for_all_files_of_a_worker(tmp_path, monkeypatch):
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
+    embedder = spec_of(str(save_backbone(spec.build(), spec, tmp_path / "weights")))
+    opened = []
+    load = embedders.load_weights
+    monkeypatch.setattr(embedders, "_open", {})
+    counted = replace(embedder, load=lambda: opened.append(1) or load(str(tmp_path / "weights")))
+    for n in range(3):
+        shard(tmp_path / "in" / f"{n}.parquet", [encoded(scene(n))])
+    for file in inputs_of(tmp_path / "in").files:
+        embedding.embed_file(str(tmp_path / "out"), file, counted)
+        attack_file(str(tmp_path / "copies"), file, [file.first], counted, 0)
+    assert len(opened) == 1

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from pipeline.curate import embed as module
-from pipeline.curate import embedders, fingerprint
+from pipeline.curate import embedders, fingerprint, onnx_files
 from pipeline.curate.embed import embed, embed_file
 from pipeline.curate.embedders import EmbedderSpec, digest_of, opened, spec_of
+from pipeline.curate.onnx_files import external_files
 from pipeline.curate.tables import matrix
 from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import decode_image
@@ -73,7 +74,7 @@ def test_weights_in_every_form_give_their_features(tmp_path, backbone, form):
 def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
     where = Here()
     monkeypatch.setattr(module, "run_step", where)
-    monkeypatch.setattr(module, "_resources", lambda: (0.0, 1.0))
+    monkeypatch.setattr(module, "task_resources", lambda: (0.0, 1.0))
     save_backbone(backbone, SPEC, tmp_path / "w")
     shard(tmp_path / "in" / "a.parquet", IMAGES, group=2)
     inputs = inputs_of(tmp_path / "in")
@@ -212,3 +213,73 @@ def test_onnx_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DataError, match="needs the package onnxruntime"):
         opened(spec_of(str(path), batch_size=3))
+
+
+def external(path, name="weights/m.data", seed=0):
+    """A model whose weights lie beside it."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    h = onnx.helper
+    values = np.random.default_rng(seed).normal(size=(3, 64)).astype(np.float32)
+    graph = h.make_graph(
+        [
+            h.make_node("GlobalAveragePool", ["x"], ["mean"]),
+            h.make_node("Flatten", ["mean"], ["flat"]),
+            h.make_node("MatMul", ["flat", "w"], ["y"]),
+        ],
+        "m",
+        [h.make_tensor_value_info("x", 1, ["N", 3, 8, 8])],
+        [h.make_tensor_value_info("y", 1, ["N", 64])],
+        [onnx.numpy_helper.from_array(values, "w")],
+    )
+    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
+    (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+    kept = {"save_as_external_data": True, "location": name, "size_threshold": 0}
+    onnx.save(model, str(path), **kept)
+    return path
+
+
+def test_weights_beside_an_onnx_model_are_part_of_it(tmp_path):
+    path = external(tmp_path / "m.onnx")
+    assert external_files(path.read_bytes()) == ("weights/m.data",)
+    assert external_files(onnx_file(tmp_path / "whole.onnx").read_bytes()) == ()
+    before = digest_of(path)
+    assert digest_of(external(tmp_path / "m.onnx")) == before
+    model = path.read_bytes()
+    assert digest_of(external(tmp_path / "m.onnx", seed=1)) != before
+    assert path.read_bytes() == model  # only the file beside it says the difference
+    (tmp_path / "weights" / "m.data").unlink()
+    with pytest.raises(PipelineError, match=r"m\.data, which holds weights of"):
+        spec_of(str(path))
+
+
+def test_onnx_models_that_lead_elsewhere_or_are_none(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = external(tmp_path / "m.onnx")
+    model = onnx.load(str(path), load_external_data=False)
+    for bad in ("/etc/passwd", "../m.data"):
+        model.graph.initializer[0].external_data[0].value = bad
+        with pytest.raises(DataError, match="not in its folder"):
+            external_files(model.SerializeToString())
+    for content in (b"no model", b"\x3a\xff\xff\xff\xff\x0f", b"\x3b"):
+        with pytest.raises(DataError, match="no ONNX model"):
+            external_files(content, "x")
+
+
+def test_an_onnx_model_at_a_uri_is_copied_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_files.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    path = external(tmp_path / "there" / "m.onnx")
+    local = spec_of(str(path))
+    spec = spec_of(f"file://{path}")
+    assert spec.settings == local.settings and spec.path == f"file://{path}"
+    image = scene(1, 8, 8)[None]
+    expected = opened(local).embed(image)
+    embedders._open.clear()
+    np.testing.assert_array_equal(opened(spec).embed(image), expected)
+    copies = sorted(p.name for p in (tmp_path / "node").rglob("*") if p.is_file())
+    assert copies == ["m.data", "m.onnx"]
+    (tmp_path / "there" / "weights" / "m.data").unlink()  # a copy is not fetched again
+    embedders._open.clear()
+    np.testing.assert_array_equal(opened(spec).embed(image), expected)
+    with pytest.raises(PipelineError, match=r"at a URI, name a run folder or a \.onnx file"):
+        spec_of("file:///somewhere/weights.pth")

@@ -22,8 +22,8 @@ def all_steps(root, inputs, spec):
     prints = fingerprint(root, inputs)
     marks = quality(root, inputs, prints, Rules())
     exact = collapse(root, inputs, prints, marks)
-    calibration, measured = calibrate(root, inputs, prints, exact, spec, images=60)
     vectors, made = embed(root, "embed", inputs, exact, spec, fingerprints=prints)
+    calibration, measured = calibrate(root, inputs, prints, exact, spec, vectors, images=60)
     return calibration, vectors, (prints, marks, exact, measured, made)
 
 
@@ -38,7 +38,8 @@ def test_on_ray_and_again(tmp_path, ray_cluster):
     inputs = inputs_of(tmp_path / "in")
     first = all_steps(tmp_path / "out", inputs, spec_of(str(weights)))
     calibration, vectors, results = first
-    assert calibration.images == 60 and vectors.dim == 64 and calibration.penalty == 0
+    assert (calibration.images, calibration.attacked) == (70, 60)
+    assert vectors.dim == 64 and calibration.penalty == 0
     assert results[2].total("copies_bytes") == 1 and results[2].total("rows") == 71
     rows = [read_table(vectors.folder, n).column("row").to_numpy() for n in vectors.names]
     assert len(np.concatenate(rows)) == 70

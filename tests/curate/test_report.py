@@ -28,6 +28,7 @@ from pipeline.curate.report_words import (
     similarity,
 )
 from pipeline.curate.tables import REASONS
+from pipeline.track.gallery import Gallery, Group, Tile
 from pipeline.track.names import metric_name, picture_key
 from tests.curate.conftest import summarised
 from tests.curate.made_up import HOSTILE, Run, calibration, write_run
@@ -317,13 +318,38 @@ def test_a_broken_balance_is_the_first_thing_said(summary: Summary, tmp_path: Pa
     assert "**The balance does not hold:** 3 images are lost." in note(broken)
 
 
-def test_a_threshold_set_by_hand_is_said(run: Run, tmp_path: Path) -> None:
-    summary = summarise(run.root, calibration=calibration(), threshold=0.95)
-    write(tmp_path / "r.html", summary)
+def test_how_sure_the_threshold_is_is_said(run: Run, tmp_path: Path) -> None:
+    known = calibration() | {"warning": "12 images are few"}
+    write(tmp_path / "r.html", summarise(run.root, calibration=known))
     said = (tmp_path / "r.html").read_text()
-    assert "The threshold in use, 0.950, was set by hand." in said
+    assert "0.880 – 0.915" in said and "1 in 625,000" in said
+    assert "copies of 500 of the images were made in nine ways" in said
+    assert "37 pairs of the sample were copies of each other and did not count." in said
+    assert "class='problem'>Mind: 12 images are few. Look at the pairs near" in said
+    default = {name: None for name in ("low", "high", "reached", "recall")}
+    known |= default | {"recalls": {}, "curve": [], "copies": 0}
+    write(tmp_path / "r.html", summarise(run.root, calibration=known))
+    said = (tmp_path / "r.html").read_text()
+    assert "It is a default: there were too few images to measure one." in said
+
+
+def test_a_threshold_set_by_hand_counts(run: Run, tmp_path: Path) -> None:
+    summary = summarise(run.root, threshold=0.95)
+    write(tmp_path / "r.html", summary)
+    assert "How the threshold was chosen" not in (tmp_path / "r.html").read_text()
     assert summary.edges is not None
     assert summary.edges.above == sum(s > 0.95 for _, _, s in run.edges)
+
+
+def test_small_pictures_are_enlarged() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 20), "red").save(stream, "JPEG")
+    page = Gallery([Group([Tile(stream.getvalue())])]).html(1200)
+    assert "class='enlarged'" in page and "width='96' height='60'" in page
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 96), "red").save(stream, "JPEG")
+    page = Gallery([Group([Tile(stream.getvalue())])]).html(1200)
+    assert "enlarged" not in page and "width='60' height='96'" in page
 
 
 def test_words_exist_for_every_reason() -> None:

@@ -17,6 +17,8 @@ from PIL import Image, ImageOps
 from pipeline import job
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
+from pipeline.stages import curate_sizes
+from pipeline.stages.curate_steps import proportions
 from tests.curate.piles import hub, packed, without_ray
 
 
@@ -331,6 +333,75 @@ def test_images_are_added_to_a_curated_set(tmp_path):
     )
     assert [row["reason"] for row in decisions(three)] == ["duplicate_near"] * 2 + ["kept"]
     assert open_shards(str(three.path / "curated")).rows == 27
+
+
+def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys, caplog):
+    hub(tmp_path / "one", [[encoded(blobs(i)) for i in range(6)]])
+    hub(tmp_path / "two", [[encoded(blobs(i)) for i in range(5, 9)]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/one", name="one")
+    new = [f"data.shards={tmp_path}/two", f"curate.against={one.path}"]
+    with pytest.raises(SystemExit):
+        curate(tmp_path, *new, "dedup.threshold=0.8", name="two")
+    what, hint = said(capsys)
+    assert "dedup.threshold=0.8, but" in what and "was curated with 0.9" in what
+    assert "leave dedup.threshold out" in hint
+    auto = ["dedup.threshold=auto", "dedup.false_positives=1e-9"]
+    two = curate(tmp_path, *new, *auto, name="two")
+    assert two.last("curate")["threshold"] == 0.9  # nothing is calibrated
+    assert "dedup.false_positives and dedup.calibration_images change nothing" in said(capsys)[0]
+    none = curate(tmp_path, f"data.shards={tmp_path}/one", "dedup.enabled=false", name="none")
+    with pytest.raises(SystemExit):
+        curate(tmp_path, new[0], f"curate.against={none.path}", name="three")
+    what, hint = said(capsys)
+    assert "was curated without comparing images (dedup.enabled=false" in what
+    assert "dedup.enabled=true" in hint
+
+
+def test_parts_as_proportions(tmp_path):
+    pool = [encoded(blobs(i)) for i in range(80)]
+    seeds = [encoded(blobs(i).resize((60, 60)).rotate(4)) for i in range(16)]
+    hub(tmp_path / "hub", [pool])
+    hub(tmp_path / "seeds", [seeds])
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given += ["retrieve.mode=sample", "retrieve.neighbours=4"]
+    plain = curate(tmp_path, *given, name="plain")
+    before = Counter(row["part"] for row in decisions(plain) if row["kept"])
+    run = curate(tmp_path, *given, "mix.by=proportion", "mix.as_is=2", name="mixed")
+    counts = assert_balanced(run, 96)
+    after = Counter(row["part"] for row in decisions(run) if row["kept"])
+    assert after["as_is"] == before["as_is"] == 16 and before["sample"] > 20
+    assert 2 <= after["sample"] <= 16  # half as many, as a draw gives it
+    gone = [row["rule"] for row in decisions(run) if row["reason"] == "balanced_out"]
+    assert gone == ["mix.sample"] * (before["sample"] - after["sample"])
+    assert counts["balanced_out"] == len(gone)
+    twice = curate(tmp_path, *given, "mix.by=proportion", "mix.as_is=4", name="less")
+    ids = [{row["image_id"] for row in decisions(r) if row["kept"]} for r in (twice, run, plain)]
+    assert ids[0] < ids[1] < ids[2]
+
+
+def test_proportions_are_those_of_the_weights():
+    every = {"pool": 1.0, "as_is": 3.0, "sample": 1.0, "cluster": 0.0, "balanced": 0.5}
+    images = {"as_is": 60, "sample": 500, "cluster": 70, "balanced": 1000}
+    found = proportions(every, images)
+    kept = {part: found[part] * count for part, count in images.items()}
+    assert kept == pytest.approx({"as_is": 60, "sample": 20, "cluster": 0, "balanced": 10})
+    assert proportions(every, {}) == dict.fromkeys(every, 0.0)
+
+
+def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(9)]])
+    hub(tmp_path / "seeds", [[encoded(blobs(30))]])
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 7)
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            curate(tmp_path, *given, "retrieve.clusters=100000", *dry, name="many")
+        what, hint = said(capsys)
+        assert "retrieve.clusters: 9 clusters of vectors of 143 numbers" in what  # 9 images
+        assert "do not fit into a task of 2 GB: 7 do" in what and "at most 7" in hint
+    assert not (tmp_path / "many" / "curate" / "steps").exists()
+    monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 9)
+    curate(tmp_path, *given, "retrieve.clusters=100000", name="fits")
 
 
 def test_looking_up_one_image(tmp_path, capsys):
