@@ -1,14 +1,16 @@
 """Components of copies, which image of each is kept, and a guard against chains.
 
 Components are those of the edges above the threshold. Of each one the keeper is chosen: images that
-are taken as they are first, then the larger area, then more bytes for each pixel, then the smaller
-image id. A chain A-B-C of copies may end far from its start: members whose exact similarity to the
-keeper is too low are given to keepers of their own (leaders).
+do not go in any case (leaks, copies of what was curated earlier) first, then those that are taken
+as they are, then the larger area, then more bytes for each pixel, then the smaller image id. A
+chain A-B-C of copies may end far from its start: members whose exact similarity to the keeper is
+too low are given to keepers of their own (leaders).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from pipeline.curate.portions import (
     read_range,
     read_rows,
 )
+from pipeline.curate.stored import OnDisk
 from pipeline.curate.tables import (
     AS_IS,
     COMPONENTS,
@@ -42,6 +45,7 @@ from pipeline.curate.tables import (
 Array = np.ndarray[Any, Any]
 CHUNK = 4096  # rows compared with their keepers at once
 PART_BYTES = 2**27  # of the vectors that a task takes
+HELD_BYTES = 2**29  # of the vectors that a task holds; twice while they are read
 
 LABELS = pa.schema([("row", ROW), ("label", ROW)])
 
@@ -66,11 +70,18 @@ def connected(a: Ints, b: Ints) -> tuple[Ints, Ints]:
     return row, smallest[label]
 
 
-def label_task(folder: str, edges: str, threshold: float) -> dict[str, Any]:
-    """Writes the component of each row that is in an edge above the threshold."""
-    table = read_table(edges, "edges", filters=[("similarity", ">", threshold)])
+def label_task(folder: str, edges: str, name: str, threshold: float) -> dict[str, Any]:
+    """Writes the component of each row that is in an edge above the threshold.
+
+    Args:
+        folder: of the step.
+        edges: folder of `tables.EDGES`; components are in one table each.
+        name: of a table.
+        threshold: of the similarity.
+    """
+    table = read_table(edges, name, filters=[("similarity", ">", threshold)])
     row, label = connected(table.column("a").to_numpy(), table.column("b").to_numpy())
-    size = write_table(pa.table({"row": row, "label": label}).cast(LABELS), folder, "labels")
+    size = write_table(pa.table({"row": row, "label": label}).cast(LABELS), folder, name)
     return {"rows": len(row), "bytes": size, "components": len(np.unique(label))}
 
 
@@ -79,10 +90,10 @@ def gather_task(
     vectors: Vectors,
     portion: Portion,
     files: Sequence[InputFile],
-    labels: str,
+    labels: tuple[str, Sequence[str]],
     copies: tuple[str, Sequence[str]],
     fingerprints: str,
-    leaks: str,
+    aside: Sequence[str],
     parts: int,
 ) -> dict[str, Any]:
     """Writes what the choice of keepers needs of a portion's rows, by component.
@@ -94,19 +105,20 @@ def gather_task(
     stands = copies_of(portion, copies)
     copy, stand = stands.column("row").to_numpy(), stands.column("stands").to_numpy()
     for part in portion.parts:
-        found = list(read_range(labels, ["labels"], part.first, part.end))
+        found = list(read_range(*labels, part.first, part.end))
         if not found:
             continue
-        row, label = (found[0].column(name).to_numpy() for name in ("row", "label"))
+        own = pa.concat_tables(found).sort_by("row")
+        row, label = (own.column(name).to_numpy() for name in LABELS.names)
         columns = ["row", "image_id", "bytes", "width", "height"]
         facts = next(read_range(fingerprints, [part.name], part.first, part.end, columns))
         at = np.searchsorted(facts.column("row").to_numpy(), row)
         area = facts.column("width").to_numpy().astype(np.int64) * facts.column("height").to_numpy()
         density = facts.column("bytes").to_numpy() / np.maximum(area, 1)
-        leaking = np.zeros(len(row), bool)
-        if leaks:
-            for table in read_range(leaks, [part.name], part.first, part.end, ["row"]):
-                leaking = np.isin(row, table.column("row").to_numpy())
+        going = np.zeros(len(row), bool)
+        for one in aside:
+            for table in read_range(one, [part.name], part.first, part.end, ["row"]):
+                going |= np.isin(row, table.column("row").to_numpy())
         of = np.arange(len(row)) if not len(copy) else np.searchsorted(copy, row)
         is_copy = np.isin(row, copy)
         rows.append(
@@ -117,7 +129,7 @@ def gather_task(
                 "as_is": np.full(len(row), kinds[part.name] == AS_IS),
                 "area": area[at],
                 "density": density[at],
-                "leaks": leaking,
+                "goes": going,
                 "stands": np.where(is_copy, stand[np.minimum(of, len(stand) - 1)], row)
                 if len(copy)
                 else row,
@@ -159,23 +171,23 @@ def part_of(label: Ints, parts: int) -> Ints:
 
 
 def keeper_order(
-    component: Array, leaks: Array, as_is: Array, area: Array, density: Array, ids: Ids
+    component: Array, goes: Array, as_is: Array, area: Array, density: Array, ids: Ids
 ) -> Ints:
     """Rows by component, the best one of each first."""
     high, low = big_endian(ids)
-    return np.lexsort((low, high, -density, -area, ~as_is, leaks, component))
+    return np.lexsort((low, high, -density, -area, ~as_is, goes, component))
 
 
 class Likeness:
     """Exact similarities of rows to each other, all views counted.
 
     Args:
-        rows: with their crops where views count.
+        rows: with their crops where views count; in memory or on disk.
         visiting: as in `items.Visiting`, or None.
         penalty: what the similarity of a crop is reduced by.
     """
 
-    def __init__(self, rows: Rows, visiting: Visiting | None, penalty: float) -> None:
+    def __init__(self, rows: Rows | OnDisk, visiting: Visiting | None, penalty: float) -> None:
         self.rows, self.visiting, self.penalty = rows, visiting, penalty
 
     def __call__(self, a: Ints, b: Ints) -> Doubles:
@@ -234,21 +246,24 @@ def keep_task(
     }
     column["image_id"] = ids_of(table.column("image_id"))
     rows = _vectors(gathered, vector_names, part, dim)
+    del tables, table
     by_row = np.argsort(rows.row)
     at = by_row[np.searchsorted(rows.row[by_row], column["stands"])]
     order = keeper_order(
-        *(column[name] for name in ("label", "leaks", "as_is", "area", "density", "image_id"))
+        *(column[name] for name in ("label", "goes", "as_is", "area", "density", "image_id"))
     )
     column = {name: values[order] for name, values in column.items()}
     keeper, similarity, chained, size, first_id = choose(
         column["label"],
-        column["leaks"],
+        column["goes"],
         column["image_id"],
         at[order],
         Likeness(rows, visiting, penalty),
         least,
         chains,
     )
+    if isinstance(rows, OnDisk):
+        rows.close()
     found = pa.table(
         {
             "row": column["row"],
@@ -264,8 +279,19 @@ def keep_task(
     return {"rows": len(found), "bytes": written, "chained": int(chained.sum())}
 
 
-def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows:
-    tables = list(read_bucket(str(gathered) + "/vectors", names, part))
+def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows | OnDisk:
+    """The vectors of a part, on disk where one component makes it larger than parts should be."""
+    folder = str(gathered) + "/vectors"
+    count = sum(len(table) for table in read_bucket(folder, names, part, ["row"]))
+    tables = read_bucket(folder, names, part)
+    first = next(tables)
+    width = 1 + CROPS * ("crops" in first.column_names)
+    if count * width * dim * 2 > HELD_BYTES:
+        return OnDisk(chain([first], tables), dim)
+    return _held([first, *tables], dim)
+
+
+def _held(tables: list[pa.Table], dim: int) -> Rows:
     row = np.concatenate([table.column("row").to_numpy() for table in tables])
     vectors = np.concatenate([unraw(t.column("vector"), np.float16, dim) for t in tables])
     crops = None
@@ -278,7 +304,7 @@ def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows:
 
 def choose(
     label: Array,
-    leaks: Array,
+    goes: Array,
     ids: Ids,
     at: Ints,
     likeness: Likeness,
@@ -289,7 +315,7 @@ def choose(
 
     Args:
         label: component of each row.
-        leaks: rows that never are keepers where their component has another row.
+        goes: rows that go in any case: keepers only where all rows of their component go.
         ids: of the rows.
         at: places of their vectors.
         likeness: of places.
@@ -313,7 +339,7 @@ def choose(
     if chains == "split":
         for one in np.unique(component[chained]):
             rows = np.arange(start[one], start[one] + count[one])
-            _lead(rows[chained[rows]], leaks, at, likeness, least, keeper, similarity)
+            _lead(rows[chained[rows]], goes, at, likeness, least, keeper, similarity)
     high, low = big_endian(ids)
     smallest = np.lexsort((low, high, component))[start]
     return keeper, similarity, chained, count[component], ids[smallest[component]]
@@ -321,7 +347,7 @@ def choose(
 
 def _lead(
     left: Ints,
-    leaks: Array,
+    goes: Array,
     at: Ints,
     likeness: Likeness,
     least: float,
@@ -330,9 +356,9 @@ def _lead(
 ) -> None:
     """Leaders: the best of those left takes all of them that are like it, until none is left.
 
-    Rows that leak lead nobody; where no leader takes them they stay with the first keeper.
+    Rows that go in any case lead nobody; where no leader takes them the first keeper stays theirs.
     """
-    while len(left) and not leaks[left[0]]:
+    while len(left) and not goes[left[0]]:
         leader, rest = left[0], left[1:]
         keeper[leader], similarity[leader] = leader, 1.0
         to_leader = likeness(at[rest], np.full(len(rest), at[leader]))

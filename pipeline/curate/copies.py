@@ -1,25 +1,23 @@
-"""Copies: the steps from vectors to components, leaks and matches, each of which resumes.
+"""Copies: the steps from vectors to components, each of which resumes.
 
 find_pairs       collapse equal vectors, fit cells, write buckets, join, reduce to edges
-find_leaks       evaluation sets against the buckets
 find_components  edges above a threshold to components with a keeper each
-find_matches     new images against the buckets of an earlier curation
-look_up          one image against them, without Ray
+
+`relative` has evaluation sets, new images and single ones against the same buckets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pipeline.curate import cells as cells_of
-from pipeline.curate import collapse, components, items, join, leaks
-from pipeline.curate.exact import Halves
+from pipeline.curate import collapse, components, edges, items, join
 from pipeline.curate.items import Shuffled, Visiting
 from pipeline.curate.portions import CROPS, Portion, Rows, portions
 from pipeline.curate.tables import InputFile, Inputs, Vectors
@@ -30,7 +28,8 @@ from pipeline.errors import DataError
 from pipeline.uri import Place, public
 from pipeline.uri import join as join_place
 
-FILE_GROUPS = 256  # tasks that write the tables of input files
+FILE_GROUPS = 256  # tasks that write the tables of input files, at least where there are as many
+GROUP_ROWS = 4_000_000  # of the files of such a task
 STORED = "copies.json"
 
 
@@ -46,9 +45,9 @@ class Copies:
         buckets: how many there are.
         shuffled: the items in their buckets.
         copies: folder and tables of rows with equal vectors.
-        edges: folder of `edges.parquet`.
+        edges: folder of `tables.EDGES`; empty where images were not compared with each other.
+        edge_names: of its tables.
         lowest: similarity that all edges are above.
-        touched: rows that are in an edge.
         portion_rows: rows of a portion, or None.
         keys: of the steps.
         steps: their results; empty where this was read from storage.
@@ -62,8 +61,8 @@ class Copies:
     shuffled: Shuffled
     copies: tuple[str, tuple[str, ...]]
     edges: str
+    edge_names: tuple[str, ...]
     lowest: float
-    touched: int
     portion_rows: int | None
     keys: dict[str, str]
     steps: tuple[Result, ...] = ()
@@ -81,7 +80,7 @@ class Copies:
         """Reads it.
 
         Raises:
-            DataError: there is none.
+            DataError: there is none, or it was written by another version.
         """
         fs, path = resolve_uri(str(join_place(root, STORED)))
         value = read_json(fs, path)
@@ -90,12 +89,18 @@ class Copies:
                 f"{public(str(root))} holds no curation with copies: {STORED} is missing",
                 "name the folder of a curation that is finished and had dedup.enabled=true",
             )
+        if set(value) | {"steps"} != {field.name for field in fields(cls)}:
+            raise DataError(
+                f"{public(str(root))} was curated by another version: {STORED} has other fields",
+                "curate it again",
+            )
         value = json.loads(json.dumps(value).replace("{root}", json.dumps(str(root))[1:-1]))
         shuffled = value["shuffled"]
         names = tuple((name, tuple(shelves)) for name, shelves in shuffled["names"])
         crops = tuple(shuffled["crops"])
         value["shuffled"] = Shuffled(**{**shuffled, "names": names, "crops": crops})
         value["copies"] = (value["copies"][0], tuple(value["copies"][1]))
+        value["edge_names"] = tuple(value["edge_names"])
         return cls(**value)
 
 
@@ -112,8 +117,10 @@ def find_pairs(
     penalty: float = 0.0,
     seed: int = 0,
     gpus: float = 0.0,
+    compare: bool = True,
     _buckets: int | None = None,
     _portion_rows: int | None = None,
+    _shards: int | None = None,
 ) -> Copies:
     """All pairs of images that are alike, as the edges of a maximum spanning forest.
 
@@ -131,6 +138,8 @@ def find_pairs(
         penalty: that the similarity of a crop is reduced by.
         seed: of the sample and of the cells.
         gpus: of the tasks that compare.
+        compare: the images with each other; else they are only put into their buckets, which is
+            what other sets are compared with.
     """
     buckets, copies, where, steps = placed(
         root,
@@ -146,29 +155,20 @@ def find_pairs(
         "near",
         _portion_rows,
     )
-    shuffle_key = steps[-1].key
-    pairs = run_step(
-        root,
-        "copies/pairs",
-        [shuffle_key, lowest, penalty],
-        [
-            Task(
-                f"{b:05d}",
-                (where, b, lowest, penalty),
-            )
-            for b in range(buckets)
-        ],
-        join.join_task,
-        gpus=gpus,
-    )
-    edges = run_step(
-        root,
-        "edges",
-        [pairs.key],
-        [Task("edges", (pairs.folder, [f"{b:05d}" for b in range(buckets)], copies, lowest))],
-        join.edges_task,
-    )
-    steps = (*steps, pairs, edges)
+    made: tuple[Result, ...] = ()
+    if compare:
+        names = [f"{b:05d}" for b in range(buckets)]
+        pairs = run_step(
+            root,
+            "copies/pairs",
+            [steps[-1].key, lowest, penalty],
+            [Task(name, (where, b, lowest, penalty)) for b, name in enumerate(names)],
+            join.join_task,
+            gpus=gpus,
+        )
+        of_equals = next(step for step in steps if step.step == "copies/collapse")
+        made = (pairs, *edges.reduce(root, pairs, names, of_equals, copies[1], lowest, _shards))
+    steps = (*steps, *made)
     found = Copies(
         root=str(root),
         rows=inputs.rows,
@@ -177,9 +177,9 @@ def find_pairs(
         buckets=buckets,
         shuffled=where,
         copies=copies,
-        edges=edges.folder,
+        edges=made[-1].folder if made else "",
+        edge_names=tuple(f"{s:05d}" for s in range(len(made[-1].accounts))) if made else (),
         lowest=lowest,
-        touched=int(edges.total("touched")),
         portion_rows=_portion_rows,
         keys={step.step: step.key for step in steps},
         steps=steps,
@@ -224,7 +224,7 @@ def placed(
         [Task(p.name, (vectors, p, exact[0], hashed_buckets)) for p in of],
         collapse.hash_task,
     )
-    names = _written(of, hashed)
+    names = written(of, hashed)
     collapsed = step(
         "copies/collapse",
         [hashed.key],
@@ -259,92 +259,8 @@ def placed(
         items.shuffle_task,
         gpus=gpus,
     )
-    where = Shuffled(shuffled.folder, _written(of, shuffled), vectors.dim, probes, crops)
+    where = Shuffled(shuffled.folder, written(of, shuffled), vectors.dim, probes, crops)
     return buckets, copies, where, tuple(steps)
-
-
-def find_leaks(
-    copies: Copies,
-    inputs: Inputs,
-    sets: Mapping[str, tuple[Inputs, Vectors]],
-    *,
-    threshold: float,
-    visiting: Visiting | None = None,
-    gpus: float = 0.0,
-) -> tuple[Result, tuple[Result, ...]]:
-    """The best match of each image among the images of evaluation sets.
-
-    Args:
-        copies: of the images.
-        inputs: the images.
-        sets: inputs and vectors of each evaluation set, by name.
-        threshold: similarity that a match must be above.
-        visiting: as for `find_pairs`.
-        gpus: of the tasks that compare.
-
-    Returns:
-        The step whose folder has `tables.LEAKS` of each input file, and all steps. The account of
-        `copies/leaks/queries` counts the images of each set that have a match; its folder has
-        `queries.parquet` (`leaks.QUERIES`).
-    """
-    steps: list[Result] = []
-    placed: list[tuple[str, Shuffled]] = []
-    for name, (set_inputs, vectors) in sorted(sets.items()):
-        result, shuffled = _shuffle(
-            copies, f"copies/leaks/sets/{name}", set_inputs, vectors, visiting, gpus
-        )
-        steps.append(result)
-        placed.append((name, shuffled))
-    names = tuple(f"{b:05d}" for b in range(copies.buckets))
-    hits = run_step(
-        copies.root,
-        "copies/leaks/hits",
-        [
-            copies.keys["copies/shuffle"],
-            [r.key for r in steps],
-            sorted(sets),
-            threshold,
-            copies.penalty,
-        ],
-        [
-            Task(
-                name,
-                (copies.shuffled, placed, bucket, threshold, copies.penalty),
-            )
-            for bucket, name in enumerate(names)
-        ],
-        leaks.leak_task,
-        gpus=gpus,
-    )
-    queries = run_step(
-        copies.root,
-        "copies/leaks/queries",
-        [hits.key],
-        [Task("queries", (hits.folder, names))],
-        leaks.queries_task,
-    )
-    groups = _groups(inputs.files)
-    whole = run_step(
-        copies.root,
-        "copies/leaks/whole",
-        [hits.key, copies.keys["copies/collapse"]],
-        [
-            Task(
-                name,
-                (hits.folder, names, copies.copies, files[0].first, _end(files), name),
-            )
-            for name, files in groups
-        ],
-        leaks.copies_task,
-    )
-    found = run_step(
-        copies.root,
-        "leaks",
-        [whole.key, inputs.digest],
-        [Task(name, (whole.folder, [n for n, _ in groups], files)) for name, files in groups],
-        leaks.spread_leaks_task,
-    )
-    return found, (*steps, hits, queries, whole, found)
 
 
 def find_components(
@@ -356,7 +272,7 @@ def find_components(
     threshold: float,
     guard: float,
     chains: str = "split",
-    leaks: tuple[str, str] = ("", ""),
+    aside: Sequence[tuple[str, str]] = (),
     visiting: Visiting | None = None,
 ) -> tuple[Result, tuple[Result, ...]]:
     """Components of copies with a keeper each.
@@ -369,7 +285,9 @@ def find_components(
         threshold: similarity that an edge must be above; not below `copies.lowest`.
         guard: a member that is so much less like its keeper than the threshold is of a chain.
         chains: `split`: such members get keepers of their own; `keep`: one for each component.
-        leaks: folder of `tables.LEAKS` and key of its step; empty: nothing leaks.
+        aside: folders and keys of steps whose tables have the `row` of images that go in any
+            case: leaks, copies of what was curated earlier. One of them is a keeper only where
+            all images of its component are such.
         visiting: as for `find_pairs`.
 
     Returns:
@@ -382,14 +300,20 @@ def find_components(
         root,
         "copies/labels",
         [copies.keys["edges"], threshold],
-        [Task("labels", (copies.edges, threshold))],
+        [Task(name, (copies.edges, name, threshold)) for name in copies.edge_names],
         components.label_task,
     )
     parts = components.parts_for(int(labels.total("rows")), vectors)
     gathered = run_step(
         root,
         "copies/gathered",
-        [labels.key, copies.keys["copies/collapse"], fingerprints[1], leaks[1], parts],
+        [
+            labels.key,
+            copies.keys["copies/collapse"],
+            fingerprints[1],
+            [key for _, key in aside],
+            parts,
+        ],
         [
             Task(
                 p.name,
@@ -397,10 +321,10 @@ def find_components(
                     vectors,
                     p,
                     _files_of(p, inputs),
-                    labels.folder,
+                    (labels.folder, copies.edge_names),
                     copies.copies,
                     fingerprints[0],
-                    leaks[0],
+                    tuple(folder for folder, _ in aside),
                     parts,
                 ),
             )
@@ -409,7 +333,7 @@ def find_components(
         components.gather_task,
     )
     least = threshold - guard
-    names, vector_names = (_written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
+    names, vector_names = (written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
     kept = run_step(
         root,
         "copies/kept",
@@ -438,182 +362,13 @@ def find_components(
         root,
         "components",
         [kept.key, inputs.digest],
-        [Task(name, (kept.folder, part_names, files)) for name, files in _groups(inputs.files)],
+        [Task(name, (kept.folder, part_names, files)) for name, files in file_groups(inputs.files)],
         components.spread_task,
     )
     return found, (labels, gathered, kept, found)
 
 
-def find_matches(
-    root: Place,
-    earlier: Copies,
-    inputs: Inputs,
-    vectors: Vectors,
-    *,
-    decisions: tuple[str, Sequence[str], str],
-    threshold: float,
-    visiting: Visiting | None = None,
-    exact: tuple[str, str] = ("", ""),
-    gpus: float = 0.0,
-) -> tuple[Result, tuple[Result, ...]]:
-    """The best match of each new image among the kept images of an earlier curation.
-
-    Args:
-        root: folder of the new curation.
-        earlier: the copies of the earlier one.
-        inputs: the new images.
-        vectors: of them, made as the earlier ones.
-        decisions: folder, names and key of tables with `row` and `kept` of the earlier one.
-        threshold: similarity that a match must be above.
-        visiting: as for `find_pairs`.
-        exact: as for `find_pairs`.
-        gpus: of the tasks that compare.
-
-    Returns:
-        The step whose folder has `leaks.MATCHES` of each new input file, and all steps.
-    """
-    folder, names, key = decisions
-    kept = run_step(
-        root,
-        "matching/kept",
-        [key],
-        [Task("kept", (folder, tuple(names), earlier.rows))],
-        leaks.kept_task,
-    )
-    placed, new = _shuffle(
-        earlier, "matching/shuffle", inputs, vectors, visiting, gpus, root=root, exact=exact
-    )
-    matched = run_step(
-        root,
-        "matching/buckets",
-        [kept.key, placed.key, threshold, earlier.penalty],
-        [
-            Task(
-                f"{b:05d}",
-                (earlier.shuffled, kept.folder, new, b, threshold, earlier.penalty),
-            )
-            for b in range(earlier.buckets)
-        ],
-        leaks.match_task,
-        gpus=gpus,
-    )
-    bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
-    found = run_step(
-        root,
-        "matches",
-        [matched.key, inputs.digest],
-        [
-            Task(name, (matched.folder, bucket_names, files))
-            for name, files in _groups(inputs.files)
-        ],
-        leaks.spread_matches_task,
-    )
-    return found, (kept, placed, matched, found)
-
-
-@dataclass(frozen=True)
-class Match:
-    """A stored image that is like the one that was looked up."""
-
-    row: int
-    image_id: str
-    similarity: float
-
-
-def look_up(
-    copies: Copies,
-    vector: Halves,
-    crops: Halves | None = None,
-    visiting: Visiting | None = None,
-    *,
-    threshold: float,
-    most: int = 10,
-) -> list[Match]:
-    """Stored images that one image is like, the most similar first; opens the buckets of its cells.
-
-    Rows with equal vectors are found by the one that stands for them (the smallest image id).
-
-    Args:
-        copies: of the stored images.
-        vector: [d] of unit length.
-        crops: [9, d] where the stored images have views.
-        visiting: as for `find_pairs`.
-        threshold: similarity that a match must be above.
-        most: matches returned.
-    """
-    stored = copies.shuffled
-    _check_dim(stored, len(vector), "the image")
-    rows = Rows(
-        np.zeros(1, np.int64),
-        np.zeros((1, 16), np.uint8),
-        vector[None],
-        None if crops is None else crops[None],
-    )
-    fitted = cells_of.Cells.load(copies.cells, stored.dim)
-    table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
-    found: dict[int, Match] = {}
-    for number in np.unique(bucket // 2):
-        mine = table.filter(bucket // 2 == number)
-        here = items.items_of(
-            [
-                (not one % 2, mine.slice(i, 1))
-                for i, one in enumerate(bucket[bucket // 2 == number])
-            ],
-            stored.dim,
-            stored.probes,
-        )
-        pool = stored.read(int(number))
-        a, _, similarity = leaks.relative_pairs(
-            pool, here, threshold, np.array(stored.crops), copies.penalty
-        )
-        for place, value in zip(a, similarity, strict=True):
-            row = int(pool.row[place])
-            if row not in found or found[row].similarity < value:
-                found[row] = Match(row, bytes(pool.ids[place]).hex(), float(value))
-    return sorted(found.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
-
-
-def _shuffle(
-    copies: Copies,
-    step: str,
-    inputs: Inputs,
-    vectors: Vectors,
-    visiting: Visiting | None,
-    gpus: float,
-    root: Place | None = None,
-    exact: tuple[str, str] = ("", ""),
-) -> tuple[Result, Shuffled]:
-    """Writes the items of another set to the buckets of the cells that are there."""
-    stored = copies.shuffled
-    _check_dim(stored, vectors.dim, step)
-    of = portions(inputs.files, vectors, copies.portion_rows)
-    result = run_step(
-        root or copies.root,
-        step,
-        [copies.keys["copies/cells"], vectors.key, exact[1], stored.probes, stored.crops],
-        [
-            Task(
-                p.name,
-                (vectors, p, exact[0], ("", ()), copies.cells, stored.probes, visiting),
-            )
-            for p in of
-        ],
-        items.shuffle_task,
-        gpus=gpus,
-    )
-    names = _written(of, result)
-    return result, Shuffled(result.folder, names, vectors.dim, stored.probes, stored.crops)
-
-
-def _check_dim(stored: Shuffled, dim: int, who: str) -> None:
-    if dim != stored.dim:
-        raise DataError(
-            f"vectors of {who} have {dim} numbers, those of the curated set {stored.dim}",
-            "embed both with the same curate.copy_embedder",
-        )
-
-
-def _written(
+def written(
     of: Sequence[Portion], result: Result, which: str = "shelves"
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names of the tasks of a shuffle, with the shelves that each wrote."""
@@ -637,9 +392,10 @@ def _crops(vectors: Vectors, visiting: Visiting | None) -> tuple[bool, ...]:
     return tuple(bool(crop) for crop in crops)
 
 
-def _groups(files: Sequence[InputFile]) -> list[tuple[str, tuple[InputFile, ...]]]:
-    """Input files in at most `FILE_GROUPS` groups, called after their first file."""
-    count = min(len(files), FILE_GROUPS)
+def file_groups(files: Sequence[InputFile]) -> list[tuple[str, tuple[InputFile, ...]]]:
+    """Neighbouring input files in groups for a task each, called after their first file."""
+    rows = end_of(files) - files[0].first if files else 0
+    count = min(len(files), max(FILE_GROUPS, -(-rows // GROUP_ROWS)))
     bounds = [len(files) * i // count for i in range(count + 1)] if count else []
     return [(files[a].name, tuple(files[a:b])) for a, b in pairwise(bounds) if b > a]
 
@@ -649,7 +405,8 @@ def _files_of(portion: Portion, inputs: Inputs) -> tuple[InputFile, ...]:
     return tuple(inputs.files[int(name)] for name in sorted(names))
 
 
-def _end(files: Sequence[InputFile]) -> int:
+def end_of(files: Sequence[InputFile]) -> int:
+    """The first row after these consecutive files."""
     return files[-1].first + files[-1].rows
 
 

@@ -53,8 +53,8 @@ def embed(
         root: folder of the curation.
         step: its name.
         inputs: all images.
-        alive: of `exact_copies.collapse`: only rows that are their own keeper; None: all that can
-            be decoded.
+        alive: of `exact_copies.collapse`, without marks, so that no threshold changes what is
+            embedded: only rows that are their own keeper; None: all that can be decoded.
         spec: the embedder.
         fingerprints: of the same inputs.
         max_pixels: larger images are refused.

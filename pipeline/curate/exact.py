@@ -170,7 +170,7 @@ class _OnDevice:
     ) -> tuple[np.ndarray[Any, Any], Floats]:
         """As on the CPU."""
         torch, k = self.torch, len(self.centres)
-        with _full_precision(torch):
+        with full_precision(torch):
             fast = torch.from_numpy(np.array(rows)).to(self.on).float() @ self.centres.T
         width = min(k, count + 8)
         while True:
@@ -182,8 +182,8 @@ class _OnDevice:
 
 
 @contextmanager
-def _full_precision(torch: Any) -> Iterator[None]:
-    """Inside, matrix products of single precision are made in single precision."""
+def full_precision(torch: Any) -> Iterator[None]:
+    """Inside, matrix products of single precision are made in single precision (no TF32)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

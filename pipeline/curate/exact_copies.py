@@ -3,6 +3,9 @@
 Equal bytes decode to equal pixels, so one shuffle by the hash of the pixels brings both kinds
 together. Only narrow rows travel (hash, id, row, bytes: 57 bytes each); a task holds a bucket of
 hashes or a range of rows, never all of them.
+
+Groups are made of all images that can be decoded. Quality rules measure pixels, so they pass or
+fail a group as a whole: other limits change which groups there are, and no keeper.
 """
 
 from __future__ import annotations
@@ -40,7 +43,11 @@ _GONE = pa.schema([("row", ROW), ("keeper", ROW), ("method", pa.string())])
 
 
 def collapse(
-    root: Place, inputs: Inputs, fingerprints: Result, quality: Result | None = None
+    root: Place,
+    inputs: Inputs,
+    fingerprints: Result,
+    quality: Result | None = None,
+    step: str = STEP,
 ) -> Result:
     """Writes `tables.EXACT` of every input file.
 
@@ -53,15 +60,16 @@ def collapse(
         inputs: all images.
         fingerprints: of all inputs.
         quality: marks; rows that it marks are left out. None: only rows that cannot be decoded are.
+        step: name of the last of the three steps; the others are the same for any marks.
 
     Returns:
-        the last of three steps, with the time of all. Accounts have rows (that go in), bytes,
+        the last of three steps, with the time of all. Accounts have rows (of the result), bytes,
         `copies_bytes` and `copies_pixels` (rows that are not kept).
     """
     marks = quality.folder if quality else ""
     buckets = max(1, -(-inputs.rows // BUCKET_ROWS))
-    key = [1, fingerprints.key, quality.key if quality else "", buckets]
-    tasks = [Task(f.name, (f, fingerprints.folder, marks, buckets)) for f in inputs.files]
+    tasks = [Task(f.name, (f, fingerprints.folder, buckets)) for f in inputs.files]
+    key = [2, fingerprints.key, buckets]
     hashes = run_step(root, f"{STEP}_hashes", key, tasks, hash_file)
     names = [
         (file.name, tuple(account["shelves"]))
@@ -74,8 +82,9 @@ def collapse(
         Task(files[0].name, (files, fingerprints.folder, marks, groups.folder, gone))
         for files in _portions(inputs.files)
     ]
-    found = run_step(root, STEP, [groups.key], tasks, write_files)
-    steps = (hashes, groups, found)
+    key = [groups.key, quality.key if quality else ""]
+    found = run_step(root, step, key, tasks, write_files)
+    steps = (hashes, groups, found) if step == STEP else (found,)
     return replace(
         found,
         seconds=sum(step.seconds for step in steps),
@@ -107,12 +116,10 @@ def passing(fingerprints: str, quality: str, name: str, columns: Sequence[str]) 
     return table.filter(keep).select(list(columns))
 
 
-def hash_file(
-    folder: str, file: InputFile, fingerprints: str, quality: str, buckets: int
-) -> Account:
+def hash_file(folder: str, file: InputFile, fingerprints: str, buckets: int) -> Account:
     """Task: sends the rows of a file to the buckets of their pixel hashes."""
     columns = ["row", "image_id", "source", "bytes", "pixel_hash"]
-    table = passing(fingerprints, quality, file.name, columns)
+    table = passing(fingerprints, "", file.name, columns)
     hashes = ids_of(table.column("pixel_hash"))
     bucket = (_words(hashes)[0] % np.uint64(buckets)).astype(np.int64)
     order = np.argsort(bucket, kind="stable")
@@ -181,6 +188,7 @@ def write_files(
     away, keepers = gone.column("row").to_numpy(), gone.column("keeper").to_numpy()
     methods = np.array(["", *gone.column("method").to_pylist()], object)
     rows = size = 0
+    counts = {"bytes": 0, "pixels": 0}
     for file in files:
         row = passing(fingerprints, quality, file.name, ["row"]).column("row").to_numpy()
         place = np.searchsorted(away, row)
@@ -192,13 +200,21 @@ def write_files(
         table = pa.table({"row": row, "keeper": keeper, "method": method}, EXACT)
         size += write_table(table, folder, file.name)
         rows += len(row)
-    counts = {kind: int((methods == kind).sum()) for kind in ("bytes", "pixels")}
+        for kind in counts:
+            counts[kind] += method.count(kind)
     return {
         "rows": rows,
         "bytes": size,
         "copies_bytes": counts["bytes"],
         "copies_pixels": counts["pixels"],
     }
+
+
+def own_rows(folder: str, exact: str, name: str) -> Account:
+    """Task: the rows of a file that are kept of their group, in a table of `row`."""
+    table = read_table(exact, name, ["row", "keeper"])
+    own = table.filter(pc.equal(table.column("row"), table.column("keeper"))).select(["row"])
+    return {"rows": len(own), "bytes": write_table(own, folder, name)}
 
 
 def _words(ids: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Any, Any]:

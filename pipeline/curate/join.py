@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.exact import Doubles, Ints, device, pairs_above
+from pipeline.curate.exact import Doubles, Ints, device, full_precision, pairs_above
 from pipeline.curate.forest import Forest
 from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.portions import Ids, big_endian, order_by_id
-from pipeline.curate.tables import EDGES, ID, ROW, id_array, ids_of, read_table, write_table
+from pipeline.curate.tables import ID, ROW, id_array, write_table
 
 TILE = 2048  # items on each side of a product: 16 MiB
 
@@ -140,44 +140,11 @@ def tile(x: Array, y: Array, lowest: float, less: Array | None = None) -> Pairs:
     if on := device():
         import torch
 
-        with torch.inference_mode():
+        # TF32 would be wrong by more than the margin that doubles look at.
+        with torch.inference_mode(), full_precision(torch):
             a, b = (torch.from_numpy(np.ascontiguousarray(v)).to(on) for v in (x, y))
             return pairs_above(x, y, threshold, (a @ b.T).cpu().numpy())
     return pairs_above(x, y, threshold)
-
-
-def edges_task(
-    folder: str,
-    pairs: str,
-    names: Sequence[str],
-    collapsed: tuple[str, Sequence[str]],
-    lowest: float,
-) -> dict[str, Any]:
-    """The forest over all buckets and the rows with equal vectors, as `tables.EDGES`.
-
-    It holds some 150 bytes for each row that has a copy.
-    """
-    tables = [read_table(pairs, name) for name in names]
-    columns = ["row", "stands", "similarity", "image_id", "stands_id"]
-    for name in collapsed[1]:
-        copies = read_table(collapsed[0], name, columns)
-        above = copies.column("similarity").to_numpy() > lowest
-        tables.append(copies.filter(pa.array(above)).select(columns).rename_columns(PAIRS.names))
-    table = pa.concat_tables([PAIRS.empty_table(), *(t.cast(PAIRS) for t in tables)])
-    del tables
-    rows = np.concatenate([table.column(name).to_numpy() for name in ("a", "b")])
-    row, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
-    both = np.concatenate([ids_of(table.column(name)) for name in ("a_id", "b_id")])
-    order = order_by_id(both[first], row)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    node = rank[inverse]
-    forest = Forest()
-    forest.add(node[: len(table)], node[len(table) :], table.column("similarity").to_numpy())
-    a, b, similarity = forest.edges()
-    by_id = row[order]
-    edges = pa.table({"a": by_id[a], "b": by_id[b], "similarity": similarity}).cast(EDGES)
-    return {"rows": len(edges), "bytes": write_table(edges, folder, "edges"), "touched": len(row)}
 
 
 def best(keys: Sequence[Array], similarity: Doubles, ids: Sequence[Ids | Array]) -> Ints:

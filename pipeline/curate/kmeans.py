@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.curate.choosing import REFILL, SEEDING, id_words, race
-from pipeline.curate.exact import Doubles, Halves, dots, margin, unit_half
+from pipeline.curate.exact import Doubles, Halves, dots, full_precision, margin, unit_half
 from pipeline.curate.tables import HALF
 
 Array = np.ndarray[Any, Any]
@@ -99,7 +99,9 @@ class Centroids:
         if self.gpu:
             import torch
 
-            on = torch.from_numpy(np.ascontiguousarray(vectors)).cuda().float() @ self._fast
+            wide = torch.from_numpy(np.ascontiguousarray(vectors)).cuda().float()
+            with full_precision(torch):
+                on = wide @ self._fast
             top = torch.topk(on, min(2, on.shape[1]), dim=1)
             values, labels = top.values.cpu().numpy(), top.indices[:, 0].cpu().numpy()
             second = values[:, 1] if values.shape[1] > 1 else np.full(len(values), -np.inf)

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.curate.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.collapse import COPIES
 from pipeline.curate.components import spread
 from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.forest import PENDING
 from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.join import best, visit
-from pipeline.curate.portions import Ids, read_range
+from pipeline.curate.portions import Ids, big_endian, order_by_id, read_range
 from pipeline.curate.tables import (
     ID,
     LEAKS,
@@ -44,6 +45,8 @@ QUERIES = pa.schema(
         ("similarity", pa.float64()),
     ]
 )
+# Rows that were not kept, with an image that was and has the same vector.
+INSTEAD = pa.schema([("row", ROW), ("image_id", ID)])
 # Best match of each new row among the images of an earlier set.
 MATCHES = pa.schema([("row", ROW), ("image_id", ID), ("similarity", pa.float64())])
 
@@ -86,8 +89,11 @@ def leak_task(
     bucket: int,
     threshold: float,
     penalty: float,
+    shards: int,
 ) -> dict[str, Any]:
-    """Writes the best match of each pool row of a bucket, and of each image of the sets."""
+    """Writes the best match of each pool row of a bucket, and of each image of the sets, these in
+    shards by their ids.
+    """
     items: Items | None = None
     columns: list[tuple[Array, ...]] = []
     for name, shuffled in sorted(sets, key=lambda one: one[0]):
@@ -116,8 +122,11 @@ def leak_task(
     ).cast(LEAKS)
     size = write_table(hits, f"{folder}/rows", f"{bucket:05d}")
     queries = _best_of_queries(names, query, row, ids, similarity)
-    size += write_table(queries, f"{folder}/queries", f"{bucket:05d}")
-    return {"rows": len(hits), "bytes": size}
+    shard = (big_endian(ids_of(queries.column("query_id")))[1] % np.uint64(shards)).astype(np.int64)
+    order = np.argsort(shard, kind="stable")
+    queries = queries.take(pa.array(order))
+    size += write_buckets(f"{folder}/queries", f"{bucket:05d}", queries, shard[order])
+    return {"rows": len(hits), "bytes": size, "shelves": shelves_of(shard)}
 
 
 def _none() -> tuple[Array, Array, Array, Array, Array]:
@@ -143,9 +152,11 @@ def _best_of_queries(
     ).cast(QUERIES)
 
 
-def queries_task(folder: str, hits: str, names: Sequence[str]) -> dict[str, Any]:
-    """Writes one table of the images of all sets that have a match; counts them by set."""
-    tables = [read_table(f"{hits}/queries", name) for name in names]
+def queries_task(
+    folder: str, hits: str, names: Sequence[tuple[str, Sequence[int]]], shard: int
+) -> dict[str, Any]:
+    """Writes the images of a shard of all sets that have a match; counts them by set."""
+    tables = list(read_bucket(f"{hits}/queries", names, shard))
     table = pa.concat_tables([QUERIES.empty_table(), *tables])
     found = _best_of_queries(
         np.array(table.column("set").to_pylist(), dtype=object),
@@ -155,9 +166,9 @@ def queries_task(folder: str, hits: str, names: Sequence[str]) -> dict[str, Any]
         table.column("similarity").to_numpy(),
     )
     counts = found.group_by("set").aggregate([("row", "count")]).to_pylist()
-    size = write_table(found, folder, "queries")
+    size = write_table(found, folder, f"{shard:05d}")
     by_set = {one["set"]: one["row_count"] for one in sorted(counts, key=lambda one: one["set"])}
-    return {"rows": len(found), "bytes": size, "queries": by_set}
+    return {"rows": len(found), "bytes": size, "leaked": by_set}
 
 
 def copies_task(
@@ -201,21 +212,43 @@ def spread_leaks_task(
     return spread(folder, hits, names, files, LEAKS)
 
 
-def kept_task(folder: str, decisions: str, names: Sequence[str], rows: int) -> dict[str, Any]:
-    """Writes one bit for each row of an earlier curation: whether it was kept.
+def kept_task(
+    folder: str,
+    decisions: str,
+    names: Sequence[str],
+    rows: int,
+    copies: tuple[str, Sequence[str]],
+) -> dict[str, Any]:
+    """Writes one bit for each row of an earlier curation: whether it, or a row that it stands for,
+    was kept; and of rows that were not kept themselves the kept image that they stand for.
 
     Args:
         folder: of the step.
         decisions: tables with `row` and `kept`.
         names: of the tables.
         rows: of that curation.
+        copies: folder and tables of its rows with equal vectors.
     """
     kept = np.zeros(rows, bool)
     for name in names:
         table = read_table(decisions, name, ["row", "kept"])
         kept[table.column("row").to_numpy()] = table.column("kept").to_numpy(zero_copy_only=False)
-    bits = pa.table({"bits": np.packbits(kept)})
-    return {"rows": int(kept.sum()), "bytes": write_table(bits, folder, "kept")}
+    count = int(kept.sum())
+    instead = [INSTEAD.empty_table()]
+    for name in copies[1]:
+        table = read_table(copies[0], name, ["row", "image_id", "stands"])
+        row, stands = table.column("row").to_numpy(), table.column("stands").to_numpy()
+        mine = np.flatnonzero(kept[row] & ~kept[stands])
+        ids = ids_of(table.column("image_id"))[mine]
+        mine_by_id = order_by_id(ids, row[mine])
+        first = np.unique(stands[mine][mine_by_id], return_index=True)[1]
+        chosen = mine_by_id[first]
+        stands_kept = pa.table([stands[mine][chosen], id_array(ids[chosen])], schema=INSTEAD)
+        instead.append(stands_kept)
+    found = pa.concat_tables(instead).sort_by("row")
+    kept[found.column("row").to_numpy()] = True
+    size = write_table(pa.table({"bits": np.packbits(kept)}), folder, "kept")
+    return {"rows": count, "bytes": size + write_table(found, folder, "instead")}
 
 
 def match_task(
@@ -239,7 +272,14 @@ def match_task(
         members = earlier.read(bucket, is_kept)
         crops = np.array(earlier.crops)
         a, b, similarity = relative_pairs(members, fresh, threshold, crops, penalty)
-        table = _matches(fresh.row[b], members.ids[a], similarity)
+        ids = members.ids[a]
+        instead = read_table(kept, "instead")
+        rows, row = instead.column("row").to_numpy(), members.row[a]
+        at = np.minimum(np.searchsorted(rows, row), max(0, len(rows) - 1))
+        if len(rows):
+            other = rows[at] == row
+            ids[other] = ids_of(instead.column("image_id"))[at[other]]
+        table = _matches(fresh.row[b], ids, similarity)
     return {"rows": len(table), "bytes": write_table(table, folder, f"{bucket:05d}")}
 
 

@@ -35,7 +35,7 @@ from pipeline.curate.tables import (
     write_table,
 )
 from pipeline.curate.work import Result, Task, run_step
-from pipeline.data.storage import file_info, resolve_uri
+from pipeline.data.storage import resolve_uri, with_retries
 from pipeline.data.transfer import read_json, write_bytes_atomic
 from pipeline.errors import PipelineError
 from pipeline.files import fingerprint
@@ -139,11 +139,7 @@ def fit(
     known = read_json(fs, f"{path}/fit.json")
     if known is None:
         known = _fit(root, name, folder, rows, clusters, seed, iterations, key, resources)
-        # Nothing reads the parts any more, and they are larger than the rows.
-        for part in ("seeds", "means", "local"):
-            place = resolve_uri(str(join(root, *name.split("/"), part)))[1]
-            if file_info(fs, place).type == pafs.FileType.Directory:
-                fs.delete_dir(place)
+        _tidy(root, name, folder)
     return Fitted(
         folder=folder,
         key=key,
@@ -152,6 +148,19 @@ def fit(
         similarity=tuple(known["similarity"]),
         cost=Cost(**known["cost"]),
     )
+
+
+def _tidy(root: Place, name: str, folder: str) -> None:
+    """Deletes what a finished fit does not need: its parts, which are larger than the rows, and
+    the fits under other keys, of rows or settings that there are no more.
+    """
+    fs, path = resolve_uri(folder)
+    above = pafs.FileSelector(path.rpartition("/")[0])
+    for info in with_retries(f"listing {above.base_dir}", lambda: fs.get_file_info(above)):
+        stale = info.base_name.startswith("fit-") and info.path != path
+        stale |= info.base_name in ("seeds", "means", "local")
+        if stale and info.type == pafs.FileType.Directory:
+            fs.delete_dir(info.path)
 
 
 def _fit(

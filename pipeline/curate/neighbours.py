@@ -4,8 +4,7 @@ Exact: single precision finds candidates, doubles decide, equals are ordered by 
 holds a block of seeds and goes through a part of the pool, so the seeds are read once for each
 part and the pool once for each block; the products cost far more than both.
 
-An image of the set that is in the pool too (equal image id) is never retrieved for the set, and
-rows more similar to a seed than `copies_above` are not its neighbours: its list goes further down.
+An image of the set that is in the pool too (equal image id) is never retrieved for the set.
 """
 
 from __future__ import annotations
@@ -78,13 +77,11 @@ class Neighbours:
         seeds: of which `ids` and `vectors` are used.
         count: neighbours of each.
         least: similarity that a neighbour has at least.
-        copies_above: rows with more than this similarity do not count; none: they do.
     """
 
     seeds: Points
     count: int
     least: float
-    copies_above: float | None
 
     def __post_init__(self) -> None:
         self._held = Entries.joined([])
@@ -112,11 +109,6 @@ class Neighbours:
         """Keeps candidates among products of seeds from `first` and points from `start`."""
         wrong = margin(points.vectors.shape[1])
         seeds = self.seeds.vectors
-        if self.copies_above is not None:
-            i, j = np.nonzero(fast > self.copies_above - wrong)
-            exact = _dots(seeds, i + first, points.vectors, j + start)
-            copies = exact > self.copies_above
-            fast[i[copies], j[copies]] = -np.inf
         last = self._last[first : first + len(fast)] - wrong
         asked = fast >= last[:, None]
         if fast.shape[1] > self.count and asked.sum() > 4 * self.count * len(fast):
@@ -154,7 +146,6 @@ def ask(
     seeds: Considered,
     count: int,
     least: float,
-    copies_above: float | None,
     cost: Cost,
 ) -> tuple[str, list[str], str, dict[str, int]]:
     """What the seeds of a set ask for.
@@ -166,15 +157,14 @@ def ask(
         seeds: images to ask.
         count: neighbours of each.
         least: similarity of a neighbour, at least.
-        copies_above: see above; none: only equal image ids are left out.
         cost: is added to.
 
     Returns:
         Folder and names of files (`ASKED`, by row), the key, and counts: `requested`, `found` and
         `seeds_short`, which have fewer neighbours than `count`.
     """
-    key = [pool.key, seeds.key, count, least, copies_above]
-    how = (seeds.names, count, least, copies_above)
+    key = [pool.key, seeds.key, count, least]
+    how = (seeds.names, count, least)
     blocks, groups = seeds.groups(SEED_ROWS), pool.groups(POOL_ROWS)
     tasks = [
         Task(f"{b:05d}-{g:05d}", (f"{b:05d}-{g:05d}", seeds.source, block, pool.source, group, how))
@@ -204,11 +194,11 @@ def _near_task(
     seed_files: tuple[str, ...],
     source: Source,
     files: tuple[str, ...],
-    how: tuple[tuple[str, ...], int, float, float | None],
+    how: tuple[tuple[str, ...], int, float],
 ) -> Account:
-    all_seeds, count, least, copies_above = how
+    all_seeds, count, least = how
     own = Images.read(seed_source.folder, all_seeds)
-    search = Neighbours(seed_source.read_all(seed_files), count, least, copies_above)
+    search = Neighbours(seed_source.read_all(seed_files), count, least)
     for file in files:
         points = source.read(file)
         other = ~own.contain(points.ids)

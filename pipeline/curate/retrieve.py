@@ -39,8 +39,6 @@ class Wanted:
         cluster_seeds: a cluster with more seeds than this is taken from.
         cluster_images: rows of such a cluster, at most.
         cap: rows of a set by clusters, at most.
-        copies_above: rows more similar to a seed are not its neighbours; none: all but its own
-            image are, since copies are removed before.
         iterations: of k-means.
     """
 
@@ -52,7 +50,6 @@ class Wanted:
     cluster_seeds: int = 3
     cluster_images: int = 10_000
     cap: int = 1_000_000
-    copies_above: float | None = None
     iterations: int = 10
 
     def mode_of(self, seeds: int) -> str:
@@ -122,7 +119,6 @@ def retrieve(
             seeds[one],
             wanted.neighbours,
             wanted.min_similarity,
-            wanted.copies_above,
             cost,
         )
         asked.append(Asked(one, SAMPLE, folder, tuple(files)))

@@ -84,7 +84,6 @@ def run_step(
     *,
     cpus: float = 1.0,
     gpus: float = 0.0,
-    at_once: int | None = None,
 ) -> Result:
     """Runs the tasks of a step that are not finished yet, as Ray tasks, and returns all accounts.
 
@@ -98,7 +97,6 @@ def run_step(
             account, JSON-like. It must give the same files whenever it is called.
         cpus: of a task.
         gpus: of a task.
-        at_once: most tasks at once; default: as many as the cluster has CPUs for.
 
     Raises:
         PipelineError: what a task said; the others are cancelled.
@@ -113,7 +111,7 @@ def run_step(
     reused = len(tasks) - len(missing)
     if missing:
         missing = [replace(task, key=key) for task in missing]
-        for name, account in _run(folder, missing, function, cpus, gpus, at_once, step, len(tasks)):
+        for name, account in _run(folder, missing, function, cpus, gpus, step, len(tasks)):
             done[name] = account
         if len(tasks) > 1:  # one file instead of many, for the next start
             _write(folder, "_accounts.json", {"key": key, "accounts": done})
@@ -165,7 +163,6 @@ def _run(
     function: Callable[..., Account],
     cpus: float,
     gpus: float,
-    at_once: int | None,
     step: str,
     total: int,
 ) -> Any:
@@ -180,7 +177,7 @@ def _run(
         runtime_env={"env_vars": variables},
     )
     room = int(ray.cluster_resources().get("CPU", 1) / cpus) if cpus else len(tasks)
-    most = min(at_once or AHEAD * max(1, room), len(tasks))
+    most = min(AHEAD * max(1, room), len(tasks))
     waiting, said = list(reversed(tasks)), time.monotonic()
     running: dict[Any, str] = {}
     try:

@@ -4,11 +4,13 @@ copies of images that were curated earlier.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from pipeline.config import Config
 from pipeline.curate import copies as copying
 from pipeline.curate import decide as deciding
+from pipeline.curate import relative
 from pipeline.curate.calibrate import calibrate
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
@@ -34,13 +36,12 @@ def compare(found: Found, prints: Result, exact: Result) -> None:
         return
     spec = embedder_of(config, "curate.copy_embedder", config.curate.copy_embedder)
     found.copy_spec = spec
-    vectors = vectors_of(found, found.root, "embed_copy", found.inputs, prints, spec, exact)
+    vectors = vectors_of(found, found.root, "embed_copy", found.inputs, prints, spec)
     found.copy_vectors = vectors
     _thresholds(found, vectors, prints, exact, earlier)
+    matches = _matches(found, vectors, exact, earlier)
     if config.dedup.enabled or sets.leaks:
-        _pairs(found, vectors, prints, exact)
-    if earlier:
-        _matches(found, vectors, exact, earlier)
+        _pairs(found, vectors, prints, exact, matches)
 
 
 def false_positives(config: Config, images: int) -> float:
@@ -91,7 +92,9 @@ def _thresholds(
     found.leak_threshold = float(threshold if leaks == "auto" else leaks)
 
 
-def _pairs(found: Found, vectors: Vectors, prints: Result, exact: Result) -> None:
+def _pairs(
+    found: Found, vectors: Vectors, prints: Result, exact: Result, matches: list[Result]
+) -> None:
     config, sets, inputs = found.config, found.sets, found.inputs
     dedup = config.dedup
     views = visiting if vectors.views else None
@@ -108,11 +111,12 @@ def _pairs(found: Found, vectors: Vectors, prints: Result, exact: Result) -> Non
         penalty=found.penalty,
         seed=config.run.seed,
         gpus=found.gpus,
+        compare=dedup.enabled,
     )
     found.results += pairs.steps
-    leaks = None
+    aside = list(matches)
     if sets.leaks:
-        leaks, steps = copying.find_leaks(
+        leaks, steps = relative.find_leaks(
             pairs,
             inputs,
             {name: _evaluation_set(found, name, shards) for name, shards in sets.leaks.items()},
@@ -121,6 +125,8 @@ def _pairs(found: Found, vectors: Vectors, prints: Result, exact: Result) -> Non
             gpus=found.gpus,
         )
         found.add(leaks, "leaks", steps)
+        found.numbers["leaked"] = _leaked(steps)
+        aside.append(leaks)
     if not dedup.enabled:
         return
     found.folders["edges"] = pairs.edges
@@ -132,12 +138,21 @@ def _pairs(found: Found, vectors: Vectors, prints: Result, exact: Result) -> Non
         threshold=found.threshold,
         guard=dedup.guard,
         chains=dedup.chains,
-        leaks=(leaks.folder, leaks.key) if leaks else ("", ""),
+        aside=[(one.folder, one.key) for one in aside],
         visiting=views,
     )
     found.add(components, "components", steps)
-    if leaks and config.leaks.scope == "components":
+    if sets.leaks and config.leaks.scope == "components":
         _leaking(found)
+
+
+def _leaked(steps: tuple[Result, ...]) -> dict[str, int]:
+    """Images of each evaluation set that have a match, of those that have any."""
+    counts: Counter[str] = Counter()
+    for step in steps:
+        for account in step.accounts:
+            counts.update(account.get("leaked", {}))
+    return dict(counts)
 
 
 def _evaluation_set(found: Found, name: str, shards: ShardSet) -> tuple[Inputs, Vectors]:
@@ -168,13 +183,14 @@ def _leaking(found: Found) -> None:
     found.keys.append(["leaking", best.key])
 
 
-def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlier]) -> None:
+def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlier]) -> list[Result]:
+    """Copies of images that were curated earlier: the step for each of the earlier curations."""
     assert found.threshold is not None
-    folders = []
+    results = []
     for number, one in enumerate(earlier):
         copies = Copies.open(one.root)
         names, key = one.decisions()
-        matches, steps = copying.find_matches(
+        matches, steps = relative.find_matches(
             join(found.root, "against", f"{number:03d}"),
             copies,
             found.inputs,
@@ -187,5 +203,6 @@ def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlie
         )
         found.add(matches, steps=steps)
         found.keys.append(["matches", matches.key])
-        folders.append(matches.folder)
-    found.tables = replace(found.tables, matches=tuple(folders))
+        results.append(matches)
+    found.tables = replace(found.tables, matches=tuple(one.folder for one in results))
+    return results

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.curate import fingerprint
+from pipeline.curate import exact_copies, fingerprint
 from pipeline.curate.decide import Tables
 from pipeline.curate.embed import embed
-from pipeline.curate.embedders import EmbedderSpec
+from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec
 from pipeline.curate.tables import Inputs, Vectors
 from pipeline.curate.tally import Tally
 from pipeline.curate.threshold import Calibration
@@ -101,14 +101,23 @@ def vectors_of(
     inputs: Inputs,
     prints: Result,
     spec: EmbedderSpec,
-    alive: Result | None = None,
 ) -> Vectors:
-    """Vectors of the images of some inputs: all, or those that are alive."""
+    """Vectors of the images of some inputs: all that can be decoded, of equal ones that are curated
+    the one that is kept.
+
+    Which that is depends on no threshold, so another one embeds nothing again: who reads the
+    vectors leaves out what earlier steps did.
+    """
+    distinct = None
+    if inputs is found.inputs and spec.kind != DESCRIPTOR:
+        distinct = exact_copies.collapse(root, inputs, prints, step="distinct")
+        if all(result.step != distinct.step for result in found.results):
+            found.add(distinct)
     vectors, result = embed(
         root,
         step,
         inputs,
-        alive,
+        distinct,
         spec,
         fingerprints=prints,
         max_pixels=found.config.data.max_image_pixels,

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.config import Config
-from pipeline.curate.copies import Copies, look_up
+from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import describe, visiting
 from pipeline.curate.embedders import DESCRIPTOR, opened
 from pipeline.curate.measure import three_channels
+from pipeline.curate.relative import look_up
 from pipeline.curate.report_read import parquet_names
 from pipeline.curate.tables import read_table
 from pipeline.data.bad_image import BadImage

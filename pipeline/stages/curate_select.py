@@ -41,7 +41,7 @@ def select(found: Found, prints: Result) -> None:
     same = found.copy_spec is not None and spec.settings == found.copy_spec.settings
     vectors = found.copy_vectors if same else None
     if vectors is None:
-        vectors = vectors_of(found, found.root, "embed", found.inputs, prints, spec, alive)
+        vectors = vectors_of(found, found.root, "embed", found.inputs, prints, spec)
     pool = _rows(vectors, files, alive, [file for file in files if file.kind == POOL])
     resources = Resources(gpus=found.gpus)
     if sets.seeds:
@@ -107,14 +107,20 @@ def _outside(found: Found, name: str, shards: ShardSet) -> Considered:
     prints = fingerprints(found, root, inputs)
     found.seed_prints[name] = prints.folder
     found.add(replace(prints, step=f"fingerprint/{name}"))
-    readable = exact_copies.collapse(root, inputs, prints)
+    exact = exact_copies.collapse(root, inputs, prints)
+    # An image that is there twice would count as two seeds.
+    own = run_step(
+        root,
+        "own",
+        [exact.key],
+        [Task(file.name, (exact.folder, file.name)) for file in inputs.files],
+        exact_copies.own_rows,
+    )
     config = found.config
     spec = embedder_of(config, "curate.embedder", config.curate.embedder)
     vectors = vectors_of(found, root, "embed", inputs, prints, spec)
-    counts = dict.fromkeys(vectors.names, 0)
-    for file in inputs.files:
-        counts[file.name] = exact_copies.passing(prints.folder, "", file.name, ["row"]).num_rows
-    return Considered.of(vectors, list(counts.values()), readable.folder, readable.key)
+    counts = [account["rows"] for account in own.accounts]
+    return Considered.of(vectors, counts, own.folder, own.key)
 
 
 def _add(found: Found, result: Result, name: str, cost: Cost) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate import copies as copies_module
-from pipeline.curate import tables, work
+from pipeline.curate import edges, relative, tables, work
 from pipeline.curate.exact import unit_half
 from pipeline.data.schema import ShardColumns, ShardFile
 
@@ -178,6 +178,8 @@ def without_ray() -> Iterator[None]:
     """Inside, steps run in this process."""
     with (
         mock.patch.object(copies_module, "run_step", inline),
+        mock.patch.object(edges, "run_step", inline),
+        mock.patch.object(relative, "run_step", inline),
         mock.patch.object(copies_module, "_cpus_of_fit", lambda: 1.0),
     ):
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate import copies, leaks, tables
+from pipeline.curate import components, copies, leaks, relative, tables
 from pipeline.curate.exact import unit_half
 from pipeline.errors import DataError
 from tests.curate.planted import (
@@ -35,7 +36,7 @@ def run(
     threshold: float = T,
     guard: float = 0.1,
     chains: str = "split",
-    leaking: tuple[str, str] = ("", ""),
+    aside: Sequence[tuple[str, str]] = (),
     **settings: Any,
 ) -> tuple[copies.Copies, pa.Table]:
     """Pairs and components of a pool."""
@@ -50,7 +51,7 @@ def run(
         threshold=threshold,
         guard=guard,
         chains=chains,
-        leaks=leaking,
+        aside=aside,
         **views,
     )
     return found, read_all(result.folder, pool.inputs)
@@ -65,7 +66,7 @@ def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
 
 
 def edges_of(found: copies.Copies) -> pa.Table:
-    return tables.read_table(found.edges, "edges")
+    return pa.concat_tables([tables.read_table(found.edges, name) for name in found.edge_names])
 
 
 def brute(x: Array, threshold: float) -> Array:
@@ -149,6 +150,43 @@ def test_buckets_files_and_portions_change_nothing(
 
     assert named(one, a[0]) == named(other, b[0])
     assert b[0].buckets == buckets
+
+
+@pytest.mark.parametrize("shards", [2, 7])
+def test_shards_of_the_forest_change_nothing(
+    small: tuple[Array, Array, Array], tmp_path: Path, shards: int
+) -> None:
+    x = small[0].copy()
+    x[100:130] = x[99]  # equal vectors, which one stands for
+    around = np.linspace(0, 1.9 * np.pi, 200)[:, None]  # and a long chain of neighbours
+    x[200:400] = unit_half(np.cos(around) * x[200] + np.sin(around) * x[201])
+    order = np.random.default_rng(shards).permutation(len(x))
+    pool = write_pool(tmp_path / "one", x[order], ids_for(len(x)), [1000, 2000])
+    other = write_pool(tmp_path / "other", x[order], ids_for(len(x)), [1000, 2000])
+    with without_ray():
+        a = run(pool, threshold=0.7, _buckets=4, _shards=1)
+        b = run(other, threshold=0.7, _buckets=4, _shards=shards)
+    one, many = edges_of(a[0]), edges_of(b[0])
+    assert len(b[0].edge_names) == shards
+    by = [("a", "ascending"), ("b", "ascending")]
+    assert one.sort_by(by).equals(many.sort_by(by)) and len(one) > 600
+    assert a[1].equals(b[1])
+
+
+def test_vectors_on_disk_change_nothing(
+    small: tuple[Array, Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, crops, _ = with_views(240)
+    for name, held in (("memory", components.HELD_BYTES), ("disk", 0)):
+        monkeypatch.setattr(components, "HELD_BYTES", held)
+        plain = write_pool(tmp_path / f"{name}-a", small[0][:500], ids_for(500), [200, 300])
+        views = write_pool(tmp_path / f"{name}-b", full, ids_for(240), [100, 140], crops=crops)
+        with without_ray():
+            found = run(plain, guard=0.0)[1], run(views, threshold=0.7, penalty=0.05)[1]
+        if name == "memory":
+            wanted = found
+    assert found[0].equals(wanted[0]) and found[1].equals(wanted[1])
+    assert len(found[0]) > 50 and len(found[1]) > 50
 
 
 def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
@@ -406,7 +444,7 @@ def test_leaks_are_the_best_match_of_each_row(
     )
     with without_ray():
         found, _ = run(pool, cell_images=10, _buckets=buckets)
-        result, steps = copies.find_leaks(found, pool.inputs, sets, threshold=0.55)
+        result, steps = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
     table = read_all(result.folder, pool.inputs).to_pylist()
     products = x.astype(float) @ queries.astype(float).T
     wanted = {}
@@ -418,7 +456,8 @@ def test_leaks_are_the_best_match_of_each_row(
         wanted[int(row)] = (name, bytes(ids_for(size, 7)[at]), float(products[row, best]))
     assert {one["row"]: (one["set"], one["query_id"], one["similarity"]) for one in table} == wanted
     assert {80, 81, 0} <= set(wanted) and not set(range(40, 80)) & set(wanted)
-    counted = next(s for s in steps if s.step.endswith("queries")).accounts[0]["queries"]
+    shards = next(s for s in steps if s.step.endswith("queries")).accounts
+    counted = {name: sum(shard["leaked"].get(name, 0) for shard in shards) for name in "ab"}
     hits = products[:, :25].max(0) > 0.55, products[:, 20:].max(0) > 0.55
     assert counted == {"b": int(hits[0].sum()), "a": int(hits[1].sum())}
 
@@ -430,10 +469,10 @@ def test_leaks_never_are_keepers(tmp_path: Path) -> None:
     with without_ray():
         found, table = run(pool, threshold=0.7)
         assert table.column("keeper").to_pylist() == [0, 0, 0]
-        result, _ = copies.find_leaks(
+        result, _ = relative.find_leaks(
             found, pool.inputs, {"set": (own.inputs, own.vectors)}, threshold=0.99
         )
-        _, table = run(pool, threshold=0.7, leaking=(result.folder, "leaks"))
+        _, table = run(pool, threshold=0.7, aside=[(result.folder, "leaks")])
     assert read_all(result.folder, pool.inputs).column("row").to_pylist() == [0]
     assert table.column("keeper").to_pylist() == [1, 1, 1]
     assert table.column("size").to_pylist() == [3, 3, 3]
@@ -447,7 +486,7 @@ def test_a_set_that_equals_the_pool_leaks_whole(
     with without_ray():
         found, _ = run(pool, threshold=0.9, _buckets=3)
         sets = {"same": (pool.inputs, pool.vectors)}
-        result, _ = copies.find_leaks(found, pool.inputs, sets, threshold=0.9)
+        result, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.9)
     table = read_all(result.folder, pool.inputs)
     assert table.column("row").to_pylist() == list(range(500))
 
@@ -473,7 +512,7 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
         )
         (tmp_path / "one").rename(tmp_path / "moved")
         earlier = copies.Copies.open(tmp_path / "moved")
-        result, _ = copies.find_matches(
+        result, _ = relative.find_matches(
             tmp_path / "two",
             earlier,
             new.inputs,
@@ -494,6 +533,76 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
         assert one["similarity"] == best.max()
 
 
+def curated(pool: Pool, kept: Sequence[bool]) -> tuple[copies.Copies, tuple[str, list[str], str]]:
+    """A pool as an earlier curation left it."""
+    found = run(pool)[0]
+    decisions = pa.table({"row": np.arange(len(kept)), "kept": np.array(kept)})
+    tables.write_table(decisions, str(pool.root / "decisions"), "00000")
+    return found, (str(pool.root / "decisions"), ["00000"], "k")
+
+
+@pytest.mark.parametrize("chains", ["split", "keep"])
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_what_is_no_copy_of_the_earlier_set_survives(
+    tmp_path: Path, chains: str, best: int
+) -> None:
+    # A chain at cosines of .8, the next but one at .28: the first image was curated before, the
+    # next three are new. The first of these is a copy of it, the others are none.
+    line = chain(0.8, 4)
+    old = write_pool(tmp_path / "old", line[:1], ids_for(1), [1])
+    areas = np.array([1, 2, 1])
+    areas[best] = 9
+    new = write_pool(tmp_path / "new", line[1:], ids_for(3, 1), [2, 1], areas=areas)
+    with without_ray():
+        earlier, decisions = curated(old, [True])
+        matches, _ = relative.find_matches(
+            tmp_path / "against", earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+        )
+        table = run(new, chains=chains, aside=[(matches.folder, "m")])[1]
+    matched = read_all(matches.folder, new.inputs)
+    assert matched.column("row").to_pylist() == [0]
+    assert matched.column("image_id").to_pylist() == [bytes(old.ids[0])]
+    # the three are one component; its keeper is one that stays, the larger of the two
+    keeper = 2 if best == 2 else 1
+    assert table.column("size").to_pylist() == [3, 3, 3]
+    away = {row for row in range(3) if table.column("keeper").to_pylist()[row] != row} - {0}
+    stays = set(range(1, 3)) - away
+    assert stays == {keeper}
+    for row in away:
+        assert table.column("keeper").to_pylist()[row] in stays
+
+
+def test_a_component_of_copies_of_the_earlier_set_goes_whole(tmp_path: Path) -> None:
+    x = chain(0.95, 3)
+    old = write_pool(tmp_path / "old", x[1:2], ids_for(1), [1])
+    new = write_pool(tmp_path / "new", x, ids_for(3, 1), [3])
+    with without_ray():
+        earlier, decisions = curated(old, [True])
+        matches, _ = relative.find_matches(
+            tmp_path / "against", earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+        )
+    matched = read_all(matches.folder, new.inputs)
+    assert matched.column("row").to_pylist() == [0, 1, 2]
+    assert set(matched.column("image_id").to_pylist()) == {bytes(old.ids[0])}
+
+
+def test_a_kept_image_is_met_by_the_one_that_stands_for_it(tmp_path: Path) -> None:
+    # Three equal vectors: the one with the smallest id stands for them, another one was kept.
+    x = np.repeat(unit_half(np.eye(4)[:1]), 3, 0)
+    old = write_pool(tmp_path / "old", x, ids_for(3), [3])
+    order = sorted(range(3), key=lambda row: bytes(old.ids[row]))
+    new = write_pool(tmp_path / "new", x[:1], ids_for(1, 1), [1])
+    with without_ray():
+        for kept in ({order[2]}, {order[1], order[2]}, {order[0]}, set()):
+            earlier, decisions = curated(old, [row in kept for row in range(3)])
+            place = tmp_path / f"against-{len(kept)}-{sum(kept)}"
+            matches, _ = relative.find_matches(
+                place, earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+            )
+            found = read_all(matches.folder, new.inputs).column("image_id").to_pylist()
+            assert found == [min(bytes(old.ids[row]) for row in kept)] if kept else not found
+
+
 def test_look_up_finds_one_image(tmp_path: Path) -> None:
     full, crops, _ = with_views(120)
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
@@ -502,13 +611,13 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     stored = copies.Copies.open(found.root)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)
-        one = copies.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
+        one = relative.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
         assert [match.row for match in one] == [row]
         assert one[0].image_id == bytes(pool.ids[row]).hex()
     nothing = unit_half(np.random.default_rng(9).standard_normal(143))
-    assert not copies.look_up(stored, nothing, crops[0] * 0, visiting, threshold=0.7)
+    assert not relative.look_up(stored, nothing, crops[0] * 0, visiting, threshold=0.7)
     with pytest.raises(DataError, match="have 3 numbers"):
-        copies.look_up(stored, nothing[:3], threshold=0.7)
+        relative.look_up(stored, nothing[:3], threshold=0.7)
     with pytest.raises(DataError, match="holds no curation"):
         copies.Copies.open(tmp_path / "nowhere")
 
@@ -552,9 +661,10 @@ def test_a_damaged_file_is_named(
 
 
 def _rerun(found: copies.Copies, where: str) -> None:
-    from pipeline.curate import join
+    from pipeline.curate import edges
 
     if where.endswith("pairs"):
-        join.edges_task(f"{found.root}/x", f"{found.root}/copies/pairs", ["00000"], ("", ()), T)
+        source = (f"{found.root}/copies/pairs", "00000", False)
+        edges.forest_task(f"{found.root}/x", "00000", [source], T)
     else:
         found.shuffled.read(0)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate import forest
+from pipeline.curate import edges, forest
+from pipeline.curate.collapse import COPIES
+from pipeline.curate.join import PAIRS
+from pipeline.curate.tables import id_array, read_table, write_table
+from pipeline.curate.work import Result
+from tests.curate.planted import ids_for, without_ray
 
 Pair = tuple[int, int, float]
 
@@ -51,3 +59,54 @@ def test_forest_is_that_of_kruskal_whatever_the_parts(
         kept = list(zip(*(column.tolist() for column in found.edges()), strict=True))
     assert kept == kruskal(pairs)
     assert found.pairs == len(pairs)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7])
+def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
+    rng = np.random.default_rng(4)
+    # A path of 300 rows in any order, small groups, and loops of a few similarities.
+    path = rng.permutation(300)
+    pairs = [(int(a), int(b), 0.5) for a, b in zip(path, path[1:], strict=False)]
+    for first in range(300, 900, 4):
+        members = rng.permutation(np.arange(first, first + 4))
+        pairs += [(int(members[i]), int(members[j]), float(rng.choice([0.6, 0.7, 0.9])))
+                  for i, j in ((0, 1), (1, 2), (2, 0), (3, 1))]  # fmt: skip
+    equals = [(900 + i, int(path[i]), 0.99) for i in range(9)] + [(950, 299, 0.3)]
+    ids = ids_for(1000)
+    ids = ids[np.lexsort(ids.T[::-1])]  # rows are in the order of their ids, as Kruskal's nodes
+    sources = np.array_split(rng.permutation(len(pairs)), 40)
+    for number, some in enumerate(sources):
+        _write_pairs(
+            tmp_path / "pairs", f"{number:05d}", [pairs[i] for i in some], ids, PAIRS.names
+        )
+    columns = ["row", "stands", "similarity", "image_id", "stands_id"]
+    _write_pairs(tmp_path / "equals", "00000", equals, ids, columns)
+
+    def step(name: str, **account: int) -> Result:
+        return Result(name, name, str(tmp_path / name), (account,), 0, 0.0, 0.0, 0)
+
+    names = [f"{number:05d}" for number in range(len(sources))]
+    found = step("pairs", edges=len(pairs)), names, step("equals", copies=len(equals)), ["00000"]
+    with without_ray():
+        steps = edges.reduce(tmp_path / "run", *found, 0.4, shards)
+    assert len(steps[-1].accounts) == shards
+    turns = sum(one.step.endswith("/large") for one in steps)
+    assert turns == 0 if shards == 1 else 3 <= turns <= 12
+    kept: list[Pair] = []
+    for shard in range(shards):
+        table = read_table(steps[-1].folder, f"{shard:05d}")
+        kept += zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
+        if shards > 1:
+            assert 0 < len(table) < 1000
+    wanted = kruskal(pairs + equals[:-1])
+    assert sorted(kept) == sorted(wanted) and len(wanted) == 299 + 3 * 150 + 9
+
+
+def _write_pairs(
+    folder: Path, name: str, pairs: list[Pair], ids: np.ndarray, to: list[str]
+) -> None:
+    a, b, similarity = (np.array([pair[column] for pair in pairs]) for column in range(3))
+    columns = [a, b, similarity, id_array(ids[a]), id_array(ids[b])]
+    table = pa.table(dict(zip(to, columns, strict=True)))
+    schema = PAIRS if to == PAIRS.names else COPIES
+    write_table(table.select(schema.names).cast(schema), str(folder), name)

@@ -61,6 +61,9 @@ def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatc
     again = lloyd.fit(tmp_path / "three", "km", rows, 9, 3, 4, MANY_TASKS)
     assert again == fitted  # and nothing but the centroids is left
     assert [p.name for p in (tmp_path / "three" / "km").iterdir()] == [f"fit-{fitted.key}"]
+    # another fit under the name, once it is complete, takes its place
+    other = lloyd.fit(tmp_path / "three", "km", rows, 8, 3, 4, MANY_TASKS)
+    assert [p.name for p in (tmp_path / "three" / "km").iterdir()] == [f"fit-{other.key}"]
 
 
 def test_a_fit_that_was_killed_goes_on(points, tmp_path: Path, monkeypatch):

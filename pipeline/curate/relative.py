@@ -1,0 +1,280 @@
+"""Other sets against the stored buckets of a curation.
+
+find_leaks       evaluation sets against the images
+find_matches     new images against those that an earlier curation kept
+look_up          one image against them, without Ray
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.curate import cells as cells_of
+from pipeline.curate import items, leaks
+from pipeline.curate.copies import Copies, end_of, file_groups, written
+from pipeline.curate.exact import Halves
+from pipeline.curate.items import Shuffled, Visiting
+from pipeline.curate.portions import Rows, portions
+from pipeline.curate.tables import Inputs, Vectors
+from pipeline.curate.work import Result, Task, run_step
+from pipeline.errors import DataError
+from pipeline.uri import Place
+
+QUERY_ROWS = 1_000_000  # images of evaluation sets in a task that counts those with a match
+
+
+def find_leaks(
+    copies: Copies,
+    inputs: Inputs,
+    sets: Mapping[str, tuple[Inputs, Vectors]],
+    *,
+    threshold: float,
+    visiting: Visiting | None = None,
+    gpus: float = 0.0,
+) -> tuple[Result, tuple[Result, ...]]:
+    """The best match of each image among the images of evaluation sets.
+
+    Args:
+        copies: of the images.
+        inputs: the images.
+        sets: inputs and vectors of each evaluation set, by name.
+        threshold: similarity that a match must be above.
+        visiting: as for `find_pairs`.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step whose folder has `tables.LEAKS` of each input file, and all steps. The accounts of
+        `copies/leaks/queries` count the images of each set that have a match (`leaked`); its folder
+        has tables of them (`leaks.QUERIES`).
+    """
+    steps: list[Result] = []
+    placed: list[tuple[str, Shuffled]] = []
+    for name, (set_inputs, vectors) in sorted(sets.items()):
+        result, shuffled = _shuffle(
+            copies, f"copies/leaks/sets/{name}", set_inputs, vectors, visiting, gpus
+        )
+        steps.append(result)
+        placed.append((name, shuffled))
+    names = tuple(f"{b:05d}" for b in range(copies.buckets))
+    every = sum(set_inputs.rows for set_inputs, _ in sets.values())
+    shards = max(1, -(-every // QUERY_ROWS))
+    hits = run_step(
+        copies.root,
+        "copies/leaks/hits",
+        [
+            copies.keys["copies/shuffle"],
+            [r.key for r in steps],
+            sorted(sets),
+            threshold,
+            copies.penalty,
+            shards,
+        ],
+        [
+            Task(name, (copies.shuffled, placed, bucket, threshold, copies.penalty, shards))
+            for bucket, name in enumerate(names)
+        ],
+        leaks.leak_task,
+        gpus=gpus,
+    )
+    of_queries = tuple(
+        (name, tuple(account["shelves"]))
+        for name, account in zip(names, hits.accounts, strict=True)
+    )
+    queries = run_step(
+        copies.root,
+        "copies/leaks/queries",
+        [hits.key],
+        [Task(f"{shard:05d}", (hits.folder, of_queries, shard)) for shard in range(shards)],
+        leaks.queries_task,
+    )
+    groups = file_groups(inputs.files)
+    whole = run_step(
+        copies.root,
+        "copies/leaks/whole",
+        [hits.key, copies.keys["copies/collapse"]],
+        [
+            Task(name, (hits.folder, names, copies.copies, files[0].first, end_of(files), name))
+            for name, files in groups
+        ],
+        leaks.copies_task,
+    )
+    found = run_step(
+        copies.root,
+        "leaks",
+        [whole.key, inputs.digest],
+        [Task(name, (whole.folder, [n for n, _ in groups], files)) for name, files in groups],
+        leaks.spread_leaks_task,
+    )
+    return found, (*steps, hits, queries, whole, found)
+
+
+def find_matches(
+    root: Place,
+    earlier: Copies,
+    inputs: Inputs,
+    vectors: Vectors,
+    *,
+    decisions: tuple[str, Sequence[str], str],
+    threshold: float,
+    visiting: Visiting | None = None,
+    exact: tuple[str, str] = ("", ""),
+    gpus: float = 0.0,
+) -> tuple[Result, tuple[Result, ...]]:
+    """The best match of each new image among the kept images of an earlier curation.
+
+    Args:
+        root: folder of the new curation.
+        earlier: the copies of the earlier one.
+        inputs: the new images.
+        vectors: of them, made as the earlier ones.
+        decisions: folder, names and key of tables with `row` and `kept` of the earlier one.
+        threshold: similarity that a match must be above.
+        visiting: as for `find_pairs`.
+        exact: as for `find_pairs`.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step whose folder has `leaks.MATCHES` of each new input file, and all steps.
+    """
+    folder, names, key = decisions
+    kept = run_step(
+        root,
+        "matching/kept",
+        [key, earlier.keys["copies/collapse"]],
+        [Task("kept", (folder, tuple(names), earlier.rows, earlier.copies))],
+        leaks.kept_task,
+    )
+    placed, new = _shuffle(
+        earlier, "matching/shuffle", inputs, vectors, visiting, gpus, root=root, exact=exact
+    )
+    matched = run_step(
+        root,
+        "matching/buckets",
+        [kept.key, placed.key, threshold, earlier.penalty],
+        [
+            Task(
+                f"{b:05d}",
+                (earlier.shuffled, kept.folder, new, b, threshold, earlier.penalty),
+            )
+            for b in range(earlier.buckets)
+        ],
+        leaks.match_task,
+        gpus=gpus,
+    )
+    bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
+    found = run_step(
+        root,
+        "matches",
+        [matched.key, inputs.digest],
+        [
+            Task(name, (matched.folder, bucket_names, files))
+            for name, files in file_groups(inputs.files)
+        ],
+        leaks.spread_matches_task,
+    )
+    return found, (kept, placed, matched, found)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A stored image that is like the one that was looked up."""
+
+    row: int
+    image_id: str
+    similarity: float
+
+
+def look_up(
+    copies: Copies,
+    vector: Halves,
+    crops: Halves | None = None,
+    visiting: Visiting | None = None,
+    *,
+    threshold: float,
+    most: int = 10,
+) -> list[Match]:
+    """Stored images that one image is like, the most similar first; opens the buckets of its cells.
+
+    Rows with equal vectors are found by the one that stands for them (the smallest image id).
+
+    Args:
+        copies: of the stored images.
+        vector: [d] of unit length.
+        crops: [9, d] where the stored images have views.
+        visiting: as for `find_pairs`.
+        threshold: similarity that a match must be above.
+        most: matches returned.
+    """
+    stored = copies.shuffled
+    _check_dim(stored, len(vector), "the image")
+    rows = Rows(
+        np.zeros(1, np.int64),
+        np.zeros((1, 16), np.uint8),
+        vector[None],
+        None if crops is None else crops[None],
+    )
+    fitted = cells_of.Cells.load(copies.cells, stored.dim)
+    table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
+    found: dict[int, Match] = {}
+    for number in np.unique(bucket // 2):
+        mine = table.filter(bucket // 2 == number)
+        here = items.items_of(
+            [
+                (not one % 2, mine.slice(i, 1))
+                for i, one in enumerate(bucket[bucket // 2 == number])
+            ],
+            stored.dim,
+            stored.probes,
+        )
+        pool = stored.read(int(number))
+        a, _, similarity = leaks.relative_pairs(
+            pool, here, threshold, np.array(stored.crops), copies.penalty
+        )
+        for place, value in zip(a, similarity, strict=True):
+            row = int(pool.row[place])
+            if row not in found or found[row].similarity < value:
+                found[row] = Match(row, bytes(pool.ids[place]).hex(), float(value))
+    return sorted(found.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
+
+
+def _shuffle(
+    copies: Copies,
+    step: str,
+    inputs: Inputs,
+    vectors: Vectors,
+    visiting: Visiting | None,
+    gpus: float,
+    root: Place | None = None,
+    exact: tuple[str, str] = ("", ""),
+) -> tuple[Result, Shuffled]:
+    """Writes the items of another set to the buckets of the cells that are there."""
+    stored = copies.shuffled
+    _check_dim(stored, vectors.dim, step)
+    of = portions(inputs.files, vectors, copies.portion_rows)
+    result = run_step(
+        root or copies.root,
+        step,
+        [copies.keys["copies/cells"], vectors.key, exact[1], stored.probes, stored.crops],
+        [
+            Task(
+                p.name,
+                (vectors, p, exact[0], ("", ()), copies.cells, stored.probes, visiting),
+            )
+            for p in of
+        ],
+        items.shuffle_task,
+        gpus=gpus,
+    )
+    names = written(of, result)
+    return result, Shuffled(result.folder, names, vectors.dim, stored.probes, stored.crops)
+
+
+def _check_dim(stored: Shuffled, dim: int, who: str) -> None:
+    if dim != stored.dim:
+        raise DataError(
+            f"vectors of {who} have {dim} numbers, those of the curated set {stored.dim}",
+            "embed both with the same curate.copy_embedder",
+        )

@@ -1,0 +1,58 @@
+"""Vectors of many rows in a temporary file: a component of any size is compared within a task."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.bucketed import unraw
+from pipeline.curate.exact import Ints
+from pipeline.curate.portions import CROPS, Rows
+
+
+class OnDisk:
+    """Rows whose vectors are read when they are asked for.
+
+    Args:
+        tables: with `row` and `vector`, and `crops` where the rows have views, as `bucketed.raw`
+            makes them; taken one by one.
+        dim: of a vector.
+
+    Attributes:
+        row: int64 [n].
+    """
+
+    def __init__(self, tables: Iterable[pa.Table], dim: int) -> None:
+        self.dim, self.views = dim, False
+        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115 - held until close
+        rows = [np.zeros(0, np.int64)]
+        for table in tables:
+            rows.append(np.array(table.column("row").to_numpy()))
+            parts = [unraw(table.column("vector"), np.float16, dim)]
+            self.views = "crops" in table.column_names
+            if self.views:
+                parts.append(unraw(table.column("crops"), np.float16, CROPS * dim))
+            self._file.write(np.concatenate(parts, 1).tobytes())
+        self._file.flush()
+        self.row = np.concatenate(rows)
+
+    def only(self, chosen: Ints) -> Rows:
+        """Some of the rows, by place; their ids are not stored."""
+        width = self.dim * (1 + CROPS * self.views)
+        places, back = np.unique(chosen, return_inverse=True)
+        found = np.empty((len(places), width), np.float16)
+        for values, place in zip(found, places.tolist(), strict=True):
+            os.preadv(self._file.fileno(), [values.view(np.uint8).data], place * 2 * width)
+        found = found[back]
+        crops = found[:, self.dim :].reshape(-1, CROPS, self.dim) if self.views else None
+        ids = np.zeros((len(found), 16), np.uint8)
+        return Rows(self.row[chosen], ids, found[:, : self.dim], crops)
+
+    def close(self) -> None:
+        """Deletes the file."""
+        self._file.close()
