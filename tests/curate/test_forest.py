@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     rng = np.random.default_rng(4)
     # A path of 300 rows in any order, small groups, and loops of a few similarities.
     path = rng.permutation(300)
-    pairs = [(int(a), int(b), 0.5) for a, b in zip(path, path[1:], strict=False)]
+    pairs = [(int(a), int(b), 0.5) for a, b in itertools.pairwise(path)]
     for first in range(300, 900, 4):
         members = rng.permutation(np.arange(first, first + 4))
         pairs += [(int(members[i]), int(members[j]), float(rng.choice([0.6, 0.7, 0.9])))
