@@ -68,7 +68,7 @@ def test_the_head_restarts_without_fault_tolerance(tmp_path: Path) -> None:
         head.kill()
         assert job.finish() != 0
         made.head()
-        # The other nodes belong to a cluster that is gone. Whether they end by themselves or must be
+        # The other nodes belong to a cluster that is gone. Whether they end or must be
         # ended, others take their place.
         until = time.monotonic() + 90
         while time.monotonic() < until and any(n.process.poll() is None for n in (train, decode)):
