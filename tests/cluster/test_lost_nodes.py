@@ -155,3 +155,24 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     assert len(found.groups) == 2 and not training.missing_steps(tmp_path, 120)
     assert wasted(found) == 0  # the checkpoint is of the last step that the group did
     figures(f"node-{how}", tmp_path, found, at, 120, "a group of the same size on other nodes")
+
+
+def test_a_plan_without_room_is_refused_or_waits(shards: Path, tmp_path: Path) -> None:
+    with cluster(env=token()) as made:
+        made.head()
+        job = training.start(tmp_path, shards, made.environment())
+        assert job.finish() == 2, job.text
+        assert (
+            "error: 2 workers of 1 CPU each need 2 CPUs; the cluster has 0 CPUs on 1 node: room "
+            "for none" in job.text
+        )
+        assert "resources.wait_s=900" in job.text and "Traceback" not in job.text
+        job = training.start(
+            tmp_path, shards, made.environment(), "resources.wait_s=600", "optim.steps=5"
+        )
+        try:
+            job.until(r"waiting     2 workers of 1 CPU each need 2 CPUs; .*; for \d+ s more")
+            made.add("late", cpus=3)
+            assert job.finish() == 0, job.text
+        finally:
+            training.end(job)
