@@ -108,7 +108,7 @@ def test_a_lost_node_makes_the_group_smaller_and_a_new_one_larger(
     assert one.look(*"ab" * 4) == 0
     one.give(b=0)
     assert one.start() == 4 and one.feeder.said == ["workers     8 -> 4"]
-    one.give(c=3)
+    one.give(c=1)
     for _ in range(20):
         assert one.look("a", "a", "a", "a") == 0
         one.pass_time(1)
