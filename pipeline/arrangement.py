@@ -132,7 +132,8 @@ def no_room(
     worker = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     needs = [worker] * workers + [{"CPU": DECODE_CPUS}]
     if placed(nodes, workers, share) is None:
-        said = missing(nodes, workers, share)
+        all_of_it = placed(machine.rooms, workers, share) is None
+        said = missing(machine.rooms if all_of_it else nodes, workers, share)
         first = "train.device=cpu trains without GPUs" if share.gpus else "lower train.workers"
         return PlacementError(said, f"{first}, or {hint}", needs)
     return PlacementError(

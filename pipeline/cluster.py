@@ -40,6 +40,8 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Nodes about to go are watched by train.scaling, which does not wait for their last second.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Not for workers to start, but for their CPUs to be free; then another size is tried.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -19,7 +19,7 @@ from pipeline.arrangement import (
     worker_share,
 )
 from pipeline.config import Config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PlacementError
 from pipeline.overrides import field_paths
 from pipeline.placement import Node, Share
 from pipeline.schedule import StepValues, cosine, linear
@@ -142,6 +142,16 @@ class Plan(BaseModel):
             if found := arrange(self.config, nodes, workers, self.share, self.feeder_cpus):
                 return found
         return None
+
+    def no_room_on(self, nodes: Sequence[Node]) -> PlacementError:
+        """What these nodes lack for the smallest group."""
+        machine = Machine(
+            cpus=int(sum(n.cpus for n in nodes)),
+            gpus=int(sum(n.gpus for n in nodes)),
+            bfloat16=False,
+            nodes=tuple(nodes),
+        )
+        return no_room(self.config, machine, self.sizes[0], self.share, self.feeder_cpus)
 
     @property
     def grid(self) -> tuple[int, int]:

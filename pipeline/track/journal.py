@@ -20,6 +20,7 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,11 @@ def read_steps(path: Path, run: str) -> dict[int, dict[str, float]]:
 class Journal:
     """The journal of one run folder. Appending is safe from several threads and processes.
 
-    No method raises on a full or broken disk: the loss is said once, and training goes on.
+    No method raises on a full or broken disk: that is said once, training goes on, and the lines
+    wait in memory until they can be written. What still waits when the process ends is lost.
     """
+
+    HELD_BYTES = 64 * 2**20
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,28 +115,47 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._lock = threading.Lock()
         self._torn = not _ends_with_newline(path)
-        self._lost = 0
+        self._held: deque[bytes] = deque()  # lines that could not be written yet
+        self._held_bytes = self._lost = 0
+        self._said = False
 
     def append(self, run: str, **event: Any) -> None:
         """Writes one line; `ts` is filled in."""
         line = json.dumps({"run": run, **event, "ts": event.get("ts") or now_ms()}, default=str)
-        data = (line + "\n").encode()
         with self._lock:
-            if self._torn:
-                data = b"\n" + data
+            self._hold((line + "\n").encode())
+            self._write_held()
+
+    def _hold(self, data: bytes) -> None:
+        self._held.append(data)
+        self._held_bytes += len(data)
+        while self._held_bytes > self.HELD_BYTES and len(self._held) > 1:
+            self._held_bytes -= len(self._held.popleft())
+            self._lost += 1
+
+    def _write_held(self) -> None:
+        while self._held:
+            data = b"\n" * self._torn + self._held[0]
             try:
                 written = os.write(self._fd, data)
-                self._torn = written < len(data)
             except OSError as error:
-                self._lose(str(error))
+                self._say(str(error))
                 return
-            if self._torn:
-                self._lose("the disk is full")
+            self._torn = written < len(data)
+            if self._torn:  # the whole line again, once there is room
+                self._say("the disk is full")
+                return
+            self._held_bytes -= len(self._held.popleft())
+        if self._said:
+            log.warning("%s is written again; %d lines are lost", self.path, self._lost)
+        self._said, self._lost = False, 0
 
-    def _lose(self, why: str) -> None:
-        self._lost += 1
-        if self._lost == 1:
-            log.warning("cannot write %s (%s); training goes on, metrics are lost", self.path, why)
+    def _say(self, why: str) -> None:
+        if not self._said:
+            log.warning(
+                "cannot write %s (%s); training goes on, its lines wait in memory", self.path, why
+            )
+        self._said = True
 
     def metrics(
         self, run: str, step: int, values: Mapping[str, Any], send: bool = True, to: str = ""
@@ -181,6 +204,9 @@ class Journal:
         """Closes the file; further lines are lost."""
         with self._lock:
             if self._fd >= 0:
+                self._write_held()
+                if self._held:
+                    log.error("%d lines of %s are lost", len(self._held) + self._lost, self.path)
                 os.close(self._fd)
             self._fd = -1
 

@@ -29,7 +29,7 @@ from pipeline.cluster import seen_nodes
 from pipeline.control import MOVE, SAVE
 from pipeline.data.feeder import DecodeTasks
 from pipeline.errors import PlacementError
-from pipeline.placement import missing
+from pipeline.placement import Node
 from pipeline.plan import Plan
 
 SAY_S = 30.0  # between two words about what is missing
@@ -53,6 +53,8 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.said = self.looked = 0.0
         self.room_since: float | None = None
         self.size = 0  # of the newest group
+        self.tried = 0  # the same, until it runs
+        self.settle_s = SETTLE_S  # longer after room that was not free
         self.leaving: set[str] = set()  # nodes about to go for which something has been asked
         self.wish = ""
 
@@ -70,34 +72,40 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         if self.waiting_since is None:
             self.waiting_since = now
             self._release(None)
-        nodes = seen_nodes()
-        there = [node for node in nodes.values() if not node.leaving]
-        found = self.plan.arranged_on([n.node for n in there])
+        there = [seen.node for seen in seen_nodes().values() if not seen.leaving]
+        found = self._next_try(there)
         waited, limit = now - self.waiting_since, self.plan.config.resources.replace_s
-        if found and waited <= limit:
-            return self._resized(found)
-        smallest = self.plan.sizes[0]
-        what = missing([n.node for n in there], smallest, self.plan.share)
+        what = self.plan.no_room_on(there).what
         if found:
-            what += ", but others use it"
+            what = f"{found.workers} workers of {self.plan.share} each fit, but others use the room"
         if waited > limit:
             raise PlacementError(
                 f"{what}; waited {waited:.0f} s for it",
                 "the same command goes on from the last checkpoint once there is room; "
                 "resources.replace_s says how long to wait",
             )
-        if now - self.said >= SAY_S:
+        if (self.tried or not found) and now - self.said >= SAY_S:
             self.said = now
             self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
+        if found:
+            return self._resized(found)
         time.sleep(1.0)  # the loop that asks does not pause by itself
         return NoopDecision()
+
+    def _next_try(self, nodes: list[Node]) -> Arrangement | None:
+        """The largest group; after one that did not come to run, the next smaller one in turn."""
+        found = None
+        if self.tried:
+            self.settle_s = min(60 * SETTLE_S, 4 * self.settle_s)
+            found = self.plan.arranged_on(nodes, self.tried - 1)
+        return found or self.plan.arranged_on(nodes)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
         """Moves the group off nodes that are about to go, and into room that has come."""
         self._maybe_send_resource_request()
-        self.waiting_since = None
+        self.waiting_since, self.tried = None, 0
         now = time.monotonic()
         if not self.wish and now - self.looked < LOOK_S:
             return NoopDecision()
@@ -115,7 +123,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             self._ask(MOVE if found else SAVE)
         elif found and found.workers > len(worker_group_state.workers):
             self.room_since = self.room_since or now
-            if now - self.room_since >= SETTLE_S:
+            if now - self.room_since >= self.settle_s:
                 self._ask(MOVE)
         else:
             self.room_since = None
@@ -134,7 +142,8 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
     def _resized(self, found: Arrangement) -> ResizeDecision:
         if self.size and found.workers != self.size:
             self._say(f"workers     {self.size} -> {found.workers}")
-        self.size, self.room_since, self.leaving = found.workers, None, set()
+        self.size = self.tried = found.workers
+        self.room_since, self.leaving = None, set()
         self._release(found)
         return ResizeDecision(
             num_workers=found.workers,

@@ -102,7 +102,7 @@ def test_not_elastic_waits_for_another_node(made: Cluster, shards: Path, tmp_pat
         at = time.time()
         with_worker(made).kill()
         said = job.until(r"waiting     (.*)", after=at)[1]
-        assert "leave none" in said or "2 workers of 1 CPU each need 2 CPUs" in said
+        assert "leave none of the 2 CPUs for decoding; for " in said
         came = time.time()
         made.add("d", cpus=1)
         job.until(r"resumed     from the checkpoint at step", after=came)
@@ -124,7 +124,7 @@ def test_not_elastic_gives_up_with_a_sentence(made: Cluster, shards: Path, tmp_p
         assert job.finish() == 2, job.text
     finally:
         training.end(job)
-    assert "the cluster has 2 CPUs on 3 nodes" in job.text
+    assert "leave none of the 2 CPUs for decoding; waited" in job.text
     assert "the same command goes on from the last checkpoint" in job.text
     assert "Traceback" not in job.text
     assert training.checkpoints(tmp_path)[-1] >= 10
@@ -155,3 +155,24 @@ def test_a_node_about_to_go_is_left_with_a_checkpoint(
     assert len(found.groups) == 2 and not training.missing_steps(tmp_path, 120)
     assert wasted(found) == 0  # the checkpoint is of the last step that the group did
     figures(f"node-{how}", tmp_path, found, at, 120, "a group of the same size on other nodes")
+
+
+def test_a_plan_without_room_is_refused_or_waits(shards: Path, tmp_path: Path) -> None:
+    with cluster(env=token()) as made:
+        made.head()
+        job = training.start(tmp_path, shards, made.environment())
+        assert job.finish() == 2, job.text
+        assert (
+            "error: 2 workers of 1 CPU each need 2 CPUs; the cluster has 0 CPUs on 1 node: room "
+            "for none" in job.text
+        )
+        assert "resources.wait_s=900" in job.text and "Traceback" not in job.text
+        job = training.start(
+            tmp_path, shards, made.environment(), "resources.wait_s=600", "optim.steps=5"
+        )
+        try:
+            job.until(r"waiting     2 workers of 1 CPU each need 2 CPUs; .*; for \d+ s more")
+            made.add("late", cpus=3)
+            assert job.finish() == 0, job.text
+        finally:
+            training.end(job)

@@ -144,6 +144,32 @@ def test_a_micro_batch_keeps_one_image_where_all_are_bad() -> None:
 
     def images(*found: dict[str, np.ndarray]) -> list[int]:
         tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in found]
-        return [batch.images for batch in _micro_batches(iter(tables), 2, False)]
+        return [batch.images for batch in _micro_batches(iter(tables), 2, 1, False)]
 
     assert images(bad, good, good, bad, bad, bad, good, good) == [size, size, 1, 2 * size]
+
+
+def test_micro_batches_hold_the_same_images_for_any_number_of_workers():
+    """Twelve chunks a step, six micro batches of two: dealt to 6, 3, 2 and 1 workers."""
+
+    def tables(step: int) -> list:
+        found = []
+        for number in range(12):
+            one = chunk(1) | {"reason": np.zeros(1, np.int8)}
+            one["image_ids"] = np.full((1, 16), 12 * step + number, np.uint8)
+            found.append(chunk_table(one))
+        return found
+
+    def dealt(workers: int) -> dict[tuple[int, int], list[int]]:
+        each = 6 // workers
+        found = {}
+        for rank in range(workers):
+            mine = [table for step in range(2) for table in tables(step)[rank::workers]]
+            for number, batch in enumerate(_micro_batches(iter(mine), 2, each, False)):
+                step, part = divmod(number, each)
+                found[step, rank + part * workers] = batch.image_ids[:, 0].tolist()
+        return found
+
+    expected = {(s, g): [12 * s + g, 12 * s + g + 6] for s in range(2) for g in range(6)}
+    for workers in (6, 3, 2, 1):
+        assert dealt(workers) == expected

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from pipeline import job
-from pipeline.track.journal import read_steps
+from pipeline.track.journal import read, read_steps
+from tests.cluster.figures import record
 from tests.jobs.conftest import ROOT, STEPS, Job, runner
 
 pytestmark = pytest.mark.timeout(900)  # seconds; half a minute each where nobody else works
@@ -237,6 +238,29 @@ def test_stopped_by_sigterm_and_started_again(
     assert again.stdout.count("up to date") == len(STAGES)
 
 
+def note(name: str, folder: Path, at: float, remark: str) -> None:
+    """The figures of a fault at a time, from the journal: every step that was done is in it."""
+    steps: list[int] = []
+    first_after = 0.0
+    for _, event in read(folder / "tiny" / "metrics.jsonl"):
+        if event["run"] != "pretrain":
+            continue
+        if "resume" in event:
+            first_after = 0.0
+        elif "metrics" in event and "loss/total" in event["metrics"] and "to" not in event:
+            steps.append(event["step"])
+            first_after = first_after or event["ts"] / 1000
+    record(
+        name,
+        lost_steps=len(steps) - len(set(steps)),
+        recovery_s=first_after - at,
+        repeated=0,  # assert_same_run: each step has the losses of the run that was left alone
+        lost=0,
+        metrics_lost=STEPS - len(set(steps)),
+        note=remark,
+    )
+
+
 def training_workers() -> list[psutil.Process]:
     """The training workers of this test's own cluster: they are below this process."""
     found = []
@@ -257,12 +281,16 @@ def test_a_killed_worker_is_replaced(whole: tuple[Path, str], started: Any, tmp_
     workers = training_workers()
     assert len(workers) == 2
     os.kill(workers[1].pid, signal.SIGKILL)
+    at = time.time()
     code, rest = finish(running)
     assert code == 0, "".join(lines) + rest
     resumed = re.search(r"resumed     from the checkpoint at step (\d+)", rest)
     assert resumed, rest
     assert int(resumed[1]) >= 10
     assert_same_run(tmp_path, whole[0])
+    note(
+        "worker-killed", tmp_path, at, "SIGKILL in the middle of a pass; a checkpoint each 5 steps"
+    )
 
 
 @pytest.mark.slow
@@ -272,6 +300,7 @@ def test_a_killed_driver_leaves_a_run_that_goes_on(
     first = started()
     read_until(first, r"step 1[2-9]/40 ")
     first.kill()
+    at = time.time()
     code, _ = finish(first)
     assert code == -signal.SIGKILL
     ended = time.monotonic() + 60
@@ -282,6 +311,7 @@ def test_a_killed_driver_leaves_a_run_that_goes_on(
     assert code == 0, console
     assert "resumed     from the checkpoint at step" in console
     assert_same_run(tmp_path, whole[0])
+    note("driver-killed", tmp_path, at, "SIGKILL, then the same command again")
 
 
 @pytest.mark.slow
@@ -294,9 +324,13 @@ def test_one_worker_goes_on_where_two_stopped(
     first.send_signal(signal.SIGTERM)
     code, rest = finish(first)
     assert code == 143, rest
-    code, console = finish(started("train.workers=1"))
+    code, console = finish(started("train.workers=1", "train.accumulation=2"))
     assert code == 0, console
     assert "changed     train.workers: 2 -> 1" in console
     mine, expected = journal(tmp_path), journal(whole[0])
     assert list(mine) == list(range(STEPS))
     assert mine[STEPS - 1]["data/images_seen"] == expected[STEPS - 1]["data/images_seen"]
+    assert (mine[0]["perf/workers"], mine[STEPS - 1]["perf/workers"]) == (2, 1)
+    for step, row in expected.items():  # the same micro batches: KoLeo and iBOT's centre as well
+        for name in LOSSES:
+            assert mine[step][name] == pytest.approx(row[name], rel=1e-3), (step, name)

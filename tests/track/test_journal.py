@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.journal import Journal, read
+from pipeline.track.journal import Journal, read, read_steps
 from pipeline.track.units import in_doubt, units, unsent
 
 
@@ -114,6 +115,50 @@ def test_a_full_disk_is_said_once_and_does_not_raise(
         for step in range(5):
             journal.metrics("a", step, {"x": 1})
     assert len(caplog.records) == 1 and "training goes on" in caplog.text
+
+
+def test_lines_wait_for_room_and_are_written_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room, then room for half a line, then room: nothing is lost, doubled or out of order."""
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.metrics("a", 0, {"x": 1})
+    plain, left = os.write, [0]
+
+    def full(fd: int, data: bytes) -> int:
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        part = data[: left[0]]
+        left[0] -= len(part)
+        return plain(fd, part)
+
+    monkeypatch.setattr(os, "write", full)
+    with caplog.at_level(logging.WARNING, "pipeline.track"):
+        for step in range(1, 4):
+            journal.metrics("a", step, {"x": 1})
+        left[0] = 30
+        journal.metrics("a", 4, {"x": 1})
+        assert list(read_steps(journal.path, "a")) == [0]
+        left[0] = 10_000
+        journal.metrics("a", 5, {"x": 1})
+    assert [r.getMessage().split(" (")[0] for r in caplog.records] == [
+        f"cannot write {journal.path}",
+        f"{journal.path} is written again; 0 lines are lost",
+    ]
+    steps = [event["step"] for _, event in read(journal.path)]
+    assert steps == list(range(6))
+
+
+def test_lines_that_still_wait_at_the_end_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    journal = Journal(path)
+    for step in range(5):
+        journal.metrics("a", step, {"x": 1})
+    journal.close()
+    assert f"5 lines of {path} are lost" in caplog.text
 
 
 def write_many(path: Path, writer: int) -> None:

@@ -1,0 +1,178 @@
+"""The decisions about groups of workers, on made-up nodes and a clock of the test's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from pipeline.arrangement import Machine
+from pipeline.cluster import Seen
+from pipeline.control import Control
+from pipeline.errors import PlacementError
+from pipeline.overrides import load
+from pipeline.placement import Node
+from pipeline.plan import resolve
+from pipeline.train import scaling
+from pipeline.train.scaling import Patience, Scaling
+
+
+class Feeder(Control):
+    """A feeder's side of the policy; `remote` calls are plain ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[int | None] = []
+
+    def release(self, tasks: Any = None) -> None:
+        self.tasks.append(tasks.at_once if tasks else None)
+        self.ask("")
+
+    @property
+    def said(self) -> list[str]:
+        return [line for _, line in self.listen(0)]
+
+
+class Remote:
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.target, name)
+        return type("Method", (), {"remote": staticmethod(method)})
+
+
+class Worker:
+    def __init__(self, node: str) -> None:
+        self.metadata = type("Metadata", (), {"node_id": node})
+
+
+class Policy:
+    """A policy with its surroundings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, workers: str, **overrides: str) -> None:
+        self.now, self.nodes, self.feeder = (
+            1000.0,
+            {"head": Seen(Node(0, 0, True), False)},
+            Feeder(),
+        )
+        monkeypatch.setattr(scaling.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(scaling.time, "sleep", self.pass_time)
+        monkeypatch.setattr(scaling, "seen_nodes", lambda: self.nodes)
+        monkeypatch.setattr(scaling.ray, "get", lambda found: found)
+        monkeypatch.setattr(Scaling, "_maybe_send_resource_request", lambda self: None)
+        fields = {"optim.steps": "9", "optim.global_batch_size": "64", "train.workers": workers}
+        fields |= {"resources.cpus_per_worker": "1", **overrides}
+        plan = resolve(
+            load([f"{k}={v}" for k, v in fields.items()]),
+            images=1000,
+            digest="d",
+            class_names=(),
+            machine=Machine(cpus=64, gpus=0, bfloat16=False),
+        )
+        config = ScalingConfig(num_workers=plan.sizes[-1], resources_per_worker={"CPU": 1})
+        self.policy = Scaling(config, plan, Remote(self.feeder))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    def give(self, **cpus: float) -> None:
+        """Sets what the nodes have; 0 takes a node away, a negative number is one about to go."""
+        for name, number in cpus.items():
+            self.nodes.pop(name, None)
+            if number:
+                self.nodes[name] = Seen(Node(abs(number)), number < 0)
+
+    def start(self) -> int:
+        """The size of the next group; 0: none yet."""
+        found = self.policy.make_decision_for_non_running_worker_group()
+        return 0 if isinstance(found, NoopDecision) else int(found.num_workers)
+
+    def look(self, *nodes: str) -> int:
+        """The same of a group that runs on these nodes; 0: it stays."""
+        state = type("State", (), {"workers": [Worker(node) for node in nodes]})
+        found = self.policy.make_decision_for_running_worker_group(state, None)
+        return 0 if isinstance(found, NoopDecision) else int(found.num_workers)
+
+
+def test_a_lost_node_makes_the_group_smaller_and_a_new_one_larger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=6, b=6)
+    assert one.start() == 8 and one.feeder.tasks == [None, 4]
+    assert one.look(*"ab" * 4) == 0
+    one.give(b=0)
+    assert one.start() == 4 and one.feeder.said == ["workers     8 -> 4"]
+    one.give(c=1)
+    for _ in range(20):
+        assert one.look("a", "a", "a", "a") == 0
+        one.pass_time(1)
+    assert one.feeder.wait_wish(0) == ""  # one more CPU is no room for eight
+    one.give(c=6)
+    asked = one.now
+    while not one.feeder.wait_wish(0):
+        assert one.look("a", "a", "a", "a") == 0
+        one.pass_time(1)
+    assert one.feeder.wait_wish(0) == "move" and one.now - asked >= scaling.SETTLE_S
+    assert one.look("a", "a", "a", "a") == 0  # not before there is a checkpoint
+    assert one.feeder.answer("move", 7)
+    assert one.look("a", "a", "a", "a") == 8
+
+
+def test_a_group_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "2")
+    one.give(a=2, b=3)
+    assert one.start() == 2
+    one.give(b=-3)
+    one.pass_time(5)
+    assert one.look("b", "b") == 0
+    assert "1 node with training workers will be taken away" in one.feeder.said[-1]
+    assert one.feeder.wait_wish(0) == "save"  # there is nowhere to go
+    one.feeder.answer("save", 3)
+    for _ in range(5):
+        one.pass_time(5)
+        assert one.look("b", "b") == 0 and one.feeder.wait_wish(0) == ""
+    one.give(c=-3, b=3, a=3)
+    one.pass_time(5)
+    assert one.look("c", "a") == 0 and one.feeder.wait_wish(0) == "move"
+    one.feeder.answer("move", 4)
+    assert one.look("c", "a") == 2
+
+
+def test_waiting_is_said_and_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "2", **{"resources.replace_s": "70"})
+    one.give(a=2)
+    begun = one.now
+    with pytest.raises(PlacementError, match=r"leave none of the 2 CPUs .* waited 7\d s for it"):
+        while one.now < begun + 200:
+            assert one.start() == 0
+    said = one.feeder.said
+    assert len(said) == 3 and said[0].endswith("CPUs for decoding; for 70 s more")
+
+
+def test_room_that_others_use_makes_the_group_smaller_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray waits for the resources of a group and gives up: the next size is tried."""
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=20)
+    assert [one.start() for _ in range(4)] == [8, 4, 2, 8]
+    assert one.look("a", "a") == 0
+    assert one.policy.settle_s > scaling.SETTLE_S  # it does not move again and again for nothing
+
+
+def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling.ray, "get", lambda found: found)
+    feeder = Feeder()
+    patience = Patience(FailureConfig(max_failures=2), Remote(feeder))
+    error = WorkerGroupError("a worker died", {0: RuntimeError("x")})
+    for saved in (5, 10, 15, 20):
+        feeder.note_saved(saved)
+        assert patience.make_decision(error) == FailureDecision.RETRY
+    assert patience.make_decision(error) == FailureDecision.RETRY
+    assert patience.make_decision(error) == FailureDecision.RAISE
