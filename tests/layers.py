@@ -52,7 +52,7 @@ TABLE = [
     # the small things that everything may use
     row("schedule uri __init__"),
     row("errors log", "uri"),
-    row("config", "errors model.sizes", others="pydantic"),
+    row("config", "errors uri model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),
