@@ -53,7 +53,7 @@ TABLE = [
     row("schedule uri __init__"),
     row("errors log", "uri"),
     row("curation", inside="config"),
-    row("config", "errors curation model.sizes", others="pydantic"),
+    row("config", "errors curation uri model.sizes", others="pydantic"),
     row("overrides", "errors config", others="pydantic yaml"),
     row("files", "errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),

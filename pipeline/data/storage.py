@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import functools
 import os
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ __all__ = [
     "delete_file",
     "exists",
     "file_info",
+    "keep_pickles_closed",
     "list_files",
     "list_parquet",
     "make_folder",
@@ -86,7 +88,17 @@ def resolve_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         DataError: the URI names a scheme or bucket that cannot be opened.
     """
+    keep_pickles_closed()
     return _filesystem(absolute_uri(str(uri)))
+
+
+def keep_pickles_closed() -> None:
+    """Makes a column of pickled Python objects a column of bytes, as it is without Ray Data, which
+    registers a type of arrow's whose values are unpickled when they are read. None of ours has it.
+    """
+    if "ray.data._internal.object_extensions.arrow" in sys.modules:
+        with contextlib.suppress(pa.ArrowKeyError):
+            pa.unregister_extension_type("ray.data.arrow_pickled_object")
 
 
 def file_info(fs: pafs.FileSystem, path: str, tries: int | None = None) -> pafs.FileInfo:

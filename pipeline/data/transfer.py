@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.retry import with_retries
-from pipeline.data.storage import OBJECT_STORES, make_folder, resolve_uri
+from pipeline.data.storage import OBJECT_STORES, keep_pickles_closed, make_folder, resolve_uri
 from pipeline.uri import Place, is_uri
 
 BLOCK = 16 * 2**20
@@ -40,6 +40,7 @@ def read_bytes(fs: pafs.FileSystem, path: str) -> bytes:
         FileNotFoundError: there is none.
         StorageError: the storage failed, or refused.
     """
+    keep_pickles_closed()  # the bytes may be those of a table
 
     def read() -> bytes:
         with fs.open_input_file(path) as file:

@@ -27,6 +27,16 @@ log = logging.getLogger("pipeline.track")
 
 HOST = "127.0.0.1"
 FIRST_PORT = 5000
+# A group of its own, so that Ctrl-C and the job's end do not reach the server; and a parent that
+# ends at once, since `ray job stop` signals all that is below the job.
+LAUNCHER = """
+import subprocess, sys
+none = subprocess.DEVNULL
+server = subprocess.Popen(
+    sys.argv[1:], stdin=none, stdout=sys.stderr, stderr=sys.stderr, start_new_session=True
+)
+print(server.pid)
+"""
 
 
 @dataclass(frozen=True)
@@ -79,17 +89,18 @@ def start(folder: Path, first_port: int = FIRST_PORT) -> Running:
         command += ["--artifacts-destination", str(folder / "artifacts")]
         command += ["--uvicorn-opts", "--log-level warning"]
         with (folder / "server.log").open("wb") as output:
-            process = subprocess.Popen(  # its own group: Ctrl-C and the job's end do not reach it
-                command,
+            launched = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
                 cwd=folder,
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                check=True,
             )
-        created = psutil.Process(process.pid).create_time()
-        server = Running(process.pid, created, port, f"http://{HOST}:{port}")
+        pid = int(launched.stdout)
+        created = psutil.Process(pid).create_time()
+        server = Running(pid, created, port, f"http://{HOST}:{port}")
         atomic_write(folder / "server.json", json.dumps(asdict(server)).encode())
         log.info("tracking   starting MLflow at %s (data in %s)", server.uri, folder)
         return server
@@ -104,9 +115,10 @@ def stop(folder: Path, timeout: float = 10.0) -> bool:
     server = running(folder.absolute())
     if server is None:
         return False
-    process = psutil.Process(server.pid)
-    process.terminate()
-    gone, _ = psutil.wait_procs([process], timeout=timeout)
+    psutil.Process(server.pid).terminate()
+    deadline = time.monotonic() + timeout
+    while not (gone := running(folder.absolute()) is None) and time.monotonic() < deadline:
+        time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError, PermissionError):  # what it left in its group
         os.killpg(server.pid, signal.SIGTERM if gone else signal.SIGKILL)
     (folder / "server.json").unlink(missing_ok=True)

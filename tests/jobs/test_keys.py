@@ -1,22 +1,25 @@
-"""A key in a URI is never shown: not in errors, lines, params or the report of any stage."""
+"""Keys and passwords come from the environment and are never shown or written."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import psutil
 import pytest
 
 from pipeline import log
 from pipeline.errors import DataError, PipelineError, StorageError, last_line, one_line
+from pipeline.job import main
 from pipeline.track.report import Text, write_report
-from tests.jobs.conftest import runner
+from tests.jobs.conftest import ROOT
 from tests.s3 import KEY, S3, SECRET
 
 BUCKET = "keys"
@@ -51,38 +54,69 @@ def test_the_report(tmp_path: Path) -> None:
     assert clean((tmp_path / "report.html").read_text())
 
 
-@pytest.fixture
-def jobs(s3: S3, environment: dict[str, str], tmp_path: Path, images: Path) -> Callable[..., Any]:
+@pytest.mark.parametrize(
+    "job", ["pack", "curate", "pretrain", "evaluate", "export", "run", "doctor"]
+)
+@pytest.mark.parametrize(
+    "given",
+    ["data.source={}/photos", "data.shards={}/shards", "run.folder={}/runs", "track.uri={}"],
+)
+def test_a_key_on_the_command_line_is_refused(
+    job: str, given: str, capsys: pytest.CaptureFixture[str], quiet_log: None
+) -> None:
+    """It would be in the list of processes and jobs, in the run folder and in MLflow."""
+    with pytest.raises(SystemExit) as ended:
+        main([job], "", [given.format("s3://AKIDEXAMPLE:hush%2Fhush@bucket")])
+    said = "".join(capsys.readouterr())
+    assert ended.value.code == 2
+    assert f"{given.split('=')[0]}: s3://bucket" in said and "AWS_SECRET_ACCESS_KEY" in said
+    assert not any(word in said for word in HIDDEN)
+
+
+@pytest.mark.slow
+def test_secrets_of_the_environment_stay_there(
+    s3: S3, environment: dict[str, str], tmp_path: Path, images: Path, recipe: Path
+) -> None:
+    """Not in what a job prints or writes, nor in the command line of any of its processes."""
     s3.make(BUCKET)
     for path in sorted((images / "train" / "red").glob("*.png")):
         s3.client().upload_file(str(path), BUCKET, f"photos/red/{path.name}")
-    files = [path.read_bytes() for path in sorted((images / "train" / "red").glob("*.png"))]
-    pq.write_table(pa.table({"image": files}), tmp_path / "part.parquet", row_group_size=20)
-    s3.client().upload_file(str(tmp_path / "part.parquet"), BUCKET, "shards/part.parquet")
-    return runner(environment | {"RAYDINO_HOME": str(tmp_path / "home")})
+    password = "hush-hush-hush"
+    secrets = {KEY, SECRET, password}
+    job = subprocess.Popen(
+        [sys.executable, ROOT / "jobs" / "pack.py", recipe, f"data.source=s3://{BUCKET}/photos"]
+        + [f"run.folder={tmp_path}/runs", "track.enabled=true"],
+        env=environment
+        | s3.environment()
+        | {"MLFLOW_TRACKING_URI": f"http://ann:{password}@127.0.0.1:9"}
+        | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen: set[str] = set()
 
+    def look() -> None:
+        while job.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                for process in psutil.Process(job.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        seen.add(" ".join(process.cmdline()))
+            time.sleep(0.1)
 
-@pytest.mark.parametrize(
-    ("job", "place", "ends"),
-    [
-        ("pack", "data.source={photos}", 0),
-        ("pretrain", "data.shards={none}", 2),
-        ("pretrain", "data.shards={photos}", 2),
-        ("run", "data.source={photos}", 0),
-        ("pretrain", "data.shards={shards}", 0),
-        ("doctor", "data.shards={shards}", 0),
-        ("doctor", "data.shards={none}", 2),
-        ("doctor", "data.shards={photos}", 2),
-    ],
-)
-def test_dry_runs_and_the_doctor(
-    job: str, place: str, ends: int, jobs: Callable[..., Any], s3: S3, recipe: Path, tmp_path: Path
-) -> None:
-    places = {"photos": s3.uri(f"{BUCKET}/photos"), "none": s3.uri(f"{BUCKET}/none")}
-    places["shards"] = s3.uri(f"{BUCKET}/shards")
-    rest = ["--dry-run"] * (job != "doctor") + [f"data.shards={tmp_path}/s"] * (job == "pack")
-    done = jobs(job, recipe, place.format(**places), f"run.folder={tmp_path}/runs", *rest)
-    assert done.returncode == ends, done.stdout + done.stderr
-    shown = done.stdout + done.stderr
-    assert BUCKET in shown or (ends == 0 and job in ("run", "pretrain"))  # these name the folder
-    assert KEY not in shown and SECRET not in shown
+    looking = threading.Thread(target=look)
+    looking.start()
+    said, _ = job.communicate(timeout=280)
+    looking.join()
+    assert job.returncode == 0, said
+    assert any("raylet" in line for line in seen)
+    assert "MLflow at http://127.0.0.1:9 does not answer" in said
+    for text in (said, *seen):
+        assert not [secret for secret in secrets if secret in text]
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.jsonl", "track.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+        mode = path.stat().st_mode
+        assert not mode & 0o022 and not mode & 0o111, f"{path}: {mode:o}"  # no one else writes

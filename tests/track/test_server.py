@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.errors import PipelineError
@@ -40,6 +41,8 @@ def test_two_jobs_start_one_server(tmp_path: Path) -> None:
             found = server.running(tmp_path)
             assert found and found.pid == first and found.port > port
             assert os.getsid(first) == first  # a session of its own: the job's end spares it
+            below = psutil.Process().children(recursive=True)
+            assert first not in {process.pid for process in below}  # and so does `ray job stop`
         finally:
             assert server.stop(tmp_path)
     assert server.running(tmp_path) is None
@@ -103,8 +106,6 @@ def test_links_before_the_run_is_made() -> None:
 
 
 def test_the_server_is_on_loopback_only(mlflow_server: Any) -> None:
-    import psutil
-
     tree = [psutil.Process(mlflow_server.info.pid)]
     tree += tree[0].children(recursive=True)
     listening = {
