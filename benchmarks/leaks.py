@@ -2,10 +2,10 @@
 
     python benchmarks/leaks.py [--cifar FOLDER] [--images N] [--gallery leaks.png]
 
-The threshold is calibrated on training images as the curate stage does it. For every test image the
-100 training images with the most similar wholes are compared exactly, crops included. The gallery
-shows pairs drawn from bands of similarity around the threshold (test left, training right), and the
-table how many of a band `same_picture` takes for copies.
+The threshold is calibrated on training images as the curate stage does it by default. For every
+test image the 100 training images with the most similar wholes are compared exactly, crops
+included. The gallery shows pairs drawn from bands of similarity around the threshold (test left,
+training right), and the table how many of a band `same_picture` takes for copies.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def calibrated(images: Any, ids: list[bytes], seed: int, count: int, compared: i
         np.stack([np.stack([whole for whole, _ in some]) for some in found]),
         np.stack([np.stack([views for _, views in some]) for some in found]),
     )
-    return measure_threshold(sample, 1e-6)
+    return measure_threshold(sample, min(1e-6, 0.01 / len(images)))
 
 
 def best_matches(test: Any, train: Any, penalty: float) -> tuple[Any, Any]:

@@ -118,6 +118,7 @@ def calibrate(
     task = Task("calibration", (*folders, vectors.views, target))
     found = run_step(root, step, [gathered.key, made.key, target], [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
+    log.info("threshold   %s", calibration.line())
     if calibration.warning:
         log.warning("calibration: %s", calibration.warning)
     return calibration, found

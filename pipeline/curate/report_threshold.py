@@ -81,9 +81,13 @@ def _story(known: Mapping[str, Any]) -> str:
     text = (
         f"{images(int(known['images']))} of this very set, drawn by chance, were compared with "
         f"each other: {int(known['negatives']):,} pairs of different images. The threshold lies "
-        f"where {_rare(float(known['target']))} such pairs would be taken for copies. Then "
-        f"copies of {int(known['attacked']):,} of the images were made in nine ways, to see how "
-        "many of them are found."
+        f"where {_rare(float(known['target']))} such pairs would be taken for copies"
+    )
+    if known["extrapolated"]:
+        text += " (so few are not counted: the shape of the tail says where they begin)"
+    text += (
+        f". Then copies of {int(known['attacked']):,} of the images were made in nine ways, to "
+        "see how many of them are found."
     )
     if known["copies"]:
         pairs = "1 pair" if known["copies"] == 1 else f"{int(known['copies']):,} pairs"

@@ -75,6 +75,15 @@ class Calibration:
     curve: tuple[tuple[float, float, float], ...] = ()
     warning: str = ""
 
+    def line(self) -> str:
+        """For the log."""
+        if math.isnan(self.low) or math.isnan(self.recall):
+            return f"{self.threshold:.3f}, a default"
+        return (
+            f"{self.threshold:.3f} ({self.low:.3f} to {self.high:.3f} with other images of the "
+            f"set), finds {self.recall:.0%} of attacked copies"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """For a file; numbers that are none become null."""
         found = asdict(self)

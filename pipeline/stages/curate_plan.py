@@ -27,7 +27,7 @@ PIXEL_S = 1.8e-8  # and of each of its pixels, decoding included
 FLOPS = 4e10  # of a core, in products of matrices
 COMPARED_S = 15  # of comparing the images of a calibration
 ATTACKED_S = 0.05  # of an image that calibration attacks nine times
-TABLE_BYTES = 13_000  # of an image in all tables, most of it descriptors and the thumbnail
+TABLE_BYTES = 13_000  # of a photo: 5.4 KB of fingerprints, 7.5 KB of the join by descriptors
 PIXELS = 200_000  # of an image, where nothing is known
 
 

@@ -120,6 +120,7 @@ def test_recall_and_rate_are_those_of_the_pairs(monkeypatch):
     assert list(found.recalls) == list(ATTACKS) and found.penalty == 0
     again = Calibration.of_json(json.loads(json.dumps(found.to_json())))
     assert again == found
+    assert f"{found.low:.3f} to {found.high:.3f}" in found.line() and "100%" in found.line()
     _, recalls, rates = zip(*found.curve, strict=True)
     assert list(recalls) == sorted(recalls, reverse=True) and rates[-1] == 0
 

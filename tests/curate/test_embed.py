@@ -234,6 +234,7 @@ def external(path, name="weights/m.data", seed=0):
     )
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
     (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / name).unlink(missing_ok=True)  # onnx would append to it
     kept = {"save_as_external_data": True, "location": name, "size_threshold": 0}
     onnx.save(model, str(path), **kept)
     return path
