@@ -115,8 +115,7 @@ def test_buckets_are_levelled_by_members(sample: Array) -> None:
     sizes[:2] = 400  # more than a mean bucket
     found = cells.bucket_cells(centres, 6, 0, sizes=sizes)
     filled = np.bincount(found, sizes, minlength=6)
-    alone = np.flatnonzero(filled >= 400)
-    assert len(alone) == 2 and filled.max() <= cells.ROOM * sizes.sum() / 6 + 20
+    assert found[0] != found[1] and filled.max() <= cells.ROOM * sizes.sum() / 6 + 20
     by_number = np.bincount(cells.bucket_cells(centres, 6, 0), sizes, minlength=6)
     assert filled.max() < by_number.max()
 
