@@ -110,7 +110,7 @@ def test_tiles_on_a_device_have_full_precision(monkeypatch: pytest.MonkeyPatch) 
         said.append(torch.get_float32_matmul_precision())
         return inner(*given)
 
-    x = unit_half(np.random.default_rng(0).standard_normal((40, 16)))
+    x = exact.unit_half(np.random.default_rng(0).standard_normal((40, 16)))
     wanted = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
     monkeypatch.setattr(join, "pairs_above", spied)
     monkeypatch.setattr(join, "device", lambda: "cpu")
