@@ -261,7 +261,7 @@ def test_another_limit_embeds_nothing_again(tmp_path, weights):
     run = curate(tmp_path, *given, *other)
     assert {p: p.stat().st_mtime_ns for p in steps.glob("embed_copy/**/*")} == stamps
     counts = assert_balanced(run, len(images))
-    assert counts["too_small"] == first["too_small"] + 3
+    assert counts["too_small"] == first["too_small"] + 4  # and the long one
     fresh = curate(tmp_path, *given, *other, name="fresh")
     steps = ("curate", "steps", "decisions")
     assert files_of(run, *steps) == files_of(fresh, *steps)
