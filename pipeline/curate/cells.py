@@ -260,20 +260,22 @@ def fit(vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "
         zero = np.zeros(0, np.int32)
         return Cells(none, zero, zero, none)
     cells = min(cells, len(vectors))
-    groups, places = _groups(vectors, cells, (seed, 0))
-    centres, group = [], []
+    first_groups, places = _groups(vectors, cells, (seed, 0))
+    most = max(LEAST_SPLIT, SKEW * -(-cells // len(places)))
+    parts: list[tuple[Halves, Halves]] = []
     for number, share in enumerate(shares(np.array([len(one) for one in places]), cells)):
         if share:
-            most = max(LEAST_SPLIT, SKEW * -(-cells // len(groups)))
-            centres.append(_split(vectors[places[number]], share, (seed, 1, number), most))
-            group.append(np.full(len(centres[-1]), number, np.int32))
-    found, which = np.concatenate(centres), None
+            own = first_groups[number : number + 1]
+            parts += _split(own, vectors[places[number]], int(share), (seed, 1, number), most)
+    groups, centres = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
+    group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts])
+    found, which = centres, None
     if len(found) <= TWO_LEVELS:
         # Cells at the border of groups were fitted to half of what is around them.
         found, which = _lloyd(vectors, found, REFINEMENTS)
     _, first = np.unique(np.ascontiguousarray(found).view(np.uint8), axis=0, return_index=True)
     first = np.sort(first)
-    fitted = Cells(found[first], np.zeros(0, np.int32), np.concatenate(group)[first], groups)
+    fitted = Cells(found[first], np.zeros(0, np.int32), group[first], groups)
     # Members of the sample, before the last move of the centres where they were counted then.
     if which is None:
         sizes = np.bincount(fitted.nearest(vectors, 1)[:, 0], minlength=len(first))
@@ -294,24 +296,26 @@ def _groups(vectors: Halves, cells: int, seed: Sequence[int]) -> tuple[Halves, l
     return groups, [order[a:b] for a, b in pairwise(ends.tolist())]
 
 
-def _split(vectors: Halves, cells: int, seed: Sequence[int], most: int) -> Halves:
-    """Cells of a group. k-means costs the product of vectors and cells, so where a group has more
-    than `most` cells, since vectors are where few groups are, it is divided into groups again.
+def _split(
+    own: Halves, vectors: Halves, cells: int, seed: Sequence[int], most: int
+) -> list[tuple[Halves, Halves]]:
+    """A group as groups with cells: itself, or several where it would have more than `most` cells,
+    since most vectors are where few groups are. k-means costs the product of vectors and cells, and
+    a vector that is assigned is compared with all cells of its groups.
     """
     if cells <= most:
-        return kmeans(vectors, cells, seed, ITERATIONS)
-    _, places = _groups(vectors, cells, (*seed, 0))
+        return [(own, kmeans(vectors, cells, seed, ITERATIONS))]
+    groups, places = _groups(vectors, cells, (*seed, 0))
     sizes = np.array([len(one) for one in places])
     if sizes.max() > DIVIDED * len(vectors):  # it cannot be divided: nearly all are one direction
         every = max(1, len(vectors) // (SAMPLE_EACH * most))
-        return kmeans(vectors[::every], most, seed, ITERATIONS)
-    return np.concatenate(
-        [
-            _split(vectors[places[number]], int(share), (*seed, 1, number), most)
-            for number, share in enumerate(shares(sizes, cells))
-            if share
-        ]
-    )
+        return [(own, kmeans(vectors[::every], most, seed, ITERATIONS))]
+    found: list[tuple[Halves, Halves]] = []
+    for number, share in enumerate(shares(sizes, cells)):
+        if share:
+            mine = groups[number : number + 1], vectors[places[number]]
+            found += _split(*mine, int(share), (*seed, 1, number), most)
+    return found
 
 
 def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -139,6 +139,8 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
     asked.clear()
     split = cells.fit(x, 400, 8, seed=0)
     assert max(asked) <= 30 < whole
+    assert np.bincount(split.group).max() <= 30 < np.bincount(found.group).max()
+    assert len(split.groups) == split.group.max() + 1 > len(found.groups)
     assert len(split.centres) > 380 and len(np.unique(split.centres, axis=0)) == len(split.centres)
 
     def inertia(fitted: cells.Cells) -> float:
