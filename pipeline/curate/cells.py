@@ -12,7 +12,8 @@ in one bucket and the vector is written little more than once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ TWO_LEVELS = 20_000  # cells above which vectors are assigned by groups
 GROUP_IMAGES = 1_000  # mean images in a cell above that
 BRANCHES = 8  # groups whose cells are looked at
 SEEDED_FROM = 200  # vectors for each group that groups are fitted on
+LEAST_SPLIT = 256  # cells of a group that are not divided into groups again
+SKEW = 4  # times the mean number of cells of a group, above which it is
+DIVIDED = 0.9  # share of a group's vectors in its largest part, above which dividing helps nothing
 IMBALANCE = 1.6  # mean square of the size of a cell over the square of its mean; measured 1.4-1.6
 ITERATIONS = 6
 REFINEMENTS = 2
@@ -131,13 +135,18 @@ def lloyd(vectors: Halves, centres: Halves, iterations: int) -> Halves:
 
     Centres that no vector is nearest to stay where they are.
     """
+    return _lloyd(vectors, centres, iterations)[0]
+
+
+def _lloyd(vectors: Halves, centres: Halves, iterations: int) -> tuple[Halves, Array | None]:
+    """As `lloyd`, and the centre that each vector was nearest to in the last round."""
     before = None
     for _ in range(iterations):
         which = nearest_numbers(vectors, centres, 1)[:, 0]
         if before is not None and np.array_equal(which, before):
             break
         centres, before = _means(vectors, which, centres), which
-    return centres
+    return centres, before
 
 
 def _means(vectors: Halves, which: Array, centres: Halves) -> Halves:
@@ -251,26 +260,62 @@ def fit(vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "
         zero = np.zeros(0, np.int32)
         return Cells(none, zero, zero, none)
     cells = min(cells, len(vectors))
+    first_groups, places = _groups(vectors, cells, (seed, 0))
+    most = max(LEAST_SPLIT, SKEW * -(-cells // len(places)))
+    parts: list[tuple[Halves, Halves]] = []
+    for number, share in enumerate(shares(np.array([len(one) for one in places]), cells)):
+        if share:
+            own = first_groups[number : number + 1]
+            parts += _split(own, vectors[places[number]], int(share), (seed, 1, number), most)
+    groups, centres = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
+    group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts])
+    found, which = centres, None
+    if len(found) <= TWO_LEVELS:
+        # Cells at the border of groups were fitted to half of what is around them.
+        found, which = _lloyd(vectors, found, REFINEMENTS)
+    _, first = np.unique(np.ascontiguousarray(found).view(np.uint8), axis=0, return_index=True)
+    first = np.sort(first)
+    fitted = Cells(found[first], np.zeros(0, np.int32), group[first], groups)
+    # Members of the sample, before the last move of the centres where they were counted then.
+    if which is None:
+        sizes = np.bincount(fitted.nearest(vectors, 1)[:, 0], minlength=len(first))
+    else:
+        sizes = np.bincount(which, minlength=len(found))[first]
+    bucket = bucket_cells(fitted.centres, buckets, seed, bucketing, sizes + 1)
+    return replace(fitted, bucket=bucket)
+
+
+def _groups(vectors: Halves, cells: int, seed: Sequence[int]) -> tuple[Halves, list[Array]]:
+    """About sqrt(cells) groups, and the places of the vectors of each."""
     wanted = int(np.ceil(np.sqrt(cells)))
     every = max(1, len(vectors) // (SEEDED_FROM * wanted))
-    groups = kmeans(vectors[::every], wanted, (seed, 0), ITERATIONS)
+    groups = kmeans(vectors[::every], wanted, seed, ITERATIONS)
     of = nearest_numbers(vectors, groups, 1)[:, 0]
     order = np.argsort(of, kind="stable")
     ends = np.searchsorted(of[order], np.arange(len(groups) + 1))
-    centres, group = [], []
-    for number, share in enumerate(shares(np.diff(ends), cells)):
-        mine = vectors[order[ends[number] : ends[number + 1]]]
+    return groups, [order[a:b] for a, b in pairwise(ends.tolist())]
+
+
+def _split(
+    own: Halves, vectors: Halves, cells: int, seed: Sequence[int], most: int
+) -> list[tuple[Halves, Halves]]:
+    """A group as groups with cells: itself, or several where it would have more than `most` cells,
+    since most vectors are where few groups are. k-means costs the product of vectors and cells, and
+    a vector that is assigned is compared with all cells of its groups.
+    """
+    if cells <= most:
+        return [(own, kmeans(vectors, cells, seed, ITERATIONS))]
+    groups, places = _groups(vectors, cells, (*seed, 0))
+    sizes = np.array([len(one) for one in places])
+    if sizes.max() > DIVIDED * len(vectors):  # it cannot be divided: nearly all are one direction
+        every = max(1, len(vectors) // (SAMPLE_EACH * most))
+        return [(own, kmeans(vectors[::every], most, seed, ITERATIONS))]
+    found: list[tuple[Halves, Halves]] = []
+    for number, share in enumerate(shares(sizes, cells)):
         if share:
-            centres.append(kmeans(mine, share, (seed, 1, number), ITERATIONS))
-            group.append(np.full(len(centres[-1]), number, np.int32))
-    found = np.concatenate(centres)
-    if len(found) <= TWO_LEVELS:
-        # Cells at the border of groups were fitted to half of what is around them.
-        found = lloyd(vectors, found, REFINEMENTS)
-    _, first = np.unique(np.ascontiguousarray(found).view(np.uint8), axis=0, return_index=True)
-    first = np.sort(first)
-    found, group_of = found[first], np.concatenate(group)[first]
-    return Cells(found, bucket_cells(found, buckets, seed, bucketing), group_of, groups)
+            mine = groups[number : number + 1], vectors[places[number]]
+            found += _split(*mine, int(share), (*seed, 1, number), most)
+    return found
 
 
 def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -294,9 +339,18 @@ def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def bucket_cells(
-    centres: Halves, buckets: int, seed: int, bucketing: str = "near"
+    centres: Halves, buckets: int, seed: int, bucketing: str = "near", sizes: Array | None = None
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The bucket of each cell: by clusters of cells, none with over 1.3 times the mean."""
+    """The bucket of each cell: by clusters of cells, none with over 1.3 times the mean size.
+
+    Args:
+        centres: of the cells.
+        buckets: wanted.
+        seed: of the draws.
+        bucketing: `near` or `modulo`, see `fit`.
+        sizes: of the cells; default: all are alike. One that is larger than a bucket should be
+            has a bucket of its own, as far as they suffice.
+    """
     cells = len(centres)
     buckets = max(1, min(buckets, cells))
     if bucketing == "modulo" or buckets == 1:
@@ -304,12 +358,15 @@ def bucket_cells(
     middle = kmeans(centres, buckets, (seed, 2), ITERATIONS)
     choices = nearest_numbers(centres, middle, BUCKET_CHOICES)
     similar = np.einsum("nd,nd->n", centres.astype(np.float64), middle[choices[:, 0]].astype(float))
-    room = np.full(len(middle), int(np.ceil(ROOM * cells / len(middle))))
+    sizes = np.ones(cells, np.int64) if sizes is None else sizes
+    mean = sizes.sum() / len(middle)
+    room = np.full(len(middle), int(np.ceil(ROOM * mean)))
     found = np.zeros(cells, np.int32)
-    for cell in np.lexsort((np.arange(cells), -similar)):
-        free = [choice for choice in choices[cell] if room[choice] > 0]
+    # What fills a bucket alone goes first, while there are empty ones.
+    for cell in np.lexsort((np.arange(cells), -similar, sizes < mean)):
+        free = [choice for choice in choices[cell] if room[choice] >= min(sizes[cell], mean)]
         found[cell] = free[0] if free else int(np.argmax(room))
-        room[found[cell]] -= 1
+        room[found[cell]] -= sizes[cell]
     return found
 
 
@@ -347,16 +404,20 @@ def fit_task(
     bucketing: str,
 ) -> dict[str, Any]:
     """Fits the cells on the whole sample and writes them."""
-    parts = [read_table(sample, name) for name in names]
+    parts = [read_table(sample, name, ["image_id", "row"]) for name in names]
     empty = pa.table({"image_id": pa.array([], ID), "row": pa.array([], pa.int64())})
     ids = np.concatenate([ids_of(part.column("image_id")) for part in parts or [empty]])
     row = np.concatenate([part.column("row").to_numpy() for part in parts or [empty]])
-    vectors = np.zeros((len(ids), dim), np.float16)
+    del parts
+    place = np.empty(len(ids), np.int64)
+    place[order_by_id(ids, row)] = np.arange(len(ids))
+    del ids, row
+    vectors = np.zeros((len(place), dim), np.float16)
     begin = 0
-    while parts:  # freed one by one
-        part = unraw(parts.pop(0).column("vector"), np.float16, dim)
-        vectors[begin : begin + len(part)] = part
+    for name in names:  # one at a time, each vector to where it belongs: the sample is there once
+        part = unraw(read_table(sample, name, ["vector"]).column("vector"), np.float16, dim)
+        vectors[place[begin : begin + len(part)]] = part
         begin += len(part)
-    found = fit(vectors[order_by_id(ids, row)], cells, buckets, seed, bucketing)
+    found = fit(vectors, cells, buckets, seed, bucketing)
     size = found.save(folder)
     return {"rows": len(vectors), "bytes": size, "cells": len(found.centres)}

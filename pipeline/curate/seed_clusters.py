@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.curate import lloyd, smallest
 from pipeline.curate.assign import assign
-from pipeline.curate.choosing import RETRIEVE, draw, id_words
+from pipeline.curate.choosing import RETRIEVE, draw, firsts, id_words, numbers_as_ids
 from pipeline.curate.considered import Considered, Points, Source
 from pipeline.curate.kmeans import Centroids
 from pipeline.curate.lloyd import Cost, Fitted, Resources
@@ -37,6 +37,8 @@ Array = np.ndarray[Any, Any]
 CLUSTER_ROWS = 1000  # of the pool, in the mean; the paper's 100,000 clusters had 7,440
 LIKE_SEEDS = 0.1  # share of seeds that are less like another seed than a pure row may be
 COMPARED = 1024  # seeds of a cluster that are compared with each other
+COMPARED_SEEDS = 2**16  # in all
+SEED_ROWS = 2**16  # that a task holds at once
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,16 @@ class SeedSet:
     source: Source
     names: tuple[str, ...]
     assigned: str  # folder of their clusters
+    blocks: tuple[tuple[str, ...], ...]  # of the names, that a task reads at once
 
-    def clusters(self) -> Array:
+    def clusters(self, block: tuple[str, ...]) -> Array:
         """Of each seed, in the order of `read`."""
-        found = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in self.names]
+        found = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in block]
         return np.asarray(np.concatenate(found), np.int64)
 
-    def read(self) -> Points:
-        """All seeds: at most as many as the pool's task holds."""
-        return self.source.read_all(self.names)
+    def read(self, block: tuple[str, ...]) -> Points:
+        """The seeds of a block."""
+        return self.source.read_all(block)
 
 
 def ask(
@@ -99,13 +102,21 @@ def ask(
     cost.add(result)
     names = sorted(seeds)
     quota = np.zeros((len(names), fitted.clusters), np.int64)
-    sets, told = [], {}
+    sets, told, usual = [], {}, {}
     for number, one in enumerate(names):
-        held, counts = _assign_seeds(root, f"{name}/seeds/{number}", seeds[one], fitted, cost)
+        mine = seeds[one]
+        held, counts = _assign_seeds(root, f"{name}/seeds/{number}", mine, fitted, cost)
         taken = counts > cluster_seeds
         most = np.where(taken, np.minimum(sizes, cluster_images), 0)
         quota[number] = waterfill(most, cap)
-        sets.append(SeedSet(seeds[one].source, seeds[one].names, held))
+        sets.append(SeedSet(mine.source, mine.names, held, tuple(mine.groups(SEED_ROWS))))
+        compared = _compared(counts, seed)
+        if len(compared):
+            task = Task("usual", (sets[-1], compared))
+            key = [result.key, mine.key, seed]
+            step = run_step(root, f"{name}/usual/{number}", key, [task], _usual_task)
+            cost.add(step)
+            usual[one] = step.accounts[0]["usual"]
         told[one] = {
             "requested": int(quota[number].sum()),
             "clusters": int(taken.sum()),
@@ -121,8 +132,9 @@ def ask(
     groups = pool.groups(smallest.GROUP_ROWS)
     asked = {}
     for number, one in enumerate(names):
+        like = usual.get(one, 1.0)
         tasks = [
-            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, arguments, number, limits))
+            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, arguments, number, limits, like))
             for g, group in enumerate(groups)
         ]
         step = run_step(root, f"{name}/asked/{number}", [limits.key, one], tasks, _evidence_task)
@@ -178,6 +190,7 @@ def _evidence_task(
     arguments: tuple[Any, ...],
     number: int,
     limits: Limits,
+    usual: float,
 ) -> Account:
     """The rows chosen for a set, with the nearest seed of their cluster."""
     assigned, sets, names, clusters, seed = arguments
@@ -195,7 +208,7 @@ def _evidence_task(
         table = ASKED.empty_table()
         return {"rows": 0, "bytes": write_table(table, folder, name), "pure": 0}
     rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    query, similarity, pure = _nearest_seeds(sets[number], leaves, vectors)
+    query, similarity = _nearest_seeds(sets[number], leaves, vectors)
     order = np.argsort(rows, kind="stable")
     columns = [
         rows[order],
@@ -205,26 +218,70 @@ def _evidence_task(
         leaves[order],
     ]
     written = write_table(pa.table(columns, schema=ASKED), folder, name)
-    return {"rows": len(rows), "bytes": written, "pure": int(pure.sum())}
+    return {"rows": len(rows), "bytes": written, "pure": int((similarity >= usual).sum())}
 
 
-def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, Array, Array]:
-    """Id of the nearest seed of the same cluster, the similarity, and whether it is like seeds."""
-    seeds, of = one.read(), one.clusters()
-    query, similarity = np.zeros((len(leaves), 16), np.uint8), np.zeros(len(leaves))
-    between: list[Array] = []
-    for leaf in np.unique(of):
-        mine = np.flatnonzero(of == leaf)
-        high, low = id_words(seeds.ids[mine])
-        mine = mine[np.lexsort((low, high))]  # equals go to the smaller id
-        here = np.flatnonzero(leaves == leaf)
-        if len(here):
+def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, Array]:
+    """Id of the nearest seed of the same cluster, of equals the smaller, and the similarity."""
+    query, similarity = np.zeros((len(leaves), 16), np.uint8), np.full(len(leaves), -np.inf)
+    here_of = _by_leaf(leaves)
+    for block in one.blocks:
+        seeds, of = one.read(block), one.clusters(block)
+        for leaf, mine in _by_leaf(of).items():
+            here = here_of.get(leaf)
+            if here is None:
+                continue
+            high, low = id_words(seeds.ids[mine])
+            mine = mine[np.lexsort((low, high))]  # equals go to the smaller id
             nearest, products = Centroids(seeds.vectors[mine]).nearest(vectors[here])
-            query[here], similarity[here] = seeds.ids[mine[nearest]], products
-        if len(mine) > 1:
-            wide = seeds.vectors[mine[:COMPARED]].astype(np.float64)
-            products = wide @ wide.T
-            np.fill_diagonal(products, -np.inf)
-            between.append(products.max(1))
-    usual = np.quantile(np.concatenate(between), LIKE_SEEDS) if between else 1.0
-    return query, similarity, similarity >= usual
+            ids = seeds.ids[mine[nearest]]
+            (high, low), (first, second) = id_words(ids), id_words(query[here])
+            smaller = (high < first) | ((high == first) & (low < second))
+            equal = products == similarity[here]
+            better = (products > similarity[here]) | (equal & smaller)
+            query[here[better]], similarity[here[better]] = ids[better], products[better]
+    return query, similarity
+
+
+def _by_leaf(leaves: Array) -> dict[int, Array]:
+    """The places of each leaf."""
+    order = np.argsort(leaves, kind="stable")
+    found, starts = np.unique(leaves[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+
+
+def _compared(counts: Array, seed: int) -> Array:
+    """Clusters whose seeds are compared with each other: some by hash, where all are too many."""
+    able = np.flatnonzero(counts > 1)
+    if not len(able):
+        return able
+    drawn = draw(seed, 0, numbers_as_ids(len(counts))[able], RETRIEVE)
+    able = able[np.argsort(drawn, kind="stable")]
+    held = np.cumsum(np.minimum(counts[able], COMPARED))
+    found: Array = np.sort(able[held <= max(COMPARED_SEEDS, held[0])])
+    return found
+
+
+def _usual_task(folder: str, one: SeedSet, clusters: Array) -> Account:
+    """How similar seeds are to another seed of their cluster; the account has `usual`, which all
+    but a tenth are. Nothing is written.
+    """
+    held = one.read(())
+    of = np.zeros(0, np.int64)
+    for block in one.blocks:
+        seeds, leaves = one.read(block), one.clusters(block)
+        mine = np.isin(leaves, clusters)
+        both = (Points(*(part[mine] for part in seeds)), held)
+        held = Points(*(np.concatenate(parts) for parts in zip(*both, strict=True)))
+        of = np.concatenate([np.searchsorted(clusters, leaves[mine]), of])
+        quota = np.full(len(clusters), COMPARED)
+        kept = firsts(of, np.zeros(len(of)), held.ids, held.rows, quota)
+        held, of = Points(*(part[kept] for part in held)), of[kept]
+    between: list[Array] = []
+    for mine in _by_leaf(of).values():
+        wide = held.vectors[mine].astype(np.float64)
+        products = wide @ wide.T
+        np.fill_diagonal(products, -np.inf)
+        between.append(products.max(1))
+    usual = float(np.quantile(np.concatenate(between), LIKE_SEEDS)) if between else 1.0
+    return {"rows": len(of), "usual": usual}

@@ -109,6 +109,50 @@ def test_buckets_have_room_for_all_and_not_much_more(sample: Array, buckets: int
     assert found.max() < buckets
 
 
+def test_buckets_are_levelled_by_members(sample: Array) -> None:
+    centres = cells.fit(sample, 120, 1, seed=0).centres
+    sizes = np.random.default_rng(0).integers(1, 20, 120)
+    sizes[:2] = 400  # more than a mean bucket
+    found = cells.bucket_cells(centres, 6, 0, sizes=sizes)
+    filled = np.bincount(found, sizes, minlength=6)
+    assert found[0] != found[1] and filled.max() <= cells.ROOM * sizes.sum() / 6 + 20
+    by_number = np.bincount(cells.bucket_cells(centres, 6, 0), sizes, minlength=6)
+    assert filled.max() < by_number.max()
+
+
+def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    crowd = np.eye(32)[0] + 0.1 * rng.standard_normal((3600, 32))
+    x = unit_half(np.concatenate([crowd, rng.standard_normal((400, 32))]))
+    asked: list[int] = []
+    inner = cells.kmeans
+
+    def counted(vectors: Array, count: int, *rest: Any) -> Array:
+        asked.append(count)
+        return inner(vectors, count, *rest)
+
+    monkeypatch.setattr(cells, "kmeans", counted)
+    found = cells.fit(x, 400, 8, seed=0)
+    whole = max(asked)
+    monkeypatch.setattr(cells, "LEAST_SPLIT", 30)
+    monkeypatch.setattr(cells, "SKEW", 1)
+    asked.clear()
+    split = cells.fit(x, 400, 8, seed=0)
+    assert max(asked) <= 30 < whole
+    assert np.bincount(split.group).max() <= 30 < np.bincount(found.group).max()
+    assert len(split.groups) == split.group.max() + 1 > len(found.groups)
+    assert len(split.centres) > 380 and len(np.unique(split.centres, axis=0)) == len(split.centres)
+
+    def inertia(fitted: cells.Cells) -> float:
+        return float((x.astype(float) @ fitted.centres.astype(float).T).max(1).mean())
+
+    assert inertia(split) > inertia(found) - 0.01
+    # what has one direction cannot be divided, and gets fewer cells
+    near = unit_half(np.eye(32)[0] + 1e-3 * rng.standard_normal((4000, 32)))
+    near = np.unique(near, axis=0)
+    assert 0 < len(cells.fit(near, 400, 8, seed=0).centres) <= 400
+
+
 def test_near_cells_share_a_bucket(sample: Array) -> None:
     found = cells.fit(sample, 120, 1, seed=0)
     near = found.nearest(sample, 8)

@@ -96,3 +96,30 @@ def test_a_product_at_the_threshold_is_not_above_it() -> None:
     assert 0 not in j
     i, j, _ = exact.pairs_above(a[:1], b, np.nextafter(at, -1))
     assert 0 in j and not i.any()
+
+
+def test_tiles_on_a_device_have_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pipeline.curate import join
+
+    said: list[str] = []
+    inner = join.pairs_above
+
+    def spied(*given: Any) -> Any:
+        said.append(torch.get_float32_matmul_precision())
+        return inner(*given)
+
+    x = exact.unit_half(np.random.default_rng(0).standard_normal((40, 16)))
+    wanted = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
+    monkeypatch.setattr(join, "pairs_above", spied)
+    monkeypatch.setattr(join, "device", lambda: "cpu")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert said == ["highest"] and after == "medium"
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     rng = np.random.default_rng(4)
     # A path of 300 rows in any order, small groups, and loops of a few similarities.
     path = rng.permutation(300)
-    pairs = [(int(a), int(b), 0.5) for a, b in itertools.pairwise(path)]
+    pairs = [(int(a), int(b), 0.5) for a, b in pairwise(path)]
     for first in range(300, 900, 4):
         members = rng.permutation(np.arange(first, first + 4))
         pairs += [(int(members[i]), int(members[j]), float(rng.choice([0.6, 0.7, 0.9])))
@@ -75,7 +75,7 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     equals = [(900 + i, int(path[i]), 0.99) for i in range(9)] + [(950, 299, 0.3)]
     ids = ids_for(1000)
     ids = ids[np.lexsort(ids.T[::-1])]  # rows are in the order of their ids, as Kruskal's nodes
-    sources = np.array_split(rng.permutation(len(pairs)), 40)
+    sources = np.array_split(rng.permutation(len(pairs)), 12)
     for number, some in enumerate(sources):
         _write_pairs(
             tmp_path / "pairs", f"{number:05d}", [pairs[i] for i in some], ids, PAIRS.names

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
-from pipeline.curate import neighbours, retrieve
+from pipeline.curate import neighbours, retrieve, seed_clusters
 from pipeline.curate.choosing import id_words
 from pipeline.curate.considered import Points
 from pipeline.curate.exact import unit_half
@@ -170,6 +170,37 @@ def test_cluster_rows_name_their_nearest_seed(tmp_path: Path):
     for row in table:
         assert exact(used, pool[[row]]).max() == table[row]["similarity"]
     assert found.summary["sets"]["s"]["purity"] > 0.5
+
+
+def test_seeds_are_read_in_blocks(tmp_path: Path, monkeypatch):
+    pool, _ = separated(120, 4, spread=0.2)
+    vectors, _ = separated(60, 4, spread=0.2, seed=1)
+    vectors[40:50] = vectors[7]  # equally similar: the smallest id is named
+    rows = written(tmp_path, ids_of_numbers(range(120)), pool, 3)
+    order, ids = np.random.default_rng(0).permutation(60), ids_of_numbers(range(60), b"s")
+    found = []
+    for name, files, block in (("one", 1, 2**16), ("many", 9, 1)):
+        monkeypatch.setattr(seed_clusters, "SEED_ROWS", block)
+        seeds = {
+            "s": written(tmp_path, ids, vectors, files, order if block == 1 else None, name=name)
+        }
+        wanted = Wanted(mode="cluster", clusters=6)
+        one = retrieve.retrieve(tmp_path, f"r-{name}", rows, seeds, wanted, 6)
+        found.append((table_of(one, rows.names), one.summary))
+    assert found[0] == found[1] and len(found[0][0]) > 50
+    # purity by a plain loop over the clusters of the seeds
+    products = exact(vectors, vectors)
+    leaf = np.zeros(60, int)
+    for file in seeds["s"].names:  # as the run itself has assigned them
+        table = read_table(str(tmp_path / "r-many" / "cluster" / "seeds" / "0"), file)
+        for image, label in zip(
+            table["image_id"].to_pylist(), table["leaf"].to_pylist(), strict=True
+        ):
+            leaf[[x.tobytes() for x in ids].index(image)] = label
+    np.fill_diagonal(products, -2)
+    best = [products[i, leaf == leaf[i]].max() for i in range(60) if (leaf == leaf[i]).sum() > 1]
+    like = [one["similarity"] >= np.quantile(best, 0.1) for one in found[0][0].values()]
+    assert found[0][1]["sets"]["s"]["purity"] == pytest.approx(np.mean(like))
 
 
 @pytest.mark.parametrize(("cap", "images", "wanted"), [(20, 10_000, 20), (1000, 7, 14), (9, 7, 9)])

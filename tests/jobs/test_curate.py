@@ -211,6 +211,85 @@ def test_leaks_and_their_components(tmp_path):
     assert assert_balanced(whole, len(pool))["leaks_evaluation"] == 3
 
 
+def test_leaks_alone_compare_no_image_of_the_pool_with_another(tmp_path):
+    images = [blobs(i) for i in range(12)]
+    pool = [encoded(image, "JPEG", quality=95) for image in [*images, images[3]]]
+    pool.append(encoded(images[5], "JPEG", quality=60))
+    hub(tmp_path / "hub", [pool])
+    hub(tmp_path / "test", [[encoded(images[i].resize((50, 50))) for i in (0, 5)]])
+    sets = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
+    run = curate(tmp_path, *sets, "dedup.enabled=false")
+    counts = assert_balanced(run, 14)
+    assert counts == {"kept": 10, "leaks_evaluation": 3, "duplicate_bytes": 1}
+    assert run.last("curate")["leaked"] == {"test": 2}
+    steps = run.path / "curate" / "steps"
+    assert (steps / "copies" / "shuffle").exists()
+    assert not (steps / "copies" / "pairs").exists() and not (steps / "edges").exists()
+    # what was not compared can be compared with all the same
+    blobs(4).save(tmp_path / "photo.png")
+    hub(tmp_path / "more", [[encoded(blobs(4).resize((48, 48))), encoded(blobs(70))]])
+    more = [f"data.shards={tmp_path}/more", f"curate.against={run.path}"]
+    more = curate(tmp_path, *more, "dedup.enabled=false", name="more")
+    assert [row["rule"] for row in decisions(more)] == ["earlier", ""]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A backbone that has learned nothing."""
+    import torch
+
+    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.weights import save_backbone
+
+    torch.manual_seed(0)
+    spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1)
+    return save_backbone(spec.build().eval(), spec, tmp_path / "weights")
+
+
+def test_another_limit_embeds_nothing_again(tmp_path, weights):
+    images = wild()
+    hub(tmp_path / "hub", [images[:20], images[20:]])
+    given = [f"data.shards={tmp_path}/hub", f"curate.copy_embedder={weights}"]
+    given += ["dedup.threshold=0.9999"]
+    run = curate(tmp_path, *given)
+    first = Counter(row["reason"] for row in decisions(run))
+    assert first["flat"] == 3
+    steps = run.path / "curate" / "steps"
+    embedded = pa.concat_tables(pq.read_table(p) for p in steps.glob("embed_copy/*.parquet"))
+    # one of each group of equal images, whatever its quality; the broken one has no vector
+    assert len(embedded) == len(images) - 2 - 2 - 1
+    stamps = {p: p.stat().st_mtime_ns for p in steps.glob("embed_copy/**/*")}
+    other = ["quality.min_side=50", "dedup.threshold=0.999"]
+    run = curate(tmp_path, *given, *other)
+    assert {p: p.stat().st_mtime_ns for p in steps.glob("embed_copy/**/*")} == stamps
+    counts = assert_balanced(run, len(images))
+    assert counts["too_small"] == first["too_small"] + 4  # and the long one
+    fresh = curate(tmp_path, *given, *other, name="fresh")
+    steps = ("curate", "steps", "decisions")
+    assert files_of(run, *steps) == files_of(fresh, *steps)
+    # an embedder of its own for what images show is no other case
+    own = [given[0], f"curate.embedder={weights}", "balance.images=9", "balance.resampling=1"]
+    run = curate(tmp_path, *own, name="own")
+    shown = run.path / "curate" / "steps" / "embed"
+    stamps = {p: p.stat().st_mtime_ns for p in shown.rglob("*")}
+    assert len(stamps) > 2
+    run = curate(tmp_path, *own, "quality.min_side=50", "dedup.threshold=0.8", name="own")
+    assert {p: p.stat().st_mtime_ns for p in shown.rglob("*")} == stamps
+    assert_balanced(run, len(images))
+
+
+def test_equal_images_of_a_seed_set_are_one_seed(tmp_path):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(20)]])
+    seed = blobs(3).rotate(3)
+    hub(tmp_path / "seeds", [[encoded(seed)] * 3, [encoded(seed, compress_level=1)]])
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given += ["retrieve.include=false", "retrieve.mode=sample", "retrieve.neighbours=2"]
+    run = curate(tmp_path, *given)
+    assert assert_balanced(run, 20) == {"kept": 2, "not_retrieved": 18}
+    assert {row["hits"] for row in decisions(run) if row["kept"]} == {1}
+    assert run.last("curate")["retrieved"]["sets"]["mine"]["seeds"] == 1
+
+
 def test_parts_switched_off(tmp_path):
     images = wild()
     hub(tmp_path / "hub", [images])
@@ -403,6 +482,25 @@ def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys,
     assert not (tmp_path / "many" / "curate" / "steps").exists()
     monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 9)
     curate(tmp_path, *given, "retrieve.clusters=100000", name="fits")
+
+
+def test_what_is_like_an_added_copy_only_stays(tmp_path):
+    """The second is like the first, which was curated before, and the third like the second."""
+    pictures = [blobs(4), Image.blend(blobs(4), blobs(5), 0.5), blobs(5)]
+    hub(tmp_path / "one", [[encoded(pictures[0]), encoded(blobs(9))]])
+    hub(tmp_path / "two", [[encoded(pictures[1]), encoded(pictures[2])]])
+    hub(tmp_path / "all", [[encoded(picture) for picture in pictures]])
+    low = "dedup.threshold=0.55"  # .73, .64, the ends .23
+    whole = curate(tmp_path, f"data.shards={tmp_path}/all", low, "dedup.chains=keep", name="all")
+    assert assert_balanced(whole, 3) == {"kept": 1, "duplicate_near": 2}  # a chain of three
+    one = curate(tmp_path, f"data.shards={tmp_path}/one", low, name="one")
+    two = [f"data.shards={tmp_path}/two", f"curate.against={one.path}", low]
+    for chains in ("split", "keep"):
+        found = decisions(curate(tmp_path, *two, f"dedup.chains={chains}", name=chains))
+        assert [row["reason"] for row in found] == ["duplicate_near", "kept"]
+        assert found[0]["rule"] == "earlier"
+        assert found[0]["keeper_id"] == decisions(one)[0]["image_id"]
+        assert found[0]["component"] == found[1]["component"]
 
 
 def test_looking_up_one_image(tmp_path, capsys):
