@@ -17,7 +17,7 @@ test: $(STAMP)  ## lint, types and the default tests
 	$(PYTHON) -m pytest
 
 test-cluster: $(STAMP)  ## several Ray nodes on this machine; says what it had to skip
-	$(PYTHON) -m pytest -m cluster -rs
+	$(PYTHON) -m pytest -m "cluster and not slow" -rs
 
 test-all: $(STAMP)  ## the slow tests too
 	$(PYTHON) -m pytest -m ""
