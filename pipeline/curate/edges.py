@@ -27,7 +27,7 @@ from pipeline.curate.tables import EDGES, ROW, ids_of, read_table, write_table
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.uri import Place
 
-SHARD_PAIRS = 4_000_000  # of a task
+SHARD_PAIRS = 2_500_000  # of a task, which holds some 430 bytes for each
 ENDS = pa.schema([("row", ROW), ("other", ROW)])
 
 # A table of pairs: folder, name, and whether it is one of rows with equal vectors.

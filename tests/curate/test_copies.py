@@ -620,6 +620,10 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
         relative.look_up(stored, nothing[:3], threshold=0.7)
     with pytest.raises(DataError, match="holds no curation"):
         copies.Copies.open(tmp_path / "nowhere")
+    place = tmp_path / "run" / copies.STORED
+    place.write_text(place.read_text().replace('"edge_names"', '"names_of_edges"'))
+    with pytest.raises(DataError, match="by another version"):
+        copies.Copies.open(tmp_path / "run")
 
 
 def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
