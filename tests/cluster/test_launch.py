@@ -285,7 +285,7 @@ def test_up_submit_stop_resubmit_down(launch: Launch) -> None:
             "submit", "--no-wait", "--", "touch", f"{SHARED}/intruder", env=stranger
         )
         assert code != 0 and "token" in shown.lower(), shown
-        wait_for(lambda: joined(launch) == 2, "both workers", explain=lambda: monitor(head))
+        wait_for(lambda: joined(launch) == 2, "both workers", 600, lambda: monitor(head))
         took("both workers")
 
         launch.submit("first")
@@ -332,9 +332,8 @@ def test_up_submit_stop_resubmit_down(launch: Launch) -> None:
     code, shown = launch.ray("down", "-y", str(launch.file))
     assert code == 0, shown
     took("ray down")
-    wait_for(lambda: not left(launch.machines), "Ray and MLflow to end", explain=lambda: "\n".join(
-        left(launch.machines)
-    ))  # fmt: skip
+    ended = "Ray and MLflow to end"
+    wait_for(lambda: not left(launch.machines), ended, 600, lambda: str(left(launch.machines)))
     took("no process left")
 
 
