@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint mlflow-stop clean
+.PHONY: demo test test-cluster test-all lint mlflow-stop clean
 
 demo: $(STAMP)  ## the whole chain on photographs that ship with scikit-image
 	$(PYTHON) jobs/run.py configs/demo.yaml
@@ -15,6 +15,9 @@ test: $(STAMP)  ## lint, types and the default tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PYTHON) -m pytest
+
+test-cluster: $(STAMP)  ## several Ray nodes on this machine; says what it had to skip
+	$(PYTHON) -m pytest -m cluster -rs
 
 test-all: $(STAMP)  ## the slow tests too
 	$(PYTHON) -m pytest -m ""

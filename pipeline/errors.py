@@ -67,9 +67,23 @@ class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
 
 
+# Ray ends these with a paragraph of tips; what they say, in its words and in ours.
+_NO_ROOM = {
+    "local disk's utilization is over capacity": "a node's object store is full and so is the disk "
+    "that it spills to; free that disk, or start nodes with a larger --object-store-memory or with "
+    "--object-spilling-directory on another disk",
+    "object store is full of objects that are still in": "a node's object store is full of objects "
+    "in use; start nodes with a larger --object-store-memory",
+}
+
+
 def last_line(error: BaseException) -> str:
     """The last line of an error's text: with Ray's errors, the one that says what happened."""
-    lines = [line.strip() for line in public(str(error)).splitlines() if line.strip()]
+    text = public(str(error))
+    for words, sentence in _NO_ROOM.items():
+        if words in text:
+            return sentence
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.overrides import field_paths, load
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = sorted(path for place in ("", "docs", "cluster") for path in (ROOT / place).glob("*.md"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 FIELDS = {path for path, _ in field_paths()}
 SECTIONS = {path.partition(".")[0] for path in FIELDS}

@@ -28,6 +28,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 START_S = 240.0  # a loaded machine starts a node in half a minute
+TRIES = 5  # of starting a node
 STORE = 128 * 2**20
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 PDEATHSIG = 1  # PR_SET_PDEATHSIG
@@ -38,6 +39,10 @@ AGENT_PORTS = (
     "metrics-export-port",
 )
 RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class Stillborn(AssertionError):
+    """A node that ended before it was there."""
 
 
 class Place(Protocol):
@@ -67,6 +72,11 @@ class Node:
     node_id: str
     place: Place | None = None
     dead: bool = field(default=False, init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Its temp folder."""
+        return self.log.with_suffix("")
 
     def processes(self) -> list[psutil.Process]:
         """All living processes of the node, `ray start` first."""
@@ -111,6 +121,7 @@ class Cluster:
         self.folder = folder
         self.env = clean_environment() | dict(env or {})
         self.nodes: list[Node] = []
+        self.started = 0
         self.address = ""  # host:port of the head's GCS
         self.dashboard = ""  # http://host:port, where jobs are submitted
 
@@ -148,7 +159,20 @@ class Cluster:
         """
         return self._start(name, cpus, [f"--address={self.address}"], **options)
 
-    def _start(
+    def _start(self, name: str, cpus: int, role: list[str], **options: Any) -> Node:
+        """Starts a node; again, where its raylet gave up waiting for its agents.
+
+        It gives them 15 s to import what they need (Ray 2.60), which a loaded machine may not keep.
+        """
+        for _ in range(TRIES - 1):
+            try:
+                return self._try_start(name, cpus, role, **options)
+            except Stillborn:
+                node = self.nodes.pop()
+                kill_tree(node.process)
+        return self._try_start(name, cpus, role, **options)
+
+    def _try_start(
         self,
         name: str,
         cpus: int,
@@ -162,7 +186,8 @@ class Cluster:
         place: Place | None = None,
         arguments: tuple[str, ...] = (),
     ) -> Node:
-        number = len(self.nodes)
+        number = self.started
+        self.started += 1
         temporary = self.folder / f"n{number}"
         temporary.mkdir()
         log = self.folder / f"n{number}.log"
@@ -350,17 +375,25 @@ def _living(process: psutil.Process) -> bool:
         return False
 
 
+def end_with_parent(by: int = signal.SIGKILL) -> None:
+    """In a process before it begins: a signal for it when the thread ends that started it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PDEATHSIG, by, 0, 0, 0)
+
+
 def _adopt_orphans() -> None:
     """In `ray start` before it begins: orphans come to it, and it ends when the tests end."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+    end_with_parent(signal.SIGTERM)
 
 
 def _said(node: Node, words: str) -> bool:
+    text = node.log.read_text()
     if node.process.poll() is not None:
-        raise AssertionError(f"node {node.name} ended at its start:\n{node.log.read_text()}")
-    return words in node.log.read_text()
+        raise Stillborn(f"node {node.name} ended at its start:\n{text}")
+    for errors in node.folder.glob("session_*/logs/raylet.err"):
+        if "Check failed" in (said := errors.read_text()):
+            raise Stillborn(f"the raylet of node {node.name} ended at its start:\n{said[:2000]}")
+    return words in text
 
 
 def _node_id(node: Node) -> str:

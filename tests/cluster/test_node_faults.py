@@ -57,9 +57,9 @@ def three(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 def test_the_node_that_decodes_is_lost(three: Cluster, tmp_path: Path) -> None:
     """All decoders die with it; another node comes, as an autoscaler would send one."""
-    training = Training(three, tmp_path, steps=120)
+    training = Training(three, tmp_path, steps=600)
     job = training.submit()
-    job.until(r"step +1[2-9]/")
+    training.until_step(12, job)
     decode = three.nodes[2]
     assert decode.find("_Decode") and not three.nodes[1].find("_Decode")
     assert three.nodes[1].find("RayTrainWorker") and not decode.find("RayTrainWorker")
@@ -76,9 +76,9 @@ def test_the_node_that_decodes_is_lost(three: Cluster, tmp_path: Path) -> None:
 
 def test_a_full_object_store_spills(three: Cluster, tmp_path: Path) -> None:
     """Another job holds more than the stores have; both go on, through the disk."""
-    training = Training(three, tmp_path, steps=60)
+    training = Training(three, tmp_path, steps=400)
     job = training.submit()
-    job.until(r"step +1[2-9]/")
+    training.until_step(12, job)
     at = time.time()
     over = tmp_path / "over"
     script = tmp_path / "fill.py"
@@ -88,11 +88,7 @@ def test_a_full_object_store_spills(three: Cluster, tmp_path: Path) -> None:
         others.until("filled 16")
         if name == "train":
             first = others
-    spilled = [
-        path
-        for node in three.nodes
-        for path in three.folder.glob(f"n{three.nodes.index(node)}/**/ray_spilled_objects*/*")
-    ]
+    spilled = [path for node in three.nodes for path in node.folder.rglob("ray_spilled_objects*/*")]
     assert sum(path.stat().st_size for path in spilled) > 50 * 2**20
     assert job.finish() == 0, job.text
     over.touch()
