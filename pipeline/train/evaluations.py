@@ -45,7 +45,8 @@ class EvaluatorActor:
 
 def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     """Starts the actor: on a GPU where one is free, else on CPUs beside the workers."""
-    gpus = ray.cluster_resources().get("GPU", 0) - plan.sizes[-1] if plan.device == "cuda" else 0
+    taken = plan.sizes[-1] * plan.gpus_per_worker
+    gpus = ray.cluster_resources().get("GPU", 0) - taken if plan.device == "cuda" else 0
     device = "cuda" if gpus >= 1 else "cpu"
     options = {
         "num_cpus": 0,

@@ -34,6 +34,7 @@ from pipeline.plan import Plan
 
 SAY_S = 30.0  # between two words about what is missing
 LOOK_S = 3.0  # between two looks at the nodes while all is well
+ANSWER_S = 20.0  # a group that must shrink and gives no answer waits for data that cannot come
 SETTLE_S = 10.0  # so long new room must stay before a running group grows into it
 
 
@@ -52,6 +53,8 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.waiting_since: float | None = None
         self.said = self.looked = 0.0
         self.room_since: float | None = None
+        self.starved_since: float | None = None
+        self.asked = 0.0
         self.size = 0  # of the newest group
         self.tried = 0  # the same, until it runs
         self.settle_s = SETTLE_S  # longer after room that was not free
@@ -79,11 +82,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         if found:
             what = f"{found.workers} workers of {self.plan.share} each fit, but others use the room"
         if waited > limit:
-            raise PlacementError(
-                f"{what}; waited {waited:.0f} s for it",
-                "the same command goes on from the last checkpoint once there is room; "
-                "resources.replace_s says how long to wait",
-            )
+            raise self._gave_up(what, waited)
         if (self.tried or not found) and now - self.said >= SAY_S:
             self.said = now
             self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
@@ -112,8 +111,9 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.looked = now
         nodes = seen_nodes()
         found = self.plan.arranged_on([n.node for n in nodes.values() if not n.leaving])
+        size = len(worker_group_state.workers)
         if self.wish:
-            return self._wished(found)
+            return self._wished(found, size)
         mine = {worker.metadata.node_id for worker in worker_group_state.workers}
         leaving = {key for key in mine if key in nodes and nodes[key].leaving}
         if leaving - self.leaving:
@@ -121,17 +121,49 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             where = f"{len(leaving)} node{'s' if len(leaving) > 1 else ''} with training workers"
             self._say(f"notice      {where} will be taken away; writing a checkpoint first")
             self._ask(MOVE if found else SAVE)
-        elif found and found.workers > len(worker_group_state.workers):
+        elif found and found.workers != size and not leaving:
             self.room_since = self.room_since or now
-            if now - self.room_since >= self.settle_s:
+            # A node may be found dead after its workers were: then the group came up too large,
+            # and no CPU is left for decoding.
+            if found.workers < size or now - self.room_since >= self.settle_s:
                 self._ask(MOVE)
         else:
             self.room_since = None
+        self._complain([seen.node for seen in nodes.values()], now)
         return NoopDecision()
 
-    def _wished(self, found: Arrangement | None) -> ScalingDecision:
+    def _complain(self, nodes: list[Node], now: float) -> None:
+        """Says what is missing where the CPUs for decoding went while workers run.
+
+        Raises:
+            PlacementError: they did not come back for `resources.replace_s` seconds.
+        """
+        if self.plan.arranged_on(nodes):
+            self.starved_since = None
+            return
+        self.starved_since = self.starved_since or now
+        waited, limit = now - self.starved_since, self.plan.config.resources.replace_s
+        if waited < ANSWER_S:
+            return
+        what = self.plan.no_room_on(nodes).what
+        if waited > limit:
+            raise self._gave_up(what, waited)
+        if now - self.said >= SAY_S:
+            self.said = now
+            self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
+
+    def _gave_up(self, what: str, waited: float) -> PlacementError:
+        return PlacementError(
+            f"{what}; waited {waited:.0f} s for it",
+            "the same command goes on from the last checkpoint once there is room; "
+            "resources.replace_s says how long to wait",
+        )
+
+    def _wished(self, found: Arrangement | None, size: int) -> ScalingDecision:
         """What follows from an answer to a wish, once it is there."""
-        if ray.get(self.feeder.answered.remote()) < 0:
+        starved = found is not None and found.workers < size
+        late = starved and time.monotonic() - self.asked > ANSWER_S
+        if ray.get(self.feeder.answered.remote()) < 0 and not late:
             return NoopDecision()
         moving, self.wish = self.wish == MOVE, ""
         if not moving or found is None:
@@ -151,7 +183,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         )
 
     def _ask(self, wish: str) -> None:
-        self.wish, self.room_since = wish, None
+        self.wish, self.room_since, self.asked = wish, None, time.monotonic()
         ray.get(self.feeder.ask.remote(wish))
 
     def _release(self, found: Arrangement | None) -> None:

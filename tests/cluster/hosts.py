@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.nodes import ROOT, wait_for
+from tests.cluster.nodes import ROOT, end_with_parent, wait_for
 
 HOME = Path("/root")
 # PID 1 of a host: mounts what is the host's own, starts sshd if asked to, reaps orphans.
@@ -97,6 +97,7 @@ class Host:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=end_with_parent,  # the host's processes die with it
             )
         wait_for(
             lambda: (self.folder / "up").exists(),

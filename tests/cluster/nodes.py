@@ -375,11 +375,15 @@ def _living(process: psutil.Process) -> bool:
         return False
 
 
+def end_with_parent(by: int = signal.SIGKILL) -> None:
+    """In a process before it begins: a signal for it when the thread ends that started it."""
+    ctypes.CDLL(None, use_errno=True).prctl(PDEATHSIG, by, 0, 0, 0)
+
+
 def _adopt_orphans() -> None:
     """In `ray start` before it begins: orphans come to it, and it ends when the tests end."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
+    end_with_parent(signal.SIGTERM)
 
 
 def _said(node: Node, words: str) -> bool:

@@ -32,7 +32,7 @@ optim: {steps: 40, global_batch_size: 16}
 train: {workers: 2, log_every: 1, save_every: 5, eval_every: 20, precision: float32}
 evaluate: {batch_size: 32}
 track: {enabled: false}
-resources: {cpus_per_worker: 1, object_store_gb: 0.2, threads: 1}
+resources: {cpus: 4, cpus_per_worker: 1, object_store_gb: 0.2, threads: 1}
 """
 
 

@@ -144,6 +144,34 @@ def test_a_group_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPat
     assert one.look("c", "a") == 2
 
 
+def test_a_group_that_came_up_too_large_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head took a dead node for alive: two workers hold the CPUs that decoding needs."""
+    one = Policy(monkeypatch, "[1,2]")
+    one.give(a=1, b=1, c=1)
+    assert one.start() == 2
+    one.give(c=0)
+    one.pass_time(5)
+    assert one.look("a", "b") == 0 and one.feeder.wait_wish(0) == "move"
+    one.pass_time(5)
+    assert one.look("a", "b") == 0
+    one.pass_time(scaling.ANSWER_S)  # they wait for data and cannot answer
+    assert one.look("a", "b") == 1
+
+
+def test_workers_without_a_cpu_for_decoding_do_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Policy(monkeypatch, "2", **{"resources.replace_s": "60"})
+    one.give(a=3)
+    assert one.start() == 2
+    one.give(a=2)
+    with pytest.raises(PlacementError, match="leave none of the 2 CPUs for decoding; waited 6"):
+        for _ in range(100):
+            one.pass_time(4)
+            assert one.look("a", "a") == 0
+    assert len(one.feeder.said) == 2
+
+
 def test_waiting_is_said_and_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Policy(monkeypatch, "2", **{"resources.replace_s": "70"})
     one.give(a=2)
