@@ -28,7 +28,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 START_S = 240.0  # a loaded machine starts a node in half a minute
-TRIES = 5  # of starting a node
+TRIES = 12  # of starting a node
 STORE = 128 * 2**20
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 PDEATHSIG = 1  # PR_SET_PDEATHSIG
