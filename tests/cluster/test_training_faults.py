@@ -116,11 +116,10 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
     try:
         job.until(r"step 11/40 ")
         filler = small_disk / "filler"
-        with filler.open("wb") as file:
+        with filler.open("wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
-                    file.flush()
             except OSError as error:
                 assert error.errno == 28
         kept = training.checkpoints(runs)
