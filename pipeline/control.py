@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SIGTERM = threading.Event()  # set where this process, a driver, was asked to end and goes on awhile
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import yaml
 
 from pipeline import cluster
 from pipeline.config import Config
+from pipeline.control import SIGTERM
 from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
@@ -232,4 +233,7 @@ def _stage(context: Context, name: str) -> None:
         sys.exit(143)  # 128 + SIGTERM
     context.folder.mark_done(name, key, result)
     _keep(context, name, result)
+    if SIGTERM.is_set():  # at the last step or after it
+        log.info("stopped     after %s; the same command goes on from there", name)
+        sys.exit(143)
     context.tracking.end_stage(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.control import console, reporting
+from pipeline.control import SIGTERM, console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
@@ -285,6 +285,7 @@ def stop_on_sigterm(feeder: Any) -> Iterator[None]:
 
     def handler(number: int, frame: Any) -> None:
         log.info("SIGTERM     writing a checkpoint, then ending")
+        SIGTERM.set()
         asked.set()
 
     before = signal.signal(signal.SIGTERM, handler)
