@@ -130,6 +130,9 @@ def _run(
             for name in left:
                 _stage(context, name)
                 push()
+                if SIGTERM.is_set() and name != left[-1]:  # it came after the last step
+                    log.info("stopped     after %s; the same command goes on from there", name)
+                    sys.exit(143)
             _report(context)
 
 
@@ -233,7 +236,4 @@ def _stage(context: Context, name: str) -> None:
         sys.exit(143)  # 128 + SIGTERM
     context.folder.mark_done(name, key, result)
     _keep(context, name, result)
-    if SIGTERM.is_set():  # at the last step or after it
-        log.info("stopped     after %s; the same command goes on from there", name)
-        sys.exit(143)
     context.tracking.end_stage(name)
