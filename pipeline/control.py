@@ -19,6 +19,16 @@ T = TypeVar("T")
 STOP, MOVE, SAVE = "stop", "move", "save"
 
 
+@dataclass
+class Ending:
+    """The signal that asked this driver to end, while it goes on for a while; 0: none did."""
+
+    number: int = 0
+
+
+ENDING = Ending()
+
+
 @dataclass(frozen=True)
 class Report:
     """A call of a tracker's method. An actor with several threads does not keep the order of calls,

@@ -14,6 +14,7 @@ import yaml
 
 from pipeline import cluster
 from pipeline.config import Config
+from pipeline.control import ENDING
 from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
@@ -130,6 +131,9 @@ def _run(
             for name in left:
                 _stage(context, name)
                 push()
+                if ENDING.number and name != left[-1]:  # it came after the last step
+                    log.info("stopped     after %s; the same command goes on from there", name)
+                    sys.exit(128 + ENDING.number)
             _report(context)
 
 

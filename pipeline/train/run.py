@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.arrangement import Machine
 from pipeline.config import Config
-from pipeline.control import console, reporting
+from pipeline.control import ENDING, console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
@@ -324,6 +324,7 @@ def stop_on_signals(feeder: Any) -> Iterator[Asked]:
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         log.info("%-11s writing a checkpoint, then ending", name)
         found.number = number
+        ENDING.number = number
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
