@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.curate import gallery, report, report_numbers
 from pipeline.curate.onnx_files import is_onnx
 from pipeline.curate.report_summary import Summary
@@ -94,6 +95,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     page = context.folder.stage("curate") / "report.html"
     report.write(page, summary, f"Curation of {config.run.name}", tally.line())
     log.info("report      %s", public(context.folder.at("curate", "report.html")))
+    tracker.params(params(config, found))
     _track(tracker, found, summary, page)
     shards = write_shards(found, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
@@ -115,6 +117,25 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "against": config.curate.against,
         **found.numbers,
     }
+
+
+def params(config: Config, found: Found) -> dict[str, Any]:
+    """At most eight short ones; MLflow prints them above every picture."""
+    curate, sampled = config.curate, config.balance.images
+    chosen: dict[str, Any] = {
+        "preset": curate.preset,
+        "images": found.counted.rows,
+        "copy_embedder": public(curate.copy_embedder),
+        "threshold": f"{found.threshold:.4g}" if found.threshold is not None else "none",
+        "seed": config.run.seed,
+    }
+    if config.retrieve.seeds or sampled:
+        chosen["embedder"] = public(curate.embedder)
+    if sampled:
+        chosen["balanced_images"] = sampled
+    if curate.against:
+        chosen["against"] = public(curate.against)
+    return chosen
 
 
 def _warn(context: Context) -> None:

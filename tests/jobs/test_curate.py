@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,9 @@ from PIL import Image, ImageOps
 from pipeline import job
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
+from pipeline.overrides import load
 from pipeline.stages import curate_sizes
+from pipeline.stages.curate import params
 from pipeline.stages.curate_steps import proportions
 from tests.curate.piles import hub, packed, without_ray
 
@@ -117,6 +120,23 @@ def test_a_wild_pile_as_hubs_store_it(tmp_path):
     shards = open_shards(str(run.path / "curated"))
     table = pq.read_table(shards.files[0].path)
     assert table.column("caption").null_count == 0
+
+
+def test_what_mlflow_prints_above_the_pictures():
+    found = SimpleNamespace(threshold=0.91234, counted=SimpleNamespace(rows=36))
+    given = ["curate.preset=dedup", "curate.against=runs/one"]
+    assert params(load(given), found) == {
+        "preset": "dedup",
+        "images": 36,
+        "copy_embedder": "descriptor",
+        "threshold": "0.9123",
+        "seed": 0,
+        "against": "runs/one",
+    }
+    without = SimpleNamespace(threshold=None, counted=SimpleNamespace(rows=0))
+    balanced = params(load(["curate.preset=balanced", "balance.images=9"]), without)
+    assert len(balanced) <= 8 and balanced["balanced_images"] == 9
+    assert balanced["threshold"] == "none" and balanced["embedder"] == "descriptor"
 
 
 def test_the_order_of_rows_changes_nothing(tmp_path):
