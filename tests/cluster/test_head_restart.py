@@ -14,7 +14,7 @@ import pytest
 from tests.cluster import consumed as notes
 from tests.cluster.hosts import hosts
 from tests.cluster.nodes import cluster, free_port, token, wait_for
-from tests.cluster.training import SAVE_EVERY, Training
+from tests.cluster.submitted import SAVE_EVERY, Training
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 # where the driver runs: on a node that stays, not on the head, where Ray puts it by itself

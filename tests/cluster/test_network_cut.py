@@ -10,7 +10,7 @@ import pytest
 from tests.cluster import consumed as notes
 from tests.cluster.hosts import hosts
 from tests.cluster.nodes import cluster, token
-from tests.cluster.training import SAVE_EVERY, Training
+from tests.cluster.submitted import SAVE_EVERY, Training
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 CUT_S = 60

@@ -12,7 +12,7 @@ import pytest
 from tests.cluster import consumed as notes
 from tests.cluster.nodes import Cluster, cluster, token, wait_for
 from tests.cluster.submit import submit
-from tests.cluster.training import SAVE_EVERY, Training
+from tests.cluster.submitted import SAVE_EVERY, Training
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
