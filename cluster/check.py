@@ -6,8 +6,8 @@ python cluster/check.py --crd raycluster-crd.yaml    against the operator's own 
 
 Cluster files are held against Ray's schema, manifests against those of KubeRay and Kubernetes, and
 all of them against the rules of this project: token authentication, nothing open, no secret in a
-file, pinned versions, no work on the head, groups for decoding and training, shared storage. Exit
-code 1 where something is wrong.
+file, pinned versions, no work on the head, groups for decoding and training, shared storage.
+Runtime environments of jobs must leave time for a checkpoint. Exit code 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cluster.checks import text
 from cluster.checks.launch import launch_problems
 from cluster.checks.manifests import manifest_problems
+from cluster.checks.runtime import is_runtime_env, runtime_problems
 
 FOLDER = Path(__file__).resolve().parent
 CHECKED = ("*.yaml", "kuberay/*.yaml", "*.sh", "Dockerfile")
@@ -33,7 +34,8 @@ def problems(path: Path, definitions: Sequence[dict[str, Any]] = ()) -> list[str
     """What is wrong with a file, one sentence each.
 
     Args:
-        path: a cluster file, a manifest of any number of objects, a shell script or a Dockerfile.
+        path: a cluster file, a manifest of any number of objects, a runtime environment, a shell
+            script or a Dockerfile.
         definitions: CustomResourceDefinitions of KubeRay's operator.
     """
     try:
@@ -59,6 +61,8 @@ def problems(path: Path, definitions: Sequence[dict[str, Any]] = ()) -> list[str
             found += text.secret_fields(document)
         if "apiVersion" in document:
             found += manifest_problems(document, list(definitions))
+        elif is_runtime_env(document):
+            found += runtime_problems(document)
         else:
             found += launch_problems(document)
     return found

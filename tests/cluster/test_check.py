@@ -17,6 +17,7 @@ FILES = sorted(path for pattern in CHECKED for path in FOLDER.glob(pattern))
 NAMES = {str(path.relative_to(FOLDER)) for path in FILES}
 CLOUDS = ["aws.yaml", "gcp.yaml"]
 LAUNCHED = [*CLOUDS, "onprem.yaml"]
+RUNTIME = ["runtime-env.yaml", "runtime-env-pip.yaml"]
 CLUSTERS = ["kuberay/raycluster.yaml", "kuberay/rayjob.yaml"]
 # Secrets are put together here, so that this file shows none.
 AWS_KEY = "AKIA" + "IOSFODNN7EXAMPLE"
@@ -39,6 +40,12 @@ def test_ours_pass(path: Path) -> None:
 
 # (files, what is looked for, what stands there instead, what is said)
 BROKEN = [
+    # runtime environments
+    (RUNTIME, "STOP_WAIT_TIME_S:", "STOP_WAIT:", r"no RAY_JOB_STOP_WAIT_TIME_S"),
+    (RUNTIME, '"600"', '"3"', r"=3 is too short"),
+    (RUNTIME, '"600"', '"long"', r"=long is no number"),
+    (RUNTIME, '"600"', "600", r"^Ray refuses the file: .*env_vars"),
+    (RUNTIME, "env_vars:", "retries: 3\nenv_vars:", r"^retries is no field"),
     # Ray's schema
     (LAUNCHED, "upscaling_speed:", "upscaling_spede:", r"'upscaling_spede' was unexpected"),
     (CLOUDS, "max_workers: 20", "max_workers: many", r"max_workers: 'many' is not of type"),
