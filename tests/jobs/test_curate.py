@@ -435,10 +435,10 @@ def test_images_are_added_to_a_curated_set(tmp_path):
 
 
 def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
-    hub(tmp_path / "one", [[encoded(blobs(i)) for i in range(6)]])
-    hub(tmp_path / "two", [[encoded(blobs(i)) for i in range(5, 9)]])
-    one = curate(tmp_path, f"data.shards={tmp_path}/one", name="one")
-    new = [f"data.shards={tmp_path}/two", f"curate.against={one.path}"]
+    hub(tmp_path / "old", [[encoded(blobs(i)) for i in range(6)]])
+    hub(tmp_path / "new", [[encoded(blobs(i)) for i in range(5, 9)]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/old", name="one")
+    new = [f"data.shards={tmp_path}/new", f"curate.against={one.path}"]
     with pytest.raises(SystemExit):
         curate(tmp_path, *new, "dedup.threshold=0.8", name="two")
     what, hint = said(capsys)
@@ -449,7 +449,7 @@ def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
     assert two.last("curate")["threshold"] == 0.9  # nothing is calibrated
     shown = capsys.readouterr().out
     assert "dedup.false_positives and dedup.calibration_images change nothing" in shown
-    none = curate(tmp_path, f"data.shards={tmp_path}/one", "dedup.enabled=false", name="none")
+    none = curate(tmp_path, f"data.shards={tmp_path}/old", "dedup.enabled=false", name="none")
     with pytest.raises(SystemExit):
         curate(tmp_path, new[0], f"curate.against={none.path}", name="three")
     what, hint = said(capsys)
@@ -641,6 +641,10 @@ def files_of(run: RunFolder, *parts: str) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.parquet"))}
 
 
+class Killed(BaseException):
+    """Ends a run as nothing else does."""
+
+
 def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, monkeypatch):
     """Killed after every fifth task: no task is run twice, and the result has the same bytes."""
     from pipeline.curate import work
@@ -670,7 +674,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
     def killed(folder, tasks, *rest):
         for name, account in counted(folder, tasks, *rest):
             if len(ran) % 5 == 0:
-                raise KeyboardInterrupt  # the account is written, the driver has not seen it
+                raise Killed  # the account is written, the driver has not seen it
             yield name, account
 
     monkeypatch.setattr(work, "_run", killed)
@@ -679,7 +683,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
         starts += 1
         try:
             run = curate(tmp_path, *sets, name="killed")
-        except KeyboardInterrupt:
+        except Killed:
             assert starts < clean
     assert starts > clean / 6
     assert len(ran) == len(set(ran)) == clean
