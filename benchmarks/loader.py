@@ -262,7 +262,7 @@ def cluster(folder: Path, store_gb: float, **options: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def spec_of(reading: Reading, chunk: int) -> StreamSpec:
+def spec_of(reading: Reading, chunk: int, store_bytes: float = 2**30) -> StreamSpec:
     """The usual ten crops with the masks of patches of 14."""
     return StreamSpec(
         columns=reading.shards.columns,
@@ -275,6 +275,7 @@ def spec_of(reading: Reading, chunk: int) -> StreamSpec:
         chunk=chunk,
         max_pixels=10**9,
         image_bytes=reading.shards.image_bytes,
+        store_bytes=store_bytes,
     )
 
 

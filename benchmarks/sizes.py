@@ -193,7 +193,7 @@ def stream(
     reading = reading_of(shards, seed=0, global_batch=batch, window=window)
     share = math.gcd(window, max(1, min(batch, store_mb * MIB // (64 * CropSpec().bytes))))
     chunk = chunk_of(share, CropSpec().bytes, mean)
-    spec = spec_of(reading, chunk)
+    spec = spec_of(reading, chunk, store_mb * MIB / 2)
     steps = 10**6
 
     @ray.remote(num_cpus=0)

@@ -290,6 +290,13 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def object_store() -> float:
+    """Bytes of the object stores of the cluster together."""
+    import ray
+
+    return float(ray.cluster_resources().get("object_store_memory", 0))
+
+
 def nodes() -> int:
     """Nodes alive in the cluster."""
     import ray

@@ -10,6 +10,7 @@ depends on neither the number of workers nor a restart.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from pipeline.data.schema import ShardColumns
 from pipeline.data.segments import blocks
 
 Chunk = dict[str, np.ndarray]
-PORTION_BYTES = 72 * 2**20  # of crops that a decode task makes: two of the largest chunks
+PORTION_BYTES = 128 * 2**20  # of crops that a decode task makes: half a second of work for photos
 _LARGE = "global_crops", "local_crops"
 _REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
 
@@ -66,14 +67,17 @@ class StreamSpec:
     max_pixels: int
     scaled_decode: bool = True
     image_bytes: float = 0  # mean size of an encoded image, where it is known
+    store_bytes: float = math.inf  # of the object store, for each decoder
 
     @property
     def portion(self) -> int:
         """Images of one decode task: whole chunks, about PORTION_BYTES of what is larger: crops, or
-        encoded images four times, since more of those wait.
+        encoded images eight times, since more of those wait. Less in a small object store, since a
+        task that runs is not held back: its crops would be spilled.
         """
-        largest = max(self.crops.bytes, 4 * self.image_bytes)
-        return self.chunk * max(1, int(PORTION_BYTES // (self.chunk * largest)))
+        largest = max(self.crops.bytes, 8 * self.image_bytes)
+        limit = min(PORTION_BYTES, self.store_bytes)
+        return self.chunk * max(1, int(limit // (self.chunk * largest)))
 
 
 def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:

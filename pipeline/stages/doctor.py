@@ -94,7 +94,7 @@ def doctor(config: Config) -> None:
     disk(config.run.folder)
     _shards(shards)
     plan = plan_for(_plannable(config, shards.rows), shards, machine)
-    spec = stream_spec(plan, shards)
+    spec = stream_spec(plan, shards, store)
     with _one_thread():
         sample = read_sample(shards)
         timing, contents = time_sample(sample, spec)

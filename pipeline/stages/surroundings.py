@@ -45,10 +45,8 @@ def machine_of(config: Config) -> tuple[Machine, float]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         with cluster.joined(config.resources):
-            import ray
-
             found, nodes = cluster.machine(), cluster.nodes()
-            store = float(ray.cluster_resources().get("object_store_memory", 0))
+            store = cluster.object_store()
         place = f"cluster at {address}, {count(nodes, 'node')}: "
     else:
         found, place = local_machine(config), "this machine: "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import cluster
 from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.control import ENDING, console, reporting
@@ -64,8 +65,8 @@ def reading_for(plan: Plan, shards: ShardSet) -> Reading:
     )
 
 
-def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
-    """What the read and decode tasks need."""
+def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
+    """What the read and decode tasks need, with so many bytes of object store in the cluster."""
     config = plan.config
     loss = config.loss
     return StreamSpec(
@@ -80,6 +81,7 @@ def stream_spec(plan: Plan, shards: ShardSet) -> StreamSpec:
         max_pixels=config.data.max_image_pixels,
         scaled_decode=config.data.scaled_decode,
         image_bytes=shards.image_bytes,
+        store_bytes=store / plan.decode_tasks,
     )
 
 
@@ -191,7 +193,7 @@ def pretrain(
     tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
     feeder = launch_feeder(
         reading_for(plan, shards),
-        stream_spec(plan, shards),
+        stream_spec(plan, shards, cluster.object_store()),
         plan.steps,
         tasks,
         plan.sizes[-1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from pipeline.data.crops import CropSpec
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.reading import Reading, reading_of
-from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.schema import ShardColumns, open_shards, resolve_uri, write_parquet_atomic
 from pipeline.data.stream import MaskSpec, StreamSpec, batches
 from pipeline.errors import DataError
 
@@ -137,3 +138,30 @@ def test_unpacked_sets_above_the_limit_are_refused(
     monkeypatch.setattr("pipeline.data.reading.UNPACKED_LIMIT", 10)
     with pytest.raises(DataError, match="not written by pack"):
         reading_of(source[0].shards, seed=0, global_batch=4, window=8)
+
+
+@pytest.mark.parametrize(
+    ("image_bytes", "store", "images"),
+    [
+        (110_000, math.inf, 192),  # 128 MiB of crops of 519 KiB: three chunks
+        (110_000, 75 * 2**20, 128),  # a small store
+        (110_000, 0, 64),  # never less than a chunk
+        (6_000_000, math.inf, 64),  # 16 MiB of encoded images are less than a chunk
+    ],
+)
+def test_the_portion_of_a_decode_task(image_bytes: float, store: float, images: int) -> None:
+    """By hand, for ten crops of an image (531,552 bytes) in chunks of 64."""
+    whole = StreamSpec(
+        columns=ShardColumns("", "image", "label"),
+        seed=0,
+        global_batch=64,
+        steps_per_pass=1,
+        crops=CropSpec(),
+        photometric=PhotometricSpec(),
+        masks=MaskSpec((16, 16), 0.5, (0.1, 0.5)),
+        chunk=64,
+        max_pixels=10_000,
+        image_bytes=image_bytes,
+        store_bytes=store,
+    )
+    assert whole.portion == images
