@@ -45,7 +45,7 @@ from pipeline.data.reading import Reading, read_portions, reading_of
 from pipeline.data.schema import open_shards
 from pipeline.data.stream import MaskSpec, StreamSpec, make_chunks
 
-BATCH, PROCESSES = 64, 2
+BATCH, PROCESSES = 128, 2
 GRID = (16, 16)
 
 
@@ -296,7 +296,7 @@ def main() -> None:
     # 4,000 images long; each costs microseconds.
     parser.add_argument("--warm-up", type=int, default=4000, help="images before that")
     parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--store-gb", type=float, default=2.0)
     parser.add_argument("--only", default="reference,bare,stream,colour")
     parser.add_argument("--profile", action="store_true")

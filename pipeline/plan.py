@@ -24,7 +24,7 @@ from pipeline.overrides import field_paths
 from pipeline.placement import Node, Share
 from pipeline.schedule import StepValues, cosine, linear
 
-CHUNK_BYTES = 36 * 2**20  # of crops in one Ray Data block: 64 images at the usual sizes
+CHUNK_BYTES = 72 * 2**20  # of crops in one Ray Data block: 128 images at the usual sizes
 ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
 WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
 

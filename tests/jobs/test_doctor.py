@@ -46,16 +46,16 @@ def test_the_memory() -> None:
     plan = plan_of()
     image = 3 * (2 * 224**2 + 8 * 98**2)
     assert image == 531_552
-    spec = type("Spec", (), {"portion": 2 * plan.chunk_images})()
+    spec = type("Spec", (), {"portion": plan.chunk_images})()
     memory = Memory.of(plan, spec, 110_000, 1024)
-    assert (plan.chunk_images, plan.workers, plan.decode_tasks) == (64, 8, 57)
-    assert memory.chunk == 64 * image
+    assert (plan.chunk_images, plan.workers, plan.decode_tasks) == (128, 8, 57)
+    assert memory.chunk == 128 * image
     assert memory.portion_crops == 128 * image
     assert memory.portion_encoded == 128 * 110_000
     assert memory.window == 1024 * 110_000
     readers = 3 * 8 * 128 * 110_000  # a task for each 24 decoders begun, eight portions each
     decoders = 57 * (2 * 2 * 128 * 110_000 + 2 * 128 * image)
-    workers = 8 * (128 * image + 2 * 64 * image)
+    workers = 8 * (128 * image + 2 * 128 * image)
     assert memory.object_store(plan) == readers + decoders + workers
 
 
