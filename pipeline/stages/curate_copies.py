@@ -19,7 +19,7 @@ from pipeline.curate.threshold import DEFAULT_PENALTY
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
-from pipeline.stages.curate_earlier import Earlier
+from pipeline.stages.curate_earlier import Earlier, check_inputs
 from pipeline.stages.curate_found import Found, fingerprints, vectors_of
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import join, public
@@ -65,12 +65,13 @@ def _thresholds(
         first = earlier[0].result
         found.penalty = float(first["penalty"])
         threshold = first["threshold"]
-        if first["embedder"] != spec.settings[:2]:
+        if first["embedder"][:2] != spec.identity[:2]:
             raise DataError(
                 f"curate.against={public(earlier[0].run)} was made with another copy embedder "
                 f"({first['copy_embedder']}) than curate.copy_embedder={spec.name}",
                 "use the same one, or curate everything anew without curate.against",
             )
+        check_inputs(earlier[0], spec)
     elif threshold == "auto":
         calibration, step = calibrate(
             found.root,

@@ -298,6 +298,27 @@ def test_another_limit_embeds_nothing_again(tmp_path, weights):
     assert_balanced(run, len(images))
 
 
+def test_vectors_of_another_image_size_or_mean_are_not_compared(tmp_path, capsys, weights):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(4)]])
+    blobs(2).save(tmp_path / "photo.png")
+    own = [f"curate.copy_embedder={weights}", "dedup.threshold=0.9999"]
+    one = curate(tmp_path, f"data.shards={tmp_path}/hub", *own, name="one")
+    asked = [*own, f"curate.against={one.path}"]
+    for given, what in (
+        (["curate.image_size=42"], "image size 42, there its own"),
+        (["augment.mean=[0.5, 0.5, 0.5]"], "mean [0.5, 0.5, 0.5], there [0.485, 0.456, 0.406]"),
+        (["augment.std=[0.5, 0.5, 0.5]"], "std [0.5, 0.5, 0.5], there [0.229, 0.224, 0.225]"),
+    ):
+        for todo in (f"data.shards={tmp_path}/hub", f"curate.query={tmp_path}/photo.png"):
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                curate(tmp_path, todo, *asked, *given, name="two")
+            told, hint = said(capsys)
+            assert f"in another way ({what})" in told and "curate.image_size" in hint
+    curate(tmp_path, f"curate.query={tmp_path}/photo.png", *asked, name="two")
+    assert "photo.png is a copy of" in capsys.readouterr().out
+
+
 def test_equal_images_of_a_seed_set_are_one_seed(tmp_path):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(20)]])
     seed = blobs(3).rotate(3)
