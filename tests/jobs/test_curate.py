@@ -455,6 +455,21 @@ def test_images_are_added_to_a_curated_set(tmp_path):
     assert open_shards(str(three.path / "curated")).rows == 27
 
 
+def test_adding_nothing_but_copies_leaves_the_earlier_images_as_they_are(tmp_path):
+    hub(tmp_path / "one", [[encoded(blobs(i), "JPEG", quality=95) for i in range(6)]])
+    copies = [encoded(blobs(i), "JPEG", quality=60) for i in range(3)]
+    hub(tmp_path / "two", [[*copies, encoded(Image.new("RGB", (64, 64), "red"))]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/one", name="one")
+    two = curate(tmp_path, f"data.shards={tmp_path}/two", f"curate.against={one.path}", name="two")
+    assert [row["reason"] for row in decisions(two)] == ["duplicate_near"] * 3 + ["flat"]
+    before, after = (
+        pa.concat_tables(pq.read_table(f.path) for f in open_shards(str(run.path / "curated")).files)
+        for run in (one, two)
+    )
+    assert after.equals(before) and after.num_rows == 6
+    assert two.last("curate")["images"] == 6
+
+
 def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
     hub(tmp_path / "old", [[encoded(blobs(i)) for i in range(6)]])
     hub(tmp_path / "new", [[encoded(blobs(i)) for i in range(5, 9)]])
