@@ -14,6 +14,7 @@ from pipeline.curate import relative
 from pipeline.curate.calibrate import calibrate
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
+from pipeline.curate.report_copies import FAR
 from pipeline.curate.tables import POOL, Inputs, Vectors
 from pipeline.curate.threshold import DEFAULT_PENALTY
 from pipeline.curate.work import Result, Task, run_step
@@ -113,6 +114,7 @@ def _pairs(
         seed=config.run.seed,
         gpus=found.gpus,
         compare=dedup.enabled,
+        suffices=max(0.0, found.threshold - FAR),
     )
     found.results += pairs.steps
     aside = list(matches)

@@ -130,7 +130,7 @@ def _rows(rows):
 def test_too_many_clusters_are_refused(points, tmp_path: Path, monkeypatch):
     rows = written(tmp_path, *points)
     monkeypatch.setattr(lloyd, "TASK_ELEMENTS", 300 * 12 - 1)
-    with pytest.raises(PipelineError, match="300 clusters of .* do not fit into a task"):
+    with pytest.raises(PipelineError, match=r"300 clusters of .* do not fit into a task"):
         lloyd.fit(tmp_path, "km", rows, 2**24, 0, 2)
 
 

@@ -298,6 +298,30 @@ def test_another_limit_embeds_nothing_again(tmp_path, weights):
     assert_balanced(run, len(images))
 
 
+def test_thresholds_near_an_earlier_one_join_nothing_again(tmp_path):
+    images = [blobs(i) for i in range(12)]
+    images += [Image.blend(blobs(i), blobs(50 + i), 0.1 * (i + 1)) for i in range(5)]
+    hub(tmp_path / "hub", [[encoded(image) for image in images]])
+    place, seen = f"data.shards={tmp_path}/hub", set()
+
+    def stamps():
+        pairs = run.path / "curate" / "steps" / "copies" / "pairs"
+        return {path: path.stat().st_mtime_ns for path in pairs.rglob("*.parquet")}
+
+    run = curate(tmp_path, place, "dedup.threshold=0.8")
+    first = stamps()
+    assert first
+    for threshold, again in ((0.97, False), (0.76, False), (0.74, True), (0.9, False)):
+        run = curate(tmp_path, place, f"dedup.threshold={threshold}")
+        assert (stamps() != first) is again, threshold
+        first = stamps()
+        fresh = curate(tmp_path, place, f"dedup.threshold={threshold}", name=f"t{threshold}")
+        steps = ("curate", "steps", "decisions")
+        assert files_of(run, *steps) == files_of(fresh, *steps)
+        seen.add(run.last("curate")["images"])
+    assert len(seen) > 1
+
+
 def test_vectors_of_another_image_size_or_mean_are_not_compared(tmp_path, capsys, weights):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(4)]])
     blobs(2).save(tmp_path / "photo.png")
@@ -463,7 +487,9 @@ def test_adding_nothing_but_copies_leaves_the_earlier_images_as_they_are(tmp_pat
     two = curate(tmp_path, f"data.shards={tmp_path}/two", f"curate.against={one.path}", name="two")
     assert [row["reason"] for row in decisions(two)] == ["duplicate_near"] * 3 + ["flat"]
     before, after = (
-        pa.concat_tables(pq.read_table(f.path) for f in open_shards(str(run.path / "curated")).files)
+        pa.concat_tables(
+            pq.read_table(f.path) for f in open_shards(str(run.path / "curated")).files
+        )
         for run in (one, two)
     )
     assert after.equals(before) and after.num_rows == 6
