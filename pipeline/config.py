@@ -396,10 +396,11 @@ class Dedup(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto", description="cosine above which two images are copies; auto: calibrated; SSCD: .6"
     )
-    false_positives: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+    false_positives: Annotated[float, Field(gt=0, le=1e-3)] | Literal["auto"] = Field(
         "auto",
+        # the bound: the threshold is read off the 20,000 most alike of 12.5 million pairs
         description="share of unlike pairs that may be taken for copies when the threshold is "
-        "calibrated; auto: 0.01 / images, at most 1e-6",
+        "calibrated, <= 1e-3; auto: 0.01 / images, at most 1e-6",
     )
     calibration_images: int = Field(
         500, gt=0, le=4000, description="of the set, attacked to see which copies are found"

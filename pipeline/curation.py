@@ -70,7 +70,8 @@ def _missing(config: Config) -> Iterator[str]:
             "curate.preset=lvd142m retrieves images like those of seed sets, and there is none; "
             "set retrieve.seeds.<name>=shards"
         )
-    if config.leaks.scope == "components" and not config.dedup.enabled:
+    sets = bool(config.leaks.sets or config.evaluate.queries)  # else nothing can leak
+    if sets and config.leaks.scope == "components" and not config.dedup.enabled:
         yield (
             "leaks.scope=components needs the components that dedup finds; set "
             "dedup.enabled=true or leaks.scope=images"

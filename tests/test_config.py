@@ -220,6 +220,8 @@ def test_curation_fields_that_are_read_or_are_defaults() -> None:
     load(
         [*seeds, "curate.copy_embedder=sscd.onnx"]
     )  # the preset's leaks.threshold is not the user's
+    load([*seeds, "dedup.enabled=false"])  # nor is its leaks.scope, and there is no set to leak
+    load([*seeds, "dedup.enabled=false", "leaks.sets.a=b", "leaks.scope=images"])
     config = load([*seeds, "retrieve.mode=sample"])  # nor are its clusters
     assert type(config).model_validate(config.model_dump(mode="json")) == config
 

@@ -118,6 +118,7 @@ def find_pairs(
     seed: int = 0,
     gpus: float = 0.0,
     compare: bool = True,
+    suffices: float = -1.0,
     _buckets: int | None = None,
     _portion_rows: int | None = None,
     _shards: int | None = None,
@@ -140,6 +141,8 @@ def find_pairs(
         gpus: of the tasks that compare.
         compare: the images with each other; else they are only put into their buckets, which is
             what other sets are compared with.
+        suffices: where an earlier run compared the same items with a `lowest` that is not above
+            this, its pairs are taken as they are: those above any threshold are the same.
     """
     buckets, copies, where, steps = placed(
         root,
@@ -157,6 +160,9 @@ def find_pairs(
     )
     made: tuple[Result, ...] = ()
     if compare:
+        known = _lowest_of(root, steps[-1].key, penalty)
+        if known is not None and known <= suffices:
+            lowest = known
         names = [f"{b:05d}" for b in range(buckets)]
         pairs = run_step(
             root,
@@ -186,6 +192,15 @@ def find_pairs(
     )
     found.save()
     return found
+
+
+def _lowest_of(root: Place, items_key: str, penalty: float) -> float | None:
+    """The `lowest` that these items were compared with by the last run, if they were."""
+    fs, path = resolve_uri(str(join_place(root, STORED)))
+    value = read_json(fs, path)
+    if value is None or value["penalty"] != penalty or "copies/pairs" not in value["keys"]:
+        return None
+    return float(value["lowest"]) if value["keys"]["copies/shuffle"] == items_key else None
 
 
 def placed(

@@ -58,10 +58,14 @@ class EmbedderSpec:
     half: bool = False
 
     @property
+    def identity(self) -> list[Any]:
+        """What must be equal for vectors to be compared, as JSON reads it back."""
+        return [self.kind, self.digest, self.image_size, list(self.mean), list(self.std)]
+
+    @property
     def settings(self) -> list[Any]:
         """What vectors depend on, JSON-like: part of a step's key."""
-        sizes = [self.image_size, self.mean, self.std, self.batch_size, self.half]
-        return [self.kind, self.digest, *sizes]
+        return [*self.identity, self.batch_size, self.half]
 
 
 def spec_of(

@@ -282,6 +282,7 @@ def fit_local(
         gpu: use it for the products.
     """
     dim = vectors.shape[1]
+    clusters = min(clusters, len(vectors))
     fit = Fit(np.zeros((0, dim), HALF))
     closest, new = np.full(len(vectors), np.inf), fit.centroids
     while len(fit.centroids) < clusters:

@@ -127,6 +127,7 @@ def fit(
         PipelineError: so many centroids do not fit into a task.
     """
     dim = rows.source.dim
+    clusters = min(clusters, rows.rows)  # a row is one cluster at most
     if clusters * dim > TASK_ELEMENTS:
         raise PipelineError(
             f"{clusters:,} clusters of {dim} dimensions do not fit into a task of 2 GB",

@@ -10,6 +10,7 @@ A model at a URI is copied to each node once, for onnxruntime reads files.
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -80,11 +81,13 @@ def on_this_node(path: str, digest: str) -> str:
             target = fresh / place.partition("?")[0].removeprefix(f"{root}/")
             target.parent.mkdir(parents=True, exist_ok=True)
             download(*resolve_uri(place), target)
-        shutil.rmtree(folder, ignore_errors=True)  # of which something was cleaned away
-        try:
-            fresh.rename(folder)
-        except OSError:  # another worker of this node was faster
-            shutil.rmtree(fresh)
+        with folder.with_name(f"{digest}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
+            if _whole(folder / name):  # another worker of this node was faster, and uses it
+                shutil.rmtree(fresh)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)  # something of it was cleaned away
+                fresh.rename(folder)
     return str(folder / name)
 
 

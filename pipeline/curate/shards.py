@@ -164,10 +164,10 @@ def write_curated(
         (byte for byte, though nothing took them for copies).
 
     Raises:
-        DataError: nothing is kept, or the folder holds something else.
+        DataError: nothing is kept and nothing was there, or the folder holds something else.
     """
     kept = int(decisions.total("kept"))
-    if not kept:
+    if not kept and not (earlier and earlier.rows):
         raise DataError(
             f"curation kept none of {inputs.rows:,} images",
             "the decisions say why, image by image; relax the rule that removed most of them",

@@ -111,7 +111,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "threshold": found.threshold,
         "leak_threshold": found.leak_threshold,
         "penalty": found.penalty,
-        "embedder": found.copy_spec.settings[:2] if found.copy_spec else None,
+        "embedder": found.copy_spec.identity if found.copy_spec else None,
         "copy_embedder": config.curate.copy_embedder,
         "shards": context.shards_uri,
         "against": config.curate.against,

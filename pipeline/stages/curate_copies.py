@@ -14,12 +14,13 @@ from pipeline.curate import relative
 from pipeline.curate.calibrate import calibrate
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
+from pipeline.curate.report_copies import FAR
 from pipeline.curate.tables import POOL, Inputs, Vectors
 from pipeline.curate.threshold import DEFAULT_PENALTY
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
-from pipeline.stages.curate_earlier import Earlier
+from pipeline.stages.curate_earlier import Earlier, check_inputs
 from pipeline.stages.curate_found import Found, fingerprints, vectors_of
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import join, public
@@ -65,12 +66,13 @@ def _thresholds(
         first = earlier[0].result
         found.penalty = float(first["penalty"])
         threshold = first["threshold"]
-        if first["embedder"] != spec.settings[:2]:
+        if first["embedder"][:2] != spec.identity[:2]:
             raise DataError(
                 f"curate.against={public(earlier[0].run)} was made with another copy embedder "
                 f"({first['copy_embedder']}) than curate.copy_embedder={spec.name}",
                 "use the same one, or curate everything anew without curate.against",
             )
+        check_inputs(earlier[0], spec)
     elif threshold == "auto":
         calibration, step = calibrate(
             found.root,
@@ -112,6 +114,7 @@ def _pairs(
         seed=config.run.seed,
         gpus=found.gpus,
         compare=dedup.enabled,
+        suffices=max(0.0, found.threshold - FAR),
     )
     found.results += pairs.steps
     aside = list(matches)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.report_read import parquet_names
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import read_json
@@ -63,3 +64,26 @@ def earlier_runs(run: str) -> list[Earlier]:
         found.append(Earlier(run, done["result"]))
         run = str(done["result"].get("against", ""))
     return found
+
+
+def check_inputs(one: Earlier, spec: EmbedderSpec) -> None:
+    """Refuses to compare vectors of images that were made ready in another way, by one network.
+
+    Args:
+        one: an earlier curation.
+        spec: the same network as there.
+
+    Raises:
+        DataError: the images' size, mean or deviation is another.
+    """
+    then, now = one.result["embedder"], spec.identity
+    if then == now:
+        return
+    names = ("image size", "mean", "std")
+    pairs = zip(names, then[2:], now[2:], strict=False)
+    differ = [f"{name} {b or 'its own'}, there {a or 'its own'}" for name, a, b in pairs if a != b]
+    raise DataError(
+        f"{public(one.run)} was curated with the same copy embedder, but its images were made "
+        f"ready in another way ({'; '.join(differ) or 'it does not say how'})",
+        "set curate.image_size, augment.mean and augment.std as they were there, or curate anew",
+    )

@@ -25,7 +25,7 @@ from pipeline.data.transfer import read_bytes
 from pipeline.errors import DataError
 from pipeline.files import RunFolder, atomic
 from pipeline.stages.context import result_line
-from pipeline.stages.curate_earlier import Earlier, earlier_runs
+from pipeline.stages.curate_earlier import Earlier, check_inputs, earlier_runs
 from pipeline.stages.embedders import embedder_of
 from pipeline.uri import join, public
 
@@ -118,10 +118,11 @@ def _like(config: Config, one: Earlier, pixels: Any) -> list[Answer]:
     copies = Copies.open(one.root)
     name = str(one.result["copy_embedder"])
     spec = embedder_of(config, "curate.copy_embedder", name)
-    if spec.settings[:2] != one.result["embedder"]:
+    if spec.identity[:2] != one.result["embedder"][:2]:
         raise DataError(
             f"{name} has changed since {public(one.run)} was curated", "curate it again"
         )
+    check_inputs(one, spec)
     if spec.kind == DESCRIPTOR:
         vector, crops = describe(three_channels(pixels))
         views = visiting

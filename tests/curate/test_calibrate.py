@@ -25,9 +25,11 @@ from pipeline.curate.unlike import all_pairs, interval, tail_threshold
 from pipeline.data.columns import image_id
 from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import decode_image
+from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
+from pipeline.overrides import load
 from tests.curate.images import Here, encoded, inputs_of, scene, shard
 
 
@@ -60,6 +62,17 @@ def test_weights_count_pairs_as_often_as_they_say():
     for target in (1e-3, 0.1):
         weighted = tail_threshold(top, 10_000, target, times.astype(float))
         assert weighted == tail_threshold(again, 10_000, target)
+
+
+def test_the_highest_rate_is_counted_among_the_pairs_that_are_looked_at():
+    """Above it the threshold would be that of the last pair looked at, whatever the rate."""
+    with pytest.raises(ConfigError, match=r"dedup\.false_positives"):
+        load(["curate.preset=dedup", "dedup.false_positives=0.0011"])
+    highest = load(["curate.preset=dedup", "dedup.false_positives=0.001"]).dedup.false_positives
+    pairs = module.COMPARED * (module.COMPARED - 1) // 2
+    ranks = np.arange(pairs, 0, -1, dtype=np.float64) / pairs  # similarities, descending
+    found, _ = tail_threshold(ranks[: unlike.TOP] * unlike.HIGHEST, pairs, highest)
+    assert found / unlike.HIGHEST == pytest.approx(1 - highest, abs=2e-6)
 
 
 @pytest.mark.parametrize("views", [False, True])

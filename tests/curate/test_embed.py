@@ -267,6 +267,29 @@ def test_onnx_models_that_lead_elsewhere_or_are_none(tmp_path):
             external_files(content, "x")
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_model_that_another_worker_fetched_meanwhile_stays(tmp_path, monkeypatch, broken):
+    """The other one is through while this one still downloads, and has the model open."""
+    monkeypatch.setattr(onnx_files.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
+    (tmp_path / "m.onnx").write_bytes(b"")  # no fields, and none beside it
+    place, folder = f"file://{tmp_path}/m.onnx", tmp_path / "node" / "raydino-models" / "d"
+    if broken:
+        folder.mkdir(parents=True)
+    download, found = onnx_files.download, []
+
+    def slow(*given):
+        if not found:
+            found.append("")  # the other worker's download is not slow
+            found.append(onnx_files.on_this_node(place, "d"))
+            found.append((folder / "m.onnx").stat().st_ino)
+        download(*given)
+
+    monkeypatch.setattr(onnx_files, "download", slow)
+    assert onnx_files.on_this_node(place, "d") == found[1] == str(folder / "m.onnx")
+    assert (folder / "m.onnx").stat().st_ino == found[2]
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["d", "d.lock"]
+
+
 def test_an_onnx_model_at_a_uri_is_copied_once(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_files.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     path = external(tmp_path / "there" / "m.onnx")
@@ -278,7 +301,7 @@ def test_an_onnx_model_at_a_uri_is_copied_once(tmp_path, monkeypatch):
     embedders._open.clear()
     np.testing.assert_array_equal(opened(spec).embed(image), expected)
     copies = sorted(p.name for p in (tmp_path / "node").rglob("*") if p.is_file())
-    assert copies == ["m.data", "m.onnx"]
+    assert copies == [f"{spec.digest}.lock", "m.data", "m.onnx"]
     (tmp_path / "there" / "weights" / "m.data").unlink()  # a copy is not fetched again
     embedders._open.clear()
     np.testing.assert_array_equal(opened(spec).embed(image), expected)

@@ -127,10 +127,27 @@ def _rows(rows):
     return pa.table({"row": rows})
 
 
-def test_too_many_clusters_are_refused(points, tmp_path: Path):
+def test_too_many_clusters_are_refused(points, tmp_path: Path, monkeypatch):
     rows = written(tmp_path, *points)
-    with pytest.raises(PipelineError, match="do not fit into a task"):
+    monkeypatch.setattr(lloyd, "TASK_ELEMENTS", 300 * 12 - 1)
+    with pytest.raises(PipelineError, match=r"300 clusters of .* do not fit into a task"):
         lloyd.fit(tmp_path, "km", rows, 2**24, 0, 2)
+
+
+@pytest.mark.parametrize("local_work", [0, lloyd.LOCAL_WORK])
+def test_of_more_clusters_than_rows_there_are_as_many_as_rows(
+    points, tmp_path: Path, local_work, monkeypatch
+):
+    """What fits is told by the rows, and no pass of the seeding holds more."""
+    ids, vectors = points
+    rows = written(tmp_path, ids, vectors)
+    monkeypatch.setattr(lloyd, "TASK_ELEMENTS", 300 * 12)
+    few = lloyd.Resources(local_work=local_work, group_rows=100)
+    fitted = lloyd.fit(tmp_path, "km", rows, 2**24, 3, 2, few)
+    distinct = len(np.unique(vectors.view(np.uint16), axis=0))
+    assert distinct <= fitted.clusters <= 300
+    wanted = fit_local(ids, vectors, 2**24, 3, 2)
+    np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
 
 
 def test_damaged_vectors_are_named(points, tmp_path: Path):

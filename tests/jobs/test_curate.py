@@ -298,6 +298,51 @@ def test_another_limit_embeds_nothing_again(tmp_path, weights):
     assert_balanced(run, len(images))
 
 
+def test_thresholds_near_an_earlier_one_join_nothing_again(tmp_path):
+    images = [blobs(i) for i in range(12)]
+    images += [Image.blend(blobs(i), blobs(50 + i), 0.1 * (i + 1)) for i in range(5)]
+    hub(tmp_path / "hub", [[encoded(image) for image in images]])
+    place, seen = f"data.shards={tmp_path}/hub", set()
+
+    def stamps():
+        pairs = run.path / "curate" / "steps" / "copies" / "pairs"
+        return {path: path.stat().st_mtime_ns for path in pairs.rglob("*.parquet")}
+
+    run = curate(tmp_path, place, "dedup.threshold=0.8")
+    first = stamps()
+    assert first
+    for threshold, again in ((0.97, False), (0.76, False), (0.74, True), (0.9, False)):
+        run = curate(tmp_path, place, f"dedup.threshold={threshold}")
+        assert (stamps() != first) is again, threshold
+        first = stamps()
+        fresh = curate(tmp_path, place, f"dedup.threshold={threshold}", name=f"t{threshold}")
+        steps = ("curate", "steps", "decisions")
+        assert files_of(run, *steps) == files_of(fresh, *steps)
+        seen.add(run.last("curate")["images"])
+    assert len(seen) > 1
+
+
+def test_vectors_of_another_image_size_or_mean_are_not_compared(tmp_path, capsys, weights):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(4)]])
+    blobs(2).save(tmp_path / "photo.png")
+    own = [f"curate.copy_embedder={weights}", "dedup.threshold=0.9999"]
+    one = curate(tmp_path, f"data.shards={tmp_path}/hub", *own, name="one")
+    asked = [*own, f"curate.against={one.path}"]
+    for given, what in (
+        (["curate.image_size=42"], "image size 42, there its own"),
+        (["augment.mean=[0.5, 0.5, 0.5]"], "mean [0.5, 0.5, 0.5], there [0.485, 0.456, 0.406]"),
+        (["augment.std=[0.5, 0.5, 0.5]"], "std [0.5, 0.5, 0.5], there [0.229, 0.224, 0.225]"),
+    ):
+        for todo in (f"data.shards={tmp_path}/hub", f"curate.query={tmp_path}/photo.png"):
+            capsys.readouterr()
+            with pytest.raises(SystemExit):
+                curate(tmp_path, todo, *asked, *given, name="two")
+            told, hint = said(capsys)
+            assert f"in another way ({what})" in told and "curate.image_size" in hint
+    curate(tmp_path, f"curate.query={tmp_path}/photo.png", *asked, name="two")
+    assert "photo.png is a copy of" in capsys.readouterr().out
+
+
 def test_equal_images_of_a_seed_set_are_one_seed(tmp_path):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(20)]])
     seed = blobs(3).rotate(3)
@@ -432,6 +477,23 @@ def test_images_are_added_to_a_curated_set(tmp_path):
     )
     assert [row["reason"] for row in decisions(three)] == ["duplicate_near"] * 2 + ["kept"]
     assert open_shards(str(three.path / "curated")).rows == 27
+
+
+def test_adding_nothing_but_copies_leaves_the_earlier_images_as_they_are(tmp_path):
+    hub(tmp_path / "one", [[encoded(blobs(i), "JPEG", quality=95) for i in range(6)]])
+    copies = [encoded(blobs(i), "JPEG", quality=60) for i in range(3)]
+    hub(tmp_path / "two", [[*copies, encoded(Image.new("RGB", (64, 64), "red"))]])
+    one = curate(tmp_path, f"data.shards={tmp_path}/one", name="one")
+    two = curate(tmp_path, f"data.shards={tmp_path}/two", f"curate.against={one.path}", name="two")
+    assert [row["reason"] for row in decisions(two)] == ["duplicate_near"] * 3 + ["flat"]
+    before, after = (
+        pa.concat_tables(
+            pq.read_table(f.path) for f in open_shards(str(run.path / "curated")).files
+        )
+        for run in (one, two)
+    )
+    assert after.equals(before) and after.num_rows == 6
+    assert two.last("curate")["images"] == 6
 
 
 def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
