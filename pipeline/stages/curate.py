@@ -172,6 +172,7 @@ def _summary(context: Context, found: Found) -> Summary:
         threshold=found.threshold,
         leak_threshold=found.leak_threshold,
         evaluation_sets=found.leak_prints,
+        leaked=found.numbers.get("leaked"),
         seed_sets=found.seed_prints,
         folders=found.folders,
         rows_in=found.counted.rows,

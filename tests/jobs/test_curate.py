@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import job
+from pipeline.curate import report
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
 from pipeline.overrides import load
@@ -251,6 +252,25 @@ def test_leaks_alone_compare_no_image_of_the_pool_with_another(tmp_path):
     more = [f"data.shards={tmp_path}/more", f"curate.against={run.path}"]
     more = curate(tmp_path, *more, "dedup.enabled=false", name="more")
     assert [row["rule"] for row in decisions(more)] == ["earlier", ""]
+
+
+def test_each_set_is_told_all_of_its_images_that_leaked(tmp_path, monkeypatch):
+    """A row is a leak of one image only, though it may be like several, and of several sets."""
+    hub(tmp_path / "hub", [[encoded(blobs(i), "JPEG", quality=95) for i in range(8)]])
+    shared = encoded(blobs(3).resize((50, 50)))
+    hub(tmp_path / "a", [[shared, encoded(blobs(3).resize((56, 56))), encoded(blobs(90))]])
+    hub(tmp_path / "b", [[shared, encoded(blobs(91))]])
+    seen = []
+    write = report.write
+    monkeypatch.setattr(
+        report, "write", lambda page, *some: seen.append(some) or write(page, *some)
+    )
+    sets = [f"leaks.sets.{name}={tmp_path}/{name}" for name in "ab"]
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub", *sets)
+    assert assert_balanced(run, 8)["leaks_evaluation"] == 1
+    told = {one.name: (one.leaked, one.images) for one in seen[0][0].leaks}
+    assert told == {"a": (2, 3), "b": (1, 2)}
+    assert run.last("curate")["leaked"] == {"a": 2, "b": 1}
 
 
 @pytest.fixture
