@@ -10,7 +10,7 @@ from dataclasses import replace
 from pipeline.config import Config
 from pipeline.curate import copies as copying
 from pipeline.curate import decide as deciding
-from pipeline.curate import relative
+from pipeline.curate import exact_copies, relative
 from pipeline.curate.calibrate import calibrate
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
@@ -80,7 +80,7 @@ def _thresholds(
             spec,
             vectors,
             images=config.dedup.calibration_images,
-            target=false_positives(config, int(exact.total("rows"))),
+            target=false_positives(config, exact_copies.own(exact)),
             seed=config.run.seed,
             max_pixels=config.data.max_image_pixels,
         )
