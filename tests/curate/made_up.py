@@ -78,7 +78,7 @@ class Run:
     def leaked(self) -> dict[str, int]:
         """Images of each evaluation set that any row matches, not only as its best match."""
         leaking = [row.vector for row in self.rows if row.reason == "leaks_evaluation"]
-        if not leaking:
+        if not leaking or not self.evaluation:
             return {}
         queries = np.stack([row.vector for row in self.evaluation]).astype(np.float64)
         best = (queries @ np.stack(leaking).astype(np.float64).T).max(1)
