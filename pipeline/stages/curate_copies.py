@@ -30,7 +30,10 @@ BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report
 
 
 def compare(found: Found, prints: Result, exact: Result) -> None:
-    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier."""
+    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier.
+
+    Where images are compared with anything, they are left in buckets for what is added later.
+    """
     config, sets, earlier = found.config, found.sets, list(found.sets.earlier)
     if not (config.dedup.enabled or sets.leaks or earlier):
         return
@@ -40,8 +43,7 @@ def compare(found: Found, prints: Result, exact: Result) -> None:
     found.copy_vectors = vectors
     _thresholds(found, vectors, prints, exact, earlier)
     matches = _matches(found, vectors, exact, earlier)
-    if config.dedup.enabled or sets.leaks:
-        _pairs(found, vectors, prints, exact, matches)
+    _pairs(found, vectors, prints, exact, matches)
 
 
 def false_positives(config: Config, images: int) -> float:
