@@ -51,8 +51,14 @@ def problems(config: Config) -> list[str]:
 
 
 def _off(config: Config) -> list[str]:
+    curate, usual = config.curate, type(config.curate)()
+    set_here = [
+        f"curate.{field}"
+        for field in type(curate).model_fields
+        if not curate.query and getattr(curate, field) != getattr(usual, field)
+    ]
     named = [(name, getattr(config, name)) for name in SECTIONS]
-    set_here = [name for name, section in named if section != type(section)()]
+    set_here += [name for name, section in named if section != type(section)()]
     if not set_here:
         return []
     return [
@@ -149,13 +155,21 @@ def _ignored(config: Config) -> Iterator[str]:
         user_set("curate", ("image_size", "batch_size")),
         "the descriptor has a size of its own; set curate.embedder or curate.copy_embedder",
     )
-    for part, there, why in (
+    parts = (
         ("pool", not (seeds or balanced), "retrieval or balance choose from the pool"),
         ("as_is", seeds and retrieve.include, "no seed images are kept"),
         ("sample", seeds and retrieve.mode != "cluster", "nothing is retrieved as neighbours"),
         ("cluster", seeds and retrieve.mode != "sample", "nothing is retrieved by clusters"),
         ("balanced", balanced, "nothing is balanced"),
-    ):
+    )
+    for part, there, why in parts:
         unless(there, user_set("mix", (part,)), why)
+    mixed = [part for part, there, _ in parts if there and getattr(config.mix, part)]
+    unless(
+        len(mixed) != 1,
+        user_set("mix", ("by",)),
+        f"there is one part only ({''.join(mixed)}), which stands to no other and is kept whole; "
+        "set mix.by=share",
+    )
     for fields, why in found:
         yield f"{', '.join(fields)} would be ignored: {why}"

@@ -124,6 +124,11 @@ def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> Non
         (["curate.preset=lvd142m"], "there is none; set retrieve.seeds.<name>=shards"),
         (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
         (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
+        (["curate.against=runs/a"], "curate.against would be ignored: curate.preset is empty"),
+        (
+            ["curate.shards=x", "curate.copy_embedder=a.onnx", "dedup.guard=0.2"],
+            "curate.shards, curate.copy_embedder, dedup would be ignored: curate.preset is empty",
+        ),
         (
             [
                 "curate.preset=dedup",
@@ -170,6 +175,17 @@ SEEDS = [*ON, "retrieve.seeds.a=b"]
         ([*ON, "mix.as_is=0.5"], "mix.as_is", "no seed images are kept"),
         ([*SEEDS, "mix.pool=0.5"], "mix.pool", "retrieval or balance choose from the pool"),
         ([*ON, "mix.balanced=0"], "mix.balanced", "nothing is balanced"),
+        ([*ON, "mix.by=proportion", "mix.pool=0.5"], "mix.by", "there is one part only (pool)"),
+        (
+            [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "retrieve.include=false"],
+            "mix.by",
+            "one part only (sample)",
+        ),
+        (
+            [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "mix.as_is=0"],
+            "mix.by",
+            "one part only (sample)",
+        ),
         ([*ON, "leaks.threshold=0.5"], "leaks.threshold", "there is no evaluation set"),
         (
             [
@@ -211,6 +227,7 @@ def test_all_fields_that_nothing_would_read_are_told_at_once() -> None:
 
 def test_curation_fields_that_are_read_or_are_defaults() -> None:
     load([*ON, "balance.images=9", "balance.floor=2", "mix.balanced=0.5", "curate.embedder=a.onnx"])
+    load(["curate.query=photo.jpg", "curate.against=runs/a", "curate.batch_size=9"])
     load([*ON, "leaks.sets.a=b", "leaks.threshold=0.5", "leaks.scope=components"])
     load([*ON, "evaluate.queries=a", "leaks.threshold=0.5"])
     load([*SEEDS, "retrieve.neighbours=9", "retrieve.clusters=9", "mix.as_is=0.5"])

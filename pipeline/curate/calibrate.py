@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.curate import descriptor, embed
+from pipeline.curate import descriptor, embed, exact_copies
 from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.fingerprint import groups_of
@@ -83,14 +83,14 @@ def calibrate(
     Returns:
         the calibration, and the step that measured it.
     """
-    rows, most = int(alive.total("rows")), max(COMPARED, images)
+    rows, most = exact_copies.own(alive), max(COMPARED, images)
     # Twice what is needed and then some goes to the driver, which takes the smallest.
     below = min(1.0, (2 * most + 100) / max(1, rows))
     tasks = [
         Task(file.name, (file.name, fingerprints.folder, alive.folder, below, seed))
         for file in inputs.files
     ]
-    keys = [2, fingerprints.key, alive.key, most, seed]
+    keys = [3, fingerprints.key, alive.key, most, seed]
     drawn = run_step(root, f"{step}_sample", keys, tasks, draw_file)
     ranked = sorted(
         (float(draw), str(name), int(row))

@@ -41,6 +41,7 @@ from pipeline.curate.tables import (
     read_table,
     write_table,
 )
+from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
 CHUNK = 4096  # rows compared with their keepers at once
@@ -146,7 +147,7 @@ def gather_task(
             for name, values in whole.items()
         }
     )
-    size = write_buckets(str(folder) + "/rows", portion.name, table, bucket[order])
+    size = write_buckets(str(join(folder, "rows")), portion.name, table, bucket[order])
     own = whole["stands"] == whole["row"]
     wanted = whole["row"][own]
     found_rows = read_rows(vectors, portion, views=True)
@@ -159,7 +160,9 @@ def gather_task(
     if found_rows.crops is not None:
         crops = found_rows.crops[order].reshape(len(order), CROPS * vectors.dim)
         columns_of["crops"] = raw(crops)
-    size += write_buckets(str(folder) + "/vectors", portion.name, pa.table(columns_of), mine[order])
+    size += write_buckets(
+        str(join(folder, "vectors")), portion.name, pa.table(columns_of), mine[order]
+    )
     shelves = {"shelves": shelves_of(bucket), "vector_shelves": shelves_of(mine)}
     return {"rows": len(whole["row"]), "bytes": size, **shelves}
 
@@ -237,7 +240,7 @@ def keep_task(
         least: similarity to its keeper below which a member is of a chain.
         chains: `split`: such members get keepers of their own; `keep`: they do not.
     """
-    tables = list(read_bucket(str(gathered) + "/rows", names, part))
+    tables = list(read_bucket(str(join(gathered, "rows")), names, part))
     if not tables:
         return {"rows": 0, "bytes": write_table(COMPONENTS.empty_table(), folder, f"{part:05d}")}
     table = pa.concat_tables(tables)
@@ -281,7 +284,7 @@ def keep_task(
 
 def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows | OnDisk:
     """The vectors of a part, on disk where one component makes it larger than parts should be."""
-    folder = str(gathered) + "/vectors"
+    folder = str(join(gathered, "vectors"))
     count = sum(len(table) for table in read_bucket(folder, names, part, ["row"]))
     tables = read_bucket(folder, names, part)
     first = next(tables)

@@ -106,6 +106,12 @@ def _portions(files: Sequence[InputFile]) -> list[tuple[InputFile, ...]]:
     return [tuple(part) for part in found]
 
 
+def own(exact: Result) -> int:
+    """Rows that are their own keeper, by the accounts of `collapse`."""
+    copies = exact.total("copies_bytes") + exact.total("copies_pixels")
+    return int(exact.total("rows") - copies)
+
+
 def passing(fingerprints: str, quality: str, name: str, columns: Sequence[str]) -> pa.Table:
     """Columns of the fingerprints of a file, of the rows that can be decoded and pass quality."""
     table = read_table(fingerprints, name, [*columns, *{"error"} - set(columns)])

@@ -32,6 +32,7 @@ from pipeline.curate.tables import (
     read_table,
     write_table,
 )
+from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
 
@@ -120,12 +121,13 @@ def leak_task(
             "similarity": similarity[chosen],
         }
     ).cast(LEAKS)
-    size = write_table(hits, f"{folder}/rows", f"{bucket:05d}")
+    size = write_table(hits, str(join(folder, "rows")), f"{bucket:05d}")
     queries = _best_of_queries(names, query, row, ids, similarity)
     shard = (big_endian(ids_of(queries.column("query_id")))[1] % np.uint64(shards)).astype(np.int64)
     order = np.argsort(shard, kind="stable")
     queries = queries.take(pa.array(order))
-    size += write_buckets(f"{folder}/queries", f"{bucket:05d}", queries, shard[order])
+    queries_folder = str(join(folder, "queries"))
+    size += write_buckets(queries_folder, f"{bucket:05d}", queries, shard[order])
     return {"rows": len(hits), "bytes": size, "shelves": shelves_of(shard)}
 
 
@@ -156,7 +158,7 @@ def queries_task(
     folder: str, hits: str, names: Sequence[tuple[str, Sequence[int]]], shard: int
 ) -> dict[str, Any]:
     """Writes the images of a shard of all sets that have a match; counts them by set."""
-    tables = list(read_bucket(f"{hits}/queries", names, shard))
+    tables = list(read_bucket(str(join(hits, "queries")), names, shard))
     table = pa.concat_tables([QUERIES.empty_table(), *tables])
     found = _best_of_queries(
         np.array(table.column("set").to_pylist(), dtype=object),
@@ -181,7 +183,7 @@ def copies_task(
     name: str,
 ) -> dict[str, Any]:
     """Hits of rows `first` to `end`, the best one of each, and of all rows they stand for."""
-    tables = [LEAKS.empty_table(), *read_range(f"{hits}/rows", names, first, end)]
+    tables = [LEAKS.empty_table(), *read_range(str(join(hits, "rows")), names, first, end)]
     table = pa.concat_tables(tables).combine_chunks()
     row = table.column("row").to_numpy()
     sets = np.array(table.column("set").to_pylist(), dtype=str)

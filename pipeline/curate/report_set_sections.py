@@ -34,7 +34,7 @@ def leak_sections(summary: Summary) -> list[Section]:
         "its images": [leak.images or "–" for leak in sets],
         "of them in the pile": [leak.leaked for leak in sets],
         "share": [share(leak.leaked, leak.images) for leak in sets],
-        "images of the pile that match": [leak.rows for leak in sets],
+        "images of the pile that match it best": [leak.rows for leak in sets],
         "left out for it": [rules.get(("leaks_evaluation", leak.name), 0) for leak in sets],
     }
     found: list[Section] = [Heading("Evaluation images in the pile", text)]

@@ -45,7 +45,7 @@ class Leaks:
         name: of the set.
         images: in the set; 0 where it is not known.
         leaked: images of the set that have a copy in the pile.
-        rows: rows of the pile that match.
+        rows: rows of the pile whose best match is of this set.
         top: the most alike.
         low: the least alike that still match.
         counts: rows by similarity, 200 bars from -1 to 1.
@@ -94,29 +94,16 @@ class Retrieved:
         return self.asked - self.rows
 
 
-class _Ids:
-    """Counts different ids in a few bytes each."""
-
-    def __init__(self) -> None:
-        self._words = np.zeros((0, 2), "<u8")
-
-    def add(self, found: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        words = np.ascontiguousarray(found).view("<u8")
-        self._words = np.unique(np.concatenate([self._words, words]), axis=0)
-
-    def __len__(self) -> int:
-        return len(self._words)
-
-
-def read_leaks(tables: Tables, sets: Mapping[str, str]) -> list[Leaks]:
+def read_leaks(tables: Tables, sets: Mapping[str, str], leaked: Mapping[str, int]) -> list[Leaks]:
     """One pass over the leaks.
 
     Args:
         tables: of the run.
         sets: folder of fingerprints of each evaluation set, or "" where there is none. Sets that
             nothing matches appear because they are named here.
+        leaked: images of each set that have a match. The table cannot tell: it has the best match
+            of each row, and a row can match several images, of several sets.
     """
-    queries: dict[str, _Ids] = {name: _Ids() for name in sets}
     top: dict[str, Smallest] = {}
     low: dict[str, Smallest] = {}
     counts: dict[str, np.ndarray[Any, Any]] = {}
@@ -125,14 +112,14 @@ def read_leaks(tables: Tables, sets: Mapping[str, str]) -> list[Leaks]:
         for name in pc.unique(table["set"]).to_pylist():
             mine = table.filter(pc.equal(table["set"], name))
             found, values = ids(mine["query_id"]), _values(mine)
-            queries.setdefault(name, _Ids()).add(found)
             rows[name] = rows.get(name, 0) + len(mine)
             counts[name] = counts.get(name, 0) + _bars(values)
             item = partial(_match, mine["row"].to_numpy(), found, values)
             top.setdefault(name, Smallest(SHOWN)).offer(-values, item)
             low.setdefault(name, Smallest(SHOWN)).offer(values, item)
     leaks = []
-    for name in queries:
+    for name in rows:
+        assert not rows[name] or leaked.get(name), f"rows match {name}, but no image of it leaked"
         best = _matches(top.get(name))
         seen = {match.row for match in best}
         worst = tuple(match for match in _matches(low.get(name)) if match.row not in seen)
@@ -140,7 +127,7 @@ def read_leaks(tables: Tables, sets: Mapping[str, str]) -> list[Leaks]:
             Leaks(
                 name=name,
                 images=_images(sets.get(name, "")),
-                leaked=len(queries[name]),
+                leaked=leaked.get(name, 0),
                 rows=rows[name],
                 top=best,
                 low=worst,

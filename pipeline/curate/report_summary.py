@@ -97,6 +97,7 @@ def summarise(
     threshold: float | None = None,
     leak_threshold: float | None = None,
     evaluation_sets: Mapping[str, str] | None = None,
+    leaked: Mapping[str, int] | None = None,
     seed_sets: Mapping[str, str] | None = None,
     vectors: Vectors | None = None,
     folders: Mapping[str, str] | None = None,
@@ -112,7 +113,8 @@ def summarise(
         threshold: of copies; default: that of the calibration.
         leak_threshold: of evaluation sets; default: the same.
         evaluation_sets: by name a folder of their fingerprints, or "" (then without pictures).
-        seed_sets: likewise.
+        leaked: images of each evaluation set that have a match; needed where there are leaks.
+        seed_sets: folders of fingerprints of seed sets, likewise.
         vectors: that the map is made of; default: descriptors of the fingerprints.
         folders: tables by name (see NAMES of report_read); default: those that are below the root.
             Name them where a table of an earlier run may lie there whose stage is off now.
@@ -134,7 +136,7 @@ def summarise(
     if "edges" in tables and threshold is not None:
         edges = read_edges(tables, threshold, seed)
     components = read_components(tables, seed) if "components" in tables else None
-    leaks = read_leaks(tables, evaluation_sets or {}) if "leaks" in tables else []
+    leaks = read_leaks(tables, evaluation_sets or {}, leaked or {}) if "leaks" in tables else []
     retrieved = read_retrieved(tables, seed_sets or {}, seed) if "retrieved" in tables else []
     clusters = read_clusters(tables, seed) if "balanced" in tables else None
     places = read_map(tables, counts.mapped, vectors, seed)

@@ -15,6 +15,7 @@ from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
 from pipeline.stages.context import DESCRIPTOR, Context, result_line
+from pipeline.stages.curate_earlier import Earlier, keys_of
 from pipeline.stages.curate_found import Found
 from pipeline.stages.curate_sets import POOL_NAME, open_sets
 from pipeline.stages.curate_sizes import check_clusters
@@ -61,10 +62,11 @@ def key(context: Context) -> str:
 
 
 def intact(context: Context) -> bool:
-    """Whether the curated shards of a finished stage are still there."""
-    digest = context.folder.last("curate").get("digest")
+    """Whether the curated shards of a finished stage are still there, and the tables its own."""
+    result, folder = context.folder.last("curate"), context.folder
     try:
-        return bool(open_shards(context.shards_uri).digest == digest)
+        same = open_shards(context.shards_uri).digest == result.get("digest")
+        return bool(same) and not Earlier(str(folder.uri or folder.path), result).overwritten()
     except StorageError:
         raise
     except DataError:
@@ -115,6 +117,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "copy_embedder": config.curate.copy_embedder,
         "shards": context.shards_uri,
         "against": config.curate.against,
+        "steps": keys_of(found.results),
         **found.numbers,
     }
 
@@ -172,6 +175,7 @@ def _summary(context: Context, found: Found) -> Summary:
         threshold=found.threshold,
         leak_threshold=found.leak_threshold,
         evaluation_sets=found.leak_prints,
+        leaked=found.numbers.get("leaked"),
         seed_sets=found.seed_prints,
         folders=found.folders,
         rows_in=found.counted.rows,
@@ -188,7 +192,7 @@ def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
         tracker.table(name, columns)
     tracker.note(report_numbers.note(summary))
     tracker.artifact(page, "curate")
-    decisions = next(r for r in reversed(found.results) if r.step == "decisions")
+    decisions = found.decisions
     tracker.tags({"decisions": public(decisions.folder)})
     if not is_uri(decisions.folder) and decisions.total("bytes") <= SENT_BYTES:
         for file in found.inputs.files:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pipeline.config import Config
 from pipeline.curate import copies as copying
 from pipeline.curate import decide as deciding
-from pipeline.curate import relative
+from pipeline.curate import exact_copies, relative
 from pipeline.curate.calibrate import calibrate
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
@@ -31,7 +31,10 @@ BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report
 
 
 def compare(found: Found, prints: Result, exact: Result) -> None:
-    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier."""
+    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier.
+
+    Where images are compared with anything, they are left in buckets for what is added later.
+    """
     config, sets, earlier = found.config, found.sets, list(found.sets.earlier)
     if not (config.dedup.enabled or sets.leaks or earlier):
         return
@@ -41,8 +44,7 @@ def compare(found: Found, prints: Result, exact: Result) -> None:
     found.copy_vectors = vectors
     _thresholds(found, vectors, prints, exact, earlier)
     matches = _matches(found, vectors, exact, earlier)
-    if config.dedup.enabled or sets.leaks:
-        _pairs(found, vectors, prints, exact, matches)
+    _pairs(found, vectors, prints, exact, matches)
 
 
 def false_positives(config: Config, images: int) -> float:
@@ -82,7 +84,7 @@ def _thresholds(
             spec,
             vectors,
             images=config.dedup.calibration_images,
-            target=false_positives(config, int(exact.total("rows"))),
+            target=false_positives(config, exact_copies.own(exact)),
             seed=config.run.seed,
             max_pixels=config.data.max_image_pixels,
         )

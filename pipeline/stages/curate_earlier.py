@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.report_read import parquet_names
+from pipeline.curate.work import Result
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import DataError
 from pipeline.uri import Place, is_uri, join, public
+
+# Steps whose tables are read when images are added, or looked up.
+READ = ("fingerprint", "decisions", "copies/collapse", "copies/cells", "copies/shuffle")
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Earlier:
 
     Attributes:
         run: its run folder.
-        result: of its stage: thresholds, penalty, embedder, where its shards are.
+        result: of its stage: thresholds, penalty, embedder, where its shards are, keys of steps.
     """
 
     run: str
@@ -31,6 +36,17 @@ class Earlier:
     def root(self) -> Place:
         """Folder of its steps."""
         return join(self.run if is_uri(self.run) else Path(self.run), "curate", "steps")
+
+    def overwritten(self) -> bool:
+        """Whether some of its tables are not those that its result was made of: it was curated anew
+        since, which did not finish. Results that do not say which they were made of pass.
+        """
+        fs, path = resolve_uri(str(self.root))
+        for step, key in self.result.get("steps", {}).items():
+            now = read_json(fs, f"{path}/{step}/_key.json")
+            if now is not None and now["key"] != key:
+                return True
+        return False
 
     def decisions(self) -> tuple[tuple[str, ...], str]:
         """Names of its files of decisions, and their key.
@@ -46,11 +62,16 @@ class Earlier:
         return names, json.dumps(key)
 
 
+def keys_of(results: Iterable[Result]) -> dict[str, str]:
+    """For the result of a curation: keys of the steps that later ones read."""
+    return {result.step: result.key for result in results if result.step in READ}
+
+
 def earlier_runs(run: str) -> list[Earlier]:
     """The curation in a run folder, the one that it was added to, and so on.
 
     Raises:
-        DataError: one is not there or not finished.
+        DataError: one is not there or not finished, or was curated anew and that not finished.
     """
     found: list[Earlier] = []
     while run and run not in (one.run for one in found):
@@ -62,6 +83,12 @@ def earlier_runs(run: str) -> list[Earlier]:
                 "name a run folder (runs/<name>) that jobs/curate.py or jobs/run.py has curated",
             )
         found.append(Earlier(run, done["result"]))
+        if found[-1].overwritten():
+            raise DataError(
+                f"{public(run)} was curated anew, and that did not finish: its tables are not "
+                "those of its curated set",
+                "start that curation again, so that it finishes",
+            )
         run = str(done["result"].get("against", ""))
     return found
 

@@ -77,6 +77,11 @@ class Found:
         return result
 
     @property
+    def decisions(self) -> Result:
+        """The step that made them."""
+        return next(result for result in reversed(self.results) if result.step == "decisions")
+
+    @property
     def counted(self) -> Tally:
         """The tally, which is there once decisions are made."""
         assert self.tally is not None

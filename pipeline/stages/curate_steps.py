@@ -125,13 +125,12 @@ def write_shards(found: Found, shards: Place) -> ShardSet:
         DataError: nothing is kept, or the folder holds something else.
     """
     data = found.config.data
-    decisions: Result = next(r for r in reversed(found.results) if r.step == "decisions")
     written, steps, again = write_curated(
         shards,
         found.root,
         found.sets.inputs_by_name,
         found.inputs,
-        decisions,
+        found.decisions,
         found.folders["fingerprint"],
         shard_bytes=int(data.shard_mb * 2**20),
         row_group_images=data.row_group_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +25,11 @@ def summary(run: Run) -> Summary:
 
 def summarised(run: Run, **options: object) -> Summary:
     """With all that the run knows."""
-    return summarise(
-        run.root,
-        results=run.results,
-        calibration=calibration(),
-        evaluation_sets=run.sets,
-        seed_sets=run.seed_sets,
-        **options,  # type: ignore[arg-type]
-    )
+    known: dict[str, Any] = {
+        "results": run.results,
+        "calibration": calibration(),
+        "evaluation_sets": run.sets,
+        "leaked": run.leaked,
+        "seed_sets": run.seed_sets,
+    }
+    return summarise(run.root, **known | options)

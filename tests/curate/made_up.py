@@ -27,6 +27,7 @@ from pipeline.data import demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
 THRESHOLD, LOWEST, GUARD = 0.9, 0.8, 0.06
+LEAK_THRESHOLD = THRESHOLD + 0.03
 ATTACKS = ("jpeg", "half", "crop", "mirror", "light", "blur", "overlay", "grey", "rotate")
 STEPS = ("fingerprint", "quality", "exact", "calibrate", "join", "components")
 
@@ -72,6 +73,16 @@ class Run:
     @property
     def sets(self) -> dict[str, str]:
         return {"cats": str(self.root / "cats"), "clean": str(self.root / "clean")}
+
+    @property
+    def leaked(self) -> dict[str, int]:
+        """Images of each evaluation set that any row matches, not only as its best match."""
+        leaking = [row.vector for row in self.rows if row.reason == "leaks_evaluation"]
+        if not leaking or not self.evaluation:
+            return {}
+        queries = np.stack([row.vector for row in self.evaluation]).astype(np.float64)
+        best = (queries @ np.stack(leaking).astype(np.float64).T).max(1)
+        return {"cats": int((best > LEAK_THRESHOLD).sum())}
 
     @property
     def seed_sets(self) -> dict[str, str]:
@@ -253,7 +264,7 @@ def _decide(run: Run, off: set[str]) -> None:
         queries = np.stack([row.vector for row in run.evaluation]).astype(np.float64)
         for i in alive:
             found = queries @ rows[i].vector.astype(np.float64)
-            if found.max() > THRESHOLD + 0.03:
+            if found.max() > LEAK_THRESHOLD:
                 row, best = rows[i], int(found.argmax())
                 row.reason, row.rule = "leaks_evaluation", "cats"
                 row.similarity, row.query = float(found[best]), run.evaluation[best].image_id

@@ -17,6 +17,7 @@ from pipeline.curate import copies as copies_module
 from pipeline.curate import edges, relative, tables, work
 from pipeline.curate.exact import unit_half
 from pipeline.data.schema import ShardColumns, ShardFile
+from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
 MIRROR = np.tile((-1.0) ** np.arange(12), 12)[1:]  # odd horizontal frequencies change their sign
@@ -163,7 +164,7 @@ def inline(
     **_: Any,
 ) -> work.Result:
     """`run_step` in this process, with the tasks in a random order."""
-    folder = f"{root}/{step}"
+    folder = str(join(root, *step.split("/")))
     order = list(range(len(tasks)))
     random.Random(str(root)).shuffle(order)
     accounts: dict[int, work.Account] = {}

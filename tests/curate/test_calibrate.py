@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.curate import calibrate as module
 from pipeline.curate import embed as embedding
@@ -264,6 +266,15 @@ def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
     found = run(tmp_path, files, "few")
     assert found.images == images and found.threshold == threshold.DEFAULT_VIEWS and found.warning
+
+
+def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):
+    monkeypatch.setattr(module, "COMPARED", 10)
+    images = [encoded(scene(n, 32, 40), "JPEG") for n in range(30)]
+    again = [Image.open(io.BytesIO(image)) for image in images[:10]]
+    pixels = [encoded(image.convert("RGB"), "PNG") for image in again]
+    found = run(tmp_path, [*images, *pixels, *images[:1] * 600], "equal", count=10)
+    assert (found.images, found.attacked) == (10, 10)
 
 
 def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):

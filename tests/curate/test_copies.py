@@ -462,6 +462,37 @@ def test_leaks_are_the_best_match_of_each_row(
     assert counted == {"b": int(hits[0].sum()), "a": int(hits[1].sum())}
 
 
+def test_a_folder_may_be_a_uri_that_says_more_behind_a_question_mark(tmp_path: Path) -> None:
+    """As `s3://bucket/runs?region=...`: what follows the mark is no part of a path."""
+    pool, sets, _ = leak_pool(tmp_path)
+    there = f"file://{tmp_path}/there?a=b"
+    wanted = {}
+    for root in (pool.root / "run", there):
+        with without_ray():
+            found = copies.find_pairs(
+                root, pool.inputs, pool.vectors, lowest=T, probes=8, cell_images=60
+            )
+            hits, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
+            groups, _ = copies.find_components(
+                found,
+                pool.inputs,
+                pool.vectors,
+                fingerprints=pool.fingerprints,
+                threshold=T,
+                guard=0.1,
+            )
+        wanted[root] = [read_all(one.folder, pool.inputs) for one in (hits, groups)]
+    here, beyond = wanted.values()
+    assert len(here[0]) > 30 and here[0].equals(beyond[0])
+    assert len(here[1]) == 3 and here[1].equals(beyond[1])  # the equal ones
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.parquet")}
+    assert written == {"there", "run", "embedded", "fingerprint", "a", "b"}
+    names = [
+        {p.relative_to(f) for p in f.rglob("*")} for f in (tmp_path / "there", pool.root / "run")
+    ]
+    assert names[0] == names[1]
+
+
 def test_leaks_never_are_keepers(tmp_path: Path) -> None:
     x = chain(0.95, 3)
     pool = write_pool(tmp_path, x, ids_for(3), [3], areas=np.array([9, 2, 1]))

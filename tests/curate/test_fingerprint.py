@@ -245,6 +245,7 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
         assert sizes[bytes.fromhex(image_id(plain[1]))] == "seeds"
         assert bytes.fromhex(image_id(heavy[0])) in sizes
         assert exact.total("copies_bytes") == 4 and exact.total("copies_pixels") == 4
+        assert exact_copies.own(exact) == len(kept)
 
 
 def test_marked_rows_are_left_out(tmp_path):

@@ -174,7 +174,7 @@ def test_chapters_come_in_the_order_of_the_work(page: str) -> None:
 def test_a_stage_that_was_off_is_not_in_the_report(run: Run, tmp_path: Path, chapter: str) -> None:
     names = ["decisions", "fingerprint", "quality", "exact", *CHAPTERS.values()]
     folders = {n: str(run.root / n) for n in names if n != CHAPTERS[chapter]}
-    summary = summarise(run.root, folders=folders, threshold=0.9)
+    summary = summarise(run.root, folders=folders, leaked=run.leaked, threshold=0.9)
     write(tmp_path / "r.html", summary)
     titles = Page((tmp_path / "r.html").read_text()).titles
     assert chapter not in titles
@@ -320,7 +320,7 @@ def test_a_broken_balance_is_the_first_thing_said(summary: Summary, tmp_path: Pa
 
 def test_how_sure_the_threshold_is_is_said(run: Run, tmp_path: Path) -> None:
     known = calibration() | {"warning": "12 images are few"}
-    write(tmp_path / "r.html", summarise(run.root, calibration=known))
+    write(tmp_path / "r.html", summarise(run.root, leaked=run.leaked, calibration=known))
     said = (tmp_path / "r.html").read_text()
     assert "0.880 – 0.915" in said and "1 in 625,000" in said
     assert "copies of 500 of the images were made in nine ways" in said
@@ -328,13 +328,13 @@ def test_how_sure_the_threshold_is_is_said(run: Run, tmp_path: Path) -> None:
     assert "class='problem'>Mind: 12 images are few. Look at the pairs near" in said
     default = {name: None for name in ("low", "high", "reached", "recall")}
     known |= default | {"recalls": {}, "curve": [], "copies": 0}
-    write(tmp_path / "r.html", summarise(run.root, calibration=known))
+    write(tmp_path / "r.html", summarise(run.root, leaked=run.leaked, calibration=known))
     said = (tmp_path / "r.html").read_text()
     assert "It is a default: there were too few images to measure one." in said
 
 
 def test_a_threshold_set_by_hand_counts(run: Run, tmp_path: Path) -> None:
-    summary = summarise(run.root, threshold=0.95)
+    summary = summarise(run.root, leaked=run.leaked, threshold=0.95)
     write(tmp_path / "r.html", summary)
     assert "How the threshold was chosen" not in (tmp_path / "r.html").read_text()
     assert summary.edges is not None

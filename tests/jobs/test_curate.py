@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import job
+from pipeline.curate import report
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
 from pipeline.overrides import load
@@ -251,6 +252,25 @@ def test_leaks_alone_compare_no_image_of_the_pool_with_another(tmp_path):
     more = [f"data.shards={tmp_path}/more", f"curate.against={run.path}"]
     more = curate(tmp_path, *more, "dedup.enabled=false", name="more")
     assert [row["rule"] for row in decisions(more)] == ["earlier", ""]
+
+
+def test_each_set_is_told_all_of_its_images_that_leaked(tmp_path, monkeypatch):
+    """A row is a leak of one image only, though it may be like several, and of several sets."""
+    hub(tmp_path / "hub", [[encoded(blobs(i), "JPEG", quality=95) for i in range(8)]])
+    shared = encoded(blobs(3).resize((50, 50)))
+    hub(tmp_path / "a", [[shared, encoded(blobs(3).resize((56, 56))), encoded(blobs(90))]])
+    hub(tmp_path / "b", [[shared, encoded(blobs(91))]])
+    seen = []
+    write = report.write
+    monkeypatch.setattr(
+        report, "write", lambda page, *some: seen.append(some) or write(page, *some)
+    )
+    sets = [f"leaks.sets.{name}={tmp_path}/{name}" for name in "ab"]
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub", *sets)
+    assert assert_balanced(run, 8)["leaks_evaluation"] == 1
+    told = {one.name: (one.leaked, one.images) for one in seen[0][0].leaks}
+    assert told == {"a": (2, 3), "b": (1, 2)}
+    assert run.last("curate")["leaked"] == {"a": 2, "b": 1}
 
 
 @pytest.fixture
@@ -494,6 +514,67 @@ def test_adding_nothing_but_copies_leaves_the_earlier_images_as_they_are(tmp_pat
     )
     assert after.equals(before) and after.num_rows == 6
     assert two.last("curate")["images"] == 6
+
+
+def test_images_are_added_to_a_set_whose_own_were_not_compared(tmp_path, capsys):
+    """Also where those were compared once, when there were more of them."""
+    hub(tmp_path / "first", [[encoded(blobs(i)) for i in range(6)]])
+    hub(tmp_path / "next", [[encoded(blobs(i)) for i in range(20, 26)]])
+    hub(tmp_path / "more", [[encoded(blobs(i)) for i in range(29, 19, -1)]])
+    hub(tmp_path / "last", [[encoded(blobs(i).resize((50, 50))) for i in (2, 20, 25, 29)]])
+    a = curate(tmp_path, f"data.shards={tmp_path}/first", name="a")
+    against = f"curate.against={a.path}"
+    curate(tmp_path, f"data.shards={tmp_path}/more", against, name="b")
+    off = [against, "dedup.enabled=false"]
+    for name in ("b", "fresh"):
+        b = curate(tmp_path, f"data.shards={tmp_path}/next", *off, name=name)
+        given = [f"data.shards={tmp_path}/last", f"curate.against={b.path}"]
+        c = curate(tmp_path, *given, name=f"c_{name}")
+        rows = decisions(c)
+        assert [row["rule"] for row in rows] == ["earlier"] * 3 + [""]
+        ids = [decisions(a)[2], decisions(b)[0], decisions(b)[5]]
+        assert [row["keeper_id"] for row in rows[:3]] == [row["image_id"] for row in ids]
+        blobs(23).save(tmp_path / "photo.png")
+        capsys.readouterr()
+        curate(tmp_path, f"curate.query={tmp_path}/photo.png", name=name)
+        assert f"is a copy of {decisions(b)[3]['image_id']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "at"),
+    [(["data.shards={}/other"], "/copies/pairs"), (["mix.pool=0.5"], "/curated")],
+    ids=["copies", "decisions"],
+)
+def test_an_earlier_run_that_is_half_curated_anew_is_refused(
+    tmp_path, capsys, monkeypatch, changed, at
+):
+    """Some of its tables are new, while its mark and its curated set are the old ones."""
+    from pipeline.curate import work
+
+    hub(tmp_path / "old", [[encoded(blobs(i)) for i in range(6)]])
+    hub(tmp_path / "other", [[encoded(blobs(i)) for i in range(10, 14)]])
+    old = f"data.shards={tmp_path}/old"
+    one = curate(tmp_path, old, name="one")
+    inner = work._run
+
+    def killed(folder, *rest):
+        if at in folder:
+            raise Killed
+        yield from inner(folder, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(work, "_run", killed)
+        curate(tmp_path, old, *(text.format(tmp_path) for text in changed), name="one")
+    capsys.readouterr()
+    given = [f"data.shards={tmp_path}/other", f"curate.against={one.path}"]
+    with pytest.raises(SystemExit):
+        curate(tmp_path, *given, name="two")
+    what, hint = said(capsys)
+    assert "one was curated anew, and that did not finish" in what and "start that" in hint
+    curate(tmp_path, old, name="one")  # as it was
+    assert_balanced(one, 6)
+    three = curate(tmp_path, *given, name="three")
+    assert open_shards(str(three.path / "curated")).rows == 10
 
 
 def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
