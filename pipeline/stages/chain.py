@@ -16,6 +16,7 @@ from pipeline import cluster
 from pipeline.config import Config
 from pipeline.control import ENDING
 from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.ending import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
@@ -56,7 +57,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
     folder = RunFolder.of(config.run.folder, config.run.name)
     if folder.uri:
         resolve_uri(folder.uri)  # a wrong one is said before anything is written
-    with folder.locked():
+    with ended_by_sigterm(), folder.locked():
         log.info("run         %s in %s", config.run.name, folder)
         with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
