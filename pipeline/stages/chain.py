@@ -234,6 +234,9 @@ def _stage(context: Context, name: str) -> None:
     tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
     result: dict[str, Any] = stage.run(context, tracker)
     if result.get("status") == "stopped":
+        if result.get("lost_steps"):
+            after, why = result["step"], result["alarm"]
+            log.error("lost        what came after step %s: %s", after, why)
         log.info("stopped     at step %s; the same command goes on from there", result["step"])
         sys.exit(128 + (result["signal"] or signal.SIGTERM))
     context.folder.mark_done(name, key, result)
