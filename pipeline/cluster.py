@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -166,15 +168,19 @@ def _loopback() -> Iterator[None]:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Inside, Ray sets no handler of its own, which exits with 15 and leaves its folder behind."""
+    """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
+    behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
+    """
     from ray._private import utils
 
-    plain = utils.set_sigterm_handler
+    plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = plain
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, mine or signal.SIG_DFL)
 
 
 def _hide_token() -> None:

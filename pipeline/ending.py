@@ -41,6 +41,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def _unwind(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # `timeout` sends two: the second must not cut the end
+    signal.alarm(0)  # by which Ray's core aborts after 3 s, where the signal came in `ray.init`
     if ENDING.number:
         return  # training has obeyed, and the job is on its way out
     ENDING.number = number

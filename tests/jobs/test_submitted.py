@@ -109,6 +109,7 @@ def test_what_ray_makes_of_the_exit_is_put_right() -> None:
 JOB = """
 import sys, time
 sys.path.insert(0, {root!r})
+import ray
 from pipeline import job
 from pipeline.curate.work import Task, run_step
 from pipeline.stages import pack
@@ -117,24 +118,43 @@ def sleeps(folder):
     time.sleep(600)
     return {{}}
 
-def run(context, tracker):
-    import ray
+def say_folder():
     print("FOLDER", ray._private.worker._global_node.get_session_dir_path(), flush=True)
+
+def run(context, tracker):
+    say_folder()
     return run_step(context.folder.path, "slow", {{}}, [Task("a"), Task("b")], sleeps)
 
-pack.run = run
+def init(**options):
+    real_init(**options)
+    if {early}:
+        say_folder()
+        time.sleep(600)
+
+def shutdown():
+    time.sleep(4)  # Ray's core would abort a second before
+    real_shutdown()
+
+real_init, real_shutdown = ray.init, ray.shutdown
+ray.init, ray.shutdown, pack.run = init, shutdown, run
 job.main(["pack"], "", sys.argv[1:])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("early", [False, True], ids=["wait", "init"])
 def test_sigterm_while_the_job_waits_for_ray(
-    images: Path, environment: dict[str, str], tmp_path: Path
+    early: bool, images: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     """As curate and evaluate do: most of the time they are in `ray.wait` or `ray.get`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", JOB.format(root=str(ROOT)), f"data.source={images}/train"]
+        [
+            sys.executable,
+            "-c",
+            JOB.format(root=str(ROOT), early=early),
+            f"data.source={images}/train",
+        ]
         + [f"run.folder={tmp_path}", "track.enabled=false", "resources.cpus=2"],
         env=environment,
         cwd=tmp_path,
@@ -158,6 +178,8 @@ def test_sigterm_while_the_job_waits_for_ray(
         process.kill()
         process.wait()
     assert not folder.exists()
+    if early:
+        return  # no runs yet
     events = [event for _, event in read(tmp_path / "pack" / "metrics.jsonl")]
     ends = {event["run"]: event["end"] for event in events if "end" in event}
     assert ends == {"pack": "KILLED", "pipeline": "KILLED"}
