@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pipeline.ending import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
 from pipeline.placement import Node
 
@@ -75,7 +76,7 @@ def joined(resources: Resources) -> Iterator[None]:
     """
     quiet_environment()
     address = os.environ.get("RAY_ADDRESS")
-    with nullcontext() if address else _loopback():
+    with ended_by_sigterm(), nullcontext() if address else _loopback():
         yield from _joined(resources, address)
 
 
@@ -103,8 +104,20 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
             "runtime_env": {"env_vars": variables},
         }
     try:
+        _connect(options, address)
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(options: dict[str, Any], address: str | None) -> None:
+    import ray
+
+    try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
-        with own_process_group():
+        with own_process_group(), _own_sigterm():
             ray.init(logging_level="error", log_to_driver=debug, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if not address:
@@ -117,15 +130,6 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
         ) from None
     if not address:
         _hide_token()
-    before = _exit_at_sigterm()
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -162,18 +166,21 @@ def _loopback() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _exit_at_sigterm() -> Any:
-    """Lets SIGTERM unwind the job with the status of a shell, so that its MLflow runs are ended as
-    killed. To be called after `ray.init`, which sets a handler that exits with 15.
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
+    behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return None
+    from ray._private import utils
 
-    def handler(number: int, frame: Any) -> None:
-        logging.getLogger("pipeline").info("SIGTERM     ending")
-        sys.exit(128 + number)
-
-    return signal.signal(signal.SIGTERM, handler)
+    plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = plain
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, mine or signal.SIG_DFL)
 
 
 def _hide_token() -> None:

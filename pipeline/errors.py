@@ -67,6 +67,10 @@ class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
 
 
+class StoppedError(PipelineError):
+    """Training was asked to stop while no workers were there to write a checkpoint."""
+
+
 # Ray ends these with a paragraph of tips; what they say, in its words and in ours.
 _NO_ROOM = {
     "local disk's utilization is over capacity": "a node's object store is full and so is the disk "

@@ -61,7 +61,8 @@ TABLE = [
     row("arrangement", "errors config placement", others="pydantic"),
     row("plan", "arrangement errors config overrides placement schedule", others="pydantic"),
     row("control", others_inside="ray"),
-    row("cluster", "errors placement", "arrangement config", others_inside="ray"),
+    row("ending", "control"),
+    row("cluster", "ending errors placement", "arrangement config", others_inside="ray"),
     row("job", "errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),

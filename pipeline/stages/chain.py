@@ -16,6 +16,7 @@ from pipeline import cluster
 from pipeline.config import Config
 from pipeline.control import ENDING
 from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.ending import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.mirror import mirrored
@@ -56,7 +57,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
     folder = RunFolder.of(config.run.folder, config.run.name)
     if folder.uri:
         resolve_uri(folder.uri)  # a wrong one is said before anything is written
-    with folder.locked():
+    with ended_by_sigterm(), folder.locked():
         log.info("run         %s in %s", config.run.name, folder)
         with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
@@ -233,6 +234,9 @@ def _stage(context: Context, name: str) -> None:
     tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
     result: dict[str, Any] = stage.run(context, tracker)
     if result.get("status") == "stopped":
+        if result.get("lost_steps"):
+            after, why = result["step"], result["alarm"]
+            log.error("lost        what came after step %s: %s", after, why)
         log.info("stopped     at step %s; the same command goes on from there", result["step"])
         sys.exit(128 + (result["signal"] or signal.SIGTERM))
     context.folder.mark_done(name, key, result)

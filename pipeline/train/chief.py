@@ -37,6 +37,8 @@ from pipeline.uri import Place, is_uri, join
 log = logging.getLogger("pipeline.train")
 COLLECT_S = 10.0  # for evaluations under way when a group moves: the notice may be short
 LAST_TRIES_S = (5, 10, 15)  # pauses before the last checkpoint of a run is tried again
+STOP_TRY_S = 2  # the same of a run that is stopped: whoever stops it may not wait long
+AGAIN_S = 10.0  # between two tries of a checkpoint without which a group does not move
 
 
 @dataclass
@@ -113,6 +115,7 @@ class Chief:
         self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
         self.unsaved, self.alarm_text = 0, ""  # checkpoints in a row that could not be written
+        self.saved_step, self.tried = first_step, -AGAIN_S
         self.read_retries = float(resumed.get("read_retries", 0)) if resumed else 0.0
         self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
@@ -126,18 +129,24 @@ class Chief:
         if not ready:
             return ""
         found = str(ray.get(self.wished))
-        if not found:
+        soon = self.unsaved and time.monotonic() - self.tried < AGAIN_S
+        if not found or (found != STOP and soon):
             self.wished = self.control.wait_wish.remote()
+            return ""
         return found
 
     def settled(self, step: int) -> str:
-        """What the group does now that a wish has its checkpoint; "" if nobody wants it any more.
+        """What the group does now that a wish has its checkpoint; "" if nobody wants it any more,
+        or if the checkpoint could not be written: a move would throw steps away.
 
         Before a move, results of evaluations that would be lost come first.
         """
         wish = self.wish()
         if wish == STOP:
             return STOP
+        if self.unsaved:
+            self.wished = self.control.wait_wish.remote()
+            return ""
         if wish == MOVE:
             self.evaluations.collect(wait=True, timeout=COLLECT_S)
             self.tracker.flush(COLLECT_S)
@@ -238,6 +247,7 @@ class Chief:
         except OSError as error:
             self._unsaved(step, one_line(error))
             return False
+        self.saved_step = step
         self.control.note_saved.remote(step)
         if self.unsaved:
             log.warning("checkpoint of step %d is written again", step)
@@ -250,6 +260,7 @@ class Chief:
     def _unsaved(self, step: int, why: str) -> None:
         """The alarm: a line, a tag, a metric. The checkpoints before it are as they were."""
         self.unsaved += 1
+        self.tried = time.monotonic()
         self.alarm_text = (
             f"checkpoint of step {step} could not be written ({why}); going on, "
             f"{self.unsaved} in a row; a restart would begin at the last one before"
@@ -289,25 +300,29 @@ class Chief:
         self.evaluations.collect(wait=outcome["status"] == "finished")
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        if outcome["status"] == "finished" and not self._last_is_saved():
+        if outcome["status"] == "stopped" and not self._saved_at(outcome["step"], (STOP_TRY_S,)):
+            lost = outcome["step"] - self.saved_step
+            outcome |= {"step": self.saved_step, "lost_steps": lost}
+        last = self.plan.steps
+        if outcome["status"] == "finished" and not self._saved_at(last, LAST_TRIES_S):
             outcome = {"status": "unsaved", "detail": self.alarm_text}
         summary = clock.summary()
         outcome["data_limit"] = self.watch.whole(summary)
         outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
         outcome |= {
             "peak_memory_gib": _peak_bytes() / 2**30,
-            "alarm": self.evaluations.alarm_text or self.alarm_text,
+            "alarm": "; ".join(filter(None, (self.alarm_text, self.evaluations.alarm_text))),
         }
         self.prune(set())
         self.tracker.close()
         place = join(self.folder, "pretrain", "outcome.json")
         write_bytes_atomic(json.dumps(outcome, indent=1).encode(), *resolve_uri(str(place)))
 
-    def _last_is_saved(self) -> bool:
-        """Whether what all the steps made is on disk; a few more tries where it is not."""
-        for pause in LAST_TRIES_S if self.unsaved else ():
+    def _saved_at(self, step: int, pauses: tuple[int, ...]) -> bool:
+        """Whether what the steps made is on disk; a few more tries where it is not."""
+        for pause in pauses if self.unsaved else ():
             time.sleep(pause)
-            if self.save(self.plan.steps):
+            if self.save(step):
                 break
         return not self.unsaved
 

@@ -23,7 +23,7 @@ from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.data.transfer import read_json
-from pipeline.errors import DataError, PipelineError, TrainError, last_line
+from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
 from pipeline.plan import Plan, changes, resolve
@@ -241,6 +241,8 @@ def pretrain(
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = getattr(error, "controller_failure", None)
+            if isinstance(cause, StoppedError):
+                return _stopped(folder, asked)
             if isinstance(cause, PipelineError):
                 raise cause from None
             raise TrainError(
@@ -289,6 +291,12 @@ def _outcome(plan: Plan, folder: RunFolder, asked: Asked) -> Outcome:
     if status == "stopped":
         found["signal"] = asked.number
     return Outcome(status, int(found.pop("step", plan.steps)), found)
+
+
+def _stopped(folder: RunFolder, asked: Asked) -> Outcome:
+    """The outcome where no workers were there to leave one."""
+    saved = state.latest(folder.checkpoints)
+    return Outcome("stopped", saved.step if saved else 0, {"signal": asked.number})
 
 
 @dataclass

@@ -26,9 +26,9 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from pipeline.arrangement import Arrangement
 from pipeline.cluster import seen_nodes
-from pipeline.control import MOVE, SAVE
+from pipeline.control import MOVE, SAVE, STOP
 from pipeline.data.feeder import DecodeTasks
-from pipeline.errors import PlacementError
+from pipeline.errors import PlacementError, StoppedError
 from pipeline.placement import Node
 from pipeline.plan import Plan
 
@@ -69,7 +69,9 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
 
         Raises:
             PlacementError: there was no room for `resources.replace_s` seconds.
+            StoppedError: somebody wants the run to stop.
         """
+        self._obey_stop()
         self._maybe_send_resource_request()
         now = time.monotonic()
         if self.waiting_since is None:
@@ -137,6 +139,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
 
         Raises:
             PlacementError: they did not come back for `resources.replace_s` seconds.
+            StoppedError: somebody wants the run to stop; the workers wait and cannot.
         """
         if self.plan.arranged_on(nodes):
             self.starved_since = None
@@ -145,12 +148,18 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         waited, limit = now - self.starved_since, self.plan.config.resources.replace_s
         if waited < ANSWER_S:
             return
+        self._obey_stop()
         what = self.plan.no_room_on(nodes).what
         if waited > limit:
             raise self._gave_up(what, waited)
         if now - self.said >= SAY_S:
             self.said = now
             self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
+
+    def _obey_stop(self) -> None:
+        """For when there are no workers that could obey."""
+        if ray.get(self.feeder.wait_wish.remote(0.0)) == STOP:
+            raise StoppedError("training was stopped", "the same command goes on")
 
     def _gave_up(self, what: str, waited: float) -> PlacementError:
         return PlacementError(

@@ -25,6 +25,10 @@ import pytest
 from tests.cluster.nodes import ROOT, end_with_parent, wait_for
 
 HOME = Path("/root")
+UNSHARE = (
+    *("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc"),
+    *("--kill-child", "--propagation", "private"),
+)
 # PID 1 of a host: mounts what is the host's own, starts sshd if asked to, reaps orphans.
 INIT = """\
 set -e
@@ -88,8 +92,8 @@ class Host:
             self.init = subprocess.Popen(
                 [
                     *("ip", "netns", "exec", self.name),
-                    *("unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc"),
-                    *("--kill-child", "--propagation", "private", "bash", "-c", INIT),
+                    *UNSHARE,
+                    *("bash", "-c", INIT),
                 ],
                 env=environment,
                 cwd="/",
@@ -224,11 +228,23 @@ def lacking(ssh: bool = False) -> str:
     tools += ["sshd", "ssh", "ssh-keygen"] if ssh else []
     if missing := [tool for tool in tools if not shutil.which(tool, path=paths)]:
         return f"network namespaces need {', '.join(missing)}, not found here"
-    probe = f"rdprobe{secrets.token_hex(3)}"
-    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if tried.returncode:
-        return f"`ip netns add` is refused here: {tried.stderr.strip()}"
-    _ip("netns", "del", probe)
+    probe = f"rdprobe{secrets.token_hex(3)}"  # 13 characters; devices may have 15
+    veth = ("link", "add", f"{probe}v", "type", "veth", "peer", "name", "eth0", "netns", probe)
+    tries = (
+        ("ip", "netns", "add", probe),
+        ("ip", "link", "add", probe, "type", "bridge"),
+        ("ip", *veth),
+        ("ip", "netns", "exec", probe, *UNSHARE, "true"),
+    )
+    try:
+        for command in tries:  # all that a host needs: a container's root may lack some of it
+            tried = subprocess.run(command, capture_output=True, text=True)
+            if tried.returncode:
+                return f"`{' '.join(command)}` is refused here: {tried.stderr.strip()}"
+    finally:
+        for device in (f"{probe}v", probe):
+            subprocess.run(["ip", "link", "del", device], check=False, capture_output=True)
+        subprocess.run(["ip", "netns", "del", probe], check=False, capture_output=True)
     return ""
 
 

@@ -34,7 +34,7 @@ from tests.cluster.hosts import Host, hosts, lacking
 from tests.cluster.nodes import ROOT, clean_environment, free_port, wait_for
 from tests.jobs.conftest import TINY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = 300
 SHARED = "/mnt/shared"  # on the hosts
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -131,6 +131,23 @@ def test_not_elastic_gives_up_with_a_sentence(made: Cluster, shards: Path, tmp_p
     assert training.checkpoints(tmp_path)[-1] >= 10
 
 
+def test_a_stop_is_obeyed_while_there_is_no_room(
+    made: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    job = training.start(tmp_path, shards, made.environment())
+    try:
+        job.until(r"step 12/40 ")
+        at = time.time()
+        with_worker(made).kill()
+        job.until(r"waiting     ", after=at)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.finish() == 143, job.text
+    finally:
+        training.end(job)
+    saved = training.checkpoints(tmp_path)[-1]
+    assert f"stopped     at step {saved}; the same command goes on from there" in job.text
+
+
 @pytest.mark.parametrize("how", ["notice", "sigterm"])
 def test_a_node_about_to_go_is_left_with_a_checkpoint(
     how: str, made: Cluster, shards: Path, tmp_path: Path

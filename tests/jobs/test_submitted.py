@@ -7,16 +7,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline import cluster
+from pipeline.control import ENDING
+from pipeline.ending import ended_by_sigterm
 from pipeline.job import main
 from pipeline.track import TrackSettings, open_pipeline
 from pipeline.track.journal import read
+from tests.jobs.conftest import ROOT
 
 WITH_COPY = {
     "runtime_env": {"working_dir": "gcs://_ray_pkg_0.zip", "env_vars": {}},
@@ -66,20 +70,116 @@ def test_outputs_in_the_copy_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def handler() -> Iterator[None]:
-    before = cluster._exit_at_sigterm()
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-def test_sigterm_ends_the_runs_as_killed(tmp_path: Path, handler: None) -> None:
+def test_sigterm_ends_the_runs_as_killed(tmp_path: Path) -> None:
     settings = TrackSettings(run_folder=str(tmp_path / "run"), stage="", uri="none")
-    with pytest.raises(SystemExit) as ended, open_pipeline(settings, "run") as pipeline:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit) as ended,
+        ended_by_sigterm(),
+        open_pipeline(settings, "run") as pipeline,
+    ):
         pipeline.stage("pack").metrics(0, {"data/images": 1})
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
     assert ended.value.code == 143
     events = [event for _, event in read(tmp_path / "run" / "metrics.jsonl")]
+    ends = {event["run"]: event["end"] for event in events if "end" in event}
+    assert ends == {"pack": "KILLED", "pipeline": "KILLED"}
+    assert signal.getsignal(signal.SIGTERM) == before and not ENDING.number
+
+
+def test_what_ray_makes_of_the_exit_is_put_right() -> None:
+    closed = False
+    with pytest.raises(SystemExit) as ended, ended_by_sigterm(), ended_by_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        except SystemExit:
+            sys.exit(1)  # as Ray does in `ray.wait`
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # `timeout` sends it twice
+            time.sleep(0.01)
+            closed = True
+    assert ended.value.code == 143 and closed
+    with pytest.raises(SystemExit) as ended, ended_by_sigterm():
+        sys.exit(1)
+    assert ended.value.code == 1  # nobody sent a signal: a bug
+
+
+JOB = """
+import sys, time
+sys.path.insert(0, {root!r})
+import ray
+from pipeline import job
+from pipeline.curate.work import Task, run_step
+from pipeline.stages import pack
+
+def sleeps(folder):
+    time.sleep(600)
+    return {{}}
+
+def say_folder():
+    print("FOLDER", ray._private.worker._global_node.get_session_dir_path(), flush=True)
+
+def run(context, tracker):
+    say_folder()
+    return run_step(context.folder.path, "slow", {{}}, [Task("a"), Task("b")], sleeps)
+
+def init(**options):
+    real_init(**options)
+    if {early}:
+        say_folder()
+        time.sleep(600)
+
+def shutdown():
+    time.sleep(4)  # Ray's core would abort a second before
+    real_shutdown()
+
+real_init, real_shutdown = ray.init, ray.shutdown
+ray.init, ray.shutdown, pack.run = init, shutdown, run
+job.main(["pack"], "", sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("early", [False, True], ids=["wait", "init"])
+def test_sigterm_while_the_job_waits_for_ray(
+    early: bool, images: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As curate and evaluate do: most of the time they are in `ray.wait` or `ray.get`."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            JOB.format(root=str(ROOT), early=early),
+            f"data.source={images}/train",
+        ]
+        + [f"run.folder={tmp_path}", "track.enabled=false", "resources.cpus=2"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        said = [next(line for line in lines if line.startswith("FOLDER "))]
+        folder = Path(said[0].split()[1]).parent
+        assert folder.is_dir()
+        time.sleep(3)  # now it waits
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        said += lines
+        assert process.wait(300) == 143, "".join(said)
+    finally:
+        process.kill()
+        process.wait()
+    assert not folder.exists()
+    if early:
+        return  # no runs yet
+    events = [event for _, event in read(tmp_path / "pack" / "metrics.jsonl")]
     ends = {event["run"]: event["end"] for event in events if "end" in event}
     assert ends == {"pack": "KILLED", "pipeline": "KILLED"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from pipeline.arrangement import Machine
+from pipeline.control import Control
 from pipeline.data.batch import Work
 from pipeline.overrides import load
 from pipeline.plan import resolve
+from pipeline.train import chief as chiefs
 from pipeline.train import loop
 from pipeline.train.chief import BadTable, Chief, reasons
 from pipeline.train.clock import Clock
@@ -36,6 +39,12 @@ class Tracker:
 
     def headline(self, step: int, values: dict[str, float]) -> None: ...
 
+    def flush(self, timeout: float) -> None: ...
+
+    def close(self) -> None: ...
+
+    run_id = ""
+
 
 @pytest.fixture
 def chief(tmp_path: Path) -> Chief:
@@ -44,7 +53,13 @@ def chief(tmp_path: Path) -> Chief:
     plan = resolve(config, images=800, digest="", class_names=(), machine=machine)
     found = object.__new__(Chief)  # its constructor wants a control actor
     found.plan, found.tracker = plan, Tracker()  # type: ignore[assignment]
-    found.evaluations = SimpleNamespace(note_step=lambda _: None, collect=lambda: None)  # type: ignore
+    found.evaluations = SimpleNamespace(  # type: ignore[assignment]
+        note_step=lambda _: None,
+        collect=lambda **_: None,
+        pending_steps=set,
+        best=None,
+        alarm_text="",
+    )
     found.bad, found.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
     found.read_retries = 0.0
     found.too_many_bad, found.watch = False, Watch(plan.decode_tasks, True)
@@ -90,6 +105,87 @@ def test_a_line_and_its_metrics(chief: Chief, caplog: pytest.LogCaptureFixture) 
     assert len(said) == 1 and said[0].levelname == "WARNING"
     assert chief.tracker.said == {"data_limit": said[0].message}
     assert "1 decoder can give at most 133 images/s" in said[0].message
+
+
+class Disk:
+    """Checkpoints of a chief that has a control actor of its own; `full` ones cannot be written."""
+
+    def __init__(self, chief: Chief, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full, self.steps, self.now = True, [10], 0.0
+        self.control = Control()
+        monkeypatch.setattr(chiefs, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=id))
+        monkeypatch.setattr(chiefs.ray, "wait", lambda found, timeout: (found, []))
+        monkeypatch.setattr(chiefs.ray, "get", lambda found: found)
+        monkeypatch.setattr(chiefs.state, "save", self.save)
+        monkeypatch.setattr(chiefs.state, "prune", lambda *given: None)
+        chief.control = Remote(self.control)
+        chief.wished = self.control.wait_wish(0)
+        chief.folder, chief.checkpoints = folder, folder / "checkpoints"
+        chief.trainee = SimpleNamespace(state=dict)  # type: ignore[assignment]
+        chief.unsaved, chief.alarm_text, chief.saved_step, chief.tried = 0, "", 10, -chiefs.AGAIN_S
+
+    def save(self, place: Path, step: int, tensors: object, meta: object) -> None:
+        if self.full:
+            raise OSError("No space left on device")
+        self.steps.append(step)
+
+
+class Remote:
+    def __init__(self, target: Control) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any) -> Any:
+            given = (0,) if name == "wait_wish" else given
+            return getattr(self.target, name)(*given)
+
+        return SimpleNamespace(remote=call)
+
+
+def test_a_group_does_not_move_without_its_checkpoint(
+    chief: Chief, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(chief, tmp_path, monkeypatch)
+    disk.control.ask("move")
+    chief.wish()
+    assert chief.wish() == "move"
+    assert not chief.save(12) and chief.settled(12) == ""
+    assert disk.control.answered() == -1 and disk.control.wait_wish(0) == "move"
+    assert chief.wish() == ""  # not at each step
+    disk.now += chiefs.AGAIN_S
+    assert chief.wish() == "move"
+    disk.full = False
+    assert chief.save(15) and chief.settled(15) == "move"
+    assert disk.control.answered() == 15
+
+
+def test_a_stop_is_obeyed_between_two_tries(
+    chief: Chief, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(chief, tmp_path, monkeypatch)
+    disk.control.ask("move")
+    chief.save(12)
+    assert chief.settled(12) == ""
+    disk.control.stop()
+    assert chief.wish() == "" and chief.wish() == "stop"
+    assert chief.settled(13) == "stop"
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_a_stop_says_what_is_on_disk(
+    chief: Chief, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(chief, tmp_path, monkeypatch)
+    assert not chief.save(22)
+    disk.full = not room
+    chief.finish({"status": "stopped", "step": 22}, Timed(10, 100, 8, 1.0, 0.0))
+    left = json.loads((tmp_path / "pretrain" / "outcome.json").read_text())
+    assert left["status"] == "stopped" and left["step"] == disk.steps[-1] == (22 if room else 10)
+    if room:
+        assert not left["alarm"] and "lost_steps" not in left
+    else:
+        assert left["lost_steps"] == 12
+        assert "checkpoint of step 22 could not be written (No space left" in left["alarm"]
 
 
 def test_reasons() -> None:

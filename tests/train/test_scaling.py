@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from pipeline.arrangement import Machine
 from pipeline.cluster import Seen
 from pipeline.control import Control
-from pipeline.errors import PlacementError
+from pipeline.errors import PlacementError, StoppedError
 from pipeline.overrides import load
 from pipeline.placement import Node
 from pipeline.plan import resolve
@@ -170,6 +170,29 @@ def test_workers_without_a_cpu_for_decoding_do_not_wait_for_ever(
             one.pass_time(4)
             assert one.look("a", "a") == 0
     assert len(one.feeder.said) == 2
+
+
+def test_a_stop_is_obeyed_while_there_are_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "2")
+    one.give(a=2)
+    assert one.start() == 0  # no room
+    one.feeder.stop()
+    with pytest.raises(StoppedError):
+        one.start()
+
+
+def test_a_stop_is_obeyed_while_the_workers_wait_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "2")
+    one.give(a=3)
+    assert one.start() == 2
+    one.feeder.stop()
+    assert one.look("a", "a") == 0  # they will write a checkpoint
+    one.give(a=2)
+    one.pass_time(5)
+    assert one.look("a", "a") == 0
+    one.pass_time(scaling.ANSWER_S)
+    with pytest.raises(StoppedError):
+        one.look("a", "a")
 
 
 def test_waiting_is_said_and_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
