@@ -124,6 +124,31 @@ def test_decoders_go_where_cpus_are_and_the_head_may_be_bare() -> None:
 
 
 @pytest.mark.parametrize(
+    ("node", "overrides", "workers"),
+    [
+        (Node(16, 1, True), ("resources.cpus_per_worker=15",), 1),
+        (Node(16, 2, True), ("resources.cpus_per_worker=7.5",), 2),
+        (
+            Node(16, 0, True),
+            ("train.workers=15", "resources.cpus_per_worker=1", "optim.global_batch_size=60"),
+            15,
+        ),
+    ],
+)
+def test_head_room_of_the_feeder_refuses_no_plan(
+    node: Node, overrides: tuple[str, ...], workers: int
+) -> None:
+    found = plan_on(node, overrides=overrides)
+    assert (found.workers, found.decode_tasks, found.feeder_cpus) == (workers, 1, 0)
+    assert found.arranged_on([node]) is not None
+    with pytest.raises(PlacementError, match=r"resources\.feeder_cpus=1 leave none of the 16 CPUs"):
+        plan_on(
+            node,
+            overrides=(*overrides, f"train.workers={workers}", "resources.feeder_cpus=1"),
+        )
+
+
+@pytest.mark.parametrize(
     ("nodes", "overrides", "words"),
     [
         ((Node(16, 2, True),), ("train.workers=4",), "has 2 GPUs and 16 CPUs on 1 node"),
