@@ -144,6 +144,22 @@ def test_a_group_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPat
     assert one.look("c", "a") == 2
 
 
+def test_a_group_that_shrinks_before_a_node_goes_has_time_for_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=6, b=6)
+    assert one.start() == 8
+    one.give(b=-6)
+    one.pass_time(5)
+    assert one.look(*"ab" * 4) == 0 and one.feeder.wait_wish(0) == "move"
+    for _ in range(3):
+        one.pass_time(scaling.ANSWER_S)  # a large checkpoint
+        assert one.look(*"ab" * 4) == 0
+    one.feeder.answer("move", 7)
+    assert one.look(*"ab" * 4) == 4
+
+
 def test_a_group_that_came_up_too_large_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head took a dead node for alive: two workers hold the CPUs that decoding needs."""
     one = Policy(monkeypatch, "[1,2]")
