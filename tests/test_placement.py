@@ -255,7 +255,7 @@ def test_a_plan_waits_for_nodes_that_come(
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 3  # at 0, 30 and 60 s
     assert said[1] == "waiting     2 workers need more; for 70 s more"
-    assert quick["orders"] == [[{"CPU": 1.0}]] * 3 + [[]]  # and takes the order back
+    assert quick["orders"] == [[{"CPU": 1.0}]] * 14 + [[]]  # each 5 s; and takes the order back
 
 
 def test_a_plan_without_room_is_refused_at_once_or_in_time(quick: dict[str, Any]) -> None:
@@ -265,6 +265,19 @@ def test_a_plan_without_room_is_refused_at_once_or_in_time(quick: dict[str, Any]
     with pytest.raises(PlacementError, match="2 workers need more; waited 50 s for more"):
         cluster.with_room(until(quick, 70), 50)
     assert quick["now"] == 50
+    assert quick["orders"] == [[{"CPU": 1.0}]] * 10 + [[]]
+
+
+def test_an_order_is_taken_back_when_the_job_is_ended(
+    quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(seconds: float) -> None:
+        raise SystemExit(143)  # as the handler of SIGTERM does
+
+    monkeypatch.setattr(cluster.time, "sleep", ended)
+    with pytest.raises(SystemExit):
+        cluster.with_room(until(quick, 70), 100)
+    assert quick["orders"] == [[{"CPU": 1.0}], []]
 
 
 def test_what_is_left_to_the_feeder() -> None:
