@@ -135,10 +135,14 @@ def own_process_group() -> Iterator[None]:
 
     `timeout`, schedulers and terminals send SIGTERM to the whole group of a job. Ray's processes
     would end on it at once, and with them the workers that should write a checkpoint first. They
-    still end with this process, by Ray's own means.
+    still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
+    ends them, for which they must stay in this group.
     """
-    from ray._private import services
+    from ray._private import services, utils
 
+    if not utils.detect_fate_sharing_support():
+        yield
+        return
     plain = services.ConsolePopen
 
     class Apart(plain):  # type: ignore[misc, valid-type]
