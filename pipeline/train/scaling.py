@@ -31,6 +31,7 @@ from pipeline.data.feeder import DecodeTasks
 from pipeline.errors import PlacementError
 from pipeline.placement import Node
 from pipeline.plan import Plan
+from pipeline.train.free import free_nodes
 
 SAY_S = 30.0  # between two words about what is missing
 LOOK_S = 3.0  # between two looks at the nodes while all is well
@@ -110,8 +111,14 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             return NoopDecision()
         self.looked = now
         nodes = seen_nodes()
-        found = self.plan.arranged_on([n.node for n in nodes.values() if not n.leaving])
+        staying = [n.node for n in nodes.values() if not n.leaving]
+        found = self.plan.arranged_on(staying)
         size = len(worker_group_state.workers)
+        if found and found.workers > size:  # into what others do not hold
+            at = [worker.metadata.node_id for worker in worker_group_state.workers]
+            room = self.plan.arranged_on(free_nodes(nodes, at, self.plan.share))
+            if not room or room.workers < found.workers:
+                found = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
         if self.wish:
             # Nodes about to go still decode: the group has data and writes its checkpoint.
             there = self.plan.arranged_on([n.node for n in nodes.values()])

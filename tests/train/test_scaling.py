@@ -63,6 +63,14 @@ class Policy:
         monkeypatch.setattr(scaling.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(scaling.time, "sleep", self.pass_time)
         monkeypatch.setattr(scaling, "seen_nodes", lambda: self.nodes)
+        self.held = 0.0  # CPUs of each node that another job holds
+        monkeypatch.setattr(
+            scaling,
+            "free_nodes",
+            lambda nodes, workers, share: [
+                n.node._replace(cpus=n.node.cpus - self.held) for n in nodes.values()
+            ],
+        )
         monkeypatch.setattr(scaling.ray, "get", lambda found: found)
         monkeypatch.setattr(Scaling, "_maybe_send_resource_request", lambda self: None)
         fields = {"optim.steps": "9", "optim.global_batch_size": "64", "train.workers": workers}
@@ -208,6 +216,24 @@ def test_room_that_others_use_makes_the_group_smaller_in_turn(
     assert [one.start() for _ in range(4)] == [8, 4, 2, 8]
     assert one.look("a", "a") == 0
     assert one.policy.settle_s > scaling.SETTLE_S  # it does not move again and again for nothing
+
+
+def test_a_group_grows_into_what_others_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=3)
+    assert one.start() == 2
+    one.give(a=10)
+    one.held = 7.0
+    for _ in range(20):
+        one.pass_time(5)
+        assert one.look("a", "a") == 0 and one.feeder.wait_wish(0) == ""
+    one.held = 3.0  # the other job has given some back: room for 4, not for 8
+    for _ in range(10):
+        one.pass_time(5)
+        assert one.look("a", "a") == 0
+    assert one.feeder.wait_wish(0) == "move"
+    one.feeder.answer("move", 7)
+    assert one.look("a", "a") == 4
 
 
 def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
