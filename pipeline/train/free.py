@@ -6,7 +6,7 @@ group hold: decoders and readers. What other jobs hold, and this run's evaluator
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import ray
@@ -42,7 +42,7 @@ def _helpers_cpus() -> dict[str, float]:
     of bundles, and the evaluator has none.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    found: dict[str, float] = Counter()
+    found: dict[str, float] = defaultdict(float)
     # `actor_table` has this already, without the resources
     for row in state._connect_and_get_accessor().get_actor_table(job, "ALIVE"):
         actor = gcs_pb2.ActorTableData.FromString(row)
