@@ -46,6 +46,7 @@ class Arrangement(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     workers: int
+    feeder_cpus: float
     decode_cpus: float
     decode_tasks: int
     threads: int
@@ -60,7 +61,7 @@ def worker_share(config: Config, gpus: int) -> Share:
 
 
 def feeder_share(config: Config, machine: Machine) -> float:
-    """CPUs that the feeder reserves on the driver's node: none on a head without CPUs."""
+    """CPUs of the driver's node that others leave to the feeder: none on a head without CPUs."""
     asked = config.resources.feeder_cpus
     there = sum(node.cpus for node in machine.rooms if node.driver)
     if asked is not None:
@@ -102,8 +103,18 @@ def arrange(
         nodes: what each node has.
         workers: training workers.
         share: what each of them reserves.
-        feeder_cpus: what the feeder reserves.
+        feeder_cpus: what they leave to the feeder; where that does not fit and was not asked for,
+            nothing.
     """
+    found = _arranged(config, nodes, workers, share, feeder_cpus)
+    if found is None and feeder_cpus and config.resources.feeder_cpus is None:
+        return _arranged(config, nodes, workers, share, 0.0)
+    return found
+
+
+def _arranged(
+    config: Config, nodes: Sequence[Node], workers: int, share: Share, feeder_cpus: float
+) -> Arrangement | None:
     taken = placed(without_feeder(nodes, feeder_cpus), workers, share)
     if taken is None:
         return None
@@ -117,6 +128,7 @@ def arrange(
     decode_cpus = min(DECODE_CPUS, for_decoding)
     return Arrangement(
         workers=workers,
+        feeder_cpus=feeder_cpus,
         decode_cpus=decode_cpus,
         decode_tasks=resources.decode_tasks or decoders(free, decode_cpus, READ_CPUS),
         threads=resources.threads or max(1, min(int(cpus / here) for cpus, here in beside)),
@@ -127,18 +139,22 @@ def no_room(
     config: Config, machine: Machine, workers: int, share: Share, feeder_cpus: float
 ) -> PlacementError:
     """What to say where not even so many workers fit."""
-    nodes = without_feeder(machine.rooms, feeder_cpus)
+    asked = feeder_cpus if config.resources.feeder_cpus is not None else 0.0
+    nodes = without_feeder(machine.rooms, asked)
+    beside = f" beside resources.feeder_cpus={asked:g}" if asked else ""
     hint = "add nodes, or wait for some that are coming with resources.wait_s=900"
     worker = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
     needs = [worker] * workers + [{"CPU": DECODE_CPUS}]
     if placed(nodes, workers, share) is None:
         all_of_it = placed(machine.rooms, workers, share) is None
-        said = missing(machine.rooms if all_of_it else nodes, workers, share)
+        said = missing(machine.rooms, workers, share)
+        if not all_of_it:
+            said = f"{missing(nodes, workers, share)}{beside}"
         first = "train.device=cpu trains without GPUs" if share.gpus else "lower train.workers"
         return PlacementError(said, f"{first}, or {hint}", needs)
     return PlacementError(
-        f"train.workers={workers} x resources.cpus_per_worker={share.cpus:g} leave none of the "
-        f"{machine.cpus} CPUs for decoding",
+        f"train.workers={workers} x resources.cpus_per_worker={share.cpus:g}{beside} leave none of "
+        f"the {machine.cpus} CPUs for decoding",
         f"lower one of them, or {hint}",
         needs,
     )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline")
 T = TypeVar("T")
 SAY_S = 30.0  # between two words about what is missing
+ASK_S = 5.0  # between two orders: those of other jobs' data sets replace them every 20 s
 
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -138,10 +139,14 @@ def own_process_group() -> Iterator[None]:
 
     `timeout`, schedulers and terminals send SIGTERM to the whole group of a job. Ray's processes
     would end on it at once, and with them the workers that should write a checkpoint first. They
-    still end with this process, by Ray's own means.
+    still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
+    ends them, for which they must stay in this group.
     """
-    from ray._private import services
+    from ray._private import services, utils
 
+    if not utils.detect_fate_sharing_support():
+        yield
+        return
     plain = services.ConsolePopen
 
     class Apart(plain):  # type: ignore[misc, valid-type]
@@ -259,26 +264,27 @@ def with_room(make: Callable[[Machine], T], wait_s: float) -> T:
         PlacementError: there was no room until then.
     """
     begun = time.monotonic()
-    said = asked = -SAY_S
-    while True:
-        try:
-            found = make(machine())
-        except PlacementError as error:
-            waited = time.monotonic() - begun
-            if waited >= wait_s:
-                what = f"{error.what}; waited {waited:.0f} s for more" if wait_s else error.what
-                raise PlacementError(what, error.hint, error.bundles) from None
-            if waited - said >= SAY_S:
-                log.info("waiting     %s; for %.0f s more", error.what, wait_s - waited)
-                said = waited
-            if waited - asked >= SAY_S:
-                _request(error.bundles)
-                asked = waited
-            time.sleep(min(1.0, wait_s - waited))
-        else:
-            if asked >= 0:
-                _request([])  # Ray Train and Ray Data ask for what they need themselves
-            return found
+    said, asked = -SAY_S, -ASK_S
+    try:
+        while True:
+            try:
+                return make(machine())
+            except PlacementError as error:
+                waited = time.monotonic() - begun
+                if waited >= wait_s:
+                    what = f"{error.what}; waited {waited:.0f} s for more" if wait_s else error.what
+                    raise PlacementError(what, error.hint, error.bundles) from None
+                if waited - said >= SAY_S:
+                    log.info("waiting     %s; for %.0f s more", error.what, wait_s - waited)
+                    said = waited
+                if waited - asked >= ASK_S:
+                    asked = waited
+                    _request(error.bundles)
+                time.sleep(min(1.0, wait_s - waited))
+    finally:
+        # An order outlives the job; Ray Train and Ray Data ask for what they need themselves.
+        if asked >= 0:
+            _request([])
 
 
 def _request(bundles: list[dict[str, float]]) -> None:

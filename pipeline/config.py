@@ -540,7 +540,7 @@ class Resources(Section):
         None,
         ge=0,
         description="CPUs of the driver's node that decoders leave to the feeder; default: 1 on "
-        "a node with 16 and more",
+        "a node with 16 and more, if workers leave it",
     )
     wait_s: float = Field(
         0.0,

@@ -49,7 +49,7 @@ def capacity(nodes: Sequence[Node], share: Share) -> int:
 
 
 def without_feeder(nodes: Sequence[Node], cpus: float) -> list[Node]:
-    """What is left where the feeder reserves CPUs on the driver's node."""
+    """What is left where CPUs of the driver's node are for the feeder, which reserves none."""
     return [n._replace(cpus=n.cpus - cpus) if n.driver else n for n in nodes]
 
 

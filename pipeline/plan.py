@@ -289,7 +289,7 @@ def resolve(
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
         cpus_per_worker=per_worker.cpus,
         gpus_per_worker=per_worker.gpus,
-        feeder_cpus=feeder_cpus,
+        feeder_cpus=found.feeder_cpus,
         decode_cpus=found.decode_cpus,
         decode_tasks=found.decode_tasks,
         threads=found.threads,

@@ -137,7 +137,7 @@ TABLE = [
         others_inside="psutil",
     ),
     row(
-        "train.evaluations train.loop train.run train.scaling",
+        "train.evaluations train.free train.loop train.run train.scaling",
         [*MATHS, "arrangement", "config", "plan", "placement", "files", "log", "control"]
         + ["cluster", "evaluate.*"]
         + ["data.reading", "data.stream", "data.feeder", "train.*"],

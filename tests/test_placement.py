@@ -124,6 +124,31 @@ def test_decoders_go_where_cpus_are_and_the_head_may_be_bare() -> None:
 
 
 @pytest.mark.parametrize(
+    ("node", "overrides", "workers"),
+    [
+        (Node(16, 1, True), ("resources.cpus_per_worker=15",), 1),
+        (Node(16, 2, True), ("resources.cpus_per_worker=7.5",), 2),
+        (
+            Node(16, 0, True),
+            ("train.workers=15", "resources.cpus_per_worker=1", "optim.global_batch_size=60"),
+            15,
+        ),
+    ],
+)
+def test_head_room_of_the_feeder_refuses_no_plan(
+    node: Node, overrides: tuple[str, ...], workers: int
+) -> None:
+    found = plan_on(node, overrides=overrides)
+    assert (found.workers, found.decode_tasks, found.feeder_cpus) == (workers, 1, 0)
+    assert found.arranged_on([node]) is not None
+    with pytest.raises(PlacementError, match=r"resources\.feeder_cpus=1 leave none of the 16 CPUs"):
+        plan_on(
+            node,
+            overrides=(*overrides, f"train.workers={workers}", "resources.feeder_cpus=1"),
+        )
+
+
+@pytest.mark.parametrize(
     ("nodes", "overrides", "words"),
     [
         ((Node(16, 2, True),), ("train.workers=4",), "has 2 GPUs and 16 CPUs on 1 node"),
@@ -230,7 +255,7 @@ def test_a_plan_waits_for_nodes_that_come(
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 3  # at 0, 30 and 60 s
     assert said[1] == "waiting     2 workers need more; for 70 s more"
-    assert quick["orders"] == [[{"CPU": 1.0}]] * 3 + [[]]  # and takes the order back
+    assert quick["orders"] == [[{"CPU": 1.0}]] * 14 + [[]]  # each 5 s; and takes the order back
 
 
 def test_a_plan_without_room_is_refused_at_once_or_in_time(quick: dict[str, Any]) -> None:
@@ -240,6 +265,19 @@ def test_a_plan_without_room_is_refused_at_once_or_in_time(quick: dict[str, Any]
     with pytest.raises(PlacementError, match="2 workers need more; waited 50 s for more"):
         cluster.with_room(until(quick, 70), 50)
     assert quick["now"] == 50
+    assert quick["orders"] == [[{"CPU": 1.0}]] * 10 + [[]]
+
+
+def test_an_order_is_taken_back_when_the_job_is_ended(
+    quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(seconds: float) -> None:
+        raise SystemExit(143)  # as the handler of SIGTERM does
+
+    monkeypatch.setattr(cluster.time, "sleep", ended)
+    with pytest.raises(SystemExit):
+        cluster.with_room(until(quick, 70), 100)
+    assert quick["orders"] == [[{"CPU": 1.0}], []]
 
 
 def test_what_is_left_to_the_feeder() -> None:

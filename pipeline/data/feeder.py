@@ -294,9 +294,10 @@ def launch_feeder(
     tasks: DecodeTasks,
     workers: int,
     segment: int = SEGMENT,
-    cpus: float = 0.0,
 ) -> Any:
     """Starts the feeder on the driver's node, which is the one that is not taken away.
+
+    It reserves nothing there: where others hold all CPUs of that node it would wait for ever.
 
     Args:
         reading: the shards and their order.
@@ -305,14 +306,13 @@ def launch_feeder(
         tasks: what its decoders may take.
         workers: training workers that will ask, at most.
         segment: read tasks of one Ray Data execution; tests make it small.
-        cpus: that it reserves on its node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Feeder).options(
-        num_cpus=cpus, max_concurrency=2 * workers + 16, scheduling_strategy=here
+        num_cpus=0, max_concurrency=2 * workers + 16, scheduling_strategy=here
     )
     # In a list the reference stays a reference: the feeder has no use for the spec itself.
     return actor.remote(reading, [ray.put(spec)], last_step, tasks, segment)

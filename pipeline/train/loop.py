@@ -28,7 +28,7 @@ from pipeline.train import build, cost, start, state
 from pipeline.train.chief import Chief, Trainee
 from pipeline.train.clock import Clock
 from pipeline.train.step import NonFinite, train_step
-from pipeline.uri import is_uri, join
+from pipeline.uri import Place, is_uri, join
 
 log = logging.getLogger("pipeline.train")
 HOLD_S = 120.0  # a group that wrote a checkpoint to move waits so long to be taken away
@@ -53,7 +53,7 @@ def train_worker(job: dict[str, Any]) -> None:
     if not all(seen):
         return  # the driver finds no outcome and says what to do
 
-    saved, tensors = state.restored(join(folder, "checkpoints"))
+    saved, tensors = _restored(join(folder, "checkpoints"), rank)
     first_step = saved.step if saved else 0
     stream = batches(  # decoders start while the model is built
         job["feeder"],
@@ -136,6 +136,15 @@ def train_worker(job: dict[str, Any]) -> None:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
     if chief:
         chief.finish(outcome, clock)
+
+
+def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[str, Any]]:
+    """What rank 0 finds, on all ranks: storage may show them different checkpoints as the newest,
+    and a damaged one to some.
+    """
+    saved, tensors = state.restored(checkpoints) if rank == 0 else (None, {})
+    step = int(_from_rank_0(str(saved.step if saved else -1)))
+    return (saved, tensors) if rank == 0 or step < 0 else state.restored_at(checkpoints, step)
 
 
 def _trainee(plan: Plan, device: torch.device, resumed: bool) -> Trainee:

@@ -197,7 +197,6 @@ def pretrain(
         plan.steps,
         tasks,
         plan.sizes[-1],
-        cpus=plan.feeder_cpus,
     )
     evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.

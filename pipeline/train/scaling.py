@@ -31,6 +31,7 @@ from pipeline.data.feeder import DecodeTasks
 from pipeline.errors import PlacementError, StoppedError
 from pipeline.placement import Node
 from pipeline.plan import Plan
+from pipeline.train.free import free_nodes
 
 SAY_S = 30.0  # between two words about what is missing
 LOOK_S = 3.0  # between two looks at the nodes while all is well
@@ -112,10 +113,18 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             return NoopDecision()
         self.looked = now
         nodes = seen_nodes()
-        found = self.plan.arranged_on([n.node for n in nodes.values() if not n.leaving])
+        staying = [n.node for n in nodes.values() if not n.leaving]
+        found = self.plan.arranged_on(staying)
         size = len(worker_group_state.workers)
+        if found and found.workers > size:  # into what others do not hold
+            at = [worker.metadata.node_id for worker in worker_group_state.workers]
+            room = self.plan.arranged_on(free_nodes(nodes, at, self.plan.share))
+            if not room or room.workers < found.workers:
+                found = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
         if self.wish:
-            return self._wished(found, size)
+            # Nodes about to go still decode: the group has data and writes its checkpoint.
+            there = self.plan.arranged_on([n.node for n in nodes.values()])
+            return self._wished(found, starved=there is not None and there.workers < size)
         mine = {worker.metadata.node_id for worker in worker_group_state.workers}
         leaving = {key for key in mine if key in nodes and nodes[key].leaving}
         if leaving - self.leaving:
@@ -168,10 +177,14 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             "resources.replace_s says how long to wait",
         )
 
-    def _wished(self, found: Arrangement | None, size: int) -> ScalingDecision:
-        """What follows from an answer to a wish, once it is there."""
-        starved = found is not None and found.workers < size
-        late = starved and time.monotonic() - self.asked > ANSWER_S
+    def _wished(self, found: Arrangement | None, starved: bool) -> ScalingDecision:
+        """What follows from an answer to a wish, once it is there.
+
+        Args:
+            found: where the group would go.
+            starved: whether its workers lack the CPUs for decoding, and so cannot answer.
+        """
+        late = starved and found is not None and time.monotonic() - self.asked > ANSWER_S
         if ray.get(self.feeder.answered.remote()) < 0 and not late:
             return NoopDecision()
         moving, self.wish = self.wish == MOVE, ""

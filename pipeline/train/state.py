@@ -16,7 +16,9 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from pipeline.uri import Place, is_uri, join, parent, public
 
 log = logging.getLogger("pipeline.train")
 VERSION = 3
+SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
     """
-    name = f"step-{step:08d}"
+    name = _name(step)
     meta = {**meta, "step": step, "version": VERSION}
     if is_uri(folder):
         with tempfile.TemporaryDirectory(prefix="raydino-") as here:
@@ -156,11 +159,12 @@ def _entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
         yield from remote_state.entries(str(folder))
         return
 
-    def read(path: Path) -> tuple[dict[str, Any], int]:
-        return json.loads((path / "meta.json").read_text()), (path / "state.pt").stat().st_size
-
     for path in sorted(Path(folder).glob("step-*")):
-        yield path, functools.partial(read, path)
+        yield path, functools.partial(_read_local, path)
+
+
+def _read_local(path: Path) -> tuple[dict[str, Any], int]:
+    return json.loads((path / "meta.json").read_text()), (path / "state.pt").stat().st_size
 
 
 def at(place: Place) -> Saved | None:
@@ -200,6 +204,49 @@ def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
             "put one back from a copy, or remove them to begin again",
         )
     return None, {}
+
+
+def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
+    """The checkpoint of a step, with its tensors; waits some seconds for one that is not seen yet.
+
+    Storage that nodes share may show a new folder to one of them later than to another.
+
+    Raises:
+        TrainError: it cannot be read.
+    """
+    end = time.monotonic() + SEEN_S
+    while True:
+        try:
+            return _read_at(folder, step)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise TrainError(
+                f"{socket.gethostname()} cannot read the checkpoint of step {step} in "
+                f"{public(folder)}, from which worker 0 goes on: {why}",
+                "run.folder must be storage that all nodes share and see alike",
+            ) from e
+
+
+def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
+    path = join(folder, _name(step))
+    if is_uri(folder):
+        found = dict(remote_state.entries(str(folder)))
+        if path not in found:
+            raise OSError("it is not there")
+        meta, size = found[path]()
+    else:  # by its name: a listing may be an old one
+        meta, size = _read_local(Path(path))
+    if size != meta["bytes"]:
+        raise OSError(f"{size} of {meta['bytes']} bytes are there")
+    saved = Saved(path, meta)
+    return saved, saved.load()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def best(folder: Place) -> tuple[Saved, float] | None:

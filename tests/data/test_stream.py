@@ -132,6 +132,21 @@ def test_decoding_begins_before_the_first_batch_is_asked_for(
     ray.kill(feeder)
 
 
+def test_the_feeder_comes_up_where_others_hold_all_cpus(ray_cluster: None, source: Source) -> None:
+    @ray.remote
+    class Other:
+        def there(self) -> None: ...
+
+    other = Other.options(num_cpus=ray.cluster_resources()["CPU"]).remote()  # type: ignore[attr-defined]
+    ray.get(other.there.remote(), timeout=120)
+    feeder = launch_feeder(*source, 5, DecodeTasks(0.9), 1)
+    try:
+        ray.get(feeder.release.remote(), timeout=120)
+    finally:
+        ray.kill(feeder)
+        ray.kill(other)
+
+
 def test_unpacked_sets_above_the_limit_are_refused(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

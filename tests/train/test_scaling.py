@@ -63,6 +63,14 @@ class Policy:
         monkeypatch.setattr(scaling.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(scaling.time, "sleep", self.pass_time)
         monkeypatch.setattr(scaling, "seen_nodes", lambda: self.nodes)
+        self.held = 0.0  # CPUs of each node that another job holds
+        monkeypatch.setattr(
+            scaling,
+            "free_nodes",
+            lambda nodes, workers, share: [
+                n.node._replace(cpus=n.node.cpus - self.held) for n in nodes.values()
+            ],
+        )
         monkeypatch.setattr(scaling.ray, "get", lambda found: found)
         monkeypatch.setattr(Scaling, "_maybe_send_resource_request", lambda self: None)
         fields = {"optim.steps": "9", "optim.global_batch_size": "64", "train.workers": workers}
@@ -144,6 +152,22 @@ def test_a_group_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPat
     assert one.look("c", "a") == 2
 
 
+def test_a_group_that_shrinks_before_a_node_goes_has_time_for_its_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=6, b=6)
+    assert one.start() == 8
+    one.give(b=-6)
+    one.pass_time(5)
+    assert one.look(*"ab" * 4) == 0 and one.feeder.wait_wish(0) == "move"
+    for _ in range(3):
+        one.pass_time(scaling.ANSWER_S)  # a large checkpoint
+        assert one.look(*"ab" * 4) == 0
+    one.feeder.answer("move", 7)
+    assert one.look(*"ab" * 4) == 4
+
+
 def test_a_group_that_came_up_too_large_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head took a dead node for alive: two workers hold the CPUs that decoding needs."""
     one = Policy(monkeypatch, "[1,2]")
@@ -215,6 +239,24 @@ def test_room_that_others_use_makes_the_group_smaller_in_turn(
     assert [one.start() for _ in range(4)] == [8, 4, 2, 8]
     assert one.look("a", "a") == 0
     assert one.policy.settle_s > scaling.SETTLE_S  # it does not move again and again for nothing
+
+
+def test_a_group_grows_into_what_others_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Policy(monkeypatch, "[2,8]")
+    one.give(a=3)
+    assert one.start() == 2
+    one.give(a=10)
+    one.held = 7.0
+    for _ in range(20):
+        one.pass_time(5)
+        assert one.look("a", "a") == 0 and one.feeder.wait_wish(0) == ""
+    one.held = 3.0  # the other job has given some back: room for 4, not for 8
+    for _ in range(10):
+        one.pass_time(5)
+        assert one.look("a", "a") == 0
+    assert one.feeder.wait_wish(0) == "move"
+    one.feeder.answer("move", 7)
+    assert one.look("a", "a") == 4
 
 
 def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
