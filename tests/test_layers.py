@@ -53,7 +53,7 @@ def test_the_table_is_the_designs() -> None:
     assert where("mlflow", inside=True) == {"track.embedder", "track.*"}
     assert where("mlflow", inside=False) == set()
     ours = {"data.read_ahead", "train.chief", "train.evaluations", "train.loop", "train.run"}
-    ours |= {"train.scaling"}
+    ours |= {"train.free", "train.scaling"}
     assert where("ray", inside=False) == ours
     assert where("ray", inside=True) <= ours | {
         *(
