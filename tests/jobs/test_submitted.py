@@ -42,13 +42,16 @@ def test_who_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cluster.uploaded()  # the code is in the image
 
 
+SHARED = ["run.folder=/shared", "curate.preset=dedup"]
+
+
 @pytest.mark.parametrize(
     ("stage", "given", "field"),
     [
         ("pack", [], "run.folder=runs"),
         ("pretrain", ["run.folder=./here"], "run.folder=./here"),
         ("pack", ["run.folder=s3://b/r", "data.shards=out"], "data.shards=out"),
-        ("curate", ["run.folder=/shared", "curate.shards=kept"], "curate.shards="),
+        ("curate", [*SHARED, "curate.shards=kept"], "curate.shards="),
     ],
 )
 def test_outputs_in_the_copy_are_refused(
