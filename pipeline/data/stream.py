@@ -76,7 +76,7 @@ class StreamSpec:
         task that runs is not held back: its crops would be spilled.
         """
         largest = max(self.crops.bytes, 8 * self.image_bytes)
-        limit = min(PORTION_BYTES, self.store_bytes)
+        limit = min(PORTION_BYTES, self.store_bytes / 2)
         return self.chunk * max(1, int(limit // (self.chunk * largest)))
 
 

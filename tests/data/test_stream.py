@@ -159,7 +159,7 @@ def test_unpacked_sets_above_the_limit_are_refused(
     ("image_bytes", "store", "images"),
     [
         (50_000, math.inf, 192),  # 128 MiB of crops of 519 KiB: three chunks
-        (50_000, 75 * 2**20, 128),  # a small store
+        (50_000, 150 * 2**20, 128),  # a small store: half of it
         (50_000, 0, 64),  # never less than a chunk
         (6_000_000, math.inf, 64),  # 16 MiB of encoded images are less than a chunk
     ],
