@@ -234,14 +234,14 @@ def pretrain(
         scaling=Scaling(scaling, plan, feeder),
         patience=Patience(failures, feeder),
     )
-    with stop_on_signals(feeder) as asked:
+    with stop_on_signals(feeder):
         try:
             with console(feeder, log), reporting(feeder, tracker):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = getattr(error, "controller_failure", None)
             if isinstance(cause, StoppedError):
-                return _stopped(folder, asked)
+                return _stopped(folder)
             if isinstance(cause, PipelineError):
                 raise cause from None
             raise TrainError(
@@ -253,10 +253,10 @@ def pretrain(
             mark.unlink(missing_ok=True)
             ray.kill(evaluator)
             ray.kill(feeder)
-    return _outcome(plan, folder, asked)
+    return _outcome(plan, folder)
 
 
-def _outcome(plan: Plan, folder: RunFolder, asked: Asked) -> Outcome:
+def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
     place = str(folder.at("pretrain", "outcome.json"))
     found: dict[str, Any] | None = read_json(*resolve_uri(place))
     if found is None:
@@ -288,33 +288,25 @@ def _outcome(plan: Plan, folder: RunFolder, asked: Asked) -> Outcome:
             "checkpoint",
         )
     if status == "stopped":
-        found["signal"] = asked.number
+        found["signal"] = ENDING.number
     return Outcome(status, int(found.pop("step", plan.steps)), found)
 
 
-def _stopped(folder: RunFolder, asked: Asked) -> Outcome:
+def _stopped(folder: RunFolder) -> Outcome:
     """The outcome where no workers were there to leave one."""
     saved = state.latest(folder.checkpoints)
-    return Outcome("stopped", saved.step if saved else 0, {"signal": asked.number})
-
-
-@dataclass
-class Asked:
-    """The signal by which the run was asked to stop; 0: none, or no signal."""
-
-    number: int = 0
+    return Outcome("stopped", saved.step if saved else 0, {"signal": ENDING.number})
 
 
 @contextmanager
-def stop_on_signals(feeder: Any) -> Iterator[Asked]:
+def stop_on_signals(feeder: Any) -> Iterator[None]:
     """Inside, SIGTERM or Ctrl-C makes the workers write a checkpoint and end; the driver lives on.
 
-    Ctrl-C after that ends it at once. SIGTERM does not: `timeout` sends it twice, to the job and to
-    its process group.
+    `ENDING` has the signal then. Ctrl-C after that ends it at once. SIGTERM does not: `timeout`
+    sends it twice, to the job and to its process group.
     """
-    found = Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield found
+        yield
         return
     asked = threading.Event()
     finished = False
@@ -332,14 +324,13 @@ def stop_on_signals(feeder: Any) -> Iterator[Asked]:
             return
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         log.info("%-11s writing a checkpoint, then ending", name)
-        found.number = number
         ENDING.number = number
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield found
+        yield
     finally:
         finished = True
         asked.set()
