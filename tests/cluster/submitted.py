@@ -15,9 +15,10 @@ from pipeline.track.journal import read_steps
 from tests.cluster import consumed as notes
 from tests.cluster.figures import record
 from tests.cluster.nodes import Cluster
+from tests.cluster.pile import write_recipe
 from tests.cluster.submit import Job, submit
-from tests.cluster.tiny import BATCH, write_recipe
 from tests.curate.piles import hub
+from tests.tiny import BATCH
 
 IMAGES = 100  # of which a pass drops what fills no batch
 PER_PASS = IMAGES // BATCH

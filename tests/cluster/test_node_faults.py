@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from tests.cluster.submitted import SAVE_EVERY, Training
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 STORE = 80 * 2**20  # bytes; Ray takes no less than 75 MiB
 
-# Another job's objects: more than the store of the node that it is told to use.
+# Another job's objects: more than the store of the node that it is told to use. Where the disk
+# takes no more, smaller and smaller ones, until not even a small one finds room.
 FILL = """
 import sys, time
 import numpy as np, ray
@@ -27,31 +31,63 @@ ray.init(logging_level="error", log_to_driver=False)
 @ray.remote(num_cpus=0)
 class Holder:
     def fill(self, parts):
-        self.held = [ray.put(np.full(10 * 2**20, n, np.uint8)) for n in range(parts)]
+        self.held, size, refused = [], 10 * 2**20, 0
+        while len(self.held) < parts and refused < 8:
+            try:
+                self.held.append(ray.put(np.full(size, len(self.held), np.uint8)))
+            except ray.exceptions.OutOfDiskError:
+                refused += 1
+                size = max(size // 4, 2**17)
+                time.sleep(1)  # for what is on its way to the disk
         return len(self.held)
     def intact(self):
         return all((ray.get(ref) == n).all() for n, ref in enumerate(self.held))
 
 nodes = {n["Labels"]["node"]: n["NodeID"] for n in ray.nodes() if n["Alive"]}
 holder = Holder.options(scheduling_strategy=On(nodes[sys.argv[1]], soft=False)).remote()
-try:
-    print("filled", ray.get(holder.fill.remote(int(sys.argv[2]))), flush=True)
-except ray.exceptions.RayError as error:
-    print("refused", type(error).__name__, str(error).splitlines()[0], flush=True)
+parts = ray.get(holder.fill.remote(int(sys.argv[2])))
+print("filled" if parts == int(sys.argv[2]) else "full", parts, flush=True)
 while not __import__("os").path.exists(sys.argv[3]):
     time.sleep(1)
 print("intact", ray.get(holder.intact.remote()), flush=True)
 """
 
 
+@contextmanager
+def small_disk(place: Path, mib: int) -> Iterator[Path]:
+    """A file system of its own, so that filling it harms nobody."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
+    if not sys.platform.startswith("linux") or not shutil.which("mount"):
+        pytest.skip("needs Linux, to mount a small file system")
+    made = subprocess.run(mount, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
 @pytest.fixture
 def three(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A bare head, `train` with two CPUs and `decode` with one: nobody else can do its work."""
-    more = getattr(request, "param", {})
-    with cluster(env=token() | notes.environment(tmp_path) | more) as made:
+    """A bare head, `train` with two CPUs and `decode` with one: nobody else can do its work.
+
+    A parameter gives them disks of that many MiB to spill to.
+    """
+    mib = getattr(request, "param", 0)
+    with ExitStack() as stack:
+        spill = {
+            name: (f"--object-spilling-directory={stack.enter_context(small_disk(disk, mib))}",)
+            if mib
+            else ()
+            for name in ("train", "decode")
+            for disk in [tmp_path / f"disk-{name}"]
+        }
+        made = stack.enter_context(cluster(env=token() | notes.environment(tmp_path)))
         made.head(store=STORE)
-        made.add("train", cpus=2, store=STORE)
-        made.add("decode", cpus=1, store=STORE)
+        made.add("train", cpus=2, store=STORE, arguments=spill["train"])
+        made.add("decode", cpus=1, store=STORE, arguments=spill["decode"])
         yield made
 
 
@@ -97,25 +133,27 @@ def test_a_full_object_store_spills(three: Cluster, tmp_path: Path) -> None:
     training.check_and_record("object-store-full", at, "another job's objects filled both stores")
 
 
-@pytest.mark.parametrize("three", [{"RAY_local_fs_capacity_threshold": "0.001"}], indirect=True)
+@pytest.mark.parametrize("three", [48], indirect=True)
 def test_a_full_disk_behind_a_full_store_is_said(three: Cluster, tmp_path: Path) -> None:
-    """Ray takes a disk for full that is used beyond the threshold, here one in a thousand."""
+    """Another job fills store and disk of both nodes to the last 128 KiB."""
     script, over = tmp_path / "fill.py", tmp_path / "over"
     script.write_text(FILL)
     others = [
-        submit(three, sys.executable, str(script), n, "16", str(over)) for n in ("train", "decode")
+        submit(three, sys.executable, str(script), node, "100", str(over))
+        for node in ("train", "decode")
     ]
     for other in others:
-        other.until("filled|refused")
+        other.until(r"full \d+")
     training = Training(three, tmp_path, steps=30)
-    job = training.submit("train.max_restarts=0")
+    # a batch is 0.9 MB; the crops of smaller images travel beside the store
+    job = training.submit("train.max_restarts=0", "augment.global_size=96")
     code = job.finish()
     assert code != 0, job.text
     assert "object store" in job.text and "disk" in job.text
     over.touch()
     for other in others:
         wait_for(lambda other=other: other.process.poll() is not None, "the other job to end")
-    job = training.submit()
     at = time.time()
+    job = training.submit("augment.global_size=96")
     assert job.finish() == 0, job.text
     training.check_and_record("object-store-and-disk-full", at, "resubmitted when there was room")

@@ -19,8 +19,9 @@ from pipeline.data.schema import open_shards
 from pipeline.track.journal import read_steps
 from tests.cluster import consumed as notes
 from tests.cluster.nodes import Cluster, cluster, token
+from tests.cluster.pile import STEPS, Pile, arguments, make_pile, write_recipe
 from tests.cluster.submit import submit
-from tests.cluster.tiny import BATCH, STEPS, Pile, arguments, make_pile, write_recipe
+from tests.tiny import BATCH
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -18,22 +18,11 @@ from pipeline.track.journal import read_steps
 from tests.cluster.consumed import Consumed
 from tests.cluster.nodes import ROOT, clean_environment
 from tests.cluster.submit import Job
+from tests.tiny import BATCH, write_tiny
 
-IMAGES, BATCH = 80, 16
+IMAGES = 80
 PASS = IMAGES // BATCH  # steps
 LOSSES = ["loss/total", "loss/dino_global", "loss/dino_local", "loss/ibot", "loss/koleo"]
-RECIPE = """\
-# Tests of faults: two classes of noise, a worker and a decoder take a CPU each.
-data: {shuffle_images: 32}
-augment: {global_size: 16, local_size: 8, local_crops: 2}
-model: {width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}
-head: {prototypes: 64, bottleneck: 16, hidden: 32}
-optim: {steps: 40, global_batch_size: 16}
-train: {workers: 2, log_every: 1, save_every: 5, eval_every: 20, precision: float32}
-evaluate: {batch_size: 32}
-track: {enabled: false}
-resources: {cpus: 4, cpus_per_worker: 1, object_store_gb: 0.2, threads: 1}
-"""
 
 
 def make_shards(folder: Path) -> Path:
@@ -64,9 +53,10 @@ def start(
         extra: overrides.
         group: in a process group of its own, as a shell starts a job.
     """
-    recipe = folder / "fault.yaml"
-    recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(RECIPE)
+    recipe = write_tiny(
+        folder / "fault.yaml",
+        resources={"cpus": 4, "cpus_per_worker": 1, "object_store_gb": 0.2},
+    )
     process = subprocess.Popen(
         [sys.executable, "-u", str(ROOT / "jobs" / "pretrain.py"), str(recipe)]
         + [f"data.shards={shards}", f"run.folder={folder}", *extra],

@@ -14,20 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.tiny import write_tiny
+
 ROOT = Path(__file__).parents[2]
-STEPS = 40
-TINY = f"""\
-# Tests: two classes of noise, seconds.
-data: {{max_bad_fraction: 0.05, shuffle_images: 32, row_group_images: 16}}
-augment: {{global_size: 16, local_size: 8, local_crops: 2}}
-model: {{width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}}
-head: {{prototypes: 64, bottleneck: 16, hidden: 32}}
-optim: {{steps: {STEPS}, global_batch_size: 16}}
-train: {{workers: 2, log_every: 1, save_every: 5, eval_every: 20, precision: float32}}
-evaluate: {{batch_size: 32}}
-track: {{enabled: false}}
-resources: {{cpus: 2, object_store_gb: 0.2, threads: 1}}
-"""
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -52,9 +41,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe called tiny."""
-    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+    return write_tiny(
+        tmp_path_factory.mktemp("recipes") / "tiny.yaml",
+        data={"max_bad_fraction": 0.05},
+        resources={"cpus": 2, "object_store_gb": 0.2},
+    )
 
 
 @pytest.fixture(scope="session")

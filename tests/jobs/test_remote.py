@@ -16,8 +16,9 @@ import yaml
 
 from pipeline.data.storage import PART_TRIES
 from pipeline.track.journal import read_steps
-from tests.jobs.conftest import ROOT, STEPS, runner
+from tests.jobs.conftest import ROOT, runner
 from tests.s3 import S3
+from tests.tiny import STEPS
 
 pytestmark = pytest.mark.timeout(900)  # seconds; under a minute where nobody else works
 BUCKET = "chain"

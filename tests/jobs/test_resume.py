@@ -22,7 +22,8 @@ import torch
 from pipeline import job
 from pipeline.track.journal import read, read_steps
 from tests.cluster.figures import record
-from tests.jobs.conftest import ROOT, STEPS, Job, runner
+from tests.jobs.conftest import ROOT, Job, runner
+from tests.tiny import STEPS
 
 pytestmark = pytest.mark.timeout(900)  # seconds; half a minute each where nobody else works
 STAGES = ["pack", "pretrain", "evaluate", "export"]

@@ -1,4 +1,4 @@
-"""A pile and a recipe for clusters: the demo in small, with everything planted that it plants."""
+"""A pile for clusters: the demo in small, with everything planted that it plants."""
 
 from __future__ import annotations
 
@@ -10,29 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.data.demo import make_demo
+from tests.tiny import write_tiny
 
 CLASSES = ("astronaut", "coffee", "gravel", "retina")
 TILES, LEAKS = 30, 6  # of each class; of all
 STEPS = 60
-BATCH = 16
-RECIPE = f"""\
-# Tests on clusters: a few of the demo's tiles, seconds of training.
-data: {{max_bad_fraction: 0.2, shuffle_images: 32, row_group_images: 16}}
-augment: {{global_size: 16, local_size: 8, local_crops: 2}}
-model: {{width: 32, depth: 2, heads: 2, patch_size: 4, registers: 1, drop_path: 0.1}}
-head: {{prototypes: 64, bottleneck: 16, hidden: 32}}
-optim: {{steps: {STEPS}, global_batch_size: {BATCH}}}
-train: {{workers: 2, log_every: 1, save_every: 10, eval_every: 30, precision: float32}}
-evaluate: {{batch_size: 32}}
-track: {{enabled: false}}
-resources: {{cpus_per_worker: 1, threads: 1}}
-"""
-
-CURATE = """\
-curate: {preset: dedup}
-quality: {min_sharpness: 1.0}
-dedup: {threshold: 0.89}
-"""
 
 
 @dataclass(frozen=True)
@@ -92,9 +74,18 @@ def make_pile(folder: Path) -> Pile:
 
 def write_recipe(folder: Path, curate: bool = False) -> Path:
     """The recipe; its run is called `small`."""
-    path = folder / "small.yaml"
-    path.write_text(RECIPE + CURATE if curate else RECIPE)
-    return path
+    decided = {
+        "curate": {"preset": "dedup"},
+        "quality": {"min_sharpness": 1.0},
+        "dedup": {"threshold": 0.89},
+    }
+    return write_tiny(
+        folder / "small.yaml",
+        optim={"steps": STEPS},
+        train={"save_every": 10, "eval_every": 30},
+        resources={"cpus_per_worker": 1},
+        **(decided if curate else {}),
+    )
 
 
 def arguments(pile: Pile, recipe: Path, runs: Path) -> list[str]:
