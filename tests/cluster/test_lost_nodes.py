@@ -106,7 +106,8 @@ def test_not_elastic_waits_for_another_node(made: Cluster, shards: Path, tmp_pat
         assert "leave none of the 2 CPUs for decoding; for " in said
         came = time.time()
         made.add("d", cpus=1)
-        job.until(r"resumed     from the checkpoint at step", after=came)
+        job.until(r"resumed     from the checkpoint at step", after=at)
+        job.until(r"step \d+/40 ", after=came)
         assert job.finish() == 0, job.text
     finally:
         training.end(job)
