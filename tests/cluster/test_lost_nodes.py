@@ -45,10 +45,13 @@ def wasted(found: Consumed) -> int:
     return found.taken - len(found.steps)
 
 
-def figures(name: str, folder: Path, found: Consumed, at: float, steps: int, note: str) -> None:
+def figures(
+    name: str, folder: Path, found: Consumed, at: float, steps: int, note: str, before: int = 0
+) -> None:
+    """Records a fault; `before`: steps that an earlier one had wasted."""
     record(
         name,
-        lost_steps=wasted(found),
+        lost_steps=wasted(found) - before,
         recovery_s=training.recovery(found, at),
         repeated=found.repeated(training.PASS),
         lost=found.lost(training.PASS, training.IMAGES),
@@ -91,9 +94,10 @@ def test_elastic_goes_on_smaller_and_grows_again(
     assert sizes[0] == 2 and sizes[found.groups[1]] == 1 and sizes[149] == 2
     # growing is not a fault: it waits for a checkpoint, so no step is done twice
     grown = found.groups[-1]
-    assert found.taken - len(found.steps) == smaller.taken - len(smaller.steps)
+    assert wasted(found) == wasted(smaller)
     assert f"resumed     from the checkpoint at step {grown}" in job.text
-    figures("workers-grow", tmp_path, found, at, 150, "from 1 to 2 workers when a node came")
+    figures("workers-grow", tmp_path, found, at, 150,
+            "from 1 to 2 workers when a node came", before=wasted(smaller))  # fmt: skip
 
 
 def test_not_elastic_waits_for_another_node(made: Cluster, shards: Path, tmp_path: Path) -> None:
