@@ -67,6 +67,10 @@ class TrainError(PipelineError):
     """Training stopped for a reason that the user must know (non-finite loss, changed plan)."""
 
 
+class DamagedError(TrainError):
+    """A checkpoint holds other bytes than were written, or code."""
+
+
 class StoppedError(PipelineError):
     """Training was asked to stop while no workers were there to write a checkpoint."""
 

@@ -19,7 +19,9 @@ import shutil
 import socket
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,18 @@ import torch
 
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import local_copy, read_json, write_bytes_atomic
-from pipeline.errors import StorageError, TrainError
+from pipeline.errors import DamagedError, StorageError, TrainError
 from pipeline.train import remote_state
 from pipeline.train.remote_state import Entry
 from pipeline.uri import Place, is_uri, join, parent, public
 
 log = logging.getLogger("pipeline.train")
 VERSION = 3
+# what torch raises for bytes that are not a checkpoint, or not one without code in it
+DAMAGE = (
+    *(RuntimeError, ValueError, KeyError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
 SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
 
 
@@ -51,18 +58,45 @@ class Saved:
         return int(self.meta["step"])
 
     def load(self) -> dict[str, Any]:
-        """The tensors, on the CPU."""
-        with local_copy(join(self.path, "state.pt")) as file:
-            found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return found
+        """The tensors, on the CPU.
+
+        Raises:
+            DamagedError: other bytes are there than were written.
+            OSError: it could not be read; another try may help.
+        """
+        with self._opened() as found:
+            return found
 
     def teacher(self) -> dict[str, Any]:
-        """The teacher's tensors alone; the rest is not read."""
-        with local_copy(join(self.path, "state.pt")) as file:
-            found: dict[str, Any] = torch.load(
-                file, map_location="cpu", weights_only=True, mmap=True
-            )
+        """The teacher's tensors alone, in memory; raises what `load` raises."""
+        with self._opened(mmap=True) as found:
             return {name: x.clone() for name, x in found["teacher"].items()}
+
+    @contextmanager
+    def _opened(self, mmap: bool = False) -> Iterator[dict[str, Any]]:
+        with local_copy(join(self.path, "state.pt")) as file:
+            try:
+                _check_sums(Path(file))
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            except DAMAGE as error:
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DamagedError(
+                    f"checkpoint {public(self.path)} is damaged ({why})",
+                    "put it back from a copy, or remove it and use an earlier one",
+                ) from error
+            yield found
+
+
+def _check_sums(file: Path) -> None:
+    """Reads the file once: `torch.load` itself compares no checksums and would take any bytes.
+
+    Raises:
+        ValueError: a record has not the checksum that it was written with.
+        zipfile.BadZipFile: the directory of the records is damaged.
+    """
+    with zipfile.ZipFile(file) as records:
+        if name := records.testzip():
+            raise ValueError(f"{name} has not the checksum that it was written with")
 
 
 def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
@@ -193,11 +227,8 @@ def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
     for saved in reversed(found):
         try:
             return saved, saved.load()
-        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            why = str(error).strip().splitlines()[0]
-            log.warning(
-                "checkpoint %s is damaged (%s); using an earlier one", public(saved.path), why
-            )
+        except DamagedError as error:
+            log.warning("%s; using an earlier one", error.what)
     if found:
         raise TrainError(
             f"all checkpoints in {public(folder)} are damaged",
@@ -218,7 +249,7 @@ def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
     while True:
         try:
             return _read_at(folder, step)
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
+        except (OSError, DamagedError, ValueError, KeyError) as e:
             if time.monotonic() < end:
                 time.sleep(0.5)
                 continue

@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.errors import TrainError
+from pipeline.errors import DamagedError, TrainError
 from pipeline.train import state
 from tests.train.small_run import Run, views
 
@@ -235,6 +236,31 @@ def test_a_damaged_one_is_named_and_passed_over(
     assert "using an earlier one" in record.getMessage()
 
 
+@pytest.mark.parametrize("record", ["data/0", "data.pkl"])
+def test_a_byte_that_changed_is_noticed(
+    tmp_path: Path, record: str, warnings: pytest.LogCaptureFixture
+) -> None:
+    """`torch.load` takes any bytes of a tensor; the file keeps its length."""
+    state.save(tmp_path, 10, small(1), META)
+    newest = state.save(tmp_path, 20, small(2), META)
+    file = tmp_path / "step-00000020" / "state.pt"
+    whole = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as records:
+        (content,) = (records.read(n) for n in records.namelist() if n.endswith(record))
+    whole[whole.index(content) + len(content) // 2] ^= 1
+    file.write_bytes(whole)
+    for read in (newest.load, newest.teacher):
+        with pytest.raises(DamagedError, match="step-00000020 is damaged"):
+            read()
+    with warnings.at_level("WARNING", "pipeline.train"):
+        saved, tensors = state.restored(tmp_path)
+    assert saved and saved.step == 10
+    assert torch.equal(tensors["student"]["w"], small(1)["student"]["w"])
+    (said,) = warnings.records
+    assert "step-00000020 is damaged" in said.getMessage()
+    assert f"{record} has not the checksum" in said.getMessage()
+
+
 def test_none_at_all(tmp_path: Path) -> None:
     assert state.latest(tmp_path) is None
     assert state.latest(tmp_path / "not-there") is None
@@ -266,8 +292,9 @@ class Planted:
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     saved = state.save(tmp_path / "checkpoints", 1, {"student": Planted(mark)}, META)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DamagedError, match="step-00000001 is damaged") as refused:
         saved.load()
+    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     assert not mark.exists()
     torch.load(saved.path / "state.pt", weights_only=False)
     assert mark.exists(), "the trap works"
