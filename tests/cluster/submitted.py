@@ -90,7 +90,7 @@ class Training:
 
         Returns:
             The figures that were recorded. `recovery_s` is the longest time without a new step that
-            began or ended after the fault.
+            began or ended after the fault; to the first step, where the fault was before it.
         """
         found = self.consumed()
         assert list(found.steps) == list(range(self.steps)), sorted(found.steps)
@@ -98,7 +98,7 @@ class Training:
         lost = found.lost(PER_PASS, PER_PASS * BATCH)
         missing = self.steps - len(set(self.journal()) & set(range(self.steps)))
         times = [found.times[step] for step in range(self.steps)]
-        pauses = [b - max(a, at) for a, b in pairwise(times) if b > at]
+        pauses = [b - max(a, at) for a, b in pairwise([at, *times]) if b > at]
         figures = record(
             name,
             lost_steps=found.taken - self.steps,

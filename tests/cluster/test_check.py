@@ -29,7 +29,7 @@ def named(path: Path) -> str:
     return str(path.relative_to(FOLDER))
 
 
-def test_the_files_of_the_issue_are_there() -> None:
+def test_no_platform_lacks_its_files() -> None:
     assert {*LAUNCHED, *CLUSTERS, "kuberay/mlflow.yaml"} <= NAMES
 
 
