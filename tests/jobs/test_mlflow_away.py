@@ -154,6 +154,14 @@ def expected(folder: Path) -> list[tuple[int, float]]:
     return found
 
 
+def assert_all_sent(mlflow: Mlflow, folder: Path) -> int:
+    """MLflow has what the journal of the run has, and it is not open; gives what it lacks."""
+    there = mlflow.points(folder.name)
+    assert there == expected(folder)
+    assert {run.info.status for run in mlflow.runs(folder.name).values()} == {"FINISHED"}
+    return STEPS - len(there)
+
+
 def test_down_at_the_start(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
     training = train("start")
     training.until("step 005/300")
@@ -163,14 +171,12 @@ def test_down_at_the_start(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
     said = training.finish()
     if "not sent; later: python jobs/sync.py" in said:  # training ended before the server was up
         synced(mlflow, tmp_path / "runs" / "start")
-    there = mlflow.points("start")
-    assert there == expected(tmp_path / "runs" / "start")
-    assert {r.info.status for r in mlflow.runs("start").values()} == {"FINISHED"}
+    metrics_lost = assert_all_sent(mlflow, tmp_path / "runs" / "start")
     record(
         "mlflow-down-at-start",
         lost_steps=0,
         recovery_s=time.monotonic() - up,
-        metrics_lost=STEPS - len(there),
+        metrics_lost=metrics_lost,
         note="from the server's first answer to the end of the job, which has sent all",
     )
 
@@ -188,14 +194,12 @@ def test_killed_in_the_middle(mlflow: Mlflow, train: Any, tmp_path: Path) -> Non
     assert said.count("the run goes on") <= 1  # it may not have noticed
     if "not sent; later: python jobs/sync.py" in said:
         synced(mlflow, tmp_path / "runs" / "middle")
-    there = mlflow.points("middle")
-    assert there == expected(tmp_path / "runs" / "middle")
-    assert {r.info.status for r in mlflow.runs("middle").values()} == {"FINISHED"}
+    metrics_lost = assert_all_sent(mlflow, tmp_path / "runs" / "middle")
     record(
         "mlflow-killed-in-the-middle",
         lost_steps=0,
         recovery_s=time.monotonic() - killed,
-        metrics_lost=STEPS - len(there),
+        metrics_lost=metrics_lost,
         note="from the kill to the end of the job, which has sent all; no step waited",
     )
 
@@ -215,10 +219,8 @@ def test_gone_at_the_end(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
     assert stale["pretrain"].info.status == "RUNNING"  # nobody could tell it
     folder = tmp_path / "runs" / "end"
     assert "nothing" not in synced(mlflow, folder)
-    there = mlflow.points("end")
-    assert there == expected(folder)
-    runs = mlflow.runs("end")
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    metrics_lost = assert_all_sent(mlflow, folder)
+    there, runs = mlflow.points("end"), mlflow.runs("end")
     seconds = time.monotonic() - begin
     # a second time there is nothing; once more from the beginning nothing doubles
     assert "nothing sent" in synced(mlflow, folder)
@@ -232,7 +234,7 @@ def test_gone_at_the_end(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
         "mlflow-gone-at-the-end",
         lost_steps=0,
         recovery_s=seconds,
-        metrics_lost=STEPS - len(there),
+        metrics_lost=metrics_lost,
         note="the server's start and jobs/sync.py; sent again from the beginning: no duplicates",
     )
 
