@@ -147,7 +147,7 @@ TABLE = [
     # curation: tasks on Ray over parquet; what they compute is plain numpy
     row("curate.exact", others="numpy", others_inside="torch"),
     row(
-        "curate.shards",
+        "curate.shards curate.shard_*",
         [
             "errors",
             "files",

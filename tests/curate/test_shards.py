@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.curate.decide import Mix, Tables, decide, starts_of
-from pipeline.curate.shards import form_of, write_curated
+from pipeline.curate.shard_form import form_of
+from pipeline.curate.shards import write_curated
 from pipeline.curate.sources import Sources
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.curate.work import Task, run_step
