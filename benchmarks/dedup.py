@@ -36,8 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import cells, copies, tables
+from pipeline.curate import cells, tables
+from pipeline.curate.components import find_components
 from pipeline.curate.exact import nearest_numbers, unit_half
+from pipeline.curate.pairs import find_pairs
+from pipeline.curate.placing import placed
 from pipeline.data.schema import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")
@@ -122,14 +125,14 @@ class Pool:
         """The component of each row: its keeper's row, or its own. Run once."""
         if not self.steps:
             begin = time.perf_counter()
-            found = copies.find_pairs(
+            found = find_pairs(
                 self.folder / "run",
                 self.inputs,
                 self.vectors,
                 lowest=THRESHOLD,
                 probes=self.probes,
             )
-            self.found, steps = copies.find_components(
+            self.found, steps = find_components(
                 found,
                 self.inputs,
                 self.vectors,
@@ -229,7 +232,7 @@ def shuffle(pool: Pool) -> None:
     sizes = {}
     for bucketing in ("near", "modulo"):
         root = pool.folder / f"shuffle-{bucketing}"
-        _, _, _, steps = copies.placed(
+        _, _, _, steps = placed(
             root,
             pool.inputs,
             pool.vectors,

@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from pipeline.curate.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.collapse import COPIES
-from pipeline.curate.components import spread
 from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.forest import PENDING
 from pipeline.curate.items import Items, Shuffled, by_cell
 from pipeline.curate.join import best, visit
 from pipeline.curate.portions import Ids, big_endian, order_by_id, read_range
+from pipeline.curate.spread import spread
 from pipeline.curate.tables import (
     ID,
     LEAKS,

@@ -14,10 +14,12 @@ import numpy as np
 
 from pipeline.curate import cells as cells_of
 from pipeline.curate import items, leaks
-from pipeline.curate.copies import Copies, end_of, file_groups, written
+from pipeline.curate.bucketed import written
+from pipeline.curate.copies import Copies
 from pipeline.curate.exact import Halves
 from pipeline.curate.items import Shuffled, Visiting
 from pipeline.curate.portions import Rows, portions
+from pipeline.curate.spread import end_of, file_groups
 from pipeline.curate.tables import Inputs, Vectors
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.errors import DataError
