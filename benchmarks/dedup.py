@@ -36,7 +36,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import cells, tables
+from pipeline.curate import tables
+from pipeline.curate.cell_fit import fit
 from pipeline.curate.components import find_components
 from pipeline.curate.exact import nearest_numbers, unit_half
 from pipeline.curate.pairs import find_pairs
@@ -169,7 +170,7 @@ class Pool:
 def one_cell_rule(x: Array, count: int) -> Array:
     """Rows that SemDeDup's rule keeps: no earlier row of the same cell is like it."""
     share = np.random.default_rng(0).permutation(len(x))[: 40 * count]
-    fitted = cells.fit(np.asarray(x[np.sort(share)]), count, 1, seed=0)
+    fitted = fit(np.asarray(x[np.sort(share)]), count, 1, seed=0)
     cell = nearest_numbers(np.asarray(x), fitted.centres, 1)[:, 0]
     kept = np.ones(len(x), bool)
     for number, centre in enumerate(fitted.centres.astype(np.float32)):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.curate import cells as cells_of
-from pipeline.curate import collapse, items
+from pipeline.curate import cell_tasks, collapse, items
 from pipeline.curate.bucketed import written
+from pipeline.curate.cell_counts import buckets_for, cells_for, sample_share
 from pipeline.curate.items import Shuffled, Visiting
 from pipeline.curate.portions import CROPS, Rows, portions
 from pipeline.curate.tables import Inputs, Vectors
@@ -62,22 +62,22 @@ def placed(
     )
     copies = (collapsed.folder, tuple(f"{b:05d}" for b in range(hashed_buckets)))
     rows = int(collapsed.total("rows") - collapsed.total("copies"))
-    cells = cells_of.cells_for(rows, probes, vectors.dim, cell_images)
-    share = cells_of.sample_share(rows, cells, vectors.dim)
+    cells = cells_for(rows, probes, vectors.dim, cell_images)
+    share = sample_share(rows, cells, vectors.dim)
     sample = step(
         "copies/sample",
         [collapsed.key, seed, share],
         [Task(p.name, (vectors, p, exact[0], copies, seed, share)) for p in of],
-        cells_of.sample_task,
+        cell_tasks.sample_task,
     )
-    buckets = wanted_buckets or cells_of.buckets_for(rows, vectors.dim, len(crops))
+    buckets = wanted_buckets or buckets_for(rows, vectors.dim, len(crops))
     buckets = max(1, min(buckets, cells))
     arguments = (vectors.dim, cells, buckets, seed, bucketing)
     fitted = step(
         "copies/cells",
         [sample.key, arguments],
         [Task("fit", (sample.folder, tuple(p.name for p in of), *arguments))],
-        cells_of.fit_task,
+        cell_tasks.fit_task,
         cpus=_cpus_of_fit(),
         gpus=gpus,
     )

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.curate import cells as cells_of
 from pipeline.curate import items, leaks
 from pipeline.curate.bucketed import written
+from pipeline.curate.cells import Cells
 from pipeline.curate.copies import Copies
 from pipeline.curate.exact import Halves
 from pipeline.curate.items import Shuffled, Visiting
@@ -218,7 +218,7 @@ def look_up(
         vector[None],
         None if crops is None else crops[None],
     )
-    fitted = cells_of.Cells.load(copies.cells, stored.dim)
+    fitted = Cells.load(copies.cells, stored.dim)
     table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
     found: dict[int, Match] = {}
     for number in np.unique(bucket // 2):
