@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.decide import Mix, Tables, decide, starts_of
+from pipeline.curate.decide import decide
+from pipeline.curate.file_rows import Tables
+from pipeline.curate.mix import Mix
+from pipeline.curate.removals import starts_of
 from pipeline.curate.shard_form import form_of
 from pipeline.curate.shards import write_curated
 from pipeline.curate.sources import Sources
