@@ -16,10 +16,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LEAVES = [
-    "data.schema", "data.columns", "data.retry", "data.storage", "data.transfer", "data.decode",
-    "data.crops", "data.photometric", "data.colour", "data.colour_crop", "data.colour_fused",
-    "data.compiled", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
-    "data.jpeg", "data.npy", "data.pictures", "data.rows",
+    "data.schema", "data.columns", "data.row_group", "data.retry", "data.storage", "data.transfer",
+    "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
+    "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
+    "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
@@ -67,7 +67,7 @@ TABLE = [
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
-        "data.schema data.columns data.retry data.rows data.storage data.transfer",
+        "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer",
         ["errors", "uri", *LEAVES],
         others="numpy pyarrow",
     ),

@@ -23,7 +23,8 @@ from PIL import Image
 from pipeline.data.bad_image import BadImage
 from pipeline.data.decode import decode_image
 from pipeline.data.pack import pack
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.files import RunFolder
 from pipeline.model.read import read_weights

@@ -14,7 +14,7 @@ from pipeline.curate.tables import InputFile, read_table
 from pipeline.data.columns import is_ours
 from pipeline.data.npy import MAGIC
 from pipeline.data.pictures import FORMATS
-from pipeline.data.schema import image_array
+from pipeline.data.row_group import image_array
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import open_patiently
 

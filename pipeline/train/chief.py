@@ -21,7 +21,7 @@ import torch
 
 from pipeline.control import MOVE, STOP, Reports
 from pipeline.data.batch import BadImage, Batch, Work
-from pipeline.data.schema import BAD_IMAGE_SCHEMA
+from pipeline.data.columns import BAD_IMAGE_SCHEMA
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import read_bytes, write_bytes_atomic, write_parquet_atomic
 from pipeline.errors import one_line

@@ -91,7 +91,8 @@ def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> Shar
 def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> str:
     """A fingerprint table of inputs as far as decisions read it; `changes[column][row] = value`."""
     from pipeline.curate.tables import id_array
-    from pipeline.data.schema import image_array, is_ours
+    from pipeline.data.columns import is_ours
+    from pipeline.data.row_group import image_array
 
     for file in inputs.files:
         with pq.ParquetFile(file.file.path) as parquet:

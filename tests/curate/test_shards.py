@@ -22,7 +22,8 @@ from pipeline.curate.sources import Sources
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.curate.work import Task, run_step
 from pipeline.data.columns import image_id
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.errors import DataError
 from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
 
