@@ -128,12 +128,14 @@ TABLE = [
         [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"],
         others="torch",
     ),
+    row("train.trainee", [*MATHS, "train.objective"], others="torch"),
+    row("train.bad_table", ["errors", "uri", *LEAVES], others="pyarrow"),
     row(
         "train.chief",
         [*MATHS, "plan", "control", "evaluate.*", "train.*"],
         # made on rank 0 from the settings that the driver hands down
         "track.tracker track.remote",
-        others="torch ray pyarrow",
+        others="torch ray",
         others_inside="psutil",
     ),
     row(
