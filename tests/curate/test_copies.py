@@ -12,10 +12,11 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate import keepers, leaks, relative, tables
+from pipeline.curate import keepers, relative, relative_join, tables
 from pipeline.curate.components import find_components
 from pipeline.curate.copies import STORED, Copies
 from pipeline.curate.exact import unit_half
+from pipeline.curate.matches import MATCHES
 from pipeline.curate.pairs import find_pairs
 from pipeline.errors import DataError
 from tests.curate.planted import (
@@ -435,7 +436,7 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
 def test_leaks_are_the_best_match_of_each_row(
     tmp_path: Path, buckets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaks, "PENDING", 5)
+    monkeypatch.setattr(relative_join, "PENDING", 5)
     pool, sets, queries = leak_pool(tmp_path)
     x = tables.matrix(
         pa.concat_tables(
@@ -552,7 +553,7 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
             visiting=visiting,
         )
     table = read_all(result.folder, new.inputs)
-    assert table.schema.equals(leaks.MATCHES)
+    assert table.schema.equals(MATCHES)
     assert table.column("row").to_pylist()[-80:] == list(range(40, 120))
     items, crop = all_views(full, crops)
     for one in table.to_pylist():
