@@ -26,7 +26,7 @@ def bucket_cells(
         centres: of the cells.
         buckets: wanted.
         seed: of the draws.
-        bucketing: `near` or `modulo`, see `fit`.
+        bucketing: `near` or `modulo`, see `cell_fit.fit`.
         sizes: of the cells; default: all are alike. One that is larger than a bucket should be
             has a bucket of its own, as far as they suffice.
     """
