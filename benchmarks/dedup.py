@@ -36,8 +36,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import cells, copies, tables
+from pipeline.curate import tables
+from pipeline.curate.cell_fit import fit
+from pipeline.curate.components import find_components
 from pipeline.curate.exact import nearest_numbers, unit_half
+from pipeline.curate.pairs import find_pairs
+from pipeline.curate.placing import placed
 from pipeline.data.schema import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")
@@ -122,14 +126,14 @@ class Pool:
         """The component of each row: its keeper's row, or its own. Run once."""
         if not self.steps:
             begin = time.perf_counter()
-            found = copies.find_pairs(
+            found = find_pairs(
                 self.folder / "run",
                 self.inputs,
                 self.vectors,
                 lowest=THRESHOLD,
                 probes=self.probes,
             )
-            self.found, steps = copies.find_components(
+            self.found, steps = find_components(
                 found,
                 self.inputs,
                 self.vectors,
@@ -166,7 +170,7 @@ class Pool:
 def one_cell_rule(x: Array, count: int) -> Array:
     """Rows that SemDeDup's rule keeps: no earlier row of the same cell is like it."""
     share = np.random.default_rng(0).permutation(len(x))[: 40 * count]
-    fitted = cells.fit(np.asarray(x[np.sort(share)]), count, 1, seed=0)
+    fitted = fit(np.asarray(x[np.sort(share)]), count, 1, seed=0)
     cell = nearest_numbers(np.asarray(x), fitted.centres, 1)[:, 0]
     kept = np.ones(len(x), bool)
     for number, centre in enumerate(fitted.centres.astype(np.float32)):
@@ -229,7 +233,7 @@ def shuffle(pool: Pool) -> None:
     sizes = {}
     for bucketing in ("near", "modulo"):
         root = pool.folder / f"shuffle-{bucketing}"
-        _, _, _, steps = copies.placed(
+        _, _, _, steps = placed(
             root,
             pool.inputs,
             pool.vectors,

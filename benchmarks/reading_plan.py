@@ -32,6 +32,7 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from pipeline.data import schema
+from pipeline.data.columns import SCHEMA_VERSION
 from pipeline.data.feeder import READ_WINDOWS
 from pipeline.data.reading import reading_of
 
@@ -48,7 +49,7 @@ def manifest(shards: int) -> bytes:
         for i in range(shards)
     )
     return (
-        f'{{"schema_version": {json.dumps(schema.SCHEMA_VERSION)}, "files": [{entries}], '
+        f'{{"schema_version": {json.dumps(SCHEMA_VERSION)}, "files": [{entries}], '
         f'"images": {shards * GROUPS * ROWS}, "labelled": 0, "class_names": [], "digest": "00"}}'
     ).encode()
 

@@ -37,18 +37,13 @@ from loader import spec_of
 from PIL import Image
 
 from pipeline.cluster import quiet_environment
+from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.data.crops import CropSpec
 from pipeline.data.merge import ROW_GROUP_BYTES
 from pipeline.data.reading import reading_of
-from pipeline.data.schema import (
-    IMAGE_SHARD_SCHEMA,
-    ShardSet,
-    image_id,
-    open_shards,
-    resolve_uri,
-    shard_metadata,
-    write_parquet_atomic,
-)
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import write_parquet_atomic
 from pipeline.plan import chunk_of, window_of
 
 MIB = 2**20

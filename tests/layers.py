@@ -16,10 +16,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 LEAVES = [
-    "data.schema", "data.columns", "data.retry", "data.storage", "data.transfer", "data.decode",
-    "data.crops", "data.photometric", "data.colour", "data.colour_crop", "data.colour_fused",
-    "data.compiled", "data.draws", "data.masks", "data.batch", "data.order", "data.bad_image",
-    "data.jpeg", "data.npy", "data.pictures", "data.rows",
+    "data.schema", "data.columns", "data.row_group", "data.retry", "data.storage", "data.transfer",
+    "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
+    "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
+    "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows",
 ]  # fmt: skip
 PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
@@ -67,7 +67,7 @@ TABLE = [
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
-        "data.schema data.columns data.retry data.rows data.storage data.transfer",
+        "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer",
         ["errors", "uri", *LEAVES],
         others="numpy pyarrow",
     ),
@@ -128,12 +128,14 @@ TABLE = [
         [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"],
         others="torch",
     ),
+    row("train.trainee", [*MATHS, "train.objective"], others="torch"),
+    row("train.bad_table", ["errors", "uri", *LEAVES], others="pyarrow"),
     row(
         "train.chief",
         [*MATHS, "plan", "control", "evaluate.*", "train.*"],
         # made on rank 0 from the settings that the driver hands down
         "track.tracker track.remote",
-        others="torch ray pyarrow",
+        others="torch ray",
         others_inside="psutil",
     ),
     row(
@@ -147,7 +149,7 @@ TABLE = [
     # curation: tasks on Ray over parquet; what they compute is plain numpy
     row("curate.exact", others="numpy", others_inside="torch"),
     row(
-        "curate.shards",
+        "curate.shards curate.shard_*",
         [
             "errors",
             "files",

@@ -23,7 +23,8 @@ from PIL import Image
 from pipeline.data.bad_image import BadImage
 from pipeline.data.decode import decode_image
 from pipeline.data.pack import pack
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.files import RunFolder
 from pipeline.model.read import read_weights
@@ -194,7 +195,7 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
 
 def test_a_table_of_the_run_folder(mark: Path, tmp_path: Path) -> None:
     """Rank 0, which has imported Ray Data, goes on with the table that it finds."""
-    from pipeline.train.chief import BadTable
+    from pipeline.train.bad_table import BadTable
 
     path = tmp_path / "bad_images.parquet"
     pq.write_table(pa.table({"image_id": pickled_column(mark, 1)}), path)

@@ -1,373 +1,128 @@
-"""Components of copies, which image of each is kept, and a guard against chains.
-
-Components are those of the edges above the threshold. Of each one the keeper is chosen: images that
-do not go in any case (leaks, copies of what was curated earlier) first, then those that are taken
-as they are, then the larger area, then more bytes for each pixel, then the smaller image id. A
-chain A-B-C of copies may end far from its start: members whose exact similarity to the keeper is
-too low are given to keepers of their own (leaders).
-"""
+"""From edges to components of copies with a keeper each, in steps each of which resumes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from pipeline.curate.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
-from pipeline.curate.collapse import copies_of
-from pipeline.curate.exact import Doubles, Ints
-from pipeline.curate.items import Visiting, visiting_of
-from pipeline.curate.portions import (
-    CROPS,
-    Ids,
-    Portion,
-    Rows,
-    big_endian,
-    read_range,
-    read_rows,
-)
-from pipeline.curate.stored import OnDisk
-from pipeline.curate.tables import (
-    AS_IS,
-    COMPONENTS,
-    ROW,
-    InputFile,
-    Vectors,
-    id_array,
-    ids_of,
-    read_table,
-    write_table,
-)
-from pipeline.uri import join
-
-Array = np.ndarray[Any, Any]
-CHUNK = 4096  # rows compared with their keepers at once
-PART_BYTES = 2**27  # of the vectors that a task takes
-HELD_BYTES = 2**29  # of the vectors that a task holds; twice while they are read
-
-LABELS = pa.schema([("row", ROW), ("label", ROW)])
+from pipeline.curate import connected, gather, keepers
+from pipeline.curate.bucketed import written
+from pipeline.curate.copies import Copies
+from pipeline.curate.items import Visiting
+from pipeline.curate.portions import Portion, portions
+from pipeline.curate.spread import file_groups, spread
+from pipeline.curate.tables import COMPONENTS, InputFile, Inputs, Vectors
+from pipeline.curate.work import Result, Task, run_step
 
 
-def parts_for(rows: int, vectors: Vectors) -> int:
-    """Tasks that choose keepers, for so many rows with copies."""
-    each = vectors.dim * 2 * (1 + CROPS * vectors.views) + 100
-    return max(1, -(-rows * each // PART_BYTES))
-
-
-def connected(a: Ints, b: Ints) -> tuple[Ints, Ints]:
-    """Rows that are in an edge, and the smallest row of the component of each."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    row, node = np.unique(np.concatenate([a, b]), return_inverse=True)
-    ones = np.ones(len(a), np.int8)
-    graph = coo_array((ones, (node[: len(a)], node[len(a) :])), shape=(len(row), len(row)))
-    _, label = connected_components(graph, directed=False)
-    smallest = np.full(label.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(smallest, label, row)
-    return row, smallest[label]
-
-
-def label_task(folder: str, edges: str, name: str, threshold: float) -> dict[str, Any]:
-    """Writes the component of each row that is in an edge above the threshold.
-
-    Args:
-        folder: of the step.
-        edges: folder of `tables.EDGES`; components are in one table each.
-        name: of a table.
-        threshold: of the similarity.
-    """
-    table = read_table(edges, name, filters=[("similarity", ">", threshold)])
-    row, label = connected(table.column("a").to_numpy(), table.column("b").to_numpy())
-    size = write_table(pa.table({"row": row, "label": label}).cast(LABELS), folder, name)
-    return {"rows": len(row), "bytes": size, "components": len(np.unique(label))}
-
-
-def gather_task(
-    folder: str,
+def find_components(
+    copies: Copies,
+    inputs: Inputs,
     vectors: Vectors,
-    portion: Portion,
-    files: Sequence[InputFile],
-    labels: tuple[str, Sequence[str]],
-    copies: tuple[str, Sequence[str]],
-    fingerprints: str,
-    aside: Sequence[str],
-    parts: int,
-) -> dict[str, Any]:
-    """Writes what the choice of keepers needs of a portion's rows, by component.
-
-    Bucket 2 b has all rows, 2 b + 1 the vectors of those that stand for themselves.
-    """
-    rows: list[dict[str, Array]] = []
-    kinds = {file.name: file.kind for file in files}
-    stands = copies_of(portion, copies)
-    copy, stand = stands.column("row").to_numpy(), stands.column("stands").to_numpy()
-    for part in portion.parts:
-        found = list(read_range(*labels, part.first, part.end))
-        if not found:
-            continue
-        own = pa.concat_tables(found).sort_by("row")
-        row, label = (own.column(name).to_numpy() for name in LABELS.names)
-        columns = ["row", "image_id", "bytes", "width", "height"]
-        facts = next(read_range(fingerprints, [part.name], part.first, part.end, columns))
-        at = np.searchsorted(facts.column("row").to_numpy(), row)
-        area = facts.column("width").to_numpy().astype(np.int64) * facts.column("height").to_numpy()
-        density = facts.column("bytes").to_numpy() / np.maximum(area, 1)
-        going = np.zeros(len(row), bool)
-        for one in aside:
-            for table in read_range(one, [part.name], part.first, part.end, ["row"]):
-                going |= np.isin(row, table.column("row").to_numpy())
-        of = np.arange(len(row)) if not len(copy) else np.searchsorted(copy, row)
-        is_copy = np.isin(row, copy)
-        rows.append(
-            {
-                "row": row,
-                "label": label,
-                "image_id": ids_of(facts.column("image_id"))[at],
-                "as_is": np.full(len(row), kinds[part.name] == AS_IS),
-                "area": area[at],
-                "density": density[at],
-                "goes": going,
-                "stands": np.where(is_copy, stand[np.minimum(of, len(stand) - 1)], row)
-                if len(copy)
-                else row,
-            }
-        )
-    if not rows:
-        return {"rows": 0, "bytes": 0, "shelves": [], "vector_shelves": []}
-    whole = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
-    bucket = part_of(whole["label"], parts)
-    order = np.argsort(bucket, kind="stable")
-    table = pa.table(
-        {
-            name: id_array(values[order]) if name == "image_id" else values[order]
-            for name, values in whole.items()
-        }
-    )
-    size = write_buckets(str(join(folder, "rows")), portion.name, table, bucket[order])
-    own = whole["stands"] == whole["row"]
-    wanted = whole["row"][own]
-    found_rows = read_rows(vectors, portion, views=True)
-    found_rows = found_rows.only(np.isin(found_rows.row, wanted))
-    by_row = np.argsort(wanted)
-    label = whole["label"][own][by_row][np.searchsorted(wanted[by_row], found_rows.row)]
-    mine = part_of(label, parts)
-    order = np.argsort(mine, kind="stable")
-    columns_of = {"row": found_rows.row[order], "vector": raw(found_rows.vectors[order])}
-    if found_rows.crops is not None:
-        crops = found_rows.crops[order].reshape(len(order), CROPS * vectors.dim)
-        columns_of["crops"] = raw(crops)
-    size += write_buckets(
-        str(join(folder, "vectors")), portion.name, pa.table(columns_of), mine[order]
-    )
-    shelves = {"shelves": shelves_of(bucket), "vector_shelves": shelves_of(mine)}
-    return {"rows": len(whole["row"]), "bytes": size, **shelves}
-
-
-def part_of(label: Ints, parts: int) -> Ints:
-    """Which task a component goes to: mixed, since labels of files are near each other."""
-    mixed = label.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(32)) % np.uint64(parts)).astype(np.int64)
-
-
-def keeper_order(
-    component: Array, goes: Array, as_is: Array, area: Array, density: Array, ids: Ids
-) -> Ints:
-    """Rows by component, the best one of each first."""
-    high, low = big_endian(ids)
-    return np.lexsort((low, high, -density, -area, ~as_is, goes, component))
-
-
-class Likeness:
-    """Exact similarities of rows to each other, all views counted.
+    *,
+    fingerprints: tuple[str, str],
+    threshold: float,
+    guard: float,
+    chains: str = "split",
+    aside: Sequence[tuple[str, str]] = (),
+    visiting: Visiting | None = None,
+) -> tuple[Result, tuple[Result, ...]]:
+    """Components of copies with a keeper each.
 
     Args:
-        rows: with their crops where views count; in memory or on disk.
-        visiting: as in `items.Visiting`, or None.
-        penalty: what the similarity of a crop is reduced by.
-    """
-
-    def __init__(self, rows: Rows | OnDisk, visiting: Visiting | None, penalty: float) -> None:
-        self.rows, self.visiting, self.penalty = rows, visiting, penalty
-
-    def __call__(self, a: Ints, b: Ints) -> Doubles:
-        """Similarity of each pair of places a, b."""
-        found = np.empty(len(a))
-        for begin in range(0, len(a), CHUNK):
-            some = slice(begin, begin + CHUNK)
-            one, other = self.rows.only(a[some]), self.rows.only(b[some])
-            found[some] = self._seen(one, other)
-            if one.crops is not None:
-                found[some] = np.maximum(found[some], self._seen(other, one))
-        return found
-
-    def _seen(self, visitors: Rows, members: Rows) -> Doubles:
-        views, crops = visiting_of(visitors, self.visiting)
-        of = members.vectors.astype(np.float64)
-        seen = np.full(len(of), -np.inf)
-        for view in range(views.shape[1]):
-            dot = np.einsum("nd,nd->n", views[:, view].astype(np.float64), of)
-            seen = np.maximum(seen, dot - (self.penalty if crops[view] else 0.0))
-        return seen
-
-
-def keep_task(
-    folder: str,
-    gathered: str,
-    names: Sequence[tuple[str, Sequence[int]]],
-    vector_names: Sequence[tuple[str, Sequence[int]]],
-    part: int,
-    dim: int,
-    visiting: Visiting | None,
-    penalty: float,
-    least: float,
-    chains: str,
-) -> dict[str, Any]:
-    """Chooses the keepers of the components of a part; writes `tables.COMPONENTS`, by row.
-
-    Args:
-        folder: of the step.
-        gathered: of `gather_task`.
-        names: of its tasks, with their shelves of rows.
-        vector_names: with their shelves of vectors.
-        part: which.
-        dim: of a vector.
-        visiting: views that count.
-        penalty: of crops.
-        least: similarity to its keeper below which a member is of a chain.
-        chains: `split`: such members get keepers of their own; `keep`: they do not.
-    """
-    tables = list(read_bucket(str(join(gathered, "rows")), names, part))
-    if not tables:
-        return {"rows": 0, "bytes": write_table(COMPONENTS.empty_table(), folder, f"{part:05d}")}
-    table = pa.concat_tables(tables)
-    column = {
-        name: table.column(name).to_numpy() for name in table.column_names if name != "image_id"
-    }
-    column["image_id"] = ids_of(table.column("image_id"))
-    rows = _vectors(gathered, vector_names, part, dim)
-    del tables, table
-    by_row = np.argsort(rows.row)
-    at = by_row[np.searchsorted(rows.row[by_row], column["stands"])]
-    order = keeper_order(
-        *(column[name] for name in ("label", "goes", "as_is", "area", "density", "image_id"))
-    )
-    column = {name: values[order] for name, values in column.items()}
-    keeper, similarity, chained, size, first_id = choose(
-        column["label"],
-        column["goes"],
-        column["image_id"],
-        at[order],
-        Likeness(rows, visiting, penalty),
-        least,
-        chains,
-    )
-    if isinstance(rows, OnDisk):
-        rows.close()
-    found = pa.table(
-        {
-            "row": column["row"],
-            "component": id_array(first_id),
-            "size": size,
-            "keeper": column["row"][keeper],
-            "keeper_id": id_array(column["image_id"][keeper]),
-            "similarity": similarity,
-            "chained": chained,
-        }
-    ).take(pa.array(np.argsort(column["row"])))
-    written = write_table(found.cast(COMPONENTS), folder, f"{part:05d}")
-    return {"rows": len(found), "bytes": written, "chained": int(chained.sum())}
-
-
-def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows | OnDisk:
-    """The vectors of a part, on disk where one component makes it larger than parts should be."""
-    folder = str(join(gathered, "vectors"))
-    count = sum(len(table) for table in read_bucket(folder, names, part, ["row"]))
-    tables = read_bucket(folder, names, part)
-    first = next(tables)
-    width = 1 + CROPS * ("crops" in first.column_names)
-    if count * width * dim * 2 > HELD_BYTES:
-        return OnDisk(chain([first], tables), dim)
-    return _held([first, *tables], dim)
-
-
-def _held(tables: list[pa.Table], dim: int) -> Rows:
-    row = np.concatenate([table.column("row").to_numpy() for table in tables])
-    vectors = np.concatenate([unraw(t.column("vector"), np.float16, dim) for t in tables])
-    crops = None
-    if "crops" in tables[0].column_names:
-        width = CROPS * dim
-        crops = np.concatenate([unraw(t.column("crops"), np.float16, width) for t in tables])
-        crops = crops.reshape(-1, CROPS, dim)
-    return Rows(row, np.zeros((len(row), 16), np.uint8), vectors, crops)
-
-
-def choose(
-    label: Array,
-    goes: Array,
-    ids: Ids,
-    at: Ints,
-    likeness: Likeness,
-    least: float,
-    chains: str,
-) -> tuple[Ints, Doubles, Array, Ints, Ids]:
-    """Keepers of rows that are ordered by component, the best first (`keeper_order`).
-
-    Args:
-        label: component of each row.
-        goes: rows that go in any case: keepers only where all rows of their component go.
-        ids: of the rows.
-        at: places of their vectors.
-        likeness: of places.
-        least: similarity to the keeper below which a row is of a chain.
-        chains: `split` or `keep`.
+        copies: of the images.
+        inputs: the images.
+        vectors: that the copies were found with.
+        fingerprints: folder of `tables.FINGERPRINT` and key of its step.
+        threshold: similarity that an edge must be above; not below `copies.lowest`.
+        guard: a member that is so much less like its keeper than the threshold is of a chain.
+        chains: `split`: such members get keepers of their own; `keep`: one for each component.
+        aside: folders and keys of steps whose tables have the `row` of images that go in any
+            case: leaks, copies of what was curated earlier. One of them is a keeper only where
+            all images of its component are such.
+        visiting: as for `find_pairs`.
 
     Returns:
-        For each row: the place of its keeper among these rows, the similarity to it, whether it is
-        of a chain, the size of its component and the smallest image id in that.
+        The step whose folder has `tables.COMPONENTS` of each input file, and all steps.
     """
-    n = len(label)
-    new = np.ones(n, bool)
-    new[1:] = label[1:] != label[:-1]
-    start = np.flatnonzero(new)
-    component = np.cumsum(new) - 1
-    count = np.diff(np.append(start, n))
-    keeper = start[component]
-    similarity = likeness(at, at[keeper])
-    similarity[keeper == np.arange(n)] = 1.0
-    chained = (similarity < least) & (keeper != np.arange(n))
-    if chains == "split":
-        for one in np.unique(component[chained]):
-            rows = np.arange(start[one], start[one] + count[one])
-            _lead(rows[chained[rows]], goes, at, likeness, least, keeper, similarity)
-    high, low = big_endian(ids)
-    smallest = np.lexsort((low, high, component))[start]
-    return keeper, similarity, chained, count[component], ids[smallest[component]]
+    assert threshold >= copies.lowest, "edges below were not looked for"
+    root = copies.root
+    of = portions(inputs.files, vectors, copies.portion_rows)
+    labels = run_step(
+        root,
+        "copies/labels",
+        [copies.keys["edges"], threshold],
+        [Task(name, (copies.edges, name, threshold)) for name in copies.edge_names],
+        connected.label_task,
+    )
+    parts = gather.parts_for(int(labels.total("rows")), vectors)
+    gathered = run_step(
+        root,
+        "copies/gathered",
+        [
+            labels.key,
+            copies.keys["copies/collapse"],
+            fingerprints[1],
+            [key for _, key in aside],
+            parts,
+        ],
+        [
+            Task(
+                p.name,
+                (
+                    vectors,
+                    p,
+                    _files_of(p, inputs),
+                    (labels.folder, copies.edge_names),
+                    copies.copies,
+                    fingerprints[0],
+                    tuple(folder for folder, _ in aside),
+                    parts,
+                ),
+            )
+            for p in of
+        ],
+        gather.gather_task,
+    )
+    least = threshold - guard
+    names, vector_names = (written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
+    kept = run_step(
+        root,
+        "copies/kept",
+        [gathered.key, least, chains, copies.penalty],
+        [
+            Task(
+                f"{part:05d}",
+                (
+                    gathered.folder,
+                    names,
+                    vector_names,
+                    part,
+                    vectors.dim,
+                    visiting,
+                    copies.penalty,
+                    least,
+                    chains,
+                ),
+            )
+            for part in range(parts)
+        ],
+        keepers.keep_task,
+    )
+    part_names = [f"{part:05d}" for part in range(parts)]
+    found = run_step(
+        root,
+        "components",
+        [kept.key, inputs.digest],
+        [Task(name, (kept.folder, part_names, files)) for name, files in file_groups(inputs.files)],
+        spread_task,
+    )
+    return found, (labels, gathered, kept, found)
 
 
-def _lead(
-    left: Ints,
-    goes: Array,
-    at: Ints,
-    likeness: Likeness,
-    least: float,
-    keeper: Ints,
-    similarity: Doubles,
-) -> None:
-    """Leaders: the best of those left takes all of them that are like it, until none is left.
-
-    Rows that go in any case lead nobody; where no leader takes them the first keeper stays theirs.
-    """
-    while len(left) and not goes[left[0]]:
-        leader, rest = left[0], left[1:]
-        keeper[leader], similarity[leader] = leader, 1.0
-        to_leader = likeness(at[rest], np.full(len(rest), at[leader]))
-        taken = to_leader >= least
-        keeper[rest[taken]], similarity[rest[taken]] = leader, to_leader[taken]
-        left = rest[~taken]
+def _files_of(portion: Portion, inputs: Inputs) -> tuple[InputFile, ...]:
+    names = {part.name for part in portion.parts}
+    return tuple(inputs.files[int(name)] for name in sorted(names))
 
 
 def spread_task(
@@ -375,18 +130,3 @@ def spread_task(
 ) -> dict[str, Any]:
     """Writes the components of the rows of each of these input files."""
     return spread(folder, parts, names, files, COMPONENTS)
-
-
-def spread(
-    folder: str, source: str, names: Sequence[str], files: Sequence[InputFile], schema: pa.Schema
-) -> dict[str, Any]:
-    """From tables by row, one for each task, to one table for each input file."""
-    end = files[-1].first + files[-1].rows
-    tables = list(read_range(source, names, files[0].first, end))
-    table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks().sort_by("row")
-    row = table.column("row").to_numpy()
-    size = 0
-    for file in files:
-        begin, stop = np.searchsorted(row, [file.first, file.first + file.rows])
-        size += write_table(table.slice(begin, stop - begin).cast(schema), folder, file.name)
-    return {"rows": len(row), "bytes": size}

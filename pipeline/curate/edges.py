@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.components import connected, part_of
+from pipeline.curate.connected import connected, part_of
 from pipeline.curate.exact import Ints
 from pipeline.curate.forest import Forest
 from pipeline.curate.join import PAIRS

@@ -25,9 +25,10 @@ from pipeline.curate.tables import (
 )
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.bad_image import MAX_PIXELS, BadImage
+from pipeline.data.columns import is_ours
 from pipeline.data.decode import decode_image
 from pipeline.data.retry import with_retries
-from pipeline.data.schema import RowGroup, is_ours, read_group
+from pipeline.data.row_group import RowGroup, read_group
 from pipeline.data.storage import resolve_uri
 from pipeline.uri import Place
 

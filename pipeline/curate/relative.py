@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.curate import cells as cells_of
-from pipeline.curate import items, leaks
-from pipeline.curate.copies import Copies, end_of, file_groups, written
+from pipeline.curate import items, leaks, matches
+from pipeline.curate.bucketed import written
+from pipeline.curate.cells import Cells
+from pipeline.curate.copies import Copies
 from pipeline.curate.exact import Halves
 from pipeline.curate.items import Shuffled, Visiting
 from pipeline.curate.portions import Rows, portions
+from pipeline.curate.relative_join import relative_pairs
+from pipeline.curate.spread import end_of, file_groups
 from pipeline.curate.tables import Inputs, Vectors
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.errors import DataError
@@ -137,7 +140,7 @@ def find_matches(
         gpus: of the tasks that compare.
 
     Returns:
-        The step whose folder has `leaks.MATCHES` of each new input file, and all steps.
+        The step whose folder has `matches.MATCHES` of each new input file, and all steps.
     """
     folder, names, key = decisions
     kept = run_step(
@@ -145,7 +148,7 @@ def find_matches(
         "matching/kept",
         [key, earlier.keys["copies/collapse"]],
         [Task("kept", (folder, tuple(names), earlier.rows, earlier.copies))],
-        leaks.kept_task,
+        matches.kept_task,
     )
     placed, new = _shuffle(
         earlier, "matching/shuffle", inputs, vectors, visiting, gpus, root=root, exact=exact
@@ -161,7 +164,7 @@ def find_matches(
             )
             for b in range(earlier.buckets)
         ],
-        leaks.match_task,
+        matches.match_task,
         gpus=gpus,
     )
     bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
@@ -173,7 +176,7 @@ def find_matches(
             Task(name, (matched.folder, bucket_names, files))
             for name, files in file_groups(inputs.files)
         ],
-        leaks.spread_matches_task,
+        matches.spread_matches_task,
     )
     return found, (kept, placed, matched, found)
 
@@ -216,7 +219,7 @@ def look_up(
         vector[None],
         None if crops is None else crops[None],
     )
-    fitted = cells_of.Cells.load(copies.cells, stored.dim)
+    fitted = Cells.load(copies.cells, stored.dim)
     table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
     found: dict[int, Match] = {}
     for number in np.unique(bucket // 2):
@@ -230,7 +233,7 @@ def look_up(
             stored.probes,
         )
         pool = stored.read(int(number))
-        a, _, similarity = leaks.relative_pairs(
+        a, _, similarity = relative_pairs(
             pool, here, threshold, np.array(stored.crops), copies.penalty
         )
         for place, value in zip(a, similarity, strict=True):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from pipeline.data.schema import image_array
+from pipeline.data.row_group import image_array
 from pipeline.data.sources import Refused, Task, extra_fields, readable
 from pipeline.data.transfer import open_patiently, read_bytes
 from pipeline.errors import StorageError

@@ -21,18 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.data.columns import BAD_IMAGE_SCHEMA, MANIFEST, SCHEMA_VERSION, is_ours
 from pipeline.data.merge import ROW_GROUP_BYTES, shard_name
 from pipeline.data.runs import PackSpec
-from pipeline.data.schema import (
-    BAD_IMAGE_SCHEMA,
-    MANIFEST,
-    SCHEMA_VERSION,
-    is_ours,
-    open_shards,
-    resolve_uri,
-    write_bytes_atomic,
-    write_parquet_atomic,
-)
+from pipeline.data.schema import open_shards
 from pipeline.data.sources import Listing, Refused
 from pipeline.data.storage import (
     delete_file,
@@ -40,9 +32,15 @@ from pipeline.data.storage import (
     list_files,
     make_folder,
     public_uri,
+    resolve_uri,
     with_retries,
 )
-from pipeline.data.transfer import open_patiently, read_json
+from pipeline.data.transfer import (
+    open_patiently,
+    read_json,
+    write_bytes_atomic,
+    write_parquet_atomic,
+)
 from pipeline.errors import DataError
 
 _PART = re.compile(r"part-\d{5,}\.parquet")

@@ -24,12 +24,9 @@ from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.ledger import PackReport
 from pipeline.data.merge import Merge, write_shard
 from pipeline.data.runs import PackSpec, write_runs
-from pipeline.data.schema import (
-    absolute_uri,
-    resolve_uri,
-    write_bytes_atomic,
-)
 from pipeline.data.sources import Plan, Refused, Task, list_source, plan_tasks
+from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.data.transfer import write_bytes_atomic
 from pipeline.errors import DataError, StorageError
 
 __all__ = ["MAX_IMAGE_BYTES", "PackReport", "pack"]

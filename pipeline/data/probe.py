@@ -18,7 +18,8 @@ from pipeline.data.bad_image import REASONS
 from pipeline.data.decode import BadImage, image_size
 from pipeline.data.jpeg import jpeg_header
 from pipeline.data.reading import Portion, portion_of
-from pipeline.data.schema import RowGroup, ShardSet, read_row_group
+from pipeline.data.row_group import RowGroup, read_row_group
+from pipeline.data.schema import ShardSet
 from pipeline.data.stream import StreamSpec, draw, make_chunk
 from pipeline.errors import DataError
 

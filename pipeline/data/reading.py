@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from pipeline.data.order import Ints, Piece, ReadingOrder, piece_rows
 from pipeline.data.retry import retries
+from pipeline.data.row_group import RowGroup, read_group
 from pipeline.data.rows import row_at, row_of
-from pipeline.data.schema import RowGroup, ShardColumns, ShardSet, read_group
+from pipeline.data.schema import ShardColumns, ShardSet
 from pipeline.errors import DataError
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing

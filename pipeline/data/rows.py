@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.schema import values_of
+from pipeline.data.row_group import values_of
 
 _HEAD = "head"
 

@@ -1,6 +1,6 @@
-"""Open and read image shards: packed by this project, or parquet files as a hub stores them.
+"""Open image shards: packed by this project, or parquet files as a hub stores them.
 
-The public face of the shard format; its parts are `columns` (what a shard is) and `storage`.
+What a shard is stands in `columns`; `row_group` reads one.
 """
 
 from __future__ import annotations
@@ -8,65 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from pipeline.data.columns import (
-    BAD_IMAGE_SCHEMA,
-    IMAGE_SHARD_SCHEMA,
-    MANIFEST,
-    SCHEMA_VERSION,
-    check_columns,
-    class_names_of,
-    image_id,
-    is_ours,
-    shard_metadata,
-)
+from pipeline.data.columns import MANIFEST, SCHEMA_VERSION, check_columns, class_names_of, is_ours
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
-from pipeline.data.transfer import (
-    atomic_path,
-    parquet_writer_atomic,
-    read_json,
-    write_bytes_atomic,
-    write_parquet_atomic,
-)
-from pipeline.errors import DataError, StorageError, one_line
-
-__all__ = [
-    "BAD_IMAGE_SCHEMA",
-    "IMAGE_SHARD_SCHEMA",
-    "MANIFEST",
-    "SCHEMA_VERSION",
-    "RowGroup",
-    "ShardColumns",
-    "ShardFile",
-    "ShardSet",
-    "absolute_uri",
-    "atomic_path",
-    "check_columns",
-    "class_names_of",
-    "image_array",
-    "image_id",
-    "is_ours",
-    "list_parquet",
-    "open_shards",
-    "parquet_writer_atomic",
-    "read_group",
-    "read_row_group",
-    "resolve_uri",
-    "shard_metadata",
-    "values_of",
-    "write_bytes_atomic",
-    "write_parquet_atomic",
-]
+from pipeline.data.transfer import read_json
+from pipeline.errors import DataError, StorageError
 
 
 @dataclass(frozen=True)
@@ -82,6 +35,15 @@ class ShardFile:
     def name(self) -> str:
         """The file name without its folder."""
         return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ShardColumns:
+    """Where a set's files are and which of their columns are read: all that a read task needs."""
+
+    uri: str
+    image: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -110,37 +72,7 @@ class ShardSet:
 
     def parquet(self, file_index: int) -> pq.ParquetFile:
         """Open one file, for a stage that reads other columns than `read_row_group` gives."""
-        return _open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """B rows of a shard: image_ids uint8[B, 16], labels int64[B] (-1: none), images on demand.
-
-    `sizes` int64[B, 2] are height and width of the decoded images, 0 where the file does not say.
-    """
-
-    images: pa.Array = field(repr=False)  # binary or large_binary
-    image_ids: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
-    labels: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
-    sizes: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def encoded(self) -> list[memoryview]:
-        """The encoded images where they lie; empty where the shard has null."""
-        return values_of(self.images)
-
-    def image(self, row: int) -> bytes:
-        """The encoded image of a row; b"" where the shard has null."""
-        return bytes(self.encoded[row])
-
-    @property
-    def hex_ids(self) -> list[str]:
-        """The ids as the 32 hex digits that tables show."""
-        return [bytes(value).hex() for value in self.image_ids]
+        return open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
 
 
 def open_shards(uri: str, image_column: str = "image", label_column: str = "label") -> ShardSet:
@@ -161,18 +93,6 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
         if manifest is not None:
             return shards_of_manifest(uri, path, manifest, infos)
     return _from_footers(uri, fs, path, infos, image_column, label_column)
-
-
-def _open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
-    try:
-        return with_retries(f"reading {path}", lambda: pq.ParquetFile(fs.open_input_file(path)))
-    except StorageError:
-        raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}",
-            hint="it may have been cut while it was copied: fetch it again or take it away.",
-        ) from error
 
 
 def shards_of_manifest(
@@ -230,7 +150,7 @@ def _from_footers(
     label_column: str,
 ) -> ShardSet:
     def footer(info: pafs.FileInfo) -> tuple[ShardFile, pa.Schema, bool]:
-        with _open_parquet(fs, info.path) as parquet:
+        with open_parquet(fs, info.path) as parquet:
             meta, schema = parquet.metadata, parquet.schema_arrow
             check_columns(schema, info.base_name, image_column, label_column)
             groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
@@ -282,93 +202,18 @@ def _any_value(meta: pq.FileMetaData, column: str) -> bool:
     return False
 
 
-def image_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    """The encoded images of a column of either form as one array, binary or large_binary."""
-    array = column
-    if isinstance(column, pa.ChunkedArray):
-        # `combine_chunks` copies even a single chunk, here all images of a row group.
-        array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):  # what combine_chunks gives for more than 2 GiB
-        array = pa.concat_arrays([chunk.cast(pa.large_binary()) for chunk in array.chunks])
-    if pa.types.is_struct(array.type):
-        # `field` does not look at the nulls of the struct itself, `flatten` does.
-        array = array.flatten()[array.type.get_field_index("bytes")]
-    plain = pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)
-    return array if plain else array.cast(pa.large_binary())
-
-
-def values_of(array: pa.Array) -> list[memoryview]:
-    """The values of a binary or large_binary array where they lie (a scalar would be a copy); a
-    null has no bytes.
-    """
-    _, starts, data = array.buffers()
-    wide = np.int64 if pa.types.is_large_binary(array.type) else np.int32
-    ends = np.frombuffer(starts, wide)[array.offset : array.offset + len(array) + 1].tolist()
-    view = memoryview(data if data is not None else b"")
-    found = [view[a:b] for a, b in pairwise(ends)]
-    for row in np.flatnonzero(array.is_null()) if array.null_count else ():
-        found[row] = view[:0]
-    return found
-
-
-@dataclass(frozen=True)
-class ShardColumns:
-    """Where a set's files are and which of their columns are read: all that a read task needs."""
-
-    uri: str
-    image: str
-    label: str
-
-
-def read_row_group(shards: ShardSet, file_index: int, row_group: int) -> RowGroup:
-    """Read one row group: encoded images, ids, labels and sizes."""
-    return read_group(shards.columns, shards.files[file_index].path, row_group)
-
-
-def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
-    """Read one row group of the file at `path` (in the file system of `columns.uri`).
-
-    Ids and sizes are taken from files of this project; elsewhere ids are computed, whatever a
-    column `image_id` says (COCO has one, of numbers).
+def open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+    """Open one file.
 
     Raises:
-        DataError: the file is not readable as parquet, or the storage failed after all tries.
+        DataError: it is not readable as parquet.
     """
     try:
-        table, own, labelled = with_retries(
-            f"reading row group {row_group} of {path}",
-            lambda: _read_columns(columns, path, row_group),
-        )
-    except DataError:  # a sentence already; storage's is one
+        return with_retries(f"reading {path}", lambda: pq.ParquetFile(fs.open_input_file(path)))
+    except StorageError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"row group {row_group} of {path} cannot be read: {one_line(error)}",
-            hint="the file is damaged: fetch it again, or pack again.",
+            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}",
+            hint="it may have been cut while it was copied: fetch it again or take it away.",
         ) from error
-    images = image_array(table.column(columns.image))
-    sizes = np.zeros((len(images), 2), np.int64)
-    if own:
-        ids = table.column("image_id").to_pylist()
-        for axis, name in enumerate(("height", "width")):
-            sizes[:, axis] = table.column(name).to_numpy()
-    else:
-        ids = [image_id(item.as_py() or b"") for item in images]
-    if labelled:
-        labels = table.column(columns.label).cast(pa.int64()).fill_null(-1).to_numpy()
-    else:
-        labels = np.full(len(images), -1, np.int64)
-    # From a bytearray: an array over bytes would be read-only, which torch warns about.
-    packed = np.frombuffer(bytearray.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
-    return RowGroup(images, packed, labels, sizes)
-
-
-def _read_columns(columns: ShardColumns, path: str, row_group: int) -> tuple[pa.Table, bool, bool]:
-    """The columns that a `RowGroup` needs; whether the file is ours, and has labels."""
-    with _open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
-        schema = parquet.schema_arrow
-        own = is_ours(schema)
-        labelled = columns.label in schema.names
-        names = [columns.image, *["image_id", "height", "width"] * own]
-        table = parquet.read_row_group(row_group, columns=[*names, *[columns.label] * labelled])
-    return table, own, labelled

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import BadImage, decode_image
-from pipeline.data.schema import RowGroup, ShardSet, read_row_group
+from pipeline.data.row_group import RowGroup, read_row_group
+from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy

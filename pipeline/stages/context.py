@@ -10,8 +10,9 @@ from typing import Any
 from pipeline import cluster
 from pipeline.arrangement import Machine
 from pipeline.config import Config
-from pipeline.data.schema import MANIFEST, ShardSet, absolute_uri, open_shards
-from pipeline.data.storage import exists, resolve_uri
+from pipeline.data.columns import MANIFEST
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import absolute_uri, exists, resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder

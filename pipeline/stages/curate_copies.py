@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import replace
 
 from pipeline.config import Config
-from pipeline.curate import copies as copying
-from pipeline.curate import decide as deciding
 from pipeline.curate import exact_copies, relative
 from pipeline.curate.calibrate import calibrate
+from pipeline.curate.components import find_components
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
+from pipeline.curate.leaking import best_leaks, leaks_of
+from pipeline.curate.pairs import find_pairs
 from pipeline.curate.report_copies import FAR
 from pipeline.curate.tables import POOL, Inputs, Vectors
 from pipeline.curate.threshold import DEFAULT_PENALTY
@@ -103,7 +104,7 @@ def _pairs(
     dedup = config.dedup
     views = visiting if vectors.views else None
     assert found.threshold is not None and found.leak_threshold is not None
-    pairs = copying.find_pairs(
+    pairs = find_pairs(
         found.root,
         inputs,
         vectors,
@@ -135,7 +136,7 @@ def _pairs(
     if not dedup.enabled:
         return
     found.folders["edges"] = pairs.edges
-    components, steps = copying.find_components(
+    components, steps = find_components(
         pairs,
         inputs,
         vectors,
@@ -178,10 +179,10 @@ def _leaking(found: Found) -> None:
         "leaking/files",
         found.keys,
         [Task(file.name, (file, tables)) for file in files],
-        deciding.leaks_of,
+        leaks_of,
     )
     task = Task("leaking", (tuple(file.name for file in files), each.folder))
-    best = run_step(found.root, "leaking/best", [each.key], [task], deciding.best_leaks)
+    best = run_step(found.root, "leaking/best", [each.key], [task], best_leaks)
     found.add(each)
     found.add(best)
     found.tables = replace(tables, leaking=best.folder)

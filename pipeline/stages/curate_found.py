@@ -8,9 +8,9 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.curate import exact_copies, fingerprint
-from pipeline.curate.decide import Tables
 from pipeline.curate.embed import embed
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec
+from pipeline.curate.file_rows import Tables
 from pipeline.curate.tables import Inputs, Vectors
 from pipeline.curate.tally import Tally
 from pipeline.curate.threshold import Calibration

@@ -6,7 +6,7 @@ import logging
 
 from pipeline.config import Config
 from pipeline.curate.calibrate import COMPARED
-from pipeline.curate.cells import cells_for
+from pipeline.curate.cell_counts import cells_for
 from pipeline.curate.descriptor import DIM
 from pipeline.curate.quality import sample_counts
 from pipeline.errors import DataError, StorageError

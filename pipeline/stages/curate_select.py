@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.curate import decide as deciding
-from pipeline.curate import exact_copies
+from pipeline.curate import exact_copies, removals
 from pipeline.curate.balance import balance
 from pipeline.curate.considered import Considered
 from pipeline.curate.hierarchy import build
@@ -28,13 +27,13 @@ def select(found: Found, prints: Result) -> None:
     config, sets = found.config, found.sets
     if not sets.seeds and not config.balance.images:
         return
-    files, starts = found.inputs.files, deciding.starts_of(found.inputs)
+    files, starts = found.inputs.files, removals.starts_of(found.inputs)
     alive = run_step(
         found.root,
         "alive",
         found.keys,
         [Task(file.name, (file, starts, found.tables)) for file in files],
-        deciding.alive,
+        removals.alive,
     )
     found.add(alive)
     spec = embedder_of(config, "curate.embedder", config.curate.embedder)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pipeline.config import Config
 from pipeline.curate import decide as deciding
 from pipeline.curate import exact_copies, quality
-from pipeline.curate.decide import Mix
+from pipeline.curate.mix import Mix
 from pipeline.curate.quality import Rules
+from pipeline.curate.removals import starts_of
 from pipeline.curate.shards import write_curated
 from pipeline.curate.sources import list_folders, sources_of
 from pipeline.curate.tally import Tally
@@ -64,7 +65,7 @@ def _decisions(found: Found) -> None:
         list_folders,
     )
     sources = sources_of(listed.accounts)
-    starts = deciding.starts_of(found.inputs)
+    starts = starts_of(found.inputs)
     names = {name: [s.root, s.folders] for name, s in sources.items()}
 
     def decided(step: str, shares: dict[str, float]) -> Result:

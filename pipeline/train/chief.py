@@ -5,33 +5,27 @@ Nothing of it waits for another machine, except a checkpoint for its own write.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import torch
 
 from pipeline.control import MOVE, STOP, Reports
 from pipeline.data.batch import BadImage, Batch, Work
-from pipeline.data.schema import BAD_IMAGE_SCHEMA
 from pipeline.data.storage import resolve_uri, retries
-from pipeline.data.transfer import read_bytes, write_bytes_atomic, write_parquet_atomic
+from pipeline.data.transfer import write_bytes_atomic
 from pipeline.errors import one_line
-from pipeline.model.pair import Pair
 from pipeline.plan import Plan
 from pipeline.train import build, state
+from pipeline.train.bad_table import BadTable, reasons
 from pipeline.train.clock import Clock
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.limits import Watch, ms, per_image
-from pipeline.train.step import Objective
+from pipeline.train.trainee import Trainee
 from pipeline.uri import Place, is_uri, join
 
 log = logging.getLogger("pipeline.train")
@@ -39,57 +33,6 @@ COLLECT_S = 10.0  # for evaluations under way when a group moves: the notice may
 LAST_TRIES_S = (5, 10, 15)  # pauses before the last checkpoint of a run is tried again
 STOP_TRY_S = 2  # the same of a run that is stopped: whoever stops it may not wait long
 AGAIN_S = 10.0  # between two tries of a checkpoint without which a group does not move
-
-
-@dataclass
-class Trainee:
-    """Everything that a checkpoint holds, on its device."""
-
-    pair: Pair
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-
-    def state(self) -> dict[str, Any]:
-        """Nested dicts of tensors and numbers, for `torch.save`."""
-        return {
-            "student": self.pair.student.state_dict(),
-            "teacher": self.pair.teacher.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def restore(self, found: dict[str, Any]) -> None:
-        """Puts a checkpoint's tensors in place."""
-        self.pair.student.load_state_dict(found["student"])
-        self.pair.teacher.load_state_dict(found["teacher"])
-        self.objective.load_state_dict(found["objective"])
-        self.optimizer.load_state_dict(found["optimizer"])
-
-
-class BadTable:
-    """The bad images that training met, in the contract's columns; each id once."""
-
-    def __init__(self, place: Place) -> None:
-        self.fs, self.path = resolve_uri(str(place))
-        self.rows: dict[str, dict[str, str]] = {}
-        try:
-            table = pq.read_table(io.BytesIO(read_bytes(self.fs, self.path)))
-        except FileNotFoundError:
-            return
-        self.rows = {row["image_id"]: row for row in table.to_pylist()}
-
-    def add(self, bad: list[BadImage]) -> None:
-        """Adds rows and writes the table again, if there are any."""
-        for image_id, reason, detail in bad:
-            row = {"source": "", "image_id": image_id, "stage": "pretrain", "reason": reason}
-            self.rows[image_id] = row | {"detail": detail}
-        if not bad:
-            return
-        table = pa.Table.from_pylist(list(self.rows.values()), schema=BAD_IMAGE_SCHEMA)
-        try:
-            write_parquet_atomic(table, self.fs, self.path, row_group_size=65_536)
-        except OSError as error:  # the next bad image, or the end of the run, writes it all again
-            log.error("the bad image table could not be written (%s); going on", one_line(error))
 
 
 class Chief:
@@ -345,12 +288,6 @@ def _scheduled(plan: Plan, step: int) -> dict[str, float]:
         "optim/teacher_momentum": values.teacher_momentum,
         "optim/teacher_temperature": values.teacher_temperature,
     }
-
-
-def reasons(bad: Mapping[str, int]) -> str:
-    """`3 (2 truncated, 1 empty)`, or nothing where no image is bad."""
-    parts = ", ".join(f"{n} {reason}" for reason, n in sorted(bad.items(), key=lambda x: -x[1]))
-    return f"{sum(bad.values())} ({parts})" if parts else ""
 
 
 def _resident_bytes() -> int:

@@ -25,9 +25,10 @@ from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Pair
 from pipeline.plan import Plan
 from pipeline.train import build, cost, start, state
-from pipeline.train.chief import Chief, Trainee
+from pipeline.train.chief import Chief
 from pipeline.train.clock import Clock
 from pipeline.train.step import NonFinite, train_step
+from pipeline.train.trainee import Trainee
 from pipeline.uri import Place, is_uri, join
 
 log = logging.getLogger("pipeline.train")

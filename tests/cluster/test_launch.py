@@ -32,7 +32,7 @@ from cluster.checks.text import unfilled
 from pipeline.track.journal import read_steps
 from tests.cluster.hosts import Host, hosts, lacking
 from tests.cluster.nodes import ROOT, clean_environment, free_port, wait_for
-from tests.jobs.conftest import TINY
+from tests.tiny import write_tiny
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = 300
@@ -243,7 +243,11 @@ def launch() -> Iterator[Launch]:
     with hosts(3, ssh=True) as machines:
         made = Launch(folder, machines)
         checkout(made.clone)
-        (made.clone / "tiny.yaml").write_text(TINY)
+        write_tiny(
+            made.clone / "tiny.yaml",
+            data={"max_bad_fraction": 0.05},
+            resources={"cpus": 2, "object_store_gb": 0.2},
+        )
         made.shared.mkdir()
         photos(made.shared / "photos")
         for host in machines:

@@ -26,7 +26,7 @@ def without_ray(monkeypatch: Any) -> None:
     import ray
 
     from pipeline import cluster
-    from pipeline.curate import copies, embed
+    from pipeline.curate import embed, placing
 
     def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
         for task in tasks:
@@ -35,7 +35,7 @@ def without_ray(monkeypatch: Any) -> None:
     monkeypatch.setattr(work, "_run", run)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
-    monkeypatch.setattr(copies, "_cpus_of_fit", lambda: 1.0)
+    monkeypatch.setattr(placing, "_cpus_of_fit", lambda: 1.0)
     monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "nodes", lambda: 1)
 
@@ -91,7 +91,8 @@ def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> Shar
 def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> str:
     """A fingerprint table of inputs as far as decisions read it; `changes[column][row] = value`."""
     from pipeline.curate.tables import id_array
-    from pipeline.data.schema import image_array, is_ours
+    from pipeline.data.columns import is_ours
+    from pipeline.data.row_group import image_array
 
     for file in inputs.files:
         with pq.ParquetFile(file.file.path) as parquet:

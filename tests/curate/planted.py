@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import copies as copies_module
-from pipeline.curate import edges, relative, tables, work
+from pipeline.curate import components, edges, pairs, placing, relative, tables, work
 from pipeline.curate.exact import unit_half
 from pipeline.data.schema import ShardColumns, ShardFile
 from pipeline.uri import join
@@ -178,11 +177,11 @@ def inline(
 def without_ray() -> Iterator[None]:
     """Inside, steps run in this process."""
     with (
-        mock.patch.object(copies_module, "run_step", inline),
-        mock.patch.object(edges, "run_step", inline),
-        mock.patch.object(relative, "run_step", inline),
-        mock.patch.object(copies_module, "_cpus_of_fit", lambda: 1.0),
+        mock.patch.object(placing, "_cpus_of_fit", lambda: 1.0),
+        ExitStack() as patches,
     ):
+        for steps in (components, edges, pairs, placing, relative):
+            patches.enter_context(mock.patch.object(steps, "run_step", inline))
         yield
 
 

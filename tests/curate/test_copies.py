@@ -12,8 +12,12 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate import components, copies, leaks, relative, tables
+from pipeline.curate import keepers, relative, relative_join, tables
+from pipeline.curate.components import find_components
+from pipeline.curate.copies import STORED, Copies
 from pipeline.curate.exact import unit_half
+from pipeline.curate.matches import MATCHES
+from pipeline.curate.pairs import find_pairs
 from pipeline.errors import DataError
 from tests.curate.planted import (
     Pool,
@@ -38,12 +42,12 @@ def run(
     chains: str = "split",
     aside: Sequence[tuple[str, str]] = (),
     **settings: Any,
-) -> tuple[copies.Copies, pa.Table]:
+) -> tuple[Copies, pa.Table]:
     """Pairs and components of a pool."""
     views = {"visiting": visiting} if pool.vectors.views else {}
     settings = {"lowest": threshold, "probes": 8, "cell_images": 60} | views | settings
-    found = copies.find_pairs(pool.root / "run", pool.inputs, pool.vectors, **settings)
-    result, _ = copies.find_components(
+    found = find_pairs(pool.root / "run", pool.inputs, pool.vectors, **settings)
+    result, _ = find_components(
         found,
         pool.inputs,
         pool.vectors,
@@ -65,7 +69,7 @@ def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
     return set(zip(own, *(table.column(name).to_pylist() for name in columns), strict=True))
 
 
-def edges_of(found: copies.Copies) -> pa.Table:
+def edges_of(found: Copies) -> pa.Table:
     return pa.concat_tables([tables.read_table(found.edges, name) for name in found.edge_names])
 
 
@@ -142,7 +146,7 @@ def test_buckets_files_and_portions_change_nothing(
         b = run(other, threshold=0.7, _buckets=buckets, _portion_rows=portion)
     assert by_id(one, a[1]) == by_id(other, b[1]) and len(a[1]) > 400
 
-    def named(pool: Pool, found: copies.Copies) -> list[tuple[bytes, bytes, float]]:
+    def named(pool: Pool, found: Copies) -> list[tuple[bytes, bytes, float]]:
         edges = edges_of(found)
         rows = [pool.ids[edges.column(name).to_numpy()] for name in ("a", "b")]
         similarity = edges.column("similarity").to_pylist()
@@ -177,8 +181,8 @@ def test_vectors_on_disk_change_nothing(
     small: tuple[Array, Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, crops, _ = with_views(240)
-    for name, held in (("memory", components.HELD_BYTES), ("disk", 0)):
-        monkeypatch.setattr(components, "HELD_BYTES", held)
+    for name, held in (("memory", keepers.HELD_BYTES), ("disk", 0)):
+        monkeypatch.setattr(keepers, "HELD_BYTES", held)
         plain = write_pool(tmp_path / f"{name}-a", small[0][:500], ids_for(500), [200, 300])
         views = write_pool(tmp_path / f"{name}-b", full, ids_for(240), [100, 140], crops=crops)
         with without_ray():
@@ -203,7 +207,7 @@ def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
     assert all(step.reused == len(step.accounts) for step in again.steps) and same.equals(table)
     assert not any(step.reused for step in a.steps)
     # another threshold joins nothing anew
-    higher = copies.find_components(
+    higher = find_components(
         again, pool.inputs, pool.vectors, fingerprints=pool.fingerprints, threshold=0.9, guard=0.1
     )[0]
     assert 0 < higher.total("rows") < len(table)
@@ -219,9 +223,7 @@ def test_few_rows(tmp_path: Path, rows: int, equal: bool) -> None:
         if not rows:
             empty = write_pool(tmp_path / "empty", x, ids_for(0), [0])
             assert len(run(empty)[1]) == 0
-            nothing = copies.find_pairs(
-                tmp_path / "none", pool.inputs, pool.vectors, lowest=T, probes=8
-            )
+            nothing = find_pairs(tmp_path / "none", pool.inputs, pool.vectors, lowest=T, probes=8)
             assert len(edges_of(nothing)) == 0
             return
     assert found is not None and table is not None
@@ -434,7 +436,7 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
 def test_leaks_are_the_best_match_of_each_row(
     tmp_path: Path, buckets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaks, "PENDING", 5)
+    monkeypatch.setattr(relative_join, "PENDING", 5)
     pool, sets, queries = leak_pool(tmp_path)
     x = tables.matrix(
         pa.concat_tables(
@@ -469,11 +471,9 @@ def test_a_folder_may_be_a_uri_that_says_more_behind_a_question_mark(tmp_path: P
     wanted = {}
     for root in (pool.root / "run", there):
         with without_ray():
-            found = copies.find_pairs(
-                root, pool.inputs, pool.vectors, lowest=T, probes=8, cell_images=60
-            )
+            found = find_pairs(root, pool.inputs, pool.vectors, lowest=T, probes=8, cell_images=60)
             hits, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
-            groups, _ = copies.find_components(
+            groups, _ = find_components(
                 found,
                 pool.inputs,
                 pool.vectors,
@@ -538,11 +538,11 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
     tables.write_table(decisions, str(tmp_path / "decisions"), "00000")
     with without_ray():
         settings = {"lowest": 0.7, "probes": 8, "cell_images": 10, "penalty": 0.05}
-        copies.find_pairs(
+        find_pairs(
             tmp_path / "one", old.inputs, old.vectors, visiting=visiting, _buckets=2, **settings
         )
         (tmp_path / "one").rename(tmp_path / "moved")
-        earlier = copies.Copies.open(tmp_path / "moved")
+        earlier = Copies.open(tmp_path / "moved")
         result, _ = relative.find_matches(
             tmp_path / "two",
             earlier,
@@ -553,7 +553,7 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
             visiting=visiting,
         )
     table = read_all(result.folder, new.inputs)
-    assert table.schema.equals(leaks.MATCHES)
+    assert table.schema.equals(MATCHES)
     assert table.column("row").to_pylist()[-80:] == list(range(40, 120))
     items, crop = all_views(full, crops)
     for one in table.to_pylist():
@@ -564,7 +564,7 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
         assert one["similarity"] == best.max()
 
 
-def curated(pool: Pool, kept: Sequence[bool]) -> tuple[copies.Copies, tuple[str, list[str], str]]:
+def curated(pool: Pool, kept: Sequence[bool]) -> tuple[Copies, tuple[str, list[str], str]]:
     """A pool as an earlier curation left it."""
     found = run(pool)[0]
     decisions = pa.table({"row": np.arange(len(kept)), "kept": np.array(kept)})
@@ -639,7 +639,7 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
     with without_ray():
         found, _ = run(pool, threshold=0.7, cell_images=10, _buckets=3, penalty=0.05)
-    stored = copies.Copies.open(found.root)
+    stored = Copies.open(found.root)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)
         one = relative.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
@@ -650,11 +650,11 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="have 3 numbers"):
         relative.look_up(stored, nothing[:3], threshold=0.7)
     with pytest.raises(DataError, match="holds no curation"):
-        copies.Copies.open(tmp_path / "nowhere")
-    place = tmp_path / "run" / copies.STORED
+        Copies.open(tmp_path / "nowhere")
+    place = tmp_path / "run" / STORED
     place.write_text(place.read_text().replace('"edge_names"', '"names_of_edges"'))
     with pytest.raises(DataError, match="by another version"):
-        copies.Copies.open(tmp_path / "run")
+        Copies.open(tmp_path / "run")
 
 
 def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
@@ -695,7 +695,7 @@ def test_a_damaged_file_is_named(
     assert str(file) in error.value.what
 
 
-def _rerun(found: copies.Copies, where: str) -> None:
+def _rerun(found: Copies, where: str) -> None:
     from pipeline.curate import edges
 
     if where.endswith("pairs"):

@@ -9,17 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.curate.decide import (
-    ALIVE,
-    Mix,
-    Tables,
-    alive,
-    best_leaks,
-    decide,
-    draws,
-    leaks_of,
-    starts_of,
-)
+from pipeline.curate.decide import decide
+from pipeline.curate.file_rows import Tables
+from pipeline.curate.leaking import best_leaks, leaks_of
+from pipeline.curate.mix import Mix, draws
+from pipeline.curate.removals import ALIVE, alive, starts_of
 from pipeline.curate.sources import FEW, Sources, list_folders, sources_of
 from pipeline.curate.tables import (
     AS_IS,
@@ -250,19 +244,6 @@ def test_shares_of_parts_depend_on_ids_and_seed_alone(pile, tmp_path):
         assert row["kept"] is bool(draw[row["row"]] < mix.shares[part])
         assert row["kept"] or (row["reason"], row["rule"]) == ("balanced_out", f"mix.{part}")
     assert tally.rows == 12
-
-
-def test_draws_are_even():
-    ids = np.random.default_rng(0).integers(0, 256, (40_000, 16), np.uint8)
-    ids[1] = ids[0]
-    found = draws(ids, 0)
-    assert found[0] == found[1] and found.min() >= 0 and found.max() < 1
-    counts = np.histogram(found, 20, (0, 1))[0]
-    assert abs(counts - 2000).max() < 5 * np.sqrt(2000)
-    assert abs(np.corrcoef(found, draws(ids, 1))[0, 1]) < 0.03
-    few = np.zeros((5000, 16), np.uint8)  # ids that differ in few bits
-    few[:, 0], few[:, 15] = np.arange(5000) % 256, np.arange(5000) // 256
-    assert abs(draws(few, 7).mean() - 0.5) < 0.02
 
 
 def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):

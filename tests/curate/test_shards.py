@@ -12,13 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.decide import Mix, Tables, decide, starts_of
-from pipeline.curate.shards import form_of, write_curated
+from pipeline.curate.decide import decide
+from pipeline.curate.file_rows import Tables
+from pipeline.curate.mix import Mix
+from pipeline.curate.removals import starts_of
+from pipeline.curate.shard_form import form_of
+from pipeline.curate.shards import write_curated
 from pipeline.curate.sources import Sources
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.curate.work import Task, run_step
 from pipeline.data.columns import image_id
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.errors import DataError
 from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
 

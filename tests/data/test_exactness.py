@@ -26,19 +26,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.data import draws, masks, order
+from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec, draw_photometric
 from pipeline.data.reading import read_portions, reading_of
-from pipeline.data.schema import (
-    IMAGE_SHARD_SCHEMA,
-    ShardSet,
-    image_id,
-    open_shards,
-    resolve_uri,
-    shard_metadata,
-    write_parquet_atomic,
-)
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec, make_chunks
+from pipeline.data.transfer import write_parquet_atomic
 from tests.data.test_draws import by_hand
 
 IMAGES, SIDE, BROKEN = 40, 40, 23

@@ -27,8 +27,9 @@ from pipeline.data.crops import (
 )
 from pipeline.data.decode import BadImage, decode, decode_shrunk, image_size
 from pipeline.data.pack import MAX_IMAGE_BYTES, RUN_BYTES, pack
+from pipeline.data.row_group import read_row_group
 from pipeline.data.runs import PackSpec, write_runs
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.data.sources import list_source, plan_tasks
 from tests.data import hostile as h
 from tests.data.hostile_kinds import Kind, catalogue, jp2

@@ -22,9 +22,11 @@ from pyarrow import fs as pafs
 
 from pipeline.data import ledger, merge, runs, sources, storage
 from pipeline.data import pack as packing
+from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id
 from pipeline.data.merge import id_range
 from pipeline.data.pack import pack
-from pipeline.data.schema import IMAGE_SHARD_SCHEMA, image_id, open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.errors import DataError
 from tests.data import hostile as h
 

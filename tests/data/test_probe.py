@@ -15,8 +15,10 @@ from PIL import Image
 from pipeline.data import probe, stream
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec
-from pipeline.data.schema import ShardSet, open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
+from pipeline.data.transfer import write_parquet_atomic
 from pipeline.errors import DataError
 
 IMAGES = 40

@@ -17,8 +17,11 @@ from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.data.crops import CropSpec
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.reading import Portion, Reading, read_portions, reading_of
-from pipeline.data.schema import image_array, open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.row_group import image_array
+from pipeline.data.schema import open_shards
+from pipeline.data.storage import resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec, make_chunks
+from pipeline.data.transfer import write_parquet_atomic
 
 IMAGES, BATCH = 30, 6
 

@@ -15,18 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
-from pipeline.data.schema import (
-    BAD_IMAGE_SCHEMA,
-    IMAGE_SHARD_SCHEMA,
-    atomic_path,
-    image_id,
-    open_shards,
-    read_row_group,
-    resolve_uri,
-    shard_metadata,
-    write_bytes_atomic,
-    write_parquet_atomic,
-)
+from pipeline.data.columns import BAD_IMAGE_SCHEMA, IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
 from pipeline.errors import DataError
 
 NAMES = ["cat", "dog"]
@@ -240,7 +233,7 @@ def test_imports_neither_torch_nor_ray():
     import sys
 
     code = (
-        "import sys, pipeline.data.schema, pipeline.data.decode;"
+        "import sys, pipeline.data.row_group, pipeline.data.decode;"
         "assert not {'torch', 'ray', 'mlflow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

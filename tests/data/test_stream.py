@@ -17,8 +17,10 @@ from pipeline.data.crops import CropSpec
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.reading import Reading, reading_of
-from pipeline.data.schema import ShardColumns, open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.schema import ShardColumns, open_shards
+from pipeline.data.storage import resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec, batches
+from pipeline.data.transfer import write_parquet_atomic
 from pipeline.errors import DataError
 
 IMAGES, BATCH, CHUNK = 70, 12, 2

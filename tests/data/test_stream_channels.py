@@ -23,8 +23,10 @@ from pipeline.data.crops import CropSpec, crop_boxes
 from pipeline.data.decode import REASONS
 from pipeline.data.draws import CROP_STREAM, uniforms
 from pipeline.data.reading import Reading, read_portions, reading_of
-from pipeline.data.schema import open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.schema import open_shards
+from pipeline.data.storage import resolve_uri
 from pipeline.data.stream import Chunk, MaskSpec, StreamSpec, make_chunks
+from pipeline.data.transfer import write_parquet_atomic
 from tests.data import hostile as h
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")

@@ -21,7 +21,8 @@ from pipeline.data import retry, storage, transfer
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.data.items import read_task
 from pipeline.data.retry import explain, retries, with_retries
-from pipeline.data.schema import open_shards, read_row_group
+from pipeline.data.row_group import read_row_group
+from pipeline.data.schema import open_shards
 from pipeline.data.sources import Refused, Task, list_source
 from pipeline.data.storage import resolve_uri
 from pipeline.errors import DataError, PipelineError, StorageError

@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.schema import ShardSet, open_shards, resolve_uri, write_parquet_atomic
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import write_parquet_atomic
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.pair import BackboneSpec
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pipeline import job
 from pipeline.arrangement import Machine
-from pipeline.data.schema import resolve_uri, write_parquet_atomic
+from pipeline.data.storage import resolve_uri
+from pipeline.data.transfer import write_parquet_atomic
 from pipeline.overrides import load
 from pipeline.plan import Plan, resolve
 from pipeline.stages import doctor, surroundings

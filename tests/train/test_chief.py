@@ -19,7 +19,8 @@ from pipeline.overrides import load
 from pipeline.plan import resolve
 from pipeline.train import chief as chiefs
 from pipeline.train import loop
-from pipeline.train.chief import BadTable, Chief, reasons
+from pipeline.train.bad_table import BadTable
+from pipeline.train.chief import Chief
 from pipeline.train.clock import Clock
 from pipeline.train.limits import Watch
 
@@ -186,11 +187,6 @@ def test_a_stop_says_what_is_on_disk(
     else:
         assert left["lost_steps"] == 12
         assert "checkpoint of step 22 could not be written (No space left" in left["alarm"]
-
-
-def test_reasons() -> None:
-    assert reasons({}) == ""
-    assert reasons({"empty": 1, "truncated": 1200}) == "1201 (1200 truncated, 1 empty)"
 
 
 def test_workers_are_summed_in_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""k-means on the sphere in one process, which gives the same centres on every machine.
+
+Sums are made in doubles, which are exact for vectors of half precision (`exact`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.curate.exact import Halves, nearest_numbers, unit_half
+
+ITERATIONS = 6
+Array = np.ndarray[Any, Any]
+
+
+def kmeans(vectors: Halves, cells: int, seed: Sequence[int], iterations: int) -> Halves:
+    """Centres of k-means on the sphere, seeded by D² (k-means++, Arthur and Vassilvitskii 2007).
+
+    Args:
+        vectors: [n, d] of unit length.
+        cells: at most n; fewer are returned where fewer vectors differ.
+        seed: of the draws.
+        iterations: of Lloyd.
+
+    Returns:
+        Half precision [k, d]; no two are equal.
+    """
+    centres = lloyd(vectors, _seeds(vectors, cells, seed), iterations)
+    _, first = np.unique(np.ascontiguousarray(centres).view(np.uint8), axis=0, return_index=True)
+    return centres[np.sort(first)]
+
+
+def _seeds(vectors: Halves, cells: int, seed: Sequence[int]) -> Halves:
+    """Distinct vectors, each drawn by its squared distance to those drawn before."""
+    rng = np.random.default_rng(list(seed))
+    wide = vectors.astype(np.float64)
+    norms = np.einsum("nd,nd->n", wide, wide)
+    left = np.ones(len(wide))
+    chosen: list[int] = []
+    for _ in range(min(cells, len(wide))):
+        # In the order of the rows: a sum in another order could be rounded otherwise.
+        total = np.cumsum(left)
+        if total[-1] <= 0:
+            break
+        place = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        place = min(place, len(wide) - 1)
+        while left[place] <= 0:
+            place -= 1
+        distance = norms + norms[place] - 2 * (wide @ wide[place])
+        left = np.minimum(left, distance) if chosen else distance
+        left[place] = 0.0
+        chosen.append(place)
+    return vectors[chosen]
+
+
+def lloyd(vectors: Halves, centres: Halves, iterations: int) -> Halves:
+    """Rounds of: each vector to its nearest centre, each centre to the mean direction of its own.
+
+    Centres that no vector is nearest to stay where they are.
+    """
+    return lloyd_and_nearest(vectors, centres, iterations)[0]
+
+
+def lloyd_and_nearest(
+    vectors: Halves, centres: Halves, iterations: int
+) -> tuple[Halves, Array | None]:
+    """As `lloyd`, and the centre that each vector was nearest to in the last round."""
+    before = None
+    for _ in range(iterations):
+        which = nearest_numbers(vectors, centres, 1)[:, 0]
+        if before is not None and np.array_equal(which, before):
+            break
+        centres, before = _means(vectors, which, centres), which
+    return centres, before
+
+
+def _means(vectors: Halves, which: Array, centres: Halves) -> Halves:
+    from scipy.sparse import csr_array
+
+    sums = np.zeros(centres.shape)
+    for begin in range(0, len(vectors), 32_768):
+        wide = vectors[begin : begin + 32_768].astype(np.float64)
+        mine = which[begin : begin + len(wide)]
+        order = np.argsort(mine, kind="stable")
+        cells, starts = np.unique(mine[order], return_index=True)
+        shape = (len(cells), len(wide))
+        ones = csr_array((np.ones(len(wide)), order, np.append(starts, len(wide))), shape=shape)
+        sums[cells] += ones @ wide
+    # The length is summed in the order of the columns, so that no machine rounds it otherwise.
+    length = np.sqrt(np.add.accumulate(sums * sums, axis=1)[:, -1:])
+    moved = length[:, 0] > 0
+    found = centres.copy()
+    found[moved] = unit_half(sums[moved] / length[moved])
+    return found
