@@ -11,7 +11,7 @@ Vectors are made: concepts of very different sizes, and 15 % planted copies at a
               k-means cell, drop what is like an earlier one; ten lines of our own) against ours
     faiss     CPU time of an exact index (Flat, 64 neighbours) over ours. Its time is that of a
               sample of queries, times the rows over the sample: an extrapolation
-    end       parquet to components through Ray: wall and CPU time, peak memory of each step
+    end       parquet to decisions through Ray: wall and CPU time, peak memory of each step
     shuffle   bytes written for the join with cells bucketed by number, over ours
     growth    exponent of our CPU time from --small-rows to --rows
 
@@ -39,9 +39,15 @@ import pyarrow as pa
 from pipeline.curate import tables
 from pipeline.curate.cell_fit import fit
 from pipeline.curate.components import find_components
+from pipeline.curate.decide import decide
 from pipeline.curate.exact import nearest_numbers, unit_half
+from pipeline.curate.file_rows import Tables
+from pipeline.curate.mix import Mix
 from pipeline.curate.pairs import find_pairs
 from pipeline.curate.placing import placed
+from pipeline.curate.removals import starts_of
+from pipeline.curate.sources import Sources
+from pipeline.curate.work import Task, run_step
 from pipeline.data.schema import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")
@@ -108,8 +114,8 @@ class Pool:
             own = {"row": row, "image_id": tables.id_array(ids[some])}
             embedded = own | {"vector": tables.list_array(x[some])}
             tables.write_table(pa.table(embedded), str(self.folder / "embedded"), files[-1].name)
-            facts = own | {name: np.ones(len(row), np.int64) for name in ("bytes", "width")}
-            facts["height"] = facts["width"]
+            facts = own | dict.fromkeys(("bytes", "width", "height"), np.ones(len(row), np.int64))
+            facts |= dict.fromkeys(("error", "source"), pa.array([""] * len(row)))
             tables.write_table(pa.table(facts), str(self.folder / "facts"), files[-1].name)
         self.inputs = tables.Inputs(tuple(files), "benchmark")
         names = tuple(file.name for file in files)
@@ -123,7 +129,7 @@ class Pool:
         return np.load(self.folder / "x.npy", mmap_mode="r")
 
     def components(self) -> Array:
-        """The component of each row: its keeper's row, or its own. Run once."""
+        """The component of each row: its keeper's row, or its own. Run once, with the decisions."""
         if not self.steps:
             begin = time.perf_counter()
             found = find_pairs(
@@ -142,8 +148,22 @@ class Pool:
                 guard=0.1,
                 chains="keep",
             )
+            files = self.inputs.files
+            seen = Tables(str(self.folder / "facts"), components=self.found.folder)
+            given = (starts_of(self.inputs), seen, Sources("pool"), Mix())
+            decisions = run_step(
+                self.folder / "run",
+                "decisions",
+                [steps[-1].key],
+                [Task(file.name, (file, *given)) for file in files],
+                decide,
+            )
             self.wall_s = time.perf_counter() - begin
-            self.steps = (*found.steps, *steps)
+            self.steps = (*found.steps, *steps, decisions)
+            kept = int(decisions.total("kept"))
+            print(
+                f"decided     {self.rows:,} = {kept:,} kept + {self.rows - kept:,} duplicate_near"
+            )
         keeper = np.arange(self.rows)
         for name in self.vectors.names:
             table = tables.read_table(self.found.folder, name, ["row", "keeper"])
@@ -218,7 +238,7 @@ def end(pool: Pool) -> None:
     recall = pool.recall()
     print(
         f"end to end  {pool.rows:,} x {pool.vectors.dim}, {pool.probes} probes, parquet to "
-        f"components through Ray: {pool.wall_s:.0f} s wall (180 wanted on two idle cores), "
+        f"decisions through Ray: {pool.wall_s:.0f} s wall (180 wanted on two idle cores), "
         f"{pool.cpu_s:.0f} CPU-s, recall {recall:.4f}, load {os.getloadavg()[0]:.1f}"
     )
     for step in pool.steps:
