@@ -172,7 +172,6 @@ def test_stopped_by_ray_and_submitted_again(place: Place) -> None:
         "job-stop",
         lost_steps=0,
         recovery_s=gone_on - asked,
-        repeated=0,
         metrics_lost=STEPS - len(trained),
         note="ray job stop, submitted again at once; from the stop to the resumed worker",
     )
