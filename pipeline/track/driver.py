@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, LocalServer, links
+from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, LocalServer
 from pipeline.track.journal import FILE_NAME, Journal
 from pipeline.track.names import TAG_LIMIT, cut
 from pipeline.track.sender import Sender
@@ -63,14 +63,6 @@ class Pipeline:
     def ids(self) -> dict[str, str]:
         """MLflow run ids by stage, as far as the server has given them."""
         return dict(self._sender.known.runs) if self._sender else {}
-
-    def links(self) -> list[str]:
-        """The console lines of this pipeline; they are logged when its run is made."""
-        if not self._sender:
-            return [f"tracking   {self.settings.run_folder}/{FILE_NAME} (no MLflow)"]
-        known = self._sender.known
-        run = known.runs.get(PIPELINE, "")
-        return links(known.uri, self.settings.experiment, known.experiment_id, run)
 
     def open(
         self, run: str, title: str, tags: Mapping[str, Any] | None = None, parent: str = ""

@@ -125,19 +125,6 @@ def stop(folder: Path, timeout: float = 10.0) -> bool:
     return True
 
 
-def wait_healthy(folder: Path, timeout: float = 120.0) -> str | None:
-    """Waits for the server of this folder and returns its address, or None."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        server = running(folder.absolute())
-        if server is None:
-            return None
-        if healthy(server.uri):
-            return server.uri
-        time.sleep(0.3)
-    return None
-
-
 def _free_port(first: int) -> int:
     for port in range(first, first + 100):
         with socket.socket() as probe:

@@ -26,6 +26,7 @@ from pipeline.track.journal import read_steps
 from tests.cluster.figures import record
 from tests.cluster.nodes import RAY, ROOT, Cluster, cluster, free_port, token, wait_for
 from tests.cluster.submit import Job
+from tests.mlflow_server import answering
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = 600
@@ -119,8 +120,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             for path in sorted(kind.glob("tile_*"))[:40]:
                 path.rename(target / path.name)
         (folder / "small.yaml").write_text(RECIPE)
-        address = server.wait_healthy(folder / "mlflow", 180)
-        assert address
+        address = answering(folder / "mlflow", 180)
         with cluster(env=token() | {"MLFLOW_TRACKING_URI": address}) as head:
             head.head(cpus=3)
             yield Place(head, folder, address)

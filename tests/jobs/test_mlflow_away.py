@@ -21,6 +21,7 @@ from pipeline.track.journal import read_steps
 from tests.cluster.figures import record
 from tests.cluster.nodes import free_port
 from tests.jobs.conftest import ROOT, runner
+from tests.mlflow_server import answering
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 300
@@ -37,7 +38,7 @@ class Mlflow:
     def start(self) -> None:
         info = server.start(self.folder, self.port)
         assert info.port == self.port
-        assert server.wait_healthy(self.folder, 240) == self.uri
+        assert answering(self.folder, 240) == self.uri
 
     def kill(self) -> None:
         info = server.running(self.folder)

@@ -59,9 +59,13 @@ def test_the_pid_of_another_process_is_not_taken_for_the_server(tmp_path: Path) 
 
 
 def test_a_job_finds_the_server_and_reports_to_it(
-    tmp_path: Path, mlflow_server: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    mlflow_server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    caplog.set_level("INFO", "pipeline")
     settings = TrackSettings(
         run_folder=str(tmp_path / "run"),
         stage="",
@@ -73,8 +77,8 @@ def test_a_job_finds_the_server_and_reports_to_it(
         worker = pipeline.worker_settings("pack")
     assert worker.uri == "local"
     assert mlflow_server.points(pipeline.ids["pack"], "data/images") == [(0, 3.0)]
-    lines = pipeline.links()
-    assert lines[1].endswith(f"/runs/{pipeline.ids['pipeline']}?workflowType=machine_learning")
+    link = f"/runs/{pipeline.ids['pipeline']}?workflowType=machine_learning"
+    assert sum(line.endswith(link) for line in caplog.messages) == 1
 
 
 def test_where_to_send(
