@@ -19,7 +19,7 @@ import shutil
 import socket
 import tempfile
 import time
-import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,12 +36,8 @@ from pipeline.train.remote_state import Entry
 from pipeline.uri import Place, is_uri, join, parent, public
 
 log = logging.getLogger("pipeline.train")
-VERSION = 3
-# what torch raises for bytes that are not a checkpoint, or not one without code in it
-DAMAGE = (
-    *(RuntimeError, ValueError, KeyError, EOFError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
+VERSION = 4
+PART = 2**24  # bytes that a sum is taken of at once
 SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
 
 
@@ -76,27 +72,26 @@ class Saved:
     def _opened(self, mmap: bool = False) -> Iterator[dict[str, Any]]:
         with local_copy(join(self.path, "state.pt")) as file:
             try:
-                _check_sums(Path(file))
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            except DAMAGE as error:
+                # `torch.load` compares no checksums: it would take any bytes for weights.
+                if (found := crc32(Path(file))) != (wanted := self.meta["crc32"]):
+                    raise ValueError(f"its checksum is {found:08x} and was {wanted:08x}")
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            except (ValueError, pickle.UnpicklingError) as error:
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DamagedError(
                     f"checkpoint {public(self.path)} is damaged ({why})",
                     "put it back from a copy, or remove it and use an earlier one",
                 ) from error
-            yield found
+            yield state
 
 
-def _check_sums(file: Path) -> None:
-    """Reads the file once: `torch.load` itself compares no checksums and would take any bytes.
-
-    Raises:
-        ValueError: a record has not the checksum that it was written with.
-        zipfile.BadZipFile: the directory of the records is damaged.
-    """
-    with zipfile.ZipFile(file) as records:
-        if name := records.testzip():
-            raise ValueError(f"{name} has not the checksum that it was written with")
+def crc32(file: Path) -> int:
+    """The checksum of a whole file, which `meta.json` has beside its length."""
+    found = 0
+    with file.open("rb") as opened:
+        while part := opened.read(PART):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
@@ -106,7 +101,7 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
         folder: the run's `checkpoints` folder.
         step: steps done.
         state: nested dicts of tensors and numbers.
-        meta: JSON values; `step`, `version` and `bytes` are added.
+        meta: JSON values; `step`, `version`, `bytes` and `crc32` are added.
 
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
@@ -115,7 +110,7 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     meta = {**meta, "step": step, "version": VERSION}
     if is_uri(folder):
         with tempfile.TemporaryDirectory(prefix="raydino-") as here:
-            meta["bytes"] = _write(Path(here) / "state.pt", state)
+            meta |= _write(Path(here) / "state.pt", state)
             remote_state.save(str(folder), name, Path(here) / "state.pt", meta)
         return Saved(join(folder, name), meta)
     folder = Path(folder)
@@ -125,7 +120,7 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        meta["bytes"] = _write(temporary / "state.pt", state)
+        meta |= _write(temporary / "state.pt", state)
         with (temporary / "meta.json").open("w") as text:
             json.dump(meta, text, indent=1)
             text.flush()
@@ -141,8 +136,8 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     return Saved(final, meta)
 
 
-def _write(path: Path, state: dict[str, Any]) -> int:
-    """Writes and flushes the tensors; gives the file's bytes."""
+def _write(path: Path, state: dict[str, Any]) -> dict[str, int]:
+    """Writes and flushes the tensors; gives the file's length and checksum."""
     with path.open("wb") as file:
         try:
             torch.save(state, file)
@@ -150,7 +145,7 @@ def _write(path: Path, state: dict[str, Any]) -> int:
             raise OSError(str(error).splitlines()[0]) from error
         file.flush()
         os.fsync(file.fileno())
-    return path.stat().st_size
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
 def checkpoints(folder: Place) -> list[Saved]:
@@ -216,8 +211,8 @@ def latest(folder: Place) -> Saved | None:
 def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
     """The newest checkpoint whose tensors can be read, with them; (None, {}) without one.
 
-    A file of the right length may still be damaged (a disk that lost its power); the checksums in
-    it tell. Then the one before is used, and that is said.
+    A file of the right length may still be damaged (a disk that lost its power); its checksum
+    tells. Then the one before is used, and that is said.
 
     Raises:
         OSError: a file could not be read; another try may help.
