@@ -47,6 +47,7 @@ from pipeline.curate.pairs import find_pairs
 from pipeline.curate.placing import placed
 from pipeline.curate.removals import starts_of
 from pipeline.curate.sources import Sources
+from pipeline.curate.tally import Tally
 from pipeline.curate.work import Task, run_step
 from pipeline.data.schema import ShardColumns, ShardFile
 
@@ -160,10 +161,9 @@ class Pool:
             )
             self.wall_s = time.perf_counter() - begin
             self.steps = (*found.steps, *steps, decisions)
-            kept = int(decisions.total("kept"))
-            print(
-                f"decided     {self.rows:,} = {kept:,} kept + {self.rows - kept:,} duplicate_near"
-            )
+            reasons = Tally.of(self.inputs, decisions.accounts).reasons["pool"]
+            counts = " + ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+            print(f"decided     {self.rows:,} = {counts}")
         keeper = np.arange(self.rows)
         for name in self.vectors.names:
             table = tables.read_table(self.found.folder, name, ["row", "keeper"])
@@ -172,7 +172,7 @@ class Pool:
 
     @property
     def cpu_s(self) -> float:
-        """Of all tasks of `components`."""
+        """Of all tasks, from parquet to decisions."""
         return float(sum(step.cpu_s for step in self.steps))
 
     def recall(self) -> float:

@@ -10,17 +10,24 @@ import yaml
 BATCH = 16
 STEPS = 40
 SECTIONS: dict[str, dict[str, Any]] = {
-    "data": {"max_bad_fraction": 0.2, "shuffle_images": 32, "row_group_images": 16},
+    "data": {"shuffle_images": 32, "row_group_images": 16},
     "augment": {"global_size": 16, "local_size": 8, "local_crops": 2},
     "model": {
-        **{"width": 32, "depth": 2, "heads": 2, "patch_size": 4},
-        **{"registers": 1, "drop_path": 0.1},
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "patch_size": 4,
+        "registers": 1,
+        "drop_path": 0.1,
     },
     "head": {"prototypes": 64, "bottleneck": 16, "hidden": 32},
     "optim": {"steps": STEPS, "global_batch_size": BATCH},
     "train": {
-        **{"workers": 2, "log_every": 1, "save_every": 5, "eval_every": 20},
-        **{"precision": "float32"},
+        "workers": 2,
+        "log_every": 1,
+        "save_every": 5,
+        "eval_every": 20,
+        "precision": "float32",
     },
     "evaluate": {"batch_size": 32},
     "track": {"enabled": False},

@@ -1,4 +1,6 @@
-"""k-means on the sphere in one process, which gives the same centres on every machine.
+"""k-means for cells: on the sphere, in one process, with the same centres on every machine.
+
+Cells only find pairs, from a sample; the clusters that images are chosen by are in `kmeans`.
 
 Sums are made in doubles, which are exact for vectors of half precision (`exact`).
 """

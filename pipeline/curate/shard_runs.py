@@ -15,16 +15,12 @@ from pipeline.curate.shard_form import Form
 from pipeline.curate.shard_rows import decided, formed, opened
 from pipeline.curate.tables import InputFile, Inputs, read_table
 from pipeline.curate.work import Account, Result, Task, run_step
+from pipeline.data.merge import shard_of
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import parquet_writer_atomic
 from pipeline.uri import Place, join
 
 RUN_BYTES = 256 * 2**20  # of images that are sorted at once
-
-
-def shard_of(image_id: str, count: int) -> int:
-    """The shard that an id belongs to."""
-    return int(image_id, 16) * count >> 128
 
 
 def sort_files(

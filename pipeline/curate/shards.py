@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.curate.shard_form import form_of
-from pipeline.curate.shard_runs import shard_of, sort_files
+from pipeline.curate.shard_runs import sort_files
 from pipeline.curate.shard_write import EARLIER, Piece, write_shard
 from pipeline.curate.tables import AS_IS, InputFile, Inputs
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.data.columns import MANIFEST
 from pipeline.data.ledger import write_manifest
+from pipeline.data.merge import shard_of
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import exists, list_files, resolve_uri
 from pipeline.data.transfer import read_json, write_bytes_atomic

@@ -47,6 +47,11 @@ def id_range(index: int, shards: int) -> tuple[str, str]:
     return f"{low:032x}", f"{high:032x}" if index + 1 < shards else "g"
 
 
+def shard_of(image_id: str, shards: int) -> int:
+    """The shard that an id belongs to: the inverse of `id_range`."""
+    return int(image_id, 16) * shards >> 128
+
+
 def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     """Write shard `index` and return (and store, last) its account; no rows, no file."""
     before = retries()

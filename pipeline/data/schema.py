@@ -1,6 +1,6 @@
 """Open image shards: packed by this project, or parquet files as a hub stores them.
 
-What a shard is stands in `columns`; `row_group` reads one.
+What a shard is stands in `columns`; `row_group` reads a row group of one.
 """
 
 from __future__ import annotations

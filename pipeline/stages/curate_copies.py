@@ -13,7 +13,7 @@ from pipeline.curate.calibrate import calibrate
 from pipeline.curate.components import find_components
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
-from pipeline.curate.leaking import best_leaks, leaks_of
+from pipeline.curate.leaking_components import best_leaks, leaks_of
 from pipeline.curate.pairs import find_pairs
 from pipeline.curate.report_copies import FAR
 from pipeline.curate.tables import POOL, Inputs, Vectors

@@ -81,6 +81,7 @@ def write_recipe(folder: Path, curate: bool = False) -> Path:
     }
     return write_tiny(
         folder / "small.yaml",
+        data={"max_bad_fraction": 0.2},  # of some files that are broken on purpose
         optim={"steps": STEPS},
         train={"save_every": 10, "eval_every": 30},
         resources={"cpus_per_worker": 1},

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.curate.decide import decide
 from pipeline.curate.file_rows import Tables
-from pipeline.curate.leaking import best_leaks, leaks_of
+from pipeline.curate.leaking_components import best_leaks, leaks_of
 from pipeline.curate.mix import Mix, draws
 from pipeline.curate.removals import ALIVE, alive, starts_of
 from pipeline.curate.sources import FEW, Sources, list_folders, sources_of
