@@ -12,23 +12,15 @@ from pipeline.curate.bucketed import raw, unraw
 from pipeline.curate.cell_fit import fit
 from pipeline.curate.collapse import without_copies
 from pipeline.curate.portions import Ids, Portion, order_by_id, read_rows
+from pipeline.curate.splitmix import GOLDEN, finalized
 from pipeline.curate.tables import ID, Vectors, id_array, ids_of, read_table, write_table
-
-Array = np.ndarray[Any, Any]
 
 
 def hash64(seed: int, ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """A number for each id, uniform in 64 bits and another one for each seed (splitmix64)."""
-
-    def mix(x: Array) -> Array:
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return np.asarray(x ^ (x >> np.uint64(31)))
-
-    start = mix(np.array([seed], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    start = finalized(np.array([seed], np.uint64) + GOLDEN)
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2).astype(np.uint64)
-    found: np.ndarray[Any, np.dtype[np.uint64]] = mix(words[:, 0] ^ mix(words[:, 1] ^ start))
-    return found
+    return finalized(words[:, 0] ^ finalized(words[:, 1] ^ start))
 
 
 def sample_task(

@@ -13,6 +13,7 @@ from pipeline.curate.items import Shuffled
 from pipeline.curate.join import best
 from pipeline.curate.portions import Ids, order_by_id, read_range
 from pipeline.curate.relative_join import relative_pairs
+from pipeline.curate.spread import write_by_file
 from pipeline.curate.tables import ID, ROW, InputFile, id_array, ids_of, read_table, write_table
 
 Array = np.ndarray[Any, Any]
@@ -112,8 +113,4 @@ def spread_matches_task(
         ids_of(table.column("image_id")),
         table.column("similarity").to_numpy(),
     )
-    row, size = found.column("row").to_numpy(), 0
-    for file in files:
-        begin, stop = np.searchsorted(row, [file.first, file.first + file.rows])
-        size += write_table(found.slice(begin, stop - begin), folder, file.name)
-    return {"rows": len(found), "bytes": size}
+    return {"rows": len(found), "bytes": write_by_file(folder, found, files)}

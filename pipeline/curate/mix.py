@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.curate.file_rows import KEPT, Bytes16, FileRows
+from pipeline.curate.splitmix import GOLDEN, finalized
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,7 @@ def leave_out(rows: FileRows, mix: Mix) -> None:
 def draws(ids: Bytes16, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A number in [0, 1) for each image, from its id and the seed alone."""
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2)
-    mixed = _scrambled(words[:, 0] ^ _scrambled(words[:, 1] ^ np.uint64(seed)))
-    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, np.float64)
-
-
-def _scrambled(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The finalizer of splitmix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        inner = finalized((words[:, 1] ^ np.uint64(seed)) + GOLDEN)
+        mixed = finalized((words[:, 0] ^ inner) + GOLDEN)
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, np.float64)

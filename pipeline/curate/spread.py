@@ -23,12 +23,16 @@ def spread(
     end = files[-1].first + files[-1].rows
     tables = list(read_range(source, names, files[0].first, end))
     table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks().sort_by("row")
-    row = table.column("row").to_numpy()
-    size = 0
+    return {"rows": len(table), "bytes": write_by_file(folder, table.cast(schema), files)}
+
+
+def write_by_file(folder: str, table: pa.Table, files: Sequence[InputFile]) -> int:
+    """Writes each file its part of a table that is ordered by `row`; gives the bytes."""
+    row, size = table.column("row").to_numpy(), 0
     for file in files:
         begin, stop = np.searchsorted(row, [file.first, file.first + file.rows])
-        size += write_table(table.slice(begin, stop - begin).cast(schema), folder, file.name)
-    return {"rows": len(row), "bytes": size}
+        size += write_table(table.slice(begin, stop - begin), folder, file.name)
+    return size
 
 
 def file_groups(files: Sequence[InputFile]) -> list[tuple[str, tuple[InputFile, ...]]]:
