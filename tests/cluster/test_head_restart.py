@@ -63,6 +63,36 @@ def test_the_head_restarts_with_fault_tolerance(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server")
+def test_the_head_restarts_with_fault_tolerance_and_takes_the_driver_along(tmp_path: Path) -> None:
+    """The driver is where `ray job submit` puts it; the nodes stay, the next submission resumes."""
+    env = token() | notes.environment(tmp_path)
+    with hosts(3) as (one, two, three), redis(str(one.net.subnet[1]), tmp_path) as server:
+        kept = {"RAY_REDIS_ADDRESS": server}
+        with cluster(env=env) as made:
+            head = made.head(place=one, env=kept)
+            stay = [made.add("train", cpus=2, place=two), made.add("decode", cpus=1, place=three)]
+            training = Training(made, tmp_path, steps=60)
+            job = training.submit()
+            training.until_step(12, job)
+            at = time.time()
+            head.kill()
+            one.boot()
+            made.head(place=one, env=kept)
+            back = time.time() - at
+            assert job.finish() != 0
+            job = training.submit()
+            assert job.finish() == 0, job.text
+            job.until("resumed     from the checkpoint at step")
+            assert all(node.process.poll() is None for node in stay)
+            figures = training.check_and_record(
+                "head-restart-gcs-ft-driver",
+                at,
+                f"head back after {back:.0f} s, the other nodes stayed; resubmitted",
+            )
+            assert figures["lost_steps"] <= SAVE_EVERY + 10
+
+
 def test_the_head_restarts_without_fault_tolerance(tmp_path: Path) -> None:
     with cluster(env=token() | notes.environment(tmp_path)) as made:
         head = made.head()
