@@ -107,16 +107,17 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     saved = checkpoint_at(source) if source else None
     if saved is None:
         return
-    tensors, centres, own = saved.teacher(), saved.load()["objective"], objective.state_dict()
+    held, own = saved.load(), objective.state_dict()
+    tensors, centres = held["teacher"], held["objective"]
     maker = pair.target_maker
     for term in ("dino", "ibot"):
         # the head that scores this term, here and there: iBOT may have one of its own
         theirs = "ibot_head" if term == "ibot" and _part(tensors, "ibot_head") else "dino_head"
         ours = "ibot_head" if term == "ibot" and maker.ibot_head is not None else "dino_head"
-        held = _part(tensors, theirs)
+        head = _part(tensors, theirs)
         made = getattr(maker, ours).state_dict()
         if theirs == ours and all(
-            name in held and torch.equal(x.cpu(), held[name]) for name, x in made.items()
+            name in head and torch.equal(x.cpu(), head[name]) for name, x in made.items()
         ):
             own[term] = centres[term]
     objective.load_state_dict(own)

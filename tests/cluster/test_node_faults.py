@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import consumed as notes
 from tests.cluster.nodes import Cluster, cluster, token, wait_for
+from tests.cluster.small_disk import small_disk
 from tests.cluster.submit import submit
 from tests.cluster.submitted import SAVE_EVERY, Training
 
@@ -51,22 +50,6 @@ while not __import__("os").path.exists(sys.argv[3]):
     time.sleep(1)
 print("intact", ray.get(holder.intact.remote()), flush=True)
 """
-
-
-@contextmanager
-def small_disk(place: Path, mib: int) -> Iterator[Path]:
-    """A file system of its own, so that filling it harms nobody."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
-    if not sys.platform.startswith("linux") or not shutil.which("mount"):
-        pytest.skip("needs Linux, to mount a small file system")
-    made = subprocess.run(mount, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.fixture

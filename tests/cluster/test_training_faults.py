@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from tests.cluster import consumed, training
 from tests.cluster.figures import record
+from tests.cluster.small_disk import small_disk
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -96,26 +96,21 @@ def test_a_second_ctrl_c_ends_at_once(shards: Path, notes: dict[str, str], tmp_p
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 2 MiB: a checkpoint of the tiny run takes 0.6 MiB."""
-    place = tmp_path / "runs" / "fault" / "checkpoints"
-    place.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "raydino", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system, which is not given here")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+def checkpoints_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB for checkpoints, of which one of the tiny run takes 0.6 MiB."""
+    with small_disk(tmp_path / "runs" / "fault" / "checkpoints", 4) as place:
+        yield place
 
 
 def test_a_full_disk_costs_checkpoints_and_nothing_else(
-    small_disk: Path, shards: Path, notes: dict[str, str], tmp_path: Path
+    checkpoints_disk: Path, shards: Path, notes: dict[str, str], tmp_path: Path
 ) -> None:
     """ENOSPC from the kernel: training goes on, says so, and writes the next one when it can."""
     runs = tmp_path / "runs"
     job = training.start(runs, shards, notes | {"STEP_S": "0.3"})
     try:
         job.until(r"step 11/40 ")
-        filler = small_disk / "filler"
+        filler = checkpoints_disk / "filler"
         with filler.open("wb", buffering=0) as file:
             try:
                 while True:
@@ -125,7 +120,7 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
         kept = training.checkpoints(runs)
         job.until(r"checkpoint of step 15 could not be written \(.*\); going on, 1 in a row")
         assert training.checkpoints(runs) == kept  # what was there is there, and nothing half
-        assert not list(small_disk.glob(".step-*"))
+        assert not list(checkpoints_disk.glob(".step-*"))
         job.until(r"checkpoint of step 20 could not be written \(.*\); going on, 2 in a row")
         at = time.time()
         filler.unlink()
@@ -159,10 +154,10 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(
 
 
 def test_a_disk_that_stays_full_does_not_end_in_success(
-    small_disk: Path, shards: Path, tmp_path: Path
+    checkpoints_disk: Path, shards: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    (small_disk / "filler").write_bytes(bytes(4 * 2**20 - 64 * 2**10))
+    (checkpoints_disk / "filler").write_bytes(bytes(4 * 2**20 - 64 * 2**10))
     job = training.start(
         runs, shards, training.alone(), "optim.steps=6", "train.workers=1", "evaluate.queries="
     )
