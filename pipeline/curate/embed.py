@@ -31,6 +31,7 @@ from pipeline.data.decode import decode_image
 from pipeline.uri import Place
 
 VERSION = 1
+DECODED = 1024  # images of a row group that are decoded ahead, at most: groups of 10,000 exist
 
 
 def embed(
@@ -132,15 +133,18 @@ def embed_file(
             kept: list[int] = []
             waiting: list[Images] = []
             found = []
-            images = pool.map(prepared, (group.image(int(place)) for place in chosen))
-            for place, image in zip(chosen, images, strict=True):
-                if image is None:
-                    continue
-                kept.append(int(place))
-                waiting.append(image)
-                if len(waiting) == spec.batch_size:
-                    found.append(embedder.embed(waiting))
-                    waiting = []
+            for at in range(0, len(chosen), DECODED):
+                part = chosen[at : at + DECODED].tolist()
+                for place, image in zip(
+                    part, pool.map(prepared, map(group.image, part)), strict=True
+                ):
+                    if image is None:
+                        continue
+                    kept.append(place)
+                    waiting.append(image)
+                    if len(waiting) == spec.batch_size:
+                        found.append(embedder.embed(waiting))
+                        waiting = []
             found.append(embedder.embed(waiting))
             writer.write_table(_table(file.first + first, kept, group.image_ids, found, schema))
             rows += len(kept)

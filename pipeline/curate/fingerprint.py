@@ -33,7 +33,7 @@ from pipeline.data.storage import resolve_uri
 from pipeline.uri import Place
 
 STEP = "fingerprint"
-VERSION = 1  # of what is measured; another one measures again
+VERSION = 2  # of what is measured; another one measures again
 BATCH = 256  # images described at once, and rows written at once
 MEASURES = (
     "brightness_p05",
@@ -122,6 +122,7 @@ def _table(
     max_pixels: int,
     channels: int,
 ) -> pa.Table:
+    """The fingerprints of a part of a row group; `first` is the row of the part's first image."""
     found: list[Measured | None] = []
     errors: list[str] = []
     squares = np.zeros((len(part), SIDE, SIDE))
@@ -138,7 +139,7 @@ def _table(
     full, crops = describe_grey(squares)
     hashes = b"".join(m.pixel_hash if m else bytes(16) for m in found)
     columns: dict[str, Any] = {
-        "row": np.arange(first + part.start, first + part.stop),
+        "row": first + np.arange(len(part)),
         "image_id": id_array(group.image_ids[part.start : part.stop]),
         "source": sources[part.start : part.stop],
         "bytes": [len(group.encoded[row]) for row in part],

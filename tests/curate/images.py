@@ -32,11 +32,16 @@ def encoded(pixels: Any, form: str = "PNG", **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def shard(path: Path, images: Sequence[bytes], group: int = 4) -> Path:
+def shard(path: Path, images: Sequence[bytes], group: int = 4, groups: Sequence[int] = ()) -> Path:
+    """A file of row groups of `group` images, or of `groups` images each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"bytes": image, "path": f"{path.stem}/{i}.img"} for i, image in enumerate(images)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({"image": pa.array(rows, kind)}), path, row_group_size=group)
+    table = pa.table({"image": pa.array(rows, kind)})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        for size in groups or [len(rows)]:
+            writer.write_table(table.slice(0, size), row_group_size=size if groups else group)
+            table = table.slice(size)
     return path
 
 

@@ -78,6 +78,30 @@ def test_one_row_for_each_image_with_what_was_planted(tmp_path):
     assert matrix(table.column("descriptor"), 143).shape == (9, 143)
 
 
+@pytest.mark.parametrize("batch", [3, 256])
+def test_rows_are_numbered_once_whatever_the_groups_of_the_files(tmp_path, monkeypatch, batch):
+    """Groups that are larger, smaller and as large as what is described at once; several files."""
+    monkeypatch.setattr(fingerprint, "BATCH", batch)
+    files = [[8, 3, 1, 7], [2, 4]] if batch == 3 else [[300, 20], [513]]
+    tiles = np.random.default_rng(0).integers(0, 256, (sum(map(sum, files)), 16, 16, 3), np.uint8)
+    images = [encoded(tile) for tile in tiles]
+    at = 0
+    for number, groups in enumerate(files):
+        mine = images[at : at + sum(groups)]
+        shard(tmp_path / "in" / f"{number}.parquet", mine, groups=groups)
+        at += len(mine)
+    inputs = inputs_of(tmp_path / "in")
+    assert [list(file.file.row_groups) for file in inputs.files] == files
+    found = fingerprint.fingerprint(tmp_path / "out", inputs)
+    tables = [pq.read_table(f"{found.folder}/{file.name}.parquet") for file in inputs.files]
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["row"] for row in rows] == list(range(len(images)))
+    assert [row["image_id"].hex() for row in rows] == [image_id(image) for image in images]
+    shape = np.array((16, 16, 3), "<i8").tobytes()
+    hashes = [blake2b(shape + tile.tobytes(), digest_size=16).digest() for tile in tiles]
+    assert [row["pixel_hash"] for row in rows] == hashes
+
+
 def test_no_rows(tmp_path):
     inputs, result, table = fingerprinted(tmp_path, [])
     assert len(table) == 0 and result.accounts[0]["rows"] == 0
