@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import recipe
 from pipeline.config import Config
 from pipeline.errors import ConfigError
+from pipeline.recipe import Unreadable, shortened
+
+log = logging.getLogger("pipeline")
 
 
 def load(arguments: Sequence[str]) -> Config:
@@ -20,7 +24,8 @@ def load(arguments: Sequence[str]) -> Config:
     Raises:
         ConfigError: with every problem found, one a line.
     """
-    recipes = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a and "/" not in a.partition("=")[0]]
+    recipes = [a for a in arguments if a not in overrides]
     if len(recipes) > 1:
         raise ConfigError(
             f"more than one recipe: {', '.join(recipes)}",
@@ -28,16 +33,24 @@ def load(arguments: Sequence[str]) -> Config:
         )
     values: dict[str, Any] = read_recipe(recipes[0]) if recipes else {}
     problems: list[str] = []
-    for argument in arguments:
-        if "=" in argument:
-            try:
-                _assign(values, argument)
-            except ConfigError as error:
-                problems.append(error.what)
+    seen: dict[str, str] = {}
+    for argument in overrides:
+        path, _, text = argument.partition("=")
+        if seen.get(path, text) != text:
+            log.warning(
+                "%s is given twice, %s and %s: the last one counts",
+                *map(shortened, (path, seen[path], text)),
+            )
+        seen[path] = text
+        try:
+            _assign(values, path, text)
+        except ConfigError as error:
+            problems.append(error.what)
     if recipes:
         run = values.setdefault("run", {})
-        if isinstance(run, dict):
-            run["name"] = run.get("name") or Path(recipes[0]).stem
+        if isinstance(run, dict) and run.get("name", "") == "":
+            run["name"] = Path(recipes[0]).stem
+    problems += _misread(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -57,27 +70,32 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: where the file is missing, is not YAML or holds no mapping.
     """
-    file = Path(path)
-    if not file.is_file():
+    file, shown = Path(path), shortened(path, 200)
+    try:
+        content = file.read_bytes() if file.is_file() else None
+    except (OSError, ValueError) as error:  # no right to read it, a name too long, or with a NUL
+        raise ConfigError(f"the recipe {shown} cannot be read: {_reason(error)}") from None
+    if content is None:
         near = difflib.get_close_matches(
             file.name, [p.name for p in Path("configs").glob("*.yaml")]
         )
         hint = f"did you mean configs/{near[0]}?" if near else "recipes are in configs/*.yaml"
-        raise ConfigError(f"no recipe at {path} (an override is written a.b=value)", hint)
+        raise ConfigError(f"no recipe at {shown} (an override is written a.b=value)", hint)
+    text = recipe.decoded(content, shown)
     try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path} is not YAML{place}: {getattr(error, 'problem', error)}"
-        ) from None
+        values = recipe.parsed(text, _is_text)
+    except Unreadable as error:
+        place = ", line" if error.yaml else " is not YAML at line"
+        raise ConfigError(f"{shown}{place} {error.line}: {error.why}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, expected `section:` mappings")
+        raise ConfigError(f"{shown} holds a {type(values).__name__}, expected `section:` mappings")
     # a section whose fields are all commented out is an empty one
-    return {name: {} if value is None else value for name, value in values.items()}
+    return {
+        name: {} if value is None and name in _sections() else value
+        for name, value in values.items()
+    }
 
 
 def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -106,28 +124,92 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def _assign(values: dict[str, Any], argument: str) -> None:
-    path, _, text = argument.partition("=")
+def _assign(values: dict[str, Any], path: str, text: str) -> None:
     if text.lstrip().startswith("{"):
-        raise ConfigError(f"{path}: give its fields one by one, e.g. {path}.<field>=value")
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        value = text
-    if _is_text(path) and not isinstance(value, str):
-        value = text  # a folder may be called 2026 or no
+        raise ConfigError(
+            f"{shortened(path)}: give its fields one by one, e.g. {path}.<field>=value"
+        )
+    value: Any = text
+    if text and not _is_text(path):
+        try:
+            value = recipe.parsed(text, _is_text, path)
+        except Unreadable as error:
+            raise ConfigError(
+                f"{shortened(path)}: {error.why} (got {shortened(repr(text))})"
+            ) from None
     *parents, leaf = path.split(".")
     node = values
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{path}: no such field{_suggestion(path)}")
+            raise ConfigError(f"{shortened(path)}: no such field{_suggestion(path)}")
         node = child
     node[leaf] = value
 
 
+def _misread(values: dict[str, Any]) -> list[str]:
+    """Takes out values that pydantic would turn into something else, and says which.
+
+    It takes `true` for 1, and texts for numbers, with rules of its own: `1_000` is 1000.
+    """
+    problems = []
+    for path, field in field_paths():
+        section, _, name = path.rpartition(".")
+        node = values.get(section, {}) if section else values
+        if not isinstance(node, dict) or name not in node:
+            continue
+        kinds, words = _kinds(field.annotation)
+        wrong = [x for x in _leaves(node[name]) if _is_wrong(x, kinds, words)]
+        if wrong:
+            what = "number" if float in kinds else "integer"
+            what = "string" if str in kinds else what
+            choice = "".join(f", or {word!r}" for word in words)
+            problems.append(
+                f"{path}: Input should be a valid {what}{choice} (got {shortened(repr(wrong[0]))})"
+            )
+            del node[name]
+    return problems
+
+
+def _is_wrong(value: Any, kinds: set[Any], words: list[Any]) -> bool:
+    if value is None:
+        return kinds == {str}
+    if isinstance(value, bool):
+        return bool not in kinds and bool(kinds & {int, float})
+    return isinstance(value, str) and bool(kinds & {int, float}) and value not in words
+
+
+def _kinds(annotation: Any) -> tuple[set[Any], list[Any]]:
+    """The scalar types of an annotation, and the words that it names."""
+    if get_origin(annotation) is Literal:
+        return set(), list(get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if not (arguments := [a for a in get_args(annotation) if a is not Ellipsis]):
+        return {annotation}, []
+    found = [_kinds(argument) for argument in arguments]
+    return {kind for kinds, _ in found for kind in kinds}, [w for _, words in found for w in words]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [x for one in value for x in _leaves(one)] if isinstance(value, list) else [value]
+
+
 def _is_text(path: str) -> bool:
-    return any(name == path and field.annotation is str for name, field in field_paths())
+    """Whether a field holds text, or texts by name (`leaks.sets.<name>`)."""
+    kinds = {name: field.annotation for name, field in field_paths()}
+    section = path.rpartition(".")[0]
+    return kinds.get(path) is str or kinds.get(section) == dict[str, str]
+
+
+def _sections() -> set[str]:
+    return {path.rpartition(".")[0] for path, _ in field_paths()}
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _sentence(error: dict[str, Any]) -> tuple[str, str]:
@@ -147,7 +229,7 @@ def _sentence(error: dict[str, Any]) -> tuple[str, str]:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return path, message
-    return path, f"{message} (got {error['input']!r})"
+    return path, f"{message} (got {shortened(repr(error['input']))})"
 
 
 def _suggestion(path: str) -> str:
