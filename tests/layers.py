@@ -94,6 +94,7 @@ TABLE = [
     row("data.probe", ["errors", "data.reading", "data.stream", *LEAVES], others="numpy"),
     # maths: no framework, no config
     row("model.sizes"),
+    row("model.formats", "data.crops model.*", others="torch"),
     row(
         "model.weights model.foreign_weights",
         "errors files model.*",

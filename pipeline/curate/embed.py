@@ -30,7 +30,7 @@ from pipeline.data.bad_image import MAX_PIXELS, BadImage
 from pipeline.data.decode import decode_image
 from pipeline.uri import Place
 
-VERSION = 1
+VERSION = 2
 DECODED = 1024  # images of a row group that are decoded ahead, at most: groups of 10,000 exist
 
 

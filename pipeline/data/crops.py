@@ -28,6 +28,7 @@ __all__ = [
     "cut_crops",
     "decode_shrink",
     "empty_crops",
+    "evaluation_resize",
     "resize_centre_crop",
     "scale_boxes",
     "uniforms",
@@ -244,15 +245,24 @@ def cut_crops(
     return out
 
 
-def resize_centre_crop(image: Image, size: int) -> Image:
-    """Evaluation transform: shorter side to 256/224 of `size`, then the centre square.
+def evaluation_resize(size: int) -> int:
+    """Side that an image is resized to before its centre of `size` pixels is cut out.
 
-    256 and 224 are those of the reference (`eval` transforms of DINOv2). An image whose shorter
-    side is not larger than `size` is brought to `size` itself, so that a small one does not lose
-    its border.
+    256/224 of the crop, as the reference has it, with an even margin: libraries place an odd one
+    differently.
+    """
+    return size + 2 * round(size / 14)
+
+
+def resize_centre_crop(image: Image, size: int) -> Image:
+    """Evaluation transform: the whole image to a square of `evaluation_resize`, then its centre.
+
+    A square is what every image processor makes alike, whatever the image's sides. Where the longer
+    side follows from the shorter one, Hugging Face and timm cut a pixel apart at every fourth
+    length. Images that are square become what they are in the reference.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, C].
         size: side of the result in pixels.
 
     Returns:
@@ -261,11 +271,7 @@ def resize_centre_crop(image: Image, size: int) -> Image:
     height, width = image.shape[:2]
     if min(height, width) == 0:
         raise DataError(f"an image of {height} x {width} pixels has nothing to crop")
-    shorter = min(height, width)
-    target = size if shorter <= size else round(size * 256 / 224)
-    # Truncation as in torchvision's Resize, so that both give the same grid.
-    new_h = target if height <= width else int(target * height / width)
-    new_w = target if width <= height else int(target * width / height)
-    resized = _resize(image, new_h, new_w)[0].permute(1, 2, 0)
-    top, left = round((new_h - size) / 2), round((new_w - size) / 2)
-    return resized[top : top + size, left : left + size].contiguous().numpy()
+    side = evaluation_resize(size)
+    at = (side - size) // 2
+    resized = _resize(image, side, side)[0].permute(1, 2, 0)
+    return resized[at : at + size, at : at + size].contiguous().numpy()

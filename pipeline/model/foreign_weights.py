@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign
-from pipeline.model.formats import CONFIG, WEIGHTS
+from pipeline.model.formats import CONFIG, WEIGHTS, timm_transform
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import load_backbone, write_folder
@@ -36,12 +36,7 @@ def save_foreign(
         "num_features": backbone.width,
         "model_args": dict(backbone.arguments),
         "pretrained_cfg": {
-            "input_size": [spec.in_channels, spec.image_size, spec.image_size],
-            "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": 224 / 256,
-            "mean": list(mean),
-            "std": list(std),
+            **timm_transform(mean, std, spec.image_size),
             "num_classes": 0,
         },
         OURS: asdict(spec),

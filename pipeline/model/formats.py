@@ -4,11 +4,13 @@ ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from pipeline.data.crops import evaluation_resize
 from pipeline.model.block import LAYER_NORM_EPS
 from pipeline.model.pair import BackboneSpec
 
@@ -52,14 +54,15 @@ def huggingface_config(spec: BackboneSpec, dtype: torch.dtype = torch.float32) -
 def preprocessor_config(
     mean: Sequence[float], std: Sequence[float], image_size: int, in_channels: int = 3
 ) -> dict[str, Any]:
-    """`preprocessor_config.json` for `AutoImageProcessor`, as the hub's DINOv2 folders have it: the
-    shorter side to 256/224 of the crop, centre crop, the recipe's mean and deviation.
+    """`preprocessor_config.json` for `AutoImageProcessor`: the pixels of `resize_centre_crop`, the
+    recipe's mean and deviation.
     """
+    side = evaluation_resize(image_size)
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": in_channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(image_size * 256 / 224)},
+        "size": {"height": side, "width": side},
         "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},
@@ -86,7 +89,6 @@ def timm_config(
         inner = (int(int(spec.width * spec.mlp_ratio) * 2 / 3) + 7) // 8 * 8
         ratio = (2 * inner + 0.5) / spec.width
     size = "giant" if swiglu else {768: "base", 1024: "large"}.get(spec.width, "small")
-    pixels = [spec.in_channels, spec.image_size, spec.image_size]
     return {
         "architecture": f"vit_{size}_patch14_{'reg4_' if spec.registers else ''}dinov2",
         "num_classes": 0,
@@ -107,19 +109,29 @@ def timm_config(
             "num_classes": 0,
         },
         "pretrained_cfg": {
-            "input_size": pixels,
-            "test_input_size": [spec.in_channels, image_size, image_size],
-            "fixed_input_size": False,
-            "interpolation": "bicubic",
-            "crop_pct": 224 / 256,
-            "crop_mode": "center",
-            "mean": list(mean),
-            "std": list(std),
+            **timm_transform(mean, std, image_size),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
+    }
+
+
+def timm_transform(mean: Sequence[float], std: Sequence[float], image_size: int) -> dict[str, Any]:
+    """What `timm.create_transform` needs for the pixels of `resize_centre_crop`."""
+    side = evaluation_resize(image_size)
+    share = image_size / side
+    if math.floor(image_size / share) < side:  # what timm resizes to
+        share = math.nextafter(share, 0)
+    return {
+        "input_size": [len(mean), image_size, image_size],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": share,
+        "crop_mode": "squash",  # the whole image, like a `size` of height and width elsewhere
+        "mean": list(mean),
+        "std": list(std),
     }
 
 

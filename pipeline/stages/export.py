@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Augment
+from pipeline.data.crops import evaluation_resize
 from pipeline.files import fingerprint, write_json
 from pipeline.model.foreign import TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
@@ -100,7 +101,7 @@ def _write(
             "image_mean": mean,
             "image_std": std,
             "crop_size": size,
-            "resize": "shorter side to 256/224 of crop_size (to crop_size if smaller), bicubic",
+            "resize": evaluation_resize(size),  # both sides, whatever the image's, bicubic
         },
     )
     verify(backbone, folder)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.data.crops import resize_centre_crop
 from pipeline.errors import PipelineError
+from pipeline.model.formats import preprocessor_config, timm_transform
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import (
@@ -164,7 +166,8 @@ def test_the_image_processor_is_the_recipes(transformers: Any, tmp_path: Path) -
     save_huggingface(made(spec), spec, tmp_path, MEAN, STD, 224)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True)
     assert type(processor).__name__.startswith("BitImageProcessor")
-    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (256, 224)
+    assert (processor.size["height"], processor.size["width"]) == (256, 256)
+    assert processor.crop_size["height"] == 224
     grey = Image.fromarray(np.full((300, 400, 3), 51, np.uint8))
     pixels = processor(grey, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 224, 224)
@@ -178,8 +181,34 @@ def test_timm_knows_the_recipes_colours(timm: Any, tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{tmp_path}")
     found = timm.data.resolve_model_data_config(model)
     assert (tuple(found["mean"]), tuple(found["std"])) == (MEAN, STD)
-    assert tuple(found["input_size"]) == (3, 224, 224)
+    assert tuple(found["input_size"]) == (3, 280, 280)
     assert found["interpolation"] == "bicubic"
+
+
+def test_both_processors_make_the_pixels_of_our_evaluation(
+    transformers: Any, timm: Any, tmp_path: Path
+) -> None:
+    """At every size: sides that are odd, tiny, longer than wide, below the crop and just above."""
+    from PIL import Image
+
+    sizes = [(96, 131), (120, 97), (97, 97), (40, 40), (50, 70), (1, 1), (1, 300), (300, 7), (5, 6)]
+    scale, shift = 255 * torch.tensor(STD)[:, None, None], torch.tensor(MEAN)[:, None, None]
+    for crop in (7, 33, 48, 64, 98, 224):
+        config = preprocessor_config(MEAN, STD, crop)
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+        resolved = timm.data.resolve_data_config(pretrained_cfg=timm_transform(MEAN, STD, crop))
+        transform = timm.data.create_transform(**resolved)
+        for height, width in sizes:
+            rng = np.random.default_rng(height * width)
+            low = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8))
+            image = low.resize((width, height), Image.Resampling.BICUBIC)
+            ours = torch.from_numpy(resize_centre_crop(np.asarray(image), crop)).permute(2, 0, 1)
+            huggingface = processor(images=image, return_tensors="pt")["pixel_values"][0]
+            found = {"Hugging Face": huggingface, "timm": transform(image)}
+            for name, pixels in found.items():
+                off = (pixels * scale + 255 * shift - ours).abs().mean().item()
+                assert off < 0.3, f"{name}, crop {crop}, {height} x {width}: {off} of 255"
 
 
 @pytest.mark.parametrize("registers", [0, 4])
