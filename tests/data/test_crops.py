@@ -87,6 +87,71 @@ def test_boxes_have_the_distribution_of_torchvision():
         assert stats.ks_2samp(area, their_area).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("size", [(375, 500), (90, 64), (700, 1100)])
+def test_crops_equal_pillow(size):
+    image = photo(*size)
+    u = uniforms(1, 0, np.arange(16, dtype=np.uint8)[None], SPEC.draws)[0]
+    boxes, flips = crop_boxes(u, size[1], size[0], SPEC)
+    assert flips.any() and not flips.all()
+    global_crops, local_crops = cut_crops(image, boxes, flips, SPEC)
+    assert global_crops.shape == (2, 224, 224, 3) and local_crops.shape == (8, 98, 98, 3)
+    assert global_crops.flags.c_contiguous and local_crops.dtype == np.uint8
+    errors = []
+    for view, (top, left, height, width) in enumerate(boxes):
+        ours = global_crops[view] if view < 2 else local_crops[view - 2]
+        crop = Image.fromarray(image).crop((left, top, left + width, top + height))
+        theirs = crop.resize((len(ours), len(ours)), Image.Resampling.BICUBIC)
+        if flips[view]:
+            theirs = theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        errors.append(abs(ours.astype(int) - np.asarray(theirs).astype(int)).mean())
+    assert max(errors) < 0.5
+
+
+def test_crops_of_real_photos_equal_pillow(shared):
+    """200 crops of ImageNet photos, whole and upscaled boxes among them, as the reference cuts."""
+    files = sorted((shared / "data/imagenet-samples").glob("*.JPEG"))[:20]
+    means, most = [], 0
+    for number, file in enumerate(files):
+        photo_file = Image.open(file).convert("RGB")
+        image = np.asarray(photo_file)
+        ids = np.full((1, 16), number, np.uint8)
+        boxes, flips = crop_boxes(
+            uniforms(3, 0, ids, SPEC.draws)[0], photo_file.width, photo_file.height, SPEC
+        )
+        boxes[0] = 0, 0, photo_file.height, photo_file.width
+        boxes[2] = 10, 20, 60, 50
+        cut = [crop for crops in cut_crops(image, boxes, flips, SPEC) for crop in crops]
+        for ours, (top, left, height, width), flip in zip(cut, boxes, flips, strict=True):
+            crop = photo_file.crop((left, top, left + width, top + height))
+            theirs = np.asarray(crop.resize(ours.shape[:2], Image.Resampling.BICUBIC)).astype(int)
+            difference = abs(ours - (theirs[:, ::-1] if flip else theirs))
+            means.append(difference.mean())
+            most = max(most, int(difference.max()))
+    assert len(means) == 200
+    assert np.mean(means) < 0.05 and max(means) < 0.5, (np.mean(means), max(means))  # of 255
+    assert most <= 16  # found: 9, where the two round between the passes differently
+
+
+def test_read_only_tiny_and_whole_images_are_cut():
+    spec = CropSpec(global_size=28, local_size=14, local_crops=2)
+    for height, width in ((1, 1), (1, 9), (40, 40)):
+        image = photo(height, width)
+        image.flags.writeable = False
+        boxes = np.tile([0, 0, height, width], (4, 1))
+        flips = np.array([False, True, False, True])
+        global_crops, local_crops = cut_crops(image, boxes, flips, spec)
+        np.testing.assert_array_equal(global_crops[0], global_crops[1][:, ::-1])
+        np.testing.assert_array_equal(local_crops[0], local_crops[1][:, ::-1])
+
+
+def test_no_local_crops():
+    spec = CropSpec(global_size=28, local_crops=0)
+    u = uniforms(0, 0, np.zeros((1, 16), np.uint8), spec.draws)[0]
+    boxes, flips = crop_boxes(u, 60, 50, spec)
+    global_crops, local_crops = cut_crops(photo(50, 60), boxes, flips, spec)
+    assert global_crops.shape == (2, 28, 28, 3) and local_crops.shape == (0, 98, 98, 3)
+
+
 def test_evaluation_transform_equals_torchvision_on_pillow():
     transforms = pytest.importorskip("torchvision.transforms")
     # a multiple of 14 (256/224 of it is whole), others, and odd ones: the margin is always even
