@@ -21,7 +21,7 @@ LEAVES = [
     "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
     "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows",
 ]  # fmt: skip
-PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger"]
+PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger", "data.claim"]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
 
 
@@ -159,6 +159,7 @@ TABLE = [
             "curate.*",
             "data.merge",
             "data.ledger",
+            "data.claim",
             "data.sources",
             *LEAVES,
         ],

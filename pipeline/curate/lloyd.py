@@ -8,6 +8,7 @@ goes on with what is missing. When it ends, one file of centroids is left.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,14 +35,16 @@ from pipeline.curate.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.work import Result, Task, run_step
+from pipeline.curate.work import Result, Task, remove_steps, run_step
 from pipeline.data.storage import resolve_uri, with_retries
-from pipeline.data.transfer import read_json, write_bytes_atomic
+from pipeline.data.transfer import read_mark, write_bytes_atomic
 from pipeline.errors import PipelineError
 from pipeline.files import fingerprint
 from pipeline.uri import Place, join
 
 Array = np.ndarray[Any, Any]
+
+_FIT = re.compile(r"fit-[0-9a-f]{16}")
 
 LOCAL_WORK = 2**35  # products of an iteration times width that one task does in about a second
 LOCAL_BYTES = 2**28  # of vectors that one task holds
@@ -137,8 +140,8 @@ def fit(
     key = fingerprint(settings)
     folder = str(join(root, *name.split("/"), f"fit-{key}"))
     fs, path = resolve_uri(folder)
-    known = read_json(fs, f"{path}/fit.json")
-    if known is None:
+    known = read_mark(fs, f"{path}/fit.json")
+    if not known:
         known = _fit(root, name, folder, rows, clusters, seed, iterations, key, resources)
         _tidy(root, name, folder)
     return Fitted(
@@ -158,10 +161,10 @@ def _tidy(root: Place, name: str, folder: str) -> None:
     fs, path = resolve_uri(folder)
     above = pafs.FileSelector(path.rpartition("/")[0])
     for info in with_retries(f"listing {above.base_dir}", lambda: fs.get_file_info(above)):
-        stale = info.base_name.startswith("fit-") and info.path != path
+        stale = bool(_FIT.fullmatch(info.base_name)) and info.path != path
         stale |= info.base_name in ("seeds", "means", "local")
         if stale and info.type == pafs.FileType.Directory:
-            fs.delete_dir(info.path)
+            remove_steps(fs, info.path)
 
 
 def _fit(

@@ -17,18 +17,20 @@ from pipeline.curate.shard_form import form_of
 from pipeline.curate.shard_runs import sort_files
 from pipeline.curate.shard_write import EARLIER, Piece, write_shard
 from pipeline.curate.tables import AS_IS, InputFile, Inputs
-from pipeline.curate.work import Result, Task, run_step
+from pipeline.curate.work import Result, Task, empty_step, run_step, step_files, step_key
+from pipeline.data.claim import Held, Owner, claimed
 from pipeline.data.columns import MANIFEST
-from pipeline.data.ledger import write_manifest
+from pipeline.data.ledger import replaceable, unfinished, write_manifest
 from pipeline.data.merge import shard_of
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import exists, list_files, resolve_uri
-from pipeline.data.transfer import read_json, write_bytes_atomic
-from pipeline.errors import DataError
+from pipeline.data.transfer import read_mark, write_bytes_atomic
+from pipeline.errors import DataError, StorageError
 from pipeline.files import fingerprint
-from pipeline.uri import Place, parent, public
+from pipeline.uri import Place, join, parent, public
 
 MARK = "curated from "  # begins the `source` of a manifest
+MADE = "curated.json"  # in the folder of the curation: which shards it has made last
 
 
 def write_curated(
@@ -80,7 +82,8 @@ def write_curated(
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
     if (found := _finished(work, shards, key)) is not None:
         return found, [], kept + (earlier.rows if earlier else 0) - found.rows
-    _claim(shards)
+    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
+    source = MARK + ", ".join(public(s.uri) for _, s in every)
     results = []
     pieces: list[list[Piece]] = [[] for _ in range(count)]
     runs = sort_files(work, inputs, decisions, fingerprints, form, count, key)
@@ -107,22 +110,26 @@ def write_curated(
         Task(f"{index:05d}", (index, count, tuple(mine), *rest))
         for index, mine in enumerate(pieces)
     ]
-    written = run_step(folder, name, key, tasks, write_shard)
-    results.append(written)
-    again = int(written.total("again"))
-    wanted = kept + (earlier.rows if earlier else 0) - again
-    if written.total("rows") != wanted:
-        raise RuntimeError(f"{wanted} images are kept, {written.total('rows')} are in the shards")
-    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
-    source = MARK + ", ".join(public(s.uri) for _, s in every)
-    write_manifest(str(shards), source, form.class_names, written.accounts)
-    found = open_shards(str(shards))
+    owner = Owner(source, public(work))
+    with claimed(str(shards), owner, lambda: unfinished(str(shards))) as held:
+        _make_ready(held, work, source, key, step_key(name, key, tasks))
+        written = run_step(folder, name, key, tasks, write_shard)
+        results.append(written)
+        again = int(written.total("again"))
+        wanted = kept + (earlier.rows if earlier else 0) - again
+        if written.total("rows") != wanted:
+            raise RuntimeError(
+                f"{wanted} images are kept, {written.total('rows')} are in the shards"
+            )
+        held.check()
+        write_manifest(str(shards), source, form.class_names, written.accounts)
+        found = open_shards(str(shards))
     fs, path = resolve_uri(str(work))
-    content = json.dumps({"key": key, "digest": found.digest}).encode()
-    write_bytes_atomic(content, fs, f"{path}/curated.json")
+    about_it = {"key": key, "digest": found.digest, "shards": public(shards)}
+    content = json.dumps(about_it).encode()
+    write_bytes_atomic(content, fs, f"{path}/{MADE}")
     if runs:  # as large as the images
-        fs, path = resolve_uri(runs.folder)
-        fs.delete_dir(path)
+        empty_step(runs.folder, step_files(runs.folder))
     return found, results, again
 
 
@@ -145,36 +152,53 @@ def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
 
 def _finished(work: Place, shards: Place, key: str) -> ShardSet | None:
     """The shards of the same curation, if they are all there."""
-    fs, path = resolve_uri(str(work))
-    mark = read_json(fs, f"{path}/curated.json")
-    if mark is None or mark["key"] != key:
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    if mark.get("key") != key:
         return None
     try:
         found = open_shards(str(shards))
+    except StorageError:
+        raise
     except DataError:
-        folder_fs, folder = resolve_uri(str(shards))
-        if exists(folder_fs, f"{folder}/_key.json"):
-            folder_fs.delete_file(
-                f"{folder}/_key.json"
-            )  # its accounts speak of files that are gone
         return None
-    return found if found.digest == mark["digest"] else None
+    return found if found.digest == mark.get("digest") else None
 
 
-def _claim(shards: Place) -> None:
-    """Refuses a folder with files of others; takes the manifest away before anything changes."""
-    fs, path = resolve_uri(str(shards))
-    if not exists(fs, path):
-        return
-    manifest = read_json(fs, f"{path}/{MANIFEST}")
-    ours = exists(fs, f"{path}/_key.json") and (
-        manifest is None or str(manifest.get("source", "")).startswith(MARK)
+def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> None:
+    """Takes away older shards that may be replaced; what was begun under the same key stays.
+
+    Args:
+        held: the folder of the shards.
+        work: folder of the curation.
+        source: for the manifest.
+        key: of the curation.
+        step: key of the step that writes the shards.
+
+    Raises:
+        DataError: the folder holds files of others, or what another curation made of other sets.
+    """
+    fs, folder = held.fs, held.folder
+    about, mark = (
+        read_mark(fs, f"{folder}/{MANIFEST}"),
+        read_mark(*resolve_uri(str(join(work, MADE)))),
     )
-    ours = ours or (manifest is not None and str(manifest.get("source", "")).startswith(MARK))
-    if not ours and list_files(fs, path):
+    made_here = mark.get("shards") == public(held.uri)
+    if about:
+        made_here = made_here and mark.get("digest") == about.get("digest")
+    there = [
+        i.base_name for i in list_files(fs, folder, recursive=False) if i.base_name[0] not in "._"
+    ]
+    theirs = str(about.get("source", MARK))
+    if not theirs.startswith(MARK) or (
+        there and not about and not unfinished(held.uri) and not exists(fs, f"{folder}/_key.json")
+    ):
         raise DataError(
-            f"{public(shards)} holds something that no curation wrote",
+            f"{public(held.uri)} holds something that no curation wrote",
             "choose another curate.shards, or delete that folder first",
         )
-    if manifest is not None:
-        fs.delete_file(f"{path}/{MANIFEST}")
+    old = replaceable(held, theirs if made_here and about else source, own=made_here)
+    held.begun = True
+    begun = read_mark(fs, f"{folder}/_key.json").get("key") == step
+    if begun and (held.inherited or mark.get("key") != key):
+        return
+    empty_step(str(held.uri), old)

@@ -8,16 +8,22 @@ long as its key, which is made of its settings and of the keys of what it reads,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from pipeline.data.storage import file_info, list_files, resolve_uri
-from pipeline.data.transfer import read_json, write_bytes_atomic
+from pyarrow import fs as pafs
+
+from pipeline.data.storage import delete_file, file_info, list_files, resolve_uri
+from pipeline.data.transfer import read_mark, write_bytes_atomic
 from pipeline.errors import DataError, PipelineError
 from pipeline.files import fingerprint
 from pipeline.uri import Place, join
@@ -27,6 +33,10 @@ log = logging.getLogger("pipeline.curate")
 SAID_EVERY_S = 20.0
 RETRIES = 3  # of a task whose worker was killed; errors of the task itself are not tried again
 AHEAD = 2  # tasks that wait for each CPU, so that none is idle and few are lost
+
+# What tasks write, in the folder of their step
+_TABLE = re.compile(r"((rows|vectors|queries)/)?(b\d{4}/)?[\w-]+\.parquet")
+_WRITTEN = re.compile(r"([\w-]+/)*((_key|_accounts|fit)\.json|_tasks/[\w-]+\.json|[\w-]+\.parquet)")
 
 Account = dict[str, Any]
 
@@ -103,7 +113,7 @@ def run_step(
     """
     begin = time.monotonic()
     folder = str(join(root, *step.split("/")))
-    key = fingerprint([step, settings, [task.name for task in tasks]])
+    key = step_key(step, settings, tasks)
     done = _accounts(folder, key)
     missing = [task for task in tasks if task.name not in done]
     if done and missing:
@@ -131,19 +141,58 @@ def run_step(
 def _accounts(folder: str, key: str) -> dict[str, Account]:
     """Accounts of finished tasks by name. A folder that was filled under another key is emptied."""
     fs, path = resolve_uri(folder)
-    marked = read_json(fs, f"{path}/_key.json")
-    if marked != {"key": key}:
-        if marked is not None:
-            fs.delete_dir_contents(path)
+    there = file_info(fs, f"{path}/_key.json").is_file
+    if read_mark(fs, f"{path}/_key.json") != {"key": key}:
+        if there:
+            empty_step(folder, step_files(folder))
         _write(folder, "_key.json", {"key": key})
         return {}
-    whole = read_json(fs, f"{path}/_accounts.json")
-    if whole is not None and whole["key"] == key:
+    whole = read_mark(fs, f"{path}/_accounts.json")
+    if whole.get("key") == key and isinstance(whole.get("accounts"), dict):
         return dict(whole["accounts"])
     infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
-    found = (read_json(fs, info.path) for info in infos if info.extension == "json")
+    found = (read_mark(fs, info.path) for info in infos if info.extension == "json")
     # A task of a driver that was killed may still end, under the key that its step had then.
-    return {account["_name"]: account for account in found if account["_key"] == key}
+    return {account["_name"]: account for account in found if account.get("_key") == key}
+
+
+def step_key(step: str, settings: Any, tasks: Sequence[Task]) -> str:
+    """Of a step's name, settings and tasks: equal keys give equal files."""
+    return fingerprint([step, settings, [task.name for task in tasks]])
+
+
+def step_files(folder: str) -> list[str]:
+    """The tables that a step has written to its folder, by their names: files of others, and steps
+    with folders inside this one, are not in it.
+    """
+    fs, path = resolve_uri(folder)
+    found = [str(info.path) for info in list_files(fs, path)]
+    return [name for name in found if _TABLE.fullmatch(name[len(path) :].lstrip("/"))]
+
+
+def empty_step(folder: str, files: Sequence[str]) -> None:
+    """Takes away a step's accounts and some of its files; what others have put there stays."""
+    fs, path = resolve_uri(folder)
+    for name in (f"{path}/_key.json", f"{path}/_accounts.json", *files):
+        delete_file(fs, name)
+    for info in list_files(fs, f"{path}/_tasks", recursive=False):
+        if info.extension == "json":
+            delete_file(fs, info.path)
+    if isinstance(fs, pafs.LocalFileSystem):
+        for place in sorted({f"{path}/_tasks", path, *(f.rpartition("/")[0] for f in files)}):
+            with contextlib.suppress(OSError):  # not empty
+                Path(place).rmdir()
+
+
+def remove_steps(fs: pafs.FileSystem, path: str) -> None:
+    """Takes away folders of steps, by the names of the files in them; files of others stay."""
+    for info in list_files(fs, path):
+        if _WRITTEN.fullmatch(info.path[len(path) :].lstrip("/")):
+            delete_file(fs, info.path)
+    if isinstance(fs, pafs.LocalFileSystem):
+        for place, _, _ in os.walk(path, topdown=False):
+            with contextlib.suppress(OSError):  # not empty
+                Path(place).rmdir()
 
 
 def _is_folder(fs: Any, path: str) -> bool:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.data.claim import Held
 from pipeline.data.columns import BAD_IMAGE_SCHEMA, MANIFEST, SCHEMA_VERSION, is_ours
 from pipeline.data.merge import ROW_GROUP_BYTES, shard_name
 from pipeline.data.runs import PackSpec
@@ -33,17 +34,21 @@ from pipeline.data.storage import (
     make_folder,
     public_uri,
     resolve_uri,
-    with_retries,
 )
 from pipeline.data.transfer import (
     open_patiently,
     read_json,
+    read_mark,
     write_bytes_atomic,
     write_parquet_atomic,
 )
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
+_INTERMEDIATE = re.compile(
+    r"(task-\d{6,}\.json|task-\d{6,}-\d{4,}\.(bin|parquet)|shard-\d{6,}\.json)"
+    r"|\.(task|shard)-[\d-]+\.(json|bin|parquet)\.[0-9a-f]{8}\.tmp"
+)
 _LEFTOVER = re.compile(r"\.(part-\d{5,}\.parquet|_manifest\.json)\.[0-9a-f]{8}\.tmp")
 
 
@@ -102,81 +107,125 @@ def _write_json(value: Any, fs: pafs.FileSystem, path: str) -> None:
 def finished(work: str, key: str, shards: str) -> PackReport | None:
     """The report of the same pack, if it was finished and its shards are still there."""
     fs, folder = resolve_uri(work)
-    stored = read_json(fs, f"{folder}/report.json")
-    if stored is None or stored["key"] != key:
+    stored = read_mark(fs, f"{folder}/report.json")
+    if stored.get("key") != key:
         return None
     try:
-        if open_shards(shards).digest != stored["report"]["digest"]:
-            return None
-    except DataError:
+        report = stored["report"]
+        found = PackReport(**{**report, "class_names": tuple(report["class_names"])})
+        return found if open_shards(shards).digest == found.digest else None
+    except StorageError:
+        raise
+    except (DataError, KeyError, TypeError):  # shards or report are not what was written
         return None
-    report = stored["report"]
-    return PackReport(**{**report, "class_names": tuple(report["class_names"])})
 
 
-def start(work: str, key: str, shards: str, source: str) -> None:
+def unfinished(shards: str) -> bool:
+    """Whether a folder has shards and no manifest."""
+    fs, folder = resolve_uri(shards)
+    names = {info.base_name for info in list_files(fs, folder, recursive=False)}
+    return MANIFEST not in names and any(map(_PART.fullmatch, names))
+
+
+def start(work: str, key: str, source: str, held: Held) -> list[str]:
     """Make the folders ready: kept where the same pack is under way, emptied of ours otherwise.
+
+    Returns:
+        Shards that are there, of which `drop` takes away those that are not written again.
 
     Raises:
         DataError: the output folder holds shards of another source, or parquet files of others.
     """
     fs, folder = resolve_uri(work)
-    plan = read_json(fs, f"{folder}/plan.json")
-    if plan == {"key": key}:
-        return
-    _claim(shards, source)
+    goes_on = read_mark(fs, f"{folder}/plan.json").get("key") == key
+    finished_before = read_mark(fs, f"{folder}/report.json").get("key") == key
+    old = replaceable(held, public_uri(source), own=goes_on or finished_before)
+    held.begun = True
+    if goes_on:
+        return old
+    for path in old:
+        delete_file(held.fs, path)
     _clean(fs, folder)
     for name in ("runs", "shards"):
         make_folder(fs, f"{folder}/{name}")
     _write_json({"key": key}, fs, f"{folder}/plan.json")
+    return []
 
 
-def _claim(shards: str, source: str) -> None:
-    """Take away the shards of an older pack of the same source; nothing else is ever deleted."""
-    fs, folder = resolve_uri(shards)
-    make_folder(fs, folder)
+def drop(held: Held, stale: Sequence[str], written: Sequence[dict[str, Any]]) -> None:
+    """Deletes the old shards whose names were not written again."""
+    names = {account["name"] for account in written if account["rows"]}
+    for path in stale:
+        if path.rpartition("/")[2] not in names:
+            delete_file(held.fs, path)
+
+
+def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
+    """The old shards in a folder that may go; the manifest that lists them is taken away.
+
+    Args:
+        held: the folder.
+        source: as it stands in the manifest.
+        own: these very shards were being written, or were finished, by who asks.
+
+    Raises:
+        DataError: the folder holds shards of another source, or parquet files of others.
+    """
+    fs, folder, shown = held.fs, held.folder, public_uri(held.uri)
     manifest = read_json(fs, f"{folder}/{MANIFEST}")
-    if manifest is not None and manifest.get("source") != public_uri(source):
-        raise DataError(
-            f"{public_uri(shards)} holds the shards of {manifest.get('source')}",
-            hint="choose another data.shards, or delete that folder first.",
-        )
-    found = list_files(fs, folder, recursive=False)
-    parts = [info for info in found if _PART.fullmatch(info.base_name)]
+    if manifest is not None:
+        theirs = manifest.get("source") if isinstance(manifest, dict) else None
+        if theirs != source:
+            raise DataError(
+                f"{shown} holds the shards of {theirs or 'an unknown source'}; these would be of "
+                f"{source}",
+                hint="choose another folder, or delete that one first.",
+            )
+    listed = {entry.get("name") for entry in (manifest or {}).get("files", [])}
+    parts = [i for i in list_files(fs, folder, recursive=False) if _PART.fullmatch(i.base_name)]
     for info in parts:
+        known = own or held.inherited or info.base_name in listed
         with open_patiently(fs, info.path) as file:
-            if not is_ours(pq.ParquetFile(file).schema_arrow):
-                raise DataError(
-                    f"{public_uri(shards)} holds {info.base_name}, which this project "
-                    "did not write",
-                    hint="choose another data.shards.",
-                )
+            try:
+                written_here = is_ours(pq.ParquetFile(file).schema_arrow)
+            except pa.ArrowInvalid:  # cut short, and listed
+                written_here = known
+        if not written_here:
+            raise DataError(
+                f"{shown} holds {info.base_name}, which this project did not write",
+                hint="choose another folder.",
+            )
+        if not known:
+            raise DataError(
+                f"{shown} holds {info.base_name}, and no manifest says whose shard that is",
+                hint="choose another folder, or delete that file first if nobody needs it.",
+            )
     if manifest is not None:  # first, so that a half emptied folder does not pass for a whole one
+        held.check()
         delete_file(fs, f"{folder}/{MANIFEST}")
-    for info in parts:
-        delete_file(fs, info.path)
+    return [str(info.path) for info in parts]
 
 
 def _clean(fs: pafs.FileSystem, folder: str) -> None:
+    """Takes away the intermediate files, by their names: nothing else is ever deleted."""
     for name in ("runs", "shards"):
-        if file_info(fs, f"{folder}/{name}").type == pafs.FileType.Directory:
-            _delete_folder(fs, f"{folder}/{name}")
+        for info in list_files(fs, f"{folder}/{name}", recursive=False):
+            if _INTERMEDIATE.fullmatch(info.base_name):
+                delete_file(fs, info.path)
+        if isinstance(fs, pafs.LocalFileSystem):
+            with contextlib.suppress(OSError):  # a link, or what others have put there
+                Path(f"{folder}/{name}").rmdir()
     for name in ("plan.json", "runs.json", "report.json"):
         if file_info(fs, f"{folder}/{name}").type == pafs.FileType.File:
             delete_file(fs, f"{folder}/{name}")
-
-
-def _delete_folder(fs: pafs.FileSystem, path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        with_retries(f"deleting {path}", lambda: fs.delete_dir(path))
 
 
 def accounts(work: str, kind: str) -> dict[int, dict[str, Any]]:
     """Accounts of finished tasks by index; `kind` is "runs" or "shards"."""
     fs, folder = resolve_uri(work)
     infos = list_files(fs, f"{folder}/{kind}", recursive=False)
-    found = [read_json(fs, info.path) for info in infos if info.extension == "json"]
-    return {account["index"]: account for account in found}
+    found = [read_mark(fs, info.path) for info in infos if info.extension == "json"]
+    return {account["index"]: account for account in found if "index" in account}
 
 
 def written(spec: PackSpec) -> dict[int, dict[str, Any]]:

@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from pipeline.data import ledger
+from pipeline.data.claim import Owner, claimed
 from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.ledger import PackReport
 from pipeline.data.merge import Merge, write_shard
 from pipeline.data.runs import PackSpec, write_runs
 from pipeline.data.sources import Plan, Refused, Task, list_source, plan_tasks
-from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.data.storage import absolute_uri, public_uri, resolve_uri
 from pipeline.data.transfer import write_bytes_atomic
 from pipeline.errors import DataError, StorageError
 
@@ -115,7 +116,6 @@ def pack(
     if listing.hidden:
         log.info("%d hidden files under %s are left out", listing.hidden, source)
     plan = plan_tasks(source, listing, image_column, label_column, max_image_bytes)
-    ledger.start(work, key, shards, source)
     spec = PackSpec(
         source=source,
         root=listing.root,
@@ -131,30 +131,36 @@ def pack(
         name_lists=plan.name_lists,
         channels=channels,
     )
-    read = _read_all(plan.tasks, spec, on_progress)
-    bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
-    images_in = len(plan.refused) + sum(account["images"] for account in read)
-    ledger.write_bad_images(bad, bad_images)
-    _check_bad(bad, images_in, max_bad_fraction, source, bad_images)
-    merge = _merge(plan, read, labels, shard_bytes, source)
-    written = _write_all(merge, read, spec, on_progress)
-    digest = ledger.write_manifest(shards, source, merge.class_names, written)
-    report = PackReport(
-        images_in=images_in,
-        images_packed=sum(account["rows"] for account in written),
-        duplicates=sum(account["duplicates"] for account in [*read, *written]),
-        bad=dict(sorted(Counter(item.reason for item in bad).items())),
-        bytes=sum(account["bytes"] for account in written),
-        shards=sum(account["rows"] > 0 for account in written),
-        digest=digest,
-        class_names=merge.class_names,
-        seconds=round(time.monotonic() - begin, 3),
-        retries=sum(account.get("retries", 0) for account in [*read, *written]),
-    )
-    if images_in != report.images_packed + report.duplicates + len(bad):
-        raise RuntimeError(f"images were lost or counted twice: {report}")
-    ledger.finish(work, key, shards, report)
-    return report
+    owner = Owner(public_uri(source), public_uri(work))
+    with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
+        stale = ledger.start(work, key, source, held)
+        read = _read_all(plan.tasks, spec, on_progress)
+        bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
+        images_in = len(plan.refused) + sum(account["images"] for account in read)
+        ledger.write_bad_images(bad, bad_images)
+        _check_bad(bad, images_in, max_bad_fraction, source, bad_images)
+        merge = _merge(plan, read, labels, shard_bytes, source)
+        held.check()
+        written = _write_all(merge, read, spec, on_progress)
+        held.check()
+        ledger.drop(held, stale, written)
+        digest = ledger.write_manifest(shards, source, merge.class_names, written)
+        report = PackReport(
+            images_in=images_in,
+            images_packed=sum(account["rows"] for account in written),
+            duplicates=sum(account["duplicates"] for account in [*read, *written]),
+            bad=dict(sorted(Counter(item.reason for item in bad).items())),
+            bytes=sum(account["bytes"] for account in written),
+            shards=sum(account["rows"] > 0 for account in written),
+            digest=digest,
+            class_names=merge.class_names,
+            seconds=round(time.monotonic() - begin, 3),
+            retries=sum(account.get("retries", 0) for account in [*read, *written]),
+        )
+        if images_in != report.images_packed + report.duplicates + len(bad):
+            raise RuntimeError(f"images were lost or counted twice: {report}")
+        ledger.finish(work, key, shards, report)
+        return report
 
 
 def _read_all(

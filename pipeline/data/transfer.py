@@ -25,6 +25,7 @@ from pyarrow import fs as pafs
 
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import OBJECT_STORES, keep_pickles_closed, make_folder, resolve_uri
+from pipeline.errors import DataError, StorageError
 from pipeline.uri import Place, is_uri
 
 BLOCK = 16 * 2**20
@@ -51,11 +52,35 @@ def read_bytes(fs: pafs.FileSystem, path: str) -> bytes:
 
 
 def read_json(fs: pafs.FileSystem, path: str) -> Any:
-    """The value in a JSON file; None where there is no such file."""
+    """The value in a JSON file; None where there is no such file.
+
+    Raises:
+        DataError: it holds something else than JSON.
+    """
     try:
         return json.loads(read_bytes(fs, path))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} holds no JSON ({str(error).partition(chr(10))[0][:100]})",
+            hint="it was changed or damaged: put it back from a copy, or delete it.",
+        ) from error
+
+
+def read_mark(fs: pafs.FileSystem, path: str) -> dict[str, Any]:
+    """What a mark of ours says; nothing where it is not there, or not whole.
+
+    Raises:
+        StorageError: the storage failed, or refused.
+    """
+    try:
+        found = read_json(fs, path)
+    except StorageError:
+        raise
+    except DataError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Patient(io.RawIOBase):

@@ -60,12 +60,19 @@ def decisions(tmp_path: Path, sets: list, share: float = 0.7):
     return inputs, found, run_step(tmp_path, "decisions", [share], tasks, decide)
 
 
-def curated(tmp_path: Path, sets: list, share: float = 0.7, size: int = 4000, rows: int = 7):
+def curated(
+    tmp_path: Path,
+    sets: list,
+    share: float = 0.7,
+    size: int = 4000,
+    rows: int = 7,
+    shards: Path | None = None,
+):
     inputs, found, result = decisions(tmp_path, sets, share)
     named = [(name, shards) for name, _, shards in sets]
     return (
         write_curated(
-            tmp_path / "curated", tmp_path / "work", named, inputs, result, found,
+            shards or tmp_path / "curated", tmp_path / "work", named, inputs, result, found,
             shard_bytes=size, row_group_images=rows,
         ),
         result,
@@ -203,6 +210,53 @@ def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="holds something that no curation wrote"):
         curated(tmp_path, sets)
     assert (tmp_path / "curated" / "thesis.tex").read_text() == "mine"
+
+
+def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
+    from pipeline.curate import shards as module
+
+    a, b = (
+        [("pool", POOL, hub(tmp_path / name, [[picture(first + i) for i in range(6)]]))]
+        for name, first in (("a", 0), ("b", 50))
+    )
+
+    def contents() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (tmp_path / "curated").glob("part-*")}
+
+    def refused(match: str) -> None:
+        before = contents()
+        with pytest.raises(DataError, match=match):
+            curated(tmp_path / "other", b, share=1.0, shards=tmp_path / "curated")
+        assert contents() == before
+
+    (tmp_path / "other").mkdir()
+    curated(tmp_path, a, share=1.0, size=1000)
+    for name in ("notes.txt", "old/part-00000.parquet", "work/runs/mine.txt"):
+        place = tmp_path / ("" if name.startswith("work") else "curated") / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("mine")
+    refused("holds the shards of curated from .*/a; these would be of curated from .*/b")
+    manifest = tmp_path / "curated" / "_manifest.json"
+    manifest.rename(tmp_path / "aside")
+    refused("no manifest says whose shard that is")
+    (tmp_path / "aside").rename(manifest)
+
+    def meanwhile(*arguments):  # another run comes while this one writes
+        refused("another job is writing shards of curated from .*/a")
+        return write_shard(*arguments)
+
+    write_shard = module.write_shard
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shard", meanwhile)
+        curated(tmp_path, a, share=1.0, size=10**9)
+    # the same run may curate other images into it
+    curated(tmp_path, b, share=1.0)
+    found = open_shards(str(tmp_path / "curated"))
+    left = pa.concat_tables([pq.read_table(f.path) for f in found.files])["image_id"].to_pylist()
+    assert sorted(left) == sorted(image_id(picture(50 + i)) for i in range(6))
+    assert (tmp_path / "curated" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "curated" / "old" / "part-00000.parquet").read_text() == "mine"
+    assert (tmp_path / "work" / "runs" / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("count", [1, 2])
