@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.data.crops import GLOBAL_CROPS
 from pipeline.data.photometric import PARAMS, PhotometricSpec, apply_photometric
-from pipeline.errors import DataError
+from pipeline.errors import DataError, PipelineError
 
 Apply = Callable[[Tensor, Tensor, PhotometricSpec, torch.dtype], Tensor]
 
@@ -57,16 +57,57 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """The input of one forward pass, crop-major: row c * B + i is crop c of image i."""
+    """The input of one forward pass, crop-major: row c * B + i is crop c of image i.
 
-    global_views: Tensor  # float [2 B, C, S, S]
-    local_views: Tensor  # float [L B, C, s, s]
-    masks: Tensor  # bool [2 B, P], true = hidden from the student
+    Rows alone do not say how many images they are of. Without `images` an image has two global
+    views, as the stream makes them; any other number, from two on, needs `images`.
+
+    Raises:
+        PipelineError: the shapes do not fit each other, or leave the number of images open.
+    """
+
+    global_views: Tensor  # float [G B, C, S, S]
+    local_views: Tensor  # float [L B, C, s, s]; [0, ...] without local views
+    masks: Tensor  # bool [G B, P], true = hidden from the student
+    images: int = 0  # B; 0: half of the global views
+
+    def __post_init__(self) -> None:
+        rows, local_rows = len(self.global_views), len(self.local_views)
+        images = self.images or rows // GLOBAL_CROPS
+        views = rows // images if self.images else GLOBAL_CROPS
+        problem = ""
+        if self.global_views.ndim != 4 or (local_rows and self.local_views.ndim != 4):
+            problem = "views are [rows, channels, height, width]"
+        elif not self.global_views.is_floating_point():
+            problem = f"global views are {self.global_views.dtype}, and must be normalised floats"
+        elif local_rows and self.local_views.shape[1] != self.global_views.shape[1]:
+            problem = "global and local views have different channels"
+        elif self.masks.dtype != torch.bool or self.masks.ndim != 2 or len(self.masks) != rows:
+            problem = f"masks are bool [global views, patches], not {self.masks.dtype}"
+        elif images < 1 or views < 2 or rows != views * images or local_rows % images:
+            problem = f"{rows} global and {local_rows} local views are not those of {images} images"
+            problem += ", each with two global views or more"
+        elif not self.images and images < 3 and not local_rows % rows:
+            # The same rows are those of one global view an image, which there is no loss for.
+            problem = f"{rows} global views may be two of each of {images} images, or one of {rows}"
+        if problem:
+            found = [list(x.shape) for x in (self.global_views, self.local_views, self.masks)]
+            raise PipelineError(
+                f"{problem} (global views {found[0]}, local views {found[1]}, masks {found[2]})",
+                "give Views(…, images=B) with B * G global views, B * L local views and B * G masks"
+                " of B images, ordered crop by crop; G is 2 or more",
+            )
+        object.__setattr__(self, "images", images)
 
     @property
-    def images(self) -> int:
-        """Number of images, B."""
-        return len(self.global_views) // GLOBAL_CROPS
+    def global_crops(self) -> int:
+        """Global views of an image, G."""
+        return len(self.global_views) // self.images
+
+    @property
+    def local_crops(self) -> int:
+        """Local views of an image, L."""
+        return len(self.local_views) // self.images
 
 
 @dataclass(frozen=True)
@@ -197,7 +238,7 @@ class Batch:
             photometric(crop_major(crops), crop_major(p), spec, dtype)
             for crops, p in zip((self.global_crops, self.local_crops), parameters, strict=True)
         )
-        return Views(global_views, local_views, crop_major(self.masks))
+        return Views(global_views, local_views, crop_major(self.masks), self.images)
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

@@ -83,10 +83,12 @@ def masks_for(
     grid: tuple[int, int],
     probability: float = 0.5,
     ratio: tuple[float, float] = (0.1, 0.5),
+    global_crops: int = 2,
 ) -> Bools:
-    """Masks `[n, 2, P]` for the images at `indices` (places in the global batch) of one step.
+    """Masks `[n, G, P]` for the images at `indices` (places in the global batch) of one step, with
+    G global crops each.
 
-    Of the `2 * global_batch` views, `int(2 * global_batch * probability)` are masked. The range
+    Of the `G * global_batch` views, `int(G * global_batch * probability)` are masked. The range
     `ratio` is cut into as many equal bins, each masked view draws its share of patches from its own
     bin, and a permutation keyed by (seed, step) deals the bins out. The result does not depend on
     how the batch is split over workers.
@@ -100,14 +102,14 @@ def masks_for(
             f"mask indices run from {places.min()} to {places.max()}, "
             f"expected 0 to {global_batch - 1}"
         )
-    views = 2 * global_batch
+    views = global_crops * global_batch
     masked_views = int(views * probability)
     edges = np.linspace(ratio[0], ratio[1], masked_views + 1)
     bins = _permutation(_key("bins", seed, step), views)
     patches = grid[0] * grid[1]
-    masks = np.zeros((places.size, 2, patches), dtype=np.bool_)
+    masks = np.zeros((places.size, global_crops, patches), dtype=np.bool_)
     for row, place in enumerate(places.tolist()):
-        for crop in range(2):
+        for crop in range(global_crops):
             view = crop * global_batch + place
             slot = int(bins[view])
             if slot >= masked_views:

@@ -1,6 +1,7 @@
-"""DINO: CLS tokens of the student predict the teacher's CLS targets of the other global view.
+"""DINO: CLS tokens of the student predict the teacher's CLS targets of the other global views.
 
-Crop-major rows: crop c of image i is row c * B + i. B images, L local crops, K prototypes.
+Crop-major rows: crop c of image i is row c * B + i. B images, G global and L local crops, K
+prototypes.
 """
 
 from __future__ import annotations
@@ -9,43 +10,65 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
+from pipeline.errors import PipelineError
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, check_rows, cross_entropy
 from pipeline.loss.target import Target, slices
 
 GLOBAL, LOCAL = 0, 1  # places of the two terms
 
 
-def dino_pieces(target: Target, local_crops: int) -> Iterator[Piece]:
-    """Pieces over logits rows [global crops 0 and 1, local crops 0 .. L-1] of B images each.
+def dino_pieces(target: Target, local_crops: int, global_crops: int = 2) -> Iterator[Piece]:
+    """Pieces over logits rows [global crops 0 .. G-1, local crops 0 .. L-1] of B images each.
 
-    Both terms share the denominator 2 + 2L: two cross pairs of global views, and 2L pairs of a
-    local view with each global view (DINOv2 train/ssl_meta_arch.py). A local view meets the sum of
-    both targets at once.
+    Both terms share the number of pairs as their denominator: G (G - 1) pairs of two global views,
+    and G L of a local view with a global one, 2 + 2L in DINOv2 (train/ssl_meta_arch.py). A view
+    meets the sum of its targets at once.
     """
-    images = len(target.row) // 2
-    weight = 1 / (images * (2 + 2 * local_crops)) if images else 0.0
+    images = len(target.row) // global_crops
+    pairs = global_crops * (global_crops - 1 + local_crops)
+    weight = 1 / (images * pairs) if images else 0.0
     for part in slices(images, target.logits.shape[1]):
 
         def crop(number: int, part: slice = part) -> slice:
             return slice(number * images + part.start, number * images + part.stop)
 
-        first, second = target.probabilities(crop(0)), target.probabilities(crop(1))
-        yield Piece(crop(0), second, weight, GLOBAL)
-        yield Piece(crop(1), first, weight, GLOBAL)
+        targets = [target.probabilities(crop(number)) for number in range(global_crops)]
+        for number in range(global_crops):
+            first, *more = targets[:number] + targets[number + 1 :]
+            yield Piece(crop(number), sum(more, start=first), weight, GLOBAL)
         if local_crops:
-            both = first.add_(second)
-            for number in range(local_crops):
-                yield Piece(crop(2 + number), both, weight, LOCAL)
+            every = targets[0]
+            for other in targets[1:]:
+                every.add_(other)
+            for number in range(global_crops, global_crops + local_crops):
+                yield Piece(crop(number), every, weight, LOCAL)
 
 
 def dino_loss(
-    logits: Tensor, target: Target, local_crops: int, temperature: float = STUDENT_TEMPERATURE
+    logits: Tensor,
+    target: Target,
+    local_crops: int,
+    temperature: float = STUDENT_TEMPERATURE,
+    global_crops: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """Global and local term, 0-d fp32, of student logits `[(2 + L) * B, K]` against a target of 2B
-    rows.
+    """Global and local term, 0-d fp32, of student logits `[(G + L) * B, K]` against a target of
+    G * B rows.
 
-    global: `sum_b [CE(q_1, s_0) + CE(q_0, s_1)] / B / (2 + 2L)`; local: `sum_l sum_g mean_b CE(q_g,
-    s_l) / (2 + 2L)`.
+    With `pairs = G (G - 1) + G L`, the global term is `sum_g sum_(h != g) mean_b CE(q_h, s_g) /
+    pairs`, the local one `sum_l sum_g mean_b CE(q_g, s_l) / pairs`.
+
+    Raises:
+        PipelineError: the shapes do not fit each other.
     """
-    sums = cross_entropy(logits, lambda: dino_pieces(target, local_crops), 2, temperature)
+    images, left = divmod(len(target.row), global_crops) if global_crops > 1 else (0, 1)
+    if left or local_crops < 0:
+        raise PipelineError(
+            f"a target of {len(target.row)} rows for {global_crops} global and {local_crops} local "
+            "crops an image",
+            "give the target G * B rows for G >= 2 global crops (global_crops=G) of B images",
+        )
+    check_rows("dino_loss", logits, target, images * (global_crops + local_crops))
+    sums = cross_entropy(
+        logits, lambda: dino_pieces(target, local_crops, global_crops), 2, temperature
+    )
     return sums[GLOBAL], sums[LOCAL]

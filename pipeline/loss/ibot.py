@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
+from pipeline.errors import PipelineError
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, check_rows, cross_entropy
 from pipeline.loss.target import Target, slices
 
 
@@ -18,7 +19,16 @@ def patch_weights(masks: Tensor, masked: Tensor) -> Tensor:
     Args:
         masks: bool `[V, P]`.
         masked: int64 `[M]`, flat places of the masked patches.
+
+    Raises:
+        PipelineError: other shapes or dtypes.
     """
+    if masks.ndim != 2 or masked.ndim != 1 or masked.dtype != torch.int64:
+        raise PipelineError(
+            f"masks {list(masks.shape)} and places {list(masked.shape)} of {masked.dtype}, "
+            "expected masks [views, patches] and places [masked patches] of int64",
+            "flatten images and crops into views; places are masks.flatten().nonzero().squeeze(1)",
+        )
     views, patches = masks.shape
     counts = masks.sum(dim=1).clamp(min=1)
     return 1.0 / (counts[torch.div(masked, patches, rounding_mode="floor")] * views)
@@ -40,5 +50,15 @@ def ibot_loss(
     loss/ibot_patch_loss.py).
 
     0 without masked patches, and still connected to `logits`.
+
+    Raises:
+        PipelineError: the shapes do not fit each other.
     """
+    rows = len(target.row)
+    check_rows("ibot_loss", logits, target, rows)
+    if tuple(weights.shape) != (rows,):
+        raise PipelineError(
+            f"ibot_loss got weights {list(weights.shape)}, expected [{rows}], one a masked patch",
+            "take them from patch_weights of the same masks",
+        )
     return cross_entropy(logits, lambda: ibot_pieces(target, weights), 1, temperature)[0]

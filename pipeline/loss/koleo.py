@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.errors import PipelineError
+
 EPS = 1e-8
 
 
@@ -16,7 +18,17 @@ def koleo(features: Tensor) -> Tensor:
     Computed in fp32 whatever the input: 1e-8 is 0 in fp16 and a duplicate then gives infinity. The
     gradient reaches both a row and its neighbour. Fewer than two rows have no neighbour: 0, still
     connected to the input.
+
+    Raises:
+        PipelineError: features of other than two dimensions. Which rows are neighbours of which is
+            for the caller to say: a call for each group of rows, or one for all of them.
     """
+    if features.ndim != 2:
+        raise PipelineError(
+            f"koleo got features {list(features.shape)}, expected rows [B, D]",
+            "call it for each group of rows and take the mean, or flatten them: "
+            "features.reshape(-1, D)",
+        )
     if len(features) < 2:
         return features.float().sum() * 0.0
     with torch.autocast(features.device.type, enabled=False):

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.errors import PipelineError
+from pipeline.loss.target import Target
+
 STUDENT_TEMPERATURE = 0.1
 
 
@@ -25,6 +28,21 @@ class Piece(NamedTuple):
 
 
 Pieces = Callable[[], Iterator[Piece]]
+
+
+def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:
+    """Refuses logits that are not `[rows, K]`, with the K of the target.
+
+    Raises:
+        PipelineError: with both shapes.
+    """
+    prototypes = target.logits.shape[1]
+    if tuple(logits.shape) != (rows, prototypes):
+        raise PipelineError(
+            f"{loss} got logits {list(logits.shape)} for a target {list(target.logits.shape)}, "
+            f"expected [{rows}, {prototypes}]",
+            "student and teacher need the same images, views and prototypes",
+        )
 
 
 def cross_entropy(

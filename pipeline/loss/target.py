@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.errors import PipelineError
 from pipeline.loss.collectives import all_logsumexp, all_sum, world_size
 
 CHUNK = 2**24  # numbers in fp32 at once: 64 MiB
@@ -65,7 +66,17 @@ class Target:
 def softmax_targets(logits: Sequence[Tensor], centre: Tensor, temperature: float) -> list[Target]:
     """`softmax((logits - centre) / temperature)` of each micro batch (DINOv2
     loss/dino_clstoken_loss.py).
+
+    Raises:
+        PipelineError: logits that are no list of `[N, K]`, a centre that is not `[K]`, or a
+            temperature that is not above 0.
     """
+    prototypes = _prototypes(logits, temperature)
+    if tuple(centre.shape) != (prototypes,):
+        raise PipelineError(
+            f"a centre {list(centre.shape)} for logits of {prototypes} prototypes",
+            f"give one of [{prototypes}], such as Centre({prototypes}).use()",
+        )
     offset = -centre.float() / temperature
     return [Target(x, temperature, offset, _row_sums(x, offset, temperature)) for x in logits]
 
@@ -79,8 +90,11 @@ def sinkhorn_targets(
     Equal to alternately scaling `exp(logits / temperature)` to equal prototype and equal row sums
     (SwAV; DINOv2 loss/ibot_patch_loss.py), but on logarithms, so that large logits neither overflow
     nor give empty rows. Every worker must call it, also one without rows.
+
+    Raises:
+        PipelineError: logits that are no list of `[N, K]`, or a temperature that is not above 0.
     """
-    prototypes = logits[0].shape[1]
+    prototypes = _prototypes(logits, temperature)
     offset = logits[0].new_zeros(prototypes, dtype=torch.float32)
     rows = [x.new_zeros(len(x), dtype=torch.float32) for x in logits]
     for _ in range(iterations):
@@ -91,6 +105,20 @@ def sinkhorn_targets(
         offset = -total - math.log(prototypes)
         rows = [_row_sums(x, offset, temperature) for x in logits]
     return [Target(x, temperature, offset, row) for x, row in zip(logits, rows, strict=True)]
+
+
+def _prototypes(logits: Sequence[Tensor], temperature: float) -> int:
+    """K of logits `[N, K]` of each micro batch."""
+    shapes = [list(x.shape) for x in logits]
+    if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+        found = list(logits.shape) if isinstance(logits, Tensor) else shapes
+        raise PipelineError(
+            f"teacher logits {found}, expected a list of [N, K], one a micro batch, of one K",
+            "put the logits of a single micro batch into a list: [logits]",
+        )
+    if not temperature > 0:
+        raise PipelineError(f"a teacher temperature of {temperature}", "use one above 0, e.g. 0.04")
+    return shapes[0][1]
 
 
 def _row_sums(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
@@ -139,7 +167,16 @@ class Centre:
 
         The iBOT centre of the reference is such a mean of means. A part without rows does not
         count.
+
+        Raises:
+            PipelineError: logits that are no list of `[N, K]` with the K of the centre.
         """
+        prototypes = _prototypes(logits, 1.0)
+        if prototypes != len(self.value):
+            raise PipelineError(
+                f"logits of {prototypes} prototypes for a centre of {len(self.value)}",
+                f"use Centre({prototypes})",
+            )
         sums = [x.mean(dim=0, dtype=torch.float32) for x in logits if len(x)]
         device = logits[0].device
         mean = torch.stack(sums).sum(dim=0) if sums else torch.zeros_like(self.value, device=device)

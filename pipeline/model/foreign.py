@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.model.vit import check_masks
 
 Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B, P, D] if any
 
@@ -64,6 +65,8 @@ class ForeignBackbone(nn.Module):
                 "iBOT needs patch tokens that can be hidden, and this encoder has none",
                 "set loss.ibot_weight=0 and loss.mask_probability=0",
             )
+        if masks[0] is not None:
+            check_masks(masks[0], patches)
         return torch.cat([cls, patches.flatten(0, 1).index_select(0, masked)])
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> dict[str, Tensor | None]:
@@ -186,6 +189,7 @@ class TimmBackbone(ForeignBackbone):
         if self._masks is None:
             return out
         flat = out.flatten(1, 2) if out.dim() == 4 else out  # some keep the grid, [B, h, w, D]
+        check_masks(self._masks, flat)
         hidden = torch.where(self._masks[..., None], self.mask_token.to(flat.dtype), flat)
         return hidden.view(out.shape)
 

@@ -34,6 +34,20 @@ class Packed(NamedTuple):
         ]
 
 
+def check_masks(masks: Tensor, patches: Tensor) -> None:
+    """Refuses masks that are not `[B, P]` for patches `[B, P, D]`: some would be broadcast.
+
+    Raises:
+        PipelineError: with both shapes.
+    """
+    if masks.shape != patches.shape[:2]:
+        raise PipelineError(
+            f"masks {list(masks.shape)} for {patches.shape[1]} patches of {len(patches)} views, "
+            f"expected {list(patches.shape[:2])}",
+            "give each global view one value for each of its patches",
+        )
+
+
 class PatchEmbed(nn.Module):
     """Cut an image into square patches and project each."""
 
@@ -156,6 +170,7 @@ class VisionTransformer(nn.Module):
             )
         patches = self.patch_embed(x)
         if masks is not None:
+            check_masks(masks, patches)
             # `where` keeps the mask token in the graph even if nothing is masked: DDP needs its
             # gradient.
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)

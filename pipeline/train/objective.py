@@ -1,7 +1,7 @@
 """What is optimised: the weighted sum of DINO, iBOT and KoLeo, and the state the teacher's targets
 need.
 
-B images, V = 2B global views, L local crops, M masked patches, K prototypes.
+B images, V = G * B global views, L local crops, M masked patches, K prototypes.
 """
 
 from __future__ import annotations
@@ -171,11 +171,10 @@ class Objective:
         spec = self.spec
         global_rows = len(views.global_views)
         cls_rows = global_rows + len(views.local_views) if self.scores_cls else 0
-        local_crops = len(views.local_views) * 2 // max(global_rows, 1)
 
         def dino() -> Iterator[Piece]:
             if targets.dino is not None:
-                yield from dino_pieces(targets.dino, local_crops)
+                yield from dino_pieces(targets.dino, views.local_crops, views.global_crops)
 
         def ibot(first_row: int) -> Iterator[Piece]:
             if targets.ibot is not None:
@@ -198,15 +197,16 @@ class Objective:
             parts["ibot"] = sums[PATCH].detach()
         if spec.koleo_weight > 0:
             # Each global crop by itself: two crops of one image are meant to be neighbours.
-            first, second = student.cls.chunk(2)
-            spread = koleo(first) + koleo(second)
+            spread = torch.stack([koleo(x) for x in student.cls.chunk(views.global_crops)]).sum()
             total = total + spec.koleo_weight * spread
             parts["koleo"] = spread.detach()
         health: dict[str, Tensor] = {}
         if targets.dino is not None:
             with torch.no_grad():
                 entropy = targets.dino.entropy()
-                cross = parts["dino_global"] * (1 + local_crops)  # mean over the 2B cross pairs
+                others = views.global_crops - 1
+                # the mean over the pairs of two global views
+                cross = parts["dino_global"] * (others + views.local_crops) / others
                 health = {
                     "teacher_entropy": entropy,
                     "student_teacher_kl": cross - entropy,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batch import Views
-from pipeline.errors import TrainError
+from pipeline.errors import PipelineError, TrainError
 from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
@@ -66,8 +66,8 @@ def train_step(
             batch.
         pair: student and teacher; the teacher is moved at the end. Targets come from the frozen
             encoder where there is one.
-        micro_batches: the step's views on this worker, of equal size. Gradients are averaged over
-            them.
+        micro_batches: the step's views on this worker, a list of parts of equal size. Gradients
+            are averaged over them.
         optimizer: over the groups of `parameter_groups`.
         values: this step's rates.
         objective: losses and centres.
@@ -79,7 +79,10 @@ def train_step(
     Raises:
         NonFinite: on every worker, before the update, naming terms that are not finite on some
             worker.
+        PipelineError: no micro batch, micro batches of different numbers of views, or not one
+            generator for each of them.
     """
+    _check(micro_batches, generator)
     device = micro_batches[0].global_views.device
     parts = len(micro_batches)
 
@@ -133,6 +136,24 @@ def train_step(
     optimizer.step()
     ema_update(pair, values.teacher_momentum)
     return StepResult(scalars, wanted)
+
+
+def _check(
+    micro_batches: Sequence[Views], generator: torch.Generator | Sequence[torch.Generator] | None
+) -> None:
+    parts = [micro_batches] if isinstance(micro_batches, Views) else list(micro_batches)
+    views = {f"{part.global_crops} global and {part.local_crops} local" for part in parts}
+    if len(views) != 1 or isinstance(micro_batches, Views):
+        found = ", ".join(sorted(views)) or "none"
+        raise PipelineError(
+            f"micro batches with views of an image: {found}",
+            "give a list of one or more Views, all with the same numbers of views: [views]",
+        )
+    if isinstance(generator, Sequence) and len(generator) != len(parts):
+        raise PipelineError(
+            f"{len(generator)} generators for {len(parts)} micro batches",
+            "give one for each, or a single one",
+        )
 
 
 def _clip(student: Encoder, limit: float) -> dict[str, Tensor]:

@@ -55,6 +55,16 @@ def test_the_collate_law_gives_the_references_batch() -> None:
     assert np.array_equal(np.stack(masks).reshape(views, -1), golden["collated_masks"].numpy())
 
 
+def test_any_number_of_global_crops_has_the_law_of_as_many_views() -> None:
+    """Three crops of 20 images are 60 views: half of them masked, the bins dealt out over all."""
+    masks = masks_for(3, 7, np.arange(20), 20, (16, 16), global_crops=3)
+    counts = masks.sum(axis=2)
+    assert counts.shape == (20, 3) and (counts > 0).sum() == 30
+    edges = np.linspace(0.1, 0.5, 31) * 256
+    hidden = np.sort(counts[counts > 0])
+    assert (hidden <= np.ceil(edges[1:])).all() and (hidden > edges[:-1] - 8).all()
+
+
 def test_half_of_the_views_are_masked_each_from_its_own_bin() -> None:
     batch, grid = 32, (16, 16)
     masks = masks_for(3, 7, np.arange(batch), batch, grid)

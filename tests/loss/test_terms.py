@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.errors import PipelineError
 from pipeline.loss import target as target_module
 from pipeline.loss.dino import dino_loss
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.prototypes import Piece, cross_entropy
-from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
+from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DINO = torch.load(GOLDEN / "dino_loss.pt", weights_only=True)
@@ -55,22 +56,25 @@ def test_dino(step: int, centring: str) -> None:
         torch.testing.assert_close(logits.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("local_crops", [0, 3])
-def test_dino_is_the_plain_loop(local_crops: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("global_crops", "local_crops"), [(2, 0), (2, 3), (3, 0), (3, 2), (5, 1)])
+def test_dino_is_the_plain_loop(
+    global_crops: int, local_crops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(target_module, "CHUNK", 25)  # two images at a time
     generator = torch.Generator().manual_seed(0)
     images, prototypes = 5, 11
-    q = torch.rand(2 * images, prototypes, generator=generator).softmax(dim=1)
-    s = leaf(torch.randn((2 + local_crops) * images, prototypes, generator=generator))
-    global_term, local_term = dino_loss(s, target_of(q), local_crops)
-    crops = s.view(2 + local_crops, images, prototypes)
-    targets = q.view(2, images, prototypes)
+    crops = global_crops + local_crops
+    q = torch.rand(global_crops * images, prototypes, generator=generator).softmax(dim=1)
+    s = leaf(torch.randn(crops * images, prototypes, generator=generator))
+    global_term, local_term = dino_loss(s, target_of(q), local_crops, global_crops=global_crops)
+    students = s.view(crops, images, prototypes)
+    targets = q.view(global_crops, images, prototypes)
+    pairs = [(crop, g) for crop in range(crops) for g in range(global_crops) if crop != g]
     loops = [torch.zeros(()), torch.zeros(())]
-    for crop in range(2 + local_crops):
-        for g in range(2):
-            if crop != g:
-                pair = -(targets[g] * (crops[crop] / 0.1).log_softmax(dim=1)).sum(dim=1).mean()
-                loops[int(crop >= 2)] = loops[int(crop >= 2)] + pair / (2 + 2 * local_crops)
+    for crop, g in pairs:
+        pair = -(targets[g] * (students[crop] / 0.1).log_softmax(dim=1)).sum(dim=1).mean()
+        term = int(crop >= global_crops)
+        loops[term] = loops[term] + pair / len(pairs)
     torch.testing.assert_close(global_term, loops[0])
     torch.testing.assert_close(local_term, loops[1])
     (wanted,) = torch.autograd.grad(3 * loops[0] + 2 * loops[1], s)
@@ -178,6 +182,39 @@ def test_koleo(name: str) -> None:
     if name != "with_duplicate":  # there the gradient is the direction of a rounding error
         torch.testing.assert_close(x.grad, golden["grad"], rtol=1e-3, atol=1e-6)
     assert torch.isfinite(x.grad).all()
+
+
+def test_shapes_that_do_not_fit_are_refused_with_both_shapes() -> None:
+    """Each of these gave another loss, or a traceback of torch."""
+    x, target = torch.randn, target_of(torch.rand(6, 5).softmax(dim=1))
+    ones = torch.ones(6)
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: koleo(x(1, 16, 8)), "features [1, 16, 8], expected rows [B, D]"),
+        (lambda: koleo(x(8)), "features [8], expected rows [B, D]"),
+        (lambda: dino_loss(x(9, 5), target, 1, global_crops=1), "6 rows for 1 global"),
+        (lambda: dino_loss(x(9, 5), target, 1, global_crops=4), "6 rows for 4 global"),
+        (lambda: dino_loss(x(9, 5), target, 2), "logits [9, 5] for a target [6, 5], expected [12"),
+        (lambda: dino_loss(x(2, 9, 5), target, 1), "logits [2, 9, 5] for a target [6, 5]"),
+        (lambda: dino_loss(x(9, 4), target, 1), "logits [9, 4] for a target [6, 5], expected [9"),
+        (lambda: ibot_loss(x(7, 5), target, ones), "logits [7, 5] for a target [6, 5]"),
+        (lambda: ibot_loss(x(6, 5), target, ones[:1]), "weights [1], expected [6]"),
+        (lambda: ibot_loss(x(6, 5), target, ones[:, None]), "weights [6, 1], expected [6]"),
+        (lambda: patch_weights(torch.ones(2, 2, 4) > 0, torch.arange(3)), "masks [2, 2, 4]"),
+        (lambda: patch_weights(torch.ones(2, 4) > 0, torch.ones(2, 4) > 0), "torch.bool"),
+        (lambda: sinkhorn_targets(x(6, 5), 0.05), "logits [6, 5], expected a list of [N, K]"),
+        (lambda: sinkhorn_targets([x(6, 5), x(6, 4)], 0.05), "logits [[6, 5], [6, 4]]"),
+        (lambda: sinkhorn_targets([], 0.05), "logits [], expected a list"),
+        (lambda: sinkhorn_targets([x(6, 5)], 0.0), "temperature of 0.0"),
+        (lambda: softmax_targets([x(6, 5)], x(1, 5), 0.05), "centre [1, 5] for logits of 5"),
+        (lambda: softmax_targets([x(6, 5)], x(1), 0.05), "centre [1] for logits of 5"),
+        (lambda: softmax_targets(x(6, 5), x(5), 0.05), "logits [6, 5], expected a list"),
+        (lambda: Centre(4).see([x(6, 5)]), "5 prototypes for a centre of 4"),
+        (lambda: Centre(5).see(x(6, 5)), "logits [6, 5], expected a list"),
+    ]
+    for call, said in refused:
+        with pytest.raises(PipelineError) as error:
+            call()
+        assert said in error.value.what and error.value.hint
 
 
 HARD: list[tuple[str, Callable[[], Tensor]]] = [

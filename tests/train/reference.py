@@ -44,6 +44,7 @@ def golden_views(seed: int, images: int = 4, local_crops: int = 4) -> Views:
         randn(seed, 2, images, 3, 112, 112).flatten(0, 1),
         randn(seed + 1, local_crops, images, 3, 42, 42).flatten(0, 1),
         collate_masks(seed, images, 8),
+        images,
     )
 
 

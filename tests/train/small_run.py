@@ -59,6 +59,7 @@ def views(images: int, seed: int = 0, local_crops: int = 2, masked: bool = True)
         torch.randn(2 * images, 3, 28, 28, generator=g),
         torch.randn(local_crops * images, 3, 14, 14, generator=g),
         masks if masked else torch.zeros_like(masks),
+        images,
     )
 
 
@@ -71,7 +72,7 @@ def split(whole: Views, parts: int) -> list[Views]:
         return [c.flatten(0, 1) for c in crops.split(images // parts, dim=1)]
 
     tensors = zip(cut(whole.global_views), cut(whole.local_views), cut(whole.masks), strict=True)
-    return [Views(*each) for each in tensors]
+    return [Views(*each, images // parts) for each in tensors]
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:

@@ -12,9 +12,11 @@ import torch
 
 from pipeline.data.batch import Views
 from pipeline.errors import PipelineError
+from pipeline.loss.koleo import koleo
+from pipeline.loss.target import sinkhorn_targets
 from pipeline.model.pair import HeadSpec, Pair
-from pipeline.train.step import NonFinite, Objective, ObjectiveSpec
-from tests.train.small_run import OTHER_HEAD, Run, assert_same, poison_view, split, views
+from pipeline.train.step import NonFinite, Objective, ObjectiveSpec, train_step
+from tests.train.small_run import OTHER_HEAD, VALUES, Run, assert_same, poison_view, split, views
 
 KEYS = {"loss/total", "optim/grad_norm", "optim/grad_norm_backbone", "optim/grad_norm_dino_head"}
 DINO_KEYS = {"loss/dino_global", "loss/dino_local", "health/teacher_entropy"}
@@ -54,6 +56,105 @@ def test_a_term_of_weight_0_is_left_out(absent: str, ibot: HeadSpec | None) -> N
     assert not gone & set(result.scalars)
     if absent != "koleo":  # the same gradient as with the term, but for its part
         assert torch.isfinite(result.scalars["loss/total"])
+
+
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize(("global_crops", "local_crops"), [(2, 1), (3, 0), (3, 2), (4, 1)])
+def test_a_step_of_any_number_of_views_is_a_loop_over_all_pairs(
+    centring: Any, global_crops: int, local_crops: int
+) -> None:
+    images = 3
+    g = torch.Generator().manual_seed(global_crops)
+    both = Views(
+        torch.randn(global_crops * images, 3, 28, 28, generator=g),
+        torch.randn(local_crops * images, 3, 14, 14, generator=g),
+        torch.rand(global_crops * images, 4, generator=g) < 0.4,
+        images,
+    )
+    run = Run(ObjectiveSpec(centring=centring), OTHER_HEAD)
+    student, teacher = run.pair.student, run.pair.teacher
+    for network in (student, teacher):
+        for parameter in network.parameters():  # as they are, all images look alike
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=g)
+    with torch.no_grad():
+        masked = both.masks.flatten().nonzero().squeeze(1)
+        theirs = teacher(both.global_views, None, None, masked)
+        ours = student(both.global_views, both.local_views, both.masks, masked)
+        ours_locals = ours.dino[global_crops * images :]
+
+        def targets(logits: torch.Tensor) -> torch.Tensor:
+            if centring == "softmax":
+                return (logits / VALUES.teacher_temperature).softmax(dim=1)
+            (found,) = sinkhorn_targets([logits], VALUES.teacher_temperature)
+            return found.probabilities()
+
+        q = targets(theirs.dino).view(global_crops, images, -1)
+        s = torch.cat([ours.dino[: global_crops * images], ours_locals])
+        s = (s / 0.1).log_softmax(dim=1).view(global_crops + local_crops, images, -1)
+        pairs = [
+            (-(q[j] * s[i]).sum(dim=1).mean(), i < global_crops)
+            for i in range(global_crops + local_crops)
+            for j in range(global_crops)
+            if i != j
+        ]
+        of_globals = [value for value, is_global in pairs if is_global]
+        dino = [
+            sum(v for v, which in pairs if which == kind) / len(pairs) for kind in (True, False)
+        ]
+        patches = (targets(theirs.ibot) * (ours.ibot / 0.1).log_softmax(dim=1)).sum(dim=1)
+        view_of = masked // 4
+        of_views = [patches[view_of == v].mean() for v in view_of.unique()]
+        ibot = -sum(of_views) / (global_crops * images)
+        spread = sum(koleo(x) for x in ours.cls.view(global_crops, images, -1))
+        entropy = -(q * q.log()).nan_to_num().sum(dim=2).mean()
+    scalars = run.step(both).scalars
+    expected = {"dino_global": dino[0], "dino_local": dino[1], "ibot": ibot, "koleo": spread}
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            scalars[f"loss/{name}"],
+            torch.as_tensor(value, dtype=torch.float32),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    divergence = sum(of_globals) / len(of_globals) - entropy
+    torch.testing.assert_close(
+        scalars["health/student_teacher_kl"], divergence, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_views_that_no_step_can_use_are_refused_with_their_shapes() -> None:
+    x, hidden = torch.randn, torch.zeros(12, 16, dtype=torch.bool)
+    refused: list[tuple[Callable[[], object], str]] = [
+        # 3 global views of 4 images, 4 of 4, 1 of 4: rows alone say 6, 8 and 2 images
+        (lambda: Views(x(12, 3, 8, 8), x(8, 3, 4, 4), hidden), "not those of 6 images"),
+        (lambda: Views(x(8, 3, 8, 8), x(2, 3, 4, 4), hidden[:8]), "not those of 4 images"),
+        (
+            lambda: Views(x(4, 3, 8, 8), x(8, 3, 4, 4), hidden[:4]),
+            "two of each of 2 images, or one",
+        ),
+        (lambda: Views(x(4, 3, 8, 8), x(8, 3, 4, 4), hidden[:4], 4), "not those of 4 images"),
+        (lambda: Views(x(3, 3, 8, 8), x(0, 3, 4, 4), hidden[:3]), "not those of 1 images"),
+        (lambda: Views(x(0, 3, 8, 8), x(0, 3, 4, 4), hidden[:0]), "not those of 0 images"),
+        (lambda: Views(x(12, 3, 8, 8), x(12, 3, 4, 4), hidden[:6]), "masks [6, 16]"),
+        (lambda: Views(x(12, 3, 8, 8), x(12, 3, 4, 4), hidden[:, 0]), "masks [12]"),
+        (lambda: Views(x(12, 3, 8, 8), x(12, 3, 4, 4), hidden.float()), "not torch.float32"),
+        (lambda: Views(x(12, 3, 8, 8), x(12, 1, 4, 4), hidden), "different channels"),
+        (lambda: Views(x(12, 8, 8), x(12, 8, 4), hidden), "global views [12, 8, 8]"),
+        (lambda: Views(x(12, 3, 8, 8).byte(), x(0, 3, 4, 4), hidden), "normalised floats"),
+        (lambda: Run().step(), "views of an image: none"),
+        (lambda: Run().step(views(3), views(3, local_crops=1)), "2 global and 1 local, 2 global"),
+        (lambda: Run().step(views(3), generator=[torch.Generator()] * 2), "2 generators for 1"),
+        (lambda: Run().step(replace(views(3), masks=hidden[:6])), "masks [6, 16] for 4 patches"),
+        (lambda: Run().step(replace(views(3), masks=hidden[:6, :1])), "masks [6, 1] for 4 patches"),
+    ]
+    for call, said in refused:
+        with pytest.raises(PipelineError) as error:
+            call()
+        assert said in error.value.what and error.value.hint, error.value.what
+    both = views(3)
+    run = Run()
+    with pytest.raises(PipelineError, match=r"2 global and 2 local\n.*a list"):
+        train_step(run.pair.student, run.pair, both, run.optimizer, VALUES, run.objective)  # type: ignore[arg-type]
 
 
 def test_no_masked_patch_at_all() -> None:
