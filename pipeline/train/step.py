@@ -79,8 +79,7 @@ def train_step(
     Raises:
         NonFinite: on every worker, before the update, naming terms that are not finite on some
             worker.
-        PipelineError: no micro batch, micro batches of different numbers of views, or not one
-            generator for each of them.
+        PipelineError: no list of micro batches, or not one generator for each of them.
     """
     _check(micro_batches, generator)
     device = micro_batches[0].global_views.device
@@ -141,17 +140,15 @@ def train_step(
 def _check(
     micro_batches: Sequence[Views], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> None:
-    parts = [micro_batches] if isinstance(micro_batches, Views) else list(micro_batches)
-    views = {f"{part.global_crops} global and {part.local_crops} local" for part in parts}
-    if len(views) != 1 or isinstance(micro_batches, Views):
-        found = ", ".join(sorted(views)) or "none"
+    if isinstance(micro_batches, Views) or not micro_batches:
+        found = "Views" if isinstance(micro_batches, Views) else "an empty list"
         raise PipelineError(
-            f"micro batches with views of an image: {found}",
-            "give a list of one or more Views, all with the same numbers of views: [views]",
+            f"train_step got {found}, expected a list of one or more micro batches",
+            "put the views of a single micro batch into a list: [views]",
         )
-    if isinstance(generator, Sequence) and len(generator) != len(parts):
+    if isinstance(generator, Sequence) and len(generator) != len(micro_batches):
         raise PipelineError(
-            f"{len(generator)} generators for {len(parts)} micro batches",
+            f"{len(generator)} generators for {len(micro_batches)} micro batches",
             "give one for each, or a single one",
         )
 

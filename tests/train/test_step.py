@@ -141,8 +141,7 @@ def test_views_that_no_step_can_use_are_refused_with_their_shapes() -> None:
         (lambda: Views(x(12, 3, 8, 8), x(12, 1, 4, 4), hidden), "different channels"),
         (lambda: Views(x(12, 8, 8), x(12, 8, 4), hidden), "global views [12, 8, 8]"),
         (lambda: Views(x(12, 3, 8, 8).byte(), x(0, 3, 4, 4), hidden), "normalised floats"),
-        (lambda: Run().step(), "views of an image: none"),
-        (lambda: Run().step(views(3), views(3, local_crops=1)), "2 global and 1 local, 2 global"),
+        (lambda: Run().step(), "got an empty list"),
         (lambda: Run().step(views(3), generator=[torch.Generator()] * 2), "2 generators for 1"),
         (lambda: Run().step(replace(views(3), masks=hidden[:6])), "masks [6, 16] for 4 patches"),
         (lambda: Run().step(replace(views(3), masks=hidden[:6, :1])), "masks [6, 1] for 4 patches"),
@@ -153,7 +152,7 @@ def test_views_that_no_step_can_use_are_refused_with_their_shapes() -> None:
         assert said in error.value.what and error.value.hint, error.value.what
     both = views(3)
     run = Run()
-    with pytest.raises(PipelineError, match=r"2 global and 2 local\n.*a list"):
+    with pytest.raises(PipelineError, match=r"got Views, expected a list"):
         train_step(run.pair.student, run.pair, both, run.optimizer, VALUES, run.objective)  # type: ignore[arg-type]
 
 
