@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pipeline.curation import preset_values, problems
 from pipeline.model.sizes import SIZES
-from pipeline.uri import public
+from pipeline.uri import allowed, has_secret, public_address
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -49,12 +49,15 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_secrets(cls, value: Any) -> Any:
-        if isinstance(value, str) and public(value) != value:
-            raise ValueError(
-                f"{public(value)} was given with a key or password before the host; put those into "
-                "the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
-            )
+        several = value.values() if isinstance(value, dict) else ()
+        for text in (value, *several):
+            if isinstance(text, str) and has_secret(text):
+                raise ValueError(
+                    f"{public_address(text)} was given with what may be a key or password: nothing "
+                    f"before the host, and {allowed(text)}; put keys into the environment "
+                    "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD)"
+                )
         return value
 
 
@@ -513,11 +516,20 @@ class Track(Section):
 
     enabled: bool = Field(True, description="false: the local journal only, no MLflow")
     uri: str = Field(
-        "", description="MLflow server; default: MLFLOW_TRACKING_URI, else one is started"
+        "",
+        description="MLflow server, or sqlite:///FILE; default: MLFLOW_TRACKING_URI, else one is "
+        "started",
     )
     experiment: str = Field("", description="MLflow experiment; default: the run's name")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use of rank 0's machine")
     model_name: str = Field("", description="registered model; empty: log it, do not register")
+
+    @field_validator("uri")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if "@" in value and "://" not in value:
+            raise ValueError("is no address, and has an @ in it; write http://HOST:5000")
+        return value
 
 
 class Resources(Section):

@@ -30,7 +30,7 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         options = [] if checking else ["--dry-run"]
         if unknown := [flag for flag in flags if flag not in options]:
             raise PipelineError(
-                f"unknown option {unknown[0]}",
+                f"unknown option {unknown[0].partition('=')[0]}",
                 f"{'options are --dry-run and' if options else 'the option is'} --help; "
                 "fields are set as section.field=value",
             )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
+import traceback
+from types import TracebackType
 
 from pipeline.uri import public
 
@@ -30,6 +33,15 @@ def configure(
     else:
         handler.setFormatter(_Formatter(f"{prefix} %(message)s" if prefix else None))
     root.handlers[:] = [handler]
+    sys.excepthook = _bug
+    threading.excepthook = lambda bug: _bug(bug.exc_type, bug.exc_value, bug.exc_traceback)
+
+
+def _bug(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Shows an error that nobody expected, without the keys that a URI in it may hold."""
+    sys.stderr.write(public("".join(traceback.format_exception(kind, error, trace))))
 
 
 class _Formatter(logging.Formatter):

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pipeline import recipe
 from pipeline.config import Config
 from pipeline.errors import ConfigError
-from pipeline.recipe import Unreadable, shortened
+from pipeline.recipe import SHOWN, Unreadable, shortened
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 
@@ -39,7 +40,7 @@ def load(arguments: Sequence[str]) -> Config:
         if seen.get(path, text) != text:
             log.warning(
                 "%s is given twice, %s and %s: the last one counts",
-                *map(shortened, (path, seen[path], text)),
+                *map(_shown, (path, seen[path], text)),
             )
         seen[path] = text
         try:
@@ -70,7 +71,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: where the file is missing, is not YAML or holds no mapping.
     """
-    file, shown = Path(path), shortened(path, 200)
+    file, shown = Path(path), _shown(path, 200)
     try:
         content = file.read_bytes() if file.is_file() else None
     except (OSError, ValueError) as error:  # no right to read it, a name too long, or with a NUL
@@ -127,22 +128,20 @@ def describe() -> str:
 def _assign(values: dict[str, Any], path: str, text: str) -> None:
     if text.lstrip().startswith("{"):
         raise ConfigError(
-            f"{shortened(path)}: give its fields one by one, e.g. {path}.<field>=value"
+            f"{_shown(path)}: give its fields one by one, e.g. {_shown(path)}.<field>=value"
         )
     value: Any = text
     if text and not _is_text(path):
         try:
             value = recipe.parsed(text, _is_text, path)
         except Unreadable as error:
-            raise ConfigError(
-                f"{shortened(path)}: {error.why} (got {shortened(repr(text))})"
-            ) from None
+            raise ConfigError(f"{_shown(path)}: {error.why} (got {_shown(repr(text))})") from None
     *parents, leaf = path.split(".")
     node = values
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{shortened(path)}: no such field{_suggestion(path)}")
+            raise ConfigError(f"{_shown(path)}: no such field{_suggestion(path)}")
         node = child
     node[leaf] = value
 
@@ -165,7 +164,7 @@ def _misread(values: dict[str, Any]) -> list[str]:
             what = "string" if str in kinds else what
             choice = "".join(f", or {word!r}" for word in words)
             problems.append(
-                f"{path}: Input should be a valid {what}{choice} (got {shortened(repr(wrong[0]))})"
+                f"{path}: Input should be a valid {what}{choice} (got {_shown(repr(wrong[0]))})"
             )
             del node[name]
     return problems
@@ -187,8 +186,8 @@ def _kinds(annotation: Any) -> tuple[set[Any], list[Any]]:
         return _kinds(get_args(annotation)[0])
     if not (arguments := [a for a in get_args(annotation) if a is not Ellipsis]):
         return {annotation}, []
-    found = [_kinds(argument) for argument in arguments]
-    return {kind for kinds, _ in found for kind in kinds}, [w for _, words in found for w in words]
+    parts = [_kinds(argument) for argument in arguments]
+    return {kind for kinds, _ in parts for kind in kinds}, [w for _, words in parts for w in words]
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -208,6 +207,10 @@ def _sections() -> set[str]:
     return {path.rpartition(".")[0] for path, _ in field_paths()}
 
 
+def _shown(text: str, most: int = SHOWN) -> str:
+    return shortened(public(text), most)
+
+
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
@@ -222,6 +225,8 @@ def _sentence(error: dict[str, Any]) -> tuple[str, str]:
             parts = parts[:end]
             break
     path = ".".join(parts)
+    if path not in known:
+        path = _shown(path)
     if error["type"] == "extra_forbidden":
         return path, f"no such field{_suggestion(path)}"
     if error["type"] in {"model_type", "model_attributes_type"}:
@@ -229,7 +234,7 @@ def _sentence(error: dict[str, Any]) -> tuple[str, str]:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return path, message
-    return path, f"{message} (got {shortened(repr(error['input']))})"
+    return path, f"{message} (got {_shown(repr(error['input']))})"
 
 
 def _suggestion(path: str) -> str:

@@ -55,7 +55,7 @@ TABLE = [
     row("curation", inside="config"),
     row("config", "errors curation uri model.sizes", others="pydantic"),
     row("recipe", "errors", others="yaml"),
-    row("overrides", "errors config recipe", others="pydantic"),
+    row("overrides", "errors config recipe uri", others="pydantic"),
     row("files", "errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),
     row("placement"),

@@ -57,6 +57,10 @@ class NotReadyError(Exception):
     """The run is not there yet; try again later."""
 
 
+class GivenUpError(Exception):
+    """Nothing can be sent until somebody does what the text says: no use in waiting."""
+
+
 def is_final(error: Exception) -> bool:
     """Whether the same call would fail again: the server refused it, a file is gone, or a bug.
 
@@ -66,12 +70,16 @@ def is_final(error: Exception) -> bool:
     if code := getattr(error, "error_code", ""):  # an MlflowException
         return code in _FINAL
     network = type(error).__module__.split(".")[0] in ("requests", "urllib3")
-    return not network and not isinstance(error, NotReadyError | ConnectionError | TimeoutError)
+    return not network and not isinstance(
+        error, NotReadyError | GivenUpError | ConnectionError | TimeoutError
+    )
 
 
 def explain(error: Exception) -> str:
     """One line for the log, with the way out where it is a known trap."""
     text = str(error)
+    if isinstance(error, GivenUpError):
+        return text
     if "Invalid Host header" in text:
         return (
             "403 Invalid Host header: start the server with --allowed-hosts "

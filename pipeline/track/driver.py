@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, LocalServer
+from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, Database, LocalServer, Remote
 from pipeline.track.journal import FILE_NAME, Journal
 from pipeline.track.names import TAG_LIMIT, cut
 from pipeline.track.sender import Sender
@@ -134,10 +134,11 @@ def open_pipeline(
     if sender is None:
         settings = replace(settings, uri=JOURNAL_ONLY)
     else:
-        local = isinstance(sender.endpoint, LocalServer)
-        settings = replace(
-            settings, uri=LOCAL if local else sender.endpoint.id, key=sender.state.key
-        )
+        where = sender.endpoint
+        # a database is on this machine, perhaps not on that of a worker: all is sent from here
+        uri = JOURNAL_ONLY if isinstance(where, Database) else where.id
+        uri = LOCAL if isinstance(where, LocalServer) else uri
+        settings = replace(settings, uri=uri, key=sender.state.key)
     pipeline = Pipeline(settings, sender, name, resume)
     pipeline.open(PIPELINE, name, tags)
     if params:
@@ -146,7 +147,7 @@ def open_pipeline(
         pipeline.tracker.artifact(config)
     if sender is not None:
         sender.start()
-        if not isinstance(sender.endpoint, LocalServer):
+        if isinstance(sender.endpoint, Remote):
             sender.wait_for(PIPELINE, wait)
     return pipeline
 

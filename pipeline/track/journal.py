@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.track.names import numbers
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.track")
 
@@ -44,6 +45,15 @@ def kind(event: Event) -> str:
 def now_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+def _public(value: Any) -> Any:
+    """All texts of a line as they may be shown: the line is kept, and sent to MLflow."""
+    if isinstance(value, dict):
+        return {_public(key): _public(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    return public(value) if isinstance(value, str) else value
 
 
 def read(path: Path, start: int = 0, having: bytes = b"") -> Iterator[tuple[int, Event]]:
@@ -121,7 +131,10 @@ class Journal:
 
     def append(self, run: str, **event: Any) -> None:
         """Writes one line; `ts` is filled in."""
-        line = json.dumps({"run": run, **event, "ts": event.get("ts") or now_ms()}, default=str)
+        event = {"run": run, **event, "ts": event.get("ts") or now_ms()}
+        line = json.dumps(event, default=str)
+        if ":/" in line:
+            line = json.dumps(_public(json.loads(line)))
         with self._lock:
             self._hold((line + "\n").encode())
             self._write_held()

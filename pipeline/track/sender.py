@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from pipeline.track import journal
-from pipeline.track.client import NotReadyError, explain
+from pipeline.track.client import GivenUpError, NotReadyError, explain
 from pipeline.track.endpoint import Endpoint, links
 from pipeline.track.state import FolderLock, Known, State
 from pipeline.track.units import Unsent, in_doubt, units, unsent
@@ -104,7 +104,7 @@ class Sender(threading.Thread):
         self._closing = True
         self._wake.set()
         self.join(timeout)
-        if not self.is_alive():
+        if not self.is_alive() and not self._given_up:
             return Unsent(0, 0)
         self._given_up = True  # after the call under way the thread leaves the folder to sync
         self._wake.set()
@@ -168,7 +168,12 @@ class Sender(threading.Thread):
 
     def _away(self, error: Exception) -> float:
         self._failures += 1
-        if self._failures == 1:
+        if isinstance(error, GivenUpError):
+            if self._failures == 1:
+                text = "nothing is sent to MLflow: %s; the run goes on, %s keeps everything"
+                log.warning(text, explain(error), _short(self.path))
+            self._given_up |= self._closing
+        elif self._failures == 1:
             what = "is not ready" if isinstance(error, NotReadyError) else "does not answer"
             log.warning(
                 "MLflow at %s %s (%s); the run goes on, %s keeps everything",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.errors import PipelineError
 from pipeline.track import journal
-from pipeline.track.client import explain
+from pipeline.track.client import GivenUpError, explain
 from pipeline.track.endpoint import Endpoint, LocalServer, find_endpoint
 from pipeline.track.journal import Journal, read
 from pipeline.track.sender import Sender
@@ -78,9 +78,16 @@ def end_stale(path: Path) -> None:
     lines.close()
 
 
+def _uri(where: Endpoint) -> str | None:
+    try:
+        return where.uri()
+    except GivenUpError as error:
+        raise PipelineError(str(error)) from None
+
+
 def _wait_ready(where: Endpoint, timeout: float) -> None:
     deadline = time.monotonic() + min(timeout, 120.0)
-    while where.uri() is None:
+    while _uri(where) is None:
         if time.monotonic() > deadline:
             hint = f"see {where.folder / 'server.log'}" if isinstance(where, LocalServer) else ""
             raise PipelineError("the local MLflow server does not answer", hint)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import socket
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import psutil
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.track import TrackSettings, open_pipeline, server
-from pipeline.track.endpoint import LocalServer, Remote, find_endpoint, links
+from pipeline.track import TrackSettings, database, open_pipeline, server
+from pipeline.track.endpoint import Database, LocalServer, Remote, find_endpoint, links
+from pipeline.track.sync import sync
 
 
 def start_and_tell(folder: Path, port: int, answers: Any) -> None:
@@ -92,8 +96,92 @@ def test_where_to_send(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://team:5000/")
     assert find_endpoint("", tmp_path, nodes=3) == Remote("http://team:5000")
     assert find_endpoint("http://other:1", tmp_path) == Remote("http://other:1")
+    assert find_endpoint("HTTPS://Team:5000/", tmp_path) == Remote("https://Team:5000")
     with pytest.raises(PipelineError, match="not a server"):
-        find_endpoint("sqlite:///mlflow.db", tmp_path)
+        find_endpoint("postgresql://host/mlflow", tmp_path)
+    with pytest.raises(PipelineError, match="did you mean http://host:5000"):
+        find_endpoint("host:5000", tmp_path)
+
+
+def test_databases_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    absolute = Database(f"sqlite:///{tmp_path}/a b.db")
+    for uri in ("sqlite:///a b.db", f"sqlite:///{tmp_path}/a b.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert find_endpoint("", tmp_path, nodes=3) == find_endpoint(uri, tmp_path) == absolute
+    assert absolute.uri() == absolute.id and not (tmp_path / "a b.db").exists()
+    for uri, said in (
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:///no/a.db", f"{tmp_path}/no/a.db cannot be written"),
+        ("file:mlruns", f"sqlite:///{tmp_path}/mlruns/mlflow.db"),
+        ("./mlruns", f"track.uri=sqlite:///{tmp_path}/mlruns/mlflow.db"),
+    ):
+        with pytest.raises(PipelineError) as caught:
+            find_endpoint(uri, tmp_path)
+        assert said in str(caught.value) and "track.uri=" in str(caught.value)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for uri in ("file:mlruns", "./mlruns", f"file://{tmp_path}/mlruns"):
+        assert find_endpoint(uri, tmp_path) == Database(f"file://{tmp_path}/mlruns")
+
+
+def test_a_secret_in_the_address_gets_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri, shown in (
+        ("http://user:pa/hush@host:5000", "http://host:5000"),
+        ("http://user:p@hush@host", "http://host"),
+        ("HTTP://user:hush@host", "http://host"),
+        ("https://host/?token=hush", ""),
+        ("https://host#hush=hush", ""),
+        ("postgresql://user:hush@host/db", ""),
+        ("user:hush@host:5000", ""),
+        ("sqlite+pysqlcipher://:hush@/a.db", ""),
+    ):
+        for name in ("USERNAME", "PASSWORD", "URI"):
+            monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")
+            monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        if shown:
+            assert find_endpoint("", tmp_path) == Remote(shown)
+            assert "hush" in os.environ["MLFLOW_TRACKING_PASSWORD"]
+            assert "hush" not in os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            with pytest.raises(PipelineError, match="password or a key") as caught:
+                find_endpoint("", tmp_path)
+            assert "hush" not in repr(caught.value) and "MLFLOW_TRACKING_URI" in str(caught.value)
+
+
+def test_a_database_of_another_mlflow_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For the local server as for a database in the address; the job does not wait for either."""
+    path = tmp_path / "mlflow" / "mlflow.db"
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as opened, opened:
+        opened.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        opened.execute("INSERT INTO alembic_version VALUES ('867495a8f9d4')")
+    for number, uri in enumerate(("", f"sqlite:///{path}")):
+        caplog.clear()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        settings = TrackSettings(run_folder=str(tmp_path / f"run{number}"), stage="")
+        begin = time.monotonic()
+        with open_pipeline(settings, "run") as pipeline:
+            pipeline.stage("pack").metrics(0, {"data/images": 3})
+        assert time.monotonic() - begin < 10
+        said = f"older MLflow: make a copy of it, then run `mlflow db upgrade sqlite:///{path}`"
+        assert (
+            caplog.text.count(said) == 1 and "not sent; later: python jobs/sync.py" in caplog.text
+        )
+        with pytest.raises(PipelineError, match="mlflow db upgrade"):
+            sync(tmp_path / f"run{number}", server_folder=path.parent)
+    with contextlib.closing(sqlite3.connect(path)) as opened, opened:
+        opened.execute("UPDATE alembic_version SET version_num = 'f00d'")
+    assert "newer MLflow" in database.mismatch(path)
+    assert database.mismatch(tmp_path / "none.db") == ""
+    (tmp_path / "text.db").write_text("no database")
+    assert database.mismatch(tmp_path / "text.db") == ""
 
 
 def test_without_a_server_the_journal_has_everything(tmp_path: Path) -> None:
