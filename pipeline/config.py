@@ -238,7 +238,9 @@ class Optim(Section):
     passes: float | None = Field(
         None, gt=0, description="length of the run in passes over the data"
     )
-    steps: Positive | None = Field(None, description="length of the run in steps, or give passes")
+    steps: Positive | None = Field(
+        None, le=99_999_999, description="length of the run in steps, or give passes"
+    )
     global_batch_size: Positive = Field(
         1024, description="images in one step = workers x batch size x accumulation"
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.arrangement import (
     Arrangement,
@@ -19,7 +19,7 @@ from pipeline.arrangement import (
     worker_share,
 )
 from pipeline.config import Config
-from pipeline.errors import ConfigError, PlacementError
+from pipeline.errors import ConfigError, PlacementError, TrainError
 from pipeline.overrides import field_paths
 from pipeline.placement import Node, Share
 from pipeline.schedule import StepValues, cosine, linear
@@ -188,6 +188,23 @@ def value_at(config: Config, path: str) -> object:
     for name in path.split("."):
         node = getattr(node, name)
     return node
+
+
+def plan_of(meta: Mapping[str, Any], place: object) -> Plan:
+    """The plan that a checkpoint's `meta.json` holds.
+
+    Raises:
+        TrainError: it holds none, or one that was edited.
+    """
+    try:
+        return Plan.model_validate(meta.get("plan"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("plan", *first["loc"]))
+        raise TrainError(
+            f"meta.json of {place} holds no plan of this version: {where}: {first['msg']}",
+            "put it back from a copy, or remove that checkpoint and use another one",
+        ) from error
 
 
 def resolve(

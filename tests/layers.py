@@ -127,7 +127,8 @@ TABLE = [
     ),
     row(
         "train.start",
-        [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"],
+        [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"]
+        + ["train.remote_state"],
         others="torch",
     ),
     row("train.trainee", [*MATHS, "train.objective"], others="torch"),

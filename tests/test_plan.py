@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.arrangement import READ_CPUS, Machine
 from pipeline.config import Config
 from pipeline.data import feeder
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.overrides import field_paths, load
 from pipeline.plan import (
     CHUNK_BYTES,
@@ -23,6 +23,7 @@ from pipeline.plan import (
     WINDOW_BYTES,
     Plan,
     changes,
+    plan_of,
     resolve,
     value_at,
     view_bytes,
@@ -443,3 +444,10 @@ def test_large_images_make_small_chunks(image_bytes):
     )  # fmt: skip
     most = max(d for d in (1, 2, 4, 8, 16, 32, 64) if d * image_bytes <= ENCODED_BYTES or d == 1)
     assert found.chunk_images == most
+
+
+@pytest.mark.parametrize("meta", [{}, {"plan": None}, {"plan": []}, {"plan": {"steps": "x"}}])
+def test_a_checkpoint_without_a_plan_is_one_sentence(meta: dict[str, Any]) -> None:
+    with pytest.raises(TrainError, match=r"meta.json of step-7 holds no plan .*: plan") as caught:
+        plan_of(meta, "step-7")
+    assert caught.value.hint and "\n" not in caught.value.what

@@ -37,7 +37,7 @@ def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
         return EmbedderSpec(
             BACKBONE,
             name=public(value),
-            digest=fingerprint([saved.step, saved.meta["plan"]]),
+            digest=fingerprint([saved.step, saved.meta.get("plan")]),
             load=partial(load_teacher, str(saved.path)),
             image_size=curate.image_size or theirs.augment.global_size,
             mean=theirs.augment.mean,
@@ -53,9 +53,9 @@ def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
 
 def encoder_config(saved: state.Saved) -> Config:
     """The recipe that a checkpoint was trained with."""
-    from pipeline.plan import Plan
+    from pipeline.plan import plan_of
 
-    return Plan.model_validate(saved.meta["plan"]).config
+    return plan_of(saved.meta, saved.path).config
 
 
 def load_teacher(checkpoint: str) -> Any:

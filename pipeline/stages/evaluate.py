@@ -13,7 +13,7 @@ from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.files import fingerprint
 from pipeline.model.pair import Encoder
-from pipeline.plan import Plan
+from pipeline.plan import Plan, plan_of
 from pipeline.stages.context import Context, result_line
 from pipeline.train import state
 from pipeline.train.run import evaluation_spec
@@ -42,7 +42,7 @@ def chosen(context: Context) -> state.Saved:
 
 def trained_plan(saved: state.Saved) -> Plan:
     """The plan that a checkpoint was trained with; today's recipe may differ."""
-    return Plan.model_validate(saved.meta["plan"])
+    return plan_of(saved.meta, saved.path)
 
 
 def teacher(saved: state.Saved) -> Encoder:
@@ -59,7 +59,9 @@ def key(context: Context) -> str:
         for uri in (settings.reference, settings.queries)
         if uri
     ]
-    return fingerprint([saved.step, saved.meta["plan"], settings.model_dump(mode="json"), digests])
+    return fingerprint(
+        [saved.step, saved.meta.get("plan"), settings.model_dump(mode="json"), digests]
+    )
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:

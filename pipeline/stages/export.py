@@ -34,7 +34,7 @@ FILES = ("model.safetensors", "config.json")
 def key(context: Context) -> str:
     """Changes with the checkpoint, and with the formats that are written."""
     saved = chosen(context)
-    return fingerprint([saved.step, saved.meta["plan"], FORMATS])
+    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS])
 
 
 def intact(context: Context) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from pipeline.uri import join
 
 # Reads a checkpoint's meta.json; gives it and the bytes of its state.pt.
 Entry = Callable[[], tuple[dict[str, Any], int]]
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint by the name of its folder; None for names that we do not write."""
+    found = re.fullmatch(r"step-([0-9]{8})", name)
+    return int(found[1]) if found else None
 
 
 def save(folder: str, name: str, state: Path, meta: dict[str, Any]) -> None:
@@ -51,7 +58,7 @@ def entries(folder: str) -> Iterator[tuple[str, Entry]]:
 def sweep(folder: str) -> None:
     """Removes what uploads that were cut short have left. For the one who writes checkpoints."""
     for name, files in _listed(folder).items():
-        if "meta.json" not in files:
+        if "meta.json" not in files and "state.pt" in files:
             remove(str(join(folder, name)))
 
 
@@ -61,7 +68,7 @@ def _listed(folder: str) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for info in list_files(fs, root):
         name, _, file = str(info.path)[len(root) :].lstrip("/").partition("/")
-        if name.startswith("step-"):
+        if step_of(name) is not None:
             found.setdefault(name, {})[file] = info.size
     return found
 

@@ -26,7 +26,7 @@ from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
-from pipeline.plan import Plan, changes, resolve
+from pipeline.plan import Plan, changes, plan_of, resolve
 from pipeline.train import build, state
 from pipeline.uri import public
 
@@ -145,7 +145,7 @@ def check_resume(
     saved = state.latest(folder.checkpoints)
     if saved is None:
         return []
-    earlier = Plan.model_validate(saved.meta["plan"])
+    earlier = plan_of(saved.meta, saved.path)
     allowed, refused = changes(earlier.config, config)
     if earlier.digest != digest:
         refused.append(f"the shards: {earlier.digest} -> {digest}")

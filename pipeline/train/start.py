@@ -13,7 +13,7 @@ from pipeline.model.fit import Weights, fit
 from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensors
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
-from pipeline.plan import Plan
+from pipeline.plan import Plan, plan_of
 from pipeline.train import state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective
@@ -27,7 +27,7 @@ def located(plan: Plan, saved: state.Saved | None) -> Plan:
     restarts must use the same weights. A run that goes on, from `saved`, keeps what it began with.
     """
     if saved is not None:
-        earlier = Plan.model_validate(saved.meta["plan"])
+        earlier = plan_of(saved.meta, saved.path)
         return plan.model_copy(
             update={"init": earlier.init, "frozen_teacher": earlier.frozen_teacher}
         )
@@ -132,7 +132,7 @@ def checkpoint_at(path: str) -> state.Saved | None:
     None where the path is neither.
     """
     place = path if is_uri(path) else Path(path)
-    if parent(place)[1].startswith("step-") and (saved := state.at(place)):
+    if step_of(parent(place)[1]) is not None and (saved := state.at(place)):
         return saved
     best = state.best(join(place, "checkpoints"))
     return best[0] if best else state.latest(join(place, "checkpoints"))
@@ -140,7 +140,7 @@ def checkpoint_at(path: str) -> state.Saved | None:
 
 def encoder_of(saved: state.Saved) -> tuple[Encoder, Config]:
     """The teacher of a checkpoint, heads included, and the recipe it was trained with."""
-    config = Plan.model_validate(saved.meta["plan"]).config
+    config = plan_of(saved.meta, saved.path).config
     encoder = pair(config).teacher
     encoder.load_state_dict(saved.teacher())
     return encoder, config

@@ -10,12 +10,13 @@ so any number of workers can read it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import logging
+import math
 import os
-import pickle
-import shutil
 import socket
 import tempfile
 import time
@@ -30,14 +31,15 @@ import torch
 
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import local_copy, read_json, write_bytes_atomic
-from pipeline.errors import DamagedError, StorageError, TrainError
+from pipeline.errors import DamagedError, DataError, StorageError, TrainError
 from pipeline.train import remote_state
-from pipeline.train.remote_state import Entry
+from pipeline.train.remote_state import Entry, step_of
 from pipeline.uri import Place, is_uri, join, parent, public
 
 log = logging.getLogger("pipeline.train")
 VERSION = 4
 PART = 2**24  # bytes that a sum is taken of at once
+FILES = ("meta.json", "state.pt")  # of a checkpoint, in the order in which they go
 SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
 
 
@@ -76,13 +78,41 @@ class Saved:
                 if (found := crc32(Path(file))) != (wanted := self.meta["crc32"]):
                     raise ValueError(f"its checksum is {found:08x} and was {wanted:08x}")
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            except (ValueError, pickle.UnpicklingError) as error:
+                if (written := self.meta.get("layout")) not in (None, layout(state)):
+                    raise ValueError(f"it holds other tensors than were written ({written})")
+                if not isinstance(state, dict) or not isinstance(state.get("teacher", {}), dict):
+                    raise ValueError("it holds no state of a run")
+            except (OSError, MemoryError):
+                raise  # not of the file
+            except Exception as error:
+                if isinstance(error, RuntimeError) and "allocate" in str(error):
+                    raise  # how torch reports that there is no memory
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DamagedError(
                     f"checkpoint {public(self.path)} is damaged ({why})",
                     "put it back from a copy, or remove it and use an earlier one",
                 ) from error
             yield state
+
+
+def layout(state: Any) -> str:
+    """16 hex digits of the names, shapes and types in a state, whatever the values."""
+
+    def lines(value: Any, name: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield f"{name} dict"
+            for key, inner in value.items():
+                yield from lines(inner, f"{name}/{key}")
+        elif isinstance(value, list | tuple):
+            yield f"{name} {len(value)}"
+            for place, inner in enumerate(value):
+                yield from lines(inner, f"{name}/{place}")
+        elif isinstance(value, torch.Tensor):
+            yield f"{name} {tuple(value.shape)} {value.dtype}"
+        else:
+            yield f"{name} {type(value).__name__}"
+
+    return hashlib.blake2b("\n".join(lines(state, "")).encode(), digest_size=8).hexdigest()
 
 
 def crc32(file: Path) -> int:
@@ -101,13 +131,13 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
         folder: the run's `checkpoints` folder.
         step: steps done.
         state: nested dicts of tensors and numbers.
-        meta: JSON values; `step`, `version`, `bytes` and `crc32` are added.
+        meta: JSON values; `step`, `version`, `layout`, `bytes` and `crc32` are added.
 
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
     """
     name = _name(step)
-    meta = {**meta, "step": step, "version": VERSION}
+    meta = {**meta, "step": step, "version": VERSION, "layout": layout(state)}
     if is_uri(folder):
         with tempfile.TemporaryDirectory(prefix="raydino-") as here:
             meta |= _write(Path(here) / "state.pt", state)
@@ -116,24 +146,38 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / name
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary, aside = (folder / f".{name}.{end}" for end in ("tmp", "removed"))
+    _discard(temporary)
+    temporary.mkdir(exist_ok=True)
     try:
         meta |= _write(temporary / "state.pt", state)
         with (temporary / "meta.json").open("w") as text:
             json.dump(meta, text, indent=1)
             text.flush()
             os.fsync(text.fileno())
-        aside = folder / f".{final.name}.removed"
         if final.exists():  # the same step again, after a resume
-            shutil.rmtree(aside, ignore_errors=True)
+            _discard(aside)
             final.rename(aside)
         temporary.rename(final)
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside, final)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(temporary)
     return Saved(final, meta)
+
+
+def _discard(folder: Path, heir: Path | None = None) -> None:
+    """Deletes a checkpoint's own files and its folder. What others have put there moves to `heir`;
+    without one the folder stays with it.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for file in FILES:
+        (folder / file).unlink(missing_ok=True)
+    if heir is not None:
+        for other in folder.iterdir():
+            other.rename(heir / other.name)
+    with contextlib.suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def _write(path: Path, state: dict[str, Any]) -> dict[str, int]:
@@ -158,29 +202,39 @@ def checkpoints(folder: Place) -> list[Saved]:
     found = []
     for path, read in _entries(folder):
         try:
-            meta, size = read()
+            found.append(_checked(path, *read()))
         except StorageError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
+            why = str(error).partition("\n")[0]
             log.warning(
-                "checkpoint %s is not readable (%s); using an earlier one", public(path), error
+                "checkpoint %s is not readable (%s); using an earlier one", public(path), why
             )
-            continue
-        if meta.get("version") != VERSION:
-            raise TrainError(
-                f"checkpoint {public(path)} has version {meta.get('version')}, expected {VERSION}",
-                "resume it with the raydino version that wrote it, or give the run a new name",
-            )
-        if size != meta["bytes"]:
-            log.warning(
-                "checkpoint %s is cut short (%d of %d bytes); using an earlier one",
-                public(path),
-                size,
-                meta["bytes"],
-            )
-            continue
-        found.append(Saved(path, meta))
     return found
+
+
+def _checked(path: Place, meta: Any, size: int) -> Saved:
+    """A checkpoint whose `meta.json` says what we write there, of this folder and this file.
+
+    Raises:
+        TrainError: it was written by another version.
+        ValueError: it says something else.
+    """
+    if not isinstance(meta, dict):
+        raise ValueError("its meta.json holds no object")
+    if meta.get("version") != VERSION:
+        raise TrainError(
+            f"checkpoint {public(path)} has version {meta.get('version')}, expected {VERSION}",
+            "resume it with the raydino version that wrote it, or give the run a new name",
+        )
+    for name in ("step", "bytes", "crc32"):
+        if type(meta.get(name)) is not int:
+            raise ValueError(f"its meta.json has {name}={json.dumps(meta.get(name))[:40]}")
+    if meta["step"] != step_of(parent(path)[1]):
+        raise ValueError(f"its meta.json is of step {meta['step']}")
+    if size != meta["bytes"]:
+        raise ValueError(f"it is cut short: {size} of {meta['bytes']} bytes are there")
+    return Saved(path, meta)
 
 
 def _entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
@@ -189,7 +243,9 @@ def _entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
         return
 
     for path in sorted(Path(folder).glob("step-*")):
-        yield path, functools.partial(_read_local, path)
+        # A folder with neither file may hold what somebody has put beside a checkpoint.
+        if step_of(path.name) is not None and any((path / file).exists() for file in FILES):
+            yield path, functools.partial(_read_local, path)
 
 
 def _read_local(path: Path) -> tuple[dict[str, Any], int]:
@@ -265,28 +321,45 @@ def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
         meta, size = found[path]()
     else:  # by its name: a listing may be an old one
         meta, size = _read_local(Path(path))
-    if size != meta["bytes"]:
-        raise OSError(f"{size} of {meta['bytes']} bytes are there")
-    saved = Saved(path, meta)
+    saved = _checked(path, meta, size)
     return saved, saved.load()
 
 
 def _name(step: int) -> str:
-    return f"step-{step:08d}"
+    name = f"step-{step:08d}"
+    if step_of(name) != step:
+        raise TrainError(
+            f"a run has at most 99,999,999 steps, not {step:,}", "set optim.steps lower"
+        )
+    return name
 
 
 def best(folder: Place) -> tuple[Saved, float] | None:
     """The checkpoint that `mark_best` named and its score, if it is still there."""
-    found = _best(folder)
-    for saved in checkpoints(folder) if found else ():
-        if saved.step == int(found["step"]):
-            return saved, float(found["score"])
+    if (found := _best(folder)) is not None:
+        for saved in checkpoints(folder):
+            if saved.step == found[0]:
+                return saved, found[1]
     return None
 
 
-def _best(folder: Place) -> dict[str, Any]:
-    found: dict[str, Any] = read_json(*resolve_uri(str(join(folder, "best.json")))) or {}
-    return found
+def _best(folder: Place) -> tuple[int, float] | None:
+    """Step and score of `best.json`; None, and a warning, where it says something else."""
+    place = join(folder, "best.json")
+    try:
+        found = read_json(*resolve_uri(str(place)))
+        if found is None:
+            return None
+        step, score = found["step"], found["score"]
+        if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
+            raise ValueError(f"step {step!r}, score {score!r}")
+    except StorageError:
+        raise
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        why = error.what if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        log.warning("%s names no checkpoint (%s); going on without it", public(place), why[:200])
+        return None
+    return step, float(score)
 
 
 def mark_best(folder: Place, step: int, score: float) -> None:
@@ -298,16 +371,21 @@ def mark_best(folder: Place, step: int, score: float) -> None:
 def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and those of `protected` steps."""
     if found := _best(folder):
-        protected = protected | {int(found["step"])}
+        protected = protected | {found[0]}
     for saved in checkpoints(folder)[:-keep_last]:
         if saved.step in protected:
             continue
         if isinstance(saved.path, str):
             remote_state.remove(saved.path)
             continue
+        if saved.path.is_symlink():  # somebody keeps it elsewhere
+            continue
         # Out of the list in one move first: a kill must not leave half a checkpoint in it.
         removed = saved.path.with_name(f".{saved.path.name}.removed")
+        _discard(removed)
         saved.path.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        _discard(removed)
+        if removed.exists():  # with files of others
+            removed.rename(saved.path)
     if is_uri(folder):
         remote_state.sweep(str(folder))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator
@@ -98,6 +99,7 @@ def test_the_files_are_what_the_docstring_says(tmp_path: Path) -> None:
         "step": 1200,
         "version": state.VERSION,
         "bytes": (folder / "state.pt").stat().st_size,
+        "layout": state.layout(small()),
         "crc32": zlib.crc32((folder / "state.pt").read_bytes()),
     }
 
@@ -194,11 +196,13 @@ def test_a_kill_while_pruning_leaves_no_half(tmp_path: Path) -> None:
         state.save(tmp_path, step, small(step), META)
 
     def patch() -> None:
+        unlink = Path.unlink
+
         def first_file_only(path: Path, **_: Any) -> None:
-            next(iter(sorted(path.iterdir()))).unlink()
+            unlink(path)
             die()
 
-        state.shutil.rmtree = first_file_only  # type: ignore[assignment]
+        Path.unlink = first_file_only  # type: ignore[method-assign,assignment]
 
     killed_in(lambda: state.prune(tmp_path, 2, set()), patch)
     assert steps(tmp_path) == [20, 30]
@@ -371,3 +375,134 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     found = state.latest(tmp_path)
     assert found
     assert found.load()["student"]["w"][0, 0] == 2
+
+
+OTHERS = (
+    "step-old", "step-00000010.bak", "step-00000020 (copy)", "step-20", "step-000000020",
+    "step-0000002", "step-1e7", "step--0000010", "Step-00000030", "step-00000030~",
+    "step-٠٠٠٠٠٠٣٠", "step-00000099",
+)  # fmt: skip
+
+
+def test_only_names_that_we_write_are_checkpoints(tmp_path: Path) -> None:
+    """Copies of a checkpoint under other names, and a file under one of ours."""
+    for name in OTHERS:
+        folder = tmp_path / name
+        for step in (10, 20):
+            state.save(folder, step, small(step), META)
+        mine = folder / name
+        if name == OTHERS[-1]:
+            mine.write_text("a file")
+        else:
+            shutil.copytree(folder / "step-00000020", mine)
+        found = state.latest(folder)
+        assert found and found.path.name == "step-00000020", name
+        assert state.at(mine) is None or state.at(mine) == found, name
+        state.save(folder, 30, small(30), META)
+        state.prune(folder, 2, set())
+        assert names(folder) == sorted(["step-00000020", "step-00000030", name])
+
+
+def test_what_others_have_put_beside_a_checkpoint_stays(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        state.save(tmp_path, step, small(step), META)
+        (tmp_path / f"step-{step:08d}" / "notes.txt").write_text(f"of {step}")
+    state.save(tmp_path, 20, small(21), META)  # the same step again
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "step-00000005").symlink_to(tmp_path / "elsewhere")
+    for file in state.FILES:
+        (tmp_path / "elsewhere" / file).write_bytes(
+            (tmp_path / "step-00000010" / file).read_bytes()
+        )
+    meta = json.loads((tmp_path / "elsewhere" / "meta.json").read_text()) | {"step": 5}
+    (tmp_path / "elsewhere" / "meta.json").write_text(json.dumps(meta))
+    assert steps(tmp_path) == [5, 10, 20, 30]
+    state.prune(tmp_path, 1, {20})
+    assert steps(tmp_path) == [5, 20, 30]  # what a link leads to is not ours to delete
+    assert state.checkpoints(tmp_path)[1].load()["student"]["w"][0, 0] == 21
+    for step in (10, 20, 30):
+        assert (tmp_path / f"step-{step:08d}" / "notes.txt").read_text() == f"of {step}"
+    assert names(tmp_path / "step-00000010") == ["notes.txt"]
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(TrainError, match="at most 99,999,999 steps"):
+        state.save(tmp_path, 10**8, small(), META)
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a list": lambda m: [m], "null": lambda m: None, "empty": lambda m: "", "cut": lambda m: '{"a"',
+    "brackets": lambda m: "[" * 100_000, "no step": lambda m: m.pop("step") and m,
+    "no bytes": lambda m: m.pop("bytes") and m, "no crc32": lambda m: m.pop("crc32") and m,
+    "text": lambda m: m | {"step": "20"}, "true": lambda m: m | {"step": True},
+    "fraction": lambda m: m | {"step": 20.0}, "another step": lambda m: m | {"step": 5},
+    "a late step": lambda m: m | {"step": 10**9}, "negative": lambda m: m | {"bytes": -1},
+    "null sum": lambda m: m | {"crc32": None}, "another sum": lambda m: m | {"crc32": 1},
+    "another layout": lambda m: m | {"layout": "0" * 16},
+    "layout of no text": lambda m: m | {"layout": []},
+}  # fmt: skip
+
+
+def test_an_edited_meta_is_passed_over(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    for name, edit in EDITS.items():
+        folder = tmp_path / name
+        for step in (10, 20):
+            state.save(folder, step, small(step), META)
+        file = folder / "step-00000020" / "meta.json"
+        changed = edit(json.loads(file.read_text()))
+        file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+        warnings.clear()
+        with warnings.at_level("WARNING", "pipeline.train"):
+            found, tensors = state.restored(folder)
+        assert found and found.step == 10 and tensors["student"]["w"][0, 0] == 10, name
+        assert len(warnings.records) == 1 and len(warnings.text) < 400, name
+        assert "step-00000020" in warnings.text and "using an earlier one" in warnings.text, name
+
+
+def test_a_state_of_something_else_under_sums_that_fit(tmp_path: Path) -> None:
+    """As after a copy of another run's file, with its length and checksum written anew."""
+    plant: dict[str, Callable[[Path], object]] = {
+        "empty": lambda file: file.write_bytes(b""),
+        "junk": lambda file: file.write_bytes(bytes(range(256)) * 9),
+        "start of a zip": lambda file: file.write_bytes(b"PK\3\4" + bytes(range(256))),
+        "code": lambda file: torch.save({"teacher": Planted(tmp_path / "mark")}, file),
+        "tensor": lambda file: torch.save(torch.ones(3), file),
+        "list": lambda file: torch.save([1, 2], file),
+        "other keys": lambda file: torch.save({"a": 1}, file),
+        "another shape": lambda file: torch.save(
+            {"student": {"w": torch.ones(3, 3)}, "objective": {"n": 1}}, file
+        ),
+        "another type": lambda file: torch.save(
+            {"student": {"w": torch.ones(3, 2).half()}, "objective": {"n": 1}}, file
+        ),
+        "no dict inside": lambda file: torch.save({"student": 5, "objective": {"n": 1}}, file),
+    }
+    for name, write in plant.items():
+        folder = tmp_path / name
+        for step in (10, 20):
+            state.save(folder, step, small(step), META)
+        file = folder / "step-00000020" / "state.pt"
+        write(file)
+        meta = json.loads((file.parent / "meta.json").read_text())
+        meta |= {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
+        (file.parent / "meta.json").write_text(json.dumps(meta))
+        found, tensors = state.restored(folder)
+        assert found and found.step == 10 and tensors["student"]["w"][0, 0] == 10, name
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "5", '{"step": "x", "score": 1}', '{"step": 20}',
+     '{"step": 20, "score": "nan"}',
+     '{"step": 20, "score": NaN}', '{"step": 20.5, "score": 1}', "[" * 100_000, "\x00"],
+)  # fmt: skip
+def test_a_best_that_names_nothing_is_none(
+    tmp_path: Path, text: str, warnings: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20):
+        state.save(tmp_path, step, small(step), META)
+    (tmp_path / "best.json").write_text(text)
+    with warnings.at_level("WARNING", "pipeline.train"):
+        assert state.best(tmp_path) is None
+    assert "best.json names no checkpoint" in warnings.text
+    state.prune(tmp_path, 1, set())
+    assert steps(tmp_path) == [20]
