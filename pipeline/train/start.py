@@ -17,6 +17,7 @@ from pipeline.plan import Plan, plan_of
 from pipeline.train import state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective
+from pipeline.train.remote_state import step_of
 from pipeline.uri import is_uri, join, parent, public
 
 
