@@ -75,7 +75,12 @@ class Data(Section):
     """Where images come from and how they are packed and read."""
 
     source: str = Field(
-        "", description="what to pack: folder, tar, hub-style parquet, shards, or builtin:photos"
+        "",
+        description="what to pack: folder, archive, hub-style parquet, shards, a pattern for them, "
+        "several with commas between, or builtin:photos",
+    )
+    follow_links: bool = Field(
+        False, description="read what links to files lead to, also outside of the source"
     )
     shards: str = Field(
         "", description="folder of image shards; default: <run folder>/shards, made by pack"
@@ -84,6 +89,12 @@ class Data(Section):
     label_column: str = Field("label", description="parquet column that holds the label, if any")
     labels: Literal["auto", "folder", "none"] = Field(
         "auto", description="where labels of files come from; folder: the parent folder's name"
+    )
+    label_member: str = Field(
+        "cls",
+        pattern=r"^(\w[\w.-]*(:[\w.-]+)?)?$",
+        description="ending of files beside images that hold their labels, as in WebDataset; "
+        "json:class takes a field",
     )
     max_bad_fraction: Fraction = Field(
         0.01, description="a stage ends when more than this share of its rows is bad"

@@ -110,10 +110,18 @@ class RunFolder:
         """Inside, no other job on this machine works in the folder.
 
         Raises:
-            PipelineError: where one does already.
+            PipelineError: where one does already, or the lock is no file of ours.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".job.lock").open("w") as file:
+        lock = self.path / ".job.lock"
+        try:  # never through a link, and never emptied: what it holds may be someone's
+            number = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise PipelineError(
+                f"{lock} cannot be locked: {error.strerror}",
+                "take that file, folder or link away, or give the run another run.folder",
+            ) from error
+        with os.fdopen(number) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -19,9 +19,13 @@ LEAVES = [
     "data.schema", "data.columns", "data.row_group", "data.retry", "data.storage", "data.transfer",
     "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
     "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
-    "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows",
+    "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows", "data.kinds",
+    "data.patterns",
 ]  # fmt: skip
-PACKING = ["data.sources", "data.items", "data.runs", "data.merge", "data.ledger", "data.claim"]
+PACKING = [
+    *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
+    *("data.runs", "data.merge", "data.ledger", "data.claim"),
+]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
 
 
@@ -80,8 +84,8 @@ TABLE = [
     ),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
     row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
-    row(PACKING, ["errors", *LEAVES, *PACKING], others="numpy pyarrow"),
-    row("data.pack", ["errors", *LEAVES, *PACKING], others_inside="ray"),
+    row(PACKING, ["errors", "uri", *LEAVES, *PACKING], others="numpy pyarrow"),
+    row("data.pack", ["errors", "uri", *LEAVES, *PACKING], others_inside="ray"),
     row("data.reading", ["errors", *LEAVES], others="numpy pyarrow"),
     row(
         "data.stream data.feeder data.segments",

@@ -81,7 +81,7 @@ def on_this_node(path: str, digest: str) -> str:
             target = fresh / place.partition("?")[0].removeprefix(f"{root}/")
             target.parent.mkdir(parents=True, exist_ok=True)
             download(*resolve_uri(place), target)
-        with folder.with_name(f"{digest}.lock").open("w") as lock:
+        with folder.with_name(f"{digest}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
             if _whole(folder / name):  # another worker of this node was faster, and uses it
                 shutil.rmtree(fresh)

@@ -57,13 +57,20 @@ def class_names_of(schema: pa.Schema, label_column: str = "label") -> tuple[str,
     metadata = schema.metadata or {}
     ours = _json(metadata.get(METADATA_KEY))
     if ours is not None:
-        return tuple(str(name) for name in ours.get("class_names", ()))
+        return _texts(ours.get("class_names"))
     node: Any = _json(metadata.get(b"huggingface"))
     for key in ("info", "features", label_column, "names"):
         node = node.get(key) if isinstance(node, dict) else None
     if isinstance(node, dict):  # some writers store {"0": "cat", "1": "dog"}
-        node = [node[key] for key in sorted(node, key=int)]
-    return tuple(str(name) for name in node) if isinstance(node, list) else ()
+        numbers = [str(i) for i in range(len(node))]
+        node = [node[i] for i in numbers] if set(node) == set(numbers) else None
+    return _texts(node)
+
+
+def _texts(names: Any) -> tuple[str, ...]:
+    """A list of names as written by anyone; () where it is none."""
+    plain = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
+    return tuple(str(name) for name in names) if plain else ()
 
 
 def is_ours(schema: pa.Schema) -> bool:
@@ -81,13 +88,17 @@ def is_ours(schema: pa.Schema) -> bool:
             f"{SCHEMA_VERSION}",
             hint="pack the images again, or use the version that wrote them.",
         )
-    return True
+    # Anyone can write the mark; what has other columns is read as a file of others.
+    return all(
+        schema.names.count(field.name) == 1 and schema.field(field.name).type == field.type
+        for field in IMAGE_SHARD_SCHEMA
+    )
 
 
 def _json(value: bytes | None) -> dict[str, Any] | None:
     try:
         found = json.loads(value) if value is not None else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -101,6 +112,12 @@ def check_columns(schema: pa.Schema, name: str, image_column: str, label_column:
         DataError: what the file has, what was expected, and what to set.
     """
     columns = ", ".join(schema.names)
+    for column in (image_column, label_column):
+        if schema.names.count(column) > 1:
+            raise DataError(
+                f'{name} has {schema.names.count(column)} columns "{column}"',
+                hint="give one of them another name, or take the file away.",
+            )
     if image_column not in schema.names:
         guess = next((n for n in schema.names if is_image_type(schema.field(n).type)), "NAME")
         raise DataError(

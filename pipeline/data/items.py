@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import lzma
-import tarfile
-import zlib
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Self
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.data.archives import Content, read_archive, too_large
+from pipeline.data.kinds import HEAD, begins_like_an_image, claims_images, is_unread_archive
+from pipeline.data.labels import Label, LabelFiles
+from pipeline.data.listing import Other, Refused, inside, left_out, readable
 from pipeline.data.row_group import image_array
-from pipeline.data.sources import Refused, Task, extra_fields, readable
+from pipeline.data.sources import Task, extra_fields
 from pipeline.data.transfer import open_patiently, read_bytes
 from pipeline.errors import StorageError
 
 _BATCH_ROWS = 32  # of a parquet file in memory at once
 _REMOTE_READS = 8  # under way at once
-_RECORDS = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+_ROWS_NAMED = 100_000  # of a row group that cannot be read; a footer may claim any number
 
 
 @dataclass(frozen=True)
@@ -43,175 +38,145 @@ class Item:
     label: int | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read, the same for all of its tasks."""
+
+    image_column: str
+    label_column: str
+    max_image_bytes: int
+    extras: pa.Schema  # further columns of parquet files, as the shards will have them
+    label_member: str = ""  # see `labels.LabelFiles`; empty: no file holds a label
+
+
 # Items, and their extra columns in the order of the items (None: there are none).
-Piece = tuple[Sequence[Item | Refused], pa.Table | None]
+Read = Item | Refused | Other | Label
+Piece = tuple[Sequence[Read], pa.Table | None]
 
 
-def read_task(
-    fs: pafs.FileSystem,
-    root: str,
-    task: Task,
-    image_column: str,
-    label_column: str,
-    max_image_bytes: int,
-    extras: pa.Schema,
-) -> Iterator[Piece]:
+def read_task(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> Iterator[Piece]:
     """All images of a task in their order. Nothing that is wrong with the source raises.
 
     Raises:
         StorageError: remote storage failed after all tries. That says nothing about the images.
     """
-    if task.kind == "files":
-        yield from _read_files(fs, root, task.paths)
-    elif task.kind == "tar":
-        for item in _read_tar(fs, root, task.paths[0], max_image_bytes):
-            yield [item], None
+    labels = LabelFiles(reading.label_member)
+    if task.kind == "parquet":
+        yield from _read_parquet(fs, root, task, reading)
+        return
+    if task.kind == "archive":
+        found = read_archive(fs, root, task.paths[0], reading.max_image_bytes)
     else:
-        columns = ("image", "label") if task.own else (image_column, label_column)
-        yield from _read_parquet(fs, root, task, *columns, max_image_bytes, extras)
+        found = _read_files(fs, root, task, reading.max_image_bytes)
+    for item in found:
+        yield [_judged(item, labels) if isinstance(item, Content) else item], None
 
 
-def _folder(path: str) -> str | None:
-    return PurePosixPath(path).parent.name or None
-
-
-def _read_files(fs: pafs.FileSystem, root: str, paths: Sequence[str]) -> Iterator[Piece]:
-    def read(path: str) -> Item | Refused:
+def _judged(item: Content, labels: LabelFiles) -> Read:
+    """An image, a label, or what claims to be neither."""
+    if (key := labels.key(item.source)) is not None:
         try:
-            if isinstance(fs, pafs.LocalFileSystem):  # by Python, which takes names of any bytes
-                encoded = Path(f"{root}/{path}").read_bytes()
-            else:
-                encoded = read_bytes(fs, f"{root}/{path}")
+            return Label(item.source, key, labels.value(item.encoded))
+        except ValueError as error:
+            return Other(item.source, "bad_label", f"no label: {error}"[:200])
+    if claims_images(item.source) or begins_like_an_image(item.encoded[:HEAD]):
+        return Item(item.source, item.encoded, item.folder)
+    if is_unread_archive(item.source):
+        return Other(item.source, "unread_archive", "an archive of a kind that is not read")
+    return Other(item.source, "no_image", "neither its name nor its first bytes are an image's")
+
+
+def _read_files(
+    fs: pafs.FileSystem, root: str, task: Task, max_bytes: int
+) -> Iterator[Content | Refused | Other]:
+    def read(path: str) -> Content | Refused | Other:
+        source, local = readable(path), isinstance(fs, pafs.LocalFileSystem)
+        try:
+            if task.kind == "large":
+                with open_patiently(fs, inside(root, path)) as file:
+                    head, size = file.read(HEAD), file.seek(0, os.SEEK_END)
+                return too_large(source, size, max_bytes, head)
+            place = inside(root, path)
+            encoded = _read_local(place, max_bytes) if local else read_bytes(fs, place)
         except OSError as error:
-            if isinstance(error, StorageError) and error.passing:
-                raise
             if isinstance(error, StorageError):
-                return Refused(readable(path), "unreadable", error.what[:200])
-            return Refused(readable(path), "unreadable", f"{type(error).__name__}: {error}"[:200])
-        folder = _folder(path)
-        return Item(readable(path), encoded, readable(folder) if folder else None)
+                if error.passing:
+                    raise
+                return left_out(source, "unreadable", error.what[:200])
+            return left_out(source, "unreadable", f"{type(error).__name__}: {error}"[:200])
+        if len(encoded) > max_bytes:
+            return too_large(source, len(encoded), max_bytes, encoded[:HEAD])
+        folder = PurePosixPath(path).parent.name
+        return Content(source, encoded, readable(folder) if folder else None)
 
     if isinstance(fs, pafs.LocalFileSystem):
-        for path in paths:
-            yield [read(path)], None
+        yield from map(read, task.paths)
         return
     with ThreadPoolExecutor(_REMOTE_READS) as pool:
-        for at in range(0, len(paths), _REMOTE_READS):
-            yield list(pool.map(read, paths[at : at + _REMOTE_READS])), None
+        for at in range(0, len(task.paths), _REMOTE_READS):
+            yield from pool.map(read, task.paths[at : at + _REMOTE_READS])
 
 
-def _read_tar(
-    fs: pafs.FileSystem, root: str, path: str, max_image_bytes: int
-) -> Iterator[Item | Refused]:
-    """Members in one sequential read; nothing is written to disk, so no path can climb out."""
-    members = 0
+def _read_local(path: str, max_bytes: int) -> bytes:
+    """The file, or its first `max_bytes` + 1 bytes, whatever became of it since it was listed."""
+    # A pipe in its place would let a plain `open` wait; so would some files of /proc, whose size
+    # is always 0.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("not a regular file")
+        return file.read(max_bytes + 1) if about.st_size else b""
+
+
+def _read_parquet(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> Iterator[Piece]:
+    path = readable(task.paths[0])
     try:
         with (
-            open_patiently(fs, f"{root}/{path}") as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictHeader) as archive,
+            open_patiently(fs, inside(root, task.paths[0])) as file,
+            pq.ParquetFile(file) as parquet,
         ):
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # else it grows and grows
-                parts = PurePosixPath(member.name).parts
-                hidden = any(p.startswith(".") and p not in (".", "..") for p in parts)
-                if member.isdir() or hidden:
-                    continue
-                yield _member(archive, member, readable(path), max_image_bytes)
-                members += 1
+            starts = [0]
+            for group in range(parquet.metadata.num_row_groups):
+                starts.append(starts[-1] + parquet.metadata.row_group(group).num_rows)
+            for group in task.row_groups:
+                yield from _read_group(parquet, group, starts[group : group + 2], task, reading)
     except StorageError:
         raise
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        cut = isinstance(error, EOFError) or "unexpected end" in str(error)
-        detail = f"the archive breaks off after {members} files: {error}"[:200]
-        yield Refused(readable(path), "truncated" if cut else "undecodable", detail)
+    except (pa.ArrowException, OSError) as error:  # it was read when it was listed
+        detail = f"cannot be opened any more: {_first_line(error)}"[:200]
+        yield [Refused(path, "unreadable", detail)], None
 
 
-class _StrictHeader(tarfile.TarInfo):
-    """Ends with an error where tarfile would take a broken header for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.HeaderError as error:
-            kind = type(error).__name__  # the subclasses are not documented, so not imported
-            if kind == "EOFHeaderError":  # two blocks of zeros: the proper end
-                raise
-            if kind in ("EmptyHeaderError", "TruncatedHeaderError"):
-                raise EOFError("no end mark") from error
-            raise tarfile.ReadError(str(error)) from error
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        header = super().frombuf(buf, encoding, errors)
-        # tarfile reads long names and pax records into memory, whatever size they say they have.
-        if header.type in _RECORDS and header.size > 2**20:
-            raise tarfile.ReadError(f"a header record of {header.size} bytes")
-        return header
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _member(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, path: str, max_image_bytes: int
-) -> Item | Refused:
-    inside = PurePosixPath(member.name)
-    source = f"{path}/{readable(member.name)}"
-    if inside.is_absolute() or ".." in inside.parts:
-        return Refused(source, "outside", "the path leads out of the archive")
-    if member.issym() or member.islnk():
-        return Refused(source, "link", f"link to {readable(member.linkname)}"[:200])
-    if not member.isfile():
-        return Refused(source, "not_an_image", "not a regular file")
-    if member.size > max_image_bytes:
-        detail = f"{member.size} bytes, at most {max_image_bytes} are read"
-        return Refused(source, "too_large", detail)
-    stream = archive.extractfile(member) or io.BytesIO()
-    encoded = stream.read()
-    if len(encoded) < member.size:
-        raise EOFError(f"{readable(member.name)} has {len(encoded)} of {member.size} bytes")
-    folder = inside.parent.name
-    return Item(source, encoded, readable(folder) if folder else None)
-
-
-def _read_parquet(
-    fs: pafs.FileSystem,
-    root: str,
-    task: Task,
-    image_column: str,
-    label_column: str,
-    max_image_bytes: int,
-    extras: pa.Schema,
+def _read_group(
+    parquet: pq.ParquetFile, group: int, rows: Sequence[int], task: Task, reading: Reading
 ) -> Iterator[Piece]:
-    path = task.paths[0]
-    with open_patiently(fs, f"{root}/{path}") as file, pq.ParquetFile(file) as parquet:
-        schema, meta = parquet.schema_arrow, parquet.metadata
-        kept = extra_fields(schema, image_column, label_column, own=task.own)
-        columns = [image_column, *[name for name, _ in kept], *["source"] * task.own]
-        columns += [label_column] * (label_column in schema.names)
-        starts = [0]
-        for group in range(meta.num_row_groups):
-            starts.append(starts[-1] + meta.row_group(group).num_rows)
-        for group in task.row_groups:
-            row, end = starts[group], starts[group + 1]
-            try:
-                for batch in parquet.iter_batches(_BATCH_ROWS, [group], columns):
-                    table = pa.Table.from_batches([batch])
-                    items = _rows(table, readable(path), row, task.own, image_column, label_column)
-                    yield (
-                        [_limited(item, max_image_bytes) for item in items],
-                        _extras(table, {field.name: name for name, field in kept}, extras),
-                    )
-                    row += len(items)
-            except StorageError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                detail = f"cannot read the row group: {str(error).splitlines()[0]}"[:200]
-                yield (
-                    [
-                        Refused(f"{readable(path)}#{n}", "undecodable", detail)
-                        for n in range(row, end)
-                    ],
-                    None,
-                )
+    """The rows of a row group, from the first of two row numbers to the second."""
+    path, (row, end) = readable(task.paths[0]), rows
+    image, label = ("image", "label") if task.own else (reading.image_column, reading.label_column)
+    kept = extra_fields(parquet.schema_arrow, image, label, own=task.own)
+    columns = [image, *[name for name, _ in kept], *["source"] * task.own]
+    columns += [label] * (label in parquet.schema_arrow.names)
+    try:
+        for batch in parquet.iter_batches(_BATCH_ROWS, [group], columns):
+            table = pa.Table.from_batches([batch])
+            items = _rows(table, path, row, task.own, image, label)
+            yield (
+                [_limited(item, reading.max_image_bytes) for item in items],
+                _extras(table, {field.name: name for name, field in kept}, reading.extras),
+            )
+            row += len(items)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        detail = f"cannot read the row group: {_first_line(error)}"[:200]
+        names = [f"{path}#{n}" for n in range(row, min(end, row + _ROWS_NAMED))]
+        if end - row > len(names):
+            names.append(f"{path}#{row + len(names)} to {end - 1}")
+        yield [Refused(name, "undecodable", detail) for name in names], None
 
 
 def _rows(
@@ -223,10 +188,8 @@ def _rows(
         column = table.column(label_column).cast(pa.int64())
         # Hub data sets mark images without a class by -1.
         labels = pc.if_else(pc.greater_equal(column, 0), column, None).to_pylist()
-    if own:
-        sources = table.column("source").to_pylist()
-    else:
-        sources = [f"{path}#{first + i}" for i in range(len(images))]
+    kept = table.column("source").to_pylist() if own else [None] * len(images)
+    sources = [name or f"{path}#{first + i}" for i, name in enumerate(kept)]
     return [
         Item(source, image.as_py() or b"", None, label)
         for source, image, label in zip(sources, images, labels, strict=True)

@@ -13,8 +13,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -23,10 +22,10 @@ from pyarrow import fs as pafs
 
 from pipeline.data.claim import Held
 from pipeline.data.columns import BAD_IMAGE_SCHEMA, MANIFEST, SCHEMA_VERSION, is_ours
+from pipeline.data.listing import Listing, Other, Refused, source_places
 from pipeline.data.merge import ROW_GROUP_BYTES, shard_name
 from pipeline.data.runs import PackSpec
 from pipeline.data.schema import open_shards
-from pipeline.data.sources import Listing, Refused
 from pipeline.data.storage import (
     delete_file,
     file_info,
@@ -66,6 +65,7 @@ class PackReport:
     class_names: tuple[str, ...]
     seconds: float
     retries: int = 0  # remote calls that were tried again
+    others: dict[str, int] = field(default_factory=dict)  # files that are no images, by reason
 
 
 def check_places(source: str, **outputs: str) -> None:
@@ -74,15 +74,9 @@ def check_places(source: str, **outputs: str) -> None:
     Raises:
         DataError: an output lies in the source.
     """
-    source_fs, root = resolve_uri(source)
-    if file_info(source_fs, root, tries=3).type != pafs.FileType.Directory:
-        return
+    places = source_places(source)
     for name, uri in outputs.items():
-        fs, path = resolve_uri(uri)
-        inside, outside = path, root
-        if isinstance(fs, pafs.LocalFileSystem):
-            inside, outside = str(Path(path).resolve()), str(Path(root).resolve())
-        if fs == source_fs and f"{inside}/".startswith(f"{outside.rstrip('/')}/"):
+        if any(place.holds(*resolve_uri(uri)) for place in places):
             raise DataError(
                 f"{name} ({public_uri(uri)}) lies inside the source {public_uri(source)}",
                 hint="choose data.shards and run.folder beside it; the source is only read.",
@@ -250,6 +244,15 @@ def write_bad_images(bad: Sequence[Refused], uri: str) -> None:
     write_parquet_atomic(
         pa.table(arrays, schema=BAD_IMAGE_SCHEMA), *resolve_uri(uri), row_group_size=65_536
     )
+
+
+def write_other_files(others: Sequence[Other], uri: str) -> None:
+    """Write the table of files that are no images, sorted by source."""
+    rows = sorted(dataclasses.astuple(item) for item in others)
+    names = ("source", "reason", "detail")
+    columns = [pa.array([row[i] for row in rows], pa.string()) for i in range(len(names))]
+    table = pa.table(columns, names=list(names))
+    write_parquet_atomic(table, *resolve_uri(uri), row_group_size=65_536)
 
 
 def write_manifest(

@@ -10,6 +10,7 @@ on with what is missing when it is started again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -17,18 +18,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.data import ledger
 from pipeline.data.claim import Owner, claimed
 from pipeline.data.decode import MAX_PIXELS
+from pipeline.data.items import Reading
 from pipeline.data.ledger import PackReport
+from pipeline.data.listing import Other, Refused, absolute_source, list_source
 from pipeline.data.merge import Merge, write_shard
 from pipeline.data.runs import PackSpec, write_runs
-from pipeline.data.sources import Plan, Refused, Task, list_source, plan_tasks
+from pipeline.data.sources import Plan, Task, plan_tasks
 from pipeline.data.storage import absolute_uri, public_uri, resolve_uri
 from pipeline.data.transfer import write_bytes_atomic
 from pipeline.errors import DataError, StorageError
+from pipeline.uri import join, parent
 
 __all__ = ["MAX_IMAGE_BYTES", "PackReport", "pack"]
 log = logging.getLogger("pipeline.data")
@@ -71,12 +76,17 @@ def pack(
     row_group_images: int = 256,
     bad_images: str,
     work: str,
+    other_files: str = "",
+    label_member: str = "cls",
+    follow_links: bool = False,
+    field: str = "data.source",
     on_progress: Progress | None = None,
 ) -> PackReport:
     """Pack the images under `source` into the folder `shards`. Needs a Ray cluster that is joined.
 
     Args:
-        source: folder of any depth, tar, parquet or `folder/pattern*`; a path or pyarrow URI.
+        source: folder of any depth, archive, parquet, a pattern such as `folder/**/*.jpg`, or
+            several of them with commas between; paths or pyarrow URIs.
         shards: folder for the shards and their manifest. An older pack of the same source there is
             replaced.
         image_column: column of the images in parquet sources.
@@ -93,6 +103,12 @@ def pack(
         row_group_images: rows of a row group, fewer where images are large.
         bad_images: path of the bad image table (parquet), written before anything can fail on it.
         work: folder for intermediate files, as large as the images; emptied at the end.
+        other_files: path of the table (parquet) of files that are no images and were left alone;
+            default: `other_files.parquet` beside `bad_images`.
+        label_member: ending of the files beside images that hold their labels (`labels`); "" for
+            none. Not looked at where labels is "folder" or "none".
+        follow_links: read what links to files lead to, wherever that is.
+        field: of the config, for sentences about the source.
         on_progress: called with ("read" or "write", tasks done, tasks in all).
 
     Raises:
@@ -100,36 +116,37 @@ def pack(
             output folder that holds something else, no space.
     """
     begin = time.monotonic()
-    source, shards, work = (absolute_uri(str(uri)) for uri in (source, shards, work))
-    ledger.check_places(source, shards=shards, work=work, bad_images=absolute_uri(str(bad_images)))
-    listing = list_source(source)
+    shards, work, bad_images = (absolute_uri(str(uri)) for uri in (shards, work, bad_images))
+    source = absolute_source(str(source))
+    other_files = other_files or str(join(parent(bad_images)[0], "other_files.parquet"))
+    ledger.check_places(source, shards=shards, work=work, bad_images=bad_images)
+    listing = list_source(source, follow_links=follow_links, field=field)
+    label_member = label_member if labels == "auto" else ""
     # All that the shards depend on. The limit of bad images is not in it: with a higher one, a pack
     # that ended on it goes on.
     arguments = [source, shards, image_column, label_column, labels, max_pixels, max_image_bytes]
     arguments += [shard_bytes, row_group_images]
     # Only where it is not RGB, so that packs made before there was a choice stay finished.
     arguments += [f"channels={channels}"] if channels != RGB else []
+    arguments += [f"label_member={label_member}"] if label_member not in ("", "cls") else []
+    arguments += ["follow_links"] if follow_links else []
     key = ledger.key_of(listing, arguments)
     if (finished := ledger.finished(work, key, shards)) is not None:
         log.info("%s is packed already, nothing to do", shards)
         return finished
-    if listing.hidden:
-        log.info("%d hidden files under %s are left out", listing.hidden, source)
-    plan = plan_tasks(source, listing, image_column, label_column, max_image_bytes)
+    plan = plan_tasks(source, listing, image_column, label_column, max_image_bytes, label_member)
     spec = PackSpec(
-        source=source,
+        source=listing.uri,
         root=listing.root,
         shards=shards,
         work=work,
-        image_column=image_column,
-        label_column=label_column,
+        reading=Reading(image_column, label_column, max_image_bytes, plan.extras, label_member),
         max_pixels=max_pixels,
-        max_image_bytes=max_image_bytes,
         row_group_images=row_group_images,
         run_bytes=RUN_BYTES,
-        extras=plan.extras,
         name_lists=plan.name_lists,
         channels=channels,
+        labelled=plan.labelled,
     )
     owner = Owner(public_uri(source), public_uri(work))
     with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
@@ -137,8 +154,12 @@ def pack(
         read = _read_all(plan.tasks, spec, on_progress)
         bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
         images_in = len(plan.refused) + sum(account["images"] for account in read)
+        others = [*plan.others, *(Other(*row) for account in read for row in account["others"])]
         ledger.write_bad_images(bad, bad_images)
-        _check_bad(bad, images_in, max_bad_fraction, source, bad_images)
+        ledger.write_other_files(others, other_files)
+        _warn(others)
+        outcome = _Outcome(public_uri(source), bad, others, listing.links, bad_images, other_files)
+        outcome.check(images_in, max_bad_fraction)
         merge = _merge(plan, read, labels, shard_bytes, source)
         held.check()
         written = _write_all(merge, read, spec, on_progress)
@@ -156,6 +177,7 @@ def pack(
             class_names=merge.class_names,
             seconds=round(time.monotonic() - begin, 3),
             retries=sum(account.get("retries", 0) for account in [*read, *written]),
+            others=dict(sorted(Counter(item.reason for item in others).items())),
         )
         if images_in != report.images_packed + report.duplicates + len(bad):
             raise RuntimeError(f"images were lost or counted twice: {report}")
@@ -257,22 +279,78 @@ def _quiet_ray_data() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _check_bad(
-    bad: Sequence[Refused], images_in: int, limit: float, source: str, table: str
-) -> None:
-    counts = ", ".join(f"{n} {r}" for r, n in Counter(b.reason for b in bad).most_common())
-    if images_in == 0 or len(bad) == images_in:
-        raise DataError(
-            f"no image under {source} could be read" + (f": {counts}" if bad else ""),
-            hint=f"each one is listed with its reason in {table}.",
+@dataclass(frozen=True)
+class _Outcome:
+    """What was read of a source, and where it is listed."""
+
+    source: str
+    bad: Sequence[Refused]
+    others: Sequence[Other]
+    links: int  # that were not followed
+    bad_images: str
+    other_files: str
+
+    def check(self, images_in: int, limit: float) -> None:
+        """Refuse a source without an image, or with too many bad ones.
+
+        Raises:
+            DataError: names three bad images, and says where all are listed.
+        """
+        counts = ", ".join(
+            f"{n} {reason}" for reason, n in Counter(b.reason for b in self.bad).most_common()
         )
-    if len(bad) > limit * images_in:
-        raise DataError(
-            f"{len(bad)} of {images_in} images under {source} are bad "
-            f"({len(bad) / images_in:.1%}, allowed {limit:.1%}): {counts}",
-            hint=f"each one is listed with its reason in {table}; take them away, or set "
-            "data.max_bad_fraction higher and run again: it goes on where it stopped.",
-        )
+        listed = f"each one is listed with its reason in {public_uri(self.bad_images)}"
+        links = ""
+        if self.links:
+            links = (
+                f"; {self.links} links were not followed: with data.follow_links=true links to "
+                "files are read, wherever they lead"
+            )
+        if len(self.bad) == images_in:
+            others = f"{len(self.others)} other file{'s' * (len(self.others) != 1)} left alone"
+            raise DataError(
+                f"no image under {self.source} could be read: "
+                + ", ".join(filter(None, [counts, others if self.others else ""])),
+                hint=(listed if self.bad else f"they are listed in {public_uri(self.other_files)}")
+                + links,
+            )
+        if len(self.bad) > limit * images_in:
+            named = ", ".join(f"{item.source} ({item.reason})" for item in _first(self.bad))
+            raise DataError(
+                f"{len(self.bad)} of {images_in} images under {self.source} are bad "
+                f"({unequal_shares(len(self.bad) / images_in, limit)}): {counts}; such as {named}",
+                hint=f"{listed}; take them away, or set data.max_bad_fraction higher and run "
+                f"again: it goes on where it stopped{links}",
+            )
+
+
+def _first(bad: Sequence[Refused]) -> list[Refused]:
+    """Three bad images, of different reasons where there are some."""
+    by_reason = {item.reason: item for item in reversed(sorted(bad, key=lambda b: b.source))}
+    first = sorted(by_reason.values(), key=lambda item: item.source)[:3]
+    more = (item for item in sorted(bad, key=lambda b: b.source) if item not in first)
+    return [*first, *itertools.islice(more, 3 - len(first))]
+
+
+def unequal_shares(share: float, allowed: float) -> str:
+    """Two shares of which the first is larger, with as many digits as it takes to see that."""
+    for digits in range(2, 17):
+        first, second = f"{share:.{digits}%}", f"{allowed:.{digits}%}"
+        if first != second:
+            break
+    return f"{first[:-1]} %, allowed {second[:-1]} %"
+
+
+def _warn(others: Sequence[Other]) -> None:
+    """Say what may be images, or labels, and was not read."""
+    for reason, what in (
+        ("bad_label", "label files say no class; their images have none"),
+        ("unread_archive", "archives are of kinds that are not read"),
+    ):
+        named = [item for item in others if item.reason == reason]
+        if named:
+            first = "; ".join(f"{item.source}: {item.detail}" for item in named[:3])
+            log.warning("%d %s, such as %s", len(named), what, first)
 
 
 def _merge(

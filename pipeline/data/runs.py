@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.columns import image_id
 from pipeline.data.decode import BadImage, decode
-from pipeline.data.items import Item, read_task
-from pipeline.data.sources import Refused, Task
+from pipeline.data.items import Item, Reading, read_task
+from pipeline.data.labels import Label, label_of
+from pipeline.data.listing import Other, Refused
+from pipeline.data.sources import Task
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
 
@@ -42,19 +45,22 @@ _INDEX_ROW_GROUP = 512
 class PackSpec:
     """What every task of one pack needs to know. Extra columns travel as a schema."""
 
-    source: str
+    source: str  # a place in its file system
     root: str  # of the source, in its file system
     shards: str
     work: str
-    image_column: str
-    label_column: str
+    reading: Reading
     max_pixels: int
-    max_image_bytes: int
     row_group_images: int
     run_bytes: int
-    extras: pa.Schema
     name_lists: tuple[tuple[str, ...], ...]
     channels: int = 3  # that every image must be able to give
+    labelled: bool = False  # files beside the images hold their labels: folders are no classes
+
+    @property
+    def extras(self) -> pa.Schema:
+        """Further columns of the shards."""
+        return self.reading.extras
 
 
 class _Row(NamedTuple):
@@ -80,8 +86,8 @@ class _Run:
 def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     """Read a task, write its runs, and return (and store, last) its account.
 
-    The account: `images` = kept + duplicates + len(bad); runs with their bytes; folders and largest
-    label seen in good images.
+    The account: `images` = kept + duplicates + len(bad); what was left alone; runs with their
+    bytes; folders and largest label seen in good images.
     """
     before = retries()
     fs, _ = resolve_uri(spec.source)
@@ -92,11 +98,11 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         "images": 0,
         "duplicates": 0,
         "names": task.names,
-        "max_label": -1,
         "runs": [],
         "bad": [],
+        "others": [],
     }
-    folders: set[str | None] = set()
+    labels = _Labels(spec.labelled)
     run = _Run()
 
     def flush() -> None:
@@ -106,27 +112,24 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
             rows, size, duplicates = _write_run(run, spec.extras, work_fs, path)
             account["runs"].append({"path": path, "rows": rows, "bytes": size, "names": task.names})
             account["duplicates"] += duplicates
+            labels.runs.append(path)
         run = _Run()
 
-    for items, extras in read_task(
-        fs,
-        spec.root,
-        task,
-        spec.image_column,
-        spec.label_column,
-        spec.max_image_bytes,
-        spec.extras,
-    ):
+    for items, extras in read_task(fs, spec.root, task, spec.reading):
         kept = []
         for place, item in enumerate(items):
+            if isinstance(item, Other):
+                account["others"].append(dataclasses.astuple(item))
+                continue
+            if isinstance(item, Label):
+                labels.add(item)
+                continue
             account["images"] += 1
             found = _verify(item, spec.max_pixels, spec.channels)
             if isinstance(found, Refused):
                 account["bad"].append(dataclasses.astuple(found))
                 continue
-            folders.add(found.folder)
-            if found.label is not None:
-                account["max_label"] = max(account["max_label"], found.label)
+            labels.see(found.folder, found.label)
             run.rows.append(found)
             run.bytes += len(found.encoded)
             kept.append(place)
@@ -139,10 +142,66 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         if run.bytes >= spec.run_bytes:
             flush()
     flush()
-    account["folders"] = sorted(folder for folder in folders if folder is not None)
+    labels.write(work_fs)
+    account["others"] += labels.others()
+    account["folders"] = sorted(labels.folders)
+    account["max_label"] = labels.largest
     account["retries"] = retries() - before
     write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
     return account
+
+
+class _Labels:
+    """Classes and class ids of a task's images: by folder, or by the label files beside them."""
+
+    def __init__(self, labelled: bool) -> None:
+        self.labelled = labelled
+        self.files: dict[str, Label] = {}
+        self.used: set[str] = set()
+        self.runs: list[str] = []
+        self.folders: set[str] = set()
+        self.largest = -1
+
+    def add(self, label: Label) -> None:
+        """A label file was read."""
+        self.files[label.key] = label
+
+    def see(self, folder: str | None, label: int | None) -> None:
+        """A good image is in this folder and has this class id."""
+        self.folders |= {folder} if folder is not None else set()
+        self.largest = max(self.largest, -1 if label is None else label)
+
+    def write(self, fs: pafs.FileSystem) -> None:
+        """Give the rows of all runs the labels of their files, which may have come after them."""
+        if not self.files and not self.labelled:
+            return
+        values = {key: label.value for key, label in self.files.items()}
+        self.folders, self.largest = set(), -1
+        for path in self.runs:
+            with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
+                table = parquet.read()
+            columns: dict[str, list[Any]] = {"folder": [], "label": []}
+            for source in table.column("source").to_pylist():
+                key, value = label_of(source, values) or ("", -1)
+                self.used.add(key)
+                named = value if isinstance(value, str) else None
+                number = value if isinstance(value, int) and value >= 0 else None
+                columns["folder"].append(named)
+                columns["label"].append(number)
+                self.see(named, number)
+            for column, kept in columns.items():
+                at = table.schema.get_field_index(column)
+                field_ = table.schema.field(at)
+                table = table.set_column(at, field_, pa.array(kept, field_.type))
+            write_parquet_atomic(table, fs, f"{path}.parquet", _INDEX_ROW_GROUP)
+
+    def others(self) -> list[tuple[str, str, str]]:
+        """The label files, which are no images."""
+        return [
+            (label.source, "label", f"class {label.value}"[:200] if key in self.used
+             else "no good image has its name")
+            for key, label in self.files.items()
+        ]  # fmt: skip
 
 
 def _null_table(schema: pa.Schema, rows: int) -> pa.Table:

@@ -1,19 +1,13 @@
-"""Lists a source of images and cuts it into reading tasks; both depend on the source alone.
+"""Cuts a source of images into reading tasks; they depend on the source and the settings alone.
 
-A source is a folder of any depth, a file, or `folder/pattern*`. In it, `.parquet` files are sets of
-images, `.tar`, `.tar.gz` and `.tgz` are archives, and every other file is tried as an image. Hidden
-files (a part of the path starts with a dot) and the marks of this project are left out.
+Parquet files are sets of images, archives hold images, and every other file is tried as an image.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,53 +18,29 @@ from pipeline.data.columns import (
     MANIFEST,
     check_columns,
     class_names_of,
+    is_image_type,
     is_ours,
 )
-from pipeline.data.storage import file_info, list_files, public_uri, resolve_uri
+from pipeline.data.kinds import is_archive, is_table, named_as_image
+from pipeline.data.labels import LabelFiles
+from pipeline.data.listing import Entry, Listing, Other, Refused, inside, list_source, readable
+from pipeline.data.storage import public_uri, resolve_uri
 from pipeline.data.transfer import open_patiently
 from pipeline.errors import DataError, StorageError
 
+__all__ = ["Listing", "Other", "Plan", "Refused", "Task", "list_source", "plan_tasks", "readable"]
+
 TASK_BYTES = 64 * 2**20  # of source in one task: small enough for a small machine and for a retry
 TASK_FILES = 1000
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
-_MARKS = (MANIFEST, "_done.json")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of the source: path under its root, bytes, last change (ns; 0 where unknown)."""
-
-    path: str
-    size: int
-    stamp: int
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A file or row that gave no image: where, one of the documented reasons, what exactly."""
-
-    source: str
-    reason: str
-    detail: str
-    image_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What is in a source: files sorted by path, links that were not followed."""
-
-    root: str
-    entries: tuple[Entry, ...]
-    refused: tuple[Refused, ...]
-    hidden: int
-    packed: bool  # a pack of this project, finished
 
 
 @dataclass(frozen=True)
 class Task:
     """Part of a source for one reading task: some files, one archive, or row groups of one file."""
 
-    kind: str  # "files", "tar", "parquet"
+    kind: (
+        str  # "files", "large" (files of which only the first bytes are read), "archive", "parquet"
+    )
     paths: tuple[str, ...]
     row_groups: tuple[int, ...] = ()
     names: int = -1  # which of `Plan.name_lists` the labels of the file count in
@@ -79,110 +49,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks, the lists of class names in parquet files, and the extra columns of the output."""
+    """All tasks, what needs no reading, and what the output takes from all files together."""
 
     tasks: tuple[Task, ...]
     refused: tuple[Refused, ...]
-    name_lists: tuple[tuple[str, ...], ...]
-    extras: pa.Schema
-
-
-def readable(path: str) -> str:
-    """A path as text: bytes that are no UTF-8 are written as backslash escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def list_source(uri: str) -> Listing:
-    """List a source: sorted, links that leave it and things that are no files listed as refused.
-
-    Raises:
-        DataError: there is no such path, or no file in it.
-    """
-    fs, path = resolve_uri(uri)
-    local = isinstance(fs, pafs.LocalFileSystem)
-    folder, _, pattern = path.rpartition("/")
-    info = file_info(fs, path, tries=3)
-    if info.type == pafs.FileType.NotFound and "*" in pattern:
-        found = _walk_local(folder, pattern) if local else _walk_remote(fs, folder, pattern)
-        root = folder
-    elif info.type == pafs.FileType.NotFound:
-        raise DataError(
-            f"no such path: {public_uri(uri)}", hint="check data.source (and the mount)."
-        )
-    elif info.type == pafs.FileType.File:
-        root, found = folder, iter([Entry(pattern, info.size, info.mtime_ns or 0)])
-    else:
-        root, found = path, _walk_local(path) if local else _walk_remote(fs, path)
-    entries: list[Entry] = []
-    refused: list[Refused] = []
-    hidden, packed = 0, False
-    for item in found:
-        relative = item.path if isinstance(item, Entry) else item.source
-        if any(part.startswith(".") for part in relative.split("/")):
-            hidden += 1
-        elif isinstance(item, Refused):
-            refused.append(item)
-        elif relative.rpartition("/")[2] in _MARKS:
-            packed |= relative == MANIFEST
-        else:
-            entries.append(item)
-    if not entries and not refused:
-        raise DataError(
-            f"no files under {public_uri(uri)}"
-            + (f" ({hidden} hidden ones are left out)" if hidden else ""),
-            hint="data.source is a folder of images, tar files or parquet files.",
-        )
-    entries.sort(key=lambda entry: os.fsencode(entry.path))
-    refused.sort(key=lambda item: item.source)
-    return Listing(root, tuple(entries), tuple(refused), hidden, packed)
-
-
-def _walk_local(root: str, pattern: str = "") -> Iterator[Entry | Refused]:
-    """Files under a folder; no link is followed that leads out of it or to another folder."""
-    real_root = Path(root).resolve()
-    if not real_root.is_dir():
-        raise DataError(f"no such path: {root}", hint="check data.source (and the mount).")
-    waiting = [root]
-    while waiting:
-        with os.scandir(waiting.pop()) as found:
-            for item in found:
-                relative = os.path.relpath(item.path, root)
-                if pattern and not fnmatch.fnmatchcase(item.name, pattern):
-                    continue
-                if item.is_dir(follow_symlinks=False):
-                    waiting += [] if pattern else [item.path]
-                    continue
-                if item.is_symlink():
-                    target = _target(item.path)
-                    if target is None or not target.is_file():
-                        yield Refused(readable(relative), "link", "link to a folder, or broken")
-                        continue
-                    if not target.is_relative_to(real_root):
-                        yield Refused(readable(relative), "link", "leads out of the source")
-                        continue
-                about = item.stat()
-                if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
-                    yield Refused(readable(relative), "not_an_image", "not a regular file")
-                    continue
-                yield Entry(relative, about.st_size, about.st_mtime_ns)
-
-
-def _target(link: str) -> Path | None:
-    """Where a link leads in the end; None where links form a circle."""
-    try:
-        return Path(link).resolve()
-    except (OSError, RuntimeError):  # RuntimeError up to Python 3.12
-        return None
-
-
-def _walk_remote(fs: pafs.FileSystem, root: str, pattern: str = "") -> Iterator[Entry | Refused]:
-    for info in list_files(fs, root, recursive=not pattern, missing=False):
-        if fnmatch.fnmatchcase(info.base_name, pattern or "*"):
-            yield Entry(info.path[len(root) :].lstrip("/"), info.size, info.mtime_ns or 0)
+    others: tuple[Other, ...]
+    name_lists: tuple[tuple[str, ...], ...]  # of class names, in parquet files
+    extras: pa.Schema  # extra columns of the output
+    labelled: bool  # files beside the images hold their labels
+    images: int  # that files and tables seem to hold; 0 where there are archives: not known
 
 
 def plan_tasks(
-    uri: str, listing: Listing, image_column: str, label_column: str, max_image_bytes: int
+    uri: str,
+    listing: Listing,
+    image_column: str,
+    label_column: str,
+    max_image_bytes: int,
+    label_member: str = "",
 ) -> Plan:
     """Cut a listing into tasks; footers of parquet files are read here.
 
@@ -190,63 +74,125 @@ def plan_tasks(
         DataError: a parquet file without usable columns, an unfinished pack, or extra columns of
             the same name that do not fit together.
     """
-    fs, _ = resolve_uri(uri)
-    tables = [e for e in listing.entries if e.path.endswith(".parquet")]
-    with ThreadPoolExecutor(8) as pool:  # remote footers are a round trip each
-        footers = list(pool.map(lambda e: _footer(fs, f"{listing.root}/{e.path}"), tables))
-    refused = list(listing.refused)
-    tasks: list[Task] = []
-    name_lists: list[tuple[str, ...]] = []
-    schemas: list[pa.Schema] = []
-    for entry, footer in zip(tables, footers, strict=True):
-        if isinstance(footer, str):
-            refused.append(Refused(readable(entry.path), "undecodable", footer))
-            continue
-        own = is_ours(footer[0])
-        if own and not listing.packed and len(listing.entries) > 1:
-            raise DataError(
-                f"{public_uri(uri)} holds packed shards but no {MANIFEST}: "
-                "packing was not finished",
-                hint="finish that pack first, or name the files as folder/part-*.parquet.",
-            )
-        columns = ("image", "label") if own else (image_column, label_column)
-        check_columns(footer[0], entry.path, *columns)
-        schemas.append(pa.schema([f for _, f in extra_fields(footer[0], *columns, own=own)]))
-        names = class_names_of(footer[0], columns[1])
-        if names and names not in name_lists:
-            name_lists.append(names)
-        index = name_lists.index(names) if names else -1
-        for groups in _row_group_runs(footer[1]):
-            tasks.append(Task("parquet", (entry.path,), groups, index, own))
-    batch: list[str] = []
-    size = 0
+    tables = _Tables(uri, listing, image_column, label_column)
+    labels = LabelFiles(label_member)
+    # Images and their labels are read by one task: all whose names are the same up to the first dot
+    keyed = {
+        _first_dot(entry.path) for entry in listing.entries if labels.key(entry.path) is not None
+    }
+    refused = [*listing.refused, *tables.refused]
+    tasks = list(tables.tasks)
+    batches: dict[str, list[str]] = {"files": [], "large": []}
+    size, last = 0, ""
     for entry in listing.entries:
-        if entry.path.endswith(".parquet"):
+        if is_table(entry.path):
             continue
-        if entry.path.endswith(ARCHIVES):
-            tasks.append(Task("tar", (entry.path,)))
-        elif entry.size > max_image_bytes:
+        if is_archive(entry.path):
+            tasks.append(Task("archive", (entry.path,)))
+            continue
+        if entry.size > max_image_bytes and named_as_image(entry.path):
             detail = f"{entry.size} bytes, at most {max_image_bytes} are read"
             refused.append(Refused(readable(entry.path), "too_large", detail))
-        else:
-            if batch and (size + entry.size > TASK_BYTES or len(batch) >= TASK_FILES):
-                tasks.append(Task("files", tuple(batch)))
-                batch, size = [], 0
-            batch.append(entry.path)
-            size += entry.size
-    if batch:
-        tasks.append(Task("files", tuple(batch)))
-    return Plan(tuple(tasks), tuple(refused), tuple(name_lists), _join(uri, schemas))
+            continue
+        kind = "large" if entry.size > max_image_bytes else "files"
+        batch, key = batches[kind], _first_dot(entry.path)
+        full = len(batch) >= TASK_FILES or (kind == "files" and size + entry.size > TASK_BYTES)
+        if batch and full and not (key == last and key in keyed):
+            tasks.append(Task(kind, tuple(batch)))
+            batch.clear()
+            size = size if kind == "large" else 0
+        batch.append(entry.path)
+        size, last = size + entry.size * (kind == "files"), key
+    tasks += [Task(kind, tuple(batch)) for kind, batch in batches.items() if batch]
+    if not tasks and tables.useless is not None:
+        raise tables.useless
+    others = (*listing.others, *tables.others)
+    archives = any(task.kind == "archive" for task in tasks)
+    images = tables.rows + sum(named_as_image(entry.path) for entry in listing.entries)
+    return Plan(
+        tasks=tuple(tasks),
+        refused=tuple(refused),
+        others=others,
+        name_lists=tuple(tables.name_lists),
+        extras=_join(uri, tables.schemas),
+        labelled=bool(keyed),
+        images=0 if archives else images,
+    )
+
+
+def _first_dot(path: str) -> str:
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+class _Tables:
+    """The parquet files of a listing: tasks, and what is wrong with the others."""
+
+    def __init__(self, uri: str, listing: Listing, image_column: str, label_column: str) -> None:
+        self.tasks: list[Task] = []
+        self.refused: list[Refused] = []
+        self.others: list[Other] = []
+        self.name_lists: list[tuple[str, ...]] = []
+        self.schemas: list[pa.Schema] = []
+        self.rows = 0
+        self.useless: DataError | None = None  # of the first file that has no images
+        fs, _ = resolve_uri(listing.uri)
+        entries = [entry for entry in listing.entries if is_table(entry.path)]
+        with ThreadPoolExecutor(8) as pool:  # remote footers are a round trip each
+            footers = list(pool.map(lambda e: _footer(fs, inside(listing.root, e.path)), entries))
+        for entry, footer in zip(entries, footers, strict=True):
+            if isinstance(footer, str):
+                self.refused.append(Refused(readable(entry.path), "undecodable", footer))
+                continue
+            own = is_ours(footer[0])
+            folder = entry.path.rpartition("/")[0]
+            if own and folder not in listing.packed and not listing.chosen:
+                raise DataError(
+                    f"{public_uri(uri)} holds packed shards but no {MANIFEST}: "
+                    "packing was not finished",
+                    hint="finish that pack first, or name the files as folder/part-*.parquet.",
+                )
+            columns = ("image", "label") if own else (image_column, label_column)
+            self._add(entry, footer, own, columns)
+
+    def _add(
+        self,
+        entry: Entry,
+        footer: tuple[pa.Schema, pq.FileMetaData],
+        own: bool,
+        columns: tuple[str, str],
+    ) -> None:
+        schema, meta = footer
+        try:
+            check_columns(schema, entry.path, *columns)
+        except DataError as error:
+            if columns[0] in schema.names or any(is_image_type(field.type) for field in schema):
+                raise
+            self.useless = self.useless or error
+            detail = "a table without a column of encoded images"
+            self.others.append(Other(readable(entry.path), "no_image", detail))
+            return
+        self.schemas.append(pa.schema([f for _, f in extra_fields(schema, *columns, own=own)]))
+        names = class_names_of(schema, columns[1])
+        if names and names not in self.name_lists:
+            self.name_lists.append(names)
+        index = self.name_lists.index(names) if names else -1
+        self.rows += meta.num_rows
+        for groups in _row_group_runs(meta):
+            self.tasks.append(Task("parquet", (entry.path,), groups, index, own))
 
 
 def _footer(fs: pafs.FileSystem, path: str) -> tuple[pa.Schema, pq.FileMetaData] | str:
     try:
         with open_patiently(fs, path) as file, pq.ParquetFile(file) as parquet:
-            return parquet.schema_arrow, parquet.metadata
+            schema = parquet.schema_arrow
+            names = schema.names
+            return (schema, parquet.metadata) if names else "a table without columns"
     except StorageError:
         raise
-    except (pa.ArrowException, OSError) as error:
-        return f"not a readable parquet file: {str(error).splitlines()[0]}"[:200]
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"not a readable parquet file: {said}"[:200]
 
 
 def _row_group_runs(meta: pq.FileMetaData) -> Iterator[tuple[int, ...]]:

@@ -112,12 +112,20 @@ def exists(fs: pafs.FileSystem, path: str) -> bool:
 
 
 def list_files(
-    fs: pafs.FileSystem, path: str, *, recursive: bool = True, missing: bool = True
+    fs: pafs.FileSystem,
+    path: str,
+    *,
+    recursive: bool = True,
+    missing: bool = True,
+    folders: bool = False,
 ) -> list[pafs.FileInfo]:
-    """The files under a folder; none where there is no such folder and `missing` allows that."""
+    """The files under a folder, and its folders where they are asked for; none where there is no
+    such folder and `missing` allows that.
+    """
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=missing)
     infos = with_retries(f"listing {path}", lambda: fs.get_file_info(selector))
-    return [info for info in infos if info.type == pafs.FileType.File]
+    kinds = (pafs.FileType.File, *[pafs.FileType.Directory] * folders)
+    return [info for info in infos if info.type in kinds]
 
 
 def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:

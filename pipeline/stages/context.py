@@ -11,8 +11,9 @@ from pipeline import cluster
 from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.data.columns import MANIFEST
+from pipeline.data.listing import absolute_source
 from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import absolute_uri, exists, resolve_uri
+from pipeline.data.storage import exists, resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
@@ -134,7 +135,7 @@ def with_packed_sets(config: Config, folder: RunFolder) -> Config:
 def _place(source: str, folder: RunFolder) -> str:
     if source.startswith(BUILTIN):
         source = str(folder.at("source", source.removeprefix(BUILTIN).strip("/")))
-    return public(absolute_uri(source))
+    return public(absolute_source(source))
 
 
 def _source_of(packed: Place) -> str:

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 
 from pipeline.config import Config
+from pipeline.data.listing import absolute_source, list_source
 from pipeline.data.schema import open_shards
-from pipeline.data.sources import ARCHIVES, list_source
-from pipeline.data.storage import absolute_uri
+from pipeline.data.sources import plan_tasks
 from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.plan import resolve
@@ -110,12 +110,10 @@ def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
         from pipeline.data.demo import DEMO_BYTES, DEMO_IMAGES
 
         return DEMO_IMAGES, NOT_PACKED, DEMO_BYTES
-    source = absolute_uri(config.data.source)
-    entries = list_source(source).entries
-    archives = sum(entry.path.endswith(ARCHIVES) for entry in entries)
-    tables = sum(entry.path.endswith(".parquet") for entry in entries)
     data = config.data
-    rows = open_shards(source, data.image_column, data.label_column).rows if tables else 0
-    size = sum(entry.size for entry in entries)
-    images = 0 if archives else len(entries) - tables + rows  # 0: not known
-    return images, NOT_PACKED, size
+    source = absolute_source(data.source)
+    listing = list_source(source, follow_links=data.follow_links)
+    plan = plan_tasks(
+        source, listing, data.image_column, data.label_column, int(data.max_image_mb * 2**20)
+    )
+    return plan.images, NOT_PACKED, sum(entry.size for entry in listing.entries)

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import ledger
+from pipeline.data.listing import Listing, absolute_source, list_source
 from pipeline.data.pack import PackReport, pack
 from pipeline.data.schema import open_shards
-from pipeline.data.sources import list_source
-from pipeline.data.storage import absolute_uri
 from pipeline.data.transfer import local_copy
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
 from pipeline.mirror import upload_folder
 from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
-from pipeline.uri import is_uri, join, public
+from pipeline.uri import Place, is_uri, join, public
 
 SETTINGS = (
     "image_column",
     "label_column",
     "labels",
+    "label_member",
+    "follow_links",
     "max_bad_fraction",
     "max_image_pixels",
     "max_image_mb",
@@ -51,11 +52,19 @@ def key(context: Context) -> str:
             "nothing to pack: data.source is empty", "name the images: data.source=photos/"
         )
     listed = {
-        name: [ledger.key_of(list_source(absolute_uri(source)), [source]), shards]
+        name: [ledger.key_of(_listing(context, name, source), [source]), shards]
         for name, (source, shards) in sources(context).items()
     }
     channels = context.config.model.in_channels  # what each image must be able to give
     return fingerprint([data, listed] + [channels] * (channels != 3))
+
+
+FIELDS = {"train": "data.source", **{n: f"evaluate.{n}" for n in ("reference", "queries")}}
+
+
+def _listing(context: Context, name: str, source: str) -> Listing:
+    follow = context.config.data.follow_links
+    return list_source(absolute_source(source), follow_links=follow, field=FIELDS[name])
 
 
 def intact(context: Context) -> bool:
@@ -88,15 +97,23 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             shard_bytes=int(data.shard_mb * 2**20),
             row_group_images=data.row_group_images,
             bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
+            other_files=str(_other_files(context, name)),
             work=str(context.folder.at("pack", f"work_{name}")),
+            label_member=data.label_member,
+            follow_links=data.follow_links,
+            field=FIELDS[name],
             on_progress=_Progress(name),
         )
-        text = _text(name, report)
+        text = _text(name, report, _other_files(context, name))
         result_line("pack", text)
         _track(context, tracker, name, report, source, shards)
         summary[name] = _numbers(report)
         summary["text"] = "; ".join(filter(None, [summary.get("text"), text]))
     return summary
+
+
+def _other_files(context: Context, name: str) -> Place:
+    return context.folder.at("pack", f"other_files_{name}.parquet")
 
 
 class _Progress:
@@ -142,15 +159,25 @@ def _numbers(report: PackReport) -> dict[str, Any]:
         "digest": report.digest,
         "classes": len(report.class_names),
         "bad": dict(report.bad),
+        "other_files": sum(report.others.values()),
+        "others": dict(report.others),
     }
 
 
-def _text(name: str, report: PackReport) -> str:
+def _text(name: str, report: PackReport, other_files: Place) -> str:
     bad = ", ".join(f"{count} {reason}" for reason, count in sorted(report.bad.items()))
+    count = sum(report.others.values())
+    others = ""
+    if count:
+        kinds = ", ".join(f"{n} {reason}" for reason, n in sorted(report.others.items()))
+        others = (
+            f"; {count} other file{'s' * (count != 1)} left alone ({kinds}), "
+            f"listed in {public(other_files)}"
+        )
     return (
         f"{name}: {report.images_in:,} in = {report.images_packed:,} packed + "
         f"{report.duplicates:,} byte duplicates + {sum(report.bad.values()):,} bad"
-        f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s"
+        f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s{others}"
     )
 
 

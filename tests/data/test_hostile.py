@@ -26,6 +26,7 @@ from pipeline.data.crops import (
     uniforms,
 )
 from pipeline.data.decode import BadImage, decode, decode_shrunk, image_size
+from pipeline.data.items import Reading
 from pipeline.data.pack import MAX_IMAGE_BYTES, RUN_BYTES, pack
 from pipeline.data.row_group import read_row_group
 from pipeline.data.runs import PackSpec, write_runs
@@ -109,6 +110,8 @@ def test_limits_are_lower_where_a_pixel_needs_more():
 
 # ---- packed
 
+FILMS = dict.fromkeys(("film.mp4", "paper.pdf"), "other")  # they claim to be no image
+
 
 def folder_of(root: Path) -> dict[str, str]:
     """All kinds as files, and what a file system can do beside them; returns name -> reason."""
@@ -121,7 +124,8 @@ def folder_of(root: Path) -> dict[str, str]:
     for name, target in links.items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "pipe.jpg")
-    return dict.fromkeys(links, "link") | {"pipe.jpg": "not_an_image"}
+    bad = dict.fromkeys(set(links) - {"top"}, "link") | {"pipe.jpg": "not_an_image"}
+    return bad | {"top": "other", "archive.zip": "undecodable", **FILMS}
 
 
 def tar_file_of(root: Path) -> dict[str, str]:
@@ -138,7 +142,7 @@ def tar_file_of(root: Path) -> dict[str, str]:
     }
     members += [(name, content) for name, (content, _) in odd.items()]
     write(root / "all.tar", tar_of(members))
-    return {name: reason for name, (_, reason) in odd.items()}
+    return {name: reason for name, (_, reason) in odd.items()} | FILMS
 
 
 def parquet_of(root: Path) -> dict[str, str]:
@@ -172,13 +176,16 @@ def test_a_reading_task_takes_the_good_and_lists_the_rest(tmp_path, fill):
     before = files_under(tmp_path)
     listing = list_source(str(root))
     plan = plan_tasks(str(root), listing, "image", "label", MAX_IMAGE_BYTES)
-    spec = PackSpec(str(root), listing.root, str(tmp_path / "shards"), str(work), "image", "label",
-                    200_000_000, MAX_IMAGE_BYTES, 256, RUN_BYTES, plan.extras, ())  # fmt: skip
+    reading = Reading("image", "label", MAX_IMAGE_BYTES, plan.extras)
+    spec = PackSpec(str(root), listing.root, str(tmp_path / "shards"), str(work), reading,
+                    200_000_000, 256, RUN_BYTES, ())  # fmt: skip
     bad = {item.source: item.reason for item in plan.refused}
+    bad |= {item.source: "other" for item in plan.others}
     taken = {}
     for index, task in enumerate(plan.tasks):
         account = write_runs(index, task, spec)
         bad |= {source: reason for source, reason, *_ in account["bad"]}
+        bad |= {source: "other" for source, *_ in account["others"]}
         for run in account["runs"]:
             stored = Path(run["path"] + ".bin").read_bytes()
             for row in pq.read_table(run["path"] + ".parquet").to_pylist():
@@ -204,7 +211,10 @@ def check_pack(tmp_path: Path, fill) -> None:
                   work=str(tmp_path / "out" / "work"))  # fmt: skip
     assert report.images_packed == len(GOOD) and report.duplicates == 0
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
-    assert {named(row["source"]): row["reason"] for row in bad} == wanted(odd)
+    left = pq.read_table(tmp_path / "out" / "other_files.parquet").to_pylist()
+    assert {named(row["source"]): row["reason"] for row in bad} | {
+        named(row["source"]): "other" for row in left
+    } == wanted(odd)
     shards = open_shards(str(tmp_path / "out" / "shards"))
     names = {kind.encoded: name for name, kind in GOOD.items()}
     seen = set()

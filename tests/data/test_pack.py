@@ -59,6 +59,12 @@ def bad_of(out: Path) -> dict[str, str]:
     return {row["source"]: row["reason"] for row in rows}
 
 
+def others_of(out: Path) -> dict[str, str]:
+    rows = pq.read_table(out / "other_files.parquet").to_pylist()
+    assert all(row["detail"] for row in rows)
+    return {row["source"]: row["reason"] for row in rows}
+
+
 def write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -95,11 +101,14 @@ def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, serial):
     write(root / "ant" / ".DS_Store", b"junk")
 
     report = packed(root, out)
-    assert report.images_in == len(good) + len(copies) + len(broken) + 1
+    assert report.images_in == len(good) + len(copies) + len(broken)
     assert report.images_packed == len(good)
     assert report.duplicates == 2
     want_bad = {source: h.BROKEN_REASONS[kind] for source, kind in broken.items()}
-    want_bad["notes.txt"] = "not_an_image"
+    assert report.others == {"hidden": 2, "no_image": 1}
+    assert others_of(out) == {
+        "notes.txt": "no_image", ".hidden/x.jpg": "hidden", "ant/.DS_Store": "hidden"
+    }  # fmt: skip
     assert bad_of(out) == want_bad
     assert report.bad == Counter(want_bad.values())
     assert report.class_names == ("ant", "bee", "cow")
@@ -117,7 +126,7 @@ def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, serial):
     ids = table["image_id"].to_pylist()
     assert ids == sorted(set(ids))
     bad = {row["source"]: row for row in pq.read_table(out / "bad.parquet").to_pylist()}
-    assert bad["notes.txt"]["image_id"] == image_id(b"who took them")
+    assert bad["bee/text.jpg"]["image_id"] == image_id(h.broken("text"))
 
 
 def test_the_manifest_tells_the_truth(tmp_path, serial):
@@ -175,8 +184,9 @@ def test_links_and_pipes(tmp_path, serial):
     os.mkfifo(root / "pipe.jpg")
     report = packed(root, tmp_path)
     assert bad_of(tmp_path) == {
-        name: "link" for name in ("out.jpg", "climb.jpg", "folder", "loop", "broken.jpg")
+        name: "link" for name in ("out.jpg", "climb.jpg", "folder", "broken.jpg")
     } | {"pipe.jpg": "not_an_image"}
+    assert others_of(tmp_path) == {"loop": "link"}  # what is behind it is read where it lies
     assert table_of(tmp_path)["source"].to_pylist() == ["inside.jpg"]
     assert report.duplicates == 1
 
@@ -247,11 +257,14 @@ def test_archives(tmp_path, serial, name, form):
         ("ant/../../evil.jpg", h.jpeg(7)),
         ("ant/link.jpg", (tarfile.SYMTYPE, "/etc/passwd")),
         ("ant/hard.jpg", (tarfile.LNKTYPE, "ant/1.jpg")),
-        ("ant/pipe", (tarfile.FIFOTYPE, "")),
-        ("ant/notes.txt", b"words"),
+        ("ant/pipe.jpg", (tarfile.FIFOTYPE, "")),
         ("ant/cut.jpg", h.cut(h.jpeg(8))),
     ]
-    skipped = [("ant", (tarfile.DIRTYPE, "")), ("ant/._1.jpg", b"mac"), ("./.x/y.jpg", h.jpeg(9))]
+    left = {
+        "ant/._1.jpg": (b"mac", "hidden"), "./.x/y.jpg": (h.jpeg(9), "hidden"),
+        "ant/notes.txt": (b"words", "no_image"), "fifo": ((tarfile.FIFOTYPE, ""), "no_image"),
+    }  # fmt: skip
+    skipped = [("ant", (tarfile.DIRTYPE, "")), *((n, content) for n, (content, _) in left.items())]
     mode = "w" if name.endswith(".tar") else "w:gz"
     encoded = tar_of([*good.items(), *hostile, *skipped], mode, format=form)
     write(tmp_path / "in" / name, encoded)
@@ -270,10 +283,10 @@ def test_archives(tmp_path, serial, name, form):
         f"{name}/ant/../../evil.jpg": "outside",
         f"{name}/ant/link.jpg": "link",
         f"{name}/ant/hard.jpg": "link",
-        f"{name}/ant/pipe": "not_an_image",
-        f"{name}/ant/notes.txt": "not_an_image",
+        f"{name}/ant/pipe.jpg": "not_an_image",
         f"{name}/ant/cut.jpg": "truncated",
     }
+    assert others_of(tmp_path) == {f"{name}/{n}": reason for n, (_, reason) in left.items()}
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -539,6 +552,7 @@ def test_too_many_bad_images_end_it_after_the_table_is_written(tmp_path, serial)
         packed(tmp_path / "photos", tmp_path, max_bad_fraction=0.01)
     assert f"2 of {len(good) + 2} images" in caught.value.what
     assert "1 empty, 1 not_an_image" in caught.value.what
+    assert "such as a.jpg (empty), b.jpg (not_an_image)" in caught.value.what
     assert str(tmp_path / "bad.parquet") in caught.value.hint
     assert bad_of(tmp_path) == {"a.jpg": "empty", "b.jpg": "not_an_image"}
     ran = []
@@ -560,7 +574,10 @@ def test_mistakes_have_sentences(tmp_path, serial):
     (tmp_path / "empty").mkdir()
     assert "no files under" in mistake(tmp_path / "empty", tmp_path)
     write(tmp_path / "texts" / "a.txt", b"words")
-    assert "could be read: 1 not_an_image" in mistake(tmp_path / "texts", tmp_path)
+    assert "could be read: 1 other file left alone" in mistake(tmp_path / "texts", tmp_path)
+    write(tmp_path / "texts" / "b.jpg", b"words")
+    said = mistake(tmp_path / "texts", tmp_path)
+    assert "could be read: 1 not_an_image, 1 other file left alone" in said
     hub(tmp_path / "cols" / "a.parquet", [h.jpeg(1)])
     said = mistake(tmp_path / "cols", tmp_path, image_column="picture")
     assert 'no column "picture" (found: image)' in said
@@ -767,7 +784,7 @@ def test_a_thousand_photos_and_thirty_broken_files(shared, tmp_path):
             write(tmp_path / "photos" / name, h.broken(kind, seed))
             want[name] = h.BROKEN_REASONS[kind]
     assert len(want) == 30
-    with pytest.raises(DataError, match=r"30 of 1030 images .* are bad \(2.9%, allowed 1.0%\)"):
+    with pytest.raises(DataError, match=r"30 of 1030 images .* are bad \(2.91 %, allowed 1.00 %\)"):
         packed(tmp_path / "photos", tmp_path, max_bad_fraction=0.01)
     assert bad_of(tmp_path) == want
     report = packed(tmp_path / "photos", tmp_path, max_bad_fraction=0.05, shard_bytes=2**25)

@@ -19,7 +19,7 @@ from ray.exceptions import RayTaskError
 
 from pipeline.data import retry, storage, transfer
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
-from pipeline.data.items import read_task
+from pipeline.data.items import Reading, read_task
 from pipeline.data.retry import explain, retries, with_retries
 from pipeline.data.row_group import read_row_group
 from pipeline.data.schema import open_shards
@@ -355,7 +355,7 @@ def archive(images: list[bytes]) -> bytes:
 
 def items(uri: str, task: Task) -> list[object]:
     fs, root = resolve_uri(uri)
-    found = read_task(fs, root, task, "image", "label", 2**30, pa.schema([]))
+    found = read_task(fs, root, task, Reading("image", "label", 2**30, pa.schema([])))
     return [item for piece, _ in found for item in piece]
 
 
@@ -365,7 +365,7 @@ def test_an_archive_is_read_through_failures(s3: S3, bucket: str) -> None:
     s3.client().put_object(Bucket=bucket, Key="src/a.tar", Body=archive(images))
     before = retries()
     with s3.broken("^GET", "cut", skip=1, times=2) as fault:
-        found = items(f"s3://{bucket}/src", Task("tar", ("a.tar",)))
+        found = items(f"s3://{bucket}/src", Task("archive", ("a.tar",)))
     assert fault.done == retries() - before == 2
     assert [item.encoded for item in found] == images  # type: ignore[attr-defined]
 
