@@ -391,7 +391,7 @@ class Quality(Section):
     enabled: bool = Field(True, description="false: only what cannot be decoded goes")
     min_side: int = Field(32, ge=0, description="shorter side, pixels (too_small)")
     max_aspect: NonNegative = Field(4.0, description="long over short side (aspect)")
-    min_entropy: NonNegative = Field(1.0, description="luminance histogram, bits of 8 (flat)")
+    min_entropy: NonNegative = Field(0.0, description="luminance histogram, bits of 8 (flat)")
     min_contrast: NonNegative = Field(4.0, description="deviation of the luminance of 255 (flat)")
     min_brightness: NonNegative = Field(
         0.0, description="brightest 5 % are darker than this, of 255 (flat)"
@@ -401,6 +401,11 @@ class Quality(Section):
     )
     min_sharpness: NonNegative = Field(
         10.0, description="Laplacian's variance at 32 x 32 pixels; low: gradients, blanks (flat)"
+    )
+    min_edges: NonNegative = Field(
+        16.0,
+        description="cells of 128 x 128 with a clear edge that save an image from min_entropy, "
+        "min_contrast and min_sharpness: logos, charts, text; 0: they save none",
     )
     sample: Positive = Field(2000, description="images that a dry run measures")
 

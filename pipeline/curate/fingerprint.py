@@ -33,7 +33,7 @@ from pipeline.data.storage import resolve_uri
 from pipeline.uri import Place
 
 STEP = "fingerprint"
-VERSION = 2  # of what is measured; another one measures again
+VERSION = 3  # of what is measured; another one measures again
 BATCH = 256  # images described at once, and rows written at once
 MEASURES = (
     "brightness_p05",
@@ -42,6 +42,7 @@ MEASURES = (
     "contrast",
     "entropy",
     "sharpness",
+    "edges",
     "saturation",
 )
 

@@ -37,11 +37,12 @@ class Rules:
 
     min_side: int = 32
     max_aspect: float = 4.0
-    min_entropy: float = 1.0
+    min_entropy: float = 0.0
     min_contrast: float = 4.0
     min_brightness: float = 0.0
     max_brightness: float = 0.0
     min_sharpness: float = 10.0
+    min_edges: float = 16.0
 
 
 # rule, reason, what is measured, and whether too low or too high fails
@@ -54,6 +55,8 @@ _RULES = (
     ("max_brightness", "flat", "brightness_p05", "high"),
     ("min_sharpness", "flat", "sharpness", "low"),
 )
+# What has clear edges passes these in any case: a logo on white has little entropy and contrast.
+_UNLESS_EDGES = ("min_entropy", "min_contrast", "min_sharpness")
 _MEASURES = ("width", "height", *MEASURES)
 
 
@@ -96,7 +99,7 @@ def quality(root: Place, inputs: Inputs, fingerprints: Result, rules: Rules) -> 
         rules: the limits.
     """
     tasks = [Task(file.name, (fingerprints.folder, file.name, rules)) for file in inputs.files]
-    return run_step(root, STEP, [1, fingerprints.key, asdict(rules)], tasks, mark_file)
+    return run_step(root, STEP, [2, fingerprints.key, asdict(rules)], tasks, mark_file)
 
 
 def mark_file(folder: str, fingerprints: str, name: str, rules: Rules) -> Account:
@@ -143,6 +146,8 @@ def marks(
             continue
         x = values[measured]
         fails = (reason == "") & ((x < limit) if how == "low" else (x > limit))
+        if rules.min_edges and name in _UNLESS_EDGES:
+            fails &= values["edges"] < rules.min_edges
         reason[fails], rule[fails], value[fails] = why, name, x[fails]
     return reason, rule, value
 

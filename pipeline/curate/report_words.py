@@ -46,7 +46,8 @@ MEANING = {
     "undecodable": "The file is broken, empty or no image.",
     "too_small": "Its shorter side has too few pixels.",
     "aspect": "Its long side is too many times the short one, as of a banner or a ruler.",
-    "flat": "One colour, too little contrast, too dark, too bright or blurred. The rule says it.",
+    "flat": "One colour, a gradient, noise alone, too little contrast, too dark, too bright or "
+    "blurred, and no clear edges as logos and charts have them. The rule says it.",
     "duplicate_bytes": "Byte for byte the same as an image that is kept.",
     "duplicate_near": "Shows the same picture as one that is kept: saved again, resized, cropped, "
     "mirrored or recoloured. The best one of each group stays.",

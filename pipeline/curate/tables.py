@@ -61,7 +61,8 @@ FINGERPRINT = pa.schema(
         ("brightness_p95", pa.float32()),
         ("contrast", pa.float32()),  # standard deviation of the luminance
         ("entropy", pa.float32()),  # of the luminance histogram, bits, 0 to 8
-        ("sharpness", pa.float32()),  # variance of the Laplacian at a fixed size
+        ("sharpness", pa.float32()),  # variance of the Laplacian at a fixed size; 0 of noise
+        ("edges", pa.float32()),  # cells of 128 x 128 with a clear edge
         ("saturation", pa.float32()),  # mean, 0 to 1
         ("descriptor", pa.list_(pa.float16(), 143)),  # unit length
         ("views", pa.list_(pa.float16(), 9 * 143)),  # of nine crops

@@ -492,6 +492,7 @@ def _fingerprints(some: list[tuple[int, Row]]) -> pa.Table:
         "contrast": [r.stats[3] for _, r in some],
         "entropy": [r.stats[4] for _, r in some],
         "sharpness": [100.0 for _ in some],
+        "edges": [50.0 for _ in some],
         "saturation": [0.5 for _ in some],
         "descriptor": [list(r.vector) for _, r in some],
         "views": [[0.0] * (9 * 143) for _ in some],

@@ -150,9 +150,9 @@ def test_the_first_rule_that_fails_is_the_reason():
         "brightness_p05": [0, 0, 0, 0, 10, 100],
         "sharpness": [0, 0, 0, 0, 500, 500],
     }
-    values = {name: np.array(x, float) for name, x in values.items()}
+    values = {name: np.array(x, float) for name, x in values.items()} | {"edges": np.zeros(6)}
     errors = np.zeros(6, bool)
-    rules = Rules(min_brightness=30)
+    rules = Rules(min_brightness=30, min_entropy=1.0)
     reason, rule, value = marks(errors, values, rules)
     assert reason.tolist() == ["too_small", "aspect", "flat", "flat", "flat", ""]
     names = ["min_side", "max_aspect", "min_entropy", "min_contrast", "min_brightness", ""]
@@ -199,7 +199,7 @@ def test_real_photos_pass(tmp_path, shared):
     cifar = inputs_of(shared / "data" / "cifar10" / "test-00000-of-00001.parquet")
     counts = sample_counts(cifar, Rules(), 500)
     assert counts.images == 500 and counts.rows == 10_000 and sum(counts.counts.values()) == 0
-    assert "min_sharpness" in counts.lines()[5] and counts.quantiles["side"][0] == 32
+    assert "min_sharpness" in counts.lines()[4] and counts.quantiles["side"][0] == 32
 
 
 def test_sample_counts_are_those_of_all_rows_where_the_sample_is_all(tmp_path):
@@ -210,7 +210,7 @@ def test_sample_counts_are_those_of_all_rows_where_the_sample_is_all(tmp_path):
     counts = sample_counts(inputs, Rules(), 100)
     assert counts.images == 17
     assert {name: count for name, count in counts.counts.items() if count} == marked
-    assert marked == {"decode": 2, "min_side": 1, "min_entropy": 5}
+    assert marked == {"decode": 2, "min_side": 1, "min_contrast": 5}
 
 
 # ---- equal images
