@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pipeline.track.client import NotReadyError
 from pipeline.track.journal import Event
 from pipeline.track.names import TAG_LIMIT, TAGS_PER_BATCH, cut
 from pipeline.track.state import Known
+
+log = logging.getLogger("pipeline.track")
 
 
 class Runs:
@@ -19,6 +22,8 @@ class Runs:
 
     def __init__(self, client: Any, known: Known, key: str) -> None:
         self.client, self.known, self.key = client, known, key
+        self._told = False
+        self._opened: dict[str, Event] = {}
 
     def id(self, run: str) -> str:
         """The id of a run that was opened, here or by another process with the same key."""
@@ -34,10 +39,13 @@ class Runs:
         from mlflow.exceptions import MlflowException
 
         run, spec = event["run"], event["open"]
+        self._opened[run] = event
         self.known.experiment_id = self._experiment(spec["experiment"])
         if run in self.known.runs:
             try:
-                self.client.get_run(self.known.runs[run])
+                if self._is_deleted(self.known.runs[run]):
+                    self._say_deleted(spec["pipeline"])
+                    del self.known.runs[run]
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
@@ -51,34 +59,68 @@ class Runs:
                 self.known.runs[run] = found
         tags |= {"pipeline.key": self.key, "stage": run, "attempt": str(event["attempt"])}
         tags |= spec.get("tags", {})
+        if parent := spec.get("parent"):  # which may be another one than before
+            tags["mlflow.parentRunId"] = self.id(parent)
         if run in self.known.runs:
             self.client.update_run(self.known.runs[run], status="RUNNING")
         else:
-            if parent := spec.get("parent"):
-                tags["mlflow.parentRunId"] = self.id(parent)
             created = self.client.create_run(
                 self.known.experiment_id, start_time=event["ts"], run_name=spec["name"], tags=tags
             )
             self.known.runs[run] = created.info.run_id
         self.tags(self.known.runs[run], tags)
 
+    def again(self, run: str, error: Exception) -> bool:
+        """Makes a run anew if it was deleted meanwhile, which is what the server complains of."""
+        if "'active' state" not in str(error) or run not in self._opened:
+            return False
+        self.open(self._opened[run])
+        return True
+
+    def _is_deleted(self, run_id: str) -> bool:
+        """Whether somebody deleted a run, or its experiment, in the UI."""
+        info = self.client.get_run(run_id).info
+        if info.lifecycle_stage == "deleted" or info.experiment_id == self.known.experiment_id:
+            return bool(info.lifecycle_stage == "deleted")
+        return self.client.get_experiment(info.experiment_id).lifecycle_stage == "deleted"
+
+    def _say_deleted(self, pipeline: str) -> None:
+        if not self._told:
+            log.warning(
+                "the MLflow run of %s was deleted on the server: a new one is made, with what "
+                "comes from here on; `jobs/sync.py --again` sends what was before",
+                pipeline,
+            )
+        self._told = True
+
     def _experiment(self, name: str) -> str:
+        """The id of an experiment, made if need be; of one that was deleted, of its successor."""
         from mlflow.exceptions import MlflowException
 
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self.client.create_experiment(name))
-            except MlflowException:  # somebody else was faster
-                experiment = self.client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        if experiment.lifecycle_stage == "deleted":
-            raise NotReadyError(
-                f"experiment {name!r} is deleted on the server; bring it back with "
-                f"`mlflow experiments restore -x {experiment.experiment_id}` or take another name"
-            )
-        return str(experiment.experiment_id)
+        candidate, number = name, 1
+        while True:
+            experiment = self.client.get_experiment_by_name(candidate)
+            if experiment is None:
+                try:
+                    new = str(self.client.create_experiment(candidate))
+                except MlflowException:  # somebody else was faster
+                    experiment = self.client.get_experiment_by_name(candidate)
+                    if experiment is None:
+                        raise
+                else:
+                    if number > 1:
+                        log.warning(
+                            "the MLflow experiment %s was deleted on the server: the runs go into "
+                            "a new one, %s, with what comes from here on",
+                            name,
+                            candidate,
+                        )
+                        self._told = True
+                    return new
+            if experiment.lifecycle_stage != "deleted":
+                return str(experiment.experiment_id)
+            number += 1  # MLflow keeps the name of a deleted one
+            candidate = f"{name}-{number}"
 
     def _find(self, tags: dict[str, str]) -> str | None:
         if not self.known.experiment_id:

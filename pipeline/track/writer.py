@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.track.client import explain, is_final, patient, quiet_mlflow
 from pipeline.track.journal import Event, kind
@@ -16,6 +18,7 @@ from pipeline.track.runs import Runs
 from pipeline.track.state import Known
 
 log = logging.getLogger("pipeline.track")
+FILES = ("picture", "artifact", "table", "model")
 
 
 class Writer:
@@ -32,10 +35,11 @@ class Writer:
         quiet_mlflow()
         from mlflow import MlflowClient
 
-        self.client = MlflowClient(uri)
+        self.client, self.uri = MlflowClient(uri), uri
         self.runs = Runs(self.client, known, key)
         self.folder = folder
         self._said: set[str] = set()
+        self._checked = False
 
     def apply(self, events: Sequence[Event]) -> None:
         """Applies lines in order: any number of metrics, or a single other one.
@@ -55,15 +59,52 @@ class Writer:
             self._try(rows[0], self._metrics, run, rows)
 
     def _try(self, event: Event, call: Callable[..., None], *arguments: Any) -> None:
+        run = event.get("to") or event["run"]
         try:
-            call(*arguments)
+            try:
+                call(*arguments)
+            except Exception as error:
+                if kind(event) == "open" or not self.runs.again(run, error):
+                    raise
+                call(*arguments)
         except Exception as error:
             if not is_final(error):
                 raise
             text = f"not sent to MLflow: {kind(event)} of {event['run']}: {explain(error)}"
-            if text not in self._said:
-                self._said.add(text)
-                log.warning("%s", text)
+            if kind(event) in FILES and (place := self._own_place(run)):
+                text = (
+                    "pictures, tables and models are not sent to MLflow: its server has no "
+                    f"artifact proxy, so this machine would have to write them to {place}, and cannot "
+                    f"({explain(error)}); start the server with --artifacts-destination and "
+                    "without --no-serve-artifacts"
+                )
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+    def _own_place(self, run: str) -> str:
+        """Where clients of this server write artifacts themselves; empty where it takes them."""
+        if not self.uri.startswith("http"):
+            return ""
+        place = str(self.client.get_run(self.runs.id(run)).info.artifact_uri)
+        return "" if place.startswith("mlflow-artifacts:") else place.rpartition("/")[0]
+
+    def _check_place(self, run: str) -> None:
+        """Says where files would land on the disk of this machine, which the server cannot show."""
+        if self._checked:
+            return
+        self._checked = True
+        place, host = self._own_place(run), urlsplit(self.uri).hostname
+        local = place.startswith(("/", "file:"))
+        if local and host not in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
+            self._say(
+                f"the MLflow server at {self.uri} has no artifact proxy: pictures, tables and "
+                f"models are written to {place} on this machine, and the server shows them only if that "
+                "is on its disk too; start it with --artifacts-destination"
+            )
 
     def _metrics(self, run: str, rows: list[Event]) -> None:
         from mlflow.entities import Metric
@@ -83,7 +124,9 @@ class Writer:
         if name == "open":
             self.runs.open(event)
         elif (handler := getattr(self, f"_{name}", None)) is not None:
-            with patient(name in ("picture", "artifact", "table", "model")):
+            if name in FILES:
+                self._check_place(event["run"])
+            with patient(name in FILES):
                 handler(self.runs.id(event["run"]), event[name], event)
 
     def _params(self, run_id: str, params: dict[str, str], _: Event) -> None:
