@@ -24,10 +24,12 @@ def main(arguments: list[str]) -> int:
         return 0 if flags & {"-h", "--help"} else 2
 
     from pipeline import log
+    from pipeline.environment import prefer_utf8
     from pipeline.errors import PipelineError
     from pipeline.stages.sync import sync_run
     from pipeline.uri import public
 
+    prefer_utf8()
     log.configure()
     try:
         for folder in folders:

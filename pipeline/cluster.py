@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -17,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pipeline import environment
 from pipeline.ending import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
 from pipeline.placement import Node
@@ -60,6 +60,8 @@ def quiet_environment() -> None:
     """Sets Ray's switches for a readable console, unless the user set them."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    environment.bypass_proxies()
+    environment.name_user()
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     for name in ("ray.data", "ray.train", "ray.tune", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -94,8 +96,8 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
     else:
         variables["PYTHONPATH"] = _python_path()
         variables["GLOO_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"]
-        # Unix socket paths are limited to 107 bytes, so the folder must be short.
-        folder = tempfile.mkdtemp(prefix="rd", dir="/tmp" if Path("/tmp").is_dir() else None)
+        folder = environment.socket_folder()
+        environment.own_token()
         options = {
             "address": "local",
             "num_cpus": resources.cpus,
@@ -115,14 +117,21 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
 
 def _connect(options: dict[str, Any], address: str | None) -> None:
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
         with own_process_group(), _own_sigterm():
             ray.init(logging_level="error", log_to_driver=debug, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         if not address:
             raise
+        if isinstance(error, AuthenticationError) or "uthenticat" in str(error):
+            raise PipelineError(
+                f"the Ray cluster at RAY_ADDRESS={address} wants a token, which this job lacks",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or RAY_AUTH_TOKEN) with the "
+                "token of the cluster, or unset RAY_ADDRESS to run on this machine",
+            ) from None
         reason = str(error).strip().splitlines()[0]
         raise PipelineError(
             f"no Ray cluster answers at RAY_ADDRESS={address}: {reason}",
@@ -190,8 +199,8 @@ def _own_sigterm() -> Iterator[None]:
 
 def _hide_token() -> None:
     """Ray keeps its token in a file that it makes readable by every user of the machine."""
-    token = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # there is none, or it is somebody else's
+    with suppress(OSError, RuntimeError):  # there is none, or it is somebody else's
+        token = Path.home() / ".ray" / "auth_token"
         token.chmod(token.stat().st_mode & 0o700)
 
 

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from pipeline.environment import has_home
 from pipeline.errors import PipelineError
 from pipeline.uri import Place, is_uri, join, public
 
@@ -47,8 +48,20 @@ def fingerprint(value: Any) -> str:
 
 
 def home() -> Path:
-    """Where working copies of remote run folders are: `RAYDINO_HOME`, else ~/.cache/raydino."""
-    return Path(os.environ.get("RAYDINO_HOME") or "~/.cache/raydino").expanduser().absolute()
+    """Where working copies of remote run folders are: `RAYDINO_HOME`, else ~/.cache/raydino.
+
+    Raises:
+        PipelineError: this user has no home that can be written.
+    """
+    if chosen := os.environ.get("RAYDINO_HOME"):
+        return Path(chosen).expanduser().absolute()
+    if not has_home():
+        raise PipelineError(
+            "a run folder at a URI needs a place for its working copy, and this user has no home "
+            "that can be written",
+            "set RAYDINO_HOME to a folder on this machine",
+        )
+    return Path("~/.cache/raydino").expanduser().absolute()
 
 
 @dataclass(frozen=True)

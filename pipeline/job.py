@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import log
+from pipeline.environment import prefer_utf8
 from pipeline.errors import PipelineError
 from pipeline.overrides import describe, load
 
@@ -19,6 +20,7 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         doc: what `--help` says first.
         arguments: default: `sys.argv[1:]`.
     """
+    prefer_utf8()
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags = [a for a in given if a.startswith("-")]
     if {"-h", "--help"} & set(flags):

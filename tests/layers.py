@@ -54,21 +54,23 @@ def row(
 
 TABLE = [
     # the small things that everything may use
-    row("schedule uri __init__"),
+    row("schedule uri environment __init__"),
     row("errors log", "uri"),
     row("curation", inside="config"),
     row("config", "errors curation uri model.sizes", others="pydantic"),
     row("recipe", "errors", others="yaml"),
     row("overrides", "errors config recipe uri", others="pydantic"),
-    row("files", "errors uri"),
+    row("files", "environment errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),
     row("placement"),
     row("arrangement", "errors config placement", others="pydantic"),
     row("plan", "arrangement errors config overrides placement schedule", others="pydantic"),
     row("control", others_inside="ray"),
     row("ending", "control"),
-    row("cluster", "ending errors placement", "arrangement config", others_inside="ray"),
-    row("job", "errors log overrides", "stages stages.*"),
+    row(
+        "cluster", "ending environment errors placement", "arrangement config", others_inside="ray"
+    ),
+    row("job", "environment errors log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
@@ -186,18 +188,18 @@ TABLE = [
     ),
     row(
         "track.embedder",
-        "errors log uri track.*",
+        "environment errors log uri track.*",
         "model.* data.*",
         "",
         "mlflow torch numpy pandas",
     ),
-    row("track.*", "errors log uri track.*", "", "", "mlflow PIL psutil pynvml"),
+    row("track.*", "environment errors log uri track.*", "", "", "mlflow PIL psutil pynvml"),
     row("stages.curate_query", ["*"], "", "numpy PIL"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]
 # An `__init__` may hand on what its package holds, and nothing else.
 PACKAGES = ["data", "curate", "model", "loss", "train", "evaluate", "track", "stages"]
-JOBS = row("*", "job", "log errors uri stages.sync")
+JOBS = row("*", "job", "environment log errors uri stages.sync")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from pipeline.environment import bypass_proxies, name_user
 from pipeline.track.names import cut
 
 # Answers of a server that has understood and will say the same again; anything else is tried again.
@@ -32,6 +33,8 @@ _UPLOADS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 def quiet_mlflow() -> None:
     """Sets our defaults where the user set nothing, and silences what MLflow prints by itself."""
+    bypass_proxies()
+    name_user()
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # MLflow sets its own level when it is imported, so what it says is filtered where it is said.

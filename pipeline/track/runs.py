@@ -82,7 +82,7 @@ class Runs:
         info = self.client.get_run(run_id).info
         if info.lifecycle_stage == "deleted" or info.experiment_id == self.known.experiment_id:
             return bool(info.lifecycle_stage == "deleted")
-        return self.client.get_experiment(info.experiment_id).lifecycle_stage == "deleted"
+        return bool(self.client.get_experiment(info.experiment_id).lifecycle_stage == "deleted")
 
     def _say_deleted(self, pipeline: str) -> None:
         if not self._told:

@@ -74,9 +74,9 @@ class Writer:
             if kind(event) in FILES and (place := self._own_place(run)):
                 text = (
                     "pictures, tables and models are not sent to MLflow: its server has no "
-                    f"artifact proxy, so this machine would have to write them to {place}, and cannot "
-                    f"({explain(error)}); start the server with --artifacts-destination and "
-                    "without --no-serve-artifacts"
+                    f"artifact proxy, so this machine would have to write them to {place}, "
+                    f"and cannot ({explain(error)}); start the server with "
+                    "--artifacts-destination and without --no-serve-artifacts"
                 )
             self._say(text)
 
@@ -102,8 +102,8 @@ class Writer:
         if local and host not in ("localhost", "127.0.0.1", "::1", socket.gethostname()):
             self._say(
                 f"the MLflow server at {self.uri} has no artifact proxy: pictures, tables and "
-                f"models are written to {place} on this machine, and the server shows them only if that "
-                "is on its disk too; start it with --artifacts-destination"
+                f"models are written to {place} on this machine, and the server shows them only if "
+                "that is on its disk too; start it with --artifacts-destination"
             )
 
     def _metrics(self, run: str, rows: list[Event]) -> None:

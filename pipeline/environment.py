@@ -1,0 +1,103 @@
+"""What a job needs of its surroundings: UTF-8, a way to loopback, a user, a place for sockets.
+
+Proxies, containers with any user id and old locales are common, and no reason to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("pipeline")
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Ray's longest socket below its folder, and how many bytes the path of a socket may have
+SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store_1"
+SOCKET_BYTES = 107 if sys.platform == "linux" else 103
+
+
+def prefer_utf8() -> None:
+    """Starts this process again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files and folders cannot be written as they are in it. What cannot be printed is
+    printed as an escape.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # for all processes that are started from here
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def bypass_proxies() -> None:
+    """Adds loopback to the addresses that are reached without a proxy, where there is one.
+
+    MLflow's local server, and whatever else runs on this machine, is not behind a proxy.
+    """
+    proxies = ("http_proxy", "https_proxy", "all_proxy")
+    if not any(name.lower() in proxies and value for name, value in os.environ.items()):
+        return
+    either = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [host for host in (os.environ.get(name) or either).split(",") if host.strip()]
+        known = {host.strip() for host in hosts}
+        if "*" not in known:
+            os.environ[name] = ",".join([*hosts, *(h for h in LOOPBACK if h not in known)])
+
+
+def name_user() -> None:
+    """Gives a user id that no list of users has a name, which many libraries ask for."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+def has_home() -> bool:
+    """Whether this user has a home in which files can be made."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and a user id without a name
+        return False
+    return home != Path("/") and os.access(home, os.W_OK)
+
+
+def own_token() -> None:
+    """Gives a Ray that is started here a token in the environment where it cannot keep one at home.
+
+    Ray makes one for each new cluster, in ~/.ray/auth_token.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or has_home():
+        return
+    with contextlib.suppress(RuntimeError, OSError):
+        if (Path.home() / ".ray" / "auth_token").read_text().strip():
+            return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def socket_folder() -> str:
+    """A new folder for a Ray that is started here: in TMPDIR if its path is short enough."""
+    chosen = os.environ.get("TMPDIR")
+    plain = Path("/tmp") if Path("/tmp").is_dir() else None
+    if chosen and Path(chosen).absolute() != plain:
+        with contextlib.suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="rd", dir=Path(chosen).absolute()))
+            if len(os.fsencode(f"{folder}{SOCKET}")) <= SOCKET_BYTES:
+                return str(folder)
+            folder.rmdir()
+        log.info(
+            "Ray's files are in %s: TMPDIR=%s cannot be written, or is longer than the %d bytes "
+            "that paths of sockets leave",
+            plain or "the system's folder for temporary files",
+            chosen,
+            SOCKET_BYTES - len(SOCKET) - len("/rd12345678"),
+        )
+    return tempfile.mkdtemp(prefix="rd", dir=plain)
