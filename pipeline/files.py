@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.environment import has_home
 from pipeline.errors import PipelineError
 from pipeline.uri import Place, is_uri, join, public
+
+log = logging.getLogger("pipeline")
 
 
 @contextmanager
@@ -79,7 +82,17 @@ class RunFolder:
 
     @classmethod
     def of(cls, folder: str, name: str) -> RunFolder:
-        """The folder of a run: a path, or a URI that pyarrow opens."""
+        """The folder of a run: a path, or a URI that pyarrow opens.
+
+        Raises:
+            PipelineError: the name does not stay inside of the folder, or is no name for a file.
+        """
+        if why := _not_a_name(name, is_uri(folder)):
+            shown = ascii(name) if len(name) <= 60 else f"{name[:50]!a}…"
+            raise PipelineError(
+                f"run.name={shown} {why}",
+                "take a short name of letters, digits, - and _; run.folder says where it lies",
+            )
         if is_uri(folder) and not folder.startswith("file://"):
             uri = str(join(folder, name))
             return cls(home() / "runs" / fingerprint(public(folder)) / name, uri)
@@ -103,20 +116,24 @@ class RunFolder:
 
     def done(self, stage: str, key: str) -> dict[str, Any] | None:
         """The result of a finished stage with this key (hash of config and inputs), else None."""
-        mark = self.stage(stage) / "_done.json"
-        if not mark.is_file():
-            return None
-        try:
-            found: dict[str, Any] = json.loads(mark.read_text())
-        except ValueError:
-            return None  # not ours or cut short: the stage runs again
-        return found["result"] if found.get("key") == key else None
+        mark = self._mark(stage)
+        return mark["result"] if mark and mark.get("key") == key else None
 
     def last(self, stage: str) -> dict[str, Any]:
         """The result of a stage when it finished last, whatever its key; empty if it never did."""
-        mark = self.stage(stage) / "_done.json"
-        found: dict[str, Any] = json.loads(mark.read_text())["result"] if mark.is_file() else {}
-        return found
+        mark = self._mark(stage)
+        return mark["result"] if mark else {}
+
+    def _mark(self, stage: str) -> dict[str, Any]:
+        """What a stage's mark says; nothing where it is not ours or cut short."""
+        try:
+            found = json.loads((self.stage(stage) / "_done.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return {}
+        except (ValueError, RecursionError):
+            return {}
+        whole = isinstance(found, dict) and isinstance(found.get("result"), dict)
+        return found if whole else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -125,16 +142,7 @@ class RunFolder:
         Raises:
             PipelineError: where one does already, or the lock is no file of ours.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = self.path / ".job.lock"
-        try:  # never through a link, and never emptied: what it holds may be someone's
-            number = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise PipelineError(
-                f"{lock} cannot be locked: {error.strerror}",
-                "take that file, folder or link away, or give the run another run.folder",
-            ) from error
-        with os.fdopen(number) as file:
+        with self._lock_file() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -142,8 +150,53 @@ class RunFolder:
                     f"another job is working in {self}",
                     "wait until it ends, or give this one another run.name",
                 ) from None
+            except OSError as error:  # a disk without locks
+                log.warning("%s cannot be locked (%s): start no second job in it", self, error)
             yield
+
+    def _lock_file(self) -> IO[bytes]:
+        """The lock, never through a link and never emptied: what it holds may be someone's.
+
+        Raises:
+            PipelineError: the folder cannot be made or written, or the lock is no file.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PipelineError(
+                f"the run folder {self} cannot be made: {error.strerror}",
+                "set run.folder to a folder that this user may write in, and run.name to a name "
+                "that is free there",
+            ) from error
+        lock = self.path / ".job.lock"
+        try:
+            number = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise PipelineError(
+                f"{lock} cannot be locked: {error.strerror}",
+                "take that file, folder or link away, or give the run another run.folder, where "
+                "this user may write",
+            ) from error
+        return os.fdopen(number, "r+b")
 
     def mark_done(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Says that a stage is finished; a rerun with the same key does nothing."""
         write_json(self.stage(stage) / "_done.json", {"key": key, "result": result})
+
+
+def _not_a_name(name: str, remote: bool) -> str:
+    """Why a run cannot have this name; empty where it can."""
+    parts = name.split("/")
+    if not name.strip():
+        return "is empty"
+    if not name.isprintable() or name != name.strip():
+        return "has line ends, control characters or blanks around it"
+    if name.startswith(("/", "~")):
+        return "is a path, not a name inside of run.folder"
+    if not {"", ".", ".."}.isdisjoint(parts):
+        return "leads out of run.folder, or has empty parts"
+    if max(len(part.encode()) for part in parts) > 255:
+        return "is too long: a file system takes 255 bytes"
+    if remote and not {"?", "#", "%"}.isdisjoint(name):
+        return "has a character that means something else in a URI"
+    return ""

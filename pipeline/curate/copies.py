@@ -75,7 +75,9 @@ class Copies:
                 f"{public(str(root))} holds no curation with copies: {STORED} is missing",
                 "name the folder of a curation that is finished and had dedup.enabled=true",
             )
-        if set(value) | {"steps"} != {field.name for field in fields(cls)}:
+        if not isinstance(value, dict) or set(value) | {"steps"} != {
+            field.name for field in fields(cls)
+        }:
             raise DataError(
                 f"{public(str(root))} was curated by another version: {STORED} has other fields",
                 "curate it again",

@@ -13,7 +13,7 @@ from pipeline.curate.placing import placed
 from pipeline.curate.tables import Inputs, Vectors
 from pipeline.curate.work import Result, Task, run_step
 from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import read_json
+from pipeline.data.transfer import read_mark
 from pipeline.uri import Place
 from pipeline.uri import join as join_place
 
@@ -111,7 +111,8 @@ def find_pairs(
 def _lowest_of(root: Place, items_key: str, penalty: float) -> float | None:
     """The `lowest` that these items were compared with by the last run, if they were."""
     fs, path = resolve_uri(str(join_place(root, STORED)))
-    value = read_json(fs, path)
-    if value is None or value["penalty"] != penalty or "copies/pairs" not in value["keys"]:
+    value = read_mark(fs, path)
+    keys = value.get("keys") or {}
+    if value.get("penalty") != penalty or "copies/pairs" not in keys:
         return None
-    return float(value["lowest"]) if value["keys"]["copies/shuffle"] == items_key else None
+    return float(value["lowest"]) if keys.get("copies/shuffle") == items_key else None

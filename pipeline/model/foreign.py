@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -269,7 +270,12 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
             f"no safetensors file at {path}",
             "foreign encoders start from a .safetensors file (or its folder) or a run folder",
         )
-    return dict(load_file(file))
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PipelineError(
+            f"{file} is no whole safetensors file: {error}", "copy or export it again"
+        ) from error
 
 
 def fit_foreign(

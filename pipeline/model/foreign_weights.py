@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
-from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign
+from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign, read_safetensors
 from pipeline.model.formats import CONFIG, WEIGHTS, timm_transform
 from pipeline.model.pair import BackboneSpec
+from pipeline.model.read import read_json, spec_from
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import load_backbone, write_folder
 
@@ -57,9 +56,8 @@ def load_foreign(folder: str | Path) -> TimmBackbone:
         raise PipelineError(
             f"{folder / CONFIG} is not the config of a timm encoder of ours", "export the run again"
         )
-    known = {field.name for field in fields(TimmSpec)}
-    backbone = TimmSpec(**{k: v for k, v in config.items() if k in known}).build()
-    fit_foreign(backbone, load_file(folder / WEIGHTS), str(folder / WEIGHTS))
+    backbone = spec_from(TimmSpec, config, folder / CONFIG).build()
+    fit_foreign(backbone, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return backbone.eval()
 
 
@@ -82,7 +80,7 @@ def read_spec(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return None
-    found = json.loads(path.read_text()).get(OURS)
+    found = read_json(path).get(OURS)
     return found if isinstance(found, dict) else None
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,9 @@ from pipeline.model.fit import Weights
 from pipeline.model.formats import CONFIG, FORMAT, INDEX, MODELS, WEIGHTS
 from pipeline.model.names import State, from_checkpoint, from_huggingface, from_timm
 
+Spec = TypeVar("Spec", bound=Any)
+LARGEST = 2**16  # of any number that says what a network is made of
+DEEPEST = 1000  # blocks
 EXPECTED = (
     "give a dinov2 .pth file, a Hugging Face folder (config.json with model_type dinov2 or "
     "dinov2_with_registers), a timm folder or .safetensors file, or an export or run folder of ours"
@@ -56,7 +59,7 @@ def _read_folder(path: Path) -> Weights:
     config = read_json(path / CONFIG)
     if config.get("format") == FORMAT:
         return Weights(_load_folder(path), "raydino export", heads=config.get("heads"))
-    if config.get("model_type") in MODELS:
+    if config.get("model_type") in list(MODELS):
         for field, ours in (("layer_norm_eps", LAYER_NORM_EPS), ("hidden_act", "gelu")):
             if config.get(field, ours) != ours:
                 raise PipelineError(
@@ -66,6 +69,8 @@ def _read_folder(path: Path) -> Weights:
         return Weights(state, "Hugging Face", note, config.get("num_attention_heads"))
     if "architecture" in config:
         options = config.get("model_args") or {}
+        if not isinstance(options, dict):
+            raise PipelineError(f"{path / CONFIG} has model_args={options!r}, no object", EXPECTED)
         state, note = from_timm(_load_folder(path), options.get("no_embed_class"))
         return Weights(state, "timm", note, options.get("num_heads"))
     kind = config.get("model_type") or config.get("format") or "no model_type"
@@ -98,11 +103,14 @@ def _ordered(found: tuple[State, str], origin: str) -> tuple[State, str, str]:
 def _load_torch(path: Path) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0][:160]
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can end in any of Python's
+        reason = f"{str(error).strip().partition(chr(10))[0][:160] or type(error).__name__}"
         raise PipelineError(
             f"{path} cannot be read as tensors alone: {reason}",
-            "save its state dict by itself, e.g. torch.save(checkpoint['teacher'], 'teacher.pth')",
+            "fetch it again if it is damaged; else save its state dict by itself, e.g. "
+            "torch.save(checkpoint['teacher'], 'teacher.pth')",
         ) from error
     if not isinstance(loaded, Mapping):
         raise PipelineError(f"{path} holds a {type(loaded).__name__}, no state dict", EXPECTED)
@@ -112,7 +120,7 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
 def _load_safetensors(path: Path) -> State:
     try:
         state: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise PipelineError(
             f"{path} is no whole safetensors file: {error}", "copy or export it again"
         ) from error
@@ -124,7 +132,10 @@ def _load_folder(folder: Path) -> State:
         return _load_safetensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
         raise PipelineError(f"no {WEIGHTS} in {folder}", EXPECTED)
-    files = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(n, str) for n in listed.values()):
+        raise PipelineError(f"{folder / INDEX} has no weight_map of file names", EXPECTED)
+    files = sorted(set(listed.values()))
     state: State = {}
     for name in files:
         # A name with a path in it could lead out of the folder.
@@ -132,6 +143,38 @@ def _load_folder(folder: Path) -> State:
             raise PipelineError(f"{folder / INDEX} names {name}, which is not there", EXPECTED)
         state.update(_load_safetensors(folder / name))
     return state
+
+
+def spec_from(kind: type[Spec], values: Mapping[str, Any], path: Path) -> Spec:
+    """Settings of a network from a JSON file that may have been edited.
+
+    Args:
+        kind: a dataclass of numbers, words and yes-or-no values.
+        values: of its fields; others are passed over.
+        path: of the file.
+
+    Raises:
+        PipelineError: a value is none that a network can have.
+    """
+    chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    for field in fields(kind):
+        value = chosen.get(field.name, field.default)
+        if field.type == "int":
+            low = 0 if field.name == "registers" else 1
+            high = DEEPEST if field.name == "depth" else LARGEST
+            good = type(value) is int and low <= value <= high
+        elif field.type == "float":
+            good = type(value) in (int, float) and 0 <= value <= LARGEST
+        else:
+            good = type(value).__name__ == field.type
+        if not good:
+            raise PipelineError(
+                f"{path} has {field.name}={json.dumps(value)[:40]}, which is no {field.type} that "
+                "a network can have",
+                "put the file back, or export the run again",
+            )
+    found: Spec = kind(**chosen)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,7 +185,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path} is no JSON: {error}", "copy or export it again") from error
     if not isinstance(found, dict):
         raise PipelineError(f"{path} holds no JSON object", "copy or export it again")

@@ -33,7 +33,7 @@ from pipeline.model.formats import (
 )
 from pipeline.model.names import flatten_chunks, to_huggingface, to_timm
 from pipeline.model.pair import BackboneSpec
-from pipeline.model.read import read_json, read_weights
+from pipeline.model.read import read_json, read_weights, spec_from
 from pipeline.model.vit import VisionTransformer
 
 __all__ = [
@@ -123,7 +123,7 @@ def load_backbone(folder: str | Path) -> tuple[VisionTransformer, BackboneSpec]:
             f"{folder / CONFIG} has unknown fields: {', '.join(unknown)}",
             "it was written by a newer version; update raydino",
         )
-    spec = BackboneSpec(**config)
+    spec = spec_from(BackboneSpec, config, folder / CONFIG)
     return _loaded(spec, read_weights(folder), str(folder / WEIGHTS)), spec
 
 
@@ -202,8 +202,14 @@ def _state(backbone: VisionTransformer) -> dict[str, Tensor]:
 
 def _loaded(spec: BackboneSpec, weights: Weights, source: str) -> VisionTransformer:
     """A backbone that holds the weights themselves: nothing is drawn, no tensor exists twice."""
-    with torch.device("meta"):
-        backbone = spec.build().eval()
+    try:
+        with torch.device("meta"):
+            backbone = spec.build().eval()
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise PipelineError(
+            f"no network can be made for {source}: {str(error).partition(chr(10))[0][:160]}",
+            f"its {CONFIG} was edited: put it back, or export the run again",
+        ) from error
     fit(backbone, weights, source)
     return backbone
 

@@ -14,7 +14,7 @@ from pipeline.data.columns import MANIFEST
 from pipeline.data.listing import absolute_source
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import exists, resolve_uri
-from pipeline.data.transfer import read_json
+from pipeline.data.transfer import read_mark
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.uri import Place, join, public
@@ -139,8 +139,8 @@ def _place(source: str, folder: RunFolder) -> str:
 
 
 def _source_of(packed: Place) -> str:
-    manifest = read_json(*resolve_uri(str(join(packed, MANIFEST))))
-    return str(manifest["source"]) if manifest else ""
+    manifest = read_mark(*resolve_uri(str(join(packed, MANIFEST))))
+    return str(manifest.get("source", ""))
 
 
 def is_shards(uri: str) -> bool:

@@ -12,7 +12,7 @@ from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.report_read import parquet_names
 from pipeline.curate.work import Result
 from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import read_json
+from pipeline.data.transfer import read_json, read_mark
 from pipeline.errors import DataError
 from pipeline.uri import Place, is_uri, join, public
 
@@ -44,7 +44,7 @@ class Earlier:
         fs, path = resolve_uri(str(self.root))
         for step, key in self.result.get("steps", {}).items():
             now = read_json(fs, f"{path}/{step}/_key.json")
-            if now is not None and now["key"] != key:
+            if now is not None and now != {"key": key}:
                 return True
         return False
 
@@ -76,8 +76,8 @@ def earlier_runs(run: str) -> list[Earlier]:
     found: list[Earlier] = []
     while run and run not in (one.run for one in found):
         place = join(run if is_uri(run) else Path(run), "curate", "_done.json")
-        done = read_json(*resolve_uri(str(place)))
-        if done is None:
+        done = read_mark(*resolve_uri(str(place)))
+        if not isinstance(done.get("result"), dict):
             raise DataError(
                 f"{public(run)} holds no finished curation",
                 "name a run folder (runs/<name>) that jobs/curate.py or jobs/run.py has curated",

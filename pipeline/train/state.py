@@ -11,6 +11,7 @@ so any number of workers can read it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -82,11 +83,11 @@ class Saved:
                     raise ValueError(f"it holds other tensors than were written ({written})")
                 if not isinstance(state, dict) or not isinstance(state.get("teacher", {}), dict):
                     raise ValueError("it holds no state of a run")
-            except (OSError, MemoryError):
-                raise  # not of the file
             except Exception as error:
-                if isinstance(error, RuntimeError) and "allocate" in str(error):
-                    raise  # how torch reports that there is no memory
+                unread = isinstance(error, OSError) and error.errno != errno.EINVAL  # a bad offset
+                no_memory = isinstance(error, RuntimeError) and "allocate" in str(error)
+                if unread or no_memory or isinstance(error, MemoryError):
+                    raise  # not of the file
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DamagedError(
                     f"checkpoint {public(self.path)} is damaged ({why})",
