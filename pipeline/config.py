@@ -404,8 +404,8 @@ class Quality(Section):
     )
     min_edges: NonNegative = Field(
         16.0,
-        description="cells of 128 x 128 with a clear edge that save an image from min_entropy, "
-        "min_contrast and min_sharpness: logos, charts, text; 0: they save none",
+        description="of 128 x 128 cells, with a clear edge: so many pass min_entropy, "
+        "min_contrast and min_sharpness; 0: edges do not count",
     )
     sample: Positive = Field(2000, description="images that a dry run measures")
 
@@ -435,6 +435,9 @@ class Dedup(Section):
     )
     chains: Literal["split", "keep"] = Field(
         "split", description="keep: one image of each component, as in the paper"
+    )
+    max_share: Fraction = Field(
+        0.3, description="near copies of more of the images than this end the stage; 1: never"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.file_rows import KEPT, FileRows, Objects, Tables, objects
+from pipeline.curate.file_rows import CODE, KEPT, FileRows, Objects, Tables, objects
 from pipeline.curate.mix import Mix, leave_out
 from pipeline.curate.removals import Starts, judged
 from pipeline.curate.sources import Sources
@@ -35,7 +35,8 @@ def decide(
 ) -> Account:
     """Task: writes the decisions on the rows of one file.
 
-    The account counts them: `counts[source][reason]`, of what is kept also `parts[source][part]`;
+    The account counts them: `counts[source][reason]`, of what is kept also `parts[source][part]`,
+    and `near`, what goes as a near copy within the set (equal pixels are no matter of likeness);
     and has what a shard needs to know of the file: `low` and `high` id and `kept_bytes`.
     """
     rows = judged(file, starts, tables)
@@ -53,6 +54,7 @@ def decide(
         "rows": len(kept),
         "bytes": written,
         "kept": int(kept.sum()),
+        "near": int(((rows.code == CODE["duplicate_near"]) & (rows.rule == "near")).sum()),
         "kept_bytes": int(about.column("bytes").to_numpy()[kept].sum()),
         "low": ids[0] if ids else "",
         "high": ids[-1] if ids else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     log.info("report      %s", public(context.folder.at("curate", "report.html")))
     tracker.params(params(config, found))
     _track(tracker, found, summary, page)
+    _guard(context, found)
     shards = write_shards(found, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
     tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
@@ -120,6 +122,26 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "steps": keys_of(found.results),
         **found.numbers,
     }
+
+
+def _guard(context: Context, found: Found) -> None:
+    """Ends the stage where more goes as near copies than `dedup.max_share`.
+
+    Equal bytes and equal pixels do not count, nor do copies of what was curated earlier.
+    """
+    near, rows = int(found.decisions.total("near")), found.counted.rows
+    allowed = context.config.dedup.max_share
+    if near <= allowed * rows:
+        return
+    enough = math.ceil(100 * near / rows) / 100
+    report_file = public(context.folder.at("curate", "report.html"))
+    raise DataError(
+        f"{near:,} of {rows:,} images ({100 * near / rows:.1f} %) would go as near copies, more "
+        f"than dedup.max_share={allowed:g}, at a similarity above {found.threshold:.4g}; look at "
+        f"them in {report_file}",
+        f"if they are copies, set dedup.max_share={enough:g} and run the same command again; if "
+        "not, set a higher dedup.threshold, or dedup.enabled=false",
+    )
 
 
 def params(config: Config, found: Found) -> dict[str, Any]:

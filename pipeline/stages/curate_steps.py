@@ -73,7 +73,7 @@ def _decisions(found: Found) -> None:
         return run_step(
             found.root,
             step,
-            [1, found.keys, found.inputs.digest, names, mix.seed, sorted(shares.items())],
+            [2, found.keys, found.inputs.digest, names, mix.seed, sorted(shares.items())],
             [Task(file.name, (file, starts, tables, sources[file.set], mix)) for file in files],
             deciding.decide,
         )

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import job
+from pipeline.config import Dedup
 from pipeline.curate import report
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
@@ -44,7 +45,12 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return stream.getvalue()
 
 
-FIXED = ["dedup.threshold=0.9", "quality.min_entropy=1", "quality.min_sharpness=1"]
+FIXED = [
+    "dedup.threshold=0.9",
+    "dedup.max_share=1",
+    "quality.min_entropy=1",
+    "quality.min_sharpness=1",
+]
 
 
 def curate(folder: Path, *arguments: str, name: str = "r") -> RunFolder:
@@ -121,6 +127,28 @@ def test_a_wild_pile_as_hubs_store_it(tmp_path):
     shards = open_shards(str(run.path / "curated"))
     table = pq.read_table(shards.files[0].path)
     assert table.column("caption").null_count == 0
+
+
+def test_more_near_copies_than_allowed_end_the_stage_with_its_report(tmp_path, capsys):
+    """Planted: 20 near copies among 30 images. Equal bytes and pixels are certain: not counted."""
+    images = [blobs(seed) for seed in range(10)]
+    found = [encoded(image, "JPEG", quality=95) for image in images]
+    near = [encoded(x.resize((48, 48)), "JPEG", quality=q) for x in images for q in (70, 80)]
+    hub(tmp_path / "hub", [found, near])
+    with pytest.raises(SystemExit) as ending:
+        curate(tmp_path, f"data.shards={tmp_path}/hub", f"dedup.max_share={Dedup().max_share}")
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and "20 of 30 images (66.7 %) would go as near copies" in said
+    assert "dedup.max_share=0.3" in said and "set dedup.max_share=0.67 and run the same" in said
+    assert (tmp_path / "r" / "curate" / "report.html").exists()
+    assert not (tmp_path / "r" / "curated").exists()
+    run = curate(tmp_path, f"data.shards={tmp_path}/hub", "dedup.max_share=0.67")
+    assert assert_balanced(run, 30) == Counter(kept=10, duplicate_near=20)
+
+    again = [encoded(Image.open(io.BytesIO(x)), "PNG") for x in found]
+    hub(tmp_path / "same", [found, again, again, found])
+    run = curate(tmp_path, f"data.shards={tmp_path}/same", "dedup.max_share=0", name="same")
+    assert assert_balanced(run, 40)["kept"] == 10
 
 
 def test_what_mlflow_prints_above_the_pictures():
