@@ -86,7 +86,7 @@ def joined(resources: Resources) -> Iterator[None]:
 def _joined(resources: Resources, address: str | None) -> Iterator[None]:
     import ray
 
-    variables = {name: os.environ[name] for name in QUIET}
+    variables = {name: os.environ[name] for name in QUIET} | {"PYTHONUTF8": "1"}
     folder = None
     options: dict[str, object]
     if address:

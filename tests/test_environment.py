@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import environment, files
+from pipeline.data.storage import absolute_uri
 from pipeline.errors import PipelineError
 
 PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -84,6 +85,8 @@ def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(PipelineError, match="home") as caught:
             files.home()
         assert "RAYDINO_HOME" in caught.value.hint
+    with pytest.raises(PipelineError, match="has no home"):
+        absolute_uri("~nobody-of-that-name/photos")
     environment.own_token()
     token = os.environ.pop("RAY_AUTH_TOKEN")
     assert len(token) == 64

@@ -38,8 +38,20 @@ PART_TRIES = 4  # of one part of an upload, by the client; the whole upload is t
 
 
 def absolute_uri(uri: str) -> str:
-    """The same place by a name that holds in any process: a local path is made absolute."""
-    return uri if is_uri(uri) else str(Path(os.path.expandvars(uri)).expanduser().absolute())
+    """The same place by a name that holds in any process: a local path is made absolute.
+
+    Raises:
+        DataError: it begins with the home of somebody who has none.
+    """
+    if is_uri(uri):
+        return uri
+    try:
+        return str(Path(os.path.expandvars(uri)).expanduser().absolute())
+    except RuntimeError:
+        raise DataError(
+            f"{uri} begins with ~, and this user has no home, or there is no such user",
+            "give the whole path",
+        ) from None
 
 
 class _S3(pafs.S3FileSystem):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from contextlib import closing
@@ -17,7 +18,10 @@ def mismatch(path: Path) -> str:
 
     MLflow itself notices after a start of many seconds, in a log.
     """
-    version = _version(path)
+    try:
+        version = _version(path)
+    except sqlite3.DatabaseError:
+        return f"{path} is no SQLite database: give another file"
     newest, known = _revisions()
     if not version or not newest or version == newest:
         return ""
@@ -33,13 +37,17 @@ def mismatch(path: Path) -> str:
 
 
 def _version(path: Path) -> str:
-    """The migration that a database has seen last; empty where it has none or cannot be read."""
+    """The migration that a database has seen last; empty where it has none or is busy.
+
+    Raises:
+        sqlite3.DatabaseError: it is none.
+    """
     if not path.is_file():
         return ""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as opened:
             rows = opened.execute("SELECT version_num FROM alembic_version").fetchall()
-    except sqlite3.Error:
+    except sqlite3.OperationalError:
         return ""
     return str(rows[0][0]) if rows else ""
 
@@ -58,3 +66,15 @@ def _revisions() -> tuple[str, frozenset[str]]:
             (parents if down else revisions).add(name)
     newest = revisions - parents
     return (newest.pop() if len(newest) == 1 else ""), frozenset(revisions)
+
+
+def artifact_folder(uri: str) -> str | None:
+    """Where the files of new experiments in a database go: beside it, not where the job runs."""
+    if not uri.startswith("sqlite") or os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT"):
+        return None
+    return str(path_of(uri).parent / "mlartifacts")
+
+
+def path_of(uri: str) -> Path:
+    """The file of `sqlite:///FILE?…`."""
+    return Path(uri.partition(":///")[2].partition("?")[0])

@@ -116,8 +116,8 @@ class Database:
         Raises:
             GivenUpError: another version of MLflow made the database.
         """
-        path = self.id.partition(":///")[2].partition("?")[0]
-        if self.id.startswith("sqlite") and (said := database.mismatch(Path(path))):
+        path = database.path_of(self.id)
+        if self.id.startswith("sqlite") and (said := database.mismatch(path)):
             raise GivenUpError(said)
         return self.id
 

@@ -20,8 +20,9 @@ class Runs:
     an answer that got lost, or another machine, does not make a second one.
     """
 
-    def __init__(self, client: Any, known: Known, key: str) -> None:
+    def __init__(self, client: Any, known: Known, key: str, artifacts: str | None = None) -> None:
         self.client, self.known, self.key = client, known, key
+        self.artifacts = artifacts  # place of new experiments' files; None: the server's choice
         self._told = False
         self._opened: dict[str, Event] = {}
 
@@ -49,7 +50,8 @@ class Runs:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                del self.known.runs[run]  # the server was set up anew
+                self._say_deleted(spec["pipeline"])  # for good, or with the whole database
+                del self.known.runs[run]
         tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
         if run not in self.known.runs:
             found = self._find({"pipeline.key": self.key, "pipeline.stage": run})
@@ -102,7 +104,7 @@ class Runs:
             experiment = self.client.get_experiment_by_name(candidate)
             if experiment is None:
                 try:
-                    new = str(self.client.create_experiment(candidate))
+                    new = str(self.client.create_experiment(candidate, self.artifacts))
                 except MlflowException:  # somebody else was faster
                     experiment = self.client.get_experiment_by_name(candidate)
                     if experiment is None:

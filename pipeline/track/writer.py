@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.track.client import explain, is_final, patient, quiet_mlflow
+from pipeline.track.database import artifact_folder
 from pipeline.track.journal import Event, kind
 from pipeline.track.names import DIGEST_LIMIT, METRICS_PER_BATCH, PARAM_LIMIT, cut
 from pipeline.track.runs import Runs
@@ -36,7 +37,7 @@ class Writer:
         from mlflow import MlflowClient
 
         self.client, self.uri = MlflowClient(uri), uri
-        self.runs = Runs(self.client, known, key)
+        self.runs = Runs(self.client, known, key, artifact_folder(uri))
         self.folder = folder
         self._said: set[str] = set()
         self._checked = False
@@ -78,11 +79,13 @@ class Writer:
                     f"and cannot ({explain(error)}); start the server with "
                     "--artifacts-destination and without --no-serve-artifacts"
                 )
-            self._say(text)
+                self._say(text, "no place for files")
+            else:
+                self._say(text)
 
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _say(self, text: str, about: str = "") -> None:
+        if (about or text) not in self._said:
+            self._said.add(about or text)
             log.warning("%s", text)
 
     def _own_place(self, run: str) -> str:
@@ -90,7 +93,7 @@ class Writer:
         if not self.uri.startswith("http"):
             return ""
         place = str(self.client.get_run(self.runs.id(run)).info.artifact_uri)
-        return "" if place.startswith("mlflow-artifacts:") else place.rpartition("/")[0]
+        return "" if place.startswith("mlflow-artifacts:") else place.rsplit("/", 2)[0]
 
     def _check_place(self, run: str) -> None:
         """Says where files would land on the disk of this machine, which the server cannot show."""
@@ -124,10 +127,10 @@ class Writer:
         if name == "open":
             self.runs.open(event)
         elif (handler := getattr(self, f"_{name}", None)) is not None:
-            if name in FILES:
-                self._check_place(event["run"])
             with patient(name in FILES):
                 handler(self.runs.id(event["run"]), event[name], event)
+            if name in FILES:
+                self._check_place(event["run"])
 
     def _params(self, run_id: str, params: dict[str, str], _: Event) -> None:
         from mlflow.entities import Param

@@ -59,6 +59,8 @@ def test_all_is_in_the_database(
     (line,) = {line for line in caplog.messages if "tracking" in line}
     assert f"{database}  experiment plain; to look at it: mlflow ui --backend" in line
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    place = client_of(database).get_experiment_by_name("plain").artifact_location
+    assert place == str(Path(database.removeprefix("sqlite:///")).parent / "mlartifacts")
 
 
 @pytest.mark.parametrize("what", [["pack"], ["pipeline"], ["pack", "pipeline"]])

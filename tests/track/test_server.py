@@ -180,8 +180,8 @@ def test_a_database_of_another_mlflow_is_named_at_once(
         opened.execute("UPDATE alembic_version SET version_num = 'f00d'")
     assert "newer MLflow" in database.mismatch(path)
     assert database.mismatch(tmp_path / "none.db") == ""
-    (tmp_path / "text.db").write_text("no database")
-    assert database.mismatch(tmp_path / "text.db") == ""
+    (tmp_path / "text.db").write_text("no database " * 100)
+    assert "no SQLite database" in database.mismatch(tmp_path / "text.db")
 
 
 def test_without_a_server_the_journal_has_everything(tmp_path: Path) -> None:
