@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pipeline import environment
 from pipeline.ending import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
+from pipeline.heartbeat import doing
 from pipeline.placement import Node
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
         _connect(options, address)
         yield
     finally:
-        ray.shutdown()
+        with doing("ending Ray"):
+            ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -121,7 +123,8 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
 
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
-        with own_process_group(), _own_sigterm():
+        what = f"joining the Ray cluster at {address}" if address else "starting Ray"
+        with own_process_group(), _own_sigterm(), doing(what):
             ray.init(logging_level="error", log_to_driver=debug, **options)
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         if not address:
@@ -242,7 +245,8 @@ def seen_nodes() -> dict[str, Seen]:
     for node in ray.nodes():
         if node["Alive"]:
             has, key = node["Resources"], node["NodeID"]
-            room = Node(has.get("CPU", 0.0), has.get("GPU", 0.0), key == here)
+            memory = float(has.get("memory", 0.0))
+            room = Node(has.get("CPU", 0.0), has.get("GPU", 0.0), key == here, memory)
             found[key] = Seen(room, key in draining)
     return found
 

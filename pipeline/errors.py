@@ -85,6 +85,11 @@ _NO_ROOM = {
 }
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """A text as a sentence or a table may hold it; an ellipsis says that something is left out."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def last_line(error: BaseException) -> str:
     """The last line of an error's text: with Ray's errors, the one that says what happened."""
     text = public(str(error))

@@ -7,9 +7,16 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import log
+from pipeline.config import Config
 from pipeline.environment import prefer_utf8
 from pipeline.errors import PipelineError
+from pipeline.heartbeat import beating, doing
 from pipeline.overrides import describe, load
+
+PLACES = (
+    "Relative paths, in a recipe too, count from the folder where the job is started. "
+    "A recipe that is\nnot there is looked for in the project's own folder."
+)
 
 
 def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None) -> None:
@@ -24,32 +31,18 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags = [a for a in given if a.startswith("-")]
     if {"-h", "--help"} & set(flags):
-        _print(f"{doc.strip()}\n\nFields (section.field=value) [default]:{describe()}")
+        _print(f"{doc.strip()}\n\n{PLACES}\n\nFields (section.field=value) [default]:{describe()}")
         return
     log.configure()
     try:
-        checking = list(stages) == ["doctor"]
-        options = [] if checking else ["--dry-run"]
-        if unknown := [flag for flag in flags if flag not in options]:
+        if unknown := [flag for flag in flags if flag != "--dry-run"]:
             raise PipelineError(
-                f"unknown option {unknown[0].partition('=')[0]}",
-                f"{'options are --dry-run and' if options else 'the option is'} --help; "
-                "fields are set as section.field=value",
+                f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
+                "options are --dry-run and --help; fields are set as section.field=value",
             )
         config = load([a for a in given if not a.startswith("-")])
-        if checking:
-            from pipeline.stages.doctor import doctor
-
-            doctor(config)
-            return
-        if flags:
-            from pipeline.stages.dry_run import dry_run
-
-            dry_run(config, stages)
-            return
-        from pipeline.stages import run
-
-        run(config, stages)
+        with beating(), doing("loading the libraries"):
+            _start(config, stages, dry=bool(flags))
     except PipelineError as error:
         if os.environ.get("PIPELINE_DEBUG"):
             raise
@@ -62,6 +55,24 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         sys.stdout.flush()
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
         sys.exit(130)  # 128 + SIGINT
+
+
+def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
+    if dry:
+        from pipeline.stages.dry_run import dry_run
+
+        with doing("checking what the job would do"):
+            dry_run(config, stages)
+    elif list(stages) == ["doctor"]:
+        from pipeline.stages.doctor import doctor
+
+        with doing("looking at this machine and the shards"):
+            doctor(config)
+    else:
+        from pipeline.stages import run
+
+        with doing("looking at the inputs"):
+            run(config, stages)
 
 
 def _print(text: str) -> None:

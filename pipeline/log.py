@@ -9,6 +9,7 @@ import threading
 import traceback
 from types import TracebackType
 
+from pipeline.heartbeat import SignOfLife
 from pipeline.uri import public
 
 
@@ -32,6 +33,7 @@ def configure(
         handler.setFormatter(_LineFormatter(prefix))
     else:
         handler.setFormatter(_Formatter(f"{prefix} %(message)s" if prefix else None))
+    handler.addFilter(SignOfLife())
     root.handlers[:] = [handler]
     sys.excepthook = _bug
     threading.excepthook = lambda bug: _bug(bug.exc_type, bug.exc_value, bug.exc_traceback)

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import recipe
+from pipeline import curation, recipe
 from pipeline.config import Config
-from pipeline.errors import ConfigError
-from pipeline.recipe import SHOWN, Unreadable, shortened
+from pipeline.errors import ConfigError, shortened
+from pipeline.recipe import SHOWN, Unreadable
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
+CURATION = ("curate", *curation.SECTIONS)
+ROOT = Path(__file__).resolve().parents[1]  # of the project, whose recipes are in configs/
 
 
 def load(arguments: Sequence[str]) -> Config:
@@ -33,6 +35,8 @@ def load(arguments: Sequence[str]) -> Config:
             "give one YAML file; everything else as a.b=value",
         )
     values: dict[str, Any] = read_recipe(recipes[0]) if recipes else {}
+    if "curate.preset=" in overrides:  # switched off, with all that the recipe says of it
+        values = {name: found for name, found in values.items() if name not in CURATION}
     problems: list[str] = []
     seen: dict[str, str] = {}
     for argument in overrides:
@@ -71,16 +75,18 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: where the file is missing, is not YAML or holds no mapping.
     """
-    file, shown = Path(path), _shown(path, 200)
+    shown = _shown(path, 200)
     try:
+        file = recipe_at(path)
         content = file.read_bytes() if file.is_file() else None
     except (OSError, ValueError) as error:  # no right to read it, a name too long, or with a NUL
         raise ConfigError(f"the recipe {shown} cannot be read: {_reason(error)}") from None
     if content is None:
         near = difflib.get_close_matches(
-            file.name, [p.name for p in Path("configs").glob("*.yaml")]
+            file.name, [p.name for p in (ROOT / "configs").glob("*.yaml")]
         )
-        hint = f"did you mean configs/{near[0]}?" if near else "recipes are in configs/*.yaml"
+        place = "configs" if Path("configs").is_dir() else ROOT / "configs"
+        hint = f"did you mean {place}/{near[0]}?" if near else f"recipes are in {place}/*.yaml"
         raise ConfigError(f"no recipe at {shown} (an override is written a.b=value)", hint)
     text = recipe.decoded(content, shown)
     try:
@@ -97,6 +103,15 @@ def read_recipe(path: str) -> dict[str, Any]:
         name: {} if value is None and name in _sections() else value
         for name, value in values.items()
     }
+
+
+def recipe_at(path: str) -> Path:
+    """The file of a recipe: in the current folder, or where the project has one of that name."""
+    ours = ROOT / path
+    if Path(path).is_file() or not ours.is_file():
+        return Path(path)
+    log.info("recipe      %s", ours)
+    return ours
 
 
 def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

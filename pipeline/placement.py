@@ -18,6 +18,7 @@ class Node(NamedTuple):
     cpus: float
     gpus: float = 0.0
     driver: bool = False  # the driver and the feeder run here
+    memory: float = 0.0  # bytes, without those of the object store; 0: unknown
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, shortened
 
 LARGEST = 2**18  # bytes of a recipe
 DEEPEST = 24  # brackets within brackets
@@ -146,7 +146,7 @@ class _Meaning:
             if name in lines:
                 both = lines[name], _line(key)
                 where = f"on line {both[0]}" if both[0] == both[1] else "on lines {} and {}"
-                why = f"{shortened(name)} stands twice, {where.format(*both)}; keep one"
+                why = f"{shortened(name, SHOWN)} stands twice, {where.format(*both)}; keep one"
                 raise Unreadable(both[1], why)
             lines[name] = _line(key)
             if name == "<<" and key.tag == PLAIN:
@@ -192,17 +192,12 @@ class _Meaning:
 
 def _known_tag(node: Node, kind: str) -> None:
     if node.tag != TAG + kind:
-        tag = shortened(node.tag.replace(TAG, "!!"))
+        tag = shortened(node.tag.replace(TAG, "!!"), SHOWN)
         raise Unreadable(_line(node), f"the tag {tag} is not for recipes", yaml=False)
 
 
 def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
-
-
-def shortened(text: str, most: int = SHOWN) -> str:
-    """A text as a sentence may hold it."""
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _unreadable(text: str, error: yaml.YAMLError) -> Unreadable:
@@ -216,4 +211,4 @@ def _unreadable(text: str, error: yaml.YAMLError) -> Unreadable:
         why = "a tab; YAML is indented by blanks"
     elif "another document" in why:
         why = "a second document begins; a recipe is one"
-    return Unreadable(mark.line + 1 if mark else 1, shortened(why), yaml=False)
+    return Unreadable(mark.line + 1 if mark else 1, shortened(why, SHOWN), yaml=False)

@@ -54,12 +54,12 @@ def row(
 
 TABLE = [
     # the small things that everything may use
-    row("schedule uri environment __init__"),
-    row("errors log", "uri"),
+    row("schedule uri environment heartbeat __init__"),
+    row("errors log", "uri heartbeat"),
     row("curation", inside="config"),
     row("config", "errors curation uri model.sizes", others="pydantic"),
     row("recipe", "errors", others="yaml"),
-    row("overrides", "errors config recipe uri", others="pydantic"),
+    row("overrides", "curation errors config recipe uri", others="pydantic"),
     row("files", "environment errors uri"),
     row("mirror", "errors files uri data.retry data.storage data.transfer"),
     row("placement"),
@@ -68,9 +68,12 @@ TABLE = [
     row("control", others_inside="ray"),
     row("ending", "control"),
     row(
-        "cluster", "ending environment errors placement", "arrangement config", others_inside="ray"
+        "cluster",
+        "ending environment errors heartbeat placement",
+        "arrangement config",
+        others_inside="ray",
     ),
-    row("job", "environment errors log overrides", "stages stages.*"),
+    row("job", "config environment errors heartbeat log overrides", "stages stages.*"),
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
@@ -81,7 +84,7 @@ TABLE = [
     row("data.jpeg", others="numpy simplejpeg"),
     row(
         "data.decode data.bad_image data.npy data.pictures",
-        "data.bad_image data.jpeg data.npy data.pictures",
+        "errors data.bad_image data.jpeg data.npy data.pictures",
         others="numpy PIL",
     ),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
@@ -114,7 +117,7 @@ TABLE = [
         others_inside="timm transformers",
     ),
     row("loss.*", "errors schedule loss.*", others="torch"),
-    row("evaluate.*", ["errors", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
+    row("evaluate.*", ["errors", "uri", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
     row("train.clock"),
     row("train.limits", "data.batch"),
     row("train.cost", others="torch"),
@@ -150,7 +153,7 @@ TABLE = [
     row(
         "train.evaluations train.free train.loop train.run train.scaling",
         [*MATHS, "arrangement", "config", "plan", "placement", "files", "log", "control"]
-        + ["cluster", "evaluate.*"]
+        + ["cluster", "evaluate.*", "heartbeat"]
         + ["data.reading", "data.stream", "data.feeder", "train.*"],
         others="torch ray",
         others_inside="yaml",
@@ -182,7 +185,7 @@ TABLE = [
     ),
     row(
         "curate.*",
-        ["errors", "files", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
+        ["errors", "files", "heartbeat", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
         others="numpy pyarrow PIL scipy",
         others_inside="ray torch onnxruntime sklearn umap",
     ),
@@ -193,7 +196,13 @@ TABLE = [
         "",
         "mlflow torch numpy pandas",
     ),
-    row("track.*", "environment errors log uri track.*", "", "", "mlflow PIL psutil pynvml"),
+    row(
+        "track.*",
+        "environment errors heartbeat log uri track.*",
+        "",
+        "",
+        "mlflow PIL psutil pynvml",
+    ),
     row("stages.curate_query", ["*"], "", "numpy PIL"),
     row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
 ]

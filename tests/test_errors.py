@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ray
 
-from pipeline.errors import last_line
+from pipeline.errors import last_line, shortened
+from pipeline.stages.pretrain import digest_shown
 
 
 def test_the_last_line_says_what_happened() -> None:
@@ -19,3 +20,10 @@ def test_full_stores_and_disks_in_one_sentence() -> None:
     assert "--object-store-memory" in last_line(full)
     wrapped = RuntimeError(f"worker failed:\n{ray.exceptions.OutOfDiskError('x')}\nlast words")
     assert "disk" in last_line(wrapped) and "\n" not in last_line(wrapped)
+
+
+def test_what_is_left_out_of_a_text_is_told() -> None:
+    assert shortened("x" * 200) == "x" * 200
+    assert shortened("x" * 201) == "x" * 199 + "…"
+    assert digest_shown("not curated yet") == "not curated yet"
+    assert digest_shown("0123456789abcdef01") == "0123456789abcd…"

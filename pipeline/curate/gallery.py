@@ -103,7 +103,9 @@ def _words(text: str) -> Image.Image:
             lines[-1] = longer
         else:
             lines.append(word)
-    draw.multiline_text((2, 2), "\n".join(lines[:6]), fill=INK, font=font, spacing=3)
+    if len(lines) > 6:
+        lines = [*lines[:5], "…"]
+    draw.multiline_text((2, 2), "\n".join(lines), fill=INK, font=font, spacing=3)
     return tile
 
 

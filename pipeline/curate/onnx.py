@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import DataError, one_line
+from pipeline.errors import DataError, one_line, shortened
 
 DEFAULT_SIZE = 224  # pixels, where the model leaves its input's size open
 EXPECTED = (
@@ -93,7 +93,7 @@ class OnnxModel:
                 path, options, providers=[one for one in wanted if one in known]
             )
         except Exception as error:  # its classes of errors are of each version's own
-            reason = one_line(error).splitlines()[0][:200]
+            reason = shortened(one_line(error).splitlines()[0])
             raise DataError(f"{name} cannot be opened: {reason}", EXPECTED) from error
         self.name = name
         self.signature = _signature(self._session, name, image_size, mean, std)
@@ -123,7 +123,7 @@ class OnnxModel:
         try:
             outputs = self._session.run(None, {signature.name: x})
         except Exception as error:
-            reason = one_line(error).splitlines()[0][:200]
+            reason = shortened(one_line(error).splitlines()[0])
             raise DataError(
                 f"{self.name} failed on images {x.shape}: {reason}", EXPECTED
             ) from error

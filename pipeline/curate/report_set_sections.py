@@ -109,7 +109,9 @@ def seed_sections(summary: Summary) -> list[Section]:
         for row in some
     ]
     if rows:
-        left = Group([tile(summary, row, first=summary.shown[row].image_id[:8]) for row in rows])
+        left = Group(
+            [tile(summary, row, first=f"{summary.shown[row].image_id[:8]}…") for row in rows]
+        )
         found.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
     return found
 

@@ -33,7 +33,7 @@ def tile(
     return Tile(
         jpeg=one.thumbnail,
         lines=tuple(line for line in (words, *more) if line),
-        alt=f"image {one.image_id[:8]} from {one.source or 'an unknown source'}: {words}",
+        alt=f"image {one.image_id[:8]}… from {one.source or 'an unknown source'}: {words}",
         frame=frame,
         tip=_tip(one),
         colour=COLOURS.get(one.reason, "var(--c6)"),
@@ -45,8 +45,8 @@ def other(one: Shown | None, query: bytes, words: str) -> Tile:
     shown = one or Shown(row=-1, image_id=query.hex())
     return Tile(
         jpeg=shown.thumbnail,
-        lines=(words, query.hex()[:8]),
-        alt=f"{words}, image {query.hex()[:8]}",
+        lines=(words, f"{query.hex()[:8]}…"),
+        alt=f"{words}, image {query.hex()[:8]}…",
         frame=ASK,
         tip=_tip(shown),
     )

@@ -26,11 +26,11 @@ from pipeline.data.storage import delete_file, file_info, list_files, resolve_ur
 from pipeline.data.transfer import read_mark, write_bytes_atomic
 from pipeline.errors import DataError, PipelineError
 from pipeline.files import fingerprint
+from pipeline.heartbeat import doing, now
 from pipeline.uri import Place, join
 
 log = logging.getLogger("pipeline.curate")
 
-SAID_EVERY_S = 20.0
 RETRIES = 3  # of a task whose worker was killed; errors of the task itself are not tried again
 AHEAD = 2  # tasks that wait for each CPU, so that none is idle and few are lost
 
@@ -121,8 +121,9 @@ def run_step(
     reused = len(tasks) - len(missing)
     if missing:
         missing = [replace(task, key=key) for task in missing]
-        for name, account in _run(folder, missing, function, cpus, gpus, step, len(tasks)):
-            done[name] = account
+        with doing(f"curate: {step}, {len(done)} of {len(tasks)} tasks"):
+            for name, account in _run(folder, missing, function, cpus, gpus, step, len(tasks)):
+                done[name] = account
         if len(tasks) > 1:  # one file instead of many, for the next start
             _write(folder, "_accounts.json", {"key": key, "accounts": done})
     accounts = tuple(done[task.name] for task in tasks)
@@ -227,7 +228,7 @@ def _run(
     )
     room = int(ray.cluster_resources().get("CPU", 1) / cpus) if cpus else len(tasks)
     most = min(AHEAD * max(1, room), len(tasks))
-    waiting, said = list(reversed(tasks)), time.monotonic()
+    waiting = list(reversed(tasks))
     running: dict[Any, str] = {}
     try:
         while waiting or running:
@@ -238,10 +239,8 @@ def _run(
             for reference in ready:
                 name = running.pop(reference)
                 yield name, _account(ray.get(reference))
-            if time.monotonic() - said > SAID_EVERY_S:
-                said = time.monotonic()
-                left = len(waiting) + len(running)
-                log.info("curate      %s: %d/%d tasks", step, total - left, total)
+            left = len(waiting) + len(running)
+            now(f"curate: {step}, {total - left} of {total} tasks")
     finally:
         for reference in running:
             ray.cancel(reference)

@@ -164,6 +164,17 @@ def claimed(uri: str, owner: Owner, unfinished: Callable[[], bool]) -> Iterator[
     held._give_back(keep=False)
 
 
+def check_unclaimed(uri: str, owner: Owner) -> None:
+    """Looks whether somebody else has a claim, and changes nothing.
+
+    Raises:
+        DataError: as `claimed` would.
+    """
+    held = Held(uri, *resolve_uri(uri))
+    for info in _files(held.fs, held.folder):
+        _judged(held, info.path, owner, lambda claim: None)
+
+
 def _files(fs: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
     found = list_files(fs, folder, recursive=False)
     return [info for info in found if _NAME.fullmatch(info.base_name)]
@@ -176,18 +187,22 @@ def _settle(held: Held, owner: Owner) -> None:
         DataError: another claim stands.
     """
     for info in _files(held.fs, held.folder):
-        if info.path == held.path:
-            continue
-        claim = _read(held.fs, info.path)
-        if claim is None:
-            continue
-        with _free(held.fs, claim) as free:
-            ours = free is not False and claim.owner == owner
-            same_source = claim.owner is not None and claim.owner.source == owner.source
-            if not (ours or (free is True and same_source)):
-                raise _refusal(held.uri, claim, now=free is False)
-            held.inherited |= same_source
-            delete_file(held.fs, claim.path)
+        if info.path != held.path:
+            _judged(held, info.path, owner, lambda claim: delete_file(held.fs, claim.path))
+
+
+def _judged(held: Held, path: str, owner: Owner, replaced: Callable[[_Claim], None]) -> None:
+    """Calls `replaced` with a claim that the owner may take over; refuses another one."""
+    claim = _read(held.fs, path)
+    if claim is None:
+        return
+    with _free(held.fs, claim) as free:
+        ours = free is not False and claim.owner == owner
+        same_source = claim.owner is not None and claim.owner.source == owner.source
+        if not (ours or (free is True and same_source)):
+            raise _refusal(held.uri, claim, now=free is False)
+        held.inherited |= same_source
+        replaced(claim)
 
 
 def _refusal(uri: str, claim: _Claim, now: bool) -> DataError:

@@ -36,6 +36,7 @@ from pipeline.data.bad_image import (
 from pipeline.data.jpeg import JpegHeader, decode_plain, jpeg_header
 from pipeline.data.npy import MAGIC, decode_npy, npy_size
 from pipeline.data.pictures import FORMATS, MODES, convert, decode_picture, picture_size
+from pipeline.errors import shortened
 
 __all__ = [
     "FORMATS",
@@ -158,6 +159,6 @@ def _reasons(encoded: bytes) -> Iterator[None]:
         raise BadImage("too_large", "not enough memory to decode") from error
     # Decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, ... on bad bytes.
     except Exception as error:
-        detail = f"{type(error).__name__}: {error}"[:200]
+        detail = shortened(f"{type(error).__name__}: {error}")
         cut = isinstance(error, EOFError) or "truncated" in detail.lower() or cut_short(encoded)
         raise BadImage("truncated" if cut else "undecodable", detail) from error

@@ -21,7 +21,7 @@ from pipeline.data.listing import Other, Refused, inside, left_out, readable
 from pipeline.data.row_group import image_array
 from pipeline.data.sources import Task, extra_fields
 from pipeline.data.transfer import open_patiently, read_bytes
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, shortened
 
 _BATCH_ROWS = 32  # of a parquet file in memory at once
 _REMOTE_READS = 8  # under way at once
@@ -78,7 +78,7 @@ def _judged(item: Content, labels: LabelFiles) -> Read:
         try:
             return Label(item.source, key, labels.value(item.encoded))
         except ValueError as error:
-            return Other(item.source, "bad_label", f"no label: {error}"[:200])
+            return Other(item.source, "bad_label", shortened(f"no label: {error}"))
     if claims_images(item.source) or begins_like_an_image(item.encoded[:HEAD]):
         return Item(item.source, item.encoded, item.folder)
     if is_unread_archive(item.source):
@@ -102,8 +102,8 @@ def _read_files(
             if isinstance(error, StorageError):
                 if error.passing:
                     raise
-                return left_out(source, "unreadable", error.what[:200])
-            return left_out(source, "unreadable", f"{type(error).__name__}: {error}"[:200])
+                return left_out(source, "unreadable", shortened(error.what))
+            return left_out(source, "unreadable", shortened(f"{type(error).__name__}: {error}"))
         if len(encoded) > max_bytes:
             return too_large(source, len(encoded), max_bytes, encoded[:HEAD])
         folder = PurePosixPath(path).parent.name
@@ -143,7 +143,7 @@ def _read_parquet(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) 
     except StorageError:
         raise
     except (pa.ArrowException, OSError) as error:  # it was read when it was listed
-        detail = f"cannot be opened any more: {_first_line(error)}"[:200]
+        detail = shortened(f"cannot be opened any more: {_first_line(error)}")
         yield [Refused(path, "unreadable", detail)], None
 
 
@@ -172,7 +172,7 @@ def _read_group(
     except StorageError:
         raise
     except (pa.ArrowException, OSError) as error:
-        detail = f"cannot read the row group: {_first_line(error)}"[:200]
+        detail = shortened(f"cannot read the row group: {_first_line(error)}")
         names = [f"{path}#{n}" for n in range(row, min(end, row + _ROWS_NAMED))]
         if end - row > len(names):
             names.append(f"{path}#{row + len(names)} to {end - 1}")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,12 @@ class PackReport:
     others: dict[str, int] = field(default_factory=dict)  # files that are no images, by reason
 
 
-def check_places(source: str, **outputs: str) -> None:
+def check_places(source: str, outputs: Mapping[str, str]) -> None:
     """Refuse outputs inside the source: a second run would pack what the first one wrote.
+
+    Args:
+        source: what is packed.
+        outputs: places by what names them, such as `data.shards`.
 
     Raises:
         DataError: an output lies in the source.
@@ -79,7 +83,7 @@ def check_places(source: str, **outputs: str) -> None:
     for name, uri in outputs.items():
         if any(place.holds(*resolve_uri(uri)) for place in places):
             raise DataError(
-                f"{name} ({public_uri(uri)}) lies inside the source {public_uri(source)}",
+                f"{name}={public_uri(uri)} lies inside the source {public_uri(source)}",
                 hint="choose data.shards and run.folder beside it; the source is only read.",
             )
 
@@ -167,15 +171,7 @@ def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
         DataError: the folder holds shards of another source, or parquet files of others.
     """
     fs, folder, shown = held.fs, held.folder, public_uri(held.uri)
-    manifest = read_json(fs, f"{folder}/{MANIFEST}")
-    if manifest is not None:
-        theirs = manifest.get("source") if isinstance(manifest, dict) else None
-        if theirs != source:
-            raise DataError(
-                f"{shown} holds the shards of {theirs or 'an unknown source'}; these would be of "
-                f"{source}",
-                hint="choose another folder, or delete that one first.",
-            )
+    manifest = check_source(held.uri, source)
     listed = {entry.get("name") for entry in (manifest or {}).get("files", [])}
     parts = [i for i in list_files(fs, folder, recursive=False) if _PART.fullmatch(i.base_name)]
     for info in parts:
@@ -199,6 +195,25 @@ def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
         held.check()
         delete_file(fs, f"{folder}/{MANIFEST}")
     return [str(info.path) for info in parts]
+
+
+def check_source(shards: str, source: str) -> Any:
+    """The manifest of a folder, where there is one.
+
+    Raises:
+        DataError: it is of shards of another source.
+    """
+    fs, folder = resolve_uri(shards)
+    manifest = read_json(fs, f"{folder}/{MANIFEST}")
+    if manifest is not None:
+        theirs = manifest.get("source") if isinstance(manifest, dict) else None
+        if theirs != source:
+            raise DataError(
+                f"{public_uri(shards)} holds the shards of {theirs or 'an unknown source'}; these "
+                f"would be of {source}",
+                hint="choose another folder, or delete that one first.",
+            )
+    return manifest
 
 
 def _clean(fs: pafs.FileSystem, folder: str) -> None:

@@ -10,6 +10,7 @@ from numpy.lib import format as npy
 
 from pipeline.data.bad_image import BadImage, too_large
 from pipeline.data.pictures import quiet
+from pipeline.errors import shortened
 
 MAGIC = npy.MAGIC_PREFIX
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -50,7 +51,7 @@ def _layout(encoded: bytes, max_pixels: int, channels: int) -> _Layout:
     fits = rest == [channels] or (not rest and channels == 1)
     plain = dtype.kind == "u" and dtype.itemsize in (1, 2)
     if not (plain and fits and height > 0 and width > 0):
-        raise BadImage("undecodable", f"{dtype} {list(shape)}, expected {wanted}"[:200])
+        raise BadImage("undecodable", shortened(f"{dtype} {list(shape)}, expected {wanted}"))
     if height * width > max_pixels:
         raise too_large(width, height, max_pixels)
     promised = offset + height * width * channels * dtype.itemsize
@@ -78,4 +79,4 @@ def _header(encoded: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype[Any]]:
             return offset, *read(io.BytesIO(encoded[start:offset]))
     except Exception as error:  # what Python's parser makes of 10,000 bytes of anything
         detail = f"broken numpy header: {type(error).__name__}: {error}".splitlines()[0]
-        raise BadImage("undecodable", detail[:200]) from error
+        raise BadImage("undecodable", shortened(detail)) from error

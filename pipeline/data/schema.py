@@ -75,11 +75,22 @@ class ShardSet:
         return open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
 
 
-def open_shards(uri: str, image_column: str = "image", label_column: str = "label") -> ShardSet:
+def open_shards(
+    uri: str,
+    image_column: str = "image",
+    label_column: str = "label",
+    field: str = "data.shards",
+) -> ShardSet:
     """Find the shards at `uri`: a folder (of any depth), one file, or `folder/train-*.parquet`.
 
     A folder that this project packed is opened by its manifest alone, which knows the columns; of
     other files the footers are read.
+
+    Args:
+        uri: a path or URI.
+        image_column: of files that are not packed.
+        label_column: likewise.
+        field: of the config that named the place.
 
     Raises:
         DataError: no such path, no parquet file, packing not finished, a shard missing or cut, no
@@ -87,7 +98,7 @@ def open_shards(uri: str, image_column: str = "image", label_column: str = "labe
     """
     uri = absolute_uri(str(uri))
     fs, path = resolve_uri(uri)
-    infos = list_parquet(fs, path, uri)
+    infos = list_parquet(fs, path, uri, field)
     if infos[0].path != path and "*" not in path:
         manifest = read_json(fs, f"{path}/{MANIFEST}")
         if manifest is not None:

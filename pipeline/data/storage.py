@@ -140,19 +140,27 @@ def list_files(
     return [info for info in infos if info.type in kinds]
 
 
-def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo]:
+def list_parquet(
+    fs: pafs.FileSystem, path: str, uri: str, field: str = "data.shards"
+) -> list[pafs.FileInfo]:
     """The parquet files at a path, sorted; hidden files and folders are left out.
+
+    Args:
+        fs: where the path is.
+        path: in that file system.
+        uri: of the path, as it was given.
+        field: of the config that named it.
 
     Raises:
         DataError: there is no such path or no parquet file in it.
     """
     folder, _, pattern = path.rpartition("/")
     if "*" in pattern:
-        infos = _files(fs, folder, uri, recursive=False)
+        infos = _files(fs, folder, uri, field, recursive=False)
         found = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
         root = folder
     else:
-        infos = _files(fs, path, uri, recursive=True)
+        infos = _files(fs, path, uri, field, recursive=True)
         found = [i for i in infos if i.base_name.endswith(".parquet") or i.path == path]
         root = path
     found = [i for i in found if not _hidden(i.path[len(root) :])]
@@ -165,12 +173,12 @@ def list_parquet(fs: pafs.FileSystem, path: str, uri: str) -> list[pafs.FileInfo
     return sorted(found, key=lambda info: str(info.path))
 
 
-def _files(fs: pafs.FileSystem, path: str, uri: str, *, recursive: bool) -> list[pafs.FileInfo]:
+def _files(
+    fs: pafs.FileSystem, path: str, uri: str, field: str, *, recursive: bool
+) -> list[pafs.FileInfo]:
     info = file_info(fs, path, tries=3)
     if info.type == pafs.FileType.NotFound:
-        raise DataError(
-            f"no such path: {public_uri(uri)}", hint="check data.shards (and the mount)."
-        )
+        raise DataError(f"no such path: {public_uri(uri)}", hint=f"check {field} (and the mount).")
     if info.type == pafs.FileType.File:
         return [info]
     return list_files(fs, path, recursive=recursive)

@@ -51,6 +51,23 @@ class EvaluationSpec:
     half: bool = False  # embed in bfloat16
     channels: int = 3  # of an image, as `mean` and `std` have
 
+    def compared(self, limit: int | None = None) -> str:
+        """What a k-NN compares: `500 of 576 queries by 500 of 3,440 reference images`.
+
+        Two values of one step are of different images where the limits differ.
+
+        Args:
+            limit: images of each set at most; None for all.
+        """
+        if not (self.queries and self.reference):
+            return ""
+
+        def counted(rows: int, what: str) -> str:
+            return f"{f'{limit:,} of ' if limit and limit < rows else ''}{rows:,} {what}"
+
+        queries = counted(self.queries.rows, "queries")
+        return f"{queries} by {counted(self.reference.rows, 'reference images')}"
+
 
 @dataclass(frozen=True)
 class Evaluation:

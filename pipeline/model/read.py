@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, shortened
 from pipeline.model.block import LAYER_NORM_EPS
 from pipeline.model.fit import Weights
 from pipeline.model.formats import CONFIG, FORMAT, INDEX, MODELS, WEIGHTS
@@ -54,7 +54,8 @@ def _read_folder(path: Path) -> Weights:
     if not (path / CONFIG).is_file():
         if (path / "weights" / "dinov2" / CONFIG).is_file():
             return _read_folder(path / "weights" / "dinov2")
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        names = sorted(p.name for p in path.iterdir())
+        inside = ", ".join([*names[:6], *["…"] * (len(names) > 6)]) or "nothing"
         raise PipelineError(f"no weights: {path} has no {CONFIG} (found: {inside})", EXPECTED)
     config = read_json(path / CONFIG)
     if config.get("format") == FORMAT:
@@ -106,9 +107,9 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can end in any of Python's
-        reason = f"{str(error).strip().partition(chr(10))[0][:160] or type(error).__name__}"
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise PipelineError(
-            f"{path} cannot be read as tensors alone: {reason}",
+            f"{path} cannot be read as tensors alone: {shortened(reason)}",
             "fetch it again if it is damaged; else save its state dict by itself, e.g. "
             "torch.save(checkpoint['teacher'], 'teacher.pth')",
         ) from error

@@ -15,12 +15,14 @@ import yaml
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.control import ENDING
-from pipeline.data.storage import absolute_uri, resolve_uri
+from pipeline.data.storage import absolute_uri
 from pipeline.ending import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.files import RunFolder, atomic, fingerprint
+from pipeline.heartbeat import doing
 from pipeline.mirror import mirrored
 from pipeline.stages import curate, evaluate, export, pack, pretrain
+from pipeline.stages.checks import check_start
 from pipeline.stages.context import DESCRIPTOR, Context, with_packed_sets
 from pipeline.track.driver import open_pipeline
 from pipeline.track.endpoint import hide_credentials
@@ -28,7 +30,7 @@ from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
 from pipeline.track.state import FILE_NAME, forget_local
 from pipeline.track.summary import run_report
-from pipeline.uri import is_uri, public
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 
@@ -50,38 +52,15 @@ def run(config: Config, stages: Sequence[str]) -> None:
         SystemExit: with 143 after a SIGTERM, 130 after a Ctrl-C, that ended in a checkpoint.
     """
     config = with_absolute_weights(named(config, stages))
-    _check_outputs(config, stages)
     if config.curate.query:
         _look_up(config, stages)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
-    if folder.uri:
-        resolve_uri(folder.uri)  # a wrong one is said before anything is written
+    check_start(config, stages)
     with ended_by_sigterm(), folder.locked():
         log.info("run         %s in %s", config.run.name, folder)
         with mirrored(folder, lambda names: _fetched(folder, names)) as push:
             _run(config, folder, stages, push)
-
-
-def _check_outputs(config: Config, stages: Sequence[str]) -> None:
-    """Refuses a submitted job that would write below its working directory.
-
-    Raises:
-        ConfigError: where it would: Ray deletes that directory some time after the job.
-    """
-    if not cluster.uploaded():
-        return
-    places = {"run.folder": config.run.folder, "curate.shards": config.curate.shards}
-    if "pack" in stages and config.data.source:
-        places["data.shards"] = config.data.shards
-    copy = Path.cwd()
-    for field, place in places.items():
-        if place and not is_uri(place) and (copy / place).is_relative_to(copy):
-            raise ConfigError(
-                f"{field}={place} is in the copy of the project that Ray made for this job, which "
-                "is deleted some time after it",
-                f"give storage that all nodes share: {field}=s3://bucket/… or an absolute path",
-            )
 
 
 def _look_up(config: Config, stages: Sequence[str]) -> None:
@@ -232,7 +211,8 @@ def _stage(context: Context, name: str) -> None:
     stage = STAGES[name]
     key = stage.key(context)
     tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
-    result: dict[str, Any] = stage.run(context, tracker)
+    with doing(name):
+        result: dict[str, Any] = stage.run(context, tracker)
     if result.get("status") == "stopped":
         if result.get("lost_steps"):
             after, why = result["step"], result["alarm"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline import cluster
@@ -13,14 +15,16 @@ from pipeline.config import Config
 from pipeline.data.columns import MANIFEST
 from pipeline.data.listing import absolute_source
 from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import exists, resolve_uri
+from pipeline.data.storage import absolute_uri, exists, resolve_uri
 from pipeline.data.transfer import read_mark
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder
-from pipeline.uri import Place, join, public
+from pipeline.placement import Node
+from pipeline.uri import Place, is_uri, join, public
 
 log = logging.getLogger("pipeline")
 
+CGROUP = Path("/sys/fs/cgroup")
 DESCRIPTOR = "descriptor"  # an embedder that needs no weights
 BUILTIN = "builtin:photos"  # a source that needs no network: photographs inside scikit-image
 
@@ -83,7 +87,7 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
             "curate them with jobs/curate.py and the same arguments, run all with jobs/run.py, or "
             "train on all images with curate.preset=",
         )
-    return open_shards(uri)
+    return open_shards(uri, field="curate.shards")
 
 
 def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
@@ -113,11 +117,23 @@ def local_machine(config: Config) -> Machine:
     """What a Ray that is started on this machine would find, without starting one."""
     import torch
 
+    cpus, gpus = config.resources.cpus or os.cpu_count() or 1, torch.cuda.device_count()
+    memory = max(1.0, memory_bytes() - config.resources.object_store_gb * 2**30)
     return Machine(
-        cpus=config.resources.cpus or os.cpu_count() or 1,
-        gpus=torch.cuda.device_count(),
+        cpus=cpus,
+        gpus=gpus,
         bfloat16=cluster.cpu_has_bfloat16(),
+        nodes=(Node(cpus, gpus, driver=True, memory=memory),),
     )
+
+
+def memory_bytes() -> float:
+    """What this process may have: the machine's memory, or less where a container has a limit."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            found.append(int((CGROUP / limit).read_text()))
+    return float(min(found))
 
 
 def with_packed_sets(config: Config, folder: RunFolder) -> Config:
@@ -154,6 +170,15 @@ def is_shards(uri: str) -> bool:
     except DataError:
         return False
     return True
+
+
+def nearest(place: str | Place) -> Path | None:
+    """What is there of a local place: itself, or the nearest folder above it; None for a URI."""
+    text = str(place).removeprefix("file://")
+    if is_uri(text):
+        return None
+    path = Path(absolute_uri(text))
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def result_line(stage: str, text: str) -> None:

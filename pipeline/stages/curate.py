@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.curate import gallery, report, report_numbers
+from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.onnx_files import is_onnx
 from pipeline.curate.report_summary import Summary
 from pipeline.data.schema import open_shards
@@ -50,16 +51,21 @@ def key(context: Context) -> str:
     shards = [data.shard_mb, data.row_group_images, data.max_image_pixels, context.shards_uri]
     channels = config.model.in_channels
     columns = [data.image_column, data.label_column]
-    curate = config.curate
-    vectors = [  # what a place holds may change while its name does not
-        replace(embedder_of(config, f"curate.{field}", value), batch_size=1).settings
-        for field, value in (
-            ("copy_embedder", curate.copy_embedder),
-            ("embedder", curate.embedder),
-        )
-    ]
+    # what a place holds may change while its name does not
+    vectors = [replace(spec, batch_size=1).settings for spec in embedders(config)]
     digests = open_sets(context).digests
     return fingerprint([settings, digests, shards, channels, columns, vectors, config.run.seed])
+
+
+def embedders(config: Config) -> list[EmbedderSpec]:
+    """What makes the vectors: for copies, and for what an image shows.
+
+    Raises:
+        PipelineError: a field names nothing of that kind.
+    """
+    curate = config.curate
+    fields = {"copy_embedder": curate.copy_embedder, "embedder": curate.embedder}
+    return [embedder_of(config, f"curate.{name}", value) for name, value in fields.items()]
 
 
 def intact(context: Context) -> bool:

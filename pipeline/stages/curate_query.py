@@ -22,7 +22,7 @@ from pipeline.data.bad_image import BadImage
 from pipeline.data.decode import decode_image
 from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.data.transfer import read_bytes
-from pipeline.errors import DataError
+from pipeline.errors import DataError, shortened
 from pipeline.files import RunFolder, atomic
 from pipeline.stages.context import result_line
 from pipeline.stages.curate_earlier import Earlier, check_inputs, earlier_runs
@@ -31,6 +31,7 @@ from pipeline.uri import join, public
 
 log = logging.getLogger("pipeline.curate")
 
+SAID = 10  # copies that are named
 SIDE = 320  # of an image in the picture of both, pixels
 GAP, LINE = 8, 18  # white between images; height of a line of text, pixels
 NEAR = 0.1  # so far below the threshold images are shown that are no copies
@@ -81,8 +82,10 @@ def look(config: Config) -> list[Answer]:
         answers += _like(config, one, pixels)
     answers.sort(key=lambda answer: -answer.similarity)
     copies = [answer for answer in answers if answer.copy]
-    for answer in copies[:10]:
+    for answer in copies[:SAID]:
         result_line("query", f"{public(query)} is {answer.line()}")
+    if len(copies) > SAID:
+        result_line("query", f"and of {len(copies) - SAID:,} more")
     if not copies:
         nearest = f"; the nearest is {answers[0].line()}" if answers else ""
         result_line("query", f"{public(query)} is a copy of nothing in the set{nearest}")
@@ -165,7 +168,7 @@ def _both(pixels: Any, answer: Answer) -> Image.Image:
         f"similarity {answer.similarity:.4f}, threshold {answer.threshold:.4f}: "
         + ("a copy" if answer.copy else "no copy"),
         f"{what['image_id']}: {'kept' if what['kept'] else what['reason']}",
-        (answer.path or what["source"])[:100],
+        shortened(answer.path or what["source"], 100),
     ]
     for number, line in enumerate(lines):
         draw.text((GAP, SIDE + 2 * GAP + number * LINE), line, fill="black")

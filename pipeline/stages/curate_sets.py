@@ -9,7 +9,7 @@ from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import absolute_uri
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.stages.context import Context, open_packed_shards
+from pipeline.stages.context import Context, is_shards, open_packed_shards
 from pipeline.stages.curate_earlier import Earlier, earlier_runs
 from pipeline.uri import public
 
@@ -67,43 +67,65 @@ def open_sets(context: Context) -> Sets:
         PipelineError: one is not there, is not packed, or has a name that is taken.
     """
     config = context.config
-    leaks = dict(config.leaks.sets)
-    if config.evaluate.queries:
-        if QUERIES in leaks:
-            raise ConfigError(
-                f"leaks.sets.{QUERIES} has the name of the set of evaluate.queries",
-                "give it another name",
-            )
-        leaks[QUERIES] = config.evaluate.queries
-    for name in config.retrieve.seeds:
-        if name == POOL_NAME or "/" in name:
-            raise ConfigError(
-                f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
-            )
-    earlier = earlier_runs(config.curate.against) if config.curate.against else []
-    _check_earlier(config, earlier)
+    earlier = open_earlier(config)
+    pool = open_packed_shards(config, context.folder)
+    seeds, leaks = open_other_sets(config)
     found = Sets(
-        pool=open_packed_shards(config, context.folder),
-        seeds={
-            name: _opened(config, f"retrieve.seeds.{name}", uri)
-            for name, uri in sorted(config.retrieve.seeds.items())
-        },
-        leaks={
-            name: _opened(
-                config, "evaluate.queries" if name == QUERIES else f"leaks.sets.{name}", uri
-            )
-            for name, uri in sorted(leaks.items())
-        },
+        pool=pool,
+        seeds=seeds,
+        leaks=leaks,
         include=config.retrieve.include,
         earlier=tuple(earlier),
-        earlier_shards=open_shards(earlier[0].result["shards"]) if earlier else None,
+        earlier_shards=(
+            open_shards(earlier[0].result["shards"], field="curate.against") if earlier else None
+        ),
     )
     _check_output(context, found)
     return found
 
 
-def _check_earlier(config: Config, earlier: list[Earlier]) -> None:
-    """Refuses what new images cannot be compared with, or not as the recipe says."""
+def open_other_sets(
+    config: Config, packing: bool = False
+) -> tuple[dict[str, ShardSet], dict[str, ShardSet]]:
+    """The seed sets and the evaluation sets that the recipe names.
+
+    Args:
+        config: the recipe.
+        packing: a set of `evaluate.queries` that is not packed will be, so it is left out.
+
+    Raises:
+        PipelineError: one is not there, is not packed, or has a name that is taken.
+    """
+    leaks = dict(config.leaks.sets)
+    queries = config.evaluate.queries
+    if queries:
+        if QUERIES in leaks:
+            raise ConfigError(
+                f"leaks.sets.{QUERIES} has the name of the set of evaluate.queries",
+                "give it another name",
+            )
+        if not packing or is_shards(queries):
+            leaks[QUERIES] = queries
+    for name in config.retrieve.seeds:
+        if name == POOL_NAME or "/" in name:
+            raise ConfigError(
+                f"a seed set cannot be called {name}", "choose another name in retrieve.seeds"
+            )
+    seeds = {
+        name: opened(config, f"retrieve.seeds.{name}", uri)
+        for name, uri in sorted(config.retrieve.seeds.items())
+    }
+    fields = {name: f"leaks.sets.{name}" for name in leaks} | {QUERIES: "evaluate.queries"}
+    return seeds, {name: opened(config, fields[name], uri) for name, uri in sorted(leaks.items())}
+
+
+def open_earlier(config: Config) -> list[Earlier]:
+    """The curations that these images are added to, the latest first.
+
+    Raises:
+        PipelineError: they cannot be compared with, or not as the recipe says.
+    """
+    earlier = earlier_runs(config.curate.against) if config.curate.against else []
     for one in earlier:
         if one.result["threshold"] is None:
             raise DataError(
@@ -119,6 +141,7 @@ def _check_earlier(config: Config, earlier: list[Earlier]) -> None:
             f"{earlier[0].result['threshold']:.6g}, and one set has one threshold",
             "leave dedup.threshold out: the one of curate.against is used",
         )
+    return earlier
 
 
 def _check_output(context: Context, sets: Sets) -> None:
@@ -137,9 +160,14 @@ def _check_output(context: Context, sets: Sets) -> None:
             )
 
 
-def _opened(config: Config, field: str, uri: str) -> ShardSet:
+def opened(config: Config, field: str, uri: str) -> ShardSet:
+    """The set that a field names.
+
+    Raises:
+        DataError: it is not there or not packed; what to do names the field.
+    """
     try:
-        return open_shards(uri, config.data.image_column, config.data.label_column)
+        return open_shards(uri, config.data.image_column, config.data.label_column, field)
     except StorageError:
         raise
     except DataError as error:

@@ -20,6 +20,7 @@ from pipeline.data.schema import ShardSet
 from pipeline.data.segments import PREFETCH
 from pipeline.data.stream import StreamSpec
 from pipeline.files import RunFolder
+from pipeline.heartbeat import now
 from pipeline.plan import Plan
 from pipeline.stages.chain import named
 from pipeline.stages.context import open_packed_shards, result_line
@@ -96,7 +97,9 @@ def doctor(config: Config) -> None:
     plan = plan_for(_plannable(config, shards.rows), shards, machine)
     spec = stream_spec(plan, shards, store)
     with _one_thread():
+        now("reading a sample of the shards")
         sample = read_sample(shards)
+        now("timing the decoding of the sample")
         timing, contents = time_sample(sample, spec)
     _images(sample, contents)
     _times(sample, timing, contents, spec)

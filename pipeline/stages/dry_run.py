@@ -1,30 +1,33 @@
-"""`--dry-run`: what a job would do, without Ray and without writing anything."""
+"""`--dry-run`: what a job would do, and what would stop it. What it tries leaves nothing behind."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from pipeline.arrangement import Machine
 from pipeline.config import Config
-from pipeline.data.listing import absolute_source, list_source
-from pipeline.data.schema import open_shards
-from pipeline.data.sources import plan_tasks
+from pipeline.data.schema import ShardSet, open_shards
 from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.plan import resolve
-from pipeline.stages.chain import named, with_absolute_weights
-from pipeline.stages.context import BUILTIN, local_machine, packed_uri, shards_uri
-from pipeline.stages.curate_plan import curation_plan
+from pipeline.stages import fits
+from pipeline.stages.chain import STAGES, named, with_absolute_weights
+from pipeline.stages.checks import check_start
+from pipeline.stages.context import Context, packed_uri, shards_uri, with_packed_sets
+from pipeline.stages.curate_plan import TABLE_BYTES, curation_plan
+from pipeline.stages.evaluate import chosen
+from pipeline.stages.known_sets import KnownSet
 from pipeline.stages.pretrain import describe, starting_pair
+from pipeline.stages.surroundings import machine_of, size_of, try_writing
 from pipeline.train import build, start, state
-from pipeline.train.clock import duration
 from pipeline.train.run import check_resume
+from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline")
 NOT_PACKED = "not packed yet"
 NOT_CURATED = "not curated yet"  # the number of images is then that of all
-# Share of the peak of matrix products that a whole step reaches
-EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
+Needs = list[tuple[str, str, float]]  # field, place, bytes
 
 
 def dry_run(config: Config, stages: Sequence[str]) -> None:
@@ -33,30 +36,76 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     Raises:
         PipelineError: for all that would stop the real run at its start.
     """
-    import torch
-
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
+    known = check_start(config, stages)
+    if folder.uri:
+        try_writing(str(folder.at()), b"")
+    if "pack" not in stages:
+        config = with_packed_sets(config, folder)
+        if stages[0] in STAGES:
+            STAGES[stages[0]].key(Context(config, folder, only=len(stages) == 1))
+    machine, _ = machine_of(config)
     log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder)
-    machine = local_machine(config)
-    images, digest, size = _images(config, folder)
-    if "pack" in stages and config.data.source:
-        log.info(
-            "pack        %s: %s images, %.2f GiB of shards in %s",
-            config.data.source,
-            f"about {images:,}" if images else "an unknown number of",
-            size / 2**30,
-            packed_uri(config, folder),
-        )
-    if config.curate.preset:
+    needs: Needs = []
+    packed = _opened(packed_uri(config, folder), config)
+    images = packed.rows if packed else 0
+    if "data.source" in known:
+        images = images or known["data.source"].images
+        _say_pack(config, folder, known["data.source"], packed, needs)
+    elif "data.shards" in known:
+        images = known["data.shards"].images
+        log.info("data        %s: %s images", *_place_and_images(known["data.shards"]))
+    for field in ("evaluate.queries", "evaluate.reference"):
+        if field in known:
+            log.info("%-11s %s: %s images", "evaluate", *_place_and_images(known[field]))
+    digest = packed.digest if packed else NOT_PACKED
+    if config.curate.preset and stages != ["doctor"]:
         if "curate" in stages:
             curation_plan(config, folder)
-        images, digest = _curated(config, folder) or (images, NOT_CURATED)
-    if "pretrain" not in stages:
-        return
-    if not images:
+            needs += _curation_needs(config, folder, images, known)
+        curated = _opened(shards_uri(config, folder), config)
+        images, digest = (curated.rows, curated.digest) if curated else (images, NOT_CURATED)
+    if "pretrain" in stages and images:
+        _say_training(config, folder, machine, images, digest, needs)
+    elif "pretrain" in stages:
         log.info("pretrain    the archives were not opened: pack them first to see the plan")
-        return
+    elif {"evaluate", "export"} & set(stages):
+        saved = chosen(Context(config, folder))
+        log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
+    fits.say_disk(needs)
+
+
+def _say_pack(
+    config: Config, folder: RunFolder, source: KnownSet, packed: ShardSet | None, needs: Needs
+) -> None:
+    log.info(
+        "pack        %s: %s images, %.2f GiB of shards in %s",
+        public(config.data.source),
+        _about(source.images),
+        source.size / 2**30,
+        public(packed_uri(config, folder)),
+    )
+    if packed is None:  # the images once in the shards, and once more while they are sorted
+        field = "data.shards" if config.data.shards else "run.folder"
+        needs.append((field, packed_uri(config, folder), source.size))
+        needs.append(("run.folder", str(folder.at("pack")), source.size))
+
+
+def _curation_needs(
+    config: Config, folder: RunFolder, images: int, known: Mapping[str, KnownSet]
+) -> Needs:
+    pool = known.get("data.source") or known["data.shards"]
+    field = "curate.shards" if config.curate.shards else "run.folder"
+    return [
+        (field, shards_uri(config, folder), pool.size),
+        ("run.folder", str(folder.at("curate")), images * TABLE_BYTES),
+    ]
+
+
+def _say_training(
+    config: Config, folder: RunFolder, machine: Machine, images: int, digest: str, needs: Needs
+) -> None:
     plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
     if digest not in (NOT_PACKED, NOT_CURATED):
         check_resume(config, digest, folder)
@@ -64,56 +113,28 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     built = starting_pair(plan, folder)
     for line in describe(plan, built):
         log.info("%s", line)
+    fits.say_memory(plan, built, machine)
     cost = build.estimated_cost(plan, built)
-    from pipeline.train.cost import peak_flops
-
-    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-    peak = peak_flops(plan.device, dtype, plan.threads) * plan.workers * EFFICIENCY[plan.device]
-    log.info(
-        "disk        about %.2f GiB of checkpoints and weights",
-        (config.train.keep_last + 1.25) * cost.checkpoint_bytes / 2**30,
-    )
-    seconds = cost.flops_per_image * config.optim.global_batch_size * plan.steps / max(peak, 1.0)
-    log.info(
-        "time        about %s of training on %d %s (%.1f GFLOP an image)",
-        duration(seconds),
-        plan.workers,
-        plan.device,
-        cost.flops_per_image / 1e9,
-    )
+    checkpoints = (config.train.keep_last + 1.25) * cost.checkpoint_bytes
+    log.info("checkpoints about %s, with the weights", size_of(checkpoints))
+    if not is_uri(str(folder.at())):
+        needs.append(("run.folder", str(folder.at()), checkpoints))
+    fits.say_time(plan, cost, machine)
 
 
-def _curated(config: Config, folder: RunFolder) -> tuple[int, str] | None:
-    """Rows and digest of the curated shards, where there are any."""
+def _about(images: int) -> str:
+    return f"about {images:,}" if images else "an unknown number of"
+
+
+def _place_and_images(known: KnownSet) -> tuple[str, str]:
+    return known.labels.place, f"{known.images:,}" if known.shards else _about(known.images)
+
+
+def _opened(uri: str, config: Config) -> ShardSet | None:
+    """The shards at a place, where there are any."""
     try:
-        found = open_shards(shards_uri(config, folder))
+        return open_shards(uri, config.data.image_column, config.data.label_column)
     except StorageError:
         raise
     except DataError:
         return None
-    return found.rows, found.digest
-
-
-def _images(config: Config, folder: RunFolder) -> tuple[int, str, int]:
-    """Rows (0: unknown), digest and bytes of the shards, or an estimate from the source."""
-    try:
-        found = open_shards(
-            packed_uri(config, folder), config.data.image_column, config.data.label_column
-        )
-        return found.rows, found.digest, sum(file.bytes for file in found.files)
-    except StorageError:
-        raise
-    except DataError:
-        if not config.data.source:
-            raise
-    if config.data.source.startswith(BUILTIN):
-        from pipeline.data.demo import DEMO_BYTES, DEMO_IMAGES
-
-        return DEMO_IMAGES, NOT_PACKED, DEMO_BYTES
-    data = config.data
-    source = absolute_source(data.source)
-    listing = list_source(source, follow_links=data.follow_links)
-    plan = plan_tasks(
-        source, listing, data.image_column, data.label_column, int(data.max_image_mb * 2**20)
-    )
-    return plan.images, NOT_PACKED, sum(entry.size for entry in listing.entries)

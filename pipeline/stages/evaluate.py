@@ -12,6 +12,7 @@ from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.files import fingerprint
+from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
 from pipeline.plan import Plan, plan_of
 from pipeline.stages.context import Context, result_line
@@ -55,9 +56,9 @@ def key(context: Context) -> str:
     saved, settings = chosen(context), context.config.evaluate
     data = context.config.data
     digests = [
-        open_shards(uri, data.image_column, data.label_column).digest
-        for uri in (settings.reference, settings.queries)
-        if uri
+        open_shards(uri, data.image_column, data.label_column, f"evaluate.{name}").digest
+        for name in ("reference", "queries")
+        if (uri := getattr(settings, name))
     ]
     return fingerprint(
         [saved.step, saved.meta.get("plan"), settings.model_dump(mode="json"), digests]
@@ -75,6 +76,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     spec = evaluation_spec(found, context.shards())
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and found.device == "cuda" else 0
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
+    now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
     results, pictures = ray.get(task.remote(spec, str(saved.path), "cuda" if gpus else "cpu"))
     sentence = alarm(results["trained"], found.config.head.prototypes)
     tracker.metrics(saved.step, results["trained"])
@@ -88,7 +90,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     if score in results["trained"]:
         tracker.headline(saved.step, {f"{score}_final": results["trained"][score]})
         beside = {"step0": "the same network at step 0", "raw_pixels": "raw pixels"}
-        text = f"kNN-{spec.k} top-1 {others['trained']:.4f} at step {saved.step}; " + ", ".join(
+        text = f"kNN-{spec.k} top-1 {others['trained']:.4f} at step {saved.step} "
+        text += f"({spec.compared()}); " + ", ".join(
             f"{what} {others[name]:.4f}" for name, what in beside.items() if name in others
         )
     else:
@@ -106,6 +109,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         {
             "what": list(results),
             "top1": [results[name].get(score) for name in results],
+            "of": [spec.compared()] * len(results),
         },
     )
     return {"step": saved.step, "text": text, **{k: dict(v) for k, v in results.items()}}

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.config import Augment
 from pipeline.data.crops import evaluation_resize
 from pipeline.files import fingerprint, write_json
+from pipeline.heartbeat import now
 from pipeline.model.foreign import TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
 from pipeline.model.pair import BackboneSpec
@@ -68,6 +69,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     details = [f"* {name}: {said}" for name, said in formats.items()]
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))
     tracker.artifact(folder / "config.json", "weights")
+    now("export: logging the model")
     tracker.model(
         folder,
         context.config.track.model_name,
@@ -94,6 +96,7 @@ def _write(
     """Writes and checks every format; gives what each was compared with."""
     size, mean, std = augment.global_size, augment.mean, augment.std
     done = {}
+    now("export: dinov2, written and read back")
     folder = save_backbone(backbone, spec, weights / "dinov2")
     write_json(
         folder / "preprocessor_config.json",
@@ -107,8 +110,10 @@ def _write(
     verify(backbone, folder)
     done["dinov2"] = "equal to the bit, read back"
     if not without_huggingface(spec):
+        now("export: huggingface, written and compared")
         folder = save_huggingface(backbone, spec, weights / "huggingface", mean, std, size)
         done["huggingface"] = verify_huggingface(backbone, spec, folder)
+    now("export: timm, written and compared")
     folder = save_timm(backbone, spec, weights / "timm", mean, std, size)
     done["timm"] = verify_timm(backbone, spec, folder)
     return done

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.data import ledger
+from pipeline.data.claim import Owner, check_unclaimed
 from pipeline.data.listing import Listing, absolute_source, list_source
 from pipeline.data.pack import PackReport, pack
 from pipeline.data.schema import open_shards
+from pipeline.data.storage import absolute_uri
 from pipeline.data.transfer import local_copy
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import fingerprint
+from pipeline.files import RunFolder, fingerprint
+from pipeline.heartbeat import now
 from pipeline.mirror import upload_folder
-from pipeline.stages.context import BUILTIN, Context, is_shards, result_line
+from pipeline.stages.context import BUILTIN, Context, is_shards, packed_uri, result_line
+from pipeline.stages.known_sets import builtin_part
 from pipeline.uri import Place, is_uri, join, public
 
 SETTINGS = (
@@ -30,18 +35,47 @@ SETTINGS = (
     "row_group_images",
 )
 
+FIELDS = {  # of the recipe that name the sources
+    "train": "data.source",
+    "reference": "evaluate.reference",
+    "queries": "evaluate.queries",
+}
 
-def sources(context: Context) -> dict[str, tuple[str, str]]:
+
+def named_sources(config: Config, folder: RunFolder) -> dict[str, tuple[str, str]]:
     """What is packed: name -> (source, shards). Evaluation sets that are shards stay so."""
-    config, folder = context.config, context.folder
     found = {}
     if config.data.source:
-        found["train"] = (config.data.source, context.packed_uri)
+        found["train"] = (config.data.source, packed_uri(config, folder))
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
         if source and not is_shards(source):
             found[name] = (source, str(folder.at("pack", name)))
-    return {name: (_unfold(source, context), to) for name, (source, to) in found.items()}
+    return found
+
+
+def check_places(config: Config, folder: RunFolder) -> None:
+    """Refuses outputs that lie inside of what is packed, or hold what others packed.
+
+    Raises:
+        DataError: one does.
+    """
+    for name, (source, shards) in named_sources(config, folder).items():
+        if not source.startswith(BUILTIN):
+            own = name == "train" and config.data.shards
+            fields = {"data.shards": shards} if own else {}
+            places = fields | {"run.folder": str(folder.at("pack"))}
+            source = absolute_source(source)
+            ledger.check_places(source, places)
+            ledger.check_source(absolute_uri(shards), public(source))
+            work = absolute_uri(str(folder.at("pack", f"work_{name}")))
+            check_unclaimed(absolute_uri(shards), Owner(public(source), public(work)))
+
+
+def sources(context: Context) -> dict[str, tuple[str, str]]:
+    """As `named_sources`, with a folder of tiles, made once, in place of `builtin:photos`."""
+    named = named_sources(context.config, context.folder)
+    return {name: (_unfold(source, context), to) for name, (source, to) in named.items()}
 
 
 def key(context: Context) -> str:
@@ -57,9 +91,6 @@ def key(context: Context) -> str:
     }
     channels = context.config.model.in_channels  # what each image must be able to give
     return fingerprint([data, listed] + [channels] * (channels != 3))
-
-
-FIELDS = {"train": "data.source", **{n: f"evaluate.{n}" for n in ("reference", "queries")}}
 
 
 def _listing(context: Context, name: str, source: str) -> Listing:
@@ -84,6 +115,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     data = context.config.data
     summary: dict[str, Any] = {}
     for name, (source, shards) in sources(context).items():
+        now(f"pack: {name}, listing the source")
         report = pack(
             source,
             shards,
@@ -102,7 +134,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             label_member=data.label_member,
             follow_links=data.follow_links,
             field=FIELDS[name],
-            on_progress=_Progress(name),
+            on_progress=partial(_progress, name),
         )
         text = _text(name, report, _other_files(context, name))
         result_line("pack", text)
@@ -116,28 +148,15 @@ def _other_files(context: Context, name: str) -> Place:
     return context.folder.at("pack", f"other_files_{name}.parquet")
 
 
-class _Progress:
-    """A line now and then while a long pack runs; none for a short one."""
-
-    EVERY_S = 20.0
-
-    def __init__(self, name: str) -> None:
-        self.name, self.said = name, time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Takes what `pack` reports after each task."""
-        if time.monotonic() - self.said > self.EVERY_S:
-            self.said = time.monotonic()
-            result_line("pack", f"{self.name}: {what} {done}/{total} tasks")
+def _progress(name: str, what: str, done: int, total: int) -> None:
+    now(f"pack: {name}, {what} {done} of {total} tasks")
 
 
 def _unfold(source: str, context: Context) -> str:
     """`builtin:photos/train` becomes a folder of tiles, made once."""
     if not source.startswith(BUILTIN):
         return source
-    part = source.removeprefix(BUILTIN).strip("/") or "train"
-    if part not in ("train", "test"):
-        raise ConfigError(f"no source {source}", f"there are {BUILTIN}/train and {BUILTIN}/test")
+    part = builtin_part(source)
     from pipeline.data.demo import DEMO_MARK, make_demo
 
     local = Path(make_demo(context.folder.path / "source").folder)

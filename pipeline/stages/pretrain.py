@@ -50,7 +50,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Trains or resumes. The result has status `finished` or `stopped`."""
     shards = context.shards()
     found = plan(context)
-    evaluation_spec(found, shards)  # a wrong evaluation set is said before training
+    spec = evaluation_spec(found, shards)  # a wrong evaluation set is said before training
+    compared = spec.compared(found.config.evaluate.during_training)
+    if compared:
+        result_line("kNN", f"while training: {compared}")
     for change in check_resume(
         found.config, shards.digest, context.folder, found.layout, found.window_images
     ):
@@ -77,7 +80,12 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             if "data_wait_fraction" in details
             else ""
         )
-        + (f", best kNN {best['score']:.3f} at step {best['step']:.0f}" if best else "")
+        + (
+            f", best kNN {best['score']:.4f} at step {best['step']:.0f} (while training, "
+            f"{compared})"
+            if best
+            else ""
+        )
         + (f"; {details['data_limit']}" if details.get("data_limit") else "")
     )
     result_line("pretrain", text)
@@ -153,6 +161,11 @@ def _model(config: Config) -> str:
     return f"{model.size} {width}x{depth}/{model.patch_size}"
 
 
+def digest_shown(digest: str) -> str:
+    """The beginning of a digest; words that stand in its place, whole."""
+    return digest if " " in digest else f"{digest[:14]}…"
+
+
 def describe(found: Plan, built: Pair) -> list[str]:
     """What differs from the defaults, what was derived, and what it will cost."""
     config = found.config
@@ -183,7 +196,7 @@ def describe(found: Plan, built: Pair) -> list[str]:
             f"{config.model.in_channels} channels"
         )
     lines += [
-        f"data        {found.images:,} images ({found.digest[:14]}), "
+        f"data        {found.images:,} images ({digest_shown(found.digest)}), "
         f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} left out of each pass",
         f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
         f"{found.steps / found.steps_per_pass:.2f} passes, warm-up {found.warmup_steps}",

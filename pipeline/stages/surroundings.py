@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.transfer import read_bytes, write_bytes_atomic
 from pipeline.errors import PipelineError, StorageError
-from pipeline.stages.context import local_machine, result_line
+from pipeline.stages.context import local_machine, nearest, result_line
 from pipeline.train.limits import count
 
 log = logging.getLogger("pipeline")
@@ -89,15 +89,22 @@ def disk(run_folder: str) -> None:
     Raises:
         PipelineError: where that is not possible.
     """
-    from pyarrow import fs as pafs
-
-    files, path = resolve_uri(run_folder.removeprefix("file://"))
-    local = isinstance(files, pafs.LocalFileSystem)
-    if local:  # the folder need not be there yet, and the doctor does not make it
-        path = str(next(p for p in (Path(path), *Path(path).parents) if p.exists()))
-    name = f"{path}/.doctor.{uuid.uuid4().hex[:8]}.tmp"
-    content = os.urandom(WRITTEN)
     begin = time.perf_counter()
+    path = try_writing(run_folder, os.urandom(WRITTEN))
+    seconds = time.perf_counter() - begin
+    free = f"{size_of(shutil.disk_usage(path).free)} free; " if nearest(run_folder) else ""
+    result_line("disk", f"{path}: {free}4 MiB written and read back in {1000 * seconds:.0f} ms")
+
+
+def try_writing(run_folder: str, content: bytes) -> str:
+    """Writes a file where runs go, reads it back and takes it away. Returns the folder.
+
+    Raises:
+        PipelineError: where that is not possible, or something else comes back.
+    """
+    files, path = resolve_uri(run_folder)
+    path = str(nearest(run_folder) or path)  # it need not be there yet, and this does not make it
+    name = f"{path}/.doctor.{uuid.uuid4().hex[:8]}.tmp"
     try:
         try:
             write_bytes_atomic(content, files, name)
@@ -116,9 +123,7 @@ def disk(run_folder: str) -> None:
             f"run.folder={run_folder} gives back other bytes than were written",
             "take other storage for runs",
         )
-    seconds = time.perf_counter() - begin
-    free = f"{size_of(shutil.disk_usage(path).free)} free; " if local else ""
-    result_line("disk", f"{path}: {free}4 MiB written and read back in {1000 * seconds:.0f} ms")
+    return path
 
 
 def size_of(size: float) -> str:

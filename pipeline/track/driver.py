@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.heartbeat import doing
 from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, Database, LocalServer, Remote
 from pipeline.track.journal import FILE_NAME, Journal
 from pipeline.track.names import TAG_LIMIT, cut
@@ -87,7 +88,8 @@ class Pipeline:
         self.tracker.close(status)
         self._journal.close()
         if self._sender:
-            self._sender.close(timeout)
+            with doing("sending the rest to MLflow"):
+                self._sender.close(timeout)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -148,7 +150,8 @@ def open_pipeline(
     if sender is not None:
         sender.start()
         if isinstance(sender.endpoint, Remote):
-            sender.wait_for(PIPELINE, wait)
+            with doing("waiting for the MLflow server"):
+                sender.wait_for(PIPELINE, wait)
     return pipeline
 
 

@@ -68,4 +68,6 @@ def _row(name: str, counts: Sequence[int], kind: str = "") -> str:
         cells.append(
             f"<td class='number' title='{tip}' style='--share:{share:.1f}%'>{count:,}</td>"
         )
-    return f"<tr class='{kind}'><th scope='row'>{html.escape(name)}</th>{''.join(cells)}</tr>"
+    shown = html.escape(name, quote=True)  # the column may cut it: the whole is its title
+    head = f"<th scope='row' title='{shown}'>{shown}</th>"
+    return f"<tr class='{kind}'>{head}{''.join(cells)}</tr>"

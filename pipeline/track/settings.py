@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.track import journal, state
-from pipeline.track.endpoint import find_endpoint
+from pipeline.track.endpoint import Endpoint, find_endpoint
 from pipeline.track.sender import Sender
 
 PIPELINE = "pipeline"
@@ -46,14 +46,21 @@ class TrackSettings:
                 if (folder / name).exists():
                     (folder / name).replace(folder / f"{name}.{journal.now_ms()}")
 
+    def endpoint(self, nodes: int = 1) -> Endpoint | None:
+        """Where to send to; None if nothing is to be sent. Nothing is asked or started.
+
+        Raises:
+            PipelineError: the address is not one of a server.
+        """
+        local = self.server_folder or Path(self.run_folder).parent / "mlflow"
+        return find_endpoint(self.uri, Path(local), nodes)
+
     def sender(self, nodes: int = 1) -> Sender | None:
         """A sender for this folder, not started; None if nothing is to be sent.
 
         Raises:
             PipelineError: the address is not one of a server.
         """
-        folder = Path(self.run_folder)
-        local = Path(self.server_folder or folder.parent / "mlflow")
-        where = find_endpoint(self.uri, local, nodes)
+        folder, where = Path(self.run_folder), self.endpoint(nodes)
         runs = {PIPELINE: self.pipeline_run_id, self.stage: self.run_id}
         return Sender(folder, where, self.key, runs, self.shown) if where else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.data.batch import Apply, BadImage, Batch, Views, Work
 from pipeline.data.order import keyed
 from pipeline.data.photometric import PhotometricSpec
 from pipeline.data.stream import batches
+from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Pair
 from pipeline.plan import Plan
@@ -45,6 +47,11 @@ def train_worker(job: dict[str, Any]) -> None:
         logging.WARNING if rank else logging.INFO,
         RemoteLines(job["feeder"]),
     )
+    with beating(WORKER_SILENCE_S) if rank == 0 else nullcontext(), doing("pretrain: starting"):
+        _train(job, plan, rank, workers)
+
+
+def _train(job: dict[str, Any], plan: Plan, rank: int, workers: int) -> None:
     torch.set_num_threads(plan.threads)
     device = ray.train.torch.get_device()
     folder = job["folder"] if is_uri(job["folder"]) else Path(job["folder"])
@@ -68,6 +75,7 @@ def train_worker(job: dict[str, Any]) -> None:
         pin=device.type == "cuda",
         accumulation=plan.accumulation,
     )
+    now("pretrain: building the networks")
     trainee = _trainee(plan, device, saved is not None)
     if tensors:
         trainee.restore(tensors)
@@ -76,6 +84,7 @@ def train_worker(job: dict[str, Any]) -> None:
     photometric = build.photometric_spec(plan.config)
     colours = build.photometric_function(plan, device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
+    now("pretrain: measuring this device")
     clock = _clock(plan, trainee.pair, first_step, device, dtype)
     chief = Chief(plan, trainee, job, folder, saved.meta if saved else None) if rank == 0 else None
     kept: list[dict[str, Tensor]] = []
@@ -87,6 +96,7 @@ def train_worker(job: dict[str, Any]) -> None:
     if chief and chief.evaluation_due(first_step):
         chief.evaluate(first_step)  # after a resume too: what was under way died with the workers
     while step < plan.steps:
+        now(f"pretrain: waiting for the images of step {step}")
         with clock.waiting():
             held = [next(stream) for _ in range(plan.accumulation)]
         if chief and step == 0:
@@ -94,6 +104,8 @@ def train_worker(job: dict[str, Any]) -> None:
         for batch in held:
             bad += batch.bad
             work = work.plus(batch.work)
+        compiling = ", which compiles the networks" if plan.compile and step == first_step else ""
+        now(f"pretrain: step {step}{compiling}")
         try:
             result = train_step(
                 student,
@@ -124,6 +136,7 @@ def train_worker(job: dict[str, Any]) -> None:
             if chief:
                 chief.log(step, _rows(kept), clock, bad, work)
             kept, bad, work = [], [], Work()
+        now(f"pretrain: after step {step}")
         if chief and save_due:
             chief.save(step)
         if chief and evaluate_due:
@@ -136,6 +149,7 @@ def train_worker(job: dict[str, Any]) -> None:
             if wish == MOVE:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
     if chief:
+        now("pretrain: the last evaluation and checkpoint")
         chief.finish(outcome, clock)
 
 

@@ -24,8 +24,10 @@ from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
+from pipeline.evaluate.labels import Labels, check_labels
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
+from pipeline.heartbeat import doing
 from pipeline.plan import Plan, changes, plan_of, resolve
 from pipeline.train import build, state
 from pipeline.uri import public
@@ -89,32 +91,22 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     """Which sets vote and which are asked; the training shards vote where nothing else is named.
 
     Raises:
-        DataError: where a set cannot be read.
-        PipelineError: where one of the two has no labels.
+        DataError: where a set cannot be read, or the two cannot be compared by their labels.
     """
     config = plan.config
     settings, data = config.evaluate, config.data
 
-    def labelled(uri: str) -> ShardSet | None:
+    def opened(name: str) -> ShardSet | None:
+        uri = getattr(settings, name)
         if not uri:
             return None
-        found = open_shards(uri, data.image_column, data.label_column)
-        if not found.has_labels:
-            raise PipelineError(
-                f"evaluation set {uri} has no labels in column {data.label_column!r}",
-                "name the column with data.label_column=…, or leave evaluate.queries empty",
-            )
-        return found
+        return open_shards(uri, data.image_column, data.label_column, f"evaluate.{name}")
 
-    queries = labelled(settings.queries)
-    reference = labelled(settings.reference)
-    if queries is not None and reference is None:
-        if not shards.has_labels:
-            raise PipelineError(
-                "evaluate.queries is set, but the training shards have no labels to vote with",
-                "name labelled shards with evaluate.reference=…",
-            )
-        reference = shards
+    queries, reference = opened("queries"), opened("reference")
+    if queries is not None:
+        field = "evaluate.reference" if reference else "data.shards"
+        reference = reference or shards
+        check_labels(Labels.of("evaluate.queries", queries), Labels.of(field, reference))
     return EvaluationSpec(
         sample=shards,
         reference=reference if queries is not None else None,
@@ -236,7 +228,11 @@ def pretrain(
     )
     with stop_on_signals(feeder):
         try:
-            with console(feeder, log), reporting(feeder, tracker):
+            with (
+                console(feeder, log),
+                reporting(feeder, tracker),
+                doing("pretrain: the workers start, or their node is busy"),
+            ):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = getattr(error, "controller_failure", None)

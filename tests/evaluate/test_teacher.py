@@ -114,3 +114,15 @@ def test_targets_of_a_teacher_that_chooses_by_colour(spec: EvaluationSpec) -> No
     found = Evaluator(spec).target_health(teacher, 0.01)  # type: ignore[arg-type]
     assert found["health/prototypes_used"] == 3
     assert found["health/teacher_entropy"] < 0.05
+
+
+def test_what_a_knn_compares_is_said_with_and_without_a_limit(spec: EvaluationSpec) -> None:
+    queries, reference = spec.queries, spec.reference
+    assert queries is not None and reference is not None
+    whole = spec.compared()
+    assert whole == f"{queries.rows} queries by {reference.rows} reference images"
+    assert spec.compared(10**6) == whole
+    assert spec.compared(3) == (
+        f"3 of {queries.rows} queries by 3 of {reference.rows} reference images"
+    )
+    assert replace(spec, queries=None).compared() == ""

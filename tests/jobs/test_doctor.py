@@ -110,7 +110,7 @@ MISTAKES = [
     (["data.shards=/not/there"], "no such path: /not/there", "data.shards"),
     ([], "no images: neither data.shards nor data.source is set", "data.source="),
     (["data.source=photos"], "photos is not packed yet", "jobs/pack.py"),
-    (["--dry-run"], "unknown option --dry-run", "the option is --help"),
+    (["--fast"], "unknown option --fast", "options are --dry-run and --help"),
     (["data.shard=x"], "data.shard: no such field", "--help"),
     (["{shards}", "data.image_column=img"], 'has no column "img"', "data.image_column="),
     (["{shards}", "model.in_channels=7", "augment.mean=[0,0,0,0,0,0,0]"], "none of", "in_channels"),

@@ -172,10 +172,10 @@ def test_other_images_are_no_resume(checkpoint: tuple[Path, str], recipe: Path) 
 CHAIN = ["pack", "curate", "pretrain", "evaluate", "export"]
 SAID = [
     (["--fast"], "unknown option --fast", "options are --dry-run and --help"),
-    (["--dry-run=yes"], "unknown option --dry-run=yes", "--dry-run"),
+    (["--dry-run=yes"], "unknown option --dry-run=…", "--dry-run"),
     (["configs/zzz.yaml"], "no recipe at configs/zzz.yaml", "recipes are in configs/"),
     (["optim={lr:1}"], "optim: give its fields one by one", "--help"),
-    (["run.folder=zz://bucket/runs"], "cannot open zz://bucket/runs/run", "s3://bucket/folder"),
+    (["run.folder=zz://bucket/runs"], "cannot open zz://bucket/runs", "s3://bucket/folder"),
 ]
 
 

@@ -1,0 +1,109 @@
+"""Says what a process is doing where it has said nothing for a while, whatever it does.
+
+    with doing("starting Ray"):
+        ...
+
+Every line that is logged counts as a sign of life. `beating` has a thread that looks every second.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("pipeline")
+SILENCE_S = 15.0  # of a driver; with the pause of the thread, 20 s are never reached
+WORKER_SILENCE_S = 11.0  # less, so that a worker, which knows more, speaks before the driver
+LOOK_S = 1.0
+
+
+class Heartbeat:
+    """What is being done, and how long nothing has been said.
+
+    Args:
+        say: takes a line.
+        silence_s: after which a line is due.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        silence_s: float = SILENCE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.silence_s = silence_s
+        self._say, self._clock = say, clock
+        self._lock = threading.Lock()
+        self._doing: list[tuple[str, float]] = []
+        self._spoken = clock()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Inside, this is what is being done; where it is nested, the innermost is said."""
+        begun = self._clock()
+        with self._lock:
+            depth = len(self._doing)
+            self._doing.append((what, begun))
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._doing[depth:]
+
+    def now(self, what: str) -> None:
+        """Says more exactly what is being done, since now; the word of the innermost `doing`."""
+        with self._lock:
+            if self._doing:
+                self._doing[-1] = (what, self._clock())
+
+    def spoke(self) -> None:
+        """A line was said by somebody else."""
+        with self._lock:
+            self._spoken = self._clock()
+
+    def look(self) -> None:
+        """Says what is being done, where nothing has been said for so long."""
+        with self._lock:
+            now = self._clock()
+            if not self._doing or now - self._spoken < self.silence_s:
+                return
+            what, begun = self._doing[-1]
+            self._spoken = now
+        self._say(f"{what}, for {now - begun:.0f} s")
+
+
+HEART = Heartbeat(lambda line: log.info("still       %s", line))
+doing, now = HEART.doing, HEART.now
+
+
+class SignOfLife(logging.Filter):
+    """On a handler: each line that it lets through counts."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets everything through."""
+        HEART.spoke()
+        return True
+
+
+@contextmanager
+def beating(silence_s: float = SILENCE_S) -> Iterator[None]:
+    """Inside, a thread looks whether a line is due."""
+    finished = threading.Event()
+    HEART.silence_s = silence_s
+    HEART.spoke()
+
+    def run() -> None:
+        while not finished.wait(LOOK_S):
+            HEART.look()
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join(5)

@@ -1,0 +1,147 @@
+"""What stops a job at its start: each in one function, which the job and its dry run both call.
+
+Nothing of it needs Ray, and nothing that it writes stays.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline import cluster
+from pipeline.config import Config
+from pipeline.data.storage import resolve_uri
+from pipeline.errors import ConfigError, PipelineError, StorageError
+from pipeline.evaluate.labels import check_labels
+from pipeline.files import RunFolder
+from pipeline.heartbeat import doing
+from pipeline.stages import curate, pack
+from pipeline.stages.context import (
+    nearest,
+    open_packed_shards,
+    open_training_shards,
+    with_packed_sets,
+)
+from pipeline.stages.curate_sets import open_earlier, open_other_sets, opened
+from pipeline.stages.known_sets import KnownSet, known_set
+from pipeline.track.settings import TrackSettings
+from pipeline.uri import is_uri
+
+EVALUATION = ("reference", "queries")
+
+
+def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
+    """All that can be known to be wrong before a job starts.
+
+    Returns:
+        what is known of the image sets, by the field that names them.
+
+    Raises:
+        PipelineError: the first thing that is wrong.
+    """
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    check_outputs(config, stages)
+    check_place("run.folder", config.run.folder)
+    if "pack" in stages and config.data.source and config.data.shards:
+        check_place("data.shards", config.data.shards)
+    if "curate" in stages and config.curate.shards:
+        check_place("curate.shards", config.curate.shards)
+    check_tracking(config, folder)
+    if "pack" not in stages:  # what an earlier job packed
+        config = with_packed_sets(config, folder)
+    with doing("listing the image sets"):
+        known = _known_sets(config, folder, stages)
+    if "pack" in stages:
+        pack.check_places(config, folder)
+    if "curate" in stages and (config.curate.preset or len(stages) == 1):
+        open_earlier(config)
+        open_other_sets(config, packing="pack" in stages)
+        curate.embedders(config)
+    if {"pretrain", "evaluate"} & set(stages):
+        _check_evaluation(known)
+    return known
+
+
+def check_outputs(config: Config, stages: Sequence[str]) -> None:
+    """Refuses a submitted job that would write below its working directory.
+
+    Raises:
+        ConfigError: where it would: Ray deletes that directory some time after the job.
+    """
+    if not cluster.uploaded():
+        return
+    places = {"run.folder": config.run.folder, "curate.shards": config.curate.shards}
+    if "pack" in stages and config.data.source:
+        places["data.shards"] = config.data.shards
+    copy = Path.cwd()
+    for field, place in places.items():
+        if place and not is_uri(place) and (copy / place).is_relative_to(copy):
+            raise ConfigError(
+                f"{field}={place} is in the copy of the project that Ray made for this job, which "
+                "is deleted some time after it",
+                f"give storage that all nodes share: {field}=s3://bucket/… or an absolute path",
+            )
+
+
+def check_place(field: str, place: str) -> None:
+    """Refuses a local place where no folder can be made or written. What is tried leaves nothing.
+
+    Raises:
+        PipelineError: why not; also where a URI cannot be opened.
+    """
+    hint = f"give {field} a folder that this user may write in"
+    try:
+        there = nearest(place)
+        if there is None:
+            resolve_uri(place)
+            return
+        if not there.is_dir():
+            raise PipelineError(f"{field}={place} cannot be a folder: {there} is a file", hint)
+        Path(tempfile.mkdtemp(prefix=".raydino-", suffix=".tmp", dir=there)).rmdir()
+    except StorageError:
+        raise  # says what to do
+    except OSError as error:
+        raise PipelineError(f"{field}={place} cannot be written: {error.strerror}", hint) from None
+
+
+def check_tracking(config: Config, folder: RunFolder) -> None:
+    """Refuses an address that is none of an MLflow server. No server is asked or started.
+
+    Raises:
+        PipelineError: what is wrong with it.
+    """
+    if config.track.enabled:
+        TrackSettings(str(folder.path), "pipeline", uri=config.track.uri).endpoint()
+
+
+def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dict[str, KnownSet]:
+    """The image sets of the stages, by field.
+
+    Raises:
+        PipelineError: one is not there, or cannot be used.
+    """
+    found: dict[str, KnownSet] = {}
+    packing = "pack" in stages
+    if packing and config.data.source:
+        found["data.source"] = known_set(config, "data.source", config.data.source)
+    elif {"curate", "doctor"} & set(stages):
+        found["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
+    elif {"pretrain", "evaluate"} & set(stages):
+        found["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
+    if not {"pack", "curate", "pretrain", "evaluate"} & set(stages):
+        return found
+    for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
+        if uri and packing:
+            found[field] = known_set(config, field, uri)
+        elif uri:
+            found[field] = KnownSet.of(field, opened(config, field, uri))
+    return found
+
+
+def _check_evaluation(known: Mapping[str, KnownSet]) -> None:
+    queries = known.get("evaluate.queries")
+    voting = ("evaluate.reference", "data.shards", "data.source")
+    reference = next((known[field] for field in voting if field in known), None)
+    if queries and reference:
+        check_labels(queries.labels, reference.labels)

@@ -1,0 +1,166 @@
+"""What a plan takes beside what the machine or cluster has: memory, disk and time."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.arrangement import Machine
+from pipeline.model.pair import Pair
+from pipeline.placement import placed
+from pipeline.plan import Plan
+from pipeline.stages.context import nearest
+from pipeline.train import build
+from pipeline.train.cost import Cost, peak_flops
+from pipeline.train.limits import count
+
+log = logging.getLogger("pipeline")
+GIB = 2**30
+HOUR_S = 3600.0
+ROOM = 0.8  # of the memory for training workers; driver, decoders and evaluation need the rest
+LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
+# Share of the peak of matrix products that a whole step reaches
+EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
+
+
+def say_memory(plan: Plan, built: Pair, machine: Machine) -> None:
+    """Warns where the workers of a node take more memory than it has, with what would fit."""
+    taken, there = memory_of(plan, build.estimated_cost(plan, built), machine)
+    if not there or taken <= ROOM * there:
+        return
+    for change, lighter in lighter_plans(plan):
+        less, _ = memory_of(lighter, build.estimated_cost(lighter, built), machine)
+        if less <= ROOM * there:
+            way = f"{change} takes about {less / GIB:.1f} GiB"
+            break
+    else:
+        way = smaller_network(plan)
+    place = "this machine" if one(machine) else "a node"
+    log.warning(
+        "the plan takes about %.1f GiB of memory for %s, and %s: %s",
+        taken / GIB,
+        count(plan.workers, "worker"),
+        f"a GPU has {there / GIB:.1f} GiB"
+        if plan.device == "cuda"
+        else f"{place} has {there / GIB:.1f} GiB beside the object store, for all processes",
+        way,
+    )
+
+
+def memory_of(plan: Plan, cost: Cost, machine: Machine) -> tuple[float, float]:
+    """Bytes that the fullest node's workers take, and what it has for them; 0 where unknown."""
+    if plan.device == "cuda":
+        import torch
+
+        if not one(machine) or not torch.cuda.is_available():
+            return cost.memory_bytes, 0.0
+        card = torch.cuda.get_device_properties(0).total_memory
+        return cost.memory_bytes, card * plan.gpus_per_worker
+    dealt = placed(machine.rooms, plan.workers, plan.share) or []
+    loads = [(workers * cost.memory_bytes, node.memory) for node, workers in dealt if node.memory]
+    return max(loads, key=lambda load: load[0] / load[1], default=(cost.memory_bytes, 0.0))
+
+
+def lighter_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """The same steps in smaller pieces, the lightest change first: (fields with values, plan)."""
+    batch = plan.config.optim.global_batch_size
+    for workers in dict.fromkeys((plan.workers, 1)):
+        prefix = f"train.workers={workers} " if workers != plan.workers else ""
+        for accumulation in range(1, batch // workers + 1):
+            micro = batch // (workers * accumulation)
+            if batch % (workers * accumulation) or (not prefix and micro >= plan.micro_batch):
+                continue
+            changed = {"workers": workers, "accumulation": accumulation, "micro_batch": micro}
+            yield f"{prefix}train.accumulation={accumulation}", plan.model_copy(update=changed)
+
+
+def smaller_network(plan: Plan) -> str:
+    """What to lower where not even one image at a time fits."""
+    config = plan.config
+    lower = [
+        f"head.prototypes={max(1, config.head.prototypes // 4)}",
+        f"augment.local_crops={config.augment.local_crops // 2}",
+    ]
+    if config.model.encoder == "dinov2":
+        smaller = {"vitg": "vitl", "vitl": "vitb", "vitb": "vits"}.get(config.model.size)
+        lower.insert(0, f"model.size={smaller}" if smaller else "a smaller model.width")
+    return f"not even one image at a time fits; take {', '.join(lower)}"
+
+
+def one(machine: Machine) -> bool:
+    """Whether the plan is for one machine, with the driver on it."""
+    return len(machine.rooms) == 1 and machine.rooms[0].driver
+
+
+def say_disk(needs: Sequence[tuple[str, str, float]]) -> None:
+    """Says what is written to each disk, and warns where there is less room.
+
+    Args:
+        needs: (field, place, bytes); places of one disk are added up. URIs are left to their
+            owners.
+    """
+    disks: dict[int, list[tuple[str, Path, float]]] = {}
+    for field, place, size in needs:
+        if (local := nearest(place)) is not None:
+            disks.setdefault(local.stat().st_dev, []).append((field, local, size))
+    for parts in disks.values():
+        size = sum(part for _, _, part in parts)
+        free = shutil.disk_usage(parts[0][1]).free
+        fields = " and ".join(dict.fromkeys(field for field, _, _ in parts))
+        text = f"about {size / GIB:.2f} GiB in {parts[0][1]} ({fields}), {free / GIB:.1f} GiB free"
+        log.info("disk        %s", text)
+        if size > free:
+            log.warning(
+                "the disk of %s has not enough room, %.2f GiB are missing: set %s to another one, "
+                "or make room",
+                parts[0][1],
+                (size - free) / GIB,
+                fields,
+            )
+
+
+def say_time(plan: Plan, cost: Cost, machine: Machine) -> None:
+    """Says how long training takes, and warns where that is more than a day."""
+    seconds = seconds_of(plan, cost)
+    place = "this machine" if one(machine) else "this cluster"
+    log.info(
+        "time        about %s of training on %s, with %s (%.1f GFLOP an image)",
+        in_words(seconds),
+        place,
+        count(plan.workers, f"{plan.device} worker"),
+        cost.flops_per_image / 1e9,
+    )
+    if seconds > LONG_S:
+        steps = max(1, int(plan.steps * LONG_S / seconds))
+        field = "optim.passes" if plan.config.optim.steps is None else "optim.steps"
+        value = f"{steps / plan.steps_per_pass:.3g}" if field == "optim.passes" else f"{steps}"
+        gpus = "" if plan.device == "cuda" else ", a GPU or more machines do it faster"
+        log.warning(
+            "training would take about %s: %s=%s is a day of it, model.size or "
+            "augment.global_size make each step shorter%s",
+            in_words(seconds),
+            field,
+            value,
+            gpus,
+        )
+
+
+def seconds_of(plan: Plan, cost: Cost) -> float:
+    """Of training, by the speed of matrix products here."""
+    import torch
+
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+    peak = peak_flops(plan.device, dtype, plan.threads) * plan.workers * EFFICIENCY[plan.device]
+    images = plan.config.optim.global_batch_size * plan.steps
+    return cost.flops_per_image * images / max(peak, 1.0)
+
+
+def in_words(seconds: float) -> str:
+    """`40 seconds`, `12 minutes`, `33 hours` or `5 days`."""
+    units: Mapping[str, float] = {"day": 24 * HOUR_S, "hour": HOUR_S, "minute": 60.0, "second": 1.0}
+    for unit, size in units.items():
+        if seconds >= 2 * size:
+            return count(round(seconds / size), unit)
+    return count(max(1, round(seconds)), "second")

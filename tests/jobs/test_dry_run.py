@@ -1,0 +1,153 @@
+"""A dry run refuses what the run refuses, and says what the machine is too small for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import job
+from pipeline.config import Config
+from pipeline.data.columns import MANIFEST
+from pipeline.errors import PipelineError
+from pipeline.overrides import load
+from pipeline.stages import chain
+from pipeline.stages.chain import ORDER
+
+NOWHERE = "/there/is/nothing"
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pile/` of two classes, `plain/` without any, `numbers/` of a hub, and a file."""
+    folder = tmp_path_factory.mktemp("sets")
+    for i in range(40):
+        for place in (folder / "pile" / f"k{i % 2}", folder / "plain"):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((16, 16, 3), 5 * i, np.uint8)).save(place / f"{i}.png")
+    (folder / "numbers").mkdir()
+    table = pa.table({"image": [b"x"] * 40, "label": [i % 2 for i in range(40)]})
+    pq.write_table(table, folder / "numbers" / "a.parquet")
+    (folder / "file").write_text("x")
+    (folder / "others").mkdir()
+    (folder / "others" / MANIFEST).write_text('{"source": "/another/source", "files": []}')
+    return folder
+
+
+def cases(sets: Path) -> dict[str, tuple[list[str], str, list[str]]]:
+    """By name: stages, what the sentence must name, the arguments."""
+    pile = f"data.source={sets}/pile"
+    every = list(ORDER)
+    curating = [pile, "curate.preset=dedup"]
+    return {
+        "queries": (every, "evaluate.queries", [pile, f"evaluate.queries={NOWHERE}"]),
+        "queries of pack": (["pack"], "evaluate.queries", [pile, f"evaluate.queries={NOWHERE}"]),
+        "reference": (
+            every,
+            "evaluate.reference",
+            [pile, f"evaluate.queries={sets}/pile", f"evaluate.reference={NOWHERE}"],
+        ),
+        "source": (every, "data.source", [f"data.source={NOWHERE}"]),
+        "pattern": (every, "data.source", [f"data.source={NOWHERE}/*.png"]),
+        "shards": (["pretrain"], "data.shards", [f"data.shards={NOWHERE}"]),
+        "shards of the doctor": (["doctor"], "data.shards", [f"data.shards={NOWHERE}"]),
+        "seeds": (every, "retrieve.seeds.x", [*curating, f"retrieve.seeds.x={NOWHERE}"]),
+        "leaks": (every, "leaks.sets.x", [*curating, f"leaks.sets.x={NOWHERE}"]),
+        "embedder": (every, "curate.copy_embedder", [*curating, f"curate.copy_embedder={NOWHERE}"]),
+        "earlier": (every, NOWHERE, [*curating, f"curate.against={NOWHERE}"]),
+        "weights": (every, NOWHERE, [pile, f"model.init={NOWHERE}.pth"]),
+        "run folder": (every, "run.folder", [pile, "run.folder=/proc/none"]),
+        "run folder, file": (every, "run.folder", [pile, f"run.folder={sets}/file/runs"]),
+        "shards, file": (every, "data.shards", [pile, f"data.shards={sets}/file"]),
+        "shards in source": (every, "data.shards", [pile, f"data.shards={sets}/pile/x"]),
+        "shards of others": (
+            every,
+            "holds the shards of /another/source",
+            [pile, f"data.shards={sets}/others"],
+        ),
+        "curated, file": (every, "curate.shards", [*curating, f"curate.shards={sets}/file"]),
+        "address": (every, "track.uri", [pile, "track.enabled=true", "track.uri=ftp://host/x"]),
+        "no labels": (every, "evaluate.queries", [pile, f"evaluate.queries={sets}/plain"]),
+        "no votes": (
+            every,
+            "evaluate.reference",
+            [f"data.source={sets}/plain", f"evaluate.queries={sets}/pile"],
+        ),
+        "names, numbers": (every, "names", [pile, f"evaluate.queries={sets}/numbers"]),
+        "not packed": (["curate"], "jobs/pack.py", [*curating]),
+        "not curated": (
+            ["pretrain"],
+            "jobs/curate.py",
+            [f"data.shards={sets}/numbers", "curate.preset=dedup"],
+        ),
+        "nothing to curate": (["curate"], "curate.preset", [f"data.shards={sets}/numbers"]),
+        "no checkpoint": (["evaluate"], "pretrain first", [f"data.shards={sets}/numbers"]),
+        "nothing to export": (["export"], "pretrain first", []),
+    }
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_a_dry_run_refuses_what_the_run_refuses(
+    sets: Path,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def reached(config: Config, *_: object) -> None:
+        raise AssertionError("the job started")
+
+    monkeypatch.setattr(chain, "_write_config", reached)
+    wrong = []
+    for name, (stages, named, arguments) in cases(sets).items():
+        given = [str(recipe), "run.name=dry", "track.enabled=false", f"run.folder={tmp_path}/runs"]
+        given += arguments
+        for flags in (["--dry-run"], []):
+            if not flags and name in ("weights", "shards of the doctor"):
+                continue  # said when training begins; the doctor is a check itself
+            try:
+                job.main(stages, "doc", [*given, *flags])
+                wrong.append(f"{name} {flags}: accepted")
+            except SystemExit as ended:
+                said = capsys.readouterr().err
+                if ended.code != 2 or named not in said or "Traceback" in said:
+                    wrong.append(f"{name} {flags}: {said}")
+            except AssertionError as error:
+                wrong.append(f"{name} {flags}: {error}")
+    assert not wrong, "\n".join(wrong)
+    left = [p for p in tmp_path.rglob("*") if p.name not in ("runs", "dry", ".job.lock")]
+    assert not left
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_a_sound_recipe_passes_and_leaves_nothing(
+    sets: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(recipe), f"data.source={sets}/pile", f"evaluate.queries={sets}/pile"]
+    given += [f"run.folder={tmp_path}/runs", "optim.global_batch_size=8", "train.workers=1"]
+    job.main(list(ORDER), "doc", [*given, "--dry-run"])
+    shown = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in shown.splitlines()}
+    assert "about 40 images" in lines["pack"]
+    assert "(not packed yet)" in lines["data"]  # whole
+    assert "GiB free" in lines["disk"] and "run.folder" in lines["disk"]
+    assert "on this machine" in lines["time"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_a_recipe_of_the_project_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(["configs/demo.yaml"]).run.name == "demo"
+    with pytest.raises(PipelineError) as error:
+        load(["configs/dem.yaml"])
+    assert str(Path(job.__file__).parents[1] / "configs" / "demo.yaml") in error.value.hint
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.yaml").write_text("run: {name: mine}\n")
+    assert load(["configs/demo.yaml"]).run.name == "mine"  # one that is here comes first

@@ -1,0 +1,89 @@
+"""A word at least every 20 s, whatever a process does: with a clock of the test's own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import pairwise
+
+import pytest
+
+from pipeline import heartbeat, log
+from pipeline.heartbeat import LOOK_S, SILENCE_S, Heartbeat
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_no_silence_of_20_s_in_an_hour_of_any_work() -> None:
+    said: list[tuple[float, str]] = []
+    clock = Clock()
+    heart = Heartbeat(lambda line: said.append((clock.seconds, line)), clock=clock)
+    with heart.doing("pack"):
+        while clock.seconds < 3600:
+            clock.seconds += LOOK_S
+            heart.look()
+    times = [0.0, *(at for at, _ in said)]
+    assert max(b - a for a, b in pairwise(times)) < 20
+    assert said[0] == (SILENCE_S, f"pack, for {SILENCE_S:.0f} s")
+    assert said[1] == (2 * SILENCE_S, f"pack, for {2 * SILENCE_S:.0f} s")
+
+
+def test_other_lines_count_and_the_innermost_work_is_named() -> None:
+    said: list[str] = []
+    clock = Clock()
+    heart = Heartbeat(said.append, silence_s=10, clock=clock)
+
+    def passed(seconds: float) -> list[str]:
+        clock.seconds += seconds
+        heart.look()
+        new, said[:] = said[:], []
+        return new
+
+    assert passed(60) == []  # nothing is being done
+    with heart.doing("training"):
+        assert passed(5) == ["training, for 5 s"]  # silent for 65 s
+        heart.spoke()
+        assert passed(9) == []
+        with heart.doing("starting the workers"):
+            assert passed(1) == ["starting the workers, for 1 s"]
+            heart.now("step 3")
+            assert passed(11) == ["step 3, for 11 s"]
+        assert passed(10) == ["training, for 36 s"]
+    assert passed(100) == []
+    with pytest.raises(KeyError), heart.doing("that fails"):
+        raise KeyError
+    assert passed(100) == []
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_lines_of_the_log_are_signs_of_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "LOOK_S", 0.01)
+    log.configure()
+    with heartbeat.beating(silence_s=0.15), heartbeat.doing("waiting for Godot"):
+        for _ in range(20):
+            logging.getLogger("pipeline.train").info("step")
+            time.sleep(0.02)
+        assert "Godot" not in capsys.readouterr().out
+        time.sleep(0.4)
+    shown = capsys.readouterr().out.splitlines()
+    assert 1 <= len(shown) <= 3
+    assert shown[0].startswith("still       waiting for Godot, for ")
+
+
+@pytest.fixture
+def quiet_log() -> object:
+    """Puts the log back that a test configures."""
+    logger = logging.getLogger("pipeline")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
