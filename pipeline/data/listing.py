@@ -135,8 +135,10 @@ def absolute_source(text: str) -> str:
 def _parts(text: str) -> list[str]:
     """The parts between commas, but for a path that has commas in its own name."""
     parts = split_list(text)
-    if len(parts) <= 1 or text.count("://") > 1:
-        return parts or [text]
+    if not parts:
+        raise DataError(f"{text!r} names no place", hint="name a folder, a file or a pattern.")
+    if len(parts) == 1 or text.count("://") > 1:
+        return parts
     whole = absolute_uri(text)
     first = min((at for at in map(whole.find, SPECIAL) if at >= 0), default=len(whole))
     folder = whole[:first].rpartition("/")[0]
@@ -150,7 +152,11 @@ def _is_there(uri: str) -> bool:
         return bool(file_info(fs, path, tries=3).type != pafs.FileType.NotFound)
     except StorageError:
         raise
-    except (DataError, OSError):  # not a name that the storage takes: so nothing is there
+    except (
+        DataError,
+        OSError,
+        ValueError,
+    ):  # no name of the storage: nothing is there
         return False
 
 
@@ -166,9 +172,10 @@ def source_places(source: str, field: str = "data.source") -> list[Place]:
             places.append(_place(part, field))
         except StorageError:
             raise
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+            said = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise DataError(
-                f"cannot open {public_uri(part)}: {error.strerror or error}",
+                f"cannot open {public_uri(part)[:200]!r}: {said[:200]}",
                 hint=f"check {field} (and the mount).",
             ) from error
     if any(place.fs != places[0].fs for place in places):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+from pipeline.data.kinds import is_table
 from pipeline.data.retry import retries, with_retries
 from pipeline.errors import DataError
 from pipeline.uri import is_uri
@@ -161,7 +162,7 @@ def list_parquet(
         root = folder
     else:
         infos = _files(fs, path, uri, field, recursive=True)
-        found = [i for i in infos if i.base_name.endswith(".parquet") or i.path == path]
+        found = [i for i in infos if is_table(i.base_name) or i.path == path]
         root = path
     found = [i for i in found if not _hidden(i.path[len(root) :])]
     if not found:

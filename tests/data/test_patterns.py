@@ -53,6 +53,7 @@ def test_braces() -> None:
     assert fitting("{a}.jpg", ["a.jpg", "{a}.jpg"]) == ["{a}.jpg"]
     assert fitting("[z-a]*", TREE) == []
     assert fitting("x[", ["x["]) == ["x["]
+    assert fitting("*a" * 25 + "b", ["a" * 200]) == []  # at once
     huge = Pattern("{0..999999999999999999}.tar")  # never written out
     assert huge.accepts(huge.step(huge.start, "7.tar"))
     assert "nothing has the number 0, 1, 2, ..." in huge.missing()[0]

@@ -419,6 +419,9 @@ def test_patterns_and_lists(tmp_path):
     with pytest.raises(DataError) as caught:
         packed(root / "train" / "{a,b}", tmp_path / "x", field="evaluate.queries")
     assert "evaluate.queries" in caught.value.hint
+    for name in ("a\0b", "x" * 5000, "y" * 5000 + "*"):
+        assert "cannot open" in mistake(f"{root}/{name}", tmp_path / "x"), name[:9]
+    assert "names no place" in mistake(", ,", tmp_path / "x")
     assert "lies inside the source" in mistake(f"{tmp_path}/*", tmp_path / "x")
     assert packed(f"{tmp_path}/s?t/train", tmp_path / "y").images_packed == 12
 
