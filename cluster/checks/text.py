@@ -14,7 +14,10 @@ SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a Ray token": r"RAY_AUTH_TOKEN\s*=\s*[\"']?[^\s\"'$;]+",
     "an access token": r"\b(?:ghp|gho|github_pat|glpat|hf|xox[bp])[_-][A-Za-z0-9_-]{16,}",
-    "a password in an address": r"://[^/\s:@$]+:[^/\s:@$]+@",
+    # which may have a `/` in it; after a port an `@` is part of a path
+    "a password in an address": r"://[^/\s:@$]+:(?!\d+/)[^\s@$\"']+@",
+    "a key in an address": r"(?i)://[^\s\"']*[?&](?:sig|[\w-]*(?:key|secret|token|password|"
+    r"signature))=[^\s&$\"']+",
     "a long random number": r"(?<![0-9a-fA-F@:])[0-9a-f]{32,}\b",
 }
 SECRET_NAME = re.compile(r"(?i)(token|password|passwd|secret|api_?key|access_?key)s?$")

@@ -64,6 +64,9 @@ BROKEN = [
     (LAUNCHED, "cluster_name:", f"# {PRIVATE}\ncluster_name:", r"holds a private key"),
     (LAUNCHED, '"raydino @ git+https://', '"raydino @ git+https://me:word@',
      r"holds a password in an address"),
+    (LAUNCHED, '"raydino @ git+https://', '"raydino @ git+https://me:wo/rd@',
+     r"holds a password in an address"),
+    (LAUNCHED, "cluster_name:", "# https://host/x?sv=1&sig=abc\ncluster_name:", r"a key in a"),
     # open to the world
     (LAUNCHED, "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0", r"dashboard listens at"),
     (LAUNCHED, "bash ~/raydino-mlflow.sh start /mnt/shared/mlflow", "mlflow server --host 0.0.0.0",
@@ -188,6 +191,9 @@ def test_other_files(text: str, said: str, tmp_path: Path) -> None:
 def test_a_secret_is_not_repeated_and_a_digest_is_none() -> None:
     assert len(secret_lines(f"x: {TOKEN}\ny: {AWS_KEY}\n")) == 2
     assert secret_lines(f"image: a/b@sha256:{TOKEN}\n") == []
+    assert (
+        secret_lines("hdfs://host:8020/me@home s3://b/x?region=eu http://h:1/$KEY?token=$T") == []
+    )
     assert secret_lines("raydino @ git+https://git.example/raydino@" + TOKEN[:40]) == []
 
 
