@@ -250,3 +250,20 @@ def test_planted_names_are_reported(tmp_path: Path) -> None:
         assert of_this_machine(f'"{here}/README.md"') == [f"{here}/README.md"]
     assert of_this_machine("/usr/bin/env python, /tmp/x, /no/such/place, a/b, http://x/usr") == []
     assert REGISTRY.findall("pip install --index-url https://somewhere/simple x")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=named)
+def test_curation_can_be_switched_off_as_the_quickstart_says(recipe: Path) -> None:
+    assert "`curate.preset=`" in (ROOT / "docs" / "quickstart.md").read_text()
+    config = load([str(recipe), "curate.preset="])
+    assert not config.curate.preset
+    assert config.quality == type(config.quality)() and config.dedup == type(config.dedup)()
+
+
+def test_the_project_is_installed_from_the_clone() -> None:
+    """An index may have a package of that name which is not ours."""
+    promise = re.compile(r"install[^\n]*['\" ]raydino\b(?!-constraints)")
+    texts = {path: path.read_text(errors="replace") for path in tracked()}
+    del texts[Path(__file__)]
+    assert not [named(path) for path, text in texts.items() if promise.search(text)]
+    assert promise.search("pip install 'raydino[onnx]'")

@@ -226,3 +226,8 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
     assert listed["optim.lr"].endswith("[0.002]")
     assert listed["augment.global_scale"].endswith("[[0.32, 1.0]]")
     assert "[" not in listed["data.source"]
+
+
+def test_fields_that_are_set_beside_a_switched_off_curation_are_still_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dedup would be ignored"):
+        load(["configs/demo.yaml", "curate.preset=", "dedup.threshold=0.5"])

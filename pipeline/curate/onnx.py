@@ -79,7 +79,7 @@ class OnnxModel:
         except ImportError as error:
             raise DataError(
                 f"{name} needs the package onnxruntime, which is not installed",
-                "pip install 'raydino[onnx]'",
+                "from the clone: python -m pip install -c constraints.txt -e '.[onnx]'",
             ) from error
         if not Path(path).is_file():
             raise DataError(f"no model: there is no {name}", "give the path of a .onnx file")
