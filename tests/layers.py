@@ -20,7 +20,7 @@ LEAVES = [
     "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
     "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
     "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows", "data.kinds",
-    "data.patterns",
+    "data.patterns", "data.classes", "data.label_column", "data.overlap",
 ]  # fmt: skip
 PACKING = [
     *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
@@ -77,7 +77,8 @@ TABLE = [
     # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
-        "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer",
+        "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer "
+        "data.classes data.label_column data.overlap",
         ["errors", "uri", *LEAVES],
         others="numpy pyarrow",
     ),
@@ -140,6 +141,7 @@ TABLE = [
         + ["train.remote_state"],
         others="torch",
     ),
+    row("train.evaluation_sets", ["config", "evaluate.labels", *LEAVES]),
     row("train.trainee", [*MATHS, "train.objective"], others="torch"),
     row("train.bad_table", ["errors", "uri", *LEAVES], others="pyarrow"),
     row(

@@ -164,7 +164,7 @@ def test_parquet_as_shards(column: str, mark: Path, tmp_path: Path) -> None:
         shards = open_shards(str(tmp_path / "set"))
         group = read_row_group(shards, 0, 0)
     except DataError as error:
-        assert column == "label" and "expected integer class ids" in error.what
+        assert column == "label" and "expected class names" in error.what
     else:
         found = [group.image(i) for i in range(len(files))]
         assert (found == files) == (column != "image")

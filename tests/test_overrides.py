@@ -20,7 +20,7 @@ TYPED = {
     "run.name": "other",
     "run.seed": "7",
     "data.source": "s3://bucket/photos",
-    "data.labels": "folder",
+    "data.label_column": "folder",
     "data.max_bad_fraction": "0.5",
     "augment.global_scale": "[0.25, 1]",
     "augment.mean": "[0.5,0.5,0.5]",

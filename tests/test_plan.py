@@ -354,7 +354,7 @@ def other_value(path: str, old: Any) -> Any:
         "optim.lr_scaling": "none",
         "optim.steps": 11,
         "optim.betas": (0.8, 0.9),
-        "data.labels": "none",
+        "data.label_column": "none",
         "train.workers": 1,
         "train.device": "cpu",
         "train.precision": "float32",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, is_ours, shard_metadata
+from pipeline.data.overlap import shared_classes
 from pipeline.data.schema import ShardSet
 from pipeline.data.sources import extra_fields
 from pipeline.errors import DataError
@@ -21,13 +22,13 @@ class Form:
     Attributes:
         extras: columns beyond those of every shard.
         class_names: of all sets together.
-        labels: by set, the class id of each of its own ids; (): they stay, None: they are left out.
+        labels: by set, the class id of each of its own ids; (): they stay.
         packed: sets whose files are ordered by id.
     """
 
     extras: pa.Schema
     class_names: tuple[str, ...]
-    labels: dict[str, tuple[int, ...] | None]
+    labels: dict[str, tuple[int, ...]]
     packed: tuple[str, ...]
 
     @property
@@ -40,18 +41,15 @@ class Form:
 def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
     """The form that all sets fit in.
 
-    One list of class names stays as it is; of several the sorted union is taken. Labels without
-    names mean the same in all sets only where no other set has labels; else they are left out.
+    One list of class names stays as it is; of several the sorted union is taken.
+
+    Raises:
+        DataError: labels or further columns of the sets cannot be brought together.
     """
-    labelled = [(name, s) for name, s in sets if s.has_labels]
-    lists = {s.class_names for _, s in labelled}
-    labels: dict[str, tuple[int, ...] | None] = {name: () for name, _ in sets}
-    names = next(iter(lists), ())
-    if len(lists) > 1:
-        names = tuple(sorted({n for found in lists for n in found}))
-        ids = {name: i for i, name in enumerate(names)}
-        for name, s in labelled:
-            labels[name] = tuple(ids[n] for n in s.class_names) or None
+    classes = shared_classes(sets)
+    labels = {
+        name: tuple(classes.ids(s.class_names).tolist()) if s.has_labels else () for name, s in sets
+    }
     schemas = [schema for _, s in sets for schema in _extras_of(s)]
     try:
         extras = pa.unify_schemas([pa.schema([]), *schemas], promote_options="permissive")
@@ -62,7 +60,7 @@ def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
             "pack them again with one type for that column, or without it",
         ) from error
     ordered = pa.schema(sorted(extras, key=lambda f: str(f.name)))
-    return Form(ordered, names, labels, tuple(name for name, s in sets if s.packed))
+    return Form(ordered, classes.names, labels, tuple(name for name, s in sets if s.packed))
 
 
 def _extras_of(shards: ShardSet) -> list[pa.Schema]:

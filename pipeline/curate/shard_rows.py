@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.curate.shard_form import Form, kept_columns
 from pipeline.curate.tables import InputFile, read_table
 from pipeline.data.columns import is_ours
+from pipeline.data.label_column import label_ids
 from pipeline.data.npy import MAGIC
 from pipeline.data.pictures import FORMATS
 from pipeline.data.row_group import image_array
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import open_patiently
+from pipeline.errors import DataError
 
 Ids = np.ndarray[Any, np.dtype[np.str_]]
 
@@ -54,7 +57,7 @@ def formed(
         assert about is not None
         columns |= {name: about.column(name) for name in ("width", "height", "source")}
         columns["format"] = pa.array([_format(x.as_py()) for x in columns["image"]], pa.string())
-    columns["label"] = _labels(table, label, form.labels[file.set])
+    columns["label"] = _labels(table, label, file, form)
     for extra in form.extras:
         name = origin.get(extra.name)
         columns[extra.name] = (
@@ -63,13 +66,18 @@ def formed(
     return pa.table([columns[name] for name in form.schema.names], schema=form.schema)
 
 
-def _labels(table: pa.Table, label: str, ids: tuple[int, ...] | None) -> Any:
-    if label not in table.schema.names or ids is None:
+def _labels(table: pa.Table, label: str, file: InputFile, form: Form) -> Any:
+    if label not in table.schema.names or not file.columns.labels:
         return pa.nulls(len(table), pa.int64())
-    found = table.column(label).cast(pa.int64())
-    if not ids:
-        return found
-    return pa.array([None if x is None else ids[x] for x in found.to_pylist()], pa.int64())
+    own, here = label_ids(table.column(label), file.columns.names), form.labels[file.set]
+    if not here:
+        return own
+    if (largest := pc.max(own).as_py() or 0) >= len(here):
+        raise DataError(
+            f"a label of {file.file.name} is {largest}, but only {len(here)} classes have names",
+            "correct the file, or pack it without labels: data.labels=none",
+        )
+    return pc.take(pa.array(here, pa.int64()), own)
 
 
 def _format(encoded: bytes) -> str:

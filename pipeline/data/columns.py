@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.data.classes import canonical
+from pipeline.data.label_column import label_kind
 from pipeline.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -68,9 +70,9 @@ def class_names_of(schema: pa.Schema, label_column: str = "label") -> tuple[str,
 
 
 def _texts(names: Any) -> tuple[str, ...]:
-    """A list of names as written by anyone; () where it is none."""
+    """A list of class names as written by anyone; () where it is none."""
     plain = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
-    return tuple(str(name) for name in names) if plain else ()
+    return canonical(names) if plain else ()
 
 
 def is_ours(schema: pa.Schema) -> bool:
@@ -106,7 +108,8 @@ def _json(value: bytes | None) -> dict[str, Any] | None:
 def check_columns(schema: pa.Schema, name: str, image_column: str, label_column: str) -> None:
     """Refuse a file whose image or label column is missing or cannot be used.
 
-    A missing label column is an error only if the user named one.
+    A missing label column is an error only if the user named one. An empty `label_column` says
+    that labels are not looked at.
 
     Raises:
         DataError: what the file has, what was expected, and what to set.
@@ -133,15 +136,18 @@ def check_columns(schema: pa.Schema, name: str, image_column: str, label_column:
         )
     if label_column in schema.names:
         kind = schema.field(label_column).type
-        if not (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        if label_kind(kind) is None:
             raise DataError(
-                f'column "{label_column}" of {name} holds {kind}, expected integer class ids.',
-                hint="name the column of class ids with data.label_column=NAME.",
+                f'column "{label_column}" of {name} holds {kind}, expected class names (text, '
+                "categories, booleans) or class ids (whole numbers).",
+                hint="name another column with data.label_column=NAME, or leave labels out with "
+                "data.labels=none.",
             )
-    elif label_column != "label":
+    elif label_column not in ("label", ""):
         raise DataError(
             f'shard {name} has no column "{label_column}" (found: {columns}).',
-            hint="name the column of class ids with data.label_column=NAME.",
+            hint="name the column of the labels with data.label_column=NAME, or leave labels out "
+            "with data.labels=none.",
         )
 
 

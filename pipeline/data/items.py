@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.archives import Content, read_archive, too_large
+from pipeline.data.classes import canonical
 from pipeline.data.kinds import HEAD, begins_like_an_image, claims_images, is_unread_archive
+from pipeline.data.label_column import label_ids, label_kind, label_names
 from pipeline.data.labels import Label, LabelFiles
 from pipeline.data.listing import Other, Refused, inside, left_out, readable
 from pipeline.data.row_group import image_array
@@ -30,12 +31,16 @@ _ROWS_NAMED = 100_000  # of a row group that cannot be read; a footer may claim 
 
 @dataclass(frozen=True)
 class Item:
-    """One encoded image as the source gives it; `folder` is its class by place, if any."""
+    """One encoded image as the source gives it.
+
+    Its class by place is `folder`; by a label column `class_name`, or `label` where it holds ids.
+    """
 
     source: str
     encoded: bytes
     folder: str | None = None
     label: int | None = None
+    class_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Reading:
     label_column: str
     max_image_bytes: int
     extras: pa.Schema  # further columns of parquet files, as the shards will have them
+    labels: bool = True  # False: label columns are not looked at
     label_member: str = ""  # see `labels.LabelFiles`; empty: no file holds a label
 
 
@@ -76,11 +82,14 @@ def _judged(item: Content, labels: LabelFiles) -> Read:
     """An image, a label, or what claims to be neither."""
     if (key := labels.key(item.source)) is not None:
         try:
-            return Label(item.source, key, labels.value(item.encoded))
+            value = labels.value(item.encoded)
+            value = canonical([value])[0] if isinstance(value, str) else value
+            return Label(item.source, key, value)
         except ValueError as error:
             return Other(item.source, "bad_label", shortened(f"no label: {error}"))
     if claims_images(item.source) or begins_like_an_image(item.encoded[:HEAD]):
-        return Item(item.source, item.encoded, item.folder)
+        folder = canonical([item.folder])[0] if item.folder else None
+        return Item(item.source, item.encoded, folder)
     if is_unread_archive(item.source):
         return Other(item.source, "unread_archive", "an archive of a kind that is not read")
     return Other(item.source, "no_image", "neither its name nor its first bytes are an image's")
@@ -159,7 +168,7 @@ def _read_group(
     image, label = ("image", "label") if task.own else (reading.image_column, reading.label_column)
     kept = extra_fields(parquet.schema_arrow, image, label, own=task.own)
     columns = [image, *[name for name, _ in kept], *["source"] * task.own]
-    columns += [label] * (label in parquet.schema_arrow.names)
+    columns += [label] * (reading.labels and label in parquet.schema_arrow.names)
     try:
         for batch in parquet.iter_batches(_BATCH_ROWS, [group], columns):
             table = pa.Table.from_batches([batch])
@@ -184,15 +193,18 @@ def _rows(
 ) -> list[Item]:
     images = image_array(table.column(image_column))
     labels: list[int | None] = [None] * len(images)
+    names: list[str | None] = [None] * len(images)
     if label_column in table.column_names:
-        column = table.column(label_column).cast(pa.int64())
-        # Hub data sets mark images without a class by -1.
-        labels = pc.if_else(pc.greater_equal(column, 0), column, None).to_pylist()
+        column = table.column(label_column)
+        if label_kind(column.type) == "names":
+            names = label_names(column).to_pylist()
+        else:
+            labels = label_ids(column).to_pylist()
     kept = table.column("source").to_pylist() if own else [None] * len(images)
     sources = [name or f"{path}#{first + i}" for i, name in enumerate(kept)]
     return [
-        Item(source, image.as_py() or b"", None, label)
-        for source, image, label in zip(sources, images, labels, strict=True)
+        Item(source, image.as_py() or b"", None, label, name)
+        for source, image, label, name in zip(sources, images, labels, names, strict=True)
     ]
 
 

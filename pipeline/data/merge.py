@@ -31,6 +31,7 @@ class Merge:
 
     shards: int
     class_names: tuple[str, ...]
+    name_ids: dict[str, int]  # of label columns that hold names
     folder_ids: dict[str, int]  # empty where folders are not classes
     label_ids: tuple[tuple[int, ...], ...]  # per list of names: id of its i-th name; () : as it is
     labels: bool
@@ -132,9 +133,12 @@ def _labels(rows: pa.Table, names: list[int], merge: Merge) -> list[int | None]:
     if not merge.labels:
         return [None] * rows.num_rows
     found: list[int | None] = []
-    columns = (rows.column(name).to_pylist() for name in ("folder", "label", "run"))
-    for folder, label, run in zip(*columns, strict=True):
-        if label is None:
+    about = ("folder", "class_name", "label", "run")
+    columns = (rows.column(name).to_pylist() for name in about)
+    for folder, name, label, run in zip(*columns, strict=True):
+        if name is not None:
+            found.append(merge.name_ids[name])
+        elif label is None:
             found.append(merge.folder_ids.get(folder))
         else:
             ids = merge.label_ids[names[run]] if names[run] >= 0 else ()

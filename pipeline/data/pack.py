@@ -23,12 +23,13 @@ from typing import Any, Literal
 
 from pipeline.data import ledger
 from pipeline.data.claim import Owner, claimed
+from pipeline.data.classes import Classes
 from pipeline.data.decode import MAX_PIXELS
 from pipeline.data.items import Reading
 from pipeline.data.ledger import PackReport
 from pipeline.data.listing import Other, Refused, absolute_source, list_source
 from pipeline.data.merge import Merge, write_shard
-from pipeline.data.runs import PackSpec, write_runs
+from pipeline.data.runs import INDEX_VERSION, PackSpec, write_runs
 from pipeline.data.sources import Plan, Task, plan_tasks
 from pipeline.data.storage import absolute_uri, public_uri, resolve_uri
 from pipeline.data.transfer import write_bytes_atomic
@@ -90,10 +91,10 @@ def pack(
         shards: folder for the shards and their manifest. An older pack of the same source there is
             replaced.
         image_column: column of the images in parquet sources.
-        label_column: column of the class ids in parquet sources.
+        label_column: column of class ids or class names in parquet sources.
         labels: "folder": the parent folder of an image is its class; "auto": only where there are
-            two or more such folders; "none": no labels at all. Label columns of parquet sources are
-            kept by "auto" and "folder".
+            two or more such folders; "none": no labels at all, label columns are not looked at.
+            Label columns of parquet sources are kept by "auto" and "folder".
         max_bad_fraction: more bad images than this part of all end the pack.
         max_pixels: images with more pixels are bad (too_large).
         max_image_bytes: encoded images with more bytes are bad (too_large).
@@ -135,13 +136,15 @@ def pack(
     if (finished := ledger.finished(work, key, shards)) is not None:
         log.info("%s is packed already, nothing to do", shards)
         return finished
-    plan = plan_tasks(source, listing, image_column, label_column, max_image_bytes, label_member)
+    looked_at = labels != "none"
+    columns = (image_column, label_column)
+    plan = plan_tasks(source, listing, *columns, max_image_bytes, label_member, looked_at)
     spec = PackSpec(
         source=listing.uri,
         root=listing.root,
         shards=shards,
         work=work,
-        reading=Reading(image_column, label_column, max_image_bytes, plan.extras, label_member),
+        reading=Reading(*columns, max_image_bytes, plan.extras, looked_at, label_member),
         max_pixels=max_pixels,
         row_group_images=row_group_images,
         run_bytes=RUN_BYTES,
@@ -151,7 +154,7 @@ def pack(
     )
     owner = Owner(public_uri(source), public_uri(work))
     with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
-        stale = ledger.start(work, key, source, held)
+        stale = ledger.start(work, f"{key}.{INDEX_VERSION}", source, held)
         read = _read_all(plan.tasks, spec, on_progress)
         bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
         images_in = len(plan.refused) + sum(account["images"] for account in read)
@@ -365,7 +368,7 @@ def _merge(
     size = sum(run["bytes"] for account in read for run in account["runs"])
     shards = max(1, math.ceil(size / shard_bytes))
     if labels == "none":
-        return Merge(shards, (), {}, (), labels=False)
+        return Merge(shards, (), {}, {}, (), labels=False)
     for account in read:
         names = plan.name_lists[account["names"]] if account["names"] >= 0 else ()
         if names and account["max_label"] >= len(names):
@@ -376,17 +379,21 @@ def _merge(
             )
     found = sorted({folder for account in read for folder in account["folders"]})
     folders = found if labels == "folder" or len(found) > 1 else []
-    nameless = any(a["names"] < 0 and a["max_label"] >= 0 for a in read)
-    lists = {plan.name_lists[account["names"]] for account in read if account["names"] >= 0}
-    if not folders and len(lists) <= 1:
-        # One list, or none: ids stay what they are in the source.
-        return Merge(shards, next(iter(lists), ()), {}, ((),) * len(plan.name_lists), labels=True)
-    if nameless:
+    named = sorted({name for account in read for name in account["class_names"]})
+    with_ids = {account["names"] >= 0 for account in read if account["max_label"] >= 0}
+    if False in with_ids and (folders or named or True in with_ids):
         raise DataError(
             f"{source} has label ids without class names beside images with named classes",
             hint="pack them apart, or without labels: data.labels=none.",
         )
-    names = tuple(sorted({*folders, *(name for names in lists for name in names)}))
-    ids = {name: i for i, name in enumerate(names)}
-    mapped = tuple(tuple(ids[name] for name in names) for names in plan.name_lists)
-    return Merge(shards, names, {name: ids[name] for name in folders}, mapped, labels=True)
+    used = {account["names"] for account in read}
+    lists = [names if i in used else () for i, names in enumerate(plan.name_lists)]
+    classes = Classes.of([*lists, folders, named])
+    return Merge(
+        shards,
+        classes.names,
+        {name: classes.index[name] for name in named},
+        {name: classes.index[name] for name in folders},
+        tuple(tuple(classes.ids(names).tolist()) for names in lists),
+        labels=True,
+    )

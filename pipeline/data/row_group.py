@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.columns import image_id, is_ours
+from pipeline.data.label_column import label_ids
 from pipeline.data.retry import with_retries
 from pipeline.data.schema import ShardColumns, ShardSet, open_parquet
 from pipeline.data.storage import resolve_uri
@@ -82,7 +83,8 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
     else:
         ids = [image_id(item.as_py() or b"") for item in images]
     if labelled:
-        labels = table.column(columns.label).cast(pa.int64()).fill_null(-1).to_numpy()
+        ids_of_labels = label_ids(table.column(columns.label), columns.names)
+        labels = ids_of_labels.fill_null(-1).to_numpy()
     else:
         labels = np.full(len(images), -1, np.int64)
     # From a bytearray: an array over bytes would be read-only, which torch warns about.
@@ -95,7 +97,7 @@ def _read_columns(columns: ShardColumns, path: str, row_group: int) -> tuple[pa.
     with open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
         schema = parquet.schema_arrow
         own = is_ours(schema)
-        labelled = columns.label in schema.names
+        labelled = columns.labels and columns.label in schema.names
         names = [columns.image, *["image_id", "height", "width"] * own]
         table = parquet.read_row_group(row_group, columns=[*names, *[columns.label] * labelled])
     return table, own, labelled

@@ -36,8 +36,10 @@ INDEX_SCHEMA = pa.schema(
         pa.field("format", pa.string()),
         pa.field("folder", pa.string()),  # class by place in a folder or archive
         pa.field("label", pa.int64()),  # class id in the source file's own list of names
+        pa.field("class_name", pa.string()),  # class by a label column or file that holds names
     ]
 )
+INDEX_VERSION = 2  # a pack that was begun with other runs begins anew
 _INDEX_ROW_GROUP = 512
 
 
@@ -72,6 +74,7 @@ class _Row(NamedTuple):
     format: str
     folder: str | None
     label: int | None
+    class_name: str | None
 
 
 @dataclass
@@ -87,7 +90,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     """Read a task, write its runs, and return (and store, last) its account.
 
     The account: `images` = kept + duplicates + len(bad); what was left alone; runs with their
-    bytes; folders and largest label seen in good images.
+    bytes; folders, class names and largest label seen in good images.
     """
     before = retries()
     fs, _ = resolve_uri(spec.source)
@@ -102,7 +105,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         "bad": [],
         "others": [],
     }
-    labels = _Labels(spec.labelled)
+    labels = _Labels(spec.labelled and task.kind != "parquet")
     run = _Run()
 
     def flush() -> None:
@@ -129,7 +132,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
             if isinstance(found, Refused):
                 account["bad"].append(dataclasses.astuple(found))
                 continue
-            labels.see(found.folder, found.label)
+            labels.see(found.folder, found.label, found.class_name)
             run.rows.append(found)
             run.bytes += len(found.encoded)
             kept.append(place)
@@ -145,6 +148,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     labels.write(work_fs)
     account["others"] += labels.others()
     account["folders"] = sorted(labels.folders)
+    account["class_names"] = sorted(labels.class_names)
     account["max_label"] = labels.largest
     account["retries"] = retries() - before
     write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
@@ -160,15 +164,17 @@ class _Labels:
         self.used: set[str] = set()
         self.runs: list[str] = []
         self.folders: set[str] = set()
+        self.class_names: set[str] = set()
         self.largest = -1
 
     def add(self, label: Label) -> None:
         """A label file was read."""
         self.files[label.key] = label
 
-    def see(self, folder: str | None, label: int | None) -> None:
-        """A good image is in this folder and has this class id."""
+    def see(self, folder: str | None, label: int | None, class_name: str | None) -> None:
+        """A good image is in this folder and has this class id, or class of this name."""
         self.folders |= {folder} if folder is not None else set()
+        self.class_names |= {class_name} if class_name is not None else set()
         self.largest = max(self.largest, -1 if label is None else label)
 
     def write(self, fs: pafs.FileSystem) -> None:
@@ -176,19 +182,20 @@ class _Labels:
         if not self.files and not self.labelled:
             return
         values = {key: label.value for key, label in self.files.items()}
-        self.folders, self.largest = set(), -1
+        self.folders, self.class_names, self.largest = set(), set(), -1
         for path in self.runs:
             with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
                 table = parquet.read()
-            columns: dict[str, list[Any]] = {"folder": [], "label": []}
+            columns: dict[str, list[Any]] = {"folder": [], "label": [], "class_name": []}
             for source in table.column("source").to_pylist():
                 key, value = label_of(source, values) or ("", -1)
                 self.used.add(key)
                 named = value if isinstance(value, str) else None
                 number = value if isinstance(value, int) and value >= 0 else None
-                columns["folder"].append(named)
+                columns["folder"].append(None)
                 columns["label"].append(number)
-                self.see(named, number)
+                columns["class_name"].append(named)
+                self.see(None, number, named)
             for column, kept in columns.items():
                 at = table.schema.get_field_index(column)
                 field_ = table.schema.field(at)
@@ -217,7 +224,8 @@ def _verify(item: Item | Refused, max_pixels: int, channels: int) -> _Row | Refu
     except BadImage as bad:
         return Refused(item.source, bad.reason, bad.detail, name)
     height, width = pixels.shape[:2]
-    return _Row(name, item.source, item.encoded, width, height, form, item.folder, item.label)
+    about = (width, height, form, item.folder, item.label, item.class_name)
+    return _Row(name, item.source, item.encoded, *about)
 
 
 def _write_run(

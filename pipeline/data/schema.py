@@ -5,6 +5,7 @@ What a shard is stands in `columns`; `row_group` reads a row group of one.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.data.classes import canonical
 from pipeline.data.columns import MANIFEST, SCHEMA_VERSION, check_columns, class_names_of, is_ours
+from pipeline.data.label_column import label_kind, label_names
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
 from pipeline.data.transfer import read_json
@@ -39,11 +42,16 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardColumns:
-    """Where a set's files are and which of their columns are read: all that a read task needs."""
+    """Where a set's files are and which of their columns are read: all that a read task needs.
+
+    `names` are the classes where the label column holds names and no ids.
+    """
 
     uri: str
     image: str
     label: str
+    labels: bool = True  # False: the label column is not looked at
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class ShardSet:
     image_column: str
     label_column: str
     has_labels: bool
+    reads_labels: bool = True  # False: the label column is not looked at
+    labels_are_names: bool = False  # the label column holds names and no ids
 
     @property
     def image_bytes(self) -> float:
@@ -68,7 +78,10 @@ class ShardSet:
     @property
     def columns(self) -> ShardColumns:
         """The small part of this that a read task needs."""
-        return ShardColumns(self.uri, self.image_column, self.label_column)
+        names = self.class_names if self.labels_are_names else ()
+        return ShardColumns(
+            self.uri, self.image_column, self.label_column, self.reads_labels, names
+        )
 
     def parquet(self, file_index: int) -> pq.ParquetFile:
         """Open one file, for a stage that reads other columns than `read_row_group` gives."""
@@ -80,17 +93,19 @@ def open_shards(
     image_column: str = "image",
     label_column: str = "label",
     field: str = "data.shards",
+    labels: bool = True,
 ) -> ShardSet:
     """Find the shards at `uri`: a folder (of any depth), one file, or `folder/train-*.parquet`.
 
     A folder that this project packed is opened by its manifest alone, which knows the columns; of
-    other files the footers are read.
+    other files the footers are read, and a label column that holds names.
 
     Args:
         uri: a path or URI.
         image_column: of files that are not packed.
-        label_column: likewise.
+        label_column: likewise, of class ids or class names.
         field: of the config that named the place.
+        labels: False: the label column of files of others is not looked at.
 
     Raises:
         DataError: no such path, no parquet file, packing not finished, a shard missing or cut, no
@@ -103,7 +118,9 @@ def open_shards(
         manifest = read_json(fs, f"{path}/{MANIFEST}")
         if manifest is not None:
             return shards_of_manifest(uri, path, manifest, infos)
-    return _from_footers(uri, fs, path, infos, image_column, label_column)
+    return _from_footers(
+        uri, fs, path, infos, ShardColumns(uri, image_column, label_column, labels)
+    )
 
 
 def shards_of_manifest(
@@ -143,7 +160,7 @@ def shards_of_manifest(
         uri=uri,
         files=tuple(files),
         rows=sum(file.rows for file in files),
-        class_names=tuple(manifest["class_names"]),
+        class_names=canonical(manifest["class_names"]),
         packed=True,
         digest=str(manifest["digest"]),
         image_column="image",
@@ -153,19 +170,16 @@ def shards_of_manifest(
 
 
 def _from_footers(
-    uri: str,
-    fs: pafs.FileSystem,
-    path: str,
-    infos: Sequence[pafs.FileInfo],
-    image_column: str,
-    label_column: str,
+    uri: str, fs: pafs.FileSystem, path: str, infos: Sequence[pafs.FileInfo], columns: ShardColumns
 ) -> ShardSet:
+    label = columns.label if columns.labels else ""
+
     def footer(info: pafs.FileInfo) -> tuple[ShardFile, pa.Schema, bool]:
         with open_parquet(fs, info.path) as parquet:
             meta, schema = parquet.metadata, parquet.schema_arrow
-            check_columns(schema, info.base_name, image_column, label_column)
+            check_columns(schema, info.base_name, columns.image, label)
             groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-            labelled = label_column in schema.names and _any_value(meta, label_column)
+            labelled = label in schema.names and _any_value(meta, label)
         return ShardFile(info.path, meta.num_rows, groups, info.size), schema, labelled
 
     with ThreadPoolExecutor(8) as pool:  # footers of remote files are a round trip each
@@ -177,38 +191,75 @@ def _from_footers(
             f"{public_uri(uri)} holds packed shards but no {MANIFEST}: packing was not finished",
             hint="run the same pack again; it goes on where it stopped.",
         )
-    names = {class_names_of(schema, label_column) for _, schema, _ in found} - {()}
-    if len(names) > 1:
-        raise DataError(
-            f"the files under {public_uri(uri)} have different class names",
-            hint="pack them into one set first: python jobs/pack.py data.source="
-            f"{public_uri(uri)} data.shards=shards/",
-        )
     digest = hashlib.blake2b(digest_size=16)
     for file, _, _ in found:
         digest.update(f"{file.name}\0{file.bytes}\0{file.rows}\n".encode())
+    labelled = [(file, schema) for file, schema, has in found if has]
+    kinds = {label_kind(schema.field(label).type) for _, schema in labelled}
+    lists = {() if "names" in kinds else class_names_of(schema, label) for _, schema in labelled}
+    if len(lists) > 1 or len(kinds) > 1:
+        raise DataError(
+            f"the files under {public_uri(uri)} have different class names, or some have names "
+            "and others only ids",
+            hint="pack them into one set first, which brings names together: python jobs/pack.py "
+            f"data.source={public_uri(uri)} data.shards=shards/",
+        )
+    names = next(iter(lists or {class_names_of(schema, label) for _, schema, _ in found}), ())
+    if kinds == {"names"}:
+        names = _names_in(uri, label, tuple((file.path, file.bytes) for file, _ in labelled))
     return ShardSet(
         uri=uri,
         files=tuple(file for file, _, _ in found),
         rows=sum(file.rows for file, _, _ in found),
-        class_names=next(iter(names), ()),
+        class_names=names,
         packed=all(ours),
         digest=digest.hexdigest(),
-        image_column=image_column,
-        label_column=label_column,
-        has_labels=any(labelled for _, _, labelled in found),
+        image_column=columns.image,
+        label_column=columns.label,
+        has_labels=bool(labelled),
+        reads_labels=columns.labels,
+        labels_are_names=kinds == {"names"},
     )
 
 
+@functools.lru_cache(16)
+def _names_in(uri: str, label: str, files: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
+    """The names that a label column of names holds, sorted; only that column is read.
+
+    Args:
+        uri: of the set.
+        label: the column.
+        files: path and bytes of each file.
+    """
+    fs, _ = resolve_uri(uri)
+
+    def distinct(path: str) -> set[str]:
+        with open_parquet(fs, path) as parquet:
+            return {
+                str(name)
+                for batch in parquet.iter_batches(columns=[label])
+                for name in label_names(pa.chunked_array([batch.column(0)])).unique().to_pylist()
+                if name is not None
+            }
+
+    with ThreadPoolExecutor(8) as pool:
+        return tuple(sorted(set().union(*pool.map(distinct, [path for path, _ in files]))))
+
+
 def _any_value(meta: pq.FileMetaData, column: str) -> bool:
-    """Whether a column has a value that is not null, by the footer; True where it does not say."""
+    """Whether a column has a value that is neither null nor below 0, by the footer; True where it
+    does not say.
+    """
     paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
     if column not in paths:
         return False
     for group in range(meta.num_row_groups):
         chunk = meta.row_group(group).column(paths.index(column))
         stats = chunk.statistics
-        if stats is None or not stats.has_null_count or stats.null_count < chunk.num_values:
+        if stats is None or not stats.has_null_count:
+            return True
+        below = stats.has_min_max and isinstance(stats.max, int) and stats.max < 0
+        if stats.null_count < chunk.num_values and not below:
             return True
     return False
 

@@ -67,18 +67,23 @@ def plan_tasks(
     label_column: str,
     max_image_bytes: int,
     label_member: str = "",
+    labels: bool = True,
 ) -> Plan:
     """Cut a listing into tasks; footers of parquet files are read here.
+
+    Without `labels` the label columns of parquet files are not looked at.
 
     Raises:
         DataError: a parquet file without usable columns, an unfinished pack, or extra columns of
             the same name that do not fit together.
     """
-    tables = _Tables(uri, listing, image_column, label_column)
-    labels = LabelFiles(label_member)
+    tables = _Tables(uri, listing, image_column, label_column, labels)
+    label_files = LabelFiles(label_member)
     # Images and their labels are read by one task: all whose names are the same up to the first dot
     keyed = {
-        _first_dot(entry.path) for entry in listing.entries if labels.key(entry.path) is not None
+        _first_dot(entry.path)
+        for entry in listing.entries
+        if label_files.key(entry.path) is not None
     }
     refused = [*listing.refused, *tables.refused]
     tasks = list(tables.tasks)
@@ -128,7 +133,10 @@ def _first_dot(path: str) -> str:
 class _Tables:
     """The parquet files of a listing: tasks, and what is wrong with the others."""
 
-    def __init__(self, uri: str, listing: Listing, image_column: str, label_column: str) -> None:
+    def __init__(
+        self, uri: str, listing: Listing, image_column: str, label_column: str, labels: bool
+    ) -> None:
+        self.labels = labels
         self.tasks: list[Task] = []
         self.refused: list[Refused] = []
         self.others: list[Other] = []
@@ -164,7 +172,7 @@ class _Tables:
     ) -> None:
         schema, meta = footer
         try:
-            check_columns(schema, entry.path, *columns)
+            check_columns(schema, entry.path, columns[0], columns[1] if self.labels else "")
         except DataError as error:
             if columns[0] in schema.names or any(is_image_type(field.type) for field in schema):
                 raise
@@ -173,7 +181,7 @@ class _Tables:
             self.others.append(Other(readable(entry.path), "no_image", detail))
             return
         self.schemas.append(pa.schema([f for _, f in extra_fields(schema, *columns, own=own)]))
-        names = class_names_of(schema, columns[1])
+        names = class_names_of(schema, columns[1]) if self.labels else ()
         if names and names not in self.name_lists:
             self.name_lists.append(names)
         index = self.name_lists.index(names) if names else -1

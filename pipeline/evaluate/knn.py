@@ -7,7 +7,10 @@ not normalised again for smaller k.
 Shapes: N reference images, Q queries, D width, C classes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,17 +26,58 @@ SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB in float32
 RAW_SIDE = 16  # pixels
 
 
+Ids = npt.NDArray[np.uint8]  # [N, 16], see `data.columns.image_id`
+
+
 class Labelled(Protocol):
-    """Images uint8 [N, S, S, C] with labels int64 [N], -1 where unknown."""
+    """Images uint8 [N, S, S, C] with labels int64 [N], -1 where unknown, and ids uint8 [N, 16]."""
 
     @property
     def images(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102
     @property
     def labels(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def ids(self) -> Ids: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class SameImages:
+    """Places where a query and a reference row are the same image, sorted by query.
+
+    Attributes:
+        queries: int64 [n], rows of the queries.
+        rows: int64 [n], the reference row of each.
+    """
+
+    queries: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, reference: Ids, queries: Ids) -> SameImages:
+        """The places where ids are equal."""
+        known, asked = (np.ascontiguousarray(x).view("S16").ravel() for x in (reference, queries))
+        order = np.argsort(known, kind="stable")
+        first = np.searchsorted(known, asked, "left", sorter=order)
+        counts = np.searchsorted(known, asked, "right", sorter=order) - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = order[np.repeat(first, counts) + within]
+        return cls(
+            torch.from_numpy(np.repeat(np.arange(len(asked)), counts)), torch.from_numpy(rows)
+        )
+
+    def within(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The places of the queries from `start` to `end`, counted from `start`."""
+        low, high = torch.searchsorted(self.queries, torch.tensor((start, end))).tolist()
+        return self.queries[low:high] - start, self.rows[low:high]
 
 
 def nearest(
-    reference: Tensor, queries: Tensor, k: int, *, leave_one_out: bool = False
+    reference: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    leave_one_out: bool = False,
+    same: SameImages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities and row numbers of the k most similar reference rows, best first.
 
@@ -42,6 +86,7 @@ def nearest(
         queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
         k: cut to the number of rows there are.
         leave_one_out: queries are the reference rows, and none may find itself.
+        same: no query finds these rows: a place that has none left has similarity -inf.
 
     Returns:
         float32 [Q, k] and int64 [Q, k].
@@ -72,6 +117,8 @@ def nearest(
         similarities = functional.normalize(some, dim=1) @ transposed
         if leave_one_out:
             similarities.diagonal(start).fill_(-torch.inf)
+        if same is not None:
+            similarities[same.within(start, start + len(some))] = -torch.inf
         top = similarities.topk(k, dim=1)
         values.append(top.values)
         rows.append(top.indices)
@@ -115,6 +162,7 @@ def knn_classify(
     temperature: float = TEMPERATURE,
     *,
     leave_one_out: bool = False,
+    ids: tuple[Ids, Ids] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy of the weighted vote, for each k.
 
@@ -128,6 +176,8 @@ def knn_classify(
             reference does.
         temperature: of the weights.
         leave_one_out: queries are the reference rows, and none votes for itself.
+        ids: of reference and queries; no image votes for one with its own id. A query that nobody
+            is left to vote for is counted as wrong.
 
     Returns:
         accuracy in [0, 1] by k.
@@ -145,7 +195,10 @@ def knn_classify(
         )
     reference, reference_labels = reference[known], reference_labels[known]
     queries, query_labels = queries[asked], query_labels[asked]
-    similarities, rows = nearest(reference, queries, max(ks), leave_one_out=leave_one_out)
+    same = SameImages.of(ids[0][known.numpy()], ids[1][asked.numpy()]) if ids else None
+    similarities, rows = nearest(
+        reference, queries, max(ks), leave_one_out=leave_one_out, same=same
+    )
     labels = reference_labels.to(rows.device)[rows]
     correct = dict.fromkeys(ks, 0)
     part = max(1, SIMILARITIES_AT_ONCE // classes)  # the votes are [Q, C]
@@ -153,8 +206,9 @@ def knn_classify(
         some = slice(start, start + part)
         votes = knn_votes(similarities[some], labels[some], classes, ks, temperature)
         truth = query_labels[some].to(rows.device)
+        any_vote = similarities[some, 0].isfinite()
         for number, vote in votes.items():
-            correct[number] += int((vote.argmax(1) == truth).sum())
+            correct[number] += int(((vote.argmax(1) == truth) & any_vote).sum())
     return {number: hits / len(rows) for number, hits in correct.items()}
 
 
@@ -169,16 +223,19 @@ def raw_pixels(
     Images, given in batches, are averaged down to 16 x 16, and the reference's mean image is taken
     off, without which all cosines would be near 1.
     """
-    (small, labels), (asked, truth) = _downscaled(reference), _downscaled(queries)
+    (small, labels, known), (asked, truth, ids) = _downscaled(reference), _downscaled(queries)
     mean = small.mean(0)
     classes = int(max(labels.max(), truth.max())) + 1
-    return knn_classify(small - mean, labels, asked - mean, truth, classes, k, temperature)[k]
+    return knn_classify(
+        small - mean, labels, asked - mean, truth, classes, k, temperature, ids=(known, ids)
+    )[k]
 
 
-def _downscaled(parts: Iterable[Labelled]) -> tuple[Tensor, Tensor]:
-    small, labels = [], []
+def _downscaled(parts: Iterable[Labelled]) -> tuple[Tensor, Tensor, Ids]:
+    small, labels, ids = [], [], []
     for part in parts:
         pixels = torch.from_numpy(np.array(part.images)).permute(0, 3, 1, 2).float()
         small.append(functional.adaptive_avg_pool2d(pixels, RAW_SIDE).flatten(1) / 255)
         labels.append(torch.from_numpy(part.labels))
-    return torch.cat(small), torch.cat(labels)
+        ids.append(part.ids)
+    return torch.cat(small), torch.cat(labels), np.concatenate(ids)

@@ -7,8 +7,8 @@ test.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from pipeline.data.crops import resize_centre_crop
 from pipeline.data.decode import BadImage, decode_image
+from pipeline.data.overlap import shared_classes
 from pipeline.data.row_group import RowGroup, read_row_group
 from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import knn_classify, nearest, raw_pixels
+from pipeline.evaluate.knn import SameImages, knn_classify, nearest, raw_pixels
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.model.pair import Encoder
 
@@ -90,7 +91,10 @@ class Evaluator:
         torch.set_num_threads(threads)
         self.spec = spec
         self.device = torch.device(device)
-        self._kept: dict[tuple[str, int | None], list[LabelledImages]] = {}
+        sets = [("queries", spec.queries), ("reference", spec.reference)]
+        self.classes = shared_classes([(what, shards) for what, shards in sets if shards])
+        # By the set itself: files of others may have one digest in two places.
+        self._kept: dict[tuple[ShardSet, int | None], list[LabelledImages]] = {}
 
     def run(self, backbone: nn.Module, limit: int | None = None) -> Evaluation:
         """k-NN top-1, feature health and the PCA picture of a backbone.
@@ -105,32 +109,59 @@ class Evaluator:
         metrics: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         if spec.reference and spec.queries:
-            reference, votes = self.features(backbone, spec.reference, limit)
+            reference = self.features(backbone, spec.reference, limit)
             shown = spec.queries
-            features, labels = self.features(backbone, shown, limit)
-            classes = max(int(votes.max()), int(labels.max())) + 1
-            found = knn_classify(
-                reference, votes, features, labels, classes, spec.k, spec.temperature
-            )
-            metrics[f"eval/knn{spec.k}_top1"] = found[spec.k]
-            if kept := self._kept.get((spec.reference.digest, limit)):
-                first = next(self.parts(shown, limit)).images[:SHOWN]
-                _, rows = nearest(reference, features[:SHOWN], SHOWN - 1)
-                picked = [
-                    [kept[r // spec.batch_size].images[r % spec.batch_size] for r in row]
-                    for row in rows.tolist()
-                ]
-                correct = (votes[rows] == labels[:SHOWN, None]).numpy()
-                pictures["neighbours"] = neighbours_grid(first, np.asarray(picked), correct)
+            queries = self.features(backbone, shown, limit)
+            features = queries.features
+            metrics[f"eval/knn{spec.k}_top1"] = knn_classify(
+                reference.features,
+                reference.labels,
+                features,
+                queries.labels,
+                max(int(reference.labels.max()), int(queries.labels.max())) + 1,
+                spec.k,
+                spec.temperature,
+                ids=(reference.ids, queries.ids),
+            )[spec.k]
+            if (picture := self._neighbours(reference, queries, limit)) is not None:
+                pictures["neighbours"] = picture
         else:
             shown, limit = spec.sample, min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
-            features, _ = self.features(backbone, shown, limit)
+            features = self.features(backbone, shown, limit).features
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
         return Evaluation(metrics, pictures)
+
+    def _neighbours(
+        self, reference: LabelledFeatures, queries: LabelledFeatures, limit: int | None
+    ) -> np.ndarray | None:
+        """The first labelled queries, each with its nearest labelled images of the reference; None
+        where the images are too many to be kept.
+        """
+        spec = self.spec
+        assert spec.reference and spec.queries
+        kept = [self._kept.get((x, limit)) for x in (spec.queries, spec.reference)]
+        if not (kept[0] and kept[1]):
+            return None
+
+        def images(parts: list[LabelledImages], rows: Iterable[int]) -> list[np.ndarray]:
+            return [parts[r // spec.batch_size].images[r % spec.batch_size] for r in rows]
+
+        first = (queries.labels >= 0).nonzero()[:SHOWN, 0]
+        voters = (reference.labels >= 0).nonzero()[:, 0]
+        _, found = nearest(
+            reference.features[voters],
+            queries.features[first],
+            SHOWN - 1,
+            same=SameImages.of(reference.ids[voters.numpy()], queries.ids[first.numpy()]),
+        )
+        rows = voters[found]
+        correct = (reference.labels[rows] == queries.labels[first, None]).numpy()
+        shown = np.asarray([images(kept[1], row) for row in rows.tolist()])
+        return neighbours_grid(np.asarray(images(kept[0], first.tolist())), shown, correct)
 
     def raw_pixels(self, limit: int | None = None) -> float | None:
         """k-NN top-1 of the pixels themselves, for comparison; None without labels."""
@@ -145,7 +176,7 @@ class Evaluator:
 
         On the health sample, centred by its own mean: the centre that training would arrive at.
         """
-        features, _ = self.features(teacher.backbone, self.spec.sample, HEALTH_IMAGES)
+        features = self.features(teacher.backbone, self.spec.sample, HEALTH_IMAGES).features
         head = teacher.dino_head.to(self.device).eval()
         with torch.no_grad():
             logits = head(features.to(self.device)).float()
@@ -157,30 +188,40 @@ class Evaluator:
 
     def features(
         self, backbone: nn.Module, shards: ShardSet, limit: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """CLS features [N, D] and labels [N] of a set."""
+    ) -> LabelledFeatures:
+        """CLS features of a set, with labels and ids."""
         spec = self.spec
         labels: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
 
         def images() -> Iterator[np.ndarray]:
             for part in self.parts(shards, limit):
                 labels.append(part.labels)
+                ids.append(part.ids)
                 yield part.images
 
         dtype = torch.bfloat16 if spec.half else torch.float32
         found = embed(backbone, images(), spec.mean, spec.std, self.device, dtype)
-        return found, torch.from_numpy(np.concatenate(labels))
+        return LabelledFeatures(
+            found, torch.from_numpy(np.concatenate(labels)), np.concatenate(ids)
+        )
 
     def parts(self, shards: ShardSet, limit: int | None) -> Iterator[LabelledImages]:
-        """Decoded images of a set in batches, from memory where the set is small."""
-        key = (shards.digest, limit)
+        """Decoded images of a set in batches, from memory where the set is small; labels count in
+        `classes`.
+        """
+        key = (shards, limit)
         if key in self._kept:
             yield from self._kept[key]
             return
+        compared = shards in (self.spec.reference, self.spec.queries)
         rows = min(limit or shards.rows, shards.rows)
         small = rows * self.spec.channels * self.spec.image_size**2 <= CACHE_BYTES
         kept = []
         for part in read_images(shards, self.spec, limit):
+            if compared:
+                labels = self.classes.mapped(part.labels, shards.class_names, shards.uri)
+                part = replace(part, labels=labels)
             if small:
                 kept.append(part)
             yield part
@@ -190,10 +231,22 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A batch: `images` uint8 [B, S, S, C], `labels` int64 [B], -1 where unknown."""
+    """A batch: `images` uint8 [B, S, S, C], `labels` int64 [B], -1 where unknown, `ids` uint8
+    [B, 16].
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """N images: `features` [N, D], `labels` int64 [N], -1 where unknown, `ids` uint8 [N, 16]."""
+
+    features: Tensor
+    labels: Tensor
+    ids: np.ndarray
 
 
 def read_images(
@@ -204,9 +257,13 @@ def read_images(
     Raises:
         DataError: where not one image could be decoded.
     """
-    images: list[np.ndarray] = []
-    labels: list[int] = []
+    rows: list[tuple[np.ndarray, int, np.ndarray]] = []  # image, label, id
     good = bad = 0
+
+    def batch() -> LabelledImages:
+        images, labels, ids = zip(*rows, strict=True)
+        return LabelledImages(np.stack(images), np.asarray(labels, np.int64), np.stack(ids))
+
     for table, row in _rows(shards, spec.seed, limit):
         try:
             image = decode_image(table.image(row), spec.channels, spec.max_pixels)
@@ -214,13 +271,13 @@ def read_images(
             bad += 1
             continue
         good += 1
-        images.append(resize_centre_crop(image, spec.image_size))
-        labels.append(int(table.labels[row]))
-        if len(images) == spec.batch_size:
-            yield LabelledImages(np.stack(images), np.asarray(labels, np.int64))
-            images, labels = [], []
-    if images:
-        yield LabelledImages(np.stack(images), np.asarray(labels, np.int64))
+        small = resize_centre_crop(image, spec.image_size)
+        rows.append((small, int(table.labels[row]), table.image_ids[row]))
+        if len(rows) == spec.batch_size:
+            yield batch()
+            rows.clear()
+    if rows:
+        yield batch()
     if bad:
         log.warning("%d of %d images of %s could not be decoded", bad, good + bad, shards.uri)
     if not good:

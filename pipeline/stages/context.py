@@ -108,8 +108,12 @@ def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
             "no images: neither data.shards nor data.source is set",
             "data.source=photos/ names images to pack, data.shards=shards/ packed ones",
         )
+    data = config.data
     return open_shards(
-        packed_uri(config, folder), config.data.image_column, config.data.label_column
+        packed_uri(config, folder),
+        data.image_column,
+        data.label_column,
+        labels=data.labels != "none",
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 from pipeline.curate.tables import AS_IS, POOL, Inputs
+from pipeline.data.overlap import shared_classes
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import absolute_uri
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -81,6 +82,10 @@ def open_sets(context: Context) -> Sets:
         ),
     )
     _check_output(context, found)
+    labelled = found.inputs_by_name + (
+        [("curate.against", found.earlier_shards)] if found.earlier_shards else []
+    )
+    shared_classes(labelled)  # the curated shards hold them all: said before anything is curated
     return found
 
 

@@ -21,6 +21,7 @@ from pipeline.stages.known_sets import KnownSet
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.stages.surroundings import machine_of, size_of, try_writing
 from pipeline.train import build, start, state
+from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume
 from pipeline.uri import is_uri, public
 
@@ -66,6 +67,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
             needs += _curation_needs(config, folder, images, known)
         curated = _opened(shards_uri(config, folder), config)
         images, digest = (curated.rows, curated.digest) if curated else (images, NOT_CURATED)
+    if {"pretrain", "evaluate"} & set(stages) and config.evaluate.queries:
+        _say_evaluation(config, folder)
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
@@ -74,6 +77,20 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         saved = chosen(Context(config, folder))
         log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
     fits.say_disk(needs)
+
+
+def _say_evaluation(config: Config, folder: RunFolder) -> None:
+    """What the two sets of the evaluation share and lack, where both are packed."""
+    config = with_packed_sets(config, folder)
+    sets = [config.evaluate.queries, config.evaluate.reference]
+    training = _opened(shards_uri(config, folder), config)
+    when = "" if training else " before curation"
+    training = training or _opened(packed_uri(config, folder), config)
+    if training is None or not all(_opened(uri, config) for uri in sets if uri):
+        log.info("evaluate    images that are in both sets are looked for once both are packed")
+        return
+    for remark in remarks(config, training):
+        log.warning("evaluation%s: %s", when, remark)
 
 
 def _say_pack(

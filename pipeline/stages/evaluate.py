@@ -17,6 +17,7 @@ from pipeline.model.pair import Encoder
 from pipeline.plan import Plan, plan_of
 from pipeline.stages.context import Context, result_line
 from pipeline.train import state
+from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import evaluation_spec
 from pipeline.train.start import encoder_of, starting_pair
 from pipeline.uri import is_uri, public
@@ -73,7 +74,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     found = trained_plan(saved)
     current = {"evaluate": context.config.evaluate, "data": context.config.data}
     found = found.model_copy(update={"config": found.config.model_copy(update=current)})
-    spec = evaluation_spec(found, context.shards())
+    shards = context.shards()
+    spec = evaluation_spec(found, shards)
+    noted = remarks(found.config, shards)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and found.device == "cuda" else 0
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
     now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
@@ -94,6 +97,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         text += f"({spec.compared()}); " + ", ".join(
             f"{what} {others[name]:.4f}" for name, what in beside.items() if name in others
         )
+        text = "; ".join([text, *noted])
     else:
         health = results["trained"]
         text = "no labels; " + ", ".join(
@@ -112,7 +116,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             "of": [spec.compared()] * len(results),
         },
     )
-    return {"step": saved.step, "text": text, **{k: dict(v) for k, v in results.items()}}
+    numbers = {name: dict(values) for name, values in results.items()}
+    return {"step": saved.step, "text": text, "remarks": noted, **numbers}
 
 
 def _evaluate(

@@ -16,6 +16,7 @@ from pipeline.overrides import field_paths
 from pipeline.plan import MAY_CHANGE, Plan, value_at
 from pipeline.stages.context import Context, result_line
 from pipeline.train import build, start, state
+from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.uri import public
 
@@ -54,6 +55,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     compared = spec.compared(found.config.evaluate.during_training)
     if compared:
         result_line("kNN", f"while training: {compared}")
+    for remark in remarks(found.config, shards):
+        log.warning("evaluation: %s", remark)
     for change in check_resume(
         found.config, shards.digest, context.folder, found.layout, found.window_images
     ):

@@ -19,17 +19,17 @@ from pipeline.control import ENDING, console, reporting
 from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
-from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.schema import ShardSet
 from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
-from pipeline.evaluate.labels import Labels, check_labels
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
 from pipeline.heartbeat import doing
 from pipeline.plan import Plan, changes, plan_of, resolve
 from pipeline.train import build, state
+from pipeline.train.evaluation_sets import evaluation_sets
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.train")
@@ -91,26 +91,15 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     """Which sets vote and which are asked; the training shards vote where nothing else is named.
 
     Raises:
-        DataError: where a set cannot be read, or the two cannot be compared by their labels.
+        PipelineError: as `evaluation_sets` says.
     """
     config = plan.config
     settings, data = config.evaluate, config.data
-
-    def opened(name: str) -> ShardSet | None:
-        uri = getattr(settings, name)
-        if not uri:
-            return None
-        return open_shards(uri, data.image_column, data.label_column, f"evaluate.{name}")
-
-    queries, reference = opened("queries"), opened("reference")
-    if queries is not None:
-        field = "evaluate.reference" if reference else "data.shards"
-        reference = reference or shards
-        check_labels(Labels.of("evaluate.queries", queries), Labels.of(field, reference))
+    reference, queries = evaluation_sets(config, shards) or (None, None)
     return EvaluationSpec(
         sample=shards,
-        reference=reference if queries is not None else None,
-        queries=queries,
+        reference=reference[1] if reference else None,
+        queries=queries[1] if queries else None,
         image_size=plan.evaluation_size,
         k=settings.k,
         temperature=settings.temperature,

@@ -275,19 +275,25 @@ def test_labels_of_several_sets(tmp_path, monkeypatch):
         pq.write_table(pq.read_table(path).replace_schema_metadata(meta), path)
         return open_shards(str(tmp_path / folder))
 
-    a = named("a", ["cat", "dog"], [0, 1, 0], 0)
-    b = named("b", ["bird", "dog"], [0, 1, 1], 10)
-    c = hub(tmp_path / "c", [[picture(20)]], label=[5])  # ids without names
-    form = form_of([("a", a), ("b", b), ("c", c)])
-    assert form.class_names == ("bird", "cat", "dog")
-    assert form.labels == {"a": (1, 2), "b": (0, 2), "c": None}
-    assert form_of([("c", c)]).labels == {"c": ()}
-    sets = [("a", POOL, a), ("b", POOL, b), ("c", POOL, c)]
+    a = named("a", ["cat", "dog"], [0, 1, -1], 0)  # hubs write -1 where there is no class
+    b = named("b", ["e\u0301mu", "dog"], [0, 1, 1], 10)  # in another Unicode form than `text`
+    text = hub(tmp_path / "t", [[picture(20), picture(21)]], label=["\u00e9mu", "ant"])
+    form = form_of([("a", a), ("b", b), ("text", text)])
+    assert form.class_names == ("ant", "cat", "dog", "\u00e9mu")
+    assert form.labels == {"a": (1, 2), "b": (3, 2), "text": (0, 3)}
+    sets = [("a", POOL, a), ("b", POOL, b), ("text", POOL, text)]
     (found, _, _), _ = curated(tmp_path, sets, share=1.0)
     rows = pa.concat_tables([pq.read_table(f.path) for f in found.files]).to_pylist()
     labels = {row["image_id"]: row["label"] for row in rows}
-    expected = dict.fromkeys([0, 2], 1) | {1: 2, 10: 0, 11: 2, 12: 2, 20: None}
+    expected = {0: 1, 1: 2, 2: None, 10: 3, 11: 2, 12: 2, 20: 3, 21: 0}
     assert labels == {image_id(picture(seed)): label for seed, label in expected.items()}
+    c = hub(tmp_path / "c", [[picture(30)]], label=[5])  # ids without names
+    assert form_of([("c", c)]).labels == {"c": ()}
+    with pytest.raises(DataError, match=r"have names \(cat, dog\), those of c only num"):
+        form_of([("a", a), ("c", c)])
+    beyond = named("beyond", ["cat", "dog"], [0, 1, 2], 40)
+    with pytest.raises(DataError, match="is 2, but only 2 classes have names"):
+        curated(tmp_path / "beyond_out", [("beyond", POOL, beyond)], share=1.0)
 
 
 def test_columns_that_cannot_be_one(tmp_path):

@@ -408,6 +408,76 @@ def test_other_column_names_and_labels_without_names(tmp_path, serial):
     assert table_of(tmp_path)["label"].null_count == 4
 
 
+def labelled(path: Path, first: int, column: pa.Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = pa.array([h.jpeg(first + i) for i in range(len(column))], pa.binary())
+    pq.write_table(pa.table({"image": images, "label": column}), path)
+
+
+def names_by_source(out: Path, names) -> dict[str, str | None]:
+    rows = table_of(out).to_pylist()
+    return {r["source"]: None if r["label"] is None else names[r["label"]] for r in rows}
+
+
+def test_label_columns_of_names_become_classes(tmp_path, serial):
+    text = ["cat", None, "e\u0301mu", ""]
+    labelled(tmp_path / "in" / "a.parquet", 0, pa.array(text))
+    labelled(tmp_path / "in" / "b.parquet", 10, pa.array(["\u00e9mu", "ant"]).dictionary_encode())
+    labelled(tmp_path / "in" / "c.parquet", 20, pa.array([True, False]))
+    hub(tmp_path / "in" / "d.parquet", [h.jpeg(30), h.jpeg(31)], [1, -1], ["cat", "dog"])
+    write(tmp_path / "in" / "bee" / "x.jpg", h.jpeg(40))
+    report = packed(tmp_path / "in", tmp_path, labels="folder")
+    assert report.class_names == ("ant", "bee", "cat", "dog", "false", "true", "\u00e9mu")
+    assert names_by_source(tmp_path, report.class_names) == {
+        "a.parquet#0": "cat", "a.parquet#1": None, "a.parquet#2": "\u00e9mu", "a.parquet#3": None,
+        "b.parquet#0": "\u00e9mu", "b.parquet#1": "ant", "c.parquet#0": "true",
+        "c.parquet#1": "false", "d.parquet#0": "dog", "d.parquet#1": None, "bee/x.jpg": "bee",
+    }  # fmt: skip
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, serial):
+    for i, name in enumerate(("e\u0301toile", "\u00e9toile", "zebra")):
+        write(tmp_path / "in" / f"{i}" / name / "x.jpg", h.jpeg(i))
+    report = packed(tmp_path / "in", tmp_path)
+    assert report.class_names == ("zebra", "\u00e9toile")
+    labels = {r["source"]: r["label"] for r in table_of(tmp_path).to_pylist()}
+    assert [labels[source] for source in sorted(labels)] == [1, 1, 0]
+
+
+def test_label_columns_that_are_no_classes_and_labels_none(tmp_path, serial):
+    columns = {
+        "double": pa.array([0.5, float("nan")]), "list": pa.array([[1], [2]]),
+        "struct": pa.array([{"a": 1}, None]), "timestamp": pa.array([1, 2], pa.timestamp("s")),
+        "decimal": pa.array([1, 2]).cast(pa.decimal128(30, 2)), "text": pa.array(["a", "b"]),
+    }  # fmt: skip
+    for name, column in columns.items():
+        labelled(tmp_path / name / "a.parquet", 0, column)
+        if name != "text":
+            with pytest.raises(DataError, match=f'column "label" of a.parquet holds {name}'):
+                packed(tmp_path / name, tmp_path / f"{name}_out")
+        # two files that disagree about the column: it is not looked at
+        labelled(tmp_path / name / "b.parquet", 10, pa.array([7, 8]))
+        report = packed(tmp_path / name, tmp_path / f"{name}_out", labels="none")
+        assert (report.images_packed, report.class_names) == (4, ())
+        table = table_of(tmp_path / f"{name}_out")
+        assert table["label"].null_count == 4
+        assert table.schema.names == IMAGE_SHARD_SCHEMA.names
+
+
+def test_names_in_one_file_and_bare_ids_in_another_are_refused(tmp_path, serial):
+    hub(tmp_path / "in" / "a.parquet", [h.jpeg(1)], [0], ["cat", "dog"])
+    hub(tmp_path / "in" / "b.parquet", [h.jpeg(2)], [1])
+    with pytest.raises(DataError, match="label ids without class names beside"):
+        packed(tmp_path / "in", tmp_path)
+    # without a label the file says nothing about classes
+    hub(tmp_path / "in" / "b.parquet", [h.jpeg(2)], [-1])
+    assert packed(tmp_path / "in", tmp_path).class_names == ("cat", "dog")
+    labelled(tmp_path / "text" / "a.parquet", 0, pa.array(["cat"]))
+    hub(tmp_path / "text" / "b.parquet", [h.jpeg(2)], [1])
+    with pytest.raises(DataError, match="label ids without class names beside"):
+        packed(tmp_path / "text", tmp_path / "out")
+
+
 def test_damaged_parquet(tmp_path, serial):
     hub(tmp_path / "in" / "a.parquet", [h.jpeg(i) for i in range(6)], row_group_size=3,
         compression="none", use_dictionary=False)  # fmt: skip

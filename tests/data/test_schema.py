@@ -169,7 +169,7 @@ def test_mistakes_have_sentences(tmp_path):
         tmp_path, image_column="img", label_column="classes"
     )
     assert "holds int64, expected the encoded image" in mistake(tmp_path, image_column="label")
-    assert "expected integer class ids" in mistake(tmp_path, image_column="img", label_column="img")
+    assert "expected class names" in mistake(tmp_path, image_column="img", label_column="img")
     (tmp_path / "part-0003.parquet").write_bytes(b"PAR1 cut")
     assert "not a readable parquet file" in mistake(tmp_path)
 
@@ -258,3 +258,43 @@ def test_a_damaged_row_group_is_one_sentence(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"row group 0 of .*a\.parquet cannot be read: \S"):
         read_row_group(shards, 0, 0)
+
+
+def parquet(path: Path, label: pa.Array, names=()) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": pa.array([b"x"] * len(label), pa.binary()), "label": label})
+    if names:
+        about = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    pq.write_table(table, path)
+
+
+def test_a_label_column_of_names_is_read_as_it_is(tmp_path):
+    parquet(tmp_path / "a.parquet", pa.array(["dog", "cat", None, ""]))
+    parquet(tmp_path / "b.parquet", pa.array(["emu", "cat"]).dictionary_encode())
+    shards = open_shards(str(tmp_path))
+    assert (shards.class_names, shards.has_labels) == (("cat", "dog", "emu"), True)
+    labels = [read_row_group(shards, i, 0).labels.tolist() for i in range(2)]
+    assert labels == [[1, 0, -1, -1], [2, 0]]
+    unread = open_shards(str(tmp_path), labels=False)
+    assert (unread.class_names, unread.has_labels) == ((), False)
+    assert read_row_group(unread, 0, 0).labels.tolist() == [-1] * 4
+    parquet(tmp_path / "c.parquet", pa.array([0.5]))
+    assert "holds double, expected class names" in mistake(tmp_path)
+    assert open_shards(str(tmp_path), labels=False).rows == 7
+
+
+def test_a_test_set_whose_labels_are_withheld_has_none(tmp_path):
+    parquet(tmp_path / "a.parquet", pa.array([-1, -1]), NAMES)
+    assert not open_shards(str(tmp_path)).has_labels
+    parquet(tmp_path / "b.parquet", pa.array([0, -1]), NAMES)
+    assert open_shards(str(tmp_path)).has_labels
+
+
+def test_files_that_count_in_different_lists_are_refused(tmp_path):
+    parquet(tmp_path / "a.parquet", pa.array([0, 1]), NAMES)
+    for label, names in ((pa.array([0]), NAMES[::-1]), (pa.array([0]), ()), (pa.array(["x"]), ())):
+        parquet(tmp_path / "b.parquet", label, names)
+        assert "have different class names, or some have names" in mistake(tmp_path)
+    parquet(tmp_path / "b.parquet", pa.array([None, -1], pa.int64()), NAMES[::-1])
+    assert open_shards(str(tmp_path)).class_names == tuple(NAMES)

@@ -81,7 +81,7 @@ def test_the_evaluator_sees_every_channel(channels, tmp_path):
         image_size=16, patch_size=8, width=24, depth=1, heads=2, in_channels=channels
     ).build()
     evaluator = Evaluator(spec)
-    features, _ = evaluator.features(backbone, spec.queries, None)
+    features = evaluator.features(backbone, spec.queries, None).features
     x = torch.from_numpy(found).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         expected = backbone.eval()((x - 0.4) / 0.2)

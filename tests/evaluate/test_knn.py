@@ -81,6 +81,37 @@ def test_leave_one_out_never_finds_itself(monkeypatch):
     assert alone == {1: 0.0}
 
 
+def test_no_image_votes_for_one_with_its_own_id(monkeypatch):
+    rng = np.random.default_rng(0)
+    reference, labels, queries, truth = data(40, 12)
+    ids = rng.integers(0, 256, (46, 16)).astype(np.uint8)
+    known, asked = np.concatenate((ids[:38], ids[:2])), np.concatenate((ids[:6], ids[40:]))
+    asked[2] = known[5]  # two queries with one id
+    labels[3], truth[4] = -1, -1  # of these, one does not vote and one is not asked
+    correct = 0
+    for i in range(12):
+        others = [j for j in range(40) if labels[j] >= 0 and (known[j] != asked[i]).any()]
+        votes = by_loop(reference[others], labels[others], queries[i].double(), 4, 7, 0.07, 7)
+        correct += int(truth[i] >= 0 and np.argmax(votes) == truth[i])
+    for at_once in (1 << 26, 100):  # two queries at a time
+        monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", at_once)
+        found = knn.knn_classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
+        assert found == {7: pytest.approx(correct / 11)}
+    same = knn.SameImages.of(known, asked)
+    pairs = [(i, j) for i in range(12) for j in range(40) if (known[j] == asked[i]).all()]
+    assert sorted(zip(same.queries.tolist(), same.rows.tolist(), strict=True)) == pairs
+
+
+def test_a_query_that_nobody_is_left_to_vote_for_is_wrong():
+    one, label, ids = (
+        torch.ones(1, 3),
+        torch.zeros(1, dtype=torch.int64),
+        np.ones((1, 16), np.uint8),
+    )
+    assert knn.knn_classify(one, label, one, label, 1, 5) == {5: 1.0}
+    assert knn.knn_classify(one, label, one, label, 1, 5, ids=(ids, ids)) == {5: 0.0}
+
+
 def test_fewer_images_than_neighbours_and_unknown_labels():
     reference, labels, queries, truth = data(5, 6)
     assert set(knn.knn_classify(reference, labels, queries, truth, 4, (3, 20))) == {3, 20}
@@ -105,13 +136,14 @@ def test_mistakes_are_sentences():
 def test_raw_pixels_tell_bright_patterns_apart_and_not_noise():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 120)
+    ids = np.random.default_rng(1).integers(0, 256, (120, 16)).astype(np.uint8)
     noise = rng.integers(0, 256, (120, 40, 40, 3)).astype(np.uint8)
     patterns = noise.copy()
     for label in range(3):  # one bright channel each
         patterns[labels == label, ..., label] |= 128
     sets = {
         name: [
-            [SimpleNamespace(images=x[part], labels=labels[part])]
+            [SimpleNamespace(images=x[part], labels=labels[part], ids=ids[part])]
             for part in (slice(0, 90), slice(90, None))
         ]
         for name, x in (("noise", noise), ("patterns", patterns))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,76 @@ class MeanColour(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean((2, 3))
+
+
+NAMES = ["red", "green", "blue"]
+
+
+def colours(folder: Path, named: list[tuple[str, bytes]], names: list[str] | None) -> ShardSet:
+    """Images with the names of their classes as text, or as ids in `names`."""
+    label = pa.array([name if names is None else names.index(name) for name, _ in named])
+    table = pa.table({"image": pa.array([x for _, x in named], pa.binary()), "label": label})
+    if names is not None:
+        about = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    folder.mkdir()
+    write_parquet_atomic(table, *resolve_uri(str(folder / "part.parquet")), row_group_size=16)
+    return open_shards(str(folder))
+
+
+def picture(rng: np.random.Generator, colour: int | None) -> bytes:
+    """A colour with grain, or noise where nothing can be learnt."""
+    noise = rng.integers(-20, 20, (18, 18, 3)) + (0 if colour is None else COLOURS[colour])
+    pixels = rng.integers(0, 256, (18, 18, 3)) if colour is None else noise
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def top1(spec: EvaluationSpec, reference: ShardSet, queries: ShardSet) -> tuple[float, float]:
+    """k-NN of mean colours and of raw pixels."""
+    evaluator = Evaluator(replace(spec, sample=reference, reference=reference, queries=queries))
+    backbone = MeanColour()
+    backbone.scale = torch.nn.Parameter(torch.ones(()))
+    backbone.forward_features = lambda x: {"x_norm_patchtokens": None}  # type: ignore[assignment]
+    found = evaluator.run(backbone)
+    return found.metrics[f"eval/knn{spec.k}_top1"], float(evaluator.raw_pixels() or 0)
+
+
+def test_classes_are_compared_by_name(spec: EvaluationSpec, tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    each = [(NAMES[i % 3], picture(rng, i % 3)) for i in range(60)]
+    reference = colours(tmp_path / "ids", each[:36], NAMES)
+    backwards = colours(tmp_path / "backwards", each[36:], NAMES[::-1])
+    more = colours(tmp_path / "more", each[36:], ["ant", *sorted(NAMES), "zebra"])
+    text = colours(tmp_path / "text", each[36:], None)
+    for queries in (backwards, more, text):
+        assert top1(spec, reference, queries) == (1.0, 1.0)
+        assert top1(spec, queries, reference) == (1.0, 1.0)
+    # a class that only one side has: right where it is not asked for, else wrong
+    two = colours(tmp_path / "two", [x for x in each[36:] if x[0] != "green"], None)
+    assert top1(spec, reference, two) == (1.0, 1.0)
+    assert top1(spec, two, reference) == pytest.approx((2 / 3, 2 / 3))
+
+
+def test_the_same_image_does_not_vote_for_itself(spec: EvaluationSpec, tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    noise = [(NAMES[i % 2], picture(rng, None)) for i in range(120)]
+    queries = colours(tmp_path / "queries", noise[80:], None)
+    honest = top1(spec, colours(tmp_path / "without", noise[:80], None), queries)
+    both = top1(spec, colours(tmp_path / "with", noise, None), queries)
+    itself = top1(spec, queries, queries)
+    assert max(honest + both + itself) < 0.75  # 1.0 where images vote for themselves
+
+
+def test_two_sets_of_one_digest_are_two_sets(spec: EvaluationSpec, tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    right = [(NAMES[i % 3], picture(rng, i % 3)) for i in range(12)]
+    wrong = [(NAMES[i % 3], picture(rng, (i + 1) % 3)) for i in range(12)]
+    reference, queries = (colours(tmp_path / n, x, None) for n, x in (("a", right), ("b", wrong)))
+    # as if the files of the two had the same names and sizes
+    queries = replace(queries, digest=reference.digest)
+    assert top1(replace(spec, k=3), reference, queries) == (0.0, 0.0)
 
 
 def shards(folder: Path, images: int, seed: int, bad: int = 0) -> ShardSet:

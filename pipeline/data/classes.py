@@ -1,0 +1,89 @@
+"""Classes are names. A label id counts in its own set's list of names and in no other.
+
+Whoever compares or joins labels of several sets (packing, curated shards, k-NN) takes the ids
+through one list: `Classes`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+
+UNKNOWN = -1  # the label of an image without a class
+SHOWN = 5  # names in a sentence
+
+
+def canonical(names: Iterable[Any]) -> tuple[str, ...]:
+    """Class names in the one Unicode form in which they are compared (NFC)."""
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names for a sentence: `ant, bee, cat and 97 more`."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+@dataclass(frozen=True)
+class Classes:
+    """One list of class names for several sets.
+
+    Attributes:
+        names: of the classes; () where no set has names: ids then mean the same in all sets.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, lists: Iterable[Sequence[str]]) -> Classes:
+        """The list of all sets: one list stays as it is, of several the sorted union is taken.
+
+        Args:
+            lists: the class names of each set, () where it has none.
+        """
+        several = dict.fromkeys(names for names in map(canonical, lists) if names)
+        if len(several) <= 1:
+            return cls(next(iter(several), ()))
+        return cls(tuple(sorted({name for names in several for name in names})))
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The id of each name."""
+        return {name: i for i, name in reversed(list(enumerate(self.names)))}
+
+    def ids(self, names: Sequence[str]) -> Labels:
+        """The id here of each name of a set's own list."""
+        return np.asarray([self.index[name] for name in canonical(names)], np.int64)
+
+    def mapped(self, labels: Labels, names: Sequence[str], where: str) -> Labels:
+        """Labels of a set as ids of this list; those without a class stay so.
+
+        Args:
+            labels: ids in the set's own list, below 0 where unknown.
+            names: that list; () where the set has none.
+            where: the set, for the sentence.
+
+        Raises:
+            DataError: a label has no name in the set's own list.
+        """
+        if not names:
+            return np.maximum(labels, UNKNOWN)
+        largest = int(labels.max(initial=UNKNOWN))
+        if largest >= len(names):
+            raise DataError(
+                f"a label of {where} is {largest}, but only {len(names)} classes have names",
+                hint="correct the file, or pack it without labels: data.labels=none",
+            )
+        known = labels >= 0
+        found = np.full(len(labels), UNKNOWN, np.int64)
+        found[known] = self.ids(names)[labels[known]]
+        return found

@@ -1,0 +1,46 @@
+"""The two labelled sets of an evaluation: which they are, and what is to be said of them."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.data.overlap import overlap_of
+from pipeline.data.schema import ShardSet, open_shards
+from pipeline.evaluate.labels import Labels, check_labels
+
+NamedSet = tuple[str, ShardSet]  # what a set is called, and the set
+TRAINING_SHARDS = "data.shards"
+
+
+def evaluation_sets(config: Config, shards: ShardSet) -> tuple[NamedSet, NamedSet] | None:
+    """The set that votes and the one that is classified; None without `evaluate.queries`.
+
+    Args:
+        config: the recipe.
+        shards: of the training, which vote where no reference is named.
+
+    Raises:
+        DataError: a set cannot be read, or the two cannot be compared by their labels.
+    """
+    settings, data = config.evaluate, config.data
+    if not settings.queries:
+        return None
+
+    def opened(field: str, uri: str) -> NamedSet:
+        return field, open_shards(uri, data.image_column, data.label_column, field)
+
+    queries = opened("evaluate.queries", settings.queries)
+    reference = (TRAINING_SHARDS, shards)
+    if settings.reference:
+        reference = opened("evaluate.reference", settings.reference)
+    check_labels(Labels.of(*queries), Labels.of(*reference))
+    return reference, queries
+
+
+def remarks(config: Config, shards: ShardSet) -> list[str]:
+    """Sentences on what the two sets share and lack; reads their ids and labels.
+
+    Raises:
+        PipelineError: as `evaluation_sets` says, or no class is in both sets.
+    """
+    sets = evaluation_sets(config, shards)
+    return overlap_of(*sets).sentences() if sets else []
