@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipeline.curate.calibrate import COMPARED, copies_of, picture
+from pipeline.curate.calibrate import COMPARED, copies_of
 from pipeline.curate.descriptor import MIRROR, describe, describe_grey, similarity, square
-from pipeline.curate.same_picture import same_picture
+from pipeline.curate.second_look import Verdict, form_of, second_look
 from pipeline.curate.threshold import Sample, measure_threshold
 from pipeline.data.columns import image_id
 from pipeline.data.decode import decode_image
@@ -57,10 +57,14 @@ def calibrated(images: Any, ids: list[bytes], seed: int, count: int, compared: i
     copies = [copies_of(images[chosen[i]], ids[chosen[i]])[1:] for i in attacked]
     found = [[describe(copy) for copy in some] for some in copies]
     full, crops = described(images[chosen])
+
+    def look(a: int, b: int) -> Verdict:
+        return second_look(form_of(images[chosen[a]]), form_of(images[chosen[b]]))
+
     sample = Sample(
         full,
         crops,
-        np.stack([picture(images[i]) for i in chosen]),
+        look,
         np.array(attacked),
         np.stack([np.stack([whole for whole, _ in some]) for some in found]),
         np.stack([np.stack([views for _, views in some]) for some in found]),
@@ -116,7 +120,10 @@ def main() -> None:
         print(f"{one.negatives:,} pairs, {one.copies} of copies left out")
     chosen, limit = samples[0], samples[0].threshold
     found, score = best_matches(described(test), described(train), chosen.penalty)
-    print(f"{int((score > limit).sum())} of {len(test):,} test images have a near copy\n")
+    above = np.flatnonzero(score > limit)
+    copies = [i for i in above if second_look(form_of(test[i]), form_of(train[found[i]])).same]
+    print(f"{len(above)} of {len(test):,} test images look like a training image,", end=" ")
+    print(f"{len(copies)} are copies by the second look\n")
 
     rng = np.random.default_rng(0)
     bands = []
@@ -125,7 +132,7 @@ def main() -> None:
     for low, high in zip(edges, [*edges[1:], 1.01], strict=True):
         inside = rng.permutation(np.flatnonzero((score > low) & (score <= high)))
         looked = inside[:100]
-        same = sum(same_picture(picture(test[i]), picture(train[found[i]])) for i in looked)
+        same = sum(second_look(form_of(test[i]), form_of(train[found[i]])).same for i in looked)
         print(f"| {low:.3f} to {min(high, 1):.3f} | {len(inside)} | {same} of {len(looked)} |")
         pairs = [np.stack([test[i], train[found[i]]]) for i in inside[:SHOWN]]
         bands.append((f"{low:.2f}-{min(high, 1):.2f}" + " *" * (low >= limit), pairs))

@@ -7,11 +7,13 @@ attacked.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,9 @@ from pipeline.curate import descriptor, embed, exact_copies
 from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.fingerprint import groups_of
+from pipeline.curate.forms import forms_at, opened_form
 from pipeline.curate.measure import three_channels
-from pipeline.curate.same_picture import SIDE
+from pipeline.curate.second_look import Verdict, second_look
 from pipeline.curate.tables import (
     ID,
     InputFile,
@@ -36,6 +39,7 @@ from pipeline.curate.tables import (
     write_table,
 )
 from pipeline.curate.threshold import Calibration, Sample, measure_threshold
+from pipeline.curate.unlike import Look
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.bad_image import MAX_PIXELS
 from pipeline.data.decode import decode_image
@@ -48,6 +52,7 @@ STEP = "calibrate"
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
 SAMPLE_STREAM = 3  # of data.draws
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
+FORMS = 256  # that are held for the second look
 AT_ONCE = 32  # images that are attacked and then embedded
 
 
@@ -63,6 +68,7 @@ def calibrate(
     target: float = 1e-6,
     seed: int = 0,
     max_pixels: int = MAX_PIXELS,
+    channels: int = 3,
     step: str = STEP,
 ) -> tuple[Calibration, Result]:
     """The threshold above which two images of the set are copies.
@@ -78,6 +84,7 @@ def calibrate(
         target: share of unlike pairs that may be taken for copies.
         seed: of the sample and of the attacks.
         max_pixels: larger images are refused.
+        channels: of an image, as it is decoded for the second look.
         step: its name.
 
     Returns:
@@ -99,9 +106,7 @@ def calibrate(
     )
     rows_of = [row for _, _, row in ranked]
     files = _by_file(inputs, rows_of[:most])
-    tasks = [
-        Task(file.name, (file.name, rows, fingerprints.folder, vectors)) for file, rows in files
-    ]
+    tasks = [Task(file.name, (file.name, rows, vectors)) for file, rows in files]
     gathered = run_step(root, f"{step}_gathered", [drawn.key, vectors.key], tasks, gather_file)
     gpus, cpus = (0.0, 1.0) if spec.kind == DESCRIPTOR else embed.task_resources()
     mine = _by_file(inputs, rows_of[:images])
@@ -115,8 +120,9 @@ def calibrate(
         (gathered.folder, [file.name for file, _ in files]),
         (made.folder, [file.name for file, _ in mine]),
     ]
-    task = Task("calibration", (*folders, vectors.views, target))
-    found = run_step(root, step, [gathered.key, made.key, target], [task], measure_task)
+    shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
+    task = Task("calibration", (*folders, vectors.views, target, shown))
+    found = run_step(root, step, [2, gathered.key, made.key, target], [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
     if calibration.warning:
@@ -149,20 +155,15 @@ def draw_file(
     return {"rows": len(draws), "drawn": found}
 
 
-def gather_file(
-    folder: str, name: str, rows: Sequence[int], fingerprints: str, vectors: Vectors
-) -> Account:
-    """Task: vectors and small pictures of some rows of a file, as far as they have a vector."""
+def gather_file(folder: str, name: str, rows: Sequence[int], vectors: Vectors) -> Account:
+    """Task: vectors of some rows of a file, as far as they have one."""
     chosen = [("row", "in", list(rows))]
     columns = ["row", "image_id", vectors.column, *["views"] * vectors.views]
     found = read_table(vectors.folder, name, columns, chosen)
-    seen = read_table(fingerprints, name, ["row", "thumbnail"], chosen)
-    seen = seen.take(pa.array(np.searchsorted(seen["row"].to_numpy(), found["row"].to_numpy())))
-    pictures = [_thumbnail(one.as_py()).tobytes() for one in seen["thumbnail"]]
     written: dict[str, Any] = {
+        "row": found["row"],
         "image_id": found["image_id"],
         "vector": found[vectors.column],
-        "picture": pa.array(pictures, pa.binary(SIDE * SIDE)),
     }
     if vectors.views:
         written["views"] = found["views"]
@@ -229,21 +230,6 @@ def copies_of(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
     return [rgb, *(attack(rgb, name, image_id, seed) for name in ATTACKS)]
 
 
-def picture(rgb: Any) -> Any:
-    """What `same_picture` compares: uint8 [64, 64] grey."""
-    return _small(Image.fromarray(rgb))
-
-
-def _thumbnail(encoded: bytes) -> Any:
-    """The same of the thumbnail that fingerprints have."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return _small(image)
-
-
-def _small(image: Image.Image) -> Any:
-    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-
-
 def _channels(rgb: Any, channels: int) -> Any:
     """[H, W, 3] with another number of channels: its own ones again and again."""
     return rgb if channels == 3 else np.ascontiguousarray(rgb[..., np.arange(channels) % 3])
@@ -252,11 +238,41 @@ def _channels(rgb: Any, channels: int) -> Any:
 Written = tuple[str, Sequence[str]]  # a folder and the names of its tables
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Where the images of the sample are, for the second look at some pairs of them."""
+
+    files: tuple[InputFile, ...]
+    channels: int
+    max_pixels: int
+
+    def look(self, rows: Sequence[int]) -> Look:
+        """The second look at two images, by their places among some rows; decodes what it needs."""
+        firsts = [file.first for file in self.files]
+
+        @lru_cache(maxsize=FORMS)
+        def form(place: int) -> Any:
+            file = self.files[bisect_right(firsts, rows[place]) - 1]
+            places = np.array([rows[place] - file.first])
+            ((_, stored),) = forms_at(file, places, self.channels, self.max_pixels)
+            return opened_form(stored) if stored else None
+
+        def look(a: int, b: int) -> Verdict:
+            one, other = form(a), form(b)
+            if one is None or other is None:
+                return Verdict(False, "undecided", 0.0, (0.5, 0.5))
+            return second_look(one, other)
+
+        return look
+
+
 def measure_task(
-    folder: str, gathered: Written, copies: Written, views: bool, target: float
+    folder: str, gathered: Written, copies: Written, views: bool, target: float, shown: Shown
 ) -> Account:
     """Task: the calibration of what `gather_file` and `attack_file` wrote."""
-    found = measure_threshold(sample_of(_read(gathered), _read(copies), views), target)
+    sample = _read(gathered)
+    look = shown.look([] if sample is None else sample["row"].to_pylist())
+    found = measure_threshold(sample_of(sample, _read(copies), views, look), target)
     return {"rows": found.images, "calibration": found.to_json()}
 
 
@@ -267,12 +283,14 @@ def _read(written: Written) -> pa.Table | None:
     return pa.concat_tables(tables).combine_chunks().sort_by("image_id")
 
 
-def sample_of(gathered: pa.Table | None, copies: pa.Table | None, views: bool) -> Sample:
+def sample_of(
+    gathered: pa.Table | None, copies: pa.Table | None, views: bool, look: Look
+) -> Sample:
     """The sample, ordered by image id; copies of images that have no vector are left out."""
     if gathered is None or copies is None:
         none, places = np.zeros((0, 1), np.float16), np.zeros(0, np.int64)
         crops = np.zeros((0, descriptor.VIEWS, 1), np.float16) if views else None
-        return Sample(none, crops, np.zeros((0, SIDE, SIDE), np.uint8), places, none, crops)
+        return Sample(none, crops, look, places, none, crops)
     names, of = (
         ids_of(table["image_id"]).copy().view("V16").ravel() for table in (gathered, copies)
     )
@@ -285,11 +303,10 @@ def sample_of(gathered: pa.Table | None, copies: pa.Table | None, views: bool) -
         width = table.schema.field(name).type.list_size
         return matrix(table[name], width).reshape(*shape, width // math.prod(shape[1:]))
 
-    pictures = b"".join(value.as_py() for value in gathered["picture"])
     return Sample(
         vectors=numbers(gathered, "vector", m),
         crops=numbers(gathered, "views", m, descriptor.VIEWS) if views else None,
-        pictures=np.frombuffer(pictures, np.uint8).reshape(m, SIDE, SIDE),
+        look=look,
         originals=np.array([place[name.tobytes()] for name in of[there]], np.int64),
         copies=numbers(copies, "vectors", h, len(ATTACKS)),
         copies_crops=numbers(copies, "views", h, len(ATTACKS), descriptor.VIEWS) if views else None,

@@ -21,8 +21,11 @@ from pipeline.curate.items import Visiting
 from pipeline.curate.likeness import Likeness
 from pipeline.curate.portions import CROPS, Ids, Rows, big_endian
 from pipeline.curate.stored import OnDisk
-from pipeline.curate.tables import COMPONENTS, id_array, ids_of, write_table
+from pipeline.curate.tables import COMPONENTS, ID, id_array, ids_of, write_table
 from pipeline.uri import join
+
+# `tables.COMPONENTS` with the id of the row itself.
+MEMBERS = pa.schema([*COMPONENTS, ("image_id", ID)])
 
 Array = np.ndarray[Any, Any]
 HELD_BYTES = 2**29  # of the vectors that a task holds; twice while they are read
@@ -40,7 +43,7 @@ def keep_task(
     least: float,
     chains: str,
 ) -> dict[str, Any]:
-    """Chooses the keepers of the components of a part; writes `tables.COMPONENTS`, by row.
+    """Chooses the keepers of the components of a part; writes `MEMBERS`, by row.
 
     Args:
         folder: of the step.
@@ -56,7 +59,7 @@ def keep_task(
     """
     tables = list(read_bucket(str(join(gathered, "rows")), names, part))
     if not tables:
-        return {"rows": 0, "bytes": write_table(COMPONENTS.empty_table(), folder, f"{part:05d}")}
+        return {"rows": 0, "bytes": write_table(MEMBERS.empty_table(), folder, f"{part:05d}")}
     table = pa.concat_tables(tables)
     column = {
         name: table.column(name).to_numpy() for name in table.column_names if name != "image_id"
@@ -90,9 +93,10 @@ def keep_task(
             "keeper_id": id_array(column["image_id"][keeper]),
             "similarity": similarity,
             "chained": chained,
+            "image_id": id_array(column["image_id"]),
         }
     ).take(pa.array(np.argsort(column["row"])))
-    written = write_table(found.cast(COMPONENTS), folder, f"{part:05d}")
+    written = write_table(found.cast(MEMBERS), folder, f"{part:05d}")
     return {"rows": len(found), "bytes": written, "chained": int(chained.sum())}
 
 

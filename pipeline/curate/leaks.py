@@ -13,6 +13,7 @@ from pipeline.curate.collapse import COPIES
 from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.items import Items, Shuffled
 from pipeline.curate.join import best
+from pipeline.curate.looks import PAIRS, verdicts_of
 from pipeline.curate.portions import Ids, big_endian, read_range
 from pipeline.curate.relative_join import relative_pairs
 from pipeline.curate.spread import spread
@@ -163,6 +164,35 @@ def copies_task(
         found.append(more.set_column(0, "row", pa.array(pairs.column("row").to_numpy()[hit])))
     whole = pa.concat_tables([one.cast(LEAKS) for one in found]).sort_by("row")
     return {"rows": len(whole), "bytes": write_table(whole, folder, name)}
+
+
+def pairs_of_leaks(folder: str, name: str) -> pa.Table:
+    """Rows with images of evaluation sets, as `looks.PAIRS`."""
+    table = read_table(folder, name, ["row", "set", "query_id", "similarity"])
+    columns = [table["row"], pa.array(np.full(len(table), -1)), table["set"], table["query_id"]]
+    return pa.table([*columns, table["similarity"]], schema=PAIRS)
+
+
+def hold_task(folder: str, name: str, looked: str, names: Sequence[str]) -> dict[str, Any]:
+    """Writes the best match of each row that shows the same as `tables.LEAKS`; counts the images of
+    each set that have one.
+    """
+    table = verdicts_of(looked, names)
+    sets = np.array(table["set"].to_pylist(), dtype=str)
+    query = ids_of(table["other_id"])
+    row, similarity = table["row"].to_numpy(), table["similarity"].to_numpy()
+    chosen = best([row], similarity, [np.unique(sets, return_inverse=True)[1], query])
+    held = pa.table(
+        {
+            "row": row[chosen],
+            "set": pa.array(sets[chosen].tolist(), pa.string()),
+            "query_id": id_array(query[chosen]),
+            "similarity": similarity[chosen],
+        }
+    ).cast(LEAKS)
+    leaked = {one: len(np.unique(query[sets == one], axis=0)) for one in np.unique(sets).tolist()}
+    size = write_table(held.sort_by("row"), folder, name)
+    return {"rows": len(held), "bytes": size, "held": leaked}
 
 
 def spread_leaks_task(

@@ -11,11 +11,13 @@ import pyarrow as pa
 from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.items import Shuffled
 from pipeline.curate.join import best
+from pipeline.curate.looks import PAIRS, verdicts_of
 from pipeline.curate.portions import Ids, order_by_id, read_range
 from pipeline.curate.relative_join import relative_pairs
 from pipeline.curate.spread import write_by_file
 from pipeline.curate.tables import ID, ROW, InputFile, id_array, ids_of, read_table, write_table
 
+EARLIER = "earlier"  # name of the earlier images where pairs are looked at
 Array = np.ndarray[Any, Any]
 # Rows that were not kept, with an image that was and has the same vector.
 INSTEAD = pa.schema([("row", ROW), ("image_id", ID)])
@@ -114,3 +116,18 @@ def spread_matches_task(
         table.column("similarity").to_numpy(),
     )
     return {"rows": len(found), "bytes": write_by_file(folder, found, files)}
+
+
+def pairs_of_matches(folder: str, name: str) -> pa.Table:
+    """New rows with earlier images, as `looks.PAIRS`."""
+    table = read_table(folder, name)
+    sets = pa.array([EARLIER] * len(table), pa.string())
+    columns = [table["row"], pa.array(np.full(len(table), -1)), sets, table["image_id"]]
+    return pa.table([*columns, table["similarity"]], schema=PAIRS)
+
+
+def hold_task(folder: str, name: str, looked: str, names: Sequence[str]) -> dict[str, Any]:
+    """Writes the matches of a file that show the same."""
+    table = verdicts_of(looked, names).select(["row", "other_id", "similarity"])
+    table = table.rename_columns(MATCHES.names).cast(MATCHES).sort_by("row")
+    return {"rows": len(table), "bytes": write_table(table, folder, name)}

@@ -18,6 +18,7 @@ from pipeline.curate.cells import Cells
 from pipeline.curate.copies import Copies
 from pipeline.curate.exact import Halves
 from pipeline.curate.items import Shuffled, Visiting
+from pipeline.curate.looks import Looking, look_at
 from pipeline.curate.portions import Rows, portions
 from pipeline.curate.relative_join import relative_pairs
 from pipeline.curate.spread import end_of, file_groups
@@ -36,9 +37,13 @@ def find_leaks(
     *,
     threshold: float,
     visiting: Visiting | None = None,
+    looking: Looking | None = None,
     gpus: float = 0.0,
 ) -> tuple[Result, tuple[Result, ...]]:
     """The best match of each image among the images of evaluation sets.
+
+    A second look decides whether it is one: it looks at the best match of each image, and of each
+    image of the sets.
 
     Args:
         copies: of the images.
@@ -46,12 +51,13 @@ def find_leaks(
         sets: inputs and vectors of each evaluation set, by name.
         threshold: similarity that a match must be above.
         visiting: as for `find_pairs`.
+        looking: for the second look; None: what is alike leaks.
         gpus: of the tasks that compare.
 
     Returns:
         The step whose folder has `tables.LEAKS` of each input file, and all steps. The accounts of
-        `copies/leaks/queries` count the images of each set that have a match (`leaked`); its folder
-        has tables of them (`leaks.QUERIES`).
+        `copies/leaks/queries` count the images of each set that have a match (`leaked`), with a
+        second look those of `looks/leaks/hold`.
     """
     steps: list[Result] = []
     placed: list[tuple[str, Shuffled]] = []
@@ -104,14 +110,38 @@ def find_leaks(
         ],
         leaks.copies_task,
     )
+    last, names = whole, tuple(name for name, _ in groups)
+    more: tuple[Result, ...] = ()
+    if looking is not None:
+        sources = [(f"rows-{name}", (whole.folder, name)) for name in names]
+        sources += [
+            (f"sets-{n:05d}", (queries.folder, f"{n:05d}")) for n in range(len(queries.accounts))
+        ]
+        looked = look_at(
+            copies.root,
+            "looks/leaks",
+            looking,
+            [whole.key, queries.key],
+            sources,
+            leaks.pairs_of_leaks,
+        )
+        tables = tuple(name for name, _ in sources for name in looked.names[name])
+        last = run_step(
+            copies.root,
+            "looks/leaks/hold",
+            [looked.key],
+            [Task("leaks", ("leaks", looked.folder, tables))],
+            leaks.hold_task,
+        )
+        names, more = ("leaks",), (*looked.steps, last)
     found = run_step(
         copies.root,
         "leaks",
-        [whole.key, inputs.digest],
-        [Task(name, (whole.folder, [n for n, _ in groups], files)) for name, files in groups],
+        [last.key, inputs.digest],
+        [Task(name, (last.folder, names, files)) for name, files in groups],
         leaks.spread_leaks_task,
     )
-    return found, (*steps, hits, queries, whole, found)
+    return found, (*steps, hits, queries, whole, *more, found)
 
 
 def find_matches(
@@ -124,6 +154,7 @@ def find_matches(
     threshold: float,
     visiting: Visiting | None = None,
     exact: tuple[str, str] = ("", ""),
+    looking: Looking | None = None,
     gpus: float = 0.0,
 ) -> tuple[Result, tuple[Result, ...]]:
     """The best match of each new image among the kept images of an earlier curation.
@@ -137,6 +168,8 @@ def find_matches(
         threshold: similarity that a match must be above.
         visiting: as for `find_pairs`.
         exact: as for `find_pairs`.
+        looking: for the second look, with the earlier images as the set `EARLIER`; None: what is
+            alike is a match.
         gpus: of the tasks that compare.
 
     Returns:
@@ -168,17 +201,33 @@ def find_matches(
         gpus=gpus,
     )
     bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
+    groups = file_groups(inputs.files)
+    best = run_step(
+        root,
+        "matches" if looking is None else "matching/best",
+        [matched.key, inputs.digest],
+        [Task(name, (matched.folder, bucket_names, files)) for name, files in groups],
+        matches.spread_matches_task,
+    )
+    if looking is None:
+        return best, (kept, placed, matched, best)
+    file_names = [file.name for file in inputs.files]
+    looked = look_at(
+        root,
+        "matching/looks",
+        looking,
+        [best.key],
+        [(name, (best.folder, name)) for name in file_names],
+        matches.pairs_of_matches,
+    )
     found = run_step(
         root,
         "matches",
-        [matched.key, inputs.digest],
-        [
-            Task(name, (matched.folder, bucket_names, files))
-            for name, files in file_groups(inputs.files)
-        ],
-        matches.spread_matches_task,
+        [looked.key],
+        [Task(name, (name, looked.folder, looked.names[name])) for name in file_names],
+        matches.hold_task,
     )
-    return found, (kept, placed, matched, found)
+    return found, (kept, placed, matched, best, *looked.steps, found)
 
 
 @dataclass(frozen=True)
@@ -239,7 +288,7 @@ def look_up(
         for place, value in zip(a, similarity, strict=True):
             row = int(pool.row[place])
             if row not in found or found[row].similarity < value:
-                found[row] = Match(row, bytes(pool.ids[place]).hex(), float(value))
+                found[row] = Match(row, bytes(pool.ids[place]).hex(), min(1.0, float(value)))
     return sorted(found.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.curate.report_copies import BIN, Band, Component
+from pipeline.curate.report_copies import BIN, Band, Component, Pair
+from pipeline.curate.report_looks import Looks
 from pipeline.curate.report_summary import Summary
 from pipeline.curate.report_threshold import threshold_sections
 from pipeline.curate.report_tiles import component_text, member_tile, pair_tiles
@@ -28,7 +29,27 @@ def copy_sections(summary: Summary) -> list[Section]:
         found += _groups(summary)
     if summary.edges is not None and summary.edges.count:
         found += _pairs(summary)
+    if summary.looks is not None and summary.looks.pairs:
+        found += _looks(summary.looks, summary)
     return found + threshold_sections(summary)
+
+
+def _looks(looks: Looks, summary: Summary) -> list[Section]:
+    differ = looks.pairs - looks.same - looks.undecided
+    text = (
+        f"Of {looks.pairs:,} pairs above the threshold that hold groups together, {looks.same:,} "
+        f"show the same; {differ:,} differ somewhere, and both images stay."
+    )
+    if looks.undecided:
+        text += f" About {looks.undecided:,} nothing could be said, so they stay too."
+    if not looks.apart:
+        return [Heading("The second look", text)]
+    groups = [
+        Group(pair_tiles(summary, Pair(one.a, one.b, one.similarity)), below=one.text, close=True)
+        for one in looks.apart
+    ]
+    title = "Looked alike, kept"
+    return [Heading("The second look", text), Gallery(groups, title, flow=True, wide=False)]
 
 
 def _groups(summary: Summary) -> list[Section]:
@@ -95,7 +116,7 @@ def _pairs(summary: Summary) -> list[Section]:
     assert threshold is not None
     galleries: list[Section] = []
     for band in edges.bands:
-        verdict = "copies" if band.copies else "not copies"
+        verdict = "looked at" if band.copies else "not copies"
         groups = [
             Group(
                 pair_tiles(summary, pair),
@@ -107,9 +128,8 @@ def _pairs(summary: Summary) -> list[Section]:
         galleries.append(Gallery(groups, _band(band), flow=True, wide=False))
     head = Heading(
         "Pairs near the threshold",
-        f"Pairs more alike than {similarity(threshold)} count as copies. Look at both sides of "
-        "the line: copies below it call for a lower threshold, different images above it for a "
-        "higher one.",
+        f"Pairs more alike than {similarity(threshold)} get a second look at their details, which "
+        "says whether they are copies. Copies below the line call for a lower threshold.",
     )
     charts = [] if summary.components is not None else [_similarities(summary)]
     return [head, *charts, *galleries]
@@ -137,5 +157,5 @@ def _similarities(summary: Summary) -> Section:
 def _band(band: Band) -> str:
     low = f"{similarity(band.low)} to " if band.low > 0 else "up to "
     high = similarity(min(1.0, band.high))
-    verdict = "copies" if band.copies else "not copies"
+    verdict = "looked at" if band.copies else "not copies"
     return f"{low}{high}: {band.count:,} {'pair' if band.count == 1 else 'pairs'}, {verdict}"

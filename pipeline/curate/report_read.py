@@ -28,6 +28,7 @@ NAMES = (
     "quality",
     "exact",
     "edges",
+    "looks",
     "components",
     "leaks",
     "retrieved",

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.curate.report_clusters import Clusters, read_clusters
 from pipeline.curate.report_copies import Components, Edges, read_components, read_edges
 from pipeline.curate.report_counts import Counts, Stage, count_decisions, funnel
+from pipeline.curate.report_looks import Looks, read_looks
 from pipeline.curate.report_map import Map, read_map
 from pipeline.curate.report_read import Shown, Tables
 from pipeline.curate.report_sets import Leaks, Retrieved, read_leaks, read_retrieved
@@ -69,6 +70,7 @@ class Summary:
     leak_threshold: float | None
     calibration: Mapping[str, Any] | None
     edges: Edges | None
+    looks: Looks | None
     components: Components | None
     leaks: tuple[Leaks, ...]
     retrieved: tuple[Retrieved, ...]
@@ -135,6 +137,7 @@ def summarise(
     edges = None
     if "edges" in tables and threshold is not None:
         edges = read_edges(tables, threshold, seed)
+    looks = read_looks(tables, seed) if "looks" in tables else None
     components = read_components(tables, seed) if "components" in tables else None
     leaks = read_leaks(tables, evaluation_sets or {}, leaked or {}) if "leaks" in tables else []
     retrieved = read_retrieved(tables, seed_sets or {}, seed) if "retrieved" in tables else []
@@ -142,6 +145,7 @@ def summarise(
     places = read_map(tables, counts.mapped, vectors, seed)
     keepers = _keepers(tables, counts)
     rows = {row for some in counts.samples.values() for row in some} | set(keepers.values())
+    rows |= set(looks.rows if looks else ())
     rows |= set(_rows_of(edges, components, leaks, retrieved, clusters, places))
     ran = {reason: name in tables for reason, name in TABLE_OF.items()}
     return Summary(
@@ -151,6 +155,7 @@ def summarise(
         leak_threshold=leak_threshold if leak_threshold is not None else threshold,
         calibration=calibration,
         edges=edges,
+        looks=looks,
         components=components,
         leaks=tuple(leaks),
         retrieved=tuple(retrieved),

@@ -22,6 +22,7 @@ def spread(
     """From tables by row, one for each task, to one table for each input file."""
     end = files[-1].first + files[-1].rows
     tables = list(read_range(source, names, files[0].first, end))
+    tables = [table.select(schema.names) for table in tables]
     table = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks().sort_by("row")
     return {"rows": len(table), "bytes": write_by_file(folder, table.cast(schema), files)}
 

@@ -19,18 +19,20 @@ from pipeline.curate.exact import Doubles, Halves, Ints, dots
 from pipeline.curate.unlike import (
     HIGHEST,
     LOOKED_AT,
+    Look,
     Pairs,
-    Pictures,
     all_pairs,
     interval,
     tail_threshold,
     without_copies,
 )
 
-FEWEST = 60  # images, below which the defaults are used
+FEWEST = 60  # images, below which nothing is calibrated
 SMALL = 1000  # images, below which the threshold is said to be uncertain
 DEFAULT_PENALTY = 0.06
-DEFAULT_VIEWS, DEFAULT_PLAIN = 0.70, 0.90  # thresholds: of the descriptor, of any other embedder
+# Thresholds of fewer images, of the descriptor and of any other embedder: strict, for nothing is
+# known of how alike different ones are. Compressed, smaller, mirrored and brighter copies pass.
+STRICT_VIEWS, STRICT_PLAIN = 0.90, 0.95
 PENALTIES = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2)
 WORTH = 0.01  # of the recall, for which another penalty than the default is taken
 CURVE = 41  # points
@@ -53,6 +55,7 @@ class Calibration:
         negatives: unlike pairs; below 1 / target, `reached` cannot show it.
         extrapolated: the threshold is from the fit of the tail, for there were too few pairs.
         copies: pairs of images in the sample that were found to be copies, and left out.
+        undecided: pairs that the second look could not decide about; they count as unlike.
         recall: share of the attacked copies of the scoring half that pass; NaN without any.
         recalls: by attack.
         curve: (threshold, recall, share of unlike pairs).
@@ -70,6 +73,7 @@ class Calibration:
     negatives: int = 0
     extrapolated: bool = False
     copies: int = 0
+    undecided: int = 0
     recall: float = math.nan
     recalls: dict[str, float] = field(default_factory=dict)
     curve: tuple[tuple[float, float, float], ...] = ()
@@ -78,7 +82,7 @@ class Calibration:
     def line(self) -> str:
         """For the log."""
         if math.isnan(self.low) or math.isnan(self.recall):
-            return f"{self.threshold:.3f}, a default"
+            return f"{self.threshold:.3f}, strict, not calibrated"
         return (
             f"{self.threshold:.3f} ({self.low:.3f} to {self.high:.3f} with other images of the "
             f"set), finds {self.recall:.0%} of attacked copies"
@@ -110,7 +114,7 @@ class Sample:
     Attributes:
         vectors: half precision [m, d], of the wholes.
         crops: [m, 9, d], or None for embedders without views.
-        pictures: uint8 [m, 64, 64] grey, for `same_picture`.
+        look: the second look at two of them.
         originals: [h], which images were attacked.
         copies: [h, attacks, d], of the wholes of their copies.
         copies_crops: [h, attacks, 9, d], or None.
@@ -118,7 +122,7 @@ class Sample:
 
     vectors: Halves
     crops: Halves | None
-    pictures: Pictures
+    look: Look
     originals: Ints
     copies: Halves
     copies_crops: Halves | None
@@ -136,15 +140,15 @@ def measure_threshold(sample: Sample, target: float) -> Calibration:
     default = DEFAULT_PENALTY if views else 0.0
     if images < FEWEST:
         return Calibration(
-            DEFAULT_VIEWS if views else DEFAULT_PLAIN,
+            STRICT_VIEWS if views else STRICT_PLAIN,
             default,
             target,
             images=images,
             attacked=attacked,
-            warning=f"{images} images are too few to calibrate ({FEWEST} are needed): the default "
-            "threshold is used",
+            warning=f"{images} images are too few to calibrate ({FEWEST} are needed): a strict "
+            "threshold is used, which finds no crops and few overlays",
         )
-    pairs = without_copies(all_pairs(sample.vectors, sample.crops), sample.pictures, default)
+    pairs = without_copies(all_pairs(sample.vectors, sample.crops), sample.look, default)
     plain, crop = _own(sample)
     penalty = _penalty(pairs, plain, crop, target) if views else 0.0
     own = np.maximum(plain, crop - penalty)
@@ -167,6 +171,7 @@ def measure_threshold(sample: Sample, target: float) -> Calibration:
         negatives=negatives,
         extrapolated=extrapolated,
         copies=pairs.copies,
+        undecided=pairs.undecided,
         recall=float(hits.mean()) if attacked else math.nan,
         recalls={n: float(hits[:, a].mean()) for a, n in enumerate(ATTACKS)} if attacked else {},
         curve=tuple(
@@ -188,6 +193,11 @@ def _warning(pairs: Pairs, threshold: float, target: float) -> str:
         said.append(
             f"so many of the images look alike that after {LOOKED_AT:,} pairs not all copies "
             "were found, and the threshold may be too high"
+        )
+    if pairs.undecided:
+        said.append(
+            f"of {pairs.undecided:,} pairs that look alike the second look could not say whether "
+            "they are copies; they count as different images"
         )
     if threshold >= HIGHEST:
         said.append(

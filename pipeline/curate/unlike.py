@@ -6,8 +6,8 @@ lowest of them falls off like an exponential, whose scale is its median. A media
 pairs that are copies after all.
 
 A user's images hold copies of each other, which are no errors when they match. So the pairs that
-are most alike are looked at by `same_picture`, until hardly any is one, and those that are copies
-by it are left out.
+are most alike get the second look that also decides which images go (`second_look`), until hardly
+any is a copy, and those that are copies by it are left out. The others are of different images.
 
 How far the threshold would move with another sample is seen by drawing images of this one with
 repetition (bootstrap): pairs are not independent of each other, images are.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,16 +25,15 @@ import numpy as np
 
 from pipeline.curate.descriptor import MIRROR, similarities
 from pipeline.curate.exact import Doubles, Halves, Ints, dots
-from pipeline.curate.same_picture import agreement
+from pipeline.curate.second_look import Verdict
 
 TOP = 20_000  # pairs that are most alike: of them the threshold is made
 COUNTED = 300  # unlike pairs that may pass, from which on they are counted and nothing is fitted
 FITTED = 1e-4  # share of the pairs above the point where the tail's fit begins
 DEPTH = 300  # pairs above it, at least
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
-LOOKED_AT = 2000  # pairs, at most
+LOOKED_AT = 1000  # pairs, at most: a minute and a half
 PATIENCE, FEW = 40, 4  # of so many in a row fewer are copies: no more are looked at
-SURE = 0.7  # agreement of copies; among horses on meadows some reach 0.65
 DRAWS = 200  # samples drawn from the sample
 LIKELY = (0.025, 0.975)  # the interval holds this share of their thresholds
 _BLOCK = 2**24  # similarities computed at once
@@ -41,7 +41,7 @@ _MARGIN = 1e-4  # of single precision, and much more than it needs
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
-Pictures = np.ndarray[Any, np.dtype[np.uint8]]
+Look = Callable[[int, int], Verdict]  # at two images of a sample
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Pairs:
         unlike: which of them are of different pictures.
         copies: how many are not.
         exhausted: more looked alike than were looked at.
+        undecided: pairs that the second look could not decide about; they count as unlike.
     """
 
     vectors: Halves
@@ -65,6 +66,7 @@ class Pairs:
     unlike: Bools
     copies: int = 0
     exhausted: bool = False
+    undecided: int = 0
 
     @property
     def images(self) -> int:
@@ -132,34 +134,42 @@ def all_pairs(vectors: Halves, crops: Halves | None) -> Pairs:
     return Pairs(vectors, crops, plain, crop, np.ones(count, bool))
 
 
-def without_copies(pairs: Pairs, pictures: Pictures, penalty: float) -> Pairs:
-    """Looks at the pairs that are most alike, and leaves out those of the same picture.
+def without_copies(pairs: Pairs, look: Look, penalty: float) -> Pairs:
+    """Looks at the pairs that are most alike, and leaves out those that show the same.
 
     A pair of which both were found to be copies of a third image is left out without a look.
 
     Args:
         pairs: of the sample.
-        pictures: uint8 [m, 64, 64] grey.
+        look: the second look at two images.
         penalty: of crops, for the order.
     """
     _, i, j = pairs.top(penalty)
     group = np.arange(pairs.images)
     unlike = pairs.unlike.copy()
     last: deque[bool] = deque(maxlen=PATIENCE)
-    looked = 0
+    looked = undecided = 0
     for a, b in zip(i.tolist(), j.tolist(), strict=True):
         same = bool(group[a] == group[b])
         if not same:
             if looked == LOOKED_AT or (len(last) == PATIENCE and sum(last) < FEW):
                 break
             looked += 1
-            same = agreement(pictures[a], pictures[b]) >= SURE
+            verdict = look(a, b)
+            same = verdict.same
+            undecided += verdict.reason == "undecided"
             last.append(same)
         if same:
             group[group == group[b]] = group[a]
             unlike[a * pairs.images - a * (a + 1) // 2 + b - a - 1] = False
     copies = int(len(unlike) - unlike.sum())
-    return replace(pairs, unlike=unlike, copies=copies, exhausted=looked == LOOKED_AT)
+    return replace(
+        pairs,
+        unlike=unlike,
+        copies=copies,
+        exhausted=looked == LOOKED_AT,
+        undecided=undecided,
+    )
 
 
 def tail_threshold(

@@ -5,15 +5,18 @@ copies of images that were curated earlier.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pipeline.config import Config
 from pipeline.curate import exact_copies, relative
 from pipeline.curate.calibrate import calibrate
-from pipeline.curate.components import find_components
+from pipeline.curate.components import LOOKED_EDGES, find_components
 from pipeline.curate.copies import Copies
 from pipeline.curate.descriptor import visiting
 from pipeline.curate.leaking_components import best_leaks, leaks_of
+from pipeline.curate.looks import Looking, counted
+from pipeline.curate.matches import EARLIER
 from pipeline.curate.pairs import find_pairs
 from pipeline.curate.report_copies import FAR
 from pipeline.curate.tables import POOL, Inputs, Vectors
@@ -88,6 +91,7 @@ def _thresholds(
             target=false_positives(config, exact_copies.own(exact)),
             seed=config.run.seed,
             max_pixels=config.data.max_image_pixels,
+            channels=config.model.in_channels,
         )
         found.add(step)
         found.calibration = calibration
@@ -122,12 +126,15 @@ def _pairs(
     found.results += pairs.steps
     aside = list(matches)
     if sets.leaks:
+        evaluated = {name: _evaluation_set(found, name, s) for name, s in sets.leaks.items()}
+        others = {name: (one, found.leak_prints[name]) for name, (one, _) in evaluated.items()}
         leaks, steps = relative.find_leaks(
             pairs,
             inputs,
-            {name: _evaluation_set(found, name, shards) for name, shards in sets.leaks.items()},
+            evaluated,
             threshold=found.leak_threshold,
             visiting=views,
+            looking=_looking(found, others),
             gpus=found.gpus,
         )
         found.add(leaks, "leaks", steps)
@@ -146,10 +153,28 @@ def _pairs(
         chains=dedup.chains,
         aside=[(one.folder, one.key) for one in aside],
         visiting=views,
+        looking=_looking(found),
     )
     found.add(components, "components", steps)
+    found.folders["looks"] = next(one.folder for one in steps if one.step == LOOKED_EDGES)
+    found.numbers["looks"] = _looks(found.results)
     if sets.leaks and config.leaks.scope == "components":
         _leaking(found)
+
+
+def _looking(found: Found, others: Mapping[str, tuple[Inputs, str]] | None = None) -> Looking:
+    config = found.config
+    channels, most = config.model.in_channels, config.data.max_image_pixels
+    return Looking(found.inputs, channels, most, others)
+
+
+def _looks(results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    """By what was compared: pairs that got the second look, and what it said."""
+    return {
+        result.step.removesuffix("/looked").removesuffix("/looks"): counted(result)
+        for result in results
+        if result.step.endswith("/looked")
+    }
 
 
 def _leaked(steps: tuple[Result, ...]) -> dict[str, int]:
@@ -157,7 +182,7 @@ def _leaked(steps: tuple[Result, ...]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for step in steps:
         for account in step.accounts:
-            counts.update(account.get("leaked", {}))
+            counts.update(account.get("held", {}))
     return dict(counts)
 
 
@@ -193,6 +218,8 @@ def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlie
     """Copies of images that were curated earlier: the step for each of the earlier curations."""
     assert found.threshold is not None
     results = []
+    shards = found.sets.earlier_shards
+    others = {EARLIER: (Inputs.of([(EARLIER, POOL, shards)]), "")} if shards else {}
     for number, one in enumerate(earlier):
         copies = Copies.open(one.root)
         names, key = one.decisions()
@@ -205,6 +232,7 @@ def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlie
             threshold=found.threshold,
             visiting=visiting if vectors.views else None,
             exact=(exact.folder, exact.key),
+            looking=_looking(found, others),
             gpus=found.gpus,
         )
         found.add(matches, steps=steps)

@@ -9,8 +9,6 @@ import pytest
 from PIL import Image
 
 from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.calibrate import picture
-from pipeline.curate.same_picture import same_picture
 from tests.curate.images import scene
 
 RGB = scene(1, 160, 200)
@@ -54,16 +52,3 @@ def test_tiny_images(shape):
     rgb = scene(2, 200, 200)[: shape[0], : shape[1]]
     for name in ATTACKS:
         assert min(attack(np.ascontiguousarray(rgb), name, bytes(16)).shape[:2]) >= 1
-
-
-def test_same_picture_knows_copies_and_tells_others_apart():
-    scenes = [scene(n, 160, 200) for n in range(4)]
-    for n, rgb in enumerate(scenes):
-        for name in ATTACKS:
-            copy = attack(rgb, name, bytes([n]) * 16)
-            if name not in ("rotate", "overlay"):  # most of them too
-                assert same_picture(picture(rgb), picture(copy)), name
-        for other in scenes[:n]:
-            assert not same_picture(picture(rgb), picture(other))
-    flat = np.full((64, 64), 90, np.uint8)
-    assert not same_picture(flat, flat)

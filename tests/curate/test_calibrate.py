@@ -17,11 +17,12 @@ from pipeline.curate import calibrate as module
 from pipeline.curate import embed as embedding
 from pipeline.curate import embedders, exact_copies, fingerprint, threshold, unlike
 from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.calibrate import attack_file, calibrate, copies_of, picture
+from pipeline.curate.calibrate import attack_file, calibrate, copies_of
 from pipeline.curate.descriptor import describe, similarity
 from pipeline.curate.embed import embed
 from pipeline.curate.embedders import MEAN, STD, EmbedderSpec, spec_of
 from pipeline.curate.exact import unit_half
+from pipeline.curate.second_look import Verdict, form_of, second_look
 from pipeline.curate.threshold import Calibration, Sample, measure_threshold
 from pipeline.curate.unlike import all_pairs, interval, tail_threshold
 from pipeline.data.columns import image_id
@@ -100,25 +101,31 @@ def test_all_pairs_are_those_of_two_loops(views):
     assert pairs.ends(np.arange(len(order)))[0].tolist() == [a for a, _ in order]
 
 
+def differ(a: int, b: int) -> Verdict:
+    return Verdict(False, "differ", 9.0, (0.5, 0.5))
+
+
+def alike(a: int, b: int) -> Verdict:
+    return Verdict(True, "", 0.0, (0.5, 0.5))
+
+
 def plain_sample(images: int, dim: int = 64, noise: float = 0.3, seed: int = 0) -> Sample:
     rng = np.random.default_rng(seed)
     first = rng.normal(size=(images, 1, dim))
     copies = first + noise * rng.normal(size=(images, len(ATTACKS), dim))
-    pictures = rng.integers(0, 256, (images, 64, 64)).astype(np.uint8)
     every = np.arange(images)
     vectors = unit_half(first.reshape(-1, dim))
     return Sample(
         vectors,
         None,
-        pictures,
+        differ,
         every,
         unit_half(copies.reshape(-1, dim)).reshape(copies.shape),
         None,
     )
 
 
-def test_recall_and_rate_are_those_of_the_pairs(monkeypatch):
-    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
+def test_recall_and_rate_are_those_of_the_pairs():
     sample = plain_sample(120)
     found = measure_threshold(sample, 5e-2)
     wide = sample.vectors.astype(np.float64)
@@ -140,9 +147,8 @@ def test_recall_and_rate_are_those_of_the_pairs(monkeypatch):
     assert list(recalls) == sorted(recalls, reverse=True) and rates[-1] == 0
 
 
-def test_the_interval_holds_the_thresholds_of_other_samples(monkeypatch):
+def test_the_interval_holds_the_thresholds_of_other_samples():
     """Of one distribution: 30 samples of 150 images, against a sample of 3,000."""
-    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
     rng = np.random.default_rng(5)
     mean = rng.normal(size=24)
 
@@ -163,21 +169,20 @@ def test_the_interval_holds_the_thresholds_of_other_samples(monkeypatch):
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 5, 59])
-def test_few_images_give_a_stated_default(images):
+def test_few_images_give_a_strict_threshold(images):
     found = measure_threshold(plain_sample(images), 1e-6)
-    assert found.threshold == threshold.DEFAULT_PLAIN and "too few" in found.warning
+    assert found.threshold == threshold.STRICT_PLAIN == 0.95 and "too few" in found.warning
+    assert "strict" in found.warning and "strict" in found.line()
     assert json.loads(json.dumps(found.to_json()))["recall"] is None
     assert math.isnan(Calibration.of_json(found.to_json()).recall)
 
 
-def test_all_images_equal(monkeypatch):
-    monkeypatch.setattr(unlike, "agreement", lambda a, b: float((a == b).all()))
+def test_all_images_equal():
     one = plain_sample(1)
-    pictures = np.repeat(picture(scene(0))[None], 60, 0)
     sample = Sample(
         np.repeat(one.vectors, 60, 0),
         None,
-        pictures,
+        alike,
         np.arange(60),
         np.repeat(one.copies, 60, 0),
         None,
@@ -189,15 +194,18 @@ def test_all_images_equal(monkeypatch):
 
 
 def test_what_the_reader_must_know_is_said(monkeypatch):
-    monkeypatch.setattr(unlike, "agreement", lambda a, b: 0.0)
     assert "are few" in measure_threshold(plain_sample(100), 1e-2).warning
     assert "extrapolated" in measure_threshold(plain_sample(100), 1e-6).warning
-    alike = plain_sample(100, noise=0.01)
-    near = unit_half(alike.vectors[:1].astype(float) + 1e-3 * alike.vectors.astype(float))
-    found = measure_threshold(
-        Sample(near, None, alike.pictures, alike.originals, alike.copies, None), 1e-6
-    )
+    close = plain_sample(100, noise=0.01)
+    near = unit_half(close.vectors[:1].astype(float) + 1e-3 * close.vectors.astype(float))
+    pairs = Sample(near, None, differ, close.originals, close.copies, None)
+    found = measure_threshold(pairs, 1e-6)
     assert found.threshold == unlike.HIGHEST and "as alike as copies" in found.warning
+    assert found.undecided == 0 and "could not say" not in found.warning
+    unclear = replace(pairs, look=lambda a, b: Verdict(False, "undecided", 0.0, (0.5, 0.5)))
+    found = measure_threshold(unclear, 1e-6)
+    assert found.undecided == unlike.PATIENCE and found.copies == 0
+    assert f"of {unlike.PATIENCE} pairs" in found.warning and "could not say" in found.warning
     monkeypatch.setattr(unlike, "LOOKED_AT", 30)
     assert "may be too high" in measure_threshold(plain_sample(100), 1e-2).warning
 
@@ -206,9 +214,13 @@ def attacked(images: list, ids: list[bytes]) -> Sample:
     found = [list(map(describe, copies_of(x, n))) for x, n in zip(images, ids, strict=True)]
     full = np.stack([np.stack([whole for whole, _ in some]) for some in found])
     crops = np.stack([np.stack([views for _, views in some]) for some in found])
-    pictures = np.stack([picture(image) for image in images])
+    forms = [form_of(image) for image in images]
     every = np.arange(len(images))
-    return Sample(full[:, 0], crops[:, 0], pictures, every, full[:, 1:], crops[:, 1:])
+
+    def look(a: int, b: int) -> Verdict:
+        return second_look(forms[a], forms[b])
+
+    return Sample(full[:, 0], crops[:, 0], look, every, full[:, 1:], crops[:, 1:])
 
 
 @pytest.mark.slow
@@ -265,7 +277,7 @@ def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypa
 def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
     found = run(tmp_path, files, "few")
-    assert found.images == images and found.threshold == threshold.DEFAULT_VIEWS and found.warning
+    assert found.images == images and found.threshold == threshold.STRICT_VIEWS and found.warning
 
 
 def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):

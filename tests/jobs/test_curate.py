@@ -17,13 +17,15 @@ from PIL import Image, ImageOps
 
 from pipeline import job
 from pipeline.config import Dedup
-from pipeline.curate import report
+from pipeline.curate import looks, report
+from pipeline.curate.second_look import Verdict
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
 from pipeline.overrides import load
 from pipeline.stages import curate_sizes
 from pipeline.stages.curate import params
 from pipeline.stages.curate_steps import proportions
+from tests.curate.kinds import KINDS
 from tests.curate.piles import hub, packed, without_ray
 
 
@@ -675,8 +677,10 @@ def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys,
     curate(tmp_path, *given, "retrieve.clusters=100000", name="fits")
 
 
-def test_what_is_like_an_added_copy_only_stays(tmp_path):
+def test_what_is_like_an_added_copy_only_stays(tmp_path, monkeypatch):
     """The second is like the first, which was curated before, and the third like the second."""
+    same = Verdict(True, "", 0.0, (0.5, 0.5))
+    monkeypatch.setattr(looks, "second_look", lambda a, b: same)  # blends are no copies by it
     pictures = [blobs(4), Image.blend(blobs(4), blobs(5), 0.5), blobs(5)]
     hub(tmp_path / "one", [[encoded(pictures[0]), encoded(blobs(9))]])
     hub(tmp_path / "two", [[encoded(pictures[1]), encoded(pictures[2])]])
@@ -893,3 +897,34 @@ def test_a_run_folder_in_a_bucket(tmp_path, s3, monkeypatch, capsys):
     blobs(2).save(tmp_path / "photo.png")
     job.main(["curate"], "doc", [*given, f"curate.query={tmp_path}/photo.png"])
     assert "photo.png is a copy of" in capsys.readouterr().out
+
+
+def test_what_differs_in_one_place_stays_and_is_told(tmp_path):
+    """One street with other number plates: in the pile, an evaluation set, and what is added."""
+    plates = list(KINDS["plates"](np.random.default_rng(3), 14))
+    small = [image.resize((240, 180), Image.Resampling.BICUBIC) for image in plates]
+    hub(
+        tmp_path / "hub",
+        [[encoded(x) for x in plates[:10]] + [encoded(x, "JPEG") for x in small[:3]]],
+    )
+    hub(tmp_path / "test", [[encoded(small[4], "JPEG")]])
+    given = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
+    run = curate(tmp_path, *given)
+    found = decisions(run)
+    counts = assert_balanced(run, 13)
+    assert counts == Counter(kept=9, duplicate_near=3, leaks_evaluation=1)
+    assert [row["reason"] for row in found[10:]] == ["duplicate_near"] * 3
+    assert [row["keeper_id"] for row in found[10:]] == [row["image_id"] for row in found[:3]]
+    assert found[4]["reason"] == "leaks_evaluation" and found[4]["rule"] == "test"
+    looked = run.last("curate")["looks"]
+    edges = looked["looks/edges"]
+    assert edges["pairs"] == 12 and edges["same"] == 3 and edges["differ"] == 9
+    assert looked["looks/leaks"]["same"] >= 1 and looked["looks/leaks"]["differ"] >= 9
+    report = (run.path / "curate" / "report.html").read_text()
+    assert "Looked alike, kept" in report and "9 differ somewhere" in report
+
+    hub(tmp_path / "more", [[encoded(x) for x in plates[11:]] + [encoded(small[1], "JPEG")]])
+    more = [f"data.shards={tmp_path}/more", f"curate.against={run.path}"]
+    added = decisions(curate(tmp_path, *more, name="more"))
+    assert [row["reason"] for row in added] == ["kept"] * 3 + ["duplicate_near"]
+    assert added[3]["rule"] == "earlier" and added[3]["keeper_id"] == found[1]["image_id"]
