@@ -119,14 +119,14 @@ def _joined(resources: Resources, address: str | None) -> Iterator[None]:
 
 def _connect(options: dict[str, Any], address: str | None) -> None:
     import ray
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
         what = f"joining the Ray cluster at {address}" if address else "starting Ray"
         with own_process_group(), _own_sigterm(), doing(what):
             ray.init(logging_level="error", log_to_driver=debug, **options)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if not address:
             raise
         if isinstance(error, AuthenticationError) or "uthenticat" in str(error):
