@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.data.batch import Views
 from pipeline.errors import PipelineError
@@ -24,6 +25,7 @@ from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targe
 from pipeline.model.pair import Encoded, Pair
 
 PATCH = 2  # place of the iBOT term beside GLOBAL and LOCAL
+PATCH_STEPS = 32  # numbers of rows that masked patches are filled up to, of those of all patches
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,18 @@ class ObjectiveSpec:
     sinkhorn_iterations: int = 3
     distil: bool = False  # no masks: iBOT on every patch of the global views
     clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
+
+
+class Masked(NamedTuple):
+    """The patches that iBOT scores.
+
+    Their number changes from step to step, and every new shape costs: kernels of oneDNN are kept
+    by shape, compiled ones are made anew. So `places` is filled up with the first patch to one of a
+    few lengths; what the networks say of the rows from `count` on is used nowhere.
+    """
+
+    places: Tensor  # int64 [M or more], flat places in [V * P]
+    count: int  # M
 
 
 class Targets(NamedTuple):
@@ -93,14 +107,18 @@ class Objective:
         """Whether CLS tokens go through the head."""
         return self.spec.dino_weight > 0
 
-    def masked(self, views: Views) -> Tensor:
-        """Flat places in `[V * P]` of the patches that iBOT scores, int64 `[M]`: the masked ones,
-        all when distilling, none where iBOT has weight 0.
+    def masked(self, views: Views) -> Masked:
+        """The patches that iBOT scores: the masked ones, all when distilling, none where iBOT has
+        weight 0.
         """
         flat = self._scored(views).flatten()
+        patches = len(flat)
         if self.spec.ibot_weight == 0:
             flat = flat[:0]
-        return flat.nonzero().squeeze(1)
+        places = flat.nonzero().squeeze(1)
+        step = -(-patches // PATCH_STEPS)
+        length = min(patches, -(-len(places) // step) * step)
+        return Masked(F.pad(places, (0, length - len(places))), len(places))
 
     def hidden(self, views: Views) -> Tensor:
         """Bool `[V, P]`, the patches hidden from the student: none when distilling."""
@@ -109,8 +127,11 @@ class Objective:
     def _scored(self, views: Views) -> Tensor:
         return torch.ones_like(views.masks) if self.spec.distil else views.masks
 
-    def targets(self, teacher: Iterator[Encoded], temperature: float) -> Iterator[Targets]:
-        """Targets of a step's micro batches, in order, from the teacher's unmasked global views.
+    def targets(
+        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
+    ) -> Iterator[Targets]:
+        """Targets of a step's micro batches, in order, from the teacher's unmasked global views and
+        the number of masked patches among their rows.
 
         With softmax centring the teacher is asked for one micro batch at a time, so that no more
         logits are held at once; the centres take in the step's means at the end. Sinkhorn balances
@@ -121,9 +142,9 @@ class Objective:
             yield from self._balanced(teacher, temperature)
             return
         means: tuple[list[Tensor], list[Tensor]] = ([], [])
-        while (encoded := next(teacher, None)) is not None:
-            targets = [self._centred(encoded, temperature, *means)]
-            del encoded
+        while (answer := next(teacher, None)) is not None:
+            targets = [self._centred(self._split(*answer), temperature, *means)]
+            del answer
             yield targets.pop()  # held by nobody here while it is used
         if self.scores_cls:
             self.dino_centre.see(means[0])
@@ -131,9 +152,13 @@ class Objective:
             self.ibot_centre.see(means[1])
 
     def _centred(
-        self, encoded: Encoded, temperature: float, cls_means: list[Tensor], means: list[Tensor]
+        self,
+        logits: tuple[Tensor, Tensor],
+        temperature: float,
+        cls_means: list[Tensor],
+        means: list[Tensor],
     ) -> Targets:
-        cls, patch = self._split(encoded, len(encoded.cls))
+        cls, patch = logits
         dino = ibot = None
         if self.scores_cls:
             dino = _softmax(cls, self.dino_centre, temperature, cls_means)
@@ -141,8 +166,10 @@ class Objective:
             ibot = _softmax(patch, self.ibot_centre, temperature, means)
         return Targets(dino, ibot)
 
-    def _balanced(self, teacher: Iterator[Encoded], temperature: float) -> Iterator[Targets]:
-        both = [self._split(encoded, len(encoded.cls)) for encoded in teacher]
+    def _balanced(
+        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
+    ) -> Iterator[Targets]:
+        both = [self._split(encoded, masked) for encoded, masked in teacher]
         cls, patch = [each[0] for each in both], [each[1] for each in both]
         rounds = self.spec.sinkhorn_iterations
         nothing: list[Target | None] = [None] * len(both)
@@ -159,14 +186,14 @@ class Objective:
         while left:  # a micro batch's logits are freed when its turn is over
             yield Targets(*left.pop(0))
 
-    def _split(self, encoded: Encoded, cls_rows: int) -> tuple[Tensor, Tensor]:
-        """CLS logits and patch logits of one forward, whichever head they came from."""
+    def _split(self, encoded: Encoded, masked: int) -> tuple[Tensor, Tensor]:
+        """The teacher's logits of CLS tokens and masked patches, whichever head they are from."""
         if encoded.ibot is not None:
-            return encoded.dino, encoded.ibot
-        rows = cls_rows if self.scores_cls else 0
-        return encoded.dino[:rows], encoded.dino[rows:]
+            return encoded.dino, encoded.ibot[:masked]
+        rows = len(encoded.cls) if self.scores_cls else 0
+        return encoded.dino[:rows], encoded.dino[rows : rows + masked]
 
-    def losses(self, student: Encoded, targets: Targets, views: Views, masked: Tensor) -> Terms:
+    def losses(self, student: Encoded, targets: Targets, views: Views, masked: Masked) -> Terms:
         """The terms of one micro batch, in fp32."""
         spec = self.spec
         global_rows = len(views.global_views)
@@ -178,7 +205,7 @@ class Objective:
 
         def ibot(first_row: int) -> Iterator[Piece]:
             if targets.ibot is not None:
-                weights = patch_weights(self._scored(views), masked)
+                weights = patch_weights(self._scored(views), masked.places[: masked.count])
                 yield from ibot_pieces(targets.ibot, weights, first_row, PATCH)
 
         if student.ibot is None:

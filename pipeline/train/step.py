@@ -20,7 +20,7 @@ from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
-from pipeline.train.objective import Objective, ObjectiveSpec
+from pipeline.train.objective import Masked, Objective, ObjectiveSpec
 
 __all__ = ["NonFinite", "Objective", "ObjectiveSpec", "StepResult", "train_step"]
 
@@ -96,17 +96,17 @@ def train_step(
     masked = [objective.masked(views) for views in micro_batches]
 
     @torch.no_grad()
-    def answer(views: Views, places: Tensor) -> Encoded:
+    def answer(views: Views, patches: Masked) -> tuple[Encoded, int]:
         with autocast():
             found: Encoded = pair.target_maker(
-                views.global_views, None, None, places, objective.scores_cls
+                views.global_views, None, None, patches.places, objective.scores_cls
             )
-            return found
+            return found, patches.count
 
     teacher = (answer(*each) for each in zip(micro_batches, masked, strict=True))
     targets = objective.targets(teacher, values.teacher_temperature)
     found: list[dict[str, Tensor]] = []
-    for number, (views, places) in enumerate(zip(micro_batches, masked, strict=True)):
+    for number, (views, patches) in enumerate(zip(micro_batches, masked, strict=True)):
         target = next(targets)
         last = number == parts - 1
         # DDP adds up the workers' gradients once a step, in the last backward.
@@ -116,11 +116,11 @@ def train_step(
                     views.global_views,
                     views.local_views if len(views.local_views) else None,
                     objective.hidden(views),
-                    places,
+                    patches.places,
                     objective.scores_cls,
                     generators[number],
                 )
-            terms = objective.losses(student, target, views, places)
+            terms = objective.losses(student, target, views, patches)
             del target  # free the logits
             (terms.total / parts).backward()  # type: ignore[no-untyped-call]
         found.append(

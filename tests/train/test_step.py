@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.loss.koleo import koleo
 from pipeline.loss.target import sinkhorn_targets
 from pipeline.model.pair import HeadSpec, Pair
+from pipeline.train import objective as objective_module
 from pipeline.train.step import NonFinite, Objective, ObjectiveSpec, train_step
 from tests.train.small_run import OTHER_HEAD, VALUES, Run, assert_same, poison_view, split, views
 
@@ -154,6 +155,30 @@ def test_views_that_no_step_can_use_are_refused_with_their_shapes() -> None:
     run = Run()
     with pytest.raises(PipelineError, match=r"got Views, expected a list"):
         train_step(run.pair.student, run.pair, both, run.optimizer, VALUES, run.objective)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("ibot", [None, OTHER_HEAD], ids=["shared", "separate"])
+def test_masked_patches_are_filled_up_to_few_lengths_and_nothing_else_changes(
+    ibot: HeadSpec | None, centring: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [views(8, seed) for seed in range(12)]
+    exact, filled = (Run(ObjectiveSpec(centring=centring), ibot) for _ in range(2))
+    lengths = {}
+    for name, run, steps in (("exact", exact, 64), ("filled", filled, 4)):
+        monkeypatch.setattr(objective_module, "PATCH_STEPS", steps)  # of 64 patches: each, and 16
+        lengths[name] = {len(run.objective.masked(batch).places) for batch in batches}
+        scalars = [run.step(batch).scalars for batch in batches[:3]]
+        if name == "exact":
+            expected = scalars
+            counts = [int(batch.masks.sum()) for batch in batches]
+            assert lengths["exact"] == set(counts) and len(set(counts)) > 5
+            continue
+        assert lengths["filled"] <= {16, 32, 48, 64} and len(lengths["filled"]) < 4
+        for found, value in zip(scalars, expected, strict=True):
+            for key in value:
+                torch.testing.assert_close(found[key], value[key], rtol=1e-5, atol=1e-5)
+    assert_same(filled.weights(), exact.weights(), atol=1e-5)
 
 
 def test_no_masked_patch_at_all() -> None:
