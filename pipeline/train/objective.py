@@ -50,11 +50,11 @@ class Masked(NamedTuple):
 
     Their number changes from step to step, and every new shape costs: kernels of oneDNN are kept
     by shape, compiled ones are made anew. So `places` is filled up with the first patch to one of a
-    few lengths; what the networks say of the rows from `count` on is used nowhere.
+    few lengths; what the networks say after `rows` of them is used nowhere.
     """
 
     places: Tensor  # int64 [M or more], flat places in [V * P]
-    count: int  # M
+    rows: int  # M
 
 
 class Targets(NamedTuple):
@@ -205,7 +205,7 @@ class Objective:
 
         def ibot(first_row: int) -> Iterator[Piece]:
             if targets.ibot is not None:
-                weights = patch_weights(self._scored(views), masked.places[: masked.count])
+                weights = patch_weights(self._scored(views), masked.places[: masked.rows])
                 yield from ibot_pieces(targets.ibot, weights, first_row, PATCH)
 
         if student.ibot is None:

@@ -101,7 +101,7 @@ def train_step(
             found: Encoded = pair.target_maker(
                 views.global_views, None, None, patches.places, objective.scores_cls
             )
-            return found, patches.count
+            return found, patches.rows
 
     teacher = (answer(*each) for each in zip(micro_batches, masked, strict=True))
     targets = objective.targets(teacher, values.teacher_temperature)
