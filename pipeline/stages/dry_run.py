@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.arrangement import Machine
 from pipeline.config import Config
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.storage import exists, resolve_uri
 from pipeline.errors import DataError, StorageError
 from pipeline.files import RunFolder
 from pipeline.plan import resolve
@@ -40,8 +41,10 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
     known = check_start(config, stages)
-    if folder.uri:
-        try_writing(str(folder.at()), b"")
+    for place in (folder.uri, config.run.folder) if folder.uri else ():
+        if exists(*resolve_uri(place)):  # in a folder that is not there, a mark of it would stay
+            try_writing(place, b"")
+            break
     if "pack" not in stages:
         config = with_packed_sets(config, folder)
         if stages[0] in STAGES:

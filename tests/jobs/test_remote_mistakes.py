@@ -110,3 +110,13 @@ def test_a_dry_run_sees_the_remote_run_and_writes_nothing(
     assert f"tiny in s3://{BUCKET}/runs/tiny (dry run" in job.stdout + job.stderr
     assert "about 10 images" in job.stdout + job.stderr
     assert s3.objects(BUCKET) == before
+
+
+def test_a_dry_run_says_that_a_run_folder_may_only_be_read(
+    without_ray: Ended, s3: S3, recipe: Path, tmp_path: Path
+) -> None:
+    given = arguments(recipe, "run.folder", f"s3://{BUCKET}", tmp_path)  # the bucket is there
+    with s3.broken("^(PUT|POST) /mistakes/[.]", 403, times=1000):
+        job = without_ray(*given, "--dry-run")
+    what, _ = said(job)
+    assert what.startswith(f"writing {BUCKET}/.") and "was refused" in what
