@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,20 +66,22 @@ class PackReport:
     class_names: tuple[str, ...]
     seconds: float
     retries: int = 0  # remote calls that were tried again
-    others: dict[str, int] = field(default_factory=dict)  # files that are no images, by reason
+    # files that are no images, by reason
+    others: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-def check_places(source: str, outputs: Mapping[str, str]) -> None:
+def check_places(source: str, outputs: Mapping[str, str], field: str = "data.source") -> None:
     """Refuse outputs inside the source: a second run would pack what the first one wrote.
 
     Args:
         source: what is packed.
         outputs: places by what names them, such as `data.shards`.
+        field: of the config, that names the source.
 
     Raises:
-        DataError: an output lies in the source.
+        DataError: an output lies in the source, or there is no such source.
     """
-    places = source_places(source)
+    places = source_places(source, field)
     for name, uri in outputs.items():
         if any(place.holds(*resolve_uri(uri)) for place in places):
             raise DataError(

@@ -122,7 +122,7 @@ def pack(
     other_files = other_files or str(join(parent(bad_images)[0], "other_files.parquet"))
     listing = list_source(source, follow_links=follow_links, field=field)
     outputs = {"shards": shards, "work": work, "bad_images": bad_images}
-    ledger.check_places(source, outputs)
+    ledger.check_places(source, outputs, field)
     label_member = label_member if labels == "auto" else ""
     # All that the shards depend on. The limit of bad images is not in it: with a higher one, a pack
     # that ended on it goes on.

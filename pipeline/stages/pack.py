@@ -35,6 +35,7 @@ SETTINGS = (
     "row_group_images",
 )
 
+
 FIELDS = {  # of the recipe that name the sources
     "train": "data.source",
     "reference": "evaluate.reference",
@@ -66,7 +67,7 @@ def check_places(config: Config, folder: RunFolder) -> None:
             fields = {"data.shards": shards} if own else {}
             places = fields | {"run.folder": str(folder.at("pack"))}
             source = absolute_source(source)
-            ledger.check_places(source, places)
+            ledger.check_places(source, places, FIELDS[name])
             ledger.check_source(absolute_uri(shards), public(source))
             work = absolute_uri(str(folder.at("pack", f"work_{name}")))
             check_unclaimed(absolute_uri(shards), Owner(public(source), public(work)))

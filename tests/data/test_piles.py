@@ -416,9 +416,10 @@ def test_patterns_and_lists(tmp_path):
             assert (report.images_packed, report.class_names) == (count, names), source
             assert report.bad == {}, source
     assert "nothing fits the pattern" in mistake(root / "*.gif", tmp_path / "x")
-    with pytest.raises(DataError) as caught:
-        packed(root / "train" / "{a,b}", tmp_path / "x", field="evaluate.queries")
-    assert "evaluate.queries" in caught.value.hint
+    for name in ("{a,b}", "nowhere", "nowhere/*"):
+        with pytest.raises(DataError) as caught:
+            packed(root / "train" / name, tmp_path / "x", field="evaluate.queries")
+        assert "evaluate.queries" in caught.value.hint
     for name in ("a\0b", "x" * 5000, "y" * 5000 + "*"):
         assert "cannot open" in mistake(f"{root}/{name}", tmp_path / "x"), name[:9]
     assert "names no place" in mistake(", ,", tmp_path / "x")
