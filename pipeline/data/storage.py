@@ -14,7 +14,7 @@ from pyarrow import fs as pafs
 
 from pipeline.data.kinds import is_table
 from pipeline.data.retry import retries, with_retries
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.uri import is_uri
 from pipeline.uri import public as public_uri
 
@@ -177,12 +177,23 @@ def list_parquet(
 def _files(
     fs: pafs.FileSystem, path: str, uri: str, field: str, *, recursive: bool
 ) -> list[pafs.FileInfo]:
-    info = file_info(fs, path, tries=3)
+    try:
+        info = file_info(fs, path, tries=3)
+        if info.type == pafs.FileType.Directory:
+            infos = list_files(fs, path, recursive=recursive)
+            # A name is decoded when it is asked for.
+            return infos if all(item.path for item in infos) else []
+    except StorageError:
+        raise
+    except (OSError, ValueError) as error:  # no right to look; names that are too long, or no UTF-8
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot list {public_uri(uri)}: {said}"[:400],
+            hint=f"check the rights, links and names of files in {field} (and the mount).",
+        ) from error
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"no such path: {public_uri(uri)}", hint=f"check {field} (and the mount).")
-    if info.type == pafs.FileType.File:
-        return [info]
-    return list_files(fs, path, recursive=recursive)
+    return [info]
 
 
 def _hidden(relative: str) -> bool:

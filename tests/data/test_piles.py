@@ -26,6 +26,7 @@ from pipeline.data import pack as packing
 from pipeline.data.decode import FORMATS
 from pipeline.data.kinds import begins_like_an_image
 from pipeline.data.pack import pack, unequal_shares
+from pipeline.data.schema import open_shards
 from pipeline.errors import DataError
 from tests.data import hostile as h
 from tests.data.test_pack import bad_of, hub, mistake, others_of, packed, table_of, tar_of, write
@@ -524,6 +525,19 @@ def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
     assert bad_of(tmp_path) == {"c1": "unreadable"}
     (tmp_path / "nothing").mkdir()
     assert "cannot read the folder" in mistake(tmp_path / "nothing", tmp_path / "x")
+
+
+def test_shards_in_a_folder_that_cannot_be_listed_are_one_sentence(tmp_path):
+    root = tmp_path / "in"
+    hub(root / "a.parquet", [h.jpeg(1)])
+    (root / "long").symlink_to("x" * 4000)
+    with pytest.raises(DataError, match="cannot list"):
+        open_shards(str(root))
+    (root / "long").unlink()
+    (root / os.fsdecode(b"\xff.jpg")).write_bytes(h.jpeg(2))
+    with pytest.raises(DataError, match="cannot list"):
+        open_shards(str(root))
+    assert packed(root, tmp_path).images_packed == 2
 
 
 def test_metadata_of_a_stranger(tmp_path):
