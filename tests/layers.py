@@ -20,7 +20,7 @@ LEAVES = [
     "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
     "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
     "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows", "data.kinds",
-    "data.patterns", "data.classes", "data.label_column", "data.overlap",
+    "data.patterns", "data.classes", "data.label_column", "data.overlap", "data.extras",
 ]  # fmt: skip
 PACKING = [
     *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
@@ -78,7 +78,7 @@ TABLE = [
     row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
     row(
         "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer "
-        "data.classes data.label_column data.overlap",
+        "data.classes data.label_column data.overlap data.extras",
         ["errors", "uri", *LEAVES],
         others="numpy pyarrow",
     ),

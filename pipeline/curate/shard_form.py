@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
 from pipeline.data.columns import IMAGE_SHARD_SCHEMA, is_ours, shard_metadata
+from pipeline.data.extras import check_fit
 from pipeline.data.overlap import shared_classes
 from pipeline.data.schema import ShardSet
 from pipeline.data.sources import extra_fields
@@ -59,6 +61,16 @@ def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
             f"{str(error).splitlines()[0]}",
             "pack them again with one type for that column, or without it",
         ) from error
+    for _, one in sets:
+        for index in range(1 if one.packed else len(one.files)):
+            with one.parquet(index) as parquet:
+                kept = kept_columns(parquet.schema_arrow, one.columns.image, one.columns.label)
+            if one.packed:  # all its files have the types of the first
+                files: range = range(len(one.files))
+            else:
+                files = range(index, index + 1)
+            for file in files:
+                check_fit(one.files[file].name, partial(one.parquet, file), kept, extras)
     ordered = pa.schema(sorted(extras, key=lambda f: str(f.name)))
     return Form(ordered, classes.names, labels, tuple(name for name, s in sets if s.packed))
 

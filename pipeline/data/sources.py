@@ -21,6 +21,7 @@ from pipeline.data.columns import (
     is_image_type,
     is_ours,
 )
+from pipeline.data.extras import check_fit
 from pipeline.data.kinds import is_archive, is_table, named_as_image
 from pipeline.data.labels import LabelFiles
 from pipeline.data.listing import Entry, Listing, Other, Refused, inside, list_source, readable
@@ -119,7 +120,7 @@ def plan_tasks(
         refused=tuple(refused),
         others=others,
         name_lists=tuple(tables.name_lists),
-        extras=_join(uri, tables.schemas),
+        extras=tables.joined(uri, listing),
         labelled=bool(keyed),
         images=0 if archives else images,
     )
@@ -142,6 +143,7 @@ class _Tables:
         self.others: list[Other] = []
         self.name_lists: list[tuple[str, ...]] = []
         self.schemas: list[pa.Schema] = []
+        self.kept: list[tuple[Entry, list[tuple[str, pa.Field]]]] = []  # columns of each schema
         self.rows = 0
         self.useless: DataError | None = None  # of the first file that has no images
         fs, _ = resolve_uri(listing.uri)
@@ -163,6 +165,23 @@ class _Tables:
             columns = ("image", "label") if own else (image_column, label_column)
             self._add(entry, footer, own, columns)
 
+    def joined(self, uri: str, listing: Listing) -> pa.Schema:
+        """The further columns of all files, of types that hold every value.
+
+        Raises:
+            DataError: there is no such type for a column.
+        """
+        found, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
+        for entry, kept in self.kept:
+            place = inside(listing.root, entry.path)
+            check_fit(
+                readable(entry.path),
+                lambda place=place: pq.ParquetFile(open_patiently(fs, place)),
+                kept,
+                found,
+            )
+        return found
+
     def _add(
         self,
         entry: Entry,
@@ -180,7 +199,9 @@ class _Tables:
             detail = "a table without a column of encoded images"
             self.others.append(Other(readable(entry.path), "no_image", detail))
             return
-        self.schemas.append(pa.schema([f for _, f in extra_fields(schema, *columns, own=own)]))
+        kept = extra_fields(schema, *columns, own=own)
+        self.schemas.append(pa.schema([field for _, field in kept]))
+        self.kept.append((entry, kept))
         names = class_names_of(schema, columns[1]) if self.labels else ()
         if names and names not in self.name_lists:
             self.name_lists.append(names)

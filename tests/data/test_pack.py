@@ -478,6 +478,25 @@ def test_names_in_one_file_and_bare_ids_in_another_are_refused(tmp_path, serial)
         packed(tmp_path / "text", tmp_path / "out")
 
 
+def test_an_extra_column_of_two_types_keeps_its_values_or_is_named(tmp_path, serial):
+    # whole numbers beside fractions: exact where a double holds them, else refused
+    exact = {"k": pa.array([7, None])}
+    hub(tmp_path / "small" / "a.parquet", [h.jpeg(1), h.jpeg(2)], extra=exact)
+    hub(tmp_path / "small" / "b.parquet", [h.jpeg(3)], extra={"k": pa.array([0.5])})
+    assert packed(tmp_path / "small", tmp_path / "s").images_packed == 3
+    assert sorted(filter(None, table_of(tmp_path / "s")["k"].to_pylist())) == [0.5, 7.0]
+    cases = {
+        "wide": (pa.array([2**60 + 1]), pa.array([0.5]), "int64"),
+        "unsigned": (pa.array([2**63 + 5], pa.uint64()), pa.array([1]), "uint64"),
+        "nested": (pa.array([[2**60 + 1]]), pa.array([[0.5]]), "list"),
+    }
+    for name, (first, second, kind) in cases.items():
+        hub(tmp_path / name / "a.parquet", [h.jpeg(1)], extra={"k": first})
+        hub(tmp_path / name / "b.parquet", [h.jpeg(2)], extra={"k": second})
+        with pytest.raises(DataError, match=f'column "k" is {kind}.* in a.parquet'):
+            packed(tmp_path / name, tmp_path / f"{name}_out")
+
+
 def test_damaged_parquet(tmp_path, serial):
     hub(tmp_path / "in" / "a.parquet", [h.jpeg(i) for i in range(6)], row_group_size=3,
         compression="none", use_dictionary=False)  # fmt: skip
