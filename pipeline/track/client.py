@@ -38,7 +38,7 @@ def quiet_mlflow() -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # MLflow sets its own level when it is imported, so what it says is filtered where it is said.
-    for name in ("mlflow.models.signature", "mlflow.utils.environment"):
+    for name in ("mlflow.models.signature", "mlflow.utils.environment", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("mlflow", "urllib3.connectionpool"):
         if logging.getLogger(name).level == logging.NOTSET:

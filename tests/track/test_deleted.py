@@ -14,7 +14,9 @@ from pipeline.track.client import quiet_mlflow
 
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
+    uri = f"sqlite:///{tmp_path_factory.mktemp('database')}/mlflow.db"
+    client_of(uri).search_experiments()  # makes the tables, which takes long on a busy machine
+    return uri
 
 
 @pytest.fixture(autouse=True)
