@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -211,9 +212,14 @@ def _leaves(value: Any) -> list[Any]:
     return [x for one in value for x in _leaves(one)] if isinstance(value, list) else [value]
 
 
+@cache
+def _annotations() -> dict[str, Any]:
+    return {name: field.annotation for name, field in field_paths()}
+
+
 def _is_text(path: str) -> bool:
     """Whether a field holds text, or texts by name (`leaks.sets.<name>`)."""
-    kinds = {name: field.annotation for name, field in field_paths()}
+    kinds = _annotations()
     section = path.rpartition(".")[0]
     return kinds.get(path) is str or kinds.get(section) == dict[str, str]
 
