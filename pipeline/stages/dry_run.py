@@ -153,7 +153,8 @@ def _place_and_images(known: KnownSet) -> tuple[str, str]:
 def _opened(uri: str, config: Config) -> ShardSet | None:
     """The shards at a place, where there are any."""
     try:
-        return open_shards(uri, config.data.image_column, config.data.label_column)
+        data = config.data
+        return open_shards(uri, data.image_column, data.label_column, labels=data.labels != "none")
     except StorageError:
         raise
     except DataError:

@@ -51,7 +51,7 @@ def known_set(config: Config, field: str, uri: str) -> KnownSet:
         return _builtin(field, uri)
     try:
         data = config.data
-        found = open_shards(uri, data.image_column, data.label_column, field)
+        found = open_shards(uri, data.image_column, data.label_column, field, data.labels != "none")
     except StorageError:
         raise
     except DataError:
@@ -86,7 +86,15 @@ def _source(config: Config, field: str, uri: str) -> KnownSet:
     listing = list_source(source, follow_links=data.follow_links, field=field)
     limit = int(data.max_image_mb * 2**20)
     member = data.label_member if data.labels == "auto" else ""
-    plan = plan_tasks(source, listing, data.image_column, data.label_column, limit, member)
+    plan = plan_tasks(
+        source,
+        listing,
+        data.image_column,
+        data.label_column,
+        limit,
+        member,
+        labels=data.labels != "none",
+    )
     kind, names = _labels(config, plan, listing)
     return KnownSet(
         Labels(f"{field}={public(source)}", kind, names),
