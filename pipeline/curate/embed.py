@@ -28,6 +28,7 @@ from pipeline.curate.tables import (
 from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.bad_image import MAX_PIXELS, BadImage
 from pipeline.data.decode import decode_image
+from pipeline.data.row_group import RowGroup
 from pipeline.uri import Place
 
 VERSION = 2
@@ -113,9 +114,9 @@ def embed_file(
         wanted[:] = False
         wanted[row[row == keeper] - file.first] = True
 
-    def prepared(encoded: bytes) -> Images | None:
+    def prepared(group: RowGroup, row: int) -> Images | None:
         try:
-            return embedder.prepare(decode_image(encoded, embedder.channels, max_pixels))
+            return embedder.prepare(decode_image(group.checked(row), embedder.channels, max_pixels))
         except BadImage:
             return None
 
@@ -136,7 +137,7 @@ def embed_file(
             for at in range(0, len(chosen), DECODED):
                 part = chosen[at : at + DECODED].tolist()
                 for place, image in zip(
-                    part, pool.map(prepared, map(group.image, part)), strict=True
+                    part, pool.map(prepared, [group] * len(part), part), strict=True
                 ):
                     if image is None:
                         continue

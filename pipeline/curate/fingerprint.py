@@ -129,7 +129,7 @@ def _table(
     squares = np.zeros((len(part), SIDE, SIDE))
     for place, row in enumerate(part):
         try:
-            measured = measure(decode_image(group.image(row), channels, max_pixels))
+            measured = measure(decode_image(group.checked(row), channels, max_pixels))
         except BadImage as error:
             found.append(None)
             errors.append(error.reason)

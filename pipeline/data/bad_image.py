@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 from pipeline.data.jpeg import jpeg_header
 
 MAX_PIXELS = 200_000_000
 _BYTES = 5  # memory that decoding may take, a pixel of the limit: 1 GB for MAX_PIXELS
-REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large")
+REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large", "damaged")
 
 
 class BadImage(Exception):
@@ -18,6 +19,18 @@ class BadImage(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def check_id(encoded: bytes, image_id: bytes) -> None:
+    """Compare the bytes of an image with the id that a shard stores for it.
+
+    Raises:
+        BadImage: they are not those that were packed.
+    """
+    found = hashlib.blake2b(encoded, digest_size=16).digest()
+    if found != image_id:
+        detail = f"its bytes are those of {found.hex()}: the file was damaged after it was packed"
+        raise BadImage("damaged", detail)
 
 
 def pixel_limit(max_pixels: int, bytes_per_pixel: int) -> int:

@@ -41,6 +41,7 @@ class Item:
     folder: str | None = None
     label: int | None = None
     class_name: str | None = None
+    image_id: str = ""  # that a shard stores beside it
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _read_group(
     path, (row, end) = readable(task.paths[0]), rows
     image, label = ("image", "label") if task.own else (reading.image_column, reading.label_column)
     kept = extra_fields(parquet.schema_arrow, image, label, own=task.own)
-    columns = [image, *[name for name, _ in kept], *["source"] * task.own]
+    columns = [image, *[name for name, _ in kept], *["source", "image_id"] * task.own]
     columns += [label] * (reading.labels and label in parquet.schema_arrow.names)
     try:
         for batch in parquet.iter_batches(_BATCH_ROWS, [group], columns):
@@ -202,9 +203,12 @@ def _rows(
             labels = label_ids(column).to_pylist()
     kept = table.column("source").to_pylist() if own else [None] * len(images)
     sources = [name or f"{path}#{first + i}" for i, name in enumerate(kept)]
+    ids = table.column("image_id").to_pylist() if own else [""] * len(images)
     return [
-        Item(source, image.as_py() or b"", None, label, name)
-        for source, image, label, name in zip(sources, images, labels, names, strict=True)
+        Item(source, image.as_py() or b"", None, label, name, stored)
+        for source, image, label, name, stored in zip(
+            sources, images, labels, names, ids, strict=True
+        )
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.bad_image import check_id
 from pipeline.data.columns import image_id, is_ours
 from pipeline.data.label_column import label_ids
 from pipeline.data.retry import with_retries
@@ -22,6 +23,7 @@ from pipeline.errors import DataError, one_line
 class RowGroup:
     """B rows of a shard: image_ids uint8[B, 16], labels int64[B] (-1: none), images on demand.
 
+    `named` says that the ids were stored beside the images and not made of them just now.
     `sizes` int64[B, 2] are height and width of the decoded images, 0 where the file does not say.
     """
 
@@ -29,6 +31,7 @@ class RowGroup:
     image_ids: np.ndarray[Any, np.dtype[np.uint8]] = field(repr=False)
     labels: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
     sizes: np.ndarray[Any, np.dtype[np.int64]] = field(repr=False)
+    named: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,6 +44,17 @@ class RowGroup:
     def image(self, row: int) -> bytes:
         """The encoded image of a row; b"" where the shard has null."""
         return bytes(self.encoded[row])
+
+    def checked(self, row: int) -> bytes:
+        """The encoded image of a row, for who decodes it.
+
+        Raises:
+            BadImage: a stored id is of other bytes.
+        """
+        encoded = self.image(row)
+        if self.named:
+            check_id(encoded, self.image_ids[row].tobytes())
+        return encoded
 
     @property
     def hex_ids(self) -> list[str]:
@@ -89,7 +103,7 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
         labels = np.full(len(images), -1, np.int64)
     # From a bytearray: an array over bytes would be read-only, which torch warns about.
     packed = np.frombuffer(bytearray.fromhex("".join(ids)), np.uint8).reshape(-1, 16)
-    return RowGroup(images, packed, labels, sizes)
+    return RowGroup(images, packed, labels, sizes, named=own)
 
 
 def _read_columns(columns: ShardColumns, path: str, row_group: int) -> tuple[pa.Table, bool, bool]:

@@ -219,6 +219,9 @@ def _verify(item: Item | Refused, max_pixels: int, channels: int) -> _Row | Refu
     if isinstance(item, Refused):
         return item
     name = image_id(item.encoded)
+    if item.image_id not in ("", name):
+        detail = f"its bytes are not those of {item.image_id}, by which its shard names it"
+        return Refused(item.source, "damaged", detail, name)
     try:
         pixels, form = decode(item.encoded, max_pixels, channels)
     except BadImage as bad:

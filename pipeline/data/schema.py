@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
 from pipeline.data.transfer import read_json
 from pipeline.errors import DataError, StorageError
+
+CHECKED = 1000  # files of a set whose footers are compared with its manifest, evenly spaced
+REMEMBERED = 64  # comparisons that are not made again
+_compared: dict[bytes, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,9 @@ def open_shards(
 ) -> ShardSet:
     """Find the shards at `uri`: a folder (of any depth), one file, or `folder/train-*.parquet`.
 
-    A folder that this project packed is opened by its manifest alone, which knows the columns; of
-    other files the footers are read, and a label column that holds names.
+    A folder that this project packed is opened by its manifest, which knows the columns and is
+    compared with the footers of up to `CHECKED` files; of other files all footers are read, and a
+    label column that holds names.
 
     Args:
         uri: a path or URI.
@@ -117,7 +123,9 @@ def open_shards(
     if infos[0].path != path and "*" not in path:
         manifest = read_json(fs, f"{path}/{MANIFEST}")
         if manifest is not None:
-            return shards_of_manifest(uri, path, manifest, infos)
+            found = shards_of_manifest(uri, path, manifest, infos)
+            _check_footers(fs, found, manifest, infos)
+            return found
     return _from_footers(
         uri, fs, path, infos, ShardColumns(uri, image_column, label_column, labels)
     )
@@ -135,15 +143,26 @@ def shards_of_manifest(
         infos: the files that are there.
 
     Raises:
-        DataError: another schema version, or a shard that is missing or of another size.
+        DataError: another schema version, a shard that is missing, too many or of another size, or
+            a manifest that was edited.
     """
+    if not isinstance(manifest, dict):
+        raise _edited(uri, "it holds no object")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise DataError(
             f"{public_uri(uri)} has schema version {manifest.get('schema_version')}, "
             f"this code reads {SCHEMA_VERSION}",
             hint="pack the images again, or use the version that wrote them.",
         )
+    _check_types(uri, manifest)
     sizes = {info.path: info.size for info in infos}
+    listed = {entry["name"] for entry in manifest["files"]}
+    for info in infos:
+        if info.path.rpartition("/")[0] == path and info.base_name not in listed:
+            raise DataError(
+                f"{public_uri(uri)} holds {info.base_name}, which its {MANIFEST} does not list",
+                hint="take that file away, or pack all of it into a new folder.",
+            )
     files = []
     for entry in manifest["files"]:
         name, size = entry["name"], entry["bytes"]
@@ -154,8 +173,9 @@ def shards_of_manifest(
                 f"shard {name} of {public_uri(uri)} {state}",
                 hint="copy the folder again, or pack again: a second run writes what is missing.",
             )
-        groups = tuple(int(rows) for rows in entry["row_groups"])
-        files.append(ShardFile(f"{path}/{name}", int(entry["rows"]), groups, int(size)))
+        files.append(
+            ShardFile(f"{path}/{name}", entry["rows"], tuple(entry["row_groups"]), int(size))
+        )
     return ShardSet(
         uri=uri,
         files=tuple(files),
@@ -165,8 +185,110 @@ def shards_of_manifest(
         digest=str(manifest["digest"]),
         image_column="image",
         label_column="label",
-        has_labels=int(manifest["labelled"]) > 0,
+        has_labels=manifest["labelled"] > 0,
     )
+
+
+def _edited(uri: str, what: str) -> DataError:
+    return DataError(
+        f"{MANIFEST} of {public_uri(uri)} is not as it was written: {what}",
+        hint="put it back from a copy, or delete the folder and pack again.",
+    )
+
+
+def _check_types(uri: str, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that does not hold what `ledger.write_manifest` writes."""
+    files, names = manifest.get("files"), manifest.get("class_names")
+    if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
+        raise _edited(uri, "files is no list of objects")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _edited(uri, "class_names is no list of names")
+    if not isinstance(manifest.get("digest"), str):
+        raise _edited(uri, "digest is no text")
+    seen: set[str] = set()
+    for entry in files:
+        name, groups = entry.get("name"), entry.get("row_groups")
+        if not isinstance(name, str) or not name or "/" in name or name in seen:
+            raise _edited(uri, f"the file name {name!r} stands twice or is none")
+        seen.add(name)
+        if not isinstance(groups, list) or not all(_count(rows, 1) for rows in groups):
+            raise _edited(uri, f"row_groups of {name} is no list of rows")
+        counted = _count(entry.get("bytes"), 1) and _count(entry.get("rows"), 0)
+        if not counted or entry["rows"] != sum(groups):
+            raise _edited(uri, f"{name} has {entry.get('rows')} rows and row groups {groups[:8]}")
+    rows = sum(entry["rows"] for entry in files)
+    if not _count(manifest.get("labelled"), 0) or manifest["labelled"] > rows:
+        raise _edited(uri, f"labelled is {manifest.get('labelled')!r} of {rows} images")
+    if manifest.get("images", rows) != rows:
+        raise _edited(uri, f"images is {manifest['images']!r}, its files have {rows}")
+
+
+def _count(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _check_footers(
+    fs: pafs.FileSystem,
+    found: ShardSet,
+    manifest: dict[str, Any],
+    infos: Sequence[pafs.FileInfo],
+) -> None:
+    """Compare a manifest with the files themselves, once for a state of both.
+
+    Raises:
+        DataError: rows, row groups, labels or class names of a file are others.
+    """
+    state = [found.uri, manifest, [[info.path, info.size, info.mtime_ns] for info in infos]]
+    key = hashlib.blake2b(json.dumps(state).encode()).digest()
+    if key in _compared:
+        return
+    step = max(1, -(-len(found.files) // CHECKED))
+    files = found.files[::step]
+
+    def check(file: ShardFile) -> int | None:
+        """How many labels the file has, if its footer tells."""
+        with open_parquet(fs, file.path) as parquet:
+            meta, schema = parquet.metadata, parquet.schema_arrow
+        groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+        if groups != file.row_groups:
+            said, there = (_shown(rows) for rows in (file.row_groups, groups))
+            raise _edited(found.uri, f"{file.name} has row groups of {there} images, not {said}")
+        if not is_ours(schema):
+            raise _edited(found.uri, f"{file.name} is no shard of this project")
+        if (names := canonical(class_names_of(schema))) != found.class_names:
+            said, there = _shown(found.class_names), _shown(names)
+            raise _edited(found.uri, f"{file.name} has the classes {there}, not {said}")
+        return _values(meta, "label")
+
+    with ThreadPoolExecutor(8) as pool:  # footers of remote files are a round trip each
+        labels = list(pool.map(check, files))
+    known = [count for count in labels if count is not None]
+    if step == 1 and len(known) == len(labels) and sum(known) != manifest["labelled"]:
+        raise _edited(
+            found.uri, f"labelled is {manifest['labelled']}, its files have {sum(known)} labels"
+        )
+    while len(_compared) >= REMEMBERED:
+        _compared.pop(next(iter(_compared)))
+    _compared[key] = True
+
+
+def _shown(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
+
+
+def _values(meta: pq.FileMetaData, column: str) -> int | None:
+    """How many values of a column are not null, by the footer; None where it does not say."""
+    paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
+    if column not in paths:
+        return 0
+    total = 0
+    for group in range(meta.num_row_groups):
+        chunk = meta.row_group(group).column(paths.index(column))
+        stats = chunk.statistics
+        if stats is None or not stats.has_null_count:
+            return None
+        total += chunk.num_values - stats.null_count
+    return total
 
 
 def _from_footers(

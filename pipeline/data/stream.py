@@ -175,7 +175,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
     for i in range(last - first):
         begin = time.perf_counter()
         try:
-            encoded = portion.image(first + i)
+            encoded = portion.checked(first + i)
             if not sizes[i].all():  # the shard does not say, but the file does
                 height, width = image_size(encoded, crops.channels, spec.max_pixels)
                 boxes[i], flips[i] = crop_boxes(drawn.boxes_u[i], width, height, crops)
