@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote
@@ -58,6 +59,9 @@ HIDDEN = "…"
 _START = re.compile(  # with a slash too few as well
     rf"([A-Za-z][A-Za-z0-9+.-]*)://+|\b({'|'.join((*SCHEMES, *ON_DISK))}):/", re.IGNORECASE
 )
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*\Z")  # before `://`
+_KNOWN = re.compile(rf"\b({'|'.join((*SCHEMES, *ON_DISK))})\Z", re.IGNORECASE)  # before `:/`
+_LONGEST = 64  # letters of a scheme
 _END = re.compile(r"[\s\"'<>`]")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.%]*\]|[^:\[\]]*)(:\d*)?")  # host and port, of IPv6 too
 
@@ -90,7 +94,7 @@ def public(text: Place) -> str:
     Shown are scheme, host, path and the parameters that `SCHEMES` names.
     """
     text = str(text)
-    starts = [m.start() for m in _START.finditer(text)]
+    starts = list(_starts(text))
     if not starts:
         return text
     pieces = [text[: starts[0]]]
@@ -100,6 +104,20 @@ def public(text: Place) -> str:
         cut = begin + len(text[begin:cut].rstrip(".,:;!)]}"))  # of the sentence around it
         pieces += [_public(text[begin:cut]), text[cut:following]]
     return "".join(pieces)
+
+
+def _starts(text: str) -> Iterator[int]:
+    """Where the addresses in a text begin.
+
+    From `:/` back to the front: a page with pictures has megabytes of letters that could begin one.
+    """
+    colon = text.find(":/")
+    while colon >= 0:
+        before = text[max(0, colon - _LONGEST) : colon]
+        scheme = (_SCHEME if text.startswith("://", colon) else _KNOWN).search(before)
+        if scheme:
+            yield colon - len(before) + scheme.start()
+        colon = text.find(":/", colon + 1)
 
 
 def public_address(uri: Place) -> str:
