@@ -104,6 +104,11 @@ class Data(Section):
         description="larger images are bad (too_large); formats that take more memory have less",
     )
     max_image_mb: float = Field(64, gt=0, description="larger encoded files are bad (too_large)")
+    range: Literal["auto-from-sample", "full"] | tuple[float, float] = Field(
+        "auto-from-sample",
+        description="values that become 0 and 255 where samples have more than 8 bits: those that "
+        "the images of the set use, [low,high], or full: all of 16 bits",
+    )
     scaled_decode: bool = Field(
         True,
         description="decode large JPEGs at 1/2, 1/4 or 1/8 where no crop would be enlarged by it",
@@ -113,6 +118,13 @@ class Data(Section):
     shuffle_images: Positive = Field(
         1024, description="rows drawn from several row groups and shuffled together when training"
     )
+
+    @field_validator("range")
+    @classmethod
+    def _rising(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] >= value[1]:
+            raise ValueError(f"range must be two values low < high, got {list(value)}")
+        return value
 
 
 class Augment(Section):

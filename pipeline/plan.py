@@ -93,6 +93,7 @@ class Plan(BaseModel):
     decode_cpus: float
     decode_tasks: int
     threads: int
+    value_range: Literal["full"] | tuple[float, float] | None = None  # of deep images; None: full
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
 
@@ -216,6 +217,7 @@ def resolve(
     machine: Machine,
     image_bytes: float = 0.0,
     layout: str = "",
+    value_range: Literal["full"] | tuple[float, float] | None = None,
 ) -> Plan:
     """Turns passes into steps, scales the lr, picks workers, batch and precision.
 
@@ -227,6 +229,7 @@ def resolve(
         machine: where it runs.
         image_bytes: mean size of an encoded image; large ones make the shuffle window shorter.
         layout: of the set's row groups, see `data.order.layout_of`.
+        value_range: that the set's images are decoded with, see `data.set_range`.
 
     Raises:
         ConfigError: where the numbers cannot work together, with all that is wrong.
@@ -283,6 +286,7 @@ def resolve(
         images=images,
         digest=digest,
         layout=layout,
+        value_range=value_range,
         class_names=class_names,
         device=device,
         workers=found.workers,

@@ -21,6 +21,7 @@ LEAVES = [
     "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
     "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows", "data.kinds",
     "data.patterns", "data.classes", "data.label_column", "data.overlap", "data.extras",
+    "data.deep", "data.value_range", "data.set_range", "data.dicom",
 ]  # fmt: skip
 PACKING = [
     *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
@@ -84,9 +85,10 @@ TABLE = [
     ),
     row("data.jpeg", others="numpy simplejpeg"),
     row(
-        "data.decode data.bad_image data.npy data.pictures",
-        "errors data.bad_image data.jpeg data.npy data.pictures",
+        "data.decode data.bad_image data.npy data.pictures data.deep data.dicom data.value_range",
+        "errors data.bad_image data.jpeg data.npy data.pictures data.deep data.dicom data.value_range",
         others="numpy PIL",
+        others_inside="torch torchvision pydicom pillow_heif",
     ),
     row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
     row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
@@ -104,10 +106,10 @@ TABLE = [
     row("data.probe", ["errors", "data.reading", "data.stream", *LEAVES], others="numpy"),
     # maths: no framework, no config
     row("model.sizes"),
-    row("model.formats", "data.crops model.*", others="torch"),
+    row("model.formats", "data.crops data.value_range model.*", others="torch"),
     row(
         "model.weights model.foreign_weights",
-        "errors files model.*",
+        "errors files data.value_range model.*",
         others="torch safetensors",
         others_inside="timm transformers",
     ),

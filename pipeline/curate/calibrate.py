@@ -191,7 +191,7 @@ def attack_file(
     views: list[Any] = []
 
     def copied(one: tuple[bytes, bytes]) -> Any:
-        pixels = decode_image(one[1], channels, max_pixels)
+        pixels = decode_image(one[1], channels, max_pixels, file.columns.value_range)
         copies = copies_of(three_channels(pixels), one[0], seed)[1:]
         if embedder is None:
             return [descriptor.describe(copy) for copy in copies]

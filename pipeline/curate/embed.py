@@ -114,9 +114,13 @@ def embed_file(
         wanted[:] = False
         wanted[row[row == keeper] - file.first] = True
 
+    value_range = file.columns.value_range
+
     def prepared(group: RowGroup, row: int) -> Images | None:
         try:
-            return embedder.prepare(decode_image(group.checked(row), embedder.channels, max_pixels))
+            encoded = group.checked(row)
+            pixels = decode_image(encoded, embedder.channels, max_pixels, value_range)
+            return embedder.prepare(pixels)
         except BadImage:
             return None
 

@@ -30,6 +30,7 @@ from pipeline.data.decode import decode_image
 from pipeline.data.retry import with_retries
 from pipeline.data.row_group import RowGroup, read_group
 from pipeline.data.storage import resolve_uri
+from pipeline.data.value_range import ValueRange
 from pipeline.uri import Place
 
 STEP = "fingerprint"
@@ -80,7 +81,15 @@ def fingerprint_file(
         for group, sources in groups_of(file):
             for at in range(0, len(group), BATCH):
                 part = range(at, min(at + BATCH, len(group)))
-                table = _table(file.first + rows, group, sources, part, max_pixels, channels)
+                table = _table(
+                    file.first + rows,
+                    group,
+                    sources,
+                    part,
+                    max_pixels,
+                    channels,
+                    file.columns.value_range,
+                )
                 bad += sum(map(bool, table.column("error").to_pylist()))
                 rows += len(part)
                 writer.write_table(table)
@@ -122,6 +131,7 @@ def _table(
     part: range,
     max_pixels: int,
     channels: int,
+    value_range: ValueRange,
 ) -> pa.Table:
     """The fingerprints of a part of a row group; `first` is the row of the part's first image."""
     found: list[Measured | None] = []
@@ -129,7 +139,8 @@ def _table(
     squares = np.zeros((len(part), SIDE, SIDE))
     for place, row in enumerate(part):
         try:
-            measured = measure(decode_image(group.checked(row), channels, max_pixels))
+            encoded = group.checked(row)
+            measured = measure(decode_image(encoded, channels, max_pixels, value_range))
         except BadImage as error:
             found.append(None)
             errors.append(error.reason)

@@ -187,7 +187,8 @@ def sample_counts(
             drawn = np.argsort(uniforms(seed, 1, group.image_ids, 1, SAMPLE_STREAM)[:, 0])
             for row in drawn[: min(rows, sample - len(errors))]:
                 try:
-                    measured = measure(decode_image(group.checked(int(row)), channels, max_pixels))
+                    encoded, value_range = group.checked(int(row)), file.columns.value_range
+                    measured = measure(decode_image(encoded, channels, max_pixels, value_range))
                 except BadImage:
                     errors.append(True)
                     found.append([0.0] * len(_MEASURES))

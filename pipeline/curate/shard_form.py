@@ -14,6 +14,7 @@ from pipeline.data.extras import check_fit
 from pipeline.data.overlap import shared_classes
 from pipeline.data.schema import ShardSet
 from pipeline.data.sources import extra_fields
+from pipeline.data.value_range import FULL, ValueRange
 from pipeline.errors import DataError
 
 
@@ -32,12 +33,13 @@ class Form:
     class_names: tuple[str, ...]
     labels: dict[str, tuple[int, ...]]
     packed: tuple[str, ...]
+    value_range: ValueRange = FULL
 
     @property
     def schema(self) -> pa.Schema:
         """Of a curated shard."""
         joined = pa.schema([*IMAGE_SHARD_SCHEMA, *self.extras])
-        return joined.with_metadata(shard_metadata(self.class_names))
+        return joined.with_metadata(shard_metadata(self.class_names, self.value_range))
 
 
 def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
@@ -72,7 +74,8 @@ def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
             for file in files:
                 check_fit(one.files[file].name, partial(one.parquet, file), kept, extras)
     ordered = pa.schema(sorted(extras, key=lambda f: str(f.name)))
-    return Form(ordered, classes.names, labels, tuple(name for name, s in sets if s.packed))
+    packed = tuple(name for name, s in sets if s.packed)
+    return Form(ordered, classes.names, labels, packed, sets[0][1].columns.value_range)
 
 
 def _extras_of(shards: ShardSet) -> list[pa.Schema]:

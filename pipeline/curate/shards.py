@@ -122,7 +122,9 @@ def write_curated(
                 f"{wanted} images are kept, {written.total('rows')} are in the shards"
             )
         held.check()
-        write_manifest(str(shards), source, form.class_names, written.accounts)
+        write_manifest(
+            str(shards), source, form.class_names, written.accounts, form.value_range, None
+        )
         found = open_shards(str(shards))
     fs, path = resolve_uri(str(work))
     about_it = {"key": key, "digest": found.digest, "shards": public(shards)}

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.data.schema import ShardColumns, ShardFile, ShardSet
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import atomic_path
+from pipeline.data.value_range import FULL
 from pipeline.errors import DataError, one_line
 from pipeline.uri import join, public
 
@@ -193,6 +194,7 @@ class Inputs:
         # The columns too: a digest of shards that were not packed here knows sizes alone.
         digest = "-".join(
             f"{name}:{kind}:{shards.digest}:{shards.image_column}:{shards.label_column}"
+            + ("" if shards.columns.value_range == FULL else f":{shards.value_range}")
             for name, kind, shards in sets
         )
         return cls(tuple(files), digest)

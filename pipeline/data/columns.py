@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from pipeline.data.classes import canonical
 from pipeline.data.label_column import label_kind
+from pipeline.data.value_range import FULL, ValueRange, from_json
 from pipeline.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -45,9 +46,15 @@ def image_id(encoded: bytes) -> str:
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
-def shard_metadata(class_names: Sequence[str]) -> dict[bytes, bytes]:
+def shard_metadata(
+    class_names: Sequence[str], value_range: ValueRange = FULL
+) -> dict[bytes, bytes]:
     """The file metadata of a shard that this project wrote."""
-    content = {"schema_version": SCHEMA_VERSION, "class_names": list(class_names)}
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "class_names": list(class_names),
+        "value_range": value_range,
+    }
     return {METADATA_KEY: json.dumps(content, ensure_ascii=False).encode()}
 
 
@@ -73,6 +80,11 @@ def _texts(names: Any) -> tuple[str, ...]:
     """A list of class names as written by anyone; () where it is none."""
     plain = isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
     return canonical(names) if plain else ()
+
+
+def value_range_of(schema: pa.Schema) -> ValueRange | None:
+    """The range of values in a parquet schema of ours; None where none is noted."""
+    return from_json((_json((schema.metadata or {}).get(METADATA_KEY)) or {}).get("value_range"))
 
 
 def is_ours(schema: pa.Schema) -> bool:

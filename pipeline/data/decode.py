@@ -6,7 +6,9 @@ The rules, in order:
 * the size is read from the header, and refused there if it is over `max_pixels`;
 * a file that ends early is refused as `truncated`, even where a decoder could fill the rest;
 * EXIF orientation is applied; ICC profiles are not (as in every training pipeline we know);
-* 1-bit, grey and palette images are expanded; 16 bits become 8 by dropping the low byte;
+* 1-bit, grey and palette images are expanded;
+* of samples of more than 8 bits a range of values becomes 0 to 255 (`value_range`): by default all
+  values of 16 bits, which is the high byte; signed, 32-bit and float samples need a range;
 * CMYK and YCCK are converted without a profile (JPEG: inverted, as Adobe writes it and all
   browsers read it); Lab goes through littleCMS to sRGB;
 * transparency, also of palettes and colour keys, is laid over white, which is what a reader of a
@@ -34,8 +36,16 @@ from pipeline.data.bad_image import (
     unidentified,
 )
 from pipeline.data.jpeg import JpegHeader, decode_plain, jpeg_header
-from pipeline.data.npy import MAGIC, decode_npy, npy_size
-from pipeline.data.pictures import FORMATS, MODES, convert, decode_picture, picture_size
+from pipeline.data.npy import MAGIC, decode_npy, npy_size, npy_values
+from pipeline.data.pictures import (
+    FORMATS,
+    MODES,
+    convert,
+    decode_picture,
+    deep_picture,
+    picture_size,
+)
+from pipeline.data.value_range import FULL, Span, ValueRange, span_of
 from pipeline.errors import shortened
 
 __all__ = [
@@ -49,6 +59,7 @@ __all__ = [
     "decode_rgb",
     "decode_shrunk",
     "image_size",
+    "value_span",
 ]
 
 NPY = "NPY"  # our name for numpy files, which Pillow does not read
@@ -56,7 +67,12 @@ NPY = "NPY"  # our name for numpy files, which Pillow does not read
 UInt8Array = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def decode_image(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+def decode_image(
+    encoded: bytes,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange = FULL,
+) -> UInt8Array:
     """Decode an image to uint8[H, W, channels], writable, rows in reading order.
 
     Args:
@@ -64,11 +80,12 @@ def decode_image(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS
         channels: 3 is RGB, 1 luminance, 2 luminance and alpha, 4 RGB and alpha (straight, opaque
             where a file has none); other numbers come from numpy files only.
         max_pixels: H x W; files with more are refused by their header.
+        value_range: what becomes 0 and 255 where samples have more than 8 bits.
 
     Raises:
         BadImage: empty, not_an_image, undecodable, truncated or too_large (pixels), with a detail.
     """
-    return _decode(encoded, max_pixels, channels, 1)[0]
+    return _decode(encoded, max_pixels, channels, 1, value_range)[0]
 
 
 def decode_rgb(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
@@ -77,7 +94,11 @@ def decode_rgb(encoded: bytes, max_pixels: int = MAX_PIXELS) -> UInt8Array:
 
 
 def decode_shrunk(
-    encoded: bytes, shrink: int, channels: int = 3, max_pixels: int = MAX_PIXELS
+    encoded: bytes,
+    shrink: int,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange = FULL,
 ) -> tuple[UInt8Array, int]:
     """`decode_image` at 1/shrink of the size where that is cheaper, and the shrink that it is.
 
@@ -89,11 +110,12 @@ def decode_shrunk(
         shrink: 1, 2, 4 or 8, as `crops.decode_shrink` chooses it.
         channels: as for `decode_image`.
         max_pixels: as for `decode_image`.
+        value_range: as for `decode_image`.
 
     Raises:
         BadImage: as `decode_image`.
     """
-    pixels, _, shrink = _decode(encoded, max_pixels, channels, shrink)
+    pixels, _, shrink = _decode(encoded, max_pixels, channels, shrink, value_range)
     return pixels, shrink
 
 
@@ -113,19 +135,38 @@ def image_size(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) 
 
 
 def decode(
-    encoded: bytes, max_pixels: int = MAX_PIXELS, channels: int = 3
+    encoded: bytes,
+    max_pixels: int = MAX_PIXELS,
+    channels: int = 3,
+    value_range: ValueRange = FULL,
 ) -> tuple[UInt8Array, str]:
     """Like `decode_image`, and the format of the file: NPY, or as Pillow names it (JPEG, ...)."""
-    return _decode(encoded, max_pixels, channels, 1)[:2]
+    return _decode(encoded, max_pixels, channels, 1, value_range)[:2]
+
+
+def value_span(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Span | None:
+    """The values that an image of more than 8 bits a sample uses; None for any other.
+
+    Raises:
+        BadImage: as `decode_image`.
+    """
+    with _reasons(encoded):
+        if encoded.startswith(MAGIC):
+            values = npy_values(encoded, max_pixels, channels)
+        elif (deep := deep_picture(encoded, max_pixels, channels)) is not None:
+            values = deep.samples.colour_values
+        else:
+            return None
+        return None if values.dtype == np.uint8 else span_of(values)
 
 
 def _decode(
-    encoded: bytes, max_pixels: int, channels: int, shrink: int
+    encoded: bytes, max_pixels: int, channels: int, shrink: int, value_range: ValueRange
 ) -> tuple[UInt8Array, str, int]:
     """Pixels, format and the shrink that was used: by the fast road where that is open."""
     with _reasons(encoded):
         if encoded.startswith(MAGIC):
-            return decode_npy(encoded, max_pixels, channels), NPY, 1
+            return decode_npy(encoded, max_pixels, channels, value_range), NPY, 1
         header = jpeg_header(encoded)
         if header.plain and _allowed(header, max_pixels, channels):
             grey = channels == 1 and header.components == 1
@@ -135,7 +176,7 @@ def _decode(
                     other = np.array(convert(Image.fromarray(pixels), "JPEG", channels))
                     pixels = other.reshape(*pixels.shape[:2], channels)
                 return pixels, "JPEG", shrink
-        return *decode_picture(encoded, max_pixels, channels), 1
+        return *decode_picture(encoded, max_pixels, channels, value_range), 1
 
 
 def _allowed(header: JpegHeader, max_pixels: int, channels: int) -> bool:

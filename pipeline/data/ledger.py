@@ -42,6 +42,7 @@ from pipeline.data.transfer import (
     write_bytes_atomic,
     write_parquet_atomic,
 )
+from pipeline.data.value_range import FULL, ValueRange, from_json
 from pipeline.errors import DataError, StorageError
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
@@ -68,6 +69,8 @@ class PackReport:
     retries: int = 0  # remote calls that were tried again
     # files that are no images, by reason
     others: dict[str, int] = dataclasses.field(default_factory=dict)
+    value_range: ValueRange = FULL  # of deep images, that becomes 0 to 255
+    used_range: ValueRange = FULL  # of the values that they have
 
 
 def check_places(source: str, outputs: Mapping[str, str], field: str = "data.source") -> None:
@@ -113,7 +116,11 @@ def finished(work: str, key: str, shards: str) -> PackReport | None:
         return None
     try:
         report = stored["report"]
-        found = PackReport(**{**report, "class_names": tuple(report["class_names"])})
+        found = PackReport(
+            **report
+            | {"class_names": tuple(report["class_names"])}
+            | {n: from_json(report.get(n, FULL)) for n in ("value_range", "used_range")}
+        )
         return found if open_shards(shards).digest == found.digest else None
     except StorageError:
         raise
@@ -274,7 +281,12 @@ def write_other_files(others: Sequence[Other], uri: str) -> None:
 
 
 def write_manifest(
-    shards: str, source: str, class_names: Sequence[str], written: Sequence[dict[str, Any]]
+    shards: str,
+    source: str,
+    class_names: Sequence[str],
+    written: Sequence[dict[str, Any]],
+    value_range: ValueRange | None = FULL,
+    used_range: ValueRange | None = FULL,
 ) -> str:
     """Write the manifest, last of all files; returns the digest of ids, labels and class names."""
     fs, folder = resolve_uri(shards)
@@ -288,6 +300,8 @@ def write_manifest(
         "images": sum(account["rows"] for account in files),
         "labelled": sum(account["labelled"] for account in files),
         "class_names": list(class_names),
+        "value_range": value_range,
+        "used_range": used_range,
         "digest": digest.hexdigest(),
         "files": [
             {name: account[name] for name in ("name", "rows", "bytes", "row_groups")}

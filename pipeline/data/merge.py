@@ -19,6 +19,7 @@ from pipeline.data.columns import IMAGE_SHARD_SCHEMA, shard_metadata
 from pipeline.data.runs import PackSpec
 from pipeline.data.storage import file_info, resolve_uri, retries, with_retries
 from pipeline.data.transfer import parquet_writer_atomic, read_bytes, write_bytes_atomic
+from pipeline.data.value_range import FULL, ValueRange
 
 # A row group is read whole, by each window that touches it: a quarter of a window or less, so that
 # the ends of a window add little. 256 ordinary photos fit; larger images make shorter groups.
@@ -35,6 +36,7 @@ class Merge:
     folder_ids: dict[str, int]  # empty where folders are not classes
     label_ids: tuple[tuple[int, ...], ...]  # per list of names: id of its i-th name; () : as it is
     labels: bool
+    value_range: ValueRange = FULL
 
 
 def shard_name(index: int) -> str:
@@ -76,7 +78,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
         labels = _labels(rows, [run["names"] for run in runs], merge)
         images = _Images(work_fs, [run["path"] for run in runs], rows)
         schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
-        schema = schema.with_metadata(shard_metadata(merge.class_names))
+        schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
         path = f"{folder}/{account['name']}"
         with parquet_writer_atomic(schema, fs, path) as writer:
             for start, end in row_groups(rows.column("size").to_numpy(), spec.row_group_images):

@@ -10,6 +10,7 @@ from numpy.lib import format as npy
 
 from pipeline.data.bad_image import BadImage, too_large
 from pipeline.data.pictures import quiet
+from pipeline.data.value_range import ValueRange, to_bytes
 from pipeline.errors import shortened
 
 MAGIC = npy.MAGIC_PREFIX
@@ -25,18 +26,22 @@ class _Layout(NamedTuple):
     dtype: np.dtype[Any]
 
 
-def decode_npy(encoded: bytes, max_pixels: int, channels: int) -> Pixels:
+def decode_npy(encoded: bytes, max_pixels: int, channels: int, value_range: ValueRange) -> Pixels:
     """A numpy file with [H, W, channels], or [H, W] where one channel is asked for.
 
-    8 bits are taken as they are, of 16 the high byte. The data is read where it lies by a plain
-    dtype: nothing here can unpickle.
+    uint8 is taken as it is, of other numbers the range becomes 0 to 255.
+    """
+    values = npy_values(encoded, max_pixels, channels)
+    return np.array(to_bytes(values, value_range), np.uint8, order="C")
+
+
+def npy_values(encoded: bytes, max_pixels: int, channels: int) -> np.ndarray[Any, np.dtype[Any]]:
+    """[H, W, channels] of any type of numbers. The data is read where it lies by a plain dtype:
+    nothing here can unpickle.
     """
     (height, width), offset, fortran, dtype = _layout(encoded, max_pixels, channels)
     values = np.frombuffer(encoded, dtype, height * width * channels, offset)
-    pixels = values.reshape(height, width, channels, order="F" if fortran else "C")
-    if dtype.itemsize == 2:
-        pixels = pixels >> 8
-    return np.array(pixels, np.uint8, order="C")
+    return values.reshape(height, width, channels, order="F" if fortran else "C")
 
 
 def npy_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
@@ -49,7 +54,7 @@ def _layout(encoded: bytes, max_pixels: int, channels: int) -> _Layout:
     wanted = f"uint8 or uint16 [H, W, {channels}]" + (" or [H, W]" if channels == 1 else "")
     height, width, *rest = (*shape, 0, 0)[: max(2, len(shape))]
     fits = rest == [channels] or (not rest and channels == 1)
-    plain = dtype.kind == "u" and dtype.itemsize in (1, 2)
+    plain = dtype.kind in "iuf" and dtype.itemsize <= 8
     if not (plain and fits and height > 0 and width > 0):
         raise BadImage("undecodable", shortened(f"{dtype} {list(shape)}, expected {wanted}"))
     if height * width > max_pixels:

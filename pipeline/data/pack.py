@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.data import ledger
@@ -33,6 +33,7 @@ from pipeline.data.runs import INDEX_VERSION, PackSpec, write_runs
 from pipeline.data.sources import Plan, Task, plan_tasks
 from pipeline.data.storage import absolute_uri, public_uri, resolve_uri
 from pipeline.data.transfer import write_bytes_atomic
+from pipeline.data.value_range import AUTO, ValueRange, merged, range_of
 from pipeline.errors import DataError, StorageError
 from pipeline.uri import join, parent
 
@@ -73,6 +74,7 @@ def pack(
     max_pixels: int = MAX_PIXELS,
     max_image_bytes: int = MAX_IMAGE_BYTES,
     channels: int = 3,
+    value_range: ValueRange | Literal["auto-from-sample"] = AUTO,
     shard_bytes: int = 256 * 2**20,
     row_group_images: int = 256,
     bad_images: str,
@@ -100,6 +102,7 @@ def pack(
         max_image_bytes: encoded images with more bytes are bad (too_large).
         channels: that training will ask for (see `decode.decode_image`); an image that cannot give
             them is bad (undecodable).
+        value_range: of images of more than 8 bits, that becomes 0 to 255; noted in the shards.
         shard_bytes: about the size of a shard.
         row_group_images: rows of a row group, fewer where images are large.
         bad_images: path of the bad image table (parquet), written before anything can fail on it.
@@ -132,6 +135,7 @@ def pack(
     arguments += [f"channels={channels}"] if channels != RGB else []
     arguments += [f"label_member={label_member}"] if label_member not in ("", "cls") else []
     arguments += ["follow_links"] if follow_links else []
+    arguments += [f"range={value_range}"] if value_range != AUTO else []
     key = ledger.key_of(listing, arguments)
     if (finished := ledger.finished(work, key, shards)) is not None:
         log.info("%s is packed already, nothing to do", shards)
@@ -151,6 +155,7 @@ def pack(
         name_lists=plan.name_lists,
         channels=channels,
         labelled=plan.labelled,
+        value_range=value_range,
     )
     owner = Owner(public_uri(source), public_uri(work))
     with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
@@ -164,12 +169,14 @@ def pack(
         _warn(others)
         outcome = _Outcome(public_uri(source), bad, others, listing.links, bad_images, other_files)
         outcome.check(images_in, max_bad_fraction)
-        merge = _merge(plan, read, labels, shard_bytes, source)
+        used = range_of(merged(read))
+        chosen = used if value_range == AUTO else value_range
+        merge = replace(_merge(plan, read, labels, shard_bytes, source), value_range=chosen)
         held.check()
         written = _write_all(merge, read, spec, on_progress)
         held.check()
         ledger.drop(held, stale, written)
-        digest = ledger.write_manifest(shards, source, merge.class_names, written)
+        digest = ledger.write_manifest(shards, source, merge.class_names, written, chosen, used)
         report = PackReport(
             images_in=images_in,
             images_packed=sum(account["rows"] for account in written),
@@ -182,6 +189,8 @@ def pack(
             seconds=round(time.monotonic() - begin, 3),
             retries=sum(account.get("retries", 0) for account in [*read, *written]),
             others=dict(sorted(Counter(item.reason for item in others).items())),
+            value_range=chosen,
+            used_range=used,
         )
         if images_in != report.images_packed + report.duplicates + len(bad):
             raise RuntimeError(f"images were lost or counted twice: {report}")

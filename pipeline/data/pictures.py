@@ -8,13 +8,16 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from pipeline.data.bad_image import BadImage, cut_short, pixel_limit, too_large
+from pipeline.data.deep import Samples, TiffLayout, check_tiff, png_samples, tiff_samples
 from pipeline.data.jpeg import jpeg_header, turned
+from pipeline.data.value_range import FULL, ValueRange, to_bytes
 
 # Formats with a signature. Without one (TGA) any file can pass for an image; EPS runs a program.
 # MPO comes by way of JPEG.
@@ -23,19 +26,26 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what a picture can give, by ch
 # Bytes a pixel that decoders hold beside the picture, as measured; rounded up.
 _DECODER_BYTES = {"WEBP": 10, "TIFF": 8, "JPEG2000": 13, "AVIF": 8}
 _STRIP = 2**20  # pixels that are converted at once
+_SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # formats of 8 bits alone
 _EXIF_ORIENTATION = 0x0112
 _TIFF_SIZE = (257, 256)  # tags of height and width as stored
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def decode_picture(encoded: bytes, max_pixels: int, channels: int) -> tuple[Pixels, str]:
+def decode_picture(
+    encoded: bytes, max_pixels: int, channels: int, value_range: ValueRange
+) -> tuple[Pixels, str]:
     """Decode to uint8 [H, W, channels] and the format's name; `decode.decode_image` has the rules.
 
     Raises:
         BadImage: by what the header and the end of the file say.
         Exception: anything that a decoder makes of bad bytes.
     """
+    # Of the full range Pillow gives the high byte itself.
+    whole = value_range == FULL and _pillow_reads(encoded)
+    if not whole and (deep := deep_picture(encoded, max_pixels, channels)) is not None:
+        return turned(_of_samples(deep, channels, value_range), deep.orientation), deep.name
     with quiet():
         image, name = _open(encoded, max_pixels, channels)
         if name not in _LOADS_QUIETLY:
@@ -55,8 +65,70 @@ def decode_picture(encoded: bytes, max_pixels: int, channels: int) -> tuple[Pixe
     return turned(pixels, orientation), name
 
 
+@dataclass(frozen=True)
+class DeepPicture:
+    """A picture of more than 8 bits a sample, before its values become bytes."""
+
+    samples: Samples
+    name: str  # of the format
+    orientation: int
+
+
+def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture | None:
+    """All bits of a picture that has more than 8 a sample, None for any other.
+
+    Raises:
+        BadImage: as `decode_picture`.
+    """
+    png, tiff = encoded.startswith(b"\x89PNG"), encoded.startswith((b"II*\0", b"MM\0*"))
+    if (png and encoded[24:25] != b"\x10") or encoded.startswith(_SHALLOW):
+        return None
+    with quiet():
+        if tiff and (samples := tiff_samples(encoded, max_pixels, channels)) is not None:
+            found = TiffLayout.of(encoded)
+            tag = found.directory.get(_EXIF_ORIENTATION, 1) if found else 1
+            return DeepPicture(samples, "TIFF", tag if tag in range(1, 9) else 1)
+        image, name = _open(encoded, max_pixels, channels)
+        if png and (samples := png_samples(encoded)) is not None:
+            return DeepPicture(samples, name, _orientation(image))
+        if not image.mode.startswith(("I", "F")):
+            return None
+        image.load()
+        values = np.asarray(image)
+        if image.mode == "I" and name != "TIFF":  # 16 bits, by older versions of Pillow
+            values = values.astype(np.uint16)
+        return DeepPicture(Samples(values[..., None]), name, _orientation(image))
+
+
+def _pillow_reads(encoded: bytes) -> bool:
+    found = TiffLayout.of(encoded) if encoded.startswith((b"II*\0", b"MM\0*")) else None
+    return not found or not found.needed or (found.bits == 16 and found.plain_colours)
+
+
+def _of_samples(deep: DeepPicture, channels: int, value_range: ValueRange) -> Pixels:
+    """The range of the values, then as any picture of 8 bits."""
+    samples, name = deep.samples, deep.name
+    pixels = to_bytes(samples.colour_values, value_range)
+    if samples.alpha:
+        pixels = np.dstack((pixels, to_bytes(samples.values[..., -1:], FULL)))
+    height, width, bands = pixels.shape
+    if bands == channels and not samples.colours:
+        return np.ascontiguousarray(pixels)
+    if not samples.colours or bands not in MODES:
+        detail = f"{name} of {bands} bands, expected {channels}: model.in_channels"
+        raise BadImage("undecodable", detail)
+    picture = Image.fromarray(np.ascontiguousarray(pixels if bands > 1 else pixels[..., 0]))
+    with quiet():
+        converted = np.array(convert(picture, name, channels))
+    return converted.reshape(height, width, channels)
+
+
 def picture_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
     """(height, width) that `decode_picture` will give, and its refusals that need only a header."""
+    if not _pillow_reads(encoded) and (found := TiffLayout.of(encoded)):
+        check_tiff(found, max_pixels, channels)
+        turn = found.directory.get(_EXIF_ORIENTATION, 1) in range(5, 9)
+        return (found.width, found.height) if turn else (found.height, found.width)
     with quiet():
         image, name = _open(encoded, max_pixels, channels)
         if name == "TIFF":  # Pillow gives the size before or after turning, by its version
@@ -150,7 +222,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if mode in ("I", "F"):
-        raise BadImage("undecodable", f"32-bit samples (mode {mode}) have no fixed range")
+        detail = (
+            f"32-bit samples (mode {mode}) have no fixed range: data.range=[low,high] names one"
+        )
+        raise BadImage("undecodable", detail)
     if mode == "LAB":
         converted = ImageCms.applyTransform(image, _lab_to_srgb())
         if converted is None:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.data.bad_image import REASONS
-from pipeline.data.decode import BadImage, image_size
+from pipeline.data.decode import BadImage, image_size, value_span
 from pipeline.data.jpeg import jpeg_header
 from pipeline.data.reading import Portion, portion_of
 from pipeline.data.row_group import RowGroup, read_row_group
 from pipeline.data.schema import ShardSet
 from pipeline.data.stream import StreamSpec, draw, make_chunk
+from pipeline.data.value_range import SAMPLE, Span, ValueRange, range_of
 from pipeline.errors import DataError
 
 IMAGES = 1000
@@ -82,6 +83,7 @@ class Contents:
     plain: float  # share of plain JPEGs, which take the fast road, of all that were read
     megapixels: Spread  # of those whose header can be read
     shrunk: float  # share of the decoded ones that scaled decoding makes smaller
+    used_range: ValueRange  # of values, in those of more than 8 bits
 
 
 def read_sample(
@@ -177,6 +179,7 @@ def _look(sample: Sample, spec: StreamSpec, step: int, seconds: float) -> tuple[
     parts = [(a, min(a + step, at)) for a in range(0, at, step)]
     shrinks = np.concatenate([draw(known, *part, scaled).shrinks for part in parts])
     smaller = (shrinks > 1) & plain[:at] & (sizes[:at].min(-1) > 0)
+    spans = [_span(portion.image(i), spec) for i in range(min(at, SAMPLE))]
     megapixels = sizes.prod(-1)[sizes.min(-1) > 0] / 1e6
     return (
         Contents(
@@ -185,6 +188,7 @@ def _look(sample: Sample, spec: StreamSpec, step: int, seconds: float) -> tuple[
             float(np.mean(plain)),
             Spread.of(megapixels.tolist()),
             float(np.mean(smaller)),
+            range_of([s for s in spans if s is not None]),
         ),
         per_image,
     )
@@ -199,6 +203,13 @@ def _size(portion: Portion, i: int, spec: StreamSpec) -> tuple[int, int]:
         return image_size(portion.image(i), spec.crops.channels, spec.max_pixels)
     except BadImage:
         return 0, 0
+
+
+def _span(encoded: bytes, spec: StreamSpec) -> Span | None:
+    try:
+        return value_span(encoded, spec.crops.channels, spec.max_pixels)
+    except BadImage:
+        return None
 
 
 def _once(

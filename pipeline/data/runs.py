@@ -10,20 +10,21 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.columns import image_id
-from pipeline.data.decode import BadImage, decode
+from pipeline.data.decode import BadImage, decode, value_span
 from pipeline.data.items import Item, Reading, read_task
 from pipeline.data.labels import Label, label_of
 from pipeline.data.listing import Other, Refused
 from pipeline.data.sources import Task
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
+from pipeline.data.value_range import AUTO, FULL, Span, ValueRange, range_of, smallest
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -57,6 +58,7 @@ class PackSpec:
     run_bytes: int
     name_lists: tuple[tuple[str, ...], ...]
     channels: int = 3  # that every image must be able to give
+    value_range: ValueRange | Literal["auto-from-sample"] = FULL
     labelled: bool = False  # files beside the images hold their labels: folders are no classes
 
     @property
@@ -75,6 +77,7 @@ class _Row(NamedTuple):
     folder: str | None
     label: int | None
     class_name: str | None
+    span: Span | None  # of the values of a deep image
 
 
 @dataclass
@@ -106,6 +109,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         "others": [],
     }
     labels = _Labels(spec.labelled and task.kind != "parquet")
+    spans: dict[str, Span] = {}
     run = _Run()
 
     def flush() -> None:
@@ -128,11 +132,13 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
                 labels.add(item)
                 continue
             account["images"] += 1
-            found = _verify(item, spec.max_pixels, spec.channels)
+            found = _verify(item, spec)
             if isinstance(found, Refused):
                 account["bad"].append(dataclasses.astuple(found))
                 continue
             labels.see(found.folder, found.label, found.class_name)
+            if found.span is not None:
+                spans = smallest(spans | {found.image_id: found.span})
             run.rows.append(found)
             run.bytes += len(found.encoded)
             kept.append(place)
@@ -150,6 +156,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     account["folders"] = sorted(labels.folders)
     account["class_names"] = sorted(labels.class_names)
     account["max_label"] = labels.largest
+    account["spans"] = {name: dataclasses.asdict(span) for name, span in spans.items()}
     account["retries"] = retries() - before
     write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
     return account
@@ -215,19 +222,23 @@ def _null_table(schema: pa.Schema, rows: int) -> pa.Table:
     return pa.table([pa.nulls(rows, f.type) for f in schema], schema=schema)
 
 
-def _verify(item: Item | Refused, max_pixels: int, channels: int) -> _Row | Refused:
+def _verify(item: Item | Refused, spec: PackSpec) -> _Row | Refused:
     if isinstance(item, Refused):
         return item
     name = image_id(item.encoded)
     if item.image_id not in ("", name):
         detail = f"its bytes are not those of {item.image_id}, by which its shard names it"
         return Refused(item.source, "damaged", detail, name)
+    value_range = spec.value_range
     try:
-        pixels, form = decode(item.encoded, max_pixels, channels)
+        span = value_span(item.encoded, spec.channels, spec.max_pixels)
+        if value_range == AUTO:  # what the set uses is known when all of it has been read
+            value_range = range_of([span] if span else [])
+        pixels, form = decode(item.encoded, spec.max_pixels, spec.channels, value_range)
     except BadImage as bad:
         return Refused(item.source, bad.reason, bad.detail, name)
     height, width = pixels.shape[:2]
-    about = (width, height, form, item.folder, item.label, item.class_name)
+    about = (width, height, form, item.folder, item.label, item.class_name, span)
     return _Row(name, item.source, item.encoded, *about)
 
 
@@ -241,7 +252,7 @@ def _write_run(
     index: list[list[Any]] = [[] for _ in INDEX_SCHEMA]
     with atomic_path(fs, f"{path}.bin") as temporary, Path(temporary).open("wb") as stream:
         for i in keep:
-            name, source, encoded, *about = run.rows[i]
+            name, source, encoded, *about, _ = run.rows[i]
             stream.write(encoded)
             values = (name, source, offset, len(encoded), *about)
             for column, value in zip(index, values, strict=True):

@@ -18,11 +18,19 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.classes import canonical
-from pipeline.data.columns import MANIFEST, SCHEMA_VERSION, check_columns, class_names_of, is_ours
+from pipeline.data.columns import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    check_columns,
+    class_names_of,
+    is_ours,
+    value_range_of,
+)
 from pipeline.data.label_column import label_kind, label_names
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
 from pipeline.data.transfer import read_json
+from pipeline.data.value_range import FULL, ValueRange, from_json
 from pipeline.errors import DataError, StorageError
 
 CHECKED = 1000  # files of a set whose footers are compared with its manifest, evenly spaced
@@ -57,6 +65,7 @@ class ShardColumns:
     label: str
     labels: bool = True  # False: the label column is not looked at
     names: tuple[str, ...] = ()
+    value_range: ValueRange = FULL
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class ShardSet:
     has_labels: bool
     reads_labels: bool = True  # False: the label column is not looked at
     labels_are_names: bool = False  # the label column holds names and no ids
+    value_range: ValueRange | None = None  # that its images are decoded with; None: not known
+    used_range: ValueRange | None = None  # of values that they have, as packing found it
 
     @property
     def image_bytes(self) -> float:
@@ -85,7 +96,12 @@ class ShardSet:
         """The small part of this that a read task needs."""
         names = self.class_names if self.labels_are_names else ()
         return ShardColumns(
-            self.uri, self.image_column, self.label_column, self.reads_labels, names
+            self.uri,
+            self.image_column,
+            self.label_column,
+            self.reads_labels,
+            names,
+            self.value_range or FULL,
         )
 
     def parquet(self, file_index: int) -> pq.ParquetFile:
@@ -186,6 +202,8 @@ def shards_of_manifest(
         image_column="image",
         label_column="label",
         has_labels=manifest["labelled"] > 0,
+        value_range=from_json(manifest.get("value_range")),
+        used_range=from_json(manifest.get("used_range")),
     )
 
 
@@ -341,6 +359,7 @@ def _from_footers(
         has_labels=bool(labelled),
         reads_labels=columns.labels,
         labels_are_names=kinds == {"names"},
+        value_range=value_range_of(found[0][1]) if found else None,
     )
 
 

@@ -171,6 +171,7 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
     crops, sizes = spec.crops, portion.sizes[first:last]
     drawn = draw(portion, first, last, spec)
     chunk, boxes, flips, shrinks = drawn.chunk, drawn.boxes, drawn.flips, drawn.shrinks
+    how = crops.channels, spec.max_pixels, spec.columns.value_range
     decode_s = 0.0
     for i in range(last - first):
         begin = time.perf_counter()
@@ -180,10 +181,10 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
                 height, width = image_size(encoded, crops.channels, spec.max_pixels)
                 boxes[i], flips[i] = crop_boxes(drawn.boxes_u[i], width, height, crops)
                 shrinks[i] = _shrinks(boxes[i], spec)
-            image, shrink = decode_shrunk(encoded, int(shrinks[i]), crops.channels, spec.max_pixels)
+            image, shrink = decode_shrunk(encoded, int(shrinks[i]), *how)
             if sizes[i].all() and (image.shape[:2] != -(-sizes[i] // shrink)).any():
                 # The shard is wrong about its image: believe the pixels.
-                image, shrink = decode_shrunk(encoded, 1, crops.channels, spec.max_pixels)
+                image, shrink = decode_shrunk(encoded, 1, *how)
                 boxes[i], _ = crop_boxes(drawn.boxes_u[i], image.shape[1], image.shape[0], crops)
         except BadImage as bad:
             chunk["valid"][i], chunk["reason"][i] = False, REASONS.index(bad.reason)

@@ -266,7 +266,9 @@ def read_images(
 
     for table, row in _rows(shards, spec.seed, limit):
         try:
-            image = decode_image(table.checked(row), spec.channels, spec.max_pixels)
+            image = decode_image(
+                table.checked(row), spec.channels, spec.max_pixels, shards.columns.value_range
+            )
         except BadImage:
             bad += 1
             continue

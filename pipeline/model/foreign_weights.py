@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from pipeline.data.value_range import FULL, ValueRange
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign, read_safetensors
-from pipeline.model.formats import CONFIG, WEIGHTS, timm_transform
+from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.read import read_json, spec_from
 from pipeline.model.vit import VisionTransformer
@@ -21,7 +22,11 @@ OURS = "raydino_spec"  # key of config.json under which our own settings stand; 
 
 
 def save_foreign(
-    backbone: TimmBackbone, folder: str | Path, mean: Sequence[float], std: Sequence[float]
+    backbone: TimmBackbone,
+    folder: str | Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: ValueRange = FULL,
 ) -> Path:
     """Write `model.safetensors` under timm's own names and `config.json`; each file appears whole
     or not at all. `timm.create_model("local-dir:<folder>", pretrained=True)` loads it.
@@ -36,6 +41,7 @@ def save_foreign(
         "model_args": dict(backbone.arguments),
         "pretrained_cfg": {
             **timm_transform(mean, std, spec.image_size),
+            **deep_key(value_range),
             "num_classes": 0,
         },
         OURS: asdict(spec),

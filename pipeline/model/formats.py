@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.data.crops import evaluation_resize
+from pipeline.data.value_range import FULL, ValueRange
 from pipeline.model.block import LAYER_NORM_EPS
 from pipeline.model.pair import BackboneSpec
 
@@ -52,7 +53,11 @@ def huggingface_config(spec: BackboneSpec, dtype: torch.dtype = torch.float32) -
 
 
 def preprocessor_config(
-    mean: Sequence[float], std: Sequence[float], image_size: int, in_channels: int = 3
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    in_channels: int = 3,
+    value_range: ValueRange = FULL,
 ) -> dict[str, Any]:
     """`preprocessor_config.json` for `AutoImageProcessor`: the pixels of `resize_centre_crop`, the
     recipe's mean and deviation.
@@ -71,11 +76,16 @@ def preprocessor_config(
         "do_normalize": True,
         "image_mean": list(mean),
         "image_std": list(std),
+        **deep_key(value_range),
     }
 
 
 def timm_config(
-    spec: BackboneSpec, mean: Sequence[float], std: Sequence[float], image_size: int
+    spec: BackboneSpec,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    value_range: ValueRange = FULL,
 ) -> dict[str, Any]:
     """`config.json` for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
@@ -110,6 +120,7 @@ def timm_config(
         },
         "pretrained_cfg": {
             **timm_transform(mean, std, image_size),
+            **deep_key(value_range),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -133,6 +144,13 @@ def timm_transform(mean: Sequence[float], std: Sequence[float], image_size: int)
         "mean": list(mean),
         "std": list(std),
     }
+
+
+def deep_key(value_range: ValueRange) -> dict[str, Any]:
+    """What configs say of images of more than 8 bits: the values that become 0 and 255, before a
+    library's processor sees them (`pipeline.data.value_range.to_bytes`). No library reads it.
+    """
+    return {} if value_range == FULL else {"value_range": list(value_range)}
 
 
 def same_sizes(spec: BackboneSpec) -> tuple[bool, bool]:

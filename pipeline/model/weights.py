@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.data.value_range import FULL, ValueRange
 from pipeline.errors import PipelineError
 from pipeline.files import atomic
 from pipeline.model.fit import Weights, fit
@@ -60,6 +61,7 @@ def save_huggingface(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int,
+    value_range: ValueRange = FULL,
 ) -> Path:
     """Write a folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
@@ -70,6 +72,7 @@ def save_huggingface(
         mean: of each channel, for pixels in 0 to 1.
         std: of each channel.
         image_size: side of the crop that the image processor makes, pixels.
+        value_range: of images of more than 8 bits, that becomes 0 to 255; noted in the config.
 
     Raises:
         PipelineError: Hugging Face has no such model (`without_huggingface`).
@@ -78,7 +81,7 @@ def save_huggingface(
         raise PipelineError(reason, "use the dinov2 or timm format, or a whole model.mlp_ratio")
     dtype = backbone.cls_token.dtype
     configs = {
-        PREPROCESSOR: preprocessor_config(mean, std, image_size, spec.in_channels),
+        PREPROCESSOR: preprocessor_config(mean, std, image_size, spec.in_channels, value_range),
         CONFIG: huggingface_config(spec, dtype),
     }
     return write_folder(folder, to_huggingface(_state(backbone)), configs)
@@ -91,13 +94,14 @@ def save_timm(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int,
+    value_range: ValueRange = FULL,
 ) -> Path:
     """Write a folder for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     timm has no mask token, and with registers one tensor for CLS and its position: features are the
     same, the two are not told apart any more. Arguments as `save_huggingface`.
     """
-    config = timm_config(spec, mean, std, image_size)
+    config = timm_config(spec, mean, std, image_size, value_range)
     return write_folder(folder, to_timm(_state(backbone)), {CONFIG: config})
 
 

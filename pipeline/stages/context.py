@@ -15,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data.columns import MANIFEST
 from pipeline.data.listing import absolute_source
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.set_range import ranged
 from pipeline.data.storage import absolute_uri, exists, resolve_uri
 from pipeline.data.transfer import read_mark
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -87,7 +88,8 @@ def open_training_shards(config: Config, folder: RunFolder) -> ShardSet:
             "curate them with jobs/curate.py and the same arguments, run all with jobs/run.py, or "
             "train on all images with curate.preset=",
         )
-    return open_shards(uri, field="curate.shards")
+    shards = open_shards(uri, field="curate.shards")
+    return ranged(shards, config.data.range, config.model.in_channels)
 
 
 def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
@@ -109,12 +111,13 @@ def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
             "data.source=photos/ names images to pack, data.shards=shards/ packed ones",
         )
     data = config.data
-    return open_shards(
+    found = open_shards(
         packed_uri(config, folder),
         data.image_column,
         data.label_column,
         labels=data.labels != "none",
     )
+    return ranged(found, data.range, config.model.in_channels)
 
 
 def local_machine(config: Config) -> Machine:

@@ -14,6 +14,7 @@ from pipeline.curate.embedders import EmbedderSpec
 from pipeline.curate.onnx_files import is_onnx
 from pipeline.curate.report_summary import Summary
 from pipeline.data.schema import open_shards
+from pipeline.data.value_range import FULL
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import fingerprint
 from pipeline.stages.context import DESCRIPTOR, Context, result_line
@@ -53,8 +54,10 @@ def key(context: Context) -> str:
     columns = [data.image_column, data.label_column]
     # what a place holds may change while its name does not
     vectors = [replace(spec, batch_size=1).settings for spec in embedders(config)]
-    digests = open_sets(context).digests
-    return fingerprint([settings, digests, shards, channels, columns, vectors, config.run.seed])
+    sets = open_sets(context)
+    deep = sets.pool.columns.value_range
+    parts = [settings, sets.digests, shards, channels, columns, vectors, config.run.seed]
+    return fingerprint(parts + [deep] * (deep != FULL))
 
 
 def embedders(config: Config) -> list[EmbedderSpec]:
@@ -125,6 +128,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "copy_embedder": config.curate.copy_embedder,
         "shards": context.shards_uri,
         "against": config.curate.against,
+        "value_range": sets.pool.columns.value_range,
         "steps": keys_of(found.results),
         **found.numbers,
     }

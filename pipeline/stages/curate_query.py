@@ -22,6 +22,7 @@ from pipeline.data.bad_image import BadImage
 from pipeline.data.decode import decode_image
 from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.data.transfer import read_bytes
+from pipeline.data.value_range import FULL, ValueRange, from_json
 from pipeline.errors import DataError, shortened
 from pipeline.files import RunFolder, atomic
 from pipeline.stages.context import result_line
@@ -76,9 +77,10 @@ def look(config: Config) -> list[Answer]:
     """
     folder = RunFolder.of(config.run.folder, config.run.name)
     query = config.curate.query
-    pixels = _pixels(config, query)
+    runs = earlier_runs(config.curate.against or str(folder.uri or folder.path))
+    pixels = _pixels(config, query, from_json(runs[0].result.get("value_range")) or FULL)
     answers: list[Answer] = []
-    for one in earlier_runs(config.curate.against or str(folder.uri or folder.path)):
+    for one in runs:
         answers += _like(config, one, pixels)
     answers.sort(key=lambda answer: -answer.similarity)
     copies = [answer for answer in answers if answer.copy]
@@ -97,10 +99,11 @@ def look(config: Config) -> list[Answer]:
     return answers
 
 
-def _pixels(config: Config, query: str) -> Any:
+def _pixels(config: Config, query: str, value_range: ValueRange) -> Any:
     try:
         encoded = read_bytes(*resolve_uri(absolute_uri(query)))
-        return decode_image(encoded, config.model.in_channels, config.data.max_image_pixels)
+        channels, most = config.model.in_channels, config.data.max_image_pixels
+        return decode_image(encoded, channels, most, value_range)
     except FileNotFoundError:
         raise DataError(f"curate.query={public(query)}: there is no such file") from None
     except (IsADirectoryError, OSError) as error:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 from pipeline.config import Config
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.data.overlap import shared_classes
 from pipeline.data.schema import ShardSet, open_shards
+from pipeline.data.set_range import difference
 from pipeline.data.storage import absolute_uri
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.stages.context import Context, is_shards, open_packed_shards
 from pipeline.stages.curate_earlier import Earlier, earlier_runs
 from pipeline.uri import public
+
+log = logging.getLogger("pipeline.curate")
 
 POOL_NAME = "pool"  # what the images are called that are not of a seed set
 QUERIES = "queries"  # the evaluation set of `evaluate.queries`
@@ -73,13 +77,15 @@ def open_sets(context: Context) -> Sets:
     seeds, leaks = open_other_sets(config)
     found = Sets(
         pool=pool,
-        seeds=seeds,
-        leaks=leaks,
+        seeds={n: _as(pool, f"retrieve.seeds.{n}", s) for n, s in seeds.items()},
+        leaks={n: _as(pool, f"leaks.sets.{n}", s) for n, s in leaks.items()},
         include=config.retrieve.include,
         earlier=tuple(earlier),
-        earlier_shards=(
-            open_shards(earlier[0].result["shards"], field="curate.against") if earlier else None
-        ),
+        earlier_shards=_as(
+            pool, "curate.against", open_shards(earlier[0].result["shards"], field="curate.against")
+        )
+        if earlier
+        else None,
     )
     _check_output(context, found)
     labelled = found.inputs_by_name + (
@@ -163,6 +169,13 @@ def _check_output(context: Context, sets: Sets) -> None:
                 f"{field}={public(uri)}",
                 "give this run another run.name, or set curate.shards",
             )
+
+
+def _as(pool: ShardSet, field: str, shards: ShardSet) -> ShardSet:
+    """A set that is read with the range of the pool's values; said where its own is another."""
+    if text := difference(f"the images of {field}", shards, pool.columns.value_range):
+        log.warning("%s", text)
+    return replace(shards, value_range=pool.value_range)
 
 
 def opened(config: Config, field: str, uri: str) -> ShardSet:

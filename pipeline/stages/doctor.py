@@ -19,6 +19,7 @@ from pipeline.data.reading import UNPACKED_LIMIT
 from pipeline.data.schema import ShardSet
 from pipeline.data.segments import PREFETCH
 from pipeline.data.stream import StreamSpec
+from pipeline.data.value_range import sentence
 from pipeline.files import RunFolder
 from pipeline.heartbeat import now
 from pipeline.plan import Plan
@@ -102,6 +103,8 @@ def doctor(config: Config) -> None:
         now("timing the decoding of the sample")
         timing, contents = time_sample(sample, spec)
     _images(sample, contents)
+    if said := sentence(contents.used_range, shards.columns.value_range):
+        result_line("range", said)
     _times(sample, timing, contents, spec)
     _prediction(plan, machine, Needs.of(timing.whole.median, plan.decode_tasks))
     window = plan.window_images if shards.packed else shards.rows

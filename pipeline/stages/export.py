@@ -7,10 +7,12 @@ from typing import Any
 
 from pipeline.config import Augment
 from pipeline.data.crops import evaluation_resize
+from pipeline.data.value_range import FULL, ValueRange
 from pipeline.files import fingerprint, write_json
 from pipeline.heartbeat import now
 from pipeline.model.foreign import TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
+from pipeline.model.formats import deep_key
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import (
@@ -51,15 +53,18 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     done.
     """
     saved = chosen(context)
-    config = trained_plan(saved).config
+    found = trained_plan(saved)
+    config, value_range = found.config, found.value_range or FULL
     backbone = teacher(saved).backbone.eval()
     weights = context.folder.path / "weights"
     if isinstance(backbone, TimmBackbone):
-        folder = save_foreign(backbone, weights / "timm", config.augment.mean, config.augment.std)
+        mean, std = config.augment.mean, config.augment.std
+        folder = save_foreign(backbone, weights / "timm", mean, std, value_range)
         formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
     elif isinstance(backbone, VisionTransformer):
         spec = build.backbone_spec(config)
-        formats, agreed = _write(backbone, spec, weights, config.augment), agreement(spec)
+        formats = _write(backbone, spec, weights, config.augment, value_range)
+        agreed = agreement(spec)
         folder = weights / "dinov2"
     scores = context.results.get("evaluate", {}).get("trained", {})
     score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
@@ -78,6 +83,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         image_size=config.augment.global_size,
         mean=config.augment.mean,
         std=config.augment.std,
+        value_range=value_range,
     )
     size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)
     return {
@@ -91,29 +97,35 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 
 
 def _write(
-    backbone: VisionTransformer, spec: BackboneSpec, weights: Path, augment: Augment
+    backbone: VisionTransformer,
+    spec: BackboneSpec,
+    weights: Path,
+    augment: Augment,
+    value_range: ValueRange,
 ) -> dict[str, str]:
     """Writes and checks every format; gives what each was compared with."""
-    size, mean, std = augment.global_size, augment.mean, augment.std
+    size = augment.global_size
+    pixels = augment.mean, augment.std, size, value_range
     done = {}
     now("export: dinov2, written and read back")
     folder = save_backbone(backbone, spec, weights / "dinov2")
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_mean": mean,
-            "image_std": std,
+            "image_mean": augment.mean,
+            "image_std": augment.std,
             "crop_size": size,
             "resize": evaluation_resize(size),  # both sides, whatever the image's, bicubic
+            **deep_key(value_range),
         },
     )
     verify(backbone, folder)
     done["dinov2"] = "equal to the bit, read back"
     if not without_huggingface(spec):
         now("export: huggingface, written and compared")
-        folder = save_huggingface(backbone, spec, weights / "huggingface", mean, std, size)
+        folder = save_huggingface(backbone, spec, weights / "huggingface", *pixels)
         done["huggingface"] = verify_huggingface(backbone, spec, folder)
     now("export: timm, written and compared")
-    folder = save_timm(backbone, spec, weights / "timm", mean, std, size)
+    folder = save_timm(backbone, spec, weights / "timm", *pixels)
     done["timm"] = verify_timm(backbone, spec, folder)
     return done

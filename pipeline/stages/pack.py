@@ -14,6 +14,7 @@ from pipeline.data.pack import PackReport, pack
 from pipeline.data.schema import open_shards
 from pipeline.data.storage import absolute_uri
 from pipeline.data.transfer import local_copy
+from pipeline.data.value_range import sentence
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder, fingerprint
 from pipeline.heartbeat import now
@@ -33,6 +34,7 @@ SETTINGS = (
     "max_image_mb",
     "shard_mb",
     "row_group_images",
+    "range",
 )
 
 
@@ -126,6 +128,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_image_pixels,
             channels=context.config.model.in_channels,
+            value_range=data.range,
             max_image_bytes=int(data.max_image_mb * 2**20),
             shard_bytes=int(data.shard_mb * 2**20),
             row_group_images=data.row_group_images,
@@ -139,6 +142,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         )
         text = _text(name, report, _other_files(context, name))
         result_line("pack", text)
+        if said := sentence(report.used_range, report.value_range):
+            result_line("range", f"{name} set: {said}")
+            tracker.note(f"{name} set: {said}")
         _track(context, tracker, name, report, source, shards)
         summary[name] = _numbers(report)
         summary["text"] = "; ".join(filter(None, [summary.get("text"), text]))

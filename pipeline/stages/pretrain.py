@@ -10,6 +10,7 @@ from pipeline.config import Config, Model
 from pipeline.data.order import layout_of
 from pipeline.data.photometric import skipped_operations
 from pipeline.data.reading import group_rows
+from pipeline.data.value_range import FULL, shown
 from pipeline.files import RunFolder, fingerprint
 from pipeline.model.pair import Pair
 from pipeline.overrides import field_paths
@@ -40,11 +41,14 @@ def key(context: Context) -> str:
     """
     config, shards = context.config, context.shards()
     layout = layout_of(group_rows(shards))
-    check_resume(config, shards.digest, context.folder, layout)
+    check_resume(
+        config, shards.digest, context.folder, layout, value_range=shards.columns.value_range
+    )
     fixed = {
         path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
     }
-    return fingerprint([fixed, shards.digest])
+    deep = shards.columns.value_range
+    return fingerprint([fixed, shards.digest] + [deep] * (deep != FULL))
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -58,7 +62,12 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for remark in remarks(found.config, shards):
         log.warning("evaluation: %s", remark)
     for change in check_resume(
-        found.config, shards.digest, context.folder, found.layout, found.window_images
+        found.config,
+        shards.digest,
+        context.folder,
+        found.layout,
+        found.window_images,
+        found.value_range or FULL,
     ):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(found, context.folder))
@@ -193,6 +202,11 @@ def describe(found: Plan, built: Pair) -> list[str]:
     if built.frozen:
         size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
         lines.append(f"teacher     {public(found.frozen_teacher)}, frozen, {size:.1f} M parameters")
+    if found.value_range not in (None, FULL):
+        lines.append(
+            f"range       values {shown(found.value_range)} of images of more than 8 bits become 0 "
+            "to 255 (data.range)"
+        )
     if skipped:
         lines.append(
             f"colour      {', '.join(skipped)} need RGB and are skipped: images have "

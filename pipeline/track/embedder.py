@@ -28,7 +28,8 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         client: MlflowClient.
         run_id: the run that made it.
         weights: folder with safetensors and config.json.
-        spec: name (registered model, may be empty), score, note, and image_size, mean, std.
+        spec: name (registered model, may be empty), score, note, and image_size, mean, std,
+            value_range.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -63,6 +64,7 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
                 "image_size": int(spec.get("image_size") or 0),
                 "mean": list(spec.get("mean") or MEAN),
                 "std": list(spec.get("std") or STD),
+                "value_range": spec.get("value_range", "full"),
             },
         )
         client.log_model_artifacts(logged.model_id, path)
@@ -113,6 +115,7 @@ def _set_model() -> None:
 
     class Embedder(PythonModel):  # type: ignore[misc]
         def load_context(self, context: Any) -> None:
+            from pipeline.data.value_range import FULL, from_json
             from pipeline.errors import PipelineError
             from pipeline.model.foreign_weights import load_any
 
@@ -121,6 +124,7 @@ def _set_model() -> None:
             self.size = config["image_size"] or spec.image_size
             self.mean, self.std = config["mean"], config["std"]
             self.channels = spec.in_channels
+            self.value_range = from_json(config.get("value_range", FULL)) or FULL
             if not len(self.mean) == len(self.std) == self.channels:
                 raise PipelineError(
                     f"the model has {self.channels} channels, its normalisation "
@@ -143,7 +147,9 @@ def _set_model() -> None:
             from pipeline.data.crops import resize_centre_crop
             from pipeline.data.decode import decode_image
 
-            decoded = [decode_image(image, self.channels) for image in images]
+            decoded = [
+                decode_image(image, self.channels, value_range=self.value_range) for image in images
+            ]
             crops = [resize_centre_crop(image, self.size) for image in decoded]
             pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255.0
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)

@@ -131,6 +131,7 @@ class Tracker:
         image_size: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        value_range: Any = "full",
     ) -> None:
         """Logs exported weights as an MLflow model, see embedder.py.
 
@@ -142,9 +143,11 @@ class Tracker:
             image_size: side of the crop; default: the backbone's.
             mean: per channel, of values in 0 to 1; default: ImageNet's.
             std: likewise.
+            value_range: of images of more than 8 bits, that becomes 0 to 255.
         """
         spec = {"folder": self._spooled(Path(weights)), "name": name, "score": score, "note": note}
-        self._write(model=spec | {"image_size": image_size, "mean": mean, "std": std})
+        pixels = {"image_size": image_size, "mean": mean, "std": std, "value_range": value_range}
+        self._write(model=spec | pixels)
 
     @harmless
     def line(self, event: Mapping[str, Any]) -> None:

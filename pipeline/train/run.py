@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from pipeline.data.feeder import DecodeTasks, launch_feeder
 from pipeline.data.order import layout_of
 from pipeline.data.reading import Reading, group_rows, reading_of
 from pipeline.data.schema import ShardSet
+from pipeline.data.set_range import difference, ranged
 from pipeline.data.storage import delete_file, resolve_uri
 from pipeline.data.stream import MaskSpec, StreamSpec
 from pipeline.data.transfer import read_json
+from pipeline.data.value_range import FULL, ValueRange, shown
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.files import RunFolder, atomic
@@ -54,7 +56,19 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
         machine=machine,
         image_bytes=shards.image_bytes,
         layout=layout_of(group_rows(shards)),
+        value_range=_ranged(config, shards).value_range,
     )
+
+
+def _ranged(config: Config, shards: ShardSet) -> ShardSet:
+    return ranged(shards, config.data.range, config.model.in_channels)
+
+
+def as_planned(plan: Plan, shards: ShardSet) -> ShardSet:
+    """The set with the range of values that a plan decodes with."""
+    if plan.value_range is None:
+        return _ranged(plan.config, shards)
+    return replace(shards, value_range=plan.value_range)
 
 
 def reading_for(plan: Plan, shards: ShardSet) -> Reading:
@@ -72,7 +86,7 @@ def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
     config = plan.config
     loss = config.loss
     return StreamSpec(
-        columns=shards.columns,
+        columns=as_planned(plan, shards).columns,
         seed=config.run.seed,
         global_batch=config.optim.global_batch_size,
         steps_per_pass=plan.steps_per_pass,
@@ -95,7 +109,17 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     """
     config = plan.config
     settings, data = config.evaluate, config.data
+    shards = as_planned(plan, shards)
     reference, queries = evaluation_sets(config, shards) or (None, None)
+    for name, other in (("reference", reference), ("queries", queries)):
+        if other is not None and other is not shards:
+            text = difference(f"the images of evaluate.{name}", other, shards.columns.value_range)
+            if text:
+                log.warning("%s", text)
+    reference, queries = (
+        replace(other, value_range=shards.value_range) if other is not None else None
+        for other in (reference, queries)
+    )
     return EvaluationSpec(
         sample=shards,
         reference=reference[1] if reference else None,
@@ -114,7 +138,12 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
 
 
 def check_resume(
-    config: Config, digest: str, folder: RunFolder, layout: str = "", window: int = 0
+    config: Config,
+    digest: str,
+    folder: RunFolder,
+    layout: str = "",
+    window: int = 0,
+    value_range: ValueRange | None = None,
 ) -> list[str]:
     """What differs, and may, from the run's last checkpoint; empty without one. Needs no Ray.
 
@@ -134,6 +163,9 @@ def check_resume(
         refused.append(f"the row groups of the shards: {earlier.layout} -> {layout}")
     elif window and earlier.window_images != window:
         refused.append(f"images shuffled together: {earlier.window_images} -> {window}")
+    was = earlier.value_range or FULL
+    if value_range is not None and was != value_range:
+        refused.append(f"the range of values: {shown(was)} -> {shown(value_range)} (data.range)")
     if refused:
         raise TrainError(
             f"run {folder.path.name} has a checkpoint at step {saved.step} that was made with "

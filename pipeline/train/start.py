@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.data.value_range import FULL, shown
 from pipeline.errors import PipelineError
 from pipeline.model.fit import Weights, fit
 from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensors
@@ -164,6 +165,13 @@ def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
             "no heads, and without heads there are no targets",
         )
     encoder, theirs = encoder_of(saved)
+    was = Plan.model_validate(saved.meta["plan"]).value_range or FULL
+    if was != (plan.value_range or FULL):
+        raise PipelineError(
+            f"the frozen teacher was trained with data.range={shown(was)}, the student's images "
+            f"are read with {shown(plan.value_range or FULL)}",
+            f"set data.range={shown(was)}",
+        )
     untrained = [
         name
         for name in ("dino_weight", "ibot_weight")
