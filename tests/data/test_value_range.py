@@ -1,5 +1,6 @@
 """Images of more than 8 bits: every bit that is used reaches the 256 levels, in each format."""
 
+import importlib
 import io
 import itertools
 import struct
@@ -17,8 +18,11 @@ from pipeline.data.decode import decode_image, image_size, value_span
 from pipeline.data.items import Reading
 from pipeline.data.listing import list_source
 from pipeline.data.runs import PackSpec, write_runs
+from pipeline.data.schema import open_shards
+from pipeline.data.set_range import difference, ranged
 from pipeline.data.sources import plan_tasks
 from pipeline.data.value_range import AUTO, FULL, Span, merged, range_of, sentence, to_bytes
+from pipeline.evaluate.teacher import EvaluationSpec, read_images
 
 SIDE = 48
 
@@ -187,3 +191,50 @@ def test_packing_finds_one_range_whatever_the_tasks_and_their_order(tmp_path):
     whole, *halves = accounts
     for order in itertools.permutations(halves):
         assert range_of(merged(order)) == range_of(merged([whole])) == (0, 2390)
+
+
+def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
+    packing = importlib.import_module("pipeline.data.pack")
+    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
+
+    def packed(name, top, **how):
+        for i in range(8):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.png").write_bytes(pillow(values(top, seed=i), "PNG"))
+        folder = tmp_path / f"{name}-{how.get('value_range', AUTO)}"
+        report = packing.pack(
+            str(tmp_path / name),
+            str(folder / "shards"),
+            channels=1,
+            bad_images=str(folder / "bad.parquet"),
+            work=str(folder / "work"),
+            **how,
+        )
+        return report, open_shards(str(folder / "shards"))
+
+    report, shards = packed("deep", 4095)
+    assert report.value_range == report.used_range == shards.value_range == (0, 4095)
+    assert shards.columns.value_range == (0, 4095)
+    # a single shard knows it, too, and a set of others is looked at
+    alone = open_shards(str(tmp_path / f"deep-{AUTO}" / "shards" / "part-00000.parquet"))
+    assert alone.value_range == (0, 4095)
+    assert ranged(replace(shards, value_range=None), AUTO, 1).value_range == (0, 4095)
+    assert ranged(shards, (0, 1000)).value_range == (0, 1000)
+    assert ranged(shards, FULL).columns.value_range == FULL
+    report, full = packed("deep", 4095, value_range=FULL)
+    assert (report.value_range, report.used_range) == (FULL, (0, 4095))
+    assert full.value_range == FULL and full.used_range == (0, 4095)
+    report, whole = packed("whole", 65_535)
+    assert report.value_range == report.used_range == whole.value_range == FULL
+    assert sentence(report.used_range, report.value_range) == ""
+    assert difference("queries", full, (0, 4095)) == "" and difference("queries", whole, FULL) == ""
+    assert "data.range" in difference("the queries", whole, (0, 4095))
+    spec = EvaluationSpec(
+        *(shards, None, None, SIDE, 1, 0.1, (0.5,), (0.5,), 4, 0, 10**6), channels=1
+    )
+    levels = {
+        name: len(np.unique(np.concatenate([p.images for p in read_images(one, spec, None)])))
+        for name, one in {"auto": shards, "full": full, "whole": whole}.items()
+    }
+    assert levels["full"] < 40  # 16, and what resizing makes between them
+    assert min(levels["auto"], levels["whole"]) >= 250
