@@ -95,14 +95,23 @@ def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture 
             return None
         image.load()
         values = np.asarray(image)
-        if image.mode == "I" and name != "TIFF":  # 16 bits, by older versions of Pillow
-            values = values.astype(np.uint16)
+        if image.mode == "I":  # 16 bits in 32: signed ones, and in older versions all
+            layout = TiffLayout.of(encoded)
+            if layout is None or layout.bits == 16:
+                values = values.astype(np.uint16 if layout is None else np.int16)
         return DeepPicture(Samples(values[..., None]), name, _orientation(image))
 
 
 def _pillow_reads(encoded: bytes) -> bool:
-    found = TiffLayout.of(encoded) if encoded.startswith((b"II*\0", b"MM\0*")) else None
+    found = _tiff_layout(encoded)
     return not found or not found.needed or (found.bits == 16 and found.plain_colours)
+
+
+def _tiff_layout(encoded: bytes) -> TiffLayout | None:
+    if not encoded.startswith((b"II*\0", b"MM\0*")):
+        return None
+    with quiet():
+        return TiffLayout.of(encoded)
 
 
 def _of_samples(deep: DeepPicture, channels: int, value_range: ValueRange) -> Pixels:
@@ -125,7 +134,7 @@ def _of_samples(deep: DeepPicture, channels: int, value_range: ValueRange) -> Pi
 
 def picture_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
     """(height, width) that `decode_picture` will give, and its refusals that need only a header."""
-    if not _pillow_reads(encoded) and (found := TiffLayout.of(encoded)):
+    if not _pillow_reads(encoded) and (found := _tiff_layout(encoded)):
         check_tiff(found, max_pixels, channels)
         turn = found.directory.get(_EXIF_ORIENTATION, 1) in range(5, 9)
         return (found.width, found.height) if turn else (found.height, found.width)

@@ -24,7 +24,7 @@ from pipeline.data.listing import Other, Refused
 from pipeline.data.sources import Task
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
-from pipeline.data.value_range import AUTO, FULL, Span, ValueRange, range_of, smallest
+from pipeline.data.value_range import AUTO, FULL, Span, ValueRange, range_alone, smallest
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -233,7 +233,7 @@ def _verify(item: Item | Refused, spec: PackSpec) -> _Row | Refused:
     try:
         span = value_span(item.encoded, spec.channels, spec.max_pixels)
         if value_range == AUTO:  # what the set uses is known when all of it has been read
-            value_range = range_of([span] if span else [])
+            value_range = range_alone(span)
         pixels, form = decode(item.encoded, spec.max_pixels, spec.channels, value_range)
     except BadImage as bad:
         return Refused(item.source, bad.reason, bad.detail, name)

@@ -70,7 +70,7 @@ def _each(shards: ShardSet, file: int, rows: int, channels: int) -> Iterator[tup
             span = value_span(encoded, channels)
         except BadImage:
             continue
-        if span is not None:
+        if span is not None and span.bits:
             yield image_id(encoded), span
 
 

@@ -72,7 +72,9 @@ def _table(kind: str, low: float, high: float) -> _Pixels:
 
 @dataclass(frozen=True)
 class Span:
-    """Values that an image uses, and how many bits its samples have (0: no fixed range)."""
+    """Values that an image uses; `bits` of a sample without its sign, 0 where types have no range
+    that anyone means: those of 32 bits and floats.
+    """
 
     low: float
     high: float
@@ -81,7 +83,8 @@ class Span:
 
 def span_of(values: _Values) -> Span:
     """The values that an image uses: all of them, but for some that lie far from the others."""
-    bits = 16 if values.dtype.kind == "u" and values.dtype.itemsize == 2 else 0
+    dtype = values.dtype
+    bits = 16 - (dtype.kind == "i") if dtype.kind in "iu" and dtype.itemsize == 2 else 0
     flat = values.reshape(-1, values.shape[-1])
     if len(flat) > _PIXELS:
         flat = flat[np.random.default_rng(0).integers(0, len(flat), _PIXELS)]
@@ -113,6 +116,11 @@ def range_of(spans: Sequence[Span]) -> ValueRange:
     if all(span.bits == 16 for span in spans) and (high - low >= _NEAR * 65_535 or high <= low):
         return FULL
     return (low, high) if high > low else (low, low + 1)
+
+
+def range_alone(span: Span | None) -> ValueRange:
+    """What an image is tried with while the range of its set is not known: its own values."""
+    return range_of([span]) if span is not None and span.bits else FULL
 
 
 def smallest(spans: dict[str, Span]) -> dict[str, Span]:
