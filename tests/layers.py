@@ -86,7 +86,8 @@ TABLE = [
     row("data.jpeg", others="numpy simplejpeg"),
     row(
         "data.decode data.bad_image data.npy data.pictures data.deep data.dicom data.value_range",
-        "errors data.bad_image data.jpeg data.npy data.pictures data.deep data.dicom data.value_range",
+        "errors data.bad_image data.jpeg data.npy data.pictures data.deep data.dicom "
+        "data.value_range",
         others="numpy PIL",
         others_inside="torch torchvision pydicom pillow_heif",
     ),
