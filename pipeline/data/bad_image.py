@@ -12,6 +12,9 @@ _BYTES = 5  # memory that decoding may take, a pixel of the limit: 1 GB for MAX_
 REASONS = ("empty", "not_an_image", "undecodable", "truncated", "too_large", "damaged")
 
 
+INSTALL = "pip install"
+
+
 class BadImage(Exception):
     """An image that cannot be used: `reason` is one of REASONS, `detail` says more."""
 
@@ -42,6 +45,13 @@ def pixel_limit(max_pixels: int, bytes_per_pixel: int) -> int:
     return min(max_pixels, max(max_pixels, MAX_PIXELS) * _BYTES // bytes_per_pixel)
 
 
+def missing_package(form: str, package: str, extra: str) -> BadImage:
+    """A format that an optional package reads, which is not installed."""
+    return BadImage(
+        "undecodable", f"{form} needs {package}: {INSTALL} {package} (the extra `{extra}`)"
+    )
+
+
 def too_large(width: int, height: int, max_pixels: int) -> BadImage:
     """More pixels than are read."""
     return BadImage("too_large", f"{width}x{height} pixels, at most {max_pixels} are read")
@@ -54,6 +64,8 @@ def unidentified(encoded: bytes) -> BadImage:
             cut = cut_short(encoded)
             found = "broken header" + ", or a TIFF of more than 4 bands" * (signature[0] in b"IM")
             return BadImage("truncated" if cut else "undecodable", cut or found)
+    if encoded[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return BadImage("undecodable", "a broken HEIC header")
     webp = encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP"
     if webp or encoded[4:12] in (b"ftypavif", b"ftypavis"):
         cut = cut_short(encoded)

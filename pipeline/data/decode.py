@@ -35,6 +35,7 @@ from pipeline.data.bad_image import (
     pixel_limit,
     unidentified,
 )
+from pipeline.data.dicom import DICOM, decode_dicom, dicom_size, dicom_span, is_dicom
 from pipeline.data.jpeg import JpegHeader, decode_plain, jpeg_header
 from pipeline.data.npy import MAGIC, decode_npy, npy_size, npy_values
 from pipeline.data.pictures import (
@@ -128,6 +129,8 @@ def image_size(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) 
     with _reasons(encoded):
         if encoded.startswith(MAGIC):
             return npy_size(encoded, max_pixels, channels)
+        if is_dicom(encoded):
+            return dicom_size(encoded, max_pixels)
         header = jpeg_header(encoded)
         if header.plain and _allowed(header, max_pixels, channels):
             return header.upright_size
@@ -153,6 +156,8 @@ def value_span(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) 
     with _reasons(encoded):
         if encoded.startswith(MAGIC):
             values = npy_values(encoded, max_pixels, channels)
+        elif is_dicom(encoded):
+            return dicom_span(encoded, max_pixels)
         elif (deep := deep_picture(encoded, max_pixels, channels)) is not None:
             values = deep.samples.colour_values
         else:
@@ -167,6 +172,8 @@ def _decode(
     with _reasons(encoded):
         if encoded.startswith(MAGIC):
             return decode_npy(encoded, max_pixels, channels, value_range), NPY, 1
+        if is_dicom(encoded):
+            return decode_dicom(encoded, max_pixels, channels, value_range), DICOM, 1
         header = jpeg_header(encoded)
         if header.plain and _allowed(header, max_pixels, channels):
             grey = channels == 1 and header.components == 1

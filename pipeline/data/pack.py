@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pipeline.data import ledger
+from pipeline.data.bad_image import INSTALL
 from pipeline.data.claim import Owner, claimed
 from pipeline.data.classes import Classes
 from pipeline.data.decode import MAX_PIXELS
@@ -313,6 +314,8 @@ class _Outcome:
             f"{n} {reason}" for reason, n in Counter(b.reason for b in self.bad).most_common()
         )
         listed = f"each one is listed with its reason in {public_uri(self.bad_images)}"
+        needed = sorted({item.detail for item in self.bad if INSTALL in item.detail})
+        listed = "; ".join([*needed, listed])
         links = ""
         if self.links:
             links = (

@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.data.bad_image import BadImage, cut_short, pixel_limit, too_large
+from pipeline.data.bad_image import (
+    BadImage,
+    cut_short,
+    missing_package,
+    pixel_limit,
+    too_large,
+)
 from pipeline.data.deep import Samples, TiffLayout, check_tiff, png_samples, tiff_samples
 from pipeline.data.jpeg import jpeg_header, turned
 from pipeline.data.value_range import FULL, ValueRange, to_bytes
@@ -24,7 +30,8 @@ from pipeline.data.value_range import FULL, ValueRange, to_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # what a picture can give, by channels
 # Bytes a pixel that decoders hold beside the picture, as measured; rounded up.
-_DECODER_BYTES = {"WEBP": 10, "TIFF": 8, "JPEG2000": 13, "AVIF": 8}
+_DECODER_BYTES = {"HEIF": 10, "WEBP": 10, "TIFF": 8, "JPEG2000": 13, "AVIF": 8}
+_HEIC = tuple(b"ftyp" + b for b in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"))
 _STRIP = 2**20  # pixels that are converted at once
 _SHALLOW = (b"\xff\xd8", b"GIF8", b"RIFF", b"BM")  # formats of 8 bits alone
 _EXIF_ORIENTATION = 0x0112
@@ -160,7 +167,8 @@ def _bytes(image: Image.Image, encoded: bytes, channels: int) -> int:
 
 
 def _open(encoded: bytes, max_pixels: int, channels: int) -> tuple[Image.Image, str]:
-    image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    formats = (*FORMATS, _heif()) if encoded[4:12] in _HEIC else FORMATS
+    image: Image.Image = Image.open(io.BytesIO(encoded), formats=formats)
     name = image.format or "?"
     width, height = image.size
     limit = pixel_limit(max_pixels, _bytes(image, encoded, channels))
@@ -172,6 +180,17 @@ def _open(encoded: bytes, max_pixels: int, channels: int) -> tuple[Image.Image, 
     if cut := cut_short(encoded):
         raise BadImage("truncated", cut)
     return image, name
+
+
+@functools.lru_cache(maxsize=1)
+def _heif() -> str:
+    """The format that pillow-heif adds to Pillow."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise missing_package("HEIC", "pillow-heif", "heic") from error
+    pillow_heif.register_heif_opener()
+    return "HEIF"
 
 
 def convert(image: Image.Image, name: str, channels: int) -> Image.Image:
