@@ -110,20 +110,12 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     config = plan.config
     settings, data = config.evaluate, config.data
     shards = as_planned(plan, shards)
-    reference, queries = evaluation_sets(config, shards) or (None, None)
-    for name, other in (("reference", reference), ("queries", queries)):
-        if other is not None and other is not shards:
-            text = difference(f"the images of evaluate.{name}", other, shards.columns.value_range)
-            if text:
-                log.warning("%s", text)
-    reference, queries = (
-        replace(other, value_range=shards.value_range) if other is not None else None
-        for other in (reference, queries)
-    )
+    sets = evaluation_sets(config, shards)
+    reference, queries = [_read_alike(*one, shards) for one in sets] if sets else (None, None)
     return EvaluationSpec(
         sample=shards,
-        reference=reference[1] if reference else None,
-        queries=queries[1] if queries else None,
+        reference=reference,
+        queries=queries,
         image_size=plan.evaluation_size,
         k=settings.k,
         temperature=settings.temperature,
@@ -135,6 +127,15 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
         half=plan.precision == "bfloat16",
         channels=config.model.in_channels,
     )
+
+
+def _read_alike(field: str, shards: ShardSet, training: ShardSet) -> ShardSet:
+    """A set with the range of values of the training images; said where its own is another."""
+    if shards is training:
+        return shards
+    if text := difference(f"the images of {field}", shards, training.columns.value_range):
+        log.warning("%s", text)
+    return replace(shards, value_range=training.value_range)
 
 
 def check_resume(
