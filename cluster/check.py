@@ -30,6 +30,22 @@ FOLDER = Path(__file__).resolve().parent
 CHECKED = ("*.yaml", "kuberay/*.yaml", "*.sh", "Dockerfile")
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads as Ray and Kubernetes do, but refuses a key that stands twice: they keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"{name} stands twice, on lines {lines[name]} and {line}")
+            lines[name] = line
+        return node
+
+
 def problems(path: Path, definitions: Sequence[dict[str, Any]] = ()) -> list[str]:
     """What is wrong with a file, one sentence each.
 
@@ -48,7 +64,7 @@ def problems(path: Path, definitions: Sequence[dict[str, Any]] = ()) -> list[str
     if path.name.startswith("Dockerfile"):
         return found + text.dockerfile_problems(content)
     try:
-        documents = [one for one in yaml.safe_load_all(content) if one is not None]
+        documents = [one for one in yaml.load_all(content, _Loader) if one is not None]
     except yaml.YAMLError as error:
         return [*found, f"is no YAML: {' '.join(str(error).split())[:200]}"]
     if not documents:

@@ -26,6 +26,7 @@ from pipeline.data.columns import is_ours
 from pipeline.data.decode import decode_image
 from pipeline.data.schema import open_parquet
 from pipeline.data.storage import resolve_uri
+from pipeline.data.value_range import ValueRange
 
 HELD = 1024  # forms that a task holds, some 60 kB each
 QUALITY = 95  # of the JPEG that a form is kept as; changes a value by 2 or so
@@ -49,10 +50,13 @@ def opened_form(stored: bytes) -> Array:
         return np.asarray(image)
 
 
-def form_of_encoded(encoded: bytes, channels: int, max_pixels: int) -> bytes:
+def form_of_encoded(
+    encoded: bytes, channels: int, max_pixels: int, value_range: ValueRange
+) -> bytes:
     """The stored form of an encoded image; b"" where it cannot be decoded."""
     try:
-        return kept_form(form_of(three_channels(decode_image(encoded, channels, max_pixels))))
+        pixels = decode_image(encoded, channels, max_pixels, value_range)
+        return kept_form(form_of(three_channels(pixels)))
     except BadImage:
         return b""
 
@@ -67,7 +71,7 @@ def forms_at(
         group, _ = next(groups_of(file, [number]))
         for place in places[groups == number].tolist():
             encoded = group.image(place - int(starts[number]))
-            yield place, form_of_encoded(encoded, channels, max_pixels)
+            yield place, form_of_encoded(encoded, channels, max_pixels, file.columns.value_range)
 
 
 def write_forms(

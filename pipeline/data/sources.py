@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -174,12 +175,7 @@ class _Tables:
         found, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
         for entry, kept in self.kept:
             place = inside(listing.root, entry.path)
-            check_fit(
-                readable(entry.path),
-                lambda place=place: pq.ParquetFile(open_patiently(fs, place)),
-                kept,
-                found,
-            )
+            check_fit(readable(entry.path), partial(_opened, fs, place), kept, found)
         return found
 
     def _add(
@@ -209,6 +205,10 @@ class _Tables:
         self.rows += meta.num_rows
         for groups in _row_group_runs(meta):
             self.tasks.append(Task("parquet", (entry.path,), groups, index, own))
+
+
+def _opened(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(open_patiently(fs, path))
 
 
 def _footer(fs: pafs.FileSystem, path: str) -> tuple[pa.Schema, pq.FileMetaData] | str:

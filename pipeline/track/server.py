@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import PipelineError
 from pipeline.track.state import FolderLock, atomic_write
@@ -72,6 +73,22 @@ def running(folder: Path) -> Running | None:
         return None
 
 
+def _log_file(path: Path) -> IO[bytes]:
+    """The server's log, emptied, never through a link: that may lead to a file of someone's.
+
+    Raises:
+        PipelineError: it cannot be written.
+    """
+    how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.fdopen(os.open(path, how, 0o666), "wb")
+    except OSError as error:
+        raise PipelineError(
+            f"{path} cannot be written: {error.strerror}",
+            "take that file, folder or link away, or set run.folder to another folder",
+        ) from error
+
+
 def start(folder: Path, first_port: int = FIRST_PORT) -> Running:
     """Starts the server of this folder unless it runs, and returns without waiting for it."""
     import psutil
@@ -88,7 +105,7 @@ def start(folder: Path, first_port: int = FIRST_PORT) -> Running:
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--workers", "1"]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         command += ["--uvicorn-opts", "--log-level warning"]
-        with (folder / "server.log").open("wb") as output:
+        with _log_file(folder / "server.log") as output:
             launched = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", LAUNCHER, *command],
                 cwd=folder,

@@ -173,6 +173,7 @@ def test_defaults_of_ray_are_judged_too(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("a: [", "is no YAML"),
+        ("a: {b: 1}\nc: 2\na: {b: 3}\n", "a stands twice, on lines 1 and 3"),
         ("", "is empty"),
         ("- 1", "is neither a cluster file nor a manifest"),
         ("apiVersion: v1\nkind: Wish\nmetadata: {name: a}\n", "not a kind of Kubernetes"),

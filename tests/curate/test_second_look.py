@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +12,13 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.descriptor import describe, similarity
-from pipeline.curate.forms import form_of_encoded, kept_form, opened_form
+from pipeline.curate.forms import form_of_encoded, forms_at, kept_form, opened_form
 from pipeline.curate.second_look import SIDES, form_of, second_look
+from pipeline.curate.tables import POOL, Inputs
 from pipeline.data.decode import decode_image
-from tests.curate.images import encoded, scene
+from pipeline.data.schema import open_shards
+from pipeline.data.value_range import FULL
+from tests.curate.images import encoded, scene, shard
 from tests.curate.kinds import KINDS
 
 LOST = 1  # of a kind
@@ -32,9 +36,29 @@ def test_forms_are_squares_of_four_sizes_and_survive_storage():
         assert form.shape == (side, side, 3) and side in SIDES
         stored = opened_form(kept_form(form))
         assert np.abs(stored.astype(int) - form).mean() < 3
-    grey = form_of_encoded(encoded(Image.fromarray(scene(1)).convert("L")), 1, 10**8)
+    grey = form_of_encoded(encoded(Image.fromarray(scene(1)).convert("L")), 1, 10**8, FULL)
     assert np.ptp(opened_form(grey), -1).max() <= 2
-    assert form_of_encoded(b"broken", 3, 10**8) == b""
+    assert form_of_encoded(b"broken", 3, 10**8, FULL) == b""
+
+
+def test_images_of_12_bits_are_looked_at_with_the_range_of_their_set(tmp_path):
+    """In all of 16 bits they are 16 greys, in which a fine pattern is not to be seen."""
+    ramp = np.linspace(0, 4095, 200)[:, None].repeat(200, 1)
+    truth = []
+    for n in range(2):
+        values = ramp.copy()
+        values[60:100, 60 + 40 * n : 90 + 40 * n] += 200  # below one of 16 greys, where it falls
+        truth.append(values.clip(0, 4095))
+    deep = [encoded(Image.fromarray(values.astype(np.uint16))) for values in truth]
+    shard(tmp_path / "a.parquet", deep)
+    shards = replace(open_shards(str(tmp_path)), value_range=(0.0, 4095.0))
+    (file,) = Inputs.of([("pool", POOL, shards)]).files
+    forms = [opened_form(form) for _, form in forms_at(file, np.arange(2), 1)]
+    for form, values in zip(forms, truth, strict=True):
+        expected = form_of(np.repeat((values / 4095 * 255).round()[..., None], 3, 2).astype("u1"))
+        assert np.abs(form.astype(int) - expected).mean() < 1
+        assert len(np.unique(form)) > 200
+    assert not second_look(*forms).same
 
 
 @pytest.mark.parametrize(("each", "looks"), [(10, 3), pytest.param(50, 12, marks=pytest.mark.slow)])

@@ -53,6 +53,18 @@ def test_two_jobs_start_one_server(tmp_path: Path) -> None:
     assert not server.stop(tmp_path)
 
 
+def test_the_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("kept")
+    folder = tmp_path / "mlflow"
+    folder.mkdir()
+    (folder / "server.log").symlink_to(precious)
+    with pytest.raises(PipelineError, match=r"server\.log cannot be written") as refused:
+        server.start(folder)
+    assert "link" in str(refused.value.hint) and precious.read_text() == "kept"
+    assert server.running(folder) is None
+
+
 def test_the_pid_of_another_process_is_not_taken_for_the_server(tmp_path: Path) -> None:
     info = {"pid": os.getpid(), "created": 1.0, "port": 5000, "uri": "http://127.0.0.1:5000"}
     (tmp_path / "server.json").write_text(json.dumps(info))
