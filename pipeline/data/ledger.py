@@ -135,8 +135,15 @@ def unfinished(shards: str) -> bool:
     return MANIFEST not in names and any(map(_PART.fullmatch, names))
 
 
-def start(work: str, key: str, source: str, held: Held) -> list[str]:
+def start(work: str, key: str, form: int, source: str, held: Held) -> list[str]:
     """Make the folders ready: kept where the same pack is under way, emptied of ours otherwise.
+
+    Args:
+        work: folder of the intermediate files.
+        key: of the pack.
+        form: of the intermediate files; those of another form are not gone on with.
+        source: as it stands in the manifest.
+        held: the folder of the shards.
 
     Returns:
         Shards that are there, of which `drop` takes away those that are not written again.
@@ -145,7 +152,8 @@ def start(work: str, key: str, source: str, held: Held) -> list[str]:
         DataError: the output folder holds shards of another source, or parquet files of others.
     """
     fs, folder = resolve_uri(work)
-    goes_on = read_mark(fs, f"{folder}/plan.json").get("key") == key
+    under_way = f"{key}.{form}"
+    goes_on = read_mark(fs, f"{folder}/plan.json").get("key") == under_way
     finished_before = read_mark(fs, f"{folder}/report.json").get("key") == key
     old = replaceable(held, public_uri(source), own=goes_on or finished_before)
     held.begun = True
@@ -156,7 +164,7 @@ def start(work: str, key: str, source: str, held: Held) -> list[str]:
     _clean(fs, folder)
     for name in ("runs", "shards"):
         make_folder(fs, f"{folder}/{name}")
-    _write_json({"key": key}, fs, f"{folder}/plan.json")
+    _write_json({"key": under_way}, fs, f"{folder}/plan.json")
     return []
 
 

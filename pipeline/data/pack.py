@@ -160,7 +160,7 @@ def pack(
     )
     owner = Owner(public_uri(source), public_uri(work))
     with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
-        stale = ledger.start(work, f"{key}.{INDEX_VERSION}", source, held)
+        stale = ledger.start(work, key, INDEX_VERSION, source, held)
         read = _read_all(plan.tasks, spec, on_progress)
         bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
         images_in = len(plan.refused) + sum(account["images"] for account in read)
