@@ -6,13 +6,12 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -21,6 +20,7 @@ from pipeline.ending import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
 from pipeline.heartbeat import doing
 from pipeline.placement import Node
+from pipeline.ray_start import own_process_group, own_sigterm, until_started
 
 if TYPE_CHECKING:
     from pipeline.arrangement import Machine
@@ -38,7 +38,6 @@ QUIET = {
     "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "30",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "180",  # a loaded machine needs more than the default 30
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # Nodes about to go are watched by train.scaling, which does not wait for their last second.
@@ -48,10 +47,11 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Without this Ray and gloo listen on all addresses of the machine, for nodes that are not to come.
-# Ray reads the first one when it is imported; it is not for Windows and macOS alone.
+# Without the first and the last Ray and gloo listen on all addresses of the machine, for nodes that
+# are not to come. Ray reads the first when it is imported; it is not for Windows and macOS alone.
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_raylet_start_wait_time_s": "2",  # one look; ray_start says how long it is waited for
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +80,8 @@ def joined(resources: Resources) -> Iterator[None]:
     """
     quiet_environment()
     address = os.environ.get("RAY_ADDRESS")
+    if address:  # a loaded cluster needs more than the default 30
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     with ended_by_sigterm(), nullcontext() if address else _loopback():
         yield from _joined(resources, address)
 
@@ -123,9 +125,13 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
 
     try:
         debug = bool(os.environ.get("PIPELINE_DEBUG"))
-        what = f"joining the Ray cluster at {address}" if address else "starting Ray"
-        with own_process_group(), _own_sigterm(), doing(what):
-            ray.init(logging_level="error", log_to_driver=debug, **options)
+        start = partial(ray.init, logging_level="error", log_to_driver=debug, **options)
+        if address:
+            with own_process_group(), own_sigterm(), doing(f"joining the Ray cluster at {address}"):
+                start()
+        else:
+            with own_sigterm(), doing("starting Ray"):
+                until_started(start)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if not address:
             raise
@@ -146,33 +152,6 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
 
 
 @contextmanager
-def own_process_group() -> Iterator[None]:
-    """Inside, processes that Ray starts get a process group of their own.
-
-    `timeout`, schedulers and terminals send SIGTERM to the whole group of a job. Ray's processes
-    would end on it at once, and with them the workers that should write a checkpoint first. They
-    still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
-    ends them, for which they must stay in this group.
-    """
-    from ray._private import services, utils
-
-    if not utils.detect_fate_sharing_support():
-        yield
-        return
-    plain = services.ConsolePopen
-
-    class Apart(plain):  # type: ignore[misc, valid-type]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, start_new_session=True)
-
-    services.ConsolePopen = Apart
-    try:
-        yield
-    finally:
-        services.ConsolePopen = plain
-
-
-@contextmanager
 def _loopback() -> Iterator[None]:
     missing = LOOPBACK.keys() - os.environ.keys()
     os.environ.update({name: LOOPBACK[name] for name in missing})
@@ -181,23 +160,6 @@ def _loopback() -> Iterator[None]:
     finally:
         for name in missing:
             os.environ.pop(name, None)
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
-    behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
-    """
-    from ray._private import utils
-
-    plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
-    utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = plain
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, mine or signal.SIG_DFL)
 
 
 def _hide_token() -> None:

@@ -68,9 +68,10 @@ TABLE = [
     row("plan", "arrangement errors config overrides placement schedule", others="pydantic"),
     row("control", others_inside="ray"),
     row("ending", "control"),
+    row("ray_start", "errors", others_inside="ray"),
     row(
         "cluster",
-        "ending environment errors heartbeat placement",
+        "ending environment errors heartbeat placement ray_start",
         "arrangement config",
         others_inside="ray",
     ),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ray._private import services, utils
 from ray.exceptions import AuthenticationError, RaySystemError
 
-from pipeline.cluster import joined, own_process_group
+from pipeline.cluster import joined
 from pipeline.config import Resources
 from pipeline.errors import PipelineError
+from pipeline.ray_start import TRIES, own_process_group
 
 
 @pytest.mark.parametrize("kernel_ends_them", [True, None])
@@ -56,3 +58,54 @@ def test_a_cluster_that_refuses_is_one_sentence(
         pass
     assert "RAY_ADDRESS=head:6379" in caught.value.what
     assert hint in caught.value.hint and "\n" not in caught.value.what
+
+
+@pytest.mark.parametrize("ends", [1, TRIES])
+def test_ray_is_started_again_where_its_raylet_ends(
+    ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes are ended before; where it ends each time, that is one sentence."""
+    import ray
+
+    raylet = tmp_path / "raylet"
+    raylet.write_text("#!/bin/sh\nexec sleep $1\n")
+    raylet.chmod(0o700)
+    helpers: list[subprocess.Popen[bytes]] = []
+
+    def init(**options: object) -> None:
+        number = len(helpers)
+        helpers.append(services.ConsolePopen(["sleep", "100"]))
+        helpers.append(services.ConsolePopen([str(raylet), "0" if number < 2 * ends else "100"]))
+        if number < 2 * ends:
+            helpers[-1].wait()
+        services.get_node("127.0.0.1:1", "id")
+
+    looks = 0
+
+    def not_there_yet(*arguments: object) -> dict[str, object]:
+        nonlocal looks
+        looks += 1
+        if looks < 2:
+            raise RuntimeError("no such node")
+        return {}
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(services, "get_node", not_there_yet)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    try:
+        if ends == TRIES:
+            sentence = f"raylet ended .* {TRIES} times"
+            with pytest.raises(PipelineError, match=sentence), joined(Resources()):
+                pass
+            assert looks == 0, "a raylet that has ended is not waited for"
+        else:
+            with joined(Resources()):
+                assert looks == 2, "a raylet that is not ready is waited for"
+                assert helpers[-1].poll() is helpers[-2].poll() is None
+        assert all(p.poll() is not None for p in helpers[: 2 * ends])
+        assert len(helpers) == 2 * min(ends + 1, TRIES)
+    finally:
+        for process in helpers:
+            process.kill()
+            process.wait()
+    assert services.get_node is not_there_yet

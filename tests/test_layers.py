@@ -64,6 +64,7 @@ def test_the_table_is_the_designs() -> None:
             "data.stream",
             "data.feeder",
             "data.segments",
+            "ray_start",
             "stages.*",
         ),
     }
