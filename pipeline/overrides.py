@@ -54,7 +54,7 @@ def load(arguments: Sequence[str]) -> Config:
             problems.append(error.what)
     if recipes:
         run = values.setdefault("run", {})
-        if isinstance(run, dict) and run.get("name", "") == "":
+        if isinstance(run, dict) and run.get("name") in (None, ""):
             run["name"] = Path(recipes[0]).stem
     problems += _misread(values)
     try:
@@ -146,7 +146,7 @@ def _assign(values: dict[str, Any], path: str, text: str) -> None:
         raise ConfigError(
             f"{_shown(path)}: give its fields one by one, e.g. {_shown(path)}.<field>=value"
         )
-    value: Any = text
+    value: Any = None if text in recipe.NOTHING[1:] else text
     if text and not _is_text(path):
         try:
             value = recipe.parsed(text, _is_text, path)
@@ -165,7 +165,7 @@ def _assign(values: dict[str, Any], path: str, text: str) -> None:
 def _misread(values: dict[str, Any]) -> list[str]:
     """Takes out values that pydantic would turn into something else, and says which.
 
-    It takes `true` for 1, and texts for numbers, with rules of its own: `1_000` is 1000.
+    A text field that is null is not given: it has its default. Pydantic takes `true` for 1, and texts for numbers, with rules of its own: `1_000` is 1000.
     """
     problems = []
     for path, field in field_paths():
@@ -174,6 +174,9 @@ def _misread(values: dict[str, Any]) -> list[str]:
         if not isinstance(node, dict) or name not in node:
             continue
         kinds, words = _kinds(field.annotation)
+        if node[name] is None and field.annotation is str:
+            del node[name]
+            continue
         wrong = [x for x in _leaves(node[name]) if _is_wrong(x, kinds, words)]
         if wrong:
             what = "number" if float in kinds else "integer"

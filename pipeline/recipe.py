@@ -24,7 +24,8 @@ SHOWN = 60
 
 TAG = "tag:yaml.org,2002:"
 PLAIN = "plain"
-WORDS = {"": None, "~": None, "true": True, "false": False, "null": None}
+NOTHING = ("", "~", "null", "Null", "NULL")
+WORDS = {"true": True, "false": False}
 # The core schema of YAML 1.2, section 10.3.2
 WHOLE = re.compile(r"[-+]?[0-9]+")
 BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
@@ -76,7 +77,7 @@ def parsed(text: str, is_text: Callable[[str], bool] = lambda path: False, path:
     Args:
         text: one YAML document.
         is_text: tells whether the field `a.b` is text, which then stays as it is written: a run may
-            be called `2026` or `no`.
+            be called `2026` or `no`. Only the words for nothing mean nothing there, too.
         path: of the value, `a.b`; empty: the whole recipe.
 
     Raises:
@@ -173,8 +174,10 @@ class _Meaning:
         if node.tag != PLAIN:
             _known_tag(node, "str")
             return text
+        if text in NOTHING:
+            return None
         if self.is_text(path):
-            return text or None
+            return text
         if text.lower() in WORDS and text in (text.lower(), text.upper(), text.capitalize()):
             return WORDS[text.lower()]
         if len(text) > LONGEST_NUMBER and FLOAT.fullmatch(text):

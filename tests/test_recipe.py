@@ -126,10 +126,23 @@ def test_text_fields_hold_what_is_written(tmp_path: Path) -> None:
     assert load([str(path)]).leaks.sets == {"2026": "007", "no": "yes"}
     on = ["curate.preset=dedup", "leaks.sets.2026=007"]
     assert load(on).leaks.sets == {"2026": "007"}
-    path.write_text("run: {name: null}\n")
-    assert load([str(path)]).run.name == "null"
-    path.write_text("run:\n  name:\n")
-    with pytest.raises(ConfigError, match=r"run\.name: .*\(got None\)"):
+
+
+def test_null_in_a_text_field_means_not_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for word in ("null", "Null", "NULL", "~", ""):
+        path.write_text(f"run:\n  name: {word}\ndata:\n  shards: {word}\n  source: nULL\n")
+        config = load([str(path)])
+        assert (config.run.name, config.data.shards, config.data.source) == ("mine", "", "nULL")
+        if word:  # after `=` as well, and in place of what the recipe says
+            path.write_text("run: {folder: there}\ndata: {shards: there}\n")
+            config = load([str(path), f"data.shards={word}", f"run.folder={word}"])
+            assert (config.data.shards, config.run.folder) == ("", Config().run.folder)
+    for quoted in ("'null'", '"~"', "!!str null"):
+        path.write_text(f"run: {{name: {quoted}}}\n")
+        assert load([str(path)]).run.name == quoted.removeprefix("!!str ").strip("'\"")
+    path.write_text("curate: {preset: dedup}\nleaks:\n  sets: {queries: null}\n")
+    with pytest.raises(ConfigError, match=r"leaks\.sets: .*\(got None\)"):
         load([str(path)])
 
 
