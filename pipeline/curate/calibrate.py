@@ -25,6 +25,7 @@ from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.fingerprint import groups_of
 from pipeline.curate.forms import forms_at, opened_form
+from pipeline.curate.looks import VERSION
 from pipeline.curate.measure import three_channels
 from pipeline.curate.second_look import Verdict, second_look
 from pipeline.curate.tables import (
@@ -122,7 +123,8 @@ def calibrate(
     ]
     shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
     task = Task("calibration", (*folders, vectors.views, target, shown))
-    found = run_step(root, step, [2, gathered.key, made.key, target], [task], measure_task)
+    keys = [VERSION, gathered.key, made.key, target, channels, max_pixels]
+    found = run_step(root, step, keys, [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
     if calibration.warning:
