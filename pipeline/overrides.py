@@ -165,7 +165,8 @@ def _assign(values: dict[str, Any], path: str, text: str) -> None:
 def _misread(values: dict[str, Any]) -> list[str]:
     """Takes out values that pydantic would turn into something else, and says which.
 
-    A text field that is null is not given: it has its default. Pydantic takes `true` for 1, and texts for numbers, with rules of its own: `1_000` is 1000.
+    A text field that is null is not given: it has its default. Pydantic takes `true` for 1, and
+    texts for numbers, with rules of its own: `1_000` is 1000.
     """
     problems = []
     for path, field in field_paths():

@@ -77,7 +77,7 @@ def test_text_stays_text(text: str) -> None:
 
 
 def test_text_may_hold_equals_signs_and_colons() -> None:
-    uri = "s3://bucket/a?region=eu:west&x=1"
+    uri = "s3://bucket/a?region=eu:west&scheme=http"
     assert load([f"data.source={uri}"]).data.source == uri
 
 

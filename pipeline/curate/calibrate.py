@@ -123,7 +123,7 @@ def calibrate(
     ]
     shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
     task = Task("calibration", (*folders, vectors.views, target, shown))
-    keys = [VERSION, gathered.key, made.key, target, channels, max_pixels]
+    keys = [2, VERSION, gathered.key, made.key, target, channels, max_pixels]
     found = run_step(root, step, keys, [task], measure_task)
     calibration = Calibration.of_json(found.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())

@@ -240,7 +240,12 @@ def test_planted_copies_in_the_sample_hardly_move_the_threshold(shared, seed):
     assert dirty.recall > clean.recall - 0.03 and clean.recall > 0.85
 
 
-def run(tmp_path, images, name, backwards=False, count=60, **options):
+def run(*arguments, **options):
+    return both(*arguments, **options)[0]
+
+
+def both(tmp_path, images, name, backwards=False, count=60, **options):
+    """The calibration and its step."""
     where = Here(backwards)
     for part in (module, fingerprint, exact_copies):
         part.run_step = where
@@ -251,9 +256,7 @@ def run(tmp_path, images, name, backwards=False, count=60, **options):
     alive = exact_copies.collapse(tmp_path / f"{name}-out", inputs, prints)
     root = tmp_path / f"{name}-out"
     vectors, _ = embed(root, "embed", inputs, alive, EmbedderSpec(), fingerprints=prints)
-    return calibrate(root, inputs, prints, alive, EmbedderSpec(), vectors, images=count, **options)[
-        0
-    ]
+    return calibrate(root, inputs, prints, alive, EmbedderSpec(), vectors, images=count, **options)
 
 
 @pytest.fixture
@@ -278,6 +281,14 @@ def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
     found = run(tmp_path, files, "few")
     assert found.images == images and found.threshold == threshold.STRICT_VIEWS and found.warning
+
+
+def test_another_second_look_measures_again(tmp_path, steps, monkeypatch):
+    keys = set()
+    for version, channels in ((1, 3), (2, 3), (2, 4)):
+        monkeypatch.setattr(module, "VERSION", version)
+        keys.add(both(tmp_path, [b"broken"], "few", channels=channels)[1].key)
+    assert len(keys) == 3
 
 
 def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):
