@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from pipeline import job
 from pipeline.config import Dedup
-from pipeline.curate import looks, report
+from pipeline.curate import looks, report, work
 from pipeline.curate.second_look import Verdict
 from pipeline.data.schema import open_shards
 from pipeline.files import RunFolder
@@ -928,3 +928,48 @@ def test_what_differs_in_one_place_stays_and_is_told(tmp_path):
     added = decisions(curate(tmp_path, *more, name="more"))
     assert [row["reason"] for row in added] == ["kept"] * 3 + ["duplicate_near"]
     assert added[3]["rule"] == "earlier" and added[3]["keeper_id"] == found[1]["image_id"]
+
+
+@pytest.mark.slow
+def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
+    """All steps of curations that use every part, of sets whose names hold dots and blanks."""
+    images = [blobs(i) for i in range(40)]
+    pool = [encoded(image, "JPEG", quality=95) for image in images]
+    pool += [encoded(images[i].resize((48, 48)), "JPEG", quality=80) for i in range(5)]
+    hub(tmp_path / "hub", [pool[:25], pool[25:]])
+    hub(tmp_path / "test", [[encoded(images[i].resize((50, 50))) for i in (0, 30)]])
+    hub(tmp_path / "seeds", [[encoded(images[i].rotate(4)) for i in range(8, 12)]])
+    recipe = tmp_path / "all.yaml"
+    recipe.write_text(
+        f"leaks: {{sets: {{'v2. photos': {tmp_path}/test}}, scope: components}}\n"
+        f"retrieve: {{seeds: {{'i.1k': {tmp_path}/seeds}}}}\n"
+        f"data: {{shards: {tmp_path}/hub}}\ndedup: {{threshold: auto}}\n"
+    )
+    steps = 0
+    for given in (
+        [
+            "retrieve.mode=sample",
+            "retrieve.neighbours=3",
+            "balance.images=10",
+            "balance.levels=[6,3]",
+        ],
+        ["retrieve.mode=cluster", "retrieve.clusters=4", "retrieve.cluster_seeds=1"],
+    ):
+        run = curate(tmp_path, str(recipe), *given, "dedup.threshold=auto", name=given[0][-6:])
+        root = run.path / "curate" / "steps"
+        folders = [path.parent for path in root.rglob("_key.json")]
+        files = [path for path in root.rglob("*") if path.is_file()]
+        for folder in folders:
+            inner = [other for other in folders if other != folder and folder in other.parents]
+            own = {
+                path
+                for path in files
+                if folder in path.parents and not any(other in path.parents for other in inner)
+            }
+            tables = {Path(name) for name in work.step_files(str(folder))}
+            assert tables <= own, (folder, tables - own)
+            work.empty_step(str(folder), [str(path) for path in tables])
+            left = {path for path in own if path.exists()}
+            assert not left, (folder, left)
+            steps += 1
+    assert steps > 60
