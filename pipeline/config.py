@@ -88,7 +88,9 @@ class Data(Section):
     image_column: str = Field("image", description="parquet column that holds the encoded image")
     label_column: str = Field("label", description="parquet column that holds the label, if any")
     labels: Literal["auto", "folder", "none"] = Field(
-        "auto", description="where labels of files come from; folder: the parent folder's name"
+        "auto",
+        description="where labels come from; folder: the parent folder's name; none: the training "
+        "images have no labels, evaluation sets keep theirs",
     )
     label_member: str = Field(
         "cls",

@@ -33,6 +33,22 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
+def names_against_numbers(named: str, names: Sequence[str], numbered: str) -> DataError:
+    """That two sets cannot be compared: nobody knows which number means which name.
+
+    Args:
+        named: the set whose classes have names, as the recipe names it.
+        names: these names, where they are known.
+        numbered: the set whose labels are bare numbers.
+    """
+    return DataError(
+        f"the classes of {named} have names{f' ({listed(names)})' if names else ''}, the labels of "
+        f"{numbered} are numbers without names: which number is which class is not known",
+        hint="give both sets names (folders, a label column of text, or class names in the parquet "
+        "files), or both numbers; data.labels=none leaves out labels of the training images",
+    )
+
+
 @dataclass(frozen=True)
 class Classes:
     """One list of class names for several sets.

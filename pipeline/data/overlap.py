@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.classes import Classes, Labels, listed
+from pipeline.data.classes import Classes, Labels, listed, names_against_numbers
 from pipeline.data.columns import image_id, is_ours
 from pipeline.data.label_column import label_ids
 from pipeline.data.row_group import image_array
@@ -97,13 +97,7 @@ def shared_classes(sets: Sequence[tuple[str, ShardSet]]) -> Classes:
     named = [(what, names) for what, names in labelled if names]
     numbered = [what for what, names in labelled if not names]
     if named and numbered:
-        what, names = named[0]
-        raise DataError(
-            f"the classes of {what} have names ({listed(names)}), those of {numbered[0]} only "
-            "numbers: which number means which name is not known",
-            hint=f"give {numbered[0]} names too (folders, a label column of text, or names in the "
-            "parquet metadata), or leave labels out of one of the two: data.labels=none",
-        )
+        raise names_against_numbers(*named[0], numbered[0])
     return Classes.of(names for _, names in named)
 
 

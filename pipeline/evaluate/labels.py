@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.data.classes import names_against_numbers
 from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
 from pipeline.uri import public
@@ -54,8 +55,4 @@ def check_labels(queries: Labels, reference: Labels) -> None:
         )
     if {queries.kind, reference.kind} == {"names", "numbers"}:
         named, other = (queries, reference) if queries.kind == "names" else (reference, queries)
-        raise DataError(
-            f"the classes of {named.place} have names, the labels of {other.place} are numbers "
-            "without names: which number is which class is not known",
-            "give both sets names (folders, or class names in the parquet files), or both numbers",
-        )
+        raise names_against_numbers(named.place, named.names, other.place)

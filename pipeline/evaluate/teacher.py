@@ -6,6 +6,8 @@ test.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -68,6 +70,21 @@ class EvaluationSpec:
 
         queries = counted(self.queries.rows, "queries")
         return f"{queries} by {counted(self.reference.rows, 'reference images')}"
+
+    def key(self, limit: int | None = None) -> str:
+        """Changes with the images and settings of a k-NN: scores with two keys are unlike.
+
+        Args:
+            limit: as for `compared`.
+        """
+        sets = [shards for shards in (self.queries, self.reference) if shards]
+        sampled = limit is not None and any(limit < shards.rows for shards in sets)
+        content = [
+            [[s.digest, s.label_column, s.class_names, s.columns.value_range] for s in sets],
+            [self.image_size, self.k, self.temperature, self.mean, self.std, self.channels],
+            [limit, self.seed] if sampled else [],
+        ]
+        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

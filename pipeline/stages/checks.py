@@ -139,9 +139,13 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
     return found
 
 
+def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:
+    """The set that votes: the reference, else the training images."""
+    fields = ("evaluate.reference", "data.shards", "data.source")
+    return next((known[field] for field in fields if field in known), None)
+
+
 def _check_evaluation(known: Mapping[str, KnownSet]) -> None:
-    queries = known.get("evaluate.queries")
-    voting = ("evaluate.reference", "data.shards", "data.source")
-    reference = next((known[field] for field in voting if field in known), None)
+    queries, reference = known.get("evaluate.queries"), voting(known)
     if queries and reference:
         check_labels(queries.labels, reference.labels)

@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline import cluster
 from pipeline.arrangement import Machine
@@ -62,6 +62,14 @@ class Context:
 def packed_uri(config: Config, folder: RunFolder) -> str:
     """The shards that the recipe names, or those that pack writes into the run folder."""
     return config.data.shards or str(folder.at("shards"))
+
+
+def labels_of(config: Config, field: str) -> Literal["auto", "folder", "none"]:
+    """`data.labels` for a set: `none` is said of the training images alone, for evaluation sets are
+    there for their labels.
+    """
+    labels = config.data.labels
+    return "auto" if labels == "none" and field != "data.source" else labels
 
 
 def shards_uri(config: Config, folder: RunFolder) -> str:

@@ -14,11 +14,11 @@ from pipeline.files import RunFolder
 from pipeline.plan import resolve
 from pipeline.stages import fits
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
-from pipeline.stages.checks import check_start
+from pipeline.stages.checks import check_start, voting
 from pipeline.stages.context import Context, packed_uri, shards_uri, with_packed_sets
 from pipeline.stages.curate_plan import TABLE_BYTES, curation_plan
 from pipeline.stages.evaluate import chosen
-from pipeline.stages.known_sets import KnownSet
+from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.stages.surroundings import machine_of, size_of, try_writing
 from pipeline.train import build, start, state
@@ -71,7 +71,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         curated = _opened(shards_uri(config, folder), config)
         images, digest = (curated.rows, curated.digest) if curated else (images, NOT_CURATED)
     if {"pretrain", "evaluate"} & set(stages) and config.evaluate.queries:
-        _say_evaluation(config, folder)
+        _say_evaluation(config, folder, known)
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
@@ -82,18 +82,32 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     fits.say_disk(needs)
 
 
-def _say_evaluation(config: Config, folder: RunFolder) -> None:
-    """What the two sets of the evaluation share and lack, where both are packed."""
+def _say_evaluation(config: Config, folder: RunFolder, known: Mapping[str, KnownSet]) -> None:
+    """What the two sets of the evaluation share and lack, as far as it is known before the pack."""
     config = with_packed_sets(config, folder)
     sets = [config.evaluate.queries, config.evaluate.reference]
     training = _opened(shards_uri(config, folder), config)
-    when = "" if training else " before curation"
+    when = "" if training else " before curation" if config.curate.preset else ""
     training = training or _opened(packed_uri(config, folder), config)
-    if training is None or not all(_opened(uri, config) for uri in sets if uri):
-        log.info("evaluate    images that are in both sets are looked for once both are packed")
+    if training is not None and all(_opened(uri, config) for uri in sets if uri):
+        for remark in remarks(config, training):
+            log.warning("evaluation%s: %s", when, remark)
         return
-    for remark in remarks(config, training):
-        log.warning("evaluation%s: %s", when, remark)
+    queries, reference = known.get("evaluate.queries"), voting(known)
+    equal = also_in(reference, queries) if queries and reference else None
+    if queries is None or reference is None or equal is None:
+        log.info("evaluate    images that are in both sets are looked for once both are packed")
+    elif equal:
+        log.warning(
+            "evaluation%s: %s of %s queries are also in %s, byte for byte: none of them votes for "
+            "itself",
+            when,
+            f"{equal:,}",
+            f"{queries.images:,}",
+            reference.labels.place,
+        )
+    else:
+        log.info("evaluate    no query is also in %s, byte for byte", reference.labels.place)
 
 
 def _say_pack(

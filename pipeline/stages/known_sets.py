@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from pipeline.config import Config
+from pipeline.data.columns import image_id
 from pipeline.data.kinds import named_as_image
-from pipeline.data.listing import Listing, absolute_source, list_source
+from pipeline.data.listing import Listing, absolute_source, inside, list_source
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.sources import Plan, plan_tasks
+from pipeline.data.storage import resolve_uri
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate.labels import Kind, Labels
-from pipeline.stages.context import BUILTIN
+from pipeline.stages.context import BUILTIN, labels_of
 from pipeline.uri import public
 
 BUILTIN_PARTS = ("train", "test")
+READ_BYTES = 2 * 2**30  # of files that a dry run reads to compare two sets: some seconds
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,15 @@ class KnownSet:
         images: files and rows, copies and bad ones included; 0 where archives hide them.
         size: bytes, as they are stored.
         shards: the set itself, where it is packed or can be read as it is.
+        files: the local image files that it is made of, and their bytes; None where some of it is
+            elsewhere, in archives or in tables.
     """
 
     labels: Labels
     images: int
     size: int
     shards: ShardSet | None = None
+    files: tuple[tuple[str, int], ...] | None = None
 
     @classmethod
     def of(cls, field: str, shards: ShardSet) -> KnownSet:
@@ -50,16 +56,43 @@ def known_set(config: Config, field: str, uri: str) -> KnownSet:
     if uri.startswith(BUILTIN):
         return _builtin(field, uri)
     try:
-        data = config.data
-        found = open_shards(uri, data.image_column, data.label_column, field, data.labels != "none")
+        data, labels = config.data, labels_of(config, field)
+        found = open_shards(uri, data.image_column, data.label_column, field, labels != "none")
     except StorageError:
         raise
     except DataError:
         return _source(config, field, uri)
     known = KnownSet.of(field, found)
-    if field == "data.source" and config.data.labels == "none":  # pack leaves them out
+    if labels == "none":  # pack leaves them out
         return replace(known, labels=replace(known.labels, kind="none", names=()))
     return known
+
+
+def also_in(reference: KnownSet, queries: KnownSet) -> int | None:
+    """How many files of the queries are in the reference too, byte for byte.
+
+    None where that shows only once both are packed, or would take long. Only files of a size that
+    is in both sets are read.
+    """
+    if reference.files is None or queries.files is None:
+        return None
+    sizes = {size for _, size in reference.files} & {size for _, size in queries.files}
+    asked, votes = (
+        [(path, size) for path, size in known.files or () if size in sizes]
+        for known in (queries, reference)
+    )
+    if sum(size for _, size in {*asked, *votes}) > READ_BYTES:
+        return None
+    there = {_hash(path) for path, _ in votes} - {""}
+    return sum(_hash(path) in there for path, _ in asked)
+
+
+def _hash(path: str) -> str:
+    """The id of an image file; "" where it cannot be read, which the pack will say."""
+    try:
+        return image_id(Path(path).read_bytes())
+    except OSError:
+        return ""
 
 
 def builtin_part(source: str) -> str:
@@ -85,7 +118,8 @@ def _source(config: Config, field: str, uri: str) -> KnownSet:
     data, source = config.data, absolute_source(uri)
     listing = list_source(source, follow_links=data.follow_links, field=field)
     limit = int(data.max_image_mb * 2**20)
-    member = data.label_member if data.labels == "auto" else ""
+    labels = labels_of(config, field)
+    member = data.label_member if labels == "auto" else ""
     plan = plan_tasks(
         source,
         listing,
@@ -93,23 +127,32 @@ def _source(config: Config, field: str, uri: str) -> KnownSet:
         data.label_column,
         limit,
         member,
-        labels=data.labels != "none",
+        labels=labels != "none",
     )
-    kind, names = _labels(config, plan, listing)
+    kind, names = _labels(labels, plan, listing)
     return KnownSet(
         Labels(f"{field}={public(source)}", kind, names),
         plan.images,
         sum(entry.size for entry in listing.entries),
+        files=_files(plan, listing),
     )
 
 
-def _labels(config: Config, plan: Plan, listing: Listing) -> tuple[Kind, tuple[str, ...]]:
+def _files(plan: Plan, listing: Listing) -> tuple[tuple[str, int], ...] | None:
+    fs, _ = resolve_uri(listing.uri)
+    if fs.type_name != "local" or any(task.kind != "files" for task in plan.tasks):
+        return None
+    images = [entry for entry in listing.entries if named_as_image(entry.path)]
+    return tuple((inside(listing.root, entry.path), entry.size) for entry in images)
+
+
+def _labels(labels: str, plan: Plan, listing: Listing) -> tuple[Kind, tuple[str, ...]]:
     """As `pack` will find them: folders are classes where there are two or more of them."""
-    if config.data.labels == "none":
+    if labels == "none":
         return "none", ()
     paths = [entry.path for entry in listing.entries if named_as_image(entry.path)]
     folders = {PurePosixPath(path).parent.name for path in paths} - {""}
-    if len(folders) == 1 and config.data.labels != "folder":
+    if len(folders) == 1 and labels != "folder":
         folders = set()
     names = folders | {name for names in plan.name_lists for name in names}
     if names and not plan.labelled:

@@ -19,7 +19,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.files import RunFolder, fingerprint
 from pipeline.heartbeat import now
 from pipeline.mirror import upload_folder
-from pipeline.stages.context import BUILTIN, Context, is_shards, packed_uri, result_line
+from pipeline.stages.context import BUILTIN, Context, is_shards, labels_of, packed_uri, result_line
 from pipeline.stages.known_sets import builtin_part
 from pipeline.uri import Place, is_uri, join, public
 
@@ -124,7 +124,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             shards,
             image_column=data.image_column,
             label_column=data.label_column,
-            labels=data.labels,
+            labels=labels_of(context.config, FIELDS[name]),
             max_bad_fraction=data.max_bad_fraction,
             max_pixels=data.max_image_pixels,
             channels=context.config.model.in_channels,

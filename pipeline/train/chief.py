@@ -51,7 +51,9 @@ class Chief:
         self.tracker = _tracker(job, folder)
         first_step = int(resumed["step"]) if resumed else 0
         self.tracker.resume(first_step)
-        self.evaluations = Evaluations(plan, job["evaluator"], self.tracker, folder)
+        self.evaluations = Evaluations(
+            plan, job["evaluator"], self.tracker, folder, job["compared"]
+        )
         self.control = job["feeder"]
         self.wished = self.control.wait_wish.remote()
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})

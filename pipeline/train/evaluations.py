@@ -78,10 +78,21 @@ def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 class Evaluations:
-    """Rank 0's side: requests, results, the best checkpoint and the collapse alarm."""
+    """Rank 0's side: requests, results, the best checkpoint and the collapse alarm.
 
-    def __init__(self, plan: Plan, evaluator: Any, tracker: Any, folder: Place) -> None:
+    Args:
+        plan: of the run.
+        evaluator: the actor.
+        tracker: takes metrics and pictures.
+        folder: of the run.
+        compared: which images and settings its scores are of, see `EvaluationSpec.key`.
+    """
+
+    def __init__(
+        self, plan: Plan, evaluator: Any, tracker: Any, folder: Place, compared: str
+    ) -> None:
         self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
+        self.compared = compared
         self.checkpoints = join(folder, "checkpoints")
         self.pending: list[tuple[int, Any]] = []
         self.newest: dict[str, float] = {}
@@ -90,6 +101,13 @@ class Evaluations:
         self.best: dict[str, float] | None = None
         if (found := state.best(self.checkpoints)) is not None:
             self.best = {"step": found[0].step, "score": found[1]}
+            if state.best_compared(self.checkpoints) != compared:
+                log.warning(
+                    "the best checkpoint so far (step %d, score %.4f) was evaluated with other "
+                    "images or settings (evaluate.*): the best is chosen anew from here on",
+                    *self.best.values(),
+                )
+                self.best = None
 
     def request(self, step: int, backbone: Backbone) -> None:
         """Asks for an evaluation of the weights as they are now."""
@@ -153,4 +171,4 @@ class Evaluations:
         known = {saved.step for saved in state.checkpoints(self.checkpoints)}
         if step in known and (self.best is None or score >= self.best["score"]):
             self.best = {"step": step, "score": score}
-            state.mark_best(self.checkpoints, step, score)
+            state.mark_best(self.checkpoints, step, score, self.compared)

@@ -212,7 +212,8 @@ def pretrain(
         tasks,
         plan.sizes[-1],
     )
-    evaluator = launch_evaluator(evaluation_spec(plan, shards), plan)
+    evaluation = evaluation_spec(plan, shards)
+    evaluator = launch_evaluator(evaluation, plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
     mark = stage / f".shared-{os.urandom(6).hex()}"
     mark.touch()
@@ -222,6 +223,7 @@ def pretrain(
         "folder": str(folder.at()),
         "feeder": feeder,
         "evaluator": evaluator,
+        "compared": evaluation.key(plan.config.evaluate.during_training),
         "track": track,
     }
     per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}

@@ -363,9 +363,23 @@ def _best(folder: Place) -> tuple[int, float] | None:
     return step, float(score)
 
 
-def mark_best(folder: Place, step: int, score: float) -> None:
-    """Points `best.json` at a step; the checkpoint of that step is then kept."""
-    content = json.dumps({"step": step, "score": score}, indent=1) + "\n"
+def best_compared(folder: Place) -> str:
+    """Which images and settings the score of `best.json` is of, as `mark_best` wrote it; or ""."""
+    if _best(folder) is None:
+        return ""
+    return str((read_json(*resolve_uri(str(join(folder, "best.json")))) or {}).get("compared", ""))
+
+
+def mark_best(folder: Place, step: int, score: float, compared: str = "") -> None:
+    """Points `best.json` at a step; the checkpoint of that step is then kept.
+
+    Args:
+        folder: of the checkpoints.
+        step: of a checkpoint.
+        score: of its evaluation.
+        compared: changes with the images and settings of evaluations: scores of others are unlike.
+    """
+    content = json.dumps({"step": step, "score": score, "compared": compared}, indent=1) + "\n"
     write_bytes_atomic(content.encode(), *resolve_uri(str(join(folder, "best.json"))))
 
 

@@ -289,7 +289,7 @@ def test_labels_of_several_sets(tmp_path, monkeypatch):
     assert labels == {image_id(picture(seed)): label for seed, label in expected.items()}
     c = hub(tmp_path / "c", [[picture(30)]], label=[5])  # ids without names
     assert form_of([("c", c)]).labels == {"c": ()}
-    with pytest.raises(DataError, match=r"have names \(cat, dog\), those of c only num"):
+    with pytest.raises(DataError, match=r"have names \(cat, dog\), the labels of c are numbers"):
         form_of([("a", a), ("c", c)])
     beyond = named("beyond", ["cat", "dog"], [0, 1, 2], 40)
     with pytest.raises(DataError, match="is 2, but only 2 classes have names"):

@@ -97,7 +97,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     numbers = hub(tmp_path / "numbers", [b"c"], [0])
     others = hub(tmp_path / "others", [b"d"], ["Ant"])
     for r, q in ((named, numbers), (numbers, named)):
-        with pytest.raises(DataError, match=r"have names \(ant, bee\), those of . only numbers"):
+        with pytest.raises(
+            DataError, match=r"have names \(ant, bee\), the labels of . are numbers"
+        ):
             overlap_of(("r", r), ("q", q))
     with pytest.raises(DataError, match=r"no class of q \(Ant\) has an image in r \(ant, bee\)"):
         overlap_of(("r", named), ("q", others))

@@ -197,3 +197,21 @@ def test_what_a_knn_compares_is_said_with_and_without_a_limit(spec: EvaluationSp
         f"3 of {queries.rows} queries by 3 of {reference.rows} reference images"
     )
     assert replace(spec, queries=None).compared() == ""
+
+
+def test_scores_of_other_images_or_settings_have_another_key(spec: EvaluationSpec) -> None:
+    assert spec.queries and spec.reference
+    most = max(spec.queries.rows, spec.reference.rows)
+    names = tuple(f"{name}!" for name in spec.queries.class_names) or ("a", "b", "c")
+    others = [
+        replace(spec, k=spec.k + 1),
+        replace(spec, image_size=spec.image_size + 1),
+        replace(spec, queries=replace(spec.queries, digest="x")),
+        replace(spec, reference=replace(spec.reference, value_range=(0.0, 9.0))),
+        replace(spec, reference=replace(spec.reference, class_names=names)),
+        replace(spec, queries=None),
+    ]
+    assert len({spec.key(), spec.key(2), *(one.key() for one in others)}) == len(others) + 2
+    assert replace(spec, batch_size=spec.batch_size + 1).key() == spec.key()
+    assert spec.key(most) == spec.key() == replace(spec, seed=spec.seed + 1).key()
+    assert replace(spec, seed=spec.seed + 1).key(2) != spec.key(2)

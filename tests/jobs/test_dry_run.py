@@ -17,6 +17,8 @@ from pipeline.errors import PipelineError
 from pipeline.overrides import load
 from pipeline.stages import chain
 from pipeline.stages.chain import ORDER
+from pipeline.stages.checks import check_start
+from pipeline.stages.context import labels_of
 
 NOWHERE = "/there/is/nothing"
 
@@ -151,3 +153,59 @@ def test_a_recipe_of_the_project_is_found_from_another_folder(
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.yaml").write_text("run: {name: mine}\n")
     assert load(["configs/demo.yaml"]).run.name == "mine"  # one that is here comes first
+
+
+@pytest.mark.usefixtures("quiet_log")
+def test_queries_that_are_in_the_training_folder_too_are_counted_before_the_pack(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two classes, whose part `val` is asked; of a second folder two of four images are copies."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        place = tmp_path / "pile" / ("val" if i % 4 == 0 else "train") / f"k{i % 2 + i // 12}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(place / f"{i}.png")
+    (tmp_path / "pile" / "val" / "readme.txt").write_text("x")
+    (tmp_path / "pile" / "readme.txt").write_text("x")
+    images = sorted((tmp_path / "pile").rglob("*.png"))
+    for i in range(4):
+        place = tmp_path / "other" / images[i].parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        changed = b"" if i < 2 else b"."
+        (place / f"copy{i}.png").write_bytes(images[i].read_bytes() + changed)
+    for i in (2, 3):
+        place = tmp_path / "new" / images[i].parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{i}.png").write_bytes(images[i].read_bytes() + b".")
+    for folder, said in (
+        ("pile/val", "6 of 6 queries are also in data.source="),
+        ("other", "2 of 4 queries are also in data.source="),
+        ("new", "no query is also in data.source="),
+    ):
+        given = [str(recipe), f"data.source={tmp_path}/pile", f"run.folder={tmp_path}/runs"]
+        given += [f"evaluate.queries={tmp_path}/{folder}", "optim.global_batch_size=8"]
+        job.main(list(ORDER), "doc", [*given, "train.workers=1", "--dry-run"])
+        shown = capsys.readouterr()
+        assert said in shown.out + shown.err, (folder, shown)
+
+
+def test_evaluation_sets_keep_their_labels_with_data_labels_none(
+    sets: Path, recipe: Path, tmp_path: Path
+) -> None:
+    def known(*arguments: str) -> dict[str, str]:
+        given = [str(recipe), f"data.source={sets}/pile", "data.labels=none", "run.name=none"]
+        config = load([*given, "track.enabled=false", f"run.folder={tmp_path}", *arguments])
+        found = check_start(config, ["pack", "pretrain"])
+        return {field: one.labels.kind for field, one in found.items()}
+
+    kinds = {"data.source": "none", "evaluate.queries": "names", "evaluate.reference": "names"}
+    both = [f"evaluate.queries={sets}/pile", f"evaluate.reference={sets}/pile"]
+    assert known(*both) == kinds
+    numbers = [f"evaluate.queries={sets}/numbers", f"evaluate.reference={sets}/numbers"]
+    assert set(known(*numbers).values()) == {"none", "numbers"}
+    with pytest.raises(PipelineError, match=r"data\.source=.* has no labels to vote with"):
+        known(both[0])
+    config = load(["data.labels=none"])
+    fields = ("data.source", "evaluate.queries", "evaluate.reference")
+    assert [labels_of(config, field) for field in fields] == ["none", "auto", "auto"]
+    assert labels_of(load(["data.labels=folder"]), "evaluate.queries") == "folder"

@@ -1,10 +1,16 @@
-"""Where the evaluator of a run is put: on no node without CPUs, if there is another."""
+"""Where the evaluator of a run is put, and which of its scores are compared."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from pipeline.train.evaluations import roomiest
+import pytest
+import torch
+
+from pipeline.train import state
+from pipeline.train.evaluations import Evaluations, roomiest
 
 
 def node(name: str, cpus: float | None, alive: bool = True) -> dict[str, Any]:
@@ -17,3 +23,33 @@ def test_the_living_node_with_the_most_cpus() -> None:
     assert roomiest([head, node("a", 2), node("b", 8), node("gone", 64, alive=False)]) == "b"
     assert roomiest([head, node("bare", 0)]) == ""  # Ray may choose
     assert roomiest([]) == ""
+
+
+def test_the_best_is_begun_anew_where_other_images_are_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (10, 20):
+        state.save(folder, step, {"model": {"w": torch.ones(1)}}, {"step": step})
+    settings = SimpleNamespace(config=SimpleNamespace(evaluate=SimpleNamespace(k=20)))
+
+    def evaluations(compared: str) -> Evaluations:
+        return Evaluations(settings, None, None, tmp_path, compared)  # type: ignore[arg-type]
+
+    first = evaluations("a")
+    first._note_best(10, 0.9)
+    again = evaluations("a")
+    assert again.best == {"step": 10, "score": 0.9} and not caplog.records
+    again._note_best(20, 0.5)
+    found = state.best(folder)
+    assert found and (found[0].step, found[1]) == (10, 0.9)
+    other = evaluations("b")
+    assert other.best is None
+    assert "(step 10, score 0.9000) was evaluated with other images or settings" in caplog.text
+    found = state.best(folder)  # until another is known
+    assert found and found[0].step == 10
+    other._note_best(20, 0.5)
+    found = state.best(folder)
+    assert found and (found[0].step, found[1]) == (20, 0.5)
+    assert evaluations("b").best == {"step": 20, "score": 0.5}
