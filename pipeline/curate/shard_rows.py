@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ import pyarrow.parquet as pq
 from pipeline.curate.shard_form import Form, kept_columns
 from pipeline.curate.tables import InputFile, read_table
 from pipeline.data.columns import is_ours
+from pipeline.data.decode import BadImage, image_format
 from pipeline.data.label_column import label_ids
-from pipeline.data.npy import MAGIC
-from pipeline.data.pictures import FORMATS
 from pipeline.data.row_group import image_array
 from pipeline.data.storage import resolve_uri
 from pipeline.data.transfer import open_patiently
@@ -56,7 +54,9 @@ def formed(
     else:
         assert about is not None
         columns |= {name: about.column(name) for name in ("width", "height", "source")}
-        columns["format"] = pa.array([_format(x.as_py()) for x in columns["image"]], pa.string())
+        columns["format"] = pa.array(
+            [_format(encoded.as_py(), file) for encoded in columns["image"]], pa.string()
+        )
     columns["label"] = _labels(table, label, file, form)
     for extra in form.extras:
         name = origin.get(extra.name)
@@ -80,11 +80,12 @@ def _labels(table: pa.Table, label: str, file: InputFile, form: Form) -> Any:
     return pc.take(pa.array(here, pa.int64()), own)
 
 
-def _format(encoded: bytes) -> str:
-    """As `decode.decode` names it, from the header alone."""
-    from PIL import Image
-
-    if encoded.startswith(MAGIC):
-        return "NPY"
-    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-        return str(image.format)
+def _format(encoded: bytes, file: InputFile) -> str:
+    try:
+        return image_format(encoded)
+    except BadImage as bad:
+        raise DataError(
+            f"an image of {file.file.name} could be read when the curation began, and now it "
+            f"cannot: {bad.detail}",
+            "install on all machines what the curation began with, or give the run another name",
+        ) from bad

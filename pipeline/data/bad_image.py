@@ -62,7 +62,8 @@ def unidentified(encoded: bytes) -> BadImage:
     for signature in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"):
         if encoded.startswith(signature):
             cut = cut_short(encoded)
-            found = "broken header" + ", or a TIFF of more than 4 bands" * (signature[0] in b"IM")
+            tiff = ", or a TIFF with samples of a kind that is not read"
+            found = "broken header" + tiff * (signature[0] in b"IM")
             return BadImage("truncated" if cut else "undecodable", cut or found)
     if encoded[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return BadImage("undecodable", "a broken HEIC header")

@@ -44,6 +44,7 @@ from pipeline.data.pictures import (
     convert,
     decode_picture,
     deep_picture,
+    picture_format,
     picture_size,
 )
 from pipeline.data.value_range import FULL, Span, ValueRange, span_of
@@ -59,6 +60,7 @@ __all__ = [
     "decode_image",
     "decode_rgb",
     "decode_shrunk",
+    "image_format",
     "image_size",
     "value_span",
 ]
@@ -135,6 +137,20 @@ def image_size(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) 
         if header.plain and _allowed(header, max_pixels, channels):
             return header.upright_size
         return picture_size(encoded, max_pixels, channels)
+
+
+def image_format(encoded: bytes) -> str:
+    """The format that `decode` gives, from the header alone: NPY, DICOM, or as Pillow names it.
+
+    Raises:
+        BadImage: no format that is read.
+    """
+    with _reasons(encoded):
+        if encoded.startswith(MAGIC):
+            return NPY
+        if is_dicom(encoded):
+            return DICOM
+        return "JPEG" if jpeg_header(encoded).plain else picture_format(encoded)
 
 
 def decode(

@@ -134,7 +134,8 @@ def pack(
     arguments += [shard_bytes, row_group_images]
     # Only where it is not RGB, so that packs made before there was a choice stay finished.
     arguments += [f"channels={channels}"] if channels != RGB else []
-    arguments += [f"label_member={label_member}"] if label_member not in ("", "cls") else []
+    named = labels == "auto" and label_member != "cls"
+    arguments += [f"label_member={label_member}"] if named else []
     arguments += ["follow_links"] if follow_links else []
     arguments += [f"range={value_range}"] if value_range != AUTO else []
     key = ledger.key_of(listing, arguments)
@@ -164,7 +165,9 @@ def pack(
         read = _read_all(plan.tasks, spec, on_progress)
         bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
         images_in = len(plan.refused) + sum(account["images"] for account in read)
-        others = [*plan.others, *(Other(*row) for account in read for row in account["others"])]
+        others = listed_once(
+            [*plan.others, *(Other(*row) for account in read for row in account["others"])]
+        )
         ledger.write_bad_images(bad, bad_images)
         ledger.write_other_files(others, other_files)
         _warn(others)
@@ -338,6 +341,16 @@ class _Outcome:
                 hint=f"{listed}; take them away, or set data.max_bad_fraction higher and run "
                 f"again: it goes on where it stopped{links}",
             )
+
+
+def listed_once(others: Sequence[Other]) -> list[Other]:
+    """Label files once, though several tasks may read one; as used where one of them used it."""
+    of_labels: dict[tuple[str, str], Other] = {}
+    for item in others:
+        if item.reason in ("label", "bad_label"):
+            key = item.source, item.reason
+            of_labels[key] = min(item, of_labels.get(key, item), key=lambda o: o.detail)
+    return [o for o in others if o.reason not in ("label", "bad_label")] + [*of_labels.values()]
 
 
 def _first(bad: Sequence[Refused]) -> list[Refused]:

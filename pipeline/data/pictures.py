@@ -166,9 +166,21 @@ def _bytes(image: Image.Image, encoded: bytes, channels: int) -> int:
     return (1 if image.mode in ("1", "L", "P") else 4) + max(channels, 3) + own
 
 
-def _open(encoded: bytes, max_pixels: int, channels: int) -> tuple[Image.Image, str]:
+def picture_format(encoded: bytes) -> str:
+    """The name that `decode_picture` gives."""
+    if _tiff_layout(encoded) is not None:  # of which Pillow knows few that are deep
+        return "TIFF"
+    with quiet():
+        return _of_header(encoded).format or "?"
+
+
+def _of_header(encoded: bytes) -> Image.Image:
     formats = (*FORMATS, _heif()) if encoded[4:12] in _HEIC else FORMATS
-    image: Image.Image = Image.open(io.BytesIO(encoded), formats=formats)
+    return Image.open(io.BytesIO(encoded), formats=formats)
+
+
+def _open(encoded: bytes, max_pixels: int, channels: int) -> tuple[Image.Image, str]:
+    image = _of_header(encoded)
     name = image.format or "?"
     width, height = image.size
     limit = pixel_limit(max_pixels, _bytes(image, encoded, channels))

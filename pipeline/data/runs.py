@@ -40,7 +40,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("class_name", pa.string()),  # class by a label column or file that holds names
     ]
 )
-INDEX_VERSION = 2  # a pack that was begun with other runs begins anew
+INDEX_VERSION = 3  # a pack that was begun with other runs or tasks begins anew
 _INDEX_ROW_GROUP = 512
 
 

@@ -24,7 +24,7 @@ from pipeline.data.columns import (
 )
 from pipeline.data.extras import check_fit
 from pipeline.data.kinds import is_archive, is_table, named_as_image
-from pipeline.data.labels import LabelFiles
+from pipeline.data.labels import LabelFiles, names_of
 from pipeline.data.listing import Entry, Listing, Other, Refused, inside, list_source, readable
 from pipeline.data.storage import public_uri, resolve_uri
 from pipeline.data.transfer import open_patiently
@@ -34,6 +34,7 @@ __all__ = ["Listing", "Other", "Plan", "Refused", "Task", "list_source", "plan_t
 
 TASK_BYTES = 64 * 2**20  # of source in one task: small enough for a small machine and for a retry
 TASK_FILES = 1000
+HARD = 2  # times both limits, after which images of one label file are cut as well
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,12 @@ def plan_tasks(
     """
     tables = _Tables(uri, listing, image_column, label_column, labels)
     label_files = LabelFiles(label_member)
-    # Images and their labels are read by one task: all whose names are the same up to the first dot
-    keyed = {
-        _first_dot(entry.path)
-        for entry in listing.entries
-        if label_files.key(entry.path) is not None
-    }
+    keys = {label_files.key(entry.path) for entry in listing.entries} - {None}
     refused = [*listing.refused, *tables.refused]
     tasks = list(tables.tasks)
     batches: dict[str, list[str]] = {"files": [], "large": []}
-    size, last = 0, ""
-    for entry in listing.entries:
+    size, last, beside = 0, "", list[str]()
+    for key, entry in _by_label(listing.entries, label_files) if keys else _each(listing.entries):
         if is_table(entry.path):
             continue
         if is_archive(entry.path):
@@ -102,13 +98,16 @@ def plan_tasks(
             refused.append(Refused(readable(entry.path), "too_large", detail))
             continue
         kind = "large" if entry.size > max_image_bytes else "files"
-        batch, key = batches[kind], _first_dot(entry.path)
-        full = len(batch) >= TASK_FILES or (kind == "files" and size + entry.size > TASK_BYTES)
-        if batch and full and not (key == last and key in keyed):
+        batch, same = batches[kind], key == last
+        beside = beside if same else []
+        limit = HARD if same else 1  # an image is read by a task that reads its label
+        over = kind == "files" and size + entry.size > limit * TASK_BYTES
+        if batch and (len(batch) >= limit * TASK_FILES or over):
             tasks.append(Task(kind, tuple(batch)))
-            batch.clear()
+            batch[:] = beside if kind == "files" else []
             size = size if kind == "large" else 0
         batch.append(entry.path)
+        beside += [entry.path] * (label_files.key(entry.path) is not None)
         size, last = size + entry.size * (kind == "files"), key
     tasks += [Task(kind, tuple(batch)) for kind, batch in batches.items() if batch]
     if not tasks and tables.useless is not None:
@@ -122,14 +121,28 @@ def plan_tasks(
         others=others,
         name_lists=tuple(tables.name_lists),
         extras=tables.joined(uri, listing),
-        labelled=bool(keyed),
+        labelled=bool(keys),
         images=0 if archives else images,
     )
 
 
-def _first_dot(path: str) -> str:
-    folder, slash, name = path.rpartition("/")
-    return folder + slash + name.partition(".")[0]
+def _each(entries: Sequence[Entry]) -> Iterator[tuple[str, Entry]]:
+    return ((entry.path, entry) for entry in entries)
+
+
+def _by_label(entries: Sequence[Entry], label_files: LabelFiles) -> Iterator[tuple[str, Entry]]:
+    """The entries with a name for the label each one has; those of one label follow each other,
+    and its files come first.
+    """
+    keys = {label_files.key(entry.path) for entry in entries} - {None}
+    groups: dict[str, tuple[list[Entry], list[Entry]]] = {}
+    for entry in entries:
+        own = label_files.key(entry.path)
+        key = own if own is not None else next((n for n in names_of(entry.path) if n in keys), None)
+        name = f"label {key}" if key is not None else f"file {entry.path}"
+        groups.setdefault(name, ([], []))[own is None].append(entry)
+    for name, (labels, others) in groups.items():
+        yield from ((name, entry) for entry in (*labels, *others))
 
 
 class _Tables:

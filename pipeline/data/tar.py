@@ -54,7 +54,6 @@ class Tar:
         self._stream, self._limit = stream, limit
         self._at = 0  # bytes of the stream that are behind us
         self._left = 0  # bytes of the member's data, with its padding, that are before us
-        self.joined = 0  # archives that began after the end of another
 
     def __iter__(self) -> Iterator[Member]:
         """Members in the order of the archive.
@@ -74,7 +73,6 @@ class Tar:
                 return
             if len(block) < BLOCK:
                 raise EOFError("no end mark")
-            self.joined += ended
             ended = False
             member = self._member(block)
             if member is not None:

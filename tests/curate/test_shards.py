@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,12 @@ from pipeline.curate.sources import Sources
 from pipeline.curate.tables import AS_IS, POOL, Inputs
 from pipeline.curate.work import Task, run_step
 from pipeline.data.columns import image_id
+from pipeline.data.decode import decode, image_format
 from pipeline.data.row_group import read_row_group
 from pipeline.data.schema import open_shards
 from pipeline.errors import DataError
 from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
+from tests.data.test_dicom import dicom
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +306,39 @@ def test_columns_that_cannot_be_one(tmp_path):
     b = hub(tmp_path / "b", [[picture(1)]], extra=[{"a": 1}])
     with pytest.raises(DataError, match="the sets a, b disagree about a column"):
         form_of([("a", a), ("b", b)])
+
+
+def test_formats_are_those_that_decoding_names(tmp_path, monkeypatch):
+    """Hub files of DICOM, deep TIFF and (where it is installed) HEIC: more than Pillow knows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    still, apple = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels[::2]).save(still, "JPEG")
+    # A TIFF of 16 bits, and one of five bands: Pillow does not open the latter.
+    deep, five = (plain_tiff(pixels.astype("u2")), plain_tiff(np.dstack((pixels, pixels[..., :2]))))
+    images = [deep, still.getvalue(), dicom()]
+    if importlib.util.find_spec("pillow_heif"):
+        heif = importlib.import_module("pillow_heif")
+        heif.from_pillow(Image.fromarray(pixels[:, ::2])).save(apple)
+        images.append(apple.getvalue())
+    names = [decode(encoded)[1] for encoded in images]
+    assert names == ["TIFF", "JPEG", "DICOM", "HEIF"][: len(images)]
+    assert [image_format(encoded) for encoded in images] == names
+    assert image_format(five) == decode(five, channels=5)[1] == "TIFF"
+    sets = [("pool", POOL, hub(tmp_path / "hub", [images]))]
+    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    assert sorted(table.column("format").to_pylist()) == sorted(names)
+
+
+def plain_tiff(array: np.ndarray) -> bytes:
+    """Bands side by side, without compression: all tags that such a file needs."""
+    height, width, bands = array.shape
+    tags = [(256, width), (257, height), (258, 8 * array.itemsize), (259, 1)]
+    tags += [(262, 2 if bands == 3 else 1), (273, 8), (277, bands), (278, height)]
+    tags += [(279, array.nbytes)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + array.nbytes) + array.tobytes() + directory
 
 
 def test_numpy_images_keep_their_format(tmp_path, monkeypatch):

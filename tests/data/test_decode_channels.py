@@ -148,6 +148,11 @@ def test_a_tiff_of_six_bands_gives_six_channels_and_no_other_number():
         error = refused(tiff, channels)
         assert error.reason == "undecodable"
         assert "TIFF of more than 4 bands" in error.detail
+    uneven = (b"II*\0" + struct.pack("<I", 8) + directory).replace(
+        struct.pack("<HHII", 258, 3, 1, 8), struct.pack("<HHHHHH", 258, 3, 2, 0, 8, 4)
+    )
+    detail = refused(uneven.ljust(200, b"\0") + bytes(24), 3).detail
+    assert "bands" not in detail and "TIFF" in detail
 
 
 # ---- numpy files

@@ -25,8 +25,10 @@ from pipeline.data import archives, sources, storage
 from pipeline.data import pack as packing
 from pipeline.data.decode import FORMATS
 from pipeline.data.kinds import begins_like_an_image
+from pipeline.data.listing import list_source
 from pipeline.data.pack import pack, unequal_shares
 from pipeline.data.schema import open_shards
+from pipeline.data.sources import plan_tasks
 from pipeline.errors import DataError
 from tests.data import hostile as h
 from tests.data.test_pack import bad_of, hub, mistake, others_of, packed, table_of, tar_of, write
@@ -202,6 +204,37 @@ def test_the_label_of_the_longest_name_counts(tmp_path):
     assert {Path(s).name: v for s, v in labels_of(tmp_path).items()} == {
         "x.left.jpg": 1, "x.right.jpg": 2, "y.1.jpg": 3, "y.2.jpg": 4
     }  # fmt: skip
+
+
+def test_another_ending_of_label_files_is_another_pack(tmp_path):
+    write(tmp_path / "in" / "a.jpg", h.jpeg(1))
+    write(tmp_path / "in" / "a.cls", b"3")
+    for member, label in (("cls", 3), ("", None), ("cls", 3)):
+        packed(tmp_path / "in", tmp_path, label_member=member)
+        assert labels_of(tmp_path) == {"a.jpg": label}, member
+
+
+def test_a_name_with_many_dots_is_no_reason_for_one_task(tmp_path, monkeypatch):
+    """Frames of one film, each with its label; copies of one picture, all with the same."""
+    monkeypatch.setattr(sources, "TASK_FILES", 4)
+    truth = {}
+    for i in range(20):
+        write(tmp_path / "in" / f"film.{i:03d}.jpg", h.jpeg(i))
+        write(tmp_path / "in" / f"film.{i:03d}.cls", b"%d" % i)
+        write(tmp_path / "in" / f"x.{i}.jpg", h.jpeg(100 + i))
+        truth |= {f"film.{i:03d}.jpg": i, f"x.{i}.jpg": 77}
+    write(tmp_path / "in" / "x.cls", b"77")
+    write(tmp_path / "in" / "x.3.cls", b"78")
+    truth["x.3.jpg"] = 78
+    plan = plan_tasks(
+        str(tmp_path / "in"), list_source(str(tmp_path / "in")), "image", "label", 2**20, "cls"
+    )
+    assert max(len(task.paths) for task in plan.tasks) <= sources.HARD * 4
+    report = packed(tmp_path / "in", tmp_path)
+    assert labels_of(tmp_path) == truth
+    assert report.others == {"label": 22}  # each one once, though several tasks read it
+    table = pq.read_table(tmp_path / "other_files.parquet").to_pylist()
+    assert {"source": "x.cls", "reason": "label", "detail": "class 77"} in table
 
 
 # ---- links
