@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,11 +172,12 @@ def test_light_modules_load_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_help_answers_at_once(path: Path, record_property: pytest.RecordProperty) -> None:
     # `-X importtime` names every module that was loaded, on stderr
-    begin = time.perf_counter()
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", path, "--help"], capture_output=True, text=True
     )
-    seconds = time.perf_counter() - begin
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime  # whoever else works
     assert shown.returncode == 0
     assert shown.stdout.strip()
     loaded = {
@@ -185,7 +186,7 @@ def test_help_answers_at_once(path: Path, record_property: pytest.RecordProperty
     assert "pathlib" in loaded
     assert not loaded & set(HEAVY)
     record_property("seconds", seconds)
-    assert seconds < 5, f"{seconds:.1f} s"  # 0.3 s on an idle machine; others may use this one
+    assert seconds < 5, f"{seconds:.1f} s"  # 0.3 s is usual
 
 
 def test_help_of_the_chain_lists_the_fields() -> None:

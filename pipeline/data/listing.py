@@ -247,7 +247,7 @@ def list_source(uri: str, *, follow_links: bool = False, field: str = "data.sour
         field: of the config, for sentences about the source.
 
     Raises:
-        DataError: there is no such path, or no file in it.
+        DataError: there is no such path, or no file in it that may hold an image.
     """
     places = source_places(uri, field)
     root = _common([place.folder for place in places])
@@ -281,10 +281,14 @@ def list_source(uri: str, *, follow_links: bool = False, field: str = "data.sour
                 )
             for said in place.pattern.missing():
                 log.warning("%s in %s", said, place.text)
-    if not entries and not refused and not others:
+    if not entries and not refused:
+        left = ", ".join(f"{item.source} ({item.reason})" for _, item in sorted(others.items())[:3])
+        links = any(item.reason == "link" for item in others.values())
         raise DataError(
-            f"no files under {public_uri(uri)}",
-            hint=f"{field} is a folder of images, tar files or parquet files.",
+            f"no files under {public_uri(uri)}"
+            + (f" but {len(others):,} that cannot be images, such as {left}" if others else ""),
+            hint=f"{field} is a folder of images, tar files or parquet files."
+            + (" With data.follow_links=true links to files are read." if links else ""),
         )
     return Listing(
         uri=places[0].uri,
