@@ -18,9 +18,9 @@ from pipeline.curate.shard_runs import sort_files
 from pipeline.curate.shard_write import EARLIER, Piece, write_shard
 from pipeline.curate.tables import AS_IS, InputFile, Inputs
 from pipeline.curate.work import Result, Task, empty_step, run_step, step_files, step_key
-from pipeline.data.claim import Held, Owner, claimed
+from pipeline.data.claim import Held, Owner, check_unclaimed, claimed
 from pipeline.data.columns import MANIFEST
-from pipeline.data.ledger import replaceable, unfinished, write_manifest
+from pipeline.data.ledger import check_replaceable, replaceable, unfinished, write_manifest
 from pipeline.data.merge import shard_of
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import exists, list_files, resolve_uri
@@ -83,7 +83,7 @@ def write_curated(
     if (found := _finished(work, shards, key)) is not None:
         return found, [], kept + (earlier.rows if earlier else 0) - found.rows
     every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
-    source = MARK + ", ".join(public(s.uri) for _, s in every)
+    source = source_of([s.uri for _, s in every])
     results = []
     pieces: list[list[Piece]] = [[] for _ in range(count)]
     runs = sort_files(work, inputs, decisions, fingerprints, form, count, key)
@@ -166,6 +166,54 @@ def _finished(work: Place, shards: Place, key: str) -> ShardSet | None:
     return found if found.digest == mark.get("digest") else None
 
 
+def check_shards(shards: str, work: Place, sets: Sequence[str]) -> None:
+    """Looks whether a curation may write its shards there, and changes nothing.
+
+    Args:
+        shards: folder for them.
+        work: folder of the curation.
+        sets: addresses of the sets that are kept of, as `write_curated` opens them.
+
+    Raises:
+        DataError: as `write_curated` would, after all that comes before it.
+    """
+    source = source_of(sets)
+    inherited = check_unclaimed(shards, Owner(source, public(work)))
+    named, own = _owned(shards, work, source)
+    check_replaceable(shards, named, own=own or inherited)
+
+
+def source_of(sets: Sequence[str]) -> str:
+    """What stands in the manifest of shards that are curated from sets at these addresses."""
+    return MARK + ", ".join(map(public, sets))
+
+
+def _owned(shards: str, work: Place, source: str) -> tuple[str, bool]:
+    """The source that the old shards may be of, and whether this curation was writing them.
+
+    Raises:
+        DataError: no curation wrote what is there.
+    """
+    fs, folder = resolve_uri(shards)
+    about = read_mark(fs, f"{folder}/{MANIFEST}")
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    made_here = mark.get("shards") == public(shards)
+    if about:
+        made_here = made_here and mark.get("digest") == about.get("digest")
+    there = [
+        i.base_name for i in list_files(fs, folder, recursive=False) if i.base_name[0] not in "._"
+    ]
+    theirs = str(about.get("source", MARK))
+    if not theirs.startswith(MARK) or (
+        there and not about and not unfinished(shards) and not exists(fs, f"{folder}/_key.json")
+    ):
+        raise DataError(
+            f"{public(shards)} holds something that no curation wrote",
+            "choose another curate.shards, or delete that folder first",
+        )
+    return theirs if made_here and about else source, made_here
+
+
 def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> None:
     """Takes away older shards that may be replaced; what was begun under the same key stays.
 
@@ -179,28 +227,11 @@ def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> No
     Raises:
         DataError: the folder holds files of others, or what another curation made of other sets.
     """
-    fs, folder = held.fs, held.folder
-    about, mark = (
-        read_mark(fs, f"{folder}/{MANIFEST}"),
-        read_mark(*resolve_uri(str(join(work, MADE)))),
-    )
-    made_here = mark.get("shards") == public(held.uri)
-    if about:
-        made_here = made_here and mark.get("digest") == about.get("digest")
-    there = [
-        i.base_name for i in list_files(fs, folder, recursive=False) if i.base_name[0] not in "._"
-    ]
-    theirs = str(about.get("source", MARK))
-    if not theirs.startswith(MARK) or (
-        there and not about and not unfinished(held.uri) and not exists(fs, f"{folder}/_key.json")
-    ):
-        raise DataError(
-            f"{public(held.uri)} holds something that no curation wrote",
-            "choose another curate.shards, or delete that folder first",
-        )
-    old = replaceable(held, theirs if made_here and about else source, own=made_here)
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    named, own = _owned(held.uri, work, source)
+    old = replaceable(held, named, own=own)
     held.begun = True
-    begun = read_mark(fs, f"{folder}/_key.json").get("key") == step
+    begun = read_mark(held.fs, f"{held.folder}/_key.json").get("key") == step
     if begun and (held.inherited or mark.get("key") != key):
         return
     empty_step(str(held.uri), old)

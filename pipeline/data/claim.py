@@ -164,8 +164,11 @@ def claimed(uri: str, owner: Owner, unfinished: Callable[[], bool]) -> Iterator[
     held._give_back(keep=False)
 
 
-def check_unclaimed(uri: str, owner: Owner) -> None:
+def check_unclaimed(uri: str, owner: Owner) -> bool:
     """Looks whether somebody else has a claim, and changes nothing.
+
+    Returns:
+        Whether an earlier job on the same source was stopped there.
 
     Raises:
         DataError: as `claimed` would.
@@ -173,6 +176,7 @@ def check_unclaimed(uri: str, owner: Owner) -> None:
     held = Held(uri, *resolve_uri(uri))
     for info in _files(held.fs, held.folder):
         _judged(held, info.path, owner, lambda claim: None)
+    return held.inherited
 
 
 def _files(fs: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:

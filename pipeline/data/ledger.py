@@ -187,12 +187,35 @@ def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
     Raises:
         DataError: the folder holds shards of another source, or parquet files of others.
     """
-    fs, folder, shown = held.fs, held.folder, public_uri(held.uri)
-    manifest = check_source(held.uri, source)
+    parts = check_replaceable(held.uri, source, own=own or held.inherited, look=True)
+    manifest = f"{held.folder}/{MANIFEST}"
+    if file_info(held.fs, manifest).is_file:
+        held.check()
+        delete_file(held.fs, manifest)  # first, so that a half emptied folder is none that is whole
+    return parts
+
+
+def check_replaceable(uri: str, source: str, *, own: bool, look: bool = False) -> list[str]:
+    """The old shards in a folder that may go. Nothing is changed.
+
+    Args:
+        uri: of the folder.
+        source: as it stands in the manifest.
+        own: unfinished shards in it are of who asks.
+        look: opens also the files that are known: whether this project wrote them.
+
+    Raises:
+        DataError: the folder holds shards of another source, or parquet files of others.
+    """
+    fs, folder = resolve_uri(uri)
+    shown = public_uri(uri)
+    manifest = check_source(uri, source)
     listed = {entry.get("name") for entry in (manifest or {}).get("files", [])}
     parts = [i for i in list_files(fs, folder, recursive=False) if _PART.fullmatch(i.base_name)]
     for info in parts:
-        known = own or held.inherited or info.base_name in listed
+        known = own or info.base_name in listed
+        if known and not look:
+            continue
         with open_patiently(fs, info.path) as file:
             try:
                 written_here = is_ours(pq.ParquetFile(file).schema_arrow)
@@ -208,10 +231,13 @@ def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
                 f"{shown} holds {info.base_name}, and no manifest says whose shard that is",
                 hint="choose another folder, or delete that file first if nobody needs it.",
             )
-    if manifest is not None:  # first, so that a half emptied folder does not pass for a whole one
-        held.check()
-        delete_file(fs, f"{folder}/{MANIFEST}")
     return [str(info.path) for info in parts]
+
+
+def begun(work: str) -> bool:
+    """Whether a pack with this folder of intermediate files was begun, or finished."""
+    fs, folder = resolve_uri(work)
+    return any(read_mark(fs, f"{folder}/{name}.json") for name in ("plan", "report"))
 
 
 def check_source(shards: str, source: str) -> Any:

@@ -11,18 +11,22 @@ from pathlib import Path
 
 from pipeline import cluster
 from pipeline.config import Config
-from pipeline.data.storage import resolve_uri
+from pipeline.curate.shards import check_shards
+from pipeline.data.storage import absolute_uri, resolve_uri
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels
 from pipeline.files import RunFolder
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, pack
 from pipeline.stages.context import (
+    Context,
     nearest,
     open_packed_shards,
     open_training_shards,
+    packed_uri,
     with_packed_sets,
 )
+from pipeline.stages.curate_earlier import Earlier
 from pipeline.stages.curate_sets import open_earlier, open_other_sets, opened
 from pipeline.stages.known_sets import KnownSet, known_set
 from pipeline.track.settings import TrackSettings
@@ -55,9 +59,11 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     if "pack" in stages:
         pack.check_places(config, folder)
     if "curate" in stages and (config.curate.preset or len(stages) == 1):
-        open_earlier(config)
-        open_other_sets(config, packing="pack" in stages)
+        earlier = open_earlier(config)
+        seeds, _ = open_other_sets(config, packing="pack" in stages)
         curate.embedders(config)
+        if config.curate.preset and not config.curate.query:
+            check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
     if {"pretrain", "evaluate"} & set(stages):
         _check_evaluation(known)
     return known
@@ -103,6 +109,26 @@ def check_place(field: str, place: str) -> None:
         raise  # says what to do
     except OSError as error:
         raise PipelineError(f"{field}={place} cannot be written: {error.strerror}", hint) from None
+
+
+def check_curated(
+    config: Config, folder: RunFolder, seeds: Sequence[str], earlier: Sequence[Earlier]
+) -> None:
+    """Refuses a folder of curated shards that holds what others wrote, or that others write to.
+
+    Args:
+        config: the recipe.
+        folder: of the run.
+        seeds: addresses of the seed sets.
+        earlier: curations that the images are added to, the latest first.
+
+    Raises:
+        DataError: whose it is.
+    """
+    sets = [packed_uri(config, folder), *(seeds if config.retrieve.include else ())]
+    sets += [str(one.result["shards"]) for one in earlier[:1]]
+    context = Context(config, folder)
+    check_shards(context.shards_uri, curate.steps_of(context), [absolute_uri(s) for s in sets])
 
 
 def check_tracking(config: Config, folder: RunFolder) -> None:

@@ -70,9 +70,12 @@ def check_places(config: Config, folder: RunFolder) -> None:
             places = fields | {"run.folder": str(folder.at("pack"))}
             source = absolute_source(source)
             ledger.check_places(source, places, FIELDS[name])
-            ledger.check_source(absolute_uri(shards), public(source))
+            shards = absolute_uri(shards)
             work = absolute_uri(str(folder.at("pack", f"work_{name}")))
-            check_unclaimed(absolute_uri(shards), Owner(public(source), public(work)))
+            ledger.check_source(shards, public(source))
+            own = check_unclaimed(shards, Owner(public(source), public(work)))
+            own |= ledger.begun(work)
+            ledger.check_replaceable(shards, public(source), own=own)
 
 
 def sources(context: Context) -> dict[str, tuple[str, str]]:

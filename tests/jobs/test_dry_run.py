@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from pipeline import job
 from pipeline.config import Config
-from pipeline.data.columns import MANIFEST
+from pipeline.data.columns import IMAGE_SHARD_SCHEMA, MANIFEST, METADATA_KEY, SCHEMA_VERSION
 from pipeline.errors import PipelineError
 from pipeline.overrides import load
 from pipeline.stages import chain
@@ -37,6 +38,16 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("x")
     (folder / "others").mkdir()
     (folder / "others" / MANIFEST).write_text('{"source": "/another/source", "files": []}')
+    source = "curated from /another/source"
+    (folder / "curated").mkdir()
+    (folder / "curated" / MANIFEST).write_text(json.dumps({"source": source, "files": []}))
+    (folder / "claimed").mkdir()
+    claim = {"source": source, "work": "/another/run", "machine": "other", "process": "process 1"}
+    (folder / "claimed" / f".claim-{'0' * 16}.json").write_text(json.dumps(claim))
+    (folder / "parts").mkdir()
+    ours = {METADATA_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
+    shard = IMAGE_SHARD_SCHEMA.with_metadata(ours).empty_table()
+    pq.write_table(shard, folder / "parts" / "part-00000.parquet")
     return folder
 
 
@@ -70,6 +81,31 @@ def cases(sets: Path) -> dict[str, tuple[list[str], str, list[str]]]:
             every,
             "holds the shards of /another/source",
             [pile, f"data.shards={sets}/others"],
+        ),
+        "curated, others": (
+            every,
+            "holds something that no curation wrote",
+            [*curating, f"curate.shards={sets}/others"],
+        ),
+        "curated, text": (
+            every,
+            "holds something that no curation wrote",
+            [*curating, f"curate.shards={sets}/plain"],
+        ),
+        "curated, other sets": (
+            every,
+            "holds the shards of curated from /another/source",
+            [*curating, f"curate.shards={sets}/curated"],
+        ),
+        "curated, claimed": (
+            every,
+            "belongs to shards of curated from /another/source that are not finished",
+            [*curating, f"curate.shards={sets}/claimed"],
+        ),
+        "shards without manifest": (
+            every,
+            "part-00000.parquet, and no manifest says whose shard that is",
+            [pile, f"data.shards={sets}/parts"],
         ),
         "curated, file": (every, "curate.shards", [*curating, f"curate.shards={sets}/file"]),
         "address": (every, "track.uri", [pile, "track.enabled=true", "track.uri=ftp://host/x"]),
