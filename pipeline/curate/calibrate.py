@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -248,24 +247,42 @@ class Shown:
     channels: int
     max_pixels: int
 
-    def look(self, rows: Sequence[int]) -> Look:
-        """The second look at two images, by their places among some rows; decodes what it needs."""
-        firsts = [file.first for file in self.files]
 
-        @lru_cache(maxsize=FORMS)
-        def form(place: int) -> Any:
-            file = self.files[bisect_right(firsts, rows[place]) - 1]
-            places = np.array([rows[place] - file.first])
-            ((_, stored),) = forms_at(file, places, self.channels, self.max_pixels)
-            return opened_form(stored) if stored else None
+class Looker:
+    """The second look at two images of the sample; decodes what it needs."""
 
-        def look(a: int, b: int) -> Verdict:
-            one, other = form(a), form(b)
-            if one is None or other is None:
-                return Verdict(False, "undecided", 0.0, (0.5, 0.5))
-            return second_look(one, other)
+    def __init__(self, shown: Shown, rows: Sequence[int]) -> None:
+        self._shown, self._rows = shown, np.asarray(rows, np.int64)
+        self._firsts = [file.first for file in shown.files]
+        self._stored: dict[int, bytes] = {}
+        self._opened = lru_cache(maxsize=FORMS)(self._open)
 
-        return look
+    def fetch(self, places: Sequence[int]) -> None:
+        """Decodes images that are looked at next, so that each row group is read once for all."""
+        self._stored = {at: self._stored[at] for at in places if at in self._stored}
+        missing = np.array([at for at in places if at not in self._stored], np.int64)
+        missing = missing[np.argsort(self._rows[missing])]
+        index = np.searchsorted(self._firsts, self._rows[missing], side="right") - 1
+        for one in np.unique(index).tolist():
+            file, mine = self._shown.files[one], missing[index == one]
+            found = forms_at(
+                file, self._rows[mine] - file.first, self._shown.channels, self._shown.max_pixels
+            )
+            for at, (_, form) in zip(mine.tolist(), found, strict=True):
+                self._stored[at] = form
+
+    def _open(self, place: int) -> Any:
+        if place not in self._stored:
+            self.fetch([*self._stored, place])
+        stored = self._stored[place]
+        return opened_form(stored) if stored else None
+
+    def look(self, a: int, b: int) -> Verdict:
+        """At two images, by their places."""
+        one, other = self._opened(a), self._opened(b)
+        if one is None or other is None:
+            return Verdict(False, "undecided", 0.0, (0.5, 0.5))
+        return second_look(one, other)
 
 
 def measure_task(
@@ -273,8 +290,9 @@ def measure_task(
 ) -> Account:
     """Task: the calibration of what `gather_file` and `attack_file` wrote."""
     sample = _read(gathered)
-    look = shown.look([] if sample is None else sample["row"].to_pylist())
-    found = measure_threshold(sample_of(sample, _read(copies), views, look), target)
+    looker = Looker(shown, [] if sample is None else sample["row"].to_pylist())
+    pairs = replace(sample_of(sample, _read(copies), views, looker.look), fetch=looker.fetch)
+    found = measure_threshold(pairs, target)
     return {"rows": found.images, "calibration": found.to_json()}
 
 

@@ -19,6 +19,7 @@ from pipeline.curate.exact import Doubles, Halves, Ints, dots
 from pipeline.curate.unlike import (
     HIGHEST,
     LOOKED_AT,
+    Fetch,
     Look,
     Pairs,
     all_pairs,
@@ -118,6 +119,7 @@ class Sample:
         originals: [h], which images were attacked.
         copies: [h, attacks, d], of the wholes of their copies.
         copies_crops: [h, attacks, 9, d], or None.
+        fetch: as for `unlike.without_copies`.
     """
 
     vectors: Halves
@@ -126,6 +128,7 @@ class Sample:
     originals: Ints
     copies: Halves
     copies_crops: Halves | None
+    fetch: Fetch = lambda places: None
 
 
 def measure_threshold(sample: Sample, target: float) -> Calibration:
@@ -148,7 +151,8 @@ def measure_threshold(sample: Sample, target: float) -> Calibration:
             warning=f"{images} images are too few to calibrate ({FEWEST} are needed): a strict "
             "threshold is used, which finds no crops and few overlays",
         )
-    pairs = without_copies(all_pairs(sample.vectors, sample.crops), sample.look, default)
+    every = all_pairs(sample.vectors, sample.crops)
+    pairs = without_copies(every, sample.look, default, sample.fetch)
     plain, crop = _own(sample)
     penalty = _penalty(pairs, plain, crop, target) if views else 0.0
     own = np.maximum(plain, crop - penalty)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ _MARGIN = 1e-4  # of single precision, and much more than it needs
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Look = Callable[[int, int], Verdict]  # at two images of a sample
+Fetch = Callable[[Sequence[int]], None]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def all_pairs(vectors: Halves, crops: Halves | None) -> Pairs:
     return Pairs(vectors, crops, plain, crop, np.ones(count, bool))
 
 
-def without_copies(pairs: Pairs, look: Look, penalty: float) -> Pairs:
+def without_copies(
+    pairs: Pairs, look: Look, penalty: float, fetch: Fetch = lambda places: None
+) -> Pairs:
     """Looks at the pairs that are most alike, and leaves out those that show the same.
 
     A pair of which both were found to be copies of a third image is left out without a look.
@@ -143,17 +146,23 @@ def without_copies(pairs: Pairs, look: Look, penalty: float) -> Pairs:
         pairs: of the sample.
         look: the second look at two images.
         penalty: of crops, for the order.
+        fetch: is told which images may be looked at next, before they are.
     """
     _, i, j = pairs.top(penalty)
     group = np.arange(pairs.images)
     unlike = pairs.unlike.copy()
     last: deque[bool] = deque(maxlen=PATIENCE)
-    looked = undecided = 0
-    for a, b in zip(i.tolist(), j.tolist(), strict=True):
+    looked = undecided = fetched = 0
+    for at, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
         same = bool(group[a] == group[b])
         if not same:
             if looked == LOOKED_AT or (len(last) == PATIENCE and sum(last) < FEW):
                 break
+            if at >= fetched:  # so many are looked at before it can end
+                most = min(PATIENCE, LOOKED_AT - looked)
+                apart = at + np.flatnonzero(group[i[at:]] != group[j[at:]])[:most]
+                fetch(np.unique(np.concatenate([i[apart], j[apart]])).tolist())
+                fetched = int(apart[-1]) + 1
             looked += 1
             verdict = look(a, b)
             same = verdict.same

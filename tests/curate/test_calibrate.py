@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.curate import calibrate as module
 from pipeline.curate import embed as embedding
-from pipeline.curate import embedders, exact_copies, fingerprint, threshold, unlike
+from pipeline.curate import embedders, exact_copies, fingerprint, forms, threshold, unlike
 from pipeline.curate.attacks import ATTACKS, attack
 from pipeline.curate.calibrate import attack_file, calibrate, copies_of
 from pipeline.curate.descriptor import describe, similarity
@@ -267,8 +267,12 @@ def steps(monkeypatch):
 
 def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
     monkeypatch.setattr(unlike, "LOOKED_AT", 5)
+    groups_of, reads = forms.groups_of, []
+    monkeypatch.setattr(forms, "groups_of", lambda *a: reads.append(a) or groups_of(*a))
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(66)] + [b"", b"broken"]
     one = run(tmp_path, images, "one")
+    groups = [(file.file.path, numbers[0]) for file, numbers in reads]
+    assert len(groups) == len(set(groups)) > 0  # each is read once for all pairs
     order = np.random.default_rng(0).permutation(len(images))
     two = run(tmp_path, [images[i] for i in order], "two", backwards=True)
     assert one == two and one.extrapolated and "extrapolated" in one.warning
