@@ -662,7 +662,8 @@ def test_mistakes_have_sentences(tmp_path, serial):
     assert "no such path" in mistake(tmp_path / "nowhere" / "*.tar", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "no files under" in mistake(tmp_path / "empty", tmp_path)
-    (tmp_path / "empty" / "away").symlink_to(tmp_path)
+    write(tmp_path / "note", b"words")
+    (tmp_path / "empty" / "away").symlink_to(tmp_path / "note")
     (tmp_path / "empty" / ".hidden").touch()
     with pytest.raises(DataError, match=r"but 2 .* such as \.hidden \(hidden\), away") as error:
         sources.list_source(str(tmp_path / "empty"))
