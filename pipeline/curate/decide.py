@@ -111,7 +111,7 @@ def _table(rows: FileRows, sources: Objects) -> pa.Table:
             "kept": pa.array(kept),
             "reason": pa.array(np.array(REASONS, object)[rows.code], pa.string()),
             "keeper_id": hexed(rows.keeper),
-            "similarity": number(rows.similarity, pa.float32()),
+            "similarity": number(np.minimum(rows.similarity, 1.0), pa.float32()),
             "component": hexed(rows.component),
             "cluster": pa.array(rows.cluster, pa.int64(), mask=rows.cluster < 0),
             "query_id": hexed(rows.query),

@@ -23,7 +23,7 @@ from pipeline.curate.work import Account, Result, Task, run_step
 from pipeline.data.bad_image import MAX_PIXELS
 from pipeline.uri import Place, join
 
-VERSION = 1  # of the look; another one looks again
+VERSION = 2  # of the look; another one looks again
 BUCKET_PAIRS = 256  # of a task: half a minute, and at most 512 forms
 
 # Pairs to look at: of two rows, or of a row and an image of another set (`other` is then -1).

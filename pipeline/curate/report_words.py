@@ -153,6 +153,7 @@ def seconds(number: float) -> str:
 
 def similarity(number: float) -> str:
     """0.953; 1.000 only where it is one."""
+    number = min(number, 1.0)  # unit vectors in half precision come to 1.0001
     return f"{number:.3f}" if number >= 1 or number < 0.9995 else "> 0.999"
 
 

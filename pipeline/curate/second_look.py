@@ -35,6 +35,8 @@ LIMIT = 5.0  # squared difference at a place, over what may be there
 NOISE = (3.0, 12.0)  # grey values that may differ anywhere: in equal and in poor copies
 SHIFT = (0.1, 0.35)  # share of the squared gradient that a shift explains, likewise
 COLOUR_NOISE = (6.0, 16.0)
+EXACT = {NOISE: 0.005, COLOUR_NOISE: 0.02}  # ratio at edges of compressed images, or more
+EXACT_NOISE, EXACT_SHIFT = 1.0, 0.02  # what may differ where all edges are reproduced exactly
 SOFT = (2.0, 2.0)  # blur before light is compared that sharpness has not been
 GREY = 12.0  # difference of channels below which a pixel has no colour
 COVERED = (0.45, 0.8)  # least share of both images, and of one of them, that must be compared
@@ -162,7 +164,11 @@ def _differences(a: Array, b: Array, inner: Array, gain: float, altered: bool) -
 
 
 def _over_noise(
-    differences: list[Array], images: list[Array], inner: Array, noise: Any, altered: bool
+    differences: list[Array],
+    images: list[Array],
+    inner: Array,
+    noise: tuple[float, float],
+    altered: bool,
 ) -> Array:
     width = 2 * max(1, len(inner) // 128) + 1
     square = uniform_filter(sum(d * d for d in differences), width)
@@ -173,8 +179,15 @@ def _over_noise(
     usual = np.sort(square[inner][::5])
     middle = float(usual[len(usual) // 2]) if len(usual) else 0.0
     floor = min(max(3 * middle, low * low), high * high)
-    ratio = np.sort((square / (steep + floor))[inner & (steep > floor)][::3])
-    share = 4 * float(ratio[len(ratio) // 2]) if len(ratio) > 50 else SHIFT[1]
+    edges = inner & (steep > floor)
+    ratio = np.sort((square / (steep + floor))[edges][::3])
+    if not altered and len(ratio):
+        # A frame of a series, one digit of a table: all else is as it was, so little explains this.
+        inexact = min(1.0, float(ratio[3 * len(ratio) // 4]) / EXACT[noise])
+        low = EXACT_NOISE + inexact * (low - EXACT_NOISE)
+        least = EXACT_SHIFT + inexact * (least - EXACT_SHIFT)
+        floor = min(max(3 * middle, low * low), high * high)
+    share = 4 * float(ratio[len(ratio) // 2]) if len(ratio) > 50 else least
     share = min(max(share, least), SHIFT[1])
     return np.where(inner, square / (floor + share * steep), 0)
 

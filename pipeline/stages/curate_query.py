@@ -1,4 +1,7 @@
-"""`curate.query=photo.jpg`: whether an image is a copy of one that was curated, and of which."""
+"""`curate.query=photo.jpg`: whether an image is like one that was curated, and like which.
+
+It goes by vectors alone. A curation that adds the image looks whether both show the same.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,10 @@ from pipeline.uri import join, public
 
 log = logging.getLogger("pipeline.curate")
 
-SAID = 10  # copies that are named
+SAID = 10  # images that are named
 SIDE = 320  # of an image in the picture of both, pixels
 GAP, LINE = 8, 18  # white between images; height of a line of text, pixels
-NEAR = 0.1  # so far below the threshold images are shown that are no copies
+NEAR = 0.1  # so far below the threshold the nearest image is shown
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Answer:
     thumbnail: bytes
 
     @property
-    def copy(self) -> bool:
-        """Whether the two are copies."""
+    def alike(self) -> bool:
+        """Whether the two are so like each other that a curation would look whether they show the
+        same.
+        """
         return self.similarity > self.threshold
 
     def line(self) -> str:
@@ -61,15 +66,15 @@ class Answer:
         state = "kept" if what["kept"] else what["reason"]
         if what["keeper_id"]:
             state += f" of {what['keeper_id']}"
-        is_it = "a copy of" if self.copy else "no copy, but like"
+        is_it = "alike" if self.alike else "less alike"
         return (
-            f"{is_it} {what['image_id']} ({name}; {state}) in {public(self.run)}: "
-            f"similarity {self.similarity:.4f}, copies are above {self.threshold:.4f}"
+            f"{what['image_id']} ({name}; {state}) in {public(self.run)}: {is_it}, "
+            f"similarity {self.similarity:.4f}, copies are looked for above {self.threshold:.4f}"
         )
 
 
 def look(config: Config) -> list[Answer]:
-    """Says whether `curate.query` is a copy of something in `curate.against`, else in the recipe's
+    """Says whether `curate.query` is like something in `curate.against`, else in the recipe's
     own run, and writes a picture of both; needs no Ray.
 
     Raises:
@@ -83,14 +88,14 @@ def look(config: Config) -> list[Answer]:
     for one in runs:
         answers += _like(config, one, pixels)
     answers.sort(key=lambda answer: -answer.similarity)
-    copies = [answer for answer in answers if answer.copy]
-    for answer in copies[:SAID]:
-        result_line("query", f"{public(query)} is {answer.line()}")
-    if len(copies) > SAID:
-        result_line("query", f"and of {len(copies) - SAID:,} more")
-    if not copies:
+    alike = [answer for answer in answers if answer.alike]
+    for answer in alike[:SAID]:
+        result_line("query", f"{public(query)} is like {answer.line()}")
+    if len(alike) > SAID:
+        result_line("query", f"and {len(alike) - SAID:,} more")
+    if not alike:
         nearest = f"; the nearest is {answers[0].line()}" if answers else ""
-        result_line("query", f"{public(query)} is a copy of nothing in the set{nearest}")
+        result_line("query", f"{public(query)} is like nothing in the set{nearest}")
     if answers:
         place = folder.path / "curate" / "query.png"
         with atomic(place) as temporary:
@@ -169,7 +174,7 @@ def _both(pixels: Any, answer: Answer) -> Image.Image:
     what = answer.decision
     lines = [
         f"similarity {answer.similarity:.4f}, threshold {answer.threshold:.4f}: "
-        + ("a copy" if answer.copy else "no copy"),
+        + ("alike" if answer.alike else "not alike"),
         f"{what['image_id']}: {'kept' if what['kept'] else what['reason']}",
         shortened(answer.path or what["source"], 100),
     ]

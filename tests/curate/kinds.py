@@ -165,6 +165,40 @@ def growing(rng: Rng, count: int) -> Iterator[Image.Image]:
         yield image
 
 
+def seedlings(rng: Rng, count: int) -> Iterator[Image.Image]:
+    """Frames of a plant of which stem and leaves grow by a pixel or three; all else is equal."""
+    background = Image.fromarray(rng.integers(90, 150, (12, 16, 3), np.uint8))
+    background = background.resize((320, 240), Image.Resampling.BICUBIC)
+    for i in range(count):
+        image = background.copy()
+        draw = ImageDraw.Draw(image)
+        height = 20 + 3 * i
+        draw.line((160, 220, 160, 220 - height), fill=(30, 140, 30), width=4)
+        for k in range(0, height, 24):
+            size = 6 + (height - k) // 8
+            for left in (160 - 2 * size, 160):
+                box = (left, 214 - k - size // 2, left + 2 * size, 214 - k + size // 2)
+                draw.ellipse(box, fill=(40, 160, 40))
+        yield image
+
+
+def spreadsheets(rng: Rng, count: int) -> Iterator[Image.Image]:
+    """One table with another digit in another cell."""
+    values = rng.integers(100, 99_999, (22, 6)).astype(str).astype(object)
+    for cell in rng.permutation(values.size)[:count]:
+        changed = values.copy()
+        text = str(changed.flat[cell])
+        changed.flat[cell] = text[:-1] + str((int(text[-1]) + int(rng.integers(1, 10))) % 10)
+        image = Image.new("RGB", (640, 480), "white")
+        draw = ImageDraw.Draw(image)
+        for (row, column), value in np.ndenumerate(changed):
+            draw.rectangle(
+                (105 * column, 21 * row, 105 * column + 105, 21 * row + 21), outline=(200, 200, 200)
+            )
+            draw.text((10 + 105 * column, 3 + 21 * row), value, font=_font(13), fill="black")
+        yield image
+
+
 def cards(rng: Rng, count: int) -> Iterator[Image.Image]:
     """Business cards of one firm."""
     for _ in range(count):
@@ -343,6 +377,6 @@ KINDS: dict[str, Callable[[Rng, int], Iterator[Image.Image]]] = {
     for one in (
         documents, totals, plates, logos, qr_codes, line_charts, bar_charts, price_tags, digits,
         growing, cards, screenshots, maps, sheet_music, chess, x_rays, satellite, products,
-        languages, captions, watermarked, objects,
+        languages, captions, watermarked, objects, seedlings, spreadsheets,
     )
 }  # fmt: skip

@@ -390,7 +390,7 @@ def test_vectors_of_another_image_size_or_mean_are_not_compared(tmp_path, capsys
             told, hint = said(capsys)
             assert f"in another way ({what})" in told and "curate.image_size" in hint
     curate(tmp_path, f"curate.query={tmp_path}/photo.png", *asked, name="two")
-    assert "photo.png is a copy of" in capsys.readouterr().out
+    assert "photo.png is like" in capsys.readouterr().out
 
 
 def test_equal_images_of_a_seed_set_are_one_seed(tmp_path):
@@ -706,10 +706,11 @@ def test_looking_up_one_image(tmp_path, capsys):
     capsys.readouterr()
     curate(tmp_path, f"curate.query={tmp_path}/photo.jpg")
     shown = capsys.readouterr().out
-    assert f"is a copy of {decisions(run)[4]['image_id']}" in shown and "kept" in shown
+    assert f"is like {decisions(run)[4]['image_id']}" in shown and "kept" in shown
+    assert ": alike, similarity" in shown and "is a copy" not in shown
     assert Image.open(run.path / "curate" / "query.png").width > 600
     curate(tmp_path, f"curate.query={tmp_path}/other.png")
-    assert "other.png is a copy of nothing in the set" in capsys.readouterr().out
+    assert "other.png is like nothing in the set" in capsys.readouterr().out
 
 
 MISTAKES = [
@@ -896,7 +897,7 @@ def test_a_run_folder_in_a_bucket(tmp_path, s3, monkeypatch, capsys):
     assert not list((tmp_path / "other").rglob("fingerprint"))  # tables stay where they are
     blobs(2).save(tmp_path / "photo.png")
     job.main(["curate"], "doc", [*given, f"curate.query={tmp_path}/photo.png"])
-    assert "photo.png is a copy of" in capsys.readouterr().out
+    assert "photo.png is like" in capsys.readouterr().out
 
 
 def test_what_differs_in_one_place_stays_and_is_told(tmp_path):
