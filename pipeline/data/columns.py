@@ -83,7 +83,11 @@ def _texts(names: Any) -> tuple[str, ...]:
 
 
 def value_range_of(schema: pa.Schema) -> ValueRange | None:
-    """The range of values in a parquet schema of ours; None where none is noted."""
+    """The range of values in a parquet schema of ours; None where none is noted.
+
+    Raises:
+        DataError: what is noted there is no range.
+    """
     return from_json((_json((schema.metadata or {}).get(METADATA_KEY)) or {}).get("value_range"))
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -44,10 +44,11 @@ from pipeline.data.pictures import (
     convert,
     decode_picture,
     deep_picture,
+    deep_pixels,
     picture_format,
     picture_size,
 )
-from pipeline.data.value_range import FULL, Span, ValueRange, span_of
+from pipeline.data.value_range import AUTO, FULL, Span, ValueRange, range_alone, span_of
 from pipeline.errors import shortened
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "BadImage",
     "decode",
     "decode_image",
+    "decode_measured",
     "decode_rgb",
     "decode_shrunk",
     "image_format",
@@ -178,7 +180,38 @@ def value_span(encoded: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) 
             values = deep.samples.colour_values
         else:
             return None
-        return None if values.dtype == np.uint8 else span_of(values)
+        return _span(values)
+
+
+def decode_measured(
+    encoded: bytes,
+    max_pixels: int,
+    channels: int,
+    setting: ValueRange | Literal["auto-from-sample"],
+) -> tuple[UInt8Array, str, Span | None]:
+    """`decode` and `value_span` in one; where the range of the set is not known yet, the image is
+    decoded with its own.
+
+    Raises:
+        BadImage: as `decode_image`.
+    """
+    with _reasons(encoded):
+        deep = None
+        if encoded.startswith(MAGIC):
+            span = _span(npy_values(encoded, max_pixels, channels))  # a view: nothing is decoded
+        elif is_dicom(encoded):
+            span = dicom_span(encoded, max_pixels)
+        else:
+            deep = deep_picture(encoded, max_pixels, channels)
+            span = _span(deep.samples.colour_values) if deep is not None else None
+        value_range = range_alone(span) if setting == AUTO else setting
+        if deep is not None and not (value_range == FULL and deep.plain):
+            return deep_pixels(deep, channels, value_range), deep.name, span
+    return *decode(encoded, max_pixels, channels, value_range), span
+
+
+def _span(values: np.ndarray[Any, np.dtype[Any]]) -> Span | None:
+    return None if values.dtype == np.uint8 else span_of(values)
 
 
 def _decode(

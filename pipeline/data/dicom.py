@@ -44,8 +44,9 @@ def decode_dicom(encoded: bytes, max_pixels: int, channels: int, value_range: Va
                 values = values.astype(np.int32)
             window = _window(data)
             if window is None:
-                known = value_range if value_range != FULL else _stored_range(data)
-                pixels = to_bytes(values, known)
+                # 8 bits are taken as they are, whatever slope makes of them
+                whole = value_range == FULL or int(data.BitsStored) <= 8
+                pixels = to_bytes(values, _stored_range(data) if whole else value_range)
             else:
                 pixels = _windowed(values.astype(np.float64), window)
             if kind == "MONOCHROME1":

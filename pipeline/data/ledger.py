@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class PackReport:
     # files that are no images, by reason
     others: dict[str, int] = dataclasses.field(default_factory=dict)
     value_range: ValueRange = FULL  # of deep images, that becomes 0 to 255
-    used_range: ValueRange = FULL  # of the values that they have
+    used_range: ValueRange | None = None  # of the values that they have; None: there are none
 
 
 def check_places(source: str, outputs: Mapping[str, str], field: str = "data.source") -> None:
@@ -119,7 +119,10 @@ def finished(work: str, key: str, shards: str) -> PackReport | None:
         found = PackReport(
             **report
             | {"class_names": tuple(report["class_names"])}
-            | {n: from_json(report.get(n, FULL)) for n in ("value_range", "used_range")}
+            | {
+                "value_range": from_json(report.get("value_range")) or FULL,
+                "used_range": from_json(report.get("used_range")),
+            }
         )
         return found if open_shards(shards).digest == found.digest else None
     except StorageError:
@@ -273,12 +276,25 @@ def _clean(fs: pafs.FileSystem, folder: str) -> None:
             delete_file(fs, f"{folder}/{name}")
 
 
-def accounts(work: str, kind: str) -> dict[int, dict[str, Any]]:
-    """Accounts of finished tasks by index; `kind` is "runs" or "shards"."""
+def accounts(
+    work: str, kind: str, see: Callable[[dict[str, Any]], None] | None = None
+) -> dict[int, dict[str, Any]]:
+    """Accounts of finished tasks by index; `kind` is "runs" or "shards".
+
+    Args:
+        work: folder of intermediate files.
+        kind: of the tasks.
+        see: called with each one when it has been read; may take out what is large.
+    """
     fs, folder = resolve_uri(work)
-    infos = list_files(fs, f"{folder}/{kind}", recursive=False)
-    found = [read_mark(fs, info.path) for info in infos if info.extension == "json"]
-    return {account["index"]: account for account in found if "index" in account}
+    found: dict[int, dict[str, Any]] = {}
+    for info in list_files(fs, f"{folder}/{kind}", recursive=False):
+        account = read_mark(fs, info.path) if info.extension == "json" else {}
+        if "index" in account:
+            if see is not None:
+                see(account)
+            found[account["index"]] = account
+    return found
 
 
 def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
@@ -320,7 +336,7 @@ def write_manifest(
     class_names: Sequence[str],
     written: Sequence[dict[str, Any]],
     value_range: ValueRange | None = FULL,
-    used_range: ValueRange | None = FULL,
+    used_range: ValueRange | None = None,
 ) -> str:
     """Write the manifest, last of all files; returns the digest of ids, labels and class names."""
     fs, folder = resolve_uri(shards)

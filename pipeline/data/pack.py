@@ -34,7 +34,7 @@ from pipeline.data.runs import INDEX_VERSION, PackSpec, write_runs
 from pipeline.data.sources import Plan, Task, plan_tasks
 from pipeline.data.storage import absolute_uri, public_uri, resolve_uri
 from pipeline.data.transfer import write_bytes_atomic
-from pipeline.data.value_range import AUTO, ValueRange, merged, range_of
+from pipeline.data.value_range import AUTO, FULL, Sample, ValueRange
 from pipeline.errors import DataError, StorageError
 from pipeline.uri import join, parent
 
@@ -162,7 +162,8 @@ def pack(
     owner = Owner(public_uri(source), public_uri(work))
     with claimed(shards, owner, lambda: ledger.unfinished(shards)) as held:
         stale = ledger.start(work, key, INDEX_VERSION, source, held)
-        read = _read_all(plan.tasks, spec, on_progress)
+        sample = Sample()
+        read = _read_all(plan.tasks, spec, sample, on_progress)
         bad = [*plan.refused, *(Refused(*row) for account in read for row in account["bad"])]
         images_in = len(plan.refused) + sum(account["images"] for account in read)
         others = listed_once(
@@ -173,8 +174,8 @@ def pack(
         _warn(others)
         outcome = _Outcome(public_uri(source), bad, others, listing.links, bad_images, other_files)
         outcome.check(images_in, max_bad_fraction)
-        used = range_of(merged(read))
-        chosen = used if value_range == AUTO else value_range
+        used = sample.range
+        chosen = (used or FULL) if value_range == AUTO else value_range
         merge = replace(_merge(plan, read, labels, shard_bytes, source), value_range=chosen)
         held.check()
         written = _write_all(merge, read, spec, on_progress)
@@ -203,15 +204,15 @@ def pack(
 
 
 def _read_all(
-    tasks: Sequence[Task], spec: PackSpec, on_progress: Progress | None
+    tasks: Sequence[Task], spec: PackSpec, sample: Sample, on_progress: Progress | None
 ) -> list[dict[str, Any]]:
-    done = ledger.accounts(spec.work, "runs")
+    done = ledger.accounts(spec.work, "runs", sample.take)
     work = [(i, task) for i, task in enumerate(tasks) if i not in done]
 
     def read(item: tuple[int, Task]) -> dict[str, Any]:
         return write_runs(*item, spec)
 
-    return _all("read", read, work, done, on_progress)
+    return _all("read", read, work, done, on_progress, sample.take)
 
 
 def _write_all(
@@ -235,12 +236,16 @@ def _all(
     items: Sequence[Any],
     done: dict[int, dict[str, Any]],
     on_progress: Progress | None,
+    see: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """The accounts of all items in order, those of `done` and the rest by running `function`."""
+    """The accounts of all items in order, those of `done` and the rest by running `function`;
+    `see` is called with each new one and may take out what is large.
+    """
     total = len(done) + len(items)
     if done:
         log.info("%s: %d of %d tasks were finished before", what, len(done), total)
     for account in _each(function, items):
+        see(account)
         done[account["index"]] = account
         if on_progress is not None:
             on_progress(what, len(done), total)

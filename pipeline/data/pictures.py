@@ -52,7 +52,7 @@ def decode_picture(
     # Of the full range Pillow gives the high byte itself.
     whole = value_range == FULL and _pillow_reads(encoded)
     if not whole and (deep := deep_picture(encoded, max_pixels, channels)) is not None:
-        return turned(_of_samples(deep, channels, value_range), deep.orientation), deep.name
+        return deep_pixels(deep, channels, value_range), deep.name
     with quiet():
         image, name = _open(encoded, max_pixels, channels)
         if name not in _LOADS_QUIETLY:
@@ -79,6 +79,12 @@ class DeepPicture:
     samples: Samples
     name: str  # of the format
     orientation: int
+    plain: bool = False  # a TIFF of RGB of 16 bits: of the full range Pillow gives all of them
+
+
+def deep_pixels(deep: DeepPicture, channels: int, value_range: ValueRange) -> Pixels:
+    """What `decode_picture` gives of it."""
+    return turned(_of_samples(deep, channels, value_range), deep.orientation)
 
 
 def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture | None:
@@ -94,7 +100,8 @@ def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture 
         if tiff and (samples := tiff_samples(encoded, max_pixels, channels)) is not None:
             found = TiffLayout.of(encoded)
             tag = found.directory.get(_EXIF_ORIENTATION, 1) if found else 1
-            return DeepPicture(samples, "TIFF", tag if tag in range(1, 9) else 1)
+            plain = found is not None and found.bits == 16 and found.plain_colours
+            return DeepPicture(samples, "TIFF", tag if tag in range(1, 9) else 1, plain)
         image, name = _open(encoded, max_pixels, channels)
         if png and (samples := png_samples(encoded)) is not None:
             return DeepPicture(samples, name, _orientation(image))

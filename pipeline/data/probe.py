@@ -83,7 +83,7 @@ class Contents:
     plain: float  # share of plain JPEGs, which take the fast road, of all that were read
     megapixels: Spread  # of those whose header can be read
     shrunk: float  # share of the decoded ones that scaled decoding makes smaller
-    used_range: ValueRange  # of values, in those of more than 8 bits
+    used_range: ValueRange | None  # of values, in those of more than 8 bits; None: there are none
 
 
 def read_sample(
@@ -188,7 +188,7 @@ def _look(sample: Sample, spec: StreamSpec, step: int, seconds: float) -> tuple[
             float(np.mean(plain)),
             Spread.of(megapixels.tolist()),
             float(np.mean(smaller)),
-            range_of([s for s in spans if s is not None]),
+            range_of(deep) if (deep := [s for s in spans if s is not None]) else None,
         ),
         per_image,
     )

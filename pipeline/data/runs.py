@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.data.columns import image_id
-from pipeline.data.decode import BadImage, decode, value_span
+from pipeline.data.decode import BadImage, decode_measured
 from pipeline.data.items import Item, Reading, read_task
 from pipeline.data.labels import Label, label_of
 from pipeline.data.listing import Other, Refused
 from pipeline.data.sources import Task
 from pipeline.data.storage import resolve_uri, retries
 from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
-from pipeline.data.value_range import AUTO, FULL, Span, ValueRange, range_alone, smallest
+from pipeline.data.value_range import FULL, Span, ValueRange, smallest
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -229,12 +229,9 @@ def _verify(item: Item | Refused, spec: PackSpec) -> _Row | Refused:
     if item.image_id not in ("", name):
         detail = f"its bytes are not those of {item.image_id}, by which its shard names it"
         return Refused(item.source, "damaged", detail, name)
-    value_range = spec.value_range
+    how = spec.max_pixels, spec.channels, spec.value_range
     try:
-        span = value_span(item.encoded, spec.channels, spec.max_pixels)
-        if value_range == AUTO:  # what the set uses is known when all of it has been read
-            value_range = range_alone(span)
-        pixels, form = decode(item.encoded, spec.max_pixels, spec.channels, value_range)
+        pixels, form, span = decode_measured(item.encoded, *how)
     except BadImage as bad:
         return Refused(item.source, bad.reason, bad.detail, name)
     height, width = pixels.shape[:2]

@@ -30,7 +30,7 @@ from pipeline.data.label_column import label_kind, label_names
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
 from pipeline.data.transfer import read_json
-from pipeline.data.value_range import FULL, ValueRange, from_json
+from pipeline.data.value_range import FULL, ValueRange, from_json, shown
 from pipeline.errors import DataError, StorageError
 
 CHECKED = 1000  # files of a set whose footers are compared with its manifest, evenly spaced
@@ -84,7 +84,7 @@ class ShardSet:
     reads_labels: bool = True  # False: the label column is not looked at
     labels_are_names: bool = False  # the label column holds names and no ids
     value_range: ValueRange | None = None  # that its images are decoded with; None: not known
-    used_range: ValueRange | None = None  # of values that they have, as packing found it
+    used_range: ValueRange | None = None  # of values of deep images; None: none, or not known
 
     @property
     def image_bytes(self) -> float:
@@ -202,9 +202,16 @@ def shards_of_manifest(
         image_column="image",
         label_column="label",
         has_labels=manifest["labelled"] > 0,
-        value_range=from_json(manifest.get("value_range")),
-        used_range=from_json(manifest.get("used_range")),
+        value_range=_range(uri, manifest, "value_range"),
+        used_range=_range(uri, manifest, "used_range"),
     )
+
+
+def _range(uri: str, manifest: dict[str, Any], name: str) -> ValueRange | None:
+    try:
+        return from_json(manifest.get(name), name)
+    except DataError as error:
+        raise _edited(uri, error.what) from error
 
 
 def _edited(uri: str, what: str) -> DataError:
@@ -254,7 +261,7 @@ def _check_footers(
     """Compare a manifest with the files themselves, once for a state of both.
 
     Raises:
-        DataError: rows, row groups, labels or class names of a file are others.
+        DataError: rows, row groups, labels, class names or the range of a file are others.
     """
     state = [found.uri, manifest, [[info.path, info.size, info.mtime_ns] for info in infos]]
     key = hashlib.blake2b(json.dumps(state).encode()).digest()
@@ -276,6 +283,9 @@ def _check_footers(
         if (names := canonical(class_names_of(schema))) != found.class_names:
             said, there = _shown(found.class_names), _shown(names)
             raise _edited(found.uri, f"{file.name} has the classes {there}, not {said}")
+        if (mapped := value_range_of(schema)) != found.value_range:
+            said, there = (shown(r) if r else "nothing" for r in (found.value_range, mapped))
+            raise _edited(found.uri, f"value_range is {said}, {file.name} has {there}")
         return _values(meta, "label")
 
     with ThreadPoolExecutor(8) as pool:  # footers of remote files are a round trip each

@@ -38,18 +38,18 @@ def ranged(
     """
     if setting != AUTO:
         return replace(shards, value_range=setting)
-    return (
-        shards
-        if shards.value_range is not None
-        else replace(shards, value_range=_measured(shards, channels))
-    )
+    if shards.value_range is not None:
+        return shards
+    used = _measured(shards, channels)
+    return replace(shards, value_range=used or FULL, used_range=used)
 
 
 @functools.lru_cache(maxsize=16)
-def _measured(shards: ShardSet, channels: int) -> ValueRange:
+def _measured(shards: ShardSet, channels: int) -> ValueRange | None:
+    """None where no deep image is seen."""
     files = [i for i, file in enumerate(shards.files) if file.rows]
     if not files or not _spans(shards, files[0], FIRST, channels):
-        return FULL
+        return None
     spans: dict[str, Span] = {}
     for i in np.unique(np.linspace(0, len(files) - 1, PLACES).astype(int)).tolist():
         spans |= _spans(shards, files[i], ROWS, channels)
@@ -74,9 +74,15 @@ def _each(shards: ShardSet, file: int, rows: int, channels: int) -> Iterator[tup
             yield image_id(encoded), span
 
 
-def difference(name: str, shards: ShardSet, value_range: ValueRange) -> str:
-    """A sentence where the values of a set are not those of the range it is read with; else ""."""
-    own = shards.used_range or shards.value_range
+def difference(name: str, shards: ShardSet, value_range: ValueRange, channels: int = 3) -> str:
+    """A sentence where the values of a set are not those of the range it is read with; else "".
+
+    Where no used range is noted, the images are looked at: of a set without deep ones there is
+    nothing to say.
+    """
+    own = shards.used_range
+    if own is None and shards.value_range != value_range:
+        own = _measured(shards, channels)
     if own is None or similar(own, value_range):
         return ""
     return (

@@ -8,13 +8,15 @@ is that of 16 bits. Files with 8 bits are taken as they are, whatever the range.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.data.bad_image import BadImage
+from pipeline.errors import DataError, shortened
 
 FULL: Literal["full"] = "full"
 AUTO: Literal["auto-from-sample"] = "auto-from-sample"
@@ -130,22 +132,53 @@ def smallest(spans: dict[str, Span]) -> dict[str, Span]:
     return {name: spans[name] for name in sorted(spans)[:SAMPLE]}
 
 
+@dataclass
+class Sample:
+    """The spans of the images with the smallest ids of all tasks, by accounts one after another."""
+
+    by_id: dict[str, Span] = field(default_factory=dict)
+
+    def take(self, account: dict[str, Any]) -> None:
+        """Takes `spans` out of an account: those of all tasks together would fill the memory."""
+        spans = {name: Span(**span) for name, span in account.pop("spans", {}).items()}
+        self.by_id = smallest(self.by_id | spans)
+
+    @property
+    def range(self) -> ValueRange | None:
+        """Of the set; None where no image has more than 8 bits."""
+        return range_of(list(self.by_id.values())) if self.by_id else None
+
+
 def merged(accounts: Iterable[dict[str, Any]]) -> list[Span]:
     """The sample of all tasks, from `spans` of their accounts."""
-    every: dict[str, Span] = {}
+    sample = Sample()
     for account in accounts:
-        every |= {name: Span(**span) for name, span in account.get("spans", {}).items()}
-    return list(smallest(every).values())
+        sample.take(dict(account))
+    return list(sample.by_id.values())
 
 
-def from_json(value: Any) -> ValueRange | None:
-    """A range as manifests and plans hold it; None where there is none."""
+def from_json(value: Any, name: str = "value_range") -> ValueRange | None:
+    """A range as manifests and plans hold it; None where there is none.
+
+    Raises:
+        DataError: what `name` holds is neither `full` nor two numbers of which the second is
+            larger.
+    """
     if value is None:
         return None
     if value == FULL:
         return FULL
-    low, high = value
-    return float(low), float(high)
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    # 1e300: neither infinite, nor a whole number that no float holds, nor NaN
+    if pair and all(type(v) in (int, float) and -1e300 < v < 1e300 for v in value):
+        low, high = float(value[0]), float(value[1])
+        if low < high:
+            return low, high
+    content = shortened(json.dumps(value, default=str))
+    raise DataError(
+        f'{name} is {content}, expected "full" or [low, high] with low < high',
+        hint="put the file back from a copy, or have it written anew.",
+    )
 
 
 def shown(value_range: ValueRange) -> str:
@@ -155,13 +188,15 @@ def shown(value_range: ValueRange) -> str:
     return "[" + ",".join(f"{v:.10g}" for v in value_range) + "]"
 
 
-def sentence(used: ValueRange, mapped: ValueRange) -> str:
+def sentence(used: ValueRange | None, mapped: ValueRange) -> str:
     """What there is to say of the values that a set uses and of how they are mapped, if anything.
 
     Args:
-        used: by the set, as `range_of` finds it.
+        used: by the set, as `range_of` finds it; None: no image has more than 8 bits.
         mapped: to 0 and 255.
     """
+    if used is None:
+        return ""
     if used == FULL:
         if mapped == FULL:
             return ""

@@ -77,12 +77,15 @@ def open_sets(context: Context) -> Sets:
     seeds, leaks = open_other_sets(config)
     found = Sets(
         pool=pool,
-        seeds={n: _as(pool, f"retrieve.seeds.{n}", s) for n, s in seeds.items()},
-        leaks={n: _as(pool, f"leaks.sets.{n}", s) for n, s in leaks.items()},
+        seeds={n: _as(config, pool, f"retrieve.seeds.{n}", s) for n, s in seeds.items()},
+        leaks={n: _as(config, pool, f"leaks.sets.{n}", s) for n, s in leaks.items()},
         include=config.retrieve.include,
         earlier=tuple(earlier),
         earlier_shards=_as(
-            pool, "curate.against", open_shards(earlier[0].result["shards"], field="curate.against")
+            config,
+            pool,
+            "curate.against",
+            open_shards(earlier[0].result["shards"], field="curate.against"),
         )
         if earlier
         else None,
@@ -171,9 +174,10 @@ def _check_output(context: Context, sets: Sets) -> None:
             )
 
 
-def _as(pool: ShardSet, field: str, shards: ShardSet) -> ShardSet:
+def _as(config: Config, pool: ShardSet, field: str, shards: ShardSet) -> ShardSet:
     """A set that is read with the range of the pool's values; said where its own is another."""
-    if text := difference(f"the images of {field}", shards, pool.columns.value_range):
+    mapped, channels = pool.columns.value_range, config.model.in_channels
+    if text := difference(f"the images of {field}", shards, mapped, channels):
         log.warning("%s", text)
     return replace(shards, value_range=pool.value_range)
 

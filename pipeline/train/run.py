@@ -111,7 +111,9 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     settings, data = config.evaluate, config.data
     shards = as_planned(plan, shards)
     sets = evaluation_sets(config, shards)
-    reference, queries = [_read_alike(*one, shards) for one in sets] if sets else (None, None)
+    reference, queries = (
+        [_read_alike(config, *one, shards) for one in sets] if sets else (None, None)
+    )
     return EvaluationSpec(
         sample=shards,
         reference=reference,
@@ -129,11 +131,12 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     )
 
 
-def _read_alike(field: str, shards: ShardSet, training: ShardSet) -> ShardSet:
+def _read_alike(config: Config, field: str, shards: ShardSet, training: ShardSet) -> ShardSet:
     """A set with the range of values of the training images; said where its own is another."""
     if shards is training:
         return shards
-    if text := difference(f"the images of {field}", shards, training.columns.value_range):
+    mapped, channels = training.columns.value_range, config.model.in_channels
+    if text := difference(f"the images of {field}", shards, mapped, channels):
         log.warning("%s", text)
     return replace(shards, value_range=training.value_range)
 

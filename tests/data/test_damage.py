@@ -156,6 +156,23 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "files of null": lambda m: m.update(files=None),
     "digest": lambda m: m.update(digest=None),
     "version": lambda m: m.update(schema_version="1"),
+    "range": lambda m: m.update(value_range=[0, 4095]),
+    "no range": lambda m: m.update(value_range=None),
+    **{
+        f"{name} {value!r}": lambda m, n=name, v=value: m.update({n: v})
+        for name in ("value_range", "used_range")
+        for value in (
+            "abc",
+            [1],
+            [5, 1],
+            [1, 1],
+            ["0", "9"],
+            [0, float("nan")],
+            [0, 10**400],
+            {},
+            7,
+        )
+    },
 }
 
 

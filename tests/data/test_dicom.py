@@ -60,6 +60,18 @@ def test_windows_slopes_and_inverted_pictures():
     np.testing.assert_array_equal(narrow, np.clip((values - 1024 + 160) * 256 // 400, 0, 255))
 
 
+def test_8_bits_are_taken_as_they_are_whatever_the_slope_and_the_range():
+    stored = (STORED % 256).astype("u1")
+    tags = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "PixelData": stored.tobytes()}
+    for slope in ({}, {"RescaleSlope": 1, "RescaleIntercept": -9}, {"RescaleSlope": 0.5},
+                  {"RescaleSlope": 10, "RescaleIntercept": 3}):  # fmt: skip
+        encoded = dicom(**tags, **slope)
+        assert value_span(encoded, 1) is None
+        for value_range in ("full", (0, 4095), (100, 200)):
+            found = decode_image(encoded, 1, value_range=value_range)[..., 0]
+            np.testing.assert_array_equal(found, stored, f"{slope} {value_range}")
+
+
 def test_first_frame_size_channels_and_format():
     film = dicom(NumberOfFrames=2, PixelData=STORED.tobytes() + bytes(2 * SIDE * SIDE))
     np.testing.assert_array_equal(grey(film), STORED >> 4)

@@ -229,7 +229,7 @@ def test_a_name_with_many_dots_is_no_reason_for_one_task(tmp_path, monkeypatch):
     plan = plan_tasks(
         str(tmp_path / "in"), list_source(str(tmp_path / "in")), "image", "label", 2**20, "cls"
     )
-    assert max(len(task.paths) for task in plan.tasks) <= sources.HARD * 4
+    assert max(len(task.paths) for task in plan.tasks) <= 2 * 4
     report = packed(tmp_path / "in", tmp_path)
     assert labels_of(tmp_path) == truth
     assert report.others == {"label": 22}  # each one once, though several tasks read it

@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import json
 import struct
 import zlib
 from dataclasses import replace
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Data
+from pipeline.data import pictures
 from pipeline.data.bad_image import BadImage
-from pipeline.data.decode import decode_image, image_size, value_span
+from pipeline.data.decode import decode_image, decode_measured, image_size, value_span
 from pipeline.data.items import Reading
 from pipeline.data.listing import list_source
 from pipeline.data.runs import PackSpec, write_runs
@@ -24,6 +26,7 @@ from pipeline.data.sources import plan_tasks
 from pipeline.data.value_range import (
     AUTO,
     FULL,
+    Sample,
     Span,
     merged,
     range_alone,
@@ -169,6 +172,31 @@ def test_the_range_of_a_set():
     assert range_of([value_span(pillow(hot, "PNG"), 1)]) == (0, 4095)
 
 
+def test_the_sample_of_a_large_set_stays_small_and_a_deep_image_is_unpacked_once(monkeypatch):
+    accounts = [
+        {"spans": {f"{(977 * i) % 5000:032x}": {"low": 0, "high": i, "bits": 16}
+                   for i in range(start, start + 250)}}
+        for start in range(0, 5000, 250)
+    ]  # fmt: skip
+    every = {k: Span(**v) for account in accounts for k, v in account["spans"].items()}
+    sample = Sample()
+    for account in accounts:
+        sample.take(account)
+        assert len(sample.by_id) <= 256 and "spans" not in account
+    assert sample.by_id == {k: every[k] for k in sorted(every)[:256]}
+    assert Sample().range is None
+    calls = []
+    unpack = pictures.png_samples
+    monkeypatch.setattr(pictures, "png_samples", lambda e: calls.append(0) or unpack(e))
+    truth, encoded = values(4095, 3), png(values(4095, 3))
+    for setting, mapped in ((AUTO, truth >> 4), (FULL, truth >> 8), ((0, 8191), truth >> 5)):
+        calls.clear()
+        pixels, form, span = decode_measured(encoded, 10**6, 3, setting)
+        assert form == "PNG" and span == value_span(encoded) == Span(0, 4095, 16)
+        np.testing.assert_array_equal(pixels, mapped)
+        assert len(calls) == 2, setting  # one of them by value_span
+
+
 def test_what_is_said():
     assert sentence(FULL, FULL) == ""
     assert "data.range=[0,4095]" in sentence((0, 4095), (0, 4095))
@@ -202,6 +230,24 @@ def test_packing_finds_one_range_whatever_the_tasks_and_their_order(tmp_path):
     whole, *halves = accounts
     for order in itertools.permutations(halves):
         assert range_of(merged(order)) == range_of(merged([whole])) == (0, 2390)
+
+
+def eight_bits(tmp_path, packing):
+    """A pack of a plain JPEG: `full`, and no range that is used. Also what is said of it."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a.jpg").write_bytes(pillow(values(255, dtype="u1"), "JPEG"))
+    places = {"bad_images": str(tmp_path / "p.parquet"), "work": str(tmp_path / "p_work")}
+    report = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places)
+    assert (report.value_range, report.used_range) == (FULL, None)
+    assert sentence(None, (0, 4095)) == sentence(None, FULL) == ""
+    manifest = json.loads((tmp_path / "p" / "_manifest.json").read_text())
+    assert (manifest["value_range"], manifest["used_range"]) == (FULL, None)
+    stored = tmp_path / "p_work" / "report.json"
+    assert packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places) == report
+    stored.write_text(stored.read_text().replace('"full"', "[1]"))  # edited: packed again
+    again = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places)
+    assert again.value_range == FULL
+    return open_shards(str(tmp_path / "p")), report
 
 
 def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
@@ -240,6 +286,12 @@ def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
     assert sentence(report.used_range, report.value_range) == ""
     assert difference("queries", full, (0, 4095)) == "" and difference("queries", whole, FULL) == ""
     assert "data.range" in difference("the queries", whole, (0, 4095))
+    plain, _ = eight_bits(tmp_path, packing)
+    for one in (plain, replace(plain, value_range=None), replace(plain, value_range=(0, 9))):
+        assert one.used_range is None and difference("plain JPEGs", one, (0, 4095)) == ""
+    # looked at where no used range is noted
+    for one in (replace(shards, used_range=None), replace(shards, value_range=None)):
+        assert "[0,4095]" in difference("queries", replace(one, used_range=None), (0, 65_000), 1)
     spec = EvaluationSpec(
         *(shards, None, None, SIDE, 1, 0.1, (0.5,), (0.5,), 4, 0, 10**6), channels=1
     )
