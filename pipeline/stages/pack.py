@@ -65,17 +65,17 @@ def check_places(config: Config, folder: RunFolder) -> None:
     """
     for name, (source, shards) in named_sources(config, folder).items():
         if not source.startswith(BUILTIN):
-            own = name == "train" and config.data.shards
-            fields = {"data.shards": shards} if own else {}
+            named = name == "train" and config.data.shards
+            fields = {"data.shards": shards} if named else {}
             places = fields | {"run.folder": str(folder.at("pack"))}
             source = absolute_source(source)
             ledger.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
             work = absolute_uri(str(folder.at("pack", f"work_{name}")))
             ledger.check_source(shards, public(source))
-            own = check_unclaimed(shards, Owner(public(source), public(work)))
-            own |= ledger.begun(work)
-            ledger.check_replaceable(shards, public(source), own=own)
+            mine = check_unclaimed(shards, Owner(public(source), public(work)))
+            mine |= ledger.begun(work)
+            ledger.check_replaceable(shards, public(source), own=mine)
 
 
 def sources(context: Context) -> dict[str, tuple[str, str]]:
