@@ -13,7 +13,7 @@ from pipeline.curate.collapse import COPIES
 from pipeline.curate.exact import Doubles, Ints
 from pipeline.curate.items import Items, Shuffled
 from pipeline.curate.join import best
-from pipeline.curate.looks import PAIRS, verdicts_of
+from pipeline.curate.looks import PAIRS
 from pipeline.curate.portions import Ids, big_endian, read_range
 from pipeline.curate.relative_join import relative_pairs
 from pipeline.curate.spread import spread
@@ -173,26 +173,39 @@ def pairs_of_leaks(folder: str, name: str) -> pa.Table:
     return pa.table([*columns, table["similarity"]], schema=PAIRS)
 
 
-def hold_task(folder: str, name: str, looked: str, names: Sequence[str]) -> dict[str, Any]:
-    """Writes the best match of each row that shows the same as `tables.LEAKS`; counts the images of
-    each set that have one.
+def hold_task(
+    folder: str, name: str, looked: str, names: Sequence[str], first: int, end: int
+) -> dict[str, Any]:
+    """Writes the best match of each of the rows `first` to `end` that shows the same, as
+    `tables.LEAKS`.
     """
-    table = verdicts_of(looked, names)
+    columns, same = ["row", "set", "other_id", "similarity"], ("same", "=", True)
+    rows = [("row", ">=", first), ("row", "<", end)]
+    tables = [read_table(looked, one, columns, [same, *rows]) for one in names]
+    found = [table.rename_columns(LEAKS.names).cast(LEAKS) for table in tables]
+    table = pa.concat_tables([LEAKS.empty_table(), *found]).combine_chunks()
     sets = np.array(table["set"].to_pylist(), dtype=str)
-    query = ids_of(table["other_id"])
-    row, similarity = table["row"].to_numpy(), table["similarity"].to_numpy()
-    chosen = best([row], similarity, [np.unique(sets, return_inverse=True)[1], query])
-    held = pa.table(
-        {
-            "row": row[chosen],
-            "set": pa.array(sets[chosen].tolist(), pa.string()),
-            "query_id": id_array(query[chosen]),
-            "similarity": similarity[chosen],
-        }
-    ).cast(LEAKS)
-    leaked = {one: len(np.unique(query[sets == one], axis=0)) for one in np.unique(sets).tolist()}
-    size = write_table(held.sort_by("row"), folder, name)
-    return {"rows": len(held), "bytes": size, "held": leaked}
+    number = np.unique(sets, return_inverse=True)[1]
+    order = [number, ids_of(table["query_id"])]
+    chosen = best([table["row"].to_numpy()], table["similarity"].to_numpy(), order)
+    held = table.take(pa.array(chosen)).sort_by("row")
+    return {"rows": len(held), "bytes": write_table(held, folder, name)}
+
+
+def count_task(
+    folder: str, looked: str, names: Sequence[str], shards: int, shard: int
+) -> dict[str, Any]:
+    """Counts the images of each set, of those of a shard, that some row shows the same as."""
+    leaked: dict[str, set[bytes]] = {}
+    for name in names:
+        table = read_table(looked, name, ["set", "other_id"], [("same", "=", True)])
+        ids = ids_of(table["other_id"])
+        mine = big_endian(ids)[1] % np.uint64(shards) == shard
+        sets = table["set"].filter(pa.array(mine)).to_pylist()
+        for one, image in zip(sets, ids[mine], strict=True):
+            leaked.setdefault(one, set()).add(image.tobytes())
+    counts = {one: len(images) for one, images in sorted(leaked.items())}
+    return {"rows": sum(counts.values()), "held": counts}
 
 
 def spread_leaks_task(

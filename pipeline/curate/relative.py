@@ -125,15 +125,38 @@ def find_leaks(
             sources,
             leaks.pairs_of_leaks,
         )
-        tables = tuple(name for name, _ in sources for name in looked.names[name])
+        by_set = tuple(t for name, _ in sources[len(names) :] for t in looked.names[name])
         last = run_step(
             copies.root,
             "looks/leaks/hold",
-            [looked.key],
-            [Task("leaks", ("leaks", looked.folder, tables))],
+            [2, looked.key],
+            [
+                Task(
+                    name,
+                    (
+                        name,
+                        looked.folder,
+                        (*looked.names[f"rows-{name}"], *by_set),
+                        files[0].first,
+                        end_of(files),
+                    ),
+                )
+                for name, files in groups
+            ],
             leaks.hold_task,
         )
-        names, more = ("leaks",), (*looked.steps, last)
+        tables = tuple(t for name, _ in sources for t in looked.names[name])
+        counted = run_step(
+            copies.root,
+            "looks/leaks/counted",
+            [looked.key, shards],
+            [
+                Task(f"{shard:05d}", (looked.folder, tables, shards, shard))
+                for shard in range(shards)
+            ],
+            leaks.count_task,
+        )
+        more = (*looked.steps, last, counted)
     found = run_step(
         copies.root,
         "leaks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate import keepers, relative, relative_join, tables
+from pipeline.curate import keepers, leaks, relative, relative_join, tables
 from pipeline.curate.components import find_components
 from pipeline.curate.copies import STORED, Copies
 from pipeline.curate.exact import unit_half
+from pipeline.curate.looks import VERDICTS
 from pipeline.curate.matches import MATCHES
 from pipeline.curate.pairs import find_pairs
 from pipeline.errors import DataError
@@ -703,3 +705,38 @@ def _rerun(found: Copies, where: str) -> None:
         edges.forest_task(f"{found.root}/x", "00000", [source], T)
     else:
         found.shuffled.read(0)
+
+
+def test_leaks_that_show_the_same_are_held_by_rows_and_counted_by_images(tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    names, every = ["a", "b", "c"], []
+    for name in names:  # 40 rows, 2 sets of 9 images; a query may be held for rows of both ranges
+        ids = draw.integers(0, 9, 60).astype(np.uint8)
+        columns = {
+            "row": np.sort(draw.integers(0, 40, 60)),
+            "other": np.full(60, -1),
+            "set": [f"s{k}" for k in draw.integers(0, 2, 60)],
+            "other_id": tables.id_array(np.repeat(ids[:, None], 16, 1)),
+            "similarity": draw.integers(0, 5, 60) / 5,
+            "same": draw.random(60) < 0.4,
+        }
+        columns |= {"reason": [""] * 60, "score": [0.0] * 60, "x": [0.0] * 60, "y": [0.0] * 60}
+        table = pa.table(columns).cast(VERDICTS)
+        tables.write_table(table, str(tmp_path / "looked"), name)
+        every += [one for one in table.to_pylist() if one["same"]]
+    best: dict[int, Any] = {}
+    for one in every:
+        key = (-one["similarity"], one["set"], one["other_id"])
+        best[one["row"]] = min(best.get(one["row"], key), key)
+    looked, found, counts = str(tmp_path / "looked"), [], Counter()
+    for name, first, end in (("x", 0, 17), ("y", 17, 40)):
+        leaks.hold_task(str(tmp_path / "held"), name, looked, names, first, end)
+        found += tables.read_table(str(tmp_path / "held"), name).to_pylist()
+    assert [one["row"] for one in found] == sorted(best)
+    assert [(-one["similarity"], one["set"], one["query_id"]) for one in found] == [
+        best[row] for row in sorted(best)
+    ]
+    for shard in range(3):
+        counts.update(leaks.count_task("", looked, names, 3, shard)["held"])
+    pairs = {(one["set"], one["other_id"]) for one in every}
+    assert counts == Counter(one for one, _ in pairs)
