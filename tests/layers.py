@@ -25,7 +25,7 @@ LEAVES = [
 ]  # fmt: skip
 PACKING = [
     *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
-    *("data.runs", "data.merge", "data.ledger", "data.claim"),
+    *("data.runs", "data.merge", "data.ledger", "data.claim", "data.once"),
 ]
 MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
 

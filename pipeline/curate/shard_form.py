@@ -63,6 +63,17 @@ def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
             f"{str(error).splitlines()[0]}",
             "pack them again with one type for that column, or without it",
         ) from error
+    ordered = pa.schema(sorted(extras, key=lambda f: str(f.name)))
+    packed = tuple(name for name, s in sets if s.packed)
+    return Form(ordered, classes.names, labels, packed, sets[0][1].columns.value_range)
+
+
+def check_values(sets: Sequence[tuple[str, ShardSet]], form: Form) -> None:
+    """Whether the types of further columns hold all values of all files; reads those that differ.
+
+    Raises:
+        DataError: names the column and a value.
+    """
     for _, one in sets:
         for index in range(1 if one.packed else len(one.files)):
             with one.parquet(index) as parquet:
@@ -72,10 +83,7 @@ def form_of(sets: Sequence[tuple[str, ShardSet]]) -> Form:
             else:
                 files = range(index, index + 1)
             for file in files:
-                check_fit(one.files[file].name, partial(one.parquet, file), kept, extras)
-    ordered = pa.schema(sorted(extras, key=lambda f: str(f.name)))
-    packed = tuple(name for name, s in sets if s.packed)
-    return Form(ordered, classes.names, labels, packed, sets[0][1].columns.value_range)
+                check_fit(one.files[file].name, partial(one.parquet, file), kept, form.extras)
 
 
 def _extras_of(shards: ShardSet) -> list[pa.Schema]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.curate.shard_form import form_of
+from pipeline.curate.shard_form import check_values, form_of
 from pipeline.curate.shard_runs import sort_files
 from pipeline.curate.shard_write import EARLIER, Piece, write_shard
 from pipeline.curate.tables import AS_IS, InputFile, Inputs
@@ -83,6 +83,7 @@ def write_curated(
     if (found := _finished(work, shards, key)) is not None:
         return found, [], kept + (earlier.rows if earlier else 0) - found.rows
     every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
+    check_values(every, form)
     source = source_of([s.uri for _, s in every])
     results = []
     pieces: list[list[Piece]] = [[] for _ in range(count)]

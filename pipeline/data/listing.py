@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 
 from pipeline.data.columns import MANIFEST
 from pipeline.data.kinds import claims_images
+from pipeline.data.once import once
 from pipeline.data.patterns import SPECIAL, Pattern, States, is_pattern, split_list
 from pipeline.data.storage import absolute_uri, file_info, list_files, public_uri, resolve_uri
 from pipeline.errors import DataError, StorageError
@@ -249,6 +250,10 @@ def list_source(uri: str, *, follow_links: bool = False, field: str = "data.sour
     Raises:
         DataError: there is no such path, or no file in it that may hold an image.
     """
+    return once(("list", uri, follow_links), lambda: _listed(uri, follow_links, field))
+
+
+def _listed(uri: str, follow_links: bool, field: str) -> Listing:
     places = source_places(uri, field)
     root = _common([place.folder for place in places])
     entries: dict[str, Entry] = {}

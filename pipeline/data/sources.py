@@ -26,6 +26,7 @@ from pipeline.data.extras import check_fit
 from pipeline.data.kinds import is_archive, is_table, named_as_image
 from pipeline.data.labels import LabelFiles, names_of
 from pipeline.data.listing import Entry, Listing, Other, Refused, inside, list_source, readable
+from pipeline.data.once import once
 from pipeline.data.storage import public_uri, resolve_uri
 from pipeline.data.transfer import open_patiently
 from pipeline.errors import DataError, StorageError
@@ -71,15 +72,35 @@ def plan_tasks(
     max_image_bytes: int,
     label_member: str = "",
     labels: bool = True,
+    fit: bool = True,
 ) -> Plan:
     """Cut a listing into tasks; footers of parquet files are read here.
 
-    Without `labels` the label columns of parquet files are not looked at.
+    Without `labels` the label columns of parquet files are not looked at. With `fit`, columns whose
+    type differs between files are read: whether one type holds all their values.
 
     Raises:
         DataError: a parquet file without usable columns, an unfinished pack, or extra columns of
             the same name that do not fit together.
     """
+    settings = (image_column, label_column, max_image_bytes, label_member, labels, fit)
+
+    def planned() -> tuple[Listing, Plan]:  # the listing is kept, so that its id stays its own
+        return listing, _planned(uri, listing, *settings)
+
+    return once(("plan", uri, id(listing), *settings), planned)[1]
+
+
+def _planned(
+    uri: str,
+    listing: Listing,
+    image_column: str,
+    label_column: str,
+    max_image_bytes: int,
+    label_member: str,
+    labels: bool,
+    fit: bool,
+) -> Plan:
     tables = _Tables(uri, listing, image_column, label_column, labels)
     label_files = LabelFiles(label_member)
     keys = {label_files.key(entry.path) for entry in listing.entries} - {None}
@@ -120,7 +141,7 @@ def plan_tasks(
         refused=tuple(refused),
         others=others,
         name_lists=tuple(tables.name_lists),
-        extras=tables.joined(uri, listing),
+        extras=tables.joined(uri, listing, fit),
         labelled=bool(keys),
         images=0 if archives else images,
     )
@@ -179,14 +200,14 @@ class _Tables:
             columns = ("image", "label") if own else (image_column, label_column)
             self._add(entry, footer, own, columns)
 
-    def joined(self, uri: str, listing: Listing) -> pa.Schema:
+    def joined(self, uri: str, listing: Listing, fit: bool) -> pa.Schema:
         """The further columns of all files, of types that hold every value.
 
         Raises:
             DataError: there is no such type for a column.
         """
         found, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
-        for entry, kept in self.kept:
+        for entry, kept in self.kept if fit else ():
             place = inside(listing.root, entry.path)
             check_fit(readable(entry.path), partial(_opened, fs, place), kept, found)
         return found

@@ -15,6 +15,7 @@ import yaml
 from pipeline import cluster
 from pipeline.config import Config
 from pipeline.control import ENDING
+from pipeline.data.once import forget, looked_up_once
 from pipeline.data.storage import absolute_uri
 from pipeline.ending import ended_by_sigterm
 from pipeline.errors import ConfigError
@@ -56,11 +57,12 @@ def run(config: Config, stages: Sequence[str]) -> None:
         _look_up(config, stages)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
-    check_start(config, stages)
-    with ended_by_sigterm(), folder.locked():
-        log.info("run         %s in %s", config.run.name, folder)
-        with mirrored(folder, lambda names: _fetched(folder, names)) as push:
-            _run(config, folder, stages, push)
+    with looked_up_once():
+        check_start(config, stages)
+        with ended_by_sigterm(), folder.locked():
+            log.info("run         %s in %s", config.run.name, folder)
+            with mirrored(folder, lambda names: _fetched(folder, names)) as push:
+                _run(config, folder, stages, push)
 
 
 def _look_up(config: Config, stages: Sequence[str]) -> None:
@@ -202,6 +204,8 @@ def _up_to_date(context: Context, name: str) -> bool:
 
 def _keep(context: Context, name: str, result: dict[str, Any]) -> None:
     context.results[name] = result
+    if name == "pack":
+        forget()  # lists of millions of files
     context.config = with_packed_sets(context.config, context.folder)
 
 

@@ -149,8 +149,9 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
     """
     found: dict[str, KnownSet] = {}
     packing = "pack" in stages
+    packed = packing and pack.finished(config, folder)
     if packing and config.data.source:
-        found["data.source"] = known_set(config, "data.source", config.data.source)
+        found["data.source"] = known_set(config, "data.source", config.data.source, packed)
     elif {"curate", "doctor"} & set(stages):
         found["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
     elif {"pretrain", "evaluate"} & set(stages):
@@ -159,7 +160,7 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
         return found
     for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
         if uri and packing:
-            found[field] = known_set(config, field, uri)
+            found[field] = known_set(config, field, uri, packed)
         elif uri:
             found[field] = KnownSet.of(field, opened(config, field, uri))
     return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.arrangement import Machine
 from pipeline.config import Config
+from pipeline.data.once import looked_up_once
 from pipeline.data.schema import ShardSet, open_shards
 from pipeline.data.storage import exists, resolve_uri
 from pipeline.errors import DataError, StorageError
@@ -40,7 +41,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     """
     config = with_absolute_weights(named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
-    known = check_start(config, stages)
+    with looked_up_once():
+        known = check_start(config, stages)
     for place in (folder.uri, config.run.folder) if folder.uri else ():
         if exists(*resolve_uri(place)):  # in a folder that is not there, a mark of it would stay
             try_writing(place, b"")

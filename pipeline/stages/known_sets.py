@@ -47,8 +47,10 @@ class KnownSet:
         return cls(Labels.of(field, shards), shards.rows, size, shards)
 
 
-def known_set(config: Config, field: str, uri: str) -> KnownSet:
+def known_set(config: Config, field: str, uri: str, packed: bool = False) -> KnownSet:
     """What a place holds, by its manifest, its footers or its list of files; no image is opened.
+
+    Where it is `packed` already, what the pack has found to fit is not looked at again.
 
     Raises:
         PipelineError: it cannot be packed: nothing is there, or columns that are of no use.
@@ -61,7 +63,7 @@ def known_set(config: Config, field: str, uri: str) -> KnownSet:
     except StorageError:
         raise
     except DataError:
-        return _source(config, field, uri)
+        return _source(config, field, uri, packed)
     known = KnownSet.of(field, found)
     if labels == "none":  # pack leaves them out
         return replace(known, labels=replace(known.labels, kind="none", names=()))
@@ -114,7 +116,7 @@ def _builtin(field: str, uri: str) -> KnownSet:
     return KnownSet(Labels(f"{field}={uri}", "names"), DEMO_IMAGES, DEMO_BYTES)
 
 
-def _source(config: Config, field: str, uri: str) -> KnownSet:
+def _source(config: Config, field: str, uri: str, packed: bool) -> KnownSet:
     data, source = config.data, absolute_source(uri)
     listing = list_source(source, follow_links=data.follow_links, field=field)
     limit = int(data.max_image_mb * 2**20)
@@ -128,6 +130,7 @@ def _source(config: Config, field: str, uri: str) -> KnownSet:
         limit,
         member,
         labels=labels != "none",
+        fit=not packed,
     )
     kind, names = _labels(labels, plan, listing)
     return KnownSet(

@@ -99,6 +99,14 @@ def key(context: Context) -> str:
     return fingerprint([data, listed] + [channels] * (channels != 3))
 
 
+def finished(config: Config, folder: RunFolder) -> bool:
+    """Whether the stage was finished with these settings and sources. Nothing is made for it."""
+    named = [source for source, _ in named_sources(config, folder).values()]
+    if not named or not folder.last("pack") or any(one.startswith(BUILTIN) for one in named):
+        return False
+    return folder.done("pack", key(Context(config, folder))) is not None
+
+
 def _listing(context: Context, name: str, source: str) -> Listing:
     follow = context.config.data.follow_links
     return list_source(absolute_source(source), follow_links=follow, field=FIELDS[name])
