@@ -57,7 +57,7 @@ def find_leaks(
     Returns:
         The step whose folder has `tables.LEAKS` of each input file, and all steps. The accounts of
         `copies/leaks/queries` count the images of each set that have a match (`leaked`), with a
-        second look those of `looks/leaks/hold`.
+        second look those of `looks/leaks/counted`.
     """
     steps: list[Result] = []
     placed: list[tuple[str, Shuffled]] = []
