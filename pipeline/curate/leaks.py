@@ -186,7 +186,7 @@ def hold_task(
     table = pa.concat_tables([LEAKS.empty_table(), *found]).combine_chunks()
     sets = np.array(table["set"].to_pylist(), dtype=str)
     number = np.unique(sets, return_inverse=True)[1]
-    order = [number, ids_of(table["query_id"])]
+    order: list[Array] = [number, ids_of(table["query_id"])]
     chosen = best([table["row"].to_numpy()], table["similarity"].to_numpy(), order)
     held = table.take(pa.array(chosen)).sort_by("row")
     return {"rows": len(held), "bytes": write_table(held, folder, name)}
