@@ -82,8 +82,9 @@ def look(config: Config) -> list[Answer]:
     """
     folder = RunFolder.of(config.run.folder, config.run.name)
     query = config.curate.query
+    encoded = _read(query)
     runs = earlier_runs(config.curate.against or str(folder.uri or folder.path))
-    pixels = _pixels(config, query, from_json(runs[0].result.get("value_range")) or FULL)
+    pixels = _pixels(config, encoded, from_json(runs[0].result.get("value_range")) or FULL)
     answers: list[Answer] = []
     for one in runs:
         answers += _like(config, one, pixels)
@@ -104,18 +105,23 @@ def look(config: Config) -> list[Answer]:
     return answers
 
 
-def _pixels(config: Config, query: str, value_range: ValueRange) -> Any:
+def _read(query: str) -> bytes:
     try:
-        encoded = read_bytes(*resolve_uri(absolute_uri(query)))
-        channels, most = config.model.in_channels, config.data.max_image_pixels
-        return decode_image(encoded, channels, most, value_range)
+        return read_bytes(*resolve_uri(absolute_uri(query)))
     except FileNotFoundError:
         raise DataError(f"curate.query={public(query)}: there is no such file") from None
     except (IsADirectoryError, OSError) as error:
         raise DataError(f"curate.query={public(query)} cannot be read: {error}") from error
+
+
+def _pixels(config: Config, encoded: bytes, value_range: ValueRange) -> Any:
+    channels, most = config.model.in_channels, config.data.max_image_pixels
+    try:
+        return decode_image(encoded, channels, most, value_range)
     except BadImage as error:
         raise DataError(
-            f"curate.query={public(query)} is no usable image: {error.reason}", error.detail
+            f"curate.query={public(config.curate.query)} is no usable image: {error.reason}",
+            error.detail,
         ) from error
 
 
