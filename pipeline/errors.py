@@ -102,4 +102,5 @@ def last_line(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error in one line, for a log that goes on: without what to do about it."""
-    return error.what if isinstance(error, PipelineError) else public(str(error))
+    what = error.what if isinstance(error, PipelineError) else public(str(error))
+    return " ".join(what.split())

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.curate.tables import ids_of, read_table
 from pipeline.data.draws import uniforms
 from pipeline.data.storage import list_files, resolve_uri
-from pipeline.errors import DataError
+from pipeline.errors import DataError, one_line
 from pipeline.uri import Place, join, public
 
 NAMES = (
@@ -154,7 +154,8 @@ class Tables:
                 total += int(pq.read_metadata(path, filesystem=fs).num_rows)
             except (OSError, pa.ArrowException) as error:
                 raise DataError(
-                    f"{public(place)} cannot be read: {error}", "delete its folder and run again"
+                    f"{public(place)} cannot be read: {one_line(error)}",
+                    "delete its folder and run again",
                 ) from error
         return total
 

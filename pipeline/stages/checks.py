@@ -52,6 +52,10 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     if "curate" in stages and config.curate.shards:
         check_place("curate.shards", config.curate.shards)
     check_tracking(config, folder)
+    if {"evaluate", "export"} & set(stages) and "pretrain" not in stages:
+        from pipeline.stages import evaluate  # loads torch
+
+        evaluate.chosen_in(folder, config)
     if "pack" not in stages:  # what an earlier job packed
         config = with_packed_sets(config, folder)
     with doing("listing the image sets"):

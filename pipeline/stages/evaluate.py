@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import Config
 from pipeline.data.schema import open_shards
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
-from pipeline.files import fingerprint
+from pipeline.files import RunFolder, fingerprint
 from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
 from pipeline.plan import Plan, plan_of
@@ -31,12 +32,17 @@ def chosen(context: Context) -> state.Saved:
     Raises:
         TrainError: where the run has none.
     """
-    folder = context.folder.checkpoints
-    best = state.best(folder) if context.config.export.checkpoint == "best" else None
+    return chosen_in(context.folder, context.config)
+
+
+def chosen_in(run: RunFolder, config: Config) -> state.Saved:
+    """As `chosen`, before a stage starts."""
+    folder = run.checkpoints
+    best = state.best(folder) if config.export.checkpoint == "best" else None
     saved = best[0] if best else state.latest(folder)
     if saved is None:
         raise TrainError(
-            f"run {context.folder.path.name} has no checkpoint in {public(folder)}",
+            f"run {run.path.name} has no checkpoint in {public(folder)}",
             "pretrain first, or name the run with run.name=…",
         )
     return saved
