@@ -155,7 +155,8 @@ def test_packed_it_gives_what_was_planted(made, tmp_path, monkeypatch):
         work=str(tmp_path / "work"),
     )
     assert (report.images_packed, report.duplicates) == (3540, 12)
-    assert report.bad == {"empty": 1, "not_an_image": 4, "too_large": 1, "truncated": 4}
+    assert report.bad == {"empty": 1, "not_an_image": 3, "too_large": 1, "truncated": 4}
+    assert sum(report.others.values()) == 1  # notes.txt claims to be no image
     assert report.class_names == demo_report.class_names
     shards = open_shards(str(tmp_path / "shards"))
     assert (shards.rows, shards.has_labels) == (3540, True)
