@@ -172,7 +172,6 @@ OTHERS = {  # by signature; none of them is a picture that is read
     "page.jpg": b"<!DOCTYPE html><title>404 Not Found</title>",
     "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
     "paper.pdf": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n%%EOF",
-    "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400),
     "film.mp4": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(400),
     "icon.ico": b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + bytes(400),
     "layers.psd": b"8BPS\0\1" + bytes(400),
@@ -380,4 +379,7 @@ def catalogue() -> tuple[Kind, ...]:
     """All kinds; names and bytes are different, so nothing is taken for a duplicate."""
     found = [Kind("nothing.jpg", b"", "empty")]
     found += [Kind(name, encoded, "not_an_image") for name, encoded in OTHERS.items()]
+    # known by its first bytes, with the optional package or without
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
+    found.append(Kind("phone.heic", heic, "undecodable"))
     return (*found, *_jpegs(), *_pngs(), *_other_formats())
