@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared (golden values and real images), which is not here")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def each_test_configures_its_own_log() -> Iterator[None]:
+    """Puts the log back that a job configures, so that `caplog` hears each record once."""
+    logger = logging.getLogger("pipeline")
+    before = (
+        logger.handlers[:],
+        logger.level,
+        logger.propagate,
+        sys.excepthook,
+        threading.excepthook,
+    )
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before[:3]
+    sys.excepthook, threading.excepthook = before[3:]
 
 
 @pytest.fixture(scope="session")

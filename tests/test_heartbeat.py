@@ -63,7 +63,6 @@ def test_other_lines_count_and_the_innermost_work_is_named() -> None:
     assert passed(100) == []
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_lines_of_the_log_are_signs_of_life(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,12 +77,3 @@ def test_lines_of_the_log_are_signs_of_life(
     shown = capsys.readouterr().out.splitlines()
     assert 1 <= len(shown) <= 3
     assert shown[0].startswith("still       waiting for Godot, for ")
-
-
-@pytest.fixture
-def quiet_log() -> object:
-    """Puts the log back that a test configures."""
-    logger = logging.getLogger("pipeline")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from pathlib import Path
@@ -196,7 +195,6 @@ def test_every_number_refuses_truth_and_text() -> None:
 
 
 def test_an_override_that_is_given_twice(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("pipeline").propagate = True
     assert load(["optim.steps=5", "optim.steps=5"]).optim.steps == 5 and not caplog.messages
     assert load(["optim.steps=5", "optim.steps=6"]).optim.steps == 6
     assert caplog.messages == ["optim.steps is given twice, 5 and 6: the last one counts"]

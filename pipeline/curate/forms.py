@@ -134,7 +134,8 @@ def ids_of_file(file: InputFile, fingerprints: str) -> Array:
     """Image ids of a file: of its fingerprints, else its own column."""
     if fingerprints:
         return ids_of(read_table(fingerprints, file.name, ["image_id"]).column("image_id"))
-    with open_parquet(resolve_uri(file.columns.uri)[0], file.file.path) as parquet:
+    fs = resolve_uri(file.columns.uri)[0]
+    with open_parquet(fs, file.file.path, piecewise=True) as parquet:
         assert isinstance(parquet, pq.ParquetFile) and is_ours(parquet.schema_arrow)
         texts = parquet.read(columns=["image_id"]).column(0).to_pylist()
     return np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, 16)

@@ -35,7 +35,9 @@ RETRIES = 3  # of a task whose worker was killed; errors of the task itself are 
 AHEAD = 2  # tasks that wait for each CPU, so that none is idle and few are lost
 
 # What tasks write, in the folder of their step
-_NAME = r"([\w-]+(\.closest|\.counts)?|[^/]+-\d{5,}(-\d{5})?)"  # sets may be called anything
+_NAME = (
+    r"([\w-]+(\.closest|\.counts|\.spare)?|[^/]+-\d{5,}(-\d{5})?)"  # sets may be called anything
+)
 _TABLE = re.compile(rf"((rows|vectors|queries|pairs|others)/)?(b\d{{4}}/)?{_NAME}\.parquet")
 _WRITTEN = re.compile(
     rf"([\w-]+/)*((_key|_accounts|fit)\.json|_tasks/{_NAME}\.json|{_NAME}\.parquet)"

@@ -23,7 +23,12 @@ from pipeline.data.labels import Label, label_of
 from pipeline.data.listing import Other, Refused
 from pipeline.data.sources import Task
 from pipeline.data.storage import resolve_uri, retries
-from pipeline.data.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
+from pipeline.data.transfer import (
+    atomic_path,
+    open_patiently,
+    write_bytes_atomic,
+    write_parquet_atomic,
+)
 from pipeline.data.value_range import FULL, Span, ValueRange, smallest
 
 INDEX_SCHEMA = pa.schema(
@@ -191,7 +196,7 @@ class _Labels:
         values = {key: label.value for key, label in self.files.items()}
         self.folders, self.class_names, self.largest = set(), set(), -1
         for path in self.runs:
-            with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
+            with open_patiently(fs, f"{path}.parquet") as file, pq.ParquetFile(file) as parquet:
                 table = parquet.read()
             columns: dict[str, list[Any]] = {"folder": [], "label": [], "class_name": []}
             for source in table.column("source").to_pylist():

@@ -29,7 +29,7 @@ from pipeline.data.columns import (
 from pipeline.data.label_column import label_kind, label_names
 from pipeline.data.retry import with_retries
 from pipeline.data.storage import absolute_uri, list_parquet, public_uri, resolve_uri
-from pipeline.data.transfer import read_json
+from pipeline.data.transfer import open_patiently, read_json
 from pipeline.data.value_range import FULL, ValueRange, from_json, shown
 from pipeline.errors import DataError, StorageError
 
@@ -105,8 +105,11 @@ class ShardSet:
         )
 
     def parquet(self, file_index: int) -> pq.ParquetFile:
-        """Open one file, for a stage that reads other columns than `read_row_group` gives."""
-        return open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path)
+        """Open one file, for a stage that reads other columns than `read_row_group` gives.
+
+        Every read of a remote file is tried again where it fails.
+        """
+        return open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path, piecewise=True)
 
 
 def open_shards(
@@ -385,7 +388,7 @@ def _names_in(uri: str, label: str, files: tuple[tuple[str, int], ...]) -> tuple
     fs, _ = resolve_uri(uri)
 
     def distinct(path: str) -> set[str]:
-        with open_parquet(fs, path) as parquet:
+        with open_parquet(fs, path, piecewise=True) as parquet:
             return {
                 str(name)
                 for batch in parquet.iter_batches(columns=[label])
@@ -415,14 +418,27 @@ def _any_value(meta: pq.FileMetaData, column: str) -> bool:
     return False
 
 
-def open_parquet(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+def open_parquet(fs: pafs.FileSystem, path: str, piecewise: bool = False) -> pq.ParquetFile:
     """Open one file.
+
+    Args:
+        fs: where it is.
+        path: of the file.
+        piecewise: each read is tried again where it fails. Without it a reader tries the whole call
+            again, which lets Arrow read several columns of a remote file at once.
 
     Raises:
         DataError: it is not readable as parquet.
     """
+    remote = not isinstance(fs, pafs.LocalFileSystem)
+
+    def opened() -> pq.ParquetFile:
+        return pq.ParquetFile(
+            open_patiently(fs, path) if piecewise and remote else fs.open_input_file(path)
+        )
+
     try:
-        return with_retries(f"reading {path}", lambda: pq.ParquetFile(fs.open_input_file(path)))
+        return with_retries(f"reading {path}", opened)
     except StorageError:
         raise
     except (pa.ArrowInvalid, OSError) as error:

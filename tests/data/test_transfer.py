@@ -343,6 +343,19 @@ def test_row_groups_are_read_through_failures(s3: S3, bucket: str, kind: int | s
     assert np.concatenate([g.labels for g in found]).tolist() == list(range(20))
 
 
+def test_columns_are_read_through_failures(s3: S3, bucket: str) -> None:
+    """Where a stage reads a file batch by batch, and so cannot begin the whole call again."""
+    images = shard(s3, bucket)
+    before = retries()
+    shards = open_shards(f"s3://{bucket}/set/part-00000.parquet")
+    with shards.parquet(0) as parquet, s3.broken("^GET", 503, times=3) as fault:
+        batches = list(parquet.iter_batches(5, columns=["image", "label"]))
+    assert fault.done == retries() - before == 3
+    table = pa.Table.from_batches(batches)
+    assert table.column("image").to_pylist() == images
+    assert table.column("label").to_pylist() == list(range(20))
+
+
 def archive(images: list[bytes]) -> bytes:
     body = io.BytesIO()
     with tarfile.open(fileobj=body, mode="w") as tar:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -78,15 +77,6 @@ def cluster_environment(ray_cluster: None, environment: dict[str, str]) -> dict[
     # what starting the cluster has set (its token); `environment` may be older than that
     started = {k: v for k, v in os.environ.items() if k.startswith("RAY_")}
     return environment | started | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-
-@pytest.fixture
-def quiet_log() -> Iterator[None]:
-    """Puts the log back that a job configures."""
-    logger = logging.getLogger("pipeline")
-    before = logger.handlers[:], logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def runner(environment: dict[str, str]) -> Job:

@@ -30,7 +30,7 @@ from tests.curate.piles import hub, packed, without_ray
 
 
 @pytest.fixture(autouse=True)
-def _here(monkeypatch, quiet_log):
+def _here(monkeypatch):
     without_ray(monkeypatch)
 
 

@@ -50,7 +50,7 @@ def sets(folder: Path) -> list[str]:
 
 
 def test_a_worker_is_killed_in_each_step(
-    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_log: None
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import contextlib
 

@@ -20,7 +20,6 @@ from pipeline.stages import doctor, surroundings
 from pipeline.stages.doctor import Memory, Needs
 from tests.jobs.conftest import Job
 
-pytestmark = pytest.mark.usefixtures("quiet_log")
 LINES = ["run", "doctor", "machine", "disk", "shards", "images", "bad", "read", "decode", "cut"]
 LINES += ["draws", "whole", "scaled", "rate", "cpus", "memory", "store"]
 

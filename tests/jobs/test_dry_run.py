@@ -128,7 +128,6 @@ def cases(sets: Path) -> dict[str, tuple[list[str], str, list[str]]]:
     }
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_a_dry_run_refuses_what_the_run_refuses(
     sets: Path,
     recipe: Path,
@@ -161,7 +160,6 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     assert not left
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_a_sound_recipe_passes_and_leaves_nothing(
     sets: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +175,6 @@ def test_a_sound_recipe_passes_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_a_recipe_of_the_project_is_found_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +188,6 @@ def test_a_recipe_of_the_project_is_found_from_another_folder(
     assert load(["configs/demo.yaml"]).run.name == "mine"  # one that is here comes first
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_queries_that_are_in_the_training_folder_too_are_counted_before_the_pack(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

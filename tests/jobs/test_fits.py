@@ -108,7 +108,7 @@ def test_time_is_said_in_plain_units_and_a_long_run_gets_a_word(
 
 
 @pytest.fixture
-def capture(quiet_log: None) -> Callable[[], list[str]]:
+def capture() -> Callable[[], list[str]]:
     """The lines said since the last call."""
     lines: list[str] = []
 

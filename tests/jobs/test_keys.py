@@ -62,7 +62,7 @@ def test_the_report(tmp_path: Path) -> None:
     ["data.source={}/photos", "data.shards={}/shards", "run.folder={}/runs", "track.uri={}"],
 )
 def test_a_key_on_the_command_line_is_refused(
-    job: str, given: str, capsys: pytest.CaptureFixture[str], quiet_log: None
+    job: str, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would be in the list of processes and jobs, in the run folder and in MLflow."""
     with pytest.raises(SystemExit) as ended:

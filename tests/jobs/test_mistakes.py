@@ -180,7 +180,6 @@ SAID = [
 
 
 @pytest.mark.parametrize(("arguments", "what", "hint"), SAID, ids=lambda x: str(x)[:30])
-@pytest.mark.usefixtures("quiet_log")
 def test_other_mistakes(
     arguments: list[str], what: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,7 +204,6 @@ DATA = [
 
 
 @pytest.mark.parametrize(("stages", "arguments", "what", "hint"), DATA, ids=lambda x: str(x)[:30])
-@pytest.mark.usefixtures("quiet_log")
 def test_stages_that_miss_something(
     stages: list[str],
     arguments: list[str],
@@ -222,7 +220,6 @@ def test_stages_that_miss_something(
     assert hint in shown.err.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -232,14 +229,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         job.main(["pack"], "doc", [])
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_DEBUG", "1")
     with pytest.raises(PipelineError):
         job.main(["pack"], "doc", ["optim.lrr=1"])
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_help_wins_over_everything(capsys: pytest.CaptureFixture[str]) -> None:
     job.main(["pack"], "what it does", ["nothing.yaml", "optim.lrr=1", "--help"])
     shown = capsys.readouterr()
@@ -247,7 +242,6 @@ def test_help_wins_over_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert not shown.err
 
 
-@pytest.mark.usefixtures("quiet_log")
 def test_the_lines_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 

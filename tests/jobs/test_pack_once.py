@@ -14,7 +14,7 @@ from pipeline.data.schema import open_shards
 from tests.curate.piles import picture, without_ray
 
 
-def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch, quiet_log):
+def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch):
     """And a finished pack's columns are not read again; the next job sees what is there then."""
     without_ray(monkeypatch)
     monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))

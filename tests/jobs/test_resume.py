@@ -156,7 +156,6 @@ def test_a_stage_by_itself_knows_what_the_chain_did(
     images: Path,
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
-    quiet_log: None,
 ) -> None:
     """In this process, where a second Ray cannot start: it would fail if it had to run."""
     job.main([stage], "", arguments(images, recipe, whole[0]))

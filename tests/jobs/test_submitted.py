@@ -61,7 +61,6 @@ def test_outputs_in_the_copy_are_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    quiet_log: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     submitted(monkeypatch, WITH_COPY)

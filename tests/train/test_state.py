@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import pickle
 import shutil
 import signal
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ def steps(folder: Path) -> list[int]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """caplog that also hears `pipeline` where a job switched its propagation off."""
-    logger = logging.getLogger("pipeline")
-    before, logger.propagate = logger.propagate, True
-    yield caplog
-    logger.propagate = before
 
 
 def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path) -> None:
@@ -228,22 +218,22 @@ def no_meta(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_tensors, cut_meta, no_tensors, no_meta])
 def test_a_damaged_one_is_named_and_passed_over(
-    tmp_path: Path, damage: Callable[[Path], None], warnings: pytest.LogCaptureFixture
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     state.save(tmp_path, 10, small(1), META)
     state.save(tmp_path, 20, small(2), META)
     damage(tmp_path / "step-00000020")
-    with warnings.at_level("WARNING", "pipeline.train"):
+    with caplog.at_level("WARNING", "pipeline.train"):
         found = state.latest(tmp_path)
     assert found
     assert found.step == 10
-    (record,) = warnings.records
+    (record,) = caplog.records
     assert "step-00000020" in record.getMessage()
     assert "using an earlier one" in record.getMessage()
 
 
 def test_a_byte_that_changed_is_noticed_wherever_it_is(
-    tmp_path: Path, warnings: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`torch.load` would take most of them for weights; the file keeps its length."""
     state.save(tmp_path, 10, small(1), META)
@@ -261,11 +251,11 @@ def test_a_byte_that_changed_is_noticed_wherever_it_is(
         with contextlib.suppress(Exception):
             loaded += len(torch.load(file, weights_only=True)) > 0
     assert loaded > 0, "this test is about files that torch does read"
-    with warnings.at_level("WARNING", "pipeline.train"):
+    with caplog.at_level("WARNING", "pipeline.train"):
         saved, tensors = state.restored(tmp_path)
     assert saved and saved.step == 10
     assert torch.equal(tensors["student"]["w"], small(1)["student"]["w"])
-    (said,) = warnings.records
+    (said,) = caplog.records
     assert "step-00000020 is damaged" in said.getMessage()
 
 
@@ -441,7 +431,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 }  # fmt: skip
 
 
-def test_an_edited_meta_is_passed_over(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+def test_an_edited_meta_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, edit in EDITS.items():
         folder = tmp_path / name
         for step in (10, 20):
@@ -449,12 +439,12 @@ def test_an_edited_meta_is_passed_over(tmp_path: Path, warnings: pytest.LogCaptu
         file = folder / "step-00000020" / "meta.json"
         changed = edit(json.loads(file.read_text()))
         file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-        warnings.clear()
-        with warnings.at_level("WARNING", "pipeline.train"):
+        caplog.clear()
+        with caplog.at_level("WARNING", "pipeline.train"):
             found, tensors = state.restored(folder)
         assert found and found.step == 10 and tensors["student"]["w"][0, 0] == 10, name
-        assert len(warnings.records) == 1 and len(warnings.text) < 400, name
-        assert "step-00000020" in warnings.text and "using an earlier one" in warnings.text, name
+        assert len(caplog.records) == 1 and len(caplog.text) < 400, name
+        assert "step-00000020" in caplog.text and "using an earlier one" in caplog.text, name
 
 
 def test_a_state_of_something_else_under_sums_that_fit(tmp_path: Path) -> None:
@@ -496,13 +486,13 @@ def test_a_state_of_something_else_under_sums_that_fit(tmp_path: Path) -> None:
      '{"step": 20, "score": NaN}', '{"step": 20.5, "score": 1}', "[" * 100_000, "\x00"],
 )  # fmt: skip
 def test_a_best_that_names_nothing_is_none(
-    tmp_path: Path, text: str, warnings: pytest.LogCaptureFixture
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (10, 20):
         state.save(tmp_path, step, small(step), META)
     (tmp_path / "best.json").write_text(text)
-    with warnings.at_level("WARNING", "pipeline.train"):
+    with caplog.at_level("WARNING", "pipeline.train"):
         assert state.best(tmp_path) is None
-    assert "best.json names no checkpoint" in warnings.text
+    assert "best.json names no checkpoint" in caplog.text
     state.prune(tmp_path, 1, set())
     assert steps(tmp_path) == [20]
