@@ -13,7 +13,9 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 Array = np.ndarray[Any, Any]
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-EQUAL = 4.0  # mean difference of values up to which the light is left as it is
+EQUAL = 4.0  # mean difference of values up to which the light is left as it is, ...
+SEEN, EXPLAINED = 1.5, 0.35  # ... but for one above this, of which light leaves less than so much
+MOST = 12.0
 BINS = 32
 TONES = 8  # different values that a change of light must be seen in
 SATURATED = 0.35  # share that is black or white in both, above which no change of light is believed
@@ -53,28 +55,44 @@ def _looked_up(table: Array | None, image: Array) -> Array:
 
 
 def same_light(a: Array, b: Array, inside: Array) -> Light:
-    """One curve for all channels, monotone, from the image that is clipped less to the other.
+    """One curve for all channels, monotone, from the image that shows more tones to the other.
 
+    What is clipped in one image (and may be made darker afterwards) is one value there and many in
+    the other, so only one direction fits: the one that leaves less, for the contrast that it gives.
     Pictures of few values, or white in most places, show too little of the light: they stay as
     they are, for another colour is another content.
     """
     x, y = a[inside].ravel(), b[inside].ravel()
-    if float(np.abs(x - y).mean()) < EQUAL:
+    difference = float(np.abs(x - y).mean())
+    if difference < SEEN:
         return Light()
     if float(((np.minimum(x, y) > 250) | (np.maximum(x, y) < 5)).mean()) > SATURATED:
         return Light()
-    clipped = [float((np.minimum(v, 255 - v) < 2).mean()) for v in (x, y)]
-    deviation = [float(v.std()) for v in (x, y)]
-    swapped = clipped[0] > clipped[1] + 0.01 or (
-        clipped[0] > clipped[1] - 0.01 and deviation[0] < deviation[1]
-    )
-    if swapped:
-        x, y, deviation = y, x, deviation[::-1]
+    both = [(one, _fitted(*values)) for one, values in ((True, (x, y)), (False, (y, x)))]
+    of_a, fit = min(both, key=lambda pair: pair[1].left * pair[1].gain)
+    if fit.table is None or (difference < EQUAL and fit.left > EXPLAINED * difference):
+        return Light()
+    return Light(fit.table, None, fit.gain) if of_a else Light(None, fit.table, fit.gain)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A table of values, what differences of the result count more for, and their mean, where one
+    place (a bar across the picture, say) counts for no more than `MOST`.
+    """
+
+    table: Array | None = None
+    gain: float = 1.0
+    left: float = np.inf
+
+
+def _fitted(x: Array, y: Array) -> _Fit:
     table = _curve(x, y)
     if table is None:
-        return Light()
-    gain = min(2.0, max(1.0, deviation[0] / max(deviation[1], 1.0)))
-    return Light(None, table, gain) if swapped else Light(table, None, gain)
+        return _Fit()
+    gain = min(2.0, max(1.0, float(x.std()) / max(float(y.std()), 1.0)))
+    left = np.minimum(np.abs(_looked_up(table, x) - y), MOST)
+    return _Fit(table, gain, float(left.mean()))
 
 
 def _curve(x: Array, y: Array) -> Array | None:
