@@ -19,6 +19,7 @@ from pipeline.train.limits import count
 log = logging.getLogger("pipeline")
 GIB = 2**30
 HOUR_S = 3600.0
+PROCESS = 0.3 * GIB  # of a worker on a CPU, before it has a network
 ROOM = 0.8  # of the memory for training workers; driver, decoders and evaluation need the rest
 LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
 # Share of the peak of matrix products that a whole step reaches
@@ -59,8 +60,9 @@ def memory_of(plan: Plan, cost: Cost, machine: Machine) -> tuple[float, float]:
         card = torch.cuda.get_device_properties(0).total_memory
         return cost.memory_bytes, card * plan.gpus_per_worker
     dealt = placed(machine.rooms, plan.workers, plan.share) or []
-    loads = [(workers * cost.memory_bytes, node.memory) for node, workers in dealt if node.memory]
-    return max(loads, key=lambda load: load[0] / load[1], default=(cost.memory_bytes, 0.0))
+    each = cost.memory_bytes + PROCESS
+    loads = [(workers * each, node.memory) for node, workers in dealt if node.memory]
+    return max(loads, key=lambda load: load[0] / load[1], default=(each, 0.0))
 
 
 def lighter_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:

@@ -221,7 +221,7 @@ def describe(found: Plan, built: Pair) -> list[str]:
         f"{found.device}, {found.precision} ({found.precision_reason}), "
         f"{found.threads} threads each, lr {found.lr:.3g}",
         *_range(found),
-        f"memory      about {cost.memory_bytes / 2**30:.2f} GiB a worker; checkpoints "
-        f"{cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
+        f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker; "
+        f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
     ]
     return lines

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 BYTES_F32 = 4
+# Of the memory of a step on a CPU, measured: benchmarks/memory.py
+LIBRARIES = (
+    120 * 2**20
+)  # bytes that torch and oneDNN take with the first step, whatever it computes
+BACKWARD = 1.25  # gradients of activations and work space, as a factor on what backward needs
 # Dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets.
 PEAKS = {
     "H200": 989e12,
@@ -35,15 +42,16 @@ class Cost:
     activation_bytes: int
     batch_bytes: int
     checkpoint_bytes: int
+    library_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        """Expected peak on the training device."""
-        return self.state_bytes + self.activation_bytes + self.batch_bytes
+        """Expected peak on the training device, above that of a process without a network."""
+        return self.state_bytes + self.activation_bytes + self.batch_bytes + self.library_bytes
 
 
 class View(NamedTuple):
-    """One view through a backbone: forward FLOPs, and numbers kept for the backward pass."""
+    """One view through a backbone: forward FLOPs, and numbers that a GPU keeps for backward."""
 
     flops: float
     activations: float
@@ -79,48 +87,29 @@ def measured_view(backbone: nn.Module, channels: int, size: int) -> View:
     return View(float(counter.get_total_flops()), float(numbers))
 
 
-def estimate(
-    student_parameters: int,
-    *,
-    global_view: View,
-    local_view: View,
-    target_view: View,
-    frozen_parameters: int = 0,
-    local_crops: int,
-    prototypes: int,
-    head_parameters: int,
-    patch_prototypes: int,
-    patch_head_parameters: int,
-    masked_patches: float,
-    micro_batch: int,
-    view_bytes: int,
-    half: bool,
-) -> Cost:
-    """Backbones, heads and prototypes of one step.
+def kept_for_backward(forward: Callable[[], object], dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors that a forward pass keeps for its backward pass, parameters included.
 
-    Masked patches are those of both global crops and go through the patch head, which may be the
-    same one. Backward costs twice the forward; the teacher (or the frozen one, `target_view`) only
-    runs forward on the two global crops. A frozen teacher's heads are taken to be the student's.
+    Nothing is computed: tensors have shapes and no contents, so this takes a second or a few and no
+    memory, whatever the network.
+
+    Args:
+        forward: makes its inputs, on the CPU, and runs the network on them.
+        dtype: of autocast; None: it is off.
     """
-    head_patches = 2 * patch_head_parameters * masked_patches
-    head_student = 2 * head_parameters * (2 + local_crops) + head_patches
-    head_teacher = 2 * head_parameters * 2 + head_patches
-    student = 2 * global_view.flops + local_crops * local_view.flops + head_student
-    teacher = 2 * target_view.flops + head_teacher
-    element = 2 if half else 4
-    kept = 2 * global_view.activations + local_crops * local_view.activations
-    activations = int(micro_batch * kept * element)
-    scores = (4 + local_crops) * prototypes + 2 * masked_patches * patch_prototypes
-    logits = int(micro_batch * scores * BYTES_F32 * 2)
-    return Cost(
-        parameters=student_parameters,
-        flops_per_image=3 * student + teacher,
-        # student, its gradients, two moments and the teacher
-        state_bytes=(student_parameters * 5 + frozen_parameters) * BYTES_F32,
-        activation_bytes=activations + logits,
-        batch_bytes=micro_batch * view_bytes * (3 + element),
-        checkpoint_bytes=student_parameters * BYTES_F32 * 4,
-    )
+    kept: dict[int, Tensor] = {}  # by storage, which several tensors may share
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def peak_flops(device: str, dtype: torch.dtype, threads: int) -> float:

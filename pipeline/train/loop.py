@@ -215,7 +215,7 @@ def _clock(
         first_step,
         plan.steps,
         plan.config.optim.global_batch_size,
-        build.estimated_cost(plan, pair).flops_per_image,
+        build.flops_per_image(plan, pair),
         peak * plan.workers,
     )
 

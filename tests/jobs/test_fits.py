@@ -35,11 +35,12 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
 ) -> None:
     plan = planned(recipe, machine(64), "optim.global_batch_size=32")
     built = build.pair(plan.config)
-    each = build.estimated_cost(plan, built).memory_bytes
+    each = build.estimated_cost(plan, built).memory_bytes + fits.PROCESS
     fits.say_memory(plan, built, machine(2 * each / GIB / fits.ROOM * 1.01))
     assert capture() == []
     # so little that the same workers need smaller micro batches
-    state = build.estimated_cost(plan, built).state_bytes
+    cost = build.estimated_cost(plan, built)
+    state = cost.state_bytes + cost.library_bytes + fits.PROCESS
     there = machine((2 * state + 1.2 * (each - state)) / GIB / fits.ROOM)
     fits.say_memory(plan, built, there)
     (line,) = capture()
@@ -48,7 +49,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
     field, _, value = next(word for word in line.split() if "=" in word).partition("=")
     assert field == "train.accumulation"
     lighter = planned(recipe, there, "optim.global_batch_size=32", f"{field}={value}")
-    less = build.estimated_cost(lighter, built).memory_bytes
+    less = build.estimated_cost(lighter, built).memory_bytes + fits.PROCESS
     assert 2 * less <= fits.ROOM * there.rooms[0].memory < 2 * each
     # so little that nothing of the kind helps
     fits.say_memory(plan, built, machine(state / GIB / 10))
@@ -60,7 +61,10 @@ def test_memory_counts_node_by_node(recipe: Path) -> None:
     there = machine(3, nodes=2)
     plan = planned(recipe, there, "resources.cpus_per_worker=3")
     cost = build.estimated_cost(plan, build.pair(plan.config))
-    assert fits.memory_of(plan, cost, there) == (cost.memory_bytes, 3 * GIB)  # one on each node
+    assert fits.memory_of(plan, cost, there) == (
+        cost.memory_bytes + fits.PROCESS,
+        3 * GIB,
+    )  # one each
     unknown = machine(0)
     assert fits.memory_of(planned(recipe, unknown), cost, unknown)[1] == 0
 

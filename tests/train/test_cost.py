@@ -37,6 +37,8 @@ SMALL = [
     "train.workers=1",
     "train.precision=float32",
 ]
+TIMM = ["model.encoder=timm:convnext_atto", "loss.ibot_weight=0", "loss.mask_probability=0"]
+TIMM += ["model.patch_size=16", "augment.global_size=64", "augment.local_size=32"]
 
 
 def plan(*overrides: str) -> Plan:
@@ -138,9 +140,53 @@ def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
         for found in (plan(), plan("optim.global_batch_size=8"))
     )
     assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, abs=2)
+    assert small.library_bytes == large.library_bytes == cost.LIBRARIES
     assert large.batch_bytes == 2 * small.batch_bytes
     assert (large.state_bytes, large.flops_per_image) == (small.state_bytes, small.flops_per_image)
-    assert large.memory_bytes == sum((large.state_bytes, large.activation_bytes, large.batch_bytes))
+    assert large.memory_bytes == sum(
+        (large.state_bytes, large.activation_bytes, large.batch_bytes, large.library_bytes)
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["model.ffn=swiglu", "model.drop_path=0.3"], ["head.prototypes=4096"], TIMM],
+    ids=["vit", "swiglu", "prototypes", "timm"],
+)
+def test_what_a_real_step_keeps_for_backward(overrides: list[str], precision: str) -> None:
+    """Against the bytes of the tensors that a step with contents hands to autograd."""
+    found = plan(*overrides, f"train.precision={precision}")
+    half = precision == "bfloat16"
+    pair = build.pair(found.config)
+    objective = build.objective(found.config, pair)
+    optimizer = torch.optim.AdamW(parameter_groups(pair.student))
+    weights = {p.untyped_storage().data_ptr() for p in pair.student.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (at := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[at] = tensor
+        return tensor
+
+    dtype = torch.bfloat16 if half else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train_step(
+            pair.student, pair, [views(found)], optimizer, found.at(0), objective,
+            autocast_dtype=dtype, generator=torch.Generator(),
+        )  # fmt: skip
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    estimated = build.estimated_cost(found, pair)
+    casts = 2 * estimated.parameters * half
+    ibot = found.config.loss.ibot_weight > 0
+    rows = 4 + found.config.augment.local_crops + 2 * 0.15 * found.grid[0] * found.grid[1] * ibot
+    scores = 4 * IMAGES * rows * found.config.head.prototypes  # logits that no backward pass keeps
+    assert estimated.activation_bytes / cost.BACKWARD == pytest.approx(
+        measured - casts + scores, rel=0.1
+    )
+    assert all(
+        p.device.type == "cpu" and p.dtype == torch.float32 for p in pair.student.parameters()
+    )
 
 
 def test_the_peak_of_this_cpu_is_a_plausible_number() -> None:
