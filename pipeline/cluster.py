@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 import warnings
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline")
 T = TypeVar("T")
 SAY_S = 30.0  # between two words about what is missing
+ANSWER_S = 5.0  # for a cluster's head to take a connection
 ASK_S = 5.0  # between two orders: those of other jobs' data sets replace them every 20 s
 
 QUIET = {
@@ -135,7 +137,11 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if not address:
             raise
-        if isinstance(error, AuthenticationError) or "uthenticat" in str(error):
+        if (
+            isinstance(error, AuthenticationError)
+            or "uthenticat" in str(error)
+            or _refuses(address)
+        ):
             raise PipelineError(
                 f"the Ray cluster at RAY_ADDRESS={address} wants a token, which this job lacks",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or RAY_AUTH_TOKEN) with the "
@@ -149,6 +155,22 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
         ) from None
     if not address:
         _hide_token()
+
+
+def _refuses(address: str) -> bool:
+    """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
+    from ray._raylet import GcsClient
+    from ray.exceptions import AuthenticationError
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        GcsClient(address=address)
+    except AuthenticationError:
+        return True
+    except (OSError, ValueError, RuntimeError) as error:  # no address, no cluster, or another fault
+        log.debug("asking %s whether it wants a token: %s", address, error)
+    return False
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,24 @@ def test_a_cluster_that_refuses_is_one_sentence(
         pass
     assert "RAY_ADDRESS=head:6379" in caught.value.what
     assert hint in caught.value.hint and "\n" not in caught.value.what
+
+
+def test_a_cluster_that_wants_a_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` only says that it cannot connect; who asks the cluster itself hears why."""
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster")
+
+    def ask(address: str) -> None:
+        raise AuthenticationError("InvalidAuthToken: Authentication token is missing")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr("ray._raylet.GcsClient", ask)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        with pytest.raises(PipelineError, match="wants a token"), joined(Resources()):
+            pass
 
 
 @pytest.mark.parametrize("ends", [1, TRIES])
