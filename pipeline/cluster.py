@@ -159,7 +159,7 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
 
 def _refuses(address: str) -> bool:
     """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
     from ray.exceptions import AuthenticationError
 
     host, _, port = address.rpartition(":")
