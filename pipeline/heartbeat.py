@@ -18,6 +18,7 @@ log = logging.getLogger("pipeline")
 SILENCE_S = 15.0  # of a driver; with the pause of the thread, 20 s are never reached
 WORKER_SILENCE_S = 11.0  # less, so that a worker, which knows more, speaks before the driver
 LOOK_S = 1.0
+JUST_BEGUN_S = 2.0  # a step that has just begun is not said to last
 
 
 class Heartbeat:
@@ -73,7 +74,8 @@ class Heartbeat:
                 return
             what, begun = self._doing[-1]
             self._spoken = now
-        self._say(f"{what}, for {now - begun:.0f} s")
+        lasts = now - begun
+        self._say(f"{what}, for {lasts:.0f} s" if lasts >= JUST_BEGUN_S else what)
 
 
 HEART = Heartbeat(lambda line: log.info("still       %s", line))
