@@ -23,11 +23,11 @@ from torch import Tensor
 from torchvision.transforms import functional as pillow
 from torchvision.transforms.v2 import functional as floats
 
-from pipeline.data import photometric as ph
-from pipeline.data.compiled import CompiledPhotometric
-from pipeline.data.crops import CropSpec, crop_boxes, cut_crops
-from pipeline.data.demo import _photographs
-from pipeline.data.draws import uniforms
+from pipeline.pack.demo import _photographs
+from pipeline.views import photometric as ph
+from pipeline.views.compiled import CompiledPhotometric
+from pipeline.views.crops import CropSpec, crop_boxes, cut_crops
+from pipeline.views.draws import uniforms
 
 IMAGES, ROUNDS = 16, 7
 SPEC, CROPS = ph.PhotometricSpec(), CropSpec()
@@ -232,12 +232,12 @@ def _finish(device: torch.device) -> None:
 
 def training_step(device: torch.device, images: int) -> Callable[[], object]:
     """A step of configs/vits14.yaml without its colour, blocks compiled as in training."""
-    from pipeline.data.batch import Views
+    from pipeline.config.load import load
     from pipeline.model.groups import parameter_groups
-    from pipeline.overrides import load
     from pipeline.schedule import StepValues
     from pipeline.train import build
     from pipeline.train.step import train_step
+    from pipeline.views.batch import Views
 
     config = load([str(Path(__file__).parents[1] / "configs/vits14.yaml")])
     pair = build.pair(config).to(device)

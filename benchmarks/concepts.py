@@ -28,11 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pyarrow as pa
 
-from pipeline.cluster import quiet_environment
-from pipeline.curate import balance, hierarchy, retrieve
-from pipeline.curate.considered import Considered
-from pipeline.curate.exact import unit_half
-from pipeline.curate.tables import (
+from pipeline.curate.choose import balance, hierarchy, retrieve
+from pipeline.curate.choose.balance import effective
+from pipeline.curate.rows.considered import Considered
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.tables import (
     Vectors,
     id_array,
     list_array,
@@ -40,7 +40,7 @@ from pipeline.curate.tables import (
     vector_schema,
     write_table,
 )
-from pipeline.curate.waterfill import effective
+from pipeline.driver.cluster import quiet_environment
 
 DIM, KINDS, FILES = 128, 8, 4
 ITERATIONS, RESAMPLING = 10, 3

@@ -2,11 +2,11 @@
 
     python benchmarks/copies.py [--photos FOLDER] [--images N] [--looked N]
 
-Each photo is attacked in nine ways (pipeline/curate/attacks.py). The photos are dealt into two
-halves. On one half the thresholds (and the descriptor's penalty of crop views) are chosen, so that
-1e-6 of the pairs of different photos pass, copies with copies included (12.5 million pairs of 500
-photos); on the other half it is counted what share of the copies is found. Then the halves change
-places, and the table gives means. CPU time is that of one core, decoding left out.
+Each photo is attacked in nine ways (pipeline/curate/threshold/attacks.py). The photos are dealt
+into two halves. On one the thresholds (and the descriptor's penalty of crop views) are chosen, so
+that 1e-6 of the pairs of different photos pass, copies with copies included (12.5 million pairs of
+500 photos); on the other half it is counted what share of the copies is found. Then the halves
+change places, and the table gives means. CPU time is that of one core, decoding left out.
 
 The second row is what the curate stage does: the second look decides of the copies that the
 descriptor finds. It is asked about those of `--looked` photos, drawn evenly, and what it passes of
@@ -24,14 +24,14 @@ import numpy as np
 from PIL import Image
 from scipy.fft import dctn
 
-from pipeline.curate.attacks import ATTACKS
-from pipeline.curate.calibrate import copies_of
-from pipeline.curate.descriptor import MIRROR, describe_grey, square, visiting
-from pipeline.curate.forms import kept_form, opened_form
-from pipeline.curate.second_look import Verdict, form_of, second_look
-from pipeline.curate.threshold import PENALTIES, Sample, measure_threshold
-from pipeline.data.columns import image_id
-from pipeline.data.decode import decode_image
+from pipeline.curate.images.descriptor import MIRROR, describe_grey, square, visiting
+from pipeline.curate.look.forms import kept_form, opened_form
+from pipeline.curate.look.second_look import Verdict, form_of, second_look
+from pipeline.curate.threshold.attacks import ATTACKS
+from pipeline.curate.threshold.calibrate import copies_of
+from pipeline.curate.threshold.threshold import PENALTIES, Sample, measure_threshold
+from pipeline.images.decode import decode_image
+from pipeline.shards.columns import image_id
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet-samples"
 RATE = 1e-6

@@ -24,7 +24,8 @@ from PIL import Image
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.data.crops import (
+from pipeline.images.decode import decode_image, decode_shrunk, image_size
+from pipeline.views.crops import (
     CropSpec,
     crop_boxes,
     cut_crops,
@@ -32,7 +33,6 @@ from pipeline.data.crops import (
     scale_boxes,
     uniforms,
 )
-from pipeline.data.decode import decode_image, decode_shrunk, image_size
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "imagenet-samples"
 SIDES = {0.2: (400, 500), 1: (864, 1152), 6: (2000, 3000), 20: (3888, 5184)}  # megapixels

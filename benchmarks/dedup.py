@@ -36,20 +36,19 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import tables
-from pipeline.curate.cell_fit import fit
-from pipeline.curate.components import find_components
-from pipeline.curate.decide import decide
-from pipeline.curate.exact import nearest_numbers, unit_half
-from pipeline.curate.file_rows import Tables
-from pipeline.curate.mix import Mix
-from pipeline.curate.pairs import find_pairs
-from pipeline.curate.placing import placed
-from pipeline.curate.removals import starts_of
-from pipeline.curate.sources import Sources
-from pipeline.curate.tally import Tally
-from pipeline.curate.work import Task, run_step
-from pipeline.data.schema import ShardColumns, ShardFile
+from pipeline.curate.copies.cell_fit import fit
+from pipeline.curate.copies.components import find_components
+from pipeline.curate.copies.pairs import find_pairs
+from pipeline.curate.copies.put_in_cells import placed
+from pipeline.curate.decide.decide import Mix, decide
+from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.sources import Sources
+from pipeline.curate.decide.tally import Tally
+from pipeline.curate.rows import tables
+from pipeline.curate.rows.exact import nearest_numbers, unit_half
+from pipeline.curate.rows.file_rows import Tables
+from pipeline.curate.steps.work import Task, run_step
+from pipeline.shards.shards import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")
 THRESHOLD = 0.6

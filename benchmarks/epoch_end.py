@@ -23,10 +23,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from loader import packed, spec_of
 
-from pipeline.cluster import quiet_environment
-from pipeline.data.feeder import READ_WINDOWS, DecodeTasks, launch_feeder
-from pipeline.data.reading import reading_of
-from pipeline.data.stream import batches
+from pipeline.driver.cluster import quiet_environment
+from pipeline.stream.decoder import batches
+from pipeline.stream.feeder import READ_WINDOWS, DecodeTasks, launch_feeder
+from pipeline.stream.reader import reading_of
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.bad_image import check_id
-from pipeline.data.columns import image_id
-from pipeline.data.crops import CropSpec
-from pipeline.data.photometric import PhotometricSpec
-from pipeline.data.reading import Portion
-from pipeline.data.schema import ShardColumns
-from pipeline.data.stream import MaskSpec, StreamSpec, make_chunk
+from pipeline.images.bad_image import check_id
+from pipeline.shards.columns import image_id
+from pipeline.shards.shards import ShardColumns
+from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunk
+from pipeline.stream.reader import Portion
+from pipeline.views.crops import CropSpec
+from pipeline.views.photometric import PhotometricSpec
 
 IMAGES, REPEATS = 24, 3
 

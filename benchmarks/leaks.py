@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from pipeline.curate.calibrate import COMPARED, copies_of
-from pipeline.curate.descriptor import MIRROR, describe, describe_grey, similarity, square
-from pipeline.curate.second_look import Verdict, form_of, second_look
-from pipeline.curate.threshold import Sample, measure_threshold
-from pipeline.data.columns import image_id
-from pipeline.data.decode import decode_image
+from pipeline.curate.images.descriptor import MIRROR, describe, describe_grey, similarity, square
+from pipeline.curate.look.second_look import Verdict, form_of, second_look
+from pipeline.curate.threshold.calibrate import COMPARED, copies_of
+from pipeline.curate.threshold.threshold import Sample, measure_threshold
+from pipeline.images.decode import decode_image
+from pipeline.shards.columns import image_id
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
 NEIGHBOURS = 100

@@ -38,12 +38,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from pipeline.cluster import quiet_environment
-from pipeline.data.crops import CropSpec
-from pipeline.data.photometric import PhotometricSpec
-from pipeline.data.reading import Reading, read_portions, reading_of
-from pipeline.data.schema import open_shards
-from pipeline.data.stream import MaskSpec, StreamSpec, make_chunks
+from pipeline.driver.cluster import quiet_environment
+from pipeline.shards.shards import open_shards
+from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
+from pipeline.stream.reader import Reading, read_portions, reading_of
+from pipeline.views.crops import CropSpec
+from pipeline.views.photometric import PhotometricSpec
 
 BATCH, PROCESSES = 128, 2
 GRID = (16, 16)
@@ -204,8 +204,8 @@ def stream(
 ) -> Figures:
     import ray
 
-    from pipeline.data.feeder import DecodeTasks, launch_feeder
-    from pipeline.data.stream import batches
+    from pipeline.stream.decoder import batches
+    from pipeline.stream.feeder import DecodeTasks, launch_feeder
 
     steps = (warm_up + images) // BATCH + 40
 
@@ -280,7 +280,7 @@ def spec_of(reading: Reading, chunk: int, store_bytes: float = 2**30) -> StreamS
 
 
 def packed(photos: str, folder: Path) -> Any:
-    from pipeline.data.pack import pack
+    from pipeline.pack.pack import pack
 
     pack(photos, str(folder / "shards"), bad_images=str(folder / "bad.parquet"),
          work=str(folder / "work"))  # fmt: skip

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from pipeline import api
-from pipeline.arrangement import Machine
-from pipeline.overrides import load
-from pipeline.plan import resolve
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import resolve
 from pipeline.train import build
 
 ROOT = Path(__file__).parents[1]

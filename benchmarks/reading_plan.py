@@ -31,10 +31,10 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from pipeline.data import schema
-from pipeline.data.columns import SCHEMA_VERSION
-from pipeline.data.feeder import READ_WINDOWS
-from pipeline.data.reading import reading_of
+from pipeline.shards import shards as schema
+from pipeline.shards.columns import SCHEMA_VERSION
+from pipeline.stream.feeder import READ_WINDOWS
+from pipeline.stream.reader import reading_of
 
 GROUPS, ROWS = 40, 256
 BATCH, WINDOW = 2048, 2048

@@ -36,15 +36,15 @@ import torch
 from loader import spec_of
 from PIL import Image
 
-from pipeline.cluster import quiet_environment
-from pipeline.data.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
-from pipeline.data.crops import CropSpec
-from pipeline.data.merge import ROW_GROUP_BYTES
-from pipeline.data.reading import reading_of
-from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import write_parquet_atomic
-from pipeline.plan import chunk_of, window_of
+from pipeline.driver.cluster import quiet_environment
+from pipeline.pack.merge import ROW_GROUP_BYTES
+from pipeline.plan.plan import chunk_of, window_of
+from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.stream.reader import reading_of
+from pipeline.views.crops import CropSpec
 
 MIB = 2**20
 KINDS = {  # part of a process title: what it is called here
@@ -175,8 +175,8 @@ def stream(
     """
     import ray
 
-    from pipeline.data.feeder import DecodeTasks, launch_feeder
-    from pipeline.data.stream import batches
+    from pipeline.stream.decoder import batches
+    from pipeline.stream.feeder import DecodeTasks, launch_feeder
 
     spill = folder / "spill"
     spill.mkdir()

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.data.batch import Views
-from pipeline.data.masks import masks_for
+from pipeline.config.sizes import SIZES
 from pipeline.errors import PipelineError
 from pipeline.loss.dino import dino_loss
 from pipeline.loss.ibot import ibot_loss, patch_weights
@@ -40,12 +39,13 @@ from pipeline.model.pair import (
     freeze,
     pair_of,
 )
-from pipeline.model.sizes import SIZES
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 from pipeline.schedule import StepValues, cosine, linear
 from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.train.step import NonFinite, StepResult, train_step
+from pipeline.views.batch import Views
+from pipeline.views.masks import masks_for
 
 __all__ = [
     # networks

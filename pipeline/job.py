@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import log
-from pipeline.config import Config
+from pipeline.config.config import Config
+from pipeline.config.load import describe, load
 from pipeline.environment import prefer_utf8
 from pipeline.errors import PipelineError
 from pipeline.heartbeat import beating, doing
-from pipeline.overrides import describe, load
 
 PLACES = (
     "Relative paths, in a recipe too, count from the folder where the job is started. "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import storage
+from pipeline.storage import places as storage
 from tests.s3 import S3, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -67,7 +67,7 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray cluster for the test session, on free ports, in a short temp dir, ended with it."""
-    from pipeline.cluster import quiet_environment
+    from pipeline.driver.cluster import quiet_environment
 
     quiet_environment()
     import ray

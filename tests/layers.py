@@ -1,8 +1,11 @@
-"""Who may import whom: the table of the design, and the rules that hold sources against it.
+"""Who may import whom: a row for each room of the house, and what holds sources against it.
 
-A module may use what its row names. `inside` may be imported in functions only (or for type
-checking): those imports cost and couple nothing until the function runs. Patterns are matched
-against names without `pipeline.`; the first row that fits a module is its row.
+A module may use its own room and what the room's row names. The rows stand in order, and a row
+names only rooms of rows before it: so no import goes upwards, and none can close a circle.
+`inside` may be imported in functions only (or for type checking): those imports cost and couple
+nothing until the function runs. Patterns are matched against names without `pipeline.`; the first
+row that fits a module is its row, so a module that must stay lighter than its room has a row
+before it.
 """
 
 from __future__ import annotations
@@ -14,20 +17,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-LEAVES = [
-    "data.schema", "data.columns", "data.row_group", "data.retry", "data.storage", "data.transfer",
-    "data.decode", "data.crops", "data.photometric", "data.colour", "data.colour_crop",
-    "data.colour_fused", "data.compiled", "data.draws", "data.masks", "data.batch", "data.order",
-    "data.bad_image", "data.jpeg", "data.npy", "data.pictures", "data.rows", "data.kinds",
-    "data.patterns", "data.classes", "data.label_column", "data.overlap", "data.extras",
-    "data.deep", "data.value_range", "data.set_range", "data.dicom",
-]  # fmt: skip
-PACKING = [
-    *("data.listing", "data.tar", "data.archives", "data.labels", "data.sources", "data.items"),
-    *("data.runs", "data.merge", "data.ledger", "data.claim", "data.once"),
-]
-MATHS = ["errors", "schedule", "uri", "model.*", "loss.*", *LEAVES]
 
 
 @dataclass(frozen=True)
@@ -42,179 +31,105 @@ class Row:
 
 
 def row(
-    modules: str | list[str],
-    ours: str | list[str] = "",
-    inside: str | list[str] = "",
-    others: str = "",
-    others_inside: str = "",
+    modules: str, ours: str = "", inside: str = "", others: str = "", others_inside: str = ""
 ) -> Row:
-    """A row; names are separated by blanks."""
-    lists = [x if isinstance(x, list) else x.split() for x in (modules, ours, inside)]
+    """A row; names are separated by blanks, and `room` stands for `room` and `room.*`."""
+    lists = [[p for x in names.split() for p in _patterns(x)] for names in (modules, ours, inside)]
     return Row(*lists, others.split(), others_inside.split())
 
 
+def _patterns(name: str) -> list[str]:
+    return [name] if name in LOOSE or "." in name else [name, f"{name}.*"]
+
+
+LOOSE = [
+    "__init__",
+    "api",
+    "context",
+    "environment",
+    "errors",
+    "heartbeat",
+    "job",
+    "log",
+    "schedule",
+    "uri",
+]
 TABLE = [
-    # the small things that everything may use
+    # the ground floor: what everything may use
     row("schedule uri environment heartbeat __init__"),
     row("errors log", "uri heartbeat"),
-    row("curation", inside="config"),
-    row("config", "errors curation uri model.sizes", others="pydantic"),
-    row("recipe", "errors", others="yaml"),
-    row("overrides", "curation errors config recipe uri", others="pydantic"),
-    row("files", "environment errors uri"),
-    row("mirror", "errors files uri data.retry data.storage data.transfer"),
-    row("placement"),
-    row("arrangement", "errors config placement", others="pydantic"),
-    row("plan", "arrangement errors config overrides placement schedule", others="pydantic"),
-    row("control", others_inside="ray"),
-    row("ending", "control"),
-    row("ray_start", "errors", others_inside="ray"),
-    row(
-        "cluster",
-        "ending environment errors heartbeat placement ray_start",
-        "arrangement config",
-        others_inside="ray",
-    ),
-    row("job", "config environment errors heartbeat log overrides", "stages stages.*"),
-    # data: what CPU tasks and batches are made of, then packing, then what runs on Ray
-    row("data.draws data.masks data.order", "errors data.draws", others="numpy"),
-    row(
-        "data.schema data.columns data.row_group data.retry data.rows data.storage data.transfer "
-        "data.classes data.label_column data.overlap data.extras",
-        ["errors", "uri", *LEAVES],
-        others="numpy pyarrow",
-    ),
-    row("data.jpeg", others="numpy simplejpeg"),
-    row(
-        "data.decode data.bad_image data.npy data.pictures data.deep data.dicom data.value_range",
-        "errors data.bad_image data.jpeg data.npy data.pictures data.deep data.dicom "
-        "data.value_range",
-        others="numpy PIL",
-        others_inside="torch torchvision pydicom pillow_heif",
-    ),
-    row(LEAVES, ["errors", "schedule", *LEAVES], others="numpy torch"),
-    row("data.demo", "errors", others="numpy PIL", others_inside="skimage sklearn"),
-    row(PACKING, ["errors", "uri", *LEAVES, *PACKING], others="numpy pyarrow"),
-    row("data.pack", ["errors", "uri", *LEAVES, *PACKING], others_inside="ray"),
-    row("data.reading", ["errors", *LEAVES], others="numpy pyarrow"),
-    row(
-        "data.stream data.feeder data.segments",
-        ["errors", "control", "data.reading", "data.segments", *LEAVES],
-        "cluster data.read_ahead data.stream",
-        others="numpy pyarrow",
-        others_inside="ray torch",
-    ),
-    row("data.read_ahead", others="ray"),
-    row("data.probe", ["errors", "data.reading", "data.stream", *LEAVES], others="numpy"),
-    # maths: no framework, no config
-    row("model.sizes"),
-    row("model.formats", "data.crops data.value_range model.*", others="torch"),
-    row(
-        "model.weights model.foreign_weights",
-        "errors files data.value_range model.*",
-        others="torch safetensors",
-        others_inside="timm transformers",
-    ),
-    row(
-        "model.*",
-        "errors schedule model.*",
-        others="torch safetensors",
-        others_inside="timm transformers",
-    ),
-    row("loss.*", "errors schedule loss.*", others="torch"),
-    row("evaluate.*", ["errors", "uri", "model.*", "evaluate.*", *LEAVES], others="numpy torch"),
+    # what a recipe says, and what follows from it; no torch, no Ray
+    row("config", "errors uri", others="pydantic yaml"),
+    row("plan", "config errors schedule", others="pydantic"),
+    # images and views: pure functions of bytes, pixels and keys
+    row("images", "errors", others="numpy PIL simplejpeg",
+        others_inside="torch torchvision pydicom pillow_heif"),
+    row("views.draws views.masks", "errors views.draws", others="numpy"),
+    row("views", "errors", others="numpy torch"),
+    row("storage", "environment errors images uri", others="pyarrow"),
+    row("driver", "environment errors heartbeat plan", "config", others_inside="ray"),
+    row("shards", "errors images storage uri views", others="numpy pyarrow"),
+    row("pack.pack", "errors images pack shards storage uri", others_inside="ray"),
+    row("pack", "errors images shards storage uri", others="numpy PIL pyarrow",
+        others_inside="skimage sklearn"),
+    row("stream.read_ahead", others="ray"),
+    row("stream", "driver errors images shards storage views", others="numpy pyarrow",
+        others_inside="ray torch"),
+    # maths: no Ray, no config
+    row("loss", "errors", others="torch"),
+    row("model", "errors images schedule storage views", others="torch safetensors",
+        others_inside="timm transformers"),
+    row("evaluate", "errors images model shards uri views", others="numpy torch"),
+    row("track.embedder", "environment errors uri", "images model views",
+        "", "mlflow torch numpy pandas"),
+    row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
+    row("report", "track uri", others_inside="PIL"),
     row("train.clock"),
-    row("train.limits", "data.batch"),
-    row("train.cost", others="torch"),
-    row("train.step train.objective", [*MATHS, "train.objective"], others="torch"),
-    # from here on: config, files, Ray
-    row(
-        "api",
-        [*MATHS, "train.objective", "train.step"],
-        others="torch",
-    ),
-    row("train.build", [*MATHS, "config", "plan", "train.cost", "train.step"], others="torch"),
-    row(
-        "train.state train.remote_state",
-        "errors uri data.storage data.transfer train.remote_state",
-        others="torch",
-    ),
-    row(
-        "train.start",
-        [*MATHS, "config", "plan", "train.build", "train.objective", "train.state"]
-        + ["train.remote_state"],
-        others="torch",
-    ),
-    row("train.evaluation_sets", ["config", "evaluate.labels", *LEAVES]),
-    row("train.trainee", [*MATHS, "train.objective"], others="torch"),
-    row("train.bad_table", ["errors", "uri", *LEAVES], others="pyarrow"),
-    row(
-        "train.chief",
-        [*MATHS, "plan", "control", "evaluate.*", "train.*"],
-        # made on rank 0 from the settings that the driver hands down
-        "track.tracker track.remote",
-        others="torch ray",
-        others_inside="psutil",
-    ),
-    row(
-        "train.evaluations train.free train.loop train.run train.scaling",
-        [*MATHS, "arrangement", "config", "plan", "placement", "files", "log", "control"]
-        + ["cluster", "evaluate.*", "heartbeat"]
-        + ["data.reading", "data.stream", "data.feeder", "train.*"],
-        others="torch ray",
-        others_inside="yaml",
-    ),
+    row("train.cost train.bottleneck", "views", others="torch"),
+    row("train.step train.objective", "errors loss model schedule train.objective views",
+        others="torch"),
+    row("train.build train.evaluation_sets train.remote_state train.start train.state "
+        "train.trainee",
+        "config errors evaluate images loss model plan schedule shards storage train uri "
+        "views", others="torch"),
+    row("train.rank_zero", "driver errors evaluate loss model plan schedule shards storage train "
+        "uri views", "track.tracker", "torch ray", "psutil"),
+    row("train", "config driver errors evaluate heartbeat images log loss model plan schedule "
+        "shards storage stream uri views", others="torch ray", others_inside="yaml"),
+    row("api", "config.sizes errors loss model schedule train.objective train.step views",
+        others="torch"),
     # curation: tasks on Ray over parquet; what they compute is plain numpy
-    row("curate.exact", others="numpy", others_inside="torch"),
-    row(
-        "curate.shards curate.shard_*",
-        [
-            "errors",
-            "files",
-            "uri",
-            "curate.*",
-            "data.merge",
-            "data.ledger",
-            "data.claim",
-            "data.sources",
-            *LEAVES,
-        ],
-        others="numpy pyarrow",
-        others_inside="PIL",
-    ),
-    row(
-        "curate.report* curate.gallery",
-        ["errors", "uri", "curate.*", "track.charts", "track.gallery", "track.matrix"]
-        + ["track.plane", "track.report", *LEAVES],
-        others="numpy pyarrow PIL",
-        others_inside="umap",
-    ),
-    row(
-        "curate.*",
-        ["errors", "files", "heartbeat", "uri", "evaluate.*", "model.*", "curate.*", *LEAVES],
-        others="numpy pyarrow PIL scipy",
-        others_inside="ray torch onnxruntime sklearn umap",
-    ),
-    row(
-        "track.embedder",
-        "environment errors log uri track.*",
-        "model.* data.*",
-        "",
-        "mlflow torch numpy pandas",
-    ),
-    row(
-        "track.*",
-        "environment errors heartbeat log uri track.*",
-        "",
-        "",
-        "mlflow PIL psutil pynvml",
-    ),
-    row("stages.curate_query", ["*"], "", "numpy PIL"),
-    row("stages.*", ["*"], "", "yaml", "ray torch pyarrow"),
-]
-# An `__init__` may hand on what its package holds, and nothing else.
-PACKAGES = ["data", "curate", "model", "loss", "train", "evaluate", "track", "stages"]
-JOBS = row("*", "job", "environment log errors uri stages.sync")
+    row("curate.steps.*", "errors heartbeat storage uri", others="pyarrow", others_inside="ray"),
+    row("curate.rows.exact", others="numpy", others_inside="torch"),
+    row("curate.rows.*", "curate.rows.* curate.steps.* errors images shards storage uri views",
+        others="numpy pyarrow"),
+    row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
+        "uri views", others="numpy PIL pyarrow"),
+    row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* errors "
+        "images shards storage uri", "evaluate model views", "numpy pyarrow",
+        "ray torch onnxruntime"),
+    row("curate.look.*", "curate.look.* curate.images.* curate.rows.* curate.steps.* images shards "
+        "storage uri", others="numpy PIL pyarrow scipy"),
+    row("curate.threshold.*", "curate.threshold.* curate.embed.* curate.images.* curate.look.* "
+        "curate.rows.* curate.steps.* images uri views", others="numpy PIL pyarrow"),
+    row("curate.copies.*", "curate.copies.* curate.look.* curate.rows.* curate.steps.* errors "
+        "storage uri", others="numpy pyarrow", others_inside="ray scipy torch"),
+    row("curate.choose.*", "curate.choose.* curate.rows.* curate.steps.* errors storage uri",
+        others="numpy pyarrow", others_inside="scipy torch"),
+    row("curate.decide.*", "curate.decide.* curate.rows.* curate.steps.* errors images pack shards "
+        "storage uri", others="numpy pyarrow", others_inside="PIL"),
+    row("curate.report.*", "curate.report.* curate.rows.* curate.steps.* errors report storage uri "
+        "views", others="numpy PIL pyarrow", others_inside="umap"),
+    # what runs: config in, files out
+    row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
+    row("curate", "config context curate.* errors images shards storage train uri", "plan",
+        "numpy PIL", "ray"),
+    row("stages", "config context curate driver errors evaluate heartbeat images model pack plan "
+        "report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
+    row("job", "config environment errors heartbeat log", "stages"),
+]  # fmt: skip
+PACKAGES = sorted({name.split(".")[0] for r in TABLE for name in r.modules if name.endswith(".*")})
+JOBS = row("*", "job environment log errors uri stages.sync")
 
 
 @dataclass(frozen=True)
@@ -261,9 +176,11 @@ def imports_of(source: str, modules: Iterable[str] = ()) -> list[Import]:
 
 
 def rows_of(module: str, table: Iterable[Row] = TABLE) -> Row | None:
-    """The first row that fits a module (`data.crops`)."""
-    if module in PACKAGES:
-        return row(module, f"{module}.*")
+    """The first row that fits a module (`views.crops`)."""
+    if module in PACKAGES or (module.startswith("curate.") and module.count(".") == 1):
+        initial = f"{module}.*"  # a package's `__init__` may hand on what it holds
+        if module in PACKAGES or f"{module}.*" in {p for r in table for p in r.modules}:
+            return Row([module], [initial], [], [], [])
     return next((r for r in table if any(fnmatch(module, p) for p in r.modules)), None)
 
 
@@ -283,6 +200,8 @@ def violations(module: str, found: Iterable[Import], allowed: Row | None) -> lis
             problems.append(f"{place}: nothing imports jobs")
         elif top == "pipeline":
             patterns = allowed.ours + ([] if one.top_level else allowed.inside)
+            if _room(rest) == _room(module) and not _alone(allowed):
+                continue
             if rest and not any(fnmatch(rest, pattern) for pattern in patterns):
                 how = _how(any(fnmatch(rest, p) for p in allowed.inside))
                 problems.append(f"{place}: must not import {one.name}{how}")
@@ -307,6 +226,30 @@ def module_name(path: Path, root: Path) -> str:
     if parts[-1] == "__init__":
         parts = parts[:-1] or ["__init__"]
     return ".".join(parts)
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "curate" and len(parts) > 2 else 1])
+
+
+def _alone(allowed: Row) -> bool:
+    """Whether the row is of single modules, which may not use all of their room."""
+    return not any(pattern.endswith("*") for pattern in allowed.modules)
+
+
+def upward(table: Iterable[Row] = TABLE) -> list[str]:
+    """What a row names that no row before it has, and so would be an arrow upwards."""
+    known: list[str] = []
+    problems = []
+    for each in table:
+        known += each.modules
+        rooms = {p.removesuffix(".*") for p in known} | {p.split(".")[0] for p in known}
+        for name in [*each.ours, *each.inside]:
+            room = name.removesuffix(".*") if name.startswith("curate") else name.split(".")[0]
+            if room not in rooms:
+                problems.append(f"{each.modules[0]} names {name}, which stands below it")
+    return problems
 
 
 def _how(inside: bool) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.load import field_paths, load
 from pipeline.errors import PipelineError
-from pipeline.overrides import field_paths, load
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path for place in ("", "docs", "cluster") for path in (ROOT / place).glob("*.md"))

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import environment, files
-from pipeline.data.storage import absolute_uri
+from pipeline import environment
 from pipeline.errors import PipelineError
+from pipeline.storage import run_folder as files
+from pipeline.storage.places import absolute_uri
 
 PLAIN = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 NO_PROXY = ("no_proxy", "NO_PROXY")

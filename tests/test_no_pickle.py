@@ -20,15 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.bad_image import BadImage
-from pipeline.data.decode import decode_image
-from pipeline.data.pack import pack
-from pipeline.data.row_group import read_row_group
-from pipeline.data.schema import open_shards
+from pipeline.config.load import load
 from pipeline.errors import ConfigError, DamagedError, DataError, PipelineError
-from pipeline.files import RunFolder
+from pipeline.images.bad_image import BadImage
+from pipeline.images.decode import decode_image
 from pipeline.model.read import read_weights
-from pipeline.overrides import load
+from pipeline.pack.pack import pack
+from pipeline.shards.row_group import read_row_group
+from pipeline.shards.shards import open_shards
+from pipeline.storage.run_folder import RunFolder
 from pipeline.train import state
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +199,7 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
 
 def test_a_table_of_the_run_folder(mark: Path, tmp_path: Path) -> None:
     """Rank 0, which has imported Ray Data, goes on with the table that it finds."""
-    from pipeline.train.bad_table import BadTable
+    from pipeline.shards.bad_table import BadTable
 
     path = tmp_path / "bad_images.parquet"
     pq.write_table(pa.table({"image_id": pickled_column(mark, 1)}), path)
@@ -208,7 +208,7 @@ def test_a_table_of_the_run_folder(mark: Path, tmp_path: Path) -> None:
 
 
 def test_an_onnx_model(mark: Path, tmp_path: Path) -> None:
-    from pipeline.curate.onnx import OnnxModel
+    from pipeline.curate.embed.onnx import OnnxModel
 
     (tmp_path / "m.onnx").write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(PipelineError):
@@ -248,7 +248,7 @@ FORBIDDEN = {
 # `re.compile` and `torch.compile` are other things; blocks of the object store are not storage:
 # tasks of this run wrote them. The loader of the cluster check is a SafeLoader.
 ALLOWED = {
-    "pipeline/data/rows.py": {"pickle.loads"},
+    "pipeline/stream/rows.py": {"pickle.loads"},
     "cluster/check.py": {"yaml.load_all"},
 }
 

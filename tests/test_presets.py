@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.overrides import load
-from pipeline.plan import Plan, resolve, value_at
+from pipeline.config.config import Config
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, resolve, value_at
 from pipeline.train import build
 
 ROOT = Path(__file__).parents[1]

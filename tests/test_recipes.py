@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.overrides import load
-from pipeline.plan import Plan, resolve, value_at
+from pipeline.config.config import Config
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, resolve, value_at
 
 ROOT = Path(__file__).parents[1]
 SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())

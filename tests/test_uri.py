@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.load import load
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.overrides import load
 from pipeline.track.journal import Journal, read
 from pipeline.uri import has_secret, public, public_address, split_user
 

@@ -1,1 +1,6 @@
-"""Curation: which images of a pile to train on, with one reason for each that is left out."""
+"""Which images of a pile to train on, with one reason for each that is left out. Start at `run.py`.
+
+In: image shards, seed sets, evaluation sets. Out: decisions, curated shards, a report.
+The pages here join the rooms below: steps, rows, images, embed, look, threshold, copies, choose,
+decide, report. Imports: all of them, config, context, images, shards, storage, train (weights).
+"""

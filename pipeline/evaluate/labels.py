@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.data.classes import names_against_numbers
-from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
+from pipeline.shards.classes import names_against_numbers
+from pipeline.shards.shards import ShardSet
 from pipeline.uri import public
 
 Kind = Literal["names", "numbers", "none", "unknown"]

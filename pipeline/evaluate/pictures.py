@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.data.batch import Batch
-from pipeline.data.crops import GLOBAL_CROPS
-from pipeline.data.photometric import PhotometricSpec
 from pipeline.evaluate.features import inference, normalise
+from pipeline.views.batch import Batch
+from pipeline.views.crops import GLOBAL_CROPS
+from pipeline.views.photometric import PhotometricSpec
 
 Images = npt.NDArray[np.uint8]
 

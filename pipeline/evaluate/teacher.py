@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.crops import resize_centre_crop
-from pipeline.data.decode import BadImage, decode_image
-from pipeline.data.overlap import shared_classes
-from pipeline.data.row_group import RowGroup, read_row_group
-from pipeline.data.schema import ShardSet
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
 from pipeline.evaluate.knn import SameImages, knn_classify, nearest, raw_pixels
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
+from pipeline.images.decode import BadImage, decode_image
 from pipeline.model.pair import Encoder
+from pipeline.shards.overlap import shared_classes
+from pipeline.shards.row_group import RowGroup, read_row_group
+from pipeline.shards.shards import ShardSet
+from pipeline.views.crops import resize_centre_crop
 
 log = logging.getLogger("pipeline.evaluate")
 

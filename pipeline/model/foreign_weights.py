@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.data.value_range import FULL, ValueRange
 from pipeline.errors import PipelineError
+from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.foreign import TimmBackbone, TimmSpec, fit_foreign, read_safetensors
 from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
 from pipeline.model.pair import BackboneSpec

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from pipeline.data.crops import evaluation_resize
-from pipeline.data.value_range import FULL, ValueRange
+from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.block import LAYER_NORM_EPS
 from pipeline.model.pair import BackboneSpec
+from pipeline.views.crops import evaluation_resize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -148,7 +148,7 @@ def timm_transform(mean: Sequence[float], std: Sequence[float], image_size: int)
 
 def deep_key(value_range: ValueRange) -> dict[str, Any]:
     """What configs say of images of more than 8 bits: the values that become 0 and 255, before a
-    library's processor sees them (`pipeline.data.value_range.to_bytes`). No library reads it.
+    library's processor sees them (`pipeline.images.value_range.to_bytes`). No library reads it.
     """
     return {} if value_range == FULL else {"value_range": list(value_range)}
 

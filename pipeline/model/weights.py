@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.data.value_range import FULL, ValueRange
 from pipeline.errors import PipelineError
-from pipeline.files import atomic
+from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.fit import Weights, fit
 from pipeline.model.formats import (
     CONFIG,
@@ -36,6 +35,7 @@ from pipeline.model.names import flatten_chunks, to_huggingface, to_timm
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.read import read_json, read_weights, spec_from
 from pipeline.model.vit import VisionTransformer
+from pipeline.storage.run_folder import atomic
 
 __all__ = [
     "Weights", "read_weights", "fit", "save_backbone", "save_huggingface", "save_timm",

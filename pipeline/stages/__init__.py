@@ -1,4 +1,8 @@
-"""The stages as a user runs them: config in, files and MLflow runs out. `jobs/` call `run`."""
+"""The stages as a user runs them. Start at `chain.py`.
+
+In: a config. Out: files of the run folder and MLflow runs. Each stage is an adapter to its room.
+Imports: all rooms.
+"""
 
 from pipeline.stages.chain import ORDER, run
 

@@ -12,25 +12,25 @@ from typing import Any
 
 import yaml
 
-from pipeline import cluster
-from pipeline.config import Config
-from pipeline.control import ENDING
-from pipeline.data.once import forget, looked_up_once
-from pipeline.data.storage import absolute_uri
-from pipeline.ending import ended_by_sigterm
+from pipeline.config.config import Config
+from pipeline.context import DESCRIPTOR, Context, with_packed_sets
+from pipeline.driver import cluster
+from pipeline.driver.mailbox import ENDING
+from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import ConfigError
-from pipeline.files import RunFolder, atomic, fingerprint
 from pipeline.heartbeat import doing
-from pipeline.mirror import mirrored
+from pipeline.pack.once import forget, looked_up_once
+from pipeline.report.page import Table
 from pipeline.stages import curate, evaluate, export, pack, pretrain
 from pipeline.stages.checks import check_start
-from pipeline.stages.context import DESCRIPTOR, Context, with_packed_sets
+from pipeline.stages.run_report import run_report
+from pipeline.storage.mirror import mirrored
+from pipeline.storage.places import absolute_uri
+from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
 from pipeline.track.driver import open_pipeline
 from pipeline.track.endpoint import hide_credentials
-from pipeline.track.report import Table
 from pipeline.track.settings import TrackSettings
 from pipeline.track.state import FILE_NAME, forget_local
-from pipeline.track.summary import run_report
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
@@ -72,7 +72,7 @@ def _look_up(config: Config, stages: Sequence[str]) -> None:
             "curate.query looks up one image, but a whole chain was asked for",
             "use jobs/curate.py, or leave curate.query empty",
         )
-    from pipeline.stages.curate_query import look
+    from pipeline.curate.query import look
 
     look(config)
 

@@ -9,16 +9,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import cluster
-from pipeline.config import Config
-from pipeline.curate.shards import check_shards
-from pipeline.data.storage import absolute_uri, resolve_uri
-from pipeline.errors import ConfigError, PipelineError, StorageError
-from pipeline.evaluate.labels import check_labels
-from pipeline.files import RunFolder
-from pipeline.heartbeat import doing
-from pipeline.stages import curate, pack
-from pipeline.stages.context import (
+from pipeline.config.config import Config
+from pipeline.context import (
     Context,
     nearest,
     open_packed_shards,
@@ -26,9 +18,17 @@ from pipeline.stages.context import (
     packed_uri,
     with_packed_sets,
 )
-from pipeline.stages.curate_earlier import Earlier
-from pipeline.stages.curate_sets import open_earlier, open_other_sets, opened
+from pipeline.curate.decide.shards import check_shards
+from pipeline.curate.run_earlier import Earlier
+from pipeline.curate.sets import open_earlier, open_other_sets, opened
+from pipeline.driver import cluster
+from pipeline.errors import ConfigError, PipelineError, StorageError
+from pipeline.evaluate.labels import check_labels
+from pipeline.heartbeat import doing
+from pipeline.stages import curate, pack
 from pipeline.stages.known_sets import KnownSet, known_set
+from pipeline.storage.places import absolute_uri, resolve_uri
+from pipeline.storage.run_folder import RunFolder
 from pipeline.track.settings import TrackSettings
 from pipeline.uri import is_uri
 

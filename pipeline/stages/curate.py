@@ -8,22 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.curate import gallery, report, report_numbers
-from pipeline.curate.embedders import EmbedderSpec
-from pipeline.curate.onnx_files import is_onnx
-from pipeline.curate.report_summary import Summary
-from pipeline.data.schema import open_shards
-from pipeline.data.value_range import FULL
+from pipeline.config.config import Config
+from pipeline.context import DESCRIPTOR, Context, result_line
+from pipeline.curate.embed.embedders import EmbedderSpec
+from pipeline.curate.embed.onnx_files import is_onnx
+from pipeline.curate.findings import Found
+from pipeline.curate.models import embedder_of
+from pipeline.curate.report import numbers as report_numbers
+from pipeline.curate.report import pictures as gallery
+from pipeline.curate.report import report
+from pipeline.curate.report.summary import Summary
+from pipeline.curate.run import decide, write_shards
+from pipeline.curate.run_earlier import Earlier, keys_of
+from pipeline.curate.sets import POOL_NAME, open_sets
+from pipeline.curate.sizes import check_clusters
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import fingerprint
-from pipeline.stages.context import DESCRIPTOR, Context, result_line
-from pipeline.stages.curate_earlier import Earlier, keys_of
-from pipeline.stages.curate_found import Found
-from pipeline.stages.curate_sets import POOL_NAME, open_sets
-from pipeline.stages.curate_sizes import check_clusters
-from pipeline.stages.curate_steps import decide, write_shards
-from pipeline.stages.embedders import embedder_of
+from pipeline.images.value_range import FULL
+from pipeline.shards.shards import open_shards
+from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place, is_uri, public
 
 log = logging.getLogger("pipeline.curate")

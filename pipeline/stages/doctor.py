@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.data.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
-from pipeline.data.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
-from pipeline.data.reading import UNPACKED_LIMIT
-from pipeline.data.schema import ShardSet
-from pipeline.data.segments import PREFETCH
-from pipeline.data.stream import StreamSpec
-from pipeline.data.value_range import sentence
-from pipeline.files import RunFolder
+from pipeline.config.config import Config
+from pipeline.context import open_packed_shards, result_line
 from pipeline.heartbeat import now
-from pipeline.plan import Plan
+from pipeline.images.value_range import sentence
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan
+from pipeline.shards.shards import ShardSet
 from pipeline.stages.chain import named
-from pipeline.stages.context import open_packed_shards, result_line
 from pipeline.stages.surroundings import disk, machine_of, shared_memory, size_of, versions
-from pipeline.train.limits import count, ms
+from pipeline.storage.run_folder import RunFolder
+from pipeline.stream.decoder import StreamSpec
+from pipeline.stream.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
+from pipeline.stream.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
+from pipeline.stream.reader import UNPACKED_LIMIT
+from pipeline.stream.worker import PREFETCH
+from pipeline.train.bottleneck import count, ms
 from pipeline.train.run import plan_for, stream_spec
 
 log = logging.getLogger("pipeline")

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.data.once import looked_up_once
-from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import exists, resolve_uri
+from pipeline.config.config import Config
+from pipeline.context import Context, packed_uri, shards_uri, with_packed_sets
+from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.errors import DataError, StorageError
-from pipeline.files import RunFolder
-from pipeline.plan import resolve
+from pipeline.pack.once import looked_up_once
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import resolve
+from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import fits
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, voting
-from pipeline.stages.context import Context, packed_uri, shards_uri, with_packed_sets
-from pipeline.stages.curate_plan import TABLE_BYTES, curation_plan
 from pipeline.stages.evaluate import chosen
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.stages.surroundings import machine_of, size_of, try_writing
+from pipeline.storage.places import exists, resolve_uri
+from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build, start, state
 from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume

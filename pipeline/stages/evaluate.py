@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.data.schema import open_shards
+from pipeline.config.config import Config
+from pipeline.context import Context, result_line
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
-from pipeline.files import RunFolder, fingerprint
 from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
-from pipeline.plan import Plan, plan_of
-from pipeline.stages.context import Context, result_line
+from pipeline.plan.plan import Plan, plan_of
+from pipeline.shards.shards import open_shards
+from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train import state
 from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import evaluation_spec

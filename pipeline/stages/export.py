@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Augment
-from pipeline.data.crops import evaluation_resize
-from pipeline.data.value_range import FULL, ValueRange
-from pipeline.files import fingerprint, write_json
+from pipeline.config.config import Augment
+from pipeline.context import Context, result_line
 from pipeline.heartbeat import now
+from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.foreign import TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
 from pipeline.model.formats import deep_key
@@ -25,10 +24,11 @@ from pipeline.model.weights import (
     verify_timm,
     without_huggingface,
 )
-from pipeline.stages.context import Context, result_line
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
+from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.train import build
 from pipeline.uri import public
+from pipeline.views.crops import evaluation_resize
 
 FORMATS = ("dinov2", "huggingface", "timm")
 FILES = ("model.safetensors", "config.json")

@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.arrangement import Machine
+from pipeline.context import nearest
 from pipeline.model.pair import Pair
-from pipeline.placement import placed
-from pipeline.plan import Plan
-from pipeline.stages.context import nearest
+from pipeline.plan.layout import Machine
+from pipeline.plan.nodes import placed
+from pipeline.plan.plan import Plan
 from pipeline.train import build
+from pipeline.train.bottleneck import count
 from pipeline.train.cost import Cost, peak_flops
-from pipeline.train.limits import count
 
 log = logging.getLogger("pipeline")
 GIB = 2**30

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from pipeline.config import Config
-from pipeline.data.columns import image_id
-from pipeline.data.kinds import named_as_image
-from pipeline.data.listing import Listing, absolute_source, inside, list_source
-from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.sources import Plan, plan_tasks
-from pipeline.data.storage import resolve_uri
+from pipeline.config.config import Config
+from pipeline.context import BUILTIN, labels_of
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate.labels import Kind, Labels
-from pipeline.stages.context import BUILTIN, labels_of
+from pipeline.images.kinds import named_as_image
+from pipeline.pack.listing import Listing, absolute_source, inside, list_source
+from pipeline.pack.sources import Plan, plan_tasks
+from pipeline.shards.columns import image_id
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.places import resolve_uri
 from pipeline.uri import public
 
 BUILTIN_PARTS = ("train", "test")
@@ -110,7 +110,7 @@ def builtin_part(source: str) -> str:
 
 
 def _builtin(field: str, uri: str) -> KnownSet:
-    from pipeline.data.demo import DEMO_BYTES, DEMO_IMAGES
+    from pipeline.pack.demo import DEMO_BYTES, DEMO_IMAGES
 
     builtin_part(uri)
     return KnownSet(Labels(f"{field}={uri}", "names"), DEMO_IMAGES, DEMO_BYTES)

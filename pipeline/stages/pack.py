@@ -6,21 +6,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.data import ledger
-from pipeline.data.claim import Owner, check_unclaimed
-from pipeline.data.listing import Listing, absolute_source, list_source
-from pipeline.data.pack import PackReport, pack
-from pipeline.data.schema import open_shards
-from pipeline.data.storage import absolute_uri
-from pipeline.data.transfer import local_copy
-from pipeline.data.value_range import sentence
+from pipeline.config.config import Config
+from pipeline.context import BUILTIN, Context, is_shards, labels_of, packed_uri, result_line
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.files import RunFolder, fingerprint
 from pipeline.heartbeat import now
-from pipeline.mirror import upload_folder
-from pipeline.stages.context import BUILTIN, Context, is_shards, labels_of, packed_uri, result_line
+from pipeline.images.value_range import sentence
+from pipeline.pack import ledger
+from pipeline.pack.listing import Listing, absolute_source, list_source
+from pipeline.pack.pack import PackReport, pack
+from pipeline.shards.shards import open_shards
 from pipeline.stages.known_sets import builtin_part
+from pipeline.storage.claim import Owner, check_unclaimed
+from pipeline.storage.mirror import upload_folder
+from pipeline.storage.places import absolute_uri
+from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.storage.transfer import local_copy
 from pipeline.uri import Place, is_uri, join, public
 
 SETTINGS = (
@@ -175,7 +175,7 @@ def _unfold(source: str, context: Context) -> str:
     if not source.startswith(BUILTIN):
         return source
     part = builtin_part(source)
-    from pipeline.data.demo import DEMO_MARK, make_demo
+    from pipeline.pack.demo import DEMO_MARK, make_demo
 
     local = Path(make_demo(context.folder.path / "source").folder)
     place = context.folder.at("source")

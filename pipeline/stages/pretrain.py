@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pipeline import cluster
-from pipeline.config import Config, Model
-from pipeline.data.order import layout_of
-from pipeline.data.photometric import skipped_operations
-from pipeline.data.reading import group_rows
-from pipeline.data.value_range import FULL, shown
-from pipeline.files import RunFolder, fingerprint
+from pipeline.config.config import Config, Model
+from pipeline.config.load import field_paths
+from pipeline.context import Context, result_line
+from pipeline.driver import cluster
+from pipeline.images.value_range import FULL, shown
 from pipeline.model.pair import Pair
-from pipeline.overrides import field_paths
-from pipeline.plan import MAY_CHANGE, Plan, value_at
-from pipeline.stages.context import Context, result_line
+from pipeline.plan.plan import MAY_CHANGE, Plan, value_at
+from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.stream.order import layout_of
+from pipeline.stream.reader import group_rows
 from pipeline.train import build, start, state
 from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.uri import public
+from pipeline.views.photometric import skipped_operations
 
 log = logging.getLogger("pipeline.train")
 

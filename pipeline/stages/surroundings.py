@@ -11,14 +11,14 @@ import uuid
 from importlib import metadata
 from pathlib import Path
 
-from pipeline import cluster
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.data.storage import delete_file, resolve_uri
-from pipeline.data.transfer import read_bytes, write_bytes_atomic
+from pipeline.config.config import Config
+from pipeline.context import local_machine, nearest, result_line
+from pipeline.driver import cluster
 from pipeline.errors import PipelineError, StorageError
-from pipeline.stages.context import local_machine, nearest, result_line
-from pipeline.train.limits import count
+from pipeline.plan.layout import Machine
+from pipeline.storage.places import delete_file, resolve_uri
+from pipeline.storage.transfer import read_bytes, write_bytes_atomic
+from pipeline.train.bottleneck import count
 
 log = logging.getLogger("pipeline")
 

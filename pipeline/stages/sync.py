@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.files import RunFolder
-from pipeline.mirror import mirrored
+from pipeline.storage.mirror import mirrored
+from pipeline.storage.run_folder import RunFolder
 from pipeline.track.journal import FILE_NAME
 from pipeline.track.state import FILE_NAME as STATE
 from pipeline.track.state import forget_local
 from pipeline.track.sync import sync
-from pipeline.track.units import Unsent
+from pipeline.track.writer import Unsent
 from pipeline.uri import is_uri, parent, public
 
 

@@ -115,8 +115,8 @@ def _set_model() -> None:
 
     class Embedder(PythonModel):  # type: ignore[misc]
         def load_context(self, context: Any) -> None:
-            from pipeline.data.value_range import FULL, from_json
             from pipeline.errors import PipelineError
+            from pipeline.images.value_range import FULL, from_json
             from pipeline.model.foreign_weights import load_any
 
             self.backbone, spec = load_any(Path(context.artifacts["weights"]))
@@ -144,8 +144,8 @@ def _set_model() -> None:
             import numpy as np
             import torch
 
-            from pipeline.data.crops import resize_centre_crop
-            from pipeline.data.decode import decode_image
+            from pipeline.images.decode import decode_image
+            from pipeline.views.crops import resize_centre_crop
 
             decoded = [
                 decode_image(image, self.channels, value_range=self.value_range) for image in images

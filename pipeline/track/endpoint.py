@@ -11,7 +11,8 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import PipelineError
-from pipeline.track import database, server
+from pipeline.track import server
+from pipeline.track import server as database
 from pipeline.track.client import GivenUpError
 from pipeline.uri import has_secret, public_address, split_user
 

@@ -11,8 +11,7 @@ from pipeline.track import journal
 from pipeline.track.client import GivenUpError, NotReadyError, explain
 from pipeline.track.endpoint import Endpoint, links
 from pipeline.track.state import FolderLock, Known, State
-from pipeline.track.units import Unsent, in_doubt, units, unsent
-from pipeline.track.writer import Writer
+from pipeline.track.writer import Unsent, Writer, in_doubt, units, unsent
 
 log = logging.getLogger("pipeline.track")
 

@@ -11,7 +11,7 @@ from pipeline.track.client import GivenUpError, explain
 from pipeline.track.endpoint import Endpoint, LocalServer, find_endpoint
 from pipeline.track.journal import Journal, read
 from pipeline.track.sender import Sender
-from pipeline.track.units import Unsent, unsent
+from pipeline.track.writer import Unsent, unsent
 
 
 def sync(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, cast
 
 from pipeline.track import journal
-from pipeline.track.guard import harmless, plain
 from pipeline.track.names import MAX_PARAMS, PARAM_LIMIT, TAG_LIMIT, cut, metric_name, picture_key
 from pipeline.track.sender import Sender
 from pipeline.track.settings import PIPELINE, TrackSettings
@@ -19,7 +19,31 @@ from pipeline.track.state import atomic_write
 from pipeline.track.system import SystemMetrics
 from pipeline.uri import public
 
+# ---- Keeps what is reported from ending a run.
+
+
 log = logging.getLogger("pipeline.track")
+
+P = ParamSpec("P")
+
+
+def harmless(method: Callable[Concatenate[Any, P], None]) -> Callable[Concatenate[Any, P], None]:
+    """No report may end a training run: a failure becomes a warning."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            log.warning("tracking: %s failed: %s: %s", method.__name__, type(error).__name__, error)
+
+    return cast(Callable[Concatenate[Any, P], None], call)
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python ones, everything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
 
 TABLE_ROWS = 500
 
@@ -197,3 +221,59 @@ class NullTracker:
 def tracker_from(settings: TrackSettings | None, rank: int = 0) -> Tracker | NullTracker:
     """The tracker of a worker: a real one on rank 0, else (or without settings) a silent one."""
     return Tracker(settings) if settings and rank == 0 else NullTracker()
+
+
+# ---- A tracker on another node than the run folder: its reports are made by the driver's
+# tracker.
+
+
+class Sending(Protocol):
+    """How reports travel; see `pipeline.driver.mailbox.Reports`."""
+
+    def send(self, method: str, *arguments: Any, **options: Any) -> None:
+        """Hands a call on."""
+
+    def wait(self, timeout: float) -> None:
+        """Waits until the calls have arrived."""
+
+
+class _Lines:
+    """What `SystemMetrics` needs of a journal."""
+
+    path = Path("/nonexistent/metrics.jsonl")  # no earlier lines are known here
+
+    def __init__(self, sending: Sending) -> None:
+        self.sending = sending
+
+    def append(self, run: str, **event: Any) -> None:
+        """Hands a line on, whose run the driver's tracker knows."""
+        self.sending.send("line", event)
+
+
+class RemoteTracker:
+    """Has the reporting methods of `Tracker`; each call is made on the driver's one."""
+
+    def __init__(self, settings: TrackSettings, sending: Sending) -> None:
+        self.run_id = settings.run_id
+        self._sending = sending
+        lines: Any = _Lines(sending)
+        self._system = SystemMetrics(lines, settings.stage) if settings.system_metrics else None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_") or not callable(getattr(Tracker, name, None)):
+            raise AttributeError(name)
+
+        def report(*arguments: Any, **options: Any) -> None:
+            self._sending.send(name, *arguments, **options)
+
+        return report
+
+    def flush(self, timeout: float) -> None:
+        """Waits until the reports so far are with the driver, for at most `timeout` seconds."""
+        self._sending.wait(timeout)
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Waits until all reports have arrived. The run itself is the driver's to end."""
+        if self._system:
+            self._system.close()
+        self._sending.wait(timeout)

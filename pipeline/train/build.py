@@ -7,15 +7,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import Module
 
-from pipeline.config import Config
-from pipeline.data.batch import Apply
-from pipeline.data.compiled import CompiledPhotometric
-from pipeline.data.crops import CropSpec
-from pipeline.data.photometric import PhotometricSpec, apply_photometric
+from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
 from pipeline.model.pair import Backbone, BackboneSpec, Encoder, HeadSpec, Pair, build_pair
-from pipeline.plan import Plan, evaluation_size
+from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.cost import (
     BACKWARD,
     BYTES_F32,
@@ -27,6 +23,10 @@ from pipeline.train.cost import (
     vit_view,
 )
 from pipeline.train.step import Objective, ObjectiveSpec
+from pipeline.views.batch import Apply
+from pipeline.views.compiled import CompiledPhotometric
+from pipeline.views.crops import CropSpec
+from pipeline.views.photometric import PhotometricSpec, apply_photometric
 
 BLUR = {
     "paper": (1.0, 0.1, 0.5),

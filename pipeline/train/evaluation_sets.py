@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
-from pipeline.data.overlap import overlap_of
-from pipeline.data.schema import ShardSet, open_shards
+from pipeline.config.config import Config
 from pipeline.evaluate.labels import Labels, check_labels
+from pipeline.shards.overlap import overlap_of
+from pipeline.shards.shards import ShardSet, open_shards
 
 NamedSet = tuple[str, ShardSet]  # what a set is called, and the set
 TRAINING_SHARDS = "data.shards"

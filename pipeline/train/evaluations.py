@@ -19,7 +19,7 @@ from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.pair import Backbone, BackboneSpec
-from pipeline.plan import Plan
+from pipeline.plan.plan import Plan
 from pipeline.train import build, state
 from pipeline.uri import Place, join, public
 

@@ -17,21 +17,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import log as logs
-from pipeline.control import MOVE, STOP, RemoteLines
-from pipeline.data.batch import Apply, BadImage, Batch, Views, Work
-from pipeline.data.order import keyed
-from pipeline.data.photometric import PhotometricSpec
-from pipeline.data.stream import batches
+from pipeline.driver.mailbox import MOVE, STOP, RemoteLines
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Pair
-from pipeline.plan import Plan
+from pipeline.plan.plan import Plan
+from pipeline.stream.decoder import batches
+from pipeline.stream.order import keyed
 from pipeline.train import build, cost, start, state
-from pipeline.train.chief import Chief
 from pipeline.train.clock import Clock
+from pipeline.train.rank_zero import Chief
 from pipeline.train.step import NonFinite, train_step
 from pipeline.train.trainee import Trainee
 from pipeline.uri import Place, is_uri, join
+from pipeline.views.batch import Apply, BadImage, Batch, Views, Work
+from pipeline.views.photometric import PhotometricSpec
 
 log = logging.getLogger("pipeline.train")
 HOLD_S = 120.0  # a group that wrote a checkpoint to move waits so long to be taken away

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.batch import Views
 from pipeline.errors import PipelineError
 from pipeline.loss.dino import GLOBAL, LOCAL, dino_pieces
 from pipeline.loss.ibot import ibot_pieces, patch_weights
@@ -23,6 +22,7 @@ from pipeline.loss.koleo import koleo
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
+from pipeline.views.batch import Views
 
 PATCH = 2  # place of the iBOT term beside GLOBAL and LOCAL
 PATCH_STEPS = 32  # numbers of rows that masked patches are filled up to, of those of all patches

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.storage import delete_file, list_files, resolve_uri
-from pipeline.data.transfer import read_bytes, upload, write_bytes_atomic
+from pipeline.storage.places import delete_file, list_files, resolve_uri
+from pipeline.storage.transfer import read_bytes, upload, write_bytes_atomic
 from pipeline.uri import join
 
 # Reads a checkpoint's meta.json; gives it and the bytes of its state.pt.

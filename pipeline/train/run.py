@@ -12,24 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster
-from pipeline.arrangement import Machine
-from pipeline.config import Config
-from pipeline.control import ENDING, console, reporting
-from pipeline.data.feeder import DecodeTasks, launch_feeder
-from pipeline.data.order import layout_of
-from pipeline.data.reading import Reading, group_rows, reading_of
-from pipeline.data.schema import ShardSet
-from pipeline.data.set_range import difference, ranged
-from pipeline.data.storage import delete_file, resolve_uri
-from pipeline.data.stream import MaskSpec, StreamSpec
-from pipeline.data.transfer import read_json
-from pipeline.data.value_range import FULL, ValueRange, shown
+from pipeline.config.config import Config
+from pipeline.driver import cluster
+from pipeline.driver.mailbox import ENDING, console, reporting
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.teacher import EvaluationSpec
-from pipeline.files import RunFolder, atomic
 from pipeline.heartbeat import doing
-from pipeline.plan import Plan, changes, plan_of, resolve
+from pipeline.images.value_range import FULL, ValueRange, shown
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, changes, plan_of, resolve
+from pipeline.shards.set_range import difference, ranged
+from pipeline.shards.shards import ShardSet
+from pipeline.storage.places import delete_file, resolve_uri
+from pipeline.storage.run_folder import RunFolder, atomic
+from pipeline.storage.transfer import read_json
+from pipeline.stream.decoder import MaskSpec, StreamSpec
+from pipeline.stream.feeder import DecodeTasks, launch_feeder
+from pipeline.stream.order import layout_of
+from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build, state
 from pipeline.train.evaluation_sets import evaluation_sets
 from pipeline.uri import public

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray._private.state import state
+from ray.core.generated import gcs_pb2
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -24,14 +28,13 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
-from pipeline.arrangement import Arrangement
-from pipeline.cluster import seen_nodes
-from pipeline.control import MOVE, SAVE, STOP
-from pipeline.data.feeder import DecodeTasks
+from pipeline.driver.cluster import Seen, seen_nodes
+from pipeline.driver.mailbox import MOVE, SAVE, STOP
 from pipeline.errors import PlacementError, StoppedError
-from pipeline.placement import Node
-from pipeline.plan import Plan
-from pipeline.train.free import free_nodes
+from pipeline.plan.layout import Arrangement
+from pipeline.plan.nodes import Node, Share
+from pipeline.plan.plan import Plan
+from pipeline.stream.feeder import DecodeTasks
 
 SAY_S = 30.0  # between two words about what is missing
 LOOK_S = 3.0  # between two looks at the nodes while all is well
@@ -245,3 +248,44 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ctrl-C leads to a checkpoint (`train.run`), where Ray's handler drops the run."""
+
+
+# ---- What a run that moves may have of a cluster that others use as well.
+#
+# That is what is free now, what its training workers hold, and what the actors that end with the
+# group hold: decoders and readers. What other jobs hold, and this run's evaluator, stays where it
+# is.
+
+
+def free_nodes(nodes: Mapping[str, Seen], workers: Iterable[str], share: Share) -> list[Node]:
+    """The nodes that stay, each with what this run may have of it.
+
+    Args:
+        nodes: those that are alive, by id.
+        workers: for each training worker the id of its node.
+        share: what each of them reserves.
+    """
+    free, working = state.available_resources_per_node(), Counter(workers)
+    helping = _helpers_cpus()
+    found = []
+    for key, (node, leaving) in nodes.items():
+        if not leaving:
+            has, mine = free.get(key, {}), share.times(working[key])
+            cpus = has.get("CPU", 0.0) + mine.cpus + helping.get(key, 0.0)
+            gpus = has.get("GPU", 0.0) + mine.gpus
+            found.append(node._replace(cpus=min(node.cpus, cpus), gpus=min(node.gpus, gpus)))
+    return found
+
+
+def _helpers_cpus() -> dict[str, float]:
+    """CPUs that actors of this job hold, by node; those of training workers belong to their group
+    of bundles, and the evaluator has none.
+    """
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    found: dict[str, float] = defaultdict(float)
+    # `actor_table` has this already, without the resources
+    for row in state._connect_and_get_accessor().get_actor_table(job, "ALIVE"):
+        actor = gcs_pb2.ActorTableData.FromString(row)
+        if not actor.placement_group_id:
+            found[actor.address.node_id.hex()] += actor.required_resources.get("CPU", 0.0)
+    return found

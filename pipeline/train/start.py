@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
-from pipeline.data.value_range import FULL, shown
+from pipeline.config.config import Config
 from pipeline.errors import PipelineError
+from pipeline.images.value_range import FULL, shown
 from pipeline.model.fit import Weights, fit
 from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensors
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
-from pipeline.plan import Plan, plan_of
+from pipeline.plan.plan import Plan, plan_of
 from pipeline.train import state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
-from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import local_copy, read_json, write_bytes_atomic
 from pipeline.errors import DamagedError, DataError, StorageError, TrainError
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import local_copy, read_json, write_bytes_atomic
 from pipeline.train import remote_state
 from pipeline.train.remote_state import Entry, step_of
 from pipeline.uri import Place, is_uri, join, parent, public

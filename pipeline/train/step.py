@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Views
 from pipeline.errors import PipelineError, TrainError
 from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
 from pipeline.train.objective import Masked, Objective, ObjectiveSpec
+from pipeline.views.batch import Views
 
 __all__ = ["NonFinite", "Objective", "ObjectiveSpec", "StepResult", "train_step"]
 

@@ -2,7 +2,7 @@
 
 A job in a cluster is other processes on other nodes, so the note is taken by Python's own start-up
 hook: `environment` puts a `sitecustomize` on the path of all nodes, which wraps
-`pipeline.data.stream.batches` as `pipeline.train.loop` sees it.
+`pipeline.stream.decoder.batches` as `pipeline.train.loop` sees it.
 """
 
 from __future__ import annotations

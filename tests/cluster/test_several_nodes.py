@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.schema import open_shards
+from pipeline.shards.shards import open_shards
 from pipeline.track.journal import read_steps
 from tests.cluster import consumed as notes
 from tests.cluster.nodes import Cluster, cluster, token

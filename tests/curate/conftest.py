@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.curate.report import Summary, summarise
+from pipeline.curate.report.report import Summary, summarise
 from tests.curate.made_up import Run, calibration, write_run
 
 

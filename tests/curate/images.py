@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
-from pipeline.curate.tables import POOL, Inputs
-from pipeline.curate.work import Result
-from pipeline.data.schema import open_shards
+from pipeline.curate.rows.tables import POOL, Inputs
+from pipeline.curate.steps.work import Result
+from pipeline.shards.shards import open_shards
 
 
 def scene(seed: int, height: int = 96, width: int = 120) -> np.ndarray[Any, Any]:

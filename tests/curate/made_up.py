@@ -22,8 +22,9 @@ from scipy.fft import dctn
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
-from pipeline.curate import tables, work
-from pipeline.data import demo
+from pipeline.curate.rows import tables
+from pipeline.curate.steps import work
+from pipeline.pack import demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
 THRESHOLD, LOWEST, GUARD = 0.9, 0.8, 0.06

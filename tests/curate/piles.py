@@ -15,18 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.curate import work
-from pipeline.curate.tables import FINGERPRINT, Inputs, write_table
-from pipeline.data.columns import image_id
-from pipeline.data.schema import ShardSet, open_shards
+from pipeline.curate.rows.tables import FINGERPRINT, Inputs, write_table
+from pipeline.curate.steps import work
+from pipeline.shards.columns import image_id
+from pipeline.shards.shards import ShardSet, open_shards
 
 
 def without_ray(monkeypatch: Any) -> None:
     """Steps run in this process, one task after the other."""
     import ray
 
-    from pipeline import cluster
-    from pipeline.curate import embed, placing
+    from pipeline.curate.copies import put_in_cells as placing
+    from pipeline.curate.embed import embed
+    from pipeline.driver import cluster
 
     def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
         for task in tasks:
@@ -75,7 +76,7 @@ def hub(folder: Path, files: Sequence[Sequence[bytes]], **columns: Sequence[Any]
 
 def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> ShardSet:
     """A pack of a folder, without Ray."""
-    from pipeline.data import pack as packing
+    from pipeline.pack import pack as packing
 
     monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
     packing.pack(
@@ -90,9 +91,9 @@ def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> Shar
 
 def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> str:
     """A fingerprint table of inputs as far as decisions read it; `changes[column][row] = value`."""
-    from pipeline.curate.tables import id_array
-    from pipeline.data.columns import is_ours
-    from pipeline.data.row_group import image_array
+    from pipeline.curate.rows.tables import id_array
+    from pipeline.shards.columns import is_ours
+    from pipeline.shards.row_group import image_array
 
     for file in inputs.files:
         with pq.ParquetFile(file.file.path) as parquet:

@@ -13,9 +13,12 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import components, edges, pairs, placing, relative, tables, work
-from pipeline.curate.exact import unit_half
-from pipeline.data.schema import ShardColumns, ShardFile
+from pipeline.curate.copies import components, edges, pairs, relative
+from pipeline.curate.copies import put_in_cells as placing
+from pipeline.curate.rows import tables
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.steps import work
+from pipeline.shards.shards import ShardColumns, ShardFile
 from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]

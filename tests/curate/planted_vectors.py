@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate import work
-from pipeline.curate.considered import Considered
-from pipeline.curate.exact import unit_half
-from pipeline.curate.tables import Vectors, id_array, list_array, vector_schema, write_table
+from pipeline.curate.rows.considered import Considered
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.tables import Vectors, id_array, list_array, vector_schema, write_table
+from pipeline.curate.steps import work
 
 
 def ids_of_numbers(numbers, salt=b""):

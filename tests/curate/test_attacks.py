@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.curate.attacks import ATTACKS, attack
+from pipeline.curate.threshold.attacks import ATTACKS, attack
 from tests.curate.images import scene
 
 RGB = scene(1, 160, 200)

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
-from pipeline.curate import hierarchy, lloyd
-from pipeline.curate.balance import balance
-from pipeline.curate.choosing import BALANCE, draw
-from pipeline.curate.exact import unit_half
-from pipeline.curate.kmeans import Centroids
-from pipeline.curate.lloyd import Resources
-from pipeline.curate.tables import BALANCED, read_table
-from pipeline.curate.waterfill import effective, share
+from pipeline.curate.choose import hierarchy, lloyd
+from pipeline.curate.choose.balance import balance, effective, share
+from pipeline.curate.choose.kmeans import Centroids
+from pipeline.curate.choose.lloyd import Resources
+from pipeline.curate.rows.draws_by_id import BALANCE, draw
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.tables import BALANCED, read_table
 from pipeline.errors import PipelineError
 
 
@@ -56,7 +55,7 @@ def test_more_concepts_than_at_random_and_the_same_in_any_order(tmp_path: Path, 
     assert got > 1.4 * before
     order = np.random.default_rng(2).permutation(500)
     monkeypatch.setattr(lloyd, "LOCAL_BYTES", 0)
-    monkeypatch.setattr("pipeline.curate.smallest.GROUP_ROWS", 100)
+    monkeypatch.setattr("pipeline.curate.choose.first_few.GROUP_ROWS", 100)
     rows = written(tmp_path / "many", ids, vectors, 2, order)
     again, other, _ = sampled(
         tmp_path / "many", rows, (16, 8), 60, resources=Resources(local_work=0, group_rows=1),

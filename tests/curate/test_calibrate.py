@@ -13,26 +13,30 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.curate import calibrate as module
-from pipeline.curate import embed as embedding
-from pipeline.curate import embedders, exact_copies, fingerprint, forms, threshold, unlike
-from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.calibrate import attack_file, calibrate, copies_of
-from pipeline.curate.descriptor import describe, similarity
-from pipeline.curate.embed import embed
-from pipeline.curate.embedders import MEAN, STD, EmbedderSpec, spec_of
-from pipeline.curate.exact import unit_half
-from pipeline.curate.second_look import Verdict, form_of, second_look
-from pipeline.curate.threshold import Calibration, Sample, measure_threshold
-from pipeline.curate.unlike import all_pairs, interval, tail_threshold
-from pipeline.data.columns import image_id
-from pipeline.data.crops import resize_centre_crop
-from pipeline.data.decode import decode_image
+from pipeline.config.load import load
+from pipeline.curate.embed import embed as embedding
+from pipeline.curate.embed import embedders
+from pipeline.curate.embed.embed import embed
+from pipeline.curate.embed.embedders import MEAN, STD, EmbedderSpec, spec_of
+from pipeline.curate.images import exact_copies, fingerprint
+from pipeline.curate.images.descriptor import describe, similarity
+from pipeline.curate.look import forms
+from pipeline.curate.look.second_look import Verdict, form_of, second_look
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.threshold import calibrate as module
+from pipeline.curate.threshold import different as unlike
+from pipeline.curate.threshold import threshold
+from pipeline.curate.threshold.attacks import ATTACKS, attack
+from pipeline.curate.threshold.calibrate import attack_file, calibrate, copies_of
+from pipeline.curate.threshold.different import all_pairs, interval, tail_threshold
+from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
+from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
-from pipeline.overrides import load
+from pipeline.shards.columns import image_id
+from pipeline.views.crops import resize_centre_crop
 from tests.curate.images import Here, encoded, inputs_of, scene, shard
 
 

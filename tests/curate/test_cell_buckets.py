@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.curate import cell_buckets, cell_fit
+from pipeline.curate.copies import cell_fit
+from pipeline.curate.copies import cell_kmeans as cell_buckets
 from tests.curate.planted import planted
 
 Array = np.ndarray[Any, Any]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate import cell_buckets, cell_counts
+from pipeline.curate.copies import cell_kmeans as cell_buckets
+from pipeline.curate.copies import cells as cell_counts
 
 
 def test_numbers_of_cells_and_buckets() -> None:

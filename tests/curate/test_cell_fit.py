@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate import cell_fit, cells, exact
-from pipeline.curate.exact import unit_half
+from pipeline.curate.copies import cell_fit, cells
+from pipeline.curate.rows import exact
+from pipeline.curate.rows.exact import unit_half
 from tests.curate.planted import planted
 
 Array = np.ndarray[Any, Any]

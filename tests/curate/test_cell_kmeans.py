@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate import cell_kmeans
-from pipeline.curate.exact import unit_half
+from pipeline.curate.copies import cell_kmeans
+from pipeline.curate.rows.exact import unit_half
 from tests.curate.planted import planted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate import cell_tasks
+from pipeline.curate.copies import cell_fit as cell_tasks
 from tests.curate.planted import ids_for
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.curate import cell_fit, cells
+from pipeline.curate.copies import cell_fit, cells
 from tests.curate.planted import planted
 
 Array = np.ndarray[Any, Any]

@@ -13,13 +13,15 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate import keepers, leaks, relative, relative_join, tables
-from pipeline.curate.components import find_components
-from pipeline.curate.copies import STORED, Copies
-from pipeline.curate.exact import unit_half
-from pipeline.curate.looks import VERDICTS
-from pipeline.curate.matches import MATCHES
-from pipeline.curate.pairs import find_pairs
+from pipeline.curate.copies import keepers, leaks, relative
+from pipeline.curate.copies import matches as relative_join
+from pipeline.curate.copies.components import find_components
+from pipeline.curate.copies.matches import MATCHES
+from pipeline.curate.copies.pairs import find_pairs
+from pipeline.curate.copies.stored_copies import STORED, Copies
+from pipeline.curate.look.looks import VERDICTS
+from pipeline.curate.rows import tables
+from pipeline.curate.rows.exact import unit_half
 from pipeline.errors import DataError
 from tests.curate.planted import (
     Pool,
@@ -300,7 +302,8 @@ def test_giant_group_has_one_survivor(tmp_path: Path) -> None:
 def test_many_near_copies_in_one_cell_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.curate import forest, join
+    from pipeline.curate.copies import join
+    from pipeline.curate.copies import join as forest
 
     monkeypatch.setattr(forest, "PENDING", 5000)
     monkeypatch.setattr(join, "TILE", 64)
@@ -698,7 +701,7 @@ def test_a_damaged_file_is_named(
 
 
 def _rerun(found: Copies, where: str) -> None:
-    from pipeline.curate import edges
+    from pipeline.curate.copies import edges
 
     if where.endswith("pairs"):
         source = (f"{found.root}/copies/pairs", "00000", False)

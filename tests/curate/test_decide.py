@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.curate.decide import decide
-from pipeline.curate.file_rows import Tables
-from pipeline.curate.leaking_components import best_leaks, leaks_of
-from pipeline.curate.mix import Mix, draws
-from pipeline.curate.removals import ALIVE, alive, starts_of
-from pipeline.curate.sources import FEW, Sources, list_folders, sources_of
-from pipeline.curate.tables import (
+from pipeline.curate.copies.leaks import best_leaks, leaks_of
+from pipeline.curate.decide.decide import Mix, decide, draws
+from pipeline.curate.decide.removals import ALIVE, alive, starts_of
+from pipeline.curate.decide.sources import FEW, Sources, list_folders, sources_of
+from pipeline.curate.decide.tally import Tally
+from pipeline.curate.rows.file_rows import Tables
+from pipeline.curate.rows.tables import (
     AS_IS,
     BALANCED,
     COMPONENTS,
@@ -29,9 +29,8 @@ from pipeline.curate.tables import (
     Inputs,
     read_table,
 )
-from pipeline.curate.tally import Tally
-from pipeline.data.columns import image_id
 from pipeline.errors import DataError
+from pipeline.shards.columns import image_id
 from tests.curate.piles import fingerprints, hub, picture, step_table
 
 IMAGES = [picture(seed) for seed in range(12)]
@@ -257,7 +256,7 @@ def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
             Tally.of(inputs, [accounts[0] | change, *accounts[1:]])
     other = step_table(tmp_path / "leaks", inputs, LEAKS, [(6, "x", b"q" * 16, 0.9)])
     table = read_table(other, "00001")
-    from pipeline.curate.tables import write_table
+    from pipeline.curate.rows.tables import write_table
 
     write_table(table, other, "00000")  # rows of another file
     with pytest.raises(RuntimeError, match="not of this file"):
@@ -297,7 +296,7 @@ def test_a_damaged_table_is_named(pile, steps, tmp_path):
 def test_top_folders_below_the_common_root(pile, tmp_path, paths, root, folders):
     from dataclasses import replace
 
-    from pipeline.curate.tables import FINGERPRINT, write_table
+    from pipeline.curate.rows.tables import FINGERPRINT, write_table
 
     inputs, _, _ = pile
     accounts = []

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from scipy.fft import dctn
 
-from pipeline.curate import descriptor
-from pipeline.curate.descriptor import describe, describe_grey, similarity, square, visiting
+from pipeline.curate.images import descriptor
+from pipeline.curate.images.descriptor import describe, describe_grey, similarity, square, visiting
 from tests.curate.images import scene
 
 

@@ -11,18 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.curate import embed as module
-from pipeline.curate import embedders, fingerprint, onnx_files
-from pipeline.curate.embed import embed, embed_file
-from pipeline.curate.embedders import EmbedderSpec, digest_of, opened, spec_of
-from pipeline.curate.onnx_files import external_files
-from pipeline.curate.tables import matrix
-from pipeline.data.crops import resize_centre_crop
-from pipeline.data.decode import decode_image
+from pipeline.curate.embed import embed as module
+from pipeline.curate.embed import embedders, onnx_files
+from pipeline.curate.embed.embed import embed, embed_file
+from pipeline.curate.embed.embedders import EmbedderSpec, digest_of, opened, spec_of
+from pipeline.curate.embed.onnx_files import external_files
+from pipeline.curate.images import fingerprint
+from pipeline.curate.rows.tables import matrix
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
+from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
+from pipeline.views.crops import resize_centre_crop
 from tests.curate.images import Here, encoded, inputs_of, result, scene, shard
 
 SPEC = BackboneSpec(image_size=28, width=64, depth=2, heads=1, registers=2)

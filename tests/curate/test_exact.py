@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate import exact
+from pipeline.curate.rows import exact
 
 Array = np.ndarray[Any, Any]
 
@@ -101,7 +101,7 @@ def test_a_product_at_the_threshold_is_not_above_it() -> None:
 def test_tiles_on_a_device_have_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from pipeline.curate import join
+    from pipeline.curate.copies import join
 
     said: list[str] = []
     inner = join.pairs_above

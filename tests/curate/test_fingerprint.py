@@ -11,15 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate import exact_copies, fingerprint, quality
-from pipeline.curate.descriptor import describe
-from pipeline.curate.measure import measure
-from pipeline.curate.quality import Rules, marks, sample_counts
-from pipeline.curate.tables import AS_IS, EXACT, FINGERPRINT, POOL, QUALITY, matrix
-from pipeline.data.columns import image_id
-from pipeline.data.decode import decode_image
+from pipeline.curate.images import exact_copies, fingerprint, quality
+from pipeline.curate.images.descriptor import describe
+from pipeline.curate.images.measure import measure
+from pipeline.curate.images.quality import Rules, marks, sample_counts
+from pipeline.curate.rows.tables import AS_IS, EXACT, FINGERPRINT, POOL, QUALITY, matrix
+from pipeline.images.decode import decode_image
+from pipeline.shards.columns import image_id
 from tests.curate.images import Here, encoded, inputs_of, scene, shard
-from tests.data.hostile import pattern, png
+from tests.images.hostile import pattern, png
 
 BAD = {b"": "empty", b"no image at all": "not_an_image"}
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate import edges, forest
-from pipeline.curate.collapse import COPIES
-from pipeline.curate.join import PAIRS
-from pipeline.curate.tables import id_array, read_table, write_table
-from pipeline.curate.work import Result
+from pipeline.curate.copies import edges
+from pipeline.curate.copies import join as forest
+from pipeline.curate.copies.collapse import COPIES
+from pipeline.curate.copies.join import PAIRS
+from pipeline.curate.rows.tables import id_array, read_table, write_table
+from pipeline.curate.steps.work import Result
 from tests.curate.planted import ids_for, without_ray
 
 Pair = tuple[int, int, float]

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.curate.calibrate import calibrate
-from pipeline.curate.embed import embed
-from pipeline.curate.embedders import EmbedderSpec, spec_of
-from pipeline.curate.exact_copies import collapse
-from pipeline.curate.fingerprint import fingerprint
-from pipeline.curate.quality import Rules, quality
-from pipeline.curate.tables import Inputs, read_table
+from pipeline.curate.embed.embed import embed
+from pipeline.curate.embed.embedders import EmbedderSpec, spec_of
+from pipeline.curate.images.exact_copies import collapse
+from pipeline.curate.images.fingerprint import fingerprint
+from pipeline.curate.images.quality import Rules, quality
+from pipeline.curate.rows.tables import Inputs, read_table
+from pipeline.curate.threshold.calibrate import calibrate
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
 from tests.curate.images import encoded, inputs_of, scene, shard

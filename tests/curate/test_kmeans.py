@@ -7,10 +7,10 @@ import pytest
 from planted_vectors import ids_of_numbers, separated
 from sklearn.cluster import KMeans
 
-from pipeline.curate import kmeans
-from pipeline.curate.choosing import draw, firsts, id_words, not_after, race
-from pipeline.curate.exact import unit_half
-from pipeline.curate.kmeans import Centroids, Sums, fit_local
+from pipeline.curate.choose import kmeans
+from pipeline.curate.choose.kmeans import Centroids, Sums, fit_local
+from pipeline.curate.rows.draws_by_id import draw, firsts, id_words, not_after, race
+from pipeline.curate.rows.exact import unit_half
 
 
 def random_half(rng, n, d):

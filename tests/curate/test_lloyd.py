@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
-from pipeline.curate import lloyd, smallest
-from pipeline.curate.assign import assign
-from pipeline.curate.choosing import BALANCE, draw
-from pipeline.curate.exact import unit_half
-from pipeline.curate.kmeans import fit_local
-from pipeline.curate.lloyd import Cost, Resources
-from pipeline.curate.smallest import Entries
-from pipeline.curate.tables import ids_of, read_table, write_table
+from pipeline.curate.choose import first_few as smallest
+from pipeline.curate.choose import lloyd
+from pipeline.curate.choose.assign import assign
+from pipeline.curate.choose.first_few import Entries
+from pipeline.curate.choose.kmeans import fit_local
+from pipeline.curate.choose.lloyd import Cost, Resources
+from pipeline.curate.rows.draws_by_id import BALANCE, draw
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.tables import ids_of, read_table, write_table
 from pipeline.errors import DataError, PipelineError
 
 MANY_TASKS = Resources(local_work=0, group_rows=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate.mix import draws
+from pipeline.curate.decide.decide import draws
 
 
 def test_draws_are_even():

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate import bucketed, portions, tables
-from pipeline.curate.exact import unit_half
-from pipeline.data.schema import ShardColumns, ShardFile
+from pipeline.curate.rows import bucketed, portions, tables
+from pipeline.curate.rows.exact import unit_half
 from pipeline.errors import DataError
+from pipeline.shards.shards import ShardColumns, ShardFile
 from tests.curate.planted import ids_for, write_pool
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.curate import quality
-from pipeline.curate.measure import measure
-from pipeline.curate.quality import Rules, marks
-from pipeline.data.demo import FLAT_TILES, make_demo
+from pipeline.curate.images import quality
+from pipeline.curate.images.measure import measure
+from pipeline.curate.images.quality import Rules, marks
+from pipeline.pack.demo import FLAT_TILES, make_demo
 from tests.curate.graphics import EMPTY, GRAPHICS, empty, graphic
 
 EACH = 50

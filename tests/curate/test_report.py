@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.curate import report
-from pipeline.curate.report import Summary, metrics, note, pictures, sections, summarise, write
-from pipeline.curate.report_sections import sentence
-from pipeline.curate.report_words import (
+from pipeline.curate.report import report
+from pipeline.curate.report.report import (
+    Summary,
+    metrics,
+    note,
+    pictures,
+    sections,
+    summarise,
+    write,
+)
+from pipeline.curate.report.sections import sentence
+from pipeline.curate.report.words import (
     COLOURS,
     MEANING,
     NAMES,
@@ -27,8 +35,8 @@ from pipeline.curate.report_words import (
     share,
     similarity,
 )
-from pipeline.curate.tables import REASONS
-from pipeline.track.gallery import Gallery, Group, Tile
+from pipeline.curate.rows.tables import REASONS
+from pipeline.report.gallery import Gallery, Group, Tile
 from pipeline.track.names import metric_name, picture_key
 from tests.curate.conftest import summarised
 from tests.curate.made_up import HOSTILE, Run, calibration, write_run

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from pipeline.curate import tables
-from pipeline.curate.report import Summary, summarise
-from pipeline.curate.report_clusters import effective
-from pipeline.curate.report_map import principal
-from pipeline.curate.report_read import Smallest, draws, hex_ids, value_draws
+from pipeline.curate.report.clusters import effective
+from pipeline.curate.report.map import principal
+from pipeline.curate.report.read import Smallest, draws, hex_ids, value_draws
+from pipeline.curate.report.report import Summary, summarise
+from pipeline.curate.rows import tables
 from pipeline.errors import DataError
 from tests.curate.conftest import summarised
 from tests.curate.made_up import GUARD, THRESHOLD, Run, _chained, write_run

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
-from pipeline.curate import neighbours, retrieve, seed_clusters
-from pipeline.curate.choosing import id_words
-from pipeline.curate.considered import Points
-from pipeline.curate.exact import unit_half
-from pipeline.curate.neighbours import Images, Neighbours
-from pipeline.curate.retrieve import Wanted
-from pipeline.curate.tables import RETRIEVED, read_table
+from pipeline.curate.choose import neighbours, retrieve, seed_clusters
+from pipeline.curate.choose.neighbours import Images, Neighbours
+from pipeline.curate.choose.retrieve import Wanted
+from pipeline.curate.rows.considered import Points
+from pipeline.curate.rows.draws_by_id import id_words
+from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.tables import RETRIEVED, read_table
 
 
 @pytest.fixture(autouse=True)

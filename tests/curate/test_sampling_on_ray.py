@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
-from pipeline.curate import hierarchy
-from pipeline.curate.balance import balance
-from pipeline.curate.retrieve import Wanted, retrieve
-from pipeline.curate.tables import read_table
+from pipeline.curate.choose import hierarchy
+from pipeline.curate.choose.balance import balance
+from pipeline.curate.choose.retrieve import Wanted, retrieve
+from pipeline.curate.rows.tables import read_table
 
 
 def everything(folder: Path, files: int):

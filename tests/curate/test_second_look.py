@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from pipeline.curate.attacks import ATTACKS, attack
-from pipeline.curate.descriptor import describe, similarity
-from pipeline.curate.forms import form_of_encoded, forms_at, kept_form, opened_form
-from pipeline.curate.second_look import SIDES, form_of, second_look
-from pipeline.curate.tables import POOL, Inputs
-from pipeline.data.decode import decode_image
-from pipeline.data.schema import open_shards
-from pipeline.data.value_range import FULL
+from pipeline.curate.images.descriptor import describe, similarity
+from pipeline.curate.look.forms import form_of_encoded, forms_at, kept_form, opened_form
+from pipeline.curate.look.second_look import SIDES, form_of, second_look
+from pipeline.curate.rows.tables import POOL, Inputs
+from pipeline.curate.threshold.attacks import ATTACKS, attack
+from pipeline.images.decode import decode_image
+from pipeline.images.value_range import FULL
+from pipeline.shards.shards import open_shards
 from tests.curate.images import encoded, scene, shard
 from tests.curate.kinds import KINDS
 

@@ -15,22 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.decide import decide
-from pipeline.curate.file_rows import Tables
-from pipeline.curate.mix import Mix
-from pipeline.curate.removals import starts_of
-from pipeline.curate.shard_form import form_of
-from pipeline.curate.shards import write_curated
-from pipeline.curate.sources import Sources
-from pipeline.curate.tables import AS_IS, POOL, Inputs
-from pipeline.curate.work import Task, run_step
-from pipeline.data.columns import image_id
-from pipeline.data.decode import decode, image_format
-from pipeline.data.row_group import read_row_group
-from pipeline.data.schema import open_shards
+from pipeline.curate.decide.decide import Mix, decide
+from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.shard_form import form_of
+from pipeline.curate.decide.shards import write_curated
+from pipeline.curate.decide.sources import Sources
+from pipeline.curate.rows.file_rows import Tables
+from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
+from pipeline.curate.steps.work import Task, run_step
 from pipeline.errors import DataError
+from pipeline.images.decode import decode, image_format
+from pipeline.shards.columns import image_id
+from pipeline.shards.row_group import read_row_group
+from pipeline.shards.shards import open_shards
 from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
-from tests.data.test_dicom import dicom
+from tests.images.test_dicom import dicom
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +170,7 @@ def test_a_shard_that_is_gone_is_written_again(tmp_path, monkeypatch):
 
 
 def test_a_kill_between_two_shards(tmp_path, monkeypatch):
-    from pipeline.curate import shards as module
+    from pipeline.curate.decide import shards as module
 
     sets = pile(tmp_path, monkeypatch)
     (whole, _, _), _ = curated(tmp_path, sets)
@@ -218,7 +217,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
-    from pipeline.curate import shards as module
+    from pipeline.curate.decide import shards as module
 
     a, b = (
         [("pool", POOL, hub(tmp_path / name, [[picture(first + i) for i in range(6)]]))]

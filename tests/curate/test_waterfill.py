@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.waterfill import effective, largest, share, waterfill
+from pipeline.curate.choose.balance import effective, largest, share, waterfill
 
 sizes_and_floors = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=8)
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data import photometric as ph
-from pipeline.data.batch import Batch
-from pipeline.data.crops import resize_centre_crop
-from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import write_parquet_atomic
 from pipeline.evaluate import teacher
 from pipeline.evaluate.pictures import CELL, GAP, crops_sheet, neighbours_grid, pca_grid
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.pair import BackboneSpec
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.views import photometric as ph
+from pipeline.views.batch import Batch
+from pipeline.views.crops import resize_centre_crop
 
 STRIDE = CELL + GAP
 

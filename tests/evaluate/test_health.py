@@ -102,7 +102,7 @@ def test_random_prototypes_are_not_called_uniform():
 
 
 def test_alarm_names_only_fields_that_exist():
-    config = pytest.importorskip("pipeline.config")
+    config = pytest.importorskip("pipeline.config.config")
     for path in (
         "loss.centring",
         "loss.koleo_weight",

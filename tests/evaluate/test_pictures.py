@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.data import photometric as ph
-from pipeline.data.batch import Batch
 from pipeline.evaluate import pictures
 from pipeline.evaluate.pictures import CELL, GAP, crops_sheet, neighbours_grid, pca_grid
+from pipeline.views import photometric as ph
+from pipeline.views.batch import Batch
 
 SPEC = ph.PhotometricSpec()
 STRIDE = CELL + GAP

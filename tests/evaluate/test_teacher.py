@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.schema import ShardSet, open_shards
-from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import write_parquet_atomic
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.pair import BackboneSpec
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import write_parquet_atomic
 
 COLOURS = np.asarray([(200, 30, 30), (30, 200, 30), (30, 30, 200)])
 

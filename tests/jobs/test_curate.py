@@ -16,15 +16,17 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import job
-from pipeline.config import Dedup
-from pipeline.curate import looks, report, work
-from pipeline.curate.second_look import Verdict
-from pipeline.data.schema import open_shards
-from pipeline.files import RunFolder
-from pipeline.overrides import load
-from pipeline.stages import curate_sizes
+from pipeline.config.config import Dedup
+from pipeline.config.load import load
+from pipeline.curate import sizes as curate_sizes
+from pipeline.curate.look import looks
+from pipeline.curate.look.second_look import Verdict
+from pipeline.curate.report import report
+from pipeline.curate.run import proportions
+from pipeline.curate.steps import work
+from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
-from pipeline.stages.curate_steps import proportions
+from pipeline.storage.run_folder import RunFolder
 from tests.curate.kinds import KINDS
 from tests.curate.piles import hub, packed, without_ray
 
@@ -579,7 +581,7 @@ def test_an_earlier_run_that_is_half_curated_anew_is_refused(
     tmp_path, capsys, monkeypatch, changed, at
 ):
     """Some of its tables are new, while its mark and its curated set are the old ones."""
-    from pipeline.curate import work
+    from pipeline.curate.steps import work
 
     hub(tmp_path / "old", [[encoded(blobs(i)) for i in range(6)]])
     hub(tmp_path / "other", [[encoded(blobs(i)) for i in range(10, 14)]])
@@ -739,8 +741,8 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, what, hint):
 
 
 def test_training_reads_what_is_kept(tmp_path, capsys):
-    from pipeline.overrides import load
-    from pipeline.stages.context import Context
+    from pipeline.config.load import load
+    from pipeline.context import Context
 
     images = wild()
     hub(tmp_path / "hub", [images])
@@ -784,7 +786,7 @@ def test_presets_warn_about_vectors_that_they_are_not_for(tmp_path, capsys):
 
 
 def test_the_demo_loses_what_was_planted(tmp_path, monkeypatch):
-    from pipeline.data.demo import make_demo
+    from pipeline.pack.demo import make_demo
 
     report = make_demo(tmp_path / "photos")
     shards = packed(tmp_path / "photos" / "train", tmp_path / "shards", monkeypatch)
@@ -823,7 +825,7 @@ class Killed(BaseException):
 
 def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, monkeypatch):
     """Killed after every fifth task: no task is run twice, and the result has the same bytes."""
-    from pipeline.curate import work
+    from pipeline.curate.steps import work
 
     images = wild()
     hub(tmp_path / "hub", [images[:15], images[15:40], images[40:]])

@@ -12,9 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cluster, job
-from pipeline.curate import work
-from pipeline.files import RunFolder
+from pipeline import job
+from pipeline.curate.steps import work
+from pipeline.driver import cluster
+from pipeline.storage.run_folder import RunFolder
 from tests.curate.piles import dies_once, hub
 from tests.jobs.conftest import ROOT, runner
 from tests.jobs.test_curate import FIXED, assert_balanced, blobs, encoded, files_of, wild

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from pipeline import job
-from pipeline.arrangement import Machine
-from pipeline.data.storage import resolve_uri
-from pipeline.data.transfer import write_parquet_atomic
-from pipeline.overrides import load
-from pipeline.plan import Plan, resolve
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, resolve
 from pipeline.stages import doctor, surroundings
 from pipeline.stages.doctor import Memory, Needs
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import write_parquet_atomic
 from tests.jobs.conftest import Job
 
 LINES = ["run", "doctor", "machine", "disk", "shards", "images", "bad", "read", "decode", "cut"]

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from pipeline import job
-from pipeline.config import Config
-from pipeline.data.columns import IMAGE_SHARD_SCHEMA, MANIFEST, METADATA_KEY, SCHEMA_VERSION
+from pipeline.config.config import Config
+from pipeline.config.load import load
+from pipeline.context import labels_of
 from pipeline.errors import PipelineError
-from pipeline.overrides import load
+from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, MANIFEST, METADATA_KEY, SCHEMA_VERSION
 from pipeline.stages import chain
 from pipeline.stages.chain import ORDER
 from pipeline.stages.checks import check_start
-from pipeline.stages.context import labels_of
 
 NOWHERE = "/there/is/nothing"
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline.arrangement import Machine
-from pipeline.overrides import load
-from pipeline.placement import Node
-from pipeline.plan import Plan, resolve
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.nodes import Node
+from pipeline.plan.plan import Plan, resolve
 from pipeline.stages import fits
 from pipeline.train import build
 

@@ -18,7 +18,7 @@ import pytest
 from pipeline import log
 from pipeline.errors import DataError, PipelineError, StorageError, last_line, one_line
 from pipeline.job import main
-from pipeline.track.report import Text, write_report
+from pipeline.report.page import Text, write_report
 from tests.jobs.conftest import ROOT
 from tests.s3 import KEY, S3, SECRET
 

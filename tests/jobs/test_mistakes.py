@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job, log
-from pipeline.arrangement import Machine
+from pipeline.config.load import load
 from pipeline.errors import PipelineError, TrainError
-from pipeline.files import RunFolder
-from pipeline.overrides import load
+from pipeline.plan.layout import Machine
+from pipeline.storage.run_folder import RunFolder
 from tests.jobs.conftest import Job
 
 ONE = pa.table({"img": [b"x"] * 40, "label": list(range(40))})
@@ -98,7 +98,7 @@ def test_a_resume_with_another_architecture(without_ray: Job, recipe: Path, tmp_
 
 def write_checkpoint(recipe: Path, folder: Path, *overrides: str) -> None:
     """A checkpoint at step 5, as far as its meta data goes."""
-    from pipeline.data.schema import open_shards
+    from pipeline.shards.shards import open_shards
     from pipeline.train import state
     from pipeline.train.run import plan_for
 
@@ -113,7 +113,7 @@ def write_checkpoint(recipe: Path, folder: Path, *overrides: str) -> None:
 @pytest.fixture
 def checkpoint(recipe: Path, tmp_path: Path) -> tuple[Path, str]:
     """(run folder's parent with a checkpoint, digest of its shards)."""
-    from pipeline.data.schema import open_shards
+    from pipeline.shards.shards import open_shards
 
     pq.write_table(ONE.rename_columns(["image", "label"]), tmp_path / "shards.parquet")
     write_checkpoint(recipe, tmp_path)
@@ -247,7 +247,7 @@ def test_the_lines_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
 
     log.configure()
     logging.getLogger("pipeline.train").info("a line")
-    logging.getLogger("pipeline.data").warning("a warning")
+    logging.getLogger("pipeline.pack").warning("a warning")
     logging.getLogger("pipeline").error("an error")
     logging.getLogger("pipeline").debug("hidden")
     logging.getLogger("other").warning("not ours")

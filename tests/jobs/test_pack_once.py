@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import job
-from pipeline.data import listing, sources
-from pipeline.data import pack as packing
-from pipeline.data.schema import open_shards
+from pipeline.pack import listing, sources
+from pipeline.pack import pack as packing
+from pipeline.shards.shards import open_shards
 from tests.curate.piles import picture, without_ray
 
 

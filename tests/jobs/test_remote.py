@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.data.storage import PART_TRIES
+from pipeline.storage.places import PART_TRIES
 from pipeline.track.journal import read_steps
 from tests.jobs.conftest import ROOT, runner
 from tests.s3 import S3

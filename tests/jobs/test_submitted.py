@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cluster
-from pipeline.control import ENDING
-from pipeline.ending import ended_by_sigterm
+from pipeline.driver import cluster
+from pipeline.driver.mailbox import ENDING
+from pipeline.driver.signals import ended_by_sigterm
 from pipeline.job import main
 from pipeline.track import TrackSettings, open_pipeline
 from pipeline.track.journal import read

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.crops import resize_centre_crop
 from pipeline.errors import PipelineError
 from pipeline.model.formats import preprocessor_config, timm_transform
 from pipeline.model.pair import BackboneSpec
@@ -31,6 +30,7 @@ from pipeline.model.weights import (
     verify_timm,
     without_huggingface,
 )
+from pipeline.views.crops import resize_centre_crop
 from tests.model.official import OFFICIAL, draw, shapes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -74,10 +74,10 @@ def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> N
     import torch
     from PIL import Image
 
-    from pipeline.data.crops import resize_centre_crop
     from pipeline.errors import PipelineError
     from pipeline.model.pair import BackboneSpec
     from pipeline.model.weights import save_backbone
+    from pipeline.views.crops import resize_centre_crop
 
     spec = BackboneSpec(
         image_size=28,

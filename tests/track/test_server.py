@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.track import TrackSettings, database, open_pipeline, server
+from pipeline.track import TrackSettings, open_pipeline, server
+from pipeline.track import server as database
 from pipeline.track.endpoint import Database, LocalServer, Remote, find_endpoint, links
 from pipeline.track.sync import sync
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.files import RunFolder
-from pipeline.mirror import mirrored
 from pipeline.stages.sync import sync_run
+from pipeline.storage.mirror import mirrored
+from pipeline.storage.run_folder import RunFolder
 from pipeline.track import TrackSettings, open_pipeline
 from tests.s3 import S3
 

@@ -11,9 +11,8 @@ import pytest
 
 from pipeline.track import system
 from pipeline.track.journal import FILE_NAME, read
-from pipeline.track.remote import RemoteTracker
 from pipeline.track.settings import TrackSettings
-from pipeline.track.tracker import Tracker
+from pipeline.track.tracker import RemoteTracker, Tracker
 
 
 class Post:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Views
-from pipeline.data.masks import block_mask
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import BackboneSpec, Encoder, HeadSpec, Pair, build_pair
 from pipeline.schedule import StepValues
 from pipeline.train.step import Objective, ObjectiveSpec
+from pipeline.views.batch import Views
+from pipeline.views.masks import block_mask
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from pipeline.data.batch import Views
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import BackboneSpec, HeadSpec, build_pair
 from pipeline.schedule import StepValues
 from pipeline.train.step import Objective, ObjectiveSpec, StepResult, train_step
+from pipeline.views.batch import Views
 
 SPEC = BackboneSpec(image_size=28, width=24, depth=2, heads=2, layer_scale=0.5)
 HEAD = HeadSpec(prototypes=20, bottleneck=8, hidden=16)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.arrangement import Machine
-from pipeline.data.batch import Views
+from pipeline.config.load import load
 from pipeline.model.groups import parameter_groups
-from pipeline.overrides import load
-from pipeline.plan import Plan, resolve
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, resolve
 from pipeline.train import build, cost, state
 from pipeline.train.step import train_step
+from pipeline.views.batch import Views
 
 IMAGES = 4
 SMALL = [

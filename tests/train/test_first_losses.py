@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from pipeline.data.batch import Views
 from pipeline.loss.koleo import koleo
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import BackboneSpec, HeadSpec, build_pair
 from pipeline.schedule import StepValues
 from pipeline.train.step import Objective, ObjectiveSpec, train_step
+from pipeline.views.batch import Views
 
 K, BOTTLENECK, IMAGES, LOCALS = 8192, 256, 16, 8
 

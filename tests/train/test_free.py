@@ -11,9 +11,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.cluster import Seen, seen_nodes
-from pipeline.placement import Node, Share
-from pipeline.train.free import free_nodes
+from pipeline.driver.cluster import Seen, seen_nodes
+from pipeline.plan.nodes import Node, Share
+from pipeline.train.scaling import free_nodes
 
 
 @ray.remote

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import Config
-from pipeline.data import retry, storage
+from pipeline.config.config import Config
 from pipeline.errors import PipelineError, StorageError, TrainError
+from pipeline.storage import places as storage
+from pipeline.storage import retry
 from pipeline.train import state
 from pipeline.train.start import checkpoint_at, starting_pair
 from tests.s3 import S3

@@ -10,13 +10,13 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from pipeline.arrangement import Machine
-from pipeline.cluster import Seen
-from pipeline.control import Control
+from pipeline.config.load import load
+from pipeline.driver.cluster import Seen
+from pipeline.driver.mailbox import Control
 from pipeline.errors import PlacementError, StoppedError
-from pipeline.overrides import load
-from pipeline.placement import Node
-from pipeline.plan import resolve
+from pipeline.plan.layout import Machine
+from pipeline.plan.nodes import Node
+from pipeline.plan.plan import resolve
 from pipeline.train import scaling
 from pipeline.train.scaling import Patience, Scaling
 

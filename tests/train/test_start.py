@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.arrangement import Machine
-from pipeline.config import Config
+from pipeline.config.config import Config
+from pipeline.config.load import load
 from pipeline.errors import PipelineError
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE
 from pipeline.model.pair import HeadSpec, build_pair, freeze
-from pipeline.overrides import load
-from pipeline.plan import Plan, resolve
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan, resolve
 from pipeline.train import build, start, state
 from pipeline.train.objective import ObjectiveSpec
 from tests.train.small_run import HEAD, SPEC, Run, views

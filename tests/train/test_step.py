@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data.batch import Views
 from pipeline.errors import PipelineError
 from pipeline.loss.koleo import koleo
 from pipeline.loss.target import sinkhorn_targets
 from pipeline.model.pair import HeadSpec, Pair
 from pipeline.train import objective as objective_module
 from pipeline.train.step import NonFinite, Objective, ObjectiveSpec, train_step
+from pipeline.views.batch import Views
 from tests.train.small_run import OTHER_HEAD, VALUES, Run, assert_same, poison_view, split, views
 
 KEYS = {"loss/total", "optim/grad_norm", "optim/grad_norm_backbone", "optim/grad_norm_dino_head"}

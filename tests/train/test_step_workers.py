@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.batch import Views
 from pipeline.loss.target import Centre, sinkhorn_targets
 from pipeline.schedule import StepValues
 from pipeline.train.step import NonFinite, ObjectiveSpec, train_step
+from pipeline.views.batch import Views
 from tests.train.reference import (
     SHARED,
     flat,

@@ -3,10 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.data.batch import Batch
-from pipeline.data.compiled import CompiledPhotometric
-from pipeline.data.photometric import PARAMS, PhotometricSpec, apply_photometric
 from pipeline.train import build, loop
+from pipeline.views.batch import Batch
+from pipeline.views.compiled import CompiledPhotometric
+from pipeline.views.photometric import PARAMS, PhotometricSpec, apply_photometric
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,307 @@
+"""k-means whose result does not depend on files, tasks, row order or the machine.
+
+Spherical: a centroid is the mean of its members scaled to unit length, and a row belongs to the
+centroid with the highest dot product. The vectors have unit length and are compared by cosine
+everywhere else. Centroids are kept in half precision, so all products are exact (`exact.py`), and
+so are sums of members: partial sums of any files, in any order, give the same centroids bit by bit.
+
+Seeding draws in proportion to the squared distance from the nearest seed, several a pass as
+k-means|| does (Bahmani et al. 2012), by clocks that are hashes of image ids. An empty cluster gets
+a new seed in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.curate.rows.draws_by_id import REFILL, SEEDING, id_words, race
+from pipeline.curate.rows.exact import Doubles, Halves, dots, full_precision, margin, unit_half
+from pipeline.curate.rows.tables import HALF
+
+Array = np.ndarray[Any, Any]
+
+BLOCK_PRODUCTS = 2**25  # products in memory at once: 128 MiB
+BLOCK_ROWS = 8192
+BLOCK_ELEMENTS = 2**23  # of rows in doubles
+CLOSE_PAIRS = 2**13  # pairs that doubles decide at once
+MAX_DRAWN = 4096  # seeds of one pass
+SPARE = 64  # rows that each task names for empty clusters
+UNIT = 2.0**24  # similarities are added up as integers of this, so that sums are exact
+
+
+class Centroids:
+    """Centroids at hand for finding the nearest: half [k, d], and wider copies.
+
+    Args:
+        halves: [k, d].
+        gpu: single precision products on the GPU; the results are the same.
+    """
+
+    def __init__(self, halves: Halves, gpu: bool = False) -> None:
+        self.halves = halves
+        self.gpu = gpu
+        self._fast: Any = np.ascontiguousarray(halves.astype(np.float32).T)
+        if gpu:
+            import torch
+
+            self._fast = torch.from_numpy(self._fast).cuda()
+
+    def __len__(self) -> int:
+        return len(self.halves)
+
+    def nearest(self, vectors: Halves) -> tuple[Array, Doubles]:
+        """The nearest centroid of each row, the lowest number of equals, and the exact product.
+
+        Args:
+            vectors: [n, d] of unit length.
+
+        Returns:
+            int64 [n] and float64 [n].
+        """
+        labels, similarity = np.zeros(len(vectors), np.int64), np.zeros(len(vectors))
+        for part in self._blocks(len(vectors), vectors.shape[1]):
+            labels[part], similarity[part] = self._nearest(vectors[part])
+        return labels, similarity
+
+    def _blocks(self, rows: int, dim: int) -> Iterator[slice]:
+        most = min(BLOCK_PRODUCTS // max(1, len(self)), BLOCK_ELEMENTS // dim, BLOCK_ROWS)
+        step = max(16, most)
+        return (slice(i, i + step) for i in range(0, rows, step))
+
+    def _nearest(self, vectors: Halves) -> tuple[Array, Doubles]:
+        apart = 2 * margin(vectors.shape[1])
+        labels, best, second, products = self._top_two(vectors)
+        similarity = dots(vectors, self.halves[labels])
+        close = np.flatnonzero(second >= best - apart)
+        # In doubles the products of few rows with all centroids, or of many rows with few of them.
+        for at in close:
+            rivals = np.flatnonzero(products(at) >= best[at] - apart)
+            labels[at], similarity[at] = self._best_of(vectors[at], rivals)
+        return labels, similarity
+
+    def _best_of(self, vector: Halves, rivals: Array) -> tuple[int, float]:
+        wide = vector.astype(np.float64)
+        winner, highest = 0, -np.inf
+        for i in range(0, len(rivals), CLOSE_PAIRS):
+            some = rivals[i : i + CLOSE_PAIRS]
+            exact = self.halves[some].astype(np.float64) @ wide
+            at = int(exact.argmax())  # the first of equals: rivals are in order
+            if exact[at] > highest:
+                winner, highest = int(some[at]), float(exact[at])
+        return winner, highest
+
+    def _top_two(self, vectors: Halves) -> tuple[Array, Array, Array, Any]:
+        """Nearest, its product and the next one's in single precision, and a row of products."""
+        if self.gpu:
+            import torch
+
+            wide = torch.from_numpy(np.ascontiguousarray(vectors)).cuda().float()
+            with full_precision(torch):
+                on = wide @ self._fast
+            top = torch.topk(on, min(2, on.shape[1]), dim=1)
+            values, labels = top.values.cpu().numpy(), top.indices[:, 0].cpu().numpy()
+            second = values[:, 1] if values.shape[1] > 1 else np.full(len(values), -np.inf)
+            return labels.astype(np.int64), values[:, 0], second, lambda at: on[at].cpu().numpy()
+        fast = vectors.astype(np.float32) @ self._fast
+        labels, here = fast.argmax(1), np.arange(len(fast))
+        best = fast[here, labels]
+        fast[here, labels] = -np.inf
+        second = fast.max(1)
+        fast[here, labels] = best
+        return labels, best, second, lambda at: fast[at]
+
+
+def squared_distances(
+    vectors: Halves, centroids: Halves, labels: Array, products: Doubles
+) -> Doubles:
+    """Exact squared distance of each row to its centroid, float64 [n]; 0 where they are equal."""
+    lengths = dots(centroids, centroids)[labels]
+    found: Doubles = dots(vectors, vectors) + lengths - 2 * products
+    return found
+
+
+@dataclass
+class Drawn:
+    """The earliest of a race: times [m], ids [m, 16] and vectors [m, d], by time."""
+
+    times: Array
+    ids: Array
+    vectors: Halves
+
+    @classmethod
+    def of(cls, times: Array, ids: Array, vectors: Halves, count: int) -> Drawn:
+        """The `count` earliest that arrive at all, ties by id."""
+        arrived = np.flatnonzero(np.isfinite(times))
+        if len(arrived) > count:
+            last = np.partition(times[arrived], count - 1)[count - 1]
+            arrived = arrived[times[arrived] <= last]
+        high, low = id_words(ids[arrived])
+        first = arrived[np.lexsort((low, high, times[arrived]))[:count]]
+        return cls(times[first], ids[first], vectors[first])
+
+    def merged(self, other: Drawn, count: int) -> Drawn:
+        """The earliest of both."""
+        return Drawn.of(
+            np.concatenate([self.times, other.times]),
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.vectors, other.vectors]),
+            count,
+        )
+
+
+def none_drawn(dim: int) -> Drawn:
+    """Nobody yet."""
+    return Drawn(np.zeros(0), np.zeros((0, 16), np.uint8), np.zeros((0, dim), HALF))
+
+
+def drawn_next(found: int, wanted: int) -> int:
+    """Seeds of the next pass: a quarter of those there are, so that few of a pass are alike."""
+    return min(wanted - found, max(1, found // 4), MAX_DRAWN)
+
+
+def closer(closest: Array, vectors: Halves, new: Centroids) -> Array:
+    """Squared distances to the nearest seed, after new seeds; float64 [n], infinite at first."""
+    if not len(new):
+        return closest
+    labels, products = new.nearest(vectors)
+    return np.minimum(closest, squared_distances(vectors, new.halves, labels, products))
+
+
+def draw_seeds(
+    closest: Array, ids: Array, vectors: Halves, seed: int, turn: int, count: int
+) -> Drawn:
+    """Rows drawn in proportion to their squared distance from the nearest seed.
+
+    Args:
+        closest: squared distances [n]; infinite before the first seed, which is drawn uniformly.
+        ids: uint8 [n, 16].
+        vectors: [n, d].
+        seed: of the run.
+        turn: number of the pass.
+        count: rows to draw; fewer where fewer are apart from all seeds.
+    """
+    weights = np.where(np.isinf(closest), 1.0, closest)
+    return Drawn.of(race(seed, turn, ids, weights, SEEDING), ids, vectors, count)
+
+
+@dataclass
+class Sums:
+    """What an iteration adds up over rows; sums of any parts give the same.
+
+    Attributes:
+        sums: float64 [k, d].
+        counts: int64 [k].
+        similarity: of all rows to their centroids, in units of 2^-24.
+        spare: rows for empty clusters.
+    """
+
+    sums: Doubles
+    counts: Array
+    similarity: int
+    spare: Drawn
+
+    @classmethod
+    def zero(cls, clusters: int, dim: int) -> Sums:
+        """Of no rows."""
+        return cls(np.zeros((clusters, dim)), np.zeros(clusters, np.int64), 0, none_drawn(dim))
+
+    def add(self, ids: Array, vectors: Halves, centroids: Centroids, seed: int, turn: int) -> None:
+        """Adds rows, by the nearest of these centroids."""
+        from scipy.sparse import csr_matrix
+
+        for part in centroids._blocks(len(vectors), vectors.shape[1]):
+            some = vectors[part]
+            labels, products = centroids.nearest(some)
+            present, place = np.unique(labels, return_inverse=True)
+            ones = csr_matrix(
+                (np.ones(len(some)), (place, np.arange(len(some)))), (len(present), len(some))
+            )
+            self.sums[present] += ones @ some.astype(np.float64)
+            self.counts += np.bincount(labels, minlength=len(self.counts))
+            self.similarity += int(np.rint(products * UNIT).astype(np.int64).sum())
+            far = squared_distances(some, centroids.halves, labels, products)
+            times = race(seed, turn, ids[part], far, REFILL)
+            self.spare = self.spare.merged(Drawn.of(times, ids[part], some, SPARE), SPARE)
+
+
+def means(sums: Doubles, counts: Array, before: Halves) -> Halves:
+    """New centroids [k, d]; the one before where a cluster is empty or its members cancel out."""
+    new = unit_half(sums)
+    stays = (counts == 0) | ~new.any(1)
+    new[stays] = before[stays]
+    return new
+
+
+def refill(centroids: Halves, counts: Array, spare: Drawn) -> Halves:
+    """Empty clusters in order of their number get spare rows in order of their time."""
+    empty = np.flatnonzero(counts == 0)
+    if not len(empty) or not len(spare.times):
+        return centroids
+    _, first = np.unique(spare.vectors.view(np.uint16), axis=0, return_index=True)
+    distinct = spare.vectors[np.sort(first)][: len(empty)]
+    filled = centroids.copy()
+    filled[empty[: len(distinct)]] = distinct
+    return filled
+
+
+def goes_on(counts: Array, spare: Drawn) -> bool:
+    """Whether a row is to spare for an empty cluster, so that centroids change once more."""
+    return bool((counts == 0).any() and len(spare.times))
+
+
+@dataclass
+class Fit:
+    """Centroids, and how they came about.
+
+    Attributes:
+        centroids: half [k, d], unit length; fewer than asked for where fewer rows differ.
+        similarity: mean similarity of rows to their centroids, before each iteration.
+        passes: over the rows to draw the seeds.
+    """
+
+    centroids: Halves
+    similarity: list[float] = field(default_factory=list)
+    passes: int = 0
+
+
+def fit_local(
+    ids: Array, vectors: Halves, clusters: int, seed: int, iterations: int, gpu: bool = False
+) -> Fit:
+    """The k-means of `lloyd.fit`, with the same result, for rows that fit into memory.
+
+    Args:
+        ids: uint8 [n, 16]; they alone decide what is drawn.
+        vectors: [n, d] of unit length.
+        clusters: wanted.
+        seed: of the run.
+        iterations: at most; it ends where no centroid changes.
+        gpu: use it for the products.
+    """
+    dim = vectors.shape[1]
+    clusters = min(clusters, len(vectors))
+    fit = Fit(np.zeros((0, dim), HALF))
+    closest, new = np.full(len(vectors), np.inf), fit.centroids
+    while len(fit.centroids) < clusters:
+        closest = closer(closest, vectors, Centroids(new, gpu))
+        count = drawn_next(len(fit.centroids), clusters)
+        new = draw_seeds(closest, ids, vectors, seed, fit.passes, count).vectors
+        fit.passes += 1
+        if not len(new):
+            break
+        fit.centroids = np.concatenate([fit.centroids, new])
+    if not len(fit.centroids):
+        return fit
+    for turn in range(iterations):
+        found = Sums.zero(len(fit.centroids), dim)
+        found.add(ids, vectors, Centroids(fit.centroids, gpu), seed, turn)
+        fit.similarity.append(found.similarity / UNIT / len(vectors))
+        after = means(found.sums, found.counts, fit.centroids)
+        changed = not np.array_equal(after, fit.centroids)
+        fit.centroids = refill(after, found.counts, found.spare)
+        if not changed and not goes_on(found.counts, found.spare):
+            break
+    return fit

@@ -1,0 +1,278 @@
+"""k-means over files: tasks hold a part of the rows and all centroids, files hold what adds up.
+
+The result is that of `kmeans.fit_local`, bit by bit. A fit that would be quick in one process is
+one task. Otherwise each pass of the seeding and each iteration is a step, so a fit that was killed
+goes on with what is missing. When it ends, one file of centroids is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+from pipeline.curate.choose import kmeans
+from pipeline.curate.choose.kmeans import UNIT
+from pipeline.curate.choose.lloyd_tasks import (
+    Files,
+    draw_task,
+    fit_task,
+    merge_drawn,
+    merge_sums,
+    read_vectors,
+    sum_task,
+)
+from pipeline.curate.rows.considered import Considered, Source
+from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.tables import list_array, matrix, read_table, write_table
+from pipeline.curate.steps.work import Result, Task, remove_steps, run_step
+from pipeline.errors import PipelineError
+from pipeline.storage.places import resolve_uri, with_retries
+from pipeline.storage.run_folder import fingerprint
+from pipeline.storage.transfer import read_mark, write_bytes_atomic
+from pipeline.uri import Place, join
+
+Array = np.ndarray[Any, Any]
+
+_FIT = re.compile(r"fit-[0-9a-f]{16}")
+
+LOCAL_WORK = 2**35  # products of an iteration times width that one task does in about a second
+LOCAL_BYTES = 2**28  # of vectors that one task holds
+GROUP_ROWS = 2**16  # of one task, at least; or as many as there are centroids
+RANGE_ELEMENTS = 2**20  # sums, clusters times width, that one task adds up
+TASK_ELEMENTS = 2**27  # most centroids times width: sums of 1 GiB in doubles
+
+
+@dataclass
+class Cost:
+    """What steps cost, added up."""
+
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
+
+    def add(self, other: Result | Cost) -> None:
+        """Counts a step's, or other steps', cost in."""
+        self.seconds += other.seconds
+        self.cpu_s += other.cpu_s
+        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A finished k-means.
+
+    Attributes:
+        folder: with `centroids.parquet`.
+        key: of the settings and rows.
+        clusters: how many there are.
+        dim: width.
+        similarity: mean similarity of rows to their centroids, before each iteration.
+        cost: of all that it took.
+    """
+
+    folder: str
+    key: str
+    clusters: int
+    dim: int
+    similarity: tuple[float, ...]
+    cost: Cost
+
+    def centroids(self) -> Halves:
+        """Half [k, d]."""
+        return matrix(read_table(self.folder, "centroids", ["vector"])["vector"], self.dim)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of a task: CPUs, GPUs, and how much work is left to one task."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    local_work: float = LOCAL_WORK
+    group_rows: int = GROUP_ROWS
+
+
+ONE_CPU = Resources()
+
+
+def fit(
+    root: Place,
+    name: str,
+    rows: Considered,
+    clusters: int,
+    seed: int,
+    iterations: int,
+    resources: Resources = ONE_CPU,
+) -> Fitted:
+    """Spherical k-means of the rows; see `kmeans`.
+
+    Args:
+        root: folder of the curation.
+        name: of the step; files go to `root/name`.
+        rows: to cluster.
+        clusters: wanted; there are fewer where fewer rows differ.
+        seed: of the run.
+        iterations: at most; it ends where no centroid changes.
+        resources: of a task.
+
+    Raises:
+        PipelineError: so many centroids do not fit into a task.
+    """
+    dim = rows.source.dim
+    clusters = min(clusters, rows.rows)  # a row is one cluster at most
+    if clusters * dim > TASK_ELEMENTS:
+        raise PipelineError(
+            f"{clusters:,} clusters of {dim} dimensions do not fit into a task of 2 GB",
+            f"ask for at most {TASK_ELEMENTS // dim:,}",
+        )
+    settings = ["k-means", rows.key, list(rows.names), clusters, seed, iterations]
+    key = fingerprint(settings)
+    folder = str(join(root, *name.split("/"), f"fit-{key}"))
+    fs, path = resolve_uri(folder)
+    known = read_mark(fs, f"{path}/fit.json")
+    if not known:
+        known = _fit(root, name, folder, rows, clusters, seed, iterations, key, resources)
+        _tidy(root, name, folder)
+    return Fitted(
+        folder=folder,
+        key=key,
+        clusters=known["clusters"],
+        dim=dim,
+        similarity=tuple(known["similarity"]),
+        cost=Cost(**known["cost"]),
+    )
+
+
+def _tidy(root: Place, name: str, folder: str) -> None:
+    """Deletes what a finished fit does not need: its parts, which are larger than the rows, and
+    the fits under other keys, of rows or settings that there are no more.
+    """
+    fs, path = resolve_uri(folder)
+    above = pafs.FileSelector(path.rpartition("/")[0])
+    for info in with_retries(f"listing {above.base_dir}", lambda: fs.get_file_info(above)):
+        stale = bool(_FIT.fullmatch(info.base_name)) and info.path != path
+        stale |= info.base_name in ("seeds", "means", "local")
+        if stale and info.type == pafs.FileType.Directory:
+            remove_steps(fs, info.path)
+
+
+def _fit(
+    root: Place,
+    name: str,
+    folder: str,
+    rows: Considered,
+    clusters: int,
+    seed: int,
+    iterations: int,
+    key: str,
+    resources: Resources,
+) -> dict[str, Any]:
+    """Runs the steps and writes the centroids and, last, `fit.json`."""
+    dim, cost = rows.source.dim, Cost()
+    work = float(rows.rows) * clusters * dim
+    if work <= resources.local_work and rows.rows * dim * 2 <= LOCAL_BYTES:
+        task = Task(
+            "fit", (rows.source, rows.names, clusters, seed, iterations, resources.gpus > 0)
+        )
+        one = run_step(
+            root, f"{name}/local", key, [task], fit_task,
+            cpus=resources.cpus, gpus=resources.gpus,
+        )  # fmt: skip
+        cost.add(one)
+        centroids, similarity = read_vectors(one.folder, "fit", dim), one.accounts[0]["similarity"]
+    else:
+        groups = rows.groups(max(resources.group_rows, clusters))
+        steps = _Steps(root, name, key, rows.source, groups, seed, resources, cost)
+        found = steps.seeds(clusters)
+        similarity = []
+        if found.count:
+            found, similarity = steps.means(found, iterations, rows.rows)
+        centroids = found.load(dim)
+    write_table(pa.table({"vector": list_array(centroids)}), folder, "centroids")
+    known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(cost)}
+    fs, path = resolve_uri(folder)
+    write_bytes_atomic(json.dumps(known).encode(), fs, f"{path}/fit.json")
+    return known
+
+
+@dataclass
+class _Steps:
+    """The passes of one fit."""
+
+    root: Place
+    name: str
+    key: str
+    source: Source
+    groups: list[tuple[str, ...]]
+    seed: int
+    resources: Resources
+    cost: Cost
+
+    def run(self, step: str, tasks: list[Task], function: Any, heavy: bool = True) -> Result:
+        """A step below this fit's name, its cost counted."""
+        result = run_step(
+            self.root, f"{self.name}/{step}", self.key, tasks, function,
+            cpus=self.resources.cpus if heavy else 1.0,
+            gpus=self.resources.gpus if heavy else 0.0,
+        )  # fmt: skip
+        self.cost.add(result)
+        return result
+
+    @property
+    def numbered(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(f"{i:05d}", group) for i, group in enumerate(self.groups)]
+
+    def seeds(self, clusters: int) -> Files:
+        """Draws the seeds: each pass a step of all rows and a step that merges."""
+        found, turn, before = Files((), 0), 0, ""
+        names = [name for name, _ in self.numbered]
+        gpu = self.resources.gpus > 0
+        while found.count < clusters:
+            count = kmeans.drawn_next(found.count, clusters)
+            new = Files(found.folders[-1:], 1)
+            tasks = [
+                Task(name, (name, self.source, group, before, new, self.seed, turn, count, gpu))
+                for name, group in self.numbered
+            ]
+            drawn = self.run(f"seeds/{turn:03d}/drawn", tasks, draw_task)
+            merge = [Task("new", (drawn.folder, names, count, self.source.dim))]
+            merged = self.run(f"seeds/{turn:03d}/new", merge, merge_drawn, heavy=False)
+            before, turn = drawn.folder, turn + 1
+            got = merged.accounts[0]["rows"]
+            if not got:
+                break
+            found = Files((*found.folders, (merged.folder, "new")), found.count + got)
+        return found
+
+    def means(self, found: Files, iterations: int, rows: int) -> tuple[Files, list[float]]:
+        """Lloyd's iterations: each a step that sums rows and one that adds up the sums."""
+        names = [name for name, _ in self.numbered]
+        dim, gpu = self.source.dim, self.resources.gpus > 0
+        step = max(1, RANGE_ELEMENTS // dim)
+        ranges = [(i, min(i + step, found.count)) for i in range(0, found.count, step)]
+        similarity = []
+        for turn in range(iterations):
+            tasks = [
+                Task(name, (name, self.source, group, found, self.seed, turn, gpu))
+                for name, group in self.numbered
+            ]
+            summed = self.run(f"means/{turn:03d}/sums", tasks, sum_task)
+            tasks = [
+                Task(f"{i:05d}", (f"{i:05d}", summed.folder, names, low, high, found, dim))
+                for i, (low, high) in enumerate(ranges)
+            ]
+            merged = self.run(f"means/{turn:03d}/new", tasks, merge_sums, heavy=False)
+            similarity.append(sum(a["similarity"] for a in summed.accounts) / UNIT / rows)
+            files = tuple((merged.folder, task.name) for task in tasks)
+            found = Files(files, found.count, merged.folder)
+            # With an empty cluster it goes on as long as a spare row can fill it.
+            empty, spare = merged.total("empty"), merged.total("spare")
+            if not merged.total("changed") and not (empty and spare):
+                break
+        return found, similarity

@@ -1,0 +1,195 @@
+"""What the tasks of a k-means over files do; `lloyd` says in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.choose import kmeans
+from pipeline.curate.choose.kmeans import Centroids, Drawn, Sums, none_drawn
+from pipeline.curate.rows.considered import Source
+from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.tables import (
+    HALF,
+    id_array,
+    ids_of,
+    list_array,
+    matrix,
+    read_table,
+    write_table,
+)
+from pipeline.curate.steps.work import Account
+
+Array = np.ndarray[Any, Any]
+
+
+def fit_task(
+    folder: str,
+    source: Source,
+    names: tuple[str, ...],
+    clusters: int,
+    seed: int,
+    iterations: int,
+    gpu: bool,
+) -> Account:
+    """The whole fit in one task."""
+    points = source.read_all(names)
+    found = kmeans.fit_local(points.ids, points.vectors, clusters, seed, iterations, gpu)
+    table = pa.table({"vector": list_array(found.centroids)})
+    written = write_table(table, folder, "fit")
+    return {"rows": len(points.rows), "bytes": written, "similarity": found.similarity}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Centroids as they are between steps: files in order, and rows for the empty clusters."""
+
+    folders: tuple[tuple[str, str], ...]  # folder and name of each file
+    count: int
+    spare: str = ""  # folder of `spare.parquet`
+
+    def load(self, dim: int) -> Halves:
+        """Half [k, d]."""
+        if not self.folders:
+            return np.zeros((0, dim), HALF)
+        found = np.concatenate([read_vectors(folder, name, dim) for folder, name in self.folders])
+        if not self.spare:
+            return found
+        counts = np.concatenate(
+            [
+                read_table(folder, name, ["count"])["count"].to_numpy()
+                for folder, name in self.folders
+            ]
+        )
+        return kmeans.refill(found, counts, _read_drawn(self.spare, "spare", dim))
+
+
+def read_vectors(folder: str, name: str, dim: int) -> Halves:
+    """Half [k, d] of a file of centroids."""
+    return matrix(read_table(folder, name, ["vector"])["vector"], dim)
+
+
+def _write_drawn(drawn: Drawn, folder: str, name: str) -> int:
+    columns = {
+        "time": drawn.times,
+        "image_id": id_array(drawn.ids),
+        "vector": list_array(drawn.vectors),
+    }
+    return write_table(pa.table(columns), folder, name)
+
+
+def _read_drawn(folder: str, name: str, dim: int) -> Drawn:
+    table = read_table(folder, name)
+    times = np.asarray(table["time"].to_numpy(), np.float64)
+    return Drawn(times, ids_of(table["image_id"]), matrix(table["vector"], dim))
+
+
+def draw_task(
+    folder: str,
+    name: str,
+    source: Source,
+    names: tuple[str, ...],
+    before: str,
+    new: Files,
+    seed: int,
+    turn: int,
+    count: int,
+    gpu: bool,
+) -> Account:
+    """Brings the distances to the nearest seed up to date, and draws from this part of the rows."""
+    seeds = Centroids(new.load(source.dim), gpu)
+    known = read_table(before, f"{name}.closest")["closest"].to_numpy() if before else None
+    drawn, closest, at = none_drawn(source.dim), [], 0
+    for file in names:
+        points = source.read(file)
+        mine = np.full(len(points.rows), np.inf)
+        if known is not None:
+            mine = np.asarray(known[at : at + len(points.rows)])
+        at += len(points.rows)
+        mine = kmeans.closer(mine, points.vectors, seeds)
+        closest.append(mine)
+        here = kmeans.draw_seeds(mine, points.ids, points.vectors, seed, turn, count)
+        drawn = drawn.merged(here, count)
+    table = pa.table({"closest": np.concatenate(closest)})
+    written = write_table(table, folder, f"{name}.closest")
+    written += _write_drawn(drawn, folder, name)
+    return {"rows": at, "bytes": written}
+
+
+def merge_drawn(folder: str, parts: str, names: list[str], count: int, dim: int) -> Account:
+    """The earliest of all parts: the seeds of a pass."""
+    drawn = none_drawn(dim)
+    for name in names:
+        drawn = drawn.merged(_read_drawn(parts, name, dim), count)
+    written = _write_drawn(drawn, folder, "new")
+    return {"rows": len(drawn.times), "bytes": written}
+
+
+def sum_task(
+    folder: str,
+    name: str,
+    source: Source,
+    names: tuple[str, ...],
+    found: Files,
+    seed: int,
+    turn: int,
+    gpu: bool,
+) -> Account:
+    """Adds up this part of the rows by their nearest centroids."""
+    centroids = Centroids(found.load(source.dim), gpu)
+    total = Sums.zero(len(centroids), source.dim)
+    rows = 0
+    for file in names:
+        points = source.read(file)
+        total.add(points.ids, points.vectors, centroids, seed, turn)
+        rows += len(points.rows)
+    present = np.flatnonzero(total.counts)
+    columns = {
+        "cluster": present,
+        "count": total.counts[present],
+        "sum": list_array(total.sums[present]),
+    }
+    written = write_table(pa.table(columns), folder, name, row_group_size=1024)
+    written += _write_drawn(total.spare, folder, f"{name}.spare")
+    return {"rows": rows, "bytes": written, "similarity": total.similarity}
+
+
+def merge_sums(
+    folder: str,
+    name: str,
+    parts: str,
+    names: list[str],
+    low: int,
+    high: int,
+    found: Files,
+    dim: int,
+) -> Account:
+    """Adds up the sums of clusters low to high; the first range brings the spare rows together."""
+    sums, counts = np.zeros((high - low, dim)), np.zeros(high - low, np.int64)
+    for part in names:
+        table = read_table(parts, part, filters=[("cluster", ">=", low), ("cluster", "<", high)])
+        cluster = np.asarray(table["cluster"].to_numpy()) - low
+        values = table["sum"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        sums[cluster] += np.asarray(values, np.float64).reshape(-1, dim)
+        counts[cluster] += table["count"].to_numpy()
+    before = found.load(dim)[low:high]
+    new = kmeans.means(sums, counts, before)
+    columns = {"vector": list_array(new), "count": pa.array(counts)}
+    written = write_table(pa.table(columns), folder, name)
+    spare = 0
+    if low == 0:
+        drawn = none_drawn(dim)
+        for part in names:
+            drawn = drawn.merged(_read_drawn(parts, f"{part}.spare", dim), kmeans.SPARE)
+        spare = len(drawn.times)
+        written += _write_drawn(drawn, folder, "spare")
+    return {
+        "rows": int(counts.sum()),
+        "bytes": written,
+        "changed": int((new != before).any(1).sum()),
+        "empty": int((counts == 0).sum()),
+        "spare": spare,
+    }

@@ -1,0 +1,241 @@
+"""Sample-based retrieval: the pool's rows nearest to each seed image (DINOv2 paper, section 3).
+
+Exact: single precision finds candidates, doubles decide, equals are ordered by image id. A task
+holds a block of seeds and goes through a part of the pool, so the seeds are read once for each
+part and the pool once for each block; the products cost far more than both.
+
+An image of the set that is in the pool too (equal image id) is never retrieved for the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.choose.first_few import Entries
+from pipeline.curate.choose.lloyd import Cost
+from pipeline.curate.rows.considered import Considered, Points, Source
+from pipeline.curate.rows.draws_by_id import id_words
+from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
+from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table, write_table
+from pipeline.curate.steps.work import Account, Task, run_step
+from pipeline.uri import Place
+
+Array = np.ndarray[Any, Any]
+
+SEED_ROWS = 2**16  # of one task
+POOL_ROWS = 2**18  # of one task
+BLOCK_SEEDS, BLOCK_POOL = 4096, 4096  # products in memory at once
+PAIRS = 2**14  # that doubles decide at once
+# What seeds ask for, between the steps of retrieval
+ASKED = pa.schema(
+    [
+        ("row", ROW),
+        ("query_id", ID),
+        ("similarity", pa.float64()),
+        ("rank", pa.int32()),
+        ("cluster", pa.int64()),
+    ]
+)
+
+
+@dataclass
+class Images:
+    """A set of image ids: their two words, sorted."""
+
+    high: Array
+    low: Array
+
+    @classmethod
+    def read(cls, folder: str, names: Sequence[str]) -> Images:
+        """Those of all rows of these files."""
+        found = [ids_of(read_table(folder, name, ["image_id"])["image_id"]) for name in names]
+        high, low = id_words(np.concatenate([np.zeros((0, 16), np.uint8), *found]))
+        order = np.lexsort((low, high))
+        return cls(high[order], low[order])
+
+    def contain(self, ids: Array) -> Array:
+        """Which of these ids are in it, bool [n]."""
+        high, low = id_words(ids)
+        first = np.searchsorted(self.high, high, side="left")
+        last = np.searchsorted(self.high, high, side="right")
+        found = np.zeros(len(ids), bool)
+        for at in np.flatnonzero(last > first):
+            found[at] = low[at] in self.low[first[at] : last[at]]
+        return found
+
+
+@dataclass
+class Neighbours:
+    """The nearest rows to each of some seeds so far.
+
+    Args:
+        seeds: of which `ids` and `vectors` are used.
+        count: neighbours of each.
+        least: similarity that a neighbour has at least.
+    """
+
+    seeds: Points
+    count: int
+    least: float
+
+    def __post_init__(self) -> None:
+        self._held = Entries.joined([])
+        self._waiting: list[Entries] = []
+        self._last = np.full(len(self.seeds.ids), self.least)  # similarity that one must have
+
+    def add(self, points: Points) -> None:
+        """Looks at more rows of the pool."""
+        for start in range(0, len(points.rows), BLOCK_POOL):
+            block = slice(start, start + BLOCK_POOL)
+            pool = points.vectors[block].astype(np.float32).T
+            for first in range(0, len(self._last), BLOCK_SEEDS):
+                seeds = self.seeds.vectors[first : first + BLOCK_SEEDS]
+                fast = seeds.astype(np.float32) @ pool
+                self._look(fast, first, points, start)
+            if sum(len(w.rows) for w in self._waiting) > max(10_000, len(self._held.rows)):
+                self._settle()
+
+    def found(self) -> Entries:
+        """Groups are numbers of seeds, keys negated similarities; by seed and rank."""
+        self._settle()
+        return self._held
+
+    def _look(self, fast: Array, first: int, points: Points, start: int) -> None:
+        """Keeps candidates among products of seeds from `first` and points from `start`."""
+        wrong = margin(points.vectors.shape[1])
+        seeds = self.seeds.vectors
+        last = self._last[first : first + len(fast)] - wrong
+        asked = fast >= last[:, None]
+        if fast.shape[1] > self.count and asked.sum() > 4 * self.count * len(fast):
+            # The best of this block are enough.
+            best = -np.partition(-fast, self.count - 1, axis=1)[:, self.count - 1]
+            asked &= fast >= (best - 2 * wrong)[:, None]
+        i, j = np.nonzero(asked)
+        exact = _dots(seeds, i + first, points.vectors, j + start)
+        near = exact >= self._last[i + first]
+        i, j = i[near] + first, j[near] + start
+        self._waiting.append(Entries(i, -exact[near], points.ids[j], points.rows[j]))
+
+    def _settle(self) -> None:
+        """Keeps the nearest of what was found."""
+        both = Entries.joined([self._held, *self._waiting])
+        quota = np.full(len(self._last), self.count)
+        self._held, self._waiting = both.first(quota), []
+        full = np.bincount(self._held.groups, minlength=len(quota)) == self.count
+        ends = np.searchsorted(self._held.groups, np.flatnonzero(full), side="right") - 1
+        self._last[full] = -self._held.keys[ends]
+
+
+def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
+    found = np.empty(len(i))
+    for at in range(0, len(i), PAIRS):
+        some = slice(at, at + PAIRS)
+        found[some] = dots(a[i[some]], b[j[some]])
+    return found
+
+
+def ask(
+    root: Place,
+    name: str,
+    pool: Considered,
+    seeds: Considered,
+    count: int,
+    least: float,
+    cost: Cost,
+) -> tuple[str, list[str], str, dict[str, int]]:
+    """What the seeds of a set ask for.
+
+    Args:
+        root: folder of the curation.
+        name: of the step.
+        pool: rows to retrieve.
+        seeds: images to ask.
+        count: neighbours of each.
+        least: similarity of a neighbour, at least.
+        cost: is added to.
+
+    Returns:
+        Folder and names of files (`ASKED`, by row), the key, and counts: `requested`, `found` and
+        `seeds_short`, which have fewer neighbours than `count`.
+    """
+    key = [pool.key, seeds.key, count, least]
+    how = (seeds.names, count, least)
+    blocks, groups = seeds.groups(SEED_ROWS), pool.groups(POOL_ROWS)
+    tasks = [
+        Task(f"{b:05d}-{g:05d}", (f"{b:05d}-{g:05d}", seeds.source, block, pool.source, group, how))
+        for b, block in enumerate(blocks)
+        for g, group in enumerate(groups)
+    ]
+    near = run_step(root, f"{name}/near", key, tasks, _near_task)
+    cost.add(near)
+    tasks = [
+        Task(f"{b:05d}", (f"{b:05d}", near.folder, len(groups), seeds.source, block, count))
+        for b, block in enumerate(blocks)
+    ]
+    asked = run_step(root, f"{name}/asked", key, tasks, _merge_task)
+    cost.add(asked)
+    counts = {
+        "requested": seeds.rows * count,
+        "found": int(asked.total("rows")),
+        "seeds_short": int(asked.total("short")),
+    }
+    return asked.folder, [task.name for task in tasks], asked.key, counts
+
+
+def _near_task(
+    folder: str,
+    name: str,
+    seed_source: Source,
+    seed_files: tuple[str, ...],
+    source: Source,
+    files: tuple[str, ...],
+    how: tuple[tuple[str, ...], int, float],
+) -> Account:
+    all_seeds, count, least = how
+    own = Images.read(seed_source.folder, all_seeds)
+    search = Neighbours(seed_source.read_all(seed_files), count, least)
+    for file in files:
+        points = source.read(file)
+        other = ~own.contain(points.ids)
+        search.add(Points(points.rows[other], points.ids[other], points.vectors[other]))
+    found = search.found()
+    return {"rows": len(found.rows), "bytes": write_table(found.table(), folder, name)}
+
+
+def _merge_task(
+    folder: str,
+    name: str,
+    parts: str,
+    groups: int,
+    seed_source: Source,
+    seed_files: tuple[str, ...],
+    count: int,
+) -> Account:
+    """The nearest of all parts of the pool to each seed of a block, by row."""
+    ids = np.concatenate(
+        [ids_of(read_table(seed_source.folder, f, ["image_id"])["image_id"]) for f in seed_files]
+        if not seed_source.kept
+        else [seed_source.read(f).ids for f in seed_files]
+    )
+    quota = np.full(len(ids), count)
+    held = Entries.joined([])
+    for group in range(groups):
+        part = Entries.read(read_table(parts, f"{name}-{group:05d}"))
+        held = Entries.joined([held, part]).first(quota)
+    rank = np.arange(len(held.rows)) - np.searchsorted(held.groups, held.groups, side="left")
+    order = np.argsort(held.rows, kind="stable")
+    columns = [
+        held.rows[order],
+        id_array(ids[held.groups[order]]),
+        -held.keys[order],
+        rank[order].astype(np.int32),
+        np.full(len(order), -1),
+    ]
+    written = write_table(pa.table(columns, schema=ASKED), folder, name)
+    short = int((np.bincount(held.groups, minlength=len(ids)) < count).sum())
+    return {"rows": len(order), "bytes": written, "short": short}

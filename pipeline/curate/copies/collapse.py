@@ -1,0 +1,118 @@
+"""Rows whose vectors are equal, found by hash buckets: one of them stands for all in the join.
+
+Without this, a vector that thousands of images share puts them all into one cell, which then has
+the square of their number of pairs, and draws several centres to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
+from pipeline.curate.rows.portions import (
+    Portion,
+    Rows,
+    big_endian,
+    read_range,
+    read_rows,
+    self_dots,
+)
+from pipeline.curate.rows.tables import ID, ROW, Vectors, id_array, ids_of, write_table
+
+BUCKET_ROWS = 8_000_000  # of 48 bytes: with what sorting needs, 1.2 GB
+
+# A row with the row that stands for it. `similarity` is their exact dot product.
+COPIES = pa.schema(
+    [
+        ("row", ROW),
+        ("image_id", ID),
+        ("stands", ROW),
+        ("stands_id", ID),
+        ("similarity", pa.float64()),
+    ]
+)
+
+
+def buckets_for(rows: int) -> int:
+    """Hash buckets for so many rows."""
+    return max(1, -(-rows // BUCKET_ROWS))
+
+
+def hash_task(
+    folder: str, vectors: Vectors, portion: Portion, exact: str, buckets: int
+) -> dict[str, Any]:
+    """Writes the hash of each vector of a portion to the bucket of the hash."""
+    rows = read_rows(vectors, portion, exact)
+    content = np.ascontiguousarray(rows.vectors).tobytes()
+    width = 2 * vectors.dim
+    hashes = b"".join(
+        blake2b(content[at : at + width], digest_size=16).digest()
+        for at in range(0, len(rows) * width, width)
+    )
+    digest = np.frombuffer(hashes, np.uint8).reshape(-1, 16)
+    bucket = (big_endian(digest)[0] % np.uint64(buckets)).astype(np.int64)
+    order = np.argsort(bucket, kind="stable")
+    table = pa.table(
+        {
+            "row": rows.row[order],
+            "image_id": id_array(rows.ids[order]),
+            "hash": id_array(digest[order]),
+            "similarity": self_dots(rows.vectors)[order],
+        }
+    )
+    size = write_buckets(folder, portion.name, table, bucket[order])
+    return {"rows": len(rows), "bytes": size, "shelves": shelves_of(bucket)}
+
+
+def collapse_task(
+    folder: str, hashes: str, names: Sequence[tuple[str, Sequence[int]]], bucket: int
+) -> dict[str, Any]:
+    """Writes the rows of a hash bucket that another row stands for: the smallest image id."""
+    tables = list(read_bucket(hashes, names, bucket))
+    found = pa.table({name: pa.array([], COPIES.field(name).type) for name in COPIES.names})
+    rows = 0
+    if tables:
+        table = pa.concat_tables(tables)
+        rows = len(table)
+        ids, row = ids_of(table.column("image_id")), table.column("row").to_numpy()
+        high, low = big_endian(ids_of(table.column("hash")))
+        first, second = big_endian(ids)
+        order = np.lexsort((row, second, first, low, high))
+        high, low = high[order], low[order]
+        new = np.ones(len(order), bool)
+        new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        stands = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
+        mine, other = order[~new], stands[~new]
+        by_row = np.argsort(row[mine])
+        mine, other = mine[by_row], other[by_row]
+        found = pa.table(
+            {
+                "row": row[mine],
+                "image_id": id_array(ids[mine]),
+                "stands": row[other],
+                "stands_id": id_array(ids[other]),
+                "similarity": table.column("similarity").to_numpy()[mine],
+            }
+        )
+    size = write_table(found.cast(COPIES), folder, f"{bucket:05d}")
+    return {"rows": rows, "bytes": size, "copies": len(found)}
+
+
+def copies_of(portion: Portion, copies: tuple[str, Sequence[str]]) -> pa.Table:
+    """The rows of a portion that another row stands for, as `COPIES`, by row."""
+    folder, names = copies
+    tables = [COPIES.empty_table()]
+    for part in portion.parts:
+        tables.extend(read_range(folder, names, part.first, part.end))
+    return pa.concat_tables(tables).combine_chunks().sort_by("row")
+
+
+def without_copies(rows: Rows, portion: Portion, copies: tuple[str, Sequence[str]]) -> Rows:
+    """The rows that stand for themselves."""
+    gone = copies_of(portion, copies).column("row").to_numpy()
+    return rows.only(~np.isin(rows.row, gone)) if len(gone) else rows

@@ -1,0 +1,355 @@
+"""Other sets against the stored buckets of a curation.
+
+find_leaks       evaluation sets against the images
+find_matches     new images against those that an earlier curation kept
+look_up          one image against them, without Ray
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.curate.copies import items, leaks, matches
+from pipeline.curate.copies.cells import Cells
+from pipeline.curate.copies.items import Shuffled, Visiting
+from pipeline.curate.copies.matches import relative_pairs
+from pipeline.curate.copies.stored_copies import Copies
+from pipeline.curate.look.looks import Looking, look_at
+from pipeline.curate.rows.bucketed import written
+from pipeline.curate.rows.considered import end_of, file_groups
+from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.portions import Rows, portions
+from pipeline.curate.rows.tables import Inputs, Vectors
+from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.errors import DataError
+from pipeline.uri import Place
+
+QUERY_ROWS = 1_000_000  # images of evaluation sets in a task that counts those with a match
+
+
+def find_leaks(
+    copies: Copies,
+    inputs: Inputs,
+    sets: Mapping[str, tuple[Inputs, Vectors]],
+    *,
+    threshold: float,
+    visiting: Visiting | None = None,
+    looking: Looking | None = None,
+    gpus: float = 0.0,
+) -> tuple[Result, tuple[Result, ...]]:
+    """The best match of each image among the images of evaluation sets.
+
+    A second look decides whether it is one: it looks at the best match of each image, and of each
+    image of the sets.
+
+    Args:
+        copies: of the images.
+        inputs: the images.
+        sets: inputs and vectors of each evaluation set, by name.
+        threshold: similarity that a match must be above.
+        visiting: as for `find_pairs`.
+        looking: for the second look; None: what is alike leaks.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step whose folder has `tables.LEAKS` of each input file, and all steps. The accounts of
+        `copies/leaks/queries` count the images of each set that have a match (`leaked`), with a
+        second look those of `looks/leaks/counted`.
+    """
+    steps: list[Result] = []
+    placed: list[tuple[str, Shuffled]] = []
+    for name, (set_inputs, vectors) in sorted(sets.items()):
+        result, shuffled = _shuffle(
+            copies, f"copies/leaks/sets/{name}", set_inputs, vectors, visiting, gpus
+        )
+        steps.append(result)
+        placed.append((name, shuffled))
+    names = tuple(f"{b:05d}" for b in range(copies.buckets))
+    every = sum(set_inputs.rows for set_inputs, _ in sets.values())
+    shards = max(1, -(-every // QUERY_ROWS))
+    hits = run_step(
+        copies.root,
+        "copies/leaks/hits",
+        [
+            copies.keys["copies/shuffle"],
+            [r.key for r in steps],
+            sorted(sets),
+            threshold,
+            copies.penalty,
+            shards,
+        ],
+        [
+            Task(name, (copies.shuffled, placed, bucket, threshold, copies.penalty, shards))
+            for bucket, name in enumerate(names)
+        ],
+        leaks.leak_task,
+        gpus=gpus,
+    )
+    of_queries = tuple(
+        (name, tuple(account["shelves"]))
+        for name, account in zip(names, hits.accounts, strict=True)
+    )
+    queries = run_step(
+        copies.root,
+        "copies/leaks/queries",
+        [hits.key],
+        [Task(f"{shard:05d}", (hits.folder, of_queries, shard)) for shard in range(shards)],
+        leaks.queries_task,
+    )
+    groups = file_groups(inputs.files)
+    whole = run_step(
+        copies.root,
+        "copies/leaks/whole",
+        [hits.key, copies.keys["copies/collapse"]],
+        [
+            Task(name, (hits.folder, names, copies.copies, files[0].first, end_of(files), name))
+            for name, files in groups
+        ],
+        leaks.copies_task,
+    )
+    last, names = whole, tuple(name for name, _ in groups)
+    more: tuple[Result, ...] = ()
+    if looking is not None:
+        sources = [(f"rows-{name}", (whole.folder, name)) for name in names]
+        sources += [
+            (f"sets-{n:05d}", (queries.folder, f"{n:05d}")) for n in range(len(queries.accounts))
+        ]
+        looked = look_at(
+            copies.root,
+            "looks/leaks",
+            looking,
+            [whole.key, queries.key],
+            sources,
+            leaks.pairs_of_leaks,
+        )
+        by_set = tuple(t for name, _ in sources[len(names) :] for t in looked.names[name])
+        last = run_step(
+            copies.root,
+            "looks/leaks/hold",
+            [2, looked.key],
+            [
+                Task(
+                    name,
+                    (
+                        name,
+                        looked.folder,
+                        (*looked.names[f"rows-{name}"], *by_set),
+                        files[0].first,
+                        end_of(files),
+                    ),
+                )
+                for name, files in groups
+            ],
+            leaks.hold_task,
+        )
+        tables = tuple(t for name, _ in sources for t in looked.names[name])
+        counted = run_step(
+            copies.root,
+            "looks/leaks/counted",
+            [looked.key, shards],
+            [
+                Task(f"{shard:05d}", (looked.folder, tables, shards, shard))
+                for shard in range(shards)
+            ],
+            leaks.count_task,
+        )
+        more = (*looked.steps, last, counted)
+    found = run_step(
+        copies.root,
+        "leaks",
+        [last.key, inputs.digest],
+        [Task(name, (last.folder, names, files)) for name, files in groups],
+        leaks.spread_leaks_task,
+    )
+    return found, (*steps, hits, queries, whole, *more, found)
+
+
+def find_matches(
+    root: Place,
+    earlier: Copies,
+    inputs: Inputs,
+    vectors: Vectors,
+    *,
+    decisions: tuple[str, Sequence[str], str],
+    threshold: float,
+    visiting: Visiting | None = None,
+    exact: tuple[str, str] = ("", ""),
+    looking: Looking | None = None,
+    gpus: float = 0.0,
+) -> tuple[Result, tuple[Result, ...]]:
+    """The best match of each new image among the kept images of an earlier curation.
+
+    Args:
+        root: folder of the new curation.
+        earlier: the copies of the earlier one.
+        inputs: the new images.
+        vectors: of them, made as the earlier ones.
+        decisions: folder, names and key of tables with `row` and `kept` of the earlier one.
+        threshold: similarity that a match must be above.
+        visiting: as for `find_pairs`.
+        exact: as for `find_pairs`.
+        looking: for the second look, with the earlier images as the set `EARLIER`; None: what is
+            alike is a match.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step whose folder has `matches.MATCHES` of each new input file, and all steps.
+    """
+    folder, names, key = decisions
+    kept = run_step(
+        root,
+        "matching/kept",
+        [key, earlier.keys["copies/collapse"]],
+        [Task("kept", (folder, tuple(names), earlier.rows, earlier.copies))],
+        matches.kept_task,
+    )
+    placed, new = _shuffle(
+        earlier, "matching/shuffle", inputs, vectors, visiting, gpus, root=root, exact=exact
+    )
+    matched = run_step(
+        root,
+        "matching/buckets",
+        [kept.key, placed.key, threshold, earlier.penalty],
+        [
+            Task(
+                f"{b:05d}",
+                (earlier.shuffled, kept.folder, new, b, threshold, earlier.penalty),
+            )
+            for b in range(earlier.buckets)
+        ],
+        matches.match_task,
+        gpus=gpus,
+    )
+    bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
+    groups = file_groups(inputs.files)
+    best = run_step(
+        root,
+        "matches" if looking is None else "matching/best",
+        [matched.key, inputs.digest],
+        [Task(name, (matched.folder, bucket_names, files)) for name, files in groups],
+        matches.spread_matches_task,
+    )
+    if looking is None:
+        return best, (kept, placed, matched, best)
+    file_names = [file.name for file in inputs.files]
+    looked = look_at(
+        root,
+        "matching/looks",
+        looking,
+        [best.key],
+        [(name, (best.folder, name)) for name in file_names],
+        matches.pairs_of_matches,
+    )
+    found = run_step(
+        root,
+        "matches",
+        [looked.key],
+        [Task(name, (name, looked.folder, looked.names[name])) for name in file_names],
+        matches.hold_task,
+    )
+    return found, (kept, placed, matched, best, *looked.steps, found)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A stored image that is like the one that was looked up."""
+
+    row: int
+    image_id: str
+    similarity: float
+
+
+def look_up(
+    copies: Copies,
+    vector: Halves,
+    crops: Halves | None = None,
+    visiting: Visiting | None = None,
+    *,
+    threshold: float,
+    most: int = 10,
+) -> list[Match]:
+    """Stored images that one image is like, the most similar first; opens the buckets of its cells.
+
+    Rows with equal vectors are found by the one that stands for them (the smallest image id).
+
+    Args:
+        copies: of the stored images.
+        vector: [d] of unit length.
+        crops: [9, d] where the stored images have views.
+        visiting: as for `find_pairs`.
+        threshold: similarity that a match must be above.
+        most: matches returned.
+    """
+    stored = copies.shuffled
+    _check_dim(stored, len(vector), "the image")
+    rows = Rows(
+        np.zeros(1, np.int64),
+        np.zeros((1, 16), np.uint8),
+        vector[None],
+        None if crops is None else crops[None],
+    )
+    fitted = Cells.load(copies.cells, stored.dim)
+    table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
+    found: dict[int, Match] = {}
+    for number in np.unique(bucket // 2):
+        mine = table.filter(bucket // 2 == number)
+        here = items.items_of(
+            [
+                (not one % 2, mine.slice(i, 1))
+                for i, one in enumerate(bucket[bucket // 2 == number])
+            ],
+            stored.dim,
+            stored.probes,
+        )
+        pool = stored.read(int(number))
+        a, _, similarity = relative_pairs(
+            pool, here, threshold, np.array(stored.crops), copies.penalty
+        )
+        for place, value in zip(a, similarity, strict=True):
+            row = int(pool.row[place])
+            if row not in found or found[row].similarity < value:
+                found[row] = Match(row, bytes(pool.ids[place]).hex(), min(1.0, float(value)))
+    return sorted(found.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
+
+
+def _shuffle(
+    copies: Copies,
+    step: str,
+    inputs: Inputs,
+    vectors: Vectors,
+    visiting: Visiting | None,
+    gpus: float,
+    root: Place | None = None,
+    exact: tuple[str, str] = ("", ""),
+) -> tuple[Result, Shuffled]:
+    """Writes the items of another set to the buckets of the cells that are there."""
+    stored = copies.shuffled
+    _check_dim(stored, vectors.dim, step)
+    of = portions(inputs.files, vectors, copies.portion_rows)
+    result = run_step(
+        root or copies.root,
+        step,
+        [copies.keys["copies/cells"], vectors.key, exact[1], stored.probes, stored.crops],
+        [
+            Task(
+                p.name,
+                (vectors, p, exact[0], ("", ()), copies.cells, stored.probes, visiting),
+            )
+            for p in of
+        ],
+        items.shuffle_task,
+        gpus=gpus,
+    )
+    names = written(of, result)
+    return result, Shuffled(result.folder, names, vectors.dim, stored.probes, stored.crops)
+
+
+def _check_dim(stored: Shuffled, dim: int, who: str) -> None:
+    if dim != stored.dim:
+        raise DataError(
+            f"vectors of {who} have {dim} numbers, those of the curated set {stored.dim}",
+            "embed both with the same curate.copy_embedder",
+        )

@@ -1,0 +1,237 @@
+"""Curated shards: the images that are kept, as image shards that open like packed ones.
+
+Shard i of n holds the i-th n-th of all ids, as in a pack, so the order is random and does not
+depend on the machine. Files of packed sets are ordered by id already and are read where a shard
+needs them. Other files are first sorted (`shard_runs`), so that each shard reads from each of them
+what is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.curate.decide.shard_form import check_values, form_of
+from pipeline.curate.decide.shard_write import EARLIER, Piece, sort_files, write_shard
+from pipeline.curate.rows.tables import AS_IS, InputFile, Inputs
+from pipeline.curate.steps.work import Result, Task, empty_step, run_step, step_files, step_key
+from pipeline.errors import DataError, StorageError
+from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
+from pipeline.pack.merge import shard_of
+from pipeline.shards.columns import MANIFEST
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.claim import Held, Owner, check_unclaimed, claimed
+from pipeline.storage.places import exists, list_files, resolve_uri
+from pipeline.storage.run_folder import fingerprint
+from pipeline.storage.transfer import read_mark, write_bytes_atomic
+from pipeline.uri import Place, join, parent, public
+
+MARK = "curated from "  # begins the `source` of a manifest
+MADE = "curated.json"  # in the folder of the curation: which shards it has made last
+
+
+def write_curated(
+    shards: Place,
+    work: Place,
+    sets: Sequence[tuple[str, ShardSet]],
+    inputs: Inputs,
+    decisions: Result,
+    fingerprints: str,
+    *,
+    shard_bytes: int,
+    row_group_images: int,
+    earlier: ShardSet | None = None,
+) -> tuple[ShardSet, list[Result], int]:
+    """Writes the images that are kept as image shards with a manifest; needs a joined Ray cluster.
+
+    A rerun writes what is missing, and nothing where nothing changed.
+
+    Args:
+        shards: folder for them; what an earlier curation wrote there is replaced.
+        work: folder of the curation.
+        sets: the inputs' sets by name.
+        inputs: all files.
+        decisions: result of `decide`.
+        fingerprints: folder of that step.
+        shard_bytes: about the size of a shard.
+        row_group_images: rows of a row group, fewer where images are large.
+        earlier: curated shards that the images are added to.
+
+    Returns:
+        The shards, the results of the steps that ran, and how many of the earlier images came again
+        (byte for byte, though nothing took them for copies).
+
+    Raises:
+        DataError: nothing is kept and nothing was there, or the folder holds something else.
+    """
+    kept = int(decisions.total("kept"))
+    if not kept and not (earlier and earlier.rows):
+        raise DataError(
+            f"curation kept none of {inputs.rows:,} images",
+            "the decisions say why, image by image; relax the rule that removed most of them",
+        )
+    form = form_of([*sets, *([(EARLIER, earlier)] if earlier else [])])
+    size = decisions.total("kept_bytes")
+    size += sum(f.bytes for f in earlier.files) if earlier else 0
+    count = max(1, math.ceil(size / shard_bytes))
+    about = [decisions.key, count, row_group_images, str(form.schema), form.class_names]
+    about += [earlier.digest] if earlier else []
+    key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
+    if (found := _finished(work, shards, key)) is not None:
+        return found, [], kept + (earlier.rows if earlier else 0) - found.rows
+    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
+    check_values(every, form)
+    source = source_of([s.uri for _, s in every])
+    results = []
+    pieces: list[list[Piece]] = [[] for _ in range(count)]
+    runs = sort_files(work, inputs, decisions, fingerprints, form, count, key)
+    results += [runs] if runs else []
+    for file, account in zip(inputs.files, decisions.accounts, strict=True):
+        if file.set in form.packed and account["kept"]:
+            for index in range(
+                shard_of(account["low"], count), shard_of(account["high"], count) + 1
+            ):
+                pieces[index].append(Piece(file))
+    if earlier:
+        for file, low, high in _ranges(earlier):
+            for index in range(shard_of(low, count), shard_of(high, count) + 1):
+                pieces[index].append(Piece(file))
+    for account in runs.accounts if runs else ():
+        file = inputs.files[account["file"]]
+        for run in account["runs"]:
+            for index in sorted(set(run["shards"])):
+                groups = tuple(g for g, i in enumerate(run["shards"]) if i == index)
+                pieces[index].append(Piece(file, run["name"], groups))
+    folder, name = parent(shards)
+    rest = (decisions.folder, runs.folder if runs else "", form, row_group_images)
+    tasks = [
+        Task(f"{index:05d}", (index, count, tuple(mine), *rest))
+        for index, mine in enumerate(pieces)
+    ]
+    owner = Owner(source, public(work))
+    with claimed(str(shards), owner, lambda: unfinished(str(shards))) as held:
+        _make_ready(held, work, source, key, step_key(name, key, tasks))
+        written = run_step(folder, name, key, tasks, write_shard)
+        results.append(written)
+        again = int(written.total("again"))
+        wanted = kept + (earlier.rows if earlier else 0) - again
+        if written.total("rows") != wanted:
+            raise RuntimeError(
+                f"{wanted} images are kept, {written.total('rows')} are in the shards"
+            )
+        held.check()
+        write_manifest(
+            str(shards), source, form.class_names, written.accounts, form.value_range, None
+        )
+        found = open_shards(str(shards))
+    fs, path = resolve_uri(str(work))
+    about_it = {"key": key, "digest": found.digest, "shards": public(shards)}
+    content = json.dumps(about_it).encode()
+    write_bytes_atomic(content, fs, f"{path}/{MADE}")
+    if runs:  # as large as the images
+        empty_step(runs.folder, step_files(runs.folder))
+    return found, results, again
+
+
+def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
+    """Files of an earlier curation with their first and last id."""
+
+    def one(index: int) -> tuple[InputFile, str, str]:
+        with earlier.parquet(index) as parquet:
+            meta = parquet.metadata
+            place = parquet.schema_arrow.get_field_index("image_id")
+            ends = [
+                meta.row_group(g).column(place).statistics for g in (0, meta.num_row_groups - 1)
+            ]
+        file = InputFile(index, EARLIER, AS_IS, 0, earlier.files[index], earlier.columns)
+        return file, ends[0].min, ends[1].max
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(one, range(len(earlier.files))))
+
+
+def _finished(work: Place, shards: Place, key: str) -> ShardSet | None:
+    """The shards of the same curation, if they are all there."""
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    if mark.get("key") != key:
+        return None
+    try:
+        found = open_shards(str(shards))
+    except StorageError:
+        raise
+    except DataError:
+        return None
+    return found if found.digest == mark.get("digest") else None
+
+
+def check_shards(shards: str, work: Place, sets: Sequence[str]) -> None:
+    """Looks whether a curation may write its shards there, and changes nothing.
+
+    Args:
+        shards: folder for them.
+        work: folder of the curation.
+        sets: addresses of the sets that are kept of, as `write_curated` opens them.
+
+    Raises:
+        DataError: as `write_curated` would, after all that comes before it.
+    """
+    source = source_of(sets)
+    inherited = check_unclaimed(shards, Owner(source, public(work)))
+    named, own = _owned(shards, work, source)
+    check_replaceable(shards, named, own=own or inherited)
+
+
+def source_of(sets: Sequence[str]) -> str:
+    """What stands in the manifest of shards that are curated from sets at these addresses."""
+    return MARK + ", ".join(map(public, sets))
+
+
+def _owned(shards: str, work: Place, source: str) -> tuple[str, bool]:
+    """The source that the old shards may be of, and whether this curation was writing them.
+
+    Raises:
+        DataError: no curation wrote what is there.
+    """
+    fs, folder = resolve_uri(shards)
+    about = read_mark(fs, f"{folder}/{MANIFEST}")
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    made_here = mark.get("shards") == public(shards)
+    if about:
+        made_here = made_here and mark.get("digest") == about.get("digest")
+    there = [
+        i.base_name for i in list_files(fs, folder, recursive=False) if i.base_name[0] not in "._"
+    ]
+    theirs = str(about.get("source", MARK))
+    if not theirs.startswith(MARK) or (
+        there and not about and not unfinished(shards) and not exists(fs, f"{folder}/_key.json")
+    ):
+        raise DataError(
+            f"{public(shards)} holds something that no curation wrote",
+            "choose another curate.shards, or delete that folder first",
+        )
+    return theirs if made_here and about else source, made_here
+
+
+def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> None:
+    """Takes away older shards that may be replaced; what was begun under the same key stays.
+
+    Args:
+        held: the folder of the shards.
+        work: folder of the curation.
+        source: for the manifest.
+        key: of the curation.
+        step: key of the step that writes the shards.
+
+    Raises:
+        DataError: the folder holds files of others, or what another curation made of other sets.
+    """
+    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    named, own = _owned(held.uri, work, source)
+    old = replaceable(held, named, own=own)
+    held.begun = True
+    begun = read_mark(held.fs, f"{held.folder}/_key.json").get("key") == step
+    if begun and (held.inherited or mark.get("key") != key):
+        return
+    empty_step(str(held.uri), old)

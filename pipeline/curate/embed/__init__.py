@@ -1,0 +1,5 @@
+"""Images to unit vectors: descriptor, a run, weights, ONNX. Start at `embed.py`.
+
+In: shards and an `Embedder`. Out: one file of vectors for each input file.
+Imports: images, rows, steps, shards, storage, errors, uri; in functions model, evaluate, views.
+"""

@@ -1,0 +1,321 @@
+"""Pictures of a curation for MLflow: square grids, a row for each thing, its name first.
+
+uint8 [H, H, 3], white between the tiles. MLflow shows pictures in square cards, so a grid that is
+not square would be small.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from pipeline.curate.report.copies import Component, Member, Pair
+from pipeline.curate.report.read import Shown
+from pipeline.curate.report.sets import Match
+from pipeline.curate.report.summary import Summary
+from pipeline.curate.report.words import COLOURS, REMOVED, RGB, images, name_of, similarity, size
+from pipeline.report.gallery import Tile
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+CELL = 112  # side of a tile, pixels
+GAP = 4  # white between tiles, pixels
+BORDER = 5  # of a frame, pixels
+COLUMNS = 7  # the name and six tiles
+MOST_LINES = 12
+MAP_SIDE = 800  # pixels
+INK, BLANK = (29, 36, 48), (233, 236, 240)
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture (b"" where there is none) and the colour of its frame."""
+
+    jpeg: bytes
+    frame: Colour | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the grid."""
+
+    name: str
+    cells: Sequence[Cell]
+
+
+def pictures(summary: Summary) -> dict[str, Pixels]:
+    """Square grids by key; a key is there where it has something to show."""
+    lines = {
+        "removed": _removed(summary),
+        "copies": _copies(summary),
+        "borderline": _borderline(summary),
+        "leaks": _leaks(summary),
+        "seeds": _seeds(summary),
+        "clusters": _clusters(summary),
+    }
+    found = {name: square(some) for name, some in lines.items() if some}
+    if summary.map is not None:
+        found["map"] = _map(summary)
+    return found
+
+
+def square(lines: Sequence[Line]) -> Pixels:
+    """The grid: as many rows as columns at least, so white at the end of a few."""
+    count = max(COLUMNS, len(lines))
+    side = count * CELL + (count - 1) * GAP
+    sheet = Image.new("RGB", (side, side), (255, 255, 255))
+    for y, line in enumerate(lines):
+        sheet.paste(_words(line.name), (0, y * (CELL + GAP)))
+        for x, cell in enumerate(line.cells[: count - 1]):
+            sheet.paste(_cell(cell), ((x + 1) * (CELL + GAP), y * (CELL + GAP)))
+    return np.asarray(sheet)
+
+
+def _cell(cell: Cell) -> Image.Image:
+    tile = Image.new("RGB", (CELL, CELL), BLANK)
+    room = CELL - 2 * BORDER
+    if cell.jpeg:
+        try:
+            with Image.open(io.BytesIO(cell.jpeg)) as image:
+                small = ImageOps.contain(image.convert("RGB"), (room, room))
+        except OSError:
+            small = Image.new("RGB", (room, room), BLANK)
+        tile.paste(small, ((CELL - small.width) // 2, (CELL - small.height) // 2))
+    if cell.frame is not None:
+        ImageDraw.Draw(tile).rectangle((0, 0, CELL - 1, CELL - 1), outline=cell.frame, width=BORDER)
+    return tile
+
+
+def _words(text: str) -> Image.Image:
+    """Words in a white tile, broken into lines that fit."""
+    tile = Image.new("RGB", (CELL, CELL), (255, 255, 255))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(15)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= CELL - 4 or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 6:
+        lines = [*lines[:5], "…"]
+    draw.multiline_text((2, 2), "\n".join(lines), fill=INK, font=font, spacing=3)
+    return tile
+
+
+def _shown(summary: Summary, row: int, frame: Colour | None = None) -> Cell:
+    one = summary.shown.get(row)
+    return Cell(one.thumbnail if one else b"", frame)
+
+
+def _reason(summary: Summary, row: int) -> Colour:
+    one = summary.shown.get(row)
+    return RGB.get(one.reason if one else "", INK)
+
+
+def _removed(summary: Summary) -> list[Line]:
+    """Of each reason and rule a few, in the colour that the report gives the reason."""
+    counts = summary.counts
+    order = sorted(counts.samples.items(), key=lambda kv: (REMOVED.index(kv[0][0]), kv[0][1]))
+    return [
+        Line(
+            f"{name_of(reason)} {rule if len(rule) < 16 else ''} {counts.by_rule[reason, rule]:,}",
+            [_shown(summary, row, RGB[reason]) for row in rows],
+        )
+        for (reason, rule), rows in order
+        if any(summary.shown[row].thumbnail for row in rows if row in summary.shown)
+    ][:MOST_LINES]
+
+
+def _copies(summary: Summary) -> list[Line]:
+    parts = summary.components
+    if parts is None:
+        return []
+
+    def cells(one: Component) -> list[Cell]:
+        return [
+            _shown(summary, m.row, RGB["kept"] if m.keeper else _reason(summary, m.row))
+            for m in one.members[: COLUMNS - 1]
+        ]
+
+    chosen = {one.name: one for one in (*parts.largest[:3], *parts.chains[:2])}
+    lines = [Line(images(one.size), cells(one)) for one in chosen.values()]
+    row: list[Cell] = []  # small groups share one
+    for one in parts.random:
+        some = [] if one.name in chosen else cells(one)
+        if len(row) + len(some) > COLUMNS - 1:
+            lines.append(Line("by chance", row))
+            row = []
+        row += some
+    return [*lines, *([Line("by chance", row)] if row else [])][:COLUMNS]
+
+
+def _borderline(summary: Summary) -> list[Line]:
+    lines = []
+    for band in summary.edges.bands if summary.edges else ():
+        colour = RGB["duplicate_near"] if band.copies else RGB["undecodable"]
+        cells = [_shown(summary, row, colour) for p in band.pairs for row in (p.a, p.b)]
+        ends = f"{similarity(max(band.low, 0))} to {similarity(min(1, band.high))}"
+        words = "copies" if band.copies else "not copies"
+        lines.append(Line(f"{ends}: {words} {band.count:,} pairs", cells))
+    return lines
+
+
+def _leaks(summary: Summary) -> list[Line]:
+    lines = []
+    for leak in summary.leaks:
+        for what, matches in (("most alike", leak.top), ("least alike", leak.low)):
+            name = f"{leak.name}: {leak.leaked:,} leaked, {what}"
+            cells = _pairs(summary, matches, leak.pictures)
+            for start in range(0, len(cells), COLUMNS - 1):
+                lines.append(Line("" if start else name, cells[start : start + COLUMNS - 1]))
+    return lines[:MOST_LINES]
+
+
+def _pairs(summary: Summary, matches: Sequence[Match], known: Any) -> list[Cell]:
+    cells = []
+    for match in matches:
+        one: Shown | None = known.get(match.query)
+        cells.append(Cell(one.thumbnail if one else b"", RGB["leaks_evaluation"]))
+        cells.append(_shown(summary, match.row))
+    return cells
+
+
+def _seeds(summary: Summary) -> list[Line]:
+    lines = []
+    for part in summary.retrieved:
+        for matches in part.seeds:
+            one = part.pictures.get(matches[0].query)
+            seed = Cell(one.thumbnail if one else b"", RGB["not_retrieved"])
+            lines.append(Line(part.name, [seed, *(_shown(summary, m.row) for m in matches)]))
+    return lines[:COLUMNS]
+
+
+def _clusters(summary: Summary) -> list[Line]:
+    return [
+        Line(
+            f"{images(sheet.before)}, {sheet.after:,} chosen",
+            [_shown(summary, row, RGB["kept"] if yes else None) for row, yes in sheet.rows],
+        )
+        for sheet in (summary.clusters.sheets if summary.clusters else ())
+        if sheet.rows
+    ]
+
+
+def _map(summary: Summary) -> Pixels:
+    """Dots in the colours of the reasons; kept ones first, so that what goes is seen."""
+    assert summary.map is not None
+    sheet = Image.new("RGB", (MAP_SIDE, MAP_SIDE), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    places, reasons = summary.map.places, summary.map.reasons
+    radius = 2 if len(reasons) > 5000 else 3
+    order = sorted(range(len(reasons)), key=lambda i: reasons[i] != "kept")
+    room = MAP_SIDE - 40
+    for i in order:
+        x, y = 20 + room * places[i, 0], 20 + room * (1 - places[i, 1])
+        box = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(box, fill=RGB.get(reasons[i], INK))
+    return np.asarray(sheet)
+
+
+# ---- Images as tiles of a gallery: which picture, which frame, which words.
+
+
+KEEP, GONE, ASK, CHAIN = "keep", "gone", "ask", "chain"
+
+
+def tile(
+    summary: Summary,
+    row: int,
+    *more: str,
+    first: str | None = None,
+    frame: str = "",
+) -> Tile:
+    """A row of the pile: what became of it, then more lines.
+
+    Args:
+        summary: its `shown` holds the row.
+        row: its number.
+        more: lines below the first.
+        first: instead of its reason.
+        frame: of the tile.
+    """
+    one = summary.shown.get(row) or Shown(row=row, image_id="")
+    words = name_of(one.reason) if first is None else first
+    return Tile(
+        jpeg=one.thumbnail,
+        lines=tuple(line for line in (words, *more) if line),
+        alt=f"image {one.image_id[:8]}… from {one.source or 'an unknown source'}: {words}",
+        frame=frame,
+        tip=_tip(one),
+        colour=COLOURS.get(one.reason, "var(--c6)"),
+    )
+
+
+def other(one: Shown | None, query: bytes, words: str) -> Tile:
+    """An image of an evaluation or seed set, with a dashed frame."""
+    shown = one or Shown(row=-1, image_id=query.hex())
+    return Tile(
+        jpeg=shown.thumbnail,
+        lines=(words, f"{query.hex()[:8]}…"),
+        alt=f"{words}, image {query.hex()[:8]}…",
+        frame=ASK,
+        tip=_tip(shown),
+    )
+
+
+def pair_tiles(summary: Summary, pair: Pair) -> tuple[Tile, Tile]:
+    """Both images of a pair."""
+    left, right = tile(summary, pair.a), tile(summary, pair.b)
+    return left, right
+
+
+def member_tile(summary: Summary, member: Member) -> Tile:
+    """An image of a component: its similarity to the keeper, and what became of it."""
+    if member.keeper:
+        return keeper_tile(summary, member.row)
+    more = "chain" if member.chained else ""
+    frame = CHAIN if member.chained else ""
+    return tile(summary, member.row, more, first=_like(summary, member), frame=frame)
+
+
+def keeper_tile(summary: Summary, row: int) -> Tile:
+    """The image that stays of copies; a later stage may have taken it all the same."""
+    one = summary.shown.get(row)
+    after = "" if one is None or one.reason == "kept" else f"but {name_of(one.reason)}"
+    return tile(summary, row, after, first="keeper", frame=KEEP)
+
+
+def component_text(component: Component) -> str:
+    """How many images, and how many of them are not shown."""
+    left = component.size - len(component.members)
+    more = f", {left:,} more {'is' if left == 1 else 'are'} not shown" if left > 0 else ""
+    return f"{component.size:,} images{more}"
+
+
+def match_tiles(summary: Summary, match: Match, other_words: str, one: Shown | None) -> list[Tile]:
+    """The image of the other set, then the row that matches it."""
+    return [other(one, match.query, other_words), tile(summary, match.row, first="in the pile")]
+
+
+def _like(summary: Summary, member: Member) -> str:
+    one = summary.shown.get(member.row)
+    reason = one.reason if one else ""
+    words = f"{similarity(member.similarity)} alike"
+    return words if reason in ("", "duplicate_near") else f"{words}, {name_of(reason)}"
+
+
+def _tip(one: Shown) -> str:
+    parts = [one.path or one.source, one.image_id]
+    if one.width:
+        parts.append(f"{one.width:,} x {one.height:,} pixels, {size(one.encoded_bytes)}")
+    if one.error:
+        parts.append(one.error)
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,247 @@
+"""Reads the tables of a curation for its report: file by file, by columns, a few rows of each kept.
+
+A sample of m is the m rows with the smallest hash of (seed, image id): it does not depend on the
+order of files or rows, and a sample of any size fits in memory whatever the tables hold.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.curate.rows.tables import ids_of, read_table
+from pipeline.errors import DataError, one_line
+from pipeline.storage.places import list_files, resolve_uri
+from pipeline.uri import Place, join, public
+from pipeline.views.draws import uniforms
+
+NAMES = (
+    "fingerprint",
+    "quality",
+    "exact",
+    "edges",
+    "looks",
+    "components",
+    "leaks",
+    "retrieved",
+    "balanced",
+    "decisions",
+)
+STREAM = 7_001  # keeps these hashes apart from others of the same seed
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image that the report shows, as its decision and its fingerprint say it.
+
+    Attributes:
+        source: which input, and the top folder in it.
+        path: path or URL that it came from.
+        thumbnail: JPEG, or b"".
+        error: why it cannot be decoded, or "".
+        encoded_bytes: of the file.
+    """
+
+    row: int
+    image_id: str
+    reason: str = ""
+    rule: str = ""
+    score: float | None = None
+    similarity: float | None = None
+    source: str = ""
+    path: str = ""
+    width: int = 0
+    height: int = 0
+    encoded_bytes: int = 0
+    error: str = ""
+    thumbnail: bytes = field(default=b"", repr=False)
+
+
+class Smallest:
+    """Keeps the `size` items with the smallest draw; equal draws are ordered by the item."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._kept: list[tuple[float, tuple[Any, ...]]] = []
+        self._limit = np.inf
+
+    def offer(self, draws: Floats, item: Callable[[int], tuple[Any, ...]]) -> None:
+        """Takes those that are small enough; `item` gives the one at a place of the draws."""
+        places = np.flatnonzero(draws <= self._limit)
+        if len(places) > self.size:
+            last = np.partition(draws[places], self.size - 1)[self.size - 1]
+            places = places[draws[places] <= last]
+        self._kept += [(float(draws[place]), item(int(place))) for place in places]
+        if len(self._kept) > 4 * self.size:
+            self._cut()
+
+    def items(self) -> list[Any]:
+        """What was kept, smallest first."""
+        self._cut()
+        return [item for _, item in self._kept]
+
+    def _cut(self) -> None:
+        self._kept.sort()
+        del self._kept[self.size :]
+        if len(self._kept) == self.size:
+            self._limit = self._kept[-1][0] if self.size else -1.0
+
+
+def draws(ids: Bytes, seed: int) -> Floats:
+    """A number in [0, 1) for each id [n, 16]: the hash that samples are taken by."""
+    return uniforms(seed, 0, ids, 1, STREAM)[:, 0] if len(ids) else np.zeros(0)
+
+
+def value_draws(values: Floats, seed: int) -> Floats:
+    """A number in [0, 1) for each value, by its bits.
+
+    Pairs have no id, but their similarities are exact, so they are the same for any order of work.
+    """
+    ids = np.zeros((len(values), 2), "<u8")
+    ids[:, 0] = np.ascontiguousarray(values, np.float64).view("<u8")
+    return draws(ids.view(np.uint8), seed)
+
+
+def hex_ids(column: pa.ChunkedArray) -> Bytes:
+    """A column of ids in hexadecimal as uint8 [rows, 16]."""
+    text = "".join(column.to_pylist())
+    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 16)
+
+
+class Tables:
+    """The folders of tables that there are, and which rows each file holds."""
+
+    def __init__(self, root: Place, folders: Mapping[str, str] | None = None) -> None:
+        """Takes the given folders by name, or those of NAMES that are below the root."""
+        given = folders or {name: str(join(root, name)) for name in NAMES}
+        unknown = sorted(set(given) - set(NAMES))
+        if unknown:
+            raise DataError(
+                f"no table is called {', '.join(unknown)}", f"tables are {', '.join(NAMES)}"
+            )
+        listed = {name: parquet_names(folder) for name, folder in given.items()}
+        self.folders = {name: given[name] for name, files in listed.items() if files}
+        self.files = {name: files for name, files in listed.items() if files}
+        self.first: dict[str, int] = {}  # row of each file of decisions
+        self.rows: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.folders
+
+    def read(self, name: str, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Each file of a table, by its name."""
+        for file in self.files.get(name, ()):
+            yield file, read_table(self.folders[name], file, columns)
+
+    def counted(self, name: str) -> int:
+        """Rows of a table, by the ends of its files."""
+        total = 0
+        for file in self.files.get(name, ()):
+            place = str(join(self.folders[name], f"{file}.parquet"))
+            fs, path = resolve_uri(place)
+            try:
+                total += int(pq.read_metadata(path, filesystem=fs).num_rows)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{public(place)} cannot be read: {one_line(error)}",
+                    "delete its folder and run again",
+                ) from error
+        return total
+
+    def by_file(self, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
+        """Rows in the files of decisions that hold them; needs `first`, see report_counts."""
+        names = sorted(self.first, key=lambda name: self.first[name])
+        starts = [self.first[name] for name in names]
+        for place, rows_there in groupby(sorted(set(rows)), lambda r: bisect_right(starts, r) - 1):
+            if place >= 0:
+                yield names[place], list(rows_there)
+
+    def shown(self, rows: Iterable[int]) -> dict[int, Shown]:
+        """What the report shows of rows: decisions, and fingerprints where they are."""
+        found: dict[int, Shown] = {}
+        wanted = ["row", "image_id", "reason", "rule", "score", "similarity", "source"]
+        for file, mine in self.by_file(rows):
+            table = self._rows_of("decisions", file, wanted, mine)
+            prints = {one["row"]: one for one in self._prints(file, mine)}
+            for one in table.to_pylist():
+                more = prints.get(one["row"], {})
+                found[one["row"]] = Shown(
+                    **{k: v for k, v in one.items() if k not in ("reason", "rule", "source")},
+                    reason=one["reason"] or "",
+                    rule=one["rule"] or "",
+                    source=one["source"] or "",
+                    **_picture(more),
+                )
+        return found
+
+    def _prints(self, file: str, rows: Sequence[int]) -> list[dict[str, Any]]:
+        if file not in self.files.get("fingerprint", ()):
+            return []
+        columns = ["row", "source", "bytes", "width", "height", "error", "thumbnail"]
+        found: list[dict[str, Any]] = self._rows_of("fingerprint", file, columns, rows).to_pylist()
+        return found
+
+    def _rows_of(
+        self, name: str, file: str, columns: Sequence[str], rows: Sequence[int]
+    ) -> pa.Table:
+        table = read_table(self.folders[name], file, columns)
+        return table.filter(pc.is_in(table["row"], pa.array(list(rows), pa.int64())))
+
+    def column_of(self, name: str, rows: Iterable[int], column: str) -> dict[int, Any]:
+        """One column of a table whose files are called as those of decisions, for a few rows."""
+        found: dict[int, Any] = {}
+        for file, mine in self.by_file(rows):
+            if file in self.files.get(name, ()):
+                table = self._rows_of(name, file, ["row", column], mine)
+                found |= dict(zip(table["row"].to_pylist(), table[column].to_pylist(), strict=True))
+        return found
+
+
+def parquet_names(folder: str) -> tuple[str, ...]:
+    """Names of the parquet files in a folder, sorted, without their ending."""
+    fs, path = resolve_uri(folder)
+    found = [info.base_name for info in list_files(fs, path, recursive=False)]
+    kept = [name for name in found if name.endswith(".parquet") and name[0] not in "._"]
+    return tuple(sorted(name.removesuffix(".parquet") for name in kept))
+
+
+def pictures_of(folder: str, ids: Iterable[bytes]) -> dict[bytes, Shown]:
+    """Images of another set by id, from a folder of its fingerprints."""
+    wanted = sorted(set(ids))
+    found: dict[bytes, Shown] = {}
+    columns = ["row", "image_id", "source", "bytes", "width", "height", "error", "thumbnail"]
+    for file in parquet_names(folder) if wanted else ():
+        table = read_table(folder, file, ["image_id"])
+        chosen = pc.is_in(table["image_id"], pa.array(wanted, pa.binary(16)))
+        if pc.any(chosen).as_py():
+            for one in read_table(folder, file, columns).filter(chosen).to_pylist():
+                name = one["image_id"]
+                found.setdefault(name, Shown(row=one["row"], image_id=name.hex(), **_picture(one)))
+    return found
+
+
+def _picture(one: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "path": one.get("source") or "",
+        "width": one.get("width") or 0,
+        "height": one.get("height") or 0,
+        "encoded_bytes": one.get("bytes") or 0,
+        "error": one.get("error") or "",
+        "thumbnail": one.get("thumbnail") or b"",
+    }
+
+
+def ids(column: pa.ChunkedArray) -> Bytes:
+    """A column of ids, as bytes or in hexadecimal, as uint8 [rows, 16]."""
+    return hex_ids(column) if pa.types.is_string(column.type) else ids_of(column)

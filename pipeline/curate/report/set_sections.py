@@ -1,0 +1,280 @@
+"""Sections of the report about other sets: evaluation images in the pile, and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.curate.report.clusters import Level, ranked
+from pipeline.curate.report.map import GRID, Mosaic
+from pipeline.curate.report.pictures import KEEP, match_tiles, other, tile
+from pipeline.curate.report.sets import BINS, Leaks, Match, Retrieved
+from pipeline.curate.report.summary import Summary
+from pipeline.curate.report.words import COLOURS, images, name_of, seconds, share, similarity, size
+from pipeline.curate.rows.tables import REASONS
+from pipeline.report.charts import Bar, Bars, Curve, Histogram, Points
+from pipeline.report.gallery import Gallery, Group, Heading
+from pipeline.report.page import Section, Table
+from pipeline.report.plane import Mark
+
+
+def leak_sections(summary: Summary) -> list[Section]:
+    """Per evaluation set: how much of it is in the pile, and which images."""
+    if not summary.leaks:
+        return []
+    removed = summary.counts.reasons["leaks_evaluation"]
+    direct = sum(leak.rows for leak in summary.leaks)
+    text = (
+        f"{images(removed)} {'is' if removed == 1 else 'are'} left out because models are tested "
+        "with a copy of them."
+        if removed
+        else "No image of the pile is a copy of an image that models are tested with."
+    )
+    rules = summary.counts.by_rule
+    sets = summary.leaks
+    columns: Mapping[str, Sequence[Any]] = {
+        "evaluation set": [leak.name for leak in sets],
+        "its images": [leak.images or "–" for leak in sets],
+        "of them in the pile": [leak.leaked for leak in sets],
+        "share": [share(leak.leaked, leak.images) for leak in sets],
+        "images of the pile that match it best": [leak.rows for leak in sets],
+        "left out for it": [rules.get(("leaks_evaluation", leak.name), 0) for leak in sets],
+    }
+    found: list[Section] = [Heading("Evaluation images in the pile", text)]
+    found.append(Table(columns, "By evaluation set"))
+    if removed > direct:
+        more = removed - direct
+        found[0] = Heading(
+            "Evaluation images in the pile",
+            f"{text} {direct:,} of them match themselves, {more:,} belong to a group of copies "
+            "in which another one does.",
+        )
+    for leak in sets:
+        if leak.rows:
+            found += _leak(summary, leak)
+    return found
+
+
+def _leak(summary: Summary, leak: Leaks) -> list[Section]:
+    def groups(matches: tuple[Match, ...]) -> list[Group]:
+        return [
+            Group(
+                match_tiles(summary, match, leak.name, leak.pictures.get(match.query)),
+                below=f"{similarity(match.similarity)} alike",
+                close=True,
+            )
+            for match in matches
+        ]
+
+    text = "Dashed frame: the image of the evaluation set; beside it the image of the pile."
+    found: list[Section] = [
+        Gallery(groups(leak.top), f"{leak.name}: the most alike", text, flow=True)
+    ]
+    if leak.low:
+        words = "If these are different images, the threshold is too low."
+        title = f"{leak.name}: the least alike that still count"
+        found.append(Gallery(groups(leak.low), title, words, flow=True, wide=False))
+    if leak.low:
+        limit = summary.leak_threshold
+        marks = (Mark(limit, f"threshold {similarity(limit)}"),) if limit is not None else ()
+        found.append(_histogram(leak.counts, f"{leak.name}: how alike the matches are", marks))
+    return found
+
+
+def seed_sections(summary: Summary) -> list[Section]:
+    """Per seed set: what it asked for and got."""
+    if not summary.retrieved:
+        return []
+    sets = summary.retrieved
+    gone = summary.counts.reasons["not_retrieved"]
+    columns: Mapping[str, Sequence[Any]] = {
+        "seed set": [one.name for one in sets],
+        "by": [one.part or "–" for one in sets],
+        "seed images": [one.images or "–" for one in sets],
+        "asked for": [one.asked for one in sets],
+        "images delivered": [one.rows for one in sets],
+        "collisions": [one.collisions for one in sets],
+        "share of collisions": [share(one.collisions, one.asked) for one in sets],
+        "clusters": [one.clusters or "–" for one in sets],
+    }
+    text = (
+        "A collision is an image that several seed images ask for; it is taken once. "
+        f"{images(gone)} that no seed asked for {'is' if gone == 1 else 'are'} left out."
+    )
+    found: list[Section] = [Heading("Images like the seed sets", text), Table(columns)]
+    for one in sets:
+        if one.rows:
+            found += _seeds(summary, one)
+    rows = [
+        row
+        for (reason, _), some in summary.counts.samples.items()
+        if reason == "not_retrieved"
+        for row in some
+    ]
+    if rows:
+        left = Group(
+            [tile(summary, row, first=f"{summary.shown[row].image_id[:8]}…") for row in rows]
+        )
+        found.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
+    return found
+
+
+def _seeds(summary: Summary, one: Retrieved) -> list[Section]:
+    groups = []
+    for matches in one.seeds:
+        query = matches[0].query
+        tiles = [other(one.pictures.get(query), query, "seed image")]
+        tiles += [tile(summary, m.row, first=f"{similarity(m.similarity)} alike") for m in matches]
+        groups.append(Group(tiles))
+    title = f"{one.name}: seed images and what came for them"
+    text = "Seed images by chance (dashed frame), each with the most alike of its images."
+    return [
+        Gallery(groups, title, text),
+        _histogram(one.counts, f"{one.name}: how alike what came is", ()),
+    ]
+
+
+def _histogram(counts: tuple[int, ...], title: str, marks: tuple[Mark, ...]) -> Section:
+    used = [i for i, n in enumerate(counts) if n]
+    first, last = max(0, used[0] - 2), min(BINS, used[-1] + 3)
+    step = 2 / BINS
+    ends = [round(-1 + step * i, 9) for i in range(first, last + 1)]
+    if marks and marks[0].value < ends[0]:
+        first = int((marks[0].value + 1) / step)
+        ends = [round(-1 + step * i, 9) for i in range(first, last + 1)]
+    return Histogram(
+        ends,
+        counts[first:last],
+        title,
+        x_label="similarity",
+        marks=marks,
+        colours=(COLOURS["leaks_evaluation"],) * 2 if marks else (COLOURS["not_retrieved"],) * 2,
+    )
+
+
+# ---- Sections of the report about the whole: clusters, the map, and what it cost.
+
+
+def cluster_sections(summary: Summary) -> list[Section]:
+    """Sizes of the clusters before and after, and pictures of a few."""
+    parts = summary.clusters
+    if parts is None or not parts.considered:
+        return []
+    levels = [("clusters of the top level", parts.tops), ("finest clusters", parts.leaves)]
+    if parts.tops.clusters == parts.leaves.clusters and (
+        parts.tops.before.tolist() == parts.leaves.before.tolist()
+    ):
+        levels = levels[1:]
+    text = (
+        f"{parts.chosen:,} of {images(parts.considered)} are chosen, so that large clusters do not "
+        "drown small ones. The effective number is how many clusters of equal size would be as "
+        "diverse; higher is more even."
+    )
+    columns: Mapping[str, Sequence[Any]] = {
+        "": [name for name, _ in levels],
+        "clusters": [level.clusters for _, level in levels],
+        "effective before": [round(level.effective_before, 1) for _, level in levels],
+        "effective after": [round(level.effective_after, 1) for _, level in levels],
+        "largest before": [_largest(level.before) for _, level in levels],
+        "largest after": [_largest(level.after) for _, level in levels],
+        "left unsampled": [level.unsampled for _, level in levels],
+    }
+    found: list[Section] = [Heading("Balance between concepts", text), Table(columns)]
+    found += [_ranks(name, level) for name, level in levels]
+    groups = [
+        Group(
+            [
+                tile(summary, row, first="chosen" if yes else "not chosen", frame=KEEP * yes)
+                for row, yes in sheet.rows
+            ],
+            f"{images(sheet.before)}, {sheet.after:,} chosen",
+        )
+        for sheet in parts.sheets
+        if sheet.rows
+    ]
+    words = "From the largest to the smallest; images by chance. A cluster should show one thing."
+    found.append(Gallery(groups, "A few clusters of the top level", words))
+    return found
+
+
+def _ranks(name: str, level: Level) -> Section:
+    return Curve(
+        {"before": ranked(level.before), "after": ranked(level.after)},
+        f"Sizes of the {name}",
+        "From the largest cluster to the smallest, both axes logarithmic. A flat line is an even "
+        "sample.",
+        x_label="rank of the cluster",
+        y_label="images",
+        x_log=True,
+        y_log=True,
+        colours={"before": "var(--c6)", "after": COLOURS["kept"]},
+    )
+
+
+def _largest(sizes: object) -> str:
+    numbers = list(sizes)  # type: ignore[call-overload]
+    return f"{numbers[0]:,} ({share(numbers[0], sum(numbers))})" if numbers else "–"
+
+
+def map_sections(summary: Summary) -> list[Section]:
+    """Where the images lie that go and those that stay, and what is there to see."""
+    found = summary.map
+    if found is None:
+        return []
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for reason in REASONS:
+        mine = [i for i, one in enumerate(found.reasons) if one == reason]
+        if mine:
+            groups[name_of(reason)] = [tuple(found.places[i]) for i in mine]  # type: ignore[misc]
+    colours = {name_of(reason): COLOURS[reason] for reason in REASONS}
+    how = (
+        f"the two main directions of their vectors ({found.method}), which hold "
+        f"{share(found.explained, 1)} of their differences"
+        if found.explained
+        else found.method
+    )
+    text = (
+        f"{images(len(found.rows))} by chance, laid out by {how}. Images that look alike are close "
+        "to one another."
+    )
+    pictures = [(x, y, summary.shown[row]) for x, y, row in found.pictures if row in summary.shown]
+    return [
+        Heading("Map", text),
+        Points(groups, colours, "What became of images, by place"),
+        Mosaic(
+            pictures,
+            GRID,
+            "What is there",
+            "One image of each place. Faded ones are left out.",
+        ),
+    ]
+
+
+def cost_sections(summary: Summary) -> list[Section]:
+    """Time, memory and bytes of each step."""
+    costs = summary.costs
+    if not costs:
+        return []
+    wall, cpu = sum(c.seconds for c in costs), sum(c.cpu_s for c in costs)
+    columns: Mapping[str, Sequence[Any]] = {
+        "step": [c.step for c in costs],
+        "wall time, this run": [seconds(c.seconds) for c in costs],
+        "CPU time": [seconds(c.cpu_s) for c in costs],
+        "rows": [c.rows for c in costs],
+        "rows/s of CPU": [f"{c.rows_per_s:,.0f}" if c.rows_per_s else "–" for c in costs],
+        "written": [size(c.bytes) for c in costs],
+        "peak memory": [size(c.peak_bytes) if c.peak_bytes else "–" for c in costs],
+        "tasks": [c.tasks for c in costs],
+        "reused": [c.reused for c in costs],
+    }
+    reused = sum(c.reused for c in costs)
+    text = (
+        f"{seconds(wall)} of this run, {seconds(cpu)} of CPU time in all; {reused:,} of "
+        f"{sum(c.tasks for c in costs):,} tasks were finished before and used again."
+    )
+    bars = [Bar(c.step, ((c.cpu_s, "var(--c0)"),), seconds(c.cpu_s)) for c in costs]
+    return [
+        Heading("What it cost", text),
+        Bars(bars, "CPU time of each step"),
+        Table(columns, "Steps"),
+    ]

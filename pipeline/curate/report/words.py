@@ -1,0 +1,167 @@
+"""Plain words of the report: what each reason, rule and table is called, and how numbers look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.curate.rows.tables import REASONS
+
+REMOVED = tuple(reason for reason in REASONS if reason != "kept")
+# Where images go, in the order of precedence of their reasons.
+STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("can be read", ("undecodable",)),
+    ("pass the quality rules", ("too_small", "aspect", "flat")),
+    ("are not the same file twice", ("duplicate_bytes",)),
+    ("are in no evaluation set", ("leaks_evaluation",)),
+    ("are not copies of one another", ("duplicate_near",)),
+    ("are like a seed image", ("not_retrieved",)),
+    ("are in the balanced sample", ("balanced_out",)),
+)
+NAMES = {
+    "kept": "kept",
+    "undecodable": "cannot be read",
+    "too_small": "too small",
+    "aspect": "too long and thin",
+    "flat": "almost nothing to see",
+    "duplicate_bytes": "same file again",
+    "duplicate_near": "copy of another image",
+    "leaks_evaluation": "in an evaluation set",
+    "not_retrieved": "like no seed image",
+    "balanced_out": "too many of its kind",
+}
+PHRASES = {
+    "undecodable": "cannot be read",
+    "too_small": "are too small",
+    "aspect": "are too long and thin",
+    "flat": "show almost nothing",
+    "duplicate_bytes": "are files that come twice",
+    "duplicate_near": "are copies of another image",
+    "leaks_evaluation": "are in an evaluation set",
+    "not_retrieved": "are like no seed image",
+    "balanced_out": "are too many of their kind",
+}
+SINGULAR = {"are": "is", "show": "shows"}
+MEANING = {
+    "kept": "Goes into the curated set.",
+    "undecodable": "The file is broken, empty or no image.",
+    "too_small": "Its shorter side has too few pixels.",
+    "aspect": "Its long side is too many times the short one, as of a banner or a ruler.",
+    "flat": "One colour, a gradient, noise alone, too little contrast, too dark, too bright or "
+    "blurred, and no clear edges as logos and charts have them. The rule says it.",
+    "duplicate_bytes": "Byte for byte the same as an image that is kept.",
+    "duplicate_near": "Shows the same picture as one that is kept: saved again, resized, cropped, "
+    "mirrored or recoloured. The best one of each group stays.",
+    "leaks_evaluation": "A copy of an image that models are tested with. Training on it would make "
+    "results look better than they are.",
+    "not_retrieved": "No image of the seed sets asked for it.",
+    "balanced_out": "Its cluster is large and had its share, so that rare things count too.",
+}
+COLOURS = {
+    "kept": "var(--good)",
+    "undecodable": "var(--c6)",
+    "too_small": "var(--c7)",
+    "aspect": "var(--c8)",
+    "flat": "var(--c4)",
+    "duplicate_bytes": "var(--c3)",
+    "duplicate_near": "var(--c0)",
+    "leaks_evaluation": "var(--c5)",
+    "not_retrieved": "var(--c1)",
+    "balanced_out": "var(--c9)",
+}
+# The same in pictures, as a light page has them.
+RGB = {
+    "kept": (43, 138, 87),
+    "undecodable": (107, 114, 128),
+    "too_small": (143, 90, 60),
+    "aspect": (15, 127, 134),
+    "flat": (184, 134, 11),
+    "duplicate_bytes": (138, 75, 184),
+    "duplicate_near": (37, 99, 201),
+    "leaks_evaluation": (194, 59, 95),
+    "not_retrieved": (217, 98, 43),
+    "balanced_out": (85, 102, 168),
+}
+RULES = {
+    "min_side": "shorter side, pixels",
+    "max_aspect": "long over short side",
+    "min_entropy": "entropy of the brightness, bits",
+    "min_contrast": "contrast, of 255",
+    "min_brightness": "brightest 5 %, of 255",
+    "max_brightness": "darkest 5 %, of 255",
+    "min_sharpness": "sharpness",
+}
+
+
+def name_of(reason: str) -> str:
+    """A reason in plain words; one that is not known stays as it is."""
+    return NAMES.get(reason, reason)
+
+
+def count(number: float) -> str:
+    """12,345."""
+    return f"{int(number):,}"
+
+
+def phrase(number: int, reason: str) -> str:
+    """1 is too small, 12 are too small."""
+    words = PHRASES[reason]
+    if number == 1:
+        first, _, rest = words.partition(" ")
+        words = f"{SINGULAR.get(first, first)} {rest}"
+        words = words.replace("is files that come", "is a file that comes")
+        words = words.replace("is copies of", "is a copy of").replace("their kind", "its kind")
+    return f"{number:,} {words}"
+
+
+def images(number: int) -> str:
+    """1 image, 12,345 images."""
+    return f"{number:,} image" + ("" if number == 1 else "s")
+
+
+def share(part: float, whole: float) -> str:
+    """12.3 %; "–" of nothing. Never 0 % or 100 % of what is not none or all."""
+    if not whole:
+        return "–"
+    percent = 100 * part / whole
+    if 0 < percent < 0.1:
+        return "< 0.1\u00a0%"
+    if 99.9 < percent < 100:
+        return "> 99.9\u00a0%"
+    return f"{percent:.1f}\u00a0%" if percent < 99.95 and percent else f"{percent:.0f}\u00a0%"
+
+
+def size(number: float) -> str:
+    """1.2 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def seconds(number: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if number < 10:
+        return f"{number:.1f} s"
+    whole = round(number)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def similarity(number: float) -> str:
+    """0.953; 1.000 only where it is one."""
+    number = min(number, 1.0)  # unit vectors in half precision come to 1.0001
+    return f"{number:.3f}" if number >= 1 or number < 0.9995 else "> 0.999"
+
+
+def listed(parts: list[str]) -> str:
+    """A, b and c."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def largest(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """What is above zero, largest first, equal ones by name."""
+    return sorted(((k, v) for k, v in counts.items() if v), key=lambda kv: (-kv[1], kv[0]))

@@ -1,0 +1,90 @@
+"""What is known of the rows of one file, and the tables of the steps that say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.curate.rows.tables import REASONS, InputFile
+
+CODE = {reason: code for code, reason in enumerate(REASONS)}
+KEPT = CODE["kept"]
+Bytes16 = np.ndarray[Any, np.dtype[np.uint8]]
+Objects = np.ndarray[Any, np.dtype[np.object_]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Folders of the steps that decisions are made from; empty where a step was left out."""
+
+    fingerprint: str
+    quality: str = ""
+    exact: str = ""
+    components: str = ""
+    leaks: str = ""
+    leaking: str = ""  # of `best_leaks`; given where leaks take their components with them
+    matches: tuple[str, ...] = ()  # with each earlier curation that images are added to
+    retrieved: str = ""
+    balanced: str = ""
+
+
+@dataclass
+class FileRows:
+    """What is known of the rows of one file; ids as bytes, None where there is none."""
+
+    file: InputFile
+    ids: Bytes16
+    code: np.ndarray[Any, np.dtype[np.int8]]
+    rule: Objects
+    keeper: Objects
+    query: Objects
+    component: Objects
+    part: Objects
+    similarity: np.ndarray[Any, np.dtype[np.float64]]
+    score: np.ndarray[Any, np.dtype[np.float64]]
+    cluster: np.ndarray[Any, np.dtype[np.int64]]
+    hits: np.ndarray[Any, np.dtype[np.int32]]
+
+    @classmethod
+    def of(cls, file: InputFile, ids: Bytes16) -> FileRows:
+        """Rows of which nothing is known: all are kept."""
+        n = len(ids)
+        return cls(
+            file,
+            ids,
+            code=np.zeros(n, np.int8),
+            rule=np.full(n, "", object),
+            keeper=np.full(n, None, object),
+            query=np.full(n, None, object),
+            component=np.full(n, None, object),
+            part=np.full(n, "", object),
+            similarity=np.full(n, np.nan),
+            score=np.full(n, np.nan),
+            cluster=np.full(n, -1, np.int64),
+            hits=np.zeros(n, np.int32),
+        )
+
+    def places(self, table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Where the rows of a step's table are in this file."""
+        found = table.column("row").to_numpy() - self.file.first
+        if len(found) and (
+            found[0] < 0 or found[-1] >= len(self.ids) or (np.diff(found) <= 0).any()
+        ):
+            raise RuntimeError(f"{name}/{self.file.name} has rows that are not of this file")
+        return np.asarray(found, np.int64)
+
+    def remove(self, places: Any, reason: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Gives rows that are still kept a reason; which of `places` were."""
+        fresh: np.ndarray[Any, np.dtype[np.bool_]] = self.code[places] == KEPT
+        self.code[places[fresh]] = CODE[reason]
+        return fresh
+
+
+def objects(ids: Bytes16) -> Objects:
+    """Ids as bytes, one object each."""
+    found = np.full(len(ids), None, object)
+    found[:] = [value.tobytes() for value in ids]
+    return found

@@ -1,0 +1,194 @@
+"""Packing, second half: a range of ids fetched from all runs, merged, and written as one shard."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from pipeline.images.value_range import FULL, ValueRange
+from pipeline.pack.sorted_runs import PackSpec
+from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, shard_metadata
+from pipeline.storage.places import file_info, resolve_uri, retries, with_retries
+from pipeline.storage.transfer import parquet_writer_atomic, read_bytes, write_bytes_atomic
+
+# A row group is read whole, by each window that touches it: a quarter of a window or less, so that
+# the ends of a window add little. 256 ordinary photos fit; larger images make shorter groups.
+ROW_GROUP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What all runs together decide: how many shards, and which class has which id."""
+
+    shards: int
+    class_names: tuple[str, ...]
+    name_ids: dict[str, int]  # of label columns that hold names
+    folder_ids: dict[str, int]  # empty where folders are not classes
+    label_ids: tuple[tuple[int, ...], ...]  # per list of names: id of its i-th name; () : as it is
+    labels: bool
+    value_range: ValueRange = FULL
+
+
+def shard_name(index: int) -> str:
+    """The file name of a shard."""
+    return f"part-{index:05d}.parquet"
+
+
+def id_range(index: int, shards: int) -> tuple[str, str]:
+    """First id of a shard and first id after it; "g" sorts after every hex digit."""
+    low, high = ((i << 128) // shards for i in (index, index + 1))
+    return f"{low:032x}", f"{high:032x}" if index + 1 < shards else "g"
+
+
+def shard_of(image_id: str, shards: int) -> int:
+    """The shard that an id belongs to: the inverse of `id_range`."""
+    return int(image_id, 16) * shards >> 128
+
+
+def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
+    """Write shard `index` and return (and store, last) its account; no rows, no file."""
+    before = retries()
+    work_fs, work = resolve_uri(spec.work)
+    fs, folder = resolve_uri(spec.shards)
+    runs = json.loads(read_bytes(work_fs, f"{work}/runs.json"))
+    low, high = id_range(index, merge.shards)
+    found = [_rows_of(work_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
+    rows, duplicates = _unique(pa.concat_tables(found))
+    account: dict[str, Any] = {
+        "index": index,
+        "name": shard_name(index),
+        "rows": rows.num_rows,
+        "duplicates": duplicates,
+        "row_groups": [],
+        "labelled": 0,
+        "bytes": 0,
+    }
+    digest = hashlib.blake2b(digest_size=16)
+    if rows.num_rows:
+        labels = _labels(rows, [run["names"] for run in runs], merge)
+        images = _Images(work_fs, [run["path"] for run in runs], rows)
+        schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
+        schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
+        path = f"{folder}/{account['name']}"
+        with parquet_writer_atomic(schema, fs, path) as writer:
+            for start, end in row_groups(rows.column("size").to_numpy(), spec.row_group_images):
+                part = rows.slice(start, end - start)
+                columns = {name: part.column(name) for name in part.column_names}
+                columns["image"] = images.take(start, end)
+                columns["label"] = pa.array(labels[start:end], pa.int64())
+                columns |= {f.name: part.column(f"extra:{f.name}") for f in spec.extras}
+                table = pa.table([columns[name] for name in schema.names], schema=schema)
+                writer.write_table(table, row_group_size=end - start)
+                account["row_groups"].append(end - start)
+        for name, label in zip(rows.column("image_id").to_pylist(), labels, strict=True):
+            digest.update(f"{name} {label}\n".encode())
+        account["labelled"] = sum(label is not None for label in labels)
+        account["bytes"] = file_info(fs, path).size
+    account["digest"] = digest.hexdigest()
+    account["retries"] = retries() - before
+    stored = json.dumps(account).encode()
+    write_bytes_atomic(stored, work_fs, f"{work}/shards/shard-{index:06d}.json")
+    return account
+
+
+def _rows_of(fs: pafs.FileSystem, path: str, run: int, low: str, high: str) -> pa.Table:
+    """The index rows of one run with low <= id < high."""
+
+    def read() -> pa.Table:
+        with pq.ParquetFile(fs.open_input_file(f"{path}.parquet")) as parquet:
+            groups = []
+            for group in range(parquet.metadata.num_row_groups):
+                stats = parquet.metadata.row_group(group).column(0).statistics
+                known = stats is not None and stats.has_min_max
+                if not known or (stats.max >= low and stats.min < high):
+                    groups.append(group)
+            return parquet.read_row_groups(groups)
+
+    table = with_retries(f"reading {path}.parquet", read)
+    ids = table.column("image_id")
+    table = table.filter(pc.and_(pc.greater_equal(ids, low), pc.less(ids, high)))
+    return table.append_column("run", pa.array(np.full(table.num_rows, run, np.int32)))
+
+
+def _unique(table: pa.Table) -> tuple[pa.Table, int]:
+    """Rows by id; of equal ids the one with the smallest source (then the first in the source)."""
+    if not table.num_rows:
+        return table, 0
+    keys = [(name, "ascending") for name in ("image_id", "source", "run", "offset")]
+    table = table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
+    ids = table.column("image_id").to_pylist()
+    first = [k == 0 or ids[k - 1] != ids[k] for k in range(len(ids))]
+    return table.filter(pa.array(first)).combine_chunks(), first.count(False)
+
+
+def _labels(rows: pa.Table, names: list[int], merge: Merge) -> list[int | None]:
+    if not merge.labels:
+        return [None] * rows.num_rows
+    found: list[int | None] = []
+    about = ("folder", "class_name", "label", "run")
+    columns = (rows.column(name).to_pylist() for name in about)
+    for folder, name, label, run in zip(*columns, strict=True):
+        if name is not None:
+            found.append(merge.name_ids[name])
+        elif label is None:
+            found.append(merge.folder_ids.get(folder))
+        else:
+            ids = merge.label_ids[names[run]] if names[run] >= 0 else ()
+            found.append(ids[label] if ids else label)
+    return found
+
+
+def row_groups(sizes: np.ndarray[Any, Any], rows: int) -> Iterator[tuple[int, int]]:
+    """First row and end of each row group: at most `rows` images, and ROW_GROUP_BYTES of them."""
+    start, held = 0, 0
+    for at, size in enumerate(sizes.tolist()):
+        if at > start and (at - start == rows or held + size > ROW_GROUP_BYTES):
+            yield start, at
+            start, held = at, 0
+        held += size
+    yield start, len(sizes)
+
+
+def _read_range(fs: pafs.FileSystem, path: str, low: int, high: int) -> pa.Buffer:
+    with fs.open_input_file(path) as file:
+        file.seek(low)
+        return file.read_buffer(high - low)
+
+
+class _Images:
+    """The encoded images of a shard's rows: one read per run, as ids of a range lie together."""
+
+    def __init__(self, fs: pafs.FileSystem, paths: list[str], rows: pa.Table) -> None:
+        self.run = rows.column("run").to_numpy()
+        self.offset = rows.column("offset").to_numpy()
+        self.size = rows.column("size").to_numpy()
+        self.blocks: dict[int, tuple[int, pa.Buffer]] = {}
+        for run in np.unique(self.run).tolist():
+            mine = self.run == run
+            low = int(self.offset[mine].min())
+            high = int((self.offset[mine] + self.size[mine]).max())
+            block = with_retries(
+                f"reading {paths[run]}.bin",
+                functools.partial(_read_range, fs, f"{paths[run]}.bin", low, high),
+            )
+            self.blocks[run] = low, block
+
+    def take(self, start: int, end: int) -> pa.Array:
+        found = []
+        for run, offset, size in zip(
+            *(values[start:end].tolist() for values in (self.run, self.offset, self.size)),
+            strict=True,
+        ):
+            low, block = self.blocks[run]
+            found.append(block.slice(offset - low, size).to_pybytes())
+        return pa.array(found, pa.binary())

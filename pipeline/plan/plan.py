@@ -1,0 +1,374 @@
+"""Everything that follows from a recipe, the data set and the machines, computed in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.config.config import Config
+from pipeline.config.load import field_paths
+from pipeline.errors import ConfigError, PlacementError, TrainError
+from pipeline.plan.layout import (
+    Arrangement,
+    Machine,
+    arrange,
+    feeder_share,
+    group_sizes,
+    no_room,
+    shown,
+    worker_share,
+)
+from pipeline.plan.nodes import Node, Share
+from pipeline.schedule import StepValues, cosine, linear
+
+CHUNK_BYTES = 72 * 2**20  # of crops in one Ray Data block: 128 images at the usual sizes
+ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
+WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
+
+# A resumed run may change these and nothing else: they do not touch what is learnt.
+MAY_CHANGE = (
+    "run.folder",
+    "data.source",
+    "data.shards",
+    "data.max_bad_fraction",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_last",
+    "train.max_restarts",
+    "train.workers",
+    "train.accumulation",
+    "train.compile",
+    # which images they chose is held by the digest of the shards
+    "curate.",
+    "quality.",
+    "dedup.",
+    "leaks.",
+    "retrieve.",
+    "balance.",
+    "mix.",
+    "evaluate.",
+    "export.",
+    "track.",
+    "resources.",
+)
+
+
+class Plan(BaseModel):
+    """A resolved run: the recipe and what was derived from it. Printed, logged and checkpointed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: Config
+    images: int
+    digest: str
+    layout: str = ""  # of the row groups: another one is another reading order
+    class_names: tuple[str, ...]
+    device: Literal["cpu", "cuda"]
+    workers: int  # of the first group; a later one may have another of the sizes
+    sizes: tuple[int, ...]  # numbers of workers that a group may have, ascending
+    steps: int
+    steps_per_pass: int
+    dropped_per_pass: int
+    worker_batch: int
+    micro_batch: int
+    accumulation: int  # micro batches of a worker in a step
+    chunk_images: int
+    window_images: int
+    lr: float
+    warmup_steps: int
+    freeze_last_layer_steps: int
+    temperature_warmup_steps: int
+    precision: Literal["float32", "bfloat16"]
+    precision_reason: str
+    compile: bool
+    eval_every: int
+    save_every: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    feeder_cpus: float
+    decode_cpus: float
+    decode_tasks: int
+    threads: int
+    value_range: Literal["full"] | tuple[float, float] | None = None  # of deep images; None: full
+    init: str = ""  # the very checkpoint or file that model.init meant when the run began
+    frozen_teacher: str = ""  # the same of distill.teacher
+
+    def at(self, step: int) -> StepValues:
+        """The scheduled values of one step (RECIPE section 6)."""
+        optim, teacher = self.config.optim, self.config.teacher
+        lr = cosine(step, self.lr, optim.min_lr, self.steps, warmup=self.warmup_steps)
+        return StepValues(
+            lr=lr,
+            weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, self.steps),
+            teacher_momentum=cosine(step, teacher.momentum, teacher.momentum_end, self.steps),
+            teacher_temperature=linear(
+                step, teacher.temperature, teacher.temperature_end, self.temperature_warmup_steps
+            ),
+            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+            backbone_lr=0.0 if step < self.config.train.freeze_backbone_steps else None,
+        )
+
+    def for_workers(self, workers: int) -> Plan:
+        """The plan of a group of another size: the same micro batches, dealt to other hands.
+
+        A step has the same micro batches whatever the size, so what is computed over a micro batch
+        (KoLeo, iBOT's centre) does not change with it.
+        """
+        accumulation = self.workers * self.accumulation // workers
+        return self.model_copy(
+            update={
+                "workers": workers,
+                "accumulation": accumulation,
+                "worker_batch": self.micro_batch * accumulation,
+            }
+        )
+
+    @property
+    def share(self) -> Share:
+        """What a training worker reserves."""
+        return Share(self.cpus_per_worker, self.gpus_per_worker)
+
+    def arranged_on(self, nodes: Sequence[Node], most: int | None = None) -> Arrangement | None:
+        """The largest group that these nodes have room for, and the decoders beside it.
+
+        Args:
+            nodes: what each node has, all of it.
+            most: workers at most.
+        """
+        for workers in reversed([n for n in self.sizes if most is None or n <= most]):
+            if found := arrange(self.config, nodes, workers, self.share, self.feeder_cpus):
+                return found
+        return None
+
+    def no_room_on(self, nodes: Sequence[Node]) -> PlacementError:
+        """What these nodes lack for the smallest group."""
+        machine = Machine(
+            cpus=int(sum(n.cpus for n in nodes)),
+            gpus=int(sum(n.gpus for n in nodes)),
+            bfloat16=False,
+            nodes=tuple(nodes),
+        )
+        return no_room(self.config, machine, self.sizes[0], self.share, self.feeder_cpus)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a global crop, height and width."""
+        side = self.config.augment.global_size // self.config.model.patch_size
+        return side, side
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the uint8 crops of one image."""
+        return view_bytes(self.config)
+
+    @property
+    def evaluation_size(self) -> int:
+        """Side of an evaluation image, pixels."""
+        return evaluation_size(self.config)
+
+
+def changes(earlier: Config, config: Config) -> tuple[list[str], list[str]]:
+    """Fields that differ from the config of a checkpoint: (may change, must not change)."""
+    allowed: list[str] = []
+    refused: list[str] = []
+    for path, _ in field_paths():
+        old, new = value_at(earlier, path), value_at(config, path)
+        if old != new:
+            may = any(path == p or (p.endswith(".") and path.startswith(p)) for p in MAY_CHANGE)
+            (allowed if may else refused).append(f"{path}: {old} -> {new}")
+    return allowed, refused
+
+
+def value_at(config: Config, path: str) -> object:
+    """The value of a dotted field."""
+    node: object = config
+    for name in path.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def plan_of(meta: Mapping[str, Any], place: object) -> Plan:
+    """The plan that a checkpoint's `meta.json` holds.
+
+    Raises:
+        TrainError: it holds none, or one that was edited.
+    """
+    try:
+        return Plan.model_validate(meta.get("plan"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in ("plan", *first["loc"]))
+        raise TrainError(
+            f"meta.json of {place} holds no plan of this version: {where}: {first['msg']}",
+            "put it back from a copy, or remove that checkpoint and use another one",
+        ) from error
+
+
+def resolve(
+    config: Config,
+    *,
+    images: int,
+    digest: str,
+    class_names: tuple[str, ...],
+    machine: Machine,
+    image_bytes: float = 0.0,
+    layout: str = "",
+    value_range: Literal["full"] | tuple[float, float] | None = None,
+) -> Plan:
+    """Turns passes into steps, scales the lr, picks workers, batch and precision.
+
+    Args:
+        config: the recipe.
+        images: of the set.
+        digest: of the set.
+        class_names: of the set.
+        machine: where it runs.
+        image_bytes: mean size of an encoded image; large ones make the shuffle window shorter.
+        layout: of the set's row groups, see `data.order.layout_of`.
+        value_range: that the set's images are decoded with, see `data.set_range`.
+
+    Raises:
+        ConfigError: where the numbers cannot work together, with all that is wrong.
+    """
+    optim, train = config.optim, config.train
+    problems: list[str] = []
+    batch = optim.global_batch_size
+    gpus = 0 if train.device == "cpu" else machine.gpus
+    per_worker = worker_share(config, gpus)
+    feeder_cpus = feeder_share(config, machine)
+    sizes = group_sizes(config, machine, gpus)
+    if not sizes:
+        problems.append(
+            f"optim.global_batch_size={batch} does not divide into train.workers="
+            f"{shown(train.workers)} x train.accumulation={train.accumulation}"
+        )
+    parts = (sizes[-1] if sizes else 1) * train.accumulation
+    share = max(1, batch // parts)
+    if images < batch:
+        problems.append(
+            f"optim.global_batch_size={batch} is more than the {images} images of the set; "
+            "a pass needs at least one step"
+        )
+    steps_per_pass = max(1, images // batch)
+    if optim.steps is None and optim.passes is None:
+        problems.append("optim.passes or optim.steps must say how long the run is")
+    steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
+    if train.freeze_backbone_steps >= steps:
+        problems.append(
+            f"train.freeze_backbone_steps={train.freeze_backbone_steps} freezes the backbone in "
+            f"all {steps} steps"
+        )
+    masked = int(2 * batch * config.loss.mask_probability)
+    if config.loss.ibot_weight and not config.distill.teacher and not masked:
+        problems.append(
+            f"loss.mask_probability={config.loss.mask_probability} of the {2 * batch} global crops "
+            "of a step are none: iBOT would have nothing to predict"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
+    found = None
+    for workers in reversed(sizes):
+        found = found or arrange(config, machine.rooms, workers, per_worker, feeder_cpus)
+    if found is None or (train.device == "cuda" and not gpus):
+        raise no_room(config, machine, sizes[0], per_worker, feeder_cpus)
+    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
+    precision, reason = _precision(config, machine, device)
+    window = window_of(config.data.shuffle_images, batch, image_bytes)
+    chunk = chunk_of(math.gcd(share, window), view_bytes(config), image_bytes)
+    accumulation = parts // found.workers
+    scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
+    return Plan(
+        config=config,
+        images=images,
+        digest=digest,
+        layout=layout,
+        value_range=value_range,
+        class_names=class_names,
+        device=device,
+        workers=found.workers,
+        sizes=sizes,
+        steps=steps,
+        steps_per_pass=steps_per_pass,
+        dropped_per_pass=images - steps_per_pass * batch,
+        worker_batch=share * accumulation,
+        micro_batch=share,
+        accumulation=accumulation,
+        chunk_images=chunk,
+        window_images=window,
+        lr=optim.lr * scale,
+        warmup_steps=round(optim.warmup * steps),
+        freeze_last_layer_steps=round(optim.freeze_last_layer * steps),
+        temperature_warmup_steps=round(config.teacher.temperature_warmup * steps),
+        precision=precision,
+        precision_reason=reason,
+        compile=device == "cuda" if train.compile == "auto" else train.compile,
+        eval_every=train.eval_every or max(1, math.ceil(steps / 10)),
+        save_every=train.save_every or max(1, math.ceil(steps / 20)),
+        cpus_per_worker=per_worker.cpus,
+        gpus_per_worker=per_worker.gpus,
+        feeder_cpus=found.feeder_cpus,
+        decode_cpus=found.decode_cpus,
+        decode_tasks=found.decode_tasks,
+        threads=found.threads,
+    )
+
+
+def evaluation_size(config: Config) -> int:
+    """Side of an evaluation image, pixels."""
+    return config.evaluate.image_size or config.augment.global_size
+
+
+def view_bytes(config: Config) -> int:
+    """Bytes of the uint8 crops of one image."""
+    augment = config.augment
+    return config.model.in_channels * (
+        2 * augment.global_size**2 + augment.local_crops * augment.local_size**2
+    )
+
+
+def _precision(
+    config: Config, machine: Machine, device: str
+) -> tuple[Literal["float32", "bfloat16"], str]:
+    asked = config.train.precision
+    if asked != "auto":
+        return asked, "asked for"
+    if device == "cuda" or machine.bfloat16:
+        return "bfloat16", f"the {device} has it"
+    return "float32", f"no fast bfloat16 on this {device}"
+
+
+def window_of(rows: int, batch: int, image_bytes: float) -> int:
+    """Images that are shuffled together: about `rows`, fewer where they are large.
+
+    The order of rows must not depend on the workers, so it is a multiple or a divisor of the global
+    batch.
+
+    Args:
+        rows: wanted.
+        batch: the global batch.
+        image_bytes: mean size of an encoded image; 0 where it is not known.
+    """
+    if image_bytes:
+        rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
+    return max(1, rows // batch) * batch if batch <= rows else divisor(batch, rows)
+
+
+def chunk_of(share: int, crop_bytes: int, image_bytes: float) -> int:
+    """Images of one block of crops: it divides `share` and is small on both sides of the decoding.
+
+    Args:
+        share: what it must divide: images of a worker's step, of a window.
+        crop_bytes: crops of one image.
+        image_bytes: mean size of an encoded image; 0 where it is not known.
+    """
+    encoded = int(ENCODED_BYTES // image_bytes) if image_bytes else share
+    return divisor(share, max(1, min(CHUNK_BYTES // crop_bytes, encoded)))
+
+
+def divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is not above `limit`."""
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)

@@ -1,0 +1,151 @@
+"""Lines and the stop wish between driver and workers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.driver.mailbox import (
+    Control,
+    InOrder,
+    RemoteLines,
+    Report,
+    Reports,
+    console,
+    reporting,
+)
+
+
+def test_lines_keep_their_order_and_level() -> None:
+    control = Control()
+    control.say(logging.INFO, "one")
+    control.say(logging.WARNING, "two")
+    assert control.listen(0) == [(logging.INFO, "one"), (logging.WARNING, "two")]
+    assert control.listen(0) == []
+
+
+def test_wait_wish_returns_when_asked() -> None:
+    control = Control()
+    answered: list[str] = []
+    waiter = threading.Thread(target=lambda: answered.append(control.wait_wish()), daemon=True)
+    waiter.start()
+    time.sleep(0.05)
+    assert not answered
+    control.stop()
+    waiter.join(5)
+    assert answered == ["stop"]
+
+
+def test_wishes_are_answered_once_and_stop_is_for_good() -> None:
+    control = Control()
+    assert control.wait_wish(0) == "" and control.answered() == -1
+    control.ask("save")
+    control.ask("move")  # the last one counts
+    assert control.wait_wish(0) == "move"
+    assert not control.answer("save", 3) and control.answered() == -1
+    assert control.answer("move", 4) and control.answered() == 4
+    assert control.wait_wish(0) == "" and not control.answer("move", 5)
+    control.ask("move")
+    assert control.answered() == -1
+    control.ask("")  # taken back
+    assert not control.answer("move", 6)
+    control.stop()
+    control.ask("move")
+    control.ask("")
+    assert control.wait_wish(0) == "stop"
+    assert control.answer("stop", 7) and control.wait_wish(0) == "stop"
+
+
+def test_a_workers_log_reaches_the_drivers(ray_cluster: None) -> None:
+    actor = ray.remote(Control).options(num_cpus=0, max_concurrency=4).remote()
+    seen: list[tuple[int, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.levelno, record.getMessage()))
+
+    driver = logging.getLogger("test.driver")
+    driver.setLevel(logging.INFO)
+    driver.propagate = False
+    driver.addHandler(Keep())
+
+    @ray.remote(num_cpus=0)
+    def work(control: Control) -> None:
+        log = logging.getLogger("test.worker")
+        log.setLevel(logging.INFO)
+        log.handlers[:] = [RemoteLines(control)]
+        log.info("step %d", 1)
+        log.error("step %d", 2)
+
+    with console(actor, driver):
+        ray.get(work.remote(actor))
+        ray.get(actor.listen.remote(0.0))  # whatever is said before is in the queue by now
+        deadline = time.monotonic() + 10
+        ray.get(work.remote(actor))
+        while len(seen) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    ray.kill(actor)
+    assert (logging.INFO, "step 1") in seen
+    assert (logging.ERROR, "step 2") in seen
+
+
+class Recorder:
+    """A tracker that writes down its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self.calls.append(("metrics", step))
+
+    def resume(self, step: int) -> None:
+        self.calls.append(("resume", step))
+
+
+def report(source: str, number: int, method: str = "metrics") -> Report:
+    arguments = (number, {"x": 1.0}) if method == "metrics" else (number,)
+    return Report(source, number, method, arguments, {})
+
+
+@given(st.permutations(range(8)), st.integers(1, 4))
+def test_reports_are_made_in_their_order(order: list[int], size: int) -> None:
+    recorder = Recorder()
+    calls = InOrder(recorder)
+    reports = [report("a", number) for number in order]
+    for at in range(0, len(reports), size):
+        calls.take(reports[at : at + size])
+        done = [step for _, step in recorder.calls]
+        assert done == list(range(len(done)))
+    assert len(recorder.calls) == 8
+
+
+def test_a_worker_that_took_over_is_heard_alone() -> None:
+    recorder = Recorder()
+    calls = InOrder(recorder)
+    calls.take([report("a", 0), report("a", 2)])  # 1 died with its worker
+    calls.take([report("b", 1), report("b", 0, "resume"), report("a", 1), report("a", 3)])
+    calls.finish()
+    assert recorder.calls == [("metrics", 0), ("metrics", 2), ("resume", 0), ("metrics", 1)]
+
+
+def test_reports_of_a_worker_reach_the_drivers_tracker(ray_cluster: None) -> None:
+    actor = ray.remote(Control).options(num_cpus=0, max_concurrency=6).remote()
+    recorder = Recorder()
+
+    @ray.remote(num_cpus=0)
+    def work(control: Control) -> None:
+        reports = Reports(control)
+        reports.send("resume", 3)
+        for step in range(3, 203):
+            reports.send("metrics", step, values={"x": 1.0})
+        reports.wait(60)
+
+    with reporting(actor, recorder):
+        ray.get(work.remote(actor))
+    assert recorder.calls == [("resume", 3), *(("metrics", step) for step in range(3, 203))]
+    ray.kill(actor)

@@ -1,0 +1,125 @@
+"""The report: self-contained, small, well-formed, and its curves where the numbers are."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.report.page import LIMIT_BYTES, Chart, Picture, Table, Text, write_report
+from pipeline.report.svg import HEIGHT, WIDTH, label, line_chart, thin, ticks
+from pipeline.stages.run_report import run_report, stage_curves
+from pipeline.track.journal import Journal
+
+VOID = {"meta", "img", "path", "circle", "br"}
+
+
+class Balanced(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_report_stands_alone_and_stays_small(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    sections = [
+        Text("k-NN <91 %> & more\n\nsecond", "Result"),
+        Table({"id": range(300), "why": ["<b>"] * 300, "x": np.linspace(0, 1, 300)}, "Bad"),
+        Chart({"a": [(0, 1.0), (1, math.nan), (2, 3.0)], "b": []}, "Loss"),
+        Chart({}, "Nothing"),
+        *[Picture(noise, f"p{i}", "noise") for i in range(12)],
+    ]
+    path = tmp_path / "report.html"
+    write_report(path, "Run <x>", sections, "subtitle")
+    page = path.read_text()
+    assert path.stat().st_size <= LIMIT_BYTES
+    sources = Balanced(page).sources
+    assert len(sources) == 12 and all(s.startswith("data:image/jpeg;base64,") for s in sources)
+    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
+    assert "k-NN &lt;91 %&gt; &amp; more" in page and "<b>" not in page.split("<td>")[1]
+    assert "and 100 more rows" in page
+
+
+def test_curves_go_through_the_values() -> None:
+    rows = [(0.0, 2.0), (50.0, 10.0), (100.0, 6.0)]
+    page = line_chart({"loss": rows})
+    (line,) = re.findall(r"points='([^']+)'", page)
+    places = [tuple(map(float, pair.split(","))) for pair in line.split()]
+    xs, ys = zip(*places, strict=True)
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx(4 / 8, abs=0.01)
+    assert ys[1] < ys[2] < ys[0]  # larger values are higher
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
+    gaps = line_chart({"loss": [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, math.inf)]})
+    assert gaps.count("<polyline") == 1 and gaps.count("<circle") == 1
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (-3, 7), (9.81, 9.83), (0, 0), (5, 5), (1e-6, 4e-3), (-1e9, 1e9)]
+)
+def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 12
+    steps = np.diff(found)
+    assert np.allclose(steps, steps[0])
+    mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
+    assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
+    assert len({label(tick) for tick in found}) == len(found)
+
+
+def test_thinning_keeps_the_ends_of_each_bucket() -> None:
+    rows = [(float(i), math.sin(i / 50)) for i in range(10_000)]
+    rows[4321] = (4321.0, 99.0)
+    kept = thin(rows)
+    assert len(kept) <= 402 and (4321.0, 99.0) in kept
+    assert kept == sorted(kept)
+
+
+def test_a_run_report_shows_what_is_in_the_folder(tmp_path: Path) -> None:
+    from pipeline.track.tracker import Tracker, TrackSettings
+
+    settings = TrackSettings(run_folder=str(tmp_path), stage="pretrain", uri="none")
+    tracker = Tracker(settings)
+    for step in range(50):
+        tracker.metrics(step, {"loss/total": 10 / (1 + step), "loss/koleo": 0.1, "optim/lr": 1e-3})
+    for step in (10, 49):
+        tracker.metrics(step, {"eval/knn20_top1": 0.4, "health/prototypes_used": 4000.0})
+        tracker.metrics(step, {"health/teacher_entropy": 7.0})
+    tracker.metrics(49, {"data/images": 3})  # one point is no curve
+    tracker.picture("crops", 0, np.zeros((20, 30, 3), np.uint8))
+    tracker.picture("crops", 40, np.full((20, 30, 3), 255, np.uint8))
+    tracker.table("neighbours", {"id": ["a"], "cosine": [0.5]})
+    tracker.close()
+    titles = [chart.title for chart in stage_curves(tmp_path, "pretrain")]
+    assert titles == ["pretrain: eval"] + ["pretrain: loss"] * 2 + ["pretrain: health"] * 2 + [
+        "pretrain: optim"
+    ]
+    page = run_report(tmp_path, "demo").read_text()
+    Balanced(page)
+    assert "step 40" in page and "step 0<" not in page and "pretrain: neighbours" in page
+
+
+def test_the_journal_of_a_report_is_only_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.metrics("pack", 0, {"data/images": 3})
+    before = journal.path.read_bytes()
+    run_report(tmp_path, "demo")
+    assert journal.path.read_bytes() == before

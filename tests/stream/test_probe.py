@@ -1,0 +1,134 @@
+"""Timings of the data path: planted images, and functions that take a planted time."""
+
+from __future__ import annotations
+
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipeline.errors import DataError
+from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.storage.places import resolve_uri
+from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.stream import decoder as stream
+from pipeline.stream import probe
+from pipeline.stream.decoder import MaskSpec, StreamSpec
+from pipeline.views.crops import CropSpec
+from pipeline.views.photometric import PhotometricSpec
+
+IMAGES = 40
+
+
+def encoded(kind: str, width: int = 60, height: int = 48) -> bytes:
+    rng = np.random.default_rng(width)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def shards_of(folder: Path, images: list[bytes], group: int = 10) -> ShardSet:
+    fs, path = resolve_uri(str(folder / "part.parquet"))
+    write_parquet_atomic(
+        pa.table({"image": pa.array(images, pa.binary())}), fs, path, row_group_size=group
+    )
+    return open_shards(str(folder))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> ShardSet:
+    """JPEGs at even places, of them four that are large; PNGs at odd ones; two are bad."""
+    images = [encoded("JPEG" if i % 2 == 0 else "PNG") for i in range(IMAGES)]
+    for i in (2, 12, 22, 32):
+        images[i] = encoded("JPEG", 400, 300)
+    images[4], images[7] = b"no image", images[7][:-30]
+    return shards_of(tmp_path, images)
+
+
+def spec_of(shards: ShardSet, **changes: object) -> StreamSpec:
+    spec = StreamSpec(
+        columns=shards.columns,
+        seed=0,
+        global_batch=8,
+        steps_per_pass=5,
+        crops=CropSpec(global_size=16, local_size=8, local_crops=2, local_scale=(0.2, 0.4)),
+        photometric=PhotometricSpec(),
+        masks=MaskSpec((4, 4), 0.5, (0.1, 0.5)),
+        chunk=4,
+        max_pixels=10**6,
+    )
+    return replace(spec, **changes)
+
+
+def test_what_the_images_are(mixed: ShardSet) -> None:
+    sample = probe.read_sample(mixed)
+    assert len(sample) == IMAGES
+    timing, contents = probe.time_sample(sample, spec_of(mixed), seconds=30, repetitions=3)
+    assert contents.checked == timing.images == IMAGES
+    assert contents.bad == {"not_an_image": 1, "truncated": 1}
+    assert contents.plain == (IMAGES / 2 - 1) / IMAGES  # all JPEGs but the one that is none
+    assert contents.shrunk == 4 / IMAGES
+    assert contents.megapixels.low == contents.megapixels.median == pytest.approx(60 * 48 / 1e6)
+    assert contents.megapixels.high == pytest.approx(0.12)
+    for part in (sample.read_ms, timing.decode, timing.draw, timing.whole, timing.other_decode):
+        assert 0 < part.low <= part.median <= part.high
+
+
+def test_it_stops_reading_in_time(mixed: ShardSet) -> None:
+    assert len(probe.read_sample(mixed, images=13)) == 13
+    assert len(probe.read_sample(mixed, limit_bytes=1)) == 10  # one row group at least
+    assert len(probe.read_sample(mixed, seconds=0)) == 10
+
+
+def test_a_set_of_nothing_but_bad_images(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path, [b"x"] * 9)
+    with pytest.raises(DataError, match=r"none of the 9 images .* decoded: 9 not_an_image"):
+        probe.time_sample(probe.read_sample(shards), spec_of(shards), seconds=1)
+
+
+def test_an_empty_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no images"):
+        probe.read_sample(shards_of(tmp_path, []))
+
+
+def work(milliseconds: float) -> None:
+    """Keeps the core busy, in its own time."""
+    end = time.thread_time() + milliseconds / 1000
+    while time.thread_time() < end:
+        pass
+
+
+def test_planted_times_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding takes 5 ms (3 ms where it may shrink), cutting 2, draws 4 ms for each chunk."""
+    shards = shards_of(tmp_path, [encoded("JPEG", 400, 300)] * 16)
+    decode, cut, draws = stream.decode_shrunk, stream.cut_crops, stream.masks_for
+
+    def slow_decode(data: bytes, shrink: int, *more: int) -> object:
+        work(3 if shrink > 1 else 5)
+        return decode(data, shrink, *more)
+
+    def slow_cut(*given: object, **more: object) -> object:
+        work(2)
+        return cut(*given, **more)
+
+    def slow_draws(*given: object) -> object:
+        work(4)
+        return draws(*given)
+
+    sample = probe.read_sample(shards)
+    plain, _ = probe.time_sample(sample, spec_of(shards), 30, 3)
+    monkeypatch.setattr(stream, "decode_shrunk", slow_decode)
+    monkeypatch.setattr(stream, "cut_crops", slow_cut)
+    monkeypatch.setattr(stream, "masks_for", slow_draws)
+    found, _ = probe.time_sample(sample, spec_of(shards), 30, 3)
+    assert found.images == 16
+    assert found.whole.median - plain.whole.median == pytest.approx(3 + 2 + 4 / 4, rel=0.3)
+    assert found.decode.median - plain.decode.median == pytest.approx(3, rel=0.3)
+    assert found.other_decode.median - plain.other_decode.median == pytest.approx(5, rel=0.3)
+    assert found.cut.median - plain.cut.median == pytest.approx(2, rel=0.5)
+    assert found.draw.median - plain.draw.median == pytest.approx(4 / 4, rel=0.3)

@@ -1,0 +1,175 @@
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import DataError
+from pipeline.stream.decoder import _micro_batches, chunk_table
+from pipeline.views import photometric as ph
+from pipeline.views.batch import Batch
+
+B, L, S, s, P = 3, 4, 28, 14, 4
+PLAIN = ph.PhotometricSpec(mean=(0.0,) * 3, std=(1 / 255,) * 3)
+
+
+def chunk(images: int = B) -> dict[str, np.ndarray]:
+    """Crop i of image j is filled with 10 * i + j, its parameters too, its mask is bit pattern."""
+    value = (10 * np.arange(2 + L)[None, :] + np.arange(images)[:, None]).astype(np.uint8)
+    filled = value[:, :, None, None, None]
+    photometric = np.zeros((images, 2 + L, ph.PARAMS), np.float32)
+    photometric[..., : ph.HUE] = 1
+    masks = np.zeros((images, 2, P), bool)
+    for image in range(images):
+        for crop in range(2):
+            masks[image, crop, (image + 2 * crop) % P] = True
+    return {
+        "image_ids": np.arange(images * 16, dtype=np.uint8).reshape(images, 16),
+        "global_crops": np.broadcast_to(filled[:, :2], (images, 2, S, S, 3)).copy(),
+        "local_crops": np.broadcast_to(filled[:, 2:], (images, L, s, s, 3)).copy(),
+        "photometric": photometric,
+        "masks": masks,
+        "labels": np.arange(images, dtype=np.int64) - 1,
+        "valid": np.ones(images, bool),
+    }
+
+
+def test_views_are_crop_major():
+    views = Batch.from_chunk(chunk()).views(PLAIN)
+    assert views.global_views.shape == (2 * B, 3, S, S) and views.images == B
+    assert views.local_views.shape == (L * B, 3, s, s)
+    expected = [10 * crop + image for crop in range(2 + L) for image in range(B)]
+    found = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0]))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    hidden = [(image + 2 * crop) % P for crop in range(2) for image in range(B)]
+    assert views.masks.int().argmax(1).tolist() == hidden
+
+
+def test_parameters_go_with_their_crop():
+    data = chunk()
+    data["photometric"][..., ph.JITTER] = 1
+    factor = 0.5 + 0.1 * np.arange(2 + L) + 0.01 * np.arange(B)[:, None]
+    data["photometric"][..., ph.BRIGHTNESS] = factor
+    views = Batch.from_chunk(data).views(PLAIN)
+    found = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0])).view(-1, B)
+    expected = [
+        [(10 * crop + image) * factor[image, crop] for image in range(B)] for crop in range(2 + L)
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_views_dtype_and_another_photometric_function():
+    batch = Batch.from_chunk(chunk())
+    assert batch.views(PLAIN, torch.bfloat16).local_views.dtype == torch.bfloat16
+
+    def only_scale(crops, params, spec, dtype):
+        return crops.permute(0, 3, 1, 2).to(dtype)
+
+    views = batch.views(PLAIN, photometric=only_scale)
+    torch.testing.assert_close(views.global_views, batch.views(PLAIN).global_views)
+
+
+def test_invalid_rows_are_dropped_and_listed():
+    data = chunk() | {
+        "valid": np.array([True, False, True]),
+        "reason": np.array(["", "truncated", ""]),
+        "detail": np.array(["", "ends after 12 bytes", ""], dtype=object),
+    }
+    batch = Batch.from_chunk(data)
+    assert batch.images == 2 and batch.labels.tolist() == [-1, 1]
+    assert batch.global_crops[1, 0, 0, 0, 0] == 2
+    identity = bytes(range(16, 32)).hex()
+    assert batch.bad == ((identity, "truncated", "ends after 12 bytes"),)
+    del data["reason"], data["detail"]
+    assert Batch.from_chunk(data).bad == ((identity, "undecodable", ""),)
+
+
+def test_concat_and_split_are_inverse():
+    first, second = chunk(2), chunk(4)
+    second["valid"][0] = False
+    batch = Batch.concat([Batch.from_chunk(first), Batch.from_chunk(second)])
+    assert batch.images == 5 and len(batch.bad) == 1
+    with pytest.raises(DataError, match="5 images does not divide into 2 parts"):
+        batch.split(2)
+    parts = batch.split(5)
+    again = Batch.concat(parts)
+    for name in ("image_ids", "global_crops", "local_crops", "photometric", "masks", "labels"):
+        assert torch.equal(getattr(again, name), getattr(batch, name))
+    assert again.bad == batch.bad and [p.images for p in parts] == [1] * 5
+
+
+def test_moving_leaves_the_photometric_numbers_on_the_host():
+    batch = Batch.from_chunk(chunk()).to("meta")
+    assert batch.global_crops.device.type == batch.masks.device.type == "meta"
+    assert batch.photometric.device.type == "cpu"
+
+
+def test_read_only_arrays_and_no_local_crops():
+    data = chunk()
+    data["local_crops"] = data["local_crops"][:, :0]
+    data["photometric"] = data["photometric"][:, :2]
+    for array in data.values():
+        array.flags.writeable = False
+    views = Batch.from_chunk(data).views(PLAIN)
+    assert views.local_views.shape == (0, 3, s, s) and views.images == B
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("masks", lambda x: x[:, :1], r"masks of a chunk is bool \[3, 1, 4\], expected bool"),
+        ("global_crops", lambda x: x[:, :, :5], r"global_crops .*expected uint8 \[B, 2, S, S, C\]"),
+        ("photometric", lambda x: x[:, :5], r"photometric .*L = 4"),
+        ("labels", lambda x: x.astype(np.int32), "labels of a chunk is int32"),
+        ("valid", lambda x: x[:2], "valid of a chunk is bool"),
+        ("image_ids", lambda x: x[:, :8], "image_ids"),
+    ],
+)
+def test_wrong_arrays_are_named(name, change, message):
+    data = chunk()
+    data[name] = change(data[name])
+    with pytest.raises(DataError, match=message):
+        Batch.from_chunk(data)
+
+
+def test_a_missing_array_is_named():
+    data = chunk()
+    del data["labels"]
+    with pytest.raises(DataError, match="no 'labels'"):
+        Batch.from_chunk(data)
+
+
+def test_a_micro_batch_keeps_one_image_where_all_are_bad() -> None:
+    bad, good = chunk(), chunk()
+    bad["valid"][:] = False
+    size = len(bad["valid"])
+
+    def images(*found: dict[str, np.ndarray]) -> list[int]:
+        tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in found]
+        return [batch.images for batch in _micro_batches(iter(tables), 2, 1, False)]
+
+    assert images(bad, good, good, bad, bad, bad, good, good) == [size, size, 1, 2 * size]
+
+
+def test_micro_batches_hold_the_same_images_for_any_number_of_workers():
+    """Twelve chunks a step, six micro batches of two: dealt to 6, 3, 2 and 1 workers."""
+
+    def tables(step: int) -> list:
+        found = []
+        for number in range(12):
+            one = chunk(1) | {"reason": np.zeros(1, np.int8)}
+            one["image_ids"] = np.full((1, 16), 12 * step + number, np.uint8)
+            found.append(chunk_table(one))
+        return found
+
+    def dealt(workers: int) -> dict[tuple[int, int], list[int]]:
+        each = 6 // workers
+        found = {}
+        for rank in range(workers):
+            mine = [table for step in range(2) for table in tables(step)[rank::workers]]
+            for number, batch in enumerate(_micro_batches(iter(mine), 2, each, False)):
+                step, part = divmod(number, each)
+                found[step, rank + part * workers] = batch.image_ids[:, 0].tolist()
+        return found
+
+    expected = {(s, g): [12 * s + g, 12 * s + g + 6] for s in range(2) for g in range(6)}
+    for workers in (6, 3, 2, 1):
+        assert dealt(workers) == expected
