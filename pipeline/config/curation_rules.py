@@ -7,11 +7,13 @@ counts as set where it is neither its default nor what the preset says. What sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config.config import Config, Section
+    from pipeline.config.config import Config
+    from pipeline.config.section import Section
 
 Values = dict[str, dict[str, Any]]
 
@@ -38,11 +40,11 @@ SECTIONS = ("quality", "dedup", "leaks", "retrieve", "balance", "mix")
 
 def preset_values(preset: str, copy_embedder: str) -> Values:
     """By section, what a preset sets."""
-    found = {name: dict(fields) for name, fields in _PRESETS.get(preset, {}).items()}
+    values = {name: dict(fields) for name, fields in _PRESETS.get(preset, {}).items()}
     if preset == "lvd142m" and copy_embedder.partition("?")[0].endswith(".onnx"):
         for name, fields in _LVD142M_SSCD.items():
-            found[name] = found.get(name, {}) | fields
-    return found
+            values[name] = values.get(name, {}) | fields
+    return values
 
 
 def problems(config: Config) -> list[str]:
@@ -51,20 +53,34 @@ def problems(config: Config) -> list[str]:
 
 
 def _off(config: Config) -> list[str]:
-    curate, usual = config.curate, type(config.curate)()
-    set_here = [
-        f"curate.{field}"
-        for field in type(curate).model_fields
-        if not curate.query and getattr(curate, field) != getattr(usual, field)
-    ]
-    named = [(name, getattr(config, name)) for name in SECTIONS]
-    set_here += [name for name, section in named if section != type(section)()]
+    """Without a preset nothing is curated, and nothing of the curation is read."""
+    set_here = [] if config.curate.query else _user_set(config, "curate", {})
+    set_here += [name for name in SECTIONS if _user_set(config, name, {})]
     if not set_here:
         return []
     return [
         f"{', '.join(set_here)} would be ignored: curate.preset is empty, so nothing is curated; "
         "set curate.preset=dedup"
     ]
+
+
+def _user_set(config: Config, names: str, preset: Values) -> list[str]:
+    """The fields that are neither their default nor what the preset says, as `section.field`.
+
+    Args:
+        config: the recipe.
+        names: fields with blanks between; a section stands for all its fields.
+        preset: what the preset sets.
+    """
+    fields = []
+    for name in names.split():
+        title, _, field = name.partition(".")
+        section: Section = getattr(config, title)
+        usual = type(section)(**preset.get(title, {}))
+        for leaf in [field] if field else type(section).model_fields:
+            if getattr(section, leaf) != getattr(usual, leaf):
+                fields.append(f"{title}.{leaf}")
+    return fields
 
 
 def _missing(config: Config) -> Iterator[str]:
@@ -94,82 +110,85 @@ def _missing(config: Config) -> Iterator[str]:
 _PARTS = ("pool", "as_is", "sample", "cluster", "balanced")
 
 
+@dataclass(frozen=True)
+class _Use:
+    """When fields are read, and why they are not."""
+
+    fields: str  # with blanks between; a section stands for all its fields
+    read: bool
+    why_not: str
+
+
 def _ignored(config: Config) -> Iterator[str]:
     """A sentence for each reason why fields that are set would do nothing."""
+    preset = preset_values(config.curate.preset, config.curate.copy_embedder)
+    for use in _uses(config):
+        fields = [] if use.read else _user_set(config, use.fields, preset)
+        if fields:
+            yield f"{', '.join(fields)} would be ignored: {use.why_not}"
+
+
+def _uses(config: Config) -> list[_Use]:
+    """What reads the fields that not every curation reads, in the order of its steps."""
     curate, dedup, retrieve = config.curate, config.dedup, config.retrieve
     sets = bool(config.leaks.sets or config.evaluate.queries)
     seeds, balanced = bool(retrieve.seeds), bool(config.balance.images)
-    values = preset_values(curate.preset, curate.copy_embedder)
-
-    def user_set(name: str, fields: Iterable[str] | None = None, but: str = "") -> list[str]:
-        section: Section = getattr(config, name)
-        usual = type(section)(**values.get(name, {}))
-        wanted = fields if fields is not None else type(section).model_fields
-        return [
-            f"{name}.{field}"
-            for field in wanted
-            if field not in but.split() and getattr(section, field) != getattr(usual, field)
-        ]
-
-    found: list[tuple[list[str], str]] = []
-
-    def unless(read: bool, fields: list[str], why: str) -> None:
-        if fields and not read:
-            found.append((fields, why))
-
-    unless(
-        dedup.threshold == "auto",
-        user_set("dedup", ("false_positives", "calibration_images")),
-        f"dedup.threshold={dedup.threshold} is given, so nothing is calibrated; set "
-        "dedup.threshold=auto",
-    )
-    unless(
-        sets,
-        user_set("leaks", but="sets"),
-        "there is no evaluation set; set leaks.sets.<name>=shards or evaluate.queries",
-    )
-    unless(
-        seeds,
-        user_set("retrieve", but="seeds"),
-        "there is no seed set; set retrieve.seeds.<name>=shards",
-    )
-    if seeds:
-        by_neighbours, by_clusters = retrieve.mode != "cluster", retrieve.mode != "sample"
-        why = f"retrieve.mode={retrieve.mode}"
-        unless(by_neighbours, user_set("retrieve", ("neighbours", "min_similarity")), why)
-        clustered = ("clusters", "cluster_seeds", "cluster_images", "cap")
-        unless(by_clusters, user_set("retrieve", clustered), why)
-        unless(retrieve.mode == "auto", user_set("retrieve", ("sample_above",)), why)
-    unless(
-        balanced,
-        user_set("balance", but="images"),
-        "balance.images is empty, so nothing is balanced; set balance.images",
-    )
-    unless(
-        seeds or balanced,
-        user_set("curate", ("embedder",)),
-        "only retrieval and balance read it; set retrieve.seeds.<name>=shards or balance.images",
-    )
-    unless(
-        {curate.copy_embedder, curate.embedder} != {"descriptor"},
-        user_set("curate", ("image_size", "batch_size")),
-        "the descriptor has a size of its own; set curate.embedder or curate.copy_embedder",
-    )
+    by_neighbours, by_clusters = retrieve.mode != "cluster", retrieve.mode != "sample"
+    mode = f"retrieve.mode={retrieve.mode}"
     parts = (
         ("pool", not (seeds or balanced), "retrieval or balance choose from the pool"),
         ("as_is", seeds and retrieve.include, "no seed images are kept"),
-        ("sample", seeds and retrieve.mode != "cluster", "nothing is retrieved as neighbours"),
-        ("cluster", seeds and retrieve.mode != "sample", "nothing is retrieved by clusters"),
+        ("sample", seeds and by_neighbours, "nothing is retrieved as neighbours"),
+        ("cluster", seeds and by_clusters, "nothing is retrieved by clusters"),
         ("balanced", balanced, "nothing is balanced"),
     )
-    for part, there, why in parts:
-        unless(there, user_set("mix", (part,)), why)
     mixed = [part for part, there, _ in parts if there and getattr(config.mix, part)]
-    unless(
-        len(mixed) != 1,
-        user_set("mix", ("by",)),
-        f"there is one part only ({''.join(mixed)}), which stands to no other and is kept whole; "
-        "set mix.by=share",
-    )
-    for fields, why in found:
-        yield f"{', '.join(fields)} would be ignored: {why}"
+    return [
+        _Use(
+            "dedup.false_positives dedup.calibration_images",
+            dedup.threshold == "auto",
+            f"dedup.threshold={dedup.threshold} is given, so nothing is calibrated; set "
+            "dedup.threshold=auto",
+        ),
+        _Use(
+            "leaks",
+            sets,
+            "there is no evaluation set; set leaks.sets.<name>=shards or evaluate.queries",
+        ),
+        _Use("retrieve", seeds, "there is no seed set; set retrieve.seeds.<name>=shards"),
+        # without seeds the row above has named these already
+        _Use(
+            "retrieve.neighbours retrieve.min_similarity",
+            not seeds or by_neighbours,
+            mode,
+        ),
+        _Use(
+            "retrieve.clusters retrieve.cluster_seeds retrieve.cluster_images retrieve.cap",
+            not seeds or by_clusters,
+            mode,
+        ),
+        _Use("retrieve.sample_above", not seeds or retrieve.mode == "auto", mode),
+        _Use(
+            "balance",
+            balanced,
+            "balance.images is empty, so nothing is balanced; set balance.images",
+        ),
+        _Use(
+            "curate.embedder",
+            seeds or balanced,
+            "only retrieval and balance read it; set retrieve.seeds.<name>=shards or "
+            "balance.images",
+        ),
+        _Use(
+            "curate.image_size curate.batch_size",
+            {curate.copy_embedder, curate.embedder} != {"descriptor"},
+            "the descriptor has a size of its own; set curate.embedder or curate.copy_embedder",
+        ),
+        *(_Use(f"mix.{part}", there, why_not) for part, there, why_not in parts),
+        _Use(
+            "mix.by",
+            len(mixed) != 1,
+            f"there is one part only ({''.join(mixed)}), which stands to no other and is kept "
+            "whole; set mix.by=share",
+        ),
+    ]

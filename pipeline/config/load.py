@@ -20,7 +20,7 @@ from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 CURATION = ("curate", *curation.SECTIONS)
-ROOT = Path(__file__).resolve().parents[1]  # of the project, whose recipes are in configs/
+ROOT = Path(__file__).resolve().parents[2]  # of the project, whose recipes are in configs/
 
 
 def load(arguments: Sequence[str]) -> Config:
@@ -38,7 +38,7 @@ def load(arguments: Sequence[str]) -> Config:
         )
     values: dict[str, Any] = read_recipe(recipes[0]) if recipes else {}
     if "curate.preset=" in overrides:  # switched off, with all that the recipe says of it
-        values = {name: found for name, found in values.items() if name not in CURATION}
+        values = {name: value for name, value in values.items() if name not in CURATION}
     problems: list[str] = []
     seen: dict[str, str] = {}
     for argument in overrides:
@@ -61,11 +61,11 @@ def load(arguments: Sequence[str]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
+        messages: dict[str, list[str]] = {}
         for one in error.errors():
             path, message = _sentence(dict(one))
-            found.setdefault(path, []).append(message)
-        problems += [f"{path}: " * bool(path) + ", or: ".join(m) for path, m in found.items()]
+            messages.setdefault(path, []).append(message)
+        problems += [f"{path}: " * bool(path) + ", or: ".join(m) for path, m in messages.items()]
     if problems:
         raise ConfigError("\n".join(problems), "python jobs/<stage>.py --help lists every field")
     return config

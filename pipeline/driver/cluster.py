@@ -24,7 +24,7 @@ from pipeline.heartbeat import doing
 from pipeline.plan.nodes import Node
 
 if TYPE_CHECKING:
-    from pipeline.config.config import Resources
+    from pipeline.config.run import Resources
     from pipeline.plan.layout import Machine
 
 log = logging.getLogger("pipeline")
@@ -56,7 +56,7 @@ LOOPBACK = {
     "RAY_raylet_start_wait_time_s": "2",  # one look; ray_start says how long it is waited for
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def quiet_environment() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.config import Augment
+from pipeline.config.data import Augment
 from pipeline.context import Context, result_line
 from pipeline.heartbeat import now
 from pipeline.images.value_range import FULL, ValueRange

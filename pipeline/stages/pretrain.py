@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pipeline.config.config import Config, Model
+from pipeline.config.config import Config
 from pipeline.config.load import field_paths
+from pipeline.config.network import Model
 from pipeline.context import Context, result_line
 from pipeline.driver import cluster
 from pipeline.images.value_range import FULL, shown

@@ -30,7 +30,7 @@ Value = str | Dump | tuple[str, ...] | None  # path of a section, a dump, litera
 class Shape:
     """What a config class has: sections, leaf fields, properties and what those read."""
 
-    def __init__(self, model: type[BaseModel], source: str) -> None:
+    def __init__(self, model: type[BaseModel], sources: Iterable[str]) -> None:
         self.sections: dict[str, type[BaseModel]] = {ROOT: model}
         self.fields: set[str] = set()
         for name, field in model.model_fields.items():
@@ -42,7 +42,7 @@ class Shape:
                 self.fields.add(name)
         self.classes = {kind.__name__: path for path, kind in self.sections.items()}
         self.properties: dict[tuple[str, str], list[str]] = {}
-        for top in ast.parse(source).body:
+        for top in (node for source in sources for node in ast.parse(source).body):
             if not isinstance(top, ast.ClassDef) or top.name not in self.classes:
                 continue
             for item in top.body:

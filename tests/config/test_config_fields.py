@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from pydantic import create_model
 
-from pipeline.config.config import Config, Optim
+from pipeline.config.config import Config
 from pipeline.config.load import field_paths
+from pipeline.config.training import Optim
 from tests.config.config_reads import Shape, reads
 
 PACKAGE = Path(__file__).parents[2] / "pipeline"
-CONFIG = PACKAGE / "config" / "config.py"
-SHAPE = Shape(Config, CONFIG.read_text())
+CONFIG = [path.read_text() for path in sorted(PACKAGE.glob("config/*.py"))]
+SHAPE = Shape(Config, CONFIG)
 SOURCES = {
     str(path.relative_to(PACKAGE.parent)): path.read_text()
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -39,7 +40,7 @@ def test_the_finder_knows_every_field() -> None:
 def test_a_planted_field_is_reported() -> None:
     optim = create_model("Optim", __base__=Optim, planted=(int, 1))
     config = create_model("Config", __base__=Config, optim=(optim, optim()))
-    shape = Shape(config, CONFIG.read_text())
+    shape = Shape(config, CONFIG)
     assert unread(SOURCES, shape) == {"optim.planted"}
     # the bare word elsewhere, or in a whole dump, is no reading
     noise = "planted = 1\nother.planted\n'optim.planted'\n# config.optim.planted\n"

@@ -12,7 +12,7 @@ import pytest
 from ray._private import services, utils
 from ray.exceptions import AuthenticationError, RaySystemError
 
-from pipeline.config.config import Resources
+from pipeline.config.run import Resources
 from pipeline.driver.cluster import joined
 from pipeline.driver.ray_start import TRIES, own_process_group
 from pipeline.errors import PipelineError

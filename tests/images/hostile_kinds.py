@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 PICTURE = h.pattern()
 GREY = PICTURE[..., 1]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from PIL import Image, ImageOps
 
 from pipeline.images.decode import REASONS, BadImage, decode, decode_rgb
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 PICTURE = h.pattern()
 

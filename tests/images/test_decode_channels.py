@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from PIL import Image
 
 from pipeline.images.decode import REASONS, BadImage, decode, decode_image, decode_rgb
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 PICTURE = h.pattern()
 ALPHA = (np.add.outer(np.arange(48) * 3, np.arange(64) * 2) % 256).astype(np.uint8)

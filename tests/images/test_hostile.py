@@ -32,7 +32,7 @@ from pipeline.views.crops import (
     scale_boxes,
     uniforms,
 )
-from tests.data import hostile as h
+from tests.images import hostile as h
 from tests.images.hostile_kinds import Kind, catalogue, jp2
 from tests.pack.test_pack import tar_of, write
 

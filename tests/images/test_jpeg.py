@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pipeline.images import decode as roads
 from pipeline.images.decode import BadImage, decode, decode_image, decode_shrunk, image_size
 from pipeline.images.jpeg import SHRINKS, exif_orientation, jpeg_header
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 PICTURE = h.pattern()
 

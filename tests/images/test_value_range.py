@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.config.config import Data
+from pipeline.config.data import Data
 from pipeline.evaluate.teacher import EvaluationSpec, read_images
 from pipeline.images import pillow as pictures
 from pipeline.images.bad_image import BadImage

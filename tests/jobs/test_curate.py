@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import job
-from pipeline.config.config import Dedup
+from pipeline.config.curation import Dedup
 from pipeline.config.load import load
 from pipeline.curate import sizes as curate_sizes
 from pipeline.curate.look import looks

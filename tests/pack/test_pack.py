@@ -30,7 +30,7 @@ from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from pipeline.pack.pack import pack, unequal_shares
 from pipeline.pack.sources import plan_tasks
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
-from tests.data import hostile as h
+from tests.images import hostile as h
 from tests.pack.test_pack import bad_of, hub, mistake, others_of, packed, table_of, tar_of, write
 
 

@@ -17,7 +17,7 @@ from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage import claim
 from pipeline.storage.claim import Owner, claimed
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 IMAGES = {name: [h.jpeg(first + i) for i in range(12)] for name, first in (("a", 0), ("b", 50))}
 

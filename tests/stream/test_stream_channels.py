@@ -27,7 +27,7 @@ from pipeline.views import photometric as ph
 from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec, crop_boxes
 from pipeline.views.draws import CROP_STREAM, uniforms
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
 

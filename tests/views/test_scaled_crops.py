@@ -18,7 +18,7 @@ from pipeline.views.crops import (
     scale_boxes,
     uniforms,
 )
-from tests.data import hostile as h
+from tests.images import hostile as h
 
 SPEC = CropSpec(local_crops=3)
 SIDES = [224, 224, 98, 98, 98]

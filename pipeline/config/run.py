@@ -1,0 +1,85 @@
+"""Which run this is, where it is tracked, what it takes from the cluster, what leaves it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config.section import Positive, Section
+
+
+class Run(Section):
+    """Which run this is."""
+
+    name: str = Field("", description="name of the run; default: the recipe's file name")
+    folder: str = Field(
+        "runs", description="where run folders go: a path that all nodes share, or a URI"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
+
+
+class Track(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="false: the local journal only, no MLflow")
+    uri: str = Field(
+        "",
+        description="MLflow server, or sqlite:///FILE; default: MLFLOW_TRACKING_URI, else one is "
+        "started",
+    )
+    experiment: str = Field("", description="MLflow experiment; default: the run's name")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU use of rank 0's machine")
+    model_name: str = Field("", description="registered model; empty: log it, do not register")
+
+    @field_validator("uri")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if "@" in value and "://" not in value:
+            raise ValueError("is no address, and has an @ in it; write http://HOST:5000")
+        return value
+
+
+class Resources(Section):
+    """What the run takes from the machine or cluster."""
+
+    cpus: Positive | None = Field(None, description="CPUs for a Ray started here; default: all")
+    object_store_gb: float = Field(2.0, gt=0, description="object store of a Ray started here")
+    cpus_per_worker: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs that a training worker reserves; default: a quarter, 1 with GPU",
+    )
+    gpus_per_worker: float = Field(
+        1.0, gt=0, le=1, description="below 1, training workers share a GPU, over gloo"
+    )
+    decode_tasks: Positive | None = Field(
+        None, description="decode tasks at once; default: what the free CPUs allow"
+    )
+    feeder_cpus: float | None = Field(
+        None,
+        ge=0,
+        description="CPUs of the driver's node that decoders leave to the feeder; default: 1 on "
+        "a node with 16 and more, if workers leave it",
+    )
+    wait_s: float = Field(
+        0.0,
+        ge=0,
+        description="how long a plan waits for nodes that may still come; 0: refused at once",
+    )
+    replace_s: float = Field(
+        900.0,
+        ge=0,
+        description="how long training waits for room again, e.g. for another node for a lost one",
+    )
+    threads: Positive | None = Field(
+        None, description="torch threads of a worker; default: the machine's CPUs over its workers"
+    )
+
+
+class Export(Section):
+    """Which weights leave the run."""
+
+    checkpoint: Literal["best", "last"] = Field(
+        "best", description="which teacher is exported: the best by kNN or the last one"
+    )

@@ -1,0 +1,87 @@
+"""How it learns: the optimiser, the length of the run, workers, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.section import Below1, Fraction, NonNegative, Positive, Section
+
+
+class Optim(Section):
+    """AdamW, its schedules and the length of the run."""
+
+    passes: float | None = Field(
+        None, gt=0, description="length of the run in passes over the data"
+    )
+    steps: Positive | None = Field(
+        None, le=99_999_999, description="length of the run in steps, or give passes"
+    )
+    global_batch_size: Positive = Field(
+        1024, description="images in one step = workers x batch size x accumulation"
+    )
+    lr: float = Field(2e-3, gt=0, description="peak learning rate before lr_scaling")
+    lr_scaling: Literal["sqrt_1024", "none"] = Field(
+        "sqrt_1024", description="lr x sqrt(global batch size / 1024), or lr as it is"
+    )
+    min_lr: NonNegative = Field(1e-6, description="learning rate at the end")
+    warmup: Fraction = Field(0.1, description="share of the steps with rising lr; .16 long recipe")
+    weight_decay: NonNegative = Field(0.04, description="weight decay at the start")
+    weight_decay_end: NonNegative = Field(
+        0.4, description="weight decay at the end; .2 long recipe"
+    )
+    betas: tuple[Below1, Below1] = Field((0.9, 0.999), description="AdamW's betas")
+    clip: float = Field(3.0, gt=0, description="gradient norm limit of each sub-module")
+    layerwise_decay: float = Field(
+        0.9, gt=0, le=1, description="lr factor per block; 1.0 long recipe"
+    )
+    patch_embed_lr: float = Field(0.2, ge=0, description="lr factor of the patch embedding")
+    freeze_last_layer: Fraction = Field(
+        0.01, description="share of the steps with frozen prototypes; .002 long recipe"
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> Optim:
+        if self.passes is not None and self.steps is not None:
+            raise ValueError("give either passes or steps, not both")
+        return self
+
+
+class Train(Section):
+    """How the run is laid out over workers and time."""
+
+    workers: Positive | tuple[Positive, Positive] | Literal["auto"] = Field(
+        "auto",
+        description="training workers; auto: one per GPU, else one per two CPUs, at most 8; "
+        "[2,8]: as many of these as the cluster has room for, now and later",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: GPUs where the cluster has them; cpu for very small networks"
+    )
+    accumulation: Positive = Field(1, description="micro batches that a worker adds up in a step")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="autocast type; auto: bfloat16 where the hardware has it"
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile the blocks; auto: on GPUs"
+    )
+    log_every: Positive = Field(10, description="steps between step lines and MLflow points")
+    eval_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
+    save_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
+    keep_last: Positive = Field(2, description="checkpoints kept beside the best one")
+    freeze_backbone_steps: int = Field(
+        0, ge=0, description="steps in which only the heads learn; for fresh heads on model.init"
+    )
+    max_restarts: int = Field(
+        3, ge=0, description="restarts of the worker group without a new checkpoint in between"
+    )
+
+    @model_validator(mode="after")
+    def _range(self) -> Train:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            low, high = self.workers
+            raise ValueError(
+                f"train.workers=[{low},{high}] is no range; did you mean [{high},{low}]?"
+            )
+        return self
