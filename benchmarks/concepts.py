@@ -30,8 +30,8 @@ import pyarrow as pa
 
 from pipeline.curate.choose import balance, hierarchy, retrieve
 from pipeline.curate.choose.balance import effective
-from pipeline.curate.rows.considered import Considered
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import (
     Vectors,
     id_array,
@@ -63,7 +63,7 @@ def plant(rows: int, concepts: int, seed: int) -> tuple[Array, Array]:
     return unit_half(made), concept
 
 
-def write(folder: Path, name: str, vectors: Array, places: Array) -> Considered:
+def write(folder: Path, name: str, vectors: Array, places: Array) -> RowSet:
     """Some of the rows as an embedding step writes them; the row number is the place."""
     parts, names = np.array_split(np.sort(places), FILES), [f"{i:05d}" for i in range(FILES)]
     for file, part in zip(names, parts, strict=True):
@@ -72,7 +72,7 @@ def write(folder: Path, name: str, vectors: Array, places: Array) -> Considered:
         columns = [part, id_array(ids), list_array(vectors[part])]
         write_table(pa.table(columns, schema=vector_schema(DIM)), str(folder / name), file)
     known = Vectors(str(folder / name), tuple(names), DIM, key=name)
-    return Considered.of(known, [len(part) for part in parts])
+    return RowSet.of(known, [len(part) for part in parts])
 
 
 def chosen(place: str, names: Sequence[str], column: str | None) -> Array:

@@ -47,7 +47,7 @@ from pipeline.curate.decide.tally import Tally
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import nearest_numbers, unit_half
 from pipeline.curate.rows.file_rows import Tables
-from pipeline.curate.steps.work import Task, run_step
+from pipeline.curate.steps.steps import Task, run_step
 from pipeline.shards.shards import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")

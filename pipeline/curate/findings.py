@@ -14,7 +14,7 @@ from pipeline.curate.images import exact_copies, fingerprint
 from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import Inputs, Vectors
 from pipeline.curate.sets import Sets
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from pipeline.curate.threshold.threshold import Calibration
 from pipeline.uri import Place
 

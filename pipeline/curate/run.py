@@ -19,7 +19,7 @@ from pipeline.curate.images.quality import Rules
 from pipeline.curate.run_choose import select
 from pipeline.curate.run_copies import compare
 from pipeline.curate.sets import Sets
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.shards.shards import ShardSet
 from pipeline.uri import Place
 

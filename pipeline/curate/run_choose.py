@@ -13,9 +13,9 @@ from pipeline.curate.decide import removals
 from pipeline.curate.findings import Found, fingerprints, vectors_of
 from pipeline.curate.images import exact_copies
 from pipeline.curate.models import embedder_of
-from pipeline.curate.rows.considered import Considered
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import AS_IS, POOL, InputFile, Inputs, Vectors
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.shards.shards import ShardSet
 from pipeline.uri import join
 
@@ -91,16 +91,16 @@ def select(found: Found, prints: Result) -> None:
 
 def _rows(
     vectors: Vectors, files: Sequence[InputFile], alive: Result, wanted: Sequence[InputFile]
-) -> Considered:
+) -> RowSet:
     """The rows of some of the files that are alive."""
     counts = dict(zip((f.name for f in files), (a["rows"] for a in alive.accounts), strict=True))
     names = tuple(file.name for file in wanted)
-    return Considered.of(
+    return RowSet.of(
         replace(vectors, names=names), [counts[name] for name in names], alive.folder, alive.key
     )
 
 
-def _outside(found: Found, name: str, shards: ShardSet) -> Considered:
+def _outside(found: Found, name: str, shards: ShardSet) -> RowSet:
     """Vectors of a seed set whose images do not go into the curated set."""
     inputs = Inputs.of([(name, AS_IS, shards)])
     root = join(found.root, "sets", f"seeds-{name}")
@@ -120,7 +120,7 @@ def _outside(found: Found, name: str, shards: ShardSet) -> Considered:
     spec = embedder_of(config, "curate.embedder", config.curate.embedder)
     vectors = vectors_of(found, root, "embed", inputs, prints, spec)
     counts = [account["rows"] for account in own.accounts]
-    return Considered.of(vectors, counts, own.folder, own.key)
+    return RowSet.of(vectors, counts, own.folder, own.key)
 
 
 def _add(found: Found, result: Result, name: str, cost: Cost) -> None:

@@ -23,7 +23,7 @@ from pipeline.curate.models import embedder_of
 from pipeline.curate.report.copies import FAR
 from pipeline.curate.rows.tables import POOL, Inputs, Vectors
 from pipeline.curate.run_earlier import Earlier, check_inputs
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.curate.threshold.calibrate import calibrate
 from pipeline.curate.threshold.threshold import DEFAULT_PENALTY
 from pipeline.errors import DataError

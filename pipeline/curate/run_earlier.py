@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.curate.embed.embedders import EmbedderSpec
 from pipeline.curate.report.read import parquet_names
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import read_json, read_mark

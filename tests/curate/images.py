@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
 from pipeline.curate.rows.tables import POOL, Inputs
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from pipeline.shards.shards import open_shards
 
 

@@ -23,7 +23,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from pipeline.curate.rows import tables
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 from pipeline.pack import demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
@@ -69,7 +69,7 @@ class Run:
     seeds: list[Row]
     edges: list[tuple[int, int, float]] = field(default_factory=list)
     components: dict[bytes, list[int]] = field(default_factory=dict)
-    results: list[work.Result] = field(default_factory=list)
+    results: list[steps.Result] = field(default_factory=list)
 
     @property
     def sets(self) -> dict[str, str]:
@@ -443,7 +443,7 @@ def _write(run: Run, files: int, off: set[str]) -> None:
     run.results = results(root, files)
 
 
-def results(root: Path, files: int) -> list[work.Result]:
+def results(root: Path, files: int) -> list[steps.Result]:
     """Steps as they would have been accounted."""
     found = []
     for number, step in enumerate(STEPS):
@@ -451,7 +451,7 @@ def results(root: Path, files: int) -> list[work.Result]:
             {"rows": 500, "bytes": 3_000_000 // (number + 1), "_seconds": 1.0} for _ in range(files)
         )
         found.append(
-            work.Result(
+            steps.Result(
                 step=step,
                 key=f"k{number}",
                 folder=str(root / step),

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.curate.rows.tables import FINGERPRINT, Inputs, write_table
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardSet, open_shards
 
@@ -31,9 +31,9 @@ def without_ray(monkeypatch: Any) -> None:
 
     def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
         for task in tasks:
-            yield task.name, work._account(work._task(folder, task, function))
+            yield task.name, steps._account(steps._task(folder, task, function))
 
-    monkeypatch.setattr(work, "_run", run)
+    monkeypatch.setattr(steps, "_run", run)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
     monkeypatch.setattr(placing, "_cpus_of_fit", lambda: 1.0)
@@ -41,13 +41,13 @@ def without_ray(monkeypatch: Any) -> None:
     monkeypatch.setattr(cluster, "nodes", lambda: 1)
 
 
-def dies_once(folder: str, task: work.Task, function: Any) -> Any:
-    """Instead of `work._task`: kills its worker before the first task of each step, then works."""
+def dies_once(folder: str, task: steps.Task, function: Any) -> Any:
+    """Instead of `steps._task`: kills its worker before the first task of each step, then works."""
     marks = Path(os.environ["CURATE_MARKS"])
     try:
         (marks / folder.replace("/", "_")[-150:]).touch(exist_ok=False)
     except FileExistsError:
-        return work._task(folder, task, function)
+        return steps._task(folder, task, function)
     return os.kill(os.getpid(), signal.SIGKILL)
 
 

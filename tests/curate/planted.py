@@ -17,7 +17,7 @@ from pipeline.curate.copies import components, edges, pairs, relative
 from pipeline.curate.copies import put_in_cells as placing
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 from pipeline.shards.shards import ShardColumns, ShardFile
 from pipeline.uri import join
 
@@ -161,19 +161,19 @@ def inline(
     root: Any,
     step: str,
     settings: Any,
-    tasks: Sequence[work.Task],
-    function: Callable[..., work.Account],
+    tasks: Sequence[steps.Task],
+    function: Callable[..., steps.Account],
     **_: Any,
-) -> work.Result:
+) -> steps.Result:
     """`run_step` in this process, with the tasks in a random order."""
     folder = str(join(root, *step.split("/")))
     order = list(range(len(tasks)))
     random.Random(str(root)).shuffle(order)
-    accounts: dict[int, work.Account] = {}
+    accounts: dict[int, steps.Account] = {}
     for place in order:
         accounts[place] = function(folder, *tasks[place].arguments)
     found = tuple(accounts[place] for place in range(len(tasks)))
-    return work.Result(step, f"{step}-key", folder, found, 0, 0.0, 0.0, 0)
+    return steps.Result(step, f"{step}-key", folder, found, 0, 0.0, 0.0, 0)
 
 
 @contextmanager
@@ -183,8 +183,8 @@ def without_ray() -> Iterator[None]:
         mock.patch.object(placing, "_cpus_of_fit", lambda: 1.0),
         ExitStack() as patches,
     ):
-        for steps in (components, edges, pairs, placing, relative):
-            patches.enter_context(mock.patch.object(steps, "run_step", inline))
+        for module in (components, edges, pairs, placing, relative):
+            patches.enter_context(mock.patch.object(module, "run_step", inline))
         yield
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.rows.considered import Considered
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import Vectors, id_array, list_array, vector_schema, write_table
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 
 
 def ids_of_numbers(numbers, salt=b""):
@@ -46,7 +46,7 @@ def written(folder: Path, ids, vectors, files=1, order=None, first_row=0, name="
         names.append(f"{i:05d}")
         row += len(part)
     found = Vectors(str(place), tuple(names), vectors.shape[1], key=str(place))
-    return Considered.of(found, [len(part) for part in parts])
+    return RowSet.of(found, [len(part) for part in parts])
 
 
 def run_here(monkeypatch):
@@ -56,7 +56,7 @@ def run_here(monkeypatch):
         for task in tasks:
             yield (
                 task.name,
-                work._account(work._task(folder, *pickle.loads(pickle.dumps((task, function))))),
+                steps._account(steps._task(folder, *pickle.loads(pickle.dumps((task, function))))),
             )
 
-    monkeypatch.setattr(work, "_run", run)
+    monkeypatch.setattr(steps, "_run", run)

@@ -24,11 +24,10 @@ from pipeline.curate.look import forms
 from pipeline.curate.look.second_look import Verdict, form_of, second_look
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.threshold import calibrate as module
-from pipeline.curate.threshold import different as unlike
-from pipeline.curate.threshold import threshold
+from pipeline.curate.threshold import tail, threshold
 from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.curate.threshold.calibrate import attack_file, calibrate, copies_of
-from pipeline.curate.threshold.different import all_pairs, interval, tail_threshold
+from pipeline.curate.threshold.tail import all_pairs, interval, tail_threshold
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
@@ -78,8 +77,8 @@ def test_the_highest_rate_is_counted_among_the_pairs_that_are_looked_at():
     highest = load(["curate.preset=dedup", "dedup.false_positives=0.001"]).dedup.false_positives
     pairs = module.COMPARED * (module.COMPARED - 1) // 2
     ranks = np.arange(pairs, 0, -1, dtype=np.float64) / pairs  # similarities, descending
-    found, _ = tail_threshold(ranks[: unlike.TOP] * unlike.HIGHEST, pairs, highest)
-    assert found / unlike.HIGHEST == pytest.approx(1 - highest, abs=2e-6)
+    found, _ = tail_threshold(ranks[: tail.TOP] * tail.HIGHEST, pairs, highest)
+    assert found / tail.HIGHEST == pytest.approx(1 - highest, abs=2e-6)
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -192,7 +191,7 @@ def test_all_images_equal():
         None,
     )
     found = measure_threshold(sample, 1e-6)
-    assert 0 < found.threshold <= unlike.HIGHEST and found.negatives == 0
+    assert 0 < found.threshold <= tail.HIGHEST and found.negatives == 0
     assert found.copies == 60 * 59 / 2
     assert "copies of each other" in found.warning and found.recall >= 0
 
@@ -204,13 +203,13 @@ def test_what_the_reader_must_know_is_said(monkeypatch):
     near = unit_half(close.vectors[:1].astype(float) + 1e-3 * close.vectors.astype(float))
     pairs = Sample(near, None, differ, close.originals, close.copies, None)
     found = measure_threshold(pairs, 1e-6)
-    assert found.threshold == unlike.HIGHEST and "as alike as copies" in found.warning
+    assert found.threshold == tail.HIGHEST and "as alike as copies" in found.warning
     assert found.undecided == 0 and "could not say" not in found.warning
     unclear = replace(pairs, look=lambda a, b: Verdict(False, "undecided", 0.0, (0.5, 0.5)))
     found = measure_threshold(unclear, 1e-6)
-    assert found.undecided == unlike.PATIENCE and found.copies == 0
-    assert f"of {unlike.PATIENCE} pairs" in found.warning and "could not say" in found.warning
-    monkeypatch.setattr(unlike, "LOOKED_AT", 30)
+    assert found.undecided == tail.PATIENCE and found.copies == 0
+    assert f"of {tail.PATIENCE} pairs" in found.warning and "could not say" in found.warning
+    monkeypatch.setattr(tail, "LOOKED_AT", 30)
     assert "may be too high" in measure_threshold(plain_sample(100), 1e-2).warning
 
 
@@ -270,7 +269,7 @@ def steps(monkeypatch):
 
 
 def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
-    monkeypatch.setattr(unlike, "LOOKED_AT", 5)
+    monkeypatch.setattr(tail, "LOOKED_AT", 5)
     groups_of, reads = forms.groups_of, []
     monkeypatch.setattr(forms, "groups_of", lambda *a: reads.append(a) or groups_of(*a))
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(66)] + [b"", b"broken"]

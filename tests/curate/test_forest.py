@@ -16,7 +16,7 @@ from pipeline.curate.copies import join as forest
 from pipeline.curate.copies.collapse import COPIES
 from pipeline.curate.copies.join import PAIRS
 from pipeline.curate.rows.tables import id_array, read_table, write_table
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from tests.curate.planted import ids_for, without_ray
 
 Pair = tuple[int, int, float]

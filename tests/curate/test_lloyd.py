@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
-from pipeline.curate.choose import first_few as smallest
-from pipeline.curate.choose import lloyd
+from pipeline.curate.choose import first_few, lloyd
 from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.first_few import Entries
 from pipeline.curate.choose.kmeans import fit_local
@@ -174,10 +173,10 @@ def test_first_of_each_group_over_files(points, tmp_path: Path, range_rows, monk
     ids, vectors = points
     rows = written(tmp_path, ids, vectors, 5)
     quota = np.array([0, 1, 30, 1000, 7, 2, 3])
-    monkeypatch.setattr(smallest, "RANGE_ROWS", range_rows)
-    monkeypatch.setattr(smallest, "GROUP_ROWS", 100)
+    monkeypatch.setattr(first_few, "RANGE_ROWS", range_rows)
+    monkeypatch.setattr(first_few, "GROUP_ROWS", 100)
     arguments = (rows.source.folder, 7)
-    limits = smallest.limits(
+    limits = first_few.limits(
         tmp_path, "first", rows, quota, some_entries, arguments, "key", Cost()
     ).load()
     got = []

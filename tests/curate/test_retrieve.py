@@ -11,9 +11,9 @@ from planted_vectors import ids_of_numbers, run_here, separated, written
 from pipeline.curate.choose import neighbours, retrieve, seed_clusters
 from pipeline.curate.choose.neighbours import Images, Neighbours
 from pipeline.curate.choose.retrieve import Wanted
-from pipeline.curate.rows.considered import Points
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.read_rows import Points
 from pipeline.curate.rows.tables import RETRIEVED, read_table
 
 

@@ -22,7 +22,7 @@ from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.sources import Sources
 from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
-from pipeline.curate.steps.work import Task, run_step
+from pipeline.curate.steps.steps import Task, run_step
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, image_format
 from pipeline.shards.columns import image_id

@@ -23,7 +23,7 @@ from pipeline.curate.look import looks
 from pipeline.curate.look.second_look import Verdict
 from pipeline.curate.report import report
 from pipeline.curate.run import proportions
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
 from pipeline.storage.run_folder import RunFolder
@@ -581,13 +581,12 @@ def test_an_earlier_run_that_is_half_curated_anew_is_refused(
     tmp_path, capsys, monkeypatch, changed, at
 ):
     """Some of its tables are new, while its mark and its curated set are the old ones."""
-    from pipeline.curate.steps import work
 
     hub(tmp_path / "old", [[encoded(blobs(i)) for i in range(6)]])
     hub(tmp_path / "other", [[encoded(blobs(i)) for i in range(10, 14)]])
     old = f"data.shards={tmp_path}/old"
     one = curate(tmp_path, old, name="one")
-    inner = work._run
+    inner = steps._run
 
     def killed(folder, *rest):
         if at in folder:
@@ -595,7 +594,7 @@ def test_an_earlier_run_that_is_half_curated_anew_is_refused(
         yield from inner(folder, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(work, "_run", killed)
+        patched.setattr(steps, "_run", killed)
         curate(tmp_path, old, *(text.format(tmp_path) for text in changed), name="one")
     capsys.readouterr()
     given = [f"data.shards={tmp_path}/other", f"curate.against={one.path}"]
@@ -825,7 +824,6 @@ class Killed(BaseException):
 
 def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, monkeypatch):
     """Killed after every fifth task: no task is run twice, and the result has the same bytes."""
-    from pipeline.curate.steps import work
 
     images = wild()
     hub(tmp_path / "hub", [images[:15], images[15:40], images[40:]])
@@ -835,14 +833,14 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
     sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds"]
     sets += ["retrieve.mode=sample", "balance.images=9", "balance.resampling=1"]
     sets += ["data.shard_mb=0.01"]
-    inner, ran = work._run, []
+    inner, ran = steps._run, []
 
     def counted(folder, tasks, *rest):
         for name, account in inner(folder, tasks, *rest):
             ran.append((folder, name))
             yield name, account
 
-    monkeypatch.setattr(work, "_run", counted)
+    monkeypatch.setattr(steps, "_run", counted)
     whole = curate(tmp_path, *sets, name="whole")
     assert_balanced(whole, len(images) + 6)
     clean, starts = len(ran), 0
@@ -855,7 +853,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
                 raise Killed  # the account is written, the driver has not seen it
             yield name, account
 
-    monkeypatch.setattr(work, "_run", killed)
+    monkeypatch.setattr(steps, "_run", killed)
     run = None
     while run is None:
         starts += 1
@@ -865,8 +863,8 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
             assert starts < clean
     assert starts > clean / 6
     assert len(ran) == len(set(ran)) == clean
-    steps = ("curate", "steps", "decisions")
-    assert files_of(run, *steps) == files_of(whole, *steps)
+    decided = ("curate", "steps", "decisions")
+    assert files_of(run, *decided) == files_of(whole, *decided)
     assert files_of(run, "curated") == files_of(whole, "curated")
 
 
@@ -948,7 +946,7 @@ def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
         f"retrieve: {{seeds: {{'i.1k': {tmp_path}/seeds}}}}\n"
         f"data: {{shards: {tmp_path}/hub}}\ndedup: {{threshold: auto}}\n"
     )
-    steps = 0
+    emptied = 0
     for given in (
         [
             "retrieve.mode=sample",
@@ -969,10 +967,10 @@ def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
                 for path in files
                 if folder in path.parents and not any(other in path.parents for other in inner)
             }
-            tables = {Path(name) for name in work.step_files(str(folder))}
+            tables = {Path(name) for name in steps.step_files(str(folder))}
             assert tables <= own, (folder, tables - own)
-            work.empty_step(str(folder), [str(path) for path in tables])
+            steps.empty_step(str(folder), [str(path) for path in tables])
             left = {path for path in own if path.exists()}
             assert not left, (folder, left)
-            steps += 1
-    assert steps > 60
+            emptied += 1
+    assert emptied > 60

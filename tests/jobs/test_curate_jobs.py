@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job
-from pipeline.curate.steps import work
+from pipeline.curate.steps import steps
 from pipeline.driver import cluster
 from pipeline.storage.run_folder import RunFolder
 from tests.curate.piles import dies_once, hub
@@ -64,7 +64,7 @@ def test_a_worker_is_killed_in_each_step(
     assert_balanced(whole, len(wild()) + 6)
     marks = tmp_path / "marks"
     marks.mkdir()
-    monkeypatch.setattr(work, "_task", dies_once)
+    monkeypatch.setattr(steps, "_task", dies_once)
     real = ray.remote
 
     def remote(function):  # type: ignore[no-untyped-def]
@@ -89,15 +89,15 @@ def test_a_worker_is_killed_in_each_step(
 LAUNCHER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from pipeline.curate import work
-inner, seen = work._run, []
+from pipeline.curate.steps import steps
+inner, seen = steps._run, []
 def killed(*given):
     for found in inner(*given):
         seen.append(found)
         if len(seen) == {after}:
             os.kill(os.getpid(), signal.SIGKILL)
         yield found
-work._run = killed
+steps._run = killed
 from pipeline.job import main
 main(["curate"], "doc", sys.argv[1:])
 """

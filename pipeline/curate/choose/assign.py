@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from pipeline.curate.choose.kmeans import Centroids
 from pipeline.curate.choose.lloyd import ONE_CPU, Fitted, Resources
-from pipeline.curate.rows.considered import Considered, Source
+from pipeline.curate.rows.read_rows import RowSet, Source
 from pipeline.curate.rows.tables import ID, ROW, id_array, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.uri import Place
 
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,7 @@ ASSIGNED = pa.schema(
 def assign(
     root: Place,
     name: str,
-    rows: Considered,
+    rows: RowSet,
     fitted: Fitted,
     resources: Resources = ONE_CPU,
 ) -> tuple[Result, Array]:

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose import first_few as smallest
+from pipeline.curate.choose import first_few
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.hierarchy import Hierarchy
 from pipeline.curate.choose.lloyd import Cost
-from pipeline.curate.rows.considered import Considered
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import BALANCED, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.uri import Place, join
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ class Balanced:
 def balance(
     root: Place,
     name: str,
-    rows: Considered,
+    rows: RowSet,
     hierarchy: Hierarchy,
     images: int,
     seed: int,
@@ -66,7 +66,7 @@ def balance(
     """
     cost = Cost()
     shares = share(hierarchy.sizes, hierarchy.parents, images, floor, floor_members)
-    limits = smallest.limits(
+    limits = first_few.limits(
         root,
         name,
         rows,

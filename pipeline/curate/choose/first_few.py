@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose.lloyd import Cost
-from pipeline.curate.rows.considered import Considered
 from pipeline.curate.rows.draws_by_id import firsts, not_after
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Task, run_step
+from pipeline.curate.steps.steps import Account, Task, run_step
 from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place, join
 
@@ -122,7 +122,7 @@ class ChosenUpTo:
 def limits(
     root: Place,
     name: str,
-    rows: Considered,
+    rows: RowSet,
     quota: Array,
     reader: Reader,
     arguments: tuple[Any, ...],

@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose import first_few as smallest
-from pipeline.curate.choose import lloyd
+from pipeline.curate.choose import first_few, lloyd
 from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.kmeans import Centroids, fit_local
 from pipeline.curate.choose.lloyd import ONE_CPU, Cost, Fitted, Resources
-from pipeline.curate.rows.considered import Considered
 from pipeline.curate.rows.draws_by_id import firsts, numbers_as_ids
 from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.errors import PipelineError
 from pipeline.uri import Place
 
@@ -111,7 +110,7 @@ class Hierarchy:
 def build(
     root: Place,
     name: str,
-    rows: Considered,
+    rows: RowSet,
     levels: Sequence[int],
     seed: int,
     iterations: int,
@@ -186,12 +185,12 @@ def nearest_entries(name: str, assigned: str) -> Entries:
 
 
 def _nearest_rows(
-    root: Place, name: str, rows: Considered, fitted: Fitted, assigned: Result, cost: Cost
-) -> Considered:
+    root: Place, name: str, rows: RowSet, fitted: Fitted, assigned: Result, cost: Cost
+) -> RowSet:
     """The rows nearest to each centroid, equally many of each cluster that has them."""
     quota = np.full(fitted.clusters, half_mean_size(rows.rows, fitted.clusters))
     arguments = (assigned.folder,)
-    limits = smallest.limits(
+    limits = first_few.limits(
         root, name, rows, quota, nearest_entries, arguments, assigned.key, cost
     )
     tasks = [Task(file, (file, assigned.folder, limits)) for file in rows.names]

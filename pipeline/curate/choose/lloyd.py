@@ -27,10 +27,10 @@ from pipeline.curate.choose.lloyd_tasks import (
     read_vectors,
     sum_task,
 )
-from pipeline.curate.rows.considered import Considered, Source
 from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.read_rows import RowSet, Source
 from pipeline.curate.rows.tables import list_array, matrix, read_table, write_table
-from pipeline.curate.steps.work import Result, Task, remove_steps, run_step
+from pipeline.curate.steps.steps import Result, Task, remove_steps, run_step
 from pipeline.errors import PipelineError
 from pipeline.storage.places import resolve_uri, with_retries
 from pipeline.storage.run_folder import fingerprint
@@ -104,7 +104,7 @@ ONE_CPU = Resources()
 def fit(
     root: Place,
     name: str,
-    rows: Considered,
+    rows: RowSet,
     clusters: int,
     seed: int,
     iterations: int,
@@ -166,7 +166,7 @@ def _fit(
     root: Place,
     name: str,
     folder: str,
-    rows: Considered,
+    rows: RowSet,
     clusters: int,
     seed: int,
     iterations: int,

@@ -10,8 +10,8 @@ import pyarrow as pa
 
 from pipeline.curate.choose import kmeans
 from pipeline.curate.choose.kmeans import Centroids, Drawn, Sums, none_drawn
-from pipeline.curate.rows.considered import Source
 from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.read_rows import Source
 from pipeline.curate.rows.tables import (
     HALF,
     id_array,
@@ -21,7 +21,7 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 
 Array = np.ndarray[Any, Any]
 

@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from pipeline.curate.choose.first_few import Entries
 from pipeline.curate.choose.lloyd import Cost
-from pipeline.curate.rows.considered import Considered, Points, Source
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
+from pipeline.curate.rows.read_rows import Points, RowSet, Source
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Task, run_step
+from pipeline.curate.steps.steps import Account, Task, run_step
 from pipeline.uri import Place
 
 Array = np.ndarray[Any, Any]
@@ -142,8 +142,8 @@ def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
 def ask(
     root: Place,
     name: str,
-    pool: Considered,
-    seeds: Considered,
+    pool: RowSet,
+    seeds: RowSet,
     count: int,
     least: float,
     cost: Cost,

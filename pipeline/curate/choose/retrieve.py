@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from pipeline.curate.choose import neighbours, seed_clusters
 from pipeline.curate.choose.lloyd import ONE_CPU, Cost, Resources
-from pipeline.curate.rows.considered import Considered, Source
 from pipeline.curate.rows.draws_by_id import id_words
+from pipeline.curate.rows.read_rows import RowSet, Source
 from pipeline.curate.rows.tables import RETRIEVED, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.uri import Place
 
 Array = np.ndarray[Any, Any]
@@ -89,8 +89,8 @@ class Retrieved:
 def retrieve(
     root: Place,
     name: str,
-    pool: Considered,
-    seeds: dict[str, Considered],
+    pool: RowSet,
+    seeds: dict[str, RowSet],
     wanted: Wanted,
     seed: int,
     resources: Resources = ONE_CPU,

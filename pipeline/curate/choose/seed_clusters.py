@@ -18,18 +18,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose import first_few as smallest
-from pipeline.curate.choose import lloyd
+from pipeline.curate.choose import first_few, lloyd
 from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.balance import waterfill
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.kmeans import Centroids
 from pipeline.curate.choose.lloyd import Cost, Fitted, Resources
 from pipeline.curate.choose.neighbours import ASKED, Images
-from pipeline.curate.rows.considered import Considered, Points, Source
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, firsts, id_words, numbers_as_ids
+from pipeline.curate.rows.read_rows import Points, RowSet, Source
 from pipeline.curate.rows.tables import id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Task, run_step
+from pipeline.curate.steps.steps import Account, Task, run_step
 from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place
 
@@ -64,8 +63,8 @@ class SeedSet:
 def ask(
     root: Place,
     name: str,
-    pool: Considered,
-    seeds: dict[str, Considered],
+    pool: RowSet,
+    seeds: dict[str, RowSet],
     clusters: int | None,
     cluster_seeds: int,
     cluster_images: int,
@@ -127,10 +126,10 @@ def ask(
         }
     key = [result.key, [seeds[one].key for one in names], names, seed, fingerprint(quota.tolist())]
     arguments = (result.folder, tuple(sets), names, fitted.clusters, seed)
-    limits = smallest.limits(
+    limits = first_few.limits(
         root, f"{name}/chosen", pool, quota.ravel(), drawn_entries, arguments, key, cost
     )
-    groups = pool.groups(smallest.GROUP_ROWS)
+    groups = pool.groups(first_few.GROUP_ROWS)
     asked = {}
     for number, one in enumerate(names):
         like = usual.get(one, 1.0)
@@ -147,7 +146,7 @@ def ask(
 
 
 def _assign_seeds(
-    root: Place, name: str, seeds: Considered, fitted: Fitted, cost: Cost
+    root: Place, name: str, seeds: RowSet, fitted: Fitted, cost: Cost
 ) -> tuple[str, Array]:
     if not fitted.clusters:
         return "", np.zeros(0, np.int64)

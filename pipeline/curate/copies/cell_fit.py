@@ -20,7 +20,7 @@ from pipeline.curate.copies.collapse import without_copies
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.draws_by_id import GOLDEN, finalized
 from pipeline.curate.rows.exact import Halves, nearest_numbers
-from pipeline.curate.rows.portions import Ids, Portion, order_by_id, read_rows
+from pipeline.curate.rows.read_rows import Ids, Portion, order_by_id, read_rows
 from pipeline.curate.rows.tables import ID, Vectors, id_array, ids_of, read_table, write_table
 
 SEEDED_FROM = 200  # vectors for each group that groups are fitted on

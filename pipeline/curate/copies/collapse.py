@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.rows.portions import (
+from pipeline.curate.rows.read_rows import (
     Portion,
     Rows,
     big_endian,

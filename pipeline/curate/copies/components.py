@@ -9,14 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies import keepers
-from pipeline.curate.copies import keepers as connected
-from pipeline.curate.copies import keepers as gather
 from pipeline.curate.copies.items import Visiting
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.look.looks import PAIRS, Looking, look_at, verdicts_of
 from pipeline.curate.rows.bucketed import written
-from pipeline.curate.rows.considered import file_groups, spread
-from pipeline.curate.rows.portions import Portion, portions
+from pipeline.curate.rows.by_file import by_file, file_groups
+from pipeline.curate.rows.read_rows import Portion, portions
 from pipeline.curate.rows.tables import (
     COMPONENTS,
     EDGES,
@@ -28,7 +26,7 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 
 LOOKED_EDGES = "looks/edges/looked"  # the step with the verdicts on edges
 
@@ -81,9 +79,9 @@ def find_components(
         "copies/labels",
         [edges_key, threshold],
         [Task(name, (edges, name, threshold)) for name in copies.edge_names],
-        connected.label_task,
+        keepers.label_task,
     )
-    parts = gather.parts_for(int(labels.total("rows")), vectors)
+    parts = keepers.parts_for(int(labels.total("rows")), vectors)
     gathered = run_step(
         root,
         "copies/gathered",
@@ -110,7 +108,7 @@ def find_components(
             )
             for p in of
         ],
-        gather.gather_task,
+        keepers.gather_task,
     )
     least = threshold - guard
     names, vector_names = (written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
@@ -147,7 +145,7 @@ def find_components(
         "components",
         [kept.key, inputs.digest],
         [Task(name, (kept.folder, part_names, files)) for name, files in file_groups(inputs.files)],
-        spread_task,
+        by_file_task,
     )
     return found, (*steps, found)
 
@@ -266,8 +264,8 @@ def _files_of(portion: Portion, inputs: Inputs) -> tuple[InputFile, ...]:
     return tuple(inputs.files[int(name)] for name in sorted(names))
 
 
-def spread_task(
+def by_file_task(
     folder: str, parts: str, names: Sequence[str], files: Sequence[InputFile]
 ) -> dict[str, Any]:
     """Writes the components of the rows of each of these input files."""
-    return spread(folder, parts, names, files, COMPONENTS)
+    return by_file(folder, parts, names, files, COMPONENTS)

@@ -21,9 +21,9 @@ from pipeline.curate.copies.join import PAIRS, Forest
 from pipeline.curate.copies.keepers import connected, part_of
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.rows.exact import Ints
-from pipeline.curate.rows.portions import order_by_id
+from pipeline.curate.rows.read_rows import order_by_id
 from pipeline.curate.rows.tables import EDGES, ROW, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.uri import Place
 
 SHARD_PAIRS = 2_500_000  # of a task, which holds some 430 bytes for each

@@ -19,7 +19,7 @@ from pipeline.curate.copies.cells import Cells
 from pipeline.curate.copies.collapse import without_copies
 from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
 from pipeline.curate.rows.exact import Floats, Halves, Ints
-from pipeline.curate.rows.portions import Ids, Portion, Rows, read_rows
+from pipeline.curate.rows.read_rows import Ids, Portion, Rows, read_rows
 from pipeline.curate.rows.tables import Vectors, id_array, ids_of
 
 Array = np.ndarray[Any, Any]

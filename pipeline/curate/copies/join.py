@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.curate.copies.items import Items, Shuffled, by_cell
 from pipeline.curate.rows.exact import Doubles, Ints, device, full_precision, pairs_above
-from pipeline.curate.rows.portions import Ids, big_endian, order_by_id
+from pipeline.curate.rows.read_rows import Ids, big_endian, order_by_id
 from pipeline.curate.rows.tables import ID, ROW, id_array, write_table
 
 TILE = 2048  # items on each side of a product: 16 MiB

@@ -20,7 +20,7 @@ from pipeline.curate.copies.items import Visiting
 from pipeline.curate.copies.similarity import Likeness, OnDisk
 from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.portions import (
+from pipeline.curate.rows.read_rows import (
     CROPS,
     Ids,
     Portion,

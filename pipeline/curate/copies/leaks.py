@@ -15,10 +15,10 @@ from pipeline.curate.copies.join import best
 from pipeline.curate.copies.matches import relative_pairs
 from pipeline.curate.look.looks import PAIRS
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.rows.considered import spread
+from pipeline.curate.rows.by_file import by_file
 from pipeline.curate.rows.exact import Doubles, Ints
 from pipeline.curate.rows.file_rows import Tables
-from pipeline.curate.rows.portions import Ids, big_endian, read_range
+from pipeline.curate.rows.read_rows import Ids, big_endian, read_range
 from pipeline.curate.rows.tables import (
     ID,
     LEAKS,
@@ -29,7 +29,7 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
@@ -211,11 +211,11 @@ def count_task(
     return {"rows": sum(counts.values()), "held": counts}
 
 
-def spread_leaks_task(
+def leaks_by_file_task(
     folder: str, hits: str, names: Sequence[str], files: Sequence[InputFile]
 ) -> dict[str, Any]:
     """Writes the leaks of the rows of each of these input files."""
-    return spread(folder, hits, names, files, LEAKS)
+    return by_file(folder, hits, names, files, LEAKS)
 
 
 # ---- Components with an image that leaks, where leaks take their components with them.

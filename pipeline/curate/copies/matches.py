@@ -12,9 +12,9 @@ import pyarrow as pa
 from pipeline.curate.copies.items import Items, Shuffled, by_cell
 from pipeline.curate.copies.join import PENDING, best, visit
 from pipeline.curate.look.looks import PAIRS, verdicts_of
-from pipeline.curate.rows.considered import write_by_file
+from pipeline.curate.rows.by_file import write_by_file
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.portions import Ids, order_by_id, read_range
+from pipeline.curate.rows.read_rows import Ids, order_by_id, read_range
 from pipeline.curate.rows.tables import (
     ID,
     ROW,
@@ -111,7 +111,7 @@ def _matches(row: Ints, ids: Ids, similarity: Doubles) -> pa.Table:
     ).cast(MATCHES)
 
 
-def spread_matches_task(
+def matches_by_file_task(
     folder: str, matches: str, names: Sequence[str], files: Sequence[InputFile]
 ) -> dict[str, Any]:
     """Writes the best match of each row of each of these input files that has one."""

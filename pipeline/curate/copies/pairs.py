@@ -11,7 +11,7 @@ from pipeline.curate.copies.items import Visiting
 from pipeline.curate.copies.put_in_cells import placed
 from pipeline.curate.copies.stored_copies import STORED, Copies
 from pipeline.curate.rows.tables import Inputs, Vectors
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import read_mark
 from pipeline.uri import Place

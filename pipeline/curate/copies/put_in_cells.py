@@ -12,9 +12,9 @@ from pipeline.curate.copies import collapse, items
 from pipeline.curate.copies.cells import buckets_for, cells_for, sample_share
 from pipeline.curate.copies.items import Shuffled, Visiting
 from pipeline.curate.rows.bucketed import written
-from pipeline.curate.rows.portions import CROPS, Rows, portions
+from pipeline.curate.rows.read_rows import CROPS, Rows, portions
 from pipeline.curate.rows.tables import Inputs, Vectors
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.uri import Place
 
 

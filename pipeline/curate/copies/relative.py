@@ -19,11 +19,11 @@ from pipeline.curate.copies.matches import relative_pairs
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.look.looks import Looking, look_at
 from pipeline.curate.rows.bucketed import written
-from pipeline.curate.rows.considered import end_of, file_groups
+from pipeline.curate.rows.by_file import end_of, file_groups
 from pipeline.curate.rows.exact import Halves
-from pipeline.curate.rows.portions import Rows, portions
+from pipeline.curate.rows.read_rows import Rows, portions
 from pipeline.curate.rows.tables import Inputs, Vectors
-from pipeline.curate.steps.work import Result, Task, run_step
+from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.errors import DataError
 from pipeline.uri import Place
 
@@ -162,7 +162,7 @@ def find_leaks(
         "leaks",
         [last.key, inputs.digest],
         [Task(name, (last.folder, names, files)) for name, files in groups],
-        leaks.spread_leaks_task,
+        leaks.leaks_by_file_task,
     )
     return found, (*steps, hits, queries, whole, *more, found)
 
@@ -230,7 +230,7 @@ def find_matches(
         "matches" if looking is None else "matching/best",
         [matched.key, inputs.digest],
         [Task(name, (matched.folder, bucket_names, files)) for name, files in groups],
-        matches.spread_matches_task,
+        matches.matches_by_file_task,
     )
     if looking is None:
         return best, (kept, placed, matched, best)

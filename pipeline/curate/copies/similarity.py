@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipeline.curate.copies.items import Visiting, visiting_of
 from pipeline.curate.rows.bucketed import unraw
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.portions import CROPS, Rows
+from pipeline.curate.rows.read_rows import CROPS, Rows
 
 CHUNK = 4096  # rows compared with their keepers at once
 

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 from pipeline.curate.copies.items import Shuffled
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import read_json, write_bytes_atomic

@@ -27,7 +27,7 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 
 PARTS = ("as_is", "sample", "cluster", "balanced", "pool")
 

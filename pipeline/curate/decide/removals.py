@@ -22,7 +22,7 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 from pipeline.errors import DataError
 
 # rows that are left when copies and leaks are gone: what retrieval and balancing choose from. Each

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.curate.decide.shard_form import Form, decided, formed, opened
 from pipeline.curate.rows.tables import InputFile, Inputs, read_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of
 from pipeline.storage.places import file_info, resolve_uri
 from pipeline.storage.transfer import open_patiently, parquet_writer_atomic

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pipeline.curate.decide.shard_form import check_values, form_of
 from pipeline.curate.decide.shard_write import EARLIER, Piece, sort_files, write_shard
 from pipeline.curate.rows.tables import AS_IS, InputFile, Inputs
-from pipeline.curate.steps.work import Result, Task, empty_step, run_step, step_files, step_key
+from pipeline.curate.steps.steps import Result, Task, empty_step, run_step, step_files, step_key
 from pipeline.errors import DataError, StorageError
 from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
 from pipeline.pack.merge import shard_of

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.curate.rows.tables import InputFile, read_table
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 
 FEW = 50  # folders that are told apart in a set; with more of them nobody would read the table
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.curate.decide.decide import PARTS
 from pipeline.curate.rows.tables import REASONS, Inputs
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 
 SAID_SOURCES = 12  # in the log; the report has them all
 

@@ -25,7 +25,7 @@ from pipeline.curate.rows.tables import (
     table_writer,
     vector_schema,
 )
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.shards.row_group import RowGroup

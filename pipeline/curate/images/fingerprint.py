@@ -23,7 +23,7 @@ from pipeline.curate.rows.tables import (
     list_array,
     table_writer,
 )
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.images.value_range import ValueRange

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.curate.images.fingerprint import MEASURES, groups_of
 from pipeline.curate.images.measure import measure
 from pipeline.curate.rows.tables import QUALITY, Inputs, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.uri import Place

@@ -20,7 +20,7 @@ from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.second_look import form_of
 from pipeline.curate.rows.bucketed import shelves_of, write_buckets
 from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of, read_table
-from pipeline.curate.steps.work import Account
+from pipeline.curate.steps.steps import Account
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.images.value_range import ValueRange

@@ -17,9 +17,9 @@ import pyarrow as pa
 from pipeline.curate.look import forms
 from pipeline.curate.look.second_look import second_look
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.rows.portions import read_range
+from pipeline.curate.rows.read_rows import read_range
 from pipeline.curate.rows.tables import ID, ROW, InputFile, Inputs, ids_of, read_table, write_table
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.images.bad_image import MAX_PIXELS
 from pipeline.uri import Place, join
 

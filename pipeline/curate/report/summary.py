@@ -20,7 +20,7 @@ from pipeline.curate.report.map import Map, read_map
 from pipeline.curate.report.read import Shown, Tables
 from pipeline.curate.report.sets import Leaks, Retrieved, read_leaks, read_retrieved
 from pipeline.curate.rows.tables import Vectors
-from pipeline.curate.steps.work import Result
+from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError
 from pipeline.uri import Place, public
 

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.curate.rows.portions import Portion
-from pipeline.curate.steps.work import Result
+from pipeline.curate.rows.read_rows import Portion
+from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError, one_line
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import atomic_path

@@ -38,9 +38,9 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
-from pipeline.curate.steps.work import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.curate.threshold.attacks import ATTACKS, attack
-from pipeline.curate.threshold.different import Look
+from pipeline.curate.threshold.tail import Look
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.images.bad_image import MAX_PIXELS
 from pipeline.images.decode import decode_image

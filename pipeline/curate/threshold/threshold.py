@@ -1,6 +1,6 @@
 """From a sample of the images, some of them attacked, to a threshold: plain numpy.
 
-Which share of unlike pairs passes is seen in the images themselves (`unlike.py`), which share of
+Which share of unlike pairs passes is seen in the images themselves (`tail.py`), which share of
 copies is found in attacked ones. The penalty of crop views is chosen on one half of the images, and
 what it finds is counted on the other; the threshold comes from all pairs.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.curate.images.descriptor import similarities
 from pipeline.curate.rows.exact import Doubles, Halves, Ints, dots
 from pipeline.curate.threshold.attacks import ATTACKS
-from pipeline.curate.threshold.different import (
+from pipeline.curate.threshold.tail import (
     HIGHEST,
     LOOKED_AT,
     Fetch,
@@ -119,7 +119,7 @@ class Sample:
         originals: [h], which images were attacked.
         copies: [h, attacks, d], of the wholes of their copies.
         copies_crops: [h, attacks, 9, d], or None.
-        fetch: as for `unlike.without_copies`.
+        fetch: as for `tail.without_copies`.
     """
 
     vectors: Halves

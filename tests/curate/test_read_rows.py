@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.rows import bucketed, portions, tables
+from pipeline.curate.rows import bucketed, read_rows, tables
 from pipeline.curate.rows.exact import unit_half
 from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns, ShardFile
@@ -27,7 +27,7 @@ def test_portions_hold_each_row_once(sizes: list[int], most: int) -> None:
         files.append(tables.InputFile(index, "s", tables.POOL, first, shard, columns))
         first += rows
     vectors = tables.Vectors("", tuple(file.name for file in files), 8, "k")
-    found = portions.portions(files, vectors, most)
+    found = read_rows.portions(files, vectors, most)
     parts = [part for portion in found for part in portion.parts]
     rows = [row for part in parts for row in range(part.first, part.end)]
     assert rows == list(range(first))
@@ -44,8 +44,8 @@ def test_rows_of_portions_are_read_whole(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, x, ids_for(50), [20, 0, 5, 25])
     for most in (3, 7, 50):
         read = [
-            portions.read_rows(pool.vectors, portion)
-            for portion in portions.portions(pool.inputs.files, pool.vectors, most)
+            read_rows.read_rows(pool.vectors, portion)
+            for portion in read_rows.portions(pool.inputs.files, pool.vectors, most)
         ]
         assert np.array_equal(np.concatenate([rows.row for rows in read]), np.arange(50))
         assert np.array_equal(np.concatenate([rows.vectors for rows in read]), x)
@@ -56,7 +56,7 @@ def test_ids_are_ordered_as_bytes() -> None:
     ids = ids_for(500)
     ids[::7] = ids[0]
     row = np.random.default_rng(0).permutation(500)
-    order = portions.order_by_id(ids, row)
+    order = read_rows.order_by_id(ids, row)
     wanted = sorted(range(500), key=lambda place: (bytes(ids[place]), row[place]))
     assert order.tolist() == wanted
 
