@@ -134,7 +134,7 @@ JOBS = row("*", "job environment log errors uri stages.sync")
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: `pipeline.data.crops` or `torch.nn`, and where it stands."""
+    """One imported name: `pipeline.views.crops` or `torch.nn`, and where it stands."""
 
     name: str
     line: int
@@ -142,7 +142,7 @@ class Import:
 
 
 def imports_of(source: str, modules: Iterable[str] = ()) -> list[Import]:
-    """The imports in a source. `from pipeline.data import crops` is one of `pipeline.data.crops`.
+    """The imports in a source. `from pipeline.views import crops` is one of `pipeline.views.crops`.
 
     Args:
         source: Python text.
@@ -221,7 +221,7 @@ def cycles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def module_name(path: Path, root: Path) -> str:
-    """`data.crops` for `pipeline/data/crops.py`; a package is called like its folder."""
+    """`views.crops` for `pipeline/views/crops.py`; a package is called like its folder."""
     parts = list(path.relative_to(root).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts = parts[:-1] or ["__init__"]

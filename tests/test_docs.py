@@ -174,7 +174,7 @@ def test_what_is_right_is_not_reported() -> None:
     block = "make demo  # a word\nls -l\npython jobs/run.py configs/demo.yaml optim.lr=1e-3 # so\n"
     block += "python jobs/sync.py runs/demo --again\npip install something\n"
     assert not all_wrong(f"```bash\n{block}```\n")
-    assert unknown_fields("`data.sauce=x` and `optim.lr`, `data.crops`, `run.yaml`") == [
+    assert unknown_fields("`data.sauce=x` and `optim.lr`, `track.journal`, `run.yaml`") == [
         "data.sauce=x"
     ]
     assert anchors("# One\n\n## How it's *done*, here\n") == {"one", "how-its-done-here"}

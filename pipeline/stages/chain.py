@@ -21,9 +21,9 @@ from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.pack.once import forget, looked_up_once
 from pipeline.report.page import Table
+from pipeline.report.run_report import run_report
 from pipeline.stages import curate, evaluate, export, pack, pretrain
 from pipeline.stages.checks import check_start
-from pipeline.stages.run_report import run_report
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint

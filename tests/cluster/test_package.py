@@ -26,7 +26,7 @@ LITTER = [
 ]  # fmt: skip
 NEEDED = [
     "jobs/run.py", "jobs/pack.py", "jobs/curate.py", "jobs/pretrain.py", "jobs/evaluate.py",
-    "jobs/export.py", "jobs/doctor.py", "pipeline/train/loop.py", "pipeline/track/report.css",
+    "jobs/export.py", "jobs/doctor.py", "pipeline/train/loop.py", "pipeline/report/report.css",
     "configs/demo.yaml", "constraints.txt", "mine.yaml", "mine.py",
 ]  # fmt: skip
 

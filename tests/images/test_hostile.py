@@ -248,7 +248,7 @@ def test_a_whole_pack_on_ray(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from pipeline.data.decode import BadImage, decode, decode_shrunk, image_size
+from pipeline.images.decode import BadImage, decode, decode_shrunk, image_size
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.report.page import LIMIT_BYTES, Chart, Picture, Table, Text, write_report
+from pipeline.report.run_report import run_report, stage_curves
 from pipeline.report.svg import HEIGHT, WIDTH, label, line_chart, thin, ticks
-from pipeline.stages.run_report import run_report, stage_curves
 from pipeline.track.journal import Journal
 
 VOID = {"meta", "img", "path", "circle", "br"}

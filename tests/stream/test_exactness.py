@@ -367,17 +367,17 @@ def without_order(key: str) -> Callable[..., Any]:
 
 CUT = "depend on how the stream is cut"
 FAULTS = [
-    ("stream.uniforms", without_uniforms, "seed", {"crops are the same for two seeds",
+    ("decoder.uniforms", without_uniforms, "seed", {"crops are the same for two seeds",
                                                    "colours are the same for two seeds"}),
-    ("stream.uniforms", without_uniforms, "pass", {"crops are the same in two passes",
+    ("decoder.uniforms", without_uniforms, "pass", {"crops are the same in two passes",
                                                    "colours are the same in two passes"}),
-    ("stream.uniforms", without_uniforms, "image id", {"crops are the same for two images",
+    ("decoder.uniforms", without_uniforms, "image id", {"crops are the same for two images",
                                                        "colours are the same for two images"}),
-    ("stream.uniforms", without_uniforms, "stream", {"colours are made of the numbers of crops"}),
-    ("stream.masks_for", without_masks, "seed", {"masks are the same for two seeds"}),
-    ("stream.masks_for", without_masks, "step", {"masks are the same in two steps"}),
-    ("stream.masks_for", without_masks, "place", {"masks are the same in two places"}),
-    ("stream.masks_for", without_masks, "global place", {f"masks {CUT}"}),
+    ("decoder.uniforms", without_uniforms, "stream", {"colours are made of the numbers of crops"}),
+    ("decoder.masks_for", without_masks, "seed", {"masks are the same for two seeds"}),
+    ("decoder.masks_for", without_masks, "step", {"masks are the same in two steps"}),
+    ("decoder.masks_for", without_masks, "place", {"masks are the same in two places"}),
+    ("decoder.masks_for", without_masks, "global place", {f"masks {CUT}"}),
     ("order.keyed", without_order, "seed", {"the order is the same for two seeds"}),
     ("order.keyed", without_order, "pass", {"the order is the same in two passes"}),
 ]  # fmt: skip
@@ -393,7 +393,7 @@ def test_a_lost_key_is_noticed(
     packed: ShardSet,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(f"pipeline.data.{name}", broken(key))
+    monkeypatch.setattr(f"pipeline.stream.{name}", broken(key))
     found = complaints(hub, packed)
     assert expected <= found
     if key != "global place":  # one lost key is not taken for another one
