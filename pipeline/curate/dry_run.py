@@ -9,8 +9,8 @@ from pipeline.context import DESCRIPTOR, Context, result_line, with_packed_sets
 from pipeline.curate.copies.cells import cells_for
 from pipeline.curate.images.descriptor import DIM
 from pipeline.curate.images.quality import sample_counts
-from pipeline.curate.run import rules
 from pipeline.curate.run_copies import false_positives
+from pipeline.curate.run_images import rules
 from pipeline.curate.sets import Sets, open_sets
 from pipeline.curate.sizes import check_clusters
 from pipeline.curate.threshold.calibrate import COMPARED

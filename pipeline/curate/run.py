@@ -1,30 +1,38 @@
-"""The steps of a curation in order, each of which goes on where an earlier run stopped.
+"""A curation from top to bottom: which images are kept, and for each other one why it is not.
 
-Every step writes files below `<run folder>/curate/steps` and is not run again as long as its
-settings and what it reads stay the same; so another threshold costs what comes after it.
+Every step writes tables below `<run folder>/curate/steps` and goes on where an earlier run stopped.
+It is not run again as long as its settings and what it reads stay the same; so another threshold
+costs what comes after it.
 """
 
 from __future__ import annotations
 
 from pipeline.config.config import Config
-from pipeline.curate.decide import decide as deciding
-from pipeline.curate.decide.decide import Mix
-from pipeline.curate.decide.removals import starts_of
-from pipeline.curate.decide.shards import write_curated
-from pipeline.curate.decide.sources import list_folders, sources_of
-from pipeline.curate.decide.tally import Tally
-from pipeline.curate.findings import Found, fingerprints
-from pipeline.curate.images import exact_copies, quality
-from pipeline.curate.images.quality import Rules
-from pipeline.curate.run_choose import select
-from pipeline.curate.run_copies import compare
+from pipeline.curate.curation import Choice, Comparison, Curation, Known, Setup
+from pipeline.curate.run_choose import (
+    balance,
+    embed_content,
+    open_seeds,
+    pool_rows,
+    retrieve,
+    what_is_left,
+)
+from pipeline.curate.run_copies import (
+    compare,
+    embed_for_copies,
+    find_leaks,
+    find_threshold,
+    group_copies,
+    leaking_groups,
+    match_earlier,
+)
+from pipeline.curate.run_decide import decide
+from pipeline.curate.run_images import find_equal, fingerprint_images, mark_quality
 from pipeline.curate.sets import Sets
-from pipeline.curate.steps.steps import Result, Task, run_step
-from pipeline.shards.shards import ShardSet
 from pipeline.uri import Place
 
 
-def decide(config: Config, sets: Sets, root: Place) -> Found:
+def curate(config: Config, sets: Sets, root: Place) -> Curation:
     """Runs all steps up to the decisions; needs a joined Ray cluster.
 
     Args:
@@ -35,109 +43,51 @@ def decide(config: Config, sets: Sets, root: Place) -> Found:
     Raises:
         PipelineError: a table is damaged, or a step could not do its work.
     """
-    import ray
+    setup = Setup.of(config, sets, root)
 
-    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-    found = Found(config, sets, sets.inputs, root, gpus)
-    prints = found.add(fingerprints(found, root, found.inputs), "fingerprint")
-    marks = None
-    if config.quality.enabled:
-        marks = found.add(quality.quality(root, found.inputs, prints, rules(config)), "quality")
-    exact = found.add(exact_copies.collapse(root, found.inputs, prints, marks), "exact")
-    compare(found, prints, exact)
-    select(found, prints)
-    _decisions(found)
-    return found
+    # Every image is decoded once. Rules mark those that are not worth training on; of images with
+    # equal bytes or equal pixels one stays.
+    prints = fingerprint_images(setup)
+    marks = mark_quality(setup, prints) if config.quality.enabled else None
+    equal = find_equal(setup, prints, marks)
+    known = Known().adding("fingerprint", prints).adding("quality", marks).adding("exact", equal)
 
+    # Images are compared by vectors; of two that are alike, a second look at their pixels says
+    # whether they are copies. A copy goes if it is of an image that was curated earlier, or of one
+    # of an evaluation set; of each group of copies that is left, the best image stays.
+    comparison = None
+    if config.dedup.enabled or sets.leaks or sets.earlier:
+        vectors = embed_for_copies(setup, prints)
+        threshold = find_threshold(setup, prints, equal, vectors)
+        earlier = match_earlier(setup, equal, vectors, threshold)
+        copies = compare(setup, equal, vectors, threshold)
+        leaks = find_leaks(setup, copies, vectors, threshold) if sets.leaks else None
+        for matches in earlier:
+            known = known.adding("matches", matches)
+        known = known.adding("leaks", leaks)
+        groups = leaking = None
+        if config.dedup.enabled:
+            going = [*earlier, leaks] if leaks else earlier
+            groups = group_copies(setup, copies, prints, vectors, threshold, going)
+            known = known.adding("components", groups)
+        if groups and leaks and config.leaks.scope == "components":
+            leaking = leaking_groups(setup, known)
+            known = known.adding("leaking", leaking)
+        comparison = Comparison(vectors, threshold, earlier, copies, leaks, groups, leaking)
 
-def rules(config: Config) -> Rules:
-    """The limits of the quality rules."""
-    return Rules(**config.quality.model_dump(exclude={"enabled", "sample"}))
+    # Of what is left of the pool: images like those of seed sets, and a balanced sample. The
+    # recipe may ask for both, or for neither: then all of it is kept.
+    choice = None
+    if sets.seeds or config.balance.images:
+        left = what_is_left(setup, known)
+        content = embed_content(setup, prints, comparison.embedded if comparison else None)
+        pool = pool_rows(setup, content, left)
+        seeds = open_seeds(setup, prints, content, left)
+        retrieved = retrieve(setup, pool, seeds) if sets.seeds else None
+        balanced = balance(setup, pool) if config.balance.images else None
+        known = known.adding("retrieved", retrieved.result if retrieved else None)
+        known = known.adding("balanced", balanced.result if balanced else None)
+        choice = Choice(left, content, seeds, retrieved, balanced)
 
-
-def _decisions(found: Found) -> None:
-    files, tables, config = found.inputs.files, found.tables, found.config
-    listed = run_step(
-        found.root,
-        "sources",
-        found.keys[:1],
-        [Task(file.name, (file, tables.fingerprint)) for file in files],
-        list_folders,
-    )
-    sources = sources_of(listed.accounts)
-    starts = starts_of(found.inputs)
-    names = {name: [s.root, s.folders] for name, s in sources.items()}
-
-    def decided(step: str, shares: dict[str, float]) -> Result:
-        mix = Mix(config.run.seed, shares)
-        return run_step(
-            found.root,
-            step,
-            [2, found.keys, found.inputs.digest, names, mix.seed, sorted(shares.items())],
-            [Task(file.name, (file, starts, tables, sources[file.set], mix)) for file in files],
-            deciding.decide,
-        )
-
-    shares = weights(config)
-    if config.mix.by == "proportion":
-        whole = found.add(decided("parts", {}))
-        shares = proportions(shares, Tally.of(found.inputs, whole.accounts).total_parts())
-    decisions = decided("decisions", {part: w for part, w in shares.items() if w < 1})
-    found.add(listed)
-    found.results.append(decisions)
-    found.folders["decisions"] = decisions.folder
-    found.tally = Tally.of(found.inputs, decisions.accounts)
-
-
-def weights(config: Config) -> dict[str, float]:
-    """Of each part."""
-    mix = config.mix
-    return {
-        "pool": mix.pool,
-        "as_is": mix.as_is,
-        "sample": mix.sample,
-        "cluster": mix.cluster,
-        "balanced": mix.balanced,
-    }
-
-
-def proportions(weights: dict[str, float], images: dict[str, int]) -> dict[str, float]:
-    """The shares of the parts that make them stand to each other like their weights.
-
-    The part that is scarcest for its weight is kept whole, and no image is repeated. Parts without
-    images are passed over.
-
-    Args:
-        weights: of each part.
-        images: of the parts that have any.
-    """
-    wanted = {part: weights[part] for part, count in images.items() if count and weights[part]}
-    unit = min((images[part] / weight for part, weight in wanted.items()), default=0.0)
-    return {
-        part: min(1.0, unit * weight / images[part]) if part in wanted else 0.0
-        for part, weight in weights.items()
-    }
-
-
-def write_shards(found: Found, shards: Place) -> ShardSet:
-    """Writes what is kept, and what was curated earlier, to the folder `shards`.
-
-    Raises:
-        DataError: nothing is kept, or the folder holds something else.
-    """
-    data = found.config.data
-    written, steps, again = write_curated(
-        shards,
-        found.root,
-        found.sets.inputs_by_name,
-        found.inputs,
-        found.decisions,
-        found.folders["fingerprint"],
-        shard_bytes=int(data.shard_mb * 2**20),
-        row_group_images=data.row_group_images,
-        earlier=found.sets.earlier_shards,
-    )
-    found.results += steps
-    earlier = found.sets.earlier_shards
-    found.counted.check([written.rows - (earlier.rows - again if earlier else 0)])
-    return written
+    decisions = decide(setup, known)
+    return Curation(setup, prints, marks, equal, comparison, choice, decisions)

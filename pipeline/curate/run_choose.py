@@ -5,131 +5,137 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.curate.choose.balance import balance
+from pipeline.curate.choose import balance as balancing
+from pipeline.curate.choose import retrieve as retrieving
+from pipeline.curate.choose.balance import Balanced
 from pipeline.curate.choose.hierarchy import build
 from pipeline.curate.choose.lloyd import Cost, Resources
-from pipeline.curate.choose.retrieve import Wanted, retrieve
+from pipeline.curate.choose.retrieve import Retrieved, Wanted
+from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
 from pipeline.curate.decide import removals
-from pipeline.curate.findings import Found, fingerprints, vectors_of
 from pipeline.curate.images import exact_copies
 from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import AS_IS, POOL, InputFile, Inputs, Vectors
+from pipeline.curate.run_images import embed_images, open_other_set
 from pipeline.curate.steps.steps import Result, Task, run_step
-from pipeline.shards.shards import ShardSet
 from pipeline.uri import join
 
 
-def select(found: Found, prints: Result) -> None:
-    """Retrieves and balances, as far as the recipe asks for it, what is no copy and does not leak.
+def what_is_left(setup: Setup, known: Known) -> Result:
+    """Images that are usable, no copy, and do not leak."""
+    starts = removals.starts_of(setup.images)
+    tasks = [Task(file.name, (file, starts, known.tables)) for file in setup.images.files]
+    return run_step(setup.root, "alive", known.keys, tasks, removals.alive)
 
-    Images of seed sets that are inputs are kept anyway, so only those of the pool are chosen from.
+
+def embed_content(setup: Setup, prints: Result, for_copies: Embedded | None) -> Embedded:
+    """The vectors that say what images show.
+
+    Where the same embedder finds copies its vectors serve for both, and no step is taken.
     """
-    config, sets = found.config, found.sets
-    if not sets.seeds and not config.balance.images:
-        return
-    files, starts = found.inputs.files, removals.starts_of(found.inputs)
-    alive = run_step(
-        found.root,
-        "alive",
-        found.keys,
-        [Task(file.name, (file, starts, found.tables)) for file in files],
-        removals.alive,
-    )
-    found.add(alive)
+    config = setup.config
     spec = embedder_of(config, "curate.embedder", config.curate.embedder)
-    same = found.copy_spec is not None and spec.settings == found.copy_spec.settings
-    vectors = found.copy_vectors if same else None
-    if vectors is None:
-        vectors = vectors_of(found, found.root, "embed", found.inputs, prints, spec)
-    pool = _rows(vectors, files, alive, [file for file in files if file.kind == POOL])
-    resources = Resources(gpus=found.gpus)
-    if sets.seeds:
-        seeds = {}
-        for name, shards in sets.seeds.items():
-            if sets.include:
-                mine = [f for f in files if f.kind == AS_IS and f.set == name]
-                seeds[name] = _rows(vectors, files, alive, mine)
-                found.seed_prints[name] = prints.folder
-            else:
-                seeds[name] = _outside(found, name, shards)
-        wanted = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
-        retrieved = retrieve(
-            found.root, "retrieve", pool, seeds, wanted, config.run.seed, resources
-        )
-        _add(found, retrieved.result, "retrieved", retrieved.cost)
-        found.numbers["retrieved"] = retrieved.summary
-    if config.balance.images:
-        settings = config.balance
-        hierarchy = build(
-            found.root,
-            "hierarchy",
-            pool,
-            settings.levels,
-            config.run.seed,
-            settings.iterations,
-            settings.resampling,
-            resources,
-        )
-        chosen = balance(
-            found.root,
-            "balance",
-            pool,
-            hierarchy,
-            settings.images or 0,
-            config.run.seed,
-            settings.floor,
-            settings.floor_members,
-        )
-        cost = Cost()
-        cost.add(hierarchy.cost)
-        cost.add(chosen.cost)
-        _add(found, chosen.result, "balanced", cost)
-        sizes = ("sizes_before", "sizes_after")
-        found.numbers["balanced"] = {k: v for k, v in chosen.summary.items() if k not in sizes}
+    if for_copies is None:
+        return embed_images(setup, "embed", prints, spec)
+    if for_copies.spec.settings == spec.settings:
+        return Embedded(spec, for_copies.vectors, ())
+    content = embed_images(setup, "embed", prints, spec)
+    before = {step.step for step in for_copies.steps}  # which images are equal may be known
+    steps = tuple(step for step in content.steps if step.step not in before)
+    return Embedded(spec, content.vectors, steps)
 
 
-def _rows(
-    vectors: Vectors, files: Sequence[InputFile], alive: Result, wanted: Sequence[InputFile]
-) -> RowSet:
-    """The rows of some of the files that are alive."""
-    counts = dict(zip((f.name for f in files), (a["rows"] for a in alive.accounts), strict=True))
-    names = tuple(file.name for file in wanted)
+def pool_rows(setup: Setup, content: Embedded, left: Result) -> RowSet:
+    """What is left of the pool: images of seed sets that are inputs are kept anyway."""
+    files = [file for file in setup.images.files if file.kind == POOL]
+    return _rows(setup, content.vectors, left, files)
+
+
+def open_seeds(setup: Setup, prints: Result, content: Embedded, left: Result) -> Seeds:
+    """Vectors of the seed images: of what is left of them, where they are inputs themselves."""
+    sets = setup.sets
+    if not sets.include:
+        opened = {name: _outside(setup, name, content) for name in sets.seeds}
+        return Seeds(
+            {name: rows for name, (_, rows) in opened.items()},
+            {name: other.prints.folder for name, (other, _) in opened.items()},
+            tuple(step for other, _ in opened.values() for step in other.steps),
+        )
+    rows = {}
+    for name in sets.seeds:
+        files = [f for f in setup.images.files if f.kind == AS_IS and f.set == name]
+        rows[name] = _rows(setup, content.vectors, left, files)
+    return Seeds(rows, dict.fromkeys(sets.seeds, prints.folder))
+
+
+def retrieve(setup: Setup, pool: RowSet, seeds: Seeds) -> Retrieved:
+    """Images of the pool that are like seed images."""
+    config = setup.config
+    asked = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    resources = Resources(gpus=setup.gpus)
+    retrieved = retrieving.retrieve(
+        setup.root, "retrieve", pool, seeds.rows, asked, config.run.seed, resources
+    )
+    return replace(retrieved, result=_with_cost(retrieved.result, "retrieved", retrieved.cost))
+
+
+def balance(setup: Setup, pool: RowSet) -> Balanced:
+    """A sample of the pool that has as much of what is rare as of what is common."""
+    settings, seed = setup.config.balance, setup.config.run.seed
+    hierarchy = build(
+        setup.root,
+        "hierarchy",
+        pool,
+        settings.levels,
+        seed,
+        settings.iterations,
+        settings.resampling,
+        Resources(gpus=setup.gpus),
+    )
+    balanced = balancing.balance(
+        setup.root,
+        "balance",
+        pool,
+        hierarchy,
+        settings.images or 0,
+        seed,
+        settings.floor,
+        settings.floor_members,
+    )
+    cost = Cost()
+    cost.add(hierarchy.cost)
+    cost.add(balanced.cost)
+    return replace(balanced, result=_with_cost(balanced.result, "balanced", cost))
+
+
+def _rows(setup: Setup, vectors: Vectors, left: Result, files: Sequence[InputFile]) -> RowSet:
+    """The rows that are left of some of the files."""
+    counts = {
+        file.name: account["rows"]
+        for file, account in zip(setup.images.files, left.accounts, strict=True)
+    }
+    names = tuple(file.name for file in files)
     return RowSet.of(
-        replace(vectors, names=names), [counts[name] for name in names], alive.folder, alive.key
+        replace(vectors, names=names), [counts[name] for name in names], left.folder, left.key
     )
 
 
-def _outside(found: Found, name: str, shards: ShardSet) -> RowSet:
-    """Vectors of a seed set whose images do not go into the curated set."""
-    inputs = Inputs.of([(name, AS_IS, shards)])
-    root = join(found.root, "sets", f"seeds-{name}")
-    prints = fingerprints(found, root, inputs)
-    found.seed_prints[name] = prints.folder
-    found.add(replace(prints, step=f"fingerprint/{name}"))
-    exact = exact_copies.collapse(root, inputs, prints)
+def _outside(setup: Setup, name: str, content: Embedded) -> tuple[OtherSet, RowSet]:
+    """A seed set whose images do not go into the curated set."""
+    inputs = Inputs.of([(name, AS_IS, setup.sets.seeds[name])])
+    root = join(setup.root, "sets", f"seeds-{name}")
+    other = open_other_set(setup, name, root, inputs, "embed", content.spec)
     # An image that is there twice would count as two seeds.
-    own = run_step(
-        root,
-        "own",
-        [exact.key],
-        [Task(file.name, (exact.folder, file.name)) for file in inputs.files],
-        exact_copies.own_rows,
-    )
-    config = found.config
-    spec = embedder_of(config, "curate.embedder", config.curate.embedder)
-    vectors = vectors_of(found, root, "embed", inputs, prints, spec)
+    equal = exact_copies.collapse(root, inputs, other.prints)
+    tasks = [Task(file.name, (equal.folder, file.name)) for file in inputs.files]
+    own = run_step(root, "own", [equal.key], tasks, exact_copies.own_rows)
     counts = [account["rows"] for account in own.accounts]
-    return RowSet.of(vectors, counts, own.folder, own.key)
+    return other, RowSet.of(other.embedded.vectors, counts, own.folder, own.key)
 
 
-def _add(found: Found, result: Result, name: str, cost: Cost) -> None:
-    """Notes a step with what all that led to it has cost."""
-    whole = replace(
-        result,
-        step=name,
-        seconds=cost.seconds,
-        cpu_s=cost.cpu_s,
-        peak_bytes=cost.peak_bytes,
+def _with_cost(result: Result, name: str, cost: Cost) -> Result:
+    """A step with what all that led to it has cost."""
+    return replace(
+        result, step=name, seconds=cost.seconds, cpu_s=cost.cpu_s, peak_bytes=cost.peak_bytes
     )
-    found.add(whole, name)

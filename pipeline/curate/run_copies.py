@@ -1,33 +1,31 @@
-"""The steps of a curation that compare images: the threshold, leaks, components of copies, and
-copies of images that were curated earlier.
-"""
+"""The steps of a curation that compare images: threshold, copies, leaks, earlier curations."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from pipeline.config.config import Config
 from pipeline.curate.copies import relative
-from pipeline.curate.copies.components import LOOKED_EDGES, find_components
+from pipeline.curate.copies.components import find_components
+from pipeline.curate.copies.items import Visiting
 from pipeline.curate.copies.leaks import best_leaks, leaks_of
 from pipeline.curate.copies.matches import EARLIER
 from pipeline.curate.copies.pairs import find_pairs
 from pipeline.curate.copies.stored_copies import Copies
-from pipeline.curate.findings import Found, fingerprints, vectors_of
+from pipeline.curate.curation import Embedded, Finding, Known, Leaks, Setup, Threshold
 from pipeline.curate.images import exact_copies
 from pipeline.curate.images.descriptor import visiting
-from pipeline.curate.look.looks import Looking, counted
+from pipeline.curate.look.looks import Looking
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.copies import FAR
-from pipeline.curate.rows.tables import POOL, Inputs, Vectors
-from pipeline.curate.run_earlier import Earlier, check_inputs
+from pipeline.curate.rows.tables import POOL, Inputs
+from pipeline.curate.run_earlier import check_inputs
+from pipeline.curate.run_images import embed_images, open_other_set
 from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.curate.threshold.calibrate import calibrate
 from pipeline.curate.threshold.threshold import DEFAULT_PENALTY
 from pipeline.errors import DataError
-from pipeline.shards.shards import ShardSet
 from pipeline.uri import join, public
 
 FALSE_PAIRS = 0.01  # of the images, that are in a pair that is wrongly taken for copies
@@ -35,21 +33,56 @@ MOST_FALSE = 1e-6  # share of the pairs
 BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report can show them
 
 
-def compare(found: Found, prints: Result, exact: Result) -> None:
-    """Finds copies within the inputs, of evaluation sets, and of what was curated earlier.
-
-    Where images are compared with anything, they are left in buckets for what is added later.
-    """
-    config, sets, earlier = found.config, found.sets, list(found.sets.earlier)
-    if not (config.dedup.enabled or sets.leaks or earlier):
-        return
+def embed_for_copies(setup: Setup, prints: Result) -> Embedded:
+    """The vectors that copies are found by."""
+    config = setup.config
     spec = embedder_of(config, "curate.copy_embedder", config.curate.copy_embedder)
-    found.copy_spec = spec
-    vectors = vectors_of(found, found.root, "embed_copy", found.inputs, prints, spec)
-    found.copy_vectors = vectors
-    _thresholds(found, vectors, prints, exact, earlier)
-    matches = _matches(found, vectors, exact, earlier)
-    _pairs(found, vectors, prints, exact, matches)
+    return embed_images(setup, "embed_copy", prints, spec)
+
+
+def find_threshold(setup: Setup, prints: Result, equal: Result, embedded: Embedded) -> Threshold:
+    """The similarity above which two images get a second look.
+
+    It is that of the earlier curation that these images are added to; else that of the recipe; else
+    it is calibrated on a sample.
+
+    Raises:
+        DataError: similarities do not mean the same as in the earlier curation.
+    """
+    config, spec = setup.config, embedded.spec
+    penalty = DEFAULT_PENALTY if embedded.vectors.views else 0.0
+    if setup.sets.earlier:
+        latest = setup.sets.earlier[0]
+        if latest.result["embedder"][:2] != spec.identity[:2]:
+            raise DataError(
+                f"curate.against={public(latest.run)} was made with another copy embedder "
+                f"({latest.result['copy_embedder']}) than curate.copy_embedder={spec.name}",
+                "use the same one, or curate everything anew without curate.against",
+            )
+        check_inputs(latest, spec)
+        threshold = float(latest.result["threshold"])
+        return Threshold(
+            threshold, _leak_threshold(config, threshold), float(latest.result["penalty"])
+        )
+    if config.dedup.threshold != "auto":
+        threshold = float(config.dedup.threshold)
+        return Threshold(threshold, _leak_threshold(config, threshold), penalty)
+    calibration, step = calibrate(
+        setup.root,
+        setup.images,
+        prints,
+        equal,
+        spec,
+        embedded.vectors,
+        images=config.dedup.calibration_images,
+        target=false_positives(config, exact_copies.own(equal)),
+        seed=config.run.seed,
+        max_pixels=config.data.max_image_pixels,
+        channels=config.model.in_channels,
+    )
+    threshold = float(calibration.threshold)
+    leaks = _leak_threshold(config, threshold)
+    return Threshold(threshold, leaks, calibration.penalty, calibration, (step,))
 
 
 def false_positives(config: Config, images: int) -> float:
@@ -62,182 +95,135 @@ def false_positives(config: Config, images: int) -> float:
     return share if share != "auto" else min(MOST_FALSE, FALSE_PAIRS / max(1, images))
 
 
-def _thresholds(
-    found: Found, vectors: Vectors, prints: Result, exact: Result, earlier: list[Earlier]
-) -> None:
-    config, spec = found.config, found.copy_spec
-    assert spec is not None
-    threshold = config.dedup.threshold
-    found.penalty = DEFAULT_PENALTY if vectors.views else 0.0
-    if earlier:  # similarities must mean the same as there
-        first = earlier[0].result
-        found.penalty = float(first["penalty"])
-        threshold = first["threshold"]
-        if first["embedder"][:2] != spec.identity[:2]:
-            raise DataError(
-                f"curate.against={public(earlier[0].run)} was made with another copy embedder "
-                f"({first['copy_embedder']}) than curate.copy_embedder={spec.name}",
-                "use the same one, or curate everything anew without curate.against",
-            )
-        check_inputs(earlier[0], spec)
-    elif threshold == "auto":
-        calibration, step = calibrate(
-            found.root,
-            found.inputs,
-            prints,
-            exact,
-            spec,
-            vectors,
-            images=config.dedup.calibration_images,
-            target=false_positives(config, exact_copies.own(exact)),
-            seed=config.run.seed,
-            max_pixels=config.data.max_image_pixels,
-            channels=config.model.in_channels,
-        )
-        found.add(step)
-        found.calibration = calibration
-        threshold, found.penalty = calibration.threshold, calibration.penalty
+def _leak_threshold(config: Config, threshold: float) -> float:
     leaks = config.leaks.threshold
-    found.threshold = float(threshold)
-    found.leak_threshold = float(threshold if leaks == "auto" else leaks)
+    return threshold if leaks == "auto" else float(leaks)
 
 
-def _pairs(
-    found: Found, vectors: Vectors, prints: Result, exact: Result, matches: list[Result]
-) -> None:
-    config, sets, inputs = found.config, found.sets, found.inputs
-    dedup = config.dedup
-    views = visiting if vectors.views else None
-    assert found.threshold is not None and found.leak_threshold is not None
-    pairs = find_pairs(
-        found.root,
-        inputs,
-        vectors,
-        lowest=max(0.0, found.threshold - BELOW),
-        probes=dedup.probes,
-        exact=(exact.folder, exact.key),
-        cell_images=dedup.cell_images,
-        visiting=views,
-        penalty=found.penalty,
-        seed=config.run.seed,
-        gpus=found.gpus,
-        compare=dedup.enabled,
-        suffices=max(0.0, found.threshold - FAR),
-    )
-    found.results += pairs.steps
-    aside = list(matches)
-    if sets.leaks:
-        evaluated = {name: _evaluation_set(found, name, s) for name, s in sets.leaks.items()}
-        others = {name: (one, found.leak_prints[name]) for name, (one, _) in evaluated.items()}
-        leaks, steps = relative.find_leaks(
-            pairs,
-            inputs,
-            evaluated,
-            threshold=found.leak_threshold,
-            visiting=views,
-            looking=_looking(found, others),
-            gpus=found.gpus,
+def match_earlier(
+    setup: Setup, equal: Result, embedded: Embedded, threshold: Threshold
+) -> tuple[Finding, ...]:
+    """Copies of images that were curated earlier: a table for each of the earlier curations."""
+    shards = setup.sets.earlier_shards
+    others = {EARLIER: (Inputs.of([(EARLIER, POOL, shards)]), "")} if shards else {}
+    findings = []
+    for number, earlier in enumerate(setup.sets.earlier):
+        names, key = earlier.decisions()
+        table, steps = relative.find_matches(
+            join(setup.root, "against", f"{number:03d}"),
+            Copies.open(earlier.root),
+            setup.images,
+            embedded.vectors,
+            decisions=(str(join(earlier.root, "decisions")), names, key),
+            threshold=threshold.copies,
+            visiting=_visiting(embedded),
+            exact=(equal.folder, equal.key),
+            looking=_looking(setup, others),
+            gpus=setup.gpus,
         )
-        found.add(leaks, "leaks", steps)
-        found.numbers["leaked"] = _leaked(steps)
-        aside.append(leaks)
-    if not dedup.enabled:
-        return
-    found.folders["edges"] = pairs.edges
-    components, steps = find_components(
-        pairs,
-        inputs,
-        vectors,
-        fingerprints=(prints.folder, prints.key),
-        threshold=found.threshold,
-        guard=dedup.guard,
-        chains=dedup.chains,
-        aside=[(one.folder, one.key) for one in aside],
-        visiting=views,
-        looking=_looking(found),
+        findings.append(Finding(table, steps or (table,)))
+    return tuple(findings)
+
+
+def compare(setup: Setup, equal: Result, embedded: Embedded, threshold: Threshold) -> Copies:
+    """Pairs of images that are alike. Images stay in buckets, for what is compared with them later.
+
+    With `dedup.enabled=false` they are put into buckets only.
+    """
+    dedup = setup.config.dedup
+    return find_pairs(
+        setup.root,
+        setup.images,
+        embedded.vectors,
+        lowest=max(0.0, threshold.copies - BELOW),
+        probes=dedup.probes,
+        exact=(equal.folder, equal.key),
+        cell_images=dedup.cell_images,
+        visiting=_visiting(embedded),
+        penalty=threshold.penalty,
+        seed=setup.config.run.seed,
+        gpus=setup.gpus,
+        compare=dedup.enabled,
+        suffices=max(0.0, threshold.copies - FAR),
     )
-    found.add(components, "components", steps)
-    found.folders["looks"] = next(one.folder for one in steps if one.step == LOOKED_EDGES)
-    found.numbers["looks"] = _looks(found.results)
-    if sets.leaks and config.leaks.scope == "components":
-        _leaking(found)
 
 
-def _looking(found: Found, others: Mapping[str, tuple[Inputs, str]] | None = None) -> Looking:
-    config = found.config
-    channels, most = config.model.in_channels, config.data.max_image_pixels
-    return Looking(found.inputs, channels, most, others)
-
-
-def _looks(results: Sequence[Result]) -> dict[str, dict[str, int]]:
-    """By what was compared: pairs that got the second look, and what it said."""
-    return {
-        result.step.removesuffix("/looked").removesuffix("/looks"): counted(result)
-        for result in results
-        if result.step.endswith("/looked")
-    }
-
-
-def _leaked(steps: tuple[Result, ...]) -> dict[str, int]:
-    """Images of each evaluation set that have a match, of those that have any."""
-    counts: Counter[str] = Counter()
+def find_leaks(setup: Setup, copies: Copies, embedded: Embedded, threshold: Threshold) -> Leaks:
+    """Images that show the same as an image of an evaluation set."""
+    others = []
+    for name, shards in setup.sets.leaks.items():
+        inputs, root = Inputs.of([(name, POOL, shards)]), join(setup.root, "sets", f"leaks-{name}")
+        others.append(open_other_set(setup, name, root, inputs, "embed_copy", embedded.spec))
+    prints = {other.name: other.prints.folder for other in others}
+    table, steps = relative.find_leaks(
+        copies,
+        setup.images,
+        {other.name: (other.inputs, other.embedded.vectors) for other in others},
+        threshold=threshold.leaks,
+        visiting=_visiting(embedded),
+        looking=_looking(setup, {o.name: (o.inputs, prints[o.name]) for o in others}),
+        gpus=setup.gpus,
+    )
+    leaked: Counter[str] = Counter()
     for step in steps:
         for account in step.accounts:
-            counts.update(account.get("held", {}))
-    return dict(counts)
+            leaked.update(account.get("held", {}))
+    opening = [step for other in others for step in other.steps]
+    return Leaks(table, (*opening, *(steps or (table,))), prints, dict(leaked))
 
 
-def _evaluation_set(found: Found, name: str, shards: ShardSet) -> tuple[Inputs, Vectors]:
-    inputs = Inputs.of([(name, POOL, shards)])
-    root = join(found.root, "sets", f"leaks-{name}")
-    prints = fingerprints(found, root, inputs)
-    found.leak_prints[name] = prints.folder
-    assert found.copy_spec is not None
-    found.add(replace(prints, step=f"fingerprint/{name}"))
-    return inputs, vectors_of(found, root, "embed_copy", inputs, prints, found.copy_spec)
+def group_copies(
+    setup: Setup,
+    copies: Copies,
+    prints: Result,
+    embedded: Embedded,
+    threshold: Threshold,
+    going: Sequence[Finding],
+) -> Finding:
+    """Groups of copies, with the one that stays of each.
+
+    Args:
+        setup: of the curation.
+        copies: pairs that are alike.
+        prints: fingerprints, by which the best copy is told.
+        embedded: vectors that the pairs were found by.
+        threshold: above which a pair gets a second look.
+        going: images that go in any case, so that none of them is kept instead of another.
+    """
+    table, steps = find_components(
+        copies,
+        setup.images,
+        embedded.vectors,
+        fingerprints=(prints.folder, prints.key),
+        threshold=threshold.copies,
+        guard=setup.config.dedup.guard,
+        chains=setup.config.dedup.chains,
+        aside=[(finding.table.folder, finding.table.key) for finding in going],
+        visiting=_visiting(embedded),
+        looking=_looking(setup),
+    )
+    return Finding(table, steps or (table,))
 
 
-def _leaking(found: Found) -> None:
-    """The best leak of each component, for all of its rows go."""
-    tables, files = found.tables, found.inputs.files
-    each = run_step(
-        found.root,
+def leaking_groups(setup: Setup, known: Known) -> Finding:
+    """Groups of copies of which an image leaks, with the best leak: the whole group goes."""
+    files = setup.images.files
+    by_file = run_step(
+        setup.root,
         "leaking/files",
-        found.keys,
-        [Task(file.name, (file, tables)) for file in files],
+        known.keys,
+        [Task(file.name, (file, known.tables)) for file in files],
         leaks_of,
     )
-    task = Task("leaking", (tuple(file.name for file in files), each.folder))
-    best = run_step(found.root, "leaking/best", [each.key], [task], best_leaks)
-    found.add(each)
-    found.add(best)
-    found.tables = replace(tables, leaking=best.folder)
-    found.keys.append(["leaking", best.key])
+    task = Task("leaking", (tuple(file.name for file in files), by_file.folder))
+    best = run_step(setup.root, "leaking/best", [by_file.key], [task], best_leaks)
+    return Finding(best, (by_file, best))
 
 
-def _matches(found: Found, vectors: Vectors, exact: Result, earlier: list[Earlier]) -> list[Result]:
-    """Copies of images that were curated earlier: the step for each of the earlier curations."""
-    assert found.threshold is not None
-    results = []
-    shards = found.sets.earlier_shards
-    others = {EARLIER: (Inputs.of([(EARLIER, POOL, shards)]), "")} if shards else {}
-    for number, one in enumerate(earlier):
-        copies = Copies.open(one.root)
-        names, key = one.decisions()
-        matches, steps = relative.find_matches(
-            join(found.root, "against", f"{number:03d}"),
-            copies,
-            found.inputs,
-            vectors,
-            decisions=(str(join(one.root, "decisions")), names, key),
-            threshold=found.threshold,
-            visiting=visiting if vectors.views else None,
-            exact=(exact.folder, exact.key),
-            looking=_looking(found, others),
-            gpus=found.gpus,
-        )
-        found.add(matches, steps=steps)
-        found.keys.append(["matches", matches.key])
-        results.append(matches)
-    found.tables = replace(found.tables, matches=tuple(one.folder for one in results))
-    return results
+def _visiting(embedded: Embedded) -> Visiting | None:
+    return visiting if embedded.vectors.views else None
+
+
+def _looking(setup: Setup, others: Mapping[str, tuple[Inputs, str]] | None = None) -> Looking:
+    config = setup.config
+    return Looking(setup.images, config.model.in_channels, config.data.max_image_pixels, others)

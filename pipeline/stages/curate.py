@@ -10,15 +10,16 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.context import DESCRIPTOR, Context, result_line
+from pipeline.curate.curation import Curation
 from pipeline.curate.embed.embedders import EmbedderSpec
 from pipeline.curate.embed.onnx_files import is_onnx
-from pipeline.curate.findings import Found
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report import numbers as report_numbers
 from pipeline.curate.report import pictures as gallery
 from pipeline.curate.report import report
 from pipeline.curate.report.summary import Summary
-from pipeline.curate.run import decide, write_shards
+from pipeline.curate.run import curate
+from pipeline.curate.run_decide import write_shards
 from pipeline.curate.run_earlier import Earlier, keys_of
 from pipeline.curate.sets import POOL_NAME, open_sets
 from pipeline.curate.sizes import check_clusters
@@ -100,19 +101,20 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         uri, _, short = digest.rpartition(" ")
         tracker.dataset(name, short, public(uri), "curation", images)
     check_clusters(config, sets)
-    found = decide(config, sets, steps_of(context))
-    tally = found.counted
+    curation = curate(config, sets, steps_of(context))
+    tally, compared = curation.decisions.tally, curation.comparison
+    threshold = compared.threshold if compared else None
     result_line("curate", tally.line())
     for line in tally.lines():
         result_line("", line)
-    summary = _summary(context, found)
+    summary = _summary(curation)
     page = context.folder.stage("curate") / "report.html"
     report.write(page, summary, f"Curation of {config.run.name}", tally.line())
     log.info("report      %s", public(context.folder.at("curate", "report.html")))
-    tracker.params(params(config, found))
-    _track(tracker, found, summary, page)
-    _guard(context, found)
-    shards = write_shards(found, context.shards_uri)
+    tracker.params(params(config, tally.rows, threshold.copies if threshold else None))
+    _track(tracker, curation, summary, page)
+    _guard(context, curation)
+    shards = write_shards(curation, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
     tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
     return {
@@ -123,47 +125,49 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "reasons": tally.total(),
         "parts": tally.total_parts(),
         "sources": tally.reasons,
-        "threshold": found.threshold,
-        "leak_threshold": found.leak_threshold,
-        "penalty": found.penalty,
-        "embedder": found.copy_spec.identity if found.copy_spec else None,
+        "threshold": threshold.copies if threshold else None,
+        "leak_threshold": threshold.leaks if threshold else None,
+        "penalty": threshold.penalty if threshold else 0.0,
+        "embedder": compared.embedded.spec.identity if compared else None,
         "copy_embedder": config.curate.copy_embedder,
         "shards": context.shards_uri,
         "against": config.curate.against,
         "value_range": sets.pool.columns.value_range,
-        "steps": keys_of(found.results),
-        **found.numbers,
+        "steps": keys_of(curation.results),
+        **curation.numbers,
     }
 
 
-def _guard(context: Context, found: Found) -> None:
+def _guard(context: Context, curation: Curation) -> None:
     """Ends the stage where more goes as near copies than `dedup.max_share`.
 
     Equal bytes and equal pixels do not count, nor do copies of what was curated earlier.
     """
-    near, rows = int(found.decisions.total("near")), found.counted.rows
+    decisions, comparison = curation.decisions, curation.comparison
+    near, rows = int(decisions.table.total("near")), decisions.tally.rows
     allowed = context.config.dedup.max_share
     if near <= allowed * rows:
         return
+    assert comparison is not None  # without it nothing is a near copy
     enough = math.ceil(100 * near / rows) / 100
     report_file = public(context.folder.at("curate", "report.html"))
     raise DataError(
         f"{near:,} of {rows:,} images ({100 * near / rows:.1f} %) would go as near copies, more "
-        f"than dedup.max_share={allowed:g}, at a similarity above {found.threshold:.4g}; look at "
-        f"them in {report_file}",
+        f"than dedup.max_share={allowed:g}, at a similarity above "
+        f"{comparison.threshold.copies:.4g}; look at them in {report_file}",
         f"if they are copies, set dedup.max_share={enough:g} and run the same command again; if "
         "not, set a higher dedup.threshold, or dedup.enabled=false",
     )
 
 
-def params(config: Config, found: Found) -> dict[str, Any]:
+def params(config: Config, images: int, threshold: float | None) -> dict[str, Any]:
     """At most eight short ones; MLflow prints them above every picture."""
     curate, sampled = config.curate, config.balance.images
     chosen: dict[str, Any] = {
         "preset": curate.preset,
-        "images": found.counted.rows,
+        "images": images,
         "copy_embedder": public(curate.copy_embedder),
-        "threshold": f"{found.threshold:.4g}" if found.threshold is not None else "none",
+        "threshold": f"{threshold:.4g}" if threshold is not None else "none",
         "seed": config.run.seed,
     }
     if config.retrieve.seeds or sampled:
@@ -201,23 +205,27 @@ def _warn(context: Context) -> None:
         )
 
 
-def _summary(context: Context, found: Found) -> Summary:
+def _summary(curation: Curation) -> Summary:
+    comparison, choice = curation.comparison, curation.choice
+    threshold = comparison.threshold if comparison else None
+    calibration = threshold.calibration if threshold else None
+    leaks = comparison.leaks if comparison else None
     return report.summarise(
-        found.root,
-        results=found.results,
-        calibration=found.calibration.to_json() if found.calibration else None,
-        threshold=found.threshold,
-        leak_threshold=found.leak_threshold,
-        evaluation_sets=found.leak_prints,
-        leaked=found.numbers.get("leaked"),
-        seed_sets=found.seed_prints,
-        folders=found.folders,
-        rows_in=found.counted.rows,
-        seed=context.config.run.seed,
+        curation.setup.root,
+        results=curation.results,
+        calibration=calibration.to_json() if calibration else None,
+        threshold=threshold.copies if threshold else None,
+        leak_threshold=threshold.leaks if threshold else None,
+        evaluation_sets=leaks.prints if leaks else {},
+        leaked=leaks.leaked if leaks else None,
+        seed_sets=choice.seeds.prints if choice else {},
+        folders=curation.folders,
+        rows_in=curation.decisions.tally.rows,
+        seed=curation.setup.config.run.seed,
     )
 
 
-def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
+def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:
     tracker.metrics(0, report_numbers.metrics(summary))
     tracker.headline(0, {"curate/kept": summary.kept})
     for name, pixels in gallery.pictures(summary).items():
@@ -226,8 +234,8 @@ def _track(tracker: Any, found: Found, summary: Summary, page: Path) -> None:
         tracker.table(name, columns)
     tracker.note(report_numbers.note(summary))
     tracker.artifact(page, "curate")
-    decisions = found.decisions
+    decisions = curation.decisions.table
     tracker.tags({"decisions": public(decisions.folder)})
     if not is_uri(decisions.folder) and decisions.total("bytes") <= SENT_BYTES:
-        for file in found.inputs.files:
+        for file in curation.setup.images.files:
             tracker.artifact(Path(decisions.folder) / f"{file.name}.parquet", "curate/decisions")

@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from pipeline.curate import sizes as curate_sizes
 from pipeline.curate.look import looks
 from pipeline.curate.look.second_look import Verdict
 from pipeline.curate.report import report
-from pipeline.curate.run import proportions
+from pipeline.curate.run_decide import proportions
 from pipeline.curate.steps import steps
 from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
@@ -156,9 +155,8 @@ def test_more_near_copies_than_allowed_end_the_stage_with_its_report(tmp_path, c
 
 
 def test_what_mlflow_prints_above_the_pictures():
-    found = SimpleNamespace(threshold=0.91234, counted=SimpleNamespace(rows=36))
-    given = ["curate.preset=dedup", "curate.against=runs/one"]
-    assert params(load(given), found) == {
+    arguments = ["curate.preset=dedup", "curate.against=runs/one"]
+    assert params(load(arguments), 36, 0.91234) == {
         "preset": "dedup",
         "images": 36,
         "copy_embedder": "descriptor",
@@ -166,8 +164,7 @@ def test_what_mlflow_prints_above_the_pictures():
         "seed": 0,
         "against": "runs/one",
     }
-    without = SimpleNamespace(threshold=None, counted=SimpleNamespace(rows=0))
-    balanced = params(load(["curate.preset=balanced", "balance.images=9"]), without)
+    balanced = params(load(["curate.preset=balanced", "balance.images=9"]), 0, None)
     assert len(balanced) <= 8 and balanced["balanced_images"] == 9
     assert balanced["threshold"] == "none" and balanced["embedder"] == "descriptor"
 

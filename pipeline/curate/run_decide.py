@@ -1,0 +1,99 @@
+"""The last steps of a curation: a decision for each image, and shards of what is kept."""
+
+from __future__ import annotations
+
+from pipeline.config.config import Config
+from pipeline.curate.curation import Curation, Decisions, Known, Setup
+from pipeline.curate.decide import decide as deciding
+from pipeline.curate.decide.decide import Mix
+from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.shards import write_curated
+from pipeline.curate.decide.sources import list_folders, sources_of
+from pipeline.curate.decide.tally import Tally
+from pipeline.curate.steps.steps import Result, Task, run_step
+from pipeline.shards.shards import ShardSet
+from pipeline.uri import Place
+
+
+def decide(setup: Setup, known: Known) -> Decisions:
+    """Decides on every image: the first reason to leave it out counts."""
+    images, root, mix = setup.images, setup.root, setup.config.mix
+    tasks = [Task(file.name, (file, known.tables.fingerprint)) for file in images.files]
+    listed = run_step(root, "sources", known.keys[:1], tasks, list_folders)
+    sources = sources_of(listed.accounts)
+    named = {name: [source.root, source.folders] for name, source in sources.items()}
+    starts = starts_of(images)
+
+    def decided(step: str, shares: dict[str, float]) -> Result:
+        seed = setup.config.run.seed
+        kept = Mix(seed, shares)
+        return run_step(
+            root,
+            step,
+            [2, known.keys, images.digest, named, seed, sorted(shares.items())],
+            [Task(f.name, (f, starts, known.tables, sources[f.set], kept)) for f in images.files],
+            deciding.decide,
+        )
+
+    steps = [listed]
+    shares = weights(setup.config)
+    if mix.by == "proportion":  # how many images a part has is known when all are decided on
+        whole = decided("parts", {})
+        shares = proportions(shares, Tally.of(images, whole.accounts).total_parts())
+        steps = [whole, listed]
+    table = decided("decisions", {part: share for part, share in shares.items() if share < 1})
+    return Decisions(table, (*steps, table), Tally.of(images, table.accounts))
+
+
+def weights(config: Config) -> dict[str, float]:
+    """Of each part."""
+    mix = config.mix
+    return {
+        "pool": mix.pool,
+        "as_is": mix.as_is,
+        "sample": mix.sample,
+        "cluster": mix.cluster,
+        "balanced": mix.balanced,
+    }
+
+
+def proportions(weights: dict[str, float], images: dict[str, int]) -> dict[str, float]:
+    """The shares of the parts that make them stand to each other like their weights.
+
+    The part that is scarcest for its weight is kept whole, and no image is repeated. Parts without
+    images are passed over.
+
+    Args:
+        weights: of each part.
+        images: of the parts that have any.
+    """
+    mixed = {part: weights[part] for part, count in images.items() if count and weights[part]}
+    unit = min((images[part] / weight for part, weight in mixed.items()), default=0.0)
+    return {
+        part: min(1.0, unit * weight / images[part]) if part in mixed else 0.0
+        for part, weight in weights.items()
+    }
+
+
+def write_shards(curation: Curation, shards: Place) -> ShardSet:
+    """Writes what is kept, and what was curated earlier, to the folder `shards`.
+
+    Raises:
+        DataError: nothing is kept, or the folder holds something else.
+    """
+    setup = curation.setup
+    data, earlier = setup.config.data, setup.sets.earlier_shards
+    written, _, again = write_curated(
+        shards,
+        setup.root,
+        setup.sets.inputs_by_name,
+        setup.images,
+        curation.decisions.table,
+        curation.prints.folder,
+        shard_bytes=int(data.shard_mb * 2**20),
+        row_group_images=data.row_group_images,
+        earlier=earlier,
+    )
+    # Images of an earlier curation that came in again are in the shards once.
+    curation.decisions.tally.check([written.rows - (earlier.rows - again if earlier else 0)])
+    return written
