@@ -75,7 +75,7 @@ class Terms(NamedTuple):
 
 
 class Objective:
-    """Makes targets and losses, and holds the two centres."""
+    """Makes targets and losses, and holds the two centres, which `commit` moves."""
 
     def __init__(self, spec: ObjectiveSpec, dino_prototypes: int, ibot_prototypes: int) -> None:
         """Start with centres at 0.
@@ -94,6 +94,9 @@ class Objective:
         self.spec = spec
         self.dino_centre = Centre(dino_prototypes, spec.centre_momentum)
         self.ibot_centre = Centre(ibot_prototypes, spec.centre_momentum)
+        # of each micro batch of this step, `[1, K]`; without rows `[0, K]`
+        self._cls_means: list[Tensor] = []
+        self._patch_means: list[Tensor] = []
 
     @classmethod
     def for_pair(cls, spec: ObjectiveSpec, pair: Pair) -> Objective:
@@ -134,37 +137,41 @@ class Objective:
         the number of masked patches among their rows.
 
         With softmax centring the teacher is asked for one micro batch at a time, so that no more
-        logits are held at once; the centres take in the step's means at the end. Sinkhorn balances
-        all micro batches together and must hold them all. Every worker must exhaust this once a
-        step.
+        logits are held at once. Sinkhorn balances all micro batches together and must hold them
+        all. Every worker must take them all and then, if the step counts, call `commit`: both sum
+        over the workers.
+        """
+        self._cls_means, self._patch_means = [], []
+        if self.spec.centring == "sinkhorn":
+            return self._balanced(teacher, temperature)
+        return self._centred(teacher, temperature)
+
+    def commit(self) -> None:
+        """Gives the centres the means of this step's logits. A step that was not finite must not
+        call it: its logits would stay in the centres.
         """
         if self.spec.centring == "sinkhorn":
-            yield from self._balanced(teacher, temperature)
-            return
-        means: tuple[list[Tensor], list[Tensor]] = ([], [])
-        while (answer := next(teacher, None)) is not None:
-            targets = [self._centred(self._split(*answer), temperature, *means)]
-            del answer
-            yield targets.pop()  # held by nobody here while it is used
+            return  # balances without centres
         if self.scores_cls:
-            self.dino_centre.see(means[0])
+            self.dino_centre.see(self._cls_means)
         if self.spec.ibot_weight > 0:
-            self.ibot_centre.see(means[1])
+            self.ibot_centre.see(self._patch_means)
+        self._cls_means, self._patch_means = [], []
 
     def _centred(
-        self,
-        logits: tuple[Tensor, Tensor],
-        temperature: float,
-        cls_means: list[Tensor],
-        means: list[Tensor],
-    ) -> Targets:
-        cls, patch = logits
-        dino = ibot = None
-        if self.scores_cls:
-            dino = _softmax(cls, self.dino_centre, temperature, cls_means)
-        if self.spec.ibot_weight > 0:
-            ibot = _softmax(patch, self.ibot_centre, temperature, means)
-        return Targets(dino, ibot)
+        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
+    ) -> Iterator[Targets]:
+        while (encoded := next(teacher, None)) is not None:
+            cls, patch = self._split(*encoded)
+            del encoded
+            dino = ibot = None
+            if self.scores_cls:
+                dino = _softmax(cls, self.dino_centre, temperature, self._cls_means)
+            if self.spec.ibot_weight > 0:
+                ibot = _softmax(patch, self.ibot_centre, temperature, self._patch_means)
+            targets = [Targets(dino, ibot)]
+            del cls, patch, dino, ibot
+            yield targets.pop()  # held by nobody here while it is used
 
     def _balanced(
         self, teacher: Iterator[tuple[Encoded, int]], temperature: float
@@ -252,10 +259,10 @@ class Objective:
             PipelineError: the centres have another number of prototypes.
         """
         for name, centre in (("dino", self.dino_centre), ("ibot", self.ibot_centre)):
-            found, expected = state[name]["value"].numel(), centre.value.numel()
-            if found != expected:
+            saved, expected = state[name]["value"].numel(), centre.value.numel()
+            if saved != expected:
                 raise PipelineError(
-                    f"the checkpoint's {name} centre has {found} prototypes, "
+                    f"the checkpoint's {name} centre has {saved} prototypes, "
                     f"the head has {expected}",
                     "set the head's prototypes as in the checkpoint",
                 )

@@ -1,8 +1,8 @@
 """One optimiser update, from views to the moved teacher.
 
 Order (DINOv2 train/train.py): rates, teacher targets, student forward and backward, clip each
-module, check that all is finite, AdamW, teacher. The host waits for the
-device twice: to count the masked patches, and for the check before the update.
+module, check that all is finite, centres, AdamW, teacher. Weights and centres change only after the
+check. The host waits for the device twice: to count the masked patches, and for the check.
 """
 
 from __future__ import annotations
@@ -39,12 +39,10 @@ class NonFinite(TrainError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports: 0-d tensors on the device, means over workers and micro batches, and the
-    stop wish.
-    """
+    """What a step reports."""
 
-    scalars: dict[str, Tensor]
-    stop: bool
+    scalars: dict[str, Tensor]  # 0-d, on the device: means over workers and micro batches
+    stop: bool  # whether any worker wants to end
 
 
 def train_step(
@@ -84,30 +82,27 @@ def train_step(
     _check(micro_batches, generator)
     device = micro_batches[0].global_views.device
     parts = len(micro_batches)
+    draws = list(generator) if isinstance(generator, Sequence) else [generator] * parts
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
-    generators = (
-        list(generator) if isinstance(generator, Sequence) else [generator] * len(micro_batches)
-    )
+    @torch.no_grad()
+    def ask_teacher(views: Views, patches: Masked) -> tuple[Encoded, int]:
+        with autocast():
+            encoded: Encoded = pair.target_maker(
+                views.global_views, None, None, patches.places, objective.scores_cls
+            )
+        return encoded, patches.rows
+
     apply_values(optimizer, values)
     optimizer.zero_grad(set_to_none=True)
     masked = [objective.masked(views) for views in micro_batches]
-
-    @torch.no_grad()
-    def answer(views: Views, patches: Masked) -> tuple[Encoded, int]:
-        with autocast():
-            found: Encoded = pair.target_maker(
-                views.global_views, None, None, patches.places, objective.scores_cls
-            )
-            return found, patches.rows
-
-    teacher = (answer(*each) for each in zip(micro_batches, masked, strict=True))
-    targets = objective.targets(teacher, values.teacher_temperature)
-    found: list[dict[str, Tensor]] = []
+    # `map` asks the teacher when a target is asked for: see `Objective.targets`.
+    targets = objective.targets(map(ask_teacher, micro_batches, masked), values.teacher_temperature)
+    reports: list[dict[str, Tensor]] = []
     for number, (views, patches) in enumerate(zip(micro_batches, masked, strict=True)):
-        target = next(targets)
+        target = next(targets)  # not by `zip`, which would hold the logits until the next turn
         last = number == parts - 1
         # DDP adds up the workers' gradients once a step, in the last backward.
         with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
@@ -118,32 +113,32 @@ def train_step(
                     objective.hidden(views),
                     patches.places,
                     objective.scores_cls,
-                    generators[number],
+                    draws[number],
                 )
             terms = objective.losses(student, target, views, patches)
-            del target  # free the logits
+            del target  # free the logits before the backward pass needs room
             (terms.total / parts).backward()  # type: ignore[no-untyped-call]
-        found.append(
+        reports.append(
             {f"loss/{name}": x for name, x in terms.parts.items()}
             | {f"health/{name}": x for name, x in terms.health.items()}
         )
-        del student, terms
-    means = {name: torch.stack([each[name] for each in found]).mean() for name in found[0]}
+        del student, terms  # and these before the next forward pass does
+    means = {name: torch.stack([each[name] for each in reports]).mean() for name in reports[0]}
     norms = _clip(pair.student, objective.spec.clip)
-    scalars, wanted = _agree(means, norms, stop, device)
-    next(targets, None)  # nothing is left; the centres take in the means of a step that counts
+    scalars, any_stop = _agree(means, norms, stop, device)  # or raises NonFinite
+    objective.commit()
     optimizer.step()
     ema_update(pair, values.teacher_momentum)
-    return StepResult(scalars, wanted)
+    return StepResult(scalars, any_stop)
 
 
 def _check(
     micro_batches: Sequence[Views], generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> None:
     if isinstance(micro_batches, Views) or not micro_batches:
-        found = "Views" if isinstance(micro_batches, Views) else "an empty list"
+        got = "Views" if isinstance(micro_batches, Views) else "an empty list"
         raise PipelineError(
-            f"train_step got {found}, expected a list of one or more micro batches",
+            f"train_step got {got}, expected a list of one or more micro batches",
             "put the views of a single micro batch into a list: [views]",
         )
     if isinstance(generator, Sequence) and len(generator) != len(micro_batches):
@@ -172,10 +167,10 @@ def _agree(
     """
     local = {**means, **norms}
     numbers = torch.stack([x.float() for x in local.values()])
-    stop_wish = torch.full((1,), float(stop), device=device)
-    message = all_sum(torch.cat([stop_wish, (~torch.isfinite(numbers)).float(), numbers]))
-    stopping, *broken = message[: 1 + len(local)].tolist()
+    stopping = torch.full((1,), float(stop), device=device)
+    message = all_sum(torch.cat([stopping, (~torch.isfinite(numbers)).float(), numbers]))
+    stops, *broken = message[: 1 + len(local)].tolist()
     if any(broken):
         raise NonFinite([name for name, count in zip(local, broken, strict=True) if count])
     averaged = (message[1 + len(local) :] / world_size()).unbind()
-    return dict(zip(local, averaged, strict=True)), stopping > 0
+    return dict(zip(local, averaged, strict=True)), stops > 0
