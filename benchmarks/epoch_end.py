@@ -24,9 +24,9 @@ import torch
 from loader import packed, spec_of
 
 from pipeline.driver.cluster import quiet_environment
-from pipeline.stream.decoder import batches
 from pipeline.stream.feeder import READ_WINDOWS, DecodeTasks, launch_feeder
 from pipeline.stream.reader import reading_of
+from pipeline.stream.worker import StreamRequest, batches
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
         def train() -> list[float]:
             torch.set_num_threads(1)
             waits, stream = [], batches(
-                feeder, "one", 0, 1, 0, options.steps, options.batch, options.batch
+                StreamRequest(feeder, "one", 0, 1, 0, options.steps), options.batch, options.batch
             )  # fmt: skip
             for _ in range(options.steps):
                 begin = time.perf_counter()

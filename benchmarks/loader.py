@@ -204,8 +204,8 @@ def stream(
 ) -> Figures:
     import ray
 
-    from pipeline.stream.decoder import batches
     from pipeline.stream.feeder import DecodeTasks, launch_feeder
+    from pipeline.stream.worker import StreamRequest, batches
 
     steps = (warm_up + images) // BATCH + 40
 
@@ -213,7 +213,7 @@ def stream(
     class Worker:
         def __init__(self, feeder: Any) -> None:
             torch.set_num_threads(1)
-            self.batches = batches(feeder, "one", 0, 1, 0, steps, BATCH, spec.chunk)
+            self.batches = batches(StreamRequest(feeder, "one", 0, 1, 0, steps), BATCH, spec.chunk)
 
         def take(self, images: int) -> int:
             """Receives at least so many images."""

@@ -175,8 +175,8 @@ def stream(
     """
     import ray
 
-    from pipeline.stream.decoder import batches
     from pipeline.stream.feeder import DecodeTasks, launch_feeder
+    from pipeline.stream.worker import StreamRequest, batches
 
     spill = folder / "spill"
     spill.mkdir()
@@ -195,7 +195,7 @@ def stream(
     class Worker:
         def __init__(self, feeder: Any) -> None:
             torch.set_num_threads(1)
-            self.batches = batches(feeder, "one", 0, 1, 0, steps, batch, chunk)
+            self.batches = batches(StreamRequest(feeder, "one", 0, 1, 0, steps), batch, chunk)
 
         def take(self, seconds: float) -> tuple[int, float]:
             seen, begin = 0, time.perf_counter()

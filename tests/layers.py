@@ -79,21 +79,20 @@ TABLE = [
     row("loss", "errors", others="torch"),
     row("model", "errors images schedule storage views", others="torch safetensors",
         others_inside="timm transformers"),
+    row("evaluate.sets", "config errors evaluate shards"),
     row("evaluate", "errors images model shards uri views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
         "", "mlflow torch numpy pandas"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
     row("report", "track uri", others_inside="PIL"),
-    row("train.clock"),
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective", "errors loss model schedule train.objective views",
         others="torch"),
-    row("train.build train.evaluation_sets train.remote_state train.start train.state "
-        "train.trainee",
+    row("train.build train.remote_state train.start train.state",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
-    row("train.rank_zero", "driver errors evaluate loss model plan schedule shards storage train "
-        "uri views", "track.tracker", "torch ray", "psutil"),
+    row("train.rank_zero", "driver errors evaluate heartbeat loss model plan schedule shards "
+        "storage train uri views", "track.tracker", "torch ray", "psutil"),
     row("train", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream uri views", others="torch ray", others_inside="yaml"),
     row("api", "config.sizes errors loss model schedule train.objective train.step views",

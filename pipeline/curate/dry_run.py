@@ -16,7 +16,7 @@ from pipeline.curate.sizes import check_clusters
 from pipeline.curate.threshold.calibrate import COMPARED
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train.clock import duration
+from pipeline.train.bottleneck import duration
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.curate")

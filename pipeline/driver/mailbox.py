@@ -1,4 +1,4 @@
-"""Messages between driver and workers: lines for the console, reports, and the wish to stop.
+"""Messages between driver and workers: lines for the console, reports, requests.
 
 Ray can copy workers' output to the driver, but with a prefix on each line and with everything that
 other libraries print. The step lines are the face of a run, so they travel on their own.
@@ -42,61 +42,61 @@ class Report:
     options: dict[str, Any]
 
 
-class Control:
+class Mailbox:
     """Base of the actor beside the driver; its methods are called from driver and workers.
 
-    A wish is what somebody outside wants of the workers at the end of a step: `stop` (write a
-    checkpoint and end), `move` (write one and wait to be taken away) or `save` (write one and go
-    on). `stop` is for good; of the others the last one counts.
+    A request is for the workers, at the end of a step: `stop` (write a checkpoint and end), `move`
+    (write one and wait to be taken away) or `save` (write one and go on). `stop` is for good; of
+    the others the last one counts.
     """
 
     def __init__(self) -> None:
-        self._wishes = threading.Condition()
-        self._wish, self._saved, self._answer = "", -1, -1
+        self._changed = threading.Condition()
+        self._request, self._saved, self._acknowledged = "", -1, -1
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
 
     def stop(self) -> None:
         """Asks the workers to write a checkpoint and end."""
-        self.ask(STOP)
+        self.request(STOP)
 
-    def ask(self, wish: str) -> None:
-        """Asks something of the workers; "" takes an earlier wish back, unless it was `stop`."""
-        with self._wishes:
-            if self._wish != STOP:
-                self._wish, self._answer = wish, -1
-            self._wishes.notify_all()
+    def request(self, request: str) -> None:
+        """Asks something of the workers; "" takes an earlier request back, unless it was `stop`."""
+        with self._changed:
+            if self._request != STOP:
+                self._request, self._acknowledged = request, -1
+            self._changed.notify_all()
 
-    def wait_wish(self, timeout: float = 30.0) -> str:
-        """What is wished, or "" after `timeout` seconds without a wish.
+    def wait_request(self, timeout: float = 30.0) -> str:
+        """What is requested, or "" after `timeout` seconds without a request.
 
         The wait has an end so that a worker group that died leaves no thread behind.
         """
-        with self._wishes:
-            self._wishes.wait_for(lambda: self._wish, timeout)
-            return self._wish
+        with self._changed:
+            self._changed.wait_for(lambda: self._request, timeout)
+            return self._request
 
-    def answer(self, wish: str, step: int) -> bool:
-        """A worker's word that a wish has been done at a step. False: it was taken back before."""
-        with self._wishes:
-            wanted = bool(wish) and wish == self._wish
-            if wanted and wish != STOP:
-                self._wish, self._answer = "", step
-            return wanted
+    def acknowledge(self, request: str, step: int) -> bool:
+        """A worker's word that a request has been done at a step. False: it was taken back."""
+        with self._changed:
+            current = bool(request) and request == self._request
+            if current and request != STOP:
+                self._request, self._acknowledged = "", step
+            return current
 
-    def answered(self) -> int:
-        """The step at which the last wish was done; -1 while it is not."""
-        with self._wishes:
-            return self._answer
+    def acknowledged(self) -> int:
+        """The step at which the last request was done; -1 while it is not."""
+        with self._changed:
+            return self._acknowledged
 
     def note_saved(self, step: int) -> None:
         """A worker's word that there is a checkpoint of a step."""
-        with self._wishes:
+        with self._changed:
             self._saved = max(self._saved, step)
 
     def saved(self) -> int:
         """The step of the newest checkpoint that was written in this start of the job; or -1."""
-        with self._wishes:
+        with self._changed:
             return self._saved
 
     def say(self, level: int, line: str) -> None:
@@ -129,20 +129,20 @@ def _taken(waiting: queue.SimpleQueue[T], timeout: float) -> list[T]:
 class RemoteLines(logging.Handler):
     """Sends a worker's log records to the driver's console."""
 
-    def __init__(self, control: Any) -> None:
+    def __init__(self, mailbox: Any) -> None:
         super().__init__()
-        self.control = control
+        self.mailbox = mailbox
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hands the line on; does not wait."""
-        self.control.say.remote(record.levelno, self.format(record))
+        self.mailbox.say.remote(record.levelno, self.format(record))
 
 
 class Reports:
     """A worker's side of `reporting`: hands calls on, numbered, and knows when all have arrived."""
 
-    def __init__(self, control: Any) -> None:
-        self.control = control
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
         self.source, self.number = os.urandom(6).hex(), 0
         self.lock = threading.Lock()
         self.under_way: list[Any] = []
@@ -154,7 +154,7 @@ class Reports:
         with self.lock:
             report = Report(self.source, self.number, method, arguments, options)
             self.number += 1
-            self.under_way.append(self.control.report.remote(report))
+            self.under_way.append(self.mailbox.report.remote(report))
             if len(self.under_way) > 100:
                 _, self.under_way = ray.wait(
                     self.under_way, num_returns=len(self.under_way), timeout=0
@@ -205,23 +205,23 @@ class InOrder:
 
 
 @contextmanager
-def console(control: Any, log: logging.Logger) -> Iterator[None]:
+def console(mailbox: Any, log: logging.Logger) -> Iterator[None]:
     """Inside, lines that workers say appear in the driver's log as they come."""
 
     def say(lines: list[tuple[int, str]]) -> None:
         for level, line in lines:
             log.log(level, "%s", line)
 
-    with _pumped(control.listen, say):
+    with _pumped(mailbox.listen, say):
         yield
 
 
 @contextmanager
-def reporting(control: Any, tracker: Any) -> Iterator[None]:
+def reporting(mailbox: Any, tracker: Any) -> Iterator[None]:
     """Inside, what workers send by `Reports` is called on `tracker`."""
     calls = InOrder(tracker)
     try:
-        with _pumped(control.reports, calls.take):
+        with _pumped(mailbox.reports, calls.take):
             yield
     finally:
         calls.finish()

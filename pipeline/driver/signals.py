@@ -1,4 +1,6 @@
-"""SIGTERM ends a job with 143 from wherever it is, and what is open is closed before."""
+"""What signals do to a job: SIGTERM ends it with 143 and closes what is open before; while workers
+train, either signal asks for a checkpoint first.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +39,46 @@ def ended_by_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         ENDING.number = 0
+
+
+@contextmanager
+def stop_on_signals(feeder: Any) -> Iterator[None]:
+    """Inside, SIGTERM or Ctrl-C makes the workers write a checkpoint and end; the driver lives on.
+
+    `ENDING` has the signal then. Ctrl-C after that ends it at once. SIGTERM does not: `timeout`
+    sends it twice, to the job and to its process group.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+    finished = False
+
+    def tell() -> None:
+        asked.wait()
+        if not finished:
+            feeder.stop.remote()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+
+    def handler(number: int, frame: Any) -> None:
+        if asked.is_set():
+            return
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        logging.getLogger("pipeline.train").info("%-11s writing a checkpoint, then ending", name)
+        ENDING.number = number
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        finished = True
+        asked.set()
+        for number, handling in before.items():
+            signal.signal(number, handling)
 
 
 def _unwind(number: int, frame: Any) -> None:

@@ -9,6 +9,7 @@ from pipeline.config.config import Config
 from pipeline.context import Context, packed_uri, shards_uri, with_packed_sets
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.errors import DataError, StorageError
+from pipeline.evaluate.sets import remarks
 from pipeline.pack.once import looked_up_once
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import resolve
@@ -23,7 +24,6 @@ from pipeline.stages.surroundings import machine_of, size_of, try_writing
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build, start, state
-from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume
 from pipeline.uri import is_uri, public
 

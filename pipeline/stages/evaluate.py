@@ -11,6 +11,7 @@ from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
+from pipeline.evaluate.sets import remarks
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
@@ -18,7 +19,6 @@ from pipeline.plan.plan import Plan, plan_of
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train import state
-from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import evaluation_spec
 from pipeline.train.start import encoder_of, starting_pair
 from pipeline.uri import is_uri, public

@@ -10,6 +10,7 @@ from pipeline.config.load import field_paths
 from pipeline.config.network import Model
 from pipeline.context import Context, result_line
 from pipeline.driver import cluster
+from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.pair import Pair
 from pipeline.plan.plan import MAY_CHANGE, Plan, value_at
@@ -17,7 +18,6 @@ from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, start, state
-from pipeline.train.evaluation_sets import remarks
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +22,6 @@ from pipeline.images.decode import REASONS, BadImage, decode_shrunk, image_size
 from pipeline.shards.shards import ShardColumns
 from pipeline.stream.reader import Portion
 from pipeline.stream.rows import row_at, row_of
-from pipeline.stream.worker import blocks
-from pipeline.views.batch import Batch
 from pipeline.views.crops import (
     CropSpec,
     crop_boxes,
@@ -41,6 +38,8 @@ Chunk = dict[str, np.ndarray]
 PORTION_BYTES = 128 * 2**20  # of crops that a decode task makes: half a second of work for photos
 _LARGE = "global_crops", "local_crops"
 _REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
+# What making a chunk took: the fields of `views.batch.Work` behind the first.
+WORK = np.dtype([(name, np.float64) for name in ("read_s", "decode_s", "crop_s", "retries")])
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
     share = portion.read_s / len(portion)
     for first in range(0, len(portion), spec.chunk):
         chunk = make_chunk(portion, first, min(first + spec.chunk, len(portion)), spec)
-        chunk["work"][0] = share * len(chunk["labels"])
-        chunk["work"][3] = portion.retries if first == 0 else 0
+        chunk["work"]["read_s"] = share * len(chunk["labels"])
+        chunk["work"]["retries"] = portion.retries if first == 0 else 0
         yield chunk
 
 
@@ -105,7 +104,8 @@ def chunks_in(table: pa.Table) -> Iterator[Chunk]:
             name: np.frombuffer(large[name], np.uint8).reshape(shape)
             for name, shape in head["shapes"].items()
         }
-        yield {**head["arrays"], **crops}
+        reason = _REASON_NAMES[head["arrays"]["reason"]]
+        yield {**head["arrays"], **crops, "reason": reason}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def draw(portion: Portion, first: int, last: int, spec: StreamSpec) -> Draws:
         ),
         "valid": np.ones(count, bool),
         "reason": np.zeros(count, np.int8),
-        "work": np.zeros(4),
+        "work": np.zeros((), WORK),
     }
     sizes = portion.sizes[first:last]
     boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
@@ -163,9 +163,8 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
     """Decodes and cuts images `first` to `last` (out) of a portion.
 
     Returns:
-        The arrays of `Batch`, with `valid` and `reason` [B], and `work` float64 [4]: seconds of
-        reading, decoding and all else (draws, masks, cutting) of all images together, and calls to
-        storage that were tried again; the first and the last are set by the caller.
+        The arrays of `Batch`, with `valid` and `reason` [B], and one `WORK` of all images together;
+        what is of reading, `read_s` and `retries`, is set by the caller.
     """
     start = time.perf_counter()
     crops, sizes = spec.crops, portion.sizes[first:last]
@@ -199,62 +198,6 @@ def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chu
             crops,
             out=(chunk["global_crops"][i], chunk["local_crops"][i]),
         )
-    chunk["work"][1:3] = decode_s, time.perf_counter() - start - decode_s
+    chunk["work"]["decode_s"] = decode_s
+    chunk["work"]["crop_s"] = time.perf_counter() - start - decode_s
     return chunk
-
-
-def batches(
-    feeder: Any,
-    attempt: str,
-    rank: int,
-    workers: int,
-    first_step: int,
-    last_step: int,
-    micro_batch: int,
-    chunk: int,
-    pin: bool = False,
-    accumulation: int = 1,
-) -> Iterator[Batch]:
-    """This worker's micro batches from `first_step` on, in order, host side.
-
-    Micro batch j of worker r is the one that worker r + j * workers would have if there were one
-    for each micro batch: which images it has does not depend on the number of workers.
-
-    Reading and decoding begin with this call.
-
-    Args:
-        feeder: handle of the `feeder.Feeder`.
-        attempt: what this group of workers calls itself; another one starts anew.
-        rank: of this worker.
-        workers: in the group.
-        first_step: of the run, or of what is left of it.
-        last_step: steps of the run.
-        micro_batch: images of one batch.
-        chunk: images of one block; divides `micro_batch`.
-        pin: put batches into page-locked memory, for a GPU.
-        accumulation: micro batches of a step.
-    """
-    found = blocks(feeder, attempt, rank, workers, first_step, last_step)
-    return _micro_batches(found, micro_batch // chunk, accumulation, pin)
-
-
-def _micro_batches(
-    found: Iterator[Any], chunks: int, accumulation: int, pin: bool
-) -> Iterator[Batch]:
-    """Chunk k of a worker's step belongs to micro batch k mod accumulation.
-
-    Chunk c of a step comes to worker c mod W. With W * accumulation workers it would come to worker
-    c mod (W * accumulation), and this is that one's batch.
-    """
-    held: list[list[Batch]] = [[] for _ in range(accumulation)]
-    arrived = 0
-    for block in found:
-        for chunk in chunks_in(block):
-            chunk["reason"] = _REASON_NAMES[chunk["reason"]]
-            parts = held[arrived % accumulation]
-            last = len(parts) + 1 == chunks
-            parts.append(Batch.from_chunk(chunk, last and not any(part.images for part in parts)))
-            arrived += 1
-            if arrived % accumulation == 0 and last:
-                yield from (Batch.concat(parts, pin) for parts in held)
-                held = [[] for _ in range(accumulation)]

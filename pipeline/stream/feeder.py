@@ -1,7 +1,7 @@
 """The actor beside the driver that owns the data sets of a training run.
 
-It serves stretches of steps ("segments", several passes where they are short), so the end of a pass
-is nothing special, and plans the next segment while one runs. It loads no torch: decode tasks do.
+It serves segments of steps, of several passes where these are short, so the end of a pass is
+nothing special, and plans the next segment while one runs. It loads no torch: decode tasks do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.driver.mailbox import Control
+from pipeline.driver.mailbox import Mailbox
 from pipeline.stream.reader import Portion, Reading, ReadTask, read_portions
 
 READ_WINDOWS = 16  # of the order in one read task
@@ -58,7 +58,7 @@ class Decoded:
 
 
 class _Read:
-    """From a stretch of steps to its portions; the spec travels once, by the object store."""
+    """From the steps of a read task to its portions; the spec travels once, by the object store."""
 
     def __init__(self, feeder: Any, spec: Any) -> None:
         self.feeder, self.spec = feeder, spec
@@ -76,7 +76,7 @@ class _Read:
 class _Decode:
     """From a portion to its chunks. An actor: it has its imports done, and its next portion."""
 
-    def __init__(self, feeder: Any, spec: list[Any], attempt: str, first_step: int) -> None:
+    def __init__(self, feeder: Any, spec: list[Any], group_id: str, first_step: int) -> None:
         import ray
         import torch
 
@@ -88,7 +88,7 @@ class _Decode:
         gc.collect()
         gc.freeze()
         self.spec = ray.get(spec[0])
-        self.feeder, self.segment = feeder, (attempt, first_step)
+        self.feeder, self.segment = feeder, (group_id, first_step)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         from pipeline.stream.decoder import chunk_table, make_chunks
@@ -121,11 +121,11 @@ class _Pace:
     def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
 
 
-class Feeder(Control):
+class Feeder(Mailbox):
     """Plans the data of a run.
 
-    `open` plans a segment of steps for a group of workers (an `attempt`), `iterator` hands a worker
-    its part. As `Control` it also carries messages between driver and workers.
+    `open` plans a segment of steps for a group of workers, which has a `group_id` of its own;
+    `iterator` hands a worker its part. As `Mailbox` it also carries messages between driver and workers.
 
     Args:
         reading: the shards and which of their rows make up which step.
@@ -163,22 +163,22 @@ class Feeder(Control):
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
         self.spec, self.segment = spec[0], segment
         self.ready, self.planning = threading.Condition(), threading.Lock()
-        self.attempt = ""
+        self.group_id = ""
         self.replaced: set[str] = set()
         self.segments: dict[int, tuple[int, list[Any]]] = {}
         self.decoded: dict[int, Decoded] = {}
 
-    def open(self, attempt: str, first_step: int, workers: int) -> None:
+    def open(self, group_id: str, first_step: int, workers: int) -> None:
         """Plans the segment that starts at `first_step`, unless that is done already."""
         with self.ready:
-            if attempt in self.replaced:
+            if group_id in self.replaced:
                 return  # a late word of a group that is gone
-            if attempt != self.attempt:  # the worker group is a new one: drop the old one's data
-                self._drop(attempt)
+            if group_id != self.group_id:  # the worker group is a new one: drop the old one's data
+                self._drop(group_id)
             if first_step in self.segments or first_step >= self.last_step:
                 return
             last = self._segment_end(first_step)
-            dataset = self._dataset(attempt, first_step, last)
+            dataset = self._dataset(group_id, first_step, last)
             parts = dataset.streaming_split(workers, equal=False)
             current = {s: v for s, v in self.segments.items() if v[0] >= first_step}
             self.segments = current | {first_step: (last, parts)}
@@ -195,31 +195,31 @@ class Feeder(Control):
         with self.ready:
             self.tasks = tasks or self.tasks
             self._drop("")
-        self.ask("")
+        self.request("")
 
-    def _drop(self, attempt: str) -> None:
+    def _drop(self, group_id: str) -> None:
         """Forgets the group of workers that there is, in favour of another one."""
         import ray
 
-        if self.attempt:
-            self.replaced.add(self.attempt)
+        if self.group_id:
+            self.replaced.add(self.group_id)
         for _, parts in self.segments.values():
             # Workers that still hold a part would keep the execution alive.
             ray.kill(parts[0]._coord_actor)
-        self.attempt, self.segments, self.decoded = attempt, {}, {}
+        self.group_id, self.segments, self.decoded = group_id, {}, {}
         self.ready.notify_all()
 
-    def iterator(self, attempt: str, first_step: int, rank: int) -> tuple[int, Any]:
+    def iterator(self, group_id: str, first_step: int, rank: int) -> tuple[int, Any]:
         """(step after the segment, iterator of this worker's chunks)."""
         with self.ready:
             opened = self.ready.wait_for(
                 lambda: (
-                    attempt in self.replaced
-                    or (self.attempt == attempt and first_step in self.segments)
+                    group_id in self.replaced
+                    or (self.group_id == group_id and first_step in self.segments)
                 ),
                 timeout=600,
             )
-            if attempt in self.replaced:
+            if group_id in self.replaced:
                 raise RuntimeError("another group of workers has taken over")
             if not opened:
                 raise TimeoutError(f"no data for step {first_step} after 600 s")
@@ -227,19 +227,19 @@ class Feeder(Control):
             return last, parts[rank]
 
     def note_decoded(
-        self, attempt: str, first_step: int, place: tuple[int, int], images: int
+        self, group_id: str, first_step: int, place: tuple[int, int], images: int
     ) -> None:
         """A decoder has finished the portion at a place; one that is repeated counts once."""
         with self.ready:
-            if attempt == self.attempt and first_step in self.decoded:
+            if group_id == self.group_id and first_step in self.decoded:
                 self.decoded[first_step].note(place, images)
                 self.ready.notify_all()
 
-    def all_decoded(self, attempt: str, first_step: int, timeout_s: float) -> bool:
+    def all_decoded(self, group_id: str, first_step: int, timeout_s: float) -> bool:
         """Whether every image of a segment has been decoded, or becomes so in that time."""
 
         def done() -> bool:
-            if attempt != self.attempt or first_step not in self.segments:
+            if group_id != self.group_id or first_step not in self.segments:
                 return True
             steps = self.segments[first_step][0] - first_step
             images = steps * self.reading.order.global_batch
@@ -254,19 +254,19 @@ class Feeder(Control):
             return self.reading.tasks(first_step, last_step)
 
     @property
-    def _stretch(self) -> int:
+    def _steps_per_read(self) -> int:
         """Steps of one read task."""
         order = self.reading.order
         return max(1, READ_WINDOWS * order.window // order.global_batch)
 
     def _segment_end(self, first_step: int) -> int:
-        return min(self.last_step, first_step + self.segment * self._stretch)
+        return min(self.last_step, first_step + self.segment * self._steps_per_read)
 
-    def _dataset(self, attempt: str, first_step: int, last_step: int) -> Any:
+    def _dataset(self, group_id: str, first_step: int, last_step: int) -> Any:
         import ray
 
-        starts = range(first_step, last_step, self._stretch)
-        rows = [{"first": a, "last": min(a + self._stretch, last_step)} for a in starts]
+        starts = range(first_step, last_step, self._steps_per_read)
+        rows = [{"first": a, "last": min(a + self._steps_per_read, last_step)} for a in starts]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         me = ray.get_runtime_context().current_actor
         common = {"batch_size": None, "batch_format": "pyarrow"}
@@ -280,7 +280,7 @@ class Feeder(Control):
             _Read(me, self.spec), **common, num_cpus=READ_CPUS / reads, concurrency=reads
         ).map_batches(
             _Decode,
-            fn_constructor_args=(me, [self.spec], attempt, first_step),
+            fn_constructor_args=(me, [self.spec], group_id, first_step),
             compute=pool,
             **common,
             num_cpus=self.tasks.cpus,

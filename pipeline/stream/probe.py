@@ -222,17 +222,17 @@ def _once(
     """
     parts = [(at, min(at + step, images)) for at in range(0, images, step)]
     begin, cpu = time.perf_counter(), time.thread_time()
-    seconds = np.sum([make_chunk(portion, *part, spec)["work"][:3] for part in parts], 0)
+    works = [make_chunk(portion, *part, spec)["work"] for part in parts]
     whole = time.thread_time() - cpu
     had = whole / max(time.perf_counter() - begin, 1e-9)
     begin, cpu = time.perf_counter(), time.thread_time()
-    other_s = sum(float(make_chunk(portion, *part, other)["work"][1]) for part in parts)
+    other_s = sum(float(make_chunk(portion, *part, other)["work"]["decode_s"]) for part in parts)
     other_s *= (time.thread_time() - cpu) / max(time.perf_counter() - begin, 1e-9)
     cpu = time.thread_time()
     for part in parts:
         draw(portion, *part, spec)
     draws = time.thread_time() - cpu
-    _, decode, rest = seconds * had
+    decode = had * sum(float(work["decode_s"]) for work in works)
+    cut = max(0.0, had * sum(float(work["crop_s"]) for work in works) - draws)
     scale = 1000 / images
-    cut = max(0.0, rest - draws)
     return (scale * decode, scale * cut, scale * draws, scale * whole, scale * other_s, had)

@@ -1,8 +1,9 @@
-"""A worker's side of segments: the next one starts while the last chunks of this one are used up.
+"""A worker's side of the stream: its micro batches, over all segments.
 
 A segment is one Ray Data execution with decoders of its own, which take seconds to start. They can
 only start when the CPUs of the earlier ones are free, that is when everything has been decoded;
-what has been decoded and not used yet bridges the gap.
+what has been decoded and not used yet bridges the gap. So the next segment starts while the last
+chunks of this one are used up.
 """
 
 from __future__ import annotations
@@ -13,9 +14,75 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from pipeline.stream.decoder import chunks_in
+from pipeline.views.batch import Batch
+
 Block = Any  # a pyarrow table: a chunk is a row
 PREFETCH = 2  # chunks that are fetched before they are asked for
 _ASK_S = 1.0  # how long a question to the feeder stays open
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """Which steps a worker wants from the feeder, and as whom."""
+
+    feeder: Any  # handle of the run's `feeder.Feeder`
+    group_id: str  # of the group of workers; a new group has a new one, and the feeder starts anew
+    rank: int  # of this worker
+    workers: int  # in the group
+    first_step: int  # of the run, or of what is left of it
+    last_step: int  # out: the steps of the run
+
+
+def batches(
+    request: StreamRequest,
+    micro_batch: int,
+    chunk: int,
+    accumulation: int = 1,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """This worker's micro batches from the first step on, in order, host side.
+
+    Micro batch j of worker r is the one that worker r + j * workers would have if there were one
+    for each micro batch: which images it has does not depend on the number of workers.
+
+    Reading and decoding begin with this call, not with the first batch that is asked for.
+
+    Args:
+        request: the steps.
+        micro_batch: images of one batch.
+        chunk: images of one block; divides `micro_batch`.
+        accumulation: micro batches of a step.
+        pin: put batches into page-locked memory, for a GPU.
+
+    Raises:
+        ray.exceptions.RayError: the feeder or an execution is gone.
+    """
+    if request.first_step >= request.last_step:
+        return iter(())
+    opening = _Ahead(request, request.first_step, after=None)
+    return _micro_batches(_blocks(request, opening), micro_batch // chunk, accumulation, pin)
+
+
+def _micro_batches(
+    blocks: Iterator[Block], chunks: int, accumulation: int, pin: bool
+) -> Iterator[Batch]:
+    """Chunk k of a worker's step belongs to micro batch k mod accumulation.
+
+    Chunk c of a step comes to worker c mod W. With W * accumulation workers it would come to worker
+    c mod (W * accumulation), and this is that one's batch.
+    """
+    step: list[list[Batch]] = [[] for _ in range(accumulation)]
+    arrived = 0
+    for block in blocks:
+        for chunk in chunks_in(block):
+            parts = step[arrived % accumulation]
+            last = len(parts) + 1 == chunks
+            parts.append(Batch.from_chunk(chunk, last and not any(part.images for part in parts)))
+            arrived += 1
+            if arrived % accumulation == 0 and last:
+                yield from (Batch.concat(parts, pin) for parts in step)
+                step = [[] for _ in range(accumulation)]
 
 
 @dataclass(frozen=True)
@@ -24,43 +91,13 @@ class _Segment:
     blocks: Iterator[Block]
 
 
-def blocks(
-    feeder: Any, attempt: str, rank: int, workers: int, first_step: int, last_step: int
-) -> Iterator[Block]:
-    """This worker's blocks from `first_step` to `last_step` (out), over all segments between.
-
-    Reading and decoding begin with this call, not with the first block that is asked for.
-
-    Args:
-        feeder: the run's `feeder.Feeder`.
-        attempt: names the group of workers; a new group has a new one.
-        rank: of this worker.
-        workers: of the group.
-        first_step: of the run that is wanted.
-        last_step: of the run.
-
-    Raises:
-        ray.exceptions.RayError: the feeder or an execution is gone.
-    """
-    if first_step >= last_step:
-        return iter(())
-    opening = _Ahead(feeder, attempt, rank, workers, None, first_step)
-    return _blocks(opening, feeder, attempt, rank, workers, first_step, last_step)
-
-
-def _blocks(
-    opening: _Ahead,
-    feeder: Any,
-    attempt: str,
-    rank: int,
-    workers: int,
-    begin: int,
-    last_step: int,
-) -> Iterator[Block]:
+def _blocks(request: StreamRequest, opening: _Ahead) -> Iterator[Block]:
+    """This worker's blocks of the segment that is `opening` and of all that follow."""
+    begin = request.first_step
     while True:
         segment, ahead = opening.result(), None
-        if segment.end < last_step:
-            ahead = _Ahead(feeder, attempt, rank, workers, begin, segment.end)
+        if segment.end < request.last_step:
+            ahead = _Ahead(request, segment.end, after=begin)
         try:
             yield from segment.blocks
         except BaseException:  # the end of the generator too
@@ -72,28 +109,30 @@ def _blocks(
         begin, opening = segment.end, ahead
 
 
-def _open(feeder: Any, attempt: str, rank: int, workers: int, step: int) -> _Segment:
-    """Returns when the segment has given its first block."""
+def _open(request: StreamRequest, step: int) -> _Segment:
+    """Returns when the segment that begins at a step has given its first block."""
     import ray
 
-    if rank == 0:
-        feeder.open.remote(attempt, step, workers)
-    end, part = ray.get(feeder.iterator.remote(attempt, step, rank))
-    if rank == 0:
-        feeder.open.remote(attempt, end, workers)  # planned; the first question for data starts it
-    found = iter(
+    feeder, group_id = request.feeder, request.group_id
+    if request.rank == 0:
+        feeder.open.remote(group_id, step, request.workers)
+    end, part = ray.get(feeder.iterator.remote(group_id, step, request.rank))
+    if request.rank == 0:
+        # planned; the first question for data starts it
+        feeder.open.remote(group_id, end, request.workers)
+    blocks = iter(
         part.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCH)
     )
-    first = next(found, None)
-    return _Segment(end, iter(()) if first is None else chain([first], found))
+    first = next(blocks, None)
+    return _Segment(end, iter(()) if first is None else chain([first], blocks))
 
 
 class _Ahead:
-    """Opens a segment in a thread, when the one before it (if any) is decoded or used up."""
+    """Opens the segment that begins at `step`, in a thread, when the one that began at `after` (if
+    any) is decoded or used up.
+    """
 
-    def __init__(
-        self, feeder: Any, attempt: str, rank: int, workers: int, begin: int | None, step: int
-    ) -> None:
+    def __init__(self, request: StreamRequest, step: int, after: int | None) -> None:
         self._used_up, self._cancelled = threading.Event(), threading.Event()
         self._segment: _Segment | None = None
         self._error: BaseException | None = None
@@ -102,11 +141,12 @@ class _Ahead:
             import ray
 
             try:
-                while begin is not None and not self._used_up.is_set():
-                    if ray.get(feeder.all_decoded.remote(attempt, begin, _ASK_S)):
+                while after is not None and not self._used_up.is_set():
+                    decoded = request.feeder.all_decoded.remote(request.group_id, after, _ASK_S)
+                    if ray.get(decoded):
                         break
                 if not self._cancelled.is_set():
-                    self._segment = _open(feeder, attempt, rank, workers, step)
+                    self._segment = _open(request, step)
             except BaseException as error:  # handed on by `result`
                 self._error = error
             if self._cancelled.is_set():

@@ -1,4 +1,4 @@
-"""What holds the data path back when training waits for data, and what to change: one sentence.
+"""Where the time of a run goes: its clock, and what holds the data path back, as one sentence.
 
 Images come by three stages: read tasks wait for storage, decoders decode and cut on a core each,
 and the stream carries chunks to the workers. A stage that is busy all the time is the limit; where
@@ -7,11 +7,17 @@ neither of the first two is, it is the third.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pipeline.views.batch import Work
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.views.batch import BadImage, Batch, Work
 
 WAIT = 0.10  # of the time of a window: above it, somebody should know
 # A decoder also unpacks its portion and hands its chunks to the object store, and the others are
@@ -21,6 +27,137 @@ DECODERS_BUSY = 0.7
 READERS_BUSY = 0.7
 
 Stage = Literal["decoding", "reading", "stream"]
+
+
+class Clock:
+    """Measures a window of steps (between two readings) and the run as a whole.
+
+    Args:
+        first_step: the step that the run starts or resumes at.
+        steps: length of the run.
+        global_batch: images in a step, over all workers.
+        flops_per_image: of one training step, forward and backward, student and teacher.
+        peak_flops: of all training devices together; 0 where unknown (no `perf/mfu` then).
+    """
+
+    WARMUP_STEPS = 5  # compilation, caches and the first blocks: not typical of what follows
+
+    def __init__(
+        self,
+        first_step: int,
+        steps: int,
+        global_batch: int,
+        flops_per_image: float,
+        peak_flops: float,
+    ) -> None:
+        self.first_step, self.steps, self.global_batch = first_step, steps, global_batch
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.done = 0
+        self.settled: tuple[int, float] | None = None
+        self.settled_wait = 0.0
+        self.window_start = time.perf_counter()
+        self.window_steps, self.window_wait, self.total_wait = 0, 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time inside counts as waiting for data."""
+        begin = time.perf_counter()
+        yield
+        waited = time.perf_counter() - begin
+        self.window_wait += waited
+        self.total_wait += waited
+
+    def tick(self) -> None:
+        """One step is over."""
+        self.done += 1
+        self.window_steps += 1
+        if self.done == self.WARMUP_STEPS:
+            self.settled = (self.done, time.perf_counter())
+            self.settled_wait = self.total_wait
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last reading, and starts a new window."""
+        now = time.perf_counter()
+        seconds = max(now - self.window_start, 1e-9)
+        steps = max(self.window_steps, 1)
+        images_per_s = steps * self.global_batch / seconds
+        found = {
+            "perf/images_per_s": images_per_s,
+            "perf/step_s": seconds / steps,
+            "perf/data_wait_fraction": min(1.0, self.window_wait / seconds),
+        }
+        if self.peak_flops:
+            found["perf/mfu"] = images_per_s * self.flops_per_image / self.peak_flops
+        self.window_start, self.window_steps, self.window_wait = now, 0, 0.0
+        return found
+
+    def summary(self) -> dict[str, float]:
+        """images/s and wait fraction of the run so far, without its first steps."""
+        if self.settled is None:
+            return {}
+        steps, since = self.settled
+        seconds = max(time.perf_counter() - since, 1e-9)
+        return {
+            "images_per_s": (self.done - steps) * self.global_batch / seconds,
+            "data_wait_fraction": min(1.0, (self.total_wait - self.settled_wait) / seconds),
+        }
+
+    def eta(self) -> str:
+        """Time to the end of the whole run, from the mean step after the first few."""
+        if self.settled is None or self.done <= self.settled[0]:
+            return "--"
+        steps, since = self.settled
+        per_step = (time.perf_counter() - since) / (self.done - steps)
+        return duration((self.steps - self.first_step - self.done) * per_step)
+
+
+def duration(seconds: float) -> str:
+    """`14h 21m`, `3m 05s` or `42s`."""
+    whole = round(max(0.0, seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m {whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+@dataclass
+class Window:
+    """What steps report between two lines of the log: on one worker, or `gathered` from all."""
+
+    scalars: list[dict[str, Tensor]] = field(default_factory=list)  # of each step
+    bad: list[BadImage] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+
+    def add_images(self, batches: Sequence[Batch]) -> None:
+        """Counts what reading and decoding these took, and notes the bad ones."""
+        for batch in batches:
+            self.bad += batch.bad
+            self.work = self.work.plus(batch.work)
+
+    def rows(self) -> list[dict[str, float]]:
+        """Steps' scalars with one copy to the host; the step has averaged them over workers."""
+        if not self.scalars:
+            return []
+        names = sorted(self.scalars[0])
+        table = torch.stack(
+            [torch.stack([row[name].float() for name in names]) for row in self.scalars]
+        )
+        return [dict(zip(names, row, strict=True)) for row in table.cpu().tolist()]
+
+    def gathered(self, device: torch.device, workers: int) -> Window:
+        """With the bad images of all workers (nearly always there are none) and the sum of their
+        work. Every worker must call it.
+        """
+        if workers == 1:
+            return self
+        total = torch.tensor([len(self.bad), *self.work], dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        bad_count, images, *seconds = total.tolist()
+        work = Work(int(images), *seconds)
+        if not bad_count:
+            return Window(self.scalars, [], work)
+        parts: list[Any] = [None] * workers
+        dist.all_gather_object(parts, self.bad)
+        return Window(self.scalars, [row for part in parts for row in part], work)
 
 
 @dataclass(frozen=True)
@@ -47,23 +184,23 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Limit:
+class Bottleneck:
     """The stage that limits, and the sentence."""
 
     stage: Stage
     sentence: str
 
 
-def limit(feed: Feed) -> Limit | None:
+def bottleneck(feed: Feed) -> Bottleneck | None:
     """Which stage limits and what to change; None where training waited for 10 % or less."""
     if feed.wait <= WAIT:
         return None
     waited = f"training waits for data {100 * feed.wait:.0f} % of the time: "
     if feed.decoders_busy >= DECODERS_BUSY and feed.decoders_busy >= feed.readers_busy:
-        return Limit("decoding", waited + _decoding(feed))
+        return Bottleneck("decoding", waited + _decoding(feed))
     if feed.readers_busy >= READERS_BUSY:
-        return Limit("reading", waited + _reading(feed))
-    return Limit("stream", waited + _stream(feed))
+        return Bottleneck("reading", waited + _reading(feed))
+    return Bottleneck("stream", waited + _stream(feed))
 
 
 def _decoding(feed: Feed) -> str:
@@ -120,7 +257,7 @@ def per_image(work: Work) -> dict[str, float]:
     }
 
 
-class Watch:
+class BottleneckWatch:
     """Follows a run window by window, and says what limits once for each stage it turns to.
 
     Args:
@@ -142,7 +279,7 @@ class Watch:
         """
         self.work = self.work.plus(work)
         wait, rate = timing["perf/data_wait_fraction"], timing["perf/images_per_s"]
-        found = limit(self._feed(work, wait, rate))
+        found = bottleneck(self._feed(work, wait, rate))
         if found is None or found.stage == self.said:
             return ""
         self.said = found.stage
@@ -153,7 +290,7 @@ class Watch:
         if not summary or not self.work.images:
             return ""
         wait, rate = summary["data_wait_fraction"], summary["images_per_s"]
-        found = limit(self._feed(self.work, wait, rate))
+        found = bottleneck(self._feed(self.work, wait, rate))
         return found.sentence if found else ""
 
     def _feed(self, work: Work, wait: float, images_per_s: float) -> Feed:

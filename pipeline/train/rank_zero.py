@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -16,17 +17,17 @@ import torch
 
 from pipeline.driver.mailbox import MOVE, STOP, Reports
 from pipeline.errors import one_line
+from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.shards.bad_table import BadTable, reasons
 from pipeline.storage.places import resolve_uri, retries
 from pipeline.storage.transfer import write_bytes_atomic
 from pipeline.train import build, state
-from pipeline.train.bottleneck import Watch, ms, per_image
-from pipeline.train.clock import Clock
+from pipeline.train.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.evaluations import Evaluations
-from pipeline.train.trainee import Trainee
+from pipeline.train.start import TrainState
 from pipeline.uri import Place, is_uri, join
-from pipeline.views.batch import BadImage, Batch, Work
+from pipeline.views.batch import Batch
 
 log = logging.getLogger("pipeline.train")
 COLLECT_S = 10.0  # for evaluations under way when a group moves: the notice may be short
@@ -35,18 +36,49 @@ STOP_TRY_S = 2  # the same of a run that is stopped: whoever stops it may not wa
 AGAIN_S = 10.0  # between two tries of a checkpoint without which a group does not move
 
 
-class Chief:
+class OtherRank:
+    """Every rank but 0: nothing is asked of it, and it does nothing beside its steps."""
+
+    def request(self) -> str:
+        """No request comes in here."""
+        return ""
+
+    def confirmed(self, step: int) -> str:
+        """Nor is one confirmed."""
+        return ""
+
+    def log(self, step: int, window: Window, clock: Clock) -> None:
+        """After some steps."""
+
+    def non_finite(self, step: int, window: Window, clock: Clock) -> None:
+        """After a step that was not applied."""
+
+    def save(self, step: int) -> bool:
+        """When a checkpoint is due; whether there is one."""
+        return True
+
+    def evaluate(self, step: int) -> None:
+        """When an evaluation is due."""
+
+    def picture_crops(self, batch: Batch) -> None:
+        """Before the first step of a run."""
+
+    def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
+        """After the last step."""
+
+
+class RankZero(OtherRank):
     """Rank 0's other duties: step lines, journal, checkpoints, evaluations, pictures."""
 
     def __init__(
         self,
         plan: Plan,
-        trainee: Trainee,
-        job: dict[str, Any],
+        train_state: TrainState,
+        job: Mapping[str, Any],
         folder: Place,
         resumed: dict[str, Any] | None,
     ) -> None:
-        self.plan, self.trainee, self.folder = plan, trainee, folder
+        self.plan, self.train_state, self.folder = plan, train_state, folder
         self.checkpoints = join(folder, "checkpoints")
         self.tracker = _tracker(job, folder)
         first_step = int(resumed["step"]) if resumed else 0
@@ -54,62 +86,61 @@ class Chief:
         self.evaluations = Evaluations(
             plan, job["evaluator"], self.tracker, folder, job["compared"]
         )
-        self.control = job["feeder"]
-        self.wished = self.control.wait_wish.remote()
+        self.mailbox = job["feeder"]
+        self.requested = self.mailbox.wait_request.remote()
         self.bad: Counter[str] = Counter(resumed.get("bad_images", {}) if resumed else {})
         self.bad_table = BadTable(join(folder, "pretrain", "bad_images.parquet"))
         self.too_many_bad = False
         self.unsaved, self.alarm_text = 0, ""  # checkpoints in a row that could not be written
         self.saved_step, self.tried = first_step, -AGAIN_S
         self.read_retries = float(resumed.get("read_retries", 0)) if resumed else 0.0
-        self.watch = Watch(plan.decode_tasks, plan.config.data.scaled_decode)
+        self.watch = BottleneckWatch(plan.decode_tasks, plan.config.data.scaled_decode)
         if first_step:
             log.info("resumed     from the checkpoint at step %d", first_step)
 
-    def wish(self) -> str:
-        """What is wanted at the end of a step: `stop`, `move`, `save` (see `Control`), or ""."""
+    def request(self) -> str:
+        """What is asked for the end of this step: `stop`, `move`, `save` (see `Mailbox`), or ""."""
         if self.too_many_bad:
             return STOP
-        ready, _ = ray.wait([self.wished], timeout=0)
+        ready, _ = ray.wait([self.requested], timeout=0)
         if not ready:
             return ""
-        found = str(ray.get(self.wished))
+        request = str(ray.get(self.requested))
         soon = self.unsaved and time.monotonic() - self.tried < AGAIN_S
-        if not found or (found != STOP and soon):
-            self.wished = self.control.wait_wish.remote()
+        if not request or (request != STOP and soon):
+            self.requested = self.mailbox.wait_request.remote()
             return ""
-        return found
+        return request
 
-    def settled(self, step: int) -> str:
-        """What the group does now that a wish has its checkpoint; "" if nobody wants it any more,
+    def confirmed(self, step: int) -> str:
+        """What the group does now that a request has its checkpoint; "" if it was taken back,
         or if the checkpoint could not be written: a move would throw steps away.
 
         Before a move, results of evaluations that would be lost come first.
         """
-        wish = self.wish()
-        if wish == STOP:
+        request = self.request()
+        if request == STOP:
             return STOP
         if self.unsaved:
-            self.wished = self.control.wait_wish.remote()
+            self.requested = self.mailbox.wait_request.remote()
             return ""
-        if wish == MOVE:
+        if request == MOVE:
             self.evaluations.collect(wait=True, timeout=COLLECT_S)
             self.tracker.flush(COLLECT_S)
-        wanted = ray.get(self.control.answer.remote(wish, step))
-        self.wished = self.control.wait_wish.remote()
-        return wish if wanted else ""
+        current = ray.get(self.mailbox.acknowledge.remote(request, step))
+        self.requested = self.mailbox.wait_request.remote()
+        return request if current else ""
 
     def log(
         self,
         step: int,
-        rows: list[dict[str, float]],
+        window: Window,
         clock: Clock,
-        bad: list[BadImage],
-        work: Work,
     ) -> None:
         """Journals every step since the last call; MLflow and the step line get the newest."""
         plan = self.plan
-        self._note(bad, work)
+        rows = window.rows()
+        self._note(window)
         first = step - len(rows)
         for offset, row in enumerate(rows[:-1]):
             self.tracker.metrics(first + offset, row | _scheduled(plan, first + offset), send=False)
@@ -123,7 +154,7 @@ class Chief:
             "data/storage_retries": retries(),  # of checkpoints and tables, in this process
             "data/read_retries": self.read_retries,
             **{f"data/bad_{reason}": count for reason, count in self.bad.items()},
-            **per_image(work),
+            **per_image(window.work),
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
             "perf/workers": plan.workers,
@@ -148,31 +179,29 @@ class Chief:
                 clock.eta(),
             )
         settled = clock.done - len(rows) >= clock.WARMUP_STEPS
-        if settled and (said := self.watch.window(work, timing)):
-            log.warning("%s", said)
-            self.tracker.tags({"data_limit": said})
+        if settled and (sentence := self.watch.window(window.work, timing)):
+            log.warning("%s", sentence)
+            self.tracker.tags({"data_limit": sentence})
         allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
         self.too_many_bad = self.bad.total() > allowed
         self.evaluations.collect()
 
-    def _note(self, bad: list[BadImage], work: Work) -> None:
-        self.bad.update(reason for _, reason, _ in bad)
-        self.bad_table.add(bad)
-        self.read_retries += work.retries
+    def _note(self, window: Window) -> None:
+        self.bad.update(reason for _, reason, _ in window.bad)
+        self.bad_table.add(window.bad)
+        self.read_retries += window.work.retries
 
     def non_finite(
         self,
         step: int,
-        rows: list[dict[str, float]],
+        window: Window,
         clock: Clock,
-        bad: list[BadImage],
-        work: Work,
     ) -> None:
         """Journals the steps before the one that was not finite, and that one as such."""
-        if rows:
-            self.log(step, rows, clock, bad, work)
+        if window.scalars:
+            self.log(step, window, clock)
         else:
-            self._note(bad, work)
+            self._note(window)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
     def save(self, step: int) -> bool:
@@ -188,12 +217,12 @@ class Chief:
             "mlflow_run": self.tracker.run_id,
         }
         try:
-            state.save(self.checkpoints, step, self.trainee.state(), meta)
+            state.save(self.checkpoints, step, self.train_state.state(), meta)
         except OSError as error:
             self._unsaved(step, one_line(error))
             return False
         self.saved_step = step
-        self.control.note_saved.remote(step)
+        self.mailbox.note_saved.remote(step)
         if self.unsaved:
             log.warning("checkpoint of step %d is written again", step)
             self.tracker.tags({"alarm": ""})
@@ -221,13 +250,9 @@ class Chief:
         except OSError as error:
             log.error("old checkpoints could not be removed (%s); going on", one_line(error))
 
-    def evaluation_due(self, step: int) -> bool:
-        """Whether the teacher of this step is evaluated: step 0, every n steps, the last one."""
-        return step % self.plan.eval_every == 0 or step == self.plan.steps
-
     def evaluate(self, step: int) -> None:
         """Asks for an evaluation of the teacher as it is now; the answer is collected later."""
-        self.evaluations.request(step, self.trainee.pair.teacher.backbone)
+        self.evaluations.request(step, self.train_state.pair.teacher.backbone)
 
     def picture_crops(self, batch: Batch) -> None:
         """The first images as the student sees them, with masks, before step 0."""
@@ -241,6 +266,7 @@ class Chief:
 
     def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
         """Waits for the evaluations under way and leaves the outcome for the driver."""
+        now("pretrain: the last evaluation and checkpoint")
         # Who stops a run is about to take the machine away: the checkpoint is safe, go.
         self.evaluations.collect(wait=outcome["status"] == "finished")
         if self.too_many_bad and outcome["status"] == "stopped":
@@ -272,7 +298,7 @@ class Chief:
         return not self.unsaved
 
 
-def _tracker(job: dict[str, Any], folder: Place) -> Any:
+def _tracker(job: Mapping[str, Any], folder: Place) -> Any:
     """Writes into the run folder; where that is remote, the driver does, which keeps its copy."""
     from pipeline.track.tracker import RemoteTracker, tracker_from
 

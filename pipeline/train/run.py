@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,9 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.driver import cluster
 from pipeline.driver.mailbox import ENDING, console, reporting
+from pipeline.driver.signals import stop_on_signals
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
+from pipeline.evaluate.sets import evaluation_sets
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.heartbeat import doing
 from pipeline.images.value_range import FULL, ValueRange, shown
@@ -31,7 +29,6 @@ from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build, state
-from pipeline.train.evaluation_sets import evaluation_sets
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.train")
@@ -201,7 +198,8 @@ def pretrain(
 
     from pipeline.train.evaluations import launch_evaluator
     from pipeline.train.loop import train_worker
-    from pipeline.train.scaling import Patience, Scaling, Trainer
+    from pipeline.train.scaling import RestartPolicy, Scaling, Trainer
+    from pipeline.train.worker import Job
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
@@ -220,7 +218,7 @@ def pretrain(
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
     mark = stage / f".shared-{os.urandom(6).hex()}"
     mark.touch()
-    job = {
+    job: Job = {
         "mark": "" if folder.uri else str(mark),
         "plan": plan.model_dump_json(),
         "folder": str(folder.at()),
@@ -251,7 +249,7 @@ def pretrain(
             name=records.name, storage_path=str(records.parent), failure_config=failures
         ),
         scaling=Scaling(scaling, plan, feeder),
-        patience=Patience(failures, feeder),
+        restarts=RestartPolicy(failures, feeder),
     )
     with stop_on_signals(feeder):
         try:
@@ -281,24 +279,24 @@ def pretrain(
 
 def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
     place = str(folder.at("pretrain", "outcome.json"))
-    found: dict[str, Any] | None = read_json(*resolve_uri(place))
-    if found is None:
+    left: dict[str, Any] | None = read_json(*resolve_uri(place))
+    if left is None:
         raise TrainError(
             f"the workers left no {public(place)}: run.folder is not the same place on all nodes",
             "give run.folder as an absolute path of storage that driver and workers share, "
             "or as a URI",
         )
-    status = found.pop("status")
+    status = left.pop("status")
     if status == "non_finite":
         raise TrainError(
-            f"step {found['step']}: {found['detail']}; stopped before the update",
+            f"step {left['step']}: {left['detail']}; stopped before the update",
             "start again under another run.name with a lower optim.lr, a longer optim.warmup or "
             "train.precision=float32; the same command would meet the same step again",
         )
     if status == "bad_images":
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(found["bad_images"].items()))
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left["bad_images"].items()))
         raise DataError(
-            f"{sum(found['bad_images'].values())} images could not be used ({counts}), more than "
+            f"{sum(left['bad_images'].values())} images could not be used ({counts}), more than "
             f"data.max_bad_fraction={plan.config.data.max_bad_fraction}; they are listed in "
             f"{public(folder.at('pretrain', 'bad_images.parquet'))}",
             "pack the shards again, or raise data.max_bad_fraction and go on with the same command",
@@ -306,59 +304,19 @@ def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
     if status == "unsaved":
         raise TrainError(
             f"all {plan.steps} steps are done, but their checkpoint could not be written: "
-            f"{found['detail']}",
+            f"{left['detail']}",
             "make room, or make the place writable; the same command goes on from the last "
             "checkpoint",
         )
     if status == "stopped":
-        found["signal"] = ENDING.number
-    return Outcome(status, int(found.pop("step", plan.steps)), found)
+        left["signal"] = ENDING.number
+    return Outcome(status, int(left.pop("step", plan.steps)), left)
 
 
 def _stopped(folder: RunFolder) -> Outcome:
     """The outcome where no workers were there to leave one."""
     saved = state.latest(folder.checkpoints)
     return Outcome("stopped", saved.step if saved else 0, {"signal": ENDING.number})
-
-
-@contextmanager
-def stop_on_signals(feeder: Any) -> Iterator[None]:
-    """Inside, SIGTERM or Ctrl-C makes the workers write a checkpoint and end; the driver lives on.
-
-    `ENDING` has the signal then. Ctrl-C after that ends it at once. SIGTERM does not: `timeout`
-    sends it twice, to the job and to its process group.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = threading.Event()
-    finished = False
-
-    def tell() -> None:
-        asked.wait()
-        if not finished:
-            feeder.stop.remote()
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-
-    def handler(number: int, frame: Any) -> None:
-        if asked.is_set():
-            return
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        log.info("%-11s writing a checkpoint, then ending", name)
-        ENDING.number = number
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        finished = True
-        asked.set()
-        for number, handling in before.items():
-            signal.signal(number, handling)
 
 
 def write_plan(plan: Plan, folder: RunFolder) -> Path:

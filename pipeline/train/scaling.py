@@ -63,7 +63,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.tried = 0  # the same, until it runs
         self.settle_s = SETTLE_S  # longer after room that was not free
         self.leaving: set[str] = set()  # nodes about to go for which something has been asked
-        self.wish = ""
+        self.request = ""
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self.plan.sizes[-1]
@@ -112,7 +112,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self._maybe_send_resource_request()
         self.waiting_since, self.tried = None, 0
         now = time.monotonic()
-        if not self.wish and now - self.looked < LOOK_S:
+        if not self.request and now - self.looked < LOOK_S:
             return NoopDecision()
         self.looked = now
         nodes = seen_nodes()
@@ -124,23 +124,23 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             room = self.plan.arranged_on(free_nodes(nodes, at, self.plan.share))
             if not room or room.workers < found.workers:
                 found = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
-        if self.wish:
+        if self.request:
             # Nodes about to go still decode: the group has data and writes its checkpoint.
             there = self.plan.arranged_on([n.node for n in nodes.values()])
-            return self._wished(found, starved=there is not None and there.workers < size)
+            return self._on_request(found, starved=there is not None and there.workers < size)
         mine = {worker.metadata.node_id for worker in worker_group_state.workers}
         leaving = {key for key in mine if key in nodes and nodes[key].leaving}
         if leaving - self.leaving:
             self.leaving |= leaving
             where = f"{len(leaving)} node{'s' if len(leaving) > 1 else ''} with training workers"
             self._say(f"notice      {where} will be taken away; writing a checkpoint first")
-            self._ask(MOVE if found else SAVE)
+            self._request(MOVE if found else SAVE)
         elif found and found.workers != size and not leaving:
             self.room_since = self.room_since or now
             # A node may be found dead after its workers were: then the group came up too large,
             # and no CPU is left for decoding.
             if found.workers < size or now - self.room_since >= self.settle_s:
-                self._ask(MOVE)
+                self._request(MOVE)
         else:
             self.room_since = None
         self._complain([seen.node for seen in nodes.values()], now)
@@ -170,7 +170,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
 
     def _obey_stop(self) -> None:
         """For when there are no workers that could obey."""
-        if ray.get(self.feeder.wait_wish.remote(0.0)) == STOP:
+        if ray.get(self.feeder.wait_request.remote(0.0)) == STOP:
             raise StoppedError("training was stopped", "the same command goes on")
 
     def _gave_up(self, what: str, waited: float) -> PlacementError:
@@ -180,17 +180,17 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             "resources.replace_s says how long to wait",
         )
 
-    def _wished(self, found: Arrangement | None, starved: bool) -> ScalingDecision:
-        """What follows from an answer to a wish, once it is there.
+    def _on_request(self, found: Arrangement | None, starved: bool) -> ScalingDecision:
+        """What follows from a request that was acknowledged.
 
         Args:
             found: where the group would go.
             starved: whether its workers lack the CPUs for decoding, and so cannot answer.
         """
         late = starved and found is not None and time.monotonic() - self.asked > ANSWER_S
-        if ray.get(self.feeder.answered.remote()) < 0 and not late:
+        if ray.get(self.feeder.acknowledged.remote()) < 0 and not late:
             return NoopDecision()
-        moving, self.wish = self.wish == MOVE, ""
+        moving, self.request = self.request == MOVE, ""
         if not moving or found is None:
             return NoopDecision()
         self._release(found)
@@ -207,13 +207,13 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             resources_per_worker=self.scaling_config._resources_per_worker_not_none,
         )
 
-    def _ask(self, wish: str) -> None:
-        self.wish, self.room_since, self.asked = wish, None, time.monotonic()
-        ray.get(self.feeder.ask.remote(wish))
+    def _request(self, request: str) -> None:
+        self.request, self.room_since, self.asked = request, None, time.monotonic()
+        ray.get(self.feeder.request.remote(request))
 
     def _release(self, found: Arrangement | None) -> None:
         """Lets the decoders go; the next ones take what the next group leaves."""
-        self.wish = ""
+        self.request = ""
         tasks = DecodeTasks(found.decode_cpus, found.decode_tasks) if found else None
         ray.get(self.feeder.release.remote(tasks))
 
@@ -221,7 +221,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.feeder.say.remote(logging.WARNING, line)
 
 
-class Patience(DefaultFailurePolicy):  # type: ignore[misc]
+class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
     """Counts failures of the workers between two checkpoints, not over the life of the run."""
 
     def __init__(self, config: FailureConfig, feeder: Any) -> None:
@@ -239,9 +239,9 @@ class Patience(DefaultFailurePolicy):  # type: ignore[misc]
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` with the policies above; signals stay with the job."""
 
-    def __init__(self, *arguments: Any, scaling: Scaling, patience: Patience, **options: Any):
+    def __init__(self, *arguments: Any, scaling: Scaling, restarts: RestartPolicy, **options: Any):
         super().__init__(*arguments, **options)
-        self._policies = {"scaling_policy": scaling, "failure_policy": patience}
+        self._policies = {"scaling_policy": scaling, "failure_policy": restarts}
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         return super()._initialize_and_run_controller(**options | self._policies)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +14,59 @@ from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.fit import Weights, fit
 from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensors
+from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
 from pipeline.plan.plan import Plan, plan_of
-from pipeline.train import state
+from pipeline.train import build, state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective
 from pipeline.train.remote_state import step_of
 from pipeline.uri import is_uri, join, parent, public
+
+
+@dataclass
+class TrainState:
+    """What training changes and a checkpoint holds, on its device."""
+
+    pair: Pair
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+
+    def state(self) -> dict[str, Any]:
+        """Nested dicts of tensors and numbers, for `torch.save`."""
+        return {
+            "student": self.pair.student.state_dict(),
+            "teacher": self.pair.teacher.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Puts a checkpoint's tensors in place."""
+        self.pair.student.load_state_dict(tensors["student"])
+        self.pair.teacher.load_state_dict(tensors["teacher"])
+        self.objective.load_state_dict(tensors["objective"])
+        self.optimizer.load_state_dict(tensors["optimizer"])
+
+
+def train_state(plan: Plan, device: torch.device, resumed: bool) -> TrainState:
+    """What a `located` plan begins with. A run that is `resumed` no longer needs the weights it
+    started from, and restores its own next.
+    """
+    built = pair(plan.config) if resumed else starting_pair(plan)[0]
+    whole = with_frozen_teacher(built, plan).to(device)
+    if plan.compile:
+        build.compile_blocks(whole)
+    optim = plan.config.optim
+    groups = parameter_groups(whole.student, optim.layerwise_decay, optim.patch_embed_lr)
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=optim.betas, fused=device.type == "cuda" or None
+    )
+    objective = build.objective(plan.config, whole)
+    if not resumed:
+        carry_centres(objective, whole, plan)
+    return TrainState(whole, objective, optimizer)
 
 
 def located(plan: Plan, saved: state.Saved | None) -> Plan:

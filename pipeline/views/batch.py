@@ -51,8 +51,8 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         """Both together."""
-        rest = (a + b for a, b in zip(self[1:], other[1:], strict=True))
-        return Work(self.images + other.images, *rest)
+        images, *took = (a + b for a, b in zip(self, other, strict=True))
+        return Work(int(images), *took)
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ class Batch:
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
                 valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
-                [B] where the chunk has them. `work` [4] holds the fields of `Work` behind the
-                first.
+                [B] where the chunk has them. `work` has the fields of `Work` behind the first.
             keep_one: where none is valid, keep one, which is black.
 
         Raises:
@@ -163,7 +162,8 @@ class Batch:
             )
             for row in dropped
         )
-        work = Work(len(dropped) + int(chunk["valid"].sum()), *chunk.get("work", ()))
+        took = chunk["work"].tolist() if "work" in chunk else ()
+        work = Work(len(chunk["valid"]), *took)
         return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, work=work)
 
     @classmethod

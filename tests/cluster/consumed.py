@@ -2,7 +2,7 @@
 
 A job in a cluster is other processes on other nodes, so the note is taken by Python's own start-up
 hook: `environment` puts a `sitecustomize` on the path of all nodes, which wraps
-`pipeline.stream.decoder.batches` as `pipeline.train.loop` sees it.
+`pipeline.stream.worker.batches` as `pipeline.train.worker` sees it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HOOK = '''\
 import json, os, sys, time
 from importlib.machinery import PathFinder
 
-TARGET = "pipeline.train.loop"
+TARGET = "pipeline.train.worker"
 
 
 class Hook:
@@ -39,14 +39,15 @@ class Hook:
 
 
 def noted(batches):
-    def wrapped(feeder, attempt, rank, workers, first_step, *others, **options):
+    def wrapped(request, **options):
         folder = os.environ["CONSUMED"]
         begin = time.time()
-        path = os.path.join(folder, f"{begin:.6f}-{rank}-{os.getpid()}.jsonl")
+        path = os.path.join(folder, f"{begin:.6f}-{request.rank}-{os.getpid()}.jsonl")
         with open(path, "w", buffering=1) as file:
-            head = {"attempt": attempt, "rank": rank, "first": first_step, "begin": begin}
+            head = {"group_id": request.group_id, "rank": request.rank,
+                    "first": request.first_step, "begin": begin}
             file.write(json.dumps(head) + "\\n")
-            for batch in batches(feeder, attempt, rank, workers, first_step, *others, **options):
+            for batch in batches(request, **options):
                 ids = [bytes(row.numpy()).hex() for row in batch.image_ids]
                 ids += [name for name, _, _ in batch.bad]
                 time.sleep(float(os.environ.get("STEP_S", "0")))  # steps of a larger network
@@ -123,7 +124,7 @@ def consumed(notes: Mapping[str, str] | Path, micro_batches: int = 0) -> Consume
     for path in sorted(folder.glob("*.jsonl")):
         lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         if lines:
-            groups.setdefault(lines[0]["attempt"], []).append((lines[0], lines[1:]))
+            groups.setdefault(lines[0]["group_id"], []).append((lines[0], lines[1:]))
     ordered = sorted(groups.values(), key=lambda group: min(head["begin"] for head, _ in group))
     steps: dict[int, list[str]] = {}
     times: dict[int, float] = {}

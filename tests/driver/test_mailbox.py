@@ -1,4 +1,4 @@
-"""Lines and the stop wish between driver and workers."""
+"""Lines and requests between driver and workers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.driver.mailbox import (
-    Control,
     InOrder,
+    Mailbox,
     RemoteLines,
     Report,
     Reports,
@@ -22,47 +22,49 @@ from pipeline.driver.mailbox import (
 
 
 def test_lines_keep_their_order_and_level() -> None:
-    control = Control()
-    control.say(logging.INFO, "one")
-    control.say(logging.WARNING, "two")
-    assert control.listen(0) == [(logging.INFO, "one"), (logging.WARNING, "two")]
-    assert control.listen(0) == []
+    mailbox = Mailbox()
+    mailbox.say(logging.INFO, "one")
+    mailbox.say(logging.WARNING, "two")
+    assert mailbox.listen(0) == [(logging.INFO, "one"), (logging.WARNING, "two")]
+    assert mailbox.listen(0) == []
 
 
-def test_wait_wish_returns_when_asked() -> None:
-    control = Control()
-    answered: list[str] = []
-    waiter = threading.Thread(target=lambda: answered.append(control.wait_wish()), daemon=True)
+def test_wait_request_returns_when_one_comes() -> None:
+    mailbox = Mailbox()
+    acknowledged: list[str] = []
+    waiter = threading.Thread(
+        target=lambda: acknowledged.append(mailbox.wait_request()), daemon=True
+    )
     waiter.start()
     time.sleep(0.05)
-    assert not answered
-    control.stop()
+    assert not acknowledged
+    mailbox.stop()
     waiter.join(5)
-    assert answered == ["stop"]
+    assert acknowledged == ["stop"]
 
 
-def test_wishes_are_answered_once_and_stop_is_for_good() -> None:
-    control = Control()
-    assert control.wait_wish(0) == "" and control.answered() == -1
-    control.ask("save")
-    control.ask("move")  # the last one counts
-    assert control.wait_wish(0) == "move"
-    assert not control.answer("save", 3) and control.answered() == -1
-    assert control.answer("move", 4) and control.answered() == 4
-    assert control.wait_wish(0) == "" and not control.answer("move", 5)
-    control.ask("move")
-    assert control.answered() == -1
-    control.ask("")  # taken back
-    assert not control.answer("move", 6)
-    control.stop()
-    control.ask("move")
-    control.ask("")
-    assert control.wait_wish(0) == "stop"
-    assert control.answer("stop", 7) and control.wait_wish(0) == "stop"
+def test_requests_are_acknowledged_once_and_stop_is_for_good() -> None:
+    mailbox = Mailbox()
+    assert mailbox.wait_request(0) == "" and mailbox.acknowledged() == -1
+    mailbox.request("save")
+    mailbox.request("move")  # the last one counts
+    assert mailbox.wait_request(0) == "move"
+    assert not mailbox.acknowledge("save", 3) and mailbox.acknowledged() == -1
+    assert mailbox.acknowledge("move", 4) and mailbox.acknowledged() == 4
+    assert mailbox.wait_request(0) == "" and not mailbox.acknowledge("move", 5)
+    mailbox.request("move")
+    assert mailbox.acknowledged() == -1
+    mailbox.request("")  # taken back
+    assert not mailbox.acknowledge("move", 6)
+    mailbox.stop()
+    mailbox.request("move")
+    mailbox.request("")
+    assert mailbox.wait_request(0) == "stop"
+    assert mailbox.acknowledge("stop", 7) and mailbox.wait_request(0) == "stop"
 
 
 def test_a_workers_log_reaches_the_drivers(ray_cluster: None) -> None:
-    actor = ray.remote(Control).options(num_cpus=0, max_concurrency=4).remote()
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=4).remote()
     seen: list[tuple[int, str]] = []
 
     class Keep(logging.Handler):
@@ -75,10 +77,10 @@ def test_a_workers_log_reaches_the_drivers(ray_cluster: None) -> None:
     driver.addHandler(Keep())
 
     @ray.remote(num_cpus=0)
-    def work(control: Control) -> None:
+    def work(mailbox: Mailbox) -> None:
         log = logging.getLogger("test.worker")
         log.setLevel(logging.INFO)
-        log.handlers[:] = [RemoteLines(control)]
+        log.handlers[:] = [RemoteLines(mailbox)]
         log.info("step %d", 1)
         log.error("step %d", 2)
 
@@ -134,12 +136,12 @@ def test_a_worker_that_took_over_is_heard_alone() -> None:
 
 
 def test_reports_of_a_worker_reach_the_drivers_tracker(ray_cluster: None) -> None:
-    actor = ray.remote(Control).options(num_cpus=0, max_concurrency=6).remote()
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=6).remote()
     recorder = Recorder()
 
     @ray.remote(num_cpus=0)
-    def work(control: Control) -> None:
-        reports = Reports(control)
+    def work(mailbox: Mailbox) -> None:
+        reports = Reports(mailbox)
         reports.send("resume", 3)
         for step in range(3, 203):
             reports.send("metrics", step, values={"x": 1.0})

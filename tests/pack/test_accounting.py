@@ -19,9 +19,10 @@ import ray
 import torch
 
 from pipeline.shards.shards import ShardColumns
-from pipeline.stream.decoder import StreamSpec, batches, make_chunks
+from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.reader import read_portions
+from pipeline.stream.worker import StreamRequest, batches
 from pipeline.views.batch import Batch
 from tests.stream.test_stream import BATCH, CHUNK, Source, source
 
@@ -64,10 +65,10 @@ def expected(source: Source) -> list[Step]:
 class Reader:
     """A training worker that only looks at its batches."""
 
-    def __init__(self, feeder: Any, attempt: str, rank: int, workers: int, first: int) -> None:
+    def __init__(self, feeder: Any, group_id: str, rank: int, workers: int, first: int) -> None:
         torch.set_num_threads(1)
         self.batches: Iterator[Batch] = batches(
-            feeder, attempt, rank, workers, first, STEPS, BATCH // workers, CHUNK
+            StreamRequest(feeder, group_id, rank, workers, first, STEPS), BATCH // workers, CHUNK
         )
 
     def take(self, steps: int) -> list[Step]:
@@ -77,8 +78,8 @@ class Reader:
         return os.getpid()
 
 
-def group(feeder: Any, attempt: str, workers: int, first: int = 0) -> list[Any]:
-    return [Reader.remote(feeder, attempt, rank, workers, first) for rank in range(workers)]
+def group(feeder: Any, group_id: str, workers: int, first: int = 0) -> list[Any]:
+    return [Reader.remote(feeder, group_id, rank, workers, first) for rank in range(workers)]
 
 
 def take(readers: list[Any], steps: int) -> list[Step]:

@@ -16,9 +16,10 @@ from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns, open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
-from pipeline.stream.decoder import MaskSpec, StreamSpec, batches
+from pipeline.stream.decoder import MaskSpec, StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.reader import Reading, reading_of
+from pipeline.stream.worker import StreamRequest, batches
 from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec
 from pipeline.views.photometric import PhotometricSpec
@@ -69,7 +70,7 @@ def consume(source: Source, workers: int, first: int, last: int) -> list[list[Ba
     @ray.remote(num_cpus=0)
     def read(rank: int) -> list[Batch]:
         micro = BATCH // workers
-        return list(batches(feeder, "a", rank, workers, first, last, micro, CHUNK))
+        return list(batches(StreamRequest(feeder, "a", rank, workers, first, last), micro, CHUNK))
 
     found = ray.get([read.remote(rank) for rank in range(workers)])
     ray.kill(feeder)
@@ -127,7 +128,7 @@ def test_decoding_begins_before_the_first_batch_is_asked_for(
     ray_cluster: None, source: Source
 ) -> None:
     feeder = launch_feeder(*source, 5, DecodeTasks(0.9), 1)
-    stream = batches(feeder, "a", 0, 1, 0, 5, BATCH, CHUNK)
+    stream = batches(StreamRequest(feeder, "a", 0, 1, 0, 5), BATCH, CHUNK)
     ray.get(feeder.iterator.remote("a", 0, 0))  # the segment is open
     assert ray.get(feeder.all_decoded.remote("a", 0, 60))
     assert len(list(stream)) == 5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.train.bottleneck import Feed, Watch, limit, ms, per_image
+from pipeline.train.bottleneck import BottleneckWatch, Feed, bottleneck, ms, per_image
 from pipeline.views.batch import Work
 
 # wait, images/s, read, decode, crop ms, decoders
@@ -29,7 +29,7 @@ STREAM = Feed(0.4, 100, 1.0, 1.0, 3.0, 4)
     ],
 )
 def test_each_stage(feed: Feed, stage: str, said: list[str]) -> None:
-    found = limit(feed)
+    found = bottleneck(feed)
     assert found and found.stage == stage
     assert not [words for words in said if words not in found.sentence], found.sentence
     assert "\n" not in found.sentence and not found.sentence.endswith(".")
@@ -37,7 +37,7 @@ def test_each_stage(feed: Feed, stage: str, said: list[str]) -> None:
 
 def test_scaled_decoding_is_named_where_it_is_off() -> None:
     def sentence(scaled: bool) -> str:
-        found = limit(Feed(0.2, 120, 0, 5, 3, 1, scaled))
+        found = bottleneck(Feed(0.2, 120, 0, 5, 3, 1, scaled))
         assert found
         return found.sentence
 
@@ -48,14 +48,14 @@ def test_scaled_decoding_is_named_where_it_is_off() -> None:
 
 @pytest.mark.parametrize("wait", [0.0, 0.05, 0.1])
 def test_up_to_a_tenth_nothing_is_said(wait: float) -> None:
-    assert limit(Feed(wait, 480, 0.1, 5.0, 3.0, 4)) is None
+    assert bottleneck(Feed(wait, 480, 0.1, 5.0, 3.0, 4)) is None
 
 
 def test_the_busier_one_is_named_where_both_are() -> None:
     both = Feed(0.5, 100, 30.0, 7.0, 1.0, 1)  # three readers' time, 0.8 of the decoder's
-    found = limit(both)
+    found = bottleneck(both)
     assert found and found.stage == "reading"
-    found = limit(Feed(0.5, 100, 7.5, 7.0, 2.0, 1))
+    found = bottleneck(Feed(0.5, 100, 7.5, 7.0, 2.0, 1))
     assert found and found.stage == "decoding"
 
 
@@ -67,7 +67,7 @@ def test_the_busier_one_is_named_where_both_are() -> None:
 def test_there_is_always_an_answer(
     wait: float, rate: float, read: float, decode: float, crop: float, decoders: int
 ) -> None:
-    found = limit(Feed(wait, rate, read, decode, crop, decoders))
+    found = bottleneck(Feed(wait, rate, read, decode, crop, decoders))
     assert (found is None) == (wait <= 0.10)
     if found and found.stage == "decoding":
         most = re.search(r"at most ([\d,]+) images/s", found.sentence)
@@ -88,7 +88,7 @@ def timing(wait: float, rate: float) -> dict[str, float]:
 
 
 def test_a_stage_is_said_once_until_another_limits() -> None:
-    watch = Watch(decode_tasks=4, scaled_decode=True)
+    watch = BottleneckWatch(decode_tasks=4, scaled_decode=True)
     decoding, reading = Work(100, 0.01, 0.5, 0.3), Work(100, 1.0, 0.1, 0.3)
     assert watch.window(decoding, timing(0.05, 480)) == ""
     assert "decoders can give" in watch.window(decoding, timing(0.3, 480))
@@ -100,7 +100,7 @@ def test_a_stage_is_said_once_until_another_limits() -> None:
 
 
 def test_the_run_as_a_whole() -> None:
-    watch = Watch(decode_tasks=4, scaled_decode=True)
+    watch = BottleneckWatch(decode_tasks=4, scaled_decode=True)
     summary = {"images_per_s": 480.0, "data_wait_fraction": 0.2}
     assert watch.whole(summary) == ""  # no window after the start
     for _ in range(3):

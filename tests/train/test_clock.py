@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.train import clock
-from pipeline.train.clock import Clock, duration
+from pipeline.train import bottleneck
+from pipeline.train.bottleneck import Clock, duration
 
 
 class Time:
@@ -22,7 +22,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     found = Time()
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: found.now))
+    monkeypatch.setattr(bottleneck, "time", SimpleNamespace(perf_counter=lambda: found.now))
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainError
-from pipeline.train import loop, state
+from pipeline.train import state, worker
 
 
 def held(step: int) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_rank_takes_the_checkpoint_of_rank_0_not_the_newest_that_it_sees(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(loop, "_from_rank_0", lambda word: str(step))
-    saved, tensors = loop._restored(folder, rank=1)
+    monkeypatch.setattr(worker, "_from_rank_0", lambda word: str(step))
+    saved, tensors = worker._restored(folder, rank=1)
     if step < 0:
         assert saved is None and not tensors
     else:
@@ -42,8 +42,8 @@ def test_rank_0_tells_what_it_could_read(folder: Path, monkeypatch: pytest.Monke
     newest = folder / "step-00000061" / "state.pt"
     newest.write_bytes(b"x" * newest.stat().st_size)  # damaged
     words = []
-    monkeypatch.setattr(loop, "_from_rank_0", lambda word: words.append(word) or word)
-    saved, _ = loop._restored(folder, rank=0)
+    monkeypatch.setattr(worker, "_from_rank_0", lambda word: words.append(word) or word)
+    saved, _ = worker._restored(folder, rank=0)
     assert saved is not None and saved.step == 55 and words == ["55"]
 
 

@@ -12,16 +12,16 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.config.load import load
 from pipeline.driver.cluster import Seen
-from pipeline.driver.mailbox import Control
+from pipeline.driver.mailbox import Mailbox
 from pipeline.errors import PlacementError, StoppedError
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import resolve
 from pipeline.train import scaling
-from pipeline.train.scaling import Patience, Scaling
+from pipeline.train.scaling import RestartPolicy, Scaling
 
 
-class Feeder(Control):
+class Feeder(Mailbox):
     """A feeder's side of the policy; `remote` calls are plain ones."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Feeder(Control):
 
     def release(self, tasks: Any = None) -> None:
         self.tasks.append(tasks.at_once if tasks else None)
-        self.ask("")
+        self.request("")
 
     @property
     def said(self) -> list[str]:
@@ -120,15 +120,15 @@ def test_a_lost_node_makes_the_group_smaller_and_a_new_one_larger(
     for _ in range(20):
         assert one.look("a", "a", "a", "a") == 0
         one.pass_time(1)
-    assert one.feeder.wait_wish(0) == ""  # one more CPU is no room for eight
+    assert one.feeder.wait_request(0) == ""  # one more CPU is no room for eight
     one.give(c=6)
     asked = one.now
-    while not one.feeder.wait_wish(0):
+    while not one.feeder.wait_request(0):
         assert one.look("a", "a", "a", "a") == 0
         one.pass_time(1)
-    assert one.feeder.wait_wish(0) == "move" and one.now - asked >= scaling.SETTLE_S
+    assert one.feeder.wait_request(0) == "move" and one.now - asked >= scaling.SETTLE_S
     assert one.look("a", "a", "a", "a") == 0  # not before there is a checkpoint
-    assert one.feeder.answer("move", 7)
+    assert one.feeder.acknowledge("move", 7)
     assert one.look("a", "a", "a", "a") == 8
 
 
@@ -140,15 +140,15 @@ def test_a_group_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPat
     one.pass_time(5)
     assert one.look("b", "b") == 0
     assert "1 node with training workers will be taken away" in one.feeder.said[-1]
-    assert one.feeder.wait_wish(0) == "save"  # there is nowhere to go
-    one.feeder.answer("save", 3)
+    assert one.feeder.wait_request(0) == "save"  # there is nowhere to go
+    one.feeder.acknowledge("save", 3)
     for _ in range(5):
         one.pass_time(5)
-        assert one.look("b", "b") == 0 and one.feeder.wait_wish(0) == ""
+        assert one.look("b", "b") == 0 and one.feeder.wait_request(0) == ""
     one.give(c=-3, b=3, a=3)
     one.pass_time(5)
-    assert one.look("c", "a") == 0 and one.feeder.wait_wish(0) == "move"
-    one.feeder.answer("move", 4)
+    assert one.look("c", "a") == 0 and one.feeder.wait_request(0) == "move"
+    one.feeder.acknowledge("move", 4)
     assert one.look("c", "a") == 2
 
 
@@ -160,11 +160,11 @@ def test_a_group_that_shrinks_before_a_node_goes_has_time_for_its_checkpoint(
     assert one.start() == 8
     one.give(b=-6)
     one.pass_time(5)
-    assert one.look(*"ab" * 4) == 0 and one.feeder.wait_wish(0) == "move"
+    assert one.look(*"ab" * 4) == 0 and one.feeder.wait_request(0) == "move"
     for _ in range(3):
         one.pass_time(scaling.ANSWER_S)  # a large checkpoint
         assert one.look(*"ab" * 4) == 0
-    one.feeder.answer("move", 7)
+    one.feeder.acknowledge("move", 7)
     assert one.look(*"ab" * 4) == 4
 
 
@@ -175,7 +175,7 @@ def test_a_group_that_came_up_too_large_shrinks(monkeypatch: pytest.MonkeyPatch)
     assert one.start() == 2
     one.give(c=0)
     one.pass_time(5)
-    assert one.look("a", "b") == 0 and one.feeder.wait_wish(0) == "move"
+    assert one.look("a", "b") == 0 and one.feeder.wait_request(0) == "move"
     one.pass_time(5)
     assert one.look("a", "b") == 0
     one.pass_time(scaling.ANSWER_S)  # they wait for data and cannot answer
@@ -249,23 +249,23 @@ def test_a_group_grows_into_what_others_do_not_hold(monkeypatch: pytest.MonkeyPa
     one.held = 7.0
     for _ in range(20):
         one.pass_time(5)
-        assert one.look("a", "a") == 0 and one.feeder.wait_wish(0) == ""
+        assert one.look("a", "a") == 0 and one.feeder.wait_request(0) == ""
     one.held = 3.0  # the other job has given some back: room for 4, not for 8
     for _ in range(10):
         one.pass_time(5)
         assert one.look("a", "a") == 0
-    assert one.feeder.wait_wish(0) == "move"
-    one.feeder.answer("move", 7)
+    assert one.feeder.wait_request(0) == "move"
+    one.feeder.acknowledge("move", 7)
     assert one.look("a", "a") == 4
 
 
 def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling.ray, "get", lambda found: found)
     feeder = Feeder()
-    patience = Patience(FailureConfig(max_failures=2), Remote(feeder))
+    restarts = RestartPolicy(FailureConfig(max_failures=2), Remote(feeder))
     error = WorkerGroupError("a worker died", {0: RuntimeError("x")})
     for saved in (5, 10, 15, 20):
         feeder.note_saved(saved)
-        assert patience.make_decision(error) == FailureDecision.RETRY
-    assert patience.make_decision(error) == FailureDecision.RETRY
-    assert patience.make_decision(error) == FailureDecision.RAISE
+        assert restarts.make_decision(error) == FailureDecision.RETRY
+    assert restarts.make_decision(error) == FailureDecision.RETRY
+    assert restarts.make_decision(error) == FailureDecision.RAISE

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.train import build, loop
+from pipeline.train import build, worker
 from pipeline.views.batch import Batch
 from pipeline.views.compiled import CompiledPhotometric
 from pipeline.views.photometric import PARAMS, PhotometricSpec, apply_photometric
@@ -34,6 +34,6 @@ def test_the_loop_calls_the_function_it_was_given():
         seen.append((tuple(crops.shape), tuple(params.shape)))
         return torch.full((len(crops), 3, *crops.shape[1:3]), 7.0, dtype=dtype)
 
-    views = loop._views(batch, PhotometricSpec(), torch.device("cpu"), colours)
+    views = worker._views(batch, PhotometricSpec(), torch.device("cpu"), colours)
     assert seen == [((4, 8, 8, 3), (4, PARAMS)), ((6, 6, 6, 3), (6, PARAMS))]
     assert (views.global_views == 7).all() and (views.local_views == 7).all()

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.stream.decoder import _micro_batches, chunk_table
+from pipeline.stream.decoder import chunk_table
+from pipeline.stream.worker import _micro_batches
 from pipeline.views import photometric as ph
 from pipeline.views.batch import Batch
 

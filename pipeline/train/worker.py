@@ -1,0 +1,182 @@
+"""A training worker with all that its steps need: what happens once, before the loop.
+
+The order saves time where it can: decoders start as soon as the first step is known, and read while
+the networks are built.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.heartbeat import now
+from pipeline.plan.plan import Plan
+from pipeline.stream.order import keyed
+from pipeline.stream.worker import StreamRequest, batches
+from pipeline.train import build, cost, start, state
+from pipeline.train.bottleneck import Clock
+from pipeline.train.rank_zero import OtherRank, RankZero
+from pipeline.train.start import TrainState
+from pipeline.train.step import StepResult, train_step
+from pipeline.uri import Place, is_uri, join
+from pipeline.views.batch import Apply, Batch, Views
+from pipeline.views.photometric import PhotometricSpec
+
+
+class Job(TypedDict):
+    """What the driver gives every worker of a run."""
+
+    plan: str  # JSON of the `Plan`, which says nothing of the size of this group
+    folder: str  # of the run, a path or a URI
+    mark: str  # a file in it that the driver has made; "" at a URI
+    feeder: Any  # actor handle of the `Feeder`, which is the mailbox as well
+    evaluator: Any  # actor handle of the `EvaluatorActor`
+    compared: str  # `EvaluationSpec.key`: scores of another one are not compared
+    track: Any  # settings from which rank 0 makes its tracker
+
+
+@dataclass
+class Worker:
+    """One worker of the group between two steps."""
+
+    plan: Plan
+    rank: int
+    device: torch.device
+    first_step: int  # the one that this group starts or goes on with
+    stream: Iterator[Batch]
+    state: TrainState
+    student: torch.nn.Module  # that of `state`, in DDP where there are several workers
+    photometric: PhotometricSpec
+    colours: Apply
+    autocast_dtype: torch.dtype | None
+    clock: Clock
+    rank_zero: OtherRank  # a `RankZero` on rank 0 alone
+
+    @classmethod
+    def start(cls, job: Job, plan: Plan, rank: int) -> Worker | None:
+        """Restores the newest checkpoint, or builds what step 0 starts from.
+
+        None where a worker does not see what the driver wrote into the run folder: the driver then
+        finds no outcome and says what to do.
+        """
+        torch.set_num_threads(plan.threads)
+        device = ray.train.torch.get_device()
+        if not _all_see(job["mark"], plan.workers, rank):
+            return None
+        folder: Place = job["folder"] if is_uri(job["folder"]) else Path(job["folder"])
+        saved, tensors = _restored(join(folder, "checkpoints"), rank)
+        first_step = saved.step if saved else 0
+        # another id for each group: what the feeder has for an earlier one is void
+        group_id = _from_rank_0(os.urandom(8).hex())
+        stream = batches(
+            StreamRequest(job["feeder"], group_id, rank, plan.workers, first_step, plan.steps),
+            micro_batch=plan.micro_batch,
+            chunk=plan.chunk_images,
+            accumulation=plan.accumulation,
+            pin=device.type == "cuda",
+        )
+        now("pretrain: building the networks")
+        train_state = start.train_state(plan, device, resumed=saved is not None)
+        if tensors:
+            train_state.restore(tensors)
+            del tensors
+        student = _parallel(train_state.pair.student, device, plan.workers)
+        dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
+        now("pretrain: measuring this device")
+        peak = cost.peak_flops(device.type, dtype or torch.float32, plan.threads)
+        clock = Clock(
+            first_step,
+            plan.steps,
+            plan.config.optim.global_batch_size,
+            build.flops_per_image(plan, train_state.pair),
+            peak * plan.workers,
+        )
+        meta = saved.meta if saved else None
+        return cls(
+            plan=plan,
+            rank=rank,
+            device=device,
+            first_step=first_step,
+            stream=stream,
+            state=train_state,
+            student=student,
+            photometric=build.photometric_spec(plan.config),
+            colours=build.photometric_function(plan, device),
+            autocast_dtype=dtype,
+            clock=clock,
+            rank_zero=RankZero(plan, train_state, job, folder, meta) if rank == 0 else OtherRank(),
+        )
+
+    def next_batches(self) -> list[Batch]:
+        """The micro batches of the next step; waits for them."""
+        return [next(self.stream) for _ in range(self.plan.accumulation)]
+
+    def step(self, step: int, micro_batches: Sequence[Batch], stop: bool) -> StepResult:
+        """One update from these images; raises what `train_step` raises."""
+        return train_step(
+            self.student,
+            self.state.pair,
+            [_views(b, self.photometric, self.device, self.colours) for b in micro_batches],
+            self.state.optimizer,
+            self.plan.at(step),
+            self.state.objective,
+            autocast_dtype=self.autocast_dtype,
+            generator=_generators(self.plan, step, self.rank),
+            stop=stop,
+        )
+
+    def agreed(self, request: str) -> str:
+        """What rank 0 says, on all ranks alike."""
+        return _from_rank_0(request)
+
+
+def _all_see(mark: str, workers: int, rank: int) -> bool:
+    seen = [not mark or Path(mark).exists()] * workers
+    if dist.is_initialized():
+        dist.all_gather_object(seen, seen[rank])
+    return all(seen)
+
+
+def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[str, Any]]:
+    """What rank 0 finds, on all ranks: storage may show them different checkpoints as the newest,
+    and a damaged one to some.
+    """
+    saved, tensors = state.restored(checkpoints) if rank == 0 else (None, {})
+    step = int(_from_rank_0(str(saved.step if saved else -1)))
+    return (saved, tensors) if rank == 0 or step < 0 else state.restored_at(checkpoints, step)
+
+
+def _parallel(student: torch.nn.Module, device: torch.device, workers: int) -> torch.nn.Module:
+    if workers == 1:
+        return student
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: Apply) -> Views:
+    return batch.to(device).views(spec, photometric=colours)
+
+
+def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:
+    """For each micro batch of this worker its draws of stochastic depth, which depend neither on
+    the device nor on the number of workers.
+    """
+    keys = (rank + i * plan.workers for i in range(plan.accumulation))
+    seed = plan.config.run.seed
+    draws = (keyed(seed, step, key, "drop_path").integers(2**63) for key in keys)
+    return [torch.Generator().manual_seed(int(draw)) for draw in draws]
+
+
+def _from_rank_0(word: str) -> str:
+    words = [word]
+    if dist.is_initialized():
+        dist.broadcast_object_list(words, src=0)
+    return words[0]
