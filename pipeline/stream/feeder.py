@@ -125,7 +125,8 @@ class Feeder(Mailbox):
     """Plans the data of a run.
 
     `open` plans a segment of steps for a group of workers, which has a `group_id` of its own;
-    `iterator` hands a worker its part. As `Mailbox` it also carries messages between driver and workers.
+    `iterator` hands a worker its part. As `Mailbox` it also carries messages between driver and
+    workers.
 
     Args:
         reading: the shards and which of their rows make up which step.
