@@ -5,26 +5,28 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-cluster test-all lint mlflow-stop clean
+.PHONY: demo test test-cluster test-all lint format mlflow-stop clean
 
 demo: $(STAMP)  ## the whole chain on photographs that ship with scikit-image
 	$(PYTHON) jobs/run.py configs/demo.yaml
 
-test: $(STAMP)  ## lint, types and the default tests
+test: $(STAMP)  ## what to run before each commit: at most five minutes on two cores
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)  ## what ruff and mypy say; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PYTHON) -m pytest
+
+format: $(STAMP)  ## format and sort what can be
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
 
 test-cluster: $(STAMP)  ## several Ray nodes on this machine; says what it had to skip
 	$(PYTHON) -m pytest -m "cluster and not slow" -rs
 
-test-all: $(STAMP)  ## the slow tests too
+test-all: $(STAMP)  ## every test: jobs, Ray, MLflow servers, faults, the slow ones
 	$(PYTHON) -m pytest -m ""
-
-lint: $(STAMP)  ## format and sort what can be
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/ruff check --fix .
 
 mlflow-stop: $(STAMP)  ## ends the MLflow server that a job started
 	$(PYTHON) -c 'from pathlib import Path; from pipeline.track import server; server.stop(Path("runs/mlflow"))'

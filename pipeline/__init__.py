@@ -3,4 +3,4 @@
 Importing this package loads neither torch nor ray nor mlflow; the parts that need them import them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -17,7 +17,23 @@ from pipeline.storage import places as storage
 from tests.s3 import S3, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared"
+JOB_FOLDERS = {"jobs", "cluster"}
+# Each starts a Ray or a server, which takes ten seconds or more.
+JOB_FIXTURES = {"ray_cluster", "mlflow_server", "guarded"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest picks by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `jobs` what starts a Ray, a job or a server, except the tests of the chain."""
+    for item in items:
+        if item.get_closest_marker("chain"):
+            continue
+        folder = item.path.relative_to(TESTS).parts[0]
+        fixtures = set(getattr(item, "fixturenames", []))
+        if folder in JOB_FOLDERS or fixtures & JOB_FIXTURES:
+            item.add_marker(pytest.mark.jobs)
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,7 @@ def _installation(config: Config) -> list[str]:
     setup += config["worker_setup_commands"]
     found = []
     if not any(PINNED.search(command) for command in setup):
-        found.append("setup_commands: raydino is not installed at a version (raydino @ …@v0.1.0)")
+        found.append("setup_commands: raydino is not installed at a version (raydino @ …@v0.2.0)")
     if not any(SHARED.search(command) for command in setup):
         found.append("setup_commands: no storage that all machines share")
     return found

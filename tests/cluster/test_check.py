@@ -87,9 +87,9 @@ BROKEN = [
      "{app.kubernetes.io/name: kuberay-operator}}", "ipBlock: {cidr: 0.0.0.0/0}", r"every address"),
     (["mlflow.sh"], '--host "$host"', "--host 0.0.0.0", r"listens for everybody"),
     # images
-    (CLUSTERS, "image: REPLACE.example/raydino:0.1.0", "image: REPLACE.example:5000/raydino",
+    (CLUSTERS, "image: REPLACE.example/raydino:0.2.0", "image: REPLACE.example:5000/raydino",
      r"has no tag"),
-    (["kuberay/mlflow.yaml"], "raydino:0.1.0", "raydino:latest", r"is another one tomorrow"),
+    (["kuberay/mlflow.yaml"], "raydino:0.2.0", "raydino:latest", r"is another one tomorrow"),
     (["Dockerfile"], "python:3.11.14-slim-bookworm", "python", r"image python has no tag"),
     (["gcp.yaml"], "images/ubuntu-2404-noble-amd64-vREPLACE", "images/family/ubuntu-2404-lts",
      r"newest image of a family"),
@@ -105,8 +105,8 @@ BROKEN = [
     (CLOUDS, ", GPU: 4}", "}", r"no group with GPUs"),
     (["onprem.yaml"], "worker_ips: [REPLACE]", "worker_ips: []", r"worker_ips is empty"),
     # versions, storage
-    (LAUNCHED, "raydino@v0.1.0", "raydino", r"not installed at a version"),
-    (LAUNCHED, "raydino@v0.1.0", "raydino@main", r"not installed at a version"),
+    (LAUNCHED, "raydino@v0.2.0", "raydino", r"not installed at a version"),
+    (LAUNCHED, "raydino@v0.2.0", "raydino@main", r"not installed at a version"),
     (CLUSTERS, 'rayVersion: "2.60.0"\n', "\n", r"rayVersion is missing"),
     (CLUSTERS, "authOptions: {mode: token}", "authOptions: {mode: disabled}", r"is not token"),
     # KubeRay's and Kubernetes' schema, EC2's parameters

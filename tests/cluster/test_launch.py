@@ -183,7 +183,7 @@ def fill_in(launch: Launch, source: Path) -> None:
         "max_workers: 1": f"max_workers: {len(workers)}",
         "ssh_user: REPLACE": "ssh_user: root",
         "ssh_private_key: REPLACE": f"ssh_private_key: {head.key}",
-        "git+https://git.REPLACE.example/raydino@v0.1.0": f"file://{source}",
+        "git+https://git.REPLACE.example/raydino@v0.2.0": f"file://{source}",
     }.items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)

@@ -80,6 +80,7 @@ def whole(
     return folder, shown.stdout
 
 
+@pytest.mark.chain
 def test_the_chain_in_one_go(whole: tuple[Path, str], images: Path) -> None:
     folder, console = whole
     run = folder / "tiny"
@@ -136,6 +137,7 @@ def test_the_chain_in_one_go(whole: tuple[Path, str], images: Path) -> None:
     assert list((run / "pictures").rglob("crops-*.png"))
 
 
+@pytest.mark.chain
 def test_a_finished_run_is_not_run_again(
     whole: tuple[Path, str], images: Path, recipe: Path, without_ray: Job
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_finished_run_is_not_run_again(
     assert (whole[0] / "tiny" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_by_itself_knows_what_the_chain_did(
     stage: str,

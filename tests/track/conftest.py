@@ -65,8 +65,10 @@ def started_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestSer
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _start_early(started_server: TestServer) -> None:
+def _start_early(request: pytest.FixtureRequest) -> None:
     """The server needs 15 s to start; the tests that do not need it run meanwhile."""
+    if any("mlflow_server" in getattr(x, "fixturenames", []) for x in request.session.items):
+        request.getfixturevalue("started_server")
 
 
 @pytest.fixture
