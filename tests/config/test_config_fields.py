@@ -37,6 +37,7 @@ def test_the_finder_knows_every_field() -> None:
     assert {path for path, _ in field_paths()} == SHAPE.fields
 
 
+@pytest.mark.long
 def test_a_planted_field_is_reported() -> None:
     optim = create_model("Optim", __base__=Optim, planted=(int, 1))
     config = create_model("Config", __base__=Config, optim=(optim, optim()))

@@ -45,6 +45,7 @@ def sampled(folder: Path, rows, levels, images, floor=1, members=2, resources=No
     return order[chosen], found, built
 
 
+@pytest.mark.long
 def test_more_concepts_than_at_random_and_the_same_in_any_order(tmp_path: Path, monkeypatch):
     ids, vectors, concept = long_tail()
     rows = written(tmp_path / "one", ids, vectors)

@@ -150,6 +150,7 @@ def test_recall_and_rate_are_those_of_the_pairs():
     assert list(recalls) == sorted(recalls, reverse=True) and rates[-1] == 0
 
 
+@pytest.mark.long
 def test_the_interval_holds_the_thresholds_of_other_samples():
     """Of one distribution: 30 samples of 150 images, against a sample of 3,000."""
     rng = np.random.default_rng(5)
@@ -268,6 +269,7 @@ def steps(monkeypatch):
         monkeypatch.setattr(part, "run_step", part.run_step)
 
 
+@pytest.mark.long
 def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
     monkeypatch.setattr(tail, "LOOKED_AT", 5)
     groups_of, reads = forms.groups_of, []
@@ -298,6 +300,7 @@ def test_another_second_look_measures_again(tmp_path, steps, monkeypatch):
     assert len(keys) == 3
 
 
+@pytest.mark.long
 def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):
     monkeypatch.setattr(module, "COMPARED", 10)
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(30)]
@@ -307,6 +310,7 @@ def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):
     assert (found.images, found.attacked) == (10, 10)
 
 
+@pytest.mark.long
 def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
     """On a GPU where there is one, with its CPUs, in batches; the vectors are the network's."""
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
     assert 90 * (sizes**2).sum() / len(sample) ** 2 < 2.5  # imbalance
 
 
+@pytest.mark.long
 def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
     from sklearn.cluster import KMeans
 
@@ -67,6 +68,7 @@ def test_equal_vectors_are_one_cell() -> None:
     assert np.array_equal(np.unique(found.centres, axis=0), np.unique(x, axis=0))
 
 
+@pytest.mark.long
 def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     crowd = np.eye(32)[0] + 0.1 * rng.standard_normal((3600, 32))

@@ -19,6 +19,7 @@ def sample() -> Array:
     return planted(4000, dim=32)[0]
 
 
+@pytest.mark.long
 def test_two_levels_find_nearly_what_one_finds(
     sample: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:

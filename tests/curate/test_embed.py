@@ -51,6 +51,7 @@ def vectors_of(folder):
 IMAGES = [encoded(scene(n, 40 + n, 50)) for n in range(7)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", ["ours", "huggingface", "pth"])
 def test_weights_in_every_form_give_their_features(tmp_path, backbone, form, monkeypatch):
     if form == "ours":

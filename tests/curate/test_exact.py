@@ -27,6 +27,7 @@ def reference(x: Array, c: Array, count: int) -> Array:
     return np.lexsort((numbers, -products), axis=1)[:, :count]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("on", ["", "cpu"])
 @settings(max_examples=60, deadline=None)
 @given(

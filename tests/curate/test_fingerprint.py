@@ -78,6 +78,7 @@ def test_one_row_for_each_image_with_what_was_planted(tmp_path):
     assert matrix(table.column("descriptor"), 143).shape == (9, 143)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [3, 256])
 def test_rows_are_numbered_once_whatever_the_groups_of_the_files(tmp_path, monkeypatch, batch):
     """Groups that are larger, smaller and as large as what is described at once; several files."""
@@ -230,6 +231,7 @@ def brute_force(rows, kinds):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("buckets", [8_000_000, 5, 1])
 def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
     """Planted: equal bytes, equal pixels in other files, as-is copies of pool images."""

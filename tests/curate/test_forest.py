@@ -63,6 +63,7 @@ def test_forest_is_that_of_kruskal_whatever_the_parts(
     assert found.pairs == len(pairs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 2, 7])
 def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     rng = np.random.default_rng(4)

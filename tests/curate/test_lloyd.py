@@ -33,6 +33,7 @@ def points():
     return ids_of_numbers(range(300)), vectors
 
 
+@pytest.mark.long
 def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatch):
     ids, vectors = points
     wanted = fit_local(ids, vectors, 9, seed=3, iterations=4)

@@ -63,6 +63,7 @@ def test_fine_textures_are_no_noise():
     assert not flat(gravel)[0].any() and not flat(noisy)[0].any()
 
 
+@pytest.mark.long
 def test_the_demos_flat_tiles_all_go_and_its_photographs_stay(tmp_path):
     make_demo(tmp_path / "demo")
     rules = Rules(min_sharpness=1.0)  # as in its recipe

@@ -368,6 +368,7 @@ def test_words_exist_for_every_reason() -> None:
     assert len(set(COLOURS.values())) == len(set(RGB.values())) == len(REASONS)
 
 
+@pytest.mark.long
 def test_every_section_is_drawn_at_every_size(summary: Summary) -> None:
     for section in sections(summary):
         for side in (1200, 250, 120):

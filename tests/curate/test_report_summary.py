@@ -195,6 +195,7 @@ def test_what_is_shown_has_its_picture_and_its_decision(run: Run, summary: Summa
         assert run.rows[row].keeper == keeper != row
 
 
+@pytest.mark.long
 def test_another_order_of_files_shows_the_same_images(run: Run, tmp_path: Path) -> None:
     """Samples go by image id and by exact similarity, so neither files nor rows matter."""
     other = write_run(tmp_path, files=3)

@@ -125,6 +125,7 @@ def test_plain_files_take_the_fast_road_to_pillows_pixels(name, road):
     assert road == [True] * 4
 
 
+@pytest.mark.long
 def test_all_samples_have_pillows_header_and_pixels(shared: Path, road):
     files = sorted((shared / "data" / "imagenet-samples").glob("*.JPEG"))
     assert len(files) == 1000

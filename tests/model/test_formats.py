@@ -292,6 +292,7 @@ BIG = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "registers", "blocks"), BIG)
 @torch.no_grad()
 def test_official_weights_go_through_all_formats(

@@ -116,6 +116,7 @@ def test_planted_duplicates_and_broken_files(made):
             assert name.startswith("test") or decode_rgb(content).std() > 4
 
 
+@pytest.mark.long
 def test_the_same_bytes_each_time(made, tmp_path):
     folder, report = made
     assert files(folder) == files(Path(make_demo(tmp_path / "again").folder))
@@ -126,6 +127,7 @@ def test_the_same_bytes_each_time(made, tmp_path):
         make_demo(folder, seed=1)
 
 
+@pytest.mark.long
 def test_a_demo_of_an_older_version_is_made_anew(made, tmp_path):
     folder, report = made
     old = tmp_path / "old"

@@ -229,6 +229,7 @@ def test_only_files_of_a_pack_are_deleted(tmp_path: Path) -> None:
     assert {name: (tmp_path / name).read_text() for name in mine} == dict.fromkeys(mine, "mine")
 
 
+@pytest.mark.long
 def test_in_a_bucket(tmp_path: Path, s3: object) -> None:
     s3.make("claims")  # type: ignore[attr-defined]
     uri = "s3://claims/shards"

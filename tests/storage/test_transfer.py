@@ -148,6 +148,7 @@ def test_one_bad_part_is_sent_again(
     assert sum("partNumber=" in r for r in s3.requests) == 4  # three parts, one of them twice
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["^POST.*uploads", "^PUT.*partNumber=2&", "^POST.*uploadId"])
 def test_a_write_that_fails_for_good_leaves_what_was_there(
     s3: S3, bucket: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -271,6 +271,7 @@ def ways(draw: Any) -> Way:
     )
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(way=ways(), from_pack=st.booleans())
 def test_an_image_is_the_same_bytes_however_the_stream_is_cut(

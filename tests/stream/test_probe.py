@@ -103,6 +103,7 @@ def work(milliseconds: float) -> None:
         pass
 
 
+@pytest.mark.long
 def test_planted_times_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding takes 5 ms (3 ms where it may shrink), cutting 2, draws 4 ms for each chunk."""
     shards = shards_of(tmp_path, [encoded("JPEG", 400, 300)] * 16)

@@ -52,6 +52,7 @@ def values(client: Any, experiment: str) -> dict[str, list[float]]:
     }
 
 
+@pytest.mark.long
 def test_all_is_in_the_database(
     database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +66,7 @@ def test_all_is_in_the_database(
     assert place == str(Path(database.removeprefix("sqlite:///")).parent / "mlartifacts")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", [["pack"], ["pipeline"], ["pack", "pipeline"]])
 def test_deleted_runs_are_made_anew(
     what: list[str], database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -82,6 +84,7 @@ def test_deleted_runs_are_made_anew(
     assert "not sent" not in caplog.text
 
 
+@pytest.mark.long
 def test_the_runs_of_a_deleted_experiment_go_into_another_one(
     database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -101,6 +104,7 @@ def test_the_runs_of_a_deleted_experiment_go_into_another_one(
     assert client.get_experiment_by_name("gone").lifecycle_stage == "deleted"
 
 
+@pytest.mark.long
 def test_a_run_that_is_deleted_while_it_goes_on(
     database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pipeline.track.names import cut, metric_name, numbers, picture_key
 
 
+@pytest.mark.long
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=400))
 @example("eval/knn@20 [top1]")

@@ -90,6 +90,7 @@ def sync_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.long
 def test_the_sync_job_explains_itself(tmp_path: Path) -> None:
     helped = sync_job("--help")
     assert helped.returncode == 0 and "runs/<name>" in helped.stdout

@@ -148,6 +148,7 @@ def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "overrides",

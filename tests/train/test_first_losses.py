@@ -50,6 +50,7 @@ def test_the_losses_of_step_0_with_sinkhorn() -> None:
     assert found["total"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_losses_of_step_0_with_the_centre() -> None:
     found = first_step(ObjectiveSpec())
     cross_entropy = math.log(K) - 200 / BOTTLENECK  # both lean to the same prototypes

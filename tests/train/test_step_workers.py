@@ -126,6 +126,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, A
     yield [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
 def test_two_workers_with_accumulation_are_one_with_the_whole_batch(
     ranks: list[dict[str, Any]], centring: Any
@@ -142,6 +143,7 @@ def test_two_workers_with_accumulation_are_one_with_the_whole_batch(
             torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_workers_agree_to_stop_and_on_what_is_not_finite(ranks: list[dict[str, Any]]) -> None:
     a, b = (each["small"] for each in ranks)
     for each in (a, b):
@@ -150,6 +152,7 @@ def test_workers_agree_to_stop_and_on_what_is_not_finite(ranks: list[dict[str, A
     assert_same(a["uneven"], b["uneven"], atol=0)
 
 
+@pytest.mark.long
 def test_targets_and_centres_are_the_references(shared: Path, ranks: list[dict[str, Any]]) -> None:
     golden = torch.load(shared / "golden" / "dist" / "two_ranks.pt", weights_only=True)
     for rank, mine in enumerate(golden["ranks"]):
@@ -162,6 +165,7 @@ def test_targets_and_centres_are_the_references(shared: Path, ranks: list[dict[s
             torch.testing.assert_close(found[f"{head}_centre"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_the_step_is_the_references(shared: Path, ranks: list[dict[str, Any]], name: str) -> None:
     golden = torch.load(shared / "golden" / "dist" / "two_ranks.pt", weights_only=True)

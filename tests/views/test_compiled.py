@@ -31,6 +31,7 @@ def inputs(count: int, side: int, seed: int = 0):
     return x, torch.from_numpy(ph.draw_photometric(u, SPEC))[:, 2]
 
 
+@pytest.mark.long
 def test_one_graph_for_each_size_of_crops_whatever_a_batch_has_lost(graphs):
     apply = make(graphs)
     for step, count in enumerate((8, 8, 7, 1, 8)):
