@@ -74,16 +74,16 @@ class Known:
     tables: Tables = field(default_factory=lambda: Tables(""))
     keys: tuple[tuple[str, str], ...] = ()
 
-    def adding(self, name: str, found: Finding | Result | None) -> Known:
+    def adding(self, name: str, table: Finding | Result | None) -> Known:
         """With one more table; the name is its field in `Tables`. None: that step was left out."""
-        if found is None:
+        if table is None:
             return self
-        table = found.table if isinstance(found, Finding) else found
-        folder: Any = table.folder
+        result = table.table if isinstance(table, Finding) else table
+        folder: Any = result.folder
         if name == "matches":  # a table for each earlier curation
             folder = (*self.tables.matches, folder)
         tables = replace(self.tables, **{name: folder})
-        return Known(tables, (*self.keys, (name, table.key)))
+        return Known(tables, (*self.keys, (name, result.key)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Comparison:
         embedded: vectors that images were compared by.
         threshold: above which two were looked at.
         earlier: copies of images of each earlier curation.
-        copies: images of the set that are alike.
+        pairs: of images of the set that are alike.
         leaks: of evaluation sets; None without these.
         groups: of copies, with a keeper each; None where the recipe keeps copies.
         leaking: groups that go as a whole; None where only images go.
@@ -160,7 +160,7 @@ class Comparison:
     embedded: Embedded
     threshold: Threshold
     earlier: tuple[Finding, ...]
-    copies: Copies
+    pairs: Copies
     leaks: Leaks | None
     groups: Finding | None
     leaking: Finding | None
@@ -171,7 +171,7 @@ class Comparison:
         yield from (*self.embedded.steps, *self.threshold.steps)
         for earlier in self.earlier:
             yield from earlier.steps
-        yield from self.copies.steps
+        yield from self.pairs.steps
         for finding in (self.leaks, self.groups, self.leaking):
             yield from finding.steps if finding else ()
 
@@ -263,7 +263,7 @@ class Curation:
             folders["leaks"] = self.comparison.leaks.table.folder
         if self.comparison and self.comparison.groups:
             groups = self.comparison.groups
-            folders["edges"] = self.comparison.copies.edges
+            folders["edges"] = self.comparison.pairs.edges
             folders["components"] = groups.table.folder
             folders["looks"] = next(s.folder for s in groups.steps if s.step == LOOKED_EDGES)
         if self.choice and self.choice.retrieved:

@@ -60,20 +60,20 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
         vectors = embed_for_copies(setup, prints)
         threshold = find_threshold(setup, prints, equal, vectors)
         earlier = match_earlier(setup, equal, vectors, threshold)
-        copies = compare(setup, equal, vectors, threshold)
-        leaks = find_leaks(setup, copies, vectors, threshold) if sets.leaks else None
         for matches in earlier:
             known = known.adding("matches", matches)
+        pairs = compare(setup, equal, vectors, threshold)
+        leaks = find_leaks(setup, pairs, vectors, threshold) if sets.leaks else None
         known = known.adding("leaks", leaks)
         groups = leaking = None
         if config.dedup.enabled:
             going = [*earlier, leaks] if leaks else earlier
-            groups = group_copies(setup, copies, prints, vectors, threshold, going)
+            groups = group_copies(setup, pairs, prints, vectors, threshold, going)
             known = known.adding("components", groups)
         if groups and leaks and config.leaks.scope == "components":
             leaking = leaking_groups(setup, known)
             known = known.adding("leaking", leaking)
-        comparison = Comparison(vectors, threshold, earlier, copies, leaks, groups, leaking)
+        comparison = Comparison(vectors, threshold, earlier, pairs, leaks, groups, leaking)
 
     # Of what is left of the pool: images like those of seed sets, and a balanced sample. The
     # recipe may ask for both, or for neither: then all of it is kept.

@@ -148,7 +148,7 @@ def compare(setup: Setup, equal: Result, embedded: Embedded, threshold: Threshol
     )
 
 
-def find_leaks(setup: Setup, copies: Copies, embedded: Embedded, threshold: Threshold) -> Leaks:
+def find_leaks(setup: Setup, pairs: Copies, embedded: Embedded, threshold: Threshold) -> Leaks:
     """Images that show the same as an image of an evaluation set."""
     others = []
     for name, shards in setup.sets.leaks.items():
@@ -156,7 +156,7 @@ def find_leaks(setup: Setup, copies: Copies, embedded: Embedded, threshold: Thre
         others.append(open_other_set(setup, name, root, inputs, "embed_copy", embedded.spec))
     prints = {other.name: other.prints.folder for other in others}
     table, steps = relative.find_leaks(
-        copies,
+        pairs,
         setup.images,
         {other.name: (other.inputs, other.embedded.vectors) for other in others},
         threshold=threshold.leaks,
@@ -174,7 +174,7 @@ def find_leaks(setup: Setup, copies: Copies, embedded: Embedded, threshold: Thre
 
 def group_copies(
     setup: Setup,
-    copies: Copies,
+    pairs: Copies,
     prints: Result,
     embedded: Embedded,
     threshold: Threshold,
@@ -184,14 +184,14 @@ def group_copies(
 
     Args:
         setup: of the curation.
-        copies: pairs that are alike.
+        pairs: that are alike.
         prints: fingerprints, by which the best copy is told.
         embedded: vectors that the pairs were found by.
         threshold: above which a pair gets a second look.
         going: images that go in any case, so that none of them is kept instead of another.
     """
     table, steps = find_components(
-        copies,
+        pairs,
         setup.images,
         embedded.vectors,
         fingerprints=(prints.folder, prints.key),

@@ -7,8 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -27,7 +26,7 @@ from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
-from pipeline.track.driver import open_pipeline
+from pipeline.track.driver import Pipeline, open_pipeline
 from pipeline.track.endpoint import hide_credentials
 from pipeline.track.settings import TrackSettings
 from pipeline.track.state import FILE_NAME, forget_local
@@ -35,7 +34,21 @@ from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 
-STAGES: dict[str, ModuleType] = {
+
+class Stage(Protocol):
+    """What each module of a stage has."""
+
+    def key(self, context: Context) -> str:
+        """Changes with all that the stage's result depends on."""
+
+    def intact(self, context: Context) -> bool:
+        """Whether what the finished stage wrote is still there."""
+
+    def run(self, context: Context, tracker: Any) -> dict[str, Any]:
+        """Does the work; the result is kept in `_done.json`, with a `text` for the report."""
+
+
+STAGES: dict[str, Stage] = {
     "pack": pack,
     "curate": curate,
     "pretrain": pretrain,
@@ -83,40 +96,97 @@ def _run(
     context = Context(config, folder, only=len(stages) == 1)
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
-    left = [name for name in stages if not _given(context, name)]
-    # Wrong paths are said, and finished stages skipped, before Ray is started for the rest.
-    while left and _up_to_date(context, left[0]):
+    left = [name for name in stages if not _is_input(context, name)]
+    # Finished stages are skipped, and wrong paths said, before Ray is started for the rest.
+    while left and _skipped(context, left[0]):
         left.pop(0)
     if not left:
         return
     written = _write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
     hide_credentials()  # before there are workers, which get the environment
-    with cluster.joined(config.resources):
-        settings = TrackSettings(
-            run_folder=str(folder.path),
-            stage="pipeline",
-            shown=str(folder) if folder.uri else "",
-            experiment=config.track.experiment or config.run.name,
-            uri=config.track.uri if config.track.enabled else "none",
-        )
-        tracking = open_pipeline(
-            settings,
-            config.run.name,
-            # reports for a remote run folder are all sent from here
-            nodes=1 if folder.uri else cluster.nodes(),
-            config=written,
-            tags=_origin(config),
-        )
-        with tracking:
-            context.tracking = tracking
-            for name in left:
-                _stage(context, name)
-                push()
-                if ENDING.number and name != left[-1]:  # it came after the last step
-                    log.info("stopped     after %s; the same command goes on from there", name)
-                    sys.exit(128 + ENDING.number)
-            _report(context)
+    with cluster.joined(config.resources), _open_pipeline(config, folder, written) as tracking:
+        context.tracking = tracking
+        for name in left:
+            if not _skipped(context, name):  # its key may be known only now
+                _run_stage(context, name)
+            push()
+            if ENDING.number and name != left[-1]:  # it came after the last step
+                log.info("stopped     after %s; the same command goes on from there", name)
+                sys.exit(128 + ENDING.number)
+        _report(context)
+
+
+def _is_input(context: Context, name: str) -> bool:
+    """Whether a stage has nothing to do because its output is an input of the recipe."""
+    if name == "curate":
+        return not context.config.curate.preset and not context.only
+    if name != "pack" or context.config.data.source:
+        return False
+    return bool(context.config.data.shards) and not pack.sources(context)
+
+
+def _skipped(context: Context, name: str) -> bool:
+    """Skips a stage that is finished and whose inputs have not changed since."""
+    key = STAGES[name].key(context)
+    result = context.folder.done(name, key)
+    if result is None or not STAGES[name].intact(context):
+        return False
+    log.info("%-11s up to date (%s), skipped", name, key[:4])
+    _hand_on(context, name, result)
+    return True
+
+
+def _run_stage(context: Context, name: str) -> None:
+    stage = STAGES[name]
+    key = stage.key(context)
+    tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
+    with doing(name):
+        result = stage.run(context, tracker)
+    if result.get("status") == "stopped":
+        if result.get("lost_steps"):
+            log.error("lost        what came after step %s: %s", result["step"], result["alarm"])
+        log.info("stopped     at step %s; the same command goes on from there", result["step"])
+        sys.exit(128 + (result["signal"] or signal.SIGTERM))
+    context.folder.mark_done(name, key, result)
+    _hand_on(context, name, result)
+    context.tracking.end_stage(name)
+
+
+def _hand_on(context: Context, name: str, result: dict[str, Any]) -> None:
+    """Lets the stages that come next know of a finished one."""
+    context.results[name] = result
+    if name == "pack":
+        forget()  # lists of millions of files
+    context.config = with_packed_sets(context.config, context.folder)
+
+
+# ---- What is told: the config as it was run, MLflow's pipeline run, the report of the run.
+
+
+def _write_config(config: Config, folder: RunFolder) -> Path:
+    path = folder.path / "config.yaml"
+    with atomic(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return path
+
+
+def _open_pipeline(config: Config, folder: RunFolder, written: Path) -> Pipeline:
+    settings = TrackSettings(
+        run_folder=str(folder.path),
+        stage="pipeline",
+        shown=str(folder) if folder.uri else "",
+        experiment=config.track.experiment or config.run.name,
+        uri=config.track.uri if config.track.enabled else "none",
+    )
+    return open_pipeline(
+        settings,
+        config.run.name,
+        # reports for a remote run folder are all sent from here
+        nodes=1 if folder.uri else cluster.nodes(),
+        config=written,
+        tags=_origin(config),
+    )
 
 
 def _origin(config: Config) -> dict[str, str]:
@@ -128,13 +198,6 @@ def _origin(config: Config) -> dict[str, str]:
 def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
     if FILE_NAME in names:
         forget_local(folder.path)
-
-
-def _write_config(config: Config, folder: RunFolder) -> Path:
-    path = folder.path / "config.yaml"
-    with atomic(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return path
 
 
 def _report(context: Context) -> None:
@@ -151,6 +214,9 @@ def _report(context: Context) -> None:
     best = lines.get("evaluate", last)
     rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
     tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
+
+
+# ---- The config as stages get it.
 
 
 def named(config: Config, stages: Sequence[str]) -> Config:
@@ -180,49 +246,3 @@ def with_absolute_weights(config: Config) -> Config:
     places = {"against": full(curate.against), "shards": full(curate.shards)}
     curate = curate.model_copy(update=embedders | places)
     return config.model_copy(update={"model": model, "distill": distill, "curate": curate})
-
-
-def _given(context: Context, name: str) -> bool:
-    """Whether a stage has nothing to do because its output is an input of the recipe."""
-    if name == "curate":
-        return not context.config.curate.preset and not context.only
-    if name != "pack" or context.config.data.source:
-        return False
-    return bool(context.config.data.shards) and not pack.sources(context)
-
-
-def _up_to_date(context: Context, name: str) -> bool:
-    key = STAGES[name].key(context)
-    done = context.folder.done(name, key)
-    intact = getattr(STAGES[name], "intact", None)
-    if done is None or (intact and not intact(context)):
-        return False
-    log.info("%-11s up to date (%s), skipped", name, key[:4])
-    _keep(context, name, done)
-    return True
-
-
-def _keep(context: Context, name: str, result: dict[str, Any]) -> None:
-    context.results[name] = result
-    if name == "pack":
-        forget()  # lists of millions of files
-    context.config = with_packed_sets(context.config, context.folder)
-
-
-def _stage(context: Context, name: str) -> None:
-    if _up_to_date(context, name):
-        return
-    stage = STAGES[name]
-    key = stage.key(context)
-    tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
-    with doing(name):
-        result: dict[str, Any] = stage.run(context, tracker)
-    if result.get("status") == "stopped":
-        if result.get("lost_steps"):
-            after, why = result["step"], result["alarm"]
-            log.error("lost        what came after step %s: %s", after, why)
-        log.info("stopped     at step %s; the same command goes on from there", result["step"])
-        sys.exit(128 + (result["signal"] or signal.SIGTERM))
-    context.folder.mark_done(name, key, result)
-    _keep(context, name, result)
-    context.tracking.end_stage(name)

@@ -72,6 +72,12 @@ def key(context: Context) -> str:
     )
 
 
+def intact(context: Context) -> bool:
+    """Its result is all that it leaves."""
+    del context
+    return True
+
+
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Evaluates on the full sets; without labels, health only."""
     import ray
