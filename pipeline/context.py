@@ -119,13 +119,13 @@ def open_packed_shards(config: Config, folder: RunFolder) -> ShardSet:
             "data.source=photos/ names images to pack, data.shards=shards/ packed ones",
         )
     data = config.data
-    found = open_shards(
+    shards = open_shards(
         packed_uri(config, folder),
         data.image_column,
         data.label_column,
         labels=data.labels != "none",
     )
-    return ranged(found, data.range, config.model.in_channels)
+    return ranged(shards, data.range, config.model.in_channels)
 
 
 def local_machine(config: Config) -> Machine:
@@ -144,11 +144,11 @@ def local_machine(config: Config) -> Machine:
 
 def memory_bytes() -> float:
     """What this process may have: the machine's memory, or less where a container has a limit."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no such limit, or "max"
-            found.append(int((CGROUP / limit).read_text()))
-    return float(min(found))
+            limits.append(int((CGROUP / limit).read_text()))
+    return float(min(limits))
 
 
 def with_packed_sets(config: Config, folder: RunFolder) -> Config:

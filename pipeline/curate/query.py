@@ -146,20 +146,20 @@ def _like(config: Config, one: Earlier, pixels: Any) -> list[Answer]:
     else:
         embedder = opened(spec)
         vector, crops, views = embedder.embed([embedder.prepare(pixels)])[0], None, None
-    found = look_up(copies, vector, crops, views, threshold=max(0.0, threshold - NEAR))
-    return [_answer(one, match.row, match.similarity, threshold) for match in found]
+    matches = look_up(copies, vector, crops, views, threshold=max(0.0, threshold - NEAR))
+    return [_answer(one, match.row, match.similarity, threshold) for match in matches]
 
 
 def _answer(one: Earlier, row: int, similarity: float, threshold: float) -> Answer:
     folder, prints = (str(join(one.root, name)) for name in ("decisions", "fingerprint"))
     for name in parquet_names(folder):
-        found = read_table(folder, name, filters=[("row", "=", row)]).to_pylist()
-        if found:
+        decisions = read_table(folder, name, filters=[("row", "=", row)]).to_pylist()
+        if decisions:
             (about,) = read_table(
                 prints, name, ["row", "source", "thumbnail"], [("row", "=", row)]
             ).to_pylist()
             path, thumbnail = about["source"] or "", about["thumbnail"] or b""
-            return Answer(one.run, similarity, threshold, found[0], path, thumbnail)
+            return Answer(one.run, similarity, threshold, decisions[0], path, thumbnail)
     raise DataError(f"{public(one.run)} has no decision on row {row}", "curate it again")
 
 

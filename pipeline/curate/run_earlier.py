@@ -73,8 +73,8 @@ def earlier_runs(run: str) -> list[Earlier]:
     Raises:
         DataError: one is not there or not finished, or was curated anew and that not finished.
     """
-    found: list[Earlier] = []
-    while run and run not in (one.run for one in found):
+    runs: list[Earlier] = []
+    while run and run not in (one.run for one in runs):
         place = join(run if is_uri(run) else Path(run), "curate", "_done.json")
         done = read_mark(*resolve_uri(str(place)))
         if not isinstance(done.get("result"), dict):
@@ -82,15 +82,15 @@ def earlier_runs(run: str) -> list[Earlier]:
                 f"{public(run)} holds no finished curation",
                 "name a run folder (runs/<name>) that jobs/curate.py or jobs/run.py has curated",
             )
-        found.append(Earlier(run, done["result"]))
-        if found[-1].overwritten():
+        runs.append(Earlier(run, done["result"]))
+        if runs[-1].overwritten():
             raise DataError(
                 f"{public(run)} was curated anew, and that did not finish: its tables are not "
                 "those of its curated set",
                 "start that curation again, so that it finishes",
             )
         run = str(done["result"].get("against", ""))
-    return found
+    return runs
 
 
 def check_inputs(one: Earlier, spec: EmbedderSpec) -> None:

@@ -46,8 +46,8 @@ class Sets:
     def inputs(self) -> Inputs:
         """All images that a decision is made on."""
         seeds = self.seeds if self.include else {}
-        found = [(name, AS_IS, shards) for name, shards in seeds.items()]
-        return Inputs.of([(POOL_NAME, POOL, self.pool), *found])
+        kept_as_is = [(name, AS_IS, shards) for name, shards in seeds.items()]
+        return Inputs.of([(POOL_NAME, POOL, self.pool), *kept_as_is])
 
     @property
     def inputs_by_name(self) -> list[tuple[str, ShardSet]]:
@@ -75,7 +75,7 @@ def open_sets(context: Context) -> Sets:
     earlier = open_earlier(config)
     pool = open_packed_shards(config, context.folder)
     seeds, leaks = open_other_sets(config)
-    found = Sets(
+    sets = Sets(
         pool=pool,
         seeds={n: _as(config, pool, f"retrieve.seeds.{n}", s) for n, s in seeds.items()},
         leaks={n: _as(config, pool, f"leaks.sets.{n}", s) for n, s in leaks.items()},
@@ -90,12 +90,12 @@ def open_sets(context: Context) -> Sets:
         if earlier
         else None,
     )
-    _check_output(context, found)
-    labelled = found.inputs_by_name + (
-        [("curate.against", found.earlier_shards)] if found.earlier_shards else []
+    _check_output(context, sets)
+    labelled = sets.inputs_by_name + (
+        [("curate.against", sets.earlier_shards)] if sets.earlier_shards else []
     )
     shared_classes(labelled)  # the curated shards hold them all: said before anything is curated
-    return found
+    return sets
 
 
 def open_other_sets(
@@ -148,10 +148,10 @@ def open_earlier(config: Config) -> list[Earlier]:
                 "curate it again with dedup.enabled=true, or leave curate.against empty and "
                 "curate all images together",
             )
-    wanted = config.dedup.threshold
-    if earlier and wanted != "auto" and wanted != earlier[0].result["threshold"]:
+    threshold = config.dedup.threshold
+    if earlier and threshold != "auto" and threshold != earlier[0].result["threshold"]:
         raise ConfigError(
-            f"dedup.threshold={wanted}, but {public(earlier[0].run)} was curated with "
+            f"dedup.threshold={threshold}, but {public(earlier[0].run)} was curated with "
             f"{earlier[0].result['threshold']:.6g}, and one set has one threshold",
             "leave dedup.threshold out: the one of curate.against is used",
         )
@@ -161,10 +161,10 @@ def open_earlier(config: Config) -> list[Earlier]:
 def _check_output(context: Context, sets: Sets) -> None:
     """Refuses to write where something is read: the output is emptied before it is written."""
     output = absolute_uri(context.shards_uri).rstrip("/")
-    given = {"data.shards": sets.pool, "curate.against": sets.earlier_shards}
-    given |= {f"retrieve.seeds.{name}": shards for name, shards in sets.seeds.items()}
-    given |= {f"leaks.sets.{name}": shards for name, shards in sets.leaks.items()}
-    for field, shards in given.items():
+    read = {"data.shards": sets.pool, "curate.against": sets.earlier_shards}
+    read |= {f"retrieve.seeds.{name}": shards for name, shards in sets.seeds.items()}
+    read |= {f"leaks.sets.{name}": shards for name, shards in sets.leaks.items()}
+    for field, shards in read.items():
         uri = shards.uri.rstrip("/") if shards is not None else ""
         if uri and f"{uri}/".startswith(f"{output}/"):
             raise ConfigError(

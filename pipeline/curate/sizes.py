@@ -27,9 +27,9 @@ def check_clusters(config: Config, sets: Sets) -> None:
         PipelineError: the model cannot be opened.
     """
     rows, asked = sets.pool.rows, {}
-    wanted = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
-    if any(wanted.mode_of(seeds.rows) == CLUSTER for seeds in sets.seeds.values()):
-        asked["retrieve.clusters"] = wanted.clusters or max(1, rows // CLUSTER_ROWS)
+    retrieval = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    if any(retrieval.mode_of(seeds.rows) == CLUSTER for seeds in sets.seeds.values()):
+        asked["retrieve.clusters"] = retrieval.clusters or max(1, rows // CLUSTER_ROWS)
     if config.balance.images and config.balance.levels:
         asked["balance.levels"] = config.balance.levels[0]
     counts = {field: min(count, rows) for field, count in asked.items()}

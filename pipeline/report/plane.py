@@ -56,10 +56,10 @@ class Axis:
         """Where a value is, 0 at the low end and 1 at the high one; cut off at the ends."""
         if self.log:
             value = max(value, self.low)
-            found = math.log(value / self.low) / math.log(self.high / self.low)
+            place = math.log(value / self.low) / math.log(self.high / self.low)
         else:
-            found = (value - self.low) / ((self.high - self.low) or 1.0)
-        return min(1.0, max(0.0, found))
+            place = (value - self.low) / ((self.high - self.low) or 1.0)
+        return min(1.0, max(0.0, place))
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def stage_curves(folder: Path, stage: str) -> list[Section]:
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for step, values in rows.items():
         for name, value in values.items():
-            group, _, rest = name.rpartition("/")
-            groups.setdefault(group, {}).setdefault(rest, []).append((step, value))
+            group, _, label = name.rpartition("/")
+            groups.setdefault(group, {}).setdefault(label, []).append((step, value))
     first = ["eval", "loss", "health"]
     order = sorted(groups, key=lambda g: (first.index(g) if g in first else len(first), g))
     return [

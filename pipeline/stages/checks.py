@@ -151,23 +151,23 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
     Raises:
         PipelineError: one is not there, or cannot be used.
     """
-    found: dict[str, KnownSet] = {}
+    sets: dict[str, KnownSet] = {}
     packing = "pack" in stages
     packed = packing and pack.finished(config, folder)
     if packing and config.data.source:
-        found["data.source"] = known_set(config, "data.source", config.data.source, packed)
+        sets["data.source"] = known_set(config, "data.source", config.data.source, packed)
     elif {"curate", "doctor"} & set(stages):
-        found["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
+        sets["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
     elif {"pretrain", "evaluate"} & set(stages):
-        found["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
+        sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
     if not {"pack", "curate", "pretrain", "evaluate"} & set(stages):
-        return found
+        return sets
     for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
         if uri and packing:
-            found[field] = known_set(config, field, uri, packed)
+            sets[field] = known_set(config, field, uri, packed)
         elif uri:
-            found[field] = KnownSet.of(field, opened(config, field, uri))
-    return found
+            sets[field] = KnownSet.of(field, opened(config, field, uri))
+    return sets
 
 
 def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:

@@ -214,14 +214,14 @@ def _memory(plan: Plan, spec: StreamSpec, memory: Memory, store: float) -> None:
         "crops; "
         f"window {size_of(memory.window)}, two in each read task",
     )
-    wanted = memory.object_store(plan)
-    result_line("store", f"about {size_of(wanted)} of the object store's {size_of(store)}")
-    if wanted > store:
+    needed = memory.object_store(plan)
+    result_line("store", f"about {size_of(needed)} of the object store's {size_of(store)}")
+    if needed > store:
         log.warning(
             "the object store is small for this; a larger one (resources.object_store_gb, or "
             "that of the cluster's nodes) keeps decoders from waiting for room"
         )
 
 
-def _spread(found: Spread) -> str:
-    return f"{ms(found.median)} ms an image ({ms(found.low)} to {ms(found.high)})"
+def _spread(times: Spread) -> str:
+    return f"{ms(times.median)} ms an image ({ms(times.low)} to {ms(times.high)})"

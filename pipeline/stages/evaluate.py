@@ -83,17 +83,17 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     import ray
 
     saved = chosen(context)
-    found = trained_plan(saved)
+    plan = trained_plan(saved)
     current = {"evaluate": context.config.evaluate, "data": context.config.data}
-    found = found.model_copy(update={"config": found.config.model_copy(update=current)})
+    plan = plan.model_copy(update={"config": plan.config.model_copy(update=current)})
     shards = context.shards()
-    spec = evaluation_spec(found, shards)
-    noted = remarks(found.config, shards)
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and found.device == "cuda" else 0
+    spec = evaluation_spec(plan, shards)
+    noted = remarks(plan.config, shards)
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and plan.device == "cuda" else 0
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
     now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
     results, pictures = ray.get(task.remote(spec, str(saved.path), "cuda" if gpus else "cpu"))
-    sentence = alarm(results["trained"], found.config.head.prototypes)
+    sentence = alarm(results["trained"], plan.config.head.prototypes)
     tracker.metrics(saved.step, results["trained"])
     score = f"eval/knn{spec.k}_top1"
     others = {name: values[score] for name, values in results.items() if score in values}
@@ -138,15 +138,15 @@ def _evaluate(
     saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
     if saved is None:
         raise TrainError(f"the checkpoint {public(checkpoint)} is gone", "evaluate again")
-    found = trained_plan(saved)
+    plan = trained_plan(saved)
     evaluator = Evaluator(spec, len(os.sched_getaffinity(0)), device)
     network = teacher(saved)
     trained = evaluator.run(network.backbone)
-    temperature = found.at(max(0, saved.step - 1)).teacher_temperature
+    temperature = plan.at(max(0, saved.step - 1)).teacher_temperature
     results = {"trained": trained.metrics | evaluator.target_health(network, temperature)}
     if spec.queries is not None:
         try:
-            first = starting_pair(found)[0].teacher.backbone
+            first = starting_pair(plan)[0].teacher.backbone
         except PipelineError as error:  # model.init may be gone by now; the result is still one
             log.warning("step 0 is not evaluated: %s", error.what)
         else:

@@ -53,8 +53,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     done.
     """
     saved = chosen(context)
-    found = trained_plan(saved)
-    config, value_range = found.config, found.value_range or FULL
+    plan = trained_plan(saved)
+    config, value_range = plan.config, plan.value_range or FULL
     backbone = teacher(saved).backbone.eval()
     weights = context.folder.path / "weights"
     if isinstance(backbone, TimmBackbone):

@@ -59,12 +59,12 @@ def known_set(config: Config, field: str, uri: str, packed: bool = False) -> Kno
         return _builtin(field, uri)
     try:
         data, labels = config.data, labels_of(config, field)
-        found = open_shards(uri, data.image_column, data.label_column, field, labels != "none")
+        shards = open_shards(uri, data.image_column, data.label_column, field, labels != "none")
     except StorageError:
         raise
     except DataError:
         return _source(config, field, uri, packed)
-    known = KnownSet.of(field, found)
+    known = KnownSet.of(field, shards)
     if labels == "none":  # pack leaves them out
         return replace(known, labels=replace(known.labels, kind="none", names=()))
     return known

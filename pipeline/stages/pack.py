@@ -47,14 +47,14 @@ FIELDS = {  # of the recipe that name the sources
 
 def named_sources(config: Config, folder: RunFolder) -> dict[str, tuple[str, str]]:
     """What is packed: name -> (source, shards). Evaluation sets that are shards stay so."""
-    found = {}
+    places = {}
     if config.data.source:
-        found["train"] = (config.data.source, packed_uri(config, folder))
+        places["train"] = (config.data.source, packed_uri(config, folder))
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
         if source and not is_shards(source):
-            found[name] = (source, str(folder.at("pack", name)))
-    return found
+            places[name] = (source, str(folder.at("pack", name)))
+    return places
 
 
 def check_places(config: Config, folder: RunFolder) -> None:
@@ -71,10 +71,10 @@ def check_places(config: Config, folder: RunFolder) -> None:
             source = absolute_source(source)
             ledger.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
-            work = absolute_uri(str(folder.at("pack", f"work_{name}")))
+            work_place = absolute_uri(str(folder.at("pack", f"work_{name}")))
             ledger.check_source(shards, public(source))
-            mine = check_unclaimed(shards, Owner(public(source), public(work)))
-            mine |= ledger.begun(work)
+            mine = check_unclaimed(shards, Owner(public(source), public(work_place)))
+            mine |= ledger.begun(work_place)
             ledger.check_replaceable(shards, public(source), own=mine)
 
 

@@ -28,10 +28,10 @@ log = logging.getLogger("pipeline.train")
 def plan(context: Context) -> Plan:
     """The plan on this cluster, with the weights that it starts from."""
     config, shards = context.config, context.shards()
-    found = cluster.with_room(
+    planned = cluster.with_room(
         lambda machine: plan_for(config, shards, machine), config.resources.wait_s
     )
-    return start.located(found, state.latest(context.folder.checkpoints))
+    return start.located(planned, state.latest(context.folder.checkpoints))
 
 
 def key(context: Context) -> str:
@@ -61,29 +61,29 @@ def intact(context: Context) -> bool:
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Trains or resumes. The result has status `finished` or `stopped`."""
     shards = context.shards()
-    found = plan(context)
-    spec = evaluation_spec(found, shards)  # a wrong evaluation set is said before training
-    compared = spec.compared(found.config.evaluate.during_training)
+    run_plan = plan(context)
+    spec = evaluation_spec(run_plan, shards)  # a wrong evaluation set is said before training
+    compared = spec.compared(run_plan.config.evaluate.during_training)
     if compared:
         result_line("kNN", f"while training: {compared}")
-    for remark in remarks(found.config, shards):
+    for remark in remarks(run_plan.config, shards):
         log.warning("evaluation: %s", remark)
     for change in check_resume(
-        found.config,
+        run_plan.config,
         shards.digest,
         context.folder,
-        found.layout,
-        found.window_images,
-        found.value_range or FULL,
+        run_plan.layout,
+        run_plan.window_images,
+        run_plan.value_range or FULL,
     ):
         log.info("changed     %s", change)
-    tracker.artifact(write_plan(found, context.folder))
+    tracker.artifact(write_plan(run_plan, context.folder))
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
-    tracker.params(params(found))
-    for line in describe(found, starting_pair(found, context.folder)):
+    tracker.params(params(run_plan))
+    for line in describe(run_plan, starting_pair(run_plan, context.folder)):
         log.info("%s", line)
     outcome = pretrain(
-        found,
+        run_plan,
         shards,
         context.folder,
         context.tracking.worker_settings("pretrain", context.config.track.system_metrics),
@@ -92,7 +92,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     details = outcome.details
     best = details.get("best")
     text = (
-        f"{outcome.status} at step {outcome.step}/{found.steps}"
+        f"{outcome.status} at step {outcome.step}/{run_plan.steps}"
         + (f", {details['images_per_s']:,.0f} images/s" if "images_per_s" in details else "")
         + (
             f", data wait {100 * details['data_wait_fraction']:.1f} %"
@@ -113,49 +113,49 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "text": text,
         "status": outcome.status,
         "step": outcome.step,
-        "steps": found.steps,
+        "steps": run_plan.steps,
         **details,
     }
 
 
-def starting_pair(found: Plan, folder: RunFolder) -> Pair:
+def starting_pair(plan: Plan, folder: RunFolder) -> Pair:
     """The networks as the workers will make them, so that weights that do not fit are said here.
 
     Raises:
         PipelineError: as `pipeline.train.start` says.
     """
     saved = state.latest(folder.checkpoints)
-    if saved is None and found.init:
-        built, text = start.starting_pair(found)
+    if saved is None and plan.init:
+        built, text = start.starting_pair(plan)
         log.info("init        %s", text)
     else:
-        built = build.pair(found.config)
-    return start.with_frozen_teacher(built, found)
+        built = build.pair(plan.config)
+    return start.with_frozen_teacher(built, plan)
 
 
-def params(found: Plan) -> dict[str, Any]:
+def params(plan: Plan) -> dict[str, Any]:
     """At most eight short ones; MLflow prints them above every picture."""
     return {
-        "model": _model(found.config),
-        "images": found.images,
-        "steps": found.steps,
-        "batch": found.config.optim.global_batch_size,
-        "lr": f"{found.lr:.3g}",
-        "workers": found.workers,
-        "precision": found.precision,
-        "seed": found.config.run.seed,
+        "model": _model(plan.config),
+        "images": plan.images,
+        "steps": plan.steps,
+        "batch": plan.config.optim.global_batch_size,
+        "lr": f"{plan.lr:.3g}",
+        "workers": plan.workers,
+        "precision": plan.precision,
+        "seed": plan.config.run.seed,
     }
 
 
-def _range(found: Plan) -> list[str]:
+def _range(plan: Plan) -> list[str]:
     """Which numbers of workers an elastic run may have."""
-    asked = found.config.train.workers
+    asked = plan.config.train.workers
     if not isinstance(asked, tuple):
         return []
     low, high = asked
-    sizes = ", ".join(map(str, found.sizes))
-    parts = found.workers * found.accumulation
-    left = high - low + 1 - len(found.sizes)
+    sizes = ", ".join(map(str, plan.sizes))
+    parts = plan.workers * plan.accumulation
+    left = high - low + 1 - len(plan.sizes)
     said = f"            {sizes} of [{low}, {high}] divide the {parts} micro batches of a step"
     return [said + (f"; the other {left} are not used" if left else "")]
 
@@ -185,10 +185,10 @@ def digest_shown(digest: str) -> str:
     return digest if " " in digest else f"{digest[:14]}…"
 
 
-def describe(found: Plan, built: Pair) -> list[str]:
+def describe(plan: Plan, built: Pair) -> list[str]:
     """What differs from the defaults, what was derived, and what it will cost."""
-    config = found.config
-    cost = build.estimated_cost(found, built)
+    config = plan.config
+    cost = build.estimated_cost(plan, built)
     width, depth, heads = config.model.dimensions
     batch = config.optim.global_batch_size
     kept = config.train.keep_last + 1
@@ -208,10 +208,10 @@ def describe(found: Plan, built: Pair) -> list[str]:
     ]
     if built.frozen:
         size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
-        lines.append(f"teacher     {public(found.frozen_teacher)}, frozen, {size:.1f} M parameters")
-    if found.value_range not in (None, FULL):
+        lines.append(f"teacher     {public(plan.frozen_teacher)}, frozen, {size:.1f} M parameters")
+    if plan.value_range not in (None, FULL):
         lines.append(
-            f"range       values {shown(found.value_range)} of images of more than 8 bits become 0 "
+            f"range       values {shown(plan.value_range)} of images of more than 8 bits become 0 "
             "to 255 (data.range)"
         )
     if skipped:
@@ -220,14 +220,14 @@ def describe(found: Plan, built: Pair) -> list[str]:
             f"{config.model.in_channels} channels"
         )
     lines += [
-        f"data        {found.images:,} images ({digest_shown(found.digest)}), "
-        f"{found.steps_per_pass} steps a pass, {found.dropped_per_pass} left out of each pass",
-        f"steps       {found.steps:,} x {batch} = {found.steps * batch:,} images, "
-        f"{found.steps / found.steps_per_pass:.2f} passes, warm-up {found.warmup_steps}",
-        f"workers     {found.workers} x {found.micro_batch} images x {found.accumulation}, "
-        f"{found.device}, {found.precision} ({found.precision_reason}), "
-        f"{found.threads} threads each, lr {found.lr:.3g}",
-        *_range(found),
+        f"data        {plan.images:,} images ({digest_shown(plan.digest)}), "
+        f"{plan.steps_per_pass} steps a pass, {plan.dropped_per_pass} left out of each pass",
+        f"steps       {plan.steps:,} x {batch} = {plan.steps * batch:,} images, "
+        f"{plan.steps / plan.steps_per_pass:.2f} passes, warm-up {plan.warmup_steps}",
+        f"workers     {plan.workers} x {plan.micro_batch} images x {plan.accumulation}, "
+        f"{plan.device}, {plan.precision} ({plan.precision_reason}), "
+        f"{plan.threads} threads each, lr {plan.lr:.3g}",
+        *_range(plan),
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker; "
         f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
     ]

@@ -36,8 +36,8 @@ def versions() -> str:
         except metadata.PackageNotFoundError:
             return "is not installed"
 
-    found = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"Python {platform.python_version()}, {found}"
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {packages}"
 
 
 def machine_of(config: Config) -> tuple[Machine, float]:
@@ -45,18 +45,18 @@ def machine_of(config: Config) -> tuple[Machine, float]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         with cluster.joined(config.resources):
-            found, nodes = cluster.machine(), cluster.nodes()
+            machine, nodes = cluster.machine(), cluster.nodes()
             store = cluster.object_store()
         place = f"cluster at {address}, {count(nodes, 'node')}: "
     else:
-        found, place = local_machine(config), "this machine: "
+        machine, place = local_machine(config), "this machine: "
         store = config.resources.object_store_gb * 2**30
-    text = f"{place}{count(found.cpus, 'CPU')}, {_gpus(found, bool(address))}"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else found.cpus
-    if not address and usable < found.cpus:
+    text = f"{place}{count(machine.cpus, 'CPU')}, {_gpus(machine, bool(address))}"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine.cpus
+    if not address and usable < machine.cpus:
         text += f"; this process may use {usable} of them: set resources.cpus={usable}"
     result_line("machine", text)
-    return found, store
+    return machine, store
 
 
 def _gpus(machine: Machine, remote: bool) -> str:
@@ -72,9 +72,9 @@ def shared_memory(config: Config) -> None:
     """The object store of a Ray that is started here lies in shared memory, if it has the room."""
     if os.environ.get("RAY_ADDRESS") or not SHARED_MEMORY.is_dir():
         return
-    free, wanted = shutil.disk_usage(SHARED_MEMORY).free, config.resources.object_store_gb * 2**30
-    result_line("shm", f"{size_of(free)} free in {SHARED_MEMORY}, object store {size_of(wanted)}")
-    if free < wanted:
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, config.resources.object_store_gb * 2**30
+    result_line("shm", f"{size_of(free)} free in {SHARED_MEMORY}, object store {size_of(needed)}")
+    if free < needed:
         log.warning(
             "the object store (resources.object_store_gb=%g) does not fit into %s; Ray would "
             "put it on the disk, which is slow: start the container with a larger --shm-size",

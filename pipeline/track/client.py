@@ -93,8 +93,8 @@ def explain(error: Exception) -> str:
             "401, user and password are not right: set MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD"
         )
-    if found := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):  # "Connection refused"
-        return found[1]
+    if match := re.search(r"\[Errno -?\d+\] ([\w ]+)", text):  # "Connection refused"
+        return match[1]
     if "timed out" in text.lower():
         return "no answer in time"
     return cut(text.splitlines()[0] if text else type(error).__name__, 300)

@@ -162,6 +162,6 @@ def _origin() -> dict[str, str]:
     if (root / ".git").exists():  # not in a Ray working directory, nor once installed
         command = ["git", "-C", str(root), "rev-parse", "--verify", "HEAD"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            tags["git.commit"] = tags["mlflow.source.git.commit"] = found.stdout.strip()
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            tags["git.commit"] = tags["mlflow.source.git.commit"] = commit.stdout.strip()
     return {name: value for name, value in tags.items() if value}

@@ -54,8 +54,8 @@ class LocalServer:
 
     def uri(self) -> str | None:
         """The address once the server answers; starts it if it does not run."""
-        found = server.running(self.folder)
-        if found is None:
+        known = server.running(self.folder)
+        if known is None:
             if said := database.mismatch(self.folder / "mlflow.db"):
                 raise GivenUpError(said)
             if self._starts > 0:
@@ -65,7 +65,7 @@ class LocalServer:
                 self._starts = -1
                 log.warning("MLflow does not start; see %s", self.folder / "server.log")
             return None
-        return found.uri if server.healthy(found.uri) else None
+        return known.uri if server.healthy(known.uri) else None
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ class Runs:
     def id(self, run: str) -> str:
         """The id of a run that was opened, here or by another process with the same key."""
         if run not in self.known.runs:
-            found = self._find({"pipeline.key": self.key, "pipeline.stage": run})
-            if found is None:
+            run_id = self._find({"pipeline.key": self.key, "pipeline.stage": run})
+            if run_id is None:
                 raise NotReadyError(f"run {run} is not created yet")
-            self.known.runs[run] = found
+            self.known.runs[run] = run_id
         return self.known.runs[run]
 
     def open(self, event: Event) -> None:
@@ -54,11 +54,11 @@ class Runs:
                 del self.known.runs[run]
         tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
         if run not in self.known.runs:
-            found = self._find({"pipeline.key": self.key, "pipeline.stage": run})
-            if found is None and spec.get("find"):
-                found = self._find(tags)
-            if found is not None:
-                self.known.runs[run] = found
+            run_id = self._find({"pipeline.key": self.key, "pipeline.stage": run})
+            if run_id is None and spec.get("find"):
+                run_id = self._find(tags)
+            if run_id is not None:
+                self.known.runs[run] = run_id
         tags |= {"pipeline.key": self.key, "stage": run, "attempt": str(event["attempt"])}
         tags |= spec.get("tags", {})
         if parent := spec.get("parent"):  # which may be another one than before

@@ -103,8 +103,8 @@ def start(folder: Path, first_port: int = FIRST_PORT) -> Running:
     lock = FolderLock(folder, ".server.lock")
     lock.acquire(wait=True)
     try:
-        if found := running(folder):
-            return found
+        if known := running(folder):
+            return known
         port = _free_port(first_port)
         command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
         command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--workers", "1"]

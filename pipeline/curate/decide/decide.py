@@ -73,8 +73,8 @@ def _select(rows: FileRows, tables: Tables) -> None:
     if tables.retrieved and not as_is:
         table = read_table(tables.retrieved, rows.file.name)
         places = rows.places(table, "retrieved")
-        wanted = kept[places]
-        places, table = places[wanted], table.filter(pa.array(wanted))
+        still_kept = kept[places]
+        places, table = places[still_kept], table.filter(pa.array(still_kept))
         rows.part[places] = np.array(table.column("part").to_pylist(), object)
         rows.rule[places] = np.array(table.column("set").to_pylist(), object)
         rows.query[places] = objects(ids_of(table.column("query_id")))
@@ -129,11 +129,11 @@ def _table(rows: FileRows, sources: Objects) -> pa.Table:
 
 
 def _counted(names: Objects, values: Objects) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
+    by_name: dict[str, dict[str, int]] = {}
     for name, value in zip(names, values, strict=True):
-        counts = found.setdefault(name, {})
+        counts = by_name.setdefault(name, {})
         counts[value] = counts.get(value, 0) + 1
-    return found
+    return by_name
 
 
 # ---- Shares of parts that are kept: which images, their ids and the seed say.

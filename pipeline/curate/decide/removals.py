@@ -105,15 +105,15 @@ def _leaking(rows: FileRows, tables: Tables) -> None:
         return
     members = read_table(tables.components, rows.file.name, ["row", "component"])
     places = rows.places(members, "components")
-    found = read_table(tables.leaking, "leaking")
-    index = pc.index_in(members.column("component"), found.column("component"))
+    leaks = read_table(tables.leaking, "leaking")
+    index = pc.index_in(members.column("component"), leaks.column("component"))
     hit = pc.is_valid(index).to_numpy(zero_copy_only=False)
     which = index.drop_null()
     fresh = rows.remove(places[hit], "leaks_evaluation")
-    found = found.take(which.filter(pa.array(fresh)))
+    leaks = leaks.take(which.filter(pa.array(fresh)))
     places = places[hit][fresh]
-    _matched(rows, places, found)
-    rows.keeper[places] = objects(ids_of(found.column("row_id")))
+    _matched(rows, places, leaks)
+    rows.keeper[places] = objects(ids_of(leaks.column("row_id")))
 
 
 def _matched(rows: FileRows, places: Any, table: pa.Table) -> None:
@@ -155,10 +155,10 @@ def starts_of(inputs: Inputs) -> Starts:
 
 def _ids_at(keepers: Any, starts: Starts, fingerprint: str) -> Objects:
     """Image ids of rows that may be in any file."""
-    found = np.full(len(keepers), None, object)
+    keeper_ids = np.full(len(keepers), None, object)
     holders = np.searchsorted(starts, keepers, "right") - 1  # of files that are empty, the last
     for holder in np.unique(holders):
         ids = ids_of(read_table(fingerprint, f"{holder:05d}", ["image_id"]).column("image_id"))
         mine = np.flatnonzero(holders == holder)
-        found[mine] = objects(ids[keepers[mine] - starts[holder]])
-    return found
+        keeper_ids[mine] = objects(ids[keepers[mine] - starts[holder]])
+    return keeper_ids

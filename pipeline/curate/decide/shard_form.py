@@ -100,9 +100,9 @@ def _extras_of(shards: ShardSet) -> list[pa.Schema]:
 
     def schema(index: int) -> pa.Schema:
         with shards.parquet(index) as parquet:
-            found = parquet.schema_arrow
+            columns = parquet.schema_arrow
         return pa.schema(
-            [f for _, f in kept_columns(found, shards.columns.image, shards.columns.label)]
+            [f for _, f in kept_columns(columns, shards.columns.image, shards.columns.label)]
         )
 
     with ThreadPoolExecutor(8) as pool:

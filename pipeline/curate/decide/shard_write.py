@@ -58,8 +58,8 @@ def write_shard(
         for there in (False, True)
     )
     new, again = _without(new, old)
-    found = [*new, *old]
-    table = _in_order(pa.concat_tables(found) if found else form.schema.empty_table())
+    tables = [*new, *old]
+    table = _in_order(pa.concat_tables(tables) if tables else form.schema.empty_table())
     account: Account = {"name": shard_name(index), "rows": table.num_rows, "row_groups": []}
     account["again"] = again
     ids = table.column("image_id").to_pylist()
@@ -119,12 +119,12 @@ def _read(
     first = 0
     with opened(piece.file) as parquet:
         for group, rows in enumerate(piece.file.file.row_groups):
-            wanted = np.flatnonzero(kept[first : first + rows])
-            if len(wanted):
+            chosen = np.flatnonzero(kept[first : first + rows])
+            if len(chosen):
                 table = parquet.read_row_group(group)
-                if len(wanted) < rows:
-                    table = table.take(pa.array(wanted))
-                yield formed(table, ids[first + wanted], None, piece.file, form)
+                if len(chosen) < rows:
+                    table = table.take(pa.array(chosen))
+                yield formed(table, ids[first + chosen], None, piece.file, form)
             first += rows
 
 
@@ -137,7 +137,7 @@ RUN_BYTES = 256 * 2**20  # of images that are sorted at once
 
 
 def sort_files(
-    work: Place,
+    root: Place,
     inputs: Inputs,
     decisions: Result,
     fingerprints: str,
@@ -154,7 +154,7 @@ def sort_files(
     if not loose:
         return None
     tasks = [Task(file.name, (file, count, decisions.folder, fingerprints, form)) for file in loose]
-    return run_step(work, "sorted", key, tasks, sort_file)
+    return run_step(root, "sorted", key, tasks, sort_file)
 
 
 def sort_file(
@@ -164,13 +164,13 @@ def sort_file(
     ids, kept = decided(file, decisions)
     about = read_table(fingerprints, file.name, ["source", "width", "height"])
     runs: list[dict[str, Any]] = []
-    held: list[pa.Table] = []
+    buffered: list[pa.Table] = []
     total = 0
 
     def flush() -> None:
-        if not held:
+        if not buffered:
             return
-        table = pa.concat_tables(held)
+        table = pa.concat_tables(buffered)
         table = table.take(pc.sort_indices(table, [("image_id", "ascending")]))
         name = f"{file.name}-{len(runs):03d}"
         places = [shard_of(x, count) for x in table.column("image_id").to_pylist()]
@@ -183,16 +183,16 @@ def sort_file(
                     order.append(places[first])
                     first = end
         runs.append({"name": name, "shards": order})
-        held.clear()
+        buffered.clear()
 
     with opened(file) as parquet:
         first = 0
         for group, rows in enumerate(file.file.row_groups):
-            wanted = np.flatnonzero(kept[first : first + rows])
-            if len(wanted):
-                table = parquet.read_row_group(group).take(pa.array(wanted))
-                held.append(
-                    formed(table, ids[first + wanted], about.take(first + wanted), file, form)
+            chosen = np.flatnonzero(kept[first : first + rows])
+            if len(chosen):
+                table = parquet.read_row_group(group).take(pa.array(chosen))
+                buffered.append(
+                    formed(table, ids[first + chosen], about.take(first + chosen), file, form)
                 )
                 total += table.nbytes
                 if total >= RUN_BYTES:

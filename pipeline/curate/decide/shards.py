@@ -34,7 +34,7 @@ MADE = "curated.json"  # in the folder of the curation: which shards it has made
 
 def write_curated(
     shards: Place,
-    work: Place,
+    root: Place,
     sets: Sequence[tuple[str, ShardSet]],
     inputs: Inputs,
     decisions: Result,
@@ -50,7 +50,7 @@ def write_curated(
 
     Args:
         shards: folder for them; what an earlier curation wrote there is replaced.
-        work: folder of the curation.
+        root: folder of the curation.
         sets: the inputs' sets by name.
         inputs: all files.
         decisions: result of `decide`.
@@ -79,14 +79,14 @@ def write_curated(
     about = [decisions.key, count, row_group_images, str(form.schema), form.class_names]
     about += [earlier.digest] if earlier else []
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
-    if (found := _finished(work, shards, key)) is not None:
-        return found, [], kept + (earlier.rows if earlier else 0) - found.rows
+    if (curated := _finished(root, shards, key)) is not None:
+        return curated, [], kept + (earlier.rows if earlier else 0) - curated.rows
     every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
     check_values(every, form)
     source = source_of([s.uri for _, s in every])
     results = []
     pieces: list[list[Piece]] = [[] for _ in range(count)]
-    runs = sort_files(work, inputs, decisions, fingerprints, form, count, key)
+    runs = sort_files(root, inputs, decisions, fingerprints, form, count, key)
     results += [runs] if runs else []
     for file, account in zip(inputs.files, decisions.accounts, strict=True):
         if file.set in form.packed and account["kept"]:
@@ -105,34 +105,34 @@ def write_curated(
                 groups = tuple(g for g, i in enumerate(run["shards"]) if i == index)
                 pieces[index].append(Piece(file, run["name"], groups))
     folder, name = parent(shards)
-    rest = (decisions.folder, runs.folder if runs else "", form, row_group_images)
+    shared = (decisions.folder, runs.folder if runs else "", form, row_group_images)
     tasks = [
-        Task(f"{index:05d}", (index, count, tuple(mine), *rest))
+        Task(f"{index:05d}", (index, count, tuple(mine), *shared))
         for index, mine in enumerate(pieces)
     ]
-    owner = Owner(source, public(work))
-    with claimed(str(shards), owner, lambda: unfinished(str(shards))) as held:
-        _make_ready(held, work, source, key, step_key(name, key, tasks))
+    owner = Owner(source, public(root))
+    with claimed(str(shards), owner, lambda: unfinished(str(shards))) as claim:
+        _make_ready(claim, root, source, key, step_key(name, key, tasks))
         written = run_step(folder, name, key, tasks, write_shard)
         results.append(written)
         again = int(written.total("again"))
-        wanted = kept + (earlier.rows if earlier else 0) - again
-        if written.total("rows") != wanted:
+        expected = kept + (earlier.rows if earlier else 0) - again
+        if written.total("rows") != expected:
             raise RuntimeError(
-                f"{wanted} images are kept, {written.total('rows')} are in the shards"
+                f"{expected} images are kept, {written.total('rows')} are in the shards"
             )
-        held.check()
+        claim.check()
         write_manifest(
             str(shards), source, form.class_names, written.accounts, form.value_range, None
         )
-        found = open_shards(str(shards))
-    fs, path = resolve_uri(str(work))
-    about_it = {"key": key, "digest": found.digest, "shards": public(shards)}
+        curated = open_shards(str(shards))
+    fs, path = resolve_uri(str(root))
+    about_it = {"key": key, "digest": curated.digest, "shards": public(shards)}
     content = json.dumps(about_it).encode()
     write_bytes_atomic(content, fs, f"{path}/{MADE}")
     if runs:  # as large as the images
         empty_step(runs.folder, step_files(runs.folder))
-    return found, results, again
+    return curated, results, again
 
 
 def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
@@ -152,34 +152,34 @@ def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
         return list(pool.map(one, range(len(earlier.files))))
 
 
-def _finished(work: Place, shards: Place, key: str) -> ShardSet | None:
+def _finished(root: Place, shards: Place, key: str) -> ShardSet | None:
     """The shards of the same curation, if they are all there."""
-    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    mark = read_mark(*resolve_uri(str(join(root, MADE))))
     if mark.get("key") != key:
         return None
     try:
-        found = open_shards(str(shards))
+        curated = open_shards(str(shards))
     except StorageError:
         raise
     except DataError:
         return None
-    return found if found.digest == mark.get("digest") else None
+    return curated if curated.digest == mark.get("digest") else None
 
 
-def check_shards(shards: str, work: Place, sets: Sequence[str]) -> None:
+def check_shards(shards: str, root: Place, sets: Sequence[str]) -> None:
     """Looks whether a curation may write its shards there, and changes nothing.
 
     Args:
         shards: folder for them.
-        work: folder of the curation.
+        root: folder of the curation.
         sets: addresses of the sets that are kept of, as `write_curated` opens them.
 
     Raises:
         DataError: as `write_curated` would, after all that comes before it.
     """
     source = source_of(sets)
-    inherited = check_unclaimed(shards, Owner(source, public(work)))
-    named, own = _owned(shards, work, source)
+    inherited = check_unclaimed(shards, Owner(source, public(root)))
+    named, own = _owned(shards, root, source)
     check_replaceable(shards, named, own=own or inherited)
 
 
@@ -188,7 +188,7 @@ def source_of(sets: Sequence[str]) -> str:
     return MARK + ", ".join(map(public, sets))
 
 
-def _owned(shards: str, work: Place, source: str) -> tuple[str, bool]:
+def _owned(shards: str, root: Place, source: str) -> tuple[str, bool]:
     """The source that the old shards may be of, and whether this curation was writing them.
 
     Raises:
@@ -196,7 +196,7 @@ def _owned(shards: str, work: Place, source: str) -> tuple[str, bool]:
     """
     fs, folder = resolve_uri(shards)
     about = read_mark(fs, f"{folder}/{MANIFEST}")
-    mark = read_mark(*resolve_uri(str(join(work, MADE))))
+    mark = read_mark(*resolve_uri(str(join(root, MADE))))
     made_here = mark.get("shards") == public(shards)
     if about:
         made_here = made_here and mark.get("digest") == about.get("digest")
@@ -214,12 +214,12 @@ def _owned(shards: str, work: Place, source: str) -> tuple[str, bool]:
     return theirs if made_here and about else source, made_here
 
 
-def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> None:
+def _make_ready(claim: Held, root: Place, source: str, key: str, step: str) -> None:
     """Takes away older shards that may be replaced; what was begun under the same key stays.
 
     Args:
-        held: the folder of the shards.
-        work: folder of the curation.
+        claim: the folder of the shards.
+        root: folder of the curation.
         source: for the manifest.
         key: of the curation.
         step: key of the step that writes the shards.
@@ -227,11 +227,11 @@ def _make_ready(held: Held, work: Place, source: str, key: str, step: str) -> No
     Raises:
         DataError: the folder holds files of others, or what another curation made of other sets.
     """
-    mark = read_mark(*resolve_uri(str(join(work, MADE))))
-    named, own = _owned(held.uri, work, source)
-    old = replaceable(held, named, own=own)
-    held.begun = True
-    begun = read_mark(held.fs, f"{held.folder}/_key.json").get("key") == step
-    if begun and (held.inherited or mark.get("key") != key):
+    mark = read_mark(*resolve_uri(str(join(root, MADE))))
+    named, own = _owned(claim.uri, root, source)
+    old = replaceable(claim, named, own=own)
+    claim.begun = True
+    begun = read_mark(claim.fs, f"{claim.folder}/_key.json").get("key") == step
+    if begun and (claim.inherited or mark.get("key") != key):
         return
-    empty_step(str(held.uri), old)
+    empty_step(str(claim.uri), old)

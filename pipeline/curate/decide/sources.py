@@ -44,10 +44,10 @@ class Sources:
             below = folder.split("/")[depth : depth + 1]
             fits = below and below[0] in known
             named.append(f"{self.set}/{below[0]}" if fits else self.set)
-        found: np.ndarray[Any, np.dtype[np.object_]] = np.array(named, object)[
+        by_row: np.ndarray[Any, np.dtype[np.object_]] = np.array(named, object)[
             plain.indices.to_numpy(zero_copy_only=False)
         ]
-        return found
+        return by_row
 
 
 def list_folders(folder: str, file: InputFile, fingerprint: str) -> Account:
@@ -67,7 +67,7 @@ def list_folders(folder: str, file: InputFile, fingerprint: str) -> Account:
 
 def sources_of(accounts: Sequence[Account]) -> dict[str, Sources]:
     """By set, from the accounts of `list_folders`."""
-    found = {}
+    sources = {}
     for name in dict.fromkeys(account["set"] for account in accounts):
         mine = [a for a in accounts if a["set"] == name and not a["empty"]]
         root, below = _below([tuple(a["root"]) for a in mine])
@@ -75,8 +75,8 @@ def sources_of(accounts: Sequence[Account]) -> dict[str, Sources]:
             if tuple(account["root"]) == root:
                 below |= set(account["folders"])
         few = tuple(sorted(below)) if 1 < len(below) <= FEW else ()
-        found[name] = Sources(name, root, few)
-    return found
+        sources[name] = Sources(name, root, few)
+    return sources
 
 
 def _below(folders: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], set[str]]:

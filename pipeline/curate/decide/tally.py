@@ -41,9 +41,9 @@ class Tally:
                     into = total.setdefault(source, {})
                     for what, count in counts.items():
                         into[what] = into.get(what, 0) + count
-        found = cls(inputs.rows, dict(sorted(reasons.items())), dict(sorted(parts.items())))
-        found.check([int(account["kept"]) for account in accounts])
-        return found
+        tally = cls(inputs.rows, dict(sorted(reasons.items())), dict(sorted(parts.items())))
+        tally.check([int(account["kept"]) for account in accounts])
+        return tally
 
     def check(self, kept: Sequence[int]) -> None:
         """Holds that in = kept + removed, per source and in total, and that kept = its parts.
@@ -71,16 +71,16 @@ class Tally:
 
     def total(self) -> dict[str, int]:
         """Counts of all sources together, in the order of REASONS."""
-        found = {
+        totals = {
             reason: sum(counts.get(reason, 0) for counts in self.reasons.values())
             for reason in REASONS
         }
-        return {reason: count for reason, count in found.items() if count}
+        return {reason: count for reason, count in totals.items() if count}
 
     def total_parts(self) -> dict[str, int]:
         """What is kept by part, all sources together."""
-        found = {part: sum(c.get(part, 0) for c in self.parts.values()) for part in PARTS}
-        return {part: count for part, count in found.items() if count}
+        counts = {part: sum(c.get(part, 0) for c in self.parts.values()) for part in PARTS}
+        return {part: count for part, count in counts.items() if count}
 
     def line(self) -> str:
         """`3,528 in = 3,440 kept + 60 duplicate_near + …`."""
@@ -95,13 +95,13 @@ class Tally:
             f"{source}: {_line(sum(self.reasons[source].values()), self.reasons[source])}"
             for source in order[:SAID_SOURCES]
         ]
-        rest = order[SAID_SOURCES:]
-        if rest:
+        smaller = order[SAID_SOURCES:]
+        if smaller:
             counts: dict[str, int] = {}
-            for source in rest:
+            for source in smaller:
                 for reason, count in self.reasons[source].items():
                     counts[reason] = counts.get(reason, 0) + count
-            lines.append(f"{len(rest)} more sources: {_line(sum(counts.values()), counts)}")
+            lines.append(f"{len(smaller)} more sources: {_line(sum(counts.values()), counts)}")
         return lines
 
 

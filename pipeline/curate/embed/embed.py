@@ -67,11 +67,11 @@ def embed(
     """
     names = tuple(file.name for file in inputs.files)
     if spec.kind == DESCRIPTOR:
-        made = fingerprints or fingerprint(
+        prints = fingerprints or fingerprint(
             root, inputs, max_pixels=max_pixels, channels=channels, step=step
         )
         column, dim = "descriptor", descriptor.DIM
-        return Vectors(made.folder, names, dim, made.key, column, views=True), made
+        return Vectors(prints.folder, names, dim, prints.key, column, views=True), prints
     gpus, cpus = task_resources()
     exact = alive.folder if alive else ""
     tasks = [
@@ -79,9 +79,9 @@ def embed(
         for file in inputs.files
     ]
     settings = [VERSION, inputs.digest, alive.key if alive else "", spec.settings, max_pixels]
-    found = run_step(root, step, settings, tasks, embed_file, cpus=cpus, gpus=gpus)
-    dim = int(found.accounts[0]["dim"]) if found.accounts else 0
-    return Vectors(found.folder, names, dim, found.key), found
+    embedded = run_step(root, step, settings, tasks, embed_file, cpus=cpus, gpus=gpus)
+    dim = int(embedded.accounts[0]["dim"]) if embedded.accounts else 0
+    return Vectors(embedded.folder, names, dim, embedded.key), embedded
 
 
 def task_resources() -> tuple[float, float]:
@@ -107,12 +107,12 @@ def embed_file(
 ) -> Account:
     """Task: the vectors of one file, by row; rows that cannot be decoded are left out."""
     embedder = opened(spec, gpu, threads)
-    wanted = np.ones(file.rows, bool)
+    alive = np.ones(file.rows, bool)
     if exact:
         table = read_table(exact, file.name, ["row", "keeper"])
         row, keeper = table.column("row").to_numpy(), table.column("keeper").to_numpy()
-        wanted[:] = False
-        wanted[row[row == keeper] - file.first] = True
+        alive[:] = False
+        alive[row[row == keeper] - file.first] = True
 
     value_range = file.columns.value_range
 
@@ -127,17 +127,17 @@ def embed_file(
     rows = first = 0
     schema = vector_schema(embedder.dim)
     starts = np.cumsum([0, *file.file.row_groups])
-    groups = [g for g in range(len(starts) - 1) if wanted[starts[g] : starts[g + 1]].any()]
+    groups = [g for g in range(len(starts) - 1) if alive[starts[g] : starts[g + 1]].any()]
     with (
         table_writer(schema, folder, file.name) as (writer, size),
         ThreadPoolExecutor(threads) as pool,
     ):
         for number, (group, _) in zip(groups, groups_of(file, groups), strict=True):
             first = int(starts[number])
-            chosen = np.flatnonzero(wanted[first : first + len(group)])
+            chosen = np.flatnonzero(alive[first : first + len(group)])
             kept: list[int] = []
             waiting: list[Images] = []
-            found = []
+            vectors = []
             for at in range(0, len(chosen), DECODED):
                 part = chosen[at : at + DECODED].tolist()
                 for place, image in zip(
@@ -148,10 +148,10 @@ def embed_file(
                     kept.append(place)
                     waiting.append(image)
                     if len(waiting) == spec.batch_size:
-                        found.append(embedder.embed(waiting))
+                        vectors.append(embedder.embed(waiting))
                         waiting = []
-            found.append(embedder.embed(waiting))
-            writer.write_table(_table(file.first + first, kept, group.image_ids, found, schema))
+            vectors.append(embedder.embed(waiting))
+            writer.write_table(_table(file.first + first, kept, group.image_ids, vectors, schema))
             rows += len(kept)
     return {"rows": rows, "bytes": size(), "dim": embedder.dim}
 

@@ -82,7 +82,7 @@ def spec_of(
     """
     if embedder == DESCRIPTOR:
         return EmbedderSpec()
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "name": public(embedder),
         "digest": digest_of(embedder),
         "image_size": image_size,
@@ -92,8 +92,8 @@ def spec_of(
     }
     path = embedder if is_uri(embedder) else str(Path(embedder).absolute())
     if is_onnx(embedder):
-        return EmbedderSpec(ONNX, path=path, **given)
-    return EmbedderSpec(BACKBONE, load=partial(load_weights, path), **given)
+        return EmbedderSpec(ONNX, path=path, **fields)
+    return EmbedderSpec(BACKBONE, load=partial(load_weights, path), **fields)
 
 
 def digest_of(path: str | Path) -> str:
@@ -211,10 +211,10 @@ class Embedder:
         Raises:
             DataError: the model gives values that are no numbers.
         """
-        found = [np.zeros((0, self.dim), np.float32)]
+        vectors = [np.zeros((0, self.dim), np.float32)]
         for at in range(0, len(images), self.spec.batch_size):
-            found.append(self._features(np.stack(images[at : at + self.spec.batch_size])))
-        return unit_half(np.concatenate(found))
+            vectors.append(self._features(np.stack(images[at : at + self.spec.batch_size])))
+        return unit_half(np.concatenate(vectors))
 
     def _features(self, images: Images) -> np.ndarray[Any, Any]:
         features = np.asarray(self._run(images), np.float32)

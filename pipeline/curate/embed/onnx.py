@@ -87,10 +87,10 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         known = onnxruntime.get_available_providers()
-        wanted = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
+        providers = ["CUDAExecutionProvider"] * gpu + ["CPUExecutionProvider"]
         try:
             self._session = onnxruntime.InferenceSession(
-                path, options, providers=[one for one in wanted if one in known]
+                path, options, providers=[one for one in providers if one in known]
             )
         except Exception as error:  # its classes of errors are of each version's own
             reason = shortened(one_line(error).splitlines()[0])
@@ -105,12 +105,12 @@ class OnnxModel:
         fixed = self.signature.batch
         if not fixed:
             return self._run(images)
-        found = []
+        outputs = []
         for at in range(0, len(images), fixed):
             part = images[at : at + fixed]
             filled = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), 0)])
-            found.append(self._run(filled)[: len(part)])
-        return np.concatenate(found)
+            outputs.append(self._run(filled)[: len(part)])
+        return np.concatenate(outputs)
 
     def _run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         signature = self.signature

@@ -131,18 +131,18 @@ def external_files(model: bytes, name: str = "the model") -> tuple[str, ...]:
         DataError: it is no ONNX model, or a name leads out of its folder.
     """
     try:
-        found = sorted(set(_locations(memoryview(model), "model")))
+        locations = sorted(set(_locations(memoryview(model), "model")))
     except (IndexError, ValueError) as error:
         raise DataError(
             f"{name} cannot be opened: it is no ONNX model", "export it again"
         ) from error
-    for one in found:
+    for one in locations:
         if not one or PurePosixPath(one).is_absolute() or ".." in PurePosixPath(one).parts:
             raise DataError(
                 f"{name} has weights in {one!r}, which is not in its folder",
                 "export it again with all files in one folder",
             )
-    return tuple(found)
+    return tuple(locations)
 
 
 def _locations(message: memoryview, kind: str) -> Iterator[str]:

@@ -65,10 +65,10 @@ def square(grey: Image.Image) -> Doubles:
 
 def describe_grey(squares: Doubles) -> tuple[Halves, Halves]:
     """Of grey images [n, 128, 128], multiples of 1/4: wholes [n, 143] and crops [n, 9, 143]."""
-    found = np.empty((len(squares), 1 + VIEWS, DIM), np.float16)
+    descriptors = np.empty((len(squares), 1 + VIEWS, DIM), np.float16)
     for at in range(0, len(squares), _BATCH):
-        found[at : at + _BATCH] = _described(squares[at : at + _BATCH])
-    return found[:, 0], found[:, 1:]
+        descriptors[at : at + _BATCH] = _described(squares[at : at + _BATCH])
+    return descriptors[:, 0], descriptors[:, 1:]
 
 
 def _described(squares: Doubles) -> Halves:
@@ -118,13 +118,13 @@ def _operator(start: float, end: float) -> Doubles:
     # A flat image must give zeros. Rows of odd frequencies add up to zero by their symmetry.
     for row in rounded[2::2]:
         used = np.flatnonzero(row)
-        each, rest = divmod(int(row.sum()), len(used))
+        each, remainder = divmod(int(row.sum()), len(used))
         row[used] -= each
-        row[used[:rest]] -= 1
+        row[used[:remainder]] -= 1
     for row in rounded[1::2]:
         row[np.flatnonzero(row)[0]] -= row.sum()
-    found: Doubles = rounded / _BITS
-    return found
+    operator: Doubles = rounded / _BITS
+    return operator
 
 
 def visiting(full: Halves, crops: Halves) -> tuple[Halves, Bools]:
@@ -138,8 +138,8 @@ def visiting(full: Halves, crops: Halves) -> tuple[Halves, Bools]:
     Returns:
         [n, 19, 143], and bool [19]: whether it is one of the crops, to which the penalty applies.
     """
-    found = np.concatenate([(full * MIRROR)[:, None], crops, crops * MIRROR], 1)
-    return found, np.arange(VISITORS) > 0
+    visitors = np.concatenate([(full * MIRROR)[:, None], crops, crops * MIRROR], 1)
+    return visitors, np.arange(VISITORS) > 0
 
 
 def similarity(
@@ -170,10 +170,10 @@ def similarities(
     """The two that `similarity` is made of, before the penalty: of the wholes, and of a whole with
     crops; exactly.
     """
-    found = [dots(a_full, b_full), np.full(len(a_full), -1.0)]
+    highest = [dots(a_full, b_full), np.full(len(a_full), -1.0)]
     for full, (other, crops) in ((a_full, (b_full, b_crops)), (b_full, (a_full, a_crops))):
         visitors, is_crop = visiting(other, crops)
         for view in range(VISITORS):
-            best = found[int(is_crop[view])]
+            best = highest[int(is_crop[view])]
             np.maximum(best, dots(full, visitors[:, view]), out=best)
-    return found[0], found[1]
+    return highest[0], highest[1]

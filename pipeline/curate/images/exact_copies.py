@@ -83,10 +83,10 @@ def collapse(
         for files in _portions(inputs.files)
     ]
     key = [groups.key, quality.key if quality else ""]
-    found = run_step(root, step, key, tasks, write_files)
-    steps = (hashes, groups, found) if step == STEP else (found,)
+    collapsed = run_step(root, step, key, tasks, write_files)
+    steps = (hashes, groups, collapsed) if step == STEP else (collapsed,)
     return replace(
-        found,
+        collapsed,
         seconds=sum(step.seconds for step in steps),
         cpu_s=sum(step.cpu_s for step in steps),
         peak_bytes=max(step.peak_bytes for step in steps),
@@ -95,15 +95,15 @@ def collapse(
 
 def _portions(files: Sequence[InputFile]) -> list[tuple[InputFile, ...]]:
     """Files in order, so many together that their rows are about PORTION_ROWS at most."""
-    found: list[list[InputFile]] = []
+    portions: list[list[InputFile]] = []
     room = 0
     for file in files:
-        if not found or file.rows > room:
-            found.append([])
+        if not portions or file.rows > room:
+            portions.append([])
             room = PORTION_ROWS
-        found[-1].append(file)
+        portions[-1].append(file)
         room -= file.rows
-    return [tuple(part) for part in found]
+    return [tuple(part) for part in portions]
 
 
 def own(exact: Result) -> int:
@@ -198,11 +198,11 @@ def write_files(
     for file in files:
         row = passing(fingerprints, quality, file.name, ["row"]).column("row").to_numpy()
         place = np.searchsorted(away, row)
-        found = np.zeros(len(row), bool)
-        found[place < len(away)] = away[place[place < len(away)]] == row[place < len(away)]
+        is_copy = np.zeros(len(row), bool)
+        is_copy[place < len(away)] = away[place[place < len(away)]] == row[place < len(away)]
         keeper = row.copy()
-        keeper[found] = keepers[place[found]]
-        method = methods[np.where(found, place + 1, 0)].tolist()
+        keeper[is_copy] = keepers[place[is_copy]]
+        method = methods[np.where(is_copy, place + 1, 0)].tolist()
         table = pa.table({"row": row, "keeper": keeper, "method": method}, EXACT)
         size += write_table(table, folder, file.name)
         rows += len(row)

@@ -117,8 +117,8 @@ def _sources(file: InputFile, group: int) -> list[str]:
             kind = schema.field(image).type
             if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
                 # Of a struct this reads the one field; the bytes of the images stay where they are.
-                found = parquet.read_row_group(group, [f"{image}.path"]).column(0)
-                return [value and value["path"] for value in found.to_pylist()]
+                column = parquet.read_row_group(group, [f"{image}.path"]).column(0)
+                return [value and value["path"] for value in column.to_pylist()]
             return [""] * parquet.metadata.row_group(group).num_rows
 
     return [source or "" for source in with_retries(f"reading {path}", read)]
@@ -134,7 +134,7 @@ def _table(
     value_range: ValueRange,
 ) -> pa.Table:
     """The fingerprints of a part of a row group; `first` is the row of the part's first image."""
-    found: list[Measured | None] = []
+    measures: list[Measured | None] = []
     errors: list[str] = []
     squares = np.zeros((len(part), SIDE, SIDE))
     for place, row in enumerate(part):
@@ -142,27 +142,27 @@ def _table(
             encoded = group.checked(row)
             measured = measure(decode_image(encoded, channels, max_pixels, value_range))
         except BadImage as error:
-            found.append(None)
+            measures.append(None)
             errors.append(error.reason)
             continue
         squares[place] = measured.square
-        found.append(measured)
+        measures.append(measured)
         errors.append("")
     full, crops = describe_grey(squares)
-    hashes = b"".join(m.pixel_hash if m else bytes(16) for m in found)
+    hashes = b"".join(m.pixel_hash if m else bytes(16) for m in measures)
     columns: dict[str, Any] = {
         "row": first + np.arange(len(part)),
         "image_id": id_array(group.image_ids[part.start : part.stop]),
         "source": sources[part.start : part.stop],
         "bytes": [len(group.encoded[row]) for row in part],
-        "width": [m.width if m else 0 for m in found],
-        "height": [m.height if m else 0 for m in found],
+        "width": [m.width if m else 0 for m in measures],
+        "height": [m.height if m else 0 for m in measures],
         "error": errors,
         "pixel_hash": id_array(np.frombuffer(hashes, np.uint8).reshape(-1, 16)),
         "descriptor": list_array(full.reshape(len(part), DIM)),
         "views": list_array(crops.reshape(len(part), VIEWS * DIM)),
-        "thumbnail": [m.thumbnail if m else b"" for m in found],
+        "thumbnail": [m.thumbnail if m else b"" for m in measures],
     }
     for name in MEASURES:
-        columns[name] = [getattr(m, name) if m else 0.0 for m in found]
+        columns[name] = [getattr(m, name) if m else 0.0 for m in measures]
     return pa.table({field.name: columns[field.name] for field in FINGERPRINT}, FINGERPRINT)

@@ -119,10 +119,10 @@ def _sharpness(square: Doubles) -> float:
 
 
 def _laplacian(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = (
+    curvature: np.ndarray[Any, Any] = (
         x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:] - 4 * x[1:-1, 1:-1]
     )
-    return found
+    return curvature
 
 
 def _is_noise(grey: Image.Image, cell: float) -> bool:
@@ -149,11 +149,11 @@ def _edges(rgb: Image.Image) -> int:
     """
     size = (min(EDGE_GRID, rgb.width), min(EDGE_GRID, rgb.height))
     cells = np.asarray(rgb.resize(size, Image.Resampling.BOX), np.float32)
-    found = np.abs(_laplacian(cells))
-    if not found.size:
+    curvature = np.abs(_laplacian(cells))
+    if not curvature.size:
         return 0
-    usual = 1.4826 * np.median(found.reshape(-1, 3), axis=0)  # deviation, of a Gaussian
-    clear: np.ndarray[Any, Any] = found > np.maximum(EDGE, EDGE_OVER_NOISE * usual)
+    usual = 1.4826 * np.median(curvature.reshape(-1, 3), axis=0)  # deviation, of a Gaussian
+    clear: np.ndarray[Any, Any] = curvature > np.maximum(EDGE, EDGE_OVER_NOISE * usual)
     return int(clear.any(axis=-1).sum())
 
 

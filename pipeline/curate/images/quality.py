@@ -108,7 +108,7 @@ def mark_file(folder: str, fingerprints: str, name: str, rules: Rules) -> Accoun
     errors = np.array([bool(error) for error in table.column("error").to_pylist()], bool)
     values = _derived({m: table.column(m).to_numpy().astype(np.float64) for m in _MEASURES})
     reason, rule, value = marks(errors, values, rules)
-    found = pa.table(
+    table = pa.table(
         {
             "row": table.column("row"),
             "reason": pa.array(reason.tolist(), pa.string()),
@@ -117,7 +117,7 @@ def mark_file(folder: str, fingerprints: str, name: str, rules: Rules) -> Accoun
         },
         QUALITY,
     )
-    size = write_table(found, folder, name)
+    size = write_table(table, folder, name)
     named, count = np.unique(rule[rule != ""].astype(str), return_counts=True)
     marked = dict(zip(named.tolist(), count.tolist(), strict=True))
     return {"rows": len(table), "bytes": size, "marked": marked}
@@ -177,7 +177,7 @@ def sample_counts(
     ids[:, :8] = np.arange(len(places), dtype="<u8")[:, None].view(np.uint8)
     order = np.argsort(uniforms(seed, 0, ids, 1, SAMPLE_STREAM)[:, 0], kind="stable")
     rows = max(PER_GROUP, -(-sample // max(1, len(places))))
-    found: list[list[float]] = []
+    measures: list[list[float]] = []
     errors: list[bool] = []
     for place in order:
         if len(errors) >= sample:
@@ -191,11 +191,11 @@ def sample_counts(
                     measured = measure(decode_image(encoded, channels, max_pixels, value_range))
                 except BadImage:
                     errors.append(True)
-                    found.append([0.0] * len(_MEASURES))
+                    measures.append([0.0] * len(_MEASURES))
                     continue
                 errors.append(False)
-                found.append([float(getattr(measured, name)) for name in _MEASURES])
-    table = np.asarray(found, np.float64).reshape(len(found), len(_MEASURES))
+                measures.append([float(getattr(measured, name)) for name in _MEASURES])
+    table = np.asarray(measures, np.float64).reshape(len(measures), len(_MEASURES))
     values = _derived({name: table[:, i] for i, name in enumerate(_MEASURES)})
     bad = np.asarray(errors, bool)
     _, rule, _ = marks(bad, values, rules)

@@ -123,10 +123,10 @@ def ranked(sizes: Ints, most: int = 150) -> list[tuple[float, float]]:
 def _added(counts: Ints, numbers: np.ndarray[Any, Any]) -> Ints:
     if not len(numbers):
         return counts
-    found = np.bincount(numbers)
-    wide: Ints = np.zeros(max(len(found), len(counts)), np.int64)
+    more = np.bincount(numbers)
+    wide: Ints = np.zeros(max(len(more), len(counts)), np.int64)
     wide[: len(counts)] += counts
-    wide[: len(found)] += found
+    wide[: len(more)] += more
     return wide
 
 
@@ -139,18 +139,18 @@ def _sheets(tables: Tables, sizes: Ints, seed: int) -> Mapping[int, tuple[tuple[
     """Rows of clusters from the largest to the smallest, random by image id."""
     order = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
     spread = np.linspace(0, max(0, len(order) - 1), SHEETS).round().astype(int)
-    wanted = [int(order[place]) for place in dict.fromkeys(spread.tolist())] if len(order) else []
-    kept = {number: Smallest(MEMBERS) for number in wanted}
+    shown = [int(order[place]) for place in dict.fromkeys(spread.tolist())] if len(order) else []
+    kept = {number: Smallest(MEMBERS) for number in shown}
     for file, table in tables.read("balanced", ["row", "top", "chosen"]):
         tops, rows = table["top"].to_numpy(), table["row"].to_numpy()
-        mine = np.flatnonzero(np.isin(tops, wanted))
+        mine = np.flatnonzero(np.isin(tops, shown))
         if not len(mine):
             continue
         drawn = _draws_of(tables, file, rows[mine], seed)
         chosen = table["chosen"].to_numpy()
-        for number in wanted:
-            some = np.flatnonzero(tops[mine] == number)
-            kept[number].offer(drawn[some], partial(_item, rows, chosen, mine[some]))
+        for number in shown:
+            members = np.flatnonzero(tops[mine] == number)
+            kept[number].offer(drawn[members], partial(_item, rows, chosen, mine[members]))
     return {
         number: tuple(sorted(items.items(), key=lambda item: not item[1]))
         for number, items in kept.items()

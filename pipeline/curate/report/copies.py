@@ -137,8 +137,10 @@ def read_edges(tables: Tables, threshold: float, seed: int) -> Edges:
     first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (below, below + 1)
     first, last = min(first, below), max(last, below)
     bands_found = [
-        Band(low, high, int(number), tuple(Pair(*pair) for pair in some.items()), low >= threshold)
-        for low, high, number, some in zip(ends, ends[1:], inside, kept, strict=False)
+        Band(
+            low, high, int(number), tuple(Pair(*pair) for pair in sample.items()), low >= threshold
+        )
+        for low, high, number, sample in zip(ends, ends[1:], inside, kept, strict=False)
     ]
     return Edges(
         count=int(counts.sum()),
@@ -166,11 +168,11 @@ def read_components(tables: Tables, seed: int) -> Components:
         _offer(random, drawn, names, sizes)
         has = np.flatnonzero(each["chained_any"].to_numpy())
         _offer(chains, drawn[has], names[has], sizes[has])
-    chosen = {name: size for some in (largest, random, chains) for name, size in some.items()}
+    chosen = {name: size for sample in (largest, random, chains) for name, size in sample.items()}
     members = _members(tables, chosen, seed)
 
-    def found(some: Smallest) -> tuple[Component, ...]:
-        return tuple(Component(name.hex(), size, members[name]) for name, size in some.items())
+    def components(sample: Smallest) -> tuple[Component, ...]:
+        return tuple(Component(name.hex(), size, members[name]) for name, size in sample.items())
 
     # A component of size s has s rows in the table.
     sizes_found = {size: round(rows / size) for size, rows in sorted(by_size.items())}
@@ -178,9 +180,9 @@ def read_components(tables: Tables, seed: int) -> Components:
         count=sum(sizes_found.values()),
         rows=sum(by_size.values()),
         sizes=sizes_found,
-        largest=found(largest),
-        random=found(random),
-        chains=found(chains),
+        largest=components(largest),
+        random=components(random),
+        chains=components(chains),
         chained=chained,
     )
 
@@ -221,22 +223,22 @@ def _members(
         for one, draw in zip(table.to_pylist(), drawn, strict=True):
             item = (one["row"], one["keeper"], one["similarity"], bool(one["chained"]))
             name = one["component"]
-            some = keepers if item[0] == item[1] else kept
-            some[name].offer(np.array([draw]), lambda _, item=item: item)  # type: ignore[misc]
-            if some is kept:
+            sample = keepers if item[0] == item[1] else kept
+            sample[name].offer(np.array([draw]), lambda _, item=item: item)  # type: ignore[misc]
+            if sample is kept:
                 unlike[name].offer(np.array([item[2]]), lambda _, item=item: item)  # type: ignore[misc]
-    found = {}
+    members = {}
     for name in chosen:
         # The least like ones are where a mistake would show, so three of them are always there.
-        rest = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()]}
+        unlike_first = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()]}
         stay = sorted(keepers[name].items(), key=lambda item: (item[3], item[0]))
         place = {item[0]: k for k, item in enumerate(stay)}
-        others = [item for item in list(rest.values())[:MEMBERS] if item[1] in place]
+        others = [item for item in list(unlike_first.values())[:MEMBERS] if item[1] in place]
         order = sorted(
             [*stay, *others], key=lambda item: (place[item[1]], item[0] != item[1], -item[2])
         )
-        found[name] = tuple(Member(*item) for item in order)
-    return found
+        members[name] = tuple(Member(*item) for item in order)
+    return members
 
 
 # ---- What the report says of pairs that look alike and differ: how many, and some of them.
@@ -301,5 +303,5 @@ def read_looks(tables: Tables, seed: int) -> Looks:
             return tuple(one[name] for name in names)
 
         kept.offer(drawn, item)
-    found = [Apart(a, b, s, reason, (x, y)) for a, b, s, reason, x, y in kept.items()]
-    return Looks(pairs, same, undecided, tuple(found))
+    shown = [Apart(a, b, s, reason, (x, y)) for a, b, s, reason, x, y in kept.items()]
+    return Looks(pairs, same, undecided, tuple(shown))

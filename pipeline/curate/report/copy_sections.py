@@ -23,14 +23,14 @@ CHAINS = " Of a group with several green frames, some images were too unlike the
 
 def copy_sections(summary: Summary) -> list[Section]:
     """What the search for copies found, and how the threshold was chosen."""
-    found: list[Section] = []
+    sections: list[Section] = []
     if summary.components is not None:
-        found += _groups(summary)
+        sections += _groups(summary)
     if summary.edges is not None and summary.edges.count:
-        found += _pairs(summary)
+        sections += _pairs(summary)
     if summary.looks is not None and summary.looks.pairs:
-        found += _looks(summary.looks, summary)
-    return found + threshold_sections(summary)
+        sections += _looks(summary.looks, summary)
+    return sections + threshold_sections(summary)
 
 
 def _looks(looks: Looks, summary: Summary) -> list[Section]:
@@ -61,12 +61,12 @@ def _groups(summary: Summary) -> list[Section]:
         if parts.count
         else "No two images are copies of one another."
     )
-    found: list[Section] = [Heading("Copies", text)]
+    sections: list[Section] = [Heading("Copies", text)]
     if summary.edges is not None and summary.edges.count:
-        found.append(_similarities(summary))
+        sections.append(_similarities(summary))
     if not parts.count:
-        return found
-    found.append(
+        return sections
+    sections.append(
         Curve(
             {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
             "Groups by size",
@@ -80,11 +80,11 @@ def _groups(summary: Summary) -> list[Section]:
         )
     )
     about = FRAME + CHAINS if parts.chains else FRAME
-    found.append(_gallery(summary, parts.largest, "The largest groups", about))
+    sections.append(_gallery(summary, parts.largest, "The largest groups", about))
     if parts.count > len(parts.largest):
-        found.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
+        sections.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
     if parts.chains:
-        found.append(
+        sections.append(
             _gallery(
                 summary,
                 parts.chains,
@@ -95,16 +95,16 @@ def _groups(summary: Summary) -> list[Section]:
                 "their own.",
             )
         )
-    return found
+    return sections
 
 
-def _gallery(summary: Summary, some: Sequence[Component], title: str, text: str) -> Section:
+def _gallery(summary: Summary, components: Sequence[Component], title: str, text: str) -> Section:
     groups = [
         Group(
             [member_tile(summary, member) for member in one.members],
             component_text(one),
         )
-        for one in some
+        for one in components
     ]
     return Gallery(groups, title, text, flow=True)
 
@@ -182,13 +182,16 @@ def threshold_sections(summary: Summary) -> list[Section]:
     known = summary.calibration
     if known is None:
         return []
-    found: list[Section] = [Heading("How the threshold was chosen", _story(known)), _numbers(known)]
+    sections: list[Section] = [
+        Heading("How the threshold was chosen", _story(known)),
+        _numbers(known),
+    ]
     threshold = float(known["threshold"])
     line = (Mark(threshold, f"threshold {similarity(threshold)}"),)
     curve = [(float(t), float(r), float(f)) for t, r, f in known["curve"]]
     positive = [f for _, _, f in curve if f > 0]
     if curve:
-        found += [
+        sections += [
             Curve(
                 {"recall": [(t, 100 * r) for t, r, _ in curve]},
                 "Copies found",
@@ -222,8 +225,8 @@ def threshold_sections(summary: Summary) -> list[Section]:
     ]
     if bars:
         said = "Of copies made in each way, the share that is found at the threshold."
-        found.append(Bars(bars, "Copies found, by what was done to them", said, whole=1.0))
-    return found
+        sections.append(Bars(bars, "Copies found, by what was done to them", said, whole=1.0))
+    return sections
 
 
 def _story(known: Mapping[str, Any]) -> str:

@@ -59,21 +59,21 @@ def read_map(
         folder, column = vectors.folder, vectors.column
     if not folder:
         return None
-    wanted = {row: place for place, (row, _) in enumerate(sample)}
-    found: dict[int, np.ndarray[Any, Any]] = {}
-    rows = np.array(sorted(wanted), np.int64)
+    place_of = {row: place for place, (row, _) in enumerate(sample)}
+    vector_of: dict[int, np.ndarray[Any, Any]] = {}
+    rows = np.array(sorted(place_of), np.int64)
     for name in parquet_names(folder):
         table = read_table(folder, name, ["row", column])
         numbers = table["row"].to_numpy()
         mine = np.flatnonzero(np.isin(numbers, rows))
         if len(mine):
             width = table.schema.field(column).type.list_size
-            some = matrix(table[column], width)[mine]
-            found |= dict(zip(numbers[mine].tolist(), some, strict=True))
-    kept = [(row, reason) for row, reason in sample if row in found and found[row].any()]
+            vectors_there = matrix(table[column], width)[mine]
+            vector_of |= dict(zip(numbers[mine].tolist(), vectors_there, strict=True))
+    kept = [(row, reason) for row, reason in sample if row in vector_of and vector_of[row].any()]
     if len(kept) < LEAST:
         return None
-    points = np.stack([found[row] for row, _ in kept]).astype(np.float64)
+    points = np.stack([vector_of[row] for row, _ in kept]).astype(np.float64)
     places, explained = principal(points)
     method = "PCA"
     if importlib.util.find_spec("umap") and len(kept) > 50:
@@ -107,8 +107,8 @@ def _umap(points: Floats, seed: int) -> Floats:
     import umap
 
     fitted = umap.UMAP(n_components=2, metric="cosine", random_state=seed, n_jobs=1)
-    found: Floats = np.asarray(fitted.fit_transform(points.astype(np.float32)), np.float64)
-    return found
+    places: Floats = np.asarray(fitted.fit_transform(points.astype(np.float32)), np.float64)
+    return places
 
 
 def _spread(places: Floats) -> Floats:

@@ -16,59 +16,59 @@ Columns = dict[str, list[Any]]
 def metrics(summary: Summary) -> dict[str, float]:
     """By name, all below `curate/`; those of a stage that was off are not there."""
     counts = summary.counts.reasons
-    found: dict[str, float] = {
+    values: dict[str, float] = {
         "rows_in": summary.rows,
         "kept": summary.kept,
         "problems": len(summary.counts.problems),
     }
     if summary.rows:
-        found["kept_fraction"] = summary.kept / summary.rows
-    found |= {f"removed/{reason}": counts[reason] for reason in REMOVED}
+        values["kept_fraction"] = summary.kept / summary.rows
+    values |= {f"removed/{reason}": counts[reason] for reason in REMOVED}
     if summary.threshold is not None:
-        found["threshold"] = summary.threshold
+        values["threshold"] = summary.threshold
     if (known := summary.calibration) is not None:
         names = {"expected_recall": "recall", "false_positive_rate": "reached"}
         names |= {"threshold_low": "low", "threshold_high": "high"}
-        found |= {name: float(known[of]) for name, of in names.items() if known[of] is not None}
+        values |= {name: float(known[of]) for name, of in names.items() if known[of] is not None}
     if summary.edges is not None:
-        found["pairs"] = summary.edges.above
+        values["pairs"] = summary.edges.above
     if (parts := summary.components) is not None:
-        found["components"] = parts.count
-        found["largest_component"] = parts.largest_size
-        found["chained"] = parts.chained
+        values["components"] = parts.count
+        values["largest_component"] = parts.largest_size
+        values["chained"] = parts.chained
     for leak in summary.leaks:
-        found[f"leaks/{leak.name}"] = leak.rows
-        found[f"leaked_images/{leak.name}"] = leak.leaked
+        values[f"leaks/{leak.name}"] = leak.rows
+        values[f"leaked_images/{leak.name}"] = leak.leaked
     for one in summary.retrieved:
         name = f"{one.name}/{one.part}" if one.part else one.name
-        found[f"retrieved/{name}"] = one.rows
-        found[f"collisions/{name}"] = one.collisions
+        values[f"retrieved/{name}"] = one.rows
+        values[f"collisions/{name}"] = one.collisions
     if (clusters := summary.clusters) is not None:
-        found["effective_concepts_before"] = clusters.tops.effective_before
-        found["effective_concepts_after"] = clusters.tops.effective_after
-        found["effective_leaves_before"] = clusters.leaves.effective_before
-        found["effective_leaves_after"] = clusters.leaves.effective_after
-        found["leaves"] = clusters.leaves.clusters
-        found["leaves_unsampled"] = clusters.leaves.unsampled
+        values["effective_concepts_before"] = clusters.tops.effective_before
+        values["effective_concepts_after"] = clusters.tops.effective_after
+        values["effective_leaves_before"] = clusters.leaves.effective_before
+        values["effective_leaves_after"] = clusters.leaves.effective_after
+        values["leaves"] = clusters.leaves.clusters
+        values["leaves_unsampled"] = clusters.leaves.unsampled
     for cost in summary.costs:
         step = cost.step.replace("/", "_")
-        found[f"seconds/{step}"] = cost.seconds
-        found[f"cpu_s/{step}"] = cost.cpu_s
-        found[f"peak_bytes/{step}"] = cost.peak_bytes
-    return {f"curate/{name}": float(value) for name, value in found.items()}
+        values[f"seconds/{step}"] = cost.seconds
+        values[f"cpu_s/{step}"] = cost.cpu_s
+        values[f"peak_bytes/{step}"] = cost.peak_bytes
+    return {f"curate/{name}": float(value) for name, value in values.items()}
 
 
 def tables(summary: Summary) -> dict[str, Columns]:
     """By name, each of at most 500 rows; those of a stage that was off are not there."""
-    found = {"curate_reasons": _reasons(summary), "curate_sources": _sources(summary)}
+    named = {"curate_reasons": _reasons(summary), "curate_sources": _sources(summary)}
     if summary.components is not None:
-        found["curate_components"] = _components(summary)
+        named["curate_components"] = _components(summary)
     if summary.edges is not None:
-        found["curate_pairs"] = _pairs(summary)
+        named["curate_pairs"] = _pairs(summary)
     if summary.leaks:
-        found["curate_leaks"] = _leaks(summary)
+        named["curate_leaks"] = _leaks(summary)
     if summary.retrieved:
-        found["curate_retrieved"] = {
+        named["curate_retrieved"] = {
             "set": [one.name for one in summary.retrieved],
             "part": [one.part for one in summary.retrieved],
             "seed_images": [one.images for one in summary.retrieved],
@@ -78,12 +78,12 @@ def tables(summary: Summary) -> dict[str, Columns]:
         }
     if summary.costs:
         names = ["step", "tasks", "reused", "rows", "bytes", "seconds", "cpu_s", "peak_bytes"]
-        found["curate_cost"] = {
+        named["curate_cost"] = {
             name: [getattr(cost, name) for cost in summary.costs] for name in names
         }
     return {
         name: {column: values[:TABLE_ROWS] for column, values in table.items()}
-        for name, table in found.items()
+        for name, table in named.items()
     }
 
 
@@ -103,13 +103,13 @@ def note(summary: Summary) -> str:
         ]
     said = []
     if (known := summary.calibration) is not None:
-        found = f"Threshold {similarity(float(known['threshold']))}"
+        threshold = f"Threshold {similarity(float(known['threshold']))}"
         if known["recall"] is not None:
-            found += (
+            threshold += (
                 f": {share(float(known['recall']), 1)} of copies are expected to be found, with "
                 f"{float(known['target']):.1g} of the pairs of different images"
             )
-        said.append(f"{found}.")
+        said.append(f"{threshold}.")
         if known["warning"]:
             said.append(f"**Mind:** {known['warning']}.")
     for leak in summary.leaks:
@@ -137,8 +137,8 @@ def _sources(summary: Summary) -> Columns:
     by_size = sorted(summary.counts.by_source.items(), key=lambda kv: (-sum(kv[1].values()), kv[0]))
     lines = [[source, sum(of.values()), *(of.get(r, 0) for r in reasons)] for source, of in by_size]
     if len(lines) > TABLE_ROWS:
-        rest = list(zip(*(line[1:] for line in lines[TABLE_ROWS - 1 :]), strict=True))
-        lines[TABLE_ROWS - 1 :] = [["(others)", *map(sum, rest)]]
+        smaller = list(zip(*(line[1:] for line in lines[TABLE_ROWS - 1 :]), strict=True))
+        lines[TABLE_ROWS - 1 :] = [["(others)", *map(sum, smaller)]]
     names = ["source", "in", *reasons]
     return {name: [line[i] for line in lines] for i, name in enumerate(names)}
 

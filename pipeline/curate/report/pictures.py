@@ -60,10 +60,10 @@ def pictures(summary: Summary) -> dict[str, Pixels]:
         "seeds": _seeds(summary),
         "clusters": _clusters(summary),
     }
-    found = {name: square(some) for name, some in lines.items() if some}
+    sheets = {name: square(cells) for name, cells in lines.items() if cells}
     if summary.map is not None:
-        found["map"] = _map(summary)
-    return found
+        sheets["map"] = _map(summary)
+    return sheets
 
 
 def square(lines: Sequence[Line]) -> Pixels:
@@ -149,11 +149,11 @@ def _copies(summary: Summary) -> list[Line]:
     lines = [Line(images(one.size), cells(one)) for one in chosen.values()]
     row: list[Cell] = []  # small groups share one
     for one in parts.random:
-        some = [] if one.name in chosen else cells(one)
-        if len(row) + len(some) > COLUMNS - 1:
+        group = [] if one.name in chosen else cells(one)
+        if len(row) + len(group) > COLUMNS - 1:
             lines.append(Line("by chance", row))
             row = []
-        row += some
+        row += group
     return [*lines, *([Line("by chance", row)] if row else [])][:COLUMNS]
 
 

@@ -124,14 +124,14 @@ class Tables:
 
     def __init__(self, root: Place, folders: Mapping[str, str] | None = None) -> None:
         """Takes the given folders by name, or those of NAMES that are below the root."""
-        given = folders or {name: str(join(root, name)) for name in NAMES}
-        unknown = sorted(set(given) - set(NAMES))
+        places = folders or {name: str(join(root, name)) for name in NAMES}
+        unknown = sorted(set(places) - set(NAMES))
         if unknown:
             raise DataError(
                 f"no table is called {', '.join(unknown)}", f"tables are {', '.join(NAMES)}"
             )
-        listed = {name: parquet_names(folder) for name, folder in given.items()}
-        self.folders = {name: given[name] for name, files in listed.items() if files}
+        listed = {name: parquet_names(folder) for name, folder in places.items()}
+        self.folders = {name: places[name] for name, files in listed.items() if files}
         self.files = {name: files for name, files in listed.items() if files}
         self.first: dict[str, int] = {}  # row of each file of decisions
         self.rows: dict[str, int] = {}
@@ -169,28 +169,28 @@ class Tables:
 
     def shown(self, rows: Iterable[int]) -> dict[int, Shown]:
         """What the report shows of rows: decisions, and fingerprints where they are."""
-        found: dict[int, Shown] = {}
-        wanted = ["row", "image_id", "reason", "rule", "score", "similarity", "source"]
+        images: dict[int, Shown] = {}
+        columns = ["row", "image_id", "reason", "rule", "score", "similarity", "source"]
         for file, mine in self.by_file(rows):
-            table = self._rows_of("decisions", file, wanted, mine)
+            table = self._rows_of("decisions", file, columns, mine)
             prints = {one["row"]: one for one in self._prints(file, mine)}
             for one in table.to_pylist():
                 more = prints.get(one["row"], {})
-                found[one["row"]] = Shown(
+                images[one["row"]] = Shown(
                     **{k: v for k, v in one.items() if k not in ("reason", "rule", "source")},
                     reason=one["reason"] or "",
                     rule=one["rule"] or "",
                     source=one["source"] or "",
                     **_picture(more),
                 )
-        return found
+        return images
 
     def _prints(self, file: str, rows: Sequence[int]) -> list[dict[str, Any]]:
         if file not in self.files.get("fingerprint", ()):
             return []
         columns = ["row", "source", "bytes", "width", "height", "error", "thumbnail"]
-        found: list[dict[str, Any]] = self._rows_of("fingerprint", file, columns, rows).to_pylist()
-        return found
+        prints: list[dict[str, Any]] = self._rows_of("fingerprint", file, columns, rows).to_pylist()
+        return prints
 
     def _rows_of(
         self, name: str, file: str, columns: Sequence[str], rows: Sequence[int]
@@ -200,35 +200,39 @@ class Tables:
 
     def column_of(self, name: str, rows: Iterable[int], column: str) -> dict[int, Any]:
         """One column of a table whose files are called as those of decisions, for a few rows."""
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         for file, mine in self.by_file(rows):
             if file in self.files.get(name, ()):
                 table = self._rows_of(name, file, ["row", column], mine)
-                found |= dict(zip(table["row"].to_pylist(), table[column].to_pylist(), strict=True))
-        return found
+                values |= dict(
+                    zip(table["row"].to_pylist(), table[column].to_pylist(), strict=True)
+                )
+        return values
 
 
 def parquet_names(folder: str) -> tuple[str, ...]:
     """Names of the parquet files in a folder, sorted, without their ending."""
     fs, path = resolve_uri(folder)
-    found = [info.base_name for info in list_files(fs, path, recursive=False)]
-    kept = [name for name in found if name.endswith(".parquet") and name[0] not in "._"]
+    files = [info.base_name for info in list_files(fs, path, recursive=False)]
+    kept = [name for name in files if name.endswith(".parquet") and name[0] not in "._"]
     return tuple(sorted(name.removesuffix(".parquet") for name in kept))
 
 
 def pictures_of(folder: str, ids: Iterable[bytes]) -> dict[bytes, Shown]:
     """Images of another set by id, from a folder of its fingerprints."""
-    wanted = sorted(set(ids))
-    found: dict[bytes, Shown] = {}
+    chosen_ids = sorted(set(ids))
+    pictures: dict[bytes, Shown] = {}
     columns = ["row", "image_id", "source", "bytes", "width", "height", "error", "thumbnail"]
-    for file in parquet_names(folder) if wanted else ():
+    for file in parquet_names(folder) if chosen_ids else ():
         table = read_table(folder, file, ["image_id"])
-        chosen = pc.is_in(table["image_id"], pa.array(wanted, pa.binary(16)))
+        chosen = pc.is_in(table["image_id"], pa.array(chosen_ids, pa.binary(16)))
         if pc.any(chosen).as_py():
             for one in read_table(folder, file, columns).filter(chosen).to_pylist():
                 name = one["image_id"]
-                found.setdefault(name, Shown(row=one["row"], image_id=name.hex(), **_picture(one)))
-    return found
+                pictures.setdefault(
+                    name, Shown(row=one["row"], image_id=name.hex(), **_picture(one))
+                )
+    return pictures
 
 
 def _picture(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,14 +38,14 @@ SOURCES = 30  # rows of the table; the others are added up in one
 
 def sections(summary: Summary) -> list[Section]:
     """The whole report in its order; what was off does not appear."""
-    found = [_result(summary), *_where(summary), *_rules(summary)]
-    found += copy_sections(summary)
-    found += leak_sections(summary)
-    found += seed_sections(summary)
-    found += cluster_sections(summary)
-    found += map_sections(summary)
-    found += cost_sections(summary)
-    return found
+    page = [_result(summary), *_where(summary), *_rules(summary)]
+    page += copy_sections(summary)
+    page += leak_sections(summary)
+    page += seed_sections(summary)
+    page += cluster_sections(summary)
+    page += map_sections(summary)
+    page += cost_sections(summary)
+    return page
 
 
 def sentence(summary: Summary) -> str:
@@ -61,8 +61,8 @@ def sentence(summary: Summary) -> str:
     reasons = {reason: summary.counts.reasons[reason] for reason in REMOVED}
     why = [phrase(n, reason) for reason, n in largest(reasons)]
     if len(why) > 4:
-        rest = gone - sum(n for _, n in largest(reasons)[:3])
-        why = [*why[:3], f"{rest:,} have one of {len(why) - 3} other reasons"]
+        others = gone - sum(n for _, n in largest(reasons)[:3])
+        why = [*why[:3], f"{others:,} have one of {len(why) - 3} other reasons"]
     why = why or ["their reasons are not known"]
     return f"{said}; {gone:,} {'is' if gone == 1 else 'are'} left out: {listed(why)}."
 
@@ -164,8 +164,10 @@ def _sources(summary: Summary) -> Section:
     by_size = sorted(summary.counts.by_source.items(), key=lambda kv: (-sum(kv[1].values()), kv[0]))
     rows = {source or "(unknown)": line(of) for source, of in by_size[:SOURCES]}
     if len(by_size) > SOURCES:
-        rest = [line(of) for _, of in by_size[SOURCES:]]
-        rows[f"{len(rest):,} smaller sources"] = [sum(part) for part in zip(*rest, strict=True)]
+        smaller = [line(of) for _, of in by_size[SOURCES:]]
+        rows[f"{len(smaller):,} smaller sources"] = [
+            sum(part) for part in zip(*smaller, strict=True)
+        ]
     return Matrix(
         columns,
         rows,
@@ -198,21 +200,23 @@ def _rules(summary: Summary) -> list[Section]:
         about = f"{rule} ({said}); below each picture what was measured" if said else ""
         groups.append((reason, Group(tiles, title, about)))
     groups.sort(key=lambda kv: QUALITY.index(kv[0]))
-    found: list[Section] = []
+    sections: list[Section] = []
     if groups:
-        found.append(Heading("Images that fail a quality rule", "At most 24 of each, by chance."))
-        found.append(Gallery([group for _, group in groups]))
-    found += _others(summary)
-    return found
+        sections.append(
+            Heading("Images that fail a quality rule", "At most 24 of each, by chance.")
+        )
+        sections.append(Gallery([group for _, group in groups]))
+    sections += _others(summary)
+    return sections
 
 
 def _others(summary: Summary) -> list[Section]:
     """Equal files with what is kept instead of them."""
     rows = [
         row
-        for (reason, rule), some in summary.counts.samples.items()
+        for (reason, rule), sample in summary.counts.samples.items()
         if reason == "duplicate_bytes" or (reason == "duplicate_near" and rule == "pixels")
-        for row in some
+        for row in sample
     ]
     groups = []
     for row in rows[:12]:

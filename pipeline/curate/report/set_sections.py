@@ -40,19 +40,19 @@ def leak_sections(summary: Summary) -> list[Section]:
         "images of the pile that match it best": [leak.rows for leak in sets],
         "left out for it": [rules.get(("leaks_evaluation", leak.name), 0) for leak in sets],
     }
-    found: list[Section] = [Heading("Evaluation images in the pile", text)]
-    found.append(Table(columns, "By evaluation set"))
+    sections: list[Section] = [Heading("Evaluation images in the pile", text)]
+    sections.append(Table(columns, "By evaluation set"))
     if removed > direct:
         more = removed - direct
-        found[0] = Heading(
+        sections[0] = Heading(
             "Evaluation images in the pile",
             f"{text} {direct:,} of them match themselves, {more:,} belong to a group of copies "
             "in which another one does.",
         )
     for leak in sets:
         if leak.rows:
-            found += _leak(summary, leak)
-    return found
+            sections += _leak(summary, leak)
+    return sections
 
 
 def _leak(summary: Summary, leak: Leaks) -> list[Section]:
@@ -67,18 +67,18 @@ def _leak(summary: Summary, leak: Leaks) -> list[Section]:
         ]
 
     text = "Dashed frame: the image of the evaluation set; beside it the image of the pile."
-    found: list[Section] = [
+    sections: list[Section] = [
         Gallery(groups(leak.top), f"{leak.name}: the most alike", text, flow=True)
     ]
     if leak.low:
         words = "If these are different images, the threshold is too low."
         title = f"{leak.name}: the least alike that still count"
-        found.append(Gallery(groups(leak.low), title, words, flow=True, wide=False))
+        sections.append(Gallery(groups(leak.low), title, words, flow=True, wide=False))
     if leak.low:
         limit = summary.leak_threshold
         marks = (Mark(limit, f"threshold {similarity(limit)}"),) if limit is not None else ()
-        found.append(_histogram(leak.counts, f"{leak.name}: how alike the matches are", marks))
-    return found
+        sections.append(_histogram(leak.counts, f"{leak.name}: how alike the matches are", marks))
+    return sections
 
 
 def seed_sections(summary: Summary) -> list[Section]:
@@ -101,22 +101,22 @@ def seed_sections(summary: Summary) -> list[Section]:
         "A collision is an image that several seed images ask for; it is taken once. "
         f"{images(gone)} that no seed asked for {'is' if gone == 1 else 'are'} left out."
     )
-    found: list[Section] = [Heading("Images like the seed sets", text), Table(columns)]
+    sections: list[Section] = [Heading("Images like the seed sets", text), Table(columns)]
     for one in sets:
         if one.rows:
-            found += _seeds(summary, one)
+            sections += _seeds(summary, one)
     rows = [
         row
-        for (reason, _), some in summary.counts.samples.items()
+        for (reason, _), sample in summary.counts.samples.items()
         if reason == "not_retrieved"
-        for row in some
+        for row in sample
     ]
     if rows:
         left = Group(
             [tile(summary, row, first=f"{summary.shown[row].image_id[:8]}…") for row in rows]
         )
-        found.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
-    return found
+        sections.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
+    return sections
 
 
 def _seeds(summary: Summary, one: Retrieved) -> list[Section]:
@@ -179,8 +179,8 @@ def cluster_sections(summary: Summary) -> list[Section]:
         "largest after": [_largest(level.after) for _, level in levels],
         "left unsampled": [level.unsampled for _, level in levels],
     }
-    found: list[Section] = [Heading("Balance between concepts", text), Table(columns)]
-    found += [_ranks(name, level) for name, level in levels]
+    sections: list[Section] = [Heading("Balance between concepts", text), Table(columns)]
+    sections += [_ranks(name, level) for name, level in levels]
     groups = [
         Group(
             [
@@ -193,8 +193,8 @@ def cluster_sections(summary: Summary) -> list[Section]:
         if sheet.rows
     ]
     words = "From the largest to the smallest; images by chance. A cluster should show one thing."
-    found.append(Gallery(groups, "A few clusters of the top level", words))
-    return found
+    sections.append(Gallery(groups, "A few clusters of the top level", words))
+    return sections
 
 
 def _ranks(name: str, level: Level) -> Section:
@@ -218,26 +218,26 @@ def _largest(sizes: object) -> str:
 
 def map_sections(summary: Summary) -> list[Section]:
     """Where the images lie that go and those that stay, and what is there to see."""
-    found = summary.map
-    if found is None:
+    layout = summary.map
+    if layout is None:
         return []
     groups: dict[str, list[tuple[float, float]]] = {}
     for reason in REASONS:
-        mine = [i for i, one in enumerate(found.reasons) if one == reason]
+        mine = [i for i, one in enumerate(layout.reasons) if one == reason]
         if mine:
-            groups[name_of(reason)] = [tuple(found.places[i]) for i in mine]  # type: ignore[misc]
+            groups[name_of(reason)] = [tuple(layout.places[i]) for i in mine]  # type: ignore[misc]
     colours = {name_of(reason): COLOURS[reason] for reason in REASONS}
     how = (
-        f"the two main directions of their vectors ({found.method}), which hold "
-        f"{share(found.explained, 1)} of their differences"
-        if found.explained
-        else found.method
+        f"the two main directions of their vectors ({layout.method}), which hold "
+        f"{share(layout.explained, 1)} of their differences"
+        if layout.explained
+        else layout.method
     )
     text = (
-        f"{images(len(found.rows))} by chance, laid out by {how}. Images that look alike are close "
-        "to one another."
+        f"{images(len(layout.rows))} by chance, laid out by {how}. Images that look alike are "
+        "close to one another."
     )
-    pictures = [(x, y, summary.shown[row]) for x, y, row in found.pictures if row in summary.shown]
+    pictures = [(x, y, summary.shown[row]) for x, y, row in layout.pictures if row in summary.shown]
     return [
         Heading("Map", text),
         Points(groups, colours, "What became of images, by place"),

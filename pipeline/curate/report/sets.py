@@ -111,10 +111,10 @@ def read_leaks(tables: Tables, sets: Mapping[str, str], leaked: Mapping[str, int
     for _, table in tables.read("leaks", ["row", "set", "query_id", "similarity"]):
         for name in pc.unique(table["set"]).to_pylist():
             mine = table.filter(pc.equal(table["set"], name))
-            found, values = ids(mine["query_id"]), _values(mine)
+            queries, values = ids(mine["query_id"]), _values(mine)
             rows[name] = rows.get(name, 0) + len(mine)
             counts[name] = counts.get(name, 0) + _bars(values)
-            item = partial(_match, mine["row"].to_numpy(), found, values)
+            item = partial(_match, mine["row"].to_numpy(), queries, values)
             top.setdefault(name, Smallest(SHOWN)).offer(-values, item)
             low.setdefault(name, Smallest(SHOWN)).offer(values, item)
     leaks = []
@@ -153,13 +153,13 @@ def read_retrieved(tables: Tables, sets: Mapping[str, str], seed: int) -> list[R
             counts[key] = counts.get(key, 0) + _bars(_values(mine))
             of = np.unique(mine["cluster"].to_numpy())
             clusters[key] = np.union1d(clusters.get(key, of), of)
-            found = np.unique(ids(mine["query_id"]), axis=0)
-            chosen.setdefault(key, _Seeds()).offer(draws(found, seed), found)
+            queries = np.unique(ids(mine["query_id"]), axis=0)
+            chosen.setdefault(key, _Seeds()).offer(draws(queries, seed), queries)
     neighbours: dict[tuple[str, str, bytes], Smallest] = {}
     for _, table in tables.read("retrieved", ["row", "part", "set", "query_id", "similarity"]):
         for key, mine in _by_set(table):
-            wanted = pa.array(chosen[key].names(), pa.binary(16))
-            mine = mine.filter(pc.is_in(mine["query_id"], wanted))
+            names = pa.array(chosen[key].names(), pa.binary(16))
+            mine = mine.filter(pc.is_in(mine["query_id"], names))
             for one in mine.to_pylist():
                 kept = neighbours.setdefault((*key, one["query_id"]), Smallest(NEIGHBOURS))
                 match = (one["row"], one["query_id"], one["similarity"])
@@ -178,7 +178,7 @@ def read_retrieved(tables: Tables, sets: Mapping[str, str], seed: int) -> list[R
                 seeds=seeds,
                 counts=tuple(map(int, counts[key])),
                 clusters=int((clusters[key] >= 0).sum()),
-                pictures=_pictures(folder, tuple(match for some in seeds for match in some)),
+                pictures=_pictures(folder, tuple(match for matches in seeds for match in matches)),
             )
         )
     known = {one.name for one in found_sets}
@@ -195,9 +195,9 @@ class _Seeds:
     def __init__(self) -> None:
         self._kept: dict[bytes, float] = {}
 
-    def offer(self, drawn: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> None:
+    def offer(self, drawn: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]) -> None:
         for place in np.argsort(drawn, kind="stable")[:SEEDS]:
-            self._kept[found[place].tobytes()] = float(drawn[place])
+            self._kept[queries[place].tobytes()] = float(drawn[place])
         self._kept = dict(sorted(self._kept.items(), key=lambda kv: kv[1])[:SEEDS])
 
     def names(self) -> list[bytes]:
@@ -206,16 +206,16 @@ class _Seeds:
 
 def _by_set(table: pa.Table) -> list[tuple[tuple[str, str], pa.Table]]:
     pairs = table.group_by(["part", "set"]).aggregate([]).to_pylist()
-    found = []
+    tables = []
     for pair in pairs:
         same = pc.and_(pc.equal(table["part"], pair["part"]), pc.equal(table["set"], pair["set"]))
-        found.append(((pair["part"], pair["set"]), table.filter(same)))
-    return found
+        tables.append(((pair["part"], pair["set"]), table.filter(same)))
+    return tables
 
 
 def _values(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
-    found: np.ndarray[Any, np.dtype[np.float64]] = table["similarity"].to_numpy()
-    return found
+    similarities: np.ndarray[Any, np.dtype[np.float64]] = table["similarity"].to_numpy()
+    return similarities
 
 
 def _bars(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -223,9 +223,9 @@ def _bars(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _match(
-    rows: np.ndarray[Any, Any], found: np.ndarray[Any, Any], values: np.ndarray[Any, Any], at: int
+    rows: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], values: np.ndarray[Any, Any], at: int
 ) -> tuple[int, bytes, float]:
-    return int(rows[at]), found[at].tobytes(), float(values[at])
+    return int(rows[at]), queries[at].tobytes(), float(values[at])
 
 
 def _matches(kept: Smallest | None) -> tuple[Match, ...]:

@@ -150,7 +150,7 @@ def summarise(
     clusters = read_clusters(tables, seed) if "balanced" in tables else None
     places = read_map(tables, counts.mapped, vectors, seed)
     keepers = _keepers(tables, counts)
-    rows = {row for some in counts.samples.values() for row in some} | set(keepers.values())
+    rows = {row for sample in counts.samples.values() for row in sample} | set(keepers.values())
     rows |= set(looks.rows if looks else ())
     rows |= set(_rows_of(edges, components, leaks, retrieved, clusters, places))
     ran = {reason: name in tables for reason, name in TABLE_OF.items()}
@@ -183,8 +183,8 @@ def _keepers(tables: Tables, counts: Counts) -> dict[int, int]:
     ]
     equal = tables.column_of("exact", copies, "keeper")
     near = tables.column_of("components", copies, "keeper")
-    found = {row: keeper for row, keeper in near.items() if keeper != row}
-    return found | {row: keeper for row, keeper in equal.items() if keeper != row}
+    keepers = {row: keeper for row, keeper in near.items() if keeper != row}
+    return keepers | {row: keeper for row, keeper in equal.items() if keeper != row}
 
 
 def _rows_of(
@@ -204,7 +204,7 @@ def _rows_of(
     for leak in leaks:
         yield from (match.row for match in (*leak.top, *leak.low))
     for part in retrieved:
-        yield from (match.row for some in part.seeds for match in some)
+        yield from (match.row for matches in part.seeds for match in matches)
     for sheet in clusters.sheets if clusters else ():
         yield from (row for row, _ in sheet.rows)
     yield from (row for _, _, row in (places.pictures if places else ()))

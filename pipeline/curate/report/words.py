@@ -106,8 +106,8 @@ def phrase(number: int, reason: str) -> str:
     """1 is too small, 12 are too small."""
     words = PHRASES[reason]
     if number == 1:
-        first, _, rest = words.partition(" ")
-        words = f"{SINGULAR.get(first, first)} {rest}"
+        first, _, noun = words.partition(" ")
+        words = f"{SINGULAR.get(first, first)} {noun}"
         words = words.replace("is files that come", "is a file that comes")
         words = words.replace("is copies of", "is a copy of").replace("their kind", "its kind")
     return f"{number:,} {words}"
