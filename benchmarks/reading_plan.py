@@ -31,8 +31,8 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from pipeline.shards import shards as schema
 from pipeline.shards.columns import SCHEMA_VERSION
+from pipeline.shards.manifest import shards_of_manifest
 from pipeline.stream.feeder import READ_WINDOWS
 from pipeline.stream.reader import reading_of
 
@@ -74,7 +74,7 @@ def measure(shards: int, answer: Any) -> None:
     ]
     before = peak_mib()
     content = timed(found, "parse", lambda: json.loads(text))
-    opened = timed(found, "open", lambda: schema.shards_of_manifest("/set", "/set", content, infos))
+    opened = timed(found, "open", lambda: shards_of_manifest("/set", "/set", content, infos))
     reading = timed(
         found, "order", lambda: reading_of(opened, seed=0, global_batch=BATCH, window=WINDOW)
     )

@@ -12,7 +12,8 @@ import torch
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve, value_at
+from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.resume import value_at
 from pipeline.train import build
 
 ROOT = Path(__file__).parents[1]

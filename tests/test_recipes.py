@@ -13,7 +13,8 @@ import yaml
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve, value_at
+from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.resume import value_at
 
 ROOT = Path(__file__).parents[1]
 SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").read_text())

@@ -53,7 +53,7 @@ def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
 
 def encoder_config(saved: state.Saved) -> Config:
     """The recipe that a checkpoint was trained with."""
-    from pipeline.plan.plan import plan_of
+    from pipeline.plan.resume import plan_of
 
     return plan_of(saved.meta, saved.path).config
 

@@ -30,9 +30,9 @@ def check_id(encoded: bytes, image_id: bytes) -> None:
     Raises:
         BadImage: they are not those that were packed.
     """
-    found = hashlib.blake2b(encoded, digest_size=16).digest()
-    if found != image_id:
-        detail = f"its bytes are those of {found.hex()}: the file was damaged after it was packed"
+    digest = hashlib.blake2b(encoded, digest_size=16).digest()
+    if digest != image_id:
+        detail = f"its bytes are those of {digest.hex()}: the file was damaged after it was packed"
         raise BadImage("damaged", detail)
 
 
@@ -63,8 +63,8 @@ def unidentified(encoded: bytes) -> BadImage:
         if encoded.startswith(signature):
             cut = cut_short(encoded)
             tiff = ", or a TIFF with samples of a kind that is not read"
-            found = "broken header" + tiff * (signature[0] in b"IM")
-            return BadImage("truncated" if cut else "undecodable", cut or found)
+            header = "broken header" + tiff * (signature[0] in b"IM")
+            return BadImage("truncated" if cut else "undecodable", cut or header)
     if encoded[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return BadImage("undecodable", "a broken HEIC header")
     webp = encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP"

@@ -226,8 +226,8 @@ def _decode(
         header = jpeg_header(encoded)
         if header.plain and _allowed(header, max_pixels, channels):
             grey = channels == 1 and header.components == 1
-            if found := decode_plain(encoded, header, grey=grey, shrink=shrink):
-                pixels, shrink = found
+            if plain := decode_plain(encoded, header, grey=grey, shrink=shrink):
+                pixels, shrink = plain
                 if pixels.shape[2] != channels:
                     other = np.array(convert(Image.fromarray(pixels), "JPEG", channels))
                     pixels = other.reshape(*pixels.shape[:2], channels)

@@ -124,14 +124,14 @@ def tiff_samples(encoded: bytes, max_pixels: int, channels: int) -> Samples | No
     if layout is None or not layout.needed:
         return None
     check_tiff(layout, max_pixels, channels)
-    found = layout.directory
+    directory = layout.directory
     planes = layout.bands if layout.planar else 1  # one after the other, like rows of one
     rows, each = layout.height * planes, layout.bytes // planes
-    tags = {tag: _whole(found[tag]) for tag in _PLACES if tag in found}
+    tags = {tag: _whole(directory[tag]) for tag in _PLACES if tag in directory}
     tags |= {_WIDTH: (layout.width * each,), _HEIGHT: (rows,)}
     tags |= {_BITS: (8,), _PHOTOMETRIC: (1,), _BANDS: (1,), _STRIP_ROWS: (layout.strip_rows,)}
-    if _TILE_WIDTH in found:
-        tags[_TILE_WIDTH] = (found[_TILE_WIDTH] * each,)
+    if _TILE_WIDTH in directory:
+        tags[_TILE_WIDTH] = (directory[_TILE_WIDTH] * each,)
     order = "<" if encoded[:2] == b"II" else ">"
     at = len(encoded) + len(encoded) % 2
     head = encoded[:4] + struct.pack(f"{order}I", at) + encoded[8:].ljust(at - 8, b"\0")
@@ -139,15 +139,15 @@ def tiff_samples(encoded: bytes, max_pixels: int, channels: int) -> Samples | No
     raw = np.ascontiguousarray(np.asarray(grey))
     native = f"{layout.kind}{layout.bits // 8}"
     values = raw.view(order + native).reshape(rows, layout.width, -1)
-    if found.get(_PREDICTOR, 1) == 2:
-        step = int(found.get(_TILE_WIDTH, layout.width))
+    if directory.get(_PREDICTOR, 1) == 2:
+        step = int(directory.get(_TILE_WIDTH, layout.width))
         parts = [values[:, x : x + step] for x in range(0, layout.width, step)]
         values = np.concatenate([p.astype(native).cumsum(1, dtype=native) for p in parts], 1)
     if planes > 1:
         values = np.moveaxis(values.reshape(planes, layout.height, layout.width), 0, 2)
-    extra = found.get(_EXTRA, ())
-    alpha = found.get(_PHOTOMETRIC) in (1, 2) and len(extra) == 1 and extra[0] in (1, 2)
-    colours = found.get(_PHOTOMETRIC) == 2 and layout.bands == 3 + alpha
+    extra = directory.get(_EXTRA, ())
+    alpha = directory.get(_PHOTOMETRIC) in (1, 2) and len(extra) == 1 and extra[0] in (1, 2)
+    colours = directory.get(_PHOTOMETRIC) == 2 and layout.bands == 3 + alpha
     return Samples(values, alpha and (colours or layout.bands == 2), colours)
 
 

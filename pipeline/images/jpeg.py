@@ -171,7 +171,7 @@ def exif_orientation(tiff: bytes) -> int | None:
     (count,) = struct.unpack_from(order + "H", tiff, at)
     if at + 2 + 12 * count > len(tiff):
         return None
-    found = total = 0
+    orientation = total = 0
     for entry in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind, values = struct.unpack_from(order + "HHI", tiff, entry)
         size = _TYPE_BYTES.get(kind, len(tiff) + 1) * values
@@ -180,11 +180,11 @@ def exif_orientation(tiff: bytes) -> int | None:
             if max(total, struct.unpack_from(order + "I", tiff, entry + 8)[0] + size) > len(tiff):
                 return None
         if tag == _ORIENTATION:
-            if found or kind != _SHORT or values != 1:
+            if orientation or kind != _SHORT or values != 1:
                 return None
             (value,) = struct.unpack_from(order + "H", tiff, entry + 8)
-            found = value if 1 <= value <= 8 else 1
-    return found
+            orientation = value if 1 <= value <= 8 else 1
+    return orientation
 
 
 def _whole_photoshop(content: bytes) -> bool:

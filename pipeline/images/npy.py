@@ -51,12 +51,12 @@ def npy_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
 
 def _layout(encoded: bytes, max_pixels: int, channels: int) -> _Layout:
     offset, shape, fortran, dtype = _header(encoded)
-    wanted = f"uint8 or uint16 [H, W, {channels}]" + (" or [H, W]" if channels == 1 else "")
-    height, width, *rest = (*shape, 0, 0)[: max(2, len(shape))]
-    fits = rest == [channels] or (not rest and channels == 1)
+    expected = f"uint8 or uint16 [H, W, {channels}]" + (" or [H, W]" if channels == 1 else "")
+    height, width, *bands = (*shape, 0, 0)[: max(2, len(shape))]
+    fits = bands == [channels] or (not bands and channels == 1)
     plain = dtype.kind in "iuf" and dtype.itemsize <= 8
     if not (plain and fits and height > 0 and width > 0):
-        raise BadImage("undecodable", shortened(f"{dtype} {list(shape)}, expected {wanted}"))
+        raise BadImage("undecodable", shortened(f"{dtype} {list(shape)}, expected {expected}"))
     if height * width > max_pixels:
         raise too_large(width, height, max_pixels)
     promised = offset + height * width * channels * dtype.itemsize

@@ -92,9 +92,9 @@ def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture 
         return None
     with quiet():
         if tiff and (samples := tiff_samples(encoded, max_pixels, channels)) is not None:
-            found = TiffLayout.of(encoded)
-            tag = found.directory.get(_EXIF_ORIENTATION, 1) if found else 1
-            plain = found is not None and found.bits == 16 and found.plain_colours
+            tiff_layout = TiffLayout.of(encoded)
+            tag = tiff_layout.directory.get(_EXIF_ORIENTATION, 1) if tiff_layout else 1
+            plain = tiff_layout is not None and tiff_layout.bits == 16 and tiff_layout.plain_colours
             return DeepPicture(samples, "TIFF", tag if tag in range(1, 9) else 1, plain)
         image, name = _open(encoded, max_pixels, channels)
         if png and (samples := png_samples(encoded)) is not None:
@@ -111,8 +111,8 @@ def deep_picture(encoded: bytes, max_pixels: int, channels: int) -> DeepPicture 
 
 
 def _pillow_reads(encoded: bytes) -> bool:
-    found = _tiff_layout(encoded)
-    return not found or not found.needed or (found.bits == 16 and found.plain_colours)
+    layout = _tiff_layout(encoded)
+    return not layout or not layout.needed or (layout.bits == 16 and layout.plain_colours)
 
 
 def _tiff_layout(encoded: bytes) -> TiffLayout | None:
@@ -142,10 +142,10 @@ def _of_samples(deep: DeepPicture, channels: int, value_range: ValueRange) -> Pi
 
 def picture_size(encoded: bytes, max_pixels: int, channels: int) -> tuple[int, int]:
     """(height, width) that `decode_picture` will give, and its refusals that need only a header."""
-    if not _pillow_reads(encoded) and (found := _tiff_layout(encoded)):
-        check_tiff(found, max_pixels, channels)
-        turn = found.directory.get(_EXIF_ORIENTATION, 1) in range(5, 9)
-        return (found.width, found.height) if turn else (found.height, found.width)
+    if not _pillow_reads(encoded) and (layout := _tiff_layout(encoded)):
+        check_tiff(layout, max_pixels, channels)
+        turn = layout.directory.get(_EXIF_ORIENTATION, 1) in range(5, 9)
+        return (layout.width, layout.height) if turn else (layout.height, layout.width)
     with quiet():
         image, name = _open(encoded, max_pixels, channels)
         if name == "TIFF":  # Pillow gives the size before or after turning, by its version
@@ -248,10 +248,10 @@ _PNG_ORIENTED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 def _orientation(image: Image.Image) -> int:
     """1 to 8."""
     try:
-        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+        tag = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # a broken EXIF block says nothing about the pixels
         return 1
-    return found if found in range(1, 9) else 1
+    return tag if tag in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -90,11 +90,11 @@ def make_demo(folder: Path, seed: int = 0) -> DemoReport:
     about = {"version": _VERSION, "seed": seed}
     mark = folder / DEMO_MARK
     if mark.is_file():
-        found = json.loads(mark.read_text())
-        if found["about"] == about:
-            names = tuple(found["report"].pop("class_names"))
-            return DemoReport(**{**found["report"], "class_names": names, "folder": str(folder)})
-        if found["about"]["seed"] == seed:
+        content = json.loads(mark.read_text())
+        if content["about"] == about:
+            names = tuple(content["report"].pop("class_names"))
+            return DemoReport(**{**content["report"], "class_names": names, "folder": str(folder)})
+        if content["about"]["seed"] == seed:
             shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(
@@ -180,8 +180,8 @@ def _parts(blocks: list[Box]) -> list[Box]:
     for left, top, side in blocks:
         boxes.append((left, top, side))
         for part in (side // 2, side * 2 // 3):
-            rest = side - part
-            boxes += [(left + x, top + y, part) for x in (0, rest) for y in (0, rest)]
+            gap = side - part
+            boxes += [(left + x, top + y, part) for x in (0, gap) for y in (0, gap)]
     return boxes
 
 
@@ -197,11 +197,11 @@ def _train_boxes(photo: Image.Image, blocks: list[Box], rng: random.Random) -> l
             if not any(_overlap((left, top, side), block) for block in blocks)
         ]
         rng.shuffle(places)
-        wanted = TRAIN_TILES * (number + 1) // 3 - len(boxes)
+        missing = TRAIN_TILES * (number + 1) // 3 - len(boxes)
         for place in places:
-            if wanted and not _is_flat(photo, place):
+            if missing and not _is_flat(photo, place):
                 boxes.append(place)
-                wanted -= 1
+                missing -= 1
     return boxes
 
 

@@ -71,10 +71,10 @@ def read_task(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> I
         yield from _read_parquet(fs, root, task, reading)
         return
     if task.kind == "archive":
-        found = read_archive(fs, root, task.paths[0], reading.max_image_bytes)
+        contents = read_archive(fs, root, task.paths[0], reading.max_image_bytes)
     else:
-        found = _read_files(fs, root, task, reading.max_image_bytes)
-    for item in found:
+        contents = _read_files(fs, root, task, reading.max_image_bytes)
+    for item in contents:
         yield [_judged(item, labels) if isinstance(item, Content) else item], None
 
 

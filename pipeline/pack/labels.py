@@ -45,18 +45,18 @@ class LabelFiles:
         if len(content) > MAX_BYTES:
             raise ValueError(f"{len(content)} bytes are no label")
         text = content.decode("utf-8-sig").strip()
-        found: object = self._field(text) if self.fields else text
-        if isinstance(found, str):
-            found = _number(found.strip())
-        if isinstance(found, bool) or not isinstance(found, int | str):
-            raise ValueError(f"{str(found)[:40]!r} is neither a class id nor a name")
-        if isinstance(found, int):
-            if found >= 2**63:
-                raise ValueError(f"the class id {str(found)[:40]} is too large")
-            return max(-1, found)
-        if not found or len(found) > _MAX_LETTERS or not found.isprintable():
-            raise ValueError(f"{found[:40]!r} is no name of a class")
-        return found
+        label: object = self._field(text) if self.fields else text
+        if isinstance(label, str):
+            label = _number(label.strip())
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise ValueError(f"{str(label)[:40]!r} is neither a class id nor a name")
+        if isinstance(label, int):
+            if label >= 2**63:
+                raise ValueError(f"the class id {str(label)[:40]} is too large")
+            return max(-1, label)
+        if not label or len(label) > _MAX_LETTERS or not label.isprintable():
+            raise ValueError(f"{label[:40]!r} is no name of a class")
+        return label
 
     def _field(self, text: str) -> object:
         try:

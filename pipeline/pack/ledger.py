@@ -28,7 +28,7 @@ from pipeline.pack.merge import ROW_GROUP_BYTES, shard_name
 from pipeline.pack.sorted_runs import PackSpec
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA, MANIFEST, SCHEMA_VERSION, is_ours
 from pipeline.shards.shards import open_shards
-from pipeline.storage.claim import Held
+from pipeline.storage.claim import ClaimedFolder
 from pipeline.storage.places import (
     delete_file,
     file_info,
@@ -138,7 +138,7 @@ def unfinished(shards: str) -> bool:
     return MANIFEST not in names and any(map(_PART.fullmatch, names))
 
 
-def start(work: str, key: str, form: int, source: str, held: Held) -> list[str]:
+def start(work: str, key: str, form: int, source: str, held: ClaimedFolder) -> list[str]:
     """Make the folders ready: kept where the same pack is under way, emptied of ours otherwise.
 
     Args:
@@ -171,7 +171,7 @@ def start(work: str, key: str, form: int, source: str, held: Held) -> list[str]:
     return []
 
 
-def drop(held: Held, stale: Sequence[str], written: Sequence[dict[str, Any]]) -> None:
+def drop(held: ClaimedFolder, stale: Sequence[str], written: Sequence[dict[str, Any]]) -> None:
     """Deletes the old shards whose names were not written again."""
     names = {account["name"] for account in written if account["rows"]}
     for path in stale:
@@ -179,7 +179,7 @@ def drop(held: Held, stale: Sequence[str], written: Sequence[dict[str, Any]]) ->
             delete_file(held.fs, path)
 
 
-def replaceable(held: Held, source: str, *, own: bool) -> list[str]:
+def replaceable(held: ClaimedFolder, source: str, *, own: bool) -> list[str]:
     """The old shards in a folder that may go; the manifest that lists them is taken away.
 
     Args:

@@ -58,12 +58,12 @@ def shard_of(image_id: str, shards: int) -> int:
 def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     """Write shard `index` and return (and store, last) its account; no rows, no file."""
     before = retries()
-    work_fs, work = resolve_uri(spec.work)
+    work_fs, scratch = resolve_uri(spec.work)
     fs, folder = resolve_uri(spec.shards)
-    runs = json.loads(read_bytes(work_fs, f"{work}/runs.json"))
+    runs = json.loads(read_bytes(work_fs, f"{scratch}/runs.json"))
     low, high = id_range(index, merge.shards)
-    found = [_rows_of(work_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
-    rows, duplicates = _unique(pa.concat_tables(found))
+    parts = [_rows_of(work_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
+    rows, duplicates = _unique(pa.concat_tables(parts))
     account: dict[str, Any] = {
         "index": index,
         "name": shard_name(index),
@@ -97,7 +97,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     account["digest"] = digest.hexdigest()
     account["retries"] = retries() - before
     stored = json.dumps(account).encode()
-    write_bytes_atomic(stored, work_fs, f"{work}/shards/shard-{index:06d}.json")
+    write_bytes_atomic(stored, work_fs, f"{scratch}/shards/shard-{index:06d}.json")
     return account
 
 
@@ -134,28 +134,28 @@ def _unique(table: pa.Table) -> tuple[pa.Table, int]:
 def _labels(rows: pa.Table, names: list[int], merge: Merge) -> list[int | None]:
     if not merge.labels:
         return [None] * rows.num_rows
-    found: list[int | None] = []
+    labels: list[int | None] = []
     about = ("folder", "class_name", "label", "run")
     columns = (rows.column(name).to_pylist() for name in about)
     for folder, name, label, run in zip(*columns, strict=True):
         if name is not None:
-            found.append(merge.name_ids[name])
+            labels.append(merge.name_ids[name])
         elif label is None:
-            found.append(merge.folder_ids.get(folder))
+            labels.append(merge.folder_ids.get(folder))
         else:
             ids = merge.label_ids[names[run]] if names[run] >= 0 else ()
-            found.append(ids[label] if ids else label)
-    return found
+            labels.append(ids[label] if ids else label)
+    return labels
 
 
 def row_groups(sizes: np.ndarray[Any, Any], rows: int) -> Iterator[tuple[int, int]]:
     """First row and end of each row group: at most `rows` images, and ROW_GROUP_BYTES of them."""
-    start, held = 0, 0
+    start, group_bytes = 0, 0
     for at, size in enumerate(sizes.tolist()):
-        if at > start and (at - start == rows or held + size > ROW_GROUP_BYTES):
+        if at > start and (at - start == rows or group_bytes + size > ROW_GROUP_BYTES):
             yield start, at
-            start, held = at, 0
-        held += size
+            start, group_bytes = at, 0
+        group_bytes += size
     yield start, len(sizes)
 
 
@@ -184,11 +184,11 @@ class _Images:
             self.blocks[run] = low, block
 
     def take(self, start: int, end: int) -> pa.Array:
-        found = []
+        images = []
         for run, offset, size in zip(
             *(values[start:end].tolist() for values in (self.run, self.offset, self.size)),
             strict=True,
         ):
             low, block = self.blocks[run]
-            found.append(block.slice(offset - low, size).to_pybytes())
-        return pa.array(found, pa.binary())
+            images.append(block.slice(offset - low, size).to_pybytes())
+        return pa.array(images, pa.binary())

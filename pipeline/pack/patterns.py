@@ -79,24 +79,24 @@ class _Name:
         match = self.regex.fullmatch(unicodedata.normalize("NFC", name))
         return match is not None and all(
             # a range in an alternative that was not taken has no text
-            found is None or of.fits(found)
-            for found, of in zip(match.groups(), self.ranges, strict=True)
+            text is None or of.fits(text)
+            for text, of in zip(match.groups(), self.ranges, strict=True)
         )
 
     def _translated(self, text: str) -> str:
         out, at = "", 0
         while at < len(text):
-            letter, rest = text[at], text[at + 1 :]
+            letter, tail = text[at], text[at + 1 :]
             at += 1
             if letter == "*":
                 out += "" if out.endswith(".*") else ".*"
             elif letter == "?":
                 out += "."
-            elif letter == "[" and (end := rest.find("]", 2 if rest[:1] in ("!", "^") else 1)) > 0:
-                out += _letters_of(rest[:end])
+            elif letter == "[" and (end := tail.find("]", 2 if tail[:1] in ("!", "^") else 1)) > 0:
+                out += _letters_of(tail[:end])
                 at += end + 1
-            elif letter == "{" and (end := _closing(rest)) >= 0:
-                out += self._braces(rest[:end])
+            elif letter == "{" and (end := _closing(tail)) >= 0:
+                out += self._braces(tail[:end])
                 at += end + 1
             else:
                 out += re.escape(letter)
@@ -193,24 +193,24 @@ class Pattern:
         self.start = self._closed((at, 0) for at in range(len(texts)))
 
     def _closed(self, states: Iterable[tuple[int, int]]) -> States:
-        found = set(states)
-        for at, i in list(found):
+        reached = set(states)
+        for at, i in list(reached):
             names = self.names[at]
             while i < len(names) and names[i] is None:  # ** stands for no folder, too
                 i += 1
-                found.add((at, i))
-        return frozenset(found)
+                reached.add((at, i))
+        return frozenset(reached)
 
     def step(self, states: States, name: str) -> States:
         """The state below, of a file or folder with this name."""
-        found = []
+        reached = []
         for at, i in states:
             names = self.names[at]
             if i == len(names) or (part := names[i]) is None:
-                found.append((at, i))
+                reached.append((at, i))
             elif part.fits(name):
-                found.append((at, i + 1))
-        return self._closed(found)
+                reached.append((at, i + 1))
+        return self._closed(reached)
 
     def accepts(self, states: States) -> bool:
         """Whether what was reached fits; with a folder, all that is in it."""

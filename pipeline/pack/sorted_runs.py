@@ -102,8 +102,8 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     """
     before = retries()
     fs, _ = resolve_uri(spec.source)
-    work_fs, work = resolve_uri(spec.work)
-    name = f"{work}/runs/task-{index:06d}"
+    work_fs, scratch = resolve_uri(spec.work)
+    name = f"{scratch}/runs/task-{index:06d}"
     account: dict[str, Any] = {
         "index": index,
         "images": 0,
@@ -137,15 +137,15 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
                 labels.add(item)
                 continue
             account["images"] += 1
-            found = _verify(item, spec)
-            if isinstance(found, Refused):
-                account["bad"].append(dataclasses.astuple(found))
+            image = _verify(item, spec)
+            if isinstance(image, Refused):
+                account["bad"].append(dataclasses.astuple(image))
                 continue
-            labels.see(found.folder, found.label, found.class_name)
-            if found.span is not None:
-                spans = smallest(spans | {found.image_id: found.span})
-            run.rows.append(found)
-            run.bytes += len(found.encoded)
+            labels.see(image.folder, image.label, image.class_name)
+            if image.span is not None:
+                spans = smallest(spans | {image.image_id: image.span})
+            run.rows.append(image)
+            run.bytes += len(image.encoded)
             kept.append(place)
         if spec.extras:
             run.extras.append(

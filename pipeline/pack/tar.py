@@ -172,11 +172,11 @@ class Tar:
                     raise EOFError("the list of holes is cut")
                 more = extension[504]
         name = named.get("GNU.sparse.name") or name
-        found = _KINDS.get(kind) or ("sparse" if sparse else "file")
+        member_kind = _KINDS.get(kind) or ("sparse" if sparse else "file")
         if kind in _PLAIN and name.endswith(b"/") and not size:  # v7 knew no folders
-            found = "folder"
+            member_kind = "folder"
         self._left = 0 if kind in _WITHOUT_DATA else _padded(size)
-        return Member(_text(name), found, size, _text(link))
+        return Member(_text(name), member_kind, size, _text(link))
 
 
 def _padded(size: int) -> int:
@@ -188,11 +188,11 @@ def _text(name: bytes) -> str:
 
 
 def _sum_is_right(block: bytes) -> bool:
-    found = _number(block[148:156])
-    rest = block[:148] + b" " * 8 + block[156:]
-    total = sum(rest)
+    written = _number(block[148:156])
+    blanked = block[:148] + b" " * 8 + block[156:]
+    total = sum(blanked)
     # Some old programs added up signed bytes.
-    return found == total or found == total - 256 * sum(byte > 127 for byte in rest)
+    return written == total or written == total - 256 * sum(byte > 127 for byte in blanked)
 
 
 def _number(field: bytes) -> int:

@@ -98,10 +98,18 @@ def arrange(
         feeder_cpus: what they leave to the feeder; where that does not fit and was not asked for,
             nothing.
     """
-    found = _arranged(config, nodes, workers, share, feeder_cpus)
-    if found is None and feeder_cpus and config.resources.feeder_cpus is None:
+    arrangement = _arranged(config, nodes, workers, share, feeder_cpus)
+    if arrangement is None and feeder_cpus and config.resources.feeder_cpus is None:
         return _arranged(config, nodes, workers, share, 0.0)
-    return found
+    return arrangement
+
+
+def arrange_largest(
+    config: Config, nodes: Sequence[Node], sizes: Sequence[int], share: Share, feeder_cpus: float
+) -> Arrangement | None:
+    """As `arrange`, for the largest of some numbers of workers that fits; they are ascending."""
+    groups = (arrange(config, nodes, workers, share, feeder_cpus) for workers in reversed(sizes))
+    return next((group for group in groups if group is not None), None)
 
 
 def _arranged(

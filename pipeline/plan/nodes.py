@@ -58,12 +58,12 @@ def placed(nodes: Sequence[Node], workers: int, share: Share) -> list[tuple[Node
     """Each node with the workers that it takes, fullest node first as Ray packs them; None where
     they do not fit.
     """
-    found = []
+    places = []
     for node in sorted(nodes, key=lambda n: (n.gpus, n.cpus), reverse=True):
         here = min(workers, room(node, share))
         workers -= here
-        found.append((node, here))
-    return None if workers else found
+        places.append((node, here))
+    return None if workers else places
 
 
 def left_by(taken: Sequence[tuple[Node, int]], share: Share) -> list[Node]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.config.config import Config
-from pipeline.config.load import field_paths
-from pipeline.errors import ConfigError, PlacementError, TrainError
+from pipeline.errors import ConfigError, PlacementError
 from pipeline.plan.layout import (
     Arrangement,
     Machine,
-    arrange,
+    arrange_largest,
     feeder_share,
     group_sizes,
     no_room,
@@ -27,34 +26,6 @@ from pipeline.schedule import StepValues, cosine, linear
 CHUNK_BYTES = 72 * 2**20  # of crops in one Ray Data block: 128 images at the usual sizes
 ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
 WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
-
-# A resumed run may change these and nothing else: they do not touch what is learnt.
-MAY_CHANGE = (
-    "run.folder",
-    "data.source",
-    "data.shards",
-    "data.max_bad_fraction",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.max_restarts",
-    "train.workers",
-    "train.accumulation",
-    "train.compile",
-    # which images they chose is held by the digest of the shards
-    "curate.",
-    "quality.",
-    "dedup.",
-    "leaks.",
-    "retrieve.",
-    "balance.",
-    "mix.",
-    "evaluate.",
-    "export.",
-    "track.",
-    "resources.",
-)
 
 
 class Plan(BaseModel):
@@ -139,10 +110,8 @@ class Plan(BaseModel):
             nodes: what each node has, all of it.
             most: workers at most.
         """
-        for workers in reversed([n for n in self.sizes if most is None or n <= most]):
-            if found := arrange(self.config, nodes, workers, self.share, self.feeder_cpus):
-                return found
-        return None
+        sizes = [n for n in self.sizes if most is None or n <= most]
+        return arrange_largest(self.config, nodes, sizes, self.share, self.feeder_cpus)
 
     def no_room_on(self, nodes: Sequence[Node]) -> PlacementError:
         """What these nodes lack for the smallest group."""
@@ -169,43 +138,6 @@ class Plan(BaseModel):
     def evaluation_size(self) -> int:
         """Side of an evaluation image, pixels."""
         return evaluation_size(self.config)
-
-
-def changes(earlier: Config, config: Config) -> tuple[list[str], list[str]]:
-    """Fields that differ from the config of a checkpoint: (may change, must not change)."""
-    allowed: list[str] = []
-    refused: list[str] = []
-    for path, _ in field_paths():
-        old, new = value_at(earlier, path), value_at(config, path)
-        if old != new:
-            may = any(path == p or (p.endswith(".") and path.startswith(p)) for p in MAY_CHANGE)
-            (allowed if may else refused).append(f"{path}: {old} -> {new}")
-    return allowed, refused
-
-
-def value_at(config: Config, path: str) -> object:
-    """The value of a dotted field."""
-    node: object = config
-    for name in path.split("."):
-        node = getattr(node, name)
-    return node
-
-
-def plan_of(meta: Mapping[str, Any], place: object) -> Plan:
-    """The plan that a checkpoint's `meta.json` holds.
-
-    Raises:
-        TrainError: it holds none, or one that was edited.
-    """
-    try:
-        return Plan.model_validate(meta.get("plan"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in ("plan", *first["loc"]))
-        raise TrainError(
-            f"meta.json of {place} holds no plan of this version: {where}: {first['msg']}",
-            "put it back from a copy, or remove that checkpoint and use another one",
-        ) from error
 
 
 def resolve(
@@ -270,16 +202,14 @@ def resolve(
         )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
-    found = None
-    for workers in reversed(sizes):
-        found = found or arrange(config, machine.rooms, workers, per_worker, feeder_cpus)
-    if found is None or (train.device == "cuda" and not gpus):
+    arrangement = arrange_largest(config, machine.rooms, sizes, per_worker, feeder_cpus)
+    if arrangement is None or (train.device == "cuda" and not gpus):
         raise no_room(config, machine, sizes[0], per_worker, feeder_cpus)
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
     window = window_of(config.data.shuffle_images, batch, image_bytes)
     chunk = chunk_of(math.gcd(share, window), view_bytes(config), image_bytes)
-    accumulation = parts // found.workers
+    accumulation = parts // arrangement.workers
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
         config=config,
@@ -289,7 +219,7 @@ def resolve(
         value_range=value_range,
         class_names=class_names,
         device=device,
-        workers=found.workers,
+        workers=arrangement.workers,
         sizes=sizes,
         steps=steps,
         steps_per_pass=steps_per_pass,
@@ -310,10 +240,10 @@ def resolve(
         save_every=train.save_every or max(1, math.ceil(steps / 20)),
         cpus_per_worker=per_worker.cpus,
         gpus_per_worker=per_worker.gpus,
-        feeder_cpus=found.feeder_cpus,
-        decode_cpus=found.decode_cpus,
-        decode_tasks=found.decode_tasks,
-        threads=found.threads,
+        feeder_cpus=arrangement.feeder_cpus,
+        decode_cpus=arrangement.decode_cpus,
+        decode_tasks=arrangement.decode_tasks,
+        threads=arrangement.threads,
     )
 
 

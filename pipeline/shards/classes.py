@@ -102,9 +102,9 @@ class Classes:
                 hint="correct the file, or pack it without labels: data.labels=none",
             )
         known = labels >= 0
-        found = np.full(len(labels), UNKNOWN, np.int64)
-        found[known] = self.ids(names)[labels[known]]
-        return found
+        ids = np.full(len(labels), UNKNOWN, np.int64)
+        ids[known] = self.ids(names)[labels[known]]
+        return ids
 
 
 # ---- A label column of any kind: whole numbers are class ids, text and booleans are class names.

@@ -115,10 +115,10 @@ def is_ours(schema: pa.Schema) -> bool:
 
 def _json(value: bytes | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(value) if value is not None else None
+        content = json.loads(value) if value is not None else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def check_columns(schema: pa.Schema, name: str, image_column: str, label_column: str) -> None:

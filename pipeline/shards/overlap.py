@@ -17,7 +17,7 @@ from pipeline.errors import DataError
 from pipeline.shards.classes import Classes, Labels, label_ids, listed, names_against_numbers
 from pipeline.shards.columns import image_id, is_ours
 from pipeline.shards.row_group import image_array
-from pipeline.shards.shards import ShardSet
+from pipeline.shards.shard_set import ShardSet
 
 COMPARED_ROWS = 20_000_000  # ids of shards that pack wrote: a second a million
 HASHED_BYTES = 2**30  # of other files, whose ids are computed from all their bytes
@@ -59,27 +59,27 @@ class Overlap:
 
     def sentences(self) -> list[str]:
         """What is to be said of it; empty where nothing is."""
-        found = []
+        sentences = []
         if self.known:
-            found.append(
+            sentences.append(
                 f"{self.known:,} of {self.queries:,} queries are also in the reference, byte for "
                 "byte: none of them votes for itself"
             )
         if self.known is None:
-            found.append(
+            sentences.append(
                 "the reference is too large to look for the queries in it beforehand; an image "
                 "that is in both does not vote for itself"
             )
         if self.lacking:
-            found.append(
+            sentences.append(
                 f"the reference has no image of {listed(self.lacking)}: {self.unanswerable:,} of "
                 f"{self.queries:,} queries are of these classes and count as wrong"
             )
         if self.numbered:
-            found.append(
+            sentences.append(
                 "classes have no names: equal numbers are taken for the same class in both sets"
             )
-        return found
+        return sentences
 
 
 def shared_classes(sets: Sequence[tuple[str, ShardSet]]) -> Classes:
@@ -118,24 +118,24 @@ def overlap_of(reference: tuple[str, ShardSet], queries: tuple[str, ShardSet]) -
         ids += [name for name, label in zip(names, labels.tolist(), strict=False) if label >= 0]
         asked.append(labels)
     votes = np.zeros(0, np.int64)
-    wanted, known = pa.array(ids, pa.string()), set[str]()
+    queried, known = pa.array(ids, pa.string()), set[str]()
     for names, labels in _columns(*reference, classes, comparable):
         votes = np.union1d(votes, labels[labels >= 0])
         labelled = pa.array(names, pa.string()).filter(pa.array(labels[: len(names)] >= 0))
-        known.update(labelled.filter(pc.is_in(labelled, value_set=wanted)).to_pylist())
-    found = Overlap.of(
+        known.update(labelled.filter(pc.is_in(labelled, value_set=queried)).to_pylist())
+    overlap = Overlap.of(
         classes,
         votes,
         np.concatenate(asked),
         sum(name in known for name in ids) if comparable else None,
     )
-    if found.queries and found.unanswerable == found.queries:
+    if overlap.queries and overlap.unanswerable == overlap.queries:
         raise DataError(
-            f"no class of {queries[0]} ({listed(found.lacking)}) has an image in {reference[0]}"
+            f"no class of {queries[0]} ({listed(overlap.lacking)}) has an image in {reference[0]}"
             + (f" ({listed(_names_of(classes, votes))})" if len(votes) else ""),
             hint="their names must be the same; no query could be classified right",
         )
-    return found
+    return overlap
 
 
 def _names_of(classes: Classes, labels: Labels) -> list[str]:
@@ -167,9 +167,9 @@ def _columns(
                     names = table.column(ids).to_pylist()
                 elif with_ids:
                     names = [image_id(x.as_py() or b"") for x in image_array(table.column(ids))]
-                found = np.full(len(table), -1, np.int64)
+                ids_of_rows = np.full(len(table), -1, np.int64)
                 if labels:
-                    found = (
+                    ids_of_rows = (
                         label_ids(table.column(labels[0]), columns.names).fill_null(-1).to_numpy()
                     )
-                yield names, classes.mapped(found, shards.class_names, what)
+                yield names, classes.mapped(ids_of_rows, shards.class_names, what)

@@ -14,7 +14,7 @@ from pipeline.errors import DataError, one_line
 from pipeline.images.bad_image import check_id
 from pipeline.shards.classes import label_ids
 from pipeline.shards.columns import image_id, is_ours
-from pipeline.shards.shards import ShardColumns, ShardSet, open_parquet
+from pipeline.shards.shard_set import ShardColumns, ShardSet, open_parquet
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.retry import with_retries
 
@@ -140,7 +140,7 @@ def values_of(array: pa.Array) -> list[memoryview]:
     wide = np.int64 if pa.types.is_large_binary(array.type) else np.int32
     ends = np.frombuffer(starts, wide)[array.offset : array.offset + len(array) + 1].tolist()
     view = memoryview(data if data is not None else b"")
-    found = [view[a:b] for a, b in pairwise(ends)]
+    values = [view[a:b] for a, b in pairwise(ends)]
     for row in np.flatnonzero(array.is_null()) if array.null_count else ():
-        found[row] = view[:0]
-    return found
+        values[row] = view[:0]
+    return values

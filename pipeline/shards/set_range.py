@@ -23,7 +23,7 @@ from pipeline.images.value_range import (
 )
 from pipeline.shards.columns import image_id
 from pipeline.shards.row_group import image_array
-from pipeline.shards.shards import ShardSet
+from pipeline.shards.shard_set import ShardSet
 
 FIRST = 8  # rows that tell whether a set has deep images
 PLACES = 4  # of a set that is not packed, in which deep images are looked at

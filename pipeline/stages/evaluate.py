@@ -15,7 +15,8 @@ from pipeline.evaluate.sets import remarks
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
-from pipeline.plan.plan import Plan, plan_of
+from pipeline.plan.plan import Plan
+from pipeline.plan.resume import plan_of
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train import state

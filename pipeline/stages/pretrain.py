@@ -13,7 +13,8 @@ from pipeline.driver import cluster
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.pair import Pair
-from pipeline.plan.plan import MAY_CHANGE, Plan, value_at
+from pipeline.plan.plan import Plan
+from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows

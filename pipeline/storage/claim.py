@@ -70,7 +70,7 @@ class _Claim:
 
 
 @dataclass
-class Held:
+class ClaimedFolder:
     """A folder that is ours to write in until `claimed` ends.
 
     Attributes:
@@ -129,7 +129,7 @@ class Held:
 
 
 @contextmanager
-def claimed(uri: str, owner: Owner, unfinished: Callable[[], bool]) -> Iterator[Held]:
+def claimed(uri: str, owner: Owner, unfinished: Callable[[], bool]) -> Iterator[ClaimedFolder]:
     """Inside, nobody else writes into the folder by these rules.
 
     The claim goes at the end. After an error it stays where shards of ours are not finished; after
@@ -144,24 +144,24 @@ def claimed(uri: str, owner: Owner, unfinished: Callable[[], bool]) -> Iterator[
         DataError: somebody else writes there, or was stopped while writing.
     """
     fs, folder = resolve_uri(uri)
-    held = Held(uri, fs, folder)
-    _settle(held, owner)
+    mine = ClaimedFolder(uri, fs, folder)
+    _settle(mine, owner)
     make_folder(fs, folder)
     try:
-        held._take(owner)
-        _settle(held, owner)  # who came at the same time
+        mine._take(owner)
+        _settle(mine, owner)  # who came at the same time
     except BaseException:
-        held._give_back(keep=False)
+        mine._give_back(keep=False)
         raise
     try:
-        yield held
+        yield mine
     except BaseException:
-        keep = held.begun
+        keep = mine.begun
         with contextlib.suppress(OSError, DataError):
             keep = keep and unfinished()
-        held._give_back(keep)
+        mine._give_back(keep)
         raise
-    held._give_back(keep=False)
+    mine._give_back(keep=False)
 
 
 def check_unclaimed(uri: str, owner: Owner) -> bool:
@@ -173,39 +173,41 @@ def check_unclaimed(uri: str, owner: Owner) -> bool:
     Raises:
         DataError: as `claimed` would.
     """
-    held = Held(uri, *resolve_uri(uri))
-    for info in _files(held.fs, held.folder):
-        _judged(held, info.path, owner, lambda claim: None)
-    return held.inherited
+    mine = ClaimedFolder(uri, *resolve_uri(uri))
+    for info in _files(mine.fs, mine.folder):
+        _judged(mine, info.path, owner, lambda claim: None)
+    return mine.inherited
 
 
 def _files(fs: pafs.FileSystem, folder: str) -> list[pafs.FileInfo]:
-    found = list_files(fs, folder, recursive=False)
-    return [info for info in found if _NAME.fullmatch(info.base_name)]
+    infos = list_files(fs, folder, recursive=False)
+    return [info for info in infos if _NAME.fullmatch(info.base_name)]
 
 
-def _settle(held: Held, owner: Owner) -> None:
+def _settle(mine: ClaimedFolder, owner: Owner) -> None:
     """Takes away claims of the same owner, and of dead processes that worked on the same source.
 
     Raises:
         DataError: another claim stands.
     """
-    for info in _files(held.fs, held.folder):
-        if info.path != held.path:
-            _judged(held, info.path, owner, lambda claim: delete_file(held.fs, claim.path))
+    for info in _files(mine.fs, mine.folder):
+        if info.path != mine.path:
+            _judged(mine, info.path, owner, lambda other: delete_file(mine.fs, other.path))
 
 
-def _judged(held: Held, path: str, owner: Owner, replaced: Callable[[_Claim], None]) -> None:
+def _judged(
+    mine: ClaimedFolder, path: str, owner: Owner, replaced: Callable[[_Claim], None]
+) -> None:
     """Calls `replaced` with a claim that the owner may take over; refuses another one."""
-    claim = _read(held.fs, path)
+    claim = _read(mine.fs, path)
     if claim is None:
         return
-    with _free(held.fs, claim) as free:
+    with _free(mine.fs, claim) as free:
         ours = free is not False and claim.owner == owner
         same_source = claim.owner is not None and claim.owner.source == owner.source
         if not (ours or (free is True and same_source)):
-            raise _refusal(held.uri, claim, now=free is False)
-        held.inherited |= same_source
+            raise _refusal(mine.uri, claim, now=free is False)
+        mine.inherited |= same_source
         replaced(claim)
 
 

@@ -107,7 +107,7 @@ class Mirror:
         for name in self.seen.keys() - there.keys():
             (self.path / name).unlink(missing_ok=True)
             del self.seen[name]
-        wanted = [
+        changed = [
             name
             for name, state in there.items()
             if not (self.path / name).is_file() or self.seen.get(name, {}).get("there") != state
@@ -118,11 +118,11 @@ class Mirror:
                 download(self.fs, f"{self.root}/{name}", temporary)
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(fetch, wanted))
-        for name in wanted:
+            list(pool.map(fetch, changed))
+        for name in changed:
             self.seen[name] = {"there": there[name], "here": _state(self.path / name)}
         self._remember()
-        return wanted
+        return changed
 
     def push(self) -> list[str]:
         """Uploads what has changed here; gives the names of those files.
@@ -135,13 +135,13 @@ class Mirror:
             for name in self._in_order():
                 with (
                     contextlib.suppress(FileNotFoundError),  # removed meanwhile
-                    self._held(name) as held,
+                    self._held(name) as link,
                 ):
-                    state = _state(held)
+                    state = _state(link)
                     if self.seen.get(name, {}).get("here") == state:
                         continue
                     # A journal grows all the time: what it has now are whole lines.
-                    upload(held, self.fs, f"{self.root}/{name}", state[0])
+                    upload(link, self.fs, f"{self.root}/{name}", state[0])
                     info = file_info(self.fs, f"{self.root}/{name}")
                     there = [int(info.size), int(info.mtime_ns or 0)]
                     self.seen[name] = {"there": there, "here": state}

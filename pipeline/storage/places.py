@@ -61,16 +61,16 @@ class _S3(pafs.S3FileSystem):  # type: ignore[misc]
     writer: pafs.FileSystem
 
 
-def _s3(found: pafs.S3FileSystem) -> _S3:
-    _, (options,) = found.__reduce__()  # what pyarrow read from the URI and the environment
+def _s3(plain: pafs.S3FileSystem) -> _S3:
+    _, (options,) = plain.__reduce__()  # what pyarrow read from the URI and the environment
     options = {**options, "connect_timeout": CONNECT_S, "request_timeout": ANSWER_S}
     once, several = (
         pafs.AwsStandardS3RetryStrategy(max_attempts=tries) for tries in (1, PART_TRIES)
     )
-    made = _S3(**options, retry_strategy=once)
+    filesystem = _S3(**options, retry_strategy=once)
     # A failed part alone is sent again, not the whole file.
-    made.writer = pafs.S3FileSystem(**options, retry_strategy=several)
-    return made
+    filesystem.writer = pafs.S3FileSystem(**options, retry_strategy=several)
+    return filesystem
 
 
 @functools.lru_cache(maxsize=64)  # an S3 client asks for the region of its bucket when made
@@ -158,20 +158,20 @@ def list_parquet(
     folder, _, pattern = path.rpartition("/")
     if "*" in pattern:
         infos = _files(fs, folder, uri, field, recursive=False)
-        found = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
+        tables = [i for i in infos if fnmatch.fnmatchcase(i.base_name, pattern)]
         root = folder
     else:
         infos = _files(fs, path, uri, field, recursive=True)
-        found = [i for i in infos if is_table(i.base_name) or i.path == path]
+        tables = [i for i in infos if is_table(i.base_name) or i.path == path]
         root = path
-    found = [i for i in found if not _hidden(i.path[len(root) :])]
-    if not found:
+    tables = [i for i in tables if not _hidden(i.path[len(root) :])]
+    if not tables:
         raise DataError(
             f"no parquet files under {public_uri(uri)}",
             hint=f"pack a folder of images first: python jobs/pack.py "
             f"data.source={public_uri(uri)} data.shards=shards/",
         )
-    return sorted(found, key=lambda info: str(info.path))
+    return sorted(tables, key=lambda info: str(info.path))
 
 
 def _files(

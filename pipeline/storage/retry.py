@@ -75,15 +75,15 @@ def with_retries(what: str, call: Callable[[], T], tries: int | None = None) -> 
         except StorageError:
             raise  # from a call inside this one, which has tried enough
         except OSError as error:
-            found = explain(what, error, attempt)
-            if found is None:
+            failure = explain(what, error, attempt)
+            if failure is None:
                 raise
-            if not found.passing or attempt == most:
-                raise found from error
+            if not failure.passing or attempt == most:
+                raise failure from error
             with _lock:
                 _count += 1
             if attempt == NAMED_AFTER:
-                log.warning("%s; trying again", found.what)
+                log.warning("%s; trying again", failure.what)
             longest = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (attempt - 1))
             time.sleep(longest * _jitter.uniform(0.5, 1.0))
     raise AssertionError("unreachable")

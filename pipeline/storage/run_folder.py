@@ -127,13 +127,13 @@ class RunFolder:
     def _mark(self, stage: str) -> dict[str, Any]:
         """What a stage's mark says; nothing where it is not ours or cut short."""
         try:
-            found = json.loads((self.stage(stage) / "_done.json").read_text())
+            content = json.loads((self.stage(stage) / "_done.json").read_text())
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return {}
         except (ValueError, RecursionError):
             return {}
-        whole = isinstance(found, dict) and isinstance(found.get("result"), dict)
-        return found if whole else {}
+        whole = isinstance(content, dict) and isinstance(content.get("result"), dict)
+        return content if whole else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

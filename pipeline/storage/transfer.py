@@ -75,12 +75,12 @@ def read_mark(fs: pafs.FileSystem, path: str) -> dict[str, Any]:
         StorageError: the storage failed, or refused.
     """
     try:
-        found = read_json(fs, path)
+        content = read_json(fs, path)
     except StorageError:
         raise
     except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 class _Patient(io.RawIOBase):
@@ -106,10 +106,10 @@ class _Patient(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self.bytes - self.at))
-        if not wanted:
+        size = min(len(buffer), max(0, self.bytes - self.at))
+        if not size:
             return 0
-        read = with_retries(f"reading {self.path}", lambda: self.file.read_at(wanted, self.at))
+        read = with_retries(f"reading {self.path}", lambda: self.file.read_at(size, self.at))
         buffer[: len(read)] = read
         self.at += len(read)
         return len(read)

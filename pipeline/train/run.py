@@ -18,7 +18,8 @@ from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.heartbeat import doing
 from pipeline.images.value_range import FULL, ValueRange, shown
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, changes, plan_of, resolve
+from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.resume import changes, plan_of
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import delete_file, resolve_uri

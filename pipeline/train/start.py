@@ -17,7 +17,8 @@ from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensor
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
-from pipeline.plan.plan import Plan, plan_of
+from pipeline.plan.plan import Plan
+from pipeline.plan.resume import plan_of
 from pipeline.train import build, state
 from pipeline.train.build import pair
 from pipeline.train.objective import Objective

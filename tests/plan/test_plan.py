@@ -15,18 +15,8 @@ from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
 from pipeline.errors import ConfigError, TrainError
 from pipeline.plan.layout import READ_CPUS, Machine
-from pipeline.plan.plan import (
-    CHUNK_BYTES,
-    ENCODED_BYTES,
-    MAY_CHANGE,
-    WINDOW_BYTES,
-    Plan,
-    changes,
-    plan_of,
-    resolve,
-    value_at,
-    view_bytes,
-)
+from pipeline.plan.plan import CHUNK_BYTES, ENCODED_BYTES, WINDOW_BYTES, Plan, resolve, view_bytes
+from pipeline.plan.resume import MAY_CHANGE, changes, plan_of, value_at
 from pipeline.stream import feeder
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())

@@ -22,7 +22,7 @@ from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, wri
 from pipeline.pack.merge import shard_of
 from pipeline.shards.columns import MANIFEST
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.claim import Held, Owner, check_unclaimed, claimed
+from pipeline.storage.claim import ClaimedFolder, Owner, check_unclaimed, claimed
 from pipeline.storage.places import exists, list_files, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import read_mark, write_bytes_atomic
@@ -214,7 +214,7 @@ def _owned(shards: str, root: Place, source: str) -> tuple[str, bool]:
     return theirs if made_here and about else source, made_here
 
 
-def _make_ready(claim: Held, root: Place, source: str, key: str, step: str) -> None:
+def _make_ready(claim: ClaimedFolder, root: Place, source: str, key: str, step: str) -> None:
     """Takes away older shards that may be replaced; what was begun under the same key stays.
 
     Args:
