@@ -16,19 +16,19 @@ from pipeline.images.bad_image import check_id
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardColumns
 from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunk
-from pipeline.stream.reader import Portion
+from pipeline.stream.reader import EncodedImages
 from pipeline.views.crops import CropSpec
 from pipeline.views.photometric import PhotometricSpec
 
 IMAGES, REPEATS = 24, 3
 
 
-def portion(folder: Path) -> Portion:
+def portion(folder: Path) -> EncodedImages:
     """The first images of a folder, as a read task deals them out."""
     files = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     encoded = [file.read_bytes() for file in files[:IMAGES]]
     ids = [list(bytes.fromhex(image_id(item))) for item in encoded]
-    return Portion(
+    return EncodedImages(
         pass_index=0,
         start=0,
         image_ids=np.array(ids, np.uint8),

@@ -175,7 +175,7 @@ def bare(reading: Reading, spec: StreamSpec, warm_up: int, images: int) -> Figur
     def work(share: int) -> None:
         torch.set_num_threads(1)
         mine = reading.tasks(0, 1 << 12)[share::PROCESSES]
-        for portion in read_portions(mine, spec.columns, spec.seed, spec.portion):
+        for portion in read_portions(mine, spec.columns, spec.seed, spec.portion_images):
             for chunk in make_chunks(portion, spec):
                 with done:
                     done.value += len(chunk["labels"])

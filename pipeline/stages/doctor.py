@@ -64,8 +64,8 @@ class Memory:
         """From the mean size of an encoded image."""
         return cls(
             plan.chunk_images * plan.view_bytes,
-            spec.portion * image_bytes,
-            spec.portion * plan.view_bytes,
+            spec.portion_images * image_bytes,
+            spec.portion_images * plan.view_bytes,
             window_images * image_bytes,
         )
 
@@ -209,7 +209,7 @@ def _prediction(plan: Plan, machine: Machine, needs: Needs) -> None:
 def _memory(plan: Plan, spec: StreamSpec, memory: Memory, store: float) -> None:
     result_line(
         "memory",
-        f"chunk {plan.chunk_images:,} images, {size_of(memory.chunk)}; portion {spec.portion:,} "
+        f"chunk {plan.chunk_images:,} images, {size_of(memory.chunk)}; portion {spec.portion_images:,} "
         f"images, {size_of(memory.portion_encoded)} encoded and {size_of(memory.portion_crops)} of "
         "crops; "
         f"window {size_of(memory.window)}, two in each read task",

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.images.decode import REASONS, BadImage, decode_shrunk, image_size
 from pipeline.shards.shards import ShardColumns
-from pipeline.stream.reader import Portion
+from pipeline.stream.reader import EncodedImages
 from pipeline.stream.rows import row_at, row_of
 from pipeline.views.crops import (
     CropSpec,
@@ -53,7 +53,7 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What read and decode tasks need beside their piece or portion; small whatever the set is."""
+    """What read and decode tasks need beside their slice or portion; small whatever the set is."""
 
     columns: ShardColumns
     seed: int
@@ -69,7 +69,7 @@ class StreamSpec:
     store_bytes: float = math.inf  # of the object store, for each decoder
 
     @property
-    def portion(self) -> int:
+    def portion_images(self) -> int:
         """Images of one decode task: whole chunks, about PORTION_BYTES of what is larger: crops, or
         encoded images eight times, since more of those wait. Less in a small object store, since a
         task that runs is not held back: its crops would be spilled.
@@ -79,7 +79,7 @@ class StreamSpec:
         return self.chunk * max(1, int(limit // (self.chunk * largest)))
 
 
-def make_chunks(portion: Portion, spec: StreamSpec) -> Iterator[Chunk]:
+def make_chunks(portion: EncodedImages, spec: StreamSpec) -> Iterator[Chunk]:
     """The portion's chunks in order. Bad images stay in place with `valid` false and a reason."""
     share = portion.read_s / len(portion)
     for first in range(0, len(portion), spec.chunk):
@@ -119,7 +119,7 @@ class Draws:
     shrinks: np.ndarray  # [B]
 
 
-def draw(portion: Portion, first: int, last: int, spec: StreamSpec) -> Draws:
+def draw(portion: EncodedImages, first: int, last: int, spec: StreamSpec) -> Draws:
     """Boxes, flips, colour numbers and masks of images `first` to `last` (out) of a portion."""
     crops, count = spec.crops, last - first
     image_ids = portion.image_ids[first:last]
@@ -159,7 +159,7 @@ def _shrinks(boxes: np.ndarray, spec: StreamSpec) -> np.ndarray:
     return np.ones(boxes.shape[:-2], np.int64)
 
 
-def make_chunk(portion: Portion, first: int, last: int, spec: StreamSpec) -> Chunk:
+def make_chunk(portion: EncodedImages, first: int, last: int, spec: StreamSpec) -> Chunk:
     """Decodes and cuts images `first` to `last` (out) of a portion.
 
     Returns:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.driver.mailbox import Mailbox
-from pipeline.stream.reader import Portion, Reading, ReadTask, read_portions
+from pipeline.stream.reader import EncodedImages, Reading, ReadTask, read_portions
 
 READ_WINDOWS = 16  # of the order in one read task
 # Read tasks of one Ray Data execution; each costs a millisecond before the first one starts.
@@ -69,7 +69,7 @@ class _Read:
         spec = ray.get(self.spec)
         for row in table.to_pylist():
             tasks = ray.get(self.feeder.read_tasks.remote(row["first"], row["last"]))
-            for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion):
+            for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion_images):
                 yield portion.table()
 
 
@@ -94,7 +94,7 @@ class _Decode:
         from pipeline.stream.decoder import chunk_table, make_chunks
 
         for row in range(table.num_rows):
-            portion = Portion.of(table, row)
+            portion = EncodedImages.of(table, row)
             for chunk in make_chunks(portion, self.spec):
                 yield chunk_table(chunk)
             place = portion.pass_index, portion.start

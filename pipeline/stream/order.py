@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Piece:
+class WindowSlice:
     """The work of one read task: positions `start` to `stop` of one window of one pass.
 
     It holds all that is needed to find its rows, so it is small however large the set is.
@@ -57,18 +57,18 @@ class ReadingOrder:
         """Steps in a pass; the remainder of the rows is not used in this pass."""
         return int(self.group_rows.sum()) // self.global_batch
 
-    def pieces(self, first_step: int, last_step: int) -> list[Piece]:
+    def slices(self, first_step: int, last_step: int) -> list[WindowSlice]:
         """Read tasks for steps `first_step` (in) to `last_step` (out), in order.
 
         Time and memory grow with the row groups of the set (one permutation a pass) and with the
         windows asked for.
         """
-        found: list[Piece] = []
+        found: list[WindowSlice] = []
         step = first_step
         while step < last_step:
             pass_index, begin = divmod(step, self.steps_per_pass)
             end = min(self.steps_per_pass, begin + last_step - step)
-            found += self._pass_pieces(
+            found += self._pass_slices(
                 pass_index, begin * self.global_batch, end * self.global_batch
             )
             step += end - begin
@@ -84,7 +84,7 @@ class ReadingOrder:
             self._passes[pass_index] = order, starts
         return self._passes[pass_index]
 
-    def _pass_pieces(self, pass_index: int, first: int, last: int) -> list[Piece]:
+    def _pass_slices(self, pass_index: int, first: int, last: int) -> list[WindowSlice]:
         order, starts = self._groups_of(pass_index)
         used = self.steps_per_pass * self.global_batch
         found = []
@@ -93,7 +93,7 @@ class ReadingOrder:
             a = int(np.searchsorted(starts, low, side="right")) - 1
             b = int(np.searchsorted(starts, high, side="left"))
             found.append(
-                Piece(
+                WindowSlice(
                     pass_index=pass_index,
                     window=window,
                     window_start=low,
@@ -114,14 +114,17 @@ def layout_of(group_rows: Ints) -> str:
     return blake2b(rows.tobytes(), digest_size=8).hexdigest()
 
 
-def piece_rows(piece: Piece, seed: int) -> tuple[Ints, Ints]:
-    """The piece's rows in order: for each, which of the piece's groups, and its place in it."""
-    size = piece.window_stop - piece.window_start
-    shuffle = keyed(seed, piece.pass_index, "window", piece.window).permutation(size)
-    part = shuffle[piece.start - piece.window_start : piece.stop - piece.window_start]
-    positions = piece.window_start + part
-    at = np.searchsorted(piece.group_starts, positions, side="right") - 1
-    return at, positions - piece.group_starts[at]
+def slice_rows(window_slice: WindowSlice, seed: int) -> tuple[Ints, Ints]:
+    """The slice's rows in order: for each, which of the slice's groups, and its place in it."""
+    size = window_slice.window_stop - window_slice.window_start
+    shuffle = keyed(seed, window_slice.pass_index, "window", window_slice.window).permutation(size)
+    part = shuffle[
+        window_slice.start - window_slice.window_start : window_slice.stop
+        - window_slice.window_start
+    ]
+    positions = window_slice.window_start + part
+    at = np.searchsorted(window_slice.group_starts, positions, side="right") - 1
+    return at, positions - window_slice.group_starts[at]
 
 
 def keyed(*key: int | str) -> np.random.Generator:

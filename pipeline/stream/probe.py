@@ -22,7 +22,7 @@ from pipeline.images.value_range import SAMPLE, Span, ValueRange, range_of
 from pipeline.shards.row_group import RowGroup, read_row_group
 from pipeline.shards.shards import ShardSet
 from pipeline.stream.decoder import StreamSpec, draw, make_chunk
-from pipeline.stream.reader import Portion, portion_of
+from pipeline.stream.reader import EncodedImages, encoded_images
 
 IMAGES = 1000
 SECONDS = 20.0
@@ -48,7 +48,7 @@ class Spread:
 class Sample:
     """Images of one file, encoded."""
 
-    portion: Portion
+    portion: EncodedImages
     read_ms: Spread  # an image, over the row groups
     read_bytes_per_s: Spread
 
@@ -119,7 +119,7 @@ def read_sample(
     which = np.repeat(np.arange(len(groups)), [len(group) for group in groups])[:images]
     places = np.concatenate([np.arange(len(group)) for group in groups])[:images]
     return Sample(
-        portion_of(groups, which, places),
+        encoded_images(groups, which, places),
         Spread.of([1000 * s / len(g) for s, g in zip(read_s, groups, strict=True)]),
         Spread.of([size / s for s, size in zip(read_s, sizes, strict=True)]),
     )
@@ -194,7 +194,7 @@ def _look(sample: Sample, spec: StreamSpec, step: int, seconds: float) -> tuple[
     )
 
 
-def _size(portion: Portion, i: int, spec: StreamSpec) -> tuple[int, int]:
+def _size(portion: EncodedImages, i: int, spec: StreamSpec) -> tuple[int, int]:
     """Height and width as the shard or the file says, 0 where neither does."""
     height, width = portion.sizes[i].tolist()
     if height and width:
@@ -213,7 +213,7 @@ def _span(encoded: bytes, spec: StreamSpec) -> Span | None:
 
 
 def _once(
-    portion: Portion, images: int, step: int, spec: StreamSpec, other: StreamSpec
+    portion: EncodedImages, images: int, step: int, spec: StreamSpec, other: StreamSpec
 ) -> tuple[float, ...]:
     """The fields of a `Timing`, in order.
 

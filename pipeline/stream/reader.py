@@ -22,7 +22,7 @@ from pipeline.images.bad_image import check_id
 from pipeline.shards.row_group import RowGroup, read_group
 from pipeline.shards.shards import ShardColumns, ShardSet
 from pipeline.storage.retry import retries
-from pipeline.stream.order import Ints, Piece, ReadingOrder, piece_rows
+from pipeline.stream.order import Ints, ReadingOrder, WindowSlice, slice_rows
 from pipeline.stream.rows import row_at, row_of
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
@@ -32,9 +32,9 @@ _READS_AT_ONCE = 4  # row groups of one window; storage that is far away likes s
 
 @dataclass(frozen=True)
 class ReadTask:
-    """A piece of the order, and where its row groups are: (path of the file, row group in it)."""
+    """A slice of the order, and where its row groups are: (path of the file, row group in it)."""
 
-    piece: Piece
+    window_slice: WindowSlice
     places: tuple[tuple[str, int], ...]
 
 
@@ -54,12 +54,12 @@ class Reading:
     def tasks(self, first_step: int, last_step: int) -> list[ReadTask]:
         """The read tasks for steps `first_step` (in) to `last_step` (out), in order."""
         found = []
-        for piece in self.order.pieces(first_step, last_step):
-            files = np.searchsorted(self._first_groups, piece.groups, side="right") - 1
-            inside = piece.groups - self._first_groups[files]
+        for window_slice in self.order.slices(first_step, last_step):
+            files = np.searchsorted(self._first_groups, window_slice.groups, side="right") - 1
+            inside = window_slice.groups - self._first_groups[files]
             places = zip(files.tolist(), inside.tolist(), strict=True)
             paths = tuple((self.shards.files[file].path, group) for file, group in places)
-            found.append(ReadTask(piece, paths))
+            found.append(ReadTask(window_slice, paths))
         return found
 
 
@@ -91,8 +91,8 @@ def group_rows(shards: ShardSet) -> Ints:
 
 
 @dataclass(frozen=True)
-class Portion:
-    """Consecutive positions of a pass, still encoded: the work of one decode task."""
+class EncodedImages:
+    """Consecutive positions of a pass, still encoded: a portion, the work of one decode task."""
 
     pass_index: int
     start: int  # position in the pass of the first image
@@ -130,7 +130,7 @@ class Portion:
         return row_of(head, {"encoded": self.encoded})
 
     @classmethod
-    def of(cls, table: pa.Table, row: int = 0) -> Portion:
+    def of(cls, table: pa.Table, row: int = 0) -> EncodedImages:
         """From a row of a block; the images are not copied."""
         head, large = row_at(table, row)
         return cls(**head, encoded=large["encoded"])
@@ -138,10 +138,10 @@ class Portion:
 
 def read_portions(
     tasks: Sequence[ReadTask], columns: ShardColumns, seed: int, portion: int
-) -> Iterator[Portion]:
-    """Fetches the row groups of pieces and deals their images out in order.
+) -> Iterator[EncodedImages]:
+    """Fetches the row groups of slices and deals their images out in order.
 
-    The next piece is fetched while this one is dealt out, so storage that is far away costs little.
+    The next slice is fetched while this one is dealt out, so storage that is far away costs little.
     Only where a window is larger than `AHEAD_BYTES` (a whole set that was not packed), one is held
     at a time.
 
@@ -149,7 +149,7 @@ def read_portions(
         tasks: what to read.
         columns: of the set.
         seed: of the run; it fixes the order inside a window.
-        portion: images of one portion; the last one of a piece may be shorter.
+        portion: images of one portion; the last one of a slice may be shorter.
 
     Raises:
         DataError: a file is gone or cannot be read.
@@ -169,13 +169,17 @@ def read_portions(
             overlap = more and sum(group.images.nbytes for group in groups) <= AHEAD_BYTES
             if overlap:
                 fetched = ahead.submit(fetch, tasks[n + 1])
-            which, rows = piece_rows(task.piece, seed)
+            which, rows = slice_rows(task.window_slice, seed)
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
-                piece = task.piece
-                found = portion_of(
-                    groups, which[part], rows[part], piece.pass_index, piece.start + at
+                window_slice = task.window_slice
+                found = encoded_images(
+                    groups,
+                    which[part],
+                    rows[part],
+                    window_slice.pass_index,
+                    window_slice.start + at,
                 )
                 before, counted = counted, retries()
                 yield replace(found, read_s=found.read_s + share, retries=counted - before)
@@ -184,9 +188,9 @@ def read_portions(
                 fetched = ahead.submit(fetch, tasks[n + 1])
 
 
-def portion_of(
+def encoded_images(
     groups: Sequence[RowGroup], which: Ints, rows: Ints, pass_index: int = 0, start: int = 0
-) -> Portion:
+) -> EncodedImages:
     """Copies the encoded images of some rows behind each other.
 
     Args:
@@ -205,7 +209,7 @@ def portion_of(
         return np.stack([getattr(groups[group], name)[row] for group, row in pairs])
 
     found = {name: column(name) for name in ("image_ids", "labels", "sizes")}
-    return Portion(
+    return EncodedImages(
         pass_index=pass_index,
         start=start,
         offsets=offsets,

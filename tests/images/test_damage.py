@@ -23,7 +23,7 @@ from pipeline.pack.pack import pack
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.stream.decoder import make_chunk
-from pipeline.stream.reader import portion_of, reading_of
+from pipeline.stream.reader import encoded_images, reading_of
 from tests.stream.test_reader import BATCH, spec_of
 
 IMAGES, FLIPPED = 24, (3, 17)
@@ -72,7 +72,7 @@ def test_training_drops_and_names_them_within_two_passes(good: Path) -> None:
     damaged = flip(good)
     shards = open_shards(str(good))
     groups = [read_row_group(shards, 0, g) for g in range(3)]
-    portion = portion_of(groups, np.repeat(np.arange(3), 8), np.tile(np.arange(8), 3))
+    portion = encoded_images(groups, np.repeat(np.arange(3), 8), np.tile(np.arange(8), 3))
     assert portion.named and type(portion).of(portion.table()).named
     spec = spec_of(reading_of(shards, seed=1, global_batch=BATCH, window=BATCH))
     bad = {}

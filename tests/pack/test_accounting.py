@@ -53,7 +53,9 @@ def expected(source: Source) -> list[Step]:
     reading, spec = source
     made = [
         Batch.from_chunk(chunk)
-        for portion in read_portions(reading.tasks(0, STEPS), spec.columns, spec.seed, spec.portion)
+        for portion in read_portions(
+            reading.tasks(0, STEPS), spec.columns, spec.seed, spec.portion_images
+        )
         for chunk in make_chunks(portion, spec)
     ]
     per_step = BATCH // CHUNK

@@ -411,14 +411,14 @@ def test_a_generator_with_state_is_noticed(
 def test_a_row_that_is_dealt_twice_is_noticed(
     hub: ShardSet, packed: ShardSet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original = order.piece_rows
+    original = order.slice_rows
 
-    def broken(piece: Any, seed: int) -> Any:
-        which, rows = original(piece, seed)
+    def broken(window_slice: Any, seed: int) -> Any:
+        which, rows = original(window_slice, seed)
         which[-1], rows[-1] = which[0], rows[0]
         return which, rows
 
-    monkeypatch.setattr("pipeline.stream.reader.piece_rows", broken)
+    monkeypatch.setattr("pipeline.stream.reader.slice_rows", broken)
     assert "an image came twice in a pass" in complaints(hub, packed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.stream.order import ReadingOrder, layout_of, piece_rows
+from pipeline.stream.order import ReadingOrder, layout_of, slice_rows
 
 GROUPS = np.asarray([7, 3, 11, 1, 20, 5, 9, 8])  # 64 rows
 
@@ -13,10 +13,12 @@ GROUPS = np.asarray([7, 3, 11, 1, 20, 5, 9, 8])  # 64 rows
 def flat(order: ReadingOrder, first: int, last: int) -> list[tuple[int, int, int]]:
     """(pass, group, row) of every position in order."""
     found = []
-    for piece in order.pieces(first, last):
-        which, rows = piece_rows(piece, order.seed)
-        groups = piece.groups[which]
-        found += [(piece.pass_index, int(g), int(r)) for g, r in zip(groups, rows, strict=True)]
+    for window_slice in order.slices(first, last):
+        which, rows = slice_rows(window_slice, order.seed)
+        groups = window_slice.groups[which]
+        found += [
+            (window_slice.pass_index, int(g), int(r)) for g, r in zip(groups, rows, strict=True)
+        ]
     return found
 
 
@@ -49,12 +51,12 @@ def test_passes_and_seeds_differ() -> None:
 
 def test_a_piece_has_its_groups_and_no_others() -> None:
     order = ReadingOrder(GROUPS, seed=3, global_batch=6, window=12)
-    for piece in order.pieces(2, 17):
-        which, rows = piece_rows(piece, order.seed)
-        assert len(rows) == piece.stop - piece.start
-        assert set(which) <= set(range(len(piece.groups)))
-        assert (rows < GROUPS[piece.groups[which]]).all()
-        assert piece.groups.base is None  # no view that would keep a whole pass in memory
+    for window_slice in order.slices(2, 17):
+        which, rows = slice_rows(window_slice, order.seed)
+        assert len(rows) == window_slice.stop - window_slice.start
+        assert set(which) <= set(range(len(window_slice.groups)))
+        assert (rows < GROUPS[window_slice.groups[which]]).all()
+        assert window_slice.groups.base is None  # no view that would keep a whole pass in memory
 
 
 def test_another_layout_is_another_order() -> None:

@@ -18,7 +18,7 @@ from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import reader as reading_module
 from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
-from pipeline.stream.reader import Portion, Reading, read_portions, reading_of
+from pipeline.stream.reader import EncodedImages, Reading, read_portions, reading_of
 from pipeline.views.batch import Batch, Work
 from pipeline.views.crops import CropSpec
 from pipeline.views.photometric import PhotometricSpec
@@ -53,7 +53,7 @@ def spec_of(reading: Reading) -> StreamSpec:
     )
 
 
-def portions(reading: Reading, size: int) -> list[Portion]:
+def portions(reading: Reading, size: int) -> list[EncodedImages]:
     tasks = reading.tasks(0, 2 * reading.order.steps_per_pass)
     return list(read_portions(tasks, reading.shards.columns, 1, size))
 
@@ -63,7 +63,7 @@ def test_each_image_is_where_the_order_says(tmp_path: Path, size: int) -> None:
     images: list[bytes | None] = [picture(i) for i in range(IMAGES)]
     images[3] = None
     reading = hub(tmp_path, images)
-    found = [Portion.of(p.table()) for p in portions(reading, size)]
+    found = [EncodedImages.of(p.table()) for p in portions(reading, size)]
     assert max(map(len, found)) == min(size, IMAGES)  # the window of a hub set is the set
     position = 0
     for portion in found:
@@ -79,9 +79,11 @@ def test_each_image_is_where_the_order_says(tmp_path: Path, size: int) -> None:
 def test_images_are_not_copied_when_a_row_group_or_a_block_is_opened() -> None:
     array = pa.array([b"abc" * 1000, b"def"], pa.binary())
     assert image_array(pa.chunked_array([array])).buffers()[2].address == array.buffers()[2].address
-    table = Portion(0, 0, *(np.zeros(0),) * 4, encoded=b"x" * 4096, read_s=0.0, retries=0).table()
+    table = EncodedImages(
+        0, 0, *(np.zeros(0),) * 4, encoded=b"x" * 4096, read_s=0.0, retries=0
+    ).table()
     inside = table.column("encoded").chunk(0).buffers()[2]
-    portion = Portion.of(table)
+    portion = EncodedImages.of(table)
     assert np.frombuffer(portion.encoded, np.uint8).ctypes.data == inside.address
 
 

@@ -182,4 +182,4 @@ def test_the_portion_of_a_decode_task(image_bytes: float, store: float, images: 
         image_bytes=image_bytes,
         store_bytes=store,
     )
-    assert whole.portion == images
+    assert whole.portion_images == images

@@ -96,7 +96,7 @@ def shard(folder: Path, files: list[bytes], channels: int) -> tuple[Reading, Str
 def chunks(reading: Reading, spec: StreamSpec) -> Iterator[tuple[int, Chunk]]:
     """A second pass too: the numbers of a pass are its own."""
     tasks = reading.tasks(0, 2 * spec.steps_per_pass)
-    for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion):
+    for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion_images):
         for chunk in make_chunks(portion, spec):
             yield portion.pass_index, chunk
 
