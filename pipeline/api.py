@@ -108,15 +108,15 @@ def sized(name: str, **changes: Any) -> BackboneSpec:
     Raises:
         PipelineError: no such size.
     """
-    found = _NAME.fullmatch(name)
-    if not found or found[1] not in SIZES:
+    match = _NAME.fullmatch(name)
+    if not match or match[1] not in SIZES:
         raise PipelineError(
             f"no size {name!r}", f"give one of {', '.join(SIZES)} and a patch size, e.g. vits14"
         )
-    width, depth, heads = SIZES[found[1]]
-    patch = int(found[2])
+    width, depth, heads = SIZES[match[1]]
+    patch = int(match[2])
     # g has the gated feed-forward in every published model (DINOv2 paper, table 17).
-    ffn = "swiglu" if found[1] == "vitg" else "mlp"
+    ffn = "swiglu" if match[1] == "vitg" else "mlp"
     spec = BackboneSpec(
         image_size=224 // patch * patch,
         patch_size=patch,

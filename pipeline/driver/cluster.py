@@ -207,8 +207,8 @@ def submission() -> dict[str, str]:
 
 def _job_config() -> dict[str, Any]:
     """What `ray job submit` gives the processes that it starts."""
-    found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return found
+    config: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return config
 
 
 class Seen(NamedTuple):
@@ -225,14 +225,14 @@ def seen_nodes() -> dict[str, Seen]:
 
     here = ray.get_runtime_context().get_node_id()
     draining = state.get_draining_nodes() or {}
-    found = {}
+    seen = {}
     for node in ray.nodes():
         if node["Alive"]:
             has, key = node["Resources"], node["NodeID"]
             memory = float(has.get("memory", 0.0))
             room = Node(has.get("CPU", 0.0), has.get("GPU", 0.0), key == here, memory)
-            found[key] = Seen(room, key in draining)
-    return found
+            seen[key] = Seen(room, key in draining)
+    return seen
 
 
 def machine() -> Machine:

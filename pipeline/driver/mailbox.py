@@ -117,13 +117,13 @@ class Mailbox:
 
 
 def _taken(waiting: queue.SimpleQueue[T], timeout: float) -> list[T]:
-    found: list[T] = []
+    messages: list[T] = []
     try:
-        found.append(waiting.get(timeout=timeout))
+        messages.append(waiting.get(timeout=timeout))
         while True:
-            found.append(waiting.get_nowait())
+            messages.append(waiting.get_nowait())
     except queue.Empty:
-        return found
+        return messages
 
 
 class RemoteLines(logging.Handler):

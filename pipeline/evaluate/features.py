@@ -36,11 +36,11 @@ def embed(
     Returns:
         float32 [N, D] on the CPU, in the order of the images.
     """
-    found = []
+    features = []
     with inference(backbone, device, dtype):
         for batch in images:
-            found.append(backbone(normalise(batch, mean, std, device)).float().cpu())
-    return torch.cat(found) if found else torch.zeros(0, int(getattr(backbone, "width", 0)))
+            features.append(backbone(normalise(batch, mean, std, device)).float().cpu())
+    return torch.cat(features) if features else torch.zeros(0, int(getattr(backbone, "width", 0)))
 
 
 def normalise(

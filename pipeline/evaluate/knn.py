@@ -113,12 +113,12 @@ def nearest(
     part = max(1, SIMILARITIES_AT_ONCE // len(reference))
     values, rows = [], []
     for start in range(0, len(queries), part):
-        some = queries[start : start + part].to(reference.device).double()
-        similarities = functional.normalize(some, dim=1) @ transposed
+        block = queries[start : start + part].to(reference.device).double()
+        similarities = functional.normalize(block, dim=1) @ transposed
         if leave_one_out:
             similarities.diagonal(start).fill_(-torch.inf)
         if same is not None:
-            similarities[same.within(start, start + len(some))] = -torch.inf
+            similarities[same.within(start, start + len(block))] = -torch.inf
         top = similarities.topk(k, dim=1)
         values.append(top.values)
         rows.append(top.indices)
@@ -203,10 +203,10 @@ def knn_classify(
     correct = dict.fromkeys(ks, 0)
     part = max(1, SIMILARITIES_AT_ONCE // classes)  # the votes are [Q, C]
     for start in range(0, len(rows), part):
-        some = slice(start, start + part)
-        votes = knn_votes(similarities[some], labels[some], classes, ks, temperature)
-        truth = query_labels[some].to(rows.device)
-        any_vote = similarities[some, 0].isfinite()
+        block = slice(start, start + part)
+        votes = knn_votes(similarities[block], labels[block], classes, ks, temperature)
+        truth = query_labels[block].to(rows.device)
+        any_vote = similarities[block, 0].isfinite()
         for number, vote in votes.items():
             correct[number] += int(((vote.argmax(1) == truth) & any_vote).sum())
     return {number: hits / len(rows) for number, hits in correct.items()}

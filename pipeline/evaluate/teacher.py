@@ -169,13 +169,13 @@ class Evaluator:
 
         first = (queries.labels >= 0).nonzero()[:SHOWN, 0]
         voters = (reference.labels >= 0).nonzero()[:, 0]
-        _, found = nearest(
+        _, nearest_rows = nearest(
             reference.features[voters],
             queries.features[first],
             SHOWN - 1,
             same=SameImages.of(reference.ids[voters.numpy()], queries.ids[first.numpy()]),
         )
-        rows = voters[found]
+        rows = voters[nearest_rows]
         correct = (reference.labels[rows] == queries.labels[first, None]).numpy()
         shown = np.asarray([images(kept[1], row) for row in rows.tolist()])
         return neighbours_grid(np.asarray(images(kept[0], first.tolist())), shown, correct)
@@ -218,9 +218,9 @@ class Evaluator:
                 yield part.images
 
         dtype = torch.bfloat16 if spec.half else torch.float32
-        found = embed(backbone, images(), spec.mean, spec.std, self.device, dtype)
+        vectors = embed(backbone, images(), spec.mean, spec.std, self.device, dtype)
         return LabelledFeatures(
-            found, torch.from_numpy(np.concatenate(labels)), np.concatenate(ids)
+            vectors, torch.from_numpy(np.concatenate(labels)), np.concatenate(ids)
         )
 
     def parts(self, shards: ShardSet, limit: int | None) -> Iterator[LabelledImages]:
@@ -310,8 +310,8 @@ def _rows(shards: ShardSet, seed: int, limit: int | None) -> Iterator[tuple[RowG
     first = 0
     for file_index, file in enumerate(shards.files):
         for group, count in enumerate(file.row_groups):
-            wanted = rows[(rows >= first) & (rows < first + count)] - first
+            inside = rows[(rows >= first) & (rows < first + count)] - first
             first += count
-            if len(wanted):
+            if len(inside):
                 table = read_row_group(shards, file_index, group)
-                yield from ((table, row) for row in wanted.tolist())
+                yield from ((table, row) for row in inside.tolist())

@@ -61,8 +61,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, pieces: Pieces, terms: int, temperature: float) -> Tensor:
         sums = torch.zeros(terms, dtype=torch.float32, device=logits.device)
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(logits) if wanted else None
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(logits) if needs_gradient else None
         spans: list[tuple[slice, int]] = []
         for rows, target, weight, term in pieces():
             scaled = logits[rows].float() / temperature

@@ -111,9 +111,9 @@ def _prototypes(logits: Sequence[Tensor], temperature: float) -> int:
     """K of logits `[N, K]` of each micro batch."""
     shapes = [list(x.shape) for x in logits]
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
-        found = list(logits.shape) if isinstance(logits, Tensor) else shapes
+        got = list(logits.shape) if isinstance(logits, Tensor) else shapes
         raise PipelineError(
-            f"teacher logits {found}, expected a list of [N, K], one a micro batch, of one K",
+            f"teacher logits {got}, expected a list of [N, K], one a micro batch, of one K",
             "put the logits of a single micro batch into a list: [logits]",
         )
     if not temperature > 0:

@@ -86,10 +86,10 @@ def fit(backbone: VisionTransformer, weights: Weights, source: str, resize: bool
     """
     expected = backbone.state_dict()
     state = dict(weights.state)
-    wanted, found = expected["pos_embed"], state.get("pos_embed")
-    if resize and found is not None and found.shape != wanted.shape and _square(found):
-        side = math.isqrt(wanted.shape[1] - 1)
-        state["pos_embed"] = resized_position(found, side, backbone.interpolate_antialias)
+    ours, theirs = expected["pos_embed"], state.get("pos_embed")
+    if resize and theirs is not None and theirs.shape != ours.shape and _square(theirs):
+        side = math.isqrt(ours.shape[1] - 1)
+        state["pos_embed"] = resized_position(theirs, side, backbone.interpolate_antialias)
     problems = [_listed("missing", [n for n in expected if n not in state])]
     problems += [_listed("unknown", [n for n in state if n not in expected])]
     problems += _shapes(state, expected)
@@ -129,7 +129,10 @@ def fold(names: list[str]) -> list[str]:
         numbers.setdefault(f"blocks.#.{block[2]}" if block else name, []).extend(
             [int(block[1])] if block else []
         )
-    return [name.replace("#", _ranges(sorted(found)), 1) for name, found in numbers.items()]
+    return [
+        name.replace("#", _ranges(sorted(block_numbers)), 1)
+        for name, block_numbers in numbers.items()
+    ]
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -155,8 +158,8 @@ def _shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list
             key = (block[2] if block else name, tuple(x.shape), tuple(expected[name].shape))
             groups.setdefault(key, []).append(name)
     return [
-        f"{fold(names)[0]} is {found}, expected {wanted}"
-        for (_, found, wanted), names in groups.items()
+        f"{fold(names)[0]} is {got}, expected {expected_shape}"
+        for (_, got, expected_shape), names in groups.items()
     ]
 
 

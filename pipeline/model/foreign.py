@@ -56,11 +56,11 @@ class ForeignBackbone(nn.Module):
             PipelineError: patches are asked for and there are none.
         """
         with _keyed(generator if self.training else None, inputs[0].device):
-            found = [self.features(x, mask) for x, mask in zip(inputs, masks, strict=True)]
-        cls = torch.cat([each for each, _ in found])
+            encoded = [self.features(x, mask) for x, mask in zip(inputs, masks, strict=True)]
+        cls = torch.cat([each for each, _ in encoded])
         if not len(masked):
             return cls
-        patches = found[0][1] if self.has_patches else None
+        patches = encoded[0][1] if self.has_patches else None
         if patches is None:
             raise PipelineError(
                 "iBOT needs patch tokens that can be hidden, and this encoder has none",
@@ -294,22 +294,26 @@ def fit_foreign(
         PipelineError: with every missing and unexpected name and every other shape.
     """
     expected = backbone.state_dict()
-    given = {k if k in expected else f"module.{k}": v for k, v in state.items()}
-    head = {k for k in given if k.startswith(("module.head.", "module.fc.", "module.classifier."))}
+    tensors = {k if k in expected else f"module.{k}": v for k, v in state.items()}
+    head = {
+        k for k in tensors if k.startswith(("module.head.", "module.fc.", "module.classifier."))
+    }
     left_out = sorted(head - set(expected))
-    given = {k: v for k, v in given.items() if k not in left_out}
-    if "mask_token" in expected and "mask_token" not in given:
-        given["mask_token"] = expected["mask_token"]  # only training with masks has one
-    position, wanted = (x.get("module.pos_embed") for x in (given, expected))
-    grid = position is not None and wanted is not None and position.shape != wanted.shape
+    tensors = {k: v for k, v in tensors.items() if k not in left_out}
+    if "mask_token" in expected and "mask_token" not in tensors:
+        tensors["mask_token"] = expected["mask_token"]  # only training with masks has one
+    position, own_position = (x.get("module.pos_embed") for x in (tensors, expected))
+    grid = (
+        position is not None and own_position is not None and position.shape != own_position.shape
+    )
     if grid and resize and isinstance(backbone, TimmBackbone):
-        given["module.pos_embed"] = backbone.resized_position(given["module.pos_embed"])
+        tensors["module.pos_embed"] = backbone.resized_position(tensors["module.pos_embed"])
         grid = False
-    problems = [f"missing {k}" for k in expected if k not in given]
-    problems += [f"unexpected {k}" for k in given if k not in expected]
+    problems = [f"missing {k}" for k in expected if k not in tensors]
+    problems += [f"unexpected {k}" for k in tensors if k not in expected]
     problems += [
         f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in given.items()
+        for k, v in tensors.items()
         if k in expected and v.shape != expected[k].shape
     ]
     if problems:
@@ -319,8 +323,8 @@ def fit_foreign(
             if grid and len(problems) == 1
             else "name the model that these weights are of in model.encoder",
         )
-    backbone.load_state_dict(given)
-    return f"{len(given)} tensors, {len(left_out)} of a classifier left out"
+    backbone.load_state_dict(tensors)
+    return f"{len(tensors)} tensors, {len(left_out)} of a classifier left out"
 
 
 def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:

@@ -86,8 +86,8 @@ def read_spec(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / CONFIG
     if not path.is_file():
         return None
-    found = read_json(path).get(OURS)
-    return found if isinstance(found, dict) else None
+    spec = read_json(path).get(OURS)
+    return spec if isinstance(spec, dict) else None
 
 
 @torch.no_grad()

@@ -56,8 +56,8 @@ def parameter_groups(
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        head, _, rest = name.partition(".")
-        inside = rest if head in children else name
+        head, _, within = name.partition(".")
+        inside = within if head in children else name
         # A head's `mlp` must not meet the backbone's rules by accident: it has no blocks, so its
         # factor is 1.
         lr, decay, is_last = multipliers(inside, depth, layerwise_decay, patch_embed_lr_multiplier)

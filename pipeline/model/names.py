@@ -92,14 +92,14 @@ def to_huggingface(state: Mapping[str, Tensor]) -> State:
         if block is None:
             out[_renamed(name, _HUB)] = x
             continue
-        number, rest = block.groups()
+        number, within = block.groups()
         prefix = f"encoder.layer.{number}."
-        if rest.startswith("attn.qkv."):
-            kind = rest.rpartition(".")[2]
+        if within.startswith("attn.qkv."):
+            kind = within.rpartition(".")[2]
             for part, third in zip(_QKV, x.chunk(3), strict=True):
                 out[f"{prefix}{part}.{kind}"] = third
         else:
-            out[prefix + _renamed(rest, _HUB_BLOCK)] = x
+            out[prefix + _renamed(within, _HUB_BLOCK)] = x
     return out
 
 
@@ -121,12 +121,12 @@ def from_huggingface(state: Mapping[str, Tensor]) -> tuple[State, str]:
         if block is None:
             out[_renamed(name, _OURS)] = x
             continue
-        number, rest = block.groups()
-        part, _, kind = rest.rpartition(".")
+        number, within = block.groups()
+        part, _, kind = within.rpartition(".")
         if part in _QKV:
             thirds.setdefault(f"blocks.{number}.attn.qkv.{kind}", {})[part] = x
         else:
-            out[f"blocks.{number}.{_renamed(rest, _OURS_BLOCK)}"] = x
+            out[f"blocks.{number}.{_renamed(within, _OURS_BLOCK)}"] = x
     for name, parts in thirds.items():
         if len(parts) == 3:
             out[name] = torch.cat([parts[part] for part in _QKV])
@@ -204,8 +204,8 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
     """The longest left part of a name that the table has, replaced."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
-        if (found := table.get(".".join(parts[:length]))) is not None:
-            return ".".join([found, *parts[length:]])
+        if (renamed := table.get(".".join(parts[:length]))) is not None:
+            return ".".join([renamed, *parts[length:]])
     return name
 
 

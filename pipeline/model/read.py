@@ -83,22 +83,22 @@ def _named(state: Mapping[str, Any], path: Path, otherwise: str) -> Weights:
     if any("embeddings.cls_token" in name for name in state):
         return Weights(*_ordered(from_huggingface(state), "Hugging Face"))
     if "reg_token" in state or (otherwise == "timm" and "mask_token" not in state):
-        found, origin = from_timm(state), "timm"
+        converted, origin = from_timm(state), "timm"
     else:
-        found = from_checkpoint(state)
+        converted = from_checkpoint(state)
         origin = f"dinov2 {path.suffix}"
-    if not {"cls_token", "patch_embed.proj.weight"} <= found[0].keys():
-        names = list(found[0] or state)
+    if not {"cls_token", "patch_embed.proj.weight"} <= converted[0].keys():
+        names = list(converted[0] or state)
         raise PipelineError(
             f"{path} holds no backbone: {len(names)} names, such as {', '.join(names[:4])}; "
             "expected cls_token, patch_embed.proj.weight and blocks.*",
             EXPECTED,
         )
-    return Weights(*_ordered(found, origin))
+    return Weights(*_ordered(converted, origin))
 
 
-def _ordered(found: tuple[State, str], origin: str) -> tuple[State, str, str]:
-    return found[0], origin, found[1]
+def _ordered(converted: tuple[State, str], origin: str) -> tuple[State, str, str]:
+    return converted[0], origin, converted[1]
 
 
 def _load_torch(path: Path) -> Mapping[str, Any]:
@@ -174,8 +174,8 @@ def spec_from(kind: type[Spec], values: Mapping[str, Any], path: Path) -> Spec:
                 "a network can have",
                 "put the file back, or export the run again",
             )
-    found: Spec = kind(**chosen)
-    return found
+    spec: Spec = kind(**chosen)
+    return spec
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -185,9 +185,9 @@ def read_json(path: Path) -> dict[str, Any]:
         PipelineError: the file holds something else.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise PipelineError(f"{path} is no JSON: {error}", "copy or export it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise PipelineError(f"{path} holds no JSON object", "copy or export it again")
-    return found
+    return content

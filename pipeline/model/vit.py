@@ -271,19 +271,19 @@ class VisionTransformer(nn.Module):
         and CLS `[B, D]`.
         """
         depth = len(self.blocks)
-        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        layers = range(depth - n, depth) if isinstance(n, int) else n
         rows, columns = (size // self.patch_size for size in x.shape[-2:])
         tokens = self.tokens(x)
         shape = tokens.shape
         flat = tokens.flatten(0, 1)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        outputs: dict[int, tuple[Tensor, Tensor]] = {}
         for number, block in enumerate(self.blocks):
             flat = block(flat, ((shape[0], shape[1]),))
-            if number in wanted:
+            if number in layers:
                 out = (self.norm(flat) if norm else flat).view(shape)
                 patches = out[:, 1 + self.registers :].transpose(1, 2)
-                found[number] = (patches.unflatten(2, (rows, columns)), out[:, 0])
-        return [found[number] for number in wanted]
+                outputs[number] = (patches.unflatten(2, (rows, columns)), out[:, 0])
+        return [outputs[number] for number in layers]
 
 
 def _check(image: int, patch: int, width: int, heads: int, ffn: str, drop_path: float) -> None:

@@ -209,9 +209,9 @@ def _prediction(plan: Plan, machine: Machine, needs: Needs) -> None:
 def _memory(plan: Plan, spec: StreamSpec, memory: Memory, store: float) -> None:
     result_line(
         "memory",
-        f"chunk {plan.chunk_images:,} images, {size_of(memory.chunk)}; portion {spec.portion_images:,} "
-        f"images, {size_of(memory.portion_encoded)} encoded and {size_of(memory.portion_crops)} of "
-        "crops; "
+        f"chunk {plan.chunk_images:,} images, {size_of(memory.chunk)}; "
+        f"portion {spec.portion_images:,} images, {size_of(memory.portion_encoded)} encoded "
+        f"and {size_of(memory.portion_crops)} of crops; "
         f"window {size_of(memory.window)}, two in each read task",
     )
     needed = memory.object_store(plan)

@@ -38,8 +38,8 @@ Chunk = dict[str, np.ndarray]
 PORTION_BYTES = 128 * 2**20  # of crops that a decode task makes: half a second of work for photos
 _LARGE = "global_crops", "local_crops"
 _REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
-# What making a chunk took: the fields of `views.batch.Work` behind the first.
-WORK = np.dtype([(name, np.float64) for name in ("read_s", "decode_s", "crop_s", "retries")])
+# What making a chunk took: the fields of `views.batch.Spent` behind the first.
+SPENT = np.dtype([(name, np.float64) for name in ("read_s", "decode_s", "crop_s", "retries")])
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def make_chunks(portion: EncodedImages, spec: StreamSpec) -> Iterator[Chunk]:
     share = portion.read_s / len(portion)
     for first in range(0, len(portion), spec.chunk):
         chunk = make_chunk(portion, first, min(first + spec.chunk, len(portion)), spec)
-        chunk["work"]["read_s"] = share * len(chunk["labels"])
-        chunk["work"]["retries"] = portion.retries if first == 0 else 0
+        chunk["spent"]["read_s"] = share * len(chunk["labels"])
+        chunk["spent"]["retries"] = portion.retries if first == 0 else 0
         yield chunk
 
 
@@ -145,7 +145,7 @@ def draw(portion: EncodedImages, first: int, last: int, spec: StreamSpec) -> Dra
         ),
         "valid": np.ones(count, bool),
         "reason": np.zeros(count, np.int8),
-        "work": np.zeros((), WORK),
+        "spent": np.zeros((), SPENT),
     }
     sizes = portion.sizes[first:last]
     boxes, flips = crop_boxes(boxes_u, sizes[:, 1], sizes[:, 0], crops)
@@ -163,8 +163,8 @@ def make_chunk(portion: EncodedImages, first: int, last: int, spec: StreamSpec) 
     """Decodes and cuts images `first` to `last` (out) of a portion.
 
     Returns:
-        The arrays of `Batch`, with `valid` and `reason` [B], and one `WORK` of all images together;
-        what is of reading, `read_s` and `retries`, is set by the caller.
+        The arrays of `Batch`, with `valid` and `reason` [B], and one `SPENT` of all images
+        together; what is of reading, `read_s` and `retries`, is set by the caller.
     """
     start = time.perf_counter()
     crops, sizes = spec.crops, portion.sizes[first:last]
@@ -198,6 +198,6 @@ def make_chunk(portion: EncodedImages, first: int, last: int, spec: StreamSpec) 
             crops,
             out=(chunk["global_crops"][i], chunk["local_crops"][i]),
         )
-    chunk["work"]["decode_s"] = decode_s
-    chunk["work"]["crop_s"] = time.perf_counter() - start - decode_s
+    chunk["spent"]["decode_s"] = decode_s
+    chunk["spent"]["crop_s"] = time.perf_counter() - start - decode_s
     return chunk

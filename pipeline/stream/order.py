@@ -63,16 +63,16 @@ class ReadingOrder:
         Time and memory grow with the row groups of the set (one permutation a pass) and with the
         windows asked for.
         """
-        found: list[WindowSlice] = []
+        slices: list[WindowSlice] = []
         step = first_step
         while step < last_step:
             pass_index, begin = divmod(step, self.steps_per_pass)
             end = min(self.steps_per_pass, begin + last_step - step)
-            found += self._pass_slices(
+            slices += self._pass_slices(
                 pass_index, begin * self.global_batch, end * self.global_batch
             )
             step += end - begin
-        return found
+        return slices
 
     def _groups_of(self, pass_index: int) -> tuple[Ints, Ints]:
         """Row groups in the order of a pass, and the position of each one's first row."""
@@ -87,12 +87,12 @@ class ReadingOrder:
     def _pass_slices(self, pass_index: int, first: int, last: int) -> list[WindowSlice]:
         order, starts = self._groups_of(pass_index)
         used = self.steps_per_pass * self.global_batch
-        found = []
+        slices = []
         for window in range(first // self.window, -(-last // self.window)):
             low, high = window * self.window, min((window + 1) * self.window, used)
             a = int(np.searchsorted(starts, low, side="right")) - 1
             b = int(np.searchsorted(starts, high, side="left"))
-            found.append(
+            slices.append(
                 WindowSlice(
                     pass_index=pass_index,
                     window=window,
@@ -105,7 +105,7 @@ class ReadingOrder:
                     group_starts=starts[a:b].copy(),
                 )
             )
-        return found
+        return slices
 
 
 def layout_of(group_rows: Ints) -> str:
@@ -114,17 +114,15 @@ def layout_of(group_rows: Ints) -> str:
     return blake2b(rows.tobytes(), digest_size=8).hexdigest()
 
 
-def slice_rows(window_slice: WindowSlice, seed: int) -> tuple[Ints, Ints]:
+def slice_rows(part: WindowSlice, seed: int) -> tuple[Ints, Ints]:
     """The slice's rows in order: for each, which of the slice's groups, and its place in it."""
-    size = window_slice.window_stop - window_slice.window_start
-    shuffle = keyed(seed, window_slice.pass_index, "window", window_slice.window).permutation(size)
-    part = shuffle[
-        window_slice.start - window_slice.window_start : window_slice.stop
-        - window_slice.window_start
-    ]
-    positions = window_slice.window_start + part
-    at = np.searchsorted(window_slice.group_starts, positions, side="right") - 1
-    return at, positions - window_slice.group_starts[at]
+    shuffle = keyed(seed, part.pass_index, "window", part.window).permutation(
+        part.window_stop - part.window_start
+    )
+    places = shuffle[part.start - part.window_start : part.stop - part.window_start]
+    positions = part.window_start + places
+    at = np.searchsorted(part.group_starts, positions, side="right") - 1
+    return at, positions - part.group_starts[at]
 
 
 def keyed(*key: int | str) -> np.random.Generator:

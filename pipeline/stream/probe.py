@@ -100,7 +100,7 @@ def read_sample(
     Raises:
         DataError: the set has no images, or the file cannot be read.
     """
-    file = next((i for i, found in enumerate(shards.files) if found.rows), None)
+    file = next((i for i, shard in enumerate(shards.files) if shard.rows), None)
     if file is None:
         raise DataError(f"{shards.uri} has no images", "pack some: python jobs/pack.py --help")
     groups: list[RowGroup] = []
@@ -145,13 +145,13 @@ def time_sample(
     most = int(2 / 3 * seconds / repetitions / (2.5 * max(per_image, 1e-6)))
     images = max(1, min(contents.checked, most))
     other = replace(spec, scaled_decode=not spec.scaled_decode)
-    found: list[tuple[float, ...]] = []
+    timings: list[tuple[float, ...]] = []
     end = time.perf_counter() + seconds
-    while len(found) < min(3, repetitions) or (
-        len(found) < repetitions and time.perf_counter() < end
+    while len(timings) < min(3, repetitions) or (
+        len(timings) < repetitions and time.perf_counter() < end
     ):
-        found.append(_once(sample.portion, images, step, spec, other))
-    return Timing(images, *(Spread.of(part) for part in zip(*found, strict=True))), contents
+        timings.append(_once(sample.portion, images, step, spec, other))
+    return Timing(images, *(Spread.of(part) for part in zip(*timings, strict=True))), contents
 
 
 def _look(sample: Sample, spec: StreamSpec, step: int, seconds: float) -> tuple[Contents, float]:
@@ -222,17 +222,17 @@ def _once(
     """
     parts = [(at, min(at + step, images)) for at in range(0, images, step)]
     begin, cpu = time.perf_counter(), time.thread_time()
-    works = [make_chunk(portion, *part, spec)["work"] for part in parts]
+    works = [make_chunk(portion, *part, spec)["spent"] for part in parts]
     whole = time.thread_time() - cpu
     had = whole / max(time.perf_counter() - begin, 1e-9)
     begin, cpu = time.perf_counter(), time.thread_time()
-    other_s = sum(float(make_chunk(portion, *part, other)["work"]["decode_s"]) for part in parts)
+    other_s = sum(float(make_chunk(portion, *part, other)["spent"]["decode_s"]) for part in parts)
     other_s *= (time.thread_time() - cpu) / max(time.perf_counter() - begin, 1e-9)
     cpu = time.thread_time()
     for part in parts:
         draw(portion, *part, spec)
     draws = time.thread_time() - cpu
-    decode = had * sum(float(work["decode_s"]) for work in works)
-    cut = max(0.0, had * sum(float(work["crop_s"]) for work in works) - draws)
+    decode = had * sum(float(spent["decode_s"]) for spent in works)
+    cut = max(0.0, had * sum(float(spent["crop_s"]) for spent in works) - draws)
     scale = 1000 / images
     return (scale * decode, scale * cut, scale * draws, scale * whole, scale * other_s, had)

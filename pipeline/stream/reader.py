@@ -53,14 +53,14 @@ class Reading:
 
     def tasks(self, first_step: int, last_step: int) -> list[ReadTask]:
         """The read tasks for steps `first_step` (in) to `last_step` (out), in order."""
-        found = []
+        tasks = []
         for window_slice in self.order.slices(first_step, last_step):
             files = np.searchsorted(self._first_groups, window_slice.groups, side="right") - 1
             inside = window_slice.groups - self._first_groups[files]
             places = zip(files.tolist(), inside.tolist(), strict=True)
             paths = tuple((self.shards.files[file].path, group) for file, group in places)
-            found.append(ReadTask(window_slice, paths))
-        return found
+            tasks.append(ReadTask(window_slice, paths))
+        return tasks
 
 
 def reading_of(shards: ShardSet, *, seed: int, global_batch: int, window: int) -> Reading:
@@ -169,20 +169,16 @@ def read_portions(
             overlap = more and sum(group.images.nbytes for group in groups) <= AHEAD_BYTES
             if overlap:
                 fetched = ahead.submit(fetch, tasks[n + 1])
-            which, rows = slice_rows(task.window_slice, seed)
+            whole = task.window_slice
+            which, rows = slice_rows(whole, seed)
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
-                window_slice = task.window_slice
-                found = encoded_images(
-                    groups,
-                    which[part],
-                    rows[part],
-                    window_slice.pass_index,
-                    window_slice.start + at,
+                images = encoded_images(
+                    groups, which[part], rows[part], whole.pass_index, whole.start + at
                 )
                 before, counted = counted, retries()
-                yield replace(found, read_s=found.read_s + share, retries=counted - before)
+                yield replace(images, read_s=images.read_s + share, retries=counted - before)
             if more and not overlap:
                 del groups
                 fetched = ahead.submit(fetch, tasks[n + 1])
@@ -208,7 +204,7 @@ def encoded_images(
     def column(name: str) -> Any:
         return np.stack([getattr(groups[group], name)[row] for group, row in pairs])
 
-    found = {name: column(name) for name in ("image_ids", "labels", "sizes")}
+    columns = {name: column(name) for name in ("image_ids", "labels", "sizes")}
     return EncodedImages(
         pass_index=pass_index,
         start=start,
@@ -217,5 +213,5 @@ def encoded_images(
         read_s=time.perf_counter() - begin,
         retries=0,
         named=all(group.named for group in groups),
-        **found,
+        **columns,
     )

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.views.batch import BadImage, Batch, Work
+from pipeline.views.batch import BadImage, Batch, Spent
 
 WAIT = 0.10  # of the time of a window: above it, somebody should know
 # A decoder also unpacks its portion and hands its chunks to the object store, and the others are
@@ -81,15 +81,15 @@ class Clock:
         seconds = max(now - self.window_start, 1e-9)
         steps = max(self.window_steps, 1)
         images_per_s = steps * self.global_batch / seconds
-        found = {
+        metrics = {
             "perf/images_per_s": images_per_s,
             "perf/step_s": seconds / steps,
             "perf/data_wait_fraction": min(1.0, self.window_wait / seconds),
         }
         if self.peak_flops:
-            found["perf/mfu"] = images_per_s * self.flops_per_image / self.peak_flops
+            metrics["perf/mfu"] = images_per_s * self.flops_per_image / self.peak_flops
         self.window_start, self.window_steps, self.window_wait = now, 0, 0.0
-        return found
+        return metrics
 
     def summary(self) -> dict[str, float]:
         """images/s and wait fraction of the run so far, without its first steps."""
@@ -125,13 +125,13 @@ class Window:
 
     scalars: list[dict[str, Tensor]] = field(default_factory=list)  # of each step
     bad: list[BadImage] = field(default_factory=list)
-    work: Work = field(default_factory=Work)
+    spent: Spent = field(default_factory=Spent)
 
     def add_images(self, batches: Sequence[Batch]) -> None:
         """Counts what reading and decoding these took, and notes the bad ones."""
         for batch in batches:
             self.bad += batch.bad
-            self.work = self.work.plus(batch.work)
+            self.spent = self.spent.plus(batch.spent)
 
     def rows(self) -> list[dict[str, float]]:
         """Steps' scalars with one copy to the host; the step has averaged them over workers."""
@@ -144,20 +144,20 @@ class Window:
         return [dict(zip(names, row, strict=True)) for row in table.cpu().tolist()]
 
     def gathered(self, device: torch.device, workers: int) -> Window:
-        """With the bad images of all workers (nearly always there are none) and the sum of their
-        work. Every worker must call it.
+        """With the bad images of all workers (nearly always there are none) and the sum of what
+        theirs took. Every worker must call it.
         """
         if workers == 1:
             return self
-        total = torch.tensor([len(self.bad), *self.work], dtype=torch.float64, device=device)
+        total = torch.tensor([len(self.bad), *self.spent], dtype=torch.float64, device=device)
         dist.all_reduce(total)
         bad_count, images, *seconds = total.tolist()
-        work = Work(int(images), *seconds)
+        spent = Spent(int(images), *seconds)
         if not bad_count:
-            return Window(self.scalars, [], work)
+            return Window(self.scalars, [], spent)
         parts: list[Any] = [None] * workers
         dist.all_gather_object(parts, self.bad)
-        return Window(self.scalars, [row for part in parts for row in part], work)
+        return Window(self.scalars, [row for part in parts for row in part], spent)
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def _decoding(feed: Feed) -> str:
     else:
         most = f"cutting crops takes {ms(feed.crop_ms)} of {ms(both)} ms an image"
         also = "or fewer or smaller crops (augment.local_crops)"
-    some = count(feed.decode_tasks, "decoder")
+    decoders = count(feed.decode_tasks, "decoder")
     return (
-        f"{some} can give at most {1000 * feed.decode_tasks / both:,.0f} images/s "
+        f"{decoders} can give at most {1000 * feed.decode_tasks / both:,.0f} images/s "
         f"({most}); give more CPUs (or CPU nodes) for decoding, a higher resources.decode_tasks "
         f"where CPUs are idle, {also}"
     )
@@ -247,13 +247,13 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def per_image(work: Work) -> dict[str, float]:
-    """The metrics of some work: milliseconds of one core an image; reading: of waiting."""
-    scale = 1000 / max(1, work.images)
+def per_image(spent: Spent) -> dict[str, float]:
+    """The metrics of what images took: milliseconds of one core an image; reading: of waiting."""
+    scale = 1000 / max(1, spent.images)
     return {
-        "perf/read_ms": scale * work.read_s,
-        "perf/decode_ms": scale * work.decode_s,
-        "perf/crop_ms": scale * work.crop_s,
+        "perf/read_ms": scale * spent.read_s,
+        "perf/decode_ms": scale * spent.decode_s,
+        "perf/crop_ms": scale * spent.crop_s,
     }
 
 
@@ -268,31 +268,31 @@ class BottleneckWatch:
     def __init__(self, decode_tasks: int, scaled_decode: bool) -> None:
         self.decode_tasks, self.scaled_decode = decode_tasks, scaled_decode
         self.said: Stage | None = None
-        self.work = Work()
+        self.spent = Spent()
 
-    def window(self, work: Work, timing: Mapping[str, float]) -> str:
+    def window(self, spent: Spent, timing: Mapping[str, float]) -> str:
         """The sentence that is to be said after a window; empty where there is none, or no news.
 
         Args:
-            work: of all workers in this window.
+            spent: of all workers in this window.
             timing: `Clock.read()` of it.
         """
-        self.work = self.work.plus(work)
+        self.spent = self.spent.plus(spent)
         wait, rate = timing["perf/data_wait_fraction"], timing["perf/images_per_s"]
-        found = bottleneck(self._feed(work, wait, rate))
-        if found is None or found.stage == self.said:
+        limit = bottleneck(self._feed(spent, wait, rate))
+        if limit is None or limit.stage == self.said:
             return ""
-        self.said = found.stage
-        return found.sentence
+        self.said = limit.stage
+        return limit.sentence
 
     def whole(self, summary: Mapping[str, float]) -> str:
         """The sentence for all windows together, if one is due; `summary` is that of the clock."""
-        if not summary or not self.work.images:
+        if not summary or not self.spent.images:
             return ""
         wait, rate = summary["data_wait_fraction"], summary["images_per_s"]
-        found = bottleneck(self._feed(self.work, wait, rate))
-        return found.sentence if found else ""
+        limit = bottleneck(self._feed(self.spent, wait, rate))
+        return limit.sentence if limit else ""
 
-    def _feed(self, work: Work, wait: float, images_per_s: float) -> Feed:
-        read, decode, crop = per_image(work).values()
+    def _feed(self, spent: Spent, wait: float, images_per_s: float) -> Feed:
+        read, decode, crop = per_image(spent).values()
         return Feed(wait, images_per_s, read, decode, crop, self.decode_tasks, self.scaled_decode)

@@ -99,8 +99,8 @@ class Evaluations:
         self.alarm_text = ""
         self.score_name = f"eval/knn{plan.config.evaluate.k}_top1"
         self.best: dict[str, float] | None = None
-        if (found := state.best(self.checkpoints)) is not None:
-            self.best = {"step": found[0].step, "score": found[1]}
+        if (best := state.best(self.checkpoints)) is not None:
+            self.best = {"step": best[0].step, "score": best[1]}
             if state.best_compared(self.checkpoints) != compared:
                 log.warning(
                     "the best checkpoint so far (step %d, score %.4f) was evaluated with other "
@@ -142,12 +142,14 @@ class Evaluations:
                 # Training is worth more than one evaluation: said aloud, and the next one is tried.
                 log.error("the evaluation of step %d failed: %s", step, last_line(error))
 
-    def _record(self, step: int, found: Evaluation) -> None:
-        self.tracker.metrics(step, found.metrics)
-        for name, picture in found.pictures.items():
+    def _record(self, step: int, evaluation: Evaluation) -> None:
+        self.tracker.metrics(step, evaluation.metrics)
+        for name, picture in evaluation.pictures.items():
             self.tracker.picture(name, step, picture)
-        score = found.metrics.get(self.score_name)
-        shown = ", ".join(f"{name.partition('/')[2]} {v:.4g}" for name, v in found.metrics.items())
+        score = evaluation.metrics.get(self.score_name)
+        shown = ", ".join(
+            f"{name.partition('/')[2]} {v:.4g}" for name, v in evaluation.metrics.items()
+        )
         log.info("evaluated   step %d: %s", step, shown)
         if score is not None:
             self.tracker.headline(step, {self.score_name: score})
@@ -157,7 +159,7 @@ class Evaluations:
                 place = public(join(self.checkpoints, "best.json"))
                 log.error("%s could not be written (%s)", place, one_line(error))
         sentence = alarm(
-            self.newest | found.metrics,
+            self.newest | evaluation.metrics,
             self.plan.config.head.prototypes,
             warming_up=step <= max(self.plan.warmup_steps, self.plan.temperature_warmup_steps),
         )

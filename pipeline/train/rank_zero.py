@@ -154,7 +154,7 @@ class RankZero(OtherRank):
             "data/storage_retries": retries(),  # of checkpoints and tables, in this process
             "data/read_retries": self.read_retries,
             **{f"data/bad_{reason}": count for reason, count in self.bad.items()},
-            **per_image(window.work),
+            **per_image(window.spent),
             "health/nonfinite_steps": 0,
             "perf/memory_gib": _resident_bytes() / 2**30,
             "perf/workers": plan.workers,
@@ -179,7 +179,7 @@ class RankZero(OtherRank):
                 clock.eta(),
             )
         settled = clock.done - len(rows) >= clock.WARMUP_STEPS
-        if settled and (sentence := self.watch.window(window.work, timing)):
+        if settled and (sentence := self.watch.window(window.spent, timing)):
             log.warning("%s", sentence)
             self.tracker.tags({"data_limit": sentence})
         allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
@@ -189,7 +189,7 @@ class RankZero(OtherRank):
     def _note(self, window: Window) -> None:
         self.bad.update(reason for _, reason, _ in window.bad)
         self.bad_table.add(window.bad)
-        self.read_retries += window.work.retries
+        self.read_retries += window.spent.retries
 
     def non_finite(
         self,

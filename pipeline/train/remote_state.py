@@ -23,8 +23,8 @@ Entry = Callable[[], tuple[dict[str, Any], int]]
 
 def step_of(name: str) -> int | None:
     """The step of a checkpoint by the name of its folder; None for names that we do not write."""
-    found = re.fullmatch(r"step-([0-9]{8})", name)
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"step-([0-9]{8})", name)
+    return int(match[1]) if match else None
 
 
 def save(folder: str, name: str, state: Path, meta: dict[str, Any]) -> None:
@@ -65,12 +65,12 @@ def sweep(folder: str) -> None:
 def _listed(folder: str) -> dict[str, dict[str, int]]:
     """Files and their bytes by checkpoint."""
     fs, root = resolve_uri(folder)
-    found: dict[str, dict[str, int]] = {}
+    files: dict[str, dict[str, int]] = {}
     for info in list_files(fs, root):
         name, _, file = str(info.path)[len(root) :].lstrip("/").partition("/")
         if step_of(name) is not None:
-            found.setdefault(name, {})[file] = info.size
-    return found
+            files.setdefault(name, {})[file] = info.size
+    return files
 
 
 def remove(checkpoint: str) -> None:

@@ -82,28 +82,29 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             self.waiting_since = now
             self._release(None)
         there = [seen.node for seen in seen_nodes().values() if not seen.leaving]
-        found = self._next_try(there)
+        arrangement = self._next_try(there)
         waited, limit = now - self.waiting_since, self.plan.config.resources.replace_s
         what = self.plan.no_room_on(there).what
-        if found:
-            what = f"{found.workers} workers of {self.plan.share} each fit, but others use the room"
+        if arrangement:
+            count = arrangement.workers
+            what = f"{count} workers of {self.plan.share} each fit, but others use the room"
         if waited > limit:
             raise self._gave_up(what, waited)
-        if (self.tried or not found) and now - self.said >= SAY_S:
+        if (self.tried or not arrangement) and now - self.said >= SAY_S:
             self.said = now
             self._say(f"waiting     {what}; for {limit - waited:.0f} s more")
-        if found:
-            return self._resized(found)
+        if arrangement:
+            return self._resized(arrangement)
         time.sleep(1.0)  # the loop that asks does not pause by itself
         return NoopDecision()
 
     def _next_try(self, nodes: list[Node]) -> Arrangement | None:
         """The largest group; after one that did not come to run, the next smaller one in turn."""
-        found = None
+        smaller = None
         if self.tried:
             self.settle_s = min(60 * SETTLE_S, 4 * self.settle_s)
-            found = self.plan.arranged_on(nodes, self.tried - 1)
-        return found or self.plan.arranged_on(nodes)
+            smaller = self.plan.arranged_on(nodes, self.tried - 1)
+        return smaller or self.plan.arranged_on(nodes)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -117,29 +118,29 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.looked = now
         nodes = seen_nodes()
         staying = [n.node for n in nodes.values() if not n.leaving]
-        found = self.plan.arranged_on(staying)
+        arrangement = self.plan.arranged_on(staying)
         size = len(worker_group_state.workers)
-        if found and found.workers > size:  # into what others do not hold
+        if arrangement and arrangement.workers > size:  # into what others do not hold
             at = [worker.metadata.node_id for worker in worker_group_state.workers]
             room = self.plan.arranged_on(free_nodes(nodes, at, self.plan.share))
-            if not room or room.workers < found.workers:
-                found = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
+            if not room or room.workers < arrangement.workers:
+                arrangement = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
         if self.request:
             # Nodes about to go still decode: the group has data and writes its checkpoint.
             there = self.plan.arranged_on([n.node for n in nodes.values()])
-            return self._on_request(found, starved=there is not None and there.workers < size)
+            return self._on_request(arrangement, starved=there is not None and there.workers < size)
         mine = {worker.metadata.node_id for worker in worker_group_state.workers}
         leaving = {key for key in mine if key in nodes and nodes[key].leaving}
         if leaving - self.leaving:
             self.leaving |= leaving
             where = f"{len(leaving)} node{'s' if len(leaving) > 1 else ''} with training workers"
             self._say(f"notice      {where} will be taken away; writing a checkpoint first")
-            self._request(MOVE if found else SAVE)
-        elif found and found.workers != size and not leaving:
+            self._request(MOVE if arrangement else SAVE)
+        elif arrangement and arrangement.workers != size and not leaving:
             self.room_since = self.room_since or now
             # A node may be found dead after its workers were: then the group came up too large,
             # and no CPU is left for decoding.
-            if found.workers < size or now - self.room_since >= self.settle_s:
+            if arrangement.workers < size or now - self.room_since >= self.settle_s:
                 self._request(MOVE)
         else:
             self.room_since = None
@@ -180,30 +181,30 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             "resources.replace_s says how long to wait",
         )
 
-    def _on_request(self, found: Arrangement | None, starved: bool) -> ScalingDecision:
+    def _on_request(self, arrangement: Arrangement | None, starved: bool) -> ScalingDecision:
         """What follows from a request that was acknowledged.
 
         Args:
-            found: where the group would go.
+            arrangement: where the group would go.
             starved: whether its workers lack the CPUs for decoding, and so cannot answer.
         """
-        late = starved and found is not None and time.monotonic() - self.asked > ANSWER_S
+        late = starved and arrangement is not None and time.monotonic() - self.asked > ANSWER_S
         if ray.get(self.feeder.acknowledged.remote()) < 0 and not late:
             return NoopDecision()
         moving, self.request = self.request == MOVE, ""
-        if not moving or found is None:
+        if not moving or arrangement is None:
             return NoopDecision()
-        self._release(found)
-        return self._resized(found)
+        self._release(arrangement)
+        return self._resized(arrangement)
 
-    def _resized(self, found: Arrangement) -> ResizeDecision:
-        if self.size and found.workers != self.size:
-            self._say(f"workers     {self.size} -> {found.workers}")
-        self.size = self.tried = found.workers
+    def _resized(self, arrangement: Arrangement) -> ResizeDecision:
+        if self.size and arrangement.workers != self.size:
+            self._say(f"workers     {self.size} -> {arrangement.workers}")
+        self.size = self.tried = arrangement.workers
         self.room_since, self.leaving = None, set()
-        self._release(found)
+        self._release(arrangement)
         return ResizeDecision(
-            num_workers=found.workers,
+            num_workers=arrangement.workers,
             resources_per_worker=self.scaling_config._resources_per_worker_not_none,
         )
 
@@ -211,10 +212,12 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.request, self.room_since, self.asked = request, None, time.monotonic()
         ray.get(self.feeder.request.remote(request))
 
-    def _release(self, found: Arrangement | None) -> None:
+    def _release(self, arrangement: Arrangement | None) -> None:
         """Lets the decoders go; the next ones take what the next group leaves."""
         self.request = ""
-        tasks = DecodeTasks(found.decode_cpus, found.decode_tasks) if found else None
+        tasks = (
+            DecodeTasks(arrangement.decode_cpus, arrangement.decode_tasks) if arrangement else None
+        )
         ray.get(self.feeder.release.remote(tasks))
 
     def _say(self, line: str) -> None:
@@ -267,14 +270,14 @@ def free_nodes(nodes: Mapping[str, Seen], workers: Iterable[str], share: Share) 
     """
     free, working = state.available_resources_per_node(), Counter(workers)
     helping = _helpers_cpus()
-    found = []
+    ours = []
     for key, (node, leaving) in nodes.items():
         if not leaving:
             has, mine = free.get(key, {}), share.times(working[key])
             cpus = has.get("CPU", 0.0) + mine.cpus + helping.get(key, 0.0)
             gpus = has.get("GPU", 0.0) + mine.gpus
-            found.append(node._replace(cpus=min(node.cpus, cpus), gpus=min(node.gpus, gpus)))
-    return found
+            ours.append(node._replace(cpus=min(node.cpus, cpus), gpus=min(node.gpus, gpus)))
+    return ours
 
 
 def _helpers_cpus() -> dict[str, float]:
@@ -282,10 +285,10 @@ def _helpers_cpus() -> dict[str, float]:
     of bundles, and the evaluator has none.
     """
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    found: dict[str, float] = defaultdict(float)
+    cpus: dict[str, float] = defaultdict(float)
     # `actor_table` has this already, without the resources
     for row in state._connect_and_get_accessor().get_actor_table(job, "ALIVE"):
         actor = gcs_pb2.ActorTableData.FromString(row)
         if not actor.placement_group_id:
-            found[actor.address.node_id.hex()] += actor.required_resources.get("CPU", 0.0)
-    return found
+            cpus[actor.address.node_id.hex()] += actor.required_resources.get("CPU", 0.0)
+    return cpus

@@ -124,8 +124,8 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
             fit(network, weights, source, resize)
             text = f"{weights.origin}{weights.note and f', {weights.note}'}"
         return pair_of(student), f"{source} ({text}), heads are new"
-    held = saved.teacher()
-    tensors = _part(held, "backbone")
+    teacher = saved.teacher()
+    tensors = _part(teacher, "backbone")
     if isinstance(network, ForeignBackbone):
         fit_foreign(network, tensors, str(saved.path), resize)
     else:
@@ -134,15 +134,15 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
     fresh: list[str] = []
     dropped = ""
     for name in ("dino_head", "ibot_head"):
-        head, found = getattr(student, name), _part(held, name)
+        head, head_tensors = getattr(student, name), _part(teacher, name)
         if head is None:
-            dropped = f"; its {name} is left out" if found else ""
+            dropped = f"; its {name} is left out" if head_tensors else ""
             continue
         shapes = {k: v.shape for k, v in head.state_dict().items()}
-        fits = shapes == {k: v.shape for k, v in found.items()}
+        fits = shapes == {k: v.shape for k, v in head_tensors.items()}
         (kept if fits else fresh).append(name)
         if fits:
-            head.load_state_dict(found)
+            head.load_state_dict(head_tensors)
     heads = f"with {' and '.join(kept)}" if kept else "without heads"
     new = f"; {' and '.join(fresh)} of another shape, new" if fresh else ""
     return pair_of(student), f"{public(saved.path)}, {heads}{new}{dropped}"
@@ -157,17 +157,17 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     saved = checkpoint_at(source) if source else None
     if saved is None:
         return
-    held, own = saved.load(), objective.state_dict()
-    tensors, centres = held["teacher"], held["objective"]
+    source_state, own = saved.load(), objective.state_dict()
+    tensors, centres = source_state["teacher"], source_state["objective"]
     maker = pair.target_maker
     for term in ("dino", "ibot"):
         # the head that scores this term, here and there: iBOT may have one of its own
         theirs = "ibot_head" if term == "ibot" and _part(tensors, "ibot_head") else "dino_head"
         ours = "ibot_head" if term == "ibot" and maker.ibot_head is not None else "dino_head"
         head = _part(tensors, theirs)
-        made = getattr(maker, ours).state_dict()
+        own_head = getattr(maker, ours).state_dict()
         if theirs == ours and all(
-            name in head and torch.equal(x.cpu(), head[name]) for name, x in made.items()
+            name in head and torch.equal(x.cpu(), head[name]) for name, x in own_head.items()
         ):
             own[term] = centres[term]
     objective.load_state_dict(own)

@@ -63,21 +63,21 @@ class Saved:
             DamagedError: other bytes are there than were written.
             OSError: it could not be read; another try may help.
         """
-        with self._opened() as found:
-            return found
+        with self._opened() as tensors:
+            return tensors
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's tensors alone, in memory; raises what `load` raises."""
-        with self._opened(mmap=True) as found:
-            return {name: x.clone() for name, x in found["teacher"].items()}
+        with self._opened(mmap=True) as tensors:
+            return {name: x.clone() for name, x in tensors["teacher"].items()}
 
     @contextmanager
     def _opened(self, mmap: bool = False) -> Iterator[dict[str, Any]]:
         with local_copy(join(self.path, "state.pt")) as file:
             try:
                 # `torch.load` compares no checksums: it would take any bytes for weights.
-                if (found := crc32(Path(file))) != (wanted := self.meta["crc32"]):
-                    raise ValueError(f"its checksum is {found:08x} and was {wanted:08x}")
+                if (checksum := crc32(Path(file))) != (expected := self.meta["crc32"]):
+                    raise ValueError(f"its checksum is {checksum:08x} and was {expected:08x}")
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
                 if (written := self.meta.get("layout")) not in (None, layout(state)):
                     raise ValueError(f"it holds other tensors than were written ({written})")
@@ -118,11 +118,11 @@ def layout(state: Any) -> str:
 
 def crc32(file: Path) -> int:
     """The checksum of a whole file, which `meta.json` has beside its length."""
-    found = 0
+    checksum = 0
     with file.open("rb") as opened:
         while part := opened.read(PART):
-            found = zlib.crc32(part, found)
-    return found
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
@@ -200,10 +200,10 @@ def checkpoints(folder: Place) -> list[Saved]:
         TrainError: one was written by another version.
         StorageError: a remote folder cannot be read.
     """
-    found = []
+    complete = []
     for path, read in _entries(folder):
         try:
-            found.append(_checked(path, *read()))
+            complete.append(_checked(path, *read()))
         except StorageError:
             raise
         except (OSError, ValueError, RecursionError) as error:
@@ -211,7 +211,7 @@ def checkpoints(folder: Place) -> list[Saved]:
             log.warning(
                 "checkpoint %s is not readable (%s); using an earlier one", public(path), why
             )
-    return found
+    return complete
 
 
 def _checked(path: Place, meta: Any, size: int) -> Saved:
@@ -261,8 +261,8 @@ def at(place: Place) -> Saved | None:
 
 def latest(folder: Place) -> Saved | None:
     """The newest complete checkpoint, if any."""
-    found = checkpoints(folder)
-    return found[-1] if found else None
+    complete = checkpoints(folder)
+    return complete[-1] if complete else None
 
 
 def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
@@ -275,13 +275,13 @@ def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
         OSError: a file could not be read; another try may help.
         TrainError: there are checkpoints, and all of them are damaged.
     """
-    found = checkpoints(folder)
-    for saved in reversed(found):
+    complete = checkpoints(folder)
+    for saved in reversed(complete):
         try:
             return saved, saved.load()
         except DamagedError as error:
             log.warning("%s; using an earlier one", error.what)
-    if found:
+    if complete:
         raise TrainError(
             f"all checkpoints in {public(folder)} are damaged",
             "put one back from a copy, or remove them to begin again",
@@ -316,10 +316,10 @@ def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
 def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
     path = join(folder, _name(step))
     if is_uri(folder):
-        found = dict(remote_state.entries(str(folder)))
-        if path not in found:
+        listed = dict(remote_state.entries(str(folder)))
+        if path not in listed:
             raise OSError("it is not there")
-        meta, size = found[path]()
+        meta, size = listed[path]()
     else:  # by its name: a listing may be an old one
         meta, size = _read_local(Path(path))
     saved = _checked(path, meta, size)
@@ -337,10 +337,10 @@ def _name(step: int) -> str:
 
 def best(folder: Place) -> tuple[Saved, float] | None:
     """The checkpoint that `mark_best` named and its score, if it is still there."""
-    if (found := _best(folder)) is not None:
+    if (marked := _best(folder)) is not None:
         for saved in checkpoints(folder):
-            if saved.step == found[0]:
-                return saved, found[1]
+            if saved.step == marked[0]:
+                return saved, marked[1]
     return None
 
 
@@ -348,10 +348,10 @@ def _best(folder: Place) -> tuple[int, float] | None:
     """Step and score of `best.json`; None, and a warning, where it says something else."""
     place = join(folder, "best.json")
     try:
-        found = read_json(*resolve_uri(str(place)))
-        if found is None:
+        content = read_json(*resolve_uri(str(place)))
+        if content is None:
             return None
-        step, score = found["step"], found["score"]
+        step, score = content["step"], content["score"]
         if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
             raise ValueError(f"step {step!r}, score {score!r}")
     except StorageError:
@@ -385,8 +385,8 @@ def mark_best(folder: Place, step: int, score: float, compared: str = "") -> Non
 
 def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and those of `protected` steps."""
-    if found := _best(folder):
-        protected = protected | {found[0]}
+    if marked := _best(folder):
+        protected = protected | {marked[0]}
     for saved in checkpoints(folder)[:-keep_last]:
         if saved.step in protected:
             continue

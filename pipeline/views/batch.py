@@ -37,7 +37,7 @@ _COLUMNS: tuple[tuple[str, Any, tuple[int | str | None, ...]], ...] = (
 )
 
 
-class Work(NamedTuple):
+class Spent(NamedTuple):
     """What making some images took: seconds of one core (reading: of waiting), and how many.
 
     `crop_s` is all that a decoder does beside decoding: boxes, draws and masks too.
@@ -49,10 +49,10 @@ class Work(NamedTuple):
     crop_s: float = 0.0
     retries: float = 0  # calls to storage that were tried again
 
-    def plus(self, other: "Work") -> "Work":
+    def plus(self, other: "Spent") -> "Spent":
         """Both together."""
         images, *took = (a + b for a, b in zip(self, other, strict=True))
-        return Work(int(images), *took)
+        return Spent(int(images), *took)
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Views:
             # The same rows are those of one global view an image, which there is no loss for.
             problem = f"{rows} global views may be two of each of {images} images, or one of {rows}"
         if problem:
-            found = [list(x.shape) for x in (self.global_views, self.local_views, self.masks)]
+            shapes = [list(x.shape) for x in (self.global_views, self.local_views, self.masks)]
             raise PipelineError(
-                f"{problem} (global views {found[0]}, local views {found[1]}, masks {found[2]})",
+                f"{problem} (global views {shapes[0]}, local views {shapes[1]}, masks {shapes[2]})",
                 "give Views(…, images=B) with B * G global views, B * L local views and B * G masks"
                 " of B images, ordered crop by crop; G is 2 or more",
             )
@@ -124,7 +124,7 @@ class Batch:
     masks: Tensor  # bool [B, 2, P]
     labels: Tensor  # int64 [B], -1 = unknown
     bad: tuple[BadImage, ...] = ()  # images that were dropped on the way
-    work: Work = field(default_factory=lambda: Work())  # what making them took
+    spent: Spent = field(default_factory=lambda: Spent())  # what making them took
 
     @property
     def images(self) -> int:
@@ -138,7 +138,7 @@ class Batch:
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
                 valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
-                [B] where the chunk has them. `work` has the fields of `Work` behind the first.
+                [B] where the chunk has them. `spent` has the fields of `Spent` behind the first.
             keep_one: where none is valid, keep one, which is black.
 
         Raises:
@@ -162,9 +162,9 @@ class Batch:
             )
             for row in dropped
         )
-        took = chunk["work"].tolist() if "work" in chunk else ()
-        work = Work(len(chunk["valid"]), *took)
-        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, work=work)
+        took = chunk["spent"].tolist() if "spent" in chunk else ()
+        spent = Spent(len(chunk["valid"]), *took)
+        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, spent=spent)
 
     @classmethod
     def concat(cls, batches: Sequence["Batch"], pin: bool = False) -> "Batch":
@@ -182,13 +182,13 @@ class Batch:
             shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
             joined[name] = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin)
             torch.cat(parts, out=joined[name])
-        work = Work()
+        spent = Spent()
         for batch in batches:
-            work = work.plus(batch.work)
-        return cls(**joined, bad=tuple(row for b in batches for row in b.bad), work=work)
+            spent = spent.plus(batch.spent)
+        return cls(**joined, bad=tuple(row for b in batches for row in b.bad), spent=spent)
 
     def split(self, parts: int) -> list["Batch"]:
-        """Cut into micro-batches of consecutive images; the first one keeps `bad` and `work`.
+        """Cut into micro-batches of consecutive images; the first one keeps `bad` and `spent`.
 
         Raises:
             DataError: if the images do not divide into equal parts.
@@ -199,9 +199,9 @@ class Batch:
         return [self.take(start, start + size) for start in range(0, self.images, size)]
 
     def take(self, start: int, stop: int) -> "Batch":
-        """The images from `start` up to `stop`; `bad` and `work` go with the first one."""
+        """The images from `start` up to `stop`; `bad` and `spent` go with the first one."""
         part = {name: getattr(self, name)[start:stop] for name, *_ in _COLUMNS}
-        return Batch(**part, bad=self.bad, work=self.work) if start == 0 else Batch(**part)
+        return Batch(**part, bad=self.bad, spent=self.spent) if start == 0 else Batch(**part)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Move the tensors; the photometric numbers stay where they are.
@@ -212,7 +212,7 @@ class Batch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if f.name not in ("photometric", "bad", "work")
+            if f.name not in ("photometric", "bad", "spent")
         }
         return replace(self, **moved)
 
@@ -258,16 +258,16 @@ def _check(
 ) -> None:
     """Compare with the expected dtype and shape; letters must mean one size in all arrays."""
     fits = array.dtype == dtype and array.ndim == len(shape)
-    for expected, found in zip(shape, array.shape, strict=False):
+    for expected, size in zip(shape, array.shape, strict=False):
         if expected == "2+L":
             expected = GLOBAL_CROPS + sizes["L"]
         elif isinstance(expected, str):
-            expected = sizes.setdefault(expected, found)
-        fits = fits and expected in (None, found)
+            expected = sizes.setdefault(expected, size)
+        fits = fits and expected in (None, size)
     if not fits:
-        wanted = ", ".join("*" if s is None else f"{s}" for s in shape)
+        expected_shape = ", ".join("*" if s is None else f"{s}" for s in shape)
         known = ", ".join(f"{key} = {value}" for key, value in sizes.items())
         raise DataError(
             f"{name} of a chunk is {array.dtype} {list(array.shape)}, "
-            f"expected {dtype} [{wanted}] ({known})"
+            f"expected {dtype} [{expected_shape}] ({known})"
         )

@@ -114,19 +114,19 @@ def crop_boxes(
     try_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (try_w > 0) & (try_w <= image_w) & (try_h > 0) & (try_h <= image_h)
     first = fits.argmax(-1)[..., None]
-    found = np.take_along_axis(fits, first, -1)[..., 0]
+    fitted = np.take_along_axis(fits, first, -1)[..., 0]
     drawn_w = np.take_along_axis(try_w, first, -1)[..., 0]
     drawn_h = np.take_along_axis(try_h, first, -1)[..., 0]
 
     image_w, image_h = image_w[..., 0], image_h[..., 0]
     centre_w = np.minimum(image_w, np.rint(image_h * spec.ratio[1]).astype(np.int64))
     centre_h = np.minimum(image_h, np.rint(image_w / spec.ratio[0]).astype(np.int64))
-    box_w = np.where(found, drawn_w, centre_w)
-    box_h = np.where(found, drawn_h, centre_h)
+    box_w = np.where(fitted, drawn_w, centre_w)
+    box_h = np.where(fitted, drawn_h, centre_h)
     free_w, free_h = image_w - box_w, image_h - box_h
     u_top, u_left, u_flip = (u[..., 2 * TRIES + i] for i in range(3))
-    top = np.where(found, np.floor(u_top * (free_h + 1)).astype(np.int64), free_h // 2)
-    left = np.where(found, np.floor(u_left * (free_w + 1)).astype(np.int64), free_w // 2)
+    top = np.where(fitted, np.floor(u_top * (free_h + 1)).astype(np.int64), free_h // 2)
+    left = np.where(fitted, np.floor(u_left * (free_w + 1)).astype(np.int64), free_w // 2)
     return np.stack((top, left, box_h, box_w), -1), u_flip < spec.flip_probability
 
 

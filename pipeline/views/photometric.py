@@ -174,8 +174,10 @@ def apply_photometric(
     part = max(1, _TOGETHER // size) if on_cpu else max(1, len(crops))
     return torch.cat(
         [
-            _normalised(_apply_to_some(_floats(some), p, spec), spec, dtype)
-            for some, p in zip(torch.split(crops, part), torch.split(params, part), strict=True)
+            _normalised(_apply_to_some(_floats(part_crops), p, spec), spec, dtype)
+            for part_crops, p in zip(
+                torch.split(crops, part), torch.split(params, part), strict=True
+            )
         ]
     )
 

@@ -74,15 +74,15 @@ def spec_for(tmp_path: Path, channels: int) -> tuple[EvaluationSpec, np.ndarray]
 def test_the_evaluator_sees_every_channel(channels, tmp_path):
     spec, pixels = spec_for(tmp_path, channels)
     assert spec.queries is not None
-    found = np.concatenate([part.images for part in read_images(spec.queries, spec, None)])
-    np.testing.assert_array_equal(found, np.stack([resize_centre_crop(x, 16) for x in pixels]))
+    images = np.concatenate([part.images for part in read_images(spec.queries, spec, None)])
+    np.testing.assert_array_equal(images, np.stack([resize_centre_crop(x, 16) for x in pixels]))
     torch.manual_seed(0)
     backbone = BackboneSpec(
         image_size=16, patch_size=8, width=24, depth=1, heads=2, in_channels=channels
     ).build()
     evaluator = Evaluator(spec)
     features = evaluator.features(backbone, spec.queries, None).features
-    x = torch.from_numpy(found).permute(0, 3, 1, 2) / 255
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         expected = backbone.eval()((x - 0.4) / 0.2)
     torch.testing.assert_close(features, expected, atol=2e-5, rtol=0)

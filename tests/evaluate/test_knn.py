@@ -33,8 +33,8 @@ def test_equals_the_reference(shared):
     reference, labels = golden["train_features"], golden["train_labels"]
     queries, truth = golden["test_features"], golden["test_labels"]
     ks = golden["nb_knn"]
-    found = knn.knn_classify(reference, labels, queries, truth, 5, ks, golden["T"])
-    assert found == pytest.approx(golden["top1"], abs=1e-6)
+    ours = knn.knn_classify(reference, labels, queries, truth, 5, ks, golden["T"])
+    assert ours == pytest.approx(golden["top1"], abs=1e-6)
     similarities, rows = knn.nearest(reference, queries, max(ks))
     votes = knn.knn_votes(similarities, labels[rows], 5, ks, golden["T"])
     for k in ks:
@@ -72,8 +72,8 @@ def test_leave_one_out_never_finds_itself(monkeypatch):
     reference, *_ = data()
     monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 60 * 7)
     _, rows = knn.nearest(reference, reference, 59, leave_one_out=True)
-    for i, found in enumerate(rows.tolist()):
-        assert sorted(found) == [j for j in range(60) if j != i]
+    for i, neighbours in enumerate(rows.tolist()):
+        assert sorted(neighbours) == [j for j in range(60) if j != i]
     # Every image twice with a wrong label on the copy: only itself would be right.
     twice = torch.cat((torch.eye(6), torch.eye(6)))
     wrong = torch.cat((torch.arange(6), (torch.arange(6) + 1) % 6))
@@ -95,8 +95,8 @@ def test_no_image_votes_for_one_with_its_own_id(monkeypatch):
         correct += int(truth[i] >= 0 and np.argmax(votes) == truth[i])
     for at_once in (1 << 26, 100):  # two queries at a time
         monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", at_once)
-        found = knn.knn_classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
-        assert found == {7: pytest.approx(correct / 11)}
+        top1 = knn.knn_classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
+        assert top1 == {7: pytest.approx(correct / 11)}
     same = knn.SameImages.of(known, asked)
     pairs = [(i, j) for i in range(12) for j in range(40) if (known[j] == asked[i]).all()]
     assert sorted(zip(same.queries.tolist(), same.rows.tolist(), strict=True)) == pairs

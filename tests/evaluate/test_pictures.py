@@ -135,11 +135,11 @@ def test_pca_grid_is_square_with_pairs_side_by_side(images, columns):
 def test_neighbours_grid_frames_right_and_wrong():
     rng = np.random.default_rng(0)
     queries = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
-    found = rng.integers(0, 256, (4, 3, 32, 32, 3), np.uint8)
+    neighbours = rng.integers(0, 256, (4, 3, 32, 32, 3), np.uint8)
     correct = rng.random((4, 3)) < 0.5
-    picture = neighbours_grid(queries, found, correct)
+    picture = neighbours_grid(queries, neighbours, correct)
     assert picture.shape == (4 * STRIDE - GAP,) * 2 + (3,)
-    plain = neighbours_grid(queries, found)
+    plain = neighbours_grid(queries, neighbours)
     inner = slice(pictures.BORDER, -pictures.BORDER)
     for row in range(4):
         np.testing.assert_array_equal(cell(picture, row, 0), cell(plain, row, 0))

@@ -60,8 +60,8 @@ def top1(spec: EvaluationSpec, reference: ShardSet, queries: ShardSet) -> tuple[
     backbone = MeanColour()
     backbone.scale = torch.nn.Parameter(torch.ones(()))
     backbone.forward_features = lambda x: {"x_norm_patchtokens": None}  # type: ignore[assignment]
-    found = evaluator.run(backbone)
-    return found.metrics[f"eval/knn{spec.k}_top1"], float(evaluator.raw_pixels() or 0)
+    evaluation = evaluator.run(backbone)
+    return evaluation.metrics[f"eval/knn{spec.k}_top1"], float(evaluator.raw_pixels() or 0)
 
 
 def test_classes_are_compared_by_name(spec: EvaluationSpec, tmp_path: Path) -> None:
@@ -141,16 +141,16 @@ def spec(tmp_path: Path) -> EvaluationSpec:
 def test_colours_are_told_apart(spec: EvaluationSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Evaluator(spec)
     monkeypatch.setattr("pipeline.evaluate.teacher.pca_grid", lambda *_: np.zeros((8, 8, 3)))
-    found = evaluator.run(MeanColour())  # type: ignore[arg-type]
-    assert found.metrics["eval/knn5_top1"] == 1.0
+    evaluation = evaluator.run(MeanColour())  # type: ignore[arg-type]
+    assert evaluation.metrics["eval/knn5_top1"] == 1.0
     assert evaluator.raw_pixels() == 1.0
 
 
 def test_without_labels_health_only(spec: EvaluationSpec) -> None:
     backbone = BackboneSpec(image_size=16, patch_size=8, width=24, depth=1, heads=2).build()
-    found = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
-    assert set(found.metrics) == {"health/feature_std", "health/effective_rank"}
-    height, width, _ = found.pictures["patch_pca"].shape
+    evaluation = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
+    assert set(evaluation.metrics) == {"health/feature_std", "health/effective_rank"}
+    height, width, _ = evaluation.pictures["patch_pca"].shape
     assert height == width
 
 
@@ -161,30 +161,30 @@ def test_a_backbone_without_patches_has_no_picture_of_them(spec: EvaluationSpec)
 
     backbone = WithoutPatches()
     backbone.scale = torch.nn.Parameter(torch.ones(()))  # says where the backbone is
-    found = Evaluator(spec).run(backbone)
-    assert found.metrics["eval/knn5_top1"] == 1.0
-    assert set(found.pictures) == {"neighbours"}
+    evaluation = Evaluator(spec).run(backbone)
+    assert evaluation.metrics["eval/knn5_top1"] == 1.0
+    assert set(evaluation.pictures) == {"neighbours"}
 
 
 def test_bad_rows_are_counted_and_a_limit_is_a_fixed_draw(spec: EvaluationSpec) -> None:
     assert spec.queries is not None
     whole = list(read_images(spec.queries, spec, None))
     assert [len(part.images) for part in whole] == [16, 16, 5]
-    some, again = (
+    limited, again = (
         np.concatenate([part.images for part in read_images(spec.queries, spec, 10)])
         for _ in range(2)
     )
-    assert np.array_equal(some, again)
-    assert 7 <= len(some) <= 10
+    assert np.array_equal(limited, again)
+    assert 7 <= len(limited) <= 10
 
 
 def test_targets_of_a_teacher_that_chooses_by_colour(spec: EvaluationSpec) -> None:
     head = torch.nn.Linear(3, 3, bias=False)
     torch.nn.init.eye_(head.weight)
     teacher = SimpleNamespace(backbone=MeanColour(), dino_head=head)
-    found = Evaluator(spec).target_health(teacher, 0.01)  # type: ignore[arg-type]
-    assert found["health/prototypes_used"] == 3
-    assert found["health/teacher_entropy"] < 0.05
+    health = Evaluator(spec).target_health(teacher, 0.01)  # type: ignore[arg-type]
+    assert health["health/prototypes_used"] == 3
+    assert health["health/teacher_entropy"] < 0.05
 
 
 def test_what_a_knn_compares_is_said_with_and_without_a_limit(spec: EvaluationSpec) -> None:

@@ -43,8 +43,8 @@ def test_softmax_centring_is_late_by_one_step() -> None:
             torch.testing.assert_close(used, step["center_used"].flatten(), rtol=1e-5, atol=1e-6)
             (target,) = softmax_targets([step["teacher_logits"]], used, step["teacher_temp"])
             centre.see([step["teacher_logits"]])
-            found = rows(target.probabilities())
-            torch.testing.assert_close(found, step[key], rtol=1e-4, atol=1e-6)
+            ours = rows(target.probabilities())
+            torch.testing.assert_close(ours, step[key], rtol=1e-4, atol=1e-6)
         expected = golden["center_final"].flatten()
         torch.testing.assert_close(centre.use(), expected, rtol=1e-5, atol=1e-6)
 
@@ -52,9 +52,9 @@ def test_softmax_centring_is_late_by_one_step() -> None:
 def test_sinkhorn() -> None:
     for step in DINO["steps"]:
         (target,) = sinkhorn_targets([step["teacher_logits"]], step["teacher_temp"])
-        found = swapped(target.probabilities())
+        ours = swapped(target.probabilities())
         torch.testing.assert_close(
-            found, step["teacher_probs_sinkhorn_swapped"], rtol=1e-4, atol=1e-6
+            ours, step["teacher_probs_sinkhorn_swapped"], rtol=1e-4, atol=1e-6
         )
     for step in IBOT["steps"]:
         (target,) = sinkhorn_targets([step["teacher_logits"]], step["teacher_temp"])
@@ -84,13 +84,13 @@ def test_chunks_and_micro_batches_change_nothing(
     centre = torch.linspace(-0.1, 0.1, 40)
 
     def targets(parts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        made = (
+        per_batch = (
             sinkhorn_targets(parts, 0.05)
             if centring == "sinkhorn"
             else softmax_targets(parts, centre, 0.05)
         )
-        q = torch.cat([t.probabilities() for t in made])
-        return q, made[0].entropy(), made[0].prototypes_used()
+        q = torch.cat([t.probabilities() for t in per_batch])
+        return q, per_batch[0].entropy(), per_batch[0].prototypes_used()
 
     whole, entropy, used = targets([logits])
     torch.testing.assert_close(whole.sum(dim=1), torch.ones(24))

@@ -77,9 +77,9 @@ def test_dino_is_the_plain_loop(
         loops[term] = loops[term] + pair / len(pairs)
     torch.testing.assert_close(global_term, loops[0])
     torch.testing.assert_close(local_term, loops[1])
-    (wanted,) = torch.autograd.grad(3 * loops[0] + 2 * loops[1], s)
-    (found,) = torch.autograd.grad(3 * global_term + 2 * local_term, s)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    (plain_gradient,) = torch.autograd.grad(3 * loops[0] + 2 * loops[1], s)
+    (ours,) = torch.autograd.grad(3 * global_term + 2 * local_term, s)
+    torch.testing.assert_close(ours, plain_gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
@@ -158,10 +158,10 @@ def test_pieces_are_weighted_sums_of_plain_cross_entropies() -> None:
     sums = cross_entropy(logits, pieces, 2, 0.5)
     torch.testing.assert_close(sums, plain)
     upstream = torch.tensor([2.0, -0.7])
-    (wanted,) = torch.autograd.grad(plain, logits, upstream)
-    (found,) = torch.autograd.grad(sums, logits, upstream)
-    torch.testing.assert_close(found, wanted)
-    assert not found[[2, 5]].any()
+    (plain_gradient,) = torch.autograd.grad(plain, logits, upstream)
+    (ours,) = torch.autograd.grad(sums, logits, upstream)
+    torch.testing.assert_close(ours, plain_gradient)
+    assert not ours[[2, 5]].any()
 
 
 def test_a_second_backward_is_refused_not_wrong() -> None:

@@ -27,7 +27,7 @@ def shapes(
     channels: int = 3,
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a released file."""
-    found: dict[str, tuple[int, ...]] = {
+    expected: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + grid * grid, width),
         "mask_token": (1, width),
@@ -37,7 +37,7 @@ def shapes(
         "norm.bias": (width,),
     }
     if registers:
-        found["register_tokens"] = (1, registers, width)
+        expected["register_tokens"] = (1, registers, width)
     hidden = 4096 if (ffn, width) == ("swiglu", 1536) else (int(4 * width * 2 / 3) + 7) // 8 * 8
     layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
     if ffn == "swiglu":
@@ -46,12 +46,12 @@ def shapes(
         layers |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     for i in range(depth):
         for norm in ("norm1", "norm2"):
-            found[f"blocks.{i}.{norm}.weight"] = found[f"blocks.{i}.{norm}.bias"] = (width,)
+            expected[f"blocks.{i}.{norm}.weight"] = expected[f"blocks.{i}.{norm}.bias"] = (width,)
         for name, shape in layers.items():
-            found[f"blocks.{i}.{name}.weight"] = shape
-            found[f"blocks.{i}.{name}.bias"] = shape[:1]
-        found[f"blocks.{i}.ls1.gamma"] = found[f"blocks.{i}.ls2.gamma"] = (width,)
-    return found
+            expected[f"blocks.{i}.{name}.weight"] = shape
+            expected[f"blocks.{i}.{name}.bias"] = shape[:1]
+        expected[f"blocks.{i}.ls1.gamma"] = expected[f"blocks.{i}.ls2.gamma"] = (width,)
+    return expected
 
 
 def draw(names: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ def test_a_vit_is_the_model_of_timm() -> None:
     for size in (64, 32, 96):  # not the native one: position embeddings are resized by timm
         x = drawn(2, 3, size, size)
         out = theirs.forward_features(x)
-        found = ours.forward_features(x)
+        features = ours.forward_features(x)
         torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
-        torch.testing.assert_close(found["x_norm_patchtokens"], out[:, 1:], rtol=0, atol=0)
+        torch.testing.assert_close(features["x_norm_patchtokens"], out[:, 1:], rtol=0, atol=0)
 
 
 def test_a_hidden_patch_is_replaced_by_the_mask_token() -> None:
@@ -68,11 +68,11 @@ def test_encode_gives_cls_of_all_views_then_the_chosen_patches() -> None:
     ours = VIT.build().eval()
     big, small = drawn(2, 3, 64, 64), drawn(3, 3, 32, 32, seed=1)
     places = torch.tensor([3, 16 + 5])
-    found = ours.encode([big, small], [None, None], places)
+    encoded = ours.encode([big, small], [None, None], places)
     patches = ours.forward_features(big)["x_norm_patchtokens"]
     assert patches is not None
     expected = [ours(big), ours(small), patches[0, 3][None], patches[1, 5][None]]
-    torch.testing.assert_close(found, torch.cat(expected))
+    torch.testing.assert_close(encoded, torch.cat(expected))
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
@@ -119,12 +119,12 @@ def test_layers_are_those_of_timm() -> None:
         for group in param_groups_layer_decay(module, layer_decay=0.5, weight_decay=0.1)
         for p in group["params"]
     }
-    found = {
+    factors = {
         id(p): group["lr_multiplier"]
         for group in parameter_groups(pair.student, 0.5, 1.0)
         for p in group["params"]
     }
-    assert {found[key] / factor for key, factor in expected.items()} == {1.0}
+    assert {factors[key] / factor for key, factor in expected.items()} == {1.0}
     decays = {
         name: group["weight_decay_multiplier"]
         for group in parameter_groups(pair.student)
@@ -137,15 +137,15 @@ def test_layers_are_those_of_timm() -> None:
 
 def test_drop_path_is_drawn_from_the_generator_alone() -> None:
     pair = build_pair(replace(VIT, drop_path=0.5), HEAD, None, seed=0)
-    x, found = drawn(8, 3, 32, 32), []
+    x, outputs = drawn(8, 3, 32, 32), []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(found))  # must not matter
+        torch.manual_seed(len(outputs))  # must not matter
         generator = torch.Generator().manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(pair.student(x, None, None, NONE, generator=generator).cls)
+        outputs.append(pair.student(x, None, None, NONE, generator=generator).cls)
         assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(found[0], found[1])
-    assert not torch.allclose(found[0], found[2])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
 
 
 def test_a_copy_hides_its_own_patches() -> None:
@@ -247,8 +247,8 @@ def test_the_export_is_read_by_timm_and_by_us(tmp_path: Any, spec: TimmSpec) -> 
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = drawn(2, spec.in_channels, 64, 64)
     assert torch.equal(theirs(x), ours(x))
-    again, found = load_any(folder)
-    assert found == spec and torch.equal(again(x), ours(x))
+    again, read_spec = load_any(folder)
+    assert read_spec == spec and torch.equal(again(x), ours(x))
     broken = load_file(folder / "model.safetensors")
     name = next(n for n in broken if n.endswith("weight"))
     broken[name] = broken[name] + 1

@@ -74,11 +74,11 @@ def sized(spec: BackboneSpec) -> list[tuple[int, int]]:
 
 def differences(spec: BackboneSpec, ours: VisionTransformer, theirs: Any) -> list[float]:
     """Largest differences over all tokens, native size first."""
-    found = []
+    largest = []
     for height, width in sized(spec):
         x = torch.randn(1, spec.in_channels, height, width)
-        found.append((tokens(ours, x) - theirs(x)).abs().max().item())
-    return found
+        largest.append((tokens(ours, x) - theirs(x)).abs().max().item())
+    return largest
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,9 @@ def test_transformers_gives_the_same(case: str, transformers: Any, tmp_path: Pat
     model = transformers.AutoModel.from_pretrained(tmp_path, local_files_only=True).eval()
     kind = "Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"
     assert type(model).__name__ == kind
-    found = differences(spec, backbone, lambda x: model(x).last_hidden_state)
-    assert found[0] == 0.0
-    assert (found == [0.0, 0.0, 0.0]) == (case in HUGGINGFACE_EVERYWHERE), found
+    apart = differences(spec, backbone, lambda x: model(x).last_hidden_state)
+    assert apart[0] == 0.0
+    assert (apart == [0.0, 0.0, 0.0]) == (case in HUGGINGFACE_EVERYWHERE), apart
     x = torch.randn(2, spec.in_channels, *sized(spec)[0])
     assert torch.equal(model(x).pooler_output, backbone(x))
     said = verify_huggingface(backbone, spec, tmp_path)
@@ -124,9 +124,9 @@ def test_timm_gives_the_same(case: str, timm: Any, tmp_path: Path) -> None:
     save_timm(backbone, spec, tmp_path, *colours(spec), image_size=224)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert type(model).__name__ == "VisionTransformer"
-    found = differences(spec, backbone, model.forward_features)
-    assert found[0] == 0.0
-    assert (found == [0.0, 0.0, 0.0]) == (case in TIMM_EVERYWHERE), found
+    apart = differences(spec, backbone, model.forward_features)
+    assert apart[0] == 0.0
+    assert (apart == [0.0, 0.0, 0.0]) == (case in TIMM_EVERYWHERE), apart
     x = torch.randn(2, spec.in_channels, *sized(spec)[0])
     assert torch.equal(model(x), backbone(x))
     assert f"equal to the bit in timm {timm.__version__}" in verify_timm(backbone, spec, tmp_path)
@@ -179,10 +179,10 @@ def test_timm_knows_the_recipes_colours(timm: Any, tmp_path: Path) -> None:
     spec = BackboneSpec(**TINY)
     save_timm(made(spec), spec, tmp_path, MEAN, STD, 280)
     model = timm.create_model(f"local-dir:{tmp_path}")
-    found = timm.data.resolve_model_data_config(model)
-    assert (tuple(found["mean"]), tuple(found["std"])) == (MEAN, STD)
-    assert tuple(found["input_size"]) == (3, 280, 280)
-    assert found["interpolation"] == "bicubic"
+    settings = timm.data.resolve_model_data_config(model)
+    assert (tuple(settings["mean"]), tuple(settings["std"])) == (MEAN, STD)
+    assert tuple(settings["input_size"]) == (3, 280, 280)
+    assert settings["interpolation"] == "bicubic"
 
 
 def test_both_processors_make_the_pixels_of_our_evaluation(
@@ -205,8 +205,8 @@ def test_both_processors_make_the_pixels_of_our_evaluation(
             image = low.resize((width, height), Image.Resampling.BICUBIC)
             ours = torch.from_numpy(resize_centre_crop(np.asarray(image), crop)).permute(2, 0, 1)
             huggingface = processor(images=image, return_tensors="pt")["pixel_values"][0]
-            found = {"Hugging Face": huggingface, "timm": transform(image)}
-            for name, pixels in found.items():
+            processed = {"Hugging Face": huggingface, "timm": transform(image)}
+            for name, pixels in processed.items():
                 off = (pixels * scale + 255 * shift - ours).abs().mean().item()
                 assert off < 0.3, f"{name}, crop {crop}, {height} x {width}: {off} of 255"
 
@@ -264,9 +264,9 @@ def test_a_folder_that_timm_wrote(
     spec = BackboneSpec(**TINY, registers=registers)
     backbone = spec.build().eval()
     fit(backbone, weights, str(tmp_path))
-    found = differences(spec, backbone, model.forward_features)
+    apart = differences(spec, backbone, model.forward_features)
     # A register with a position is added up once here, for every image there: the same sum.
-    assert found == [0.0, 0.0, 0.0]
+    assert apart == [0.0, 0.0, 0.0]
 
 
 def randomise(model: nn.Module) -> None:

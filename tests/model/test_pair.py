@@ -53,8 +53,8 @@ def test_moving_average() -> None:
     pair.student = torch.nn.ParameterList(golden["student"])
     pair.teacher = torch.nn.ParameterList(x.clone() for x in golden["teacher_before"])
     ema_update(pair, golden["momentum"])
-    for found, expected in zip(pair.teacher, golden["teacher_after"], strict=True):
-        torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-7)
+    for moved, expected in zip(pair.teacher, golden["teacher_after"], strict=True):
+        torch.testing.assert_close(moved.detach(), expected, rtol=1e-6, atol=1e-7)
     before = [x.detach().clone() for x in pair.teacher]
     ema_update(pair, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(pair.teacher, before, strict=True))
@@ -73,9 +73,9 @@ def test_parameter_factors(name: str, depth: int, decay: float) -> None:
     golden = json.loads((GOLDEN / "param_groups.json").read_text())[name]
     keys = set()
     for parameter, (lr, weight_decay, last_layer) in golden["params"].items():
-        found = multipliers(parameter, depth, decay, 0.2)
-        assert found == (pytest.approx(lr, rel=1e-12), weight_decay, last_layer), parameter
-        keys.add(found)
+        factors = multipliers(parameter, depth, decay, 0.2)
+        assert factors == (pytest.approx(lr, rel=1e-12), weight_decay, last_layer), parameter
+        keys.add(factors)
     assert len(keys) == golden["n_fused_groups"]
 
 

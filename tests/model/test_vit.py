@@ -54,11 +54,11 @@ def compare(golden: dict[str, Any]) -> float:
     """Check every case of a golden file; the largest difference."""
     model, worst = from_golden(golden), 0.0
 
-    def check(found: Tensor, expected: Tensor, what: str) -> None:
+    def check(ours: Tensor, expected: Tensor, what: str) -> None:
         nonlocal worst
-        assert found.shape == expected.shape, what
+        assert ours.shape == expected.shape, what
         if expected.numel():
-            worst = max(worst, float((found - expected).abs().max()))
+            worst = max(worst, float((ours - expected).abs().max()))
         assert worst < 2e-5, (what, worst)
 
     for case in golden["cases"]:
@@ -93,8 +93,8 @@ def test_outputs_at_every_size(shared: Path, name: str) -> None:
 def test_names_and_shapes_of_a_released_model() -> None:
     expected = json.loads((GOLDEN / "state_dict_shapes_vits14_518.json").read_text())
     with torch.device("meta"):
-        found = VisionTransformer(image_size=518, registers=0).state_dict()
-    assert {name: list(x.shape) for name, x in found.items()} == expected
+        state = VisionTransformer(image_size=518, registers=0).state_dict()
+    assert {name: list(x.shape) for name, x in state.items()} == expected
 
 
 def test_initial_statistics() -> None:
@@ -145,8 +145,8 @@ def test_stochastic_depth_is_the_references(shared: Path, rate: float) -> None:
     first, second = draw_subsets(groups, rate, 2, generator, x1.device)
     out = block(torch.cat([x1.flatten(0, 1), x2.flatten(0, 1)]), groups, first, second)
     parts = out.split([len(x1.flatten(0, 1)), len(x2.flatten(0, 1))])
-    for found, expected in zip(parts, golden["list_out"], strict=True):
-        torch.testing.assert_close(found, expected.flatten(0, 1), rtol=0, atol=2e-5)
+    for ours, expected in zip(parts, golden["list_out"], strict=True):
+        torch.testing.assert_close(ours, expected.flatten(0, 1), rtol=0, atol=2e-5)
     if (
         rate > 0.1
     ):  # below, the reference's single path uses another kind, which training never takes

@@ -21,9 +21,9 @@ SPEC = BackboneSpec(image_size=56, width=24, depth=3, heads=2, registers=0)
 STATE = draw(shapes(24, 3, grid=4))
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] = STATE) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(x, expected[name]) for name, x in found.items()
+def same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor] = STATE) -> bool:
+    return state.keys() == expected.keys() and all(
+        torch.equal(x, expected[name]) for name, x in state.items()
     )
 
 
@@ -61,11 +61,11 @@ FORMS: dict[str, tuple[Any, str]] = {
 def test_dinov2_files_of_every_form(form: str, tmp_path: Path) -> None:
     stored, note = FORMS[form]
     torch.save(stored, tmp_path / "weights.pth")
-    found = read_weights(tmp_path / "weights.pth")
-    assert same(found.state)
-    assert (found.origin, found.note, found.heads) == ("dinov2 .pth", note, None)
+    weights = read_weights(tmp_path / "weights.pth")
+    assert same(weights.state)
+    assert (weights.origin, weights.note, weights.heads) == ("dinov2 .pth", note, None)
     backbone = SPEC.build()
-    fit(backbone, found, "weights.pth")
+    fit(backbone, weights, "weights.pth")
     assert same(backbone.state_dict())
 
 
@@ -82,8 +82,8 @@ def test_our_own_folders(tmp_path: Path) -> None:
     fit(backbone, Weights(STATE, "drawn"), "here")
     save_backbone(backbone, SPEC, tmp_path / "run" / "weights" / "dinov2")
     for place in (tmp_path / "run", tmp_path / "run" / "weights" / "dinov2"):
-        found = read_weights(place)
-        assert same(found.state) and found.origin == "raydino export" and found.heads == 2
+        weights = read_weights(place)
+        assert same(weights.state) and weights.origin == "raydino export" and weights.heads == 2
     single = read_weights(tmp_path / "run" / "weights" / "dinov2" / "model.safetensors")
     assert same(single.state) and single.origin == "dinov2 .safetensors"
     before = torch.get_rng_state()
@@ -99,8 +99,8 @@ def refused(backbone_spec: BackboneSpec, weights: Weights, **options: Any) -> st
 
 
 def changed(**sizes: Any) -> Weights:
-    given = {"width": 24, "depth": 3, "grid": 4} | sizes
-    return Weights(draw(shapes(**given)), "dinov2 .pth")
+    sizes_given = {"width": 24, "depth": 3, "grid": 4} | sizes
+    return Weights(draw(shapes(**sizes_given)), "dinov2 .pth")
 
 
 MISFITS = {

@@ -130,8 +130,8 @@ def run(shards: ShardSet, way: Way, steps: int | None = None) -> Seen:
     last = 2 * spec.steps_per_pass if steps is None else steps
     tasks = reading.tasks(way.first, last)
     portions = read_portions(tasks, spec.columns, spec.seed, way.portion * way.chunk)
-    made = [chunk for portion in portions for chunk in make_chunks(portion, spec)]
-    shares = [made[rank :: way.workers] for rank in range(way.workers)]  # as blocks are dealt
+    chunks = [chunk for portion in portions for chunk in make_chunks(portion, spec)]
+    shares = [chunks[rank :: way.workers] for rank in range(way.workers)]  # as blocks are dealt
     seen = Seen({}, {}, {}, {}, {}, 0)
     twice, per_step = 0, way.batch // way.chunk
     for rank, share in enumerate(shares):
@@ -159,25 +159,25 @@ def run(shards: ShardSet, way: Way, steps: int | None = None) -> Seen:
 
 def differences(one: Seen, two: Seen, *, masks: bool, order: bool) -> set[str]:
     """Rules for two streams of one seed; `order`: of one batch and window, so of one order."""
-    found = set()
+    complaints = set()
     common = one.images.keys() & two.images.keys()
     assert common
     for what in KEYS_OF_AN_IMAGE:
         if any(one.images[key][what] != two.images[key][what] for key in common):
-            found.add(f"{what} depend on how the stream is cut")
+            complaints.add(f"{what} depend on how the stream is cut")
     places = one.places.keys() & two.places.keys()
     if masks and any(one.masks[p] != two.masks[p] for p in places):
-        found.add("masks depend on how the stream is cut")
+        complaints.add("masks depend on how the stream is cut")
     if order and any(one.places[p] != two.places[p] for p in places):
-        found.add("the order depends on how the stream is cut")
+        complaints.add("the order depends on how the stream is cut")
     if one.twice or two.twice:
-        found.add("an image came twice in a pass")
-    return found
+        complaints.add("an image came twice in a pass")
+    return complaints
 
 
 def repeats(seen: Seen, other_seed: Seen, seed: int) -> set[str]:
     """Rules inside one stream of two passes, and beside one of another seed."""
-    found = set()
+    complaints = set()
 
     def often(pairs: list[tuple[Any, Any]]) -> bool:
         """Chance may make a few equal (masks have few patches); a lost key makes nearly all."""
@@ -187,15 +187,15 @@ def repeats(seen: Seen, other_seed: Seen, seed: int) -> set[str]:
     for name, values in (("crops", seen.boxes), ("colours", seen.colours)):
         passes = [(values[0, i], values[1, i]) for p, i in values if p == 0 and (1, i) in values]
         if often(passes):
-            found.add(f"{name} are the same in two passes")
+            complaints.add(f"{name} are the same in two passes")
         row = [values[key] for key in sorted(values) if key[0] == 0]
         if often(list(itertools.pairwise(row))):
-            found.add(f"{name} are the same for two images")
+            complaints.add(f"{name} are the same for two images")
         others = getattr(other_seed, "boxes" if name == "crops" else "colours")
         if often([(values[key], others[key]) for key in values.keys() & others.keys()]):
-            found.add(f"{name} are the same for two seeds")
+            complaints.add(f"{name} are the same for two seeds")
     if often([(seen.masks[p], other_seed.masks[p]) for p in seen.masks]):
-        found.add("masks are the same for two seeds")
+        complaints.add("masks are the same for two seeds")
     steps = sorted({step for step, _ in seen.masks})
     width = 1 + max(place for _, place in seen.masks)
 
@@ -203,24 +203,24 @@ def repeats(seen: Seen, other_seed: Seen, seed: int) -> set[str]:
         return [values[step, place] for place in range(width)]
 
     if often([(of_step(seen.masks, a), of_step(seen.masks, b)) for a, b in _pairs(steps)]):
-        found.add("masks are the same in two steps")
+        complaints.add("masks are the same in two steps")
     for step in steps:
         row = of_step(seen.masks, step)
         if len(set(row)) <= width // 2:
-            found.add("masks are the same in two places")
+            complaints.add("masks are the same in two places")
     half = len(steps) // 2
     if all(of_step(seen.places, s) == of_step(seen.places, s + half) for s in steps[:half]):
-        found.add("the order is the same in two passes")
+        complaints.add("the order is the same in two passes")
     if seen.places == other_seed.places:
-        found.add("the order is the same for two seeds")
+        complaints.add("the order is the same for two seeds")
     # The crop stream's numbers by the plain law: colours must not be made of them.
     numbers = CROPS.views * draws_of_colour(seen)
     for (pass_index, name), colours in list(seen.colours.items())[:3]:
         u = [by_hand(seed, pass_index, bytes.fromhex(name), n, 0) for n in range(numbers)]
         from_crops = draw_photometric(np.reshape(u, (1, CROPS.views, -1)), PhotometricSpec())
         if np.array_equal(from_crops[0], colours):
-            found.add("colours are made of the numbers of crops")
-    return found
+            complaints.add("colours are made of the numbers of crops")
+    return complaints
 
 
 def draws_of_colour(seen: Seen) -> int:
@@ -237,19 +237,19 @@ def complaints(hub: ShardSet, packed: ShardSet) -> set[str]:
     """All rules, on a few ways that differ in one thing each."""
     way = Way()
     whole = run(hub, way)
-    found = repeats(whole, run(hub, replace(way, seed=6)), way.seed)
+    said = repeats(whole, run(hub, replace(way, seed=6)), way.seed)
     for other in (
         replace(way, workers=2),
         replace(way, chunk=4, portion=1),
         replace(way, chunk=1, portion=1),
         replace(way, first=3),
     ):
-        found |= differences(whole, run(hub, other), masks=True, order=True)
-    found |= differences(whole, run(hub, replace(way, window=8)), masks=True, order=False)
-    found |= differences(
+        said |= differences(whole, run(hub, other), masks=True, order=True)
+    said |= differences(whole, run(hub, replace(way, window=8)), masks=True, order=False)
+    said |= differences(
         whole, run(hub, replace(way, batch=12, window=24)), masks=False, order=False
     )
-    return found | differences(whole, run(packed, way), masks=True, order=False)
+    return said | differences(whole, run(packed, way), masks=True, order=False)
 
 
 @st.composite
@@ -279,10 +279,10 @@ def test_an_image_is_the_same_bytes_however_the_stream_is_cut(
 ) -> None:
     """Against plain reading by one worker, from the start, in another order."""
     shards = packed if from_pack else hub
-    found = run(shards, way)
-    assert not differences(run(hub, Way()), found, masks=way.batch == Way().batch, order=False)
+    streamed = run(shards, way)
+    assert not differences(run(hub, Way()), streamed, masks=way.batch == Way().batch, order=False)
     plain = Way(batch=way.batch, window=way.window, chunk=1, portion=1)
-    assert not differences(run(shards, plain), found, masks=True, order=True)
+    assert not differences(run(shards, plain), streamed, masks=True, order=True)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -395,10 +395,10 @@ def test_a_lost_key_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"pipeline.stream.{name}", broken(key))
-    found = complaints(hub, packed)
-    assert expected <= found
+    said = complaints(hub, packed)
+    assert expected <= said
     if key != "global place":  # one lost key is not taken for another one
-        assert not any(CUT in complaint for complaint in found)
+        assert not any(CUT in complaint for complaint in said)
 
 
 def test_a_generator_with_state_is_noticed(

@@ -12,14 +12,12 @@ GROUPS = np.asarray([7, 3, 11, 1, 20, 5, 9, 8])  # 64 rows
 
 def flat(order: ReadingOrder, first: int, last: int) -> list[tuple[int, int, int]]:
     """(pass, group, row) of every position in order."""
-    found = []
-    for window_slice in order.slices(first, last):
-        which, rows = slice_rows(window_slice, order.seed)
-        groups = window_slice.groups[which]
-        found += [
-            (window_slice.pass_index, int(g), int(r)) for g, r in zip(groups, rows, strict=True)
-        ]
-    return found
+    rows_read = []
+    for part in order.slices(first, last):
+        which, rows = slice_rows(part, order.seed)
+        groups = part.groups[which]
+        rows_read += [(part.pass_index, int(g), int(r)) for g, r in zip(groups, rows, strict=True)]
+    return rows_read
 
 
 @pytest.mark.parametrize(("batch", "window"), [(6, 12), (6, 3), (5, 20), (64, 64)])
@@ -51,12 +49,12 @@ def test_passes_and_seeds_differ() -> None:
 
 def test_a_piece_has_its_groups_and_no_others() -> None:
     order = ReadingOrder(GROUPS, seed=3, global_batch=6, window=12)
-    for window_slice in order.slices(2, 17):
-        which, rows = slice_rows(window_slice, order.seed)
-        assert len(rows) == window_slice.stop - window_slice.start
-        assert set(which) <= set(range(len(window_slice.groups)))
-        assert (rows < GROUPS[window_slice.groups[which]]).all()
-        assert window_slice.groups.base is None  # no view that would keep a whole pass in memory
+    for part in order.slices(2, 17):
+        which, rows = slice_rows(part, order.seed)
+        assert len(rows) == part.stop - part.start
+        assert set(which) <= set(range(len(part.groups)))
+        assert (rows < GROUPS[part.groups[which]]).all()
+        assert part.groups.base is None  # no view that would keep a whole pass in memory
 
 
 def test_another_layout_is_another_order() -> None:

@@ -113,23 +113,23 @@ def test_planted_times_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         work(3 if shrink > 1 else 5)
         return decode(data, shrink, *more)
 
-    def slow_cut(*given: object, **more: object) -> object:
+    def slow_cut(*arguments: object, **more: object) -> object:
         work(2)
-        return cut(*given, **more)
+        return cut(*arguments, **more)
 
-    def slow_draws(*given: object) -> object:
+    def slow_draws(*arguments: object) -> object:
         work(4)
-        return draws(*given)
+        return draws(*arguments)
 
     sample = probe.read_sample(shards)
     plain, _ = probe.time_sample(sample, spec_of(shards), 30, 3)
     monkeypatch.setattr(stream, "decode_shrunk", slow_decode)
     monkeypatch.setattr(stream, "cut_crops", slow_cut)
     monkeypatch.setattr(stream, "masks_for", slow_draws)
-    found, _ = probe.time_sample(sample, spec_of(shards), 30, 3)
-    assert found.images == 16
-    assert found.whole.median - plain.whole.median == pytest.approx(3 + 2 + 4 / 4, rel=0.3)
-    assert found.decode.median - plain.decode.median == pytest.approx(3, rel=0.3)
-    assert found.other_decode.median - plain.other_decode.median == pytest.approx(5, rel=0.3)
-    assert found.cut.median - plain.cut.median == pytest.approx(2, rel=0.5)
-    assert found.draw.median - plain.draw.median == pytest.approx(4 / 4, rel=0.3)
+    timing, _ = probe.time_sample(sample, spec_of(shards), 30, 3)
+    assert timing.images == 16
+    assert timing.whole.median - plain.whole.median == pytest.approx(3 + 2 + 4 / 4, rel=0.3)
+    assert timing.decode.median - plain.decode.median == pytest.approx(3, rel=0.3)
+    assert timing.other_decode.median - plain.other_decode.median == pytest.approx(5, rel=0.3)
+    assert timing.cut.median - plain.cut.median == pytest.approx(2, rel=0.5)
+    assert timing.draw.median - plain.draw.median == pytest.approx(4 / 4, rel=0.3)

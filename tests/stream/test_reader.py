@@ -19,7 +19,7 @@ from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import reader as reading_module
 from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
 from pipeline.stream.reader import EncodedImages, Reading, read_portions, reading_of
-from pipeline.views.batch import Batch, Work
+from pipeline.views.batch import Batch, Spent
 from pipeline.views.crops import CropSpec
 from pipeline.views.photometric import PhotometricSpec
 
@@ -63,16 +63,16 @@ def test_each_image_is_where_the_order_says(tmp_path: Path, size: int) -> None:
     images: list[bytes | None] = [picture(i) for i in range(IMAGES)]
     images[3] = None
     reading = hub(tmp_path, images)
-    found = [EncodedImages.of(p.table()) for p in portions(reading, size)]
-    assert max(map(len, found)) == min(size, IMAGES)  # the window of a hub set is the set
+    dealt = [EncodedImages.of(p.table()) for p in portions(reading, size)]
+    assert max(map(len, dealt)) == min(size, IMAGES)  # the window of a hub set is the set
     position = 0
-    for portion in found:
+    for portion in dealt:
         assert portion.pass_index * reading.order.steps_per_pass * BATCH + portion.start == position
         for i, label in enumerate(portion.labels.tolist()):
             assert portion.image(i) == (images[label] or b"")
             assert bytes(portion.image_ids[i]).hex() == image_id(images[label] or b"")
         position += len(portion)
-    labels = [label for p in found if p.pass_index == 0 for label in p.labels.tolist()]
+    labels = [label for p in dealt if p.pass_index == 0 for label in p.labels.tolist()]
     assert sorted(labels) == list(range(IMAGES))
 
 
@@ -93,16 +93,16 @@ def test_seconds_and_retries_travel_to_the_batch(
     reading = hub(tmp_path, [picture(i) for i in range(IMAGES - 1)] + [b"no image"])
     counts = iter(range(0, 1000, 3))  # three more at each look
     monkeypatch.setattr(reading_module, "retries", lambda: next(counts))
-    found = portions(reading, 4)
-    assert all(p.retries == 3 and p.read_s > 0 for p in found)
-    chunks = [list(make_chunks(p, spec_of(reading))) for p in found]
+    dealt = portions(reading, 4)
+    assert all(p.retries == 3 and p.read_s > 0 for p in dealt)
+    chunks = [list(make_chunks(p, spec_of(reading))) for p in dealt]
     parts = [Batch.from_chunk(chunk) for several in chunks for chunk in several]
-    work = Batch.concat(parts).work
-    assert work.images == 2 * IMAGES  # the bad one took time as well
-    assert work.retries == 3 * len(found)
-    assert work.read_s == pytest.approx(sum(p.read_s for p in found))
-    assert work.decode_s > 0 and work.crop_s > 0
-    assert Work(1, 1, 2, 3, 4).plus(Work(5, 6, 7, 8, 9)) == Work(6, 7, 9, 11, 13)
+    spent = Batch.concat(parts).spent
+    assert spent.images == 2 * IMAGES  # the bad one took time as well
+    assert spent.retries == 3 * len(dealt)
+    assert spent.read_s == pytest.approx(sum(p.read_s for p in dealt))
+    assert spent.decode_s > 0 and spent.crop_s > 0
+    assert Spent(1, 1, 2, 3, 4).plus(Spent(5, 6, 7, 8, 9)) == Spent(6, 7, 9, 11, 13)
 
 
 def packed(folder: Path, images: list[bytes], error: int) -> Reading:
@@ -158,7 +158,7 @@ def test_the_spec_of_a_task_does_not_grow_with_the_set(tmp_path: Path) -> None:
 def test_a_portion_that_is_decoded_twice_counts_once() -> None:
     from pipeline.stream.feeder import Decoded
 
-    found = Decoded()
+    decoded = Decoded()
     for place, images in (((0, 0), 6), ((0, 6), 6), ((0, 0), 6), ((1, 0), 4)):
-        found.note(place, images)
-    assert found.images == 16
+        decoded.note(place, images)
+    assert decoded.images == 16

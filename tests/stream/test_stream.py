@@ -72,16 +72,16 @@ def consume(source: Source, workers: int, first: int, last: int) -> list[list[Ba
         micro = BATCH // workers
         return list(batches(StreamRequest(feeder, "a", rank, workers, first, last), micro, CHUNK))
 
-    found = ray.get([read.remote(rank) for rank in range(workers)])
+    taken = ray.get([read.remote(rank) for rank in range(workers)])
     ray.kill(feeder)
-    return found
+    return taken
 
 
-def by_step(found: list[list[Batch]]) -> list[dict[int, tuple[Batch, int]]]:
+def by_step(taken: list[list[Batch]]) -> list[dict[int, tuple[Batch, int]]]:
     """Per step: label (= row number) -> (batch, place in it)."""
     return [
         {label: (part, i) for part in parts for i, label in enumerate(part.labels.tolist())}
-        for parts in zip(*found, strict=True)
+        for parts in zip(*taken, strict=True)
     ]
 
 
@@ -115,9 +115,9 @@ def test_workers_get_the_same_rows_each_time(ray_cluster: None, source: Source) 
 
 
 def test_each_row_once_a_pass_and_the_bad_one_is_named(ray_cluster: None, source: Source) -> None:
-    [found] = consume(source, 1, 0, 5)
-    labels = [label for batch in found for label in batch.labels.tolist()]
-    bad = [row for batch in found for row in batch.bad]
+    [taken] = consume(source, 1, 0, 5)
+    labels = [label for batch in taken for label in batch.labels.tolist()]
+    bad = [row for batch in taken for row in batch.bad]
     assert len(labels) == len(set(labels))
     assert len(labels) + len(bad) == 5 * BATCH
     assert 17 not in labels

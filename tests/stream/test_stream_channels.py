@@ -157,8 +157,8 @@ def test_crops_and_views_equal_a_loop_over_the_images(channels, files, lost, tmp
                 crop = cut(image, box, bool(flip), 28 if is_global else 14)
                 np.testing.assert_array_equal(crops[i, number], crop.permute(1, 2, 0))
                 row = chunk["photometric"][i, view].tolist()
-                found = views.global_views if is_global else views.local_views
-                ours = found[number * len(kept) + place]
+                actual = views.global_views if is_global else views.local_views
+                ours = actual[number * len(kept) + place]
                 error = (ours - colours(crop, row, spec.photometric)).abs()
                 if row[ph.SOLARIZE]:  # jumps at its threshold: a value or two may fall apart
                     error = error.flatten().sort().values[:-3]
@@ -175,7 +175,7 @@ def test_crops_and_views_equal_a_loop_over_the_images(channels, files, lost, tmp
 )
 def test_what_cannot_serve_keeps_its_place_and_has_a_reason(channels, files, reasons, tmp_path):
     reading, spec = shard(tmp_path, files(), channels)
-    found = {
+    reasons_found = {
         int(label): REASONS[reason]
         for _, chunk in chunks(reading, spec)
         for label, valid, reason in zip(
@@ -183,7 +183,7 @@ def test_what_cannot_serve_keeps_its_place_and_has_a_reason(channels, files, rea
         )
         if not valid
     }
-    assert found == reasons
+    assert reasons_found == reasons
 
 
 def test_the_number_of_channels_changes_nothing_that_is_drawn(tmp_path):

@@ -29,9 +29,9 @@ def test_a_small_object_store_is_not_spilled_by_a_long_stream(shared: Path) -> N
         text=True,
         check=True,
     ).stdout
-    found = re.search(r"(\d+) MiB of crops; object store (\d+), spilled (\d+);", shown)
-    assert found, shown
-    sent, store, spilled = map(int, found.groups())
+    match = re.search(r"(\d+) MiB of crops; object store (\d+), spilled (\d+);", shown)
+    assert match, shown
+    sent, store, spilled = map(int, match.groups())
     assert sent > 3 * STORE_MB, "too slow a machine to tell"
     assert store <= STORE_MB
     assert spilled == 0

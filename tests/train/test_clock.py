@@ -21,16 +21,16 @@ class Time:
 
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    found = Time()
-    monkeypatch.setattr(bottleneck, "time", SimpleNamespace(perf_counter=lambda: found.now))
-    return found
+    clock = Time()
+    monkeypatch.setattr(bottleneck, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
 
-def steps(on: Clock, time: Time, count: int, wait: float, work: float) -> None:
+def steps(on: Clock, time: Time, count: int, wait: float, busy: float) -> None:
     for _ in range(count):
         with on.waiting():
             time.pass_(wait)
-        time.pass_(work)
+        time.pass_(busy)
         on.tick()
 
 

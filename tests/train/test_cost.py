@@ -47,12 +47,12 @@ def plan(*overrides: str) -> Plan:
     return resolve(config, images=100, digest="d", class_names=(), machine=machine)
 
 
-def views(found: Plan) -> Views:
+def views(of: Plan) -> Views:
     """Noise, with as many masked patches as the recipe masks on average."""
-    augment = found.config.augment
-    patches = found.grid[0] * found.grid[1]
-    low, high = found.config.loss.mask_ratio
-    masked = round(patches * found.config.loss.mask_probability * (low + high) / 2)
+    augment = of.config.augment
+    patches = of.grid[0] * of.grid[1]
+    low, high = of.config.loss.mask_ratio
+    masked = round(patches * of.config.loss.mask_probability * (low + high) / 2)
     masks = torch.zeros(2 * IMAGES, patches, dtype=torch.bool)
     masks[:, :masked] = True
     return Views(
@@ -77,17 +77,23 @@ def views(found: Plan) -> Views:
     ids=lambda overrides: "-".join(overrides) or "small",
 )
 def test_flops_and_parameters_of_a_real_step(overrides: list[str]) -> None:
-    found = plan(*overrides)
-    pair = build.pair(found.config)
-    estimated = build.estimated_cost(found, pair)
+    planned = plan(*overrides)
+    pair = build.pair(planned.config)
+    estimated = build.estimated_cost(planned, pair)
     assert estimated.parameters == sum(p.numel() for p in pair.student.parameters())
 
     optimizer = torch.optim.AdamW(parameter_groups(pair.student))
-    objective = build.objective(found.config, pair)
+    objective = build.objective(planned.config, pair)
     counter = FlopCounterMode(display=False)
     with counter:
         train_step(
-            pair.student, pair, [views(found)], optimizer, found.at(0), objective, generator=None
+            pair.student,
+            pair,
+            [views(planned)],
+            optimizer,
+            planned.at(0),
+            objective,
+            generator=None,
         )
     counted = counter.get_total_flops() / IMAGES
     assert estimated.flops_per_image == pytest.approx(counted, rel=0.03)
@@ -115,19 +121,19 @@ def test_the_published_backbone() -> None:
 
 
 def test_a_checkpoint_has_the_size_that_was_foretold(tmp_path: Path) -> None:
-    found = plan()
-    pair = build.pair(found.config)
-    estimated = build.estimated_cost(found, pair)
+    planned = plan()
+    pair = build.pair(planned.config)
+    estimated = build.estimated_cost(planned, pair)
     optimizer = torch.optim.AdamW(parameter_groups(pair.student))
-    objective = build.objective(found.config, pair)
-    train_step(pair.student, pair, [views(found)], optimizer, found.at(0), objective)
-    held = {
+    objective = build.objective(planned.config, pair)
+    train_step(pair.student, pair, [views(planned)], optimizer, planned.at(0), objective)
+    tensors = {
         "student": pair.student.state_dict(),
         "teacher": pair.teacher.state_dict(),
         "objective": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    saved = state.save(tmp_path, 1, held, {})
+    saved = state.save(tmp_path, 1, tensors, {})
     assert saved.meta["bytes"] == pytest.approx(estimated.checkpoint_bytes, rel=0.1)
     # in memory: the checkpoint's four and the gradients
     gradients = sum(p.grad.nbytes for p in pair.student.parameters() if p.grad is not None)
@@ -136,8 +142,8 @@ def test_a_checkpoint_has_the_size_that_was_foretold(tmp_path: Path) -> None:
 
 def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
     small, large = (
-        build.estimated_cost(found, build.pair(found.config))
-        for found in (plan(), plan("optim.global_batch_size=8"))
+        build.estimated_cost(planned, build.pair(planned.config))
+        for planned in (plan(), plan("optim.global_batch_size=8"))
     )
     assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, abs=2)
     assert small.library_bytes == large.library_bytes == cost.LIBRARIES
@@ -157,10 +163,10 @@ def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
 )
 def test_what_a_real_step_keeps_for_backward(overrides: list[str], precision: str) -> None:
     """Against the bytes of the tensors that a step with contents hands to autograd."""
-    found = plan(*overrides, f"train.precision={precision}")
+    planned = plan(*overrides, f"train.precision={precision}")
     half = precision == "bfloat16"
-    pair = build.pair(found.config)
-    objective = build.objective(found.config, pair)
+    pair = build.pair(planned.config)
+    objective = build.objective(planned.config, pair)
     optimizer = torch.optim.AdamW(parameter_groups(pair.student))
     weights = {p.untyped_storage().data_ptr() for p in pair.student.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -173,15 +179,19 @@ def test_what_a_real_step_keeps_for_backward(overrides: list[str], precision: st
     dtype = torch.bfloat16 if half else None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         train_step(
-            pair.student, pair, [views(found)], optimizer, found.at(0), objective,
+            pair.student, pair, [views(planned)], optimizer, planned.at(0), objective,
             autocast_dtype=dtype, generator=torch.Generator(),
         )  # fmt: skip
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    estimated = build.estimated_cost(found, pair)
+    estimated = build.estimated_cost(planned, pair)
     casts = 2 * estimated.parameters * half
-    ibot = found.config.loss.ibot_weight > 0
-    rows = 4 + found.config.augment.local_crops + 2 * 0.15 * found.grid[0] * found.grid[1] * ibot
-    scores = 4 * IMAGES * rows * found.config.head.prototypes  # logits that no backward pass keeps
+    ibot = planned.config.loss.ibot_weight > 0
+    rows = (
+        4 + planned.config.augment.local_crops + 2 * 0.15 * planned.grid[0] * planned.grid[1] * ibot
+    )
+    scores = (
+        4 * IMAGES * rows * planned.config.head.prototypes
+    )  # logits that no backward pass keeps
     assert estimated.activation_bytes / cost.BACKWARD == pytest.approx(
         measured - casts + scores, rel=0.1
     )

@@ -42,14 +42,14 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     again = evaluations("a")
     assert again.best == {"step": 10, "score": 0.9} and not caplog.records
     again._note_best(20, 0.5)
-    found = state.best(folder)
-    assert found and (found[0].step, found[1]) == (10, 0.9)
+    best = state.best(folder)
+    assert best and (best[0].step, best[1]) == (10, 0.9)
     other = evaluations("b")
     assert other.best is None
     assert "(step 10, score 0.9000) was evaluated with other images or settings" in caplog.text
-    found = state.best(folder)  # until another is known
-    assert found and found[0].step == 10
+    best = state.best(folder)  # until another is known
+    assert best and best[0].step == 10
     other._note_best(20, 0.5)
-    found = state.best(folder)
-    assert found and (found[0].step, found[1]) == (20, 0.5)
+    best = state.best(folder)
+    assert best and (best[0].step, best[1]) == (20, 0.5)
     assert evaluations("b").best == {"step": 20, "score": 0.5}

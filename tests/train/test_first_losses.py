@@ -40,22 +40,22 @@ def first_step(spec: ObjectiveSpec, layer_scale: float = 1e-5) -> dict[str, floa
 
 
 def test_the_losses_of_step_0_with_sinkhorn() -> None:
-    found = first_step(ObjectiveSpec(centring="sinkhorn"))
+    losses = first_step(ObjectiveSpec(centring="sinkhorn"))
     pairs = 2 + 2 * LOCALS
     cross_entropy = math.log(K) + 50 / BOTTLENECK  # logits are cosines of random vectors
-    assert found["dino_global"] == pytest.approx(cross_entropy * 2 / pairs, rel=0.01)
-    assert found["dino_local"] == pytest.approx(cross_entropy * 2 * LOCALS / pairs, rel=0.01)
-    assert found["ibot"] == pytest.approx(cross_entropy / 2, rel=0.02)
-    total = found["dino_global"] + found["dino_local"] + found["ibot"] + 0.1 * found["koleo"]
-    assert found["total"] == pytest.approx(total, rel=1e-5)
+    assert losses["dino_global"] == pytest.approx(cross_entropy * 2 / pairs, rel=0.01)
+    assert losses["dino_local"] == pytest.approx(cross_entropy * 2 * LOCALS / pairs, rel=0.01)
+    assert losses["ibot"] == pytest.approx(cross_entropy / 2, rel=0.02)
+    total = losses["dino_global"] + losses["dino_local"] + losses["ibot"] + 0.1 * losses["koleo"]
+    assert losses["total"] == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.long
 def test_the_losses_of_step_0_with_the_centre() -> None:
-    found = first_step(ObjectiveSpec())
+    losses = first_step(ObjectiveSpec())
     cross_entropy = math.log(K) - 200 / BOTTLENECK  # both lean to the same prototypes
-    assert found["dino_global"] + found["dino_local"] == pytest.approx(cross_entropy, rel=0.02)
-    assert 15 < found["koleo"] < 25  # 2 x -ln(4e-5) is 20.3; noise as images is more alike
+    assert losses["dino_global"] + losses["dino_local"] == pytest.approx(cross_entropy, rel=0.02)
+    assert 15 < losses["koleo"] < 25  # 2 x -ln(4e-5) is 20.3; noise as images is more alike
     assert first_step(ObjectiveSpec(), layer_scale=1.0)["koleo"] < 10
 
 

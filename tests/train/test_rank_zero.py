@@ -21,7 +21,7 @@ from pipeline.train import bottleneck
 from pipeline.train import rank_zero as rank_zeros
 from pipeline.train.bottleneck import BottleneckWatch, Clock, Window
 from pipeline.train.rank_zero import RankZero
-from pipeline.views.batch import Work
+from pipeline.views.batch import Spent
 
 BAD = [("0" * 32, "truncated", ""), ("1" * 32, "empty", ""), ("2" * 32, "truncated", "")]
 
@@ -51,19 +51,19 @@ def rank_zero(tmp_path: Path) -> RankZero:
     config = load(["optim.steps=100", "optim.global_batch_size=8", "train.log_every=5"])
     machine = Machine(cpus=2, gpus=0, bfloat16=False)
     plan = resolve(config, images=800, digest="", class_names=(), machine=machine)
-    found = object.__new__(RankZero)  # its constructor wants a control actor
-    found.plan, found.tracker = plan, Tracker()  # type: ignore[assignment]
-    found.evaluations = SimpleNamespace(  # type: ignore[assignment]
+    duties = object.__new__(RankZero)  # its constructor wants a control actor
+    duties.plan, duties.tracker = plan, Tracker()  # type: ignore[assignment]
+    duties.evaluations = SimpleNamespace(  # type: ignore[assignment]
         note_step=lambda _: None,
         collect=lambda **_: None,
         pending_steps=set,
         best=None,
         alarm_text="",
     )
-    found.bad, found.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
-    found.read_retries = 0.0
-    found.too_many_bad, found.watch = False, BottleneckWatch(plan.decode_tasks, True)
-    return found
+    duties.bad, duties.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
+    duties.read_retries = 0.0
+    duties.too_many_bad, duties.watch = False, BottleneckWatch(plan.decode_tasks, True)
+    return duties
 
 
 class Timed(Clock):
@@ -81,18 +81,18 @@ def test_a_line_and_its_metrics(rank_zero: RankZero, caplog: pytest.LogCaptureFi
     rows = [{"loss/total": torch.tensor(9.0)}] * 5
     clock = Timed(0, 100, 8, 1.0, 0.0)
     # 7.5 ms x 120/s: 0.9 of a core
-    work = Work(images=40, read_s=0.04, decode_s=0.2, crop_s=0.1, retries=2)
+    spent = Spent(images=40, read_s=0.04, decode_s=0.2, crop_s=0.1, retries=2)
     clock.done = 5
     with caplog.at_level(logging.INFO, logger="pipeline"):
-        rank_zero.log(5, Window(rows, [], work), clock)
+        rank_zero.log(5, Window(rows, [], spent), clock)
         assert "| wait 30% | decode 7.5 ms | eta " in caplog.text
         assert "bad" not in caplog.text
         assert "waits for data" not in caplog.text  # the first five steps
         clock.done = 10
-        rank_zero.log(10, Window(rows, BAD, work), clock)
+        rank_zero.log(10, Window(rows, BAD, spent), clock)
         assert "| decode 7.5 ms | 3 (2 truncated, 1 empty) bad | eta " in caplog.text
         clock.done = 15
-        rank_zero.log(15, Window(rows, [], work), clock)
+        rank_zero.log(15, Window(rows, [], spent), clock)
     newest = rank_zero.tracker.rows[14]
     assert newest["perf/read_ms"] == pytest.approx(1)
     assert newest["perf/decode_ms"] == pytest.approx(5)
@@ -116,10 +116,10 @@ class Disk:
         monkeypatch.setattr(
             rank_zeros, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=id)
         )
-        monkeypatch.setattr(rank_zeros.ray, "wait", lambda found, timeout: (found, []))
-        monkeypatch.setattr(rank_zeros.ray, "get", lambda found: found)
+        monkeypatch.setattr(rank_zeros.ray, "wait", lambda reference, timeout: (reference, []))
+        monkeypatch.setattr(rank_zeros.ray, "get", lambda reference: reference)
         monkeypatch.setattr(rank_zeros.state, "save", self.save)
-        monkeypatch.setattr(rank_zeros.state, "prune", lambda *given: None)
+        monkeypatch.setattr(rank_zeros.state, "prune", lambda *arguments: None)
         rank_zero.mailbox = Remote(self.mailbox)
         rank_zero.requested = self.mailbox.wait_request(0)
         rank_zero.folder, rank_zero.checkpoints = folder, folder / "checkpoints"
@@ -142,9 +142,9 @@ class Remote:
         self.target = target
 
     def __getattr__(self, name: str) -> Any:
-        def call(*given: Any) -> Any:
-            given = (0,) if name == "wait_request" else given
-            return getattr(self.target, name)(*given)
+        def call(*arguments: Any) -> Any:
+            arguments = (0,) if name == "wait_request" else arguments
+            return getattr(self.target, name)(*arguments)
 
         return SimpleNamespace(remote=call)
 
@@ -197,11 +197,11 @@ def test_a_stop_says_what_is_on_disk(
 
 def test_workers_are_summed_in_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    others: dict[str, Any] = {"bad": [], "work": Work(3, 0.5, 0.25, 0.125)}
+    others: dict[str, Any] = {"bad": [], "spent": Spent(3, 0.5, 0.25, 0.125)}
 
     def all_reduce(x: torch.Tensor) -> None:
         calls.append("reduce")
-        x += torch.tensor([len(others["bad"]), *others["work"]], dtype=x.dtype)
+        x += torch.tensor([len(others["bad"]), *others["spent"]], dtype=x.dtype)
 
     def all_gather_object(parts: list[Any], mine: Any) -> None:
         calls.append("gather")
@@ -209,8 +209,8 @@ def test_workers_are_summed_in_one_collective(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(bottleneck.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(bottleneck.dist, "all_gather_object", all_gather_object)
-    mine, cpu = Work(5, 1.0, 2.0, 4.0), torch.device("cpu")
-    both = Work(8, 1.5, 2.25, 4.125)
+    mine, cpu = Spent(5, 1.0, 2.0, 4.0), torch.device("cpu")
+    both = Spent(8, 1.5, 2.25, 4.125)
     assert Window([], [], mine).gathered(cpu, 2) == Window([], [], both)
     assert calls == ["reduce"]
     others["bad"] = BAD[1:]

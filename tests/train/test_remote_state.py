@@ -43,18 +43,18 @@ def steps() -> list[int]:
 
 def names(s3: S3) -> list[str]:
     prefix = "runs/a/checkpoints/"
-    found = (n.removeprefix(prefix) for n in s3.objects("checks", prefix))
-    return sorted(n for n in found if n and not n.endswith("/"))
+    objects = (n.removeprefix(prefix) for n in s3.objects("checks", prefix))
+    return sorted(n for n in objects if n and not n.endswith("/"))
 
 
 def test_what_goes_in_comes_out(bucket: S3, tmp_path: Path) -> None:
     saved = state.save(FOLDER, 1200, small(2.5), META)
     assert names(bucket) == ["step-00001200/meta.json", "step-00001200/state.pt"]
-    found = state.latest(FOLDER)
-    assert found == saved
-    assert found.path == f"{FOLDER}/step-00001200"
-    assert torch.equal(found.load()["teacher"]["w"], torch.full((3, 2), 2.5))
-    assert torch.equal(found.teacher()["w"], torch.full((3, 2), 2.5))
+    newest = state.latest(FOLDER)
+    assert newest == saved
+    assert newest.path == f"{FOLDER}/step-00001200"
+    assert torch.equal(newest.load()["teacher"]["w"], torch.full((3, 2), 2.5))
+    assert torch.equal(newest.teacher()["w"], torch.full((3, 2), 2.5))
     # the object is what torch itself reads
     (tmp_path / "state.pt").write_bytes(
         bucket.read("checks", "runs/a/checkpoints/step-00001200/state.pt")
@@ -125,9 +125,9 @@ def test_the_right_ones_are_kept(bucket: S3) -> None:
     state.mark_best(FOLDER, 20, 0.5)
     state.prune(FOLDER, 2, {10})
     assert steps() == [10, 20, 40, 50]
-    found = state.best(FOLDER)
-    assert found
-    assert (found[0].step, found[1]) == (20, 0.5)
+    best = state.best(FOLDER)
+    assert best
+    assert (best[0].step, best[1]) == (20, 0.5)
 
 
 def test_a_removal_that_breaks_off_leaves_no_half_checkpoint(bucket: S3) -> None:

@@ -71,7 +71,7 @@ class Policy:
                 n.node._replace(cpus=n.node.cpus - self.held) for n in nodes.values()
             ],
         )
-        monkeypatch.setattr(scaling.ray, "get", lambda found: found)
+        monkeypatch.setattr(scaling.ray, "get", lambda value: value)
         monkeypatch.setattr(Scaling, "_maybe_send_resource_request", lambda self: None)
         fields = {"optim.steps": "9", "optim.global_batch_size": "64", "train.workers": workers}
         fields |= {"resources.cpus_per_worker": "1", **overrides}
@@ -97,14 +97,14 @@ class Policy:
 
     def start(self) -> int:
         """The size of the next group; 0: none yet."""
-        found = self.policy.make_decision_for_non_running_worker_group()
-        return 0 if isinstance(found, NoopDecision) else int(found.num_workers)
+        decision = self.policy.make_decision_for_non_running_worker_group()
+        return 0 if isinstance(decision, NoopDecision) else int(decision.num_workers)
 
     def look(self, *nodes: str) -> int:
         """The same of a group that runs on these nodes; 0: it stays."""
         state = type("State", (), {"workers": [Worker(node) for node in nodes]})
-        found = self.policy.make_decision_for_running_worker_group(state, None)
-        return 0 if isinstance(found, NoopDecision) else int(found.num_workers)
+        decision = self.policy.make_decision_for_running_worker_group(state, None)
+        return 0 if isinstance(decision, NoopDecision) else int(decision.num_workers)
 
 
 def test_a_lost_node_makes_the_group_smaller_and_a_new_one_larger(
@@ -260,7 +260,7 @@ def test_a_group_grows_into_what_others_do_not_hold(monkeypatch: pytest.MonkeyPa
 
 
 def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling.ray, "get", lambda found: found)
+    monkeypatch.setattr(scaling.ray, "get", lambda value: value)
     feeder = Feeder()
     restarts = RestartPolicy(FailureConfig(max_failures=2), Remote(feeder))
     error = WorkerGroupError("a worker died", {0: RuntimeError("x")})

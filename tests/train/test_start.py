@@ -44,8 +44,8 @@ def config(*overrides: str) -> Config:
 
 def planned(*overrides: str) -> Plan:
     """As a run begins: with the checkpoints looked up."""
-    found = resolve(config(*overrides), images=100, digest="d", class_names=(), machine=MACHINE)
-    return start.located(found, None)
+    plan = resolve(config(*overrides), images=100, digest="d", class_names=(), machine=MACHINE)
+    return start.located(plan, None)
 
 
 def run_folder(path: Path, *overrides: str, seed: int = 7) -> Path:
@@ -58,23 +58,23 @@ def run_folder(path: Path, *overrides: str, seed: int = 7) -> Path:
             p.add_(0.01)
     objective = build.objective(recipe, pair)
     objective.dino_centre.value += 3.0
-    held = {
+    tensors = {
         "student": pair.student.state_dict(),
         "teacher": pair.teacher.state_dict(),
         "objective": objective.state_dict(),
     }
-    state.save(path / "checkpoints", 10, held, {"plan": plan.model_dump(mode="json")})
+    state.save(path / "checkpoints", 10, tensors, {"plan": plan.model_dump(mode="json")})
     return path
 
 
 def test_a_run_of_ours_starts_both_from_its_teacher_with_heads(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "first")
     pair, text = start.starting_pair(planned(f"model.init={folder}"))
-    held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
+    saved = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
     for encoder in (pair.student, pair.teacher):
-        found = encoder.state_dict()
-        assert found.keys() == held.keys()
-        assert all(torch.equal(x, held[name]) for name, x in found.items())
+        weights = encoder.state_dict()
+        assert weights.keys() == saved.keys()
+        assert all(torch.equal(x, saved[name]) for name, x in weights.items())
     assert text.endswith("with dino_head")
     assert all(p.requires_grad for p in pair.student.parameters())
     assert not any(p.requires_grad for p in pair.teacher.parameters())
@@ -162,9 +162,9 @@ def test_the_frozen_teacher_is_the_checkpoints(tmp_path: Path) -> None:
     plan = planned(f"distill.teacher={folder}")
     recipe = plan.config
     pair = start.with_frozen_teacher(build.pair(recipe), plan)
-    held = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
+    saved = state.latest(folder / "checkpoints").load()["teacher"]  # type: ignore[union-attr]
     assert pair.frozen is not None and pair.target_maker is pair.frozen
-    assert all(torch.equal(x, held[n]) for n, x in pair.frozen.state_dict().items())
+    assert all(torch.equal(x, saved[n]) for n, x in pair.frozen.state_dict().items())
     assert not any(p.requires_grad for p in pair.frozen.parameters())
     assert (recipe.loss.mask_probability, recipe.model.drop_path) == (0, 0)
 
@@ -225,9 +225,11 @@ def test_a_distillation_step_by_hand() -> None:
             pairs += float(-(t_cls[a * 3 : a * 3 + 3].exp() * s).sum(-1).mean()) / 6
     patches = float(-(t_patch.exp() * s_patch).sum(-1).mean())
 
-    found = run.step(v).scalars
-    assert float(found["loss/dino_global"] + found["loss/dino_local"]) == pytest.approx(pairs, 1e-5)
-    assert float(found["loss/ibot"]) == pytest.approx(patches, 1e-5)
+    scalars = run.step(v).scalars
+    assert float(scalars["loss/dino_global"] + scalars["loss/dino_local"]) == pytest.approx(
+        pairs, 1e-5
+    )
+    assert float(scalars["loss/ibot"]) == pytest.approx(patches, 1e-5)
     assert all(torch.equal(x, before[n]) for n, x in large.state_dict().items())
     for (name, teacher), now in zip(
         run.pair.teacher.named_parameters(), run.pair.student.parameters(), strict=True
@@ -256,9 +258,9 @@ def test_the_objective_of_dino_is_that_of_the_paper() -> None:
         p = [x for part in s for x in torch.log_softmax(part / 0.1, -1).split(3)]
         terms = [-(q[a] * p[b]).sum(-1).mean() for a in range(2) for b in range(4) if a != b]
         centre = 0.9 * centre + 0.1 * t.mean(0)
-        found = run.step(v).scalars
-        torch.testing.assert_close(found["loss/total"], torch.stack(terms).mean())
-        assert "loss/ibot" not in found and "loss/koleo" not in found
+        scalars = run.step(v).scalars
+        torch.testing.assert_close(scalars["loss/total"], torch.stack(terms).mean())
+        assert "loss/ibot" not in scalars and "loss/koleo" not in scalars
 
 
 def test_a_frozen_backbone_stays_while_the_heads_learn() -> None:

@@ -46,11 +46,11 @@ def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path) -> None:
         "optimizer": run.optimizer.state_dict(),
     }
     saved = state.save(tmp_path, 2, kept, META)
-    found = state.latest(tmp_path)
-    assert found == saved
-    assert found.step == 2
-    assert found.meta["digest"] == "d"
-    loaded = found.load()
+    newest = state.latest(tmp_path)
+    assert newest == saved
+    assert newest.step == 2
+    assert newest.meta["digest"] == "d"
+    loaded = newest.load()
     flat, back = flatten(kept), flatten(loaded)
     assert flat.keys() == back.keys()
     for name, value in flat.items():
@@ -119,18 +119,18 @@ def test_a_failure_in_the_middle_leaves_the_earlier_one(
         state.save(tmp_path, 20, small(2), META)
     monkeypatch.undo()
     assert names(tmp_path) == ["step-00000010"]
-    found = state.latest(tmp_path)
-    assert found
-    assert found.load()["student"]["w"][0, 0] == 1
+    newest = state.latest(tmp_path)
+    assert newest
+    assert newest.load()["student"]["w"][0, 0] == 1
 
 
-def killed_in(work: Callable[[], object], patch: Callable[[], None]) -> None:
+def killed_in(act: Callable[[], object], patch: Callable[[], None]) -> None:
     """Does some work in a process of its own, which kills itself where `patch` says."""
     child = os.fork()
     if child == 0:
         try:
             patch()
-            work()
+            act()
         finally:
             os._exit(7)
     _, status = os.waitpid(child, 0)
@@ -164,9 +164,9 @@ def test_a_kill_in_the_middle_leaves_the_earlier_one(tmp_path: Path, call: int |
     # the same step again clears what the kill left behind
     state.save(tmp_path, 20, small(3), META)
     assert names(tmp_path) == ["step-00000010", "step-00000020"]
-    found = state.latest(tmp_path)
-    assert found
-    assert found.load()["student"]["w"][0, 0] == 3
+    newest = state.latest(tmp_path)
+    assert newest
+    assert newest.load()["student"]["w"][0, 0] == 3
 
 
 def test_a_full_disk_is_an_os_error_however_torch_reports_it(
@@ -224,9 +224,9 @@ def test_a_damaged_one_is_named_and_passed_over(
     state.save(tmp_path, 20, small(2), META)
     damage(tmp_path / "step-00000020")
     with caplog.at_level("WARNING", "pipeline.train"):
-        found = state.latest(tmp_path)
-    assert found
-    assert found.step == 10
+        newest = state.latest(tmp_path)
+    assert newest
+    assert newest.step == 10
     (record,) = caplog.records
     assert "step-00000020" in record.getMessage()
     assert "using an earlier one" in record.getMessage()
@@ -351,9 +351,9 @@ def test_the_best_is_found_as_long_as_it_is_there(tmp_path: Path) -> None:
     for step in (10, 20):
         state.save(tmp_path, step, small(step), META)
     state.mark_best(tmp_path, 10, 0.25)
-    found = state.best(tmp_path)
-    assert found
-    assert (found[0].step, found[1]) == (10, 0.25)
+    best = state.best(tmp_path)
+    assert best
+    assert (best[0].step, best[1]) == (10, 0.25)
     cut_tensors(tmp_path / "step-00000010")
     assert state.best(tmp_path) is None
 
@@ -362,9 +362,9 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     state.save(tmp_path, 10, small(1), META)
     state.save(tmp_path, 10, small(2), META)
     assert names(tmp_path) == ["step-00000010"]
-    found = state.latest(tmp_path)
-    assert found
-    assert found.load()["student"]["w"][0, 0] == 2
+    newest = state.latest(tmp_path)
+    assert newest
+    assert newest.load()["student"]["w"][0, 0] == 2
 
 
 OTHERS = (
@@ -385,9 +385,9 @@ def test_only_names_that_we_write_are_checkpoints(tmp_path: Path) -> None:
             mine.write_text("a file")
         else:
             shutil.copytree(folder / "step-00000020", mine)
-        found = state.latest(folder)
-        assert found and found.path.name == "step-00000020", name
-        assert state.at(mine) is None or state.at(mine) == found, name
+        newest = state.latest(folder)
+        assert newest and newest.path.name == "step-00000020", name
+        assert state.at(mine) is None or state.at(mine) == newest, name
         state.save(folder, 30, small(30), META)
         state.prune(folder, 2, set())
         assert names(folder) == sorted(["step-00000020", "step-00000030", name])
@@ -441,8 +441,8 @@ def test_an_edited_meta_is_passed_over(tmp_path: Path, caplog: pytest.LogCapture
         file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
         caplog.clear()
         with caplog.at_level("WARNING", "pipeline.train"):
-            found, tensors = state.restored(folder)
-        assert found and found.step == 10 and tensors["student"]["w"][0, 0] == 10, name
+            restored, tensors = state.restored(folder)
+        assert restored and restored.step == 10 and tensors["student"]["w"][0, 0] == 10, name
         assert len(caplog.records) == 1 and len(caplog.text) < 400, name
         assert "step-00000020" in caplog.text and "using an earlier one" in caplog.text, name
 
@@ -474,8 +474,8 @@ def test_a_state_of_something_else_under_sums_that_fit(tmp_path: Path) -> None:
         meta = json.loads((file.parent / "meta.json").read_text())
         meta |= {"bytes": file.stat().st_size, "crc32": zlib.crc32(file.read_bytes())}
         (file.parent / "meta.json").write_text(json.dumps(meta))
-        found, tensors = state.restored(folder)
-        assert found and found.step == 10 and tensors["student"]["w"][0, 0] == 10, name
+        restored, tensors = state.restored(folder)
+        assert restored and restored.step == 10 and tensors["student"]["w"][0, 0] == 10, name
     assert not (tmp_path / "mark").exists()
 
 

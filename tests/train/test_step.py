@@ -86,8 +86,8 @@ def test_a_step_of_any_number_of_views_is_a_loop_over_all_pairs(
         def targets(logits: torch.Tensor) -> torch.Tensor:
             if centring == "softmax":
                 return (logits / VALUES.teacher_temperature).softmax(dim=1)
-            (found,) = sinkhorn_targets([logits], VALUES.teacher_temperature)
-            return found.probabilities()
+            (target,) = sinkhorn_targets([logits], VALUES.teacher_temperature)
+            return target.probabilities()
 
         q = targets(theirs.dino).view(global_crops, images, -1)
         s = torch.cat([ours.dino[: global_crops * images], ours_locals])
@@ -175,9 +175,9 @@ def test_masked_patches_are_filled_up_to_few_lengths_and_nothing_else_changes(
             assert lengths["exact"] == set(counts) and len(set(counts)) > 5
             continue
         assert lengths["filled"] <= {16, 32, 48, 64} and len(lengths["filled"]) < 4
-        for found, value in zip(scalars, expected, strict=True):
+        for ours, value in zip(scalars, expected, strict=True):
             for key in value:
-                torch.testing.assert_close(found[key], value[key], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(ours[key], value[key], rtol=1e-5, atol=1e-5)
     assert_same(filled.weights(), exact.weights(), atol=1e-5)
 
 

@@ -63,15 +63,15 @@ def test_the_step_is_the_reference_step(shared: Path, name: str) -> None:
         total = float(step["optimised_total"])
         assert float(result.scalars["loss/total"]) == pytest.approx(total, rel=tolerance)
         for module, norm in step["submodule_grad_norm_before_clip"].items():
-            found = float(result.scalars[f"optim/grad_norm_{module}"])
-            assert found == pytest.approx(norm, rel=2e-4 * (1 + 3 * it)), (it, module)
+            actual = float(result.scalars[f"optim/grad_norm_{module}"])
+            assert actual == pytest.approx(norm, rel=2e-4 * (1 + 3 * it)), (it, module)
         for key, norm in flat(step["grad_norm_per_param"]).items():
             assert recorder.norms[key] == pytest.approx(norm, rel=2e-4 * (1 + 5 * it), abs=1e-6), (
                 key
             )
         for key, gradient in flat(step.get("grads_after_clip_selected", {})).items():
-            found = pair.student.get_parameter(key).grad
-            torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-6)
+            actual = pair.student.get_parameter(key).grad
+            torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6)
     for role in ("student", "teacher"):
         module: nn.Module = getattr(pair, role)
         moved, error = 0.0, 0.0

@@ -139,8 +139,8 @@ def test_two_workers_with_accumulation_are_one_with_the_whole_batch(
     assert_same(a[centring], run.weights(), atol=2e-5)
     for name, x in alone.items():
         if name != "health/prototypes_used":  # counted a micro batch
-            found = a[f"{centring}_scalars"][name]
-            torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+            ours = a[f"{centring}_scalars"][name]
+            torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.long
@@ -156,13 +156,13 @@ def test_workers_agree_to_stop_and_on_what_is_not_finite(ranks: list[dict[str, A
 def test_targets_and_centres_are_the_references(shared: Path, ranks: list[dict[str, Any]]) -> None:
     golden = torch.load(shared / "golden" / "dist" / "two_ranks.pt", weights_only=True)
     for rank, mine in enumerate(golden["ranks"]):
-        found = ranks[rank]["golden"]
+        ours = ranks[rank]["golden"]
         for head in ("dino", "ibot"):
             torch.testing.assert_close(
-                found[f"{head}_sinkhorn"], mine[f"{head}_sinkhorn"], rtol=1e-4, atol=1e-6
+                ours[f"{head}_sinkhorn"], mine[f"{head}_sinkhorn"], rtol=1e-4, atol=1e-6
             )
             expected = mine[f"{head}_center_after"].flatten()
-            torch.testing.assert_close(found[f"{head}_centre"], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(ours[f"{head}_centre"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
@@ -171,13 +171,13 @@ def test_the_step_is_the_references(shared: Path, ranks: list[dict[str, Any]], n
     golden = torch.load(shared / "golden" / "dist" / "two_ranks.pt", weights_only=True)
     mine = [rank[name] for rank in golden["ranks"]]
     for rank in (0, 1):
-        found = ranks[rank]["golden"][name]
+        ours = ranks[rank]["golden"][name]
         for key, value in logged(mine[0]["loss_dict"]).items():
             mean = (value + logged(mine[1]["loss_dict"])[key]) / 2
-            assert float(found["scalars"][key]) == pytest.approx(mean, rel=2e-5), key
+            assert float(ours["scalars"][key]) == pytest.approx(mean, rel=2e-5), key
         for key, norm in flat(mine[rank]["grad_norm_mean"]).items():
-            assert found["norms"][key] == pytest.approx(norm, rel=2e-4, abs=1e-6), key
+            assert ours["norms"][key] == pytest.approx(norm, rel=2e-4, abs=1e-6), key
         if "centering" in name:
             for head in ("dino", "ibot"):
                 expected = mine[rank][f"{head}_center_after"].flatten()
-                torch.testing.assert_close(found[f"{head}_centre"], expected, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(ours[f"{head}_centre"], expected, rtol=1e-4, atol=1e-6)

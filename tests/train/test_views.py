@@ -14,9 +14,9 @@ from pipeline.views.photometric import PARAMS, PhotometricSpec, apply_photometri
     [("cuda", True, True), ("cuda", False, False), ("cpu", True, False), ("cpu", False, False)],
 )
 def test_colours_are_compiled_on_an_accelerator_where_the_networks_are(device, compiles, expected):
-    found = build.photometric_function(SimpleNamespace(compile=compiles), torch.device(device))
-    assert isinstance(found, CompiledPhotometric) == expected
-    assert expected or found is apply_photometric
+    colours = build.photometric_function(SimpleNamespace(compile=compiles), torch.device(device))
+    assert isinstance(colours, CompiledPhotometric) == expected
+    assert expected or colours is apply_photometric
 
 
 def test_the_loop_calls_the_function_it_was_given():

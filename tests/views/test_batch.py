@@ -38,8 +38,8 @@ def test_views_are_crop_major():
     assert views.global_views.shape == (2 * B, 3, S, S) and views.images == B
     assert views.local_views.shape == (L * B, 3, s, s)
     expected = [10 * crop + image for crop in range(2 + L) for image in range(B)]
-    found = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0]))
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    ours = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0]))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float32))
     hidden = [(image + 2 * crop) % P for crop in range(2) for image in range(B)]
     assert views.masks.int().argmax(1).tolist() == hidden
 
@@ -50,11 +50,11 @@ def test_parameters_go_with_their_crop():
     factor = 0.5 + 0.1 * np.arange(2 + L) + 0.01 * np.arange(B)[:, None]
     data["photometric"][..., ph.BRIGHTNESS] = factor
     views = Batch.from_chunk(data).views(PLAIN)
-    found = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0])).view(-1, B)
+    ours = torch.cat((views.global_views[:, 0, 0, 0], views.local_views[:, 0, 0, 0])).view(-1, B)
     expected = [
         [(10 * crop + image) * factor[image, crop] for image in range(B)] for crop in range(2 + L)
     ]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float32))
 
 
 def test_views_dtype_and_another_photometric_function():
@@ -143,8 +143,8 @@ def test_a_micro_batch_keeps_one_image_where_all_are_bad() -> None:
     bad["valid"][:] = False
     size = len(bad["valid"])
 
-    def images(*found: dict[str, np.ndarray]) -> list[int]:
-        tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in found]
+    def images(*chunks: dict[str, np.ndarray]) -> list[int]:
+        tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in chunks]
         return [batch.images for batch in _micro_batches(iter(tables), 2, 1, False)]
 
     assert images(bad, good, good, bad, bad, bad, good, good) == [size, size, 1, 2 * size]
@@ -154,22 +154,22 @@ def test_micro_batches_hold_the_same_images_for_any_number_of_workers():
     """Twelve chunks a step, six micro batches of two: dealt to 6, 3, 2 and 1 workers."""
 
     def tables(step: int) -> list:
-        found = []
+        blocks = []
         for number in range(12):
             one = chunk(1) | {"reason": np.zeros(1, np.int8)}
             one["image_ids"] = np.full((1, 16), 12 * step + number, np.uint8)
-            found.append(chunk_table(one))
-        return found
+            blocks.append(chunk_table(one))
+        return blocks
 
     def dealt(workers: int) -> dict[tuple[int, int], list[int]]:
         each = 6 // workers
-        found = {}
+        ids = {}
         for rank in range(workers):
             mine = [table for step in range(2) for table in tables(step)[rank::workers]]
             for number, batch in enumerate(_micro_batches(iter(mine), 2, each, False)):
                 step, part = divmod(number, each)
-                found[step, rank + part * workers] = batch.image_ids[:, 0].tolist()
-        return found
+                ids[step, rank + part * workers] = batch.image_ids[:, 0].tolist()
+        return ids
 
     expected = {(s, g): [12 * s + g, 12 * s + g + 6] for s in range(2) for g in range(6)}
     for workers in (6, 3, 2, 1):

@@ -178,11 +178,11 @@ def worst_chain(roads, count: int = DRAWS, sides=SIDES) -> dict[str, float]:
         # Solarize jumps by an 8-bit step at its threshold, which round-off may cross.
         edge = ((before - 128 / 255).abs() < 1e-5) & (params[:, ph.SOLARIZE, None, None, None] > 0)
         assert edge.float().mean() < 2e-3
-        found = [road(x, params, PLAIN) for road in roads]
-        for road, ours in zip(roads, found, strict=True):
+        outputs = [road(x, params, PLAIN) for road in roads]
+        for road, ours in zip(roads, outputs, strict=True):
             error = (ours - expected).abs()[~edge].max()
             errors[road.__name__] = max(errors[road.__name__], float(error))
-        apart = max(float((a - found[0]).abs()[~edge].max()) for a in found)
+        apart = max(float((a - outputs[0]).abs()[~edge].max()) for a in outputs)
         errors["between"] = max(errors["between"], apart)
     return errors
 
@@ -211,8 +211,8 @@ def test_solarize_at_its_threshold_before_and_after_a_blur(road):
     params[:, ph.SOLARIZE] = 1
     for sigma in (0.0, 0.1, 0.7, 2.0):  # a blur changes a flat crop by round-off only
         params[:, ph.BLUR_SIGMA] = sigma
-        found = road(x, params, PLAIN)[:, 0] * 255
-        for crop, value in zip(found, (127.0, 127.0, 126.0), strict=True):
+        values = road(x, params, PLAIN)[:, 0] * 255
+        for crop, value in zip(values, (127.0, 127.0, 126.0), strict=True):
             torch.testing.assert_close(crop, torch.full((9, 9), value))
 
 
@@ -244,9 +244,9 @@ def test_the_size_of_a_crop_chooses_the_road_and_not_the_result(side, road, monk
             return function(*arguments)
 
         monkeypatch.setattr(ph, name, noted)
-    found = ph.apply_photometric(x, params, PLAIN)
+    ours = ph.apply_photometric(x, params, PLAIN)
     assert set(taken) == {road}
-    assert (found - expected).abs().max() <= TOLERANCES["all in the drawn order"]
+    assert (ours - expected).abs().max() <= TOLERANCES["all in the drawn order"]
 
 
 def test_crops_that_cannot_be_reflected_are_refused():

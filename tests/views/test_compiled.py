@@ -37,10 +37,10 @@ def test_one_graph_for_each_size_of_crops_whatever_a_batch_has_lost(graphs):
     for step, count in enumerate((8, 8, 7, 1, 8)):
         for views, side in ((2, 14), (3, 9)):
             x, params = inputs(views * count, side, step)
-            found = apply(x, params, SPEC)
-            assert found.shape == (views * count, 3, side, side)
+            compiled_views = apply(x, params, SPEC)
+            assert compiled_views.shape == (views * count, 3, side, side)
             torch.testing.assert_close(
-                found, ph.apply_photometric(x, params, SPEC), atol=3e-5, rtol=0
+                compiled_views, ph.apply_photometric(x, params, SPEC), atol=3e-5, rtol=0
             )
     assert len(graphs) == 2
 
@@ -76,5 +76,5 @@ def test_the_device_gives_what_the_cpu_gives():
     calm = params[:, ph.SOLARIZE] == 0  # round-off may cross its threshold
     expected = ph.apply_photometric(x, params, SPEC)[calm]
     for road in (apply, ph.apply_photometric):
-        found = road(x.cuda(), params, SPEC).cpu()[calm]
-        torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+        on_device = road(x.cuda(), params, SPEC).cpu()[calm]
+        torch.testing.assert_close(on_device, expected, atol=5e-5, rtol=0)

@@ -176,19 +176,19 @@ def test_every_channel_is_cut_as_if_it_were_alone(channels):
     spec = CropSpec(global_size=28, local_size=14, local_crops=2, channels=channels)
     u = uniforms(1, 0, np.arange(16, dtype=np.uint8)[None], spec.draws)[0]
     boxes, flips = crop_boxes(u, 64, 90, spec)
-    found = *cut_crops(image, boxes, flips, spec), resize_centre_crop(image, 56)
+    together = *cut_crops(image, boxes, flips, spec), resize_centre_crop(image, 56)
     shapes = [(2, 28, 28, channels), (2, 14, 14, channels), (56, 56, channels)]
-    assert [x.shape for x in found] == shapes
-    assert all(x.flags.c_contiguous and x.dtype == np.uint8 for x in found)
+    assert [x.shape for x in together] == shapes
+    assert all(x.flags.c_contiguous and x.dtype == np.uint8 for x in together)
     for c in range(channels):
         plane = image[..., c : c + 1]
         alone = *cut_crops(plane, boxes, flips, spec), resize_centre_crop(plane, 56)
-        for ours, theirs in zip(found, alone, strict=True):
+        for ours, theirs in zip(together, alone, strict=True):
             np.testing.assert_array_equal(ours[..., c], theirs[..., 0])
         top, left, height, width = boxes[0]
         crop = Image.fromarray(plane[..., 0]).crop((left, top, left + width, top + height))
         pillow = np.asarray(crop.resize((28, 28), Image.Resampling.BICUBIC)).astype(int)
-        ours = found[0][0, :, ::-1, c] if flips[0] else found[0][0, ..., c]
+        ours = together[0][0, :, ::-1, c] if flips[0] else together[0][0, ..., c]
         assert abs(ours - pillow).max() <= 1
 
 

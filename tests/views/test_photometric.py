@@ -285,15 +285,15 @@ def test_views_have_the_brightness_and_contrast_of_the_reference(shared):
     u = uniforms(0, 0, ids, crop.draws, 0)
     colour = uniforms(0, 0, ids, 10 * ph.PHOTOMETRIC_DRAWS, 1).reshape(-1, 10, ph.PHOTOMETRIC_DRAWS)
     params = torch.from_numpy(ph.draw_photometric(colour, spec))
-    found = {"global": [], "local": []}
+    ours = {"global": [], "local": []}
     for row in range(len(ids)):
         boxes, flips = crop_boxes(u[row], image.shape[1], image.shape[0], crop)
         cut = cut_crops(image, boxes, flips, crop)
-        for name, crops, drawn_for in zip(found, cut, params[row].split([2, 8]), strict=True):
-            found[name].append(ph.apply_photometric(torch.as_tensor(crops), drawn_for, spec))
-    for name, views in found.items():
+        for name, crops, drawn_for in zip(ours, cut, params[row].split([2, 8]), strict=True):
+            ours[name].append(ph.apply_photometric(torch.as_tensor(crops), drawn_for, spec))
+    for name, views in ours.items():
         flat = torch.cat(views).flatten(1)
-        for what, ours in (("mean", flat.mean(1)), ("std", flat.std(1))):
+        for what, values in (("mean", flat.mean(1)), ("std", flat.std(1))):
             theirs = torch.tensor([x for out in golden["outs"] for x in out[f"{name}_{what}"]])
-            error = 4 * float(ours.std()) / len(theirs) ** 0.5
-            assert float(theirs.mean()) == pytest.approx(float(ours.mean()), abs=error)
+            error = 4 * float(values.std()) / len(theirs) ** 0.5
+            assert float(theirs.mean()) == pytest.approx(float(values.mean()), abs=error)

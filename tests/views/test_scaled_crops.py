@@ -39,10 +39,10 @@ def test_the_shrink_is_that_of_the_loop(margin):
     rng = np.random.default_rng(0)
     boxes = rng.integers(90, 6000, (3000, 5, 4)) * rng.random((3000, 1, 1))
     boxes = np.rint(boxes + np.array(SIDES)[:, None] * rng.integers(0, 9, (3000, 1, 1))).astype(int)
-    found = decode_shrink(boxes, SPEC, margin)
-    assert found.tolist() == [one_shrink(image, margin) for image in boxes.tolist()]
-    assert set(found.tolist()) == {1, 2, 4, 8}
-    assert int(decode_shrink(boxes[7], SPEC, margin)) == found[7]
+    shrinks = decode_shrink(boxes, SPEC, margin)
+    assert shrinks.tolist() == [one_shrink(image, margin) for image in boxes.tolist()]
+    assert set(shrinks.tolist()) == {1, 2, 4, 8}
+    assert int(decode_shrink(boxes[7], SPEC, margin)) == shrinks[7]
 
 
 def test_the_edges_of_the_rule():
@@ -71,16 +71,16 @@ def test_boxes_stay_inside_near_their_place_and_large_enough(height, width, data
     boxes = np.array(places, np.int64)
     for shrink in (1, 2, 4, 8):
         small = (-(-height // shrink), -(-width // shrink))
-        found = scale_boxes(boxes, shrink, *small)
-        assert found.dtype == np.int64 and found.shape == boxes.shape
-        assert (found[:, :2] >= 0).all() and (found[:, 2:] >= 1).all()
-        assert (found[:, :2] + found[:, 2:] <= small).all()
-        assert (np.abs(found * shrink - boxes) <= shrink).all()
-        assert shrink > 1 or (found == boxes).all()
+        scaled = scale_boxes(boxes, shrink, *small)
+        assert scaled.dtype == np.int64 and scaled.shape == boxes.shape
+        assert (scaled[:, :2] >= 0).all() and (scaled[:, 2:] >= 1).all()
+        assert (scaled[:, :2] + scaled[:, 2:] <= small).all()
+        assert (np.abs(scaled * shrink - boxes) <= shrink).all()
+        assert shrink > 1 or (scaled == boxes).all()
     shrink = int(decode_shrink(boxes, SPEC, data.draw(st.sampled_from((1.0, 2.0)))))
-    found = scale_boxes(boxes, shrink, -(-height // shrink), -(-width // shrink))
+    scaled = scale_boxes(boxes, shrink, -(-height // shrink), -(-width // shrink))
     enough = np.minimum(boxes[:, 2:], np.array(SIDES)[:, None])
-    assert (found[:, 2:] >= enough).all()
+    assert (scaled[:, 2:] >= enough).all()
 
 
 def detailed(height: int, width: int) -> np.ndarray:
@@ -106,10 +106,13 @@ def test_crops_of_the_smaller_image_are_those_of_the_whole(value):
         image, shrink = decode_shrunk(encoded, int(decode_shrink(boxes, spec)))
         used.add(shrink)
         scaled = scale_boxes(boxes, shrink, *image.shape[:2])
-        some, others = cut_crops(whole, boxes, flips, spec), cut_crops(image, scaled, flips, spec)
-        for a, b in zip(some, others, strict=True):
+        of_whole, others = (
+            cut_crops(whole, boxes, flips, spec),
+            cut_crops(image, scaled, flips, spec),
+        )
+        for a, b in zip(of_whole, others, strict=True):
             assert np.abs(a.astype(int) - b).mean() < 3.5
         # Moved by a tenth of the image they are others, so the bound above says something.
         moved = cut_crops(np.roll(whole, 160, 0), boxes, flips, spec)
-        assert np.abs(some[0].astype(int) - moved[0]).mean() > 10
+        assert np.abs(of_whole[0].astype(int) - moved[0]).mean() > 10
     assert used and used <= {2, 4}
