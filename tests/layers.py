@@ -88,7 +88,7 @@ TABLE = [
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective", "errors loss model schedule train.objective views",
         others="torch"),
-    row("train.build train.remote_state train.start train.state",
+    row("train.build train.checkpoint_files train.start train.state",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
     row("train.rank_zero", "driver errors evaluate heartbeat loss model plan schedule shards "

@@ -21,8 +21,8 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.train import build, state
 from pipeline.train.build import pair
+from pipeline.train.checkpoint_files import step_of
 from pipeline.train.objective import Objective
-from pipeline.train.remote_state import step_of
 from pipeline.uri import is_uri, join, parent, public
 
 

@@ -2,26 +2,20 @@
 
 A checkpoint is a folder `checkpoints/step-00001200/` with `state.pt` (tensors, loads with
 `weights_only=True`) and `meta.json` (step, what the pass has used, config, MLflow run, sizes).
-The folder gets its name last, so one that has its name is complete; at a URI, where nothing can be
-renamed, `meta.json` is written last instead (`remote_state`). It holds no per-worker state:
+`checkpoint_files` writes it so that what can be listed is complete. It holds no per-worker state:
 random numbers are keyed by (seed, step, worker) and the position in the data follows from the step,
 so any number of workers can read it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import hashlib
 import json
 import logging
 import math
-import os
 import socket
-import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,14 +27,12 @@ import torch
 from pipeline.errors import DamagedError, DataError, StorageError, TrainError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import local_copy, read_json, write_bytes_atomic
-from pipeline.train import remote_state
-from pipeline.train.remote_state import Entry, step_of
-from pipeline.uri import Place, is_uri, join, parent, public
+from pipeline.train import checkpoint_files
+from pipeline.train.checkpoint_files import crc32, step_of
+from pipeline.uri import Place, join, parent, public
 
 log = logging.getLogger("pipeline.train")
 VERSION = 4
-PART = 2**24  # bytes that a sum is taken of at once
-FILES = ("meta.json", "state.pt")  # of a checkpoint, in the order in which they go
 SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
 
 
@@ -116,15 +108,6 @@ def layout(state: Any) -> str:
     return hashlib.blake2b("\n".join(lines(state, "")).encode(), digest_size=8).hexdigest()
 
 
-def crc32(file: Path) -> int:
-    """The checksum of a whole file, which `meta.json` has beside its length."""
-    checksum = 0
-    with file.open("rb") as opened:
-        while part := opened.read(PART):
-            checksum = zlib.crc32(part, checksum)
-    return checksum
-
-
 def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
     """Writes a checkpoint atomically.
 
@@ -137,60 +120,9 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
     """
-    name = _name(step)
     meta = {**meta, "step": step, "version": VERSION, "layout": layout(state)}
-    if is_uri(folder):
-        with tempfile.TemporaryDirectory(prefix="raydino-") as here:
-            meta |= _write(Path(here) / "state.pt", state)
-            remote_state.save(str(folder), name, Path(here) / "state.pt", meta)
-        return Saved(join(folder, name), meta)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / name
-    temporary, aside = (folder / f".{name}.{end}" for end in ("tmp", "removed"))
-    _discard(temporary)
-    temporary.mkdir(exist_ok=True)
-    try:
-        meta |= _write(temporary / "state.pt", state)
-        with (temporary / "meta.json").open("w") as text:
-            json.dump(meta, text, indent=1)
-            text.flush()
-            os.fsync(text.fileno())
-        if final.exists():  # the same step again, after a resume
-            _discard(aside)
-            final.rename(aside)
-        temporary.rename(final)
-        _discard(aside, final)
-    finally:
-        _discard(temporary)
-    return Saved(final, meta)
-
-
-def _discard(folder: Path, heir: Path | None = None) -> None:
-    """Deletes a checkpoint's own files and its folder. What others have put there moves to `heir`;
-    without one the folder stays with it.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for file in FILES:
-        (folder / file).unlink(missing_ok=True)
-    if heir is not None:
-        for other in folder.iterdir():
-            other.rename(heir / other.name)
-    with contextlib.suppress(OSError):  # not empty
-        folder.rmdir()
-
-
-def _write(path: Path, state: dict[str, Any]) -> dict[str, int]:
-    """Writes and flushes the tensors; gives the file's length and checksum."""
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # how torch reports a disk that fills up midway
-            raise OSError(str(error).splitlines()[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
+    place = join(folder, _name(step))
+    return Saved(place, checkpoint_files.write(place, state, meta))
 
 
 def checkpoints(folder: Place) -> list[Saved]:
@@ -201,7 +133,7 @@ def checkpoints(folder: Place) -> list[Saved]:
         StorageError: a remote folder cannot be read.
     """
     complete = []
-    for path, read in _entries(folder):
+    for path, read in checkpoint_files.entries(folder):
         try:
             complete.append(_checked(path, *read()))
         except StorageError:
@@ -236,21 +168,6 @@ def _checked(path: Place, meta: Any, size: int) -> Saved:
     if size != meta["bytes"]:
         raise ValueError(f"it is cut short: {size} of {meta['bytes']} bytes are there")
     return Saved(path, meta)
-
-
-def _entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
-    if is_uri(folder):
-        yield from remote_state.entries(str(folder))
-        return
-
-    for path in sorted(Path(folder).glob("step-*")):
-        # A folder with neither file may hold what somebody has put beside a checkpoint.
-        if step_of(path.name) is not None and any((path / file).exists() for file in FILES):
-            yield path, functools.partial(_read_local, path)
-
-
-def _read_local(path: Path) -> tuple[dict[str, Any], int]:
-    return json.loads((path / "meta.json").read_text()), (path / "state.pt").stat().st_size
 
 
 def at(place: Place) -> Saved | None:
@@ -315,13 +232,7 @@ def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
 
 def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
     path = join(folder, _name(step))
-    if is_uri(folder):
-        listed = dict(remote_state.entries(str(folder)))
-        if path not in listed:
-            raise OSError("it is not there")
-        meta, size = listed[path]()
-    else:  # by its name: a listing may be an old one
-        meta, size = _read_local(Path(path))
+    meta, size = checkpoint_files.read_at(path)
     saved = _checked(path, meta, size)
     return saved, saved.load()
 
@@ -388,19 +299,6 @@ def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
     if marked := _best(folder):
         protected = protected | {marked[0]}
     for saved in checkpoints(folder)[:-keep_last]:
-        if saved.step in protected:
-            continue
-        if isinstance(saved.path, str):
-            remote_state.remove(saved.path)
-            continue
-        if saved.path.is_symlink():  # somebody keeps it elsewhere
-            continue
-        # Out of the list in one move first: a kill must not leave half a checkpoint in it.
-        removed = saved.path.with_name(f".{saved.path.name}.removed")
-        _discard(removed)
-        saved.path.rename(removed)
-        _discard(removed)
-        if removed.exists():  # with files of others
-            removed.rename(saved.path)
-    if is_uri(folder):
-        remote_state.sweep(str(folder))
+        if saved.step not in protected:
+            checkpoint_files.remove(saved.path)
+    checkpoint_files.sweep(folder)

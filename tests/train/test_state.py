@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.errors import DamagedError, TrainError
-from pipeline.train import state
+from pipeline.train import checkpoint_files, state
 from tests.train.small_run import Run, views
 
 META = {"config": {"run": {"seed": 0}}, "digest": "d"}
@@ -109,12 +109,12 @@ def test_a_failure_in_the_middle_leaves_the_earlier_one(
             file.write(b"half of it")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(state.torch, "save", cut)
+        monkeypatch.setattr(torch, "save", cut)
     elif where == "rename":
         monkeypatch.setattr(Path, "rename", half_written)
     else:
         module, name = where.split(".")
-        monkeypatch.setattr(getattr(state, module), name, half_written)
+        monkeypatch.setattr(getattr(checkpoint_files, module), name, half_written)
     with pytest.raises(OSError, match="No space"):
         state.save(tmp_path, 20, small(2), META)
     monkeypatch.undo()
@@ -175,7 +175,7 @@ def test_a_full_disk_is_an_os_error_however_torch_reports_it(
     def full(*_: Any) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(state.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="unexpected pos"):
         state.save(tmp_path, 10, small(), META)
     assert names(tmp_path) == []
@@ -400,7 +400,7 @@ def test_what_others_have_put_beside_a_checkpoint_stays(tmp_path: Path) -> None:
     state.save(tmp_path, 20, small(21), META)  # the same step again
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "step-00000005").symlink_to(tmp_path / "elsewhere")
-    for file in state.FILES:
+    for file in checkpoint_files.FILES:
         (tmp_path / "elsewhere" / file).write_bytes(
             (tmp_path / "step-00000010" / file).read_bytes()
         )
