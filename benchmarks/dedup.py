@@ -36,10 +36,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.cell_fit import fit
+from pipeline.curate.copies.cell_fit import fit_cells
 from pipeline.curate.copies.components import find_components
-from pipeline.curate.copies.pairs import find_pairs
-from pipeline.curate.copies.put_in_cells import placed
+from pipeline.curate.copies.items import ImageSet
+from pipeline.curate.copies.pairs import Search, find_pairs, put_in_cells
 from pipeline.curate.decide.decide import Mix, decide
 from pipeline.curate.decide.removals import starts_of
 from pipeline.curate.decide.sources import Sources
@@ -132,17 +132,12 @@ class Pool:
         """The component of each row: its keeper's row, or its own. Run once, with the decisions."""
         if not self.steps:
             begin = time.perf_counter()
-            found = find_pairs(
-                self.folder / "run",
-                self.inputs,
-                self.vectors,
-                lowest=THRESHOLD,
-                probes=self.probes,
-            )
+            images = ImageSet(self.inputs, self.vectors)
+            run = self.folder / "run"
+            found = find_pairs(run, images, Search(self.probes), lowest=THRESHOLD)
             self.found, steps = find_components(
                 found,
-                self.inputs,
-                self.vectors,
+                images,
                 fingerprints=(str(self.folder / "facts"), "facts"),
                 threshold=THRESHOLD,
                 guard=0.1,
@@ -189,7 +184,7 @@ class Pool:
 def one_cell_rule(x: Array, count: int) -> Array:
     """Rows that SemDeDup's rule keeps: no earlier row of the same cell is like it."""
     share = np.random.default_rng(0).permutation(len(x))[: 40 * count]
-    fitted = fit(np.asarray(x[np.sort(share)]), count, 1, seed=0)
+    fitted = fit_cells(np.asarray(x[np.sort(share)]), count, 1, seed=0)
     cell = nearest_numbers(np.asarray(x), fitted.centres, 1)[:, 0]
     kept = np.ones(len(x), bool)
     for number, centre in enumerate(fitted.centres.astype(np.float32)):
@@ -252,21 +247,10 @@ def shuffle(pool: Pool) -> None:
     sizes = {}
     for bucketing in ("near", "modulo"):
         root = pool.folder / f"shuffle-{bucketing}"
-        _, _, _, steps = placed(
-            root,
-            pool.inputs,
-            pool.vectors,
-            ("", ""),
-            pool.probes,
-            None,
-            None,
-            0,
-            0.0,
-            16,
-            bucketing,
-            None,
-        )
-        sizes[bucketing] = steps[-1].total("bytes")
+        images = ImageSet(pool.inputs, pool.vectors)
+        search = Search(pool.probes, bucketing=bucketing, buckets=16)
+        in_cells = put_in_cells(root, images, search)
+        sizes[bucketing] = in_cells.steps["copies/shuffle"].total("bytes")
         shutil.rmtree(root)
     data = pool.rows * pool.vectors.dim * 2
     print(

@@ -10,7 +10,7 @@ from pipeline.curate.choose import retrieve as retrieving
 from pipeline.curate.choose.balance import Balanced
 from pipeline.curate.choose.hierarchy import build
 from pipeline.curate.choose.lloyd import Cost, Resources
-from pipeline.curate.choose.retrieve import Retrieved, Wanted
+from pipeline.curate.choose.retrieve import Retrieved, Retrieval
 from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
 from pipeline.curate.decide import removals
 from pipeline.curate.images import exact_copies
@@ -72,7 +72,7 @@ def open_seeds(setup: Setup, prints: Result, content: Embedded, left: Result) ->
 def retrieve(setup: Setup, pool: RowSet, seeds: Seeds) -> Retrieved:
     """Images of the pool that are like seed images."""
     config = setup.config
-    asked = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    asked = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
     resources = Resources(gpus=setup.gpus)
     retrieved = retrieving.retrieve(
         setup.root, "retrieve", pool, seeds.rows, asked, config.run.seed, resources

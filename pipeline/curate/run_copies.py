@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pipeline.config.config import Config
 from pipeline.curate.copies import relative
 from pipeline.curate.copies.components import find_components
-from pipeline.curate.copies.items import Visiting
+from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.copies.leaks import best_leaks, leaks_of
-from pipeline.curate.copies.matches import EARLIER
-from pipeline.curate.copies.pairs import find_pairs
+from pipeline.curate.copies.matches import EARLIER, find_matches
+from pipeline.curate.copies.pairs import Search, find_pairs
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.curation import Embedded, Finding, Known, Leaks, Setup, Threshold
 from pipeline.curate.images import exact_copies
@@ -109,15 +109,12 @@ def match_earlier(
     findings = []
     for number, earlier in enumerate(setup.sets.earlier):
         names, key = earlier.decisions()
-        table, steps = relative.find_matches(
+        table, steps = find_matches(
             join(setup.root, "against", f"{number:03d}"),
             Copies.open(earlier.root),
-            setup.images,
-            embedded.vectors,
+            _image_set(setup.images, embedded, equal),
             decisions=(str(join(earlier.root, "decisions")), names, key),
             threshold=threshold.copies,
-            visiting=_visiting(embedded),
-            exact=(equal.folder, equal.key),
             looking=_looking(setup, others),
             gpus=setup.gpus,
         )
@@ -133,16 +130,15 @@ def compare(setup: Setup, equal: Result, embedded: Embedded, threshold: Threshol
     dedup = setup.config.dedup
     return find_pairs(
         setup.root,
-        setup.images,
-        embedded.vectors,
+        _image_set(setup.images, embedded, equal),
+        Search(
+            probes=dedup.probes,
+            cell_images=dedup.cell_images,
+            penalty=threshold.penalty,
+            seed=setup.config.run.seed,
+            gpus=setup.gpus,
+        ),
         lowest=max(0.0, threshold.copies - BELOW),
-        probes=dedup.probes,
-        exact=(equal.folder, equal.key),
-        cell_images=dedup.cell_images,
-        visiting=_visiting(embedded),
-        penalty=threshold.penalty,
-        seed=setup.config.run.seed,
-        gpus=setup.gpus,
         compare=dedup.enabled,
         suffices=max(0.0, threshold.copies - FAR),
     )
@@ -158,9 +154,8 @@ def find_leaks(setup: Setup, pairs: Copies, embedded: Embedded, threshold: Thres
     table, steps = relative.find_leaks(
         pairs,
         setup.images,
-        {other.name: (other.inputs, other.embedded.vectors) for other in others},
+        {other.name: _image_set(other.inputs, other.embedded) for other in others},
         threshold=threshold.leaks,
-        visiting=_visiting(embedded),
         looking=_looking(setup, {o.name: (o.inputs, prints[o.name]) for o in others}),
         gpus=setup.gpus,
     )
@@ -192,14 +187,12 @@ def group_copies(
     """
     table, steps = find_components(
         pairs,
-        setup.images,
-        embedded.vectors,
+        _image_set(setup.images, embedded),
         fingerprints=(prints.folder, prints.key),
         threshold=threshold.copies,
         guard=setup.config.dedup.guard,
         chains=setup.config.dedup.chains,
         aside=[(finding.table.folder, finding.table.key) for finding in going],
-        visiting=_visiting(embedded),
         looking=_looking(setup),
     )
     return Finding(table, steps or (table,))
@@ -220,8 +213,11 @@ def leaking_groups(setup: Setup, known: Known) -> Finding:
     return Finding(best, (by_file, best))
 
 
-def _visiting(embedded: Embedded) -> Visiting | None:
-    return visiting if embedded.vectors.views else None
+def _image_set(inputs: Inputs, embedded: Embedded, equal: Result | None = None) -> ImageSet:
+    """Images as they are compared; `equal`: without those that equal another one."""
+    exact = ("", "") if equal is None else (equal.folder, equal.key)
+    vectors = embedded.vectors
+    return ImageSet(inputs, vectors, exact, visiting if vectors.views else None)
 
 
 def _looking(setup: Setup, others: Mapping[str, tuple[Inputs, str]] | None = None) -> Looking:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.config import Config
 from pipeline.curate.choose.lloyd import TASK_ELEMENTS
-from pipeline.curate.choose.retrieve import CLUSTER, Wanted
+from pipeline.curate.choose.retrieve import CLUSTER, Retrieval
 from pipeline.curate.choose.seed_clusters import CLUSTER_ROWS
 from pipeline.curate.embed.embedders import DESCRIPTOR, Embedder
 from pipeline.curate.images.descriptor import DIM
@@ -27,7 +27,7 @@ def check_clusters(config: Config, sets: Sets) -> None:
         PipelineError: the model cannot be opened.
     """
     rows, asked = sets.pool.rows, {}
-    retrieval = Wanted(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    retrieval = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
     if any(retrieval.mode_of(seeds.rows) == CLUSTER for seeds in sets.seeds.values()):
         asked["retrieve.clusters"] = retrieval.clusters or max(1, rows // CLUSTER_ROWS)
     if config.balance.images and config.balance.levels:

@@ -25,7 +25,7 @@ def without_ray(monkeypatch: Any) -> None:
     """Steps run in this process, one task after the other."""
     import ray
 
-    from pipeline.curate.copies import put_in_cells as placing
+    from pipeline.curate.copies import pairs
     from pipeline.curate.embed import embed
     from pipeline.driver import cluster
 
@@ -36,7 +36,7 @@ def without_ray(monkeypatch: Any) -> None:
     monkeypatch.setattr(steps, "_run", run)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
-    monkeypatch.setattr(placing, "_cpus_of_fit", lambda: 1.0)
+    monkeypatch.setattr(pairs, "_cpus_of_fit", lambda: 1.0)
     monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "nodes", lambda: 1)
 

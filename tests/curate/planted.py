@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies import components, edges, pairs, relative
-from pipeline.curate.copies import put_in_cells as placing
+from pipeline.curate.copies import components, edges, matches, pairs, relative
+from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.steps import steps
@@ -105,6 +105,10 @@ class Pool:
     fingerprints: tuple[str, str]
     ids: Array
 
+    def images(self, exact: tuple[str, str] = ("", "")) -> ImageSet:
+        """As they are compared."""
+        return ImageSet(self.inputs, self.vectors, exact, visiting if self.vectors.views else None)
+
 
 def write_pool(
     root: Path,
@@ -180,10 +184,10 @@ def inline(
 def without_ray() -> Iterator[None]:
     """Inside, steps run in this process."""
     with (
-        mock.patch.object(placing, "_cpus_of_fit", lambda: 1.0),
+        mock.patch.object(pairs, "_cpus_of_fit", lambda: 1.0),
         ExitStack() as patches,
     ):
-        for module in (components, edges, pairs, placing, relative):
+        for module in (components, edges, matches, pairs, relative):
             patches.enter_context(mock.patch.object(module, "run_step", inline))
         yield
 

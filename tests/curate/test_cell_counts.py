@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate.copies import cell_kmeans as cell_buckets
+from pipeline.curate.copies import cell_fit
 from pipeline.curate.copies import cells as cell_counts
 
 
@@ -24,5 +24,5 @@ def test_numbers_of_cells_and_buckets() -> None:
     # a task holds at most six bytes for each number of its items
     for rows, views in ((10**6, 1), (10**8, 1), (10**9, 1), (10**7, 20)):
         buckets = cell_counts.buckets_for(rows, 384, views)
-        items = rows * views * cell_counts.REPLICAS / buckets * cell_buckets.ROOM
+        items = rows * views * cell_counts.REPLICAS / buckets * cell_fit.ROOM
         assert items * 384 * 6 < 1.2 * 2**30

@@ -23,16 +23,16 @@ def sample() -> Array:
 
 
 def test_blocks_change_nothing(sample: Array, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = cell_fit.fit(sample, 90, 4, seed=3)
+    one = cell_fit.fit_cells(sample, 90, 4, seed=3)
     monkeypatch.setattr(exact, "BLOCK", 777)
-    other = cell_fit.fit(sample, 90, 4, seed=3)
+    other = cell_fit.fit_cells(sample, 90, 4, seed=3)
     for name in ("centres", "bucket", "group", "groups"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
-    assert not np.array_equal(one.centres, cell_fit.fit(sample, 90, 4, seed=4).centres)
+    assert not np.array_equal(one.centres, cell_fit.fit_cells(sample, 90, 4, seed=4).centres)
 
 
 def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
-    found = cell_fit.fit(sample, 90, 4, seed=0)
+    found = cell_fit.fit_cells(sample, 90, 4, seed=0)
     assert len(found.centres) == len(found.bucket) == len(found.group) == 90
     assert len(np.unique(found.centres, axis=0)) == 90
     assert np.allclose(np.linalg.norm(found.centres.astype(float), axis=1), 1, atol=2e-3)
@@ -45,7 +45,7 @@ def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
 def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
     from sklearn.cluster import KMeans
 
-    ours = cell_fit.fit(sample, 60, 1, seed=0).centres.astype(float)
+    ours = cell_fit.fit_cells(sample, 60, 1, seed=0).centres.astype(float)
     theirs = KMeans(60, n_init=1, random_state=0).fit(sample.astype(float)).cluster_centers_
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
     x = sample.astype(float)
@@ -55,7 +55,7 @@ def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_few_vectors(rows: int) -> None:
     x = unit_half(np.eye(8)[:rows])
-    found = cell_fit.fit(x, 10, 3, seed=0)
+    found = cell_fit.fit_cells(x, 10, 3, seed=0)
     assert len(found.centres) == rows
     near = found.nearest(x, 8)
     assert near.shape == (rows, 8)
@@ -64,7 +64,7 @@ def test_few_vectors(rows: int) -> None:
 
 def test_equal_vectors_are_one_cell() -> None:
     x = np.repeat(unit_half(np.eye(4)[:2]), 50, 0)
-    found = cell_fit.fit(x, 10, 2, seed=0)
+    found = cell_fit.fit_cells(x, 10, 2, seed=0)
     assert np.array_equal(np.unique(found.centres, axis=0), np.unique(x, axis=0))
 
 
@@ -81,12 +81,12 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
         return inner(vectors, count, *rest)
 
     monkeypatch.setattr(cell_fit, "kmeans", counted)
-    found = cell_fit.fit(x, 400, 8, seed=0)
+    found = cell_fit.fit_cells(x, 400, 8, seed=0)
     whole = max(asked)
     monkeypatch.setattr(cell_fit, "LEAST_SPLIT", 30)
     monkeypatch.setattr(cell_fit, "SKEW", 1)
     asked.clear()
-    split = cell_fit.fit(x, 400, 8, seed=0)
+    split = cell_fit.fit_cells(x, 400, 8, seed=0)
     assert max(asked) <= 30 < whole
     assert np.bincount(split.group).max() <= 30 < np.bincount(found.group).max()
     assert len(split.groups) == split.group.max() + 1 > len(found.groups)
@@ -99,7 +99,7 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
     # what has one direction cannot be divided, and gets fewer cells
     near = unit_half(np.eye(32)[0] + 1e-3 * rng.standard_normal((4000, 32)))
     near = np.unique(near, axis=0)
-    assert 0 < len(cell_fit.fit(near, 400, 8, seed=0).centres) <= 400
+    assert 0 < len(cell_fit.fit_cells(near, 400, 8, seed=0).centres) <= 400
 
 
 @settings(deadline=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate.copies import cell_kmeans
+from pipeline.curate.copies import cell_fit
 from pipeline.curate.rows.exact import unit_half
 from tests.curate.planted import planted
 
@@ -16,4 +16,4 @@ def test_a_round_of_lloyd_is_the_plain_loop() -> None:
     wanted = centres.copy()
     for cell in set(which):
         wanted[cell] = unit_half(x[which == cell].astype(float).sum(0))
-    assert np.array_equal(cell_kmeans.lloyd(x, centres, 1), wanted)
+    assert np.array_equal(cell_fit.lloyd(x, centres, 1), wanted)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.curate.copies import cell_fit as cell_tasks
+from pipeline.curate.copies import cell_fit
 from tests.curate.planted import ids_for
 
 
 def test_hashes_are_uniform_and_differ_by_seed() -> None:
     ids = ids_for(20_000)
-    one, other = cell_tasks.hash64(0, ids), cell_tasks.hash64(1, ids)
+    one, other = cell_fit.hash64(0, ids), cell_fit.hash64(1, ids)
     for found in (one, other):
         counts = np.bincount((found >> np.uint64(60)).astype(int), minlength=16)
         assert abs(counts - 1250).max() < 200
@@ -19,5 +19,5 @@ def test_hashes_are_uniform_and_differ_by_seed() -> None:
     consecutive = np.zeros((1000, 16), np.uint8)
     consecutive[:, 15] = np.arange(1000) % 256
     consecutive[:, 14] = np.arange(1000) // 256
-    top = (cell_tasks.hash64(0, consecutive) >> np.uint64(60)).astype(int)
+    top = (cell_fit.hash64(0, consecutive) >> np.uint64(60)).astype(int)
     assert np.bincount(top, minlength=16).min() > 30

@@ -23,7 +23,7 @@ def sample() -> Array:
 def test_two_levels_find_nearly_what_one_finds(
     sample: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = cell_fit.fit(sample, 400, 4, seed=0)
+    found = cell_fit.fit_cells(sample, 400, 4, seed=0)
     flat = found.nearest(sample, 8)
     for module in (cells, cell_fit):
         monkeypatch.setattr(module, "TWO_LEVELS", 100)
@@ -34,11 +34,11 @@ def test_two_levels_find_nearly_what_one_finds(
     monkeypatch.setattr(cells, "BRANCHES", len(found.groups))
     assert np.array_equal(found.nearest(sample, 8), flat)
     # cells of a large number are not moved over the borders of groups
-    assert len(np.unique(cell_fit.fit(sample, 400, 4, seed=0).centres, axis=0)) == 400
+    assert len(np.unique(cell_fit.fit_cells(sample, 400, 4, seed=0).centres, axis=0)) == 400
 
 
 def test_saved_and_loaded(sample: Array, tmp_path: Path) -> None:
-    found = cell_fit.fit(sample, 50, 3, seed=0)
+    found = cell_fit.fit_cells(sample, 50, 3, seed=0)
     assert found.save(str(tmp_path)) > 0
     other = cells.Cells.load(str(tmp_path), 32)
     for name in ("centres", "bucket", "group", "groups"):

@@ -13,11 +13,10 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate.copies import keepers, leaks, relative
-from pipeline.curate.copies import matches as relative_join
+from pipeline.curate.copies import join, keeper_facts, leaks, relative
 from pipeline.curate.copies.components import find_components
-from pipeline.curate.copies.matches import MATCHES
-from pipeline.curate.copies.pairs import find_pairs
+from pipeline.curate.copies.matches import MATCHES, find_matches
+from pipeline.curate.copies.pairs import Search, find_pairs
 from pipeline.curate.copies.stored_copies import STORED, Copies
 from pipeline.curate.look.looks import VERDICTS
 from pipeline.curate.rows import tables
@@ -45,22 +44,20 @@ def run(
     guard: float = 0.1,
     chains: str = "split",
     aside: Sequence[tuple[str, str]] = (),
-    **settings: Any,
+    exact: tuple[str, str] = ("", ""),
+    **search: Any,
 ) -> tuple[Copies, pa.Table]:
     """Pairs and components of a pool."""
-    views = {"visiting": visiting} if pool.vectors.views else {}
-    settings = {"lowest": threshold, "probes": 8, "cell_images": 60} | views | settings
-    found = find_pairs(pool.root / "run", pool.inputs, pool.vectors, **settings)
+    images, how = pool.images(exact), Search(**({"probes": 8, "cell_images": 60} | search))
+    found = find_pairs(pool.root / "run", images, how, lowest=threshold)
     result, _ = find_components(
         found,
-        pool.inputs,
-        pool.vectors,
+        images,
         fingerprints=pool.fingerprints,
         threshold=threshold,
         guard=guard,
         chains=chains,
         aside=aside,
-        **views,
     )
     return found, read_all(result.folder, pool.inputs)
 
@@ -146,8 +143,8 @@ def test_buckets_files_and_portions_change_nothing(
     one = write_pool(tmp_path / "one", x, ids, [3000])
     other = write_pool(tmp_path / "other", x[order], ids[order], files)
     with without_ray():
-        a = run(one, threshold=0.7, _buckets=1)
-        b = run(other, threshold=0.7, _buckets=buckets, _portion_rows=portion)
+        a = run(one, threshold=0.7, buckets=1)
+        b = run(other, threshold=0.7, buckets=buckets, portion_rows=portion)
     assert by_id(one, a[1]) == by_id(other, b[1]) and len(a[1]) > 400
 
     def named(pool: Pool, found: Copies) -> list[tuple[bytes, bytes, float]]:
@@ -172,8 +169,8 @@ def test_shards_of_the_forest_change_nothing(
     pool = write_pool(tmp_path / "one", x[order], ids_for(len(x)), [1000, 2000])
     other = write_pool(tmp_path / "other", x[order], ids_for(len(x)), [1000, 2000])
     with without_ray():
-        a = run(pool, threshold=0.7, _buckets=4, _shards=1)
-        b = run(other, threshold=0.7, _buckets=4, _shards=shards)
+        a = run(pool, threshold=0.7, buckets=4, shards=1)
+        b = run(other, threshold=0.7, buckets=4, shards=shards)
     one, many = edges_of(a[0]), edges_of(b[0])
     assert len(b[0].edge_names) == shards
     by = [("a", "ascending"), ("b", "ascending")]
@@ -185,8 +182,8 @@ def test_vectors_on_disk_change_nothing(
     small: tuple[Array, Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, crops, _ = with_views(240)
-    for name, held in (("memory", keepers.HELD_BYTES), ("disk", 0)):
-        monkeypatch.setattr(keepers, "HELD_BYTES", held)
+    for name, held in (("memory", keeper_facts.IN_MEMORY), ("disk", 0)):
+        monkeypatch.setattr(keeper_facts, "IN_MEMORY", held)
         plain = write_pool(tmp_path / f"{name}-a", small[0][:500], ids_for(500), [200, 300])
         views = write_pool(tmp_path / f"{name}-b", full, ids_for(240), [100, 140], crops=crops)
         with without_ray():
@@ -203,16 +200,16 @@ def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
     x, _, _ = small
     pool = write_pool(tmp_path / "ray", x, ids_for(len(x)), [1500, 1500])
     plain = write_pool(tmp_path / "plain", x, ids_for(len(x)), [1500, 1500])
-    a, table = run(pool, threshold=0.7, _buckets=3)
+    a, table = run(pool, threshold=0.7, buckets=3)
     with without_ray():
-        b = run(plain, threshold=0.7, _buckets=3)[1]
+        b = run(plain, threshold=0.7, buckets=3)[1]
     assert by_id(pool, table) == by_id(plain, b)
-    again, same = run(pool, threshold=0.7, _buckets=3)
+    again, same = run(pool, threshold=0.7, buckets=3)
     assert all(step.reused == len(step.accounts) for step in again.steps) and same.equals(table)
     assert not any(step.reused for step in a.steps)
     # another threshold joins nothing anew
     higher = find_components(
-        again, pool.inputs, pool.vectors, fingerprints=pool.fingerprints, threshold=0.9, guard=0.1
+        again, pool.images(), fingerprints=pool.fingerprints, threshold=0.9, guard=0.1
     )[0]
     assert 0 < higher.total("rows") < len(table)
 
@@ -227,7 +224,7 @@ def test_few_rows(tmp_path: Path, rows: int, equal: bool) -> None:
         if not rows:
             empty = write_pool(tmp_path / "empty", x, ids_for(0), [0])
             assert len(run(empty)[1]) == 0
-            nothing = find_pairs(tmp_path / "none", pool.inputs, pool.vectors, lowest=T, probes=8)
+            nothing = find_pairs(tmp_path / "none", pool.images(), Search(8), lowest=T)
             assert len(edges_of(nothing)) == 0
             return
     assert found is not None and table is not None
@@ -302,10 +299,7 @@ def test_giant_group_has_one_survivor(tmp_path: Path) -> None:
 def test_many_near_copies_in_one_cell_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.curate.copies import join
-    from pipeline.curate.copies import join as forest
-
-    monkeypatch.setattr(forest, "PENDING", 5000)
+    monkeypatch.setattr(join, "PENDING", 5000)
     monkeypatch.setattr(join, "TILE", 64)
     pool, group = giant(tmp_path, 0, 700, 100, 32)
     with without_ray():
@@ -387,7 +381,7 @@ def test_mirrors_and_crops_are_found_from_both_sides(tmp_path: Path) -> None:
     areas[first] = 9  # a mirror and a crop are like the image, not like each other
     pool = write_pool(tmp_path, full, ids_for(240), [100, 140], crops=crops, areas=areas)
     with without_ray():
-        found, table = run(pool, threshold=0.7, penalty=0.05, _buckets=3)
+        found, table = run(pool, threshold=0.7, penalty=0.05, buckets=3)
     rows = np.sort(np.concatenate([first, first + 1, first + 2]))
     assert table.column("row").to_pylist() == rows.tolist()
     assert set(table.column("size").to_pylist()) == {3}
@@ -433,7 +427,7 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
     sets = {}
     for name, some in (("b", queries[:25]), ("a", queries[20:])):
         other_pool = write_pool(tmp_path / name, some, ids_for(len(some), 7), [len(some)])
-        sets[name] = (other_pool.inputs, other_pool.vectors)
+        sets[name] = other_pool.images()
     return pool, sets, queries
 
 
@@ -441,7 +435,7 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
 def test_leaks_are_the_best_match_of_each_row(
     tmp_path: Path, buckets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relative_join, "PENDING", 5)
+    monkeypatch.setattr(join, "PENDING", 5)
     pool, sets, queries = leak_pool(tmp_path)
     x = tables.matrix(
         pa.concat_tables(
@@ -450,7 +444,7 @@ def test_leaks_are_the_best_match_of_each_row(
         64,
     )
     with without_ray():
-        found, _ = run(pool, cell_images=10, _buckets=buckets)
+        found, _ = run(pool, cell_images=10, buckets=buckets)
         result, steps = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
     table = read_all(result.folder, pool.inputs).to_pylist()
     products = x.astype(float) @ queries.astype(float).T
@@ -476,12 +470,11 @@ def test_a_folder_may_be_a_uri_that_says_more_behind_a_question_mark(tmp_path: P
     wanted = {}
     for root in (pool.root / "run", there):
         with without_ray():
-            found = find_pairs(root, pool.inputs, pool.vectors, lowest=T, probes=8, cell_images=60)
+            found = find_pairs(root, pool.images(), Search(8, 60), lowest=T)
             hits, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
             groups, _ = find_components(
                 found,
-                pool.inputs,
-                pool.vectors,
+                pool.images(),
                 fingerprints=pool.fingerprints,
                 threshold=T,
                 guard=0.1,
@@ -505,9 +498,7 @@ def test_leaks_never_are_keepers(tmp_path: Path) -> None:
     with without_ray():
         found, table = run(pool, threshold=0.7)
         assert table.column("keeper").to_pylist() == [0, 0, 0]
-        result, _ = relative.find_leaks(
-            found, pool.inputs, {"set": (own.inputs, own.vectors)}, threshold=0.99
-        )
+        result, _ = relative.find_leaks(found, pool.inputs, {"set": own.images()}, threshold=0.99)
         _, table = run(pool, threshold=0.7, aside=[(result.folder, "leaks")])
     assert read_all(result.folder, pool.inputs).column("row").to_pylist() == [0]
     assert table.column("keeper").to_pylist() == [1, 1, 1]
@@ -520,8 +511,8 @@ def test_a_set_that_equals_the_pool_leaks_whole(
     x = small[0][:500]
     pool = write_pool(tmp_path, x, ids_for(500), [250, 250])
     with without_ray():
-        found, _ = run(pool, threshold=0.9, _buckets=3)
-        sets = {"same": (pool.inputs, pool.vectors)}
+        found, _ = run(pool, threshold=0.9, buckets=3)
+        sets = {"same": pool.images()}
         result, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.9)
     table = read_all(result.folder, pool.inputs)
     assert table.column("row").to_pylist() == list(range(500))
@@ -542,20 +533,16 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
     decisions = pa.table({"row": np.arange(120), "kept": kept})
     tables.write_table(decisions, str(tmp_path / "decisions"), "00000")
     with without_ray():
-        settings = {"lowest": 0.7, "probes": 8, "cell_images": 10, "penalty": 0.05}
-        find_pairs(
-            tmp_path / "one", old.inputs, old.vectors, visiting=visiting, _buckets=2, **settings
-        )
+        search = Search(probes=8, cell_images=10, penalty=0.05, buckets=2)
+        find_pairs(tmp_path / "one", old.images(), search, lowest=0.7)
         (tmp_path / "one").rename(tmp_path / "moved")
         earlier = Copies.open(tmp_path / "moved")
-        result, _ = relative.find_matches(
+        result, _ = find_matches(
             tmp_path / "two",
             earlier,
-            new.inputs,
-            new.vectors,
+            new.images(),
             decisions=(str(tmp_path / "decisions"), ["00000"], "k"),
             threshold=0.7,
-            visiting=visiting,
         )
     table = read_all(result.folder, new.inputs)
     assert table.schema.equals(MATCHES)
@@ -591,8 +578,8 @@ def test_what_is_no_copy_of_the_earlier_set_survives(
     new = write_pool(tmp_path / "new", line[1:], ids_for(3, 1), [2, 1], areas=areas)
     with without_ray():
         earlier, decisions = curated(old, [True])
-        matches, _ = relative.find_matches(
-            tmp_path / "against", earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+        matches, _ = find_matches(
+            tmp_path / "against", earlier, new.images(), decisions=decisions, threshold=T
         )
         table = run(new, chains=chains, aside=[(matches.folder, "m")])[1]
     matched = read_all(matches.folder, new.inputs)
@@ -614,8 +601,8 @@ def test_a_component_of_copies_of_the_earlier_set_goes_whole(tmp_path: Path) -> 
     new = write_pool(tmp_path / "new", x, ids_for(3, 1), [3])
     with without_ray():
         earlier, decisions = curated(old, [True])
-        matches, _ = relative.find_matches(
-            tmp_path / "against", earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+        matches, _ = find_matches(
+            tmp_path / "against", earlier, new.images(), decisions=decisions, threshold=T
         )
     matched = read_all(matches.folder, new.inputs)
     assert matched.column("row").to_pylist() == [0, 1, 2]
@@ -632,8 +619,8 @@ def test_a_kept_image_is_met_by_the_one_that_stands_for_it(tmp_path: Path) -> No
         for kept in ({order[2]}, {order[1], order[2]}, {order[0]}, set()):
             earlier, decisions = curated(old, [row in kept for row in range(3)])
             place = tmp_path / f"against-{len(kept)}-{sum(kept)}"
-            matches, _ = relative.find_matches(
-                place, earlier, new.inputs, new.vectors, decisions=decisions, threshold=T
+            matches, _ = find_matches(
+                place, earlier, new.images(), decisions=decisions, threshold=T
             )
             found = read_all(matches.folder, new.inputs).column("image_id").to_pylist()
             assert found == [min(bytes(old.ids[row]) for row in kept)] if kept else not found
@@ -643,7 +630,7 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     full, crops, _ = with_views(120)
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
     with without_ray():
-        found, _ = run(pool, threshold=0.7, cell_images=10, _buckets=3, penalty=0.05)
+        found, _ = run(pool, threshold=0.7, cell_images=10, buckets=3, penalty=0.05)
     stored = Copies.open(found.root)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)

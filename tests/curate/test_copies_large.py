@@ -17,7 +17,7 @@ def test_planted_pairs_of_20000(tmp_path: Path, ray_cluster: None) -> None:
     x, source, _ = planted(20_000)
     ids = ids_for(len(x))
     pool = write_pool(tmp_path / "one", x, ids, [5000] * 4)
-    found, table = run(pool, cell_images=None, chains="keep", _buckets=1)
+    found, table = run(pool, cell_images=None, chains="keep", buckets=1)
     label, has = labels(len(x), table), np.flatnonzero(source >= 0)
     assert (label[has] == label[source[has]]).mean() >= 0.99
     edges = edges_of(found)
@@ -29,7 +29,7 @@ def test_planted_pairs_of_20000(tmp_path: Path, ray_cluster: None) -> None:
         order = np.random.default_rng(buckets).permutation(len(x))
         other = write_pool(tmp_path / str(buckets), x[order], ids[order], [1, 7999, 12_000])
         with without_ray():  # one worker
-            one = run(other, cell_images=None, chains="keep", _buckets=buckets)[1]
+            one = run(other, cell_images=None, chains="keep", buckets=buckets)[1]
         assert by_id(other, one) == wanted
 
 

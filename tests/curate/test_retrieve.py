@@ -10,7 +10,7 @@ from planted_vectors import ids_of_numbers, run_here, separated, written
 
 from pipeline.curate.choose import neighbours, retrieve, seed_clusters
 from pipeline.curate.choose.neighbours import Images, Neighbours
-from pipeline.curate.choose.retrieve import Wanted
+from pipeline.curate.choose.retrieve import Retrieval
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import Points
@@ -87,7 +87,7 @@ def test_sample_mode_counts_collisions_and_owners(tmp_path: Path, shuffled, monk
     order = np.random.default_rng(3).permutation(120) if shuffled else np.arange(120)
     rows = written(tmp_path, ids, pool, 3, order)
     sets = {n: written(tmp_path, seed_ids[n], v, 2 + shuffled, name=n) for n, v in seeds.items()}
-    found = retrieve.retrieve(tmp_path, "r", rows, sets, Wanted(mode="sample", neighbours=4), 0)
+    found = retrieve.retrieve(tmp_path, "r", rows, sets, Retrieval(mode="sample", neighbours=4), 0)
     asked: dict[int, list] = {}
     for name, vectors in seeds.items():
         mine, products = set(), exact(vectors, pool)
@@ -122,7 +122,7 @@ def test_similarity_floor_and_short_seeds(tmp_path: Path):
     seeds = random_half(1, 9)
     rows = written(tmp_path, ids, pool, 2)
     sets = {"s": written(tmp_path, ids_of_numbers(range(9), b"s"), seeds, name="s")}
-    wanted = Wanted(mode="sample", neighbours=5, min_similarity=0.45)
+    wanted = Retrieval(mode="sample", neighbours=5, min_similarity=0.45)
     found = retrieve.retrieve(tmp_path, "r", rows, sets, wanted, 0)
     enough = (exact(seeds, pool) >= 0.45).sum(1)
     told = found.summary["sets"]["s"]
@@ -143,7 +143,7 @@ def clusters_case(tmp_path: Path, counts, **wanted):
         made = ids_of_numbers(chosen, name.encode())
         sets[name] = written(tmp_path, made, vectors[chosen], name=name)
     found = retrieve.retrieve(
-        tmp_path, "r", rows, sets, Wanted(mode="cluster", clusters=4, **wanted), 6
+        tmp_path, "r", rows, sets, Retrieval(mode="cluster", clusters=4, **wanted), 6
     )
     return found, table_of(found, rows.names), truth, pool, vectors
 
@@ -184,7 +184,7 @@ def test_seeds_are_read_in_blocks(tmp_path: Path, monkeypatch):
         seeds = {
             "s": written(tmp_path, ids, vectors, files, order if block == 1 else None, name=name)
         }
-        wanted = Wanted(mode="cluster", clusters=6)
+        wanted = Retrieval(mode="cluster", clusters=6)
         one = retrieve.retrieve(tmp_path, f"r-{name}", rows, seeds, wanted, 6)
         found.append((table_of(one, rows.names), one.summary))
     assert found[0] == found[1] and len(found[0][0]) > 50
@@ -230,7 +230,7 @@ def test_hardly_anything(tmp_path: Path, mode, rows, seeds):
     ids = ids_of_numbers(range(9))
     pool = written(tmp_path, ids[:rows], random_half(0, rows), 2)
     sets = {"s": written(tmp_path, ids[5 : 5 + seeds], random_half(1, seeds), name="s")}
-    wanted = Wanted(mode=mode, cluster_seeds=0)
+    wanted = Retrieval(mode=mode, cluster_seeds=0)
     found = retrieve.retrieve(tmp_path, "r", pool, sets, wanted, 0)
     assert set(table_of(found, pool.names)) <= set(range(rows))
     assert found.summary["sets"]["s"]["mode"] == ("sample" if mode == "sample" else "cluster")
@@ -240,7 +240,7 @@ def test_a_seed_set_that_equals_the_pool(tmp_path: Path):
     pool, ids = random_half(0, 30), ids_of_numbers(range(30))
     rows = written(tmp_path, ids, pool, 2)
     for mode in ("sample", "cluster"):
-        wanted = Wanted(mode=mode, cluster_seeds=0)
+        wanted = Retrieval(mode=mode, cluster_seeds=0)
         found = retrieve.retrieve(tmp_path, mode, rows, {"s": rows}, wanted, 0)
         assert found.summary["rows"] == 0
 
@@ -250,6 +250,6 @@ def test_copies_of_seeds_are_neighbours(tmp_path: Path):
     seeds = pool[:3]
     rows = written(tmp_path, ids, pool, 2)
     sets = {"s": written(tmp_path, ids_of_numbers(range(3), b"s"), seeds, name="s")}
-    wanted = Wanted(mode="sample", neighbours=1)
+    wanted = Retrieval(mode="sample", neighbours=1)
     with_copies = retrieve.retrieve(tmp_path, "with", rows, sets, wanted, 0)
     assert set(table_of(with_copies, rows.names)) == {0, 1, 2}

@@ -116,12 +116,12 @@ def _choose_task(
     return {"rows": len(entries.rows), "bytes": written, "chosen": int(chosen.sum())}
 
 
-def summary_of(hierarchy: Hierarchy, given: Array, images: int) -> dict[str, Any]:
+def summary_of(hierarchy: Hierarchy, taken: Array, images: int) -> dict[str, Any]:
     """Numbers about a choice.
 
     Args:
         hierarchy: the levels.
-        given: rows chosen of each leaf, int64 [leaves].
+        taken: rows chosen of each leaf, int64 [leaves].
         images: that were asked for.
 
     Returns:
@@ -129,7 +129,7 @@ def summary_of(hierarchy: Hierarchy, given: Array, images: int) -> dict[str, Any
         level, leaves first: `clusters`, `occupied`, `unsampled` (with rows, of which none is
         chosen), `effective_before`, `effective_after`, `largest_before`, `largest_after`.
     """
-    before, after = hierarchy.level_sizes(hierarchy.sizes), hierarchy.level_sizes(given)
+    before, after = hierarchy.level_sizes(hierarchy.sizes), hierarchy.level_sizes(taken)
     levels = [
         {
             "clusters": len(pool),
@@ -145,10 +145,10 @@ def summary_of(hierarchy: Hierarchy, given: Array, images: int) -> dict[str, Any
     return {
         "rows": int(hierarchy.sizes.sum()),
         "asked": images,
-        "chosen": int(np.sum(given)),
+        "chosen": int(np.sum(taken)),
         "levels": levels,
         "sizes_before": hierarchy.sizes.tolist(),
-        "sizes_after": np.asarray(given).tolist(),
+        "sizes_after": np.asarray(taken).tolist(),
     }
 
 
@@ -183,11 +183,11 @@ def waterfill(sizes: Array, target: int, floors: Array | None = None) -> Array:
             low = middle
         else:
             high = middle - 1
-    given: Array = np.clip(low, least, sizes)
-    more = np.flatnonzero((sizes > low) & (given <= low))
+    parts: Array = np.clip(low, least, sizes)
+    more = np.flatnonzero((sizes > low) & (parts <= low))
     more = more[np.argsort(-sizes[more], kind="stable")]
-    given[more[: target - int(given.sum())]] += 1
-    return given
+    parts[more[: target - int(parts.sum())]] += 1
+    return parts
 
 
 @dataclass(frozen=True)
@@ -223,11 +223,11 @@ def share(
     sizes = np.asarray(sizes, np.int64)
     floors = np.where(sizes >= max(1, floor_members), np.minimum(floor, sizes), 0)
     if floors.sum() > target:
-        given = _down(floors, np.zeros_like(floors), parents, target)
+        leaves = _down(floors, np.zeros_like(floors), parents, target)
     else:
-        given = _down(sizes, floors, parents, target)
+        leaves = _down(sizes, floors, parents, target)
     asked = floors > 0
-    return Shares(given, int(asked.sum()), int((given[asked] >= floors[asked]).sum()))
+    return Shares(leaves, int(asked.sum()), int((leaves[asked] >= floors[asked]).sum()))
 
 
 def _down(sizes: Array, floors: Array, parents: Sequence[Array], target: int) -> Array:
@@ -235,20 +235,20 @@ def _down(sizes: Array, floors: Array, parents: Sequence[Array], target: int) ->
     size_of, floor_of = [sizes], [floors]
     for above in parents:
         count = int(above.max()) + 1 if len(above) else 0
-        for held in (size_of, floor_of):
-            held.append(np.bincount(above, held[-1], count).astype(np.int64))
-    given = waterfill(size_of[-1], target, floor_of[-1])
+        for per_level in (size_of, floor_of):
+            per_level.append(np.bincount(above, per_level[-1], count).astype(np.int64))
+    parts = waterfill(size_of[-1], target, floor_of[-1])
     for level in range(len(parents) - 1, -1, -1):
         above, below = parents[level], np.zeros(len(parents[level]), np.int64)
         order = np.argsort(above, kind="stable")
-        ends = np.cumsum(np.bincount(above, minlength=len(given)))
+        ends = np.cumsum(np.bincount(above, minlength=len(parts)))
         for cluster, (start, end) in enumerate(pairwise([0, *ends])):
             children = order[start:end]
             below[children] = waterfill(
-                size_of[level][children], int(given[cluster]), floor_of[level][children]
+                size_of[level][children], int(parts[cluster]), floor_of[level][children]
             )
-        given = below
-    return given
+        parts = below
+    return parts
 
 
 def effective(counts: Array) -> float:

@@ -97,10 +97,10 @@ class Limits:
     def load(self) -> ChosenUpTo:
         """The limits of all groups."""
         parts = [Entries.read(read_table(self.folder, name)) for name in self.names]
-        found = Entries.joined(parts)
+        limits = Entries.joined(parts)
         place = np.full(self.groups, -1, np.int64)
-        place[found.groups] = np.arange(len(found.groups))
-        return ChosenUpTo(found, place)
+        place[limits.groups] = np.arange(len(limits.groups))
+        return ChosenUpTo(limits, place)
 
 
 @dataclass
@@ -113,10 +113,12 @@ class ChosenUpTo:
     def chosen(self, entries: Entries) -> Array:
         """Which entries are chosen, bool [n]."""
         at = self.place[entries.groups]
-        found = at >= 0
-        some, limit = entries.take(found), self.limits.take(at[found])
-        found[found] = not_after(some.keys, some.ids, some.rows, limit.keys, limit.ids, limit.rows)
-        return found
+        chosen = at >= 0
+        entry, limit = entries.take(chosen), self.limits.take(at[chosen])
+        chosen[chosen] = not_after(
+            entry.keys, entry.ids, entry.rows, limit.keys, limit.ids, limit.rows
+        )
+        return chosen
 
 
 def limits(
@@ -158,9 +160,9 @@ def limits(
         Task(f"{i:05d}", (f"{i:05d}", named.folder, names, place, low, high))
         for i, (low, high) in enumerate(bounds)
     ]
-    found = run_step(root, f"{name}/limits", key, tasks, _limit_task)
-    cost.add(found)
-    return Limits(found.folder, tuple(task.name for task in tasks), len(quota), found.key)
+    last = run_step(root, f"{name}/limits", key, tasks, _limit_task)
+    cost.add(last)
+    return Limits(last.folder, tuple(task.name for task in tasks), len(quota), last.key)
 
 
 def _ranges(quota: Array, parts: int) -> list[tuple[int, int]]:
@@ -187,25 +189,25 @@ def _name_task(
     arguments: tuple[Any, ...],
 ) -> Account:
     quota = read_quota(place)
-    held = Entries.joined([])
+    first = Entries.joined([])
     rows = 0
     for file in files:
         entries = reader(file, *arguments)
         rows += len(entries.rows)
-        wanted = entries.take(quota[entries.groups] > 0)
-        held = Entries.joined([held, wanted]).first(quota)
-    return {"rows": rows, "bytes": write_table(held.table(), folder, name)}
+        asking = entries.take(quota[entries.groups] > 0)
+        first = Entries.joined([first, asking]).first(quota)
+    return {"rows": rows, "bytes": write_table(first.table(), folder, name)}
 
 
 def _limit_task(
     folder: str, name: str, parts: str, names: list[str], place: str, low: int, high: int
 ) -> Account:
     quota = read_quota(place)
-    held = Entries.joined([])
+    first = Entries.joined([])
     within = [("group", ">=", low), ("group", "<", high)]
     for part in names:
         entries = Entries.read(read_table(parts, part, filters=within))
-        held = Entries.joined([held, entries]).first(quota)
-    last = np.flatnonzero(np.r_[held.groups[1:] != held.groups[:-1], True][: len(held.groups)])
-    written = write_table(held.take(last).table(), folder, name)
-    return {"rows": len(held.rows), "bytes": written}
+        first = Entries.joined([first, entries]).first(quota)
+    last = np.flatnonzero(np.r_[first.groups[1:] != first.groups[:-1], True][: len(first.groups)])
+    written = write_table(first.take(last).table(), folder, name)
+    return {"rows": len(first.rows), "bytes": written}

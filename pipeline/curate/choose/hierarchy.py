@@ -93,18 +93,18 @@ class Hierarchy:
 
     def tops(self) -> Array:
         """The cluster of the top level of each leaf, int64 [leaves]."""
-        found = np.arange(len(self.sizes))
+        tops = np.arange(len(self.sizes))
         for parents in self.parents:
-            found = parents[found]
-        return found
+            tops = parents[tops]
+        return tops
 
     def level_sizes(self, sizes: Array) -> list[Array]:
         """What leaves hold, added up in each level, the leaves first."""
-        found = [np.asarray(sizes, np.int64)]
+        levels = [np.asarray(sizes, np.int64)]
         for parents in self.parents:
             above = int(parents.max()) + 1 if len(parents) else 0
-            found.append(np.bincount(parents, found[-1], above).astype(np.int64))
-        return found
+            levels.append(np.bincount(parents, levels[-1], above).astype(np.int64))
+        return levels
 
 
 def build(
@@ -132,10 +132,10 @@ def build(
     Raises:
         PipelineError: a level is not coarser than the one below it.
     """
-    wanted = tuple(levels) or default_levels(rows.rows, rows.source.dim)
-    check_levels(wanted)
+    clusters = tuple(levels) or default_levels(rows.rows, rows.source.dim)
+    check_levels(clusters)
     cost = Cost()
-    fitted = lloyd.fit(root, f"{name}/leaves-0", rows, wanted[0], seed, iterations, resources)
+    fitted = lloyd.fit(root, f"{name}/leaves-0", rows, clusters[0], seed, iterations, resources)
     result, sizes = assign(root, f"{name}/assigned-0", rows, fitted, resources)
     cost.add(fitted.cost)
     cost.add(result)
@@ -149,11 +149,11 @@ def build(
         result, sizes = assign(root, f"{name}/assigned-{turn}", rows, fitted, resources)
         cost.add(fitted.cost)
         cost.add(result)
-    arguments = (fitted, wanted[1:], seed, iterations, resampling, resources.gpus > 0)
+    arguments = (fitted, clusters[1:], seed, iterations, resampling, resources.gpus > 0)
     above = run_step(
         root,
         f"{name}/levels",
-        [result.key, fitted.key, list(wanted[1:]), seed, iterations, resampling],
+        [result.key, fitted.key, list(clusters[1:]), seed, iterations, resampling],
         [Task("levels", arguments)],
         _levels_task,
         cpus=resources.cpus,
@@ -161,7 +161,7 @@ def build(
     )
     cost.add(above)
     parents = []
-    for level in range(len(wanted) - 1):
+    for level in range(len(clusters) - 1):
         table = read_table(above.folder, f"level-{level}")
         parents.append(np.asarray(table["parent"].to_numpy(), np.int64))
     return Hierarchy(fitted, result.folder, above.key, sizes, tuple(parents), cost)

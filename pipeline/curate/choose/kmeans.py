@@ -87,11 +87,11 @@ class Centroids:
         wide = vector.astype(np.float64)
         winner, highest = 0, -np.inf
         for i in range(0, len(rivals), CLOSE_PAIRS):
-            some = rivals[i : i + CLOSE_PAIRS]
-            exact = self.halves[some].astype(np.float64) @ wide
+            part = rivals[i : i + CLOSE_PAIRS]
+            exact = self.halves[part].astype(np.float64) @ wide
             at = int(exact.argmax())  # the first of equals: rivals are in order
             if exact[at] > highest:
-                winner, highest = int(some[at]), float(exact[at])
+                winner, highest = int(part[at]), float(exact[at])
         return winner, highest
 
     def _top_two(self, vectors: Halves) -> tuple[Array, Array, Array, Any]:
@@ -120,8 +120,8 @@ def squared_distances(
 ) -> Doubles:
     """Exact squared distance of each row to its centroid, float64 [n]; 0 where they are equal."""
     lengths = dots(centroids, centroids)[labels]
-    found: Doubles = dots(vectors, vectors) + lengths - 2 * products
-    return found
+    distances: Doubles = dots(vectors, vectors) + lengths - 2 * products
+    return distances
 
 
 @dataclass
@@ -158,9 +158,9 @@ def none_drawn(dim: int) -> Drawn:
     return Drawn(np.zeros(0), np.zeros((0, 16), np.uint8), np.zeros((0, dim), HALF))
 
 
-def drawn_next(found: int, wanted: int) -> int:
+def drawn_next(drawn: int, clusters: int) -> int:
     """Seeds of the next pass: a quarter of those there are, so that few of a pass are alike."""
-    return min(wanted - found, max(1, found // 4), MAX_DRAWN)
+    return min(clusters - drawn, max(1, drawn // 4), MAX_DRAWN)
 
 
 def closer(closest: Array, vectors: Halves, new: Centroids) -> Array:
@@ -214,18 +214,18 @@ class Sums:
         from scipy.sparse import csr_matrix
 
         for part in centroids._blocks(len(vectors), vectors.shape[1]):
-            some = vectors[part]
-            labels, products = centroids.nearest(some)
+            rows = vectors[part]
+            labels, products = centroids.nearest(rows)
             present, place = np.unique(labels, return_inverse=True)
             ones = csr_matrix(
-                (np.ones(len(some)), (place, np.arange(len(some)))), (len(present), len(some))
+                (np.ones(len(rows)), (place, np.arange(len(rows)))), (len(present), len(rows))
             )
-            self.sums[present] += ones @ some.astype(np.float64)
+            self.sums[present] += ones @ rows.astype(np.float64)
             self.counts += np.bincount(labels, minlength=len(self.counts))
             self.similarity += int(np.rint(products * UNIT).astype(np.int64).sum())
-            far = squared_distances(some, centroids.halves, labels, products)
+            far = squared_distances(rows, centroids.halves, labels, products)
             times = race(seed, turn, ids[part], far, REFILL)
-            self.spare = self.spare.merged(Drawn.of(times, ids[part], some, SPARE), SPARE)
+            self.spare = self.spare.merged(Drawn.of(times, ids[part], rows, SPARE), SPARE)
 
 
 def means(sums: Doubles, counts: Array, before: Halves) -> Halves:
@@ -296,12 +296,12 @@ def fit_local(
     if not len(fit.centroids):
         return fit
     for turn in range(iterations):
-        found = Sums.zero(len(fit.centroids), dim)
-        found.add(ids, vectors, Centroids(fit.centroids, gpu), seed, turn)
-        fit.similarity.append(found.similarity / UNIT / len(vectors))
-        after = means(found.sums, found.counts, fit.centroids)
+        total = Sums.zero(len(fit.centroids), dim)
+        total.add(ids, vectors, Centroids(fit.centroids, gpu), seed, turn)
+        fit.similarity.append(total.similarity / UNIT / len(vectors))
+        after = means(total.sums, total.counts, fit.centroids)
         changed = not np.array_equal(after, fit.centroids)
-        fit.centroids = refill(after, found.counts, found.spare)
-        if not changed and not goes_on(found.counts, found.spare):
+        fit.centroids = refill(after, total.counts, total.spare)
+        if not changed and not goes_on(total.counts, total.spare):
             break
     return fit

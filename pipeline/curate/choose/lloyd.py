@@ -175,8 +175,8 @@ def _fit(
 ) -> dict[str, Any]:
     """Runs the steps and writes the centroids and, last, `fit.json`."""
     dim, cost = rows.source.dim, Cost()
-    work = float(rows.rows) * clusters * dim
-    if work <= resources.local_work and rows.rows * dim * 2 <= LOCAL_BYTES:
+    operations = float(rows.rows) * clusters * dim
+    if operations <= resources.local_work and rows.rows * dim * 2 <= LOCAL_BYTES:
         task = Task(
             "fit", (rows.source, rows.names, clusters, seed, iterations, resources.gpus > 0)
         )
@@ -189,11 +189,11 @@ def _fit(
     else:
         groups = rows.groups(max(resources.group_rows, clusters))
         steps = _Steps(root, name, key, rows.source, groups, seed, resources, cost)
-        found = steps.seeds(clusters)
+        centres = steps.seeds(clusters)
         similarity = []
-        if found.count:
-            found, similarity = steps.means(found, iterations, rows.rows)
-        centroids = found.load(dim)
+        if centres.count:
+            centres, similarity = steps.means(centres, iterations, rows.rows)
+        centroids = centres.load(dim)
     write_table(pa.table({"vector": list_array(centroids)}), folder, "centroids")
     known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(cost)}
     fs, path = resolve_uri(folder)
@@ -230,12 +230,12 @@ class _Steps:
 
     def seeds(self, clusters: int) -> Files:
         """Draws the seeds: each pass a step of all rows and a step that merges."""
-        found, turn, before = Files((), 0), 0, ""
+        seeds, turn, before = Files((), 0), 0, ""
         names = [name for name, _ in self.numbered]
         gpu = self.resources.gpus > 0
-        while found.count < clusters:
-            count = kmeans.drawn_next(found.count, clusters)
-            new = Files(found.folders[-1:], 1)
+        while seeds.count < clusters:
+            count = kmeans.drawn_next(seeds.count, clusters)
+            new = Files(seeds.folders[-1:], 1)
             tasks = [
                 Task(name, (name, self.source, group, before, new, self.seed, turn, count, gpu))
                 for name, group in self.numbered
@@ -244,35 +244,35 @@ class _Steps:
             merge = [Task("new", (drawn.folder, names, count, self.source.dim))]
             merged = self.run(f"seeds/{turn:03d}/new", merge, merge_drawn, heavy=False)
             before, turn = drawn.folder, turn + 1
-            got = merged.accounts[0]["rows"]
-            if not got:
+            drawn_now = merged.accounts[0]["rows"]
+            if not drawn_now:
                 break
-            found = Files((*found.folders, (merged.folder, "new")), found.count + got)
-        return found
+            seeds = Files((*seeds.folders, (merged.folder, "new")), seeds.count + drawn_now)
+        return seeds
 
-    def means(self, found: Files, iterations: int, rows: int) -> tuple[Files, list[float]]:
+    def means(self, centres: Files, iterations: int, rows: int) -> tuple[Files, list[float]]:
         """Lloyd's iterations: each a step that sums rows and one that adds up the sums."""
         names = [name for name, _ in self.numbered]
         dim, gpu = self.source.dim, self.resources.gpus > 0
         step = max(1, RANGE_ELEMENTS // dim)
-        ranges = [(i, min(i + step, found.count)) for i in range(0, found.count, step)]
+        ranges = [(i, min(i + step, centres.count)) for i in range(0, centres.count, step)]
         similarity = []
         for turn in range(iterations):
             tasks = [
-                Task(name, (name, self.source, group, found, self.seed, turn, gpu))
+                Task(name, (name, self.source, group, centres, self.seed, turn, gpu))
                 for name, group in self.numbered
             ]
             summed = self.run(f"means/{turn:03d}/sums", tasks, sum_task)
             tasks = [
-                Task(f"{i:05d}", (f"{i:05d}", summed.folder, names, low, high, found, dim))
+                Task(f"{i:05d}", (f"{i:05d}", summed.folder, names, low, high, centres, dim))
                 for i, (low, high) in enumerate(ranges)
             ]
             merged = self.run(f"means/{turn:03d}/new", tasks, merge_sums, heavy=False)
             similarity.append(sum(a["similarity"] for a in summed.accounts) / UNIT / rows)
             files = tuple((merged.folder, task.name) for task in tasks)
-            found = Files(files, found.count, merged.folder)
+            centres = Files(files, centres.count, merged.folder)
             # With an empty cluster it goes on as long as a spare row can fill it.
             empty, spare = merged.total("empty"), merged.total("spare")
             if not merged.total("changed") and not (empty and spare):
                 break
-        return found, similarity
+        return centres, similarity

@@ -37,10 +37,10 @@ def fit_task(
 ) -> Account:
     """The whole fit in one task."""
     points = source.read_all(names)
-    found = kmeans.fit_local(points.ids, points.vectors, clusters, seed, iterations, gpu)
-    table = pa.table({"vector": list_array(found.centroids)})
+    fit = kmeans.fit_local(points.ids, points.vectors, clusters, seed, iterations, gpu)
+    table = pa.table({"vector": list_array(fit.centroids)})
     written = write_table(table, folder, "fit")
-    return {"rows": len(points.rows), "bytes": written, "similarity": found.similarity}
+    return {"rows": len(points.rows), "bytes": written, "similarity": fit.similarity}
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Files:
         """Half [k, d]."""
         if not self.folders:
             return np.zeros((0, dim), HALF)
-        found = np.concatenate([read_vectors(folder, name, dim) for folder, name in self.folders])
+        vectors = np.concatenate([read_vectors(folder, name, dim) for folder, name in self.folders])
         if not self.spare:
-            return found
+            return vectors
         counts = np.concatenate(
             [
                 read_table(folder, name, ["count"])["count"].to_numpy()
                 for folder, name in self.folders
             ]
         )
-        return kmeans.refill(found, counts, _read_drawn(self.spare, "spare", dim))
+        return kmeans.refill(vectors, counts, _read_drawn(self.spare, "spare", dim))
 
 
 def read_vectors(folder: str, name: str, dim: int) -> Halves:
@@ -133,13 +133,13 @@ def sum_task(
     name: str,
     source: Source,
     names: tuple[str, ...],
-    found: Files,
+    centres: Files,
     seed: int,
     turn: int,
     gpu: bool,
 ) -> Account:
     """Adds up this part of the rows by their nearest centroids."""
-    centroids = Centroids(found.load(source.dim), gpu)
+    centroids = Centroids(centres.load(source.dim), gpu)
     total = Sums.zero(len(centroids), source.dim)
     rows = 0
     for file in names:
@@ -164,7 +164,7 @@ def merge_sums(
     names: list[str],
     low: int,
     high: int,
-    found: Files,
+    centres: Files,
     dim: int,
 ) -> Account:
     """Adds up the sums of clusters low to high; the first range brings the spare rows together."""
@@ -175,7 +175,7 @@ def merge_sums(
         values = table["sum"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sums[cluster] += np.asarray(values, np.float64).reshape(-1, dim)
         counts[cluster] += table["count"].to_numpy()
-    before = found.load(dim)[low:high]
+    before = centres.load(dim)[low:high]
     new = kmeans.means(sums, counts, before)
     columns = {"vector": list_array(new), "count": pa.array(counts)}
     written = write_table(pa.table(columns), folder, name)

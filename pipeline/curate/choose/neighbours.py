@@ -53,8 +53,8 @@ class Images:
     @classmethod
     def read(cls, folder: str, names: Sequence[str]) -> Images:
         """Those of all rows of these files."""
-        found = [ids_of(read_table(folder, name, ["image_id"])["image_id"]) for name in names]
-        high, low = id_words(np.concatenate([np.zeros((0, 16), np.uint8), *found]))
+        ids = [ids_of(read_table(folder, name, ["image_id"])["image_id"]) for name in names]
+        high, low = id_words(np.concatenate([np.zeros((0, 16), np.uint8), *ids]))
         order = np.lexsort((low, high))
         return cls(high[order], low[order])
 
@@ -63,10 +63,10 @@ class Images:
         high, low = id_words(ids)
         first = np.searchsorted(self.high, high, side="left")
         last = np.searchsorted(self.high, high, side="right")
-        found = np.zeros(len(ids), bool)
+        contained = np.zeros(len(ids), bool)
         for at in np.flatnonzero(last > first):
-            found[at] = low[at] in self.low[first[at] : last[at]]
-        return found
+            contained[at] = low[at] in self.low[first[at] : last[at]]
+        return contained
 
 
 @dataclass
@@ -132,11 +132,11 @@ class Neighbours:
 
 
 def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
-    found = np.empty(len(i))
+    products = np.empty(len(i))
     for at in range(0, len(i), PAIRS):
-        some = slice(at, at + PAIRS)
-        found[some] = dots(a[i[some]], b[j[some]])
-    return found
+        part = slice(at, at + PAIRS)
+        products[part] = dots(a[i[part]], b[j[part]])
+    return products
 
 
 def ask(
@@ -203,8 +203,8 @@ def _near_task(
         points = source.read(file)
         other = ~own.contain(points.ids)
         search.add(Points(points.rows[other], points.ids[other], points.vectors[other]))
-    found = search.found()
-    return {"rows": len(found.rows), "bytes": write_table(found.table(), folder, name)}
+    nearest = search.found()
+    return {"rows": len(nearest.rows), "bytes": write_table(nearest.table(), folder, name)}
 
 
 def _merge_task(
@@ -223,19 +223,19 @@ def _merge_task(
         else [seed_source.read(f).ids for f in seed_files]
     )
     quota = np.full(len(ids), count)
-    held = Entries.joined([])
+    near = Entries.joined([])
     for group in range(groups):
         part = Entries.read(read_table(parts, f"{name}-{group:05d}"))
-        held = Entries.joined([held, part]).first(quota)
-    rank = np.arange(len(held.rows)) - np.searchsorted(held.groups, held.groups, side="left")
-    order = np.argsort(held.rows, kind="stable")
+        near = Entries.joined([near, part]).first(quota)
+    rank = np.arange(len(near.rows)) - np.searchsorted(near.groups, near.groups, side="left")
+    order = np.argsort(near.rows, kind="stable")
     columns = [
-        held.rows[order],
-        id_array(ids[held.groups[order]]),
-        -held.keys[order],
+        near.rows[order],
+        id_array(ids[near.groups[order]]),
+        -near.keys[order],
         rank[order].astype(np.int32),
         np.full(len(order), -1),
     ]
     written = write_table(pa.table(columns, schema=ASKED), folder, name)
-    short = int((np.bincount(held.groups, minlength=len(ids)) < count).sum())
+    short = int((np.bincount(near.groups, minlength=len(ids)) < count).sum())
     return {"rows": len(order), "bytes": written, "short": short}

@@ -27,7 +27,7 @@ SAMPLE, CLUSTER = "sample", "cluster"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Retrieval:
     """What seeds ask for; the fields of `retrieve` in the config.
 
     Attributes:
@@ -91,7 +91,7 @@ def retrieve(
     name: str,
     pool: RowSet,
     seeds: dict[str, RowSet],
-    wanted: Wanted,
+    settings: Retrieval,
     seed: int,
     resources: Resources = ONE_CPU,
 ) -> Retrieved:
@@ -102,7 +102,7 @@ def retrieve(
         name: of the step.
         pool: rows to retrieve; seeds that are inputs themselves should not be among them.
         seeds: vectors of each set, by name; of the same model as those of the pool.
-        wanted: what they ask for.
+        settings: what they ask for.
         seed: of the run.
         resources: of the tasks that cluster.
     """
@@ -110,15 +110,15 @@ def retrieve(
     told: dict[str, dict[str, Any]] = {}
     asked: list[Asked] = []
     keys: list[Any] = [pool.key]
-    modes = {one: wanted.mode_of(seeds[one].rows) for one in sorted(seeds)}
+    modes = {one: settings.mode_of(seeds[one].rows) for one in sorted(seeds)}
     for number, one in enumerate(one for one in modes if modes[one] == SAMPLE):
         folder, files, key, counts = neighbours.ask(
             root,
             f"{name}/sample/{number}",
             pool,
             seeds[one],
-            wanted.neighbours,
-            wanted.min_similarity,
+            settings.neighbours,
+            settings.min_similarity,
             cost,
         )
         asked.append(Asked(one, SAMPLE, folder, tuple(files)))
@@ -131,19 +131,19 @@ def retrieve(
             f"{name}/cluster",
             pool,
             by_cluster,
-            wanted.clusters,
-            wanted.cluster_seeds,
-            wanted.cluster_images,
-            wanted.cap,
+            settings.clusters,
+            settings.cluster_seeds,
+            settings.cluster_images,
+            settings.cap,
             seed,
-            wanted.iterations,
+            settings.iterations,
             resources,
             cost,
         )
         keys.append(key)
         for one, (folder, files) in places.items():
             asked.append(Asked(one, CLUSTER, folder, tuple(files)))
-            told[one] = counts_of[one] | {"quota": wanted.cap}
+            told[one] = counts_of[one] | {"quota": settings.cap}
     asked.sort(key=lambda a: a.set)
     tasks = [Task(file, (file, pool.source, tuple(asked))) for file in pool.names]
     result = run_step(root, f"{name}/rows", keys, tasks, _owner_task)

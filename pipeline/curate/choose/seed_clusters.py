@@ -52,8 +52,8 @@ class SeedSet:
 
     def clusters(self, block: tuple[str, ...]) -> Array:
         """Of each seed, in the order of `read`."""
-        found = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in block]
-        return np.asarray(np.concatenate(found), np.int64)
+        leaves = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in block]
+        return np.asarray(np.concatenate(leaves), np.int64)
 
     def read(self, block: tuple[str, ...]) -> Points:
         """The seeds of a block."""
@@ -105,11 +105,11 @@ def ask(
     sets, told, usual = [], {}, {}
     for number, one in enumerate(names):
         mine = seeds[one]
-        held, counts = _assign_seeds(root, f"{name}/seeds/{number}", mine, fitted, cost)
+        leaves, counts = _assign_seeds(root, f"{name}/seeds/{number}", mine, fitted, cost)
         taken = counts > cluster_seeds
         most = np.where(taken, np.minimum(sizes, cluster_images), 0)
         quota[number] = waterfill(most, cap)
-        sets.append(SeedSet(mine.source, mine.names, held, tuple(mine.groups(SEED_ROWS))))
+        sets.append(SeedSet(mine.source, mine.names, leaves, tuple(mine.groups(SEED_ROWS))))
         compared = _compared(counts, seed)
         if len(compared):
             task = Task("usual", (sets[-1], compared))
@@ -140,8 +140,8 @@ def ask(
         step = run_step(root, f"{name}/asked/{number}", [limits.key, one], tasks, _evidence_task)
         cost.add(step)
         asked[one] = (step.folder, [task.name for task in tasks])
-        found = step.total("rows")
-        told[one] |= {"found": int(found), "purity": step.total("pure") / max(1.0, found)}
+        delivered = step.total("rows")
+        told[one] |= {"found": int(delivered), "purity": step.total("pure") / max(1.0, delivered)}
     return asked, fingerprint(key), told
 
 
@@ -195,7 +195,7 @@ def _evidence_task(
     """The rows chosen for a set, with the nearest seed of their cluster."""
     assigned, sets, names, clusters, seed = arguments
     upto = limits.load()
-    found: list[tuple[Array, Array, Array]] = []
+    chosen: list[tuple[Array, Array, Array]] = []
     for file in files:
         entries = drawn_entries(file, assigned, sets, names, clusters, seed, number)
         entries = entries.take(upto.chosen(entries))
@@ -203,11 +203,11 @@ def _evidence_task(
             continue
         points = source.read(file)
         at = np.searchsorted(points.rows, entries.rows)
-        found.append((entries.rows, entries.groups - number * clusters, points.vectors[at]))
-    if not found:
+        chosen.append((entries.rows, entries.groups - number * clusters, points.vectors[at]))
+    if not chosen:
         table = ASKED.empty_table()
         return {"rows": 0, "bytes": write_table(table, folder, name), "pure": 0}
-    rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
     query, similarity = _nearest_seeds(sets[number], leaves, vectors)
     order = np.argsort(rows, kind="stable")
     columns = [
@@ -246,8 +246,8 @@ def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, 
 def _by_leaf(leaves: Array) -> dict[int, Array]:
     """The places of each leaf."""
     order = np.argsort(leaves, kind="stable")
-    found, starts = np.unique(leaves[order], return_index=True)
-    return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+    numbers, starts = np.unique(leaves[order], return_index=True)
+    return dict(zip(numbers.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _compared(counts: Array, seed: int) -> Array:
@@ -257,29 +257,29 @@ def _compared(counts: Array, seed: int) -> Array:
         return able
     drawn = draw(seed, 0, numbers_as_ids(len(counts))[able], RETRIEVE)
     able = able[np.argsort(drawn, kind="stable")]
-    held = np.cumsum(np.minimum(counts[able], COMPARED))
-    found: Array = np.sort(able[held <= max(COMPARED_SEEDS, held[0])])
-    return found
+    upto = np.cumsum(np.minimum(counts[able], COMPARED))
+    chosen: Array = np.sort(able[upto <= max(COMPARED_SEEDS, upto[0])])
+    return chosen
 
 
 def _usual_task(folder: str, one: SeedSet, clusters: Array) -> Account:
     """How similar seeds are to another seed of their cluster; the account has `usual`, which all
     but a tenth are. Nothing is written.
     """
-    held = one.read(())
+    sample = one.read(())
     of = np.zeros(0, np.int64)
     for block in one.blocks:
         seeds, leaves = one.read(block), one.clusters(block)
         mine = np.isin(leaves, clusters)
-        both = (Points(*(part[mine] for part in seeds)), held)
-        held = Points(*(np.concatenate(parts) for parts in zip(*both, strict=True)))
+        both = (Points(*(part[mine] for part in seeds)), sample)
+        sample = Points(*(np.concatenate(parts) for parts in zip(*both, strict=True)))
         of = np.concatenate([np.searchsorted(clusters, leaves[mine]), of])
         quota = np.full(len(clusters), COMPARED)
-        kept = firsts(of, np.zeros(len(of)), held.ids, held.rows, quota)
-        held, of = Points(*(part[kept] for part in held)), of[kept]
+        kept = firsts(of, np.zeros(len(of)), sample.ids, sample.rows, quota)
+        sample, of = Points(*(part[kept] for part in sample)), of[kept]
     between: list[Array] = []
     for mine in _by_leaf(of).values():
-        wide = held.vectors[mine].astype(np.float64)
+        wide = sample.vectors[mine].astype(np.float64)
         products = wide @ wide.T
         np.fill_diagonal(products, -np.inf)
         between.append(products.max(1))

@@ -1,5 +1,6 @@
 """Near copies in a set of any size, and like images of other sets. Start at `pairs.py`.
 
 In: vectors and a threshold. Out: pairs, components, a keeper for each; leaks; matches.
-Order: put_in_cells, join, pairs, edges, components, keepers. Imports: look, rows, steps, storage.
+Order: collapse, cell_fit, items, join, edges, keeper_facts, keepers, components; then leaks and
+matches, by `relative`. Imports: look, rows, steps, storage.
 """

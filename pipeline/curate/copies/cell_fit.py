@@ -1,7 +1,11 @@
 """Cells fitted on a sample by k-means on the sphere.
 
 First come some sqrt(K) groups, then cells within each group, then a few passes over all cells at
-once. The same sample gives the same cells on every machine.
+once. The same sample gives the same cells on every machine: sums are made in doubles, which are
+exact for vectors of half precision (`exact`).
+
+Cells only find pairs, from a sample; the clusters that images are chosen by are in
+`choose.kmeans`.
 """
 
 from __future__ import annotations
@@ -14,15 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.cell_kmeans import ITERATIONS, bucket_cells, kmeans, lloyd_and_nearest
 from pipeline.curate.copies.cells import SAMPLE_EACH, TWO_LEVELS, Cells
-from pipeline.curate.copies.collapse import without_copies
+from pipeline.curate.copies.collapse import Distinct
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.draws_by_id import GOLDEN, finalized
-from pipeline.curate.rows.exact import Halves, nearest_numbers
-from pipeline.curate.rows.read_rows import Ids, Portion, order_by_id, read_rows
-from pipeline.curate.rows.tables import ID, Vectors, id_array, ids_of, read_table, write_table
+from pipeline.curate.rows.exact import Halves, nearest_numbers, unit_half
+from pipeline.curate.rows.read_rows import Ids, Portion, order_by_id
+from pipeline.curate.rows.tables import ID, id_array, ids_of, read_table, write_table
 
+ITERATIONS = 6  # of Lloyd
 SEEDED_FROM = 200  # vectors for each group that groups are fitted on
 LEAST_SPLIT = 256  # cells of a group that are not divided into groups again
 SKEW = 4  # times the mean number of cells of a group, above which it is
@@ -31,7 +35,9 @@ REFINEMENTS = 2
 Array = np.ndarray[Any, Any]
 
 
-def fit(vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "near") -> Cells:
+def fit_cells(
+    vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "near"
+) -> Cells:
     """Fits cells on a sample.
 
     Args:
@@ -56,27 +62,27 @@ def fit(vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "
             parts += _split(own, vectors[places[number]], int(share), (seed, 1, number), most)
     groups, centres = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
     group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts])
-    found, which = centres, None
-    if len(found) <= TWO_LEVELS:
+    moved, which = centres, None
+    if len(moved) <= TWO_LEVELS:
         # Cells at the border of groups were fitted to half of what is around them.
-        found, which = lloyd_and_nearest(vectors, found, REFINEMENTS)
-    _, first = np.unique(np.ascontiguousarray(found).view(np.uint8), axis=0, return_index=True)
+        moved, which = lloyd_and_nearest(vectors, moved, REFINEMENTS)
+    _, first = np.unique(np.ascontiguousarray(moved).view(np.uint8), axis=0, return_index=True)
     first = np.sort(first)
-    fitted = Cells(found[first], np.zeros(0, np.int32), group[first], groups)
+    fitted = Cells(moved[first], np.zeros(0, np.int32), group[first], groups)
     # Members of the sample, before the last move of the centres where they were counted then.
     if which is None:
         sizes = np.bincount(fitted.nearest(vectors, 1)[:, 0], minlength=len(first))
     else:
-        sizes = np.bincount(which, minlength=len(found))[first]
+        sizes = np.bincount(which, minlength=len(moved))[first]
     bucket = bucket_cells(fitted.centres, buckets, seed, bucketing, sizes + 1)
     return replace(fitted, bucket=bucket)
 
 
 def _groups(vectors: Halves, cells: int, seed: Sequence[int]) -> tuple[Halves, list[Array]]:
     """About sqrt(cells) groups, and the places of the vectors of each."""
-    wanted = int(np.ceil(np.sqrt(cells)))
-    every = max(1, len(vectors) // (SEEDED_FROM * wanted))
-    groups = kmeans(vectors[::every], wanted, seed, ITERATIONS)
+    count = int(np.ceil(np.sqrt(cells)))
+    every = max(1, len(vectors) // (SEEDED_FROM * count))
+    groups = kmeans(vectors[::every], count, seed, ITERATIONS)
     of = nearest_numbers(vectors, groups, 1)[:, 0]
     order = np.argsort(of, kind="stable")
     ends = np.searchsorted(of[order], np.arange(len(groups) + 1))
@@ -97,12 +103,12 @@ def _split(
     if sizes.max() > DIVIDED * len(vectors):  # it cannot be divided: nearly all are one direction
         every = max(1, len(vectors) // (SAMPLE_EACH * most))
         return [(own, kmeans(vectors[::every], most, seed, ITERATIONS))]
-    found: list[tuple[Halves, Halves]] = []
+    parts: list[tuple[Halves, Halves]] = []
     for number, share in enumerate(shares(sizes, cells)):
         if share:
             mine = groups[number : number + 1], vectors[places[number]]
-            found += _split(*mine, int(share), (*seed, 1, number), most)
-    return found
+            parts += _split(*mine, int(share), (*seed, 1, number), most)
+    return parts
 
 
 def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -112,17 +118,143 @@ def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """
     sizes = np.asarray(sizes, np.int64)
     exact = sizes * total / max(1, int(sizes.sum()))
-    given: np.ndarray[Any, np.dtype[np.int64]] = np.minimum(
+    shared: np.ndarray[Any, np.dtype[np.int64]] = np.minimum(
         np.maximum(np.floor(exact).astype(np.int64), sizes > 0), sizes
     )
-    order = np.argsort(given - exact, kind="stable")
+    order = np.argsort(shared - exact, kind="stable")
     for place in order:
-        if given.sum() >= total:
+        if shared.sum() >= total:
             break
-        given[place] += given[place] < sizes[place]
-    while given.sum() > max(total, np.count_nonzero(sizes)):  # small ones were given one
-        given[int(np.argmax(np.where(given > 1, given - exact, -np.inf)))] -= 1
-    return given
+        shared[place] += shared[place] < sizes[place]
+    while shared.sum() > max(total, np.count_nonzero(sizes)):  # small ones were given one
+        shared[int(np.argmax(np.where(shared > 1, shared - exact, -np.inf)))] -= 1
+    return shared
+
+
+# ---- k-means, in one process.
+
+
+def kmeans(vectors: Halves, cells: int, seed: Sequence[int], iterations: int) -> Halves:
+    """Centres of k-means on the sphere, seeded by D² (k-means++, Arthur and Vassilvitskii 2007).
+
+    Args:
+        vectors: [n, d] of unit length.
+        cells: at most n; fewer are returned where fewer vectors differ.
+        seed: of the draws.
+        iterations: of Lloyd.
+
+    Returns:
+        Half precision [k, d]; no two are equal.
+    """
+    centres = lloyd(vectors, _seeds(vectors, cells, seed), iterations)
+    _, first = np.unique(np.ascontiguousarray(centres).view(np.uint8), axis=0, return_index=True)
+    return centres[np.sort(first)]
+
+
+def _seeds(vectors: Halves, cells: int, seed: Sequence[int]) -> Halves:
+    """Distinct vectors, each drawn by its squared distance to those drawn before."""
+    rng = np.random.default_rng(list(seed))
+    wide = vectors.astype(np.float64)
+    norms = np.einsum("nd,nd->n", wide, wide)
+    left = np.ones(len(wide))
+    chosen: list[int] = []
+    for _ in range(min(cells, len(wide))):
+        # In the order of the rows: a sum in another order could be rounded otherwise.
+        total = np.cumsum(left)
+        if total[-1] <= 0:
+            break
+        place = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
+        place = min(place, len(wide) - 1)
+        while left[place] <= 0:
+            place -= 1
+        distance = norms + norms[place] - 2 * (wide @ wide[place])
+        left = np.minimum(left, distance) if chosen else distance
+        left[place] = 0.0
+        chosen.append(place)
+    return vectors[chosen]
+
+
+def lloyd(vectors: Halves, centres: Halves, iterations: int) -> Halves:
+    """Rounds of: each vector to its nearest centre, each centre to the mean direction of its own.
+
+    Centres that no vector is nearest to stay where they are.
+    """
+    return lloyd_and_nearest(vectors, centres, iterations)[0]
+
+
+def lloyd_and_nearest(
+    vectors: Halves, centres: Halves, iterations: int
+) -> tuple[Halves, Array | None]:
+    """As `lloyd`, and the centre that each vector was nearest to in the last round."""
+    before = None
+    for _ in range(iterations):
+        which = nearest_numbers(vectors, centres, 1)[:, 0]
+        if before is not None and np.array_equal(which, before):
+            break
+        centres, before = _means(vectors, which, centres), which
+    return centres, before
+
+
+def _means(vectors: Halves, which: Array, centres: Halves) -> Halves:
+    from scipy.sparse import csr_array
+
+    sums = np.zeros(centres.shape)
+    for begin in range(0, len(vectors), 32_768):
+        wide = vectors[begin : begin + 32_768].astype(np.float64)
+        mine = which[begin : begin + len(wide)]
+        order = np.argsort(mine, kind="stable")
+        cells, starts = np.unique(mine[order], return_index=True)
+        shape = (len(cells), len(wide))
+        ones = csr_array((np.ones(len(wide)), order, np.append(starts, len(wide))), shape=shape)
+        sums[cells] += ones @ wide
+    # The length is summed in the order of the columns, so that no machine rounds it otherwise.
+    length = np.sqrt(np.add.accumulate(sums * sums, axis=1)[:, -1:])
+    moved = length[:, 0] > 0
+    new = centres.copy()
+    new[moved] = unit_half(sums[moved] / length[moved])
+    return new
+
+
+# ---- Buckets of cells that are near each other.
+#
+# So the cells of a vector are mostly in one bucket, and the vector is written little more than
+# once.
+
+
+ROOM = 1.3  # largest bucket over the mean one
+BUCKET_CHOICES = 16
+
+
+def bucket_cells(
+    centres: Halves, buckets: int, seed: int, bucketing: str = "near", sizes: Array | None = None
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The bucket of each cell: by clusters of cells, none with over 1.3 times the mean size.
+
+    Args:
+        centres: of the cells.
+        buckets: wanted.
+        seed: of the draws.
+        bucketing: `near` or `modulo`, see `fit_cells`.
+        sizes: of the cells; default: all are alike. One that is larger than a bucket should be
+            has a bucket of its own, as far as they suffice.
+    """
+    cells = len(centres)
+    buckets = max(1, min(buckets, cells))
+    if bucketing == "modulo" or buckets == 1:
+        return (np.arange(cells) % buckets).astype(np.int32)
+    middle = kmeans(centres, buckets, (seed, 2), ITERATIONS)
+    choices = nearest_numbers(centres, middle, BUCKET_CHOICES)
+    similar = np.einsum("nd,nd->n", centres.astype(np.float64), middle[choices[:, 0]].astype(float))
+    sizes = np.ones(cells, np.int64) if sizes is None else sizes
+    mean = sizes.sum() / len(middle)
+    room = np.full(len(middle), int(np.ceil(ROOM * mean)))
+    bucket = np.zeros(cells, np.int32)
+    # What fills a bucket alone goes first, while there are empty ones.
+    for cell in np.lexsort((np.arange(cells), -similar, sizes < mean)):
+        free = [choice for choice in choices[cell] if room[choice] >= min(sizes[cell], mean)]
+        bucket[cell] = free[0] if free else int(np.argmax(room))
+        room[bucket[cell]] -= sizes[cell]
+    return bucket
 
 
 # ---- The tasks that fit cells: draw a sample, fit on the whole of it.
@@ -137,18 +269,13 @@ def hash64(seed: int, ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 def sample_task(
     folder: str,
-    vectors: Vectors,
+    distinct: Distinct,
     portion: Portion,
-    exact: str,
-    copies: tuple[str, Sequence[str]],
     seed: int,
     share: float,
 ) -> dict[str, Any]:
-    """Writes the vectors of a portion whose hash is in the lowest `share`: the sample.
-
-    Rows whose vector equals another's (`collapse`) are not in it.
-    """
-    rows = without_copies(read_rows(vectors, portion, exact), portion, copies)
+    """Writes the vectors of a portion whose hash is in the lowest `share`: the sample."""
+    rows = distinct.read(portion)
     if share < 1:
         rows = rows.only(hash64(seed, rows.ids) < np.uint64(int(share * 2**64)))
     table = pa.table({"image_id": id_array(rows.ids), "row": rows.row, "vector": raw(rows.vectors)})
@@ -156,7 +283,7 @@ def sample_task(
     return {"rows": len(rows), "bytes": size}
 
 
-def fit_task(
+def fit_cells_task(
     folder: str,
     sample: str,
     names: Sequence[str],
@@ -181,6 +308,6 @@ def fit_task(
         part = unraw(read_table(sample, name, ["vector"]).column("vector"), np.float16, dim)
         vectors[place[begin : begin + len(part)]] = part
         begin += len(part)
-    found = fit(vectors, cells, buckets, seed, bucketing)
-    size = found.save(folder)
-    return {"rows": len(vectors), "bytes": size, "cells": len(found.centres)}
+    fitted = fit_cells(vectors, cells, buckets, seed, bucketing)
+    size = fitted.save(folder)
+    return {"rows": len(vectors), "bytes": size, "cells": len(fitted.centres)}

@@ -41,13 +41,13 @@ class Cells:
 
         Where there are fewer cells than probes, -1 stands in the last columns.
         """
-        found = np.full((len(vectors), probes), -1, np.int32)
+        cells = np.full((len(vectors), probes), -1, np.int32)
         count = min(probes, len(self.centres))
         if len(self.centres) <= TWO_LEVELS:
-            found[:, :count] = nearest_numbers(vectors, self.centres, count)
+            cells[:, :count] = nearest_numbers(vectors, self.centres, count)
         else:
-            found[:, :count] = self._by_groups(vectors, count)
-        return found
+            cells[:, :count] = self._by_groups(vectors, count)
+        return cells
 
     def _by_groups(self, vectors: Halves, count: int) -> Array:
         n, none = len(vectors), len(self.centres)
@@ -68,8 +68,8 @@ class Cells:
             similarity[row, column, : which.shape[1]] = values
         number, similarity = number.reshape(n, -1), similarity.reshape(n, -1)
         first = np.lexsort((number, -similarity), axis=1)[:, :count]
-        found = np.take_along_axis(number, first, 1)
-        return np.where(found == none, -1, found)
+        nearest_cells = np.take_along_axis(number, first, 1)
+        return np.where(nearest_cells == none, -1, nearest_cells)
 
     def save(self, folder: str) -> int:
         """Writes the tables of the cells; returns their bytes."""
@@ -115,19 +115,19 @@ def cells_for(rows: int, probes: int, dim: int, cell_images: int | None = None) 
     have 1000 images. The sample has to fit a task, which limits K (to 160,000 at d = 384).
     """
     if cell_images:
-        wanted = rows / cell_images
+        count = rows / cell_images
     else:
-        wanted = (IMBALANCE * max(0.5, probes - 0.5) * rows) ** 0.5
-        if wanted > TWO_LEVELS:
-            wanted = max(TWO_LEVELS, rows / GROUP_IMAGES)
+        count = (IMBALANCE * max(0.5, probes - 0.5) * rows) ** 0.5
+        if count > TWO_LEVELS:
+            count = max(TWO_LEVELS, rows / GROUP_IMAGES)
     limit = SAMPLE_BYTES // (2 * dim * SAMPLE_LEAST)
-    return int(max(1, min(round(wanted), limit, rows)))
+    return int(max(1, min(round(count), limit, rows)))
 
 
 def sample_share(rows: int, cells: int, dim: int) -> float:
     """Share of the rows that are in the sample."""
-    wanted = min(SAMPLE_EACH * cells, SAMPLE_BYTES // (2 * dim))
-    return min(1.0, wanted / max(1, rows))
+    vectors = min(SAMPLE_EACH * cells, SAMPLE_BYTES // (2 * dim))
+    return min(1.0, vectors / max(1, rows))
 
 
 def buckets_for(rows: int, dim: int, views: int = 1) -> int:

@@ -7,6 +7,7 @@ the square of their number of pairs, and draws several centres to itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -38,18 +39,46 @@ COPIES = pa.schema(
 )
 
 
-def buckets_for(rows: int) -> int:
+@dataclass(frozen=True)
+class Distinct:
+    """Rows that stand for themselves; what tasks read, small however many there are.
+
+    Attributes:
+        vectors: of all rows.
+        exact: folder of `tables.EXACT`: only rows that are their own keeper; empty: all.
+        copies: folder and tables of `COPIES`, whose rows another row stands for; empty: none are
+            known.
+    """
+
+    vectors: Vectors
+    exact: str = ""
+    copies: tuple[str, Sequence[str]] = ("", ())
+
+    def read(self, portion: Portion, views: bool = False) -> Rows:
+        """The rows of a portion; `views`: with the crops, where there are any."""
+        rows = read_rows(self.vectors, portion, self.exact, views)
+        gone = self.stood_for(portion).column("row").to_numpy()
+        return rows.only(~np.isin(rows.row, gone)) if len(gone) else rows
+
+    def stood_for(self, portion: Portion) -> pa.Table:
+        """The rows of a portion that another row stands for, as `COPIES`, by row."""
+        folder, names = self.copies
+        tables = [COPIES.empty_table()]
+        for part in portion.parts:
+            tables.extend(read_range(folder, names, part.first, part.end))
+        return pa.concat_tables(tables).combine_chunks().sort_by("row")
+
+
+def hash_buckets(rows: int) -> int:
     """Hash buckets for so many rows."""
     return max(1, -(-rows // BUCKET_ROWS))
 
 
-def hash_task(
-    folder: str, vectors: Vectors, portion: Portion, exact: str, buckets: int
-) -> dict[str, Any]:
+def hash_task(folder: str, distinct: Distinct, portion: Portion, buckets: int) -> dict[str, Any]:
     """Writes the hash of each vector of a portion to the bucket of the hash."""
-    rows = read_rows(vectors, portion, exact)
+    rows = distinct.read(portion)
     content = np.ascontiguousarray(rows.vectors).tobytes()
-    width = 2 * vectors.dim
+    width = 2 * distinct.vectors.dim
     hashes = b"".join(
         blake2b(content[at : at + width], digest_size=16).digest()
         for at in range(0, len(rows) * width, width)
@@ -74,7 +103,7 @@ def collapse_task(
 ) -> dict[str, Any]:
     """Writes the rows of a hash bucket that another row stands for: the smallest image id."""
     tables = list(read_bucket(hashes, names, bucket))
-    found = pa.table({name: pa.array([], COPIES.field(name).type) for name in COPIES.names})
+    copies = COPIES.empty_table()
     rows = 0
     if tables:
         table = pa.concat_tables(tables)
@@ -90,7 +119,7 @@ def collapse_task(
         mine, other = order[~new], stands[~new]
         by_row = np.argsort(row[mine])
         mine, other = mine[by_row], other[by_row]
-        found = pa.table(
+        copies = pa.table(
             {
                 "row": row[mine],
                 "image_id": id_array(ids[mine]),
@@ -99,20 +128,5 @@ def collapse_task(
                 "similarity": table.column("similarity").to_numpy()[mine],
             }
         )
-    size = write_table(found.cast(COPIES), folder, f"{bucket:05d}")
-    return {"rows": rows, "bytes": size, "copies": len(found)}
-
-
-def copies_of(portion: Portion, copies: tuple[str, Sequence[str]]) -> pa.Table:
-    """The rows of a portion that another row stands for, as `COPIES`, by row."""
-    folder, names = copies
-    tables = [COPIES.empty_table()]
-    for part in portion.parts:
-        tables.extend(read_range(folder, names, part.first, part.end))
-    return pa.concat_tables(tables).combine_chunks().sort_by("row")
-
-
-def without_copies(rows: Rows, portion: Portion, copies: tuple[str, Sequence[str]]) -> Rows:
-    """The rows that stand for themselves."""
-    gone = copies_of(portion, copies).column("row").to_numpy()
-    return rows.only(~np.isin(rows.row, gone)) if len(gone) else rows
+    size = write_table(copies.cast(COPIES), folder, f"{bucket:05d}")
+    return {"rows": rows, "bytes": size, "copies": len(copies)}

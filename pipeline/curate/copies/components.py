@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies import keepers
-from pipeline.curate.copies.items import Visiting
+from pipeline.curate.copies import edges, keeper_facts, keepers
+from pipeline.curate.copies.items import ImageSet
+from pipeline.curate.copies.keeper_facts import FactSources, KeeperFacts
+from pipeline.curate.copies.keepers import Guard
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.look.looks import PAIRS, Looking, look_at, verdicts_of
 from pipeline.curate.rows.bucketed import written
 from pipeline.curate.rows.by_file import by_file, file_groups
-from pipeline.curate.rows.read_rows import Portion, portions
+from pipeline.curate.rows.read_rows import Portion
 from pipeline.curate.rows.tables import (
     COMPONENTS,
     EDGES,
     InputFile,
     Inputs,
-    Vectors,
     id_array,
     ids_of,
     read_table,
@@ -33,15 +34,13 @@ LOOKED_EDGES = "looks/edges/looked"  # the step with the verdicts on edges
 
 def find_components(
     copies: Copies,
-    inputs: Inputs,
-    vectors: Vectors,
+    images: ImageSet,
     *,
     fingerprints: tuple[str, str],
     threshold: float,
     guard: float,
     chains: str = "split",
     aside: Sequence[tuple[str, str]] = (),
-    visiting: Visiting | None = None,
     looking: Looking | None = None,
 ) -> tuple[Result, tuple[Result, ...]]:
     """Components of copies with a keeper each.
@@ -52,8 +51,7 @@ def find_components(
 
     Args:
         copies: of the images.
-        inputs: the images.
-        vectors: that the copies were found with.
+        images: the same, with the vectors that the copies were found with.
         fingerprints: folder of `tables.FINGERPRINT` and key of its step.
         threshold: similarity that an edge must be above; not below `copies.lowest`.
         guard: a member that is so much less like its keeper than the threshold is of a chain.
@@ -61,7 +59,6 @@ def find_components(
         aside: folders and keys of steps whose tables have the `row` of images that go in any
             case: leaks, copies of what was curated earlier. One of them is a keeper only where
             all images of its component are such.
-        visiting: as for `find_pairs`.
         looking: for the second look; None: what is alike is a copy.
 
     Returns:
@@ -69,19 +66,25 @@ def find_components(
     """
     assert threshold >= copies.lowest, "edges below were not looked for"
     root = copies.root
-    of = portions(inputs.files, vectors, copies.portion_rows)
-    edges, edges_key = copies.edges, copies.keys["edges"]
+    inputs, of = images.inputs, images.portions(copies.portion_rows)
+    edges_folder, edges_key = copies.edges, copies.keys["edges"]
     looks: tuple[Result, ...] = ()
     if looking is not None:
-        edges, edges_key, looks = _edges_that_hold(copies, looking, threshold)
+        edges_folder, edges_key, looks = _edges_that_hold(copies, looking, threshold)
     labels = run_step(
         root,
         "copies/labels",
         [edges_key, threshold],
-        [Task(name, (edges, name, threshold)) for name in copies.edge_names],
-        keepers.label_task,
+        [Task(name, (edges_folder, name, threshold)) for name in copies.edge_names],
+        edges.label_task,
     )
-    parts = keepers.parts_for(int(labels.total("rows")), vectors)
+    parts = keeper_facts.parts_for(int(labels.total("rows")), images.vectors)
+    sources = FactSources(
+        images.distinct(copies.copies),
+        (labels.folder, copies.edge_names),
+        fingerprints[0],
+        tuple(folder for folder, _ in aside),
+    )
     gathered = run_step(
         root,
         "copies/gathered",
@@ -92,62 +95,37 @@ def find_components(
             [key for _, key in aside],
             parts,
         ],
-        [
-            Task(
-                p.name,
-                (
-                    vectors,
-                    p,
-                    _files_of(p, inputs),
-                    (labels.folder, copies.edge_names),
-                    copies.copies,
-                    fingerprints[0],
-                    tuple(folder for folder, _ in aside),
-                    parts,
-                ),
-            )
-            for p in of
-        ],
-        keepers.gather_task,
+        [Task(p.name, (sources, p, _files_of(p, inputs), parts)) for p in of],
+        keeper_facts.facts_task,
     )
     least = threshold - guard
-    names, vector_names = (written(of, gathered, of_) for of_ in ("shelves", "vector_shelves"))
+    rows, vectors = (written(of, gathered, which) for which in ("shelves", "vector_shelves"))
+    facts = KeeperFacts(gathered.folder, rows, vectors, images.vectors.dim)
+    part_names = [f"{part:05d}" for part in range(parts)]
     kept = run_step(
         root,
         "copies/kept",
         [gathered.key, least, chains, copies.penalty],
         [
-            Task(
-                f"{part:05d}",
-                (
-                    gathered.folder,
-                    names,
-                    vector_names,
-                    part,
-                    vectors.dim,
-                    visiting,
-                    copies.penalty,
-                    least,
-                    chains,
-                ),
-            )
-            for part in range(parts)
+            Task(name, (facts, part, images.visiting, copies.penalty, Guard(least, chains)))
+            for part, name in enumerate(part_names)
         ],
         keepers.keep_task,
     )
-    part_names = [f"{part:05d}" for part in range(parts)]
     steps: tuple[Result, ...] = (*looks, labels, gathered, kept)
     if looking is not None:
-        kept, more = _keepers_that_hold(copies, looking, kept, part_names, (edges, edges_key))
+        kept, more = _keepers_that_hold(
+            copies, looking, kept, part_names, (edges_folder, edges_key)
+        )
         steps += more
-    found = run_step(
+    components = run_step(
         root,
         "components",
         [kept.key, inputs.digest],
         [Task(name, (kept.folder, part_names, files)) for name, files in file_groups(inputs.files)],
         by_file_task,
     )
-    return found, (*steps, found)
+    return components, (*steps, components)
 
 
 def _edges_that_hold(
@@ -208,14 +186,14 @@ def _keepers_that_hold(
         [(name, (kept.folder, name, edges[0], copies.edge_names)) for name in parts],
         pairs_of_keepers,
     )
-    found = run_step(
+    hold = run_step(
         copies.root,
         "looks/keepers/hold",
         [kept.key, looked.key],
         [Task(name, (name, kept.folder, looked.folder, looked.names[name])) for name in parts],
         stay_task,
     )
-    return found, (*looked.steps, found)
+    return hold, (*looked.steps, hold)
 
 
 def pairs_of_keepers(kept: str, name: str, edges: str, edge_names: Sequence[str]) -> pa.Table:

@@ -16,15 +16,42 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.cells import Cells
-from pipeline.curate.copies.collapse import without_copies
+from pipeline.curate.copies.collapse import Distinct
 from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
 from pipeline.curate.rows.exact import Floats, Halves, Ints
-from pipeline.curate.rows.read_rows import Ids, Portion, Rows, read_rows
-from pipeline.curate.rows.tables import Vectors, id_array, ids_of
+from pipeline.curate.rows.read_rows import Ids, Portion, Rows, portions
+from pipeline.curate.rows.tables import Inputs, Vectors, id_array, ids_of
 
 Array = np.ndarray[Any, Any]
 # visiting(full [n, d], crops [n, 9, d]) -> (further items [n, v, d], which are of crops bool [v])
 Visiting = Callable[[Halves, Halves], tuple[Halves, Array]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are compared, with each other or with those of another set.
+
+    Attributes:
+        inputs: their files.
+        vectors: of them.
+        exact: folder of `tables.EXACT` and key of its step: rows with another keeper are left out;
+            empty: all rows count.
+        visiting: further items of an image with views (`descriptor.visiting`); needed where
+            `vectors.views`.
+    """
+
+    inputs: Inputs
+    vectors: Vectors
+    exact: tuple[str, str] = ("", "")
+    visiting: Visiting | None = None
+
+    def portions(self, rows: int | None) -> list[Portion]:
+        """What its tasks read, at most so many rows each."""
+        return portions(self.inputs.files, self.vectors, rows)
+
+    def distinct(self, copies: tuple[str, Sequence[str]] = ("", ())) -> Distinct:
+        """The rows that count, without `copies`."""
+        return Distinct(self.vectors, self.exact[0], copies)
 
 
 def visiting_of(rows: Rows, visiting: Visiting | None) -> tuple[Halves, Array]:
@@ -75,18 +102,15 @@ class Items:
 
 def shuffle_task(
     folder: str,
-    vectors: Vectors,
+    distinct: Distinct,
     portion: Portion,
-    exact: str,
-    copies: tuple[str, Sequence[str]],
     cells_folder: str,
     probes: int,
     visiting: Visiting | None,
 ) -> dict[str, Any]:
     """Writes the items of a portion to the buckets of their cells."""
-    rows = read_rows(vectors, portion, exact, views=True)
-    rows = without_copies(rows, portion, copies)
-    cells = Cells.load(cells_folder, vectors.dim)
+    rows = distinct.read(portion, views=True)
+    cells = Cells.load(cells_folder, distinct.vectors.dim)
     table, bucket, items = place(rows, cells, probes, visiting)
     size = write_buckets(folder, portion.name, table, bucket)
     return {"rows": len(rows), "items": items, "bytes": size, "shelves": shelves_of(bucket)}
@@ -146,7 +170,7 @@ def read_items(
         bucket: which.
         dim: of a vector.
         probes: cells of an item.
-        keep: which rows are wanted, as mask; default: all.
+        keep: which rows are read, as mask; default: all.
 
     Raises:
         DataError: a file is damaged or missing; names it.
@@ -212,7 +236,7 @@ class Shuffled:
     crops: tuple[bool, ...]
 
     def read(self, bucket: int, keep: Callable[[Ints], Array] | None = None) -> Items:
-        """The items of a bucket; `keep` says which rows are wanted."""
+        """The items of a bucket; `keep` says which rows."""
         return read_items(self.folder, self.names, bucket, self.dim, self.probes, keep)
 
 
@@ -222,5 +246,5 @@ def by_cell(item: Ints, cell: Array) -> Iterator[tuple[int, Ints]]:
         return
     order = np.argsort(cell, kind="stable")
     cells, starts = np.unique(cell[order], return_index=True)
-    for number, some in zip(cells, np.split(item[order], starts[1:]), strict=True):
-        yield int(number), some
+    for number, items in zip(cells, np.split(item[order], starts[1:]), strict=True):
+        yield int(number), items

@@ -8,6 +8,7 @@ found in a bucket is reduced to its maximum spanning forest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.curate.rows.read_rows import Ids, big_endian, order_by_id
 from pipeline.curate.rows.tables import ID, ROW, id_array, write_table
 
 TILE = 2048  # items on each side of a product: 16 MiB
+PENDING = 2_000_000  # pairs kept before they are reduced
 
 Array = np.ndarray[Any, Any]
 Pairs = tuple[Ints, Ints, Doubles]
@@ -90,8 +92,8 @@ def self_pairs(
             for b in range(a, len(mine), TILE):
                 i, j, similarity = tile(x[a : a + TILE], x[b : b + TILE], lowest)
                 upper = j + b > i + a
-                found = mine[i[upper] + a], mine[j[upper] + b], similarity[upper]
-                yield *found, len(x[a : a + TILE]) * len(x[b : b + TILE])
+                products = len(x[a : a + TILE]) * len(x[b : b + TILE])
+                yield mine[i[upper] + a], mine[j[upper] + b], similarity[upper], products
     yield from visit(items, items.visits(home=False), items, own, lowest, crops, penalty)
 
 
@@ -125,12 +127,12 @@ def visit(
             continue
         y = hosts.vectors[mine]
         for a in range(0, len(guests), TILE):
-            some = guests[a : a + TILE]
-            x, less = visitors.vectors[some], reduced[visitors.view[some]]
+            here = guests[a : a + TILE]
+            x, less = visitors.vectors[here], reduced[visitors.view[here]]
             for b in range(0, len(mine), TILE):
                 i, j, similarity = tile(x, y[b : b + TILE], lowest, less)
                 members = mine[j + b]
-                yield some[i], members, similarity - less[i], len(x) * len(y[b : b + TILE])
+                yield here[i], members, similarity - less[i], len(x) * len(y[b : b + TILE])
 
 
 def tile(x: Array, y: Array, lowest: float, less: Array | None = None) -> Pairs:
@@ -161,14 +163,47 @@ def best(keys: Sequence[Array], similarity: Doubles, ids: Sequence[Ids | Array])
     return order[new]
 
 
+# ---- The relative join: another set against the stored buckets of a pool.
+#
+# Images of the other set visit the cells of the pool, and the pool's visitors visit the cells
+# that the set's images are members of, so a pair is looked for from both sides, as within the
+# pool.
+
+
+def relative_pairs(
+    pool: Items, other: Items, threshold: float, crops: Array, penalty: float
+) -> tuple[Ints, Ints, Doubles]:
+    """Pairs (item of the pool, item of the other set) of a bucket above the threshold."""
+    pairs: list[Pairs] = []
+    pending = 0
+    own, visits = dict(by_cell(*pool.members())), other.visits(home=True)
+    by_others = visit(other, visits, pool, own, threshold, crops, penalty)
+    own, visits = dict(by_cell(*other.members())), pool.visits(home=False)
+    by_pool = visit(pool, visits, other, own, threshold, crops, penalty)
+    both = chain(((j, i, s) for i, j, s, _ in by_others), ((i, j, s) for i, j, s, _ in by_pool))
+    for of_cell in both:
+        pairs.append(of_cell)
+        pending += len(of_cell[0])
+        if pending > PENDING:  # the same pairs by several views and cells
+            pairs = [_each_once(pool, other, pairs)]
+            pending = -len(pairs[0][0])  # the next time when there are twice as many
+    return _each_once(pool, other, pairs)
+
+
+def _each_once(pool: Items, other: Items, pairs: list[Pairs]) -> Pairs:
+    """Of the pairs of items that are of the same two rows, the most similar one."""
+    if not pairs:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    a, b, similarity = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    chosen = best([pool.row[a], other.row[b]], similarity, [])
+    return a[chosen], b[chosen], similarity[chosen]
+
+
 # ---- Maximum spanning forests: of all pairs that are copies, as few as say the same.
 #
 # Pairs are ordered by similarity, then by the two image ids. With that no two are equal, so there
 # is one forest, the forest of forests of parts is the forest of all, and no order of work changes
 # it. The components of its edges above any threshold are those of all pairs above it.
-
-
-PENDING = 2_000_000  # pairs kept before they are reduced
 
 
 def spanning(i: Ints, j: Ints, similarity: Doubles) -> Ints:
@@ -223,7 +258,7 @@ class Forest:
             for column in range(3)
         )
         kept = spanning(i, j, similarity)
-        found = (np.minimum(i[kept], j[kept]), np.maximum(i[kept], j[kept]), similarity[kept])
-        self.parts, self.pending = [found], len(kept)
+        forest = (np.minimum(i[kept], j[kept]), np.maximum(i[kept], j[kept]), similarity[kept])
+        self.parts, self.pending = [forest], len(kept)
         self.reduced = len(kept)
-        return found
+        return forest

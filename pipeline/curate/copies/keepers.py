@@ -8,86 +8,61 @@ members whose exact similarity to the keeper is too low are given to keepers of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.collapse import copies_of
-from pipeline.curate.copies.items import Visiting
-from pipeline.curate.copies.similarity import Likeness, OnDisk
-from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
+from pipeline.curate.copies.items import Visiting, visiting_of
+from pipeline.curate.copies.keeper_facts import KeeperFacts, OnDisk
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.read_rows import (
-    CROPS,
-    Ids,
-    Portion,
-    Rows,
-    big_endian,
-    read_range,
-    read_rows,
-)
-from pipeline.curate.rows.tables import (
-    AS_IS,
-    COMPONENTS,
-    ID,
-    ROW,
-    InputFile,
-    Vectors,
-    id_array,
-    ids_of,
-    read_table,
-    write_table,
-)
-from pipeline.uri import join
+from pipeline.curate.rows.read_rows import Ids, Rows, big_endian
+from pipeline.curate.rows.tables import COMPONENTS, ID, id_array, write_table
 
 # `tables.COMPONENTS` with the id of the row itself.
 MEMBERS = pa.schema([*COMPONENTS, ("image_id", ID)])
-
+CHUNK = 4096  # rows compared with their keepers at once
 Array = np.ndarray[Any, Any]
-HELD_BYTES = 2**29  # of the vectors that a task holds; twice while they are read
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Against chains.
+
+    Attributes:
+        least: similarity to its keeper below which a member is of a chain.
+        chains: `split`: such members get keepers of their own; `keep`: they do not.
+    """
+
+    least: float
+    chains: str
 
 
 def keep_task(
     folder: str,
-    gathered: str,
-    names: Sequence[tuple[str, Sequence[int]]],
-    vector_names: Sequence[tuple[str, Sequence[int]]],
+    facts: KeeperFacts,
     part: int,
-    dim: int,
     visiting: Visiting | None,
     penalty: float,
-    least: float,
-    chains: str,
+    guard: Guard,
 ) -> dict[str, Any]:
     """Chooses the keepers of the components of a part; writes `MEMBERS`, by row.
 
     Args:
         folder: of the step.
-        gathered: of `gather_task`.
-        names: of its tasks, with their shelves of rows.
-        vector_names: with their shelves of vectors.
+        facts: about the rows.
         part: which.
-        dim: of a vector.
         visiting: views that count.
         penalty: of crops.
-        least: similarity to its keeper below which a member is of a chain.
-        chains: `split`: such members get keepers of their own; `keep`: they do not.
+        guard: against chains.
     """
-    tables = list(read_bucket(str(join(gathered, "rows")), names, part))
-    if not tables:
+    column = facts.read(part)
+    if column is None:
         return {"rows": 0, "bytes": write_table(MEMBERS.empty_table(), folder, f"{part:05d}")}
-    table = pa.concat_tables(tables)
-    column = {
-        name: table.column(name).to_numpy() for name in table.column_names if name != "image_id"
-    }
-    column["image_id"] = ids_of(table.column("image_id"))
-    rows = _vectors(gathered, vector_names, part, dim)
-    del tables, table
-    by_row = np.argsort(rows.row)
-    at = by_row[np.searchsorted(rows.row[by_row], column["stands"])]
+    vectors = facts.read_vectors(part)
+    by_row = np.argsort(vectors.row)
+    at = by_row[np.searchsorted(vectors.row[by_row], column["stands"])]
     order = keeper_order(
         *(column[name] for name in ("label", "goes", "as_is", "area", "density", "image_id"))
     )
@@ -97,13 +72,12 @@ def keep_task(
         column["goes"],
         column["image_id"],
         at[order],
-        Likeness(rows, visiting, penalty),
-        least,
-        chains,
+        Similarity(vectors, visiting, penalty),
+        guard,
     )
-    if isinstance(rows, OnDisk):
-        rows.close()
-    found = pa.table(
+    if isinstance(vectors, OnDisk):
+        vectors.close()
+    members = pa.table(
         {
             "row": column["row"],
             "component": id_array(first_id),
@@ -115,31 +89,8 @@ def keep_task(
             "image_id": id_array(column["image_id"]),
         }
     ).take(pa.array(np.argsort(column["row"])))
-    written = write_table(found.cast(MEMBERS), folder, f"{part:05d}")
-    return {"rows": len(found), "bytes": written, "chained": int(chained.sum())}
-
-
-def _vectors(gathered: str, names: Sequence[Any], part: int, dim: int) -> Rows | OnDisk:
-    """The vectors of a part, on disk where one component makes it larger than parts should be."""
-    folder = str(join(gathered, "vectors"))
-    count = sum(len(table) for table in read_bucket(folder, names, part, ["row"]))
-    tables = read_bucket(folder, names, part)
-    first = next(tables)
-    width = 1 + CROPS * ("crops" in first.column_names)
-    if count * width * dim * 2 > HELD_BYTES:
-        return OnDisk(chain([first], tables), dim)
-    return _held([first, *tables], dim)
-
-
-def _held(tables: list[pa.Table], dim: int) -> Rows:
-    row = np.concatenate([table.column("row").to_numpy() for table in tables])
-    vectors = np.concatenate([unraw(t.column("vector"), np.float16, dim) for t in tables])
-    crops = None
-    if "crops" in tables[0].column_names:
-        width = CROPS * dim
-        crops = np.concatenate([unraw(t.column("crops"), np.float16, width) for t in tables])
-        crops = crops.reshape(-1, CROPS, dim)
-    return Rows(row, np.zeros((len(row), 16), np.uint8), vectors, crops)
+    written = write_table(members.cast(MEMBERS), folder, f"{part:05d}")
+    return {"rows": len(members), "bytes": written, "chained": int(chained.sum())}
 
 
 def keeper_order(
@@ -155,9 +106,8 @@ def choose(
     goes: Array,
     ids: Ids,
     at: Ints,
-    likeness: Likeness,
-    least: float,
-    chains: str,
+    similarity_of: Similarity,
+    guard: Guard,
 ) -> tuple[Ints, Doubles, Array, Ints, Ids]:
     """Keepers of rows that are ordered by component, the best first (`keeper_order`).
 
@@ -166,9 +116,8 @@ def choose(
         goes: rows that go in any case: keepers only where all rows of their component go.
         ids: of the rows.
         at: places of their vectors.
-        likeness: of places.
-        least: similarity to the keeper below which a row is of a chain.
-        chains: `split` or `keep`.
+        similarity_of: places.
+        guard: against chains.
 
     Returns:
         For each row: the place of its keeper among these rows, the similarity to it, whether it is
@@ -181,13 +130,13 @@ def choose(
     component = np.cumsum(new) - 1
     count = np.diff(np.append(start, n))
     keeper = start[component]
-    similarity = likeness(at, at[keeper])
+    similarity = similarity_of(at, at[keeper])
     similarity[keeper == np.arange(n)] = 1.0
-    chained = (similarity < least) & (keeper != np.arange(n))
-    if chains == "split":
+    chained = (similarity < guard.least) & (keeper != np.arange(n))
+    if guard.chains == "split":
         for one in np.unique(component[chained]):
             rows = np.arange(start[one], start[one] + count[one])
-            _lead(rows[chained[rows]], goes, at, likeness, least, keeper, similarity)
+            _lead(rows[chained[rows]], goes, at, similarity_of, guard.least, keeper, similarity)
     high, low = big_endian(ids)
     smallest = np.lexsort((low, high, component))[start]
     return keeper, similarity, chained, count[component], ids[smallest[component]]
@@ -197,7 +146,7 @@ def _lead(
     left: Ints,
     goes: Array,
     at: Ints,
-    likeness: Likeness,
+    similarity_of: Similarity,
     least: float,
     keeper: Ints,
     similarity: Doubles,
@@ -207,143 +156,42 @@ def _lead(
     Rows that go in any case lead nobody; where no leader takes them the first keeper stays theirs.
     """
     while len(left) and not goes[left[0]]:
-        leader, rest = left[0], left[1:]
+        leader, others = left[0], left[1:]
         keeper[leader], similarity[leader] = leader, 1.0
-        to_leader = likeness(at[rest], np.full(len(rest), at[leader]))
+        to_leader = similarity_of(at[others], np.full(len(others), at[leader]))
         taken = to_leader >= least
-        keeper[rest[taken]], similarity[rest[taken]] = leader, to_leader[taken]
-        left = rest[~taken]
+        keeper[others[taken]], similarity[others[taken]] = leader, to_leader[taken]
+        left = others[~taken]
 
 
-# ---- What the choice of keepers needs of each row, from all tables to the tasks of its
-# component.
-
-PART_BYTES = 2**27  # of the vectors that a task takes
-
-
-def parts_for(rows: int, vectors: Vectors) -> int:
-    """Tasks that choose keepers, for so many rows with copies."""
-    each = vectors.dim * 2 * (1 + CROPS * vectors.views) + 100
-    return max(1, -(-rows * each // PART_BYTES))
-
-
-def gather_task(
-    folder: str,
-    vectors: Vectors,
-    portion: Portion,
-    files: Sequence[InputFile],
-    labels: tuple[str, Sequence[str]],
-    copies: tuple[str, Sequence[str]],
-    fingerprints: str,
-    aside: Sequence[str],
-    parts: int,
-) -> dict[str, Any]:
-    """Writes what the choice of keepers needs of a portion's rows, by component.
-
-    Bucket 2 b has all rows, 2 b + 1 the vectors of those that stand for themselves.
-    """
-    rows: list[dict[str, Array]] = []
-    kinds = {file.name: file.kind for file in files}
-    stands = copies_of(portion, copies)
-    copy, stand = stands.column("row").to_numpy(), stands.column("stands").to_numpy()
-    for part in portion.parts:
-        found = list(read_range(*labels, part.first, part.end))
-        if not found:
-            continue
-        own = pa.concat_tables(found).sort_by("row")
-        row, label = (own.column(name).to_numpy() for name in LABELS.names)
-        columns = ["row", "image_id", "bytes", "width", "height"]
-        facts = next(read_range(fingerprints, [part.name], part.first, part.end, columns))
-        at = np.searchsorted(facts.column("row").to_numpy(), row)
-        area = facts.column("width").to_numpy().astype(np.int64) * facts.column("height").to_numpy()
-        density = facts.column("bytes").to_numpy() / np.maximum(area, 1)
-        going = np.zeros(len(row), bool)
-        for one in aside:
-            for table in read_range(one, [part.name], part.first, part.end, ["row"]):
-                going |= np.isin(row, table.column("row").to_numpy())
-        of = np.arange(len(row)) if not len(copy) else np.searchsorted(copy, row)
-        is_copy = np.isin(row, copy)
-        rows.append(
-            {
-                "row": row,
-                "label": label,
-                "image_id": ids_of(facts.column("image_id"))[at],
-                "as_is": np.full(len(row), kinds[part.name] == AS_IS),
-                "area": area[at],
-                "density": density[at],
-                "goes": going,
-                "stands": np.where(is_copy, stand[np.minimum(of, len(stand) - 1)], row)
-                if len(copy)
-                else row,
-            }
-        )
-    if not rows:
-        return {"rows": 0, "bytes": 0, "shelves": [], "vector_shelves": []}
-    whole = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
-    bucket = part_of(whole["label"], parts)
-    order = np.argsort(bucket, kind="stable")
-    table = pa.table(
-        {
-            name: id_array(values[order]) if name == "image_id" else values[order]
-            for name, values in whole.items()
-        }
-    )
-    size = write_buckets(str(join(folder, "rows")), portion.name, table, bucket[order])
-    own = whole["stands"] == whole["row"]
-    wanted = whole["row"][own]
-    found_rows = read_rows(vectors, portion, views=True)
-    found_rows = found_rows.only(np.isin(found_rows.row, wanted))
-    by_row = np.argsort(wanted)
-    label = whole["label"][own][by_row][np.searchsorted(wanted[by_row], found_rows.row)]
-    mine = part_of(label, parts)
-    order = np.argsort(mine, kind="stable")
-    columns_of = {"row": found_rows.row[order], "vector": raw(found_rows.vectors[order])}
-    if found_rows.crops is not None:
-        crops = found_rows.crops[order].reshape(len(order), CROPS * vectors.dim)
-        columns_of["crops"] = raw(crops)
-    size += write_buckets(
-        str(join(folder, "vectors")), portion.name, pa.table(columns_of), mine[order]
-    )
-    shelves = {"shelves": shelves_of(bucket), "vector_shelves": shelves_of(mine)}
-    return {"rows": len(whole["row"]), "bytes": size, **shelves}
-
-
-# ---- Components of edges, each called by its smallest row, and the tasks that components go to.
-
-
-LABELS = pa.schema([("row", ROW), ("label", ROW)])
-
-
-def connected(a: Ints, b: Ints) -> tuple[Ints, Ints]:
-    """Rows that are in an edge, and the smallest row of the component of each."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    row, node = np.unique(np.concatenate([a, b]), return_inverse=True)
-    ones = np.ones(len(a), np.int8)
-    graph = coo_array((ones, (node[: len(a)], node[len(a) :])), shape=(len(row), len(row)))
-    _, label = connected_components(graph, directed=False)
-    smallest = np.full(label.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(smallest, label, row)
-    return row, smallest[label]
-
-
-def label_task(folder: str, edges: str, name: str, threshold: float) -> dict[str, Any]:
-    """Writes the component of each row that is in an edge above the threshold.
+class Similarity:
+    """Exact similarities of rows to each other, all views counted.
 
     Args:
-        folder: of the step.
-        edges: folder of `tables.EDGES`; components are in one table each.
-        name: of a table.
-        threshold: of the similarity.
+        rows: with their crops where views count; in memory or on disk.
+        visiting: as in `items.Visiting`, or None.
+        penalty: what the similarity of a crop is reduced by.
     """
-    table = read_table(edges, name, filters=[("similarity", ">", threshold)])
-    row, label = connected(table.column("a").to_numpy(), table.column("b").to_numpy())
-    size = write_table(pa.table({"row": row, "label": label}).cast(LABELS), folder, name)
-    return {"rows": len(row), "bytes": size, "components": len(np.unique(label))}
 
+    def __init__(self, rows: Rows | OnDisk, visiting: Visiting | None, penalty: float) -> None:
+        self.rows, self.visiting, self.penalty = rows, visiting, penalty
 
-def part_of(label: Ints, parts: int) -> Ints:
-    """Which task a component goes to: mixed, since labels of files are near each other."""
-    mixed = label.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(32)) % np.uint64(parts)).astype(np.int64)
+    def __call__(self, a: Ints, b: Ints) -> Doubles:
+        """Similarity of each pair of places a, b."""
+        similarity = np.empty(len(a))
+        for begin in range(0, len(a), CHUNK):
+            chunk = slice(begin, begin + CHUNK)
+            one, other = self.rows.only(a[chunk]), self.rows.only(b[chunk])
+            similarity[chunk] = self._seen(one, other)
+            if one.crops is not None:
+                similarity[chunk] = np.maximum(similarity[chunk], self._seen(other, one))
+        return similarity
+
+    def _seen(self, visitors: Rows, members: Rows) -> Doubles:
+        views, crops = visiting_of(visitors, self.visiting)
+        of = members.vectors.astype(np.float64)
+        seen = np.full(len(of), -np.inf)
+        for view in range(views.shape[1]):
+            dot = np.einsum("nd,nd->n", views[:, view].astype(np.float64), of)
+            seen = np.maximum(seen, dot - (self.penalty if crops[view] else 0.0))
+        return seen

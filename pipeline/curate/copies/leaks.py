@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.curate.copies.collapse import COPIES
 from pipeline.curate.copies.items import Items, Shuffled
-from pipeline.curate.copies.join import best
-from pipeline.curate.copies.matches import relative_pairs
+from pipeline.curate.copies.join import best, relative_pairs
 from pipeline.curate.look.looks import PAIRS
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.rows.by_file import by_file
@@ -122,17 +121,17 @@ def queries_task(
     """Writes the images of a shard of all sets that have a match; counts them by set."""
     tables = list(read_bucket(str(join(hits, "queries")), names, shard))
     table = pa.concat_tables([QUERIES.empty_table(), *tables])
-    found = _best_of_queries(
+    leaked = _best_of_queries(
         np.array(table.column("set").to_pylist(), dtype=object),
         ids_of(table.column("query_id")),
         table.column("row").to_numpy(),
         ids_of(table.column("image_id")),
         table.column("similarity").to_numpy(),
     )
-    counts = found.group_by("set").aggregate([("row", "count")]).to_pylist()
-    size = write_table(found, folder, f"{shard:05d}")
+    counts = leaked.group_by("set").aggregate([("row", "count")]).to_pylist()
+    size = write_table(leaked, folder, f"{shard:05d}")
     by_set = {one["set"]: one["row_count"] for one in sorted(counts, key=lambda one: one["set"])}
-    return {"rows": len(found), "bytes": size, "leaked": by_set}
+    return {"rows": len(leaked), "bytes": size, "leaked": by_set}
 
 
 def copies_task(
@@ -154,7 +153,7 @@ def copies_task(
     chosen = best([row], similarity, [number, ids_of(table.column("query_id"))])
     own = table.take(pa.array(chosen))
     rows = own.column("row").to_numpy()
-    found = [own]
+    hits_of_all = [own]
     for bucket in copies[1] if len(rows) else ():
         columns = [COPIES.field(0).name, COPIES.field(2).name]
         pairs = read_table(
@@ -164,8 +163,8 @@ def copies_task(
         at = np.minimum(np.searchsorted(rows, stands), len(rows) - 1)
         hit = rows[at] == stands
         more = own.take(pa.array(at[hit]))
-        found.append(more.set_column(0, "row", pa.array(pairs.column("row").to_numpy()[hit])))
-    whole = pa.concat_tables([one.cast(LEAKS) for one in found]).sort_by("row")
+        hits_of_all.append(more.set_column(0, "row", pa.array(pairs.column("row").to_numpy()[hit])))
+    whole = pa.concat_tables([one.cast(LEAKS) for one in hits_of_all]).sort_by("row")
     return {"rows": len(whole), "bytes": write_table(whole, folder, name)}
 
 
@@ -185,14 +184,14 @@ def hold_task(
     columns, same = ["row", "set", "other_id", "similarity"], ("same", "=", True)
     rows = [("row", ">=", first), ("row", "<", end)]
     tables = [read_table(looked, one, columns, [same, *rows]) for one in names]
-    found = [table.rename_columns(LEAKS.names).cast(LEAKS) for table in tables]
-    table = pa.concat_tables([LEAKS.empty_table(), *found]).combine_chunks()
+    same_pairs = [table.rename_columns(LEAKS.names).cast(LEAKS) for table in tables]
+    table = pa.concat_tables([LEAKS.empty_table(), *same_pairs]).combine_chunks()
     sets = np.array(table["set"].to_pylist(), dtype=str)
     number = np.unique(sets, return_inverse=True)[1]
     order: list[Array] = [number, ids_of(table["query_id"])]
     chosen = best([table["row"].to_numpy()], table["similarity"].to_numpy(), order)
-    held = table.take(pa.array(chosen)).sort_by("row")
-    return {"rows": len(held), "bytes": write_table(held, folder, name)}
+    shown = table.take(pa.array(chosen)).sort_by("row")
+    return {"rows": len(shown), "bytes": write_table(shown, folder, name)}
 
 
 def count_task(
@@ -247,10 +246,10 @@ def leaks_of(folder: str, file: InputFile, tables: Tables) -> Account:
     return {"rows": len(best), "bytes": write_table(best, folder, file.name)}
 
 
-def best_leaks(folder: str, names: tuple[str, ...], found: str) -> Account:
+def best_leaks(folder: str, names: tuple[str, ...], by_file: str) -> Account:
     """Task: the files of `leaks_of` as one, `leaking.parquet`, with a row for each component."""
     best = _best(
-        pa.concat_tables([read_table(found, name) for name in names] or [LEAKING.empty_table()])
+        pa.concat_tables([read_table(by_file, name) for name in names] or [LEAKING.empty_table()])
     )
     return {"rows": len(best), "bytes": write_table(best, folder, "leaking")}
 

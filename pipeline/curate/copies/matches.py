@@ -1,18 +1,19 @@
-"""New images that are like an image that an earlier curation kept: the tasks."""
+"""New images that are like an image that an earlier curation kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.items import Items, Shuffled, by_cell
-from pipeline.curate.copies.join import PENDING, best, visit
-from pipeline.curate.look.looks import PAIRS, verdicts_of
-from pipeline.curate.rows.by_file import write_by_file
+from pipeline.curate.copies.items import ImageSet, Shuffled
+from pipeline.curate.copies.join import best, relative_pairs
+from pipeline.curate.copies.relative import shuffle_others
+from pipeline.curate.copies.stored_copies import Copies
+from pipeline.curate.look.looks import PAIRS, Looking, look_at, verdicts_of
+from pipeline.curate.rows.by_file import file_groups, write_by_file
 from pipeline.curate.rows.exact import Doubles, Ints
 from pipeline.curate.rows.read_rows import Ids, order_by_id, read_range
 from pipeline.curate.rows.tables import (
@@ -24,6 +25,8 @@ from pipeline.curate.rows.tables import (
     read_table,
     write_table,
 )
+from pipeline.curate.steps.steps import Result, Task, run_step
+from pipeline.uri import Place
 
 EARLIER = "earlier"  # name of the earlier images where pairs are looked at
 Array = np.ndarray[Any, Any]
@@ -31,6 +34,85 @@ Array = np.ndarray[Any, Any]
 INSTEAD = pa.schema([("row", ROW), ("image_id", ID)])
 # Best match of each new row among the images of an earlier set.
 MATCHES = pa.schema([("row", ROW), ("image_id", ID), ("similarity", pa.float64())])
+
+
+def find_matches(
+    root: Place,
+    earlier: Copies,
+    images: ImageSet,
+    *,
+    decisions: tuple[str, Sequence[str], str],
+    threshold: float,
+    looking: Looking | None = None,
+    gpus: float = 0.0,
+) -> tuple[Result, tuple[Result, ...]]:
+    """The best match of each new image among the kept images of an earlier curation.
+
+    Args:
+        root: folder of the new curation.
+        earlier: the copies of the earlier one.
+        images: the new ones; their vectors are made as the earlier ones.
+        decisions: folder, names and key of tables with `row` and `kept` of the earlier one.
+        threshold: similarity that a match must be above.
+        looking: for the second look, with the earlier images as the set `EARLIER`; None: what is
+            alike is a match.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step whose folder has `MATCHES` of each new input file, and all steps.
+    """
+    folder, names, key = decisions
+    kept = run_step(
+        root,
+        "matching/kept",
+        [key, earlier.keys["copies/collapse"]],
+        [Task("kept", (folder, tuple(names), earlier.rows, earlier.copies))],
+        kept_task,
+    )
+    inputs = images.inputs
+    placed, new = shuffle_others(earlier, root, "matching/shuffle", images, gpus)
+    matched = run_step(
+        root,
+        "matching/buckets",
+        [kept.key, placed.key, threshold, earlier.penalty],
+        [
+            Task(
+                f"{b:05d}",
+                (earlier.shuffled, kept.folder, new, b, threshold, earlier.penalty),
+            )
+            for b in range(earlier.buckets)
+        ],
+        match_task,
+        gpus=gpus,
+    )
+    bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
+    groups = file_groups(inputs.files)
+    nearest = run_step(
+        root,
+        "matches" if looking is None else "matching/best",
+        [matched.key, inputs.digest],
+        [Task(name, (matched.folder, bucket_names, files)) for name, files in groups],
+        matches_by_file_task,
+    )
+    if looking is None:
+        return nearest, (kept, placed, matched, nearest)
+    file_names = [file.name for file in inputs.files]
+    looked = look_at(
+        root,
+        "matching/looks",
+        looking,
+        [nearest.key],
+        [(name, (nearest.folder, name)) for name in file_names],
+        pairs_of_matches,
+    )
+    same = run_step(
+        root,
+        "matches",
+        [looked.key],
+        [Task(name, (name, looked.folder, looked.names[name])) for name in file_names],
+        hold_task,
+    )
+    return same, (kept, placed, matched, nearest, *looked.steps, same)
 
 
 def kept_task(
@@ -66,10 +148,10 @@ def kept_task(
         chosen = mine_by_id[first]
         stands_kept = pa.table([stands[mine][chosen], id_array(ids[chosen])], schema=INSTEAD)
         instead.append(stands_kept)
-    found = pa.concat_tables(instead).sort_by("row")
-    kept[found.column("row").to_numpy()] = True
+    others = pa.concat_tables(instead).sort_by("row")
+    kept[others.column("row").to_numpy()] = True
     size = write_table(pa.table({"bits": np.packbits(kept)}), folder, "kept")
-    return {"rows": count, "bytes": size + write_table(found, folder, "instead")}
+    return {"rows": count, "bytes": size + write_table(others, folder, "instead")}
 
 
 def match_task(
@@ -118,12 +200,12 @@ def matches_by_file_task(
     end = files[-1].first + files[-1].rows
     tables = list(read_range(matches, names, files[0].first, end))
     table = pa.concat_tables([MATCHES.empty_table(), *tables])
-    found = _matches(
+    best_of_all = _matches(
         table.column("row").to_numpy(),
         ids_of(table.column("image_id")),
         table.column("similarity").to_numpy(),
     )
-    return {"rows": len(found), "bytes": write_by_file(folder, found, files)}
+    return {"rows": len(best_of_all), "bytes": write_by_file(folder, best_of_all, files)}
 
 
 def pairs_of_matches(folder: str, name: str) -> pa.Table:
@@ -139,41 +221,3 @@ def hold_task(folder: str, name: str, looked: str, names: Sequence[str]) -> dict
     table = verdicts_of(looked, names).select(["row", "other_id", "similarity"])
     table = table.rename_columns(MATCHES.names).cast(MATCHES).sort_by("row")
     return {"rows": len(table), "bytes": write_table(table, folder, name)}
-
-
-# ---- The relative join: another set against the stored buckets of a pool.
-#
-# Images of the other set visit the cells of the pool, and the pool's visitors visit the cells
-# that the set's images are members of, so a pair is looked for from both sides, as within the
-# pool.
-
-
-def relative_pairs(
-    pool: Items, other: Items, threshold: float, crops: Array, penalty: float
-) -> tuple[Ints, Ints, Doubles]:
-    """Pairs (item of the pool, item of the other set) of a bucket above the threshold."""
-    found: list[tuple[Ints, Ints, Doubles]] = []
-    pending = 0
-    own, visits = dict(by_cell(*pool.members())), other.visits(home=True)
-    by_others = visit(other, visits, pool, own, threshold, crops, penalty)
-    own, visits = dict(by_cell(*other.members())), pool.visits(home=False)
-    by_pool = visit(pool, visits, other, own, threshold, crops, penalty)
-    both = chain(((j, i, s) for i, j, s, _ in by_others), ((i, j, s) for i, j, s, _ in by_pool))
-    for pairs in both:
-        found.append(pairs)
-        pending += len(pairs[0])
-        if pending > PENDING:  # the same pairs by several views and cells
-            found = [_each_once(pool, other, found)]
-            pending = -len(found[0][0])  # the next time when there are twice as many
-    return _each_once(pool, other, found)
-
-
-def _each_once(
-    pool: Items, other: Items, found: list[tuple[Ints, Ints, Doubles]]
-) -> tuple[Ints, Ints, Doubles]:
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-    a, b = (np.concatenate([f[column] for f in found]) for column in (0, 1))
-    similarity = np.concatenate([f[2] for f in found])
-    chosen = best([pool.row[a], other.row[b]], similarity, [])
-    return a[chosen], b[chosen], similarity[chosen]

@@ -1,28 +1,28 @@
 """Other sets against the stored buckets of a curation.
 
-find_leaks       evaluation sets against the images
-find_matches     new images against those that an earlier curation kept
-look_up          one image against them, without Ray
+find_leaks        evaluation sets against the images
+look_up           one image against them, without Ray
+shuffle_others    what each of these starts with; `matches.find_matches` does too
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.curate.copies import items, leaks, matches
+from pipeline.curate.copies import items, leaks
 from pipeline.curate.copies.cells import Cells
-from pipeline.curate.copies.items import Shuffled, Visiting
-from pipeline.curate.copies.matches import relative_pairs
+from pipeline.curate.copies.items import ImageSet, Shuffled, Visiting
+from pipeline.curate.copies.join import relative_pairs
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.look.looks import Looking, look_at
 from pipeline.curate.rows.bucketed import written
 from pipeline.curate.rows.by_file import end_of, file_groups
 from pipeline.curate.rows.exact import Halves
-from pipeline.curate.rows.read_rows import Rows, portions
-from pipeline.curate.rows.tables import Inputs, Vectors
+from pipeline.curate.rows.read_rows import Rows
+from pipeline.curate.rows.tables import Inputs
 from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.errors import DataError
 from pipeline.uri import Place
@@ -33,10 +33,9 @@ QUERY_ROWS = 1_000_000  # images of evaluation sets in a task that counts those 
 def find_leaks(
     copies: Copies,
     inputs: Inputs,
-    sets: Mapping[str, tuple[Inputs, Vectors]],
+    sets: Mapping[str, ImageSet],
     *,
     threshold: float,
-    visiting: Visiting | None = None,
     looking: Looking | None = None,
     gpus: float = 0.0,
 ) -> tuple[Result, tuple[Result, ...]]:
@@ -48,9 +47,8 @@ def find_leaks(
     Args:
         copies: of the images.
         inputs: the images.
-        sets: inputs and vectors of each evaluation set, by name.
+        sets: the images of each evaluation set, by name.
         threshold: similarity that a match must be above.
-        visiting: as for `find_pairs`.
         looking: for the second look; None: what is alike leaks.
         gpus: of the tasks that compare.
 
@@ -61,14 +59,14 @@ def find_leaks(
     """
     steps: list[Result] = []
     placed: list[tuple[str, Shuffled]] = []
-    for name, (set_inputs, vectors) in sorted(sets.items()):
-        result, shuffled = _shuffle(
-            copies, f"copies/leaks/sets/{name}", set_inputs, vectors, visiting, gpus
+    for name, images in sorted(sets.items()):
+        result, shuffled = shuffle_others(
+            copies, copies.root, f"copies/leaks/sets/{name}", images, gpus
         )
         steps.append(result)
         placed.append((name, shuffled))
     names = tuple(f"{b:05d}" for b in range(copies.buckets))
-    every = sum(set_inputs.rows for set_inputs, _ in sets.values())
+    every = sum(images.inputs.rows for images in sets.values())
     shards = max(1, -(-every // QUERY_ROWS))
     hits = run_step(
         copies.root,
@@ -157,100 +155,14 @@ def find_leaks(
             leaks.count_task,
         )
         more = (*looked.steps, last, counted)
-    found = run_step(
+    by_file = run_step(
         copies.root,
         "leaks",
         [last.key, inputs.digest],
         [Task(name, (last.folder, names, files)) for name, files in groups],
         leaks.leaks_by_file_task,
     )
-    return found, (*steps, hits, queries, whole, *more, found)
-
-
-def find_matches(
-    root: Place,
-    earlier: Copies,
-    inputs: Inputs,
-    vectors: Vectors,
-    *,
-    decisions: tuple[str, Sequence[str], str],
-    threshold: float,
-    visiting: Visiting | None = None,
-    exact: tuple[str, str] = ("", ""),
-    looking: Looking | None = None,
-    gpus: float = 0.0,
-) -> tuple[Result, tuple[Result, ...]]:
-    """The best match of each new image among the kept images of an earlier curation.
-
-    Args:
-        root: folder of the new curation.
-        earlier: the copies of the earlier one.
-        inputs: the new images.
-        vectors: of them, made as the earlier ones.
-        decisions: folder, names and key of tables with `row` and `kept` of the earlier one.
-        threshold: similarity that a match must be above.
-        visiting: as for `find_pairs`.
-        exact: as for `find_pairs`.
-        looking: for the second look, with the earlier images as the set `EARLIER`; None: what is
-            alike is a match.
-        gpus: of the tasks that compare.
-
-    Returns:
-        The step whose folder has `matches.MATCHES` of each new input file, and all steps.
-    """
-    folder, names, key = decisions
-    kept = run_step(
-        root,
-        "matching/kept",
-        [key, earlier.keys["copies/collapse"]],
-        [Task("kept", (folder, tuple(names), earlier.rows, earlier.copies))],
-        matches.kept_task,
-    )
-    placed, new = _shuffle(
-        earlier, "matching/shuffle", inputs, vectors, visiting, gpus, root=root, exact=exact
-    )
-    matched = run_step(
-        root,
-        "matching/buckets",
-        [kept.key, placed.key, threshold, earlier.penalty],
-        [
-            Task(
-                f"{b:05d}",
-                (earlier.shuffled, kept.folder, new, b, threshold, earlier.penalty),
-            )
-            for b in range(earlier.buckets)
-        ],
-        matches.match_task,
-        gpus=gpus,
-    )
-    bucket_names = [f"{b:05d}" for b in range(earlier.buckets)]
-    groups = file_groups(inputs.files)
-    best = run_step(
-        root,
-        "matches" if looking is None else "matching/best",
-        [matched.key, inputs.digest],
-        [Task(name, (matched.folder, bucket_names, files)) for name, files in groups],
-        matches.matches_by_file_task,
-    )
-    if looking is None:
-        return best, (kept, placed, matched, best)
-    file_names = [file.name for file in inputs.files]
-    looked = look_at(
-        root,
-        "matching/looks",
-        looking,
-        [best.key],
-        [(name, (best.folder, name)) for name in file_names],
-        matches.pairs_of_matches,
-    )
-    found = run_step(
-        root,
-        "matches",
-        [looked.key],
-        [Task(name, (name, looked.folder, looked.names[name])) for name in file_names],
-        matches.hold_task,
-    )
-    return found, (kept, placed, matched, best, *looked.steps, found)
+    return by_file, (*steps, hits, queries, whole, *more, by_file)
 
 
 @dataclass(frozen=True)
@@ -279,7 +191,7 @@ def look_up(
         copies: of the stored images.
         vector: [d] of unit length.
         crops: [9, d] where the stored images have views.
-        visiting: as for `find_pairs`.
+        visiting: as of the stored images.
         threshold: similarity that a match must be above.
         most: matches returned.
     """
@@ -293,7 +205,7 @@ def look_up(
     )
     fitted = Cells.load(copies.cells, stored.dim)
     table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
-    found: dict[int, Match] = {}
+    matches: dict[int, Match] = {}
     for number in np.unique(bucket // 2):
         mine = table.filter(bucket // 2 == number)
         here = items.items_of(
@@ -310,41 +222,39 @@ def look_up(
         )
         for place, value in zip(a, similarity, strict=True):
             row = int(pool.row[place])
-            if row not in found or found[row].similarity < value:
-                found[row] = Match(row, bytes(pool.ids[place]).hex(), min(1.0, float(value)))
-    return sorted(found.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
+            if row not in matches or matches[row].similarity < value:
+                matches[row] = Match(row, bytes(pool.ids[place]).hex(), min(1.0, float(value)))
+    return sorted(matches.values(), key=lambda match: (-match.similarity, match.image_id))[:most]
 
 
-def _shuffle(
-    copies: Copies,
-    step: str,
-    inputs: Inputs,
-    vectors: Vectors,
-    visiting: Visiting | None,
-    gpus: float,
-    root: Place | None = None,
-    exact: tuple[str, str] = ("", ""),
+def shuffle_others(
+    copies: Copies, root: Place, step: str, images: ImageSet, gpus: float
 ) -> tuple[Result, Shuffled]:
-    """Writes the items of another set to the buckets of the cells that are there."""
+    """Writes the items of another set to the buckets of the cells that are there.
+
+    Args:
+        copies: whose cells.
+        root: folder of the curation that the step belongs to.
+        step: its name.
+        images: the other set.
+        gpus: of a task.
+    """
     stored = copies.shuffled
-    _check_dim(stored, vectors.dim, step)
-    of = portions(inputs.files, vectors, copies.portion_rows)
+    _check_dim(stored, images.vectors.dim, step)
+    of, distinct = images.portions(copies.portion_rows), images.distinct()
+    cells = copies.keys["copies/cells"]
     result = run_step(
-        root or copies.root,
+        root,
         step,
-        [copies.keys["copies/cells"], vectors.key, exact[1], stored.probes, stored.crops],
-        [
-            Task(
-                p.name,
-                (vectors, p, exact[0], ("", ()), copies.cells, stored.probes, visiting),
-            )
-            for p in of
-        ],
+        [cells, images.vectors.key, images.exact[1], stored.probes, stored.crops],
+        [Task(p.name, (distinct, p, copies.cells, stored.probes, images.visiting)) for p in of],
         items.shuffle_task,
         gpus=gpus,
     )
-    names = written(of, result)
-    return result, Shuffled(result.folder, names, vectors.dim, stored.probes, stored.crops)
+    shuffled = Shuffled(
+        result.folder, written(of, result), images.vectors.dim, stored.probes, stored.crops
+    )
+    return result, shuffled
 
 
 def _check_dim(stored: Shuffled, dim: int, who: str) -> None:

@@ -74,17 +74,17 @@ def realigned(a: Array, b: Array, where: Alignment, allowed: Array) -> Alignment
         where: the alignment so far.
         allowed: pixels of b that count.
     """
-    found = _refined(detail(a), detail(b), where.mirrored, where.matrix, allowed)
-    return found if found.agreement > AGREED else where
+    again = _refined(detail(a), detail(b), where.mirrored, where.matrix, allowed)
+    return again if again.agreement > AGREED else where
 
 
 def halved(image: Array) -> Array:
     """Means of 2 x 2 pixels of [S, S] or [S, S, channels]."""
-    found: Array = image[::2, ::2] + image[1::2, ::2]
-    found += image[::2, 1::2]
-    found += image[1::2, 1::2]
-    found *= 0.25
-    return found
+    means: Array = image[::2, ::2] + image[1::2, ::2]
+    means += image[::2, 1::2]
+    means += image[1::2, 1::2]
+    means *= 0.25
+    return means
 
 
 def detail(image: Array) -> Array:
@@ -93,8 +93,8 @@ def detail(image: Array) -> Array:
     sharp = image - uniform_filter(uniform_filter(image, side // 8 + 1), side // 8 + 1)
     local = uniform_filter(sharp * sharp, side // 4 + 1)
     floor = 16.0 + 0.15 * float(local.mean())
-    found: Array = sharp / np.sqrt(local + floor)
-    return found
+    sharpened: Array = sharp / np.sqrt(local + floor)
+    return sharpened
 
 
 @lru_cache(maxsize=8)
@@ -112,8 +112,8 @@ def warped(image: Array, matrix: Array, side: int) -> tuple[Array, Array]:
     u = (m[0, 0] * x + m[0, 1] * y + m[0, 2] + 1) * (side / 2) - 0.5
     v = (m[1, 0] * x + m[1, 1] * y + m[1, 2] + 1) * (side / 2) - 0.5
     inside = (u > 0) & (u < side - 1) & (v > 0) & (v < side - 1)
-    found: Array = map_coordinates(image, [v, u], order=1, mode="nearest", output=np.float32)
-    return found, inside
+    seen: Array = map_coordinates(image, [v, u], order=1, mode="nearest", output=np.float32)
+    return seen, inside
 
 
 def _refined(
@@ -122,13 +122,13 @@ def _refined(
     """Least squares from a start; `b` is mirrored already."""
     side = len(a)
     x, y = grid(side)
-    best, found = -1.0, matrix
+    best, best_matrix = -1.0, matrix
     for step in range(STEPS):
         seen, inside = warped(a, matrix, side)
         inside = inside if allowed is None else inside & allowed
         agreement = _agreement(seen, b, inside)
         if agreement > best:
-            best, found = agreement, matrix
+            best, best_matrix = agreement, matrix
         elif agreement < best - 0.05 or step > 4:
             break
         if inside.mean() < LEAST_OVERLAP:
@@ -153,9 +153,9 @@ def _refined(
             inside = inside if allowed is None else inside & allowed
             agreement = _agreement(seen, b, inside)
             if agreement > best:
-                best, found = agreement, matrix
+                best, best_matrix = agreement, matrix
             break
-    return Alignment(mirrored, found, best)
+    return Alignment(mirrored, best_matrix, best)
 
 
 def _agreement(a: Array, b: Array, inside: Array) -> float:
@@ -193,7 +193,7 @@ def _searched(a: Array, b: Array) -> list[tuple[bool, Array]]:
         masks.append(inside.astype(np.float32))
     stack, mask = np.stack(seen), np.stack(masks)
     of_a = [rfft2(values, (full, full)) for values in (stack, stack * stack, mask)]
-    found = []
+    starts = []
     reach = side // 3
     near = np.r_[0 : reach + 1, full - reach : full]
     for mirrored in (False, True):
@@ -210,8 +210,8 @@ def _searched(a: Array, b: Array) -> list[tuple[bool, Array]]:
         shift = [near[n] - full * (near[n] >= side) for n in (dx, dy)]
         matrix = matrices[which].copy()
         matrix[:, 2] += matrix[:, :2] @ (np.array(shift) * 2 / side)
-        found.append((mirrored, matrix))
-    return found
+        starts.append((mirrored, matrix))
+    return starts
 
 
 def _turned(scale: float, angle: float) -> Array:

@@ -78,7 +78,7 @@ def write_forms(
     folder: str,
     file: InputFile,
     set_name: str,
-    wanted: tuple[Array, Array],
+    requests: tuple[Array, Array],
     ids: Array | None,
     channels: int,
     max_pixels: int,
@@ -89,21 +89,21 @@ def write_forms(
         folder: of the step.
         file: which.
         set_name: "" where the images are known by their row.
-        wanted: places in the file, and the bucket that needs each; a place may come several times.
+        requests: places in the file, and the bucket that needs each; a place may come often.
         ids: image ids of the whole file, where the images are known by them.
         channels: as they are decoded.
         max_pixels: larger images are refused.
     """
-    place, bucket = wanted
+    place, bucket = requests
     order = np.lexsort((bucket, place))
     place, bucket = place[order], bucket[order]
     each = np.unique(place)
     size, bad = 0, 0
     names: list[tuple[str, list[int]]] = []
-    held: dict[int, bytes] = {}
+    read: dict[int, bytes] = {}
 
     def write() -> int:
-        mine = np.isin(place, np.array(list(held), np.int64))
+        mine = np.isin(place, np.array(list(read), np.int64))
         p, b = place[mine], bucket[mine]
         by_bucket = np.argsort(b, kind="stable")
         p, b = p[by_bucket], b[by_bucket]
@@ -112,7 +112,7 @@ def write_forms(
                 "row": p + file.first if ids is None else np.full(len(p), -1),
                 "set": pa.array([set_name] * len(p), pa.string()),
                 "image_id": pa.nulls(len(p), ID) if ids is None else id_array(ids[p]),
-                "form": pa.array([held[int(one)] for one in p], pa.binary()),
+                "form": pa.array([read[int(one)] for one in p], pa.binary()),
             }
         ).cast(FORMS)
         name = f"{set_name}-{file.name}-{len(names):05d}"
@@ -120,12 +120,12 @@ def write_forms(
         return write_buckets(folder, name, table, b)
 
     for one, form in forms_at(file, each, channels, max_pixels):
-        held[one] = form
+        read[one] = form
         bad += not form
-        if len(held) == HELD:
+        if len(read) == HELD:
             size += write()
-            held.clear()
-    if held:
+            read.clear()
+    if read:
         size += write()
     return {"rows": len(each), "bytes": size, "names": names, "unreadable": bad}
 

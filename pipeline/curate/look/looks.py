@@ -140,17 +140,17 @@ def look_at(
         tasks += [
             Task(f"{set_name}-{f.name}", (set_name, f, prints, *arguments)) for f in inputs.files
         ]
-    made = run_step(root, f"{step}/forms", [placed.key], tasks, forms_task)
+    formed = run_step(root, f"{step}/forms", [placed.key], tasks, forms_task)
     written = tuple(
-        (name, tuple(shelves)) for account in made.accounts for name, shelves in account["names"]
+        (name, tuple(shelves)) for account in formed.accounts for name, shelves in account["names"]
     )
     tasks = [
-        Task(one, (one, placed.folder, (name, shelves), b, at + b, made.folder, written))
+        Task(one, (one, placed.folder, (name, shelves), b, at + b, formed.folder, written))
         for name, at, shelves in firsts
         for b, one in enumerate(names[name])
     ]
-    looked = run_step(root, f"{step}/looked", [placed.key, made.key], tasks, look_task)
-    return Looked(looked.folder, names, looked.key, (placed, made, looked))
+    looked = run_step(root, f"{step}/looked", [placed.key, formed.key], tasks, look_task)
+    return Looked(looked.folder, names, looked.key, (placed, formed, looked))
 
 
 def place_task(folder: str, name: str, read: Callable[..., pa.Table], arguments: Any) -> Account:
@@ -219,9 +219,9 @@ def forms_task(
         here = ids[order][at] == asked
         places.append(order[at[here]])
         buckets.append(table.column("bucket").to_numpy()[here] + offset)
-    wanted = (np.concatenate(places), np.concatenate(buckets))
+    requests = (np.concatenate(places), np.concatenate(buckets))
     own = None if ids is None else np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16)
-    return forms.write_forms(folder, file, set_name, wanted, own, channels, max_pixels)
+    return forms.write_forms(folder, file, set_name, requests, own, channels, max_pixels)
 
 
 def _named(ids: Any) -> Any:
@@ -236,14 +236,14 @@ def look_task(
     source: tuple[str, Sequence[int]],
     bucket: int,
     number: int,
-    made: str,
+    forms_folder: str,
     written: Sequence[tuple[str, Sequence[int]]],
 ) -> Account:
     """Looks at the pairs of a bucket."""
     pairs = pa.concat_tables(list(read_bucket(str(join(placed, "pairs")), [source], bucket)))
     by_row: dict[int, bytes] = {}
     by_id: dict[tuple[str, bytes], bytes] = {}
-    for table in read_bucket(made, written, number):
+    for table in read_bucket(forms_folder, written, number):
         for one in table.to_pylist():
             if one["row"] >= 0:
                 by_row[one["row"]] = one["form"]
@@ -266,8 +266,8 @@ def look_task(
         if a is None or b is None:
             verdicts.append((False, "undecided", 0.0, 0.5, 0.5))
             continue
-        found = second_look(a, b)
-        verdicts.append((found.same, found.reason, found.score, *found.place))
+        verdict = second_look(a, b)
+        verdicts.append((verdict.same, verdict.reason, verdict.score, *verdict.place))
     columns = list(zip(*verdicts, strict=True))
     for field, values in zip(list(VERDICTS)[len(PAIRS) :], columns, strict=True):
         pairs = pairs.append_column(field, pa.array(values, field.type))

@@ -85,9 +85,9 @@ def second_look(one: Array, other: Array) -> Verdict:
         return Verdict(False, "differ", np.inf, (0.5, 0.5))
     if shares[0] < COVERED[0] or shares[1] < COVERED[1]:
         return Verdict(False, "undecided", np.inf, (0.5, 0.5))
-    found = _compared(a, b, small_a, small_b, where, inside)
-    if found.score > LIMIT:
-        rows = rows_of_overlay(small_a, small_b, found.differs, inside)
+    compared = _compared(a, b, small_a, small_b, where, inside)
+    if compared.score > LIMIT:
+        rows = rows_of_overlay(small_a, small_b, compared.differs, inside)
         if rows is not None:
             allowed = np.ones_like(inside)
             allowed[rows] = False
@@ -95,12 +95,12 @@ def second_look(one: Array, other: Array) -> Verdict:
             where = realigned(raw @ LUMA, small_b @ LUMA, where, allowed)
             small_a, inside = _seen(raw, where)
             inside &= allowed
-            found = _compared(a, b, small_a, small_b, where, inside)
-    if found.score <= LIMIT:
-        return Verdict(True, "", found.score, found.place)
-    x, y = found.place
-    reason = "colour" if found.colour else "differ"
-    return Verdict(False, reason, found.score, (1 - x if where.mirrored else x, y))
+            compared = _compared(a, b, small_a, small_b, where, inside)
+    if compared.score <= LIMIT:
+        return Verdict(True, "", compared.score, compared.place)
+    x, y = compared.place
+    reason = "colour" if compared.colour else "differ"
+    return Verdict(False, reason, compared.score, (1 - x if where.mirrored else x, y))
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ def _inner(inside: Array, blur: Blur) -> Array:
     """
     side = len(inside)
     margin = max(1, side // 64)
-    found = uniform_filter(inside.astype(np.float32), 2 * margin + 1, mode="nearest") > 0.999
+    inner = uniform_filter(inside.astype(np.float32), 2 * margin + 1, mode="nearest") > 0.999
     for axis, size in enumerate((blur.down, blur.across)):
         rim = max(1, side // 100, round(2 * size * side / 256))
-        view = np.moveaxis(found, axis, 0)
+        view = np.moveaxis(inner, axis, 0)
         view[:rim] = view[-rim:] = False
-    return np.asarray(found)
+    return np.asarray(inner)
 
 
 def _reduced(image: Array, side: int) -> Array:

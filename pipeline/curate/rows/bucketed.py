@@ -128,11 +128,11 @@ def unraw(column: pa.ChunkedArray, kind: Any, width: int) -> np.ndarray[Any, Any
     """The numbers of such a column, [rows, width]."""
     chunks = [chunk for chunk in column.chunks if len(chunk)]
     size = np.dtype(kind).itemsize * width
-    found = []
+    parts = []
     for chunk in chunks:
         flat = np.frombuffer(chunk.buffers()[1], np.uint8)
         part = flat[chunk.offset * size : (chunk.offset + len(chunk)) * size]
-        found.append(part.view(kind).reshape(-1, width))
-    if not found:
+        parts.append(part.view(kind).reshape(-1, width))
+    if not parts:
         return np.zeros((0, width), kind)
-    return found[0] if len(found) == 1 else np.concatenate(found)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -87,10 +87,10 @@ def not_after(
     """Whether (key, id, row) is at most the limit beside it, bool [n]."""
     high, low = id_words(ids)
     limit_high, limit_low = id_words(limit_ids)
-    found = rows <= limit_rows
+    upto = rows <= limit_rows
     for mine, limit in ((low, limit_low), (high, limit_high), (keys, limit_keys)):
-        found = (mine < limit) | ((mine == limit) & found)
-    return found
+        upto = (mine < limit) | ((mine == limit) & upto)
+    return upto
 
 
 # ---- The finalizer of splitmix64, which scatters ids over 64 bits.

@@ -40,8 +40,8 @@ def unit_half(vectors: np.ndarray[Any, Any]) -> Halves:
 
 def dots(a: Halves, b: Halves) -> Doubles:
     """Exact dot products of rows of a with the same rows of b, [n]."""
-    found: Doubles = np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
-    return found
+    products: Doubles = np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
+    return products
 
 
 def device() -> str:
@@ -110,8 +110,8 @@ def nearest_numbers(
         step = max(16, BLOCK // wide)
     for begin in range(0, n, step):
         rows = vectors[begin : begin + step]
-        found, values = products.candidates(rows, count, 2 * margin(vectors.shape[1]))
-        which[begin : begin + step] = _ordered(rows, centres, found, values, count)
+        numbers, values = products.candidates(rows, count, 2 * margin(vectors.shape[1]))
+        which[begin : begin + step] = _ordered(rows, centres, numbers, values, count)
     return which
 
 
@@ -149,11 +149,11 @@ class _OnCpu:
         row = flat // self.wide
         counts = np.bincount(row, minlength=n)
         place_in_row = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
-        found = np.full((n, int(counts.max())), self.wide, np.int32)
-        values = np.full(found.shape, -np.inf, np.float32)
-        found[row, place_in_row] = flat - row * self.wide
+        numbers = np.full((n, int(counts.max())), self.wide, np.int32)
+        values = np.full(numbers.shape, -np.inf, np.float32)
+        numbers[row, place_in_row] = flat - row * self.wide
         values[row, place_in_row] = fast.reshape(-1)[flat]
-        return found, values
+        return numbers, values
 
 
 class _OnDevice:
@@ -174,10 +174,10 @@ class _OnDevice:
             fast = torch.from_numpy(np.array(rows)).to(self.on).float() @ self.centres.T
         width = min(k, count + 8)
         while True:
-            values, found = torch.topk(fast, width, dim=1)
+            values, numbers = torch.topk(fast, width, dim=1)
             # All that can matter are seen once the last one seen is below the slack.
             if width == k or bool((values[:, -1] < values[:, count - 1] - slack).all()):
-                return found.int().cpu().numpy(), values.cpu().numpy()
+                return numbers.int().cpu().numpy(), values.cpu().numpy()
             width = min(k, 2 * width)
 
 
@@ -195,29 +195,29 @@ def full_precision(torch: Any) -> Iterator[None]:
 def _ordered(
     rows: Halves,
     centres: Halves,
-    found: np.ndarray[Any, Any],
+    candidates: np.ndarray[Any, Any],
     values: Floats,
     count: int,
 ) -> np.ndarray[Any, Any]:
     """The first `count` candidates of each row by exact product, then by number, [n, count]."""
     order = np.argsort(-values, axis=1, kind="stable")[:, : count + 1]
-    best = np.take_along_axis(found, order, 1)
+    best = np.take_along_axis(candidates, order, 1)
     sorted_values = np.take_along_axis(values, order, 1)
     which = best[:, :count]
     slack = np.float32(2 * margin(rows.shape[1]))
     with np.errstate(invalid="ignore"):  # -inf less -inf
         close = (sorted_values[:, :-1] - sorted_values[:, 1:] <= slack).any(1)
     unsure = np.flatnonzero(close)
-    step = max(1, BLOCK // (found.shape[1] * rows.shape[1]))
+    step = max(1, BLOCK // (candidates.shape[1] * rows.shape[1]))
     for begin in range(0, len(unsure), step):
-        some = unsure[begin : begin + step]
-        real = values[some] > -np.inf
-        numbers = np.where(real, found[some], len(centres))
+        part = unsure[begin : begin + step]
+        real = values[part] > -np.inf
+        numbers = np.where(real, candidates[part], len(centres))
         of = centres[np.minimum(numbers, len(centres) - 1)].astype(np.float64)
-        exact = np.einsum("nd,nwd->nw", rows[some].astype(np.float64), of)
+        exact = np.einsum("nd,nwd->nw", rows[part].astype(np.float64), of)
         exact[~real] = -np.inf
         first = np.lexsort((numbers, -exact), axis=1)[:, :count]
-        which[some] = np.take_along_axis(numbers, first, 1)
+        which[part] = np.take_along_axis(numbers, first, 1)
     return which
 
 
@@ -247,9 +247,9 @@ def pairs_above(
         exact = np.empty(len(flat))
         step = max(1, BLOCK // max(1, a.shape[1]))
         for begin in range(0, len(flat), step):
-            some = slice(begin, begin + step)
-            exact[some] = np.einsum(
-                "nd,nd->n", a[i[some]].astype(np.float64), b[j[some]].astype(np.float64)
+            part = slice(begin, begin + step)
+            exact[part] = np.einsum(
+                "nd,nd->n", a[i[part]].astype(np.float64), b[j[part]].astype(np.float64)
             )
     above = exact > (bound[i] if bound.ndim else bound)
     return i[above], j[above], exact[above]

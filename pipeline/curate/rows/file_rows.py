@@ -69,12 +69,12 @@ class FileRows:
 
     def places(self, table: pa.Table, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Where the rows of a step's table are in this file."""
-        found = table.column("row").to_numpy() - self.file.first
-        if len(found) and (
-            found[0] < 0 or found[-1] >= len(self.ids) or (np.diff(found) <= 0).any()
+        places = table.column("row").to_numpy() - self.file.first
+        if len(places) and (
+            places[0] < 0 or places[-1] >= len(self.ids) or (np.diff(places) <= 0).any()
         ):
             raise RuntimeError(f"{name}/{self.file.name} has rows that are not of this file")
-        return np.asarray(found, np.int64)
+        return np.asarray(places, np.int64)
 
     def remove(self, places: Any, reason: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Gives rows that are still kept a reason; which of `places` were."""
@@ -85,6 +85,6 @@ class FileRows:
 
 def objects(ids: Bytes16) -> Objects:
     """Ids as bytes, one object each."""
-    found = np.full(len(ids), None, object)
-    found[:] = [value.tobytes() for value in ids]
-    return found
+    objects_of = np.full(len(ids), None, object)
+    objects_of[:] = [value.tobytes() for value in ids]
+    return objects_of

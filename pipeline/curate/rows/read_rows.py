@@ -89,7 +89,7 @@ def portions(
     even = max(PORTION_ROWS, sum(file.rows for file in files) // PORTIONS)
     most = rows or max(1, PORTION_BYTES // each)
     even = min(most, even)
-    found: list[list[Part]] = []
+    groups: list[list[Part]] = []
     room = 0
     for file in files:
         if file.name not in names:
@@ -99,11 +99,11 @@ def portions(
             part = Part(file.name, file.first + begin, file.first + end, file.rows <= most)
             # Parts of a file cost a reading of the file each, so only what is too large is cut.
             if end - begin > room:
-                found.append([])
+                groups.append([])
                 room = rows or even
-            found[-1].append(part)
+            groups[-1].append(part)
             room -= end - begin
-    return [Portion(f"{number:05d}", tuple(parts)) for number, parts in enumerate(found)]
+    return [Portion(f"{number:05d}", tuple(parts)) for number, parts in enumerate(groups)]
 
 
 def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool = False) -> Rows:
@@ -122,7 +122,7 @@ def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool =
     """
     crops = views and vectors.views
     columns = ["row", "image_id", vectors.column, *["views"] * crops]
-    found = []
+    pieces = []
     for part in portion.parts:
         table = read_table(vectors.folder, part.name, columns, filters=_filter(part))
         row = table.column("row").to_numpy()
@@ -144,14 +144,14 @@ def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool =
             )
         keep &= length > 0
         rows = Rows(row, ids_of(table.column("image_id")), full, _crops(table, vectors, crops))
-        found.append(rows if keep.all() else rows.only(keep))
-    if len(found) == 1:
-        return found[0]
+        pieces.append(rows if keep.all() else rows.only(keep))
+    if len(pieces) == 1:
+        return pieces[0]
     return Rows(
-        np.concatenate([f.row for f in found]),
-        np.concatenate([f.ids for f in found]),
-        np.concatenate([f.vectors for f in found]),
-        np.concatenate([f.crops for f in found if f.crops is not None]) if crops else None,
+        np.concatenate([f.row for f in pieces]),
+        np.concatenate([f.ids for f in pieces]),
+        np.concatenate([f.vectors for f in pieces]),
+        np.concatenate([f.crops for f in pieces if f.crops is not None]) if crops else None,
     )
 
 
@@ -189,11 +189,11 @@ def order_by_id(ids: Ids, row: Ints) -> Ints:
 
 def self_dots(vectors: Halves) -> Doubles:
     """Exact dot product of each vector with itself, [n]."""
-    found = np.empty(len(vectors))
+    products = np.empty(len(vectors))
     for begin in range(0, len(vectors), 8192):
         wide = vectors[begin : begin + 8192].astype(np.float64)
-        found[begin : begin + 8192] = np.einsum("nd,nd->n", wide, wide)
-    return found
+        products[begin : begin + 8192] = np.einsum("nd,nd->n", wide, wide)
+    return products
 
 
 # ---- Whole files, without the rows that earlier steps left out.
@@ -235,11 +235,11 @@ class Source:
 
     def read_all(self, names: Sequence[str]) -> Points:
         """The rows of several files."""
-        found = [self.read(name) for name in names]
-        if not found:
+        files = [self.read(name) for name in names]
+        if not files:
             empty = np.zeros(0, np.int64)
             return Points(empty, np.zeros((0, 16), np.uint8), np.zeros((0, self.dim), HALF))
-        return Points(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        return Points(*(np.concatenate(parts) for parts in zip(*files, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -293,16 +293,16 @@ class RowSet:
 
     def groups(self, at_least: int) -> list[tuple[str, ...]]:
         """Neighbouring files together, each group but the last with so many rows."""
-        found: list[tuple[str, ...]] = []
+        groups: list[tuple[str, ...]] = []
         group: list[str] = []
-        held = 0
+        rows = 0
         for name, count in zip(self.names, self.counts, strict=True):
             group.append(name)
-            held += count
-            if held >= at_least:
-                found.append(tuple(group))
-                group, held = [], 0
-        return [*found, tuple(group)] if group else found
+            rows += count
+            if rows >= at_least:
+                groups.append(tuple(group))
+                group, rows = [], 0
+        return [*groups, tuple(group)] if group else groups
 
 
 def kept_rows(folder: str, name: str) -> Array:

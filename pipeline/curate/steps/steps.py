@@ -157,9 +157,9 @@ def _accounts(folder: str, key: str) -> dict[str, Account]:
     if whole.get("key") == key and isinstance(whole.get("accounts"), dict):
         return dict(whole["accounts"])
     infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
-    found = (read_mark(fs, info.path) for info in infos if info.extension == "json")
+    accounts = (read_mark(fs, info.path) for info in infos if info.extension == "json")
     # A task of a driver that was killed may still end, under the key that its step had then.
-    return {account["_name"]: account for account in found if account.get("_key") == key}
+    return {account["_name"]: account for account in accounts if account.get("_key") == key}
 
 
 def step_key(step: str, settings: Any, tasks: Sequence[Task]) -> str:
@@ -172,8 +172,8 @@ def step_files(folder: str) -> list[str]:
     with folders inside this one, are not in it.
     """
     fs, path = resolve_uri(folder)
-    found = [str(info.path) for info in list_files(fs, path)]
-    return [name for name in found if _TABLE.fullmatch(name[len(path) :].lstrip("/"))]
+    paths = [str(info.path) for info in list_files(fs, path)]
+    return [name for name in paths if _TABLE.fullmatch(name[len(path) :].lstrip("/"))]
 
 
 def empty_step(folder: str, files: Sequence[str]) -> None:
@@ -251,8 +251,8 @@ def _run(
             ray.cancel(reference)
 
 
-def _account(found: tuple[Account | None, tuple[str, str] | None]) -> Account:
-    account, error = found
+def _account(answer: tuple[Account | None, tuple[str, str] | None]) -> Account:
+    account, error = answer
     if error is not None:
         raise DataError(*error)
     assert account is not None

@@ -115,5 +115,5 @@ def attack(rgb: Pixels, name: str, image_id: bytes, seed: int = 0) -> Pixels:
     ids = np.frombuffer(image_id, np.uint8)[None]
     # One pass for each attack, so that the place of a crop says nothing about the brightness.
     u = uniforms(seed, list(ATTACKS).index(name), ids, DRAWS, STREAM)[0]
-    found: Pixels = np.asarray(ATTACKS[name](Image.fromarray(rgb), u)).copy()
-    return found
+    copy: Pixels = np.asarray(ATTACKS[name](Image.fromarray(rgb), u)).copy()
+    return copy

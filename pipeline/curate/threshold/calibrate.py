@@ -116,20 +116,20 @@ def calibrate(
         for file, rows in mine
     ]
     keys = [drawn.key, images, spec.settings]
-    made = run_step(root, f"{step}_copies", keys, tasks, attack_file, cpus=cpus, gpus=gpus)
+    attacked = run_step(root, f"{step}_copies", keys, tasks, attack_file, cpus=cpus, gpus=gpus)
     folders = [
         (gathered.folder, [file.name for file, _ in files]),
-        (made.folder, [file.name for file, _ in mine]),
+        (attacked.folder, [file.name for file, _ in mine]),
     ]
     shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
     task = Task("calibration", (*folders, vectors.views, target, shown))
-    keys = [2, VERSION, gathered.key, made.key, target, channels, max_pixels]
-    found = run_step(root, step, keys, [task], measure_task)
-    calibration = Calibration.of_json(found.accounts[0]["calibration"])
+    keys = [2, VERSION, gathered.key, attacked.key, target, channels, max_pixels]
+    measured = run_step(root, step, keys, [task], measure_task)
+    calibration = Calibration.of_json(measured.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
     if calibration.warning:
         log.warning("calibration: %s", calibration.warning)
-    return calibration, found
+    return calibration, measured
 
 
 def _by_file(inputs: Inputs, rows: Sequence[int]) -> list[tuple[InputFile, list[int]]]:
@@ -137,7 +137,7 @@ def _by_file(inputs: Inputs, rows: Sequence[int]) -> list[tuple[InputFile, list[
     chosen: dict[int, list[int]] = {}
     for row in sorted(rows):
         chosen.setdefault(inputs.place(row)[0].index, []).append(row)
-    return [(inputs.files[index], found) for index, found in sorted(chosen.items())]
+    return [(inputs.files[index], places) for index, places in sorted(chosen.items())]
 
 
 def draw_file(
@@ -153,23 +153,23 @@ def draw_file(
     draws = uniforms(seed, 0, array, 1, SAMPLE_STREAM)[:, 0]
     low = np.flatnonzero(draws < below)
     numbers = chosen.column("row").to_numpy()
-    found = [[float(draws[i]), array[i].tobytes().hex(), int(numbers[i])] for i in low]
-    return {"rows": len(draws), "drawn": found}
+    drawn = [[float(draws[i]), array[i].tobytes().hex(), int(numbers[i])] for i in low]
+    return {"rows": len(draws), "drawn": drawn}
 
 
 def gather_file(folder: str, name: str, rows: Sequence[int], vectors: Vectors) -> Account:
     """Task: vectors of some rows of a file, as far as they have one."""
     chosen = [("row", "in", list(rows))]
     columns = ["row", "image_id", vectors.column, *["views"] * vectors.views]
-    found = read_table(vectors.folder, name, columns, chosen)
+    table = read_table(vectors.folder, name, columns, chosen)
     written: dict[str, Any] = {
-        "row": found["row"],
-        "image_id": found["image_id"],
-        "vector": found[vectors.column],
+        "row": table["row"],
+        "image_id": table["image_id"],
+        "vector": table[vectors.column],
     }
     if vectors.views:
-        written["views"] = found["views"]
-    return {"rows": len(found), "bytes": write_table(pa.table(written), folder, name)}
+        written["views"] = table["views"]
+    return {"rows": len(table), "bytes": write_table(pa.table(written), folder, name)}
 
 
 def attack_file(
@@ -205,9 +205,9 @@ def attack_file(
             these = (places[groups == number] - starts[number]).tolist()
             for at in range(0, len(these), AT_ONCE):
                 part = these[at : at + AT_ONCE]
-                given = [(group.image_ids[p].tobytes(), group.image(p)) for p in part]
-                copies = [copy for some in pool.map(copied, given) for copy in some]
-                ids += [name for name, _ in given]
+                encoded = [(group.image_ids[p].tobytes(), group.image(p)) for p in part]
+                copies = [copy for of_image in pool.map(copied, encoded) for copy in of_image]
+                ids += [name for name, _ in encoded]
                 if embedder is None:
                     vectors.append(np.stack([full for full, _ in copies]))
                     views.append(np.stack([crops for _, crops in copies]))
@@ -266,10 +266,10 @@ class Looker:
         index = np.searchsorted(self._firsts, self._rows[missing], side="right") - 1
         for one in np.unique(index).tolist():
             file, mine = self._shown.files[one], missing[index == one]
-            found = forms_at(
+            stored_forms = forms_at(
                 file, self._rows[mine] - file.first, self._shown.channels, self._shown.max_pixels
             )
-            for at, (_, form) in zip(mine.tolist(), found, strict=True):
+            for at, (_, form) in zip(mine.tolist(), stored_forms, strict=True):
                 self._stored[at] = form
 
     def _open(self, place: int) -> Any:
@@ -293,8 +293,8 @@ def measure_task(
     sample = _read(gathered)
     looker = Looker(shown, [] if sample is None else sample["row"].to_pylist())
     pairs = replace(sample_of(sample, _read(copies), views, looker.look), fetch=looker.fetch)
-    found = measure_threshold(pairs, target)
-    return {"rows": found.images, "calibration": found.to_json()}
+    calibration = measure_threshold(pairs, target)
+    return {"rows": calibration.images, "calibration": calibration.to_json()}
 
 
 def _read(written: Written) -> pa.Table | None:

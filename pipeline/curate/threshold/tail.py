@@ -94,14 +94,14 @@ class Pairs:
 
     def top(self, penalty: float, count: int = TOP) -> tuple[Doubles, Ints, Ints]:
         """The unlike pairs that are most alike, exactly ordered: similarities and both images."""
-        found = np.where(self.unlike, self.at(penalty), np.float32(-2))
+        fast = np.where(self.unlike, self.at(penalty), np.float32(-2))
         count = min(count, int(self.unlike.sum()))
         if not count:
             nothing = np.zeros(0, np.int64)
             return np.zeros(0), nothing, nothing
-        low = np.partition(found, len(found) - count)[len(found) - count]
-        some = np.flatnonzero(found >= max(low - _MARGIN, np.float32(-1.5)))
-        i, j = self.ends(some)
+        low = np.partition(fast, len(fast) - count)[len(fast) - count]
+        places = np.flatnonzero(fast >= max(low - _MARGIN, np.float32(-1.5)))
+        i, j = self.ends(places)
         similarity = self.exact(i, j, penalty)
         order = np.lexsort((j, i, -similarity))[:count]
         return similarity[order], i[order], j[order]
@@ -223,12 +223,12 @@ def interval(
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    found = []
+    thresholds = []
     for _ in range(DRAWS):
         times = rng.multinomial(images, np.full(images, 1 / images)).astype(np.float64)
         pairs = (images**2 - float(times @ times)) / 2 - copies
-        found.append(tail_threshold(top, pairs, target, times[i] * times[j])[0])
-    low, high = np.quantile(found, LIKELY)
+        thresholds.append(tail_threshold(top, pairs, target, times[i] * times[j])[0])
+    low, high = np.quantile(thresholds, LIKELY)
     return _rounded(float(low)), _rounded(float(high))
 
 

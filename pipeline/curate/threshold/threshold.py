@@ -91,11 +91,11 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """For a file; numbers that are none become null."""
-        found = asdict(self)
+        value = asdict(self)
         for name in _MAY_BE_NONE:
-            found[name] = None if math.isnan(found[name]) else found[name]
-        found["curve"] = [list(point) for point in self.curve]
-        return found
+            value[name] = None if math.isnan(value[name]) else value[name]
+        value["curve"] = [list(point) for point in self.curve]
+        return value
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Calibration:
@@ -232,13 +232,13 @@ def _own(sample: Sample) -> tuple[Doubles, Doubles]:
 
 def _penalty(pairs: Pairs, plain: Doubles, crop: Doubles, target: float) -> float:
     """The penalty with the highest recall of one half, if that is worth leaving the default."""
-    total, found = float(pairs.unlike.sum()), {}
+    total, recall_at = float(pairs.unlike.sum()), {}
     for penalty in PENALTIES:
         threshold, _ = tail_threshold(pairs.top(penalty)[0], total, target)
         own = np.maximum(plain, crop - penalty)[0::2]
-        found[penalty] = float((own > threshold).mean()) if own.size else 0.0
-    best = max(found, key=lambda penalty: found[penalty])
-    return best if found[best] > found[DEFAULT_PENALTY] + WORTH else DEFAULT_PENALTY
+        recall_at[penalty] = float((own > threshold).mean()) if own.size else 0.0
+    best = max(recall_at, key=lambda penalty: recall_at[penalty])
+    return best if recall_at[best] > recall_at[DEFAULT_PENALTY] + WORTH else DEFAULT_PENALTY
 
 
 def _reached(pairs: Pairs, top: Doubles, i: Ints, j: Ints, target: float) -> float:
@@ -255,11 +255,11 @@ def _reached(pairs: Pairs, top: Doubles, i: Ints, j: Ints, target: float) -> flo
 
 def _unlike_of_half(pairs: Pairs, half: int) -> int:
     """Unlike pairs both of whose images have an even (odd) place."""
-    found = 0
+    count = 0
     for first in range(half, pairs.images, 2):
         at = first * pairs.images - first * (first + 1) // 2
-        found += int(pairs.unlike[at + 1 : at + pairs.images - first - 1 : 2].sum())
-    return found
+        count += int(pairs.unlike[at + 1 : at + pairs.images - first - 1 : 2].sum())
+    return count
 
 
 def _share_above(ascending: np.ndarray[Any, Any], threshold: float) -> float:
