@@ -8,9 +8,9 @@ from pipeline.errors import PipelineError
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.journal import FILE_NAME
+from pipeline.track.sender import sync
 from pipeline.track.state import FILE_NAME as STATE
 from pipeline.track.state import forget_local
-from pipeline.track.sync import sync
 from pipeline.track.writer import Unsent
 from pipeline.uri import is_uri, parent, public
 
@@ -24,7 +24,7 @@ def sync_run(place: str, again: bool = False) -> Unsent:
         again: from the beginning.
 
     Raises:
-        PipelineError: as `pipeline.track.sync.sync` says, or the folder cannot be read or written.
+        PipelineError: as `track.sender.sync` says, or the folder cannot be read or written.
     """
     if not is_uri(place) or place.startswith("file://"):
         return sync(Path(place.removeprefix("file://")), again=again)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipeline.track.driver import Pipeline, open_pipeline
 from pipeline.track.endpoint import JOURNAL_ONLY, links
+from pipeline.track.sender import sync
 from pipeline.track.settings import TrackSettings
-from pipeline.track.sync import sync
 from pipeline.track.tracker import NullTracker, Tracker, tracker_from
 
 __all__ = [

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.track.journal import Journal, now_ms, read
+from pipeline.track.journal import now_ms
 
 log = logging.getLogger("pipeline.track")
 
@@ -15,27 +15,36 @@ INTERVAL_S = 10.0
 
 
 class SystemMetrics(threading.Thread):
-    """Writes a `system` line every 10 s; step is seconds since the stage's first line.
+    """Writes a `system` line every 10 s; step is seconds since the stage began.
 
     The names are those of MLflow's own sampler, which its System metrics page expects.
+
+    Args:
+        write: takes the fields of a line.
+        began: when the stage did, in milliseconds since 1970; called once, in the thread.
+        interval: seconds between lines.
     """
 
-    def __init__(self, journal: Journal, run: str, interval: float = INTERVAL_S) -> None:
+    def __init__(
+        self,
+        write: Callable[..., None],
+        began: Callable[[], int],
+        interval: float = INTERVAL_S,
+    ) -> None:
         super().__init__(name="system-metrics", daemon=True)
-        self._journal, self._run, self._interval = journal, run, interval
+        self._write, self._began_ms, self._interval = write, began, interval
         self._done = threading.Event()
         self.start()
 
     def run(self) -> None:
         """Until close(): sample, write, wait. An error ends the sampling, not the run."""
         try:
-            lines = read(self._journal.path)
-            begin = next((e["ts"] for _, e in lines if e["run"] == self._run), now_ms())
+            begin = self._began_ms()
             gpu = _gpu_sampler()
             while not self._done.wait(self._interval):
                 values = {f"system/{k}": v for k, v in {**sample(), **gpu()}.items()}
                 now = now_ms()
-                self._journal.append(self._run, step=(now - begin) // 1000, ts=now, system=values)
+                self._write(step=(now - begin) // 1000, ts=now, system=values)
         except Exception as error:
             log.warning("no system metrics: %s", error)
 

@@ -67,7 +67,9 @@ class Tracker:
         self._own = settings.sender() if sender is None else None
         if self._own:
             self._own.start()
-        self._system = SystemMetrics(self.journal, self.stage) if settings.system_metrics else None
+        self._system = (
+            SystemMetrics(self._write, self._began_ms) if settings.system_metrics else None
+        )
 
     @property
     def run_id(self) -> str:
@@ -195,6 +197,11 @@ class Tracker:
     def _write(self, **event: Any) -> None:
         self.journal.append(self.stage, **event)
 
+    def _began_ms(self) -> int:
+        """When the stage wrote its first line, perhaps in an earlier job."""
+        lines = journal.read(self.journal.path)
+        return next((e["ts"] for _, e in lines if e["run"] == self.stage), journal.now_ms())
+
     def _spooled(self, path: Path) -> str:
         path, folder = path.absolute(), self.folder.absolute()
         if path.is_relative_to(folder):
@@ -237,27 +244,16 @@ class Sending(Protocol):
         """Waits until the calls have arrived."""
 
 
-class _Lines:
-    """What `SystemMetrics` needs of a journal."""
-
-    path = Path("/nonexistent/metrics.jsonl")  # no earlier lines are known here
-
-    def __init__(self, sending: Sending) -> None:
-        self.sending = sending
-
-    def append(self, run: str, **event: Any) -> None:
-        """Hands a line on, whose run the driver's tracker knows."""
-        self.sending.send("line", event)
-
-
 class RemoteTracker:
     """Has the reporting methods of `Tracker`; each call is made on the driver's one."""
 
     def __init__(self, settings: TrackSettings, sending: Sending) -> None:
         self.run_id = settings.run_id
         self._sending = sending
-        lines: Any = _Lines(sending)
-        self._system = SystemMetrics(lines, settings.stage) if settings.system_metrics else None
+        # No earlier lines are known here, so the seconds of the machine count from now.
+        self._system = (
+            SystemMetrics(self._send_line, journal.now_ms) if settings.system_metrics else None
+        )
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or not callable(getattr(Tracker, name, None)):
@@ -267,6 +263,9 @@ class RemoteTracker:
             self._sending.send(name, *arguments, **options)
 
         return report
+
+    def _send_line(self, **event: Any) -> None:
+        self._sending.send("line", event)
 
     def flush(self, timeout: float) -> None:
         """Waits until the reports so far are with the driver, for at most `timeout` seconds."""

@@ -19,8 +19,8 @@ import pytest
 from pipeline.errors import PipelineError
 from pipeline.track import TrackSettings, open_pipeline, sender
 from pipeline.track.endpoint import Remote, find_endpoint
+from pipeline.track.sender import sync
 from pipeline.track.server import healthy
-from pipeline.track.sync import sync
 from tests.track.conftest import free_port
 from tests.track.test_sender import until
 

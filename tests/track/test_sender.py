@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.track import Pipeline, TrackSettings, open_pipeline, sender, tracker_from
 from pipeline.track.client import NotReadyError, explain, is_final
-from pipeline.track.sync import sync
+from pipeline.track.sender import sync
 
 
 def settings(folder: Path, uri: str) -> TrackSettings:

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.track import TrackSettings, open_pipeline, server
 from pipeline.track import server as database
 from pipeline.track.endpoint import Database, LocalServer, Remote, find_endpoint, links
-from pipeline.track.sync import sync
+from pipeline.track.sender import sync
 
 
 def start_and_tell(folder: Path, port: int, answers: Any) -> None:

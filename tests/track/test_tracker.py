@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.track import NullTracker, Tracker, TrackSettings, tracker_from
+from pipeline.track.journal import now_ms
 from pipeline.track.system import SystemMetrics, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +66,7 @@ def test_the_journal_of_another_run_with_this_name_is_set_aside(tmp_path: Path) 
 
 def test_system_metrics_have_their_own_lines(tmp_path: Path) -> None:
     tracker = Tracker(settings(tmp_path))
-    sampler = SystemMetrics(tracker.journal, "pretrain", interval=0.02)
+    sampler = SystemMetrics(tracker._write, now_ms, interval=0.02)
     while tracker.journal.path.read_text().count("\n") < 2:
         pass
     sampler.close()
@@ -78,7 +79,7 @@ def test_system_metrics_have_their_own_lines(tmp_path: Path) -> None:
 
 def test_importing_and_help_load_no_mlflow() -> None:
     code = (
-        "import sys, pipeline.track, pipeline.track.sync, pipeline.track.embedder, "
+        "import sys, pipeline.track, pipeline.track.sender, pipeline.track.embedder, "
         "pipeline.report.run_report; heavy = {'mlflow', 'torch', 'ray', 'pandas', 'numpy', 'PIL'}; "
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
