@@ -12,12 +12,9 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
@@ -255,76 +252,6 @@ def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) 
                 "(augment.local_crops=0)",
             ) from error
     backbone.train(was)
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of `model.safetensors` in a folder.
-
-    Raises:
-        PipelineError: there is none.
-    """
-    file = Path(path)
-    file = file / "model.safetensors" if file.is_dir() else file
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise PipelineError(
-            f"no safetensors file at {path}",
-            "foreign encoders start from a .safetensors file (or its folder) or a run folder",
-        )
-    try:
-        return dict(load_file(file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PipelineError(
-            f"{file} is no whole safetensors file: {error}", "copy or export it again"
-        ) from error
-
-
-def fit_foreign(
-    backbone: ForeignBackbone, state: Mapping[str, Tensor], source: str, resize: bool = False
-) -> str:
-    """Load the encoder's own names (`module.*` as we save them, or bare) strictly; say what was
-    left out: a classifier, which these models are built without.
-
-    Args:
-        backbone: the encoder.
-        state: tensors by name.
-        source: where they are from, for the message.
-        resize: give position embeddings of timm models this encoder's grid (timm's own way).
-
-    Raises:
-        PipelineError: with every missing and unexpected name and every other shape.
-    """
-    expected = backbone.state_dict()
-    tensors = {k if k in expected else f"module.{k}": v for k, v in state.items()}
-    head = {
-        k for k in tensors if k.startswith(("module.head.", "module.fc.", "module.classifier."))
-    }
-    left_out = sorted(head - set(expected))
-    tensors = {k: v for k, v in tensors.items() if k not in left_out}
-    if "mask_token" in expected and "mask_token" not in tensors:
-        tensors["mask_token"] = expected["mask_token"]  # only training with masks has one
-    position, own_position = (x.get("module.pos_embed") for x in (tensors, expected))
-    grid = (
-        position is not None and own_position is not None and position.shape != own_position.shape
-    )
-    if grid and resize and isinstance(backbone, TimmBackbone):
-        tensors["module.pos_embed"] = backbone.resized_position(tensors["module.pos_embed"])
-        grid = False
-    problems = [f"missing {k}" for k in expected if k not in tensors]
-    problems += [f"unexpected {k}" for k in tensors if k not in expected]
-    problems += [
-        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in tensors.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    if problems:
-        raise PipelineError(
-            f"{source} does not fit the encoder: {'; '.join(problems)}",
-            "model.init_resize=true resizes position embeddings"
-            if grid and len(problems) == 1
-            else "name the model that these weights are of in model.encoder",
-        )
-    backbone.load_state_dict(tensors)
-    return f"{len(tensors)} tensors, {len(left_out)} of a classifier left out"
 
 
 def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:

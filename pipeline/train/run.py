@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config.config import Config
 from pipeline.driver import cluster
@@ -31,6 +31,9 @@ from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build, state
 from pipeline.uri import public
+
+if TYPE_CHECKING:
+    from pipeline.train.worker import Job
 
 log = logging.getLogger("pipeline.train")
 
@@ -194,13 +197,8 @@ def pretrain(
         TrainError: where a loss or gradient is not finite, or the workers failed too often.
     """
     import ray.train
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     from pipeline.train.evaluations import launch_evaluator
-    from pipeline.train.loop import train_worker
-    from pipeline.train.scaling import RestartPolicy, Scaling, Trainer
-    from pipeline.train.worker import Job
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
@@ -228,30 +226,8 @@ def pretrain(
         "compared": evaluation.key(plan.config.evaluate.during_training),
         "track": track,
     }
-    per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}
-    if plan.device == "cuda":
-        per_worker["GPU"] = plan.gpus_per_worker
-    # Ray Train's own records are one attempt's; what resumes a run is in `checkpoints`.
-    records = stage / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}"
-    scaling = ScalingConfig(
-        num_workers=plan.sizes[-1],
-        use_gpu=plan.device == "cuda",
-        resources_per_worker=per_worker,
-    )
-    failures = FailureConfig(max_failures=plan.config.train.max_restarts)
-    # NCCL has no two workers on one GPU
-    alone = plan.device == "cuda" and plan.gpus_per_worker == 1
-    trainer = Trainer(
-        train_worker,
-        train_loop_config=job,
-        scaling_config=scaling,
-        torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
-        run_config=RunConfig(
-            name=records.name, storage_path=str(records.parent), failure_config=failures
-        ),
-        scaling=Scaling(scaling, plan, feeder),
-        restarts=RestartPolicy(failures, feeder),
-    )
+    # Ray Train's own records are of this start alone; what resumes a run is in `checkpoints`.
+    trainer = _trainer(plan, job, stage / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}")
     with stop_on_signals(feeder):
         try:
             with (
@@ -276,6 +252,44 @@ def pretrain(
             ray.kill(evaluator)
             ray.kill(feeder)
     return _outcome(plan, folder)
+
+
+def _trainer(plan: Plan, job: Job, records: Path) -> Any:
+    """Ray Train's part: the group of workers, and the rules by which it is resized and restarted.
+
+    Args:
+        plan: of the run.
+        job: for each worker.
+        records: folder for what Ray Train notes of this start.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    from pipeline.train.loop import train_worker
+    from pipeline.train.scaling import RestartPolicy, Scaling, Trainer
+
+    per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}
+    if plan.device == "cuda":
+        per_worker["GPU"] = plan.gpus_per_worker
+    scaling = ScalingConfig(
+        num_workers=plan.sizes[-1],
+        use_gpu=plan.device == "cuda",
+        resources_per_worker=per_worker,
+    )
+    failures = FailureConfig(max_failures=plan.config.train.max_restarts)
+    # NCCL has no two workers on one GPU
+    alone = plan.device == "cuda" and plan.gpus_per_worker == 1
+    return Trainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=scaling,
+        torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
+        run_config=RunConfig(
+            name=records.name, storage_path=str(records.parent), failure_config=failures
+        ),
+        scaling=Scaling(scaling, plan, job["feeder"]),
+        restarts=RestartPolicy(failures, job["feeder"]),
+    )
 
 
 def _outcome(plan: Plan, folder: RunFolder) -> Outcome:

@@ -13,7 +13,8 @@ from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.fit import Weights, fit
-from pipeline.model.foreign import ForeignBackbone, fit_foreign, read_safetensors
+from pipeline.model.foreign import ForeignBackbone
+from pipeline.model.foreign_weights import fit_foreign, read_safetensors
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
