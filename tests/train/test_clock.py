@@ -36,7 +36,7 @@ def steps(on: Clock, time: Time, count: int, wait: float, busy: float) -> None:
 
 def test_a_window_is_measured_and_a_new_one_begins(time: Time) -> None:
     on = Clock(0, 100, global_batch=64, flops_per_image=1e9, peak_flops=64e9)
-    steps(on, time, 10, wait=0.5, work=1.5)
+    steps(on, time, 10, wait=0.5, busy=1.5)
     assert on.read() == pytest.approx(
         {
             "perf/images_per_s": 32.0,
@@ -45,7 +45,7 @@ def test_a_window_is_measured_and_a_new_one_begins(time: Time) -> None:
             "perf/mfu": 0.5,
         }
     )
-    steps(on, time, 4, wait=0.0, work=1.0)
+    steps(on, time, 4, wait=0.0, busy=1.0)
     assert on.read()["perf/images_per_s"] == pytest.approx(64)
     assert on.read()["perf/data_wait_fraction"] == 0
 
@@ -59,12 +59,12 @@ def test_without_a_known_peak_there_is_no_mfu(time: Time) -> None:
 def test_the_eta_is_that_of_the_whole_run_without_its_start(time: Time) -> None:
     on = Clock(first_step=40, steps=100, global_batch=8, flops_per_image=1, peak_flops=0)
     assert on.eta() == "--"
-    steps(on, time, Clock.WARMUP_STEPS, wait=30, work=30)
+    steps(on, time, Clock.WARMUP_STEPS, wait=30, busy=30)
     assert on.eta() == "--"
-    steps(on, time, 5, wait=0, work=2)
+    steps(on, time, 5, wait=0, busy=2)
     assert on.eta() == "1m 40s"  # 50 steps are left, 2 s each
     assert on.summary() == pytest.approx({"images_per_s": 4.0, "data_wait_fraction": 0.0})
-    steps(on, time, 5, wait=2, work=0)
+    steps(on, time, 5, wait=2, busy=0)
     assert on.summary()["data_wait_fraction"] == pytest.approx(0.5)
     assert on.eta() == "1m 30s"
 
