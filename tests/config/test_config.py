@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
 from pipeline.config.sizes import SIZES
+from pipeline.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 FIELDS = dict(field_paths())
@@ -56,26 +57,21 @@ def test_fields_are_found_by_an_independent_walk() -> None:
     assert set(FIELDS) == flat
 
 
-@pytest.mark.parametrize("path", FIELDS)
-def test_every_field_has_a_line_of_documentation(path: str) -> None:
-    text = FIELDS[path].description
-    assert text, f"{path} has no description"
-    assert "\n" not in text
-    assert len(text) < 140
+def test_every_field_has_a_line_of_documentation() -> None:
+    texts = {path: field.description or "" for path, field in FIELDS.items()}
+    assert not [path for path, text in texts.items() if not text]
+    assert not [path for path, text in texts.items() if "\n" in text or len(text) >= 140]
 
 
-@pytest.mark.parametrize("path", NUMBERS)
-def test_every_number_has_a_bound_and_is_finite(path: str) -> None:
-    default = FIELDS[path].default
-    count = len(default) if isinstance(default, tuple) else 0
-
-    def given(number: float) -> object:
-        return [number] * count if count else number
-
-    assert refused(path, given(math.nan)), f"{path} takes NaN"
-    assert refused(path, given(math.inf)), f"{path} takes infinity"
-    if path not in UNBOUNDED:
-        assert refused(path, given(-1)), f"{path} takes -1"
+def test_every_number_has_a_bound_and_is_finite() -> None:
+    taken = []
+    for path in NUMBERS:
+        default = FIELDS[path].default
+        count = len(default) if isinstance(default, tuple) else 0
+        for number in (math.nan, math.inf, *([] if path in UNBOUNDED else [-1])):
+            if not refused(path, [number] * count if count else number):
+                taken.append(f"{path} takes {number}")
+    assert not taken, "\n".join(taken)
 
 
 def test_values_never_change() -> None:
@@ -86,136 +82,130 @@ def test_values_never_change() -> None:
         config.optim = config.optim  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(
-    "section",
-    [Config, *(type(x) for _, x in Config() if isinstance(x, BaseModel))],
-    ids=lambda m: m.__name__,
-)
-def test_every_section_is_strict_and_documented(section: type[BaseModel]) -> None:
-    assert section.model_config["extra"] == "forbid"
-    assert section.model_config["frozen"] is True
-    assert (section.__doc__ or "").strip()
+def test_every_section_is_strict_and_documented() -> None:
+    for section in (Config, *(type(x) for _, x in Config() if isinstance(x, BaseModel))):
+        assert section.model_config["extra"] == "forbid", section
+        assert section.model_config["frozen"] is True, section
+        assert (section.__doc__ or "").strip(), section
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["augment.global_scale=[0.9,0.2]"], "augment: global_scale must be two areas"),
-        (["augment.local_scale=[0,0.2]"], "augment: local_scale must be two areas 0 < low"),
-        (["augment.std=[1,0,1]"], "augment: std must be positive"),
-        (["model.width=100"], "model: width 100 is not a multiple of heads 6"),
-        (["loss.dino_weight=0", "loss.ibot_weight=0"], "nothing would be learnt"),
-        (["augment.mean=[0.5,0.5]"], "augment.mean has 2 numbers, but model.in_channels=3"),
-        (["model.in_channels=1"], "augment.mean has 3 numbers, but model.in_channels=1"),
-        (["objective=dino", "loss.ibot_weight=1"], "objective=dino has no iBOT"),
-        (["objective=dino", "loss.mask_probability=0.5"], "objective=dino hides nothing"),
-        (["objective=dino", "distill.teacher=runs/x"], "objective=dino has no frozen teacher"),
-        (["distill.teacher=x", "loss.mask_probability=0.5"], "distillation hides nothing"),
-        (["loss.mask_ratio=[0.5,0.1]"], "loss: mask_ratio must be low, high"),
-        (["loss.mask_probability=0"], "loss.ibot_weight is not 0 but loss.mask_probability is"),
-        (["optim.passes=2", "optim.steps=10"], "optim: give either passes or steps, not both"),
-        (
-            ["augment.global_size=225"],
-            "augment.global_size=225 is not a multiple of model.patch_size=14; the nearest is 224",
-        ),
-        (["augment.local_size=97"], "augment.local_size=97 is not a multiple"),
-        (["evaluate.image_size=50"], "evaluate.image_size=50 is not a multiple"),
-        (["curate.preset=balanced"], "does not know how many images to keep; set balance.images"),
-        (["curate.preset=lvd142m"], "there is none; set retrieve.seeds.<name>=shards"),
-        (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
-        (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
-        (["curate.against=runs/a"], "curate.against would be ignored: curate.preset is empty"),
-        (
-            ["curate.shards=x", "curate.copy_embedder=a.onnx", "dedup.guard=0.2"],
-            "curate.shards, curate.copy_embedder, dedup would be ignored: curate.preset is empty",
-        ),
-        (
-            [
-                "curate.preset=dedup",
-                "dedup.enabled=false",
-                "leaks.scope=components",
-                "leaks.sets.a=b",
-            ],
-            "leaks.scope=components needs the components that dedup finds",
-        ),
-        (
-            ["curate.preset=balanced", "balance.images=5", "balance.levels=[9,9]"],
-            "balance: levels must have fewer clusters each, finest first, got [9, 9]",
-        ),
-        (["curate.preset=dedup", "dedup.threshold=1.5"], "dedup.threshold: "),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)
-def test_fields_that_do_not_go_together(arguments: list[str], sentence: str) -> None:
-    from pipeline.errors import ConfigError
+APART = [
+    (["augment.global_scale=[0.9,0.2]"], "augment: global_scale must be two areas"),
+    (["augment.local_scale=[0,0.2]"], "augment: local_scale must be two areas 0 < low"),
+    (["augment.std=[1,0,1]"], "augment: std must be positive"),
+    (["model.width=100"], "model: width 100 is not a multiple of heads 6"),
+    (["loss.dino_weight=0", "loss.ibot_weight=0"], "nothing would be learnt"),
+    (["augment.mean=[0.5,0.5]"], "augment.mean has 2 numbers, but model.in_channels=3"),
+    (["model.in_channels=1"], "augment.mean has 3 numbers, but model.in_channels=1"),
+    (["objective=dino", "loss.ibot_weight=1"], "objective=dino has no iBOT"),
+    (["objective=dino", "loss.mask_probability=0.5"], "objective=dino hides nothing"),
+    (["objective=dino", "distill.teacher=runs/x"], "objective=dino has no frozen teacher"),
+    (["distill.teacher=x", "loss.mask_probability=0.5"], "distillation hides nothing"),
+    (["loss.mask_ratio=[0.5,0.1]"], "loss: mask_ratio must be low, high"),
+    (["loss.mask_probability=0"], "loss.ibot_weight is not 0 but loss.mask_probability is"),
+    (["optim.passes=2", "optim.steps=10"], "optim: give either passes or steps, not both"),
+    (
+        ["augment.global_size=225"],
+        "augment.global_size=225 is not a multiple of model.patch_size=14; the nearest is 224",
+    ),
+    (["augment.local_size=97"], "augment.local_size=97 is not a multiple"),
+    (["evaluate.image_size=50"], "evaluate.image_size=50 is not a multiple"),
+    (["curate.preset=balanced"], "does not know how many images to keep; set balance.images"),
+    (["curate.preset=lvd142m"], "there is none; set retrieve.seeds.<name>=shards"),
+    (["curate.preset=best"], "curate.preset: Input should be '', 'dedup', 'lvd142m'"),
+    (["balance.images=5"], "balance would be ignored: curate.preset is empty"),
+    (["curate.against=runs/a"], "curate.against would be ignored: curate.preset is empty"),
+    (
+        ["curate.shards=x", "curate.copy_embedder=a.onnx", "dedup.guard=0.2"],
+        "curate.shards, curate.copy_embedder, dedup would be ignored: curate.preset is empty",
+    ),
+    (
+        [
+            "curate.preset=dedup",
+            "dedup.enabled=false",
+            "leaks.scope=components",
+            "leaks.sets.a=b",
+        ],
+        "leaks.scope=components needs the components that dedup finds",
+    ),
+    (
+        ["curate.preset=balanced", "balance.images=5", "balance.levels=[9,9]"],
+        "balance: levels must have fewer clusters each, finest first, got [9, 9]",
+    ),
+    (["curate.preset=dedup", "dedup.threshold=1.5"], "dedup.threshold: "),
+]
 
-    with pytest.raises(ConfigError) as caught:
+
+def refusal(arguments: list[str]) -> str:
+    """Why a config is refused; empty where it is taken."""
+    try:
         load(arguments)
-    assert sentence in caught.value.what
-    assert len(caught.value.what.splitlines()) == 1
+    except ConfigError as error:
+        return error.what
+    return ""
+
+
+def test_fields_that_do_not_go_together() -> None:
+    for arguments, sentence in APART:
+        said = refusal(arguments)
+        assert sentence in said, f"{arguments}: {said!r}"
+        assert len(said.splitlines()) == 1, f"{arguments}: {said!r}"
 
 
 ON = ["curate.preset=dedup"]
 SEEDS = [*ON, "retrieve.seeds.a=b"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fields", "why"),
-    [
-        (
-            [*ON, "balance.floor=2", "balance.levels=[9,3]"],
-            "balance.levels, balance.floor",
-            "nothing",
-        ),
-        ([*ON, "retrieve.neighbours=9"], "retrieve.neighbours", "there is no seed set"),
-        ([*SEEDS, "retrieve.mode=sample", "retrieve.cap=9"], "retrieve.cap", "mode=sample"),
-        ([*SEEDS, "retrieve.mode=cluster", "retrieve.neighbours=9"], "retrieve.neighbours", "mode"),
-        ([*SEEDS, "retrieve.mode=sample", "retrieve.sample_above=9"], "retrieve.sample_above", "m"),
-        ([*ON, "mix.sample=0.5"], "mix.sample", "nothing is retrieved as neighbours"),
-        ([*ON, "mix.as_is=0.5"], "mix.as_is", "no seed images are kept"),
-        ([*SEEDS, "mix.pool=0.5"], "mix.pool", "retrieval or balance choose from the pool"),
-        ([*ON, "mix.balanced=0"], "mix.balanced", "nothing is balanced"),
-        ([*ON, "mix.by=proportion", "mix.pool=0.5"], "mix.by", "there is one part only (pool)"),
-        (
-            [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "retrieve.include=false"],
-            "mix.by",
-            "one part only (sample)",
-        ),
-        (
-            [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "mix.as_is=0"],
-            "mix.by",
-            "one part only (sample)",
-        ),
-        ([*ON, "leaks.threshold=0.5"], "leaks.threshold", "there is no evaluation set"),
-        (
-            [
-                *ON,
-                "dedup.threshold=0.8",
-                "dedup.false_positives=1e-7",
-                "dedup.calibration_images=9",
-            ],
-            "dedup.false_positives, dedup.calibration_images",
-            "set dedup.threshold=auto",
-        ),
-        ([*ON, "curate.embedder=runs/a"], "curate.embedder", "only retrieval and balance"),
-        ([*ON, "curate.image_size=96"], "curate.image_size", "a size of its own"),
-    ],
-)
-def test_curation_fields_that_nothing_would_read(
-    arguments: list[str], fields: str, why: str
-) -> None:
-    from pipeline.errors import ConfigError
+UNREAD = [
+    (
+        [*ON, "balance.floor=2", "balance.levels=[9,3]"],
+        "balance.levels, balance.floor",
+        "nothing",
+    ),
+    ([*ON, "retrieve.neighbours=9"], "retrieve.neighbours", "there is no seed set"),
+    ([*SEEDS, "retrieve.mode=sample", "retrieve.cap=9"], "retrieve.cap", "mode=sample"),
+    ([*SEEDS, "retrieve.mode=cluster", "retrieve.neighbours=9"], "retrieve.neighbours", "mode"),
+    ([*SEEDS, "retrieve.mode=sample", "retrieve.sample_above=9"], "retrieve.sample_above", "m"),
+    ([*ON, "mix.sample=0.5"], "mix.sample", "nothing is retrieved as neighbours"),
+    ([*ON, "mix.as_is=0.5"], "mix.as_is", "no seed images are kept"),
+    ([*SEEDS, "mix.pool=0.5"], "mix.pool", "retrieval or balance choose from the pool"),
+    ([*ON, "mix.balanced=0"], "mix.balanced", "nothing is balanced"),
+    ([*ON, "mix.by=proportion", "mix.pool=0.5"], "mix.by", "there is one part only (pool)"),
+    (
+        [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "retrieve.include=false"],
+        "mix.by",
+        "one part only (sample)",
+    ),
+    (
+        [*SEEDS, "mix.by=proportion", "retrieve.mode=sample", "mix.as_is=0"],
+        "mix.by",
+        "one part only (sample)",
+    ),
+    ([*ON, "leaks.threshold=0.5"], "leaks.threshold", "there is no evaluation set"),
+    (
+        [
+            *ON,
+            "dedup.threshold=0.8",
+            "dedup.false_positives=1e-7",
+            "dedup.calibration_images=9",
+        ],
+        "dedup.false_positives, dedup.calibration_images",
+        "set dedup.threshold=auto",
+    ),
+    ([*ON, "curate.embedder=runs/a"], "curate.embedder", "only retrieval and balance"),
+    ([*ON, "curate.image_size=96"], "curate.image_size", "a size of its own"),
+]
 
-    with pytest.raises(ConfigError) as caught:
-        load(arguments)
-    assert caught.value.what.startswith(f"{fields} would be ignored: ")
-    assert why in caught.value.what
-    assert len(caught.value.what.splitlines()) == 1
+
+def test_curation_fields_that_nothing_would_read() -> None:
+    for arguments, fields, why in UNREAD:
+        said = refusal(arguments)
+        assert said.startswith(f"{fields} would be ignored: "), f"{arguments}: {said!r}"
+        assert why in said, f"{arguments}: {said!r}"
+        assert len(said.splitlines()) == 1, f"{arguments}: {said!r}"
 
 
 def test_all_fields_that_nothing_would_read_are_told_at_once() -> None:
-    from pipeline.errors import ConfigError
-
     with pytest.raises(ConfigError) as caught:
         load([*ON, "balance.floor=2", "mix.sample=0.5", "leaks.scope=components"])
     assert [line.split()[0] for line in caught.value.what.splitlines()] == [
@@ -244,8 +234,6 @@ def test_curation_fields_that_are_read_or_are_defaults() -> None:
 
 
 def test_weights_of_parts() -> None:
-    from pipeline.errors import ConfigError
-
     mixed = [*SEEDS, "mix.as_is=3"]
     with pytest.raises(
         ConfigError, match=r"mix\.as_is=3 is no share: no image is repeated; set mix\.by"
@@ -277,20 +265,17 @@ def test_a_local_size_that_is_not_used_may_be_anything() -> None:
     assert load(["augment.local_crops=0", "augment.local_size=97"]).augment.local_crops == 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes_and_their_overrides(size: str) -> None:
-    assert load([f"model.size={size}"]).model.dimensions == SIZES[size]
-    changed = load([f"model.size={size}", "model.depth=3", "model.width=48", "model.heads=2"])
-    assert changed.model.dimensions == (48, 3, 2)
+def test_sizes_and_their_overrides() -> None:
+    for size, dimensions in SIZES.items():
+        assert load([f"model.size={size}"]).model.dimensions == dimensions
+        changed = load([f"model.size={size}", "model.depth=3", "model.width=48", "model.heads=2"])
+        assert changed.model.dimensions == (48, 3, 2), size
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads(recipe: Path) -> None:
-    config = load([str(recipe)])
-    assert config.run.name == recipe.stem
-    assert config.optim.passes or config.optim.steps, "a recipe says how long its run is"
-    assert recipe.read_text().startswith("#"), "a recipe starts with its card"
-
-
-def test_there_are_recipes() -> None:
+def test_every_recipe_loads() -> None:
     assert RECIPES
+    for recipe in RECIPES:
+        config = load([str(recipe)])
+        assert config.run.name == recipe.stem
+        assert config.optim.passes or config.optim.steps, f"{recipe} says no length of its run"
+        assert recipe.read_text().startswith("#"), f"{recipe} has no card on top"
