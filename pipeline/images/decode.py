@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 pixels, in one way for every stage. The rules are listed in docs/data.md.
+"""Encoded bytes to uint8 pixels, in one way for every stage. The rules are listed in docs/decoding.md.
 
 The rules, in order:
 

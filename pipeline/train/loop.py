@@ -3,7 +3,7 @@
 Ray's examples have `get_dataset_shard` and `train.report` in this place. A shard deals blocks out
 as workers ask, and our steps are fixed by `stream/order.py`, whatever the size of the group; a
 report keeps checkpoints in the records of one start of the job, and ours outlive it in the run
-folder (docs/design.md).
+folder (docs/decisions.md).
 """
 
 from __future__ import annotations

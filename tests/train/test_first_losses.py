@@ -1,4 +1,4 @@
-"""The losses of step 0 are what docs/training.md derives for them."""
+"""The losses of step 0 are what docs/objective.md derives for them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Each operation, one by one, against torchvision: 1,000 random draws on every road.
 
-The tolerances are those of the table in docs/data.md, in units of 1 (an 8-bit step is 3.9e-3).
+The tolerances are those of the table in docs/decoding.md, in units of 1 (an 8-bit step is 3.9e-3).
 """
 
 import functools
