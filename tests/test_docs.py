@@ -135,6 +135,13 @@ def test_a_document_is_a_few_pages_and_listed() -> None:
         assert path.name == "README.md" or f"]({path.name})" in listed, named(path)
 
 
+def test_each_room_is_on_the_map() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = [path.parent for path in (ROOT / "pipeline").glob("*/**/__init__.py")]
+    assert rooms
+    assert not [named(room) for room in rooms if f"| `{named(room)}/` |" not in text]
+
+
 def of_all_documents(faults: Callable[[Path], list[str]]) -> list[str]:
     return [f"{named(path)}: {fault}" for path in DOCS for fault in faults(path)]
 
