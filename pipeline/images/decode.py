@@ -1,4 +1,4 @@
-"""Encoded bytes to uint8 pixels, in one way for every stage. The rules are listed in docs/decoding.md.
+"""Encoded bytes to uint8 pixels, in one way for every stage. The rules: docs/decoding.md.
 
 The rules, in order:
 

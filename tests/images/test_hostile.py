@@ -98,7 +98,8 @@ def test_a_lower_limit_holds_for_every_kind_by_its_header(monkeypatch):
 
 def test_limits_are_lower_where_a_pixel_needs_more():
     million = 10**6
-    at_default = {3: 200, 4: 200, 7: 142, 9: 111, 12: 83, 15: 66, 17: 58, 20: 50}  # docs/decoding.md
+    # as docs/decoding.md says
+    at_default = {3: 200, 4: 200, 7: 142, 9: 111, 12: 83, 15: 66, 17: 58, 20: 50}
     for needs, limit in at_default.items():
         assert pixel_limit(200 * million, needs) // million == limit
         assert pixel_limit(2000 * million, needs) // (10 * million) == limit
