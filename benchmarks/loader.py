@@ -283,7 +283,7 @@ def packed(photos: str, folder: Path) -> Any:
     from pipeline.pack.pack import pack
 
     pack(photos, str(folder / "shards"), bad_images=str(folder / "bad.parquet"),
-         work=str(folder / "work"))  # fmt: skip
+         scratch=str(folder / "work"))  # fmt: skip
     return open_shards(str(folder / "shards"))
 
 

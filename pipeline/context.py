@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pipeline.config.config import Config
 from pipeline.driver import cluster
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.pack.listing import absolute_source
+from pipeline.pack.source_places import absolute_source
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.shards.columns import MANIFEST

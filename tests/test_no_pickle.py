@@ -187,7 +187,7 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
             str(tmp_path / "set"),
             str(tmp_path / "out"),
             bad_images=str(tmp_path / "bad.parquet"),
-            work=str(tmp_path / "work"),
+            scratch=str(tmp_path / "work"),
         )
     except PipelineError as error:
         assert column in ("image", "label"), error

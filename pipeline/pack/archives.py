@@ -24,7 +24,8 @@ from pyarrow import fs as pafs
 
 from pipeline.errors import StorageError
 from pipeline.images.kinds import HEAD, begins_like_an_image, is_zip, named_as_image
-from pipeline.pack.listing import Other, Refused, inside, left_out, readable
+from pipeline.pack.listing import Other, Refused, left_out, readable
+from pipeline.pack.source_places import inside
 from pipeline.pack.tar import DamagedTarError, Member, Tar
 from pipeline.storage.transfer import open_patiently
 

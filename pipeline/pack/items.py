@@ -17,8 +17,9 @@ from pipeline.errors import StorageError, shortened
 from pipeline.images.kinds import HEAD, begins_like_an_image, claims_images, is_unread_archive
 from pipeline.pack.archives import Content, read_archive, too_large
 from pipeline.pack.labels import Label, LabelFiles
-from pipeline.pack.listing import Other, Refused, inside, left_out, readable
-from pipeline.pack.sources import Task, extra_fields
+from pipeline.pack.listing import Other, Refused, left_out, readable
+from pipeline.pack.source_places import inside
+from pipeline.pack.sources import Reading, Task, extra_fields
 from pipeline.shards.classes import canonical, label_ids, label_kind, label_names
 from pipeline.shards.row_group import image_array
 from pipeline.storage.transfer import open_patiently, read_bytes
@@ -41,18 +42,6 @@ class Item:
     label: int | None = None
     class_name: str | None = None
     image_id: str = ""  # that a shard stores beside it
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read, the same for all of its tasks."""
-
-    image_column: str
-    label_column: str
-    max_image_bytes: int
-    extras: pa.Schema  # further columns of parquet files, as the shards will have them
-    labels: bool = True  # False: label columns are not looked at
-    label_member: str = ""  # see `labels.LabelFiles`; empty: no file holds a label
 
 
 # Items, and their extra columns in the order of the items (None: there are none).

@@ -1,7 +1,7 @@
 """What a pack has done, on storage: accounts of finished tasks, the manifest, the last report.
 
-`work` holds `plan.json` (the key of the pack under way), `runs/`, `shards/` (accounts of written
-shards) and, when it is finished, only `report.json`.
+The scratch folder holds `plan.json` (the key of the pack under way), `runs/` and `shards/`
+(accounts of finished tasks). When the pack is finished, it holds only `report.json`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from pyarrow import fs as pafs
 
 from pipeline.errors import DataError, StorageError
 from pipeline.images.value_range import FULL, ValueRange, from_json
-from pipeline.pack.listing import Listing, Other, Refused, source_places
+from pipeline.pack.listing import Listing
 from pipeline.pack.merge import ROW_GROUP_BYTES, shard_name
+from pipeline.pack.report import PackReport
 from pipeline.pack.sorted_runs import PackSpec
-from pipeline.shards.columns import BAD_IMAGE_SCHEMA, MANIFEST, SCHEMA_VERSION, is_ours
+from pipeline.shards.columns import MANIFEST, SCHEMA_VERSION, is_ours
 from pipeline.shards.shards import open_shards
 from pipeline.storage.claim import ClaimedFolder
 from pipeline.storage.places import (
@@ -42,7 +42,6 @@ from pipeline.storage.transfer import (
     read_json,
     read_mark,
     write_bytes_atomic,
-    write_parquet_atomic,
 )
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
@@ -51,46 +50,6 @@ _INTERMEDIATE = re.compile(
     r"|\.(task|shard)-[\d-]+\.(json|bin|parquet)\.[0-9a-f]{8}\.tmp"
 )
 _LEFTOVER = re.compile(r"\.(part-\d{5,}\.parquet|_manifest\.json)\.[0-9a-f]{8}\.tmp")
-
-
-@dataclass(frozen=True)
-class PackReport:
-    """What a pack did. images_in == images_packed + duplicates + the sum of bad."""
-
-    images_in: int
-    images_packed: int
-    duplicates: int  # byte for byte equal to an image that was packed
-    bad: dict[str, int]  # reason: count
-    bytes: int  # of all shards
-    shards: int
-    digest: str
-    class_names: tuple[str, ...]
-    seconds: float
-    retries: int = 0  # remote calls that were tried again
-    # files that are no images, by reason
-    others: dict[str, int] = dataclasses.field(default_factory=dict)
-    value_range: ValueRange = FULL  # of deep images, that becomes 0 to 255
-    used_range: ValueRange | None = None  # of the values that they have; None: there are none
-
-
-def check_places(source: str, outputs: Mapping[str, str], field: str = "data.source") -> None:
-    """Refuse outputs inside the source: a second run would pack what the first one wrote.
-
-    Args:
-        source: what is packed.
-        outputs: places by what names them, such as `data.shards`.
-        field: of the config, that names the source.
-
-    Raises:
-        DataError: an output lies in the source, or there is no such source.
-    """
-    places = source_places(source, field)
-    for name, uri in outputs.items():
-        if any(place.holds(*resolve_uri(uri)) for place in places):
-            raise DataError(
-                f"{name}={public_uri(uri)} lies inside the source {public_uri(source)}",
-                hint="choose data.shards and run.folder beside it; the source is only read.",
-            )
 
 
 def key_of(listing: Listing, arguments: Sequence[Any]) -> str:
@@ -108,15 +67,15 @@ def _write_json(value: Any, fs: pafs.FileSystem, path: str) -> None:
     write_bytes_atomic(json.dumps(value, indent=1, ensure_ascii=False).encode(), fs, path)
 
 
-def finished(work: str, key: str, shards: str) -> PackReport | None:
+def finished(scratch: str, key: str, shards: str) -> PackReport | None:
     """The report of the same pack, if it was finished and its shards are still there."""
-    fs, folder = resolve_uri(work)
+    fs, folder = resolve_uri(scratch)
     stored = read_mark(fs, f"{folder}/report.json")
     if stored.get("key") != key:
         return None
     try:
         report = stored["report"]
-        found = PackReport(
+        last = PackReport(
             **report
             | {"class_names": tuple(report["class_names"])}
             | {
@@ -124,7 +83,7 @@ def finished(work: str, key: str, shards: str) -> PackReport | None:
                 "used_range": from_json(report.get("used_range")),
             }
         )
-        return found if open_shards(shards).digest == found.digest else None
+        return last if open_shards(shards).digest == last.digest else None
     except StorageError:
         raise
     except (DataError, KeyError, TypeError):  # shards or report are not what was written
@@ -138,15 +97,15 @@ def unfinished(shards: str) -> bool:
     return MANIFEST not in names and any(map(_PART.fullmatch, names))
 
 
-def start(work: str, key: str, form: int, source: str, held: ClaimedFolder) -> list[str]:
+def start(scratch: str, key: str, form: int, source: str, claim: ClaimedFolder) -> list[str]:
     """Make the folders ready: kept where the same pack is under way, emptied of ours otherwise.
 
     Args:
-        work: folder of the intermediate files.
+        scratch: folder of the intermediate files.
         key: of the pack.
         form: of the intermediate files; those of another form are not gone on with.
         source: as it stands in the manifest.
-        held: the folder of the shards.
+        claim: the folder of the shards.
 
     Returns:
         Shards that are there, of which `drop` takes away those that are not written again.
@@ -154,16 +113,16 @@ def start(work: str, key: str, form: int, source: str, held: ClaimedFolder) -> l
     Raises:
         DataError: the output folder holds shards of another source, or parquet files of others.
     """
-    fs, folder = resolve_uri(work)
+    fs, folder = resolve_uri(scratch)
     under_way = f"{key}.{form}"
     goes_on = read_mark(fs, f"{folder}/plan.json").get("key") == under_way
     finished_before = read_mark(fs, f"{folder}/report.json").get("key") == key
-    old = replaceable(held, public_uri(source), own=goes_on or finished_before)
-    held.begun = True
+    old = replaceable(claim, public_uri(source), own=goes_on or finished_before)
+    claim.begun = True
     if goes_on:
         return old
     for path in old:
-        delete_file(held.fs, path)
+        delete_file(claim.fs, path)
     _clean(fs, folder)
     for name in ("runs", "shards"):
         make_folder(fs, f"{folder}/{name}")
@@ -171,30 +130,31 @@ def start(work: str, key: str, form: int, source: str, held: ClaimedFolder) -> l
     return []
 
 
-def drop(held: ClaimedFolder, stale: Sequence[str], written: Sequence[dict[str, Any]]) -> None:
+def drop(claim: ClaimedFolder, stale: Sequence[str], written: Sequence[dict[str, Any]]) -> None:
     """Deletes the old shards whose names were not written again."""
     names = {account["name"] for account in written if account["rows"]}
     for path in stale:
         if path.rpartition("/")[2] not in names:
-            delete_file(held.fs, path)
+            delete_file(claim.fs, path)
 
 
-def replaceable(held: ClaimedFolder, source: str, *, own: bool) -> list[str]:
+def replaceable(claim: ClaimedFolder, source: str, *, own: bool) -> list[str]:
     """The old shards in a folder that may go; the manifest that lists them is taken away.
 
     Args:
-        held: the folder.
+        claim: the folder.
         source: as it stands in the manifest.
         own: these very shards were being written, or were finished, by who asks.
 
     Raises:
         DataError: the folder holds shards of another source, or parquet files of others.
     """
-    parts = check_replaceable(held.uri, source, own=own or held.inherited, look=True)
-    manifest = f"{held.folder}/{MANIFEST}"
-    if file_info(held.fs, manifest).is_file:
-        held.check()
-        delete_file(held.fs, manifest)  # first, so that a half emptied folder is none that is whole
+    parts = check_replaceable(claim.uri, source, own=own or claim.inherited, look=True)
+    manifest = f"{claim.folder}/{MANIFEST}"
+    if file_info(claim.fs, manifest).is_file:
+        claim.check()
+        # first, so that a half emptied folder is none that is whole
+        delete_file(claim.fs, manifest)
     return parts
 
 
@@ -237,9 +197,9 @@ def check_replaceable(uri: str, source: str, *, own: bool, look: bool = False) -
     return [str(info.path) for info in parts]
 
 
-def begun(work: str) -> bool:
+def begun(scratch: str) -> bool:
     """Whether a pack with this folder of intermediate files was begun, or finished."""
-    fs, folder = resolve_uri(work)
+    fs, folder = resolve_uri(scratch)
     return any(read_mark(fs, f"{folder}/{name}.json") for name in ("plan", "report"))
 
 
@@ -277,24 +237,24 @@ def _clean(fs: pafs.FileSystem, folder: str) -> None:
 
 
 def accounts(
-    work: str, kind: str, see: Callable[[dict[str, Any]], None] | None = None
+    scratch: str, kind: str, see: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[int, dict[str, Any]]:
     """Accounts of finished tasks by index; `kind` is "runs" or "shards".
 
     Args:
-        work: folder of intermediate files.
+        scratch: folder of intermediate files.
         kind: of the tasks.
         see: called with each one when it has been read; may take out what is large.
     """
-    fs, folder = resolve_uri(work)
-    found: dict[int, dict[str, Any]] = {}
+    fs, folder = resolve_uri(scratch)
+    by_index: dict[int, dict[str, Any]] = {}
     for info in list_files(fs, f"{folder}/{kind}", recursive=False):
         account = read_mark(fs, info.path) if info.extension == "json" else {}
         if "index" in account:
             if see is not None:
                 see(account)
-            found[account["index"]] = account
-    return found
+            by_index[account["index"]] = account
+    return by_index
 
 
 def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
@@ -302,32 +262,10 @@ def written(spec: PackSpec) -> dict[int, dict[str, Any]]:
     fs, folder = resolve_uri(spec.shards)
     return {
         index: account
-        for index, account in accounts(spec.work, "shards").items()
+        for index, account in accounts(spec.scratch, "shards").items()
         if not account["rows"]
         or file_info(fs, f"{folder}/{shard_name(index)}").size == account["bytes"]
     }
-
-
-def write_bad_images(bad: Sequence[Refused], uri: str) -> None:
-    """Write the bad image table, sorted by source."""
-    rows = sorted(
-        (item.source, item.image_id or "", "pack", item.reason, item.detail) for item in bad
-    )
-    columns = list(zip(*rows, strict=True)) or [()] * len(BAD_IMAGE_SCHEMA)
-    columns[1] = tuple(name or None for name in columns[1])
-    arrays = [pa.array(c, f.type) for c, f in zip(columns, BAD_IMAGE_SCHEMA, strict=True)]
-    write_parquet_atomic(
-        pa.table(arrays, schema=BAD_IMAGE_SCHEMA), *resolve_uri(uri), row_group_size=65_536
-    )
-
-
-def write_other_files(others: Sequence[Other], uri: str) -> None:
-    """Write the table of files that are no images, sorted by source."""
-    rows = sorted(dataclasses.astuple(item) for item in others)
-    names = ("source", "reason", "detail")
-    columns = [pa.array([row[i] for row in rows], pa.string()) for i in range(len(names))]
-    table = pa.table(columns, names=list(names))
-    write_parquet_atomic(table, *resolve_uri(uri), row_group_size=65_536)
 
 
 def write_manifest(
@@ -362,9 +300,9 @@ def write_manifest(
     return digest.hexdigest()
 
 
-def finish(work: str, key: str, shards: str, report: PackReport) -> None:
+def finish(scratch: str, key: str, shards: str, report: PackReport) -> None:
     """Keep the report, remove intermediates and what killed tasks left behind."""
-    fs, folder = resolve_uri(work)
+    fs, folder = resolve_uri(scratch)
     _clean(fs, folder)
     _write_json({"key": key, "report": dataclasses.asdict(report)}, fs, f"{folder}/report.json")
     fs, folder = resolve_uri(shards)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from pipeline.errors import DataError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.pack.sorted_runs import PackSpec
+from pipeline.pack.sources import Plan
+from pipeline.shards.classes import Classes
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, shard_metadata
 from pipeline.storage.places import file_info, resolve_uri, retries, with_retries
 from pipeline.storage.transfer import parquet_writer_atomic, read_bytes, write_bytes_atomic
@@ -39,6 +43,62 @@ class Merge:
     value_range: ValueRange = FULL
 
 
+def merge_of(
+    plan: Plan,
+    read: Sequence[dict[str, Any]],
+    labels: str,
+    shard_bytes: int,
+    source: str,
+    value_range: ValueRange,
+) -> Merge:
+    """Decide classes and the number of shards from all that was read.
+
+    Args:
+        plan: of the reading tasks.
+        read: their accounts.
+        labels: as `PackOptions.labels`.
+        shard_bytes: about the size of a shard.
+        source: for sentences.
+        value_range: that the shards note.
+
+    Raises:
+        DataError: label ids of several files that cannot be brought together.
+    """
+    size = sum(run["bytes"] for account in read for run in account["runs"])
+    shards = max(1, math.ceil(size / shard_bytes))
+    if labels == "none":
+        return Merge(shards, (), {}, {}, (), labels=False, value_range=value_range)
+    for account in read:
+        names = plan.name_lists[account["names"]] if account["names"] >= 0 else ()
+        if names and account["max_label"] >= len(names):
+            raise DataError(
+                f"a label is {account['max_label']} but {plan.tasks[account['index']].paths[0]} "
+                f"names only {len(names)} classes",
+                hint="correct the file, or pack without labels: data.labels=none.",
+            )
+    all_folders = sorted({folder for account in read for folder in account["folders"]})
+    folders = all_folders if labels == "folder" or len(all_folders) > 1 else []
+    named = sorted({name for account in read for name in account["class_names"]})
+    with_ids = {account["names"] >= 0 for account in read if account["max_label"] >= 0}
+    if False in with_ids and (folders or named or True in with_ids):
+        raise DataError(
+            f"{source} has label ids without class names beside images with named classes",
+            hint="pack them apart, or without labels: data.labels=none.",
+        )
+    used = {account["names"] for account in read}
+    lists = [names if i in used else () for i, names in enumerate(plan.name_lists)]
+    classes = Classes.of([*lists, folders, named])
+    return Merge(
+        shards,
+        classes.names,
+        {name: classes.index[name] for name in named},
+        {name: classes.index[name] for name in folders},
+        tuple(tuple(classes.ids(names).tolist()) for names in lists),
+        labels=True,
+        value_range=value_range,
+    )
+
+
 def shard_name(index: int) -> str:
     """The file name of a shard."""
     return f"part-{index:05d}.parquet"
@@ -58,11 +118,11 @@ def shard_of(image_id: str, shards: int) -> int:
 def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     """Write shard `index` and return (and store, last) its account; no rows, no file."""
     before = retries()
-    work_fs, scratch = resolve_uri(spec.work)
+    scratch_fs, scratch = resolve_uri(spec.scratch)
     fs, folder = resolve_uri(spec.shards)
-    runs = json.loads(read_bytes(work_fs, f"{scratch}/runs.json"))
+    runs = json.loads(read_bytes(scratch_fs, f"{scratch}/runs.json"))
     low, high = id_range(index, merge.shards)
-    parts = [_rows_of(work_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
+    parts = [_rows_of(scratch_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
     rows, duplicates = _unique(pa.concat_tables(parts))
     account: dict[str, Any] = {
         "index": index,
@@ -76,7 +136,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     if rows.num_rows:
         labels = _labels(rows, [run["names"] for run in runs], merge)
-        images = _Images(work_fs, [run["path"] for run in runs], rows)
+        images = _Images(scratch_fs, [run["path"] for run in runs], rows)
         schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
         schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
         path = f"{folder}/{account['name']}"
@@ -97,7 +157,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     account["digest"] = digest.hexdigest()
     account["retries"] = retries() - before
     stored = json.dumps(account).encode()
-    write_bytes_atomic(stored, work_fs, f"{scratch}/shards/shard-{index:06d}.json")
+    write_bytes_atomic(stored, scratch_fs, f"{scratch}/shards/shard-{index:06d}.json")
     return account
 
 

@@ -18,10 +18,10 @@ from pyarrow import fs as pafs
 
 from pipeline.images.decode import BadImage, decode_measured
 from pipeline.images.value_range import FULL, Span, ValueRange, smallest
-from pipeline.pack.items import Item, Reading, read_task
+from pipeline.pack.items import Item, read_task
 from pipeline.pack.labels import Label, label_of
 from pipeline.pack.listing import Other, Refused
-from pipeline.pack.sources import Task
+from pipeline.pack.sources import Reading, Task
 from pipeline.shards.columns import image_id
 from pipeline.storage.places import resolve_uri, retries
 from pipeline.storage.transfer import (
@@ -56,7 +56,7 @@ class PackSpec:
     source: str  # a place in its file system
     root: str  # of the source, in its file system
     shards: str
-    work: str
+    scratch: str  # folder of the intermediate files
     reading: Reading
     max_pixels: int
     row_group_images: int
@@ -102,7 +102,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     """
     before = retries()
     fs, _ = resolve_uri(spec.source)
-    work_fs, scratch = resolve_uri(spec.work)
+    scratch_fs, scratch = resolve_uri(spec.scratch)
     name = f"{scratch}/runs/task-{index:06d}"
     account: dict[str, Any] = {
         "index": index,
@@ -121,7 +121,7 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         nonlocal run
         if run.rows:
             path = f"{name}-{len(account['runs']):04d}"
-            rows, size, duplicates = _write_run(run, spec.extras, work_fs, path)
+            rows, size, duplicates = _write_run(run, spec.extras, scratch_fs, path)
             account["runs"].append({"path": path, "rows": rows, "bytes": size, "names": task.names})
             account["duplicates"] += duplicates
             labels.runs.append(path)
@@ -156,14 +156,14 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         if run.bytes >= spec.run_bytes:
             flush()
     flush()
-    labels.write(work_fs)
+    labels.write(scratch_fs)
     account["others"] += labels.others()
     account["folders"] = sorted(labels.folders)
     account["class_names"] = sorted(labels.class_names)
     account["max_label"] = labels.largest
     account["spans"] = {name: dataclasses.asdict(span) for name, span in spans.items()}
     account["retries"] = retries() - before
-    write_bytes_atomic(json.dumps(account).encode(), work_fs, f"{name}.json")
+    write_bytes_atomic(json.dumps(account).encode(), scratch_fs, f"{name}.json")
     return account
 
 

@@ -5,6 +5,7 @@ Parquet files are sets of images, archives hold images, and every other file is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from pyarrow import fs as pafs
 from pipeline.errors import DataError, StorageError
 from pipeline.images.kinds import is_archive, is_table, named_as_image
 from pipeline.pack.labels import LabelFiles, names_of
-from pipeline.pack.listing import Entry, Listing, Other, Refused, inside, list_source, readable
-from pipeline.pack.once import once
+from pipeline.pack.listing import Listing, Other, Refused, list_source, readable
+from pipeline.pack.source_places import Entry, inside
 from pipeline.shards.columns import (
     IMAGE_SHARD_SCHEMA,
     MANIFEST,
@@ -28,6 +29,7 @@ from pipeline.shards.columns import (
     is_image_type,
     is_ours,
 )
+from pipeline.storage.once import once
 from pipeline.storage.places import public_uri, resolve_uri
 from pipeline.storage.transfer import open_patiently
 
@@ -36,6 +38,19 @@ __all__ = ["Listing", "Other", "Plan", "Refused", "Task", "list_source", "plan_t
 TASK_BYTES = 64 * 2**20  # of source in one task: small enough for a small machine and for a retry
 TASK_FILES = 1000
 HARD = 2  # times both limits, after which images of one label file are cut as well
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read, the same for all of its tasks."""
+
+    image_column: str
+    label_column: str
+    max_image_bytes: int
+    labels: bool = True  # False: label columns are not looked at
+    label_member: str = ""  # see `labels.LabelFiles`; empty: no file holds a label
+    # further columns of parquet files, as the shards will have them: known when all is planned
+    extras: pa.Schema = dataclasses.field(default_factory=lambda: pa.schema([]))
 
 
 @dataclass(frozen=True)
@@ -64,45 +79,26 @@ class Plan:
     images: int  # that files and tables seem to hold; 0 where there are archives: not known
 
 
-def plan_tasks(
-    uri: str,
-    listing: Listing,
-    image_column: str,
-    label_column: str,
-    max_image_bytes: int,
-    label_member: str = "",
-    labels: bool = True,
-    fit: bool = True,
-) -> Plan:
+def plan_tasks(uri: str, listing: Listing, reading: Reading, fit: bool = True) -> Plan:
     """Cut a listing into tasks; footers of parquet files are read here.
 
-    Without `labels` the label columns of parquet files are not looked at. With `fit`, columns whose
-    type differs between files are read: whether one type holds all their values.
+    With `fit`, columns whose type differs between files are read: whether one type holds all their
+    values.
 
     Raises:
         DataError: a parquet file without usable columns, an unfinished pack, or extra columns of
             the same name that do not fit together.
     """
-    settings = (image_column, label_column, max_image_bytes, label_member, labels, fit)
 
     def planned() -> tuple[Listing, Plan]:  # the listing is kept, so that its id stays its own
-        return listing, _planned(uri, listing, *settings)
+        return listing, _planned(uri, listing, reading, fit)
 
-    return once(("plan", uri, id(listing), *settings), planned)[1]
+    return once(("plan", uri, id(listing), reading, fit), planned)[1]
 
 
-def _planned(
-    uri: str,
-    listing: Listing,
-    image_column: str,
-    label_column: str,
-    max_image_bytes: int,
-    label_member: str,
-    labels: bool,
-    fit: bool,
-) -> Plan:
-    tables = _Tables(uri, listing, image_column, label_column, labels)
-    label_files = LabelFiles(label_member)
+def _planned(uri: str, listing: Listing, reading: Reading, fit: bool) -> Plan:
+    tables = _Tables(uri, listing, reading)
+    label_files = LabelFiles(reading.label_member)
     keys = {label_files.key(entry.path) for entry in listing.entries} - {None}
     refused = [*listing.refused, *tables.refused]
     tasks = list(tables.tasks)
@@ -114,11 +110,11 @@ def _planned(
         if is_archive(entry.path):
             tasks.append(Task("archive", (entry.path,)))
             continue
-        if entry.size > max_image_bytes and named_as_image(entry.path):
-            detail = f"{entry.size} bytes, at most {max_image_bytes} are read"
+        if entry.size > reading.max_image_bytes and named_as_image(entry.path):
+            detail = f"{entry.size} bytes, at most {reading.max_image_bytes} are read"
             refused.append(Refused(readable(entry.path), "too_large", detail))
             continue
-        kind = "large" if entry.size > max_image_bytes else "files"
+        kind = "large" if entry.size > reading.max_image_bytes else "files"
         batch, same = batches[kind], key == last
         beside = beside if same else []
         limit = HARD if same else 1  # an image is read by a task that reads its label
@@ -169,10 +165,8 @@ def _by_label(entries: Sequence[Entry], label_files: LabelFiles) -> Iterator[tup
 class _Tables:
     """The parquet files of a listing: tasks, and what is wrong with the others."""
 
-    def __init__(
-        self, uri: str, listing: Listing, image_column: str, label_column: str, labels: bool
-    ) -> None:
-        self.labels = labels
+    def __init__(self, uri: str, listing: Listing, reading: Reading) -> None:
+        self.labels = reading.labels
         self.tasks: list[Task] = []
         self.refused: list[Refused] = []
         self.others: list[Other] = []
@@ -197,8 +191,8 @@ class _Tables:
                     "packing was not finished",
                     hint="finish that pack first, or name the files as folder/part-*.parquet.",
                 )
-            columns = ("image", "label") if own else (image_column, label_column)
-            self._add(entry, footer, own, columns)
+            named = reading.image_column, reading.label_column
+            self._add(entry, footer, own, ("image", "label") if own else named)
 
     def joined(self, uri: str, listing: Listing, fit: bool) -> pa.Schema:
         """The further columns of all files, of types that hold every value.
@@ -206,11 +200,11 @@ class _Tables:
         Raises:
             DataError: there is no such type for a column.
         """
-        found, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
+        schema, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
         for entry, kept in self.kept if fit else ():
             place = inside(listing.root, entry.path)
-            check_fit(readable(entry.path), partial(_opened, fs, place), kept, found)
-        return found
+            check_fit(readable(entry.path), partial(_opened, fs, place), kept, schema)
+        return schema
 
     def _add(
         self,

@@ -18,12 +18,12 @@ from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
-from pipeline.pack.once import forget, looked_up_once
 from pipeline.report.page import Table
 from pipeline.report.run_report import run_report
 from pipeline.stages import curate, evaluate, export, pack, pretrain
 from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
+from pipeline.storage.once import forget, looked_up_once
 from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
 from pipeline.track.driver import Pipeline, open_pipeline

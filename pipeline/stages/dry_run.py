@@ -10,7 +10,6 @@ from pipeline.context import Context, packed_uri, shards_uri, with_packed_sets
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate.sets import remarks
-from pipeline.pack.once import looked_up_once
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import resolve
 from pipeline.shards.shards import ShardSet, open_shards
@@ -21,6 +20,7 @@ from pipeline.stages.evaluate import chosen
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.stages.surroundings import machine_of, size_of, try_writing
+from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build, start, state

@@ -10,8 +10,9 @@ from pipeline.context import BUILTIN, labels_of
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate.labels import Kind, Labels
 from pipeline.images.kinds import named_as_image
-from pipeline.pack.listing import Listing, absolute_source, inside, list_source
-from pipeline.pack.sources import Plan, plan_tasks
+from pipeline.pack.listing import Listing, list_source
+from pipeline.pack.source_places import absolute_source, inside
+from pipeline.pack.sources import Plan, Reading, plan_tasks
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import resolve_uri
@@ -122,16 +123,8 @@ def _source(config: Config, field: str, uri: str, packed: bool) -> KnownSet:
     limit = int(data.max_image_mb * 2**20)
     labels = labels_of(config, field)
     member = data.label_member if labels == "auto" else ""
-    plan = plan_tasks(
-        source,
-        listing,
-        data.image_column,
-        data.label_column,
-        limit,
-        member,
-        labels=labels != "none",
-        fit=not packed,
-    )
+    reading = Reading(data.image_column, data.label_column, limit, labels != "none", member)
+    plan = plan_tasks(source, listing, reading, fit=not packed)
     kind, names = _labels(labels, plan, listing)
     return KnownSet(
         Labels(f"{field}={public(source)}", kind, names),

@@ -11,9 +11,10 @@ from pipeline.context import BUILTIN, Context, is_shards, labels_of, packed_uri,
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
-from pipeline.pack import ledger
-from pipeline.pack.listing import Listing, absolute_source, list_source
-from pipeline.pack.pack import PackReport, pack
+from pipeline.pack import ledger, source_places
+from pipeline.pack.listing import Listing, list_source
+from pipeline.pack.pack import PackOptions, PackReport, pack
+from pipeline.pack.source_places import absolute_source
 from pipeline.shards.shards import open_shards
 from pipeline.stages.known_sets import builtin_part
 from pipeline.storage.claim import Owner, check_unclaimed
@@ -69,7 +70,7 @@ def check_places(config: Config, folder: RunFolder) -> None:
             fields = {"data.shards": shards} if named else {}
             places = fields | {"run.folder": str(folder.at("pack"))}
             source = absolute_source(source)
-            ledger.check_places(source, places, FIELDS[name])
+            source_places.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
             work_place = absolute_uri(str(folder.at("pack", f"work_{name}")))
             ledger.check_source(shards, public(source))
@@ -124,30 +125,37 @@ def intact(context: Context) -> bool:
     return True
 
 
+def _options(config: Config, field: str) -> PackOptions:
+    """How the source that this field names is packed."""
+    data = config.data
+    return PackOptions(
+        image_column=data.image_column,
+        label_column=data.label_column,
+        labels=labels_of(config, field),
+        max_bad_fraction=data.max_bad_fraction,
+        max_pixels=data.max_image_pixels,
+        max_image_bytes=int(data.max_image_mb * 2**20),
+        channels=config.model.in_channels,
+        value_range=data.range,
+        shard_bytes=int(data.shard_mb * 2**20),
+        row_group_images=data.row_group_images,
+        label_member=data.label_member,
+        follow_links=data.follow_links,
+    )
+
+
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Packs all sources; the numbers of the training set are the stage's metrics."""
-    data = context.config.data
     summary: dict[str, Any] = {}
     for name, (source, shards) in sources(context).items():
         now(f"pack: {name}, listing the source")
         report = pack(
             source,
             shards,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            labels=labels_of(context.config, FIELDS[name]),
-            max_bad_fraction=data.max_bad_fraction,
-            max_pixels=data.max_image_pixels,
-            channels=context.config.model.in_channels,
-            value_range=data.range,
-            max_image_bytes=int(data.max_image_mb * 2**20),
-            shard_bytes=int(data.shard_mb * 2**20),
-            row_group_images=data.row_group_images,
+            _options(context.config, FIELDS[name]),
             bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
             other_files=str(_other_files(context, name)),
-            work=str(context.folder.at("pack", f"work_{name}")),
-            label_member=data.label_member,
-            follow_links=data.follow_links,
+            scratch=str(context.folder.at("pack", f"work_{name}")),
             field=FIELDS[name],
             on_progress=partial(_progress, name),
         )

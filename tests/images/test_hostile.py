@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from PIL import Image
 from pipeline.images.bad_image import pixel_limit
 from pipeline.images.decode import BadImage, decode, decode_shrunk, image_size
 from pipeline.pack import pack as packing
-from pipeline.pack.items import Reading
-from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, pack
+from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, PackOptions, pack
 from pipeline.pack.sorted_runs import PackSpec, write_runs
-from pipeline.pack.sources import list_source, plan_tasks
+from pipeline.pack.sources import Reading, list_source, plan_tasks
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.views.crops import (
@@ -176,8 +176,9 @@ def test_a_reading_task_takes_the_good_and_lists_the_rest(tmp_path, fill):
     odd = fill(root)
     before = files_under(tmp_path)
     listing = list_source(str(root))
-    plan = plan_tasks(str(root), listing, "image", "label", MAX_IMAGE_BYTES)
-    reading = Reading("image", "label", MAX_IMAGE_BYTES, plan.extras)
+    reading = Reading("image", "label", MAX_IMAGE_BYTES)
+    plan = plan_tasks(str(root), listing, reading)
+    reading = replace(reading, extras=plan.extras)
     spec = PackSpec(str(root), listing.root, str(tmp_path / "shards"), str(work), reading,
                     200_000_000, 256, RUN_BYTES, ())  # fmt: skip
     bad = {item.source: item.reason for item in plan.refused}
@@ -207,9 +208,10 @@ def check_pack(tmp_path: Path, fill) -> None:
     root.mkdir()
     odd = fill(root)
     before = files_under(tmp_path)
-    report = pack(str(root), str(tmp_path / "out" / "shards"), max_bad_fraction=1.0,
+    report = pack(str(root), str(tmp_path / "out" / "shards"),
+                  PackOptions(max_bad_fraction=1.0),
                   bad_images=str(tmp_path / "out" / "bad.parquet"),
-                  work=str(tmp_path / "out" / "work"))  # fmt: skip
+                  scratch=str(tmp_path / "out" / "work"))  # fmt: skip
     assert report.images_packed == len(GOOD) and report.duplicates == 0
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
     left = pq.read_table(tmp_path / "out" / "other_files.parquet").to_pylist()

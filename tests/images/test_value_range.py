@@ -9,7 +9,6 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -29,10 +28,9 @@ from pipeline.images.value_range import (
     sentence,
     to_bytes,
 )
-from pipeline.pack.items import Reading
 from pipeline.pack.listing import list_source
 from pipeline.pack.sorted_runs import PackSpec, write_runs
-from pipeline.pack.sources import plan_tasks
+from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import open_shards
 
@@ -214,8 +212,8 @@ def test_packing_finds_one_range_whatever_the_tasks_and_their_order(tmp_path):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(pillow(values(2000 + 10 * i, seed=i), "PNG"))
     listing = list_source(str(source))
-    (task,) = plan_tasks(str(source), listing, "image", "label", 2**20).tasks
-    reading = Reading("image", "label", 2**20, pa.schema([]))
+    reading = Reading("image", "label", 2**20)
+    (task,) = plan_tasks(str(source), listing, reading).tasks
     accounts = []
     for number, paths in enumerate((task.paths, task.paths[:13], task.paths[13:])):
         work = tmp_path / f"w{number}"
@@ -236,7 +234,7 @@ def eight_bits(tmp_path, packing):
     """A pack of a plain JPEG: `full`, and no range that is used. Also what is said of it."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.jpg").write_bytes(pillow(values(255, dtype="u1"), "JPEG"))
-    places = {"bad_images": str(tmp_path / "p.parquet"), "work": str(tmp_path / "p_work")}
+    places = {"bad_images": str(tmp_path / "p.parquet"), "scratch": str(tmp_path / "p_work")}
     report = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places)
     assert (report.value_range, report.used_range) == (FULL, None)
     assert sentence(None, (0, 4095)) == sentence(None, FULL) == ""
@@ -262,10 +260,9 @@ def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
         report = packing.pack(
             str(tmp_path / name),
             str(folder / "shards"),
-            channels=1,
+            packing.PackOptions(channels=1, **how),
             bad_images=str(folder / "bad.parquet"),
-            work=str(folder / "work"),
-            **how,
+            scratch=str(folder / "work"),
         )
         return report, open_shards(str(folder / "shards"))
 

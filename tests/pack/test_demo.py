@@ -154,7 +154,7 @@ def test_packed_it_gives_what_was_planted(made, tmp_path, monkeypatch):
         str(folder / "train"),
         str(tmp_path / "shards"),
         bad_images=str(tmp_path / "bad.parquet"),
-        work=str(tmp_path / "work"),
+        scratch=str(tmp_path / "work"),
     )
     assert (report.images_packed, report.duplicates) == (3540, 12)
     assert report.bad == {"empty": 1, "not_an_image": 3, "too_large": 1, "truncated": 4}

@@ -25,7 +25,7 @@ from pipeline.pack import ledger, merge, sources
 from pipeline.pack import pack as packing
 from pipeline.pack import sorted_runs as runs
 from pipeline.pack.merge import id_range
-from pipeline.pack.pack import pack
+from pipeline.pack.pack import PackOptions, pack
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
@@ -39,14 +39,16 @@ def serial(monkeypatch):
     monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
 
 
-def packed(source, out: Path, **options):
+def packed(source, out: Path, field="data.source", on_progress=None, **options):
     options = {"max_bad_fraction": 1.0, "row_group_images": 8} | options
     return pack(
         str(source),
         str(out / "shards"),
+        PackOptions(**options),
         bad_images=str(out / "bad.parquet"),
-        work=str(out / "work"),
-        **options,
+        scratch=str(out / "work"),
+        field=field,
+        on_progress=on_progress,
     )
 
 
@@ -770,11 +772,9 @@ def test_uris(tmp_path, serial):
     pack(
         source.as_uri(),
         (tmp_path / "uri" / "shards").as_uri(),
+        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9_000),
         bad_images=(tmp_path / "uri" / "bad.parquet").as_uri(),
-        work=(tmp_path / "uri" / "work").as_uri(),
-        max_bad_fraction=1.0,
-        row_group_images=8,
-        shard_bytes=9_000,
+        scratch=(tmp_path / "uri" / "work").as_uri(),
     )
     plain, uri = contents(tmp_path / "plain"), contents(tmp_path / "uri")
     assert {k: v for k, v in plain.items() if k != "_manifest.json"} == {
@@ -795,11 +795,9 @@ def test_a_file_system_that_is_not_local(tmp_path, serial, monkeypatch):
     pack(
         "far://photos",
         "far://far/shards",
+        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9_000),
         bad_images="far://far/bad.parquet",
-        work="far://far/work",
-        max_bad_fraction=1.0,
-        row_group_images=8,
-        shard_bytes=9_000,
+        scratch="far://far/work",
     )
     want, found = contents(tmp_path / "plain"), contents(tmp_path / "far")
     assert (

@@ -27,8 +27,9 @@ from pipeline.images.kinds import begins_like_an_image
 from pipeline.pack import archives, sources
 from pipeline.pack import pack as packing
 from pipeline.pack.listing import list_source
-from pipeline.pack.pack import pack, unequal_shares
-from pipeline.pack.sources import plan_tasks
+from pipeline.pack.pack import PackOptions, pack
+from pipeline.pack.report import unequal_shares
+from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
 from tests.images import hostile as h
@@ -227,9 +228,8 @@ def test_a_name_with_many_dots_is_no_reason_for_one_task(tmp_path, monkeypatch):
     write(tmp_path / "in" / "x.cls", b"77")
     write(tmp_path / "in" / "x.3.cls", b"78")
     truth["x.3.jpg"] = 78
-    plan = plan_tasks(
-        str(tmp_path / "in"), list_source(str(tmp_path / "in")), "image", "label", 2**20, "cls"
-    )
+    reading = Reading("image", "label", 2**20, label_member="cls")
+    plan = plan_tasks(str(tmp_path / "in"), list_source(str(tmp_path / "in")), reading)
     assert max(len(task.paths) for task in plan.tasks) <= 2 * 4
     report = packed(tmp_path / "in", tmp_path)
     assert labels_of(tmp_path) == truth
@@ -497,8 +497,9 @@ def test_places_that_are_not_local(tmp_path, monkeypatch):
         ("far://set/train/c{0..1}/*?region=x", 8), ("far://set/train/c0,far://set/z.zip", 10),
         ("far://set/z.zip", 6), ("far://set/train?region=x", 12),
     )):  # fmt: skip
-        report = pack(source, f"far://{number}/shards", bad_images=f"far://{number}/bad.parquet",
-                      work=f"far://{number}/work", max_bad_fraction=0.0)  # fmt: skip
+        report = pack(source, f"far://{number}/shards", PackOptions(max_bad_fraction=0.0),
+                      bad_images=f"far://{number}/bad.parquet",
+                      scratch=f"far://{number}/work")  # fmt: skip
         assert report.images_in == count, source
     write(tmp_path / "local" / "0.jpg", h.jpeg(1))
     assert "in several storages" in mistake(f"far://set,{tmp_path}/local", tmp_path / "x")

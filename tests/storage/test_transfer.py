@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from ray.exceptions import RayTaskError
 
 from pipeline.errors import DataError, PipelineError, StorageError
-from pipeline.pack.items import Reading, read_task
-from pipeline.pack.sources import Refused, Task, list_source
+from pipeline.pack.items import read_task
+from pipeline.pack.sources import Reading, Refused, Task, list_source
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
@@ -370,7 +370,7 @@ def archive(images: list[bytes]) -> bytes:
 
 def items(uri: str, task: Task) -> list[object]:
     fs, root = resolve_uri(uri)
-    found = read_task(fs, root, task, Reading("image", "label", 2**30, pa.schema([])))
+    found = read_task(fs, root, task, Reading("image", "label", 2**30))
     return [item for piece, _ in found for item in piece]
 
 
