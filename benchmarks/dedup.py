@@ -41,7 +41,7 @@ from pipeline.curate.copies.components import find_components
 from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.copies.pairs import Search, find_pairs, put_in_cells
 from pipeline.curate.decide.decide import Mix, decide
-from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.reasons import starts_of
 from pipeline.curate.decide.sources import Sources
 from pipeline.curate.decide.tally import Tally
 from pipeline.curate.rows import tables

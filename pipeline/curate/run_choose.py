@@ -12,7 +12,7 @@ from pipeline.curate.choose.hierarchy import build
 from pipeline.curate.choose.lloyd import Cost, Resources
 from pipeline.curate.choose.retrieve import Retrieval, Retrieved
 from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
-from pipeline.curate.decide import removals
+from pipeline.curate.decide.reasons import list_left, starts_of
 from pipeline.curate.images import exact_copies
 from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet
@@ -24,9 +24,9 @@ from pipeline.uri import join
 
 def what_is_left(setup: Setup, known: Known) -> Result:
     """Images that are usable, no copy, and do not leak."""
-    starts = removals.starts_of(setup.images)
+    starts = starts_of(setup.images)
     tasks = [Task(file.name, (file, starts, known.tables)) for file in setup.images.files]
-    return run_step(setup.root, "alive", known.keys, tasks, removals.alive)
+    return run_step(setup.root, "alive", known.keys, tasks, list_left)
 
 
 def embed_content(setup: Setup, prints: Result, for_copies: Embedded | None) -> Embedded:

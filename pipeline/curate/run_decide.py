@@ -6,7 +6,7 @@ from pipeline.config.config import Config
 from pipeline.curate.curation import Curation, Decisions, Known, Setup
 from pipeline.curate.decide import decide as deciding
 from pipeline.curate.decide.decide import Mix
-from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.reasons import starts_of
 from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.sources import list_folders, sources_of
 from pipeline.curate.decide.tally import Tally

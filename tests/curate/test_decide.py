@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.curate.copies.leaks import best_leaks, leaks_of
 from pipeline.curate.decide.decide import Mix, decide, draws
-from pipeline.curate.decide.removals import ALIVE, alive, starts_of
+from pipeline.curate.decide.reasons import LEFT, list_left, starts_of
 from pipeline.curate.decide.sources import FEW, Sources, list_folders, sources_of
 from pipeline.curate.decide.tally import Tally
 from pipeline.curate.rows.file_rows import Tables
@@ -47,8 +47,8 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, str, Path]:
     pool = hub(folder / "pool", [IMAGES[3:7], IMAGES[7:]])
     inputs = Inputs.of([("seeds", AS_IS, seeds), ("pool", POOL, pool)])
     paths = {row: f"photos/{'ab'[row % 2]}/{row}.png" for row in range(3, 12)}
-    found = fingerprints(folder / "fp", inputs, error={0: "truncated"}, source=paths)
-    return inputs, found, folder
+    prints = fingerprints(folder / "fp", inputs, error={0: "truncated"}, source=paths)
+    return inputs, prints, folder
 
 
 SOURCES = {"seeds": Sources("seeds"), "pool": Sources("pool", ("photos",), ("a", "b"))}
@@ -67,8 +67,8 @@ def decided(
 
 
 def test_with_no_step_all_that_decodes_is_kept(pile, tmp_path):
-    inputs, found, _ = pile
-    rows, tally = decided(tmp_path, inputs, Tables(found))
+    inputs, prints, _ = pile
+    rows, tally = decided(tmp_path, inputs, Tables(prints))
     assert [row["reason"] for row in rows] == ["undecodable"] + ["kept"] * 11
     assert rows[0]["rule"] == "truncated" and not rows[0]["kept"] and rows[0]["part"] == ""
     assert [row["part"] for row in rows[1:]] == ["as_is"] * 2 + ["pool"] * 9
@@ -84,7 +84,7 @@ def test_with_no_step_all_that_decodes_is_kept(pile, tmp_path):
 
 @pytest.fixture(scope="module")
 def steps(pile) -> Tables:
-    inputs, found, folder = pile
+    inputs, prints, folder = pile
     quality = [(r, "", "", NAN) for r in range(12)]
     quality[0] = (0, "undecodable", "", NAN)
     quality[4] = (4, "flat", "min_entropy", 1.5)
@@ -103,7 +103,7 @@ def steps(pile) -> Tables:
     ]
     leaks = [(6, "test", b"q" * 16, 0.95)]
     return Tables(
-        fingerprint=found,
+        fingerprint=prints,
         quality=step_table(folder / "quality", inputs, QUALITY, quality),
         exact=step_table(folder / "exact", inputs, EXACT, exact),
         components=step_table(folder / "components", inputs, COMPONENTS, members),
@@ -151,16 +151,16 @@ def test_each_step_gives_its_reason_and_what_shows_it(pile, steps, tmp_path):
     }  # fmt: skip
 
 
-def test_what_is_alive_is_what_is_kept_where_nothing_selects(pile, steps, tmp_path):
+def test_what_is_left_is_what_is_kept_where_nothing_selects(pile, steps, tmp_path):
     inputs, _, _ = pile
     rows, _ = decided(tmp_path / "decisions", inputs, steps)
-    found = []
+    left = []
     for file in inputs.files:
-        alive(str(tmp_path / "alive"), file, starts_of(inputs), steps)
+        list_left(str(tmp_path / "alive"), file, starts_of(inputs), steps)
         table = read_table(str(tmp_path / "alive"), file.name)
-        assert table.schema.equals(ALIVE)
-        found += table.column("row").to_pylist()
-    assert found == [row["row"] for row in rows if row["kept"]]
+        assert table.schema.equals(LEFT)
+        left += table.column("row").to_pylist()
+    assert left == [row["row"] for row in rows if row["kept"]]
 
 
 def test_a_leak_takes_its_component_along(pile, steps, tmp_path):
@@ -179,9 +179,9 @@ def test_a_leak_takes_its_component_along(pile, steps, tmp_path):
 
 
 def test_the_best_leak_of_a_component(pile, steps, tmp_path):
-    inputs, found, _ = pile
+    inputs, prints, _ = pile
     leaks = [(6, "b", b"q" * 16, 0.8), (7, "a", b"r" * 16, 0.9), (8, "a", b"p" * 16, 0.9)]
-    tables = Tables(found, components=steps.components,
+    tables = Tables(prints, components=steps.components,
                     leaks=step_table(tmp_path / "leaks", inputs, LEAKS, leaks))  # fmt: skip
     for file in inputs.files:
         leaks_of(str(tmp_path / "found"), file, tables)
@@ -202,41 +202,41 @@ def retrieved(folder: Path, inputs: Inputs) -> str:
 
 def test_parts_and_what_no_part_wants(pile, steps, tmp_path):
     inputs, _, _ = pile
-    wanted = retrieved(tmp_path / "retrieved", inputs)
-    rows, tally = decided(tmp_path / "one", inputs, Tables(**{**vars(steps), "retrieved": wanted}))
+    asked = retrieved(tmp_path / "retrieved", inputs)
+    rows, tally = decided(tmp_path / "one", inputs, Tables(**{**vars(steps), "retrieved": asked}))
     assert {r["row"]: r["part"] for r in rows if r["kept"]} == {
         1: "as_is", 2: "as_is", 3: "sample", 7: "cluster",
     }  # fmt: skip
     assert (rows[3]["hits"], rows[3]["query_id"]) == (2, IDS[1].hex())
     assert rows[7]["cluster"] == 4 and rows[3]["cluster"] is None
     assert {r["row"]: r["reason"] for r in rows if not r["kept"]} == REMOVED
-    # without components 8 and 10 are alive, and nobody asked for them
-    less = Tables(**{**vars(steps), "retrieved": wanted, "components": "", "leaks": ""})
+    # without components 8 and 10 are left, and nobody asked for them
+    less = Tables(**{**vars(steps), "retrieved": asked, "components": "", "leaks": ""})
     rows, tally = decided(tmp_path / "two", inputs, less)
     assert [r["row"] for r in rows if r["reason"] == "not_retrieved"] == [8, 10]
     assert tally.total_parts() == {"as_is": 2, "sample": 2, "cluster": 1}
 
 
 def test_balancing_alone_and_beside_retrieval(pile, steps, tmp_path):
-    inputs, found, _ = pile
+    inputs, prints, _ = pile
     leaves = [(r, r % 3, 0, r in (5, 7)) for r in range(3, 12)]
     balanced = step_table(tmp_path / "balanced", inputs, BALANCED, leaves)
-    rows, _ = decided(tmp_path / "one", inputs, Tables(found, balanced=balanced))
+    rows, _ = decided(tmp_path / "one", inputs, Tables(prints, balanced=balanced))
     assert [r["row"] for r in rows if r["part"] == "balanced"] == [5, 7]
     assert {r["reason"] for r in rows[3:] if not r["kept"]} == {"balanced_out"}
     assert rows[8]["cluster"] == 2
-    wanted = retrieved(tmp_path / "retrieved", inputs)
+    asked = retrieved(tmp_path / "retrieved", inputs)
     rows, tally = decided(
-        tmp_path / "two", inputs, Tables(found, retrieved=wanted, balanced=balanced)
+        tmp_path / "two", inputs, Tables(prints, retrieved=asked, balanced=balanced)
     )
     assert tally.total_parts() == {"as_is": 2, "sample": 2, "cluster": 1, "balanced": 1}
     assert {r["reason"] for r in rows[3:] if not r["kept"]} == {"balanced_out"}
 
 
 def test_shares_of_parts_depend_on_ids_and_seed_alone(pile, tmp_path):
-    inputs, found, _ = pile
+    inputs, prints, _ = pile
     mix = Mix(3, {"pool": 0.5, "as_is": 0.0})
-    rows, tally = decided(tmp_path, inputs, Tables(found), mix)
+    rows, tally = decided(tmp_path, inputs, Tables(prints), mix)
     draw = draws(np.array([list(x) for x in IDS], np.uint8), 3)
     for row in rows[1:]:
         part = "as_is" if row["row"] < 3 else "pool"
@@ -246,9 +246,9 @@ def test_shares_of_parts_depend_on_ids_and_seed_alone(pile, tmp_path):
 
 
 def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
-    inputs, found, _ = pile
+    inputs, prints, _ = pile
     accounts = [
-        decide(str(tmp_path), file, starts_of(inputs), Tables(found), SOURCES[file.set], Mix())
+        decide(str(tmp_path), file, starts_of(inputs), Tables(prints), SOURCES[file.set], Mix())
         for file in inputs.files
     ]
     for change in ({"kept": 1}, {"counts": {"pool": {"kept": 1}}}, {"parts": {}}):
@@ -260,23 +260,23 @@ def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
 
     write_table(table, other, "00000")  # rows of another file
     with pytest.raises(RuntimeError, match="not of this file"):
-        decide(str(tmp_path), inputs.files[0], starts_of(inputs), Tables(found, leaks=other),
+        decide(str(tmp_path), inputs.files[0], starts_of(inputs), Tables(prints, leaks=other),
                SOURCES["seeds"], Mix())  # fmt: skip
 
 
 def test_a_damaged_table_is_named(pile, steps, tmp_path):
-    inputs, found, _ = pile
+    inputs, prints, _ = pile
     leaks = step_table(tmp_path / "leaks", inputs, LEAKS, [(6, "x", b"q" * 16, 0.9)])
     path = Path(leaks) / "00001.parquet"
     content = bytearray(path.read_bytes())
     content[10] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(DataError, match="00001"):
-        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(found, leaks=leaks),
+        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(prints, leaks=leaks),
                SOURCES["pool"], Mix())  # fmt: skip
     path.unlink()
     with pytest.raises(DataError, match=r"00001.*cannot be read"):
-        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(found, leaks=leaks),
+        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(prints, leaks=leaks),
                SOURCES["pool"], Mix())  # fmt: skip
 
 
@@ -305,11 +305,11 @@ def test_top_folders_below_the_common_root(pile, tmp_path, paths, root, folders)
         table = pa.table({"source": pa.array(names, pa.string())})
         write_table(table, str(tmp_path), file.name)
         accounts.append(list_folders("", file, str(tmp_path)))
-    found = sources_of(accounts)["pool"]
-    assert (found.root, found.folders) == (root, folders)
+    source = sources_of(accounts)["pool"]
+    assert (source.root, source.folders) == (root, folders)
     assert FINGERPRINT.field("source").type == pa.string()
     every = [path for names in paths for path in names]
-    named = Counter(found.names(pa.chunked_array([pa.array(every, pa.string())])))
+    named = Counter(source.names(pa.chunked_array([pa.array(every, pa.string())])))
     expected = Counter()
     for path in every:  # a plain loop
         parts = path.split("/")[:-1]

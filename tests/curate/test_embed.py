@@ -38,8 +38,8 @@ def backbone():
 
 def by_hand(network, images, size=28):
     pixels = np.stack([resize_centre_crop(decode_image(image), size) for image in images])
-    found = features_of(network, [pixels], MEAN, STD).double().numpy()
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    features = features_of(network, [pixels], MEAN, STD).double().numpy()
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def vectors_of(folder):
@@ -97,9 +97,9 @@ def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
         False,
         ("00000",),
     )
-    rows, found = vectors_of(vectors.folder)
+    rows, embedded = vectors_of(vectors.folder)
     assert rows == [0, 2, 5] and step.accounts[0]["rows"] == 3
-    np.testing.assert_allclose(found, by_hand(backbone, [IMAGES[i] for i in rows]), atol=1e-3)
+    np.testing.assert_allclose(embedded, by_hand(backbone, [IMAGES[i] for i in rows]), atol=1e-3)
 
 
 def test_descriptors_are_the_fingerprints(tmp_path, monkeypatch):
@@ -187,9 +187,9 @@ def test_onnx_takes_what_its_signature_says(tmp_path, options):
     spec = spec_of(str(path), image_size=16 if "size" in options else None)
     shard(tmp_path / "in" / "a.parquet", IMAGES)
     embed_file(str(tmp_path / "out"), inputs_of(tmp_path / "in").files[0], spec)
-    rows, found = vectors_of(tmp_path / "out")
+    rows, embedded = vectors_of(tmp_path / "out")
     assert rows == list(range(7))
-    for vector, image in zip(found, IMAGES, strict=True):
+    for vector, image in zip(embedded, IMAGES, strict=True):
         pixels = resize_centre_crop(decode_image(image), 16).astype(float)
         if options.get("kind") != "uint8":
             plain = "metadata" in options
@@ -278,18 +278,18 @@ def test_a_model_that_another_worker_fetched_meanwhile_stays(tmp_path, monkeypat
     place, folder = f"file://{tmp_path}/m.onnx", tmp_path / "node" / "raydino-models" / "d"
     if broken:
         folder.mkdir(parents=True)
-    download, found = onnx_files.download, []
+    download, seen = onnx_files.download, []
 
-    def slow(*given):
-        if not found:
-            found.append("")  # the other worker's download is not slow
-            found.append(onnx_files.on_this_node(place, "d"))
-            found.append((folder / "m.onnx").stat().st_ino)
-        download(*given)
+    def slow(*arguments):
+        if not seen:
+            seen.append("")  # the other worker's download is not slow
+            seen.append(onnx_files.on_this_node(place, "d"))
+            seen.append((folder / "m.onnx").stat().st_ino)
+        download(*arguments)
 
     monkeypatch.setattr(onnx_files, "download", slow)
-    assert onnx_files.on_this_node(place, "d") == found[1] == str(folder / "m.onnx")
-    assert (folder / "m.onnx").stat().st_ino == found[2]
+    assert onnx_files.on_this_node(place, "d") == seen[1] == str(folder / "m.onnx")
+    assert (folder / "m.onnx").stat().st_ino == seen[2]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["d", "d.lock"]
 
 

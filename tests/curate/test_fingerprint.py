@@ -33,8 +33,8 @@ def in_this_process(monkeypatch):
 def fingerprinted(tmp_path, images, group=4):
     shard(tmp_path / "in" / "a.parquet", images, group)
     inputs = inputs_of(tmp_path / "in")
-    found = fingerprint.fingerprint(tmp_path / "out", inputs)
-    return inputs, found, pq.read_table(f"{found.folder}/00000.parquet")
+    prints = fingerprint.fingerprint(tmp_path / "out", inputs)
+    return inputs, prints, pq.read_table(f"{prints.folder}/00000.parquet")
 
 
 def test_one_row_for_each_image_with_what_was_planted(tmp_path):
@@ -93,8 +93,8 @@ def test_rows_are_numbered_once_whatever_the_groups_of_the_files(tmp_path, monke
         at += len(mine)
     inputs = inputs_of(tmp_path / "in")
     assert [list(file.file.row_groups) for file in inputs.files] == files
-    found = fingerprint.fingerprint(tmp_path / "out", inputs)
-    tables = [pq.read_table(f"{found.folder}/{file.name}.parquet") for file in inputs.files]
+    prints = fingerprint.fingerprint(tmp_path / "out", inputs)
+    tables = [pq.read_table(f"{prints.folder}/{file.name}.parquet") for file in inputs.files]
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["row"] for row in rows] == list(range(len(images)))
     assert [row["image_id"].hex() for row in rows] == [image_id(image) for image in images]
@@ -118,9 +118,9 @@ def test_measures_of_images_that_are_known():
     assert (grey.brightness_p05, grey.brightness_p95, grey.sharpness) == (100, 100, 0)
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 32:] = 200
-    found = measure(half)
-    assert found.entropy == 1 and found.contrast == 100 and found.saturation == 0
-    assert (found.brightness_p05, found.brightness_p95) == (0, 200)
+    measures = measure(half)
+    assert measures.entropy == 1 and measures.contrast == 100 and measures.saturation == 0
+    assert (measures.brightness_p05, measures.brightness_p95) == (0, 200)
     red = np.zeros((64, 64, 3), np.uint8)
     red[..., 0] = 200
     assert measure(red).saturation == 1
@@ -193,8 +193,8 @@ def test_planted_flats_are_all_marked(side):
 
 def test_real_photos_pass(tmp_path, shared):
     files = sorted((shared / "data" / "imagenet-samples").glob("*.JPEG"))[::25]
-    inputs, found, _ = fingerprinted(tmp_path, [file.read_bytes() for file in files], 16)
-    marked = quality.quality(tmp_path / "out", inputs, found, Rules())
+    inputs, prints, _ = fingerprinted(tmp_path, [file.read_bytes() for file in files], 16)
+    marked = quality.quality(tmp_path / "out", inputs, prints, Rules())
     table = pq.read_table(f"{marked.folder}/00000.parquet")
     assert table.schema == QUALITY and set(table.column("reason").to_pylist()) == {""}
     cifar = inputs_of(shared / "data" / "cifar10" / "test-00000-of-00001.parquet")
@@ -206,8 +206,8 @@ def test_real_photos_pass(tmp_path, shared):
 def test_sample_counts_are_those_of_all_rows_where_the_sample_is_all(tmp_path):
     images = [encoded(scene(n)) for n in range(9)] + [encoded(scene(0, 20, 200)), b"", b"x"]
     images += [encoded(np.full((40, 40, 3), n, np.uint8)) for n in range(5)]
-    inputs, found, _ = fingerprinted(tmp_path, images)
-    marked = quality.quality(tmp_path / "out", inputs, found, Rules()).accounts[0]["marked"]
+    inputs, prints, _ = fingerprinted(tmp_path, images)
+    marked = quality.quality(tmp_path / "out", inputs, prints, Rules()).accounts[0]["marked"]
     counts = sample_counts(inputs, Rules(), 100)
     assert counts.images == 17
     assert {name: count for name, count in counts.counts.items() if count} == marked
@@ -222,13 +222,13 @@ def brute_force(rows, kinds):
     groups = defaultdict(list)
     for n, row in enumerate(rows):
         groups[row["pixel_hash"]].append((kinds[n] != AS_IS, -row["bytes"], row["image_id"], n))
-    found = {}
+    keepers = {}
     for group in groups.values():
         best = min(group)
         for _, _, name, n in group:
             same = "bytes" if name == best[2] else "pixels"
-            found[n] = (best[2], same)
-    return found
+            keepers[n] = (best[2], same)
+    return keepers
 
 
 @pytest.mark.long
@@ -250,21 +250,21 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
         for file in inputs.files:
             rows += pq.read_table(f"{prints.folder}/{file.name}.parquet").to_pylist()
             kinds += [file.kind] * file.rows
-        found = []
+        result = []
         for file in inputs.files:
             table = pq.read_table(f"{exact.folder}/{file.name}.parquet")
             assert table.schema == EXACT
-            found += table.to_pylist()
+            result += table.to_pylist()
         good = [row for row in rows if not row["error"]]
-        assert [row["row"] for row in found] == [row["row"] for row in good]
+        assert [row["row"] for row in result] == [row["row"] for row in good]
         expected = brute_force(good, [kinds[row["row"]] for row in good])
         by_row = {row["row"]: row for row in rows}
-        for n, row in enumerate(found):
+        for n, row in enumerate(result):
             keeper = by_row[row["keeper"]]
             assert keeper["image_id"] == expected[n][0]
             kept = row["keeper"] == row["row"]
             assert row["method"] == ("" if kept else expected[n][1])
-        kept = [by_row[r["row"]] for r in found if r["row"] == r["keeper"]]
+        kept = [by_row[r["row"]] for r in result if r["row"] == r["keeper"]]
         assert len(kept) == 7
         sizes = {row["image_id"]: row["source"].split("/")[0] for row in kept}
         # an as-is image stays though a heavier file has its pixels
@@ -276,9 +276,9 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
 
 def test_marked_rows_are_left_out(tmp_path):
     images = [encoded(scene(0)), encoded(np.full((50, 50, 3), 9, np.uint8)), b"", encoded(scene(0))]
-    inputs, found, _ = fingerprinted(tmp_path, images)
-    marked = quality.quality(tmp_path / "out", inputs, found, Rules())
-    exact = exact_copies.collapse(tmp_path / "out", inputs, found, marked)
+    inputs, prints, _ = fingerprinted(tmp_path, images)
+    marked = quality.quality(tmp_path / "out", inputs, prints, Rules())
+    exact = exact_copies.collapse(tmp_path / "out", inputs, prints, marked)
     table = pq.read_table(f"{exact.folder}/00000.parquet").to_pylist()
     assert [row["row"] for row in table] == [0, 3]
     assert len({row["keeper"] for row in table}) == 1

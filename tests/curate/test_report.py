@@ -96,15 +96,15 @@ def page(summary: Summary, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_page_is_whole_small_and_needs_nothing_else(page: str) -> None:
-    found = Page(page)
+    parsed = Page(page)
     assert len(page.encode()) < report.LIMIT_BYTES
-    for _, attributes in found.attributes:
+    for _, attributes in parsed.attributes:
         for name in ("src", "href", "data", "poster", "srcset", "xlink:href"):
             value = attributes.get(name)
             assert value is None or value.startswith(("data:image/jpeg;base64,", "#"))
     assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe|\son\w+=", page)
-    targets = {attributes.get("id") for _, attributes in found.attributes}
-    links = [a["href"] for tag, a in found.attributes if tag == "a"]
+    targets = {attributes.get("id") for _, attributes in parsed.attributes}
+    links = [a["href"] for tag, a in parsed.attributes if tag == "a"]
     assert links and all(link and link[1:] in targets for link in links)
     assert len(set(links)) == len(links)
 
@@ -148,8 +148,8 @@ def test_many_sources_are_added_up_in_one_row(summary: Summary, tmp_path: Path) 
     counts = replace(summary.counts, by_source=many, rows=sum(range(100)) + 100)
     write(tmp_path / "r.html", replace(summary, counts=counts))
     cells = Page((tmp_path / "r.html").read_text()).cells
-    rest = next(row for row in cells if row and row[0] == "70 smaller sources")
-    assert rest[1:] == [f"{sum(range(70)) + 70:,}", f"{sum(range(70)):,}", "70"]
+    smaller = next(row for row in cells if row and row[0] == "70 smaller sources")
+    assert smaller[1:] == [f"{sum(range(70)) + 70:,}", f"{sum(range(70)):,}", "70"]
 
 
 def test_the_first_lines_are_the_result_and_the_balance(run: Run, page: str) -> None:
@@ -256,46 +256,46 @@ def test_twenty_thousand_points_fit(summary: Summary, tmp_path: Path) -> None:
 
 
 def test_grids_are_square_and_show_the_images(run: Run, summary: Summary) -> None:
-    found = pictures(summary)
+    grids = pictures(summary)
     names = {"removed", "copies", "borderline", "leaks", "seeds", "clusters", "map"}
-    assert set(found) == names
-    for name, pixels in found.items():
+    assert set(grids) == names
+    for name, pixels in grids.items():
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
         assert pixels.shape[0] == pixels.shape[1] and picture_key(f"curate/{name}")
     first = summary.components and summary.components.largest[0].members[0]
     assert first
-    frame = found["copies"][0:5, 116:228]
+    frame = grids["copies"][0:5, 116:228]
     assert np.all(frame == np.array(RGB["kept"]))
-    inner = found["copies"][5:107, 121:223].astype(float)
+    inner = grids["copies"][5:107, 121:223].astype(float)
     with Image.open(io.BytesIO(run.rows[first.row].thumbnail)) as image:
         grown = np.asarray(image.convert("RGB").resize((102, 102))).astype(float)
     assert abs(inner.mean() - grown.mean()) < 25
 
 
 def test_metrics_are_the_counts(run: Run, summary: Summary) -> None:
-    found, reasons = metrics(summary), run.reasons()
-    assert found["curate/rows_in"] == 2000 and found["curate/kept"] == reasons["kept"]
-    removed = {r: found[f"curate/removed/{r}"] for r in REASONS if r != "kept"}
+    values, reasons = metrics(summary), run.reasons()
+    assert values["curate/rows_in"] == 2000 and values["curate/kept"] == reasons["kept"]
+    removed = {r: values[f"curate/removed/{r}"] for r in REASONS if r != "kept"}
     assert removed == {r: reasons[r] for r in removed}
-    assert found["curate/kept"] + sum(removed.values()) == 2000
-    assert found["curate/components"] == len(run.components)
-    assert found["curate/largest_component"] == max(map(len, run.components.values()))
-    assert found["curate/leaks/cats"] == reasons["leaks_evaluation"]
-    assert found["curate/threshold"] == 0.9 and found["curate/expected_recall"] == 0.914
-    assert found["curate/effective_concepts_after"] > found["curate/effective_concepts_before"]
-    assert found["curate/seconds/fingerprint"] == 40
-    assert all(metric_name(name) == name and isinstance(found[name], float) for name in found)
+    assert values["curate/kept"] + sum(removed.values()) == 2000
+    assert values["curate/components"] == len(run.components)
+    assert values["curate/largest_component"] == max(map(len, run.components.values()))
+    assert values["curate/leaks/cats"] == reasons["leaks_evaluation"]
+    assert values["curate/threshold"] == 0.9 and values["curate/expected_recall"] == 0.914
+    assert values["curate/effective_concepts_after"] > values["curate/effective_concepts_before"]
+    assert values["curate/seconds/fingerprint"] == 40
+    assert all(metric_name(name) == name and isinstance(values[name], float) for name in values)
 
 
 def test_tables_are_rectangular_and_short(run: Run, summary: Summary) -> None:
-    found = report.tables(summary)
-    assert len(found) == 7
-    for columns in found.values():
+    tables = report.tables(summary)
+    assert len(tables) == 7
+    for columns in tables.values():
         assert len({len(values) for values in columns.values()}) == 1
         assert all(len(values) <= 500 for values in columns.values())
-    sources = found["curate_sources"]
+    sources = tables["curate_sources"]
     assert sum(sources["in"]) == 2000 and sum(sources["kept"]) == run.reasons()["kept"]
-    sizes = found["curate_components"]
+    sizes = tables["curate_components"]
     assert sum(sizes["components"]) == len(run.components)
 
 
@@ -364,7 +364,7 @@ def test_words_exist_for_every_reason() -> None:
     for words in (NAMES, MEANING, COLOURS, RGB):
         assert set(words) == set(REASONS)
     assert set(PHRASES) == set(REASONS) - {"kept"}
-    assert sorted(r for _, some in STAGES for r in some) == sorted(set(REASONS) - {"kept"})
+    assert sorted(r for _, stage in STAGES for r in stage) == sorted(set(REASONS) - {"kept"})
     assert len(set(COLOURS.values())) == len(set(RGB.values())) == len(REASONS)
 
 

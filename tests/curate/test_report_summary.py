@@ -29,8 +29,8 @@ from tests.curate.made_up import GUARD, THRESHOLD, Run, _chained, write_run
 
 def test_every_image_is_counted_by_source_and_reason(run: Run, summary: Summary) -> None:
     expected = Counter((row.source, row.reason) for row in run.rows)
-    found = {(s, r): n for s, of in summary.counts.by_source.items() for r, n in of.items()}
-    assert found == expected and summary.rows == len(run.rows) == 2000
+    counts = {(s, r): n for s, of in summary.counts.by_source.items() for r, n in of.items()}
+    assert counts == expected and summary.rows == len(run.rows) == 2000
     assert summary.counts.problems == ()
     rules = Counter((row.reason, row.rule) for row in run.rows)
     assert summary.counts.by_rule == rules
@@ -181,8 +181,8 @@ def test_umap_lays_out_the_map_where_it_is_installed(
     module.__spec__ = importlib.machinery.ModuleSpec("umap", None)
     module.UMAP = Fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "umap", module)
-    found = summarise(run.root, leaked=run.leaked).map
-    assert found is not None and (found.method, found.explained) == ("UMAP", 0.0)
+    layout = summarise(run.root, leaked=run.leaked).map
+    assert layout is not None and (layout.method, layout.explained) == ("UMAP", 0.0)
 
 
 def test_what_is_shown_has_its_picture_and_its_decision(run: Run, summary: Summary) -> None:
@@ -249,8 +249,8 @@ def test_the_smallest_are_kept_from_any_order() -> None:
     rng = np.random.default_rng(3)
     numbers = rng.integers(0, 50, 1000).astype(np.float64)  # with equal ones
     kept = Smallest(7)
-    for some in np.split(np.arange(1000), 10):
-        kept.offer(numbers[some], lambda place, some=some: (int(some[place]),))
+    for part in np.split(np.arange(1000), 10):
+        kept.offer(numbers[part], lambda place, part=part: (int(part[place]),))
     expected = sorted(zip(numbers.tolist(), range(1000), strict=True))[:7]
     assert kept.items() == [(i,) for _, i in expected]
     assert not Smallest(3).items()
@@ -258,9 +258,9 @@ def test_the_smallest_are_kept_from_any_order() -> None:
 
 def test_draws_are_even_and_depend_on_the_seed() -> None:
     ids = np.random.default_rng(0).integers(0, 256, (4000, 16), np.uint8)
-    found = draws(ids, 1)
-    assert np.histogram(found, 10, (0, 1))[0].min() > 320 and found.max() < 1
-    assert not np.any(found == draws(ids, 2))
+    drawn = draws(ids, 1)
+    assert np.histogram(drawn, 10, (0, 1))[0].min() > 320 and drawn.max() < 1
+    assert not np.any(drawn == draws(ids, 2))
     text = pa.chunked_array([[row.tobytes().hex() for row in ids]])
     assert np.array_equal(hex_ids(text), ids)
     values = np.linspace(0.5, 1, 1000)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.curate.decide.decide import Mix, decide
-from pipeline.curate.decide.removals import starts_of
+from pipeline.curate.decide.reasons import starts_of
 from pipeline.curate.decide.shard_form import form_of
 from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.sources import Sources
@@ -56,12 +56,14 @@ def pile(tmp_path: Path, monkeypatch) -> list:
 
 def decisions(tmp_path: Path, sets: list, share: float = 0.7):
     inputs = Inputs.of(sets)
-    found = fingerprints(tmp_path / "fp", inputs)
+    prints = fingerprints(tmp_path / "fp", inputs)
     tasks = [
-        Task(f.name, (f, starts_of(inputs), Tables(found), Sources(f.set), Mix(1, {"pool": share})))
+        Task(
+            f.name, (f, starts_of(inputs), Tables(prints), Sources(f.set), Mix(1, {"pool": share}))
+        )
         for f in inputs.files
     ]
-    return inputs, found, run_step(tmp_path, "decisions", [share], tasks, decide)
+    return inputs, prints, run_step(tmp_path, "decisions", [share], tasks, decide)
 
 
 def curated(
@@ -72,11 +74,11 @@ def curated(
     rows: int = 7,
     shards: Path | None = None,
 ):
-    inputs, found, result = decisions(tmp_path, sets, share)
+    inputs, prints, result = decisions(tmp_path, sets, share)
     named = [(name, shards) for name, _, shards in sets]
     return (
         write_curated(
-            shards or tmp_path / "curated", tmp_path / "work", named, inputs, result, found,
+            shards or tmp_path / "curated", tmp_path / "work", named, inputs, result, prints,
             shard_bytes=size, row_group_images=rows,
         ),
         result,
@@ -85,11 +87,11 @@ def curated(
 
 def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (found, _, _), result = curated(tmp_path, sets)
-    assert found.packed and len(found.files) > 3
+    (written, _, _), result = curated(tmp_path, sets)
+    assert written.packed and len(written.files) > 3
     opened = open_shards(str(tmp_path / "curated"))
-    assert opened == found
-    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    assert opened == written
+    table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     ids = table.column("image_id").to_pylist()
     kept = [
         row["image_id"]
@@ -100,15 +102,15 @@ def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
     assert ids == sorted(kept) and len(set(ids)) == len(ids) == result.total("kept") > 40
     for name, encoded in zip(ids, table.column("image").to_pylist(), strict=True):
         assert image_id(encoded) == name
-    assert max(max(f.row_groups) for f in found.files) <= 7
-    group = read_row_group(found, 0, 0)
+    assert max(max(f.row_groups) for f in written.files) <= 7
+    group = read_row_group(written, 0, 0)
     assert group.hex_ids == ids[: len(group)]
 
 
 def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
-    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert table.schema.names == [
         "image_id", "image", "width", "height", "format", "source", "label",
         "caption", "original_width",
@@ -119,12 +121,12 @@ def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
         assert (row["caption"], row["original_width"]) == (f"number {i}", str(i))
         assert row["format"] == ("JPEG" if i % 2 else "PNG")
         assert (row["width"], row["height"], row["label"]) == (24, 24, None)
-    assert found.class_names == ("cat", "dog")
+    assert written.class_names == ("cat", "dog")
     for seed in range(30):
         row = rows[image_id(picture(seed))]
         name = "cat" if seed % 2 else "dog"
         assert (row["source"], row["caption"]) == (f"{name}/{seed}.png", None)
-        assert found.class_names[row["label"]] == name
+        assert written.class_names[row["label"]] == name
 
 
 def test_the_digest_says_which_images_they_are(tmp_path, monkeypatch):
@@ -178,11 +180,11 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     real, calls = module.write_shard, []
 
-    def dies(folder, index, *rest):
+    def dies(folder, index, *others):
         calls.append(index)
         if index == 2:
             raise KeyboardInterrupt
-        return real(folder, index, *rest)
+        return real(folder, index, *others)
 
     monkeypatch.setattr(module, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -192,9 +194,9 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(
         module, "write_shard", lambda f, i, *r: (calls.append(i), real(f, i, *r))[1]
     )
-    (found, _, _), _ = curated(tmp_path / "again", sets)
-    assert found.digest == whole.digest
-    assert {f.name: Path(f.path).read_bytes() for f in found.files} == before
+    (written, _, _), _ = curated(tmp_path / "again", sets)
+    assert written.digest == whole.digest
+    assert {f.name: Path(f.path).read_bytes() for f in written.files} == before
     assert calls.count(2) == 2
     assert calls.count(0) == calls.count(1) == 1
 
@@ -255,8 +257,10 @@ def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
         curated(tmp_path, a, share=1.0, size=10**9)
     # the same run may curate other images into it
     curated(tmp_path, b, share=1 - 1e-9)  # a key of its own for the decisions
-    found = open_shards(str(tmp_path / "curated"))
-    left = pa.concat_tables([pq.read_table(f.path) for f in found.files])["image_id"].to_pylist()
+    remaining = open_shards(str(tmp_path / "curated"))
+    left = pa.concat_tables([pq.read_table(f.path) for f in remaining.files])[
+        "image_id"
+    ].to_pylist()
     assert sorted(left) == sorted(image_id(picture(50 + i)) for i in range(6))
     assert (tmp_path / "curated" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "curated" / "old" / "part-00000.parquet").read_text() == "mine"
@@ -266,14 +270,14 @@ def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_images(tmp_path, monkeypatch, count):
     sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(i) for i in range(count)], []]))]
-    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
-    assert found.rows == count and found.packed
+    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    assert written.rows == count and written.packed
 
 
 def test_labels_of_several_sets(tmp_path, monkeypatch):
     def named(folder: str, names: list[str], labels: list[int], first: int):
-        made = hub(tmp_path / folder, [[picture(first + i) for i in range(3)]], label=labels)
-        path = made.files[0].path
+        shards = hub(tmp_path / folder, [[picture(first + i) for i in range(3)]], label=labels)
+        path = shards.files[0].path
         features = {"label": {"names": names, "_type": "ClassLabel"}}
         meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
         pq.write_table(pq.read_table(path).replace_schema_metadata(meta), path)
@@ -286,8 +290,8 @@ def test_labels_of_several_sets(tmp_path, monkeypatch):
     assert form.class_names == ("ant", "cat", "dog", "\u00e9mu")
     assert form.labels == {"a": (1, 2), "b": (3, 2), "text": (0, 3)}
     sets = [("a", POOL, a), ("b", POOL, b), ("text", POOL, text)]
-    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
-    rows = pa.concat_tables([pq.read_table(f.path) for f in found.files]).to_pylist()
+    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    rows = pa.concat_tables([pq.read_table(f.path) for f in written.files]).to_pylist()
     labels = {row["image_id"]: row["label"] for row in rows}
     expected = {0: 1, 1: 2, 2: None, 10: 3, 11: 2, 12: 2, 20: 3, 21: 0}
     assert labels == {image_id(picture(seed)): label for seed, label in expected.items()}
@@ -324,8 +328,8 @@ def test_formats_are_those_that_decoding_names(tmp_path, monkeypatch):
     assert [image_format(encoded) for encoded in images] == names
     assert image_format(five) == decode(five, channels=5)[1] == "TIFF"
     sets = [("pool", POOL, hub(tmp_path / "hub", [images]))]
-    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
-    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert sorted(table.column("format").to_pylist()) == sorted(names)
 
 
@@ -346,6 +350,6 @@ def test_numpy_images_keep_their_format(tmp_path, monkeypatch):
     still = io.BytesIO()
     Image.new("L", (24, 24)).save(still, "WEBP")
     sets = [("pool", POOL, hub(tmp_path / "hub", [[stream.getvalue(), still.getvalue()]]))]
-    (found, _, _), _ = curated(tmp_path, sets, share=1.0)
-    table = pa.concat_tables([pq.read_table(f.path) for f in found.files])
+    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert sorted(table.column("format").to_pylist()) == ["NPY", "WEBP"]

@@ -76,13 +76,13 @@ def test_curves_go_through_the_values() -> None:
     "low, high", [(0, 1), (-3, 7), (9.81, 9.83), (0, 0), (5, 5), (1e-6, 4e-3), (-1e9, 1e9)]
 )
 def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
-    found = ticks(low, high, 5)
-    assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 12
-    steps = np.diff(found)
+    marks = ticks(low, high, 5)
+    assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 12
+    steps = np.diff(marks)
     assert np.allclose(steps, steps[0])
     mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
     assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
-    assert len({label(tick) for tick in found}) == len(found)
+    assert len({label(tick) for tick in marks}) == len(marks)
 
 
 def test_thinning_keeps_the_ends_of_each_bucket() -> None:

@@ -142,12 +142,12 @@ def test_a_run_on_a_server_with_passwords(
 
     client = MlflowClient(guarded)
     experiment = client.get_experiment_by_name("guarded")
-    found = client.search_runs([experiment.experiment_id], "tags.stage = 'pretrain'")
-    by_name = {run.data.tags["pipeline.name"]: run for run in found}
+    runs = client.search_runs([experiment.experiment_id], "tags.stage = 'pretrain'")
+    by_name = {run.data.tags["pipeline.name"]: run for run in runs}
     assert by_name.keys() == {"run", "next"}
     points = client.get_metric_history(by_name["run"].info.run_id, "loss/total")
     assert sorted((p.step, p.value) for p in points) == [(s, float(s)) for s in range(50)]
-    for run in found:
+    for run in runs:
         assert PASSWORD not in str(run.to_dictionary())
 
 

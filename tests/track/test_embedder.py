@@ -44,13 +44,13 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
         images.append(data.getvalue())
     mlflow.set_tracking_uri(mlflow_server.uri)
     model = mlflow.pyfunc.load_model("models:/embedder-test@best")
-    found = np.array(model.predict(pd.DataFrame({"image": images}))["embedding"].tolist())
+    embeddings = np.array(model.predict(pd.DataFrame({"image": images}))["embedding"].tolist())
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     inputs = torch.from_numpy((pixels / 255.0 - mean) / std).permute(0, 3, 1, 2).float()
     with torch.inference_mode():
         expected = backbone(inputs).numpy()
-    assert found.shape == (3, 48)
-    assert np.abs(found - expected).max() < 1e-5
+    assert embeddings.shape == (3, 48)
+    assert np.abs(embeddings - expected).max() < 1e-5
 
 
 def loaded(folder: Path, channels: int, mean: list[float]) -> Any:
@@ -101,11 +101,13 @@ def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> N
             np.save(data, image)
         images.append(data.getvalue())
     model = loaded(tmp_path, channels, [0.4] * channels)
-    found = np.array(model.predict(None, pd.DataFrame({"image": images}))["embedding"].tolist())
+    embeddings = np.array(
+        model.predict(None, pd.DataFrame({"image": images}))["embedding"].tolist()
+    )
     with torch.inference_mode():
         crops = np.stack([resize_centre_crop(image, 28) for image in pixels])
         x = torch.from_numpy((crops / 255.0 - 0.4) / 0.2).permute(0, 3, 1, 2).float()
         expected = backbone(x).numpy()
-    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(embeddings - expected).max() < 1e-5
     with pytest.raises(PipelineError, match=f"has {channels} channels.* 3 means"):
         loaded(tmp_path, channels, [0.5, 0.5, 0.5])

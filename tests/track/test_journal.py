@@ -37,9 +37,9 @@ def test_a_line_has_the_documented_shape(journal: Journal) -> None:
     journal.metrics("pretrain", 41, {"eval/knn@20 [top1]": math.nan}, send=False)
     journal.metrics("pretrain", 41, {"eval/knn20_top1": 0.5}, to="pipeline")
     text = journal.path.read_text()
-    found = [json.loads(line, parse_constant=no_constants) for line in text.splitlines()]
-    assert all(before <= line.pop("ts") <= time.time() * 1000 for line in found)
-    assert found == [
+    events = [json.loads(line, parse_constant=no_constants) for line in text.splitlines()]
+    assert all(before <= line.pop("ts") <= time.time() * 1000 for line in events)
+    assert events == [
         {"run": "pretrain", "step": 40, "metrics": {"loss/total": 9.5, "optim/lr": None}},
         {"run": "pretrain", "step": 41, "metrics": {"eval/knn_20 _top1_": None}, "send": False},
         {"run": "pretrain", "step": 41, "metrics": {"eval/knn20_top1": 0.5}, "to": "pipeline"},
@@ -175,9 +175,9 @@ def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
         writer.start()
     for writer in writers:
         writer.join()
-    found = [json.loads(line) for line in path.read_text().splitlines() if line]
+    events = [json.loads(line) for line in path.read_text().splitlines() if line]
     for i in range(3):
-        assert [e["step"] for e in found if e["run"] == f"w{i}"] == list(range(500))
+        assert [e["step"] for e in events if e["run"] == f"w{i}"] == list(range(500))
 
 
 def reference(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,19 +203,19 @@ def test_units_keep_order_limits_and_what_is_to_be_sent(journal: Journal, seed: 
         else:
             names = {f"m{i}": i for i in range(rng.choice([1, 50, 999, 1000]))}
             journal.metrics(run, step, names, send=rng.random() < 0.7)
-    found, last = [], 0
+    sent, last = [], 0
     for batch, end in units(journal.path, 0):
         others = [event for event in batch if "metrics" not in event]
         assert len(batch) == 1 or not others
         assert sum(len(event.get("metrics", ())) for event in batch) <= 1000
         assert end > last
         last = end
-        found += batch
-    assert found == reference(lines(journal))
+        sent += batch
+    assert sent == reference(lines(journal))
     assert last == journal.path.stat().st_size
     count = unsent(journal.path, 0)
-    assert count.metrics == sum(len(event.get("metrics", ())) for event in found)
-    assert count.others == sum("metrics" not in event for event in found)
+    assert count.metrics == sum(len(event.get("metrics", ())) for event in sent)
+    assert count.others == sum("metrics" not in event for event in sent)
     assert not unsent(journal.path, last)
 
 

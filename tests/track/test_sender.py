@@ -121,10 +121,10 @@ def test_an_outage_and_lost_answers_lose_and_double_nothing(
     # The whole journal once more: nothing doubles.
     assert sync(tmp_path / "outage", mlflow_server.uri, again=True).metrics == 600
     assert len(mlflow_server.points(run_id, "loss/total")) == 300
-    found = mlflow_server.client.search_runs(
+    runs = mlflow_server.client.search_runs(
         [pipeline._sender.known.experiment_id], "tags.`pipeline.name` = 'outage'"
     )
-    assert len(found) == 2  # no second pair of runs either
+    assert len(runs) == 2  # no second pair of runs either
 
 
 def test_a_closed_port_delays_nothing_and_sync_sends_it_later(

@@ -43,8 +43,8 @@ def test_two_jobs_start_one_server(tmp_path: Path) -> None:
             job.join()
         try:
             assert first == second
-            found = server.running(tmp_path)
-            assert found and found.pid == first and found.port > port
+            known = server.running(tmp_path)
+            assert known and known.pid == first and known.port > port
             assert os.getsid(first) == first  # a session of its own: the job's end spares it
             below = psutil.Process().children(recursive=True)
             assert first not in {process.pid for process in below}  # and so does `ray job stop`

@@ -77,7 +77,9 @@ def test_its_machine_is_the_one_that_is_measured(
     away._system.join(0.5)  # type: ignore[union-attr]
     away.close()
     driver.close()
-    found = [e for e in lines(tmp_path / "driver") if "system" in e]
-    assert found
-    assert found[0]["run"] == "pretrain"
-    assert json.loads(json.dumps(found[0]["system"])) == {"system/cpu_utilization_percentage": 42.0}
+    samples = [e for e in lines(tmp_path / "driver") if "system" in e]
+    assert samples
+    assert samples[0]["run"] == "pretrain"
+    assert json.loads(json.dumps(samples[0]["system"])) == {
+        "system/cpu_utilization_percentage": 42.0
+    }

@@ -51,9 +51,9 @@ def test_the_silent_tracker_takes_every_call(tmp_path: Path) -> None:
 
 
 def test_settings_travel_to_a_worker(tmp_path: Path) -> None:
-    given = settings(tmp_path, run_id="abc")
-    assert pickle.loads(pickle.dumps(given)) == given
-    assert tracker_from(given).run_id == "abc"
+    known = settings(tmp_path, run_id="abc")
+    assert pickle.loads(pickle.dumps(known)) == known
+    assert tracker_from(known).run_id == "abc"
 
 
 def test_the_journal_of_another_run_with_this_name_is_set_aside(tmp_path: Path) -> None:

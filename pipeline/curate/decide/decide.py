@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.decide.removals import Starts, judged
+from pipeline.curate.decide.reasons import Starts, judged
 from pipeline.curate.decide.sources import Sources
 from pipeline.curate.rows.draws_by_id import GOLDEN, finalized
 from pipeline.curate.rows.file_rows import CODE, KEPT, Bytes16, FileRows, Objects, Tables, objects

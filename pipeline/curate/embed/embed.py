@@ -39,23 +39,23 @@ def embed(
     root: Place,
     step: str,
     inputs: Inputs,
-    alive: Result | None,
+    distinct: Result | None,
     spec: EmbedderSpec,
     *,
     fingerprints: Result | None = None,
     max_pixels: int = MAX_PIXELS,
     channels: int = 3,
 ) -> tuple[Vectors, Result]:
-    """Vectors of all images, or of those that are alive.
+    """Vectors of all images, or of one of each group of equal ones.
 
     The descriptor is read from the fingerprints, which hold all rows; who reads them leaves out the
-    rest by the same `alive`. Without fingerprints they are made, under the name of the step.
+    rest by the same `distinct`. Without fingerprints they are made, under the name of the step.
 
     Args:
         root: folder of the curation.
         step: its name.
         inputs: all images.
-        alive: of `exact_copies.collapse`, without marks, so that no threshold changes what is
+        distinct: of `exact_copies.collapse`, without marks, so that no threshold changes what is
             embedded: only rows that are their own keeper; None: all that can be decoded.
         spec: the embedder.
         fingerprints: of the same inputs.
@@ -73,12 +73,12 @@ def embed(
         column, dim = "descriptor", descriptor.DIM
         return Vectors(prints.folder, names, dim, prints.key, column, views=True), prints
     gpus, cpus = task_resources()
-    exact = alive.folder if alive else ""
+    exact = distinct.folder if distinct else ""
     tasks = [
         Task(file.name, (file, spec, exact, max_pixels, bool(gpus), int(cpus)))
         for file in inputs.files
     ]
-    settings = [VERSION, inputs.digest, alive.key if alive else "", spec.settings, max_pixels]
+    settings = [VERSION, inputs.digest, distinct.key if distinct else "", spec.settings, max_pixels]
     embedded = run_step(root, step, settings, tasks, embed_file, cpus=cpus, gpus=gpus)
     dim = int(embedded.accounts[0]["dim"]) if embedded.accounts else 0
     return Vectors(embedded.folder, names, dim, embedded.key), embedded
@@ -107,12 +107,12 @@ def embed_file(
 ) -> Account:
     """Task: the vectors of one file, by row; rows that cannot be decoded are left out."""
     embedder = opened(spec, gpu, threads)
-    alive = np.ones(file.rows, bool)
+    is_distinct = np.ones(file.rows, bool)
     if exact:
         table = read_table(exact, file.name, ["row", "keeper"])
         row, keeper = table.column("row").to_numpy(), table.column("keeper").to_numpy()
-        alive[:] = False
-        alive[row[row == keeper] - file.first] = True
+        is_distinct[:] = False
+        is_distinct[row[row == keeper] - file.first] = True
 
     value_range = file.columns.value_range
 
@@ -127,14 +127,14 @@ def embed_file(
     rows = first = 0
     schema = vector_schema(embedder.dim)
     starts = np.cumsum([0, *file.file.row_groups])
-    groups = [g for g in range(len(starts) - 1) if alive[starts[g] : starts[g + 1]].any()]
+    groups = [g for g in range(len(starts) - 1) if is_distinct[starts[g] : starts[g + 1]].any()]
     with (
         table_writer(schema, folder, file.name) as (writer, size),
         ThreadPoolExecutor(threads) as pool,
     ):
         for number, (group, _) in zip(groups, groups_of(file, groups), strict=True):
             first = int(starts[number])
-            chosen = np.flatnonzero(alive[first : first + len(group)])
+            chosen = np.flatnonzero(is_distinct[first : first + len(group)])
             kept: list[int] = []
             waiting: list[Images] = []
             vectors = []

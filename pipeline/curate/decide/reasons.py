@@ -27,15 +27,15 @@ from pipeline.errors import DataError
 
 # rows that are left when copies and leaks are gone: what retrieval and balancing choose from. Each
 # is its own keeper, so the table can stand for one of exact copies.
-ALIVE = pa.schema([("row", ROW), ("keeper", ROW)])
+LEFT = pa.schema([("row", ROW), ("keeper", ROW)])
 Starts = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def alive(folder: str, file: InputFile, starts: Starts, tables: Tables) -> Account:
+def list_left(folder: str, file: InputFile, starts: Starts, tables: Tables) -> Account:
     """Task: writes the rows of a file that pass quality, are no copy and do not leak."""
     rows = judged(file, starts, tables)
     left = file.first + np.flatnonzero(rows.code == KEPT)
-    table = pa.table([left, left], schema=ALIVE)
+    table = pa.table([left, left], schema=LEFT)
     return {"rows": len(left), "bytes": write_table(table, folder, file.name)}
 
 
