@@ -1,4 +1,4 @@
-"""What a fault cost, as a file: the table of `docs/cluster.md` is made of these.
+"""What a fault cost, as a file: the table of `docs/faults.md` is made of these.
 
 `FAULT_FIGURES=folder pytest -m slow tests/cluster` leaves one JSON file for each fault there.
 Without the variable nothing is written.
