@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose import balance, hierarchy, retrieve
+from pipeline.curate.choose import balance, hierarchy, retrieve, seed_clusters
 from pipeline.curate.choose.balance import effective
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import RowSet
@@ -150,12 +150,12 @@ def retrieval_table(folder: Path, vectors: Array, concept: Array, seed: int) -> 
         f"{'':44}{'asked':>7}{'unique':>8}{'twice':>7}{'precision':>11}{'recall':>8}{'purity':>8}"
     )
     for name, wanted in (
-        ("4 neighbours", retrieve.Retrieval("sample", neighbours=4)),
+        ("4 neighbours", seed_clusters.Retrieval("sample", neighbours=4)),
         ("4 neighbours, similarity at least .5", _near(4)),
-        ("32 neighbours", retrieve.Retrieval("sample", neighbours=32)),
+        ("32 neighbours", seed_clusters.Retrieval("sample", neighbours=32)),
         ("32 neighbours, similarity at least .5", _near(32)),
         *(
-            (f"{k:,} clusters, more than 3 seeds", retrieve.Retrieval("cluster", clusters=k))
+            (f"{k:,} clusters, more than 3 seeds", seed_clusters.Retrieval("cluster", clusters=k))
             for k in (500, 2000, 4000)
         ),
     ):
@@ -173,8 +173,8 @@ def retrieval_table(folder: Path, vectors: Array, concept: Array, seed: int) -> 
         )
 
 
-def _near(neighbours: int) -> retrieve.Retrieval:
-    return retrieve.Retrieval("sample", neighbours=neighbours, min_similarity=0.5)
+def _near(neighbours: int) -> seed_clusters.Retrieval:
+    return seed_clusters.Retrieval("sample", neighbours=neighbours, min_similarity=0.5)
 
 
 def boundary(folder: Path, seed: int) -> None:
@@ -191,7 +191,7 @@ def boundary(folder: Path, seed: int) -> None:
     print()
     for cap in (1_000_000, 30):
         # More clusters than concepts would share the seeds out; fewer would mix concepts.
-        wanted = retrieve.Retrieval("cluster", clusters=12, cap=cap)
+        wanted = seed_clusters.Retrieval("cluster", clusters=12, cap=cap)
         told = retrieve.retrieve(folder, f"apart-cap-{cap}", rows, sets, wanted, seed).summary
         for name, one in told["sets"].items():
             print(

@@ -28,7 +28,7 @@ from pipeline.curate.images.descriptor import MIRROR, describe_grey, square, vis
 from pipeline.curate.look.forms import kept_form, opened_form
 from pipeline.curate.look.second_look import Verdict, form_of, second_look
 from pipeline.curate.threshold.attacks import ATTACKS
-from pipeline.curate.threshold.calibrate import copies_of
+from pipeline.curate.threshold.calibrate import attacked_copies
 from pipeline.curate.threshold.threshold import PENALTIES, Sample, measure_threshold
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
@@ -59,7 +59,7 @@ def prepared(files: list[Path]) -> tuple[Any, Any, Any, Any, dict[str, float]]:
     spent = {"descriptor": 0.0, "pHash, flip-aware": 0.0}
     for i, file in enumerate(files):
         encoded = file.read_bytes()
-        copies = copies_of(decode_image(encoded), bytes.fromhex(image_id(encoded)))
+        copies = attacked_copies(decode_image(encoded), bytes.fromhex(image_id(encoded)))
         forms.append([kept_form(form_of(copy)) for copy in copies])
         for j, copy in enumerate(copies):
             begin = time.process_time()

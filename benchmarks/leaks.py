@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.curate.images.descriptor import MIRROR, describe, describe_grey, similarity, square
 from pipeline.curate.look.second_look import Verdict, form_of, second_look
-from pipeline.curate.threshold.calibrate import COMPARED, copies_of
+from pipeline.curate.threshold.calibrate import COMPARED, attacked_copies
 from pipeline.curate.threshold.threshold import Sample, measure_threshold
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
@@ -54,7 +54,7 @@ def calibrated(images: Any, ids: list[bytes], seed: int, count: int, compared: i
     drawn = np.random.default_rng(seed).permutation(len(ids))[:compared]
     chosen = sorted(drawn.tolist(), key=lambda i: ids[i])
     attacked = sorted(chosen.index(i) for i in drawn[:count].tolist())
-    copies = [copies_of(images[chosen[i]], ids[chosen[i]])[1:] for i in attacked]
+    copies = [attacked_copies(images[chosen[i]], ids[chosen[i]])[1:] for i in attacked]
     found = [[describe(copy) for copy in some] for some in copies]
     full, crops = described(images[chosen])
 

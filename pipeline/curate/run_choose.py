@@ -10,7 +10,8 @@ from pipeline.curate.choose import retrieve as retrieving
 from pipeline.curate.choose.balance import Balanced
 from pipeline.curate.choose.hierarchy import build
 from pipeline.curate.choose.lloyd import Cost, Resources
-from pipeline.curate.choose.retrieve import Retrieval, Retrieved
+from pipeline.curate.choose.retrieve import Retrieved
+from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
 from pipeline.curate.decide.reasons import list_left, starts_of
 from pipeline.curate.images import exact_copies

@@ -26,7 +26,7 @@ from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.threshold import calibrate as module
 from pipeline.curate.threshold import tail, threshold
 from pipeline.curate.threshold.attacks import ATTACKS, attack
-from pipeline.curate.threshold.calibrate import attack_file, calibrate, copies_of
+from pipeline.curate.threshold.calibrate import attack_file, attacked_copies, calibrate
 from pipeline.curate.threshold.tail import all_pairs, interval, tail_threshold
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.errors import ConfigError
@@ -215,7 +215,7 @@ def test_what_the_reader_must_know_is_said(monkeypatch):
 
 
 def attacked(images: list, ids: list[bytes]) -> Sample:
-    found = [list(map(describe, copies_of(x, n))) for x, n in zip(images, ids, strict=True)]
+    found = [list(map(describe, attacked_copies(x, n))) for x, n in zip(images, ids, strict=True)]
     full = np.stack([np.stack([whole for whole, _ in some]) for some in found])
     crops = np.stack([np.stack([views for _, views in some]) for some in found])
     forms = [form_of(image) for image in images]
@@ -232,7 +232,7 @@ def attacked(images: list, ids: list[bytes]) -> Sample:
 def test_planted_copies_in_the_sample_hardly_move_the_threshold(shared, seed):
     """200 photos, a tenth of which are then attacked copies of others."""
     files = sorted((shared / "data" / "imagenet-samples").glob("*.JPEG"))[seed::5][:200]
-    photos = [copies_of(decode_image(file.read_bytes()), bytes(16))[0] for file in files]
+    photos = [attacked_copies(decode_image(file.read_bytes()), bytes(16))[0] for file in files]
     ids = [bytes([n]) * 16 for n in range(200)]
     clean = measure_threshold(attacked(photos, ids), 1e-6)
     names = list(ATTACKS)
@@ -340,7 +340,7 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
     table = pq.read_table(root / "calibrate_copies" / "00000.parquet")
     by_id = {bytes.fromhex(image_id(image)): decode_image(image) for image in images}
     for name, row in zip(table["image_id"].to_pylist(), table["vectors"].to_pylist(), strict=True):
-        copies = copies_of(by_id[name], name)[1:]
+        copies = attacked_copies(by_id[name], name)[1:]
         pixels = np.stack([resize_centre_crop(copy, 28) for copy in copies])
         expected = features_of(network, [pixels], MEAN, STD).double().numpy()
         expected /= np.linalg.norm(expected, axis=1, keepdims=True)

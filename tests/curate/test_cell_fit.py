@@ -107,7 +107,7 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
 def test_shares_add_up(sizes: list[int], share: float) -> None:
     held = sum(size > 0 for size in sizes)
     total = max(held, int(share * sum(sizes)))
-    given_out = cell_fit.shares(np.array(sizes), total)
+    given_out = cell_fit.shares_by_size(np.array(sizes), total)
     assert (given_out <= np.array(sizes)).all()
     assert ((given_out > 0) == (np.array(sizes) > 0)).all()
     assert given_out.sum() == min(total, sum(sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,9 +178,8 @@ def test_first_of_each_group_over_files(points, tmp_path: Path, range_rows, monk
     monkeypatch.setattr(first_few, "RANGE_ROWS", range_rows)
     monkeypatch.setattr(first_few, "GROUP_ROWS", 100)
     arguments = (rows.source.folder, 7)
-    limits = first_few.limits(
-        tmp_path, "first", rows, quota, some_entries, arguments, "key", Cost()
-    ).load()
+    reader = partial(some_entries, folder=arguments[0], groups=arguments[1])
+    limits = first_few.limits(tmp_path, "first", rows, quota, reader, "key", Cost()).load()
     got = []
     for name in rows.names:
         entries = some_entries(name, *arguments)

@@ -9,8 +9,8 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
 from pipeline.curate.choose import neighbours, retrieve, seed_clusters
-from pipeline.curate.choose.neighbours import Images, Neighbours
-from pipeline.curate.choose.retrieve import Retrieval
+from pipeline.curate.choose.neighbours import IdSet, Neighbours
+from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import Points
@@ -67,11 +67,11 @@ def test_neighbours_are_those_of_brute_force(count, least, monkeypatch):
 def test_images_contain():
     ids = ids_of_numbers(range(40))
     ids[3, :8] = ids[2, :8]  # equal first words
-    images = Images(*(np.zeros(0, np.uint64),) * 2)
+    images = IdSet(*(np.zeros(0, np.uint64),) * 2)
     assert not images.contain(ids).any()
     high, low = id_words(ids[:3])
     order = np.lexsort((low, high))
-    assert Images(high[order], low[order]).contain(ids).tolist() == [True] * 3 + [False] * 37
+    assert IdSet(high[order], low[order]).contain(ids).tolist() == [True] * 3 + [False] * 37
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -10,7 +10,8 @@ from planted_vectors import ids_of_numbers, run_here, separated, written
 
 from pipeline.curate.choose import hierarchy
 from pipeline.curate.choose.balance import balance
-from pipeline.curate.choose.retrieve import Retrieval, retrieve
+from pipeline.curate.choose.retrieve import retrieve
+from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.tables import read_table
 
 

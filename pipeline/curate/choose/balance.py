@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -71,8 +72,7 @@ def balance(
         name,
         rows,
         shares.leaves,
-        drawn_entries,
-        (hierarchy.folder, seed),
+        partial(drawn_entries, assigned=hierarchy.folder, seed=seed),
         [hierarchy.key, seed],
         cost,
     )

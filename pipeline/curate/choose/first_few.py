@@ -75,7 +75,7 @@ class Entries:
         )
 
 
-Reader = Callable[..., Entries]  # (file name, *arguments) -> the entries of an input file
+Reader = Callable[[str], Entries]  # file name -> the entries of an input file; pickled
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,6 @@ def limits(
     rows: RowSet,
     quota: Array,
     reader: Reader,
-    arguments: tuple[Any, ...],
     key: Any,
     cost: Cost,
 ) -> Limits:
@@ -138,8 +137,7 @@ def limits(
         name: of the step.
         rows: whose files are read.
         quota: rows to choose of each group, int64 [groups].
-        reader: `reader(file name, *arguments)` gives the entries of a file.
-        arguments: after the file's name; pickled.
+        reader: gives the entries of a file.
         key: of what the reader reads.
         cost: is added to.
     """
@@ -150,8 +148,7 @@ def limits(
     groups = rows.groups(GROUP_ROWS)
     names = [f"{i:05d}" for i in range(len(groups))]
     tasks = [
-        Task(own, (own, group, place, reader, arguments))
-        for own, group in zip(names, groups, strict=True)
+        Task(own, (own, group, place, reader)) for own, group in zip(names, groups, strict=True)
     ]
     named = run_step(root, f"{name}/named", key, tasks, _name_task)
     cost.add(named)
@@ -186,13 +183,12 @@ def _name_task(
     files: tuple[str, ...],
     place: str,
     reader: Reader,
-    arguments: tuple[Any, ...],
 ) -> Account:
     quota = read_quota(place)
     first = Entries.joined([])
     rows = 0
     for file in files:
-        entries = reader(file, *arguments)
+        entries = reader(file)
         rows += len(entries.rows)
         asking = entries.take(quota[entries.groups] > 0)
         first = Entries.joined([first, asking]).first(quota)

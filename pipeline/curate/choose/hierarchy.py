@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -189,10 +190,8 @@ def _nearest_rows(
 ) -> RowSet:
     """The rows nearest to each centroid, equally many of each cluster that has them."""
     quota = np.full(fitted.clusters, half_mean_size(rows.rows, fitted.clusters))
-    arguments = (assigned.folder,)
-    limits = first_few.limits(
-        root, name, rows, quota, nearest_entries, arguments, assigned.key, cost
-    )
+    reader = partial(nearest_entries, assigned=assigned.folder)
+    limits = first_few.limits(root, name, rows, quota, reader, assigned.key, cost)
     tasks = [Task(file, (file, assigned.folder, limits)) for file in rows.names]
     chosen = run_step(root, f"{name}/rows", limits.key, tasks, _near_task)
     cost.add(chosen)

@@ -137,7 +137,9 @@ def fit(
     fs, path = resolve_uri(folder)
     known = read_mark(fs, f"{path}/fit.json")
     if not known:
-        known = _fit(root, name, folder, rows, clusters, seed, iterations, key, resources)
+        groups = rows.groups(max(resources.group_rows, clusters))
+        steps = _Steps(root, name, key, rows.source, groups, seed, resources, Cost())
+        known = _fit(steps, folder, rows, clusters, iterations)
         _tidy(root, name, folder)
     return Fitted(
         folder=folder,
@@ -163,39 +165,24 @@ def _tidy(root: Place, name: str, folder: str) -> None:
 
 
 def _fit(
-    root: Place,
-    name: str,
-    folder: str,
-    rows: RowSet,
-    clusters: int,
-    seed: int,
-    iterations: int,
-    key: str,
-    resources: Resources,
+    steps: _Steps, folder: str, rows: RowSet, clusters: int, iterations: int
 ) -> dict[str, Any]:
     """Runs the steps and writes the centroids and, last, `fit.json`."""
-    dim, cost = rows.source.dim, Cost()
+    dim, resources = rows.source.dim, steps.resources
     operations = float(rows.rows) * clusters * dim
     if operations <= resources.local_work and rows.rows * dim * 2 <= LOCAL_BYTES:
-        task = Task(
-            "fit", (rows.source, rows.names, clusters, seed, iterations, resources.gpus > 0)
-        )
-        one = run_step(
-            root, f"{name}/local", key, [task], fit_task,
-            cpus=resources.cpus, gpus=resources.gpus,
-        )  # fmt: skip
-        cost.add(one)
+        gpu = resources.gpus > 0
+        task = Task("fit", (rows.source, rows.names, clusters, steps.seed, iterations, gpu))
+        one = steps.run("local", [task], fit_task)
         centroids, similarity = read_vectors(one.folder, "fit", dim), one.accounts[0]["similarity"]
     else:
-        groups = rows.groups(max(resources.group_rows, clusters))
-        steps = _Steps(root, name, key, rows.source, groups, seed, resources, cost)
         centres = steps.seeds(clusters)
         similarity = []
         if centres.count:
             centres, similarity = steps.means(centres, iterations, rows.rows)
         centroids = centres.load(dim)
     write_table(pa.table({"vector": list_array(centroids)}), folder, "centroids")
-    known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(cost)}
+    known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(steps.cost)}
     fs, path = resolve_uri(folder)
     write_bytes_atomic(json.dumps(known).encode(), fs, f"{path}/fit.json")
     return known

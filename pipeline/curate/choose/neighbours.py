@@ -44,14 +44,14 @@ ASKED = pa.schema(
 
 
 @dataclass
-class Images:
+class IdSet:
     """A set of image ids: their two words, sorted."""
 
     high: Array
     low: Array
 
     @classmethod
-    def read(cls, folder: str, names: Sequence[str]) -> Images:
+    def read(cls, folder: str, names: Sequence[str]) -> IdSet:
         """Those of all rows of these files."""
         ids = [ids_of(read_table(folder, name, ["image_id"])["image_id"]) for name in names]
         high, low = id_words(np.concatenate([np.zeros((0, 16), np.uint8), *ids]))
@@ -139,7 +139,7 @@ def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
     return products
 
 
-def ask(
+def ask_neighbours(
     root: Place,
     name: str,
     pool: RowSet,
@@ -197,7 +197,7 @@ def _near_task(
     how: tuple[tuple[str, ...], int, float],
 ) -> Account:
     all_seeds, count, least = how
-    own = Images.read(seed_source.folder, all_seeds)
+    own = IdSet.read(seed_source.folder, all_seeds)
     search = Neighbours(seed_source.read_all(seed_files), count, least)
     for file in files:
         points = source.read(file)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose import neighbours, seed_clusters
 from pipeline.curate.choose.lloyd import ONE_CPU, Cost, Resources
+from pipeline.curate.choose.neighbours import ASKED, ask_neighbours
+from pipeline.curate.choose.seed_clusters import CLUSTER, SAMPLE, Retrieval, ask_clusters
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.read_rows import RowSet, Source
 from pipeline.curate.rows.tables import RETRIEVED, id_array, ids_of, read_table, write_table
@@ -22,41 +23,6 @@ from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.uri import Place
 
 Array = np.ndarray[Any, Any]
-
-SAMPLE, CLUSTER = "sample", "cluster"
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What seeds ask for; the fields of `retrieve` in the config.
-
-    Attributes:
-        mode: sample, cluster, or auto: sample above `sample_above` seeds.
-        sample_above: seed images of a set.
-        neighbours: of each seed.
-        min_similarity: of a neighbour, at least.
-        clusters: of the pool; none: a thousandth of its rows.
-        cluster_seeds: a cluster with more seeds than this is taken from.
-        cluster_images: rows of such a cluster, at most.
-        cap: rows of a set by clusters, at most.
-        iterations: of k-means.
-    """
-
-    mode: str = "auto"
-    sample_above: int = 1_000_000
-    neighbours: int = 4
-    min_similarity: float = 0.0
-    clusters: int | None = None
-    cluster_seeds: int = 3
-    cluster_images: int = 10_000
-    cap: int = 1_000_000
-    iterations: int = 10
-
-    def mode_of(self, seeds: int) -> str:
-        """The mode of a set with so many seed images."""
-        if self.mode != "auto":
-            return self.mode
-        return SAMPLE if seeds > self.sample_above else CLUSTER
 
 
 @dataclass(frozen=True)
@@ -112,33 +78,17 @@ def retrieve(
     keys: list[Any] = [pool.key]
     modes = {one: settings.mode_of(seeds[one].rows) for one in sorted(seeds)}
     for number, one in enumerate(one for one in modes if modes[one] == SAMPLE):
-        folder, files, key, counts = neighbours.ask(
-            root,
-            f"{name}/sample/{number}",
-            pool,
-            seeds[one],
-            settings.neighbours,
-            settings.min_similarity,
-            cost,
+        least = settings.min_similarity
+        folder, files, key, counts = ask_neighbours(
+            root, f"{name}/sample/{number}", pool, seeds[one], settings.neighbours, least, cost
         )
         asked.append(Asked(one, SAMPLE, folder, tuple(files)))
         keys.append([one, key])
         told[one] = dict(counts)
     by_cluster = {one: seeds[one] for one in modes if modes[one] == CLUSTER}
     if by_cluster:
-        places, key, counts_of = seed_clusters.ask(
-            root,
-            f"{name}/cluster",
-            pool,
-            by_cluster,
-            settings.clusters,
-            settings.cluster_seeds,
-            settings.cluster_images,
-            settings.cap,
-            seed,
-            settings.iterations,
-            resources,
-            cost,
+        places, key, counts_of = ask_clusters(
+            root, f"{name}/cluster", pool, by_cluster, settings, seed, resources, cost
         )
         keys.append(key)
         for one, (folder, files) in places.items():
@@ -172,11 +122,11 @@ def _owner_task(folder: str, name: str, source: Source, asked: tuple[Asked, ...]
     unique: dict[str, int] = {}
     for at, one in enumerate(asked):
         parts = [read_table(one.folder, file, filters=within) for file in one.names]
-        table = pa.concat_tables(parts) if parts else neighbours.ASKED.empty_table()
+        table = pa.concat_tables(parts) if parts else ASKED.empty_table()
         tables.append(table)
         number.append(np.full(len(table), at))
         unique[one.set] = len(np.unique(table["row"].to_numpy()))
-    table = pa.concat_tables(tables) if tables else neighbours.ASKED.empty_table()
+    table = pa.concat_tables(tables) if tables else ASKED.empty_table()
     of = np.concatenate(number) if number else np.zeros(0, np.int64)
     row = np.asarray(table["row"].to_numpy(), np.int64)
     query = ids_of(table["query_id"])

@@ -24,7 +24,7 @@ from pipeline.curate.choose.balance import waterfill
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.kmeans import Centroids
 from pipeline.curate.choose.lloyd import Cost, Fitted, Resources
-from pipeline.curate.choose.neighbours import ASKED, Images
+from pipeline.curate.choose.neighbours import ASKED, IdSet
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, firsts, id_words, numbers_as_ids
 from pipeline.curate.rows.read_rows import Points, RowSet, Source
 from pipeline.curate.rows.tables import id_array, ids_of, read_table, write_table
@@ -39,6 +39,42 @@ LIKE_SEEDS = 0.1  # share of seeds that are less like another seed than a pure r
 COMPARED = 1024  # seeds of a cluster that are compared with each other
 COMPARED_SEEDS = 2**16  # in all
 SEED_ROWS = 2**16  # that a task holds at once
+
+
+SAMPLE, CLUSTER = "sample", "cluster"  # modes of retrieval
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What seeds ask for; the fields of `retrieve` in the config.
+
+    Attributes:
+        mode: sample, cluster, or auto: sample above `sample_above` seeds.
+        sample_above: seed images of a set.
+        neighbours: of each seed.
+        min_similarity: of a neighbour, at least.
+        clusters: of the pool; none: a thousandth of its rows.
+        cluster_seeds: a cluster with more seeds than this is taken from.
+        cluster_images: rows of such a cluster, at most.
+        cap: rows of a set by clusters, at most.
+        iterations: of k-means.
+    """
+
+    mode: str = "auto"
+    sample_above: int = 1_000_000
+    neighbours: int = 4
+    min_similarity: float = 0.0
+    clusters: int | None = None
+    cluster_seeds: int = 3
+    cluster_images: int = 10_000
+    cap: int = 1_000_000
+    iterations: int = 10
+
+    def mode_of(self, seeds: int) -> str:
+        """The mode of a set with so many seed images."""
+        if self.mode != "auto":
+            return self.mode
+        return SAMPLE if seeds > self.sample_above else CLUSTER
 
 
 @dataclass(frozen=True)
@@ -60,17 +96,53 @@ class SeedSet:
         return self.source.read_all(block)
 
 
-def ask(
+@dataclass(frozen=True)
+class Drawing:
+    """Rows that are drawn for each set from its clusters; what tasks read, small.
+
+    Attributes:
+        assigned: folder of the clusters of the pool's rows.
+        sets: the seeds of each set.
+        names: of the sets.
+        clusters: how many there are.
+        seed: of the run.
+    """
+
+    assigned: str
+    sets: tuple[SeedSet, ...]
+    names: list[str]
+    clusters: int
+    seed: int
+
+    def entries(self, name: str, only: int | None = None) -> Entries:
+        """Rows of a file once for each set, or for one set; groups are set times clusters plus
+        cluster.
+
+        A set's own images are left out. Each set draws by its name, so that sets draw different
+        rows.
+        """
+        table = read_table(self.assigned, name, ["row", "image_id", "leaf"])
+        rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
+        leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
+        parts = []
+        for number, one in enumerate(self.sets):
+            if (only is not None and number != only) or not len(rows):
+                continue
+            other = ~IdSet.read(one.assigned, one.names).contain(ids)
+            what = int(fingerprint(self.names[number])[:8], 16)
+            keys = draw(self.seed, what, ids[other], RETRIEVE)
+            groups = number * self.clusters + leaves[other]
+            parts.append(Entries(groups, keys, ids[other], rows[other]))
+        return Entries.joined(parts)
+
+
+def ask_clusters(
     root: Place,
     name: str,
     pool: RowSet,
     seeds: dict[str, RowSet],
-    clusters: int | None,
-    cluster_seeds: int,
-    cluster_images: int,
-    cap: int,
+    settings: Retrieval,
     seed: int,
-    iterations: int,
     resources: Resources,
     cost: Cost,
 ) -> tuple[dict[str, tuple[str, list[str]]], str, dict[str, dict[str, Any]]]:
@@ -81,12 +153,8 @@ def ask(
         name: of the step.
         pool: rows to retrieve.
         seeds: of each set, by name.
-        clusters: of the pool; none: one for a thousand rows.
-        cluster_seeds: a cluster with more seeds of a set than this is taken from.
-        cluster_images: rows of such a cluster, at most.
-        cap: rows of a set, at most.
+        settings: what they ask for.
         seed: of the run.
-        iterations: of k-means.
         resources: of the tasks that cluster.
         cost: is added to.
 
@@ -95,8 +163,8 @@ def ask(
         `requested` (rows to give after cap and water-filling), `clusters`, `clusters_of`,
         `seeds_covered` (share of the seeds that are in clusters taken from), `rows_in_clusters`.
     """
-    count = clusters or max(1, pool.rows // CLUSTER_ROWS)
-    fitted = lloyd.fit(root, f"{name}/clusters", pool, count, seed, iterations, resources)
+    count = settings.clusters or max(1, pool.rows // CLUSTER_ROWS)
+    fitted = lloyd.fit(root, f"{name}/clusters", pool, count, seed, settings.iterations, resources)
     cost.add(fitted.cost)
     result, sizes = assign(root, f"{name}/assigned", pool, fitted, resources)
     cost.add(result)
@@ -106,9 +174,9 @@ def ask(
     for number, one in enumerate(names):
         mine = seeds[one]
         leaves, counts = _assign_seeds(root, f"{name}/seeds/{number}", mine, fitted, cost)
-        taken = counts > cluster_seeds
-        most = np.where(taken, np.minimum(sizes, cluster_images), 0)
-        quota[number] = waterfill(most, cap)
+        taken = counts > settings.cluster_seeds
+        most = np.where(taken, np.minimum(sizes, settings.cluster_images), 0)
+        quota[number] = waterfill(most, settings.cap)
         sets.append(SeedSet(mine.source, mine.names, leaves, tuple(mine.groups(SEED_ROWS))))
         compared = _compared(counts, seed)
         if len(compared):
@@ -125,16 +193,16 @@ def ask(
             "rows_in_clusters": int(sizes[taken].sum()),
         }
     key = [result.key, [seeds[one].key for one in names], names, seed, fingerprint(quota.tolist())]
-    arguments = (result.folder, tuple(sets), names, fitted.clusters, seed)
+    drawing = Drawing(result.folder, tuple(sets), names, fitted.clusters, seed)
     limits = first_few.limits(
-        root, f"{name}/chosen", pool, quota.ravel(), drawn_entries, arguments, key, cost
+        root, f"{name}/chosen", pool, quota.ravel(), drawing.entries, key, cost
     )
     groups = pool.groups(first_few.GROUP_ROWS)
     asked = {}
     for number, one in enumerate(names):
         like = usual.get(one, 1.0)
         tasks = [
-            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, arguments, number, limits, like))
+            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, drawing, number, limits, like))
             for g, group in enumerate(groups)
         ]
         step = run_step(root, f"{name}/asked/{number}", [limits.key, one], tasks, _evidence_task)
@@ -155,60 +223,34 @@ def _assign_seeds(
     return result.folder, counts
 
 
-def drawn_entries(
-    name: str,
-    assigned: str,
-    sets: tuple[SeedSet, ...],
-    names: list[str],
-    clusters: int,
-    seed: int,
-    only: int | None = None,
-) -> Entries:
-    """Rows of a file once for each set; groups are set times clusters plus cluster.
-
-    A set's own images are left out. Each set draws by its name, so that sets draw different rows.
-    """
-    table = read_table(assigned, name, ["row", "image_id", "leaf"])
-    rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
-    leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
-    parts = []
-    for number, one in enumerate(sets):
-        if (only is not None and number != only) or not len(rows):
-            continue
-        other = ~Images.read(one.assigned, one.names).contain(ids)
-        what = int(fingerprint(names[number])[:8], 16)
-        keys = draw(seed, what, ids[other], RETRIEVE)
-        parts.append(Entries(number * clusters + leaves[other], keys, ids[other], rows[other]))
-    return Entries.joined(parts)
-
-
 def _evidence_task(
     folder: str,
     name: str,
     source: Source,
     files: tuple[str, ...],
-    arguments: tuple[Any, ...],
+    drawing: Drawing,
     number: int,
     limits: Limits,
     usual: float,
 ) -> Account:
     """The rows chosen for a set, with the nearest seed of their cluster."""
-    assigned, sets, names, clusters, seed = arguments
     upto = limits.load()
     chosen: list[tuple[Array, Array, Array]] = []
     for file in files:
-        entries = drawn_entries(file, assigned, sets, names, clusters, seed, number)
+        entries = drawing.entries(file, number)
         entries = entries.take(upto.chosen(entries))
         if not len(entries.rows):
             continue
         points = source.read(file)
         at = np.searchsorted(points.rows, entries.rows)
-        chosen.append((entries.rows, entries.groups - number * clusters, points.vectors[at]))
+        chosen.append(
+            (entries.rows, entries.groups - number * drawing.clusters, points.vectors[at])
+        )
     if not chosen:
         table = ASKED.empty_table()
         return {"rows": 0, "bytes": write_table(table, folder, name), "pure": 0}
     rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
-    query, similarity = _nearest_seeds(sets[number], leaves, vectors)
+    query, similarity = _nearest_seeds(drawing.sets[number], leaves, vectors)
     order = np.argsort(rows, kind="stable")
     columns = [
         rows[order],

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pipeline.curate.copies.cells import SAMPLE_EACH, TWO_LEVELS, Cells
 from pipeline.curate.copies.collapse import Distinct
 from pipeline.curate.rows.bucketed import raw, unraw
-from pipeline.curate.rows.draws_by_id import GOLDEN, finalized
+from pipeline.curate.rows.draws_by_id import GOLDEN, mix
 from pipeline.curate.rows.exact import Halves, nearest_numbers, unit_half
 from pipeline.curate.rows.read_rows import Ids, Portion, order_by_id
 from pipeline.curate.rows.tables import ID, id_array, ids_of, read_table, write_table
@@ -56,7 +56,7 @@ def fit_cells(
     first_groups, places = _groups(vectors, cells, (seed, 0))
     most = max(LEAST_SPLIT, SKEW * -(-cells // len(places)))
     parts: list[tuple[Halves, Halves]] = []
-    for number, share in enumerate(shares(np.array([len(one) for one in places]), cells)):
+    for number, share in enumerate(shares_by_size(np.array([len(one) for one in places]), cells)):
         if share:
             own = first_groups[number : number + 1]
             parts += _split(own, vectors[places[number]], int(share), (seed, 1, number), most)
@@ -104,14 +104,14 @@ def _split(
         every = max(1, len(vectors) // (SAMPLE_EACH * most))
         return [(own, kmeans(vectors[::every], most, seed, ITERATIONS))]
     parts: list[tuple[Halves, Halves]] = []
-    for number, share in enumerate(shares(sizes, cells)):
+    for number, share in enumerate(shares_by_size(sizes, cells)):
         if share:
             mine = groups[number : number + 1], vectors[places[number]]
             parts += _split(*mine, int(share), (*seed, 1, number), most)
     return parts
 
 
-def shares(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def shares_by_size(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """`total` shared out by size: at least one and at most its size for each that has any.
 
     The largest remainders get what is left, the earlier of equal ones first.
@@ -261,10 +261,10 @@ def bucket_cells(
 
 
 def hash64(seed: int, ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A number for each id, uniform in 64 bits and another one for each seed (splitmix64)."""
-    start = finalized(np.array([seed], np.uint64) + GOLDEN)
+    """A number for each id, uniform in 64 bits and another one for each seed (SplitMix64)."""
+    start = mix(np.array([seed], np.uint64) + GOLDEN)
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2).astype(np.uint64)
-    return finalized(words[:, 0] ^ finalized(words[:, 1] ^ start))
+    return mix(words[:, 0] ^ mix(words[:, 1] ^ start))
 
 
 def sample_task(

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
+from pipeline.curate.rows.draws_by_id import group_starts, id_words
 from pipeline.curate.rows.read_rows import (
     Portion,
     Rows,
-    big_endian,
     read_range,
     read_rows,
     self_dots,
@@ -84,7 +84,7 @@ def hash_task(folder: str, distinct: Distinct, portion: Portion, buckets: int) -
         for at in range(0, len(rows) * width, width)
     )
     digest = np.frombuffer(hashes, np.uint8).reshape(-1, 16)
-    bucket = (big_endian(digest)[0] % np.uint64(buckets)).astype(np.int64)
+    bucket = (id_words(digest)[0] % np.uint64(buckets)).astype(np.int64)
     order = np.argsort(bucket, kind="stable")
     table = pa.table(
         {
@@ -109,12 +109,11 @@ def collapse_task(
         table = pa.concat_tables(tables)
         rows = len(table)
         ids, row = ids_of(table.column("image_id")), table.column("row").to_numpy()
-        high, low = big_endian(ids_of(table.column("hash")))
-        first, second = big_endian(ids)
+        high, low = id_words(ids_of(table.column("hash")))
+        first, second = id_words(ids)
         order = np.lexsort((row, second, first, low, high))
         high, low = high[order], low[order]
-        new = np.ones(len(order), bool)
-        new[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        new = group_starts(high, low)
         stands = order[np.flatnonzero(new)[np.cumsum(new) - 1]]
         mine, other = order[~new], stands[~new]
         by_row = np.argsort(row[mine])

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.curate.copies.join import PAIRS, Forest
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
+from pipeline.curate.rows.draws_by_id import group_starts
 from pipeline.curate.rows.exact import Ints
 from pipeline.curate.rows.read_rows import order_by_id
 from pipeline.curate.rows.tables import EDGES, ROW, ids_of, read_table, write_table
@@ -163,8 +164,7 @@ def _stars(folder: str, names: Names, shard: int) -> tuple[Ints, Ints, Ints]:
     del tables
     order = np.lexsort((other, row))
     row, other = row[order], other[order]
-    new = np.ones(len(row), bool)
-    new[1:] = (row[1:] != row[:-1]) | (other[1:] != other[:-1])
+    new = group_starts(row, other)
     row, other = row[new], other[new]
     first = np.searchsorted(row, row)  # neighbours are in order
     return row, other, np.minimum(row, other[first])

@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.items import Items, Shuffled, by_cell
+from pipeline.curate.rows.draws_by_id import group_starts, id_words
 from pipeline.curate.rows.exact import Doubles, Ints, device, full_precision, pairs_above
-from pipeline.curate.rows.read_rows import Ids, big_endian, order_by_id
+from pipeline.curate.rows.read_rows import Ids, order_by_id
 from pipeline.curate.rows.tables import ID, ROW, id_array, write_table
 
 TILE = 2048  # items on each side of a product: 16 MiB
@@ -154,13 +155,9 @@ def best(keys: Sequence[Array], similarity: Doubles, ids: Sequence[Ids | Array])
         return np.zeros(0, np.int64)
     ties: list[Array] = []
     for one in reversed(ids):
-        ties.extend(reversed(big_endian(one)) if one.ndim == 2 else [one])
+        ties.extend(reversed(id_words(one)) if one.ndim == 2 else [one])
     order = np.lexsort([*ties, -similarity, *keys])
-    new = np.ones(len(order), bool)
-    new[1:] = False
-    for key in keys:
-        new[1:] |= key[order][1:] != key[order][:-1]
-    return order[new]
+    return order[group_starts(*(key[order] for key in keys))]
 
 
 # ---- The relative join: another set against the stored buckets of a pool.

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from pipeline.curate.copies.items import Visiting, visiting_of
 from pipeline.curate.copies.keeper_facts import KeeperFacts, OnDisk
+from pipeline.curate.rows.draws_by_id import group_starts, id_words
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.read_rows import Ids, Rows, big_endian
+from pipeline.curate.rows.read_rows import Ids, Rows
 from pipeline.curate.rows.tables import COMPONENTS, ID, id_array, write_table
 
 # `tables.COMPONENTS` with the id of the row itself.
@@ -97,7 +98,7 @@ def keeper_order(
     component: Array, goes: Array, as_is: Array, area: Array, density: Array, ids: Ids
 ) -> Ints:
     """Rows by component, the best one of each first."""
-    high, low = big_endian(ids)
+    high, low = id_words(ids)
     return np.lexsort((low, high, -density, -area, ~as_is, goes, component))
 
 
@@ -124,8 +125,7 @@ def choose(
         of a chain, the size of its component and the smallest image id in that.
     """
     n = len(label)
-    new = np.ones(n, bool)
-    new[1:] = label[1:] != label[:-1]
+    new = group_starts(label)
     start = np.flatnonzero(new)
     component = np.cumsum(new) - 1
     count = np.diff(np.append(start, n))
@@ -137,7 +137,7 @@ def choose(
         for one in np.unique(component[chained]):
             rows = np.arange(start[one], start[one] + count[one])
             _lead(rows[chained[rows]], goes, at, similarity_of, guard.least, keeper, similarity)
-    high, low = big_endian(ids)
+    high, low = id_words(ids)
     smallest = np.lexsort((low, high, component))[start]
     return keeper, similarity, chained, count[component], ids[smallest[component]]
 

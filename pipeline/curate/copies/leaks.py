@@ -15,9 +15,10 @@ from pipeline.curate.copies.join import best, relative_pairs
 from pipeline.curate.look.looks import PAIRS
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.rows.by_file import by_file
+from pipeline.curate.rows.draws_by_id import group_starts, id_words
 from pipeline.curate.rows.exact import Doubles, Ints
 from pipeline.curate.rows.file_rows import Tables
-from pipeline.curate.rows.read_rows import Ids, big_endian, read_range
+from pipeline.curate.rows.read_rows import Ids, read_range
 from pipeline.curate.rows.tables import (
     ID,
     LEAKS,
@@ -84,7 +85,7 @@ def leak_task(
     ).cast(LEAKS)
     size = write_table(hits, str(join(folder, "rows")), f"{bucket:05d}")
     queries = _best_of_queries(names, query, row, ids, similarity)
-    shard = (big_endian(ids_of(queries.column("query_id")))[1] % np.uint64(shards)).astype(np.int64)
+    shard = (id_words(ids_of(queries.column("query_id")))[1] % np.uint64(shards)).astype(np.int64)
     order = np.argsort(shard, kind="stable")
     queries = queries.take(pa.array(order))
     queries_folder = str(join(folder, "queries"))
@@ -202,7 +203,7 @@ def count_task(
     for name in names:
         table = read_table(looked, name, ["set", "other_id"], [("same", "=", True)])
         ids = ids_of(table["other_id"])
-        mine = big_endian(ids)[1] % np.uint64(shards) == shard
+        mine = id_words(ids)[1] % np.uint64(shards) == shard
         sets = table["set"].filter(pa.array(mine)).to_pylist()
         for one, image in zip(sets, ids[mine], strict=True):
             leaked.setdefault(one, set()).add(image.tobytes())
@@ -259,7 +260,5 @@ def _best(table: pa.Table) -> pa.Table:
     order = [("component", "ascending"), ("similarity", "descending")]
     order += [(name, "ascending") for name in ("set", "query_id", "row_id")]
     table = table.take(pc.sort_indices(table, sort_keys=order)).combine_chunks()
-    ids = ids_of(table.column("component"))
-    first = np.ones(len(ids), bool)
-    first[1:] = (ids[1:] != ids[:-1]).any(1)
+    first = group_starts(*id_words(ids_of(table.column("component"))))
     return table.filter(pa.array(first))

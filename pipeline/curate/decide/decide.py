@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.curate.decide.reasons import Starts, judged
 from pipeline.curate.decide.sources import Sources
-from pipeline.curate.rows.draws_by_id import GOLDEN, finalized
+from pipeline.curate.rows.draws_by_id import GOLDEN, mix
 from pipeline.curate.rows.file_rows import CODE, KEPT, Bytes16, FileRows, Objects, Tables, objects
 from pipeline.curate.rows.tables import (
     AS_IS,
@@ -160,6 +160,6 @@ def draws(ids: Bytes16, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     """A number in [0, 1) for each image, from its id and the seed alone."""
     words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2)
     with np.errstate(over="ignore"):
-        inner = finalized((words[:, 1] ^ np.uint64(seed)) + GOLDEN)
-        mixed = finalized((words[:, 0] ^ inner) + GOLDEN)
+        inner = mix((words[:, 1] ^ np.uint64(seed)) + GOLDEN)
+        mixed = mix((words[:, 0] ^ inner) + GOLDEN)
     return np.asarray((mixed >> np.uint64(11)) * 2.0**-53, np.float64)

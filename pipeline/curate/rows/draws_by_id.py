@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.views.draws import GOLDEN as GOLDEN
+from pipeline.views.draws import mix as mix
 from pipeline.views.draws import uniforms
 
 Array = np.ndarray[Any, Any]
@@ -59,6 +61,15 @@ def in_order(groups: Array, keys: Array, ids: Array, rows: Array) -> Array:
     return np.lexsort((rows, low, high, keys, groups))
 
 
+def group_starts(*keys: Array) -> Array:
+    """Which rows are the first of their group, where those with equal keys stand together."""
+    starts = np.ones(len(keys[0]), bool)
+    starts[1:] = False
+    for key in keys:
+        starts[1:] |= key[1:] != key[:-1]
+    return starts
+
+
 def firsts(groups: Array, keys: Array, ids: Array, rows: Array, quota: Array) -> Array:
     """Positions of the first `quota[group]` of each group, in order.
 
@@ -91,18 +102,3 @@ def not_after(
     for mine, limit in ((low, limit_low), (high, limit_high), (keys, limit_keys)):
         upto = (mine < limit) | ((mine == limit) & upto)
     return upto
-
-
-# ---- The finalizer of splitmix64, which scatters ids over 64 bits.
-
-
-Words = np.ndarray[Any, np.dtype[np.uint64]]
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def finalized(x: Words) -> Words:
-    """Another number for each of these, uniform where they are consecutive (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import Doubles, Halves, Ints
 from pipeline.curate.rows.tables import HALF, InputFile, Vectors, ids_of, matrix, read_table
 from pipeline.errors import DataError
@@ -175,15 +176,9 @@ def read_range(
             yield table
 
 
-def big_endian(ids: Ids) -> tuple[Any, Any]:
-    """Ids as two columns of numbers that are ordered as the ids are."""
-    halves = np.ascontiguousarray(ids).view(">u8").reshape(-1, 2).astype(np.uint64)
-    return halves[:, 0], halves[:, 1]
-
-
 def order_by_id(ids: Ids, row: Ints) -> Ints:
     """Places in the order of the ids; of equal ids the smaller row is first."""
-    high, low = big_endian(ids)
+    high, low = id_words(ids)
     return np.lexsort((row, low, high))
 
 

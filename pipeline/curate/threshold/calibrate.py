@@ -61,7 +61,7 @@ def calibrate(
     root: Place,
     inputs: Inputs,
     fingerprints: Result,
-    alive: Result,
+    exact: Result,
     spec: EmbedderSpec,
     vectors: Vectors,
     *,
@@ -78,9 +78,9 @@ def calibrate(
         root: folder of the curation.
         inputs: all images.
         fingerprints: of all inputs.
-        alive: of `exact_copies.collapse`; the sample is of rows that are their own keeper.
+        exact: of `exact_copies.collapse`; the sample is of rows that are their own keeper.
         spec: the embedder that finds copies.
-        vectors: of it, of all rows that are alive.
+        vectors: of it, of all these rows.
         images: that are attacked.
         target: share of unlike pairs that may be taken for copies.
         seed: of the sample and of the attacks.
@@ -91,14 +91,14 @@ def calibrate(
     Returns:
         the calibration, and the step that measured it.
     """
-    rows, most = exact_copies.own(alive), max(COMPARED, images)
+    rows, most = exact_copies.own(exact), max(COMPARED, images)
     # Twice what is needed and then some goes to the driver, which takes the smallest.
     below = min(1.0, (2 * most + 100) / max(1, rows))
     tasks = [
-        Task(file.name, (file.name, fingerprints.folder, alive.folder, below, seed))
+        Task(file.name, (file.name, fingerprints.folder, exact.folder, below, seed))
         for file in inputs.files
     ]
-    keys = [3, fingerprints.key, alive.key, most, seed]
+    keys = [3, fingerprints.key, exact.key, most, seed]
     drawn = run_step(root, f"{step}_sample", keys, tasks, draw_file)
     ranked = sorted(
         (float(draw), str(name), int(row))
@@ -194,7 +194,7 @@ def attack_file(
 
     def copied(one: tuple[bytes, bytes]) -> Any:
         pixels = decode_image(one[1], channels, max_pixels, file.columns.value_range)
-        copies = copies_of(three_channels(pixels), one[0], seed)[1:]
+        copies = attacked_copies(three_channels(pixels), one[0], seed)[1:]
         if embedder is None:
             return [descriptor.describe(copy) for copy in copies]
         return [embedder.prepare(_channels(copy, channels)) for copy in copies]
@@ -222,7 +222,7 @@ def attack_file(
     return {"rows": len(ids), "bytes": write_table(pa.table(columns), folder, file.name)}
 
 
-def copies_of(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
+def attacked_copies(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
     """An image and its nine copies, at most LONGEST pixels long; tiny sides are enlarged to 8."""
     height, width = rgb.shape[:2]
     scale = min(1.0, LONGEST / max(height, width))
