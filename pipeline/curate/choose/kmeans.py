@@ -12,43 +12,35 @@ a new seed in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.curate.rows.draws_by_id import REFILL, SEEDING, id_words, race
-from pipeline.curate.rows.exact import Doubles, Halves, dots, full_precision, margin, unit_half
+from pipeline.curate.rows.exact import Centres, Doubles, Halves, dots, unit_half
 from pipeline.curate.rows.tables import HALF
 
 Array = np.ndarray[Any, Any]
 
-BLOCK_PRODUCTS = 2**25  # products in memory at once: 128 MiB
-BLOCK_ROWS = 8192
-BLOCK_ELEMENTS = 2**23  # of rows in doubles
-CLOSE_PAIRS = 2**13  # pairs that doubles decide at once
+BLOCK_ROWS = 8192  # that are added up at once
+BLOCK_ELEMENTS = 2**23  # of these rows, in doubles
 MAX_DRAWN = 4096  # seeds of one pass
 SPARE = 64  # rows that each task names for empty clusters
 UNIT = 2.0**24  # similarities are added up as integers of this, so that sums are exact
 
 
 class Centroids:
-    """Centroids at hand for finding the nearest: half [k, d], and wider copies.
+    """Centroids at hand for finding the nearest one.
 
     Args:
-        halves: [k, d].
+        halves: half precision [k, d].
         gpu: single precision products on the GPU; the results are the same.
     """
 
     def __init__(self, halves: Halves, gpu: bool = False) -> None:
         self.halves = halves
-        self.gpu = gpu
-        self._fast: Any = np.ascontiguousarray(halves.astype(np.float32).T)
-        if gpu:
-            import torch
-
-            self._fast = torch.from_numpy(self._fast).cuda()
+        self._centres = Centres(halves, "cuda" if gpu else "")
 
     def __len__(self) -> int:
         return len(self.halves)
@@ -62,57 +54,10 @@ class Centroids:
         Returns:
             int64 [n] and float64 [n].
         """
-        labels, similarity = np.zeros(len(vectors), np.int64), np.zeros(len(vectors))
-        for part in self._blocks(len(vectors), vectors.shape[1]):
-            labels[part], similarity[part] = self._nearest(vectors[part])
-        return labels, similarity
-
-    def _blocks(self, rows: int, dim: int) -> Iterator[slice]:
-        most = min(BLOCK_PRODUCTS // max(1, len(self)), BLOCK_ELEMENTS // dim, BLOCK_ROWS)
-        step = max(16, most)
-        return (slice(i, i + step) for i in range(0, rows, step))
-
-    def _nearest(self, vectors: Halves) -> tuple[Array, Doubles]:
-        apart = 2 * margin(vectors.shape[1])
-        labels, best, second, products = self._top_two(vectors)
-        similarity = dots(vectors, self.halves[labels])
-        close = np.flatnonzero(second >= best - apart)
-        # In doubles the products of few rows with all centroids, or of many rows with few of them.
-        for at in close:
-            rivals = np.flatnonzero(products(at) >= best[at] - apart)
-            labels[at], similarity[at] = self._best_of(vectors[at], rivals)
-        return labels, similarity
-
-    def _best_of(self, vector: Halves, rivals: Array) -> tuple[int, float]:
-        wide = vector.astype(np.float64)
-        winner, highest = 0, -np.inf
-        for i in range(0, len(rivals), CLOSE_PAIRS):
-            part = rivals[i : i + CLOSE_PAIRS]
-            exact = self.halves[part].astype(np.float64) @ wide
-            at = int(exact.argmax())  # the first of equals: rivals are in order
-            if exact[at] > highest:
-                winner, highest = int(part[at]), float(exact[at])
-        return winner, highest
-
-    def _top_two(self, vectors: Halves) -> tuple[Array, Array, Array, Any]:
-        """Nearest, its product and the next one's in single precision, and a row of products."""
-        if self.gpu:
-            import torch
-
-            wide = torch.from_numpy(np.ascontiguousarray(vectors)).cuda().float()
-            with full_precision(torch):
-                on = wide @ self._fast
-            top = torch.topk(on, min(2, on.shape[1]), dim=1)
-            values, labels = top.values.cpu().numpy(), top.indices[:, 0].cpu().numpy()
-            second = values[:, 1] if values.shape[1] > 1 else np.full(len(values), -np.inf)
-            return labels.astype(np.int64), values[:, 0], second, lambda at: on[at].cpu().numpy()
-        fast = vectors.astype(np.float32) @ self._fast
-        labels, here = fast.argmax(1), np.arange(len(fast))
-        best = fast[here, labels]
-        fast[here, labels] = -np.inf
-        second = fast.max(1)
-        fast[here, labels] = best
-        return labels, best, second, lambda at: fast[at]
+        if not len(vectors):
+            return np.zeros(0, np.int64), np.zeros(0)
+        labels, similarity = self._centres.nearest(vectors, 1)
+        return labels[:, 0].astype(np.int64), similarity[:, 0]
 
 
 def squared_distances(
@@ -213,7 +158,10 @@ class Sums:
         """Adds rows, by the nearest of these centroids."""
         from scipy.sparse import csr_matrix
 
-        for part in centroids._blocks(len(vectors), vectors.shape[1]):
+        # In blocks, for the rows become doubles.
+        step = max(16, min(BLOCK_ELEMENTS // vectors.shape[1], BLOCK_ROWS))
+        for begin in range(0, len(vectors), step):
+            part = slice(begin, begin + step)
             rows = vectors[part]
             labels, products = centroids.nearest(rows)
             present, place = np.unique(labels, return_inverse=True)

@@ -59,60 +59,78 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else ""
 
 
+class Centres:
+    """Centres at hand for finding the nearest of many vectors.
+
+    Args:
+        centres: half precision [k, d] of unit length.
+        on: torch device of the fast products; default: a GPU where there is one, else numpy. The
+            results are the same.
+    """
+
+    def __init__(self, centres: Halves, on: str | None = None) -> None:
+        self.centres = centres
+        on = device() if on is None else on
+        self._wide = max(1, -(-len(centres) // COLUMNS)) * COLUMNS
+        self._step = max(1, 32 * BLOCK // self._wide) if on else max(16, BLOCK // self._wide)
+        self._products: Any = (
+            _OnDevice(centres, self._wide, on) if on else _OnCpu(centres, self._wide)
+        )
+
+    def __len__(self) -> int:
+        return len(self.centres)
+
+    def nearest(self, vectors: Halves, count: int) -> tuple[np.ndarray[Any, Any], Doubles]:
+        """The `count` centres with the highest dot product of each vector, exactly ordered.
+
+        Equal products are ordered by the centre's number.
+
+        Args:
+            vectors: [n, d] of unit length.
+            count: at most k.
+
+        Returns:
+            int32 [n, count] and the exact products [n, count].
+        """
+        which = self.numbers(vectors, count)
+        similarity = np.empty(which.shape)
+        step = max(1, BLOCK // max(1, vectors.shape[1]))
+        for begin in range(0, len(vectors), step):
+            rows = slice(begin, begin + step)
+            wide = vectors[rows].astype(np.float64)
+            for column in range(which.shape[1]):
+                of = self.centres[which[rows, column]].astype(np.float64)
+                similarity[rows, column] = np.einsum("nd,nd->n", wide, of)
+        return which, similarity
+
+    def numbers(self, vectors: Halves, count: int) -> np.ndarray[Any, Any]:
+        """As `nearest`, without the products: only those that are close are made in doubles.
+
+        Returns:
+            int32 [n, count].
+        """
+        count = min(count, len(self))
+        which = np.empty((len(vectors), count), np.int32)
+        slack = 2 * margin(vectors.shape[1])
+        for begin in range(0, len(vectors) if count else 0, self._step):
+            rows = vectors[begin : begin + self._step]
+            numbers, values = self._products.candidates(rows, count, slack)
+            which[begin : begin + self._step] = _ordered(rows, self.centres, numbers, values, count)
+        return which
+
+
 def nearest(
     vectors: Halves, centres: Halves, count: int, on: str | None = None
 ) -> tuple[np.ndarray[Any, Any], Doubles]:
-    """The `count` centres with the highest dot product of each vector, exactly ordered.
-
-    Equal products are ordered by the centre's number.
-
-    Args:
-        vectors: [n, d] of unit length.
-        centres: [k, d] of unit length.
-        count: at most k.
-        on: torch device of the fast products; default: a GPU where there is one, else numpy.
-
-    Returns:
-        int32 [n, count] and the exact products [n, count].
-    """
-    which = nearest_numbers(vectors, centres, count, on)
-    similarity = np.empty(which.shape)
-    step = max(1, BLOCK // max(1, vectors.shape[1]))
-    for begin in range(0, len(vectors), step):
-        rows = slice(begin, begin + step)
-        wide = vectors[rows].astype(np.float64)
-        for column in range(which.shape[1]):
-            of = centres[which[rows, column]].astype(np.float64)
-            similarity[rows, column] = np.einsum("nd,nd->n", wide, of)
-    return which, similarity
+    """As `Centres.nearest`, for centres that are used once."""
+    return Centres(centres, on).nearest(vectors, count)
 
 
 def nearest_numbers(
     vectors: Halves, centres: Halves, count: int, on: str | None = None
 ) -> np.ndarray[Any, Any]:
-    """As `nearest`, without the products, of which only those that are close are made in doubles.
-
-    Returns:
-        int32 [n, count].
-    """
-    n, k = len(vectors), len(centres)
-    count = min(count, k)
-    which = np.empty((n, count), np.int32)
-    if not n or not count:
-        return which
-    on = device() if on is None else on
-    wide = -(-k // COLUMNS) * COLUMNS
-    if on:
-        products: Any = _OnDevice(centres, wide, on)
-        step = max(1, 32 * BLOCK // wide)
-    else:
-        products = _OnCpu(centres, wide)
-        step = max(16, BLOCK // wide)
-    for begin in range(0, n, step):
-        rows = vectors[begin : begin + step]
-        numbers, values = products.candidates(rows, count, 2 * margin(vectors.shape[1]))
-        which[begin : begin + step] = _ordered(rows, centres, numbers, values, count)
-    return which
+    """As `Centres.numbers`, for centres that are used once."""
+    return Centres(centres, on).numbers(vectors, count)
 
 
 class _OnCpu:
