@@ -120,7 +120,7 @@ def balance_table(folder: Path, vectors: Array, concept: Array, seed: int) -> No
         built = hierarchy.build(folder, step, considered, levels, seed, ITERATIONS, resampling)
         for floor in floors:
             what = f"{step}/floor-{floor}"
-            got = balance.balance(folder, what, considered, built, target, seed, floor, 2)
+            got = balance.balanced_sample(folder, what, considered, built, target, seed, floor, 2)
             which = chosen(got.result.folder, considered.names, "chosen")
             assert len(which) == len(set(which.tolist())) == target
             assert floor == 0 or got.summary["floor_honoured"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.curate.choose import balance as balancing
 from pipeline.curate.choose import retrieve as retrieving
-from pipeline.curate.choose.balance import Balanced
+from pipeline.curate.choose.balance import Balanced, balanced_sample
 from pipeline.curate.choose.hierarchy import build
 from pipeline.curate.choose.lloyd import Cost, Resources
 from pipeline.curate.choose.retrieve import Retrieved
@@ -94,7 +93,7 @@ def balance(setup: Setup, pool: RowSet) -> Balanced:
         settings.resampling,
         Resources(gpus=setup.gpus),
     )
-    balanced = balancing.balance(
+    balanced = balanced_sample(
         setup.root,
         "balance",
         pool,

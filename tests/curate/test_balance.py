@@ -9,7 +9,7 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
 from pipeline.curate.choose import hierarchy, lloyd
-from pipeline.curate.choose.balance import balance, effective, share
+from pipeline.curate.choose.balance import balanced_sample, effective, leaf_shares
 from pipeline.curate.choose.kmeans import Centroids
 from pipeline.curate.choose.lloyd import Resources
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
@@ -35,7 +35,7 @@ def long_tail(count=500, concepts=30, dim=24, seed=0):
 def sampled(folder: Path, rows, levels, images, floor=1, members=2, resources=None, order=None):
     """The images chosen, as places in the original order, and the summary."""
     built = hierarchy.build(folder, "levels", rows, levels, 7, 2, 1, resources or Resources())
-    found = balance(folder, "balanced", rows, built, images, 7, floor, members)
+    found = balanced_sample(folder, "balanced", rows, built, images, 7, floor, members)
     chosen = []
     for name in rows.names:
         table = read_table(found.result.folder, name)
@@ -81,7 +81,7 @@ def test_a_leaf_gives_the_first_by_hash(tmp_path: Path):
     rows = written(tmp_path, ids, vectors, 2)
     chosen, _, built = sampled(tmp_path, rows, (12, 4), 60)
     leaves, _ = Centroids(built.leaves.centroids()).nearest(vectors)
-    quota = share(built.sizes, built.parents, 60, 1, 2).leaves
+    quota = leaf_shares(built.sizes, built.parents, 60, 1, 2).leaves
     keys = draw(7, 0, ids, BALANCE)
     wanted = [
         i

@@ -9,7 +9,7 @@ import numpy as np
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
 from pipeline.curate.choose import hierarchy
-from pipeline.curate.choose.balance import balance
+from pipeline.curate.choose.balance import balanced_sample
 from pipeline.curate.choose.retrieve import retrieve
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.tables import read_table
@@ -21,7 +21,7 @@ def everything(folder: Path, files: int):
     rows = written(folder, ids[:140], vectors[:140], files)
     seeds = {"s": written(folder, ids[140:], vectors[140:], name="s")}
     built = hierarchy.build(folder, "levels", rows, (12, 4), 3, 2, 1)
-    found = balance(folder, "balanced", rows, built, 30, 3, 1, 2)
+    found = balanced_sample(folder, "balanced", rows, built, 30, 3, 1, 2)
     got = retrieve(folder, "retrieved", rows, seeds, Retrieval("sample"), 3)
     tables = [
         read_table(step.folder, name).to_pylist()

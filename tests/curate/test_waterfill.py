@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.choose.balance import effective, largest, share, waterfill
+from pipeline.curate.choose.balance import effective, largest, leaf_shares, waterfill
 
 sizes_and_floors = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)), max_size=8)
 
@@ -89,7 +89,7 @@ def test_three_levels_by_hand(seed, target):
         np.concatenate([np.arange(6), rng.integers(0, 6, 9)]),
         np.concatenate([np.arange(2), rng.integers(0, 2, 4)]),
     ]
-    got = share(sizes, parents, target, floor=1, floor_members=5)
+    got = leaf_shares(sizes, parents, target, floor=1, floor_members=5)
     floors = np.where(sizes >= 5, 1, 0)
     if floors.sum() <= target:
         assert got.leaves.tolist() == by_hand(sizes.tolist(), parents, target, floors.tolist())
@@ -105,7 +105,7 @@ def test_three_levels_by_hand(seed, target):
 @pytest.mark.parametrize(("floor", "wanted"), [(0, [9, 0, 0]), (2, [5, 2, 2]), (99, [3, 3, 3])])
 def test_floor_takes_from_the_large(floor, wanted):
     """Leaf 0 is a top cluster of its own; without a floor nothing else is in the other one."""
-    got = share(np.array([100, 3, 3]), [np.array([0, 0, 0])], 9, floor, floor_members=3)
+    got = leaf_shares(np.array([100, 3, 3]), [np.array([0, 0, 0])], 9, floor, floor_members=3)
     assert got.leaves.sum() == 9
     if floor:
         assert got.leaves[1:].min() >= min(floor, 3)
@@ -113,8 +113,8 @@ def test_floor_takes_from_the_large(floor, wanted):
 
 
 def test_no_leaves_and_empty_cells():
-    assert share(np.zeros(0, int), [], 5, 1, 2).leaves.tolist() == []
-    got = share(np.array([0, 4, 0, 1]), [np.array([0, 1, 0, 1])], 3, 1, 1)
+    assert leaf_shares(np.zeros(0, int), [], 5, 1, 2).leaves.tolist() == []
+    got = leaf_shares(np.array([0, 4, 0, 1]), [np.array([0, 1, 0, 1])], 3, 1, 1)
     assert got.leaves.tolist() == [0, 2, 0, 1]
     assert waterfill(np.zeros(3, int), 2).tolist() == [0, 0, 0]
 

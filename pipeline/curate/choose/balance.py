@@ -43,7 +43,7 @@ class Balanced:
     cost: Cost
 
 
-def balance(
+def balanced_sample(
     root: Place,
     name: str,
     rows: RowSet,
@@ -66,7 +66,7 @@ def balance(
         floor_members: see `floor`.
     """
     cost = Cost()
-    shares = share(hierarchy.sizes, hierarchy.parents, images, floor, floor_members)
+    shares = leaf_shares(hierarchy.sizes, hierarchy.parents, images, floor, floor_members)
     limits = first_few.limits(
         root,
         name,
@@ -205,7 +205,7 @@ class Shares:
     floor_met: int
 
 
-def share(
+def leaf_shares(
     sizes: Array, parents: Sequence[Array], target: int, floor: int, floor_members: int
 ) -> Shares:
     """Shares the target out from the top level down to the leaves.

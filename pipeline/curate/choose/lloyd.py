@@ -19,7 +19,8 @@ from pyarrow import fs as pafs
 from pipeline.curate.choose import kmeans
 from pipeline.curate.choose.kmeans import UNIT
 from pipeline.curate.choose.lloyd_tasks import (
-    Files,
+    CentroidFiles,
+    Part,
     draw_task,
     fit_task,
     merge_drawn,
@@ -176,11 +177,11 @@ def _fit(
         one = steps.run("local", [task], fit_task)
         centroids, similarity = read_vectors(one.folder, "fit", dim), one.accounts[0]["similarity"]
     else:
-        centres = steps.seeds(clusters)
+        stored = steps.seeds(clusters)
         similarity = []
-        if centres.count:
-            centres, similarity = steps.means(centres, iterations, rows.rows)
-        centroids = centres.load(dim)
+        if stored.count:
+            stored, similarity = steps.means(stored, iterations, rows.rows)
+        centroids = stored.load(dim)
     write_table(pa.table({"vector": list_array(centroids)}), folder, "centroids")
     known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(steps.cost)}
     fs, path = resolve_uri(folder)
@@ -212,54 +213,52 @@ class _Steps:
         return result
 
     @property
-    def numbered(self) -> list[tuple[str, tuple[str, ...]]]:
-        return [(f"{i:05d}", group) for i, group in enumerate(self.groups)]
-
-    def seeds(self, clusters: int) -> Files:
-        """Draws the seeds: each pass a step of all rows and a step that merges."""
-        seeds, turn, before = Files((), 0), 0, ""
-        names = [name for name, _ in self.numbered]
+    def parts(self) -> list[Part]:
+        """The rows as tasks go through them."""
         gpu = self.resources.gpus > 0
+        return [Part(f"{i:05d}", self.source, group, gpu) for i, group in enumerate(self.groups)]
+
+    def seeds(self, clusters: int) -> CentroidFiles:
+        """Draws the seeds: each pass a step of all rows and a step that merges."""
+        seeds, turn, before = CentroidFiles((), 0), 0, ""
+        parts, dim = self.parts, self.source.dim
+        names = [part.name for part in parts]
         while seeds.count < clusters:
             count = kmeans.drawn_next(seeds.count, clusters)
-            new = Files(seeds.folders[-1:], 1)
-            tasks = [
-                Task(name, (name, self.source, group, before, new, self.seed, turn, count, gpu))
-                for name, group in self.numbered
-            ]
+            new = CentroidFiles(seeds.folders[-1:], 1)
+            tasks = [Task(part.name, (part, before, new, self.seed, turn, count)) for part in parts]
             drawn = self.run(f"seeds/{turn:03d}/drawn", tasks, draw_task)
-            merge = [Task("new", (drawn.folder, names, count, self.source.dim))]
+            merge = [Task("new", (drawn.folder, names, count, dim))]
             merged = self.run(f"seeds/{turn:03d}/new", merge, merge_drawn, heavy=False)
             before, turn = drawn.folder, turn + 1
             drawn_now = merged.accounts[0]["rows"]
             if not drawn_now:
                 break
-            seeds = Files((*seeds.folders, (merged.folder, "new")), seeds.count + drawn_now)
+            seeds = CentroidFiles((*seeds.folders, (merged.folder, "new")), seeds.count + drawn_now)
         return seeds
 
-    def means(self, centres: Files, iterations: int, rows: int) -> tuple[Files, list[float]]:
+    def means(
+        self, stored: CentroidFiles, iterations: int, rows: int
+    ) -> tuple[CentroidFiles, list[float]]:
         """Lloyd's iterations: each a step that sums rows and one that adds up the sums."""
-        names = [name for name, _ in self.numbered]
-        dim, gpu = self.source.dim, self.resources.gpus > 0
+        parts, dim = self.parts, self.source.dim
+        names = [part.name for part in parts]
         step = max(1, RANGE_ELEMENTS // dim)
-        ranges = [(i, min(i + step, centres.count)) for i in range(0, centres.count, step)]
+        ranges = [(i, min(i + step, stored.count)) for i in range(0, stored.count, step)]
         similarity = []
         for turn in range(iterations):
-            tasks = [
-                Task(name, (name, self.source, group, centres, self.seed, turn, gpu))
-                for name, group in self.numbered
-            ]
+            tasks = [Task(part.name, (part, stored, self.seed, turn)) for part in parts]
             summed = self.run(f"means/{turn:03d}/sums", tasks, sum_task)
             tasks = [
-                Task(f"{i:05d}", (f"{i:05d}", summed.folder, names, low, high, centres, dim))
+                Task(f"{i:05d}", (f"{i:05d}", (summed.folder, names), low, high, stored, dim))
                 for i, (low, high) in enumerate(ranges)
             ]
             merged = self.run(f"means/{turn:03d}/new", tasks, merge_sums, heavy=False)
             similarity.append(sum(a["similarity"] for a in summed.accounts) / UNIT / rows)
             files = tuple((merged.folder, task.name) for task in tasks)
-            centres = Files(files, centres.count, merged.folder)
+            stored = CentroidFiles(files, stored.count, merged.folder)
             # With an empty cluster it goes on as long as a spare row can fill it.
             empty, spare = merged.total("empty"), merged.total("spare")
             if not merged.total("changed") and not (empty and spare):
                 break
-        return centres, similarity
+        return stored, similarity

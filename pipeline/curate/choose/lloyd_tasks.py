@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 from pipeline.curate.choose import kmeans
 from pipeline.curate.choose.kmeans import Centroids, Drawn, Sums, none_drawn
 from pipeline.curate.rows.exact import Halves
-from pipeline.curate.rows.read_rows import Source
+from pipeline.curate.rows.read_rows import Points, Source
 from pipeline.curate.rows.tables import (
     HALF,
     id_array,
@@ -44,7 +45,28 @@ def fit_task(
 
 
 @dataclass(frozen=True)
-class Files:
+class Part:
+    """The rows that a task goes through.
+
+    Attributes:
+        name: of the task.
+        source: of the rows.
+        files: of the source.
+        gpu: use it for the products.
+    """
+
+    name: str
+    source: Source
+    files: tuple[str, ...]
+    gpu: bool
+
+    def read(self) -> Iterator[Points]:
+        """The rows, file by file."""
+        return (self.source.read(file) for file in self.files)
+
+
+@dataclass(frozen=True)
+class CentroidFiles:
     """Centroids as they are between steps: files in order, and rows for the empty clusters."""
 
     folders: tuple[tuple[str, str], ...]  # folder and name of each file
@@ -89,22 +111,29 @@ def _read_drawn(folder: str, name: str, dim: int) -> Drawn:
 
 def draw_task(
     folder: str,
-    name: str,
-    source: Source,
-    names: tuple[str, ...],
+    part: Part,
     before: str,
-    new: Files,
+    new: CentroidFiles,
     seed: int,
     turn: int,
     count: int,
-    gpu: bool,
 ) -> Account:
-    """Brings the distances to the nearest seed up to date, and draws from this part of the rows."""
-    seeds = Centroids(new.load(source.dim), gpu)
-    known = read_table(before, f"{name}.closest")["closest"].to_numpy() if before else None
-    drawn, closest, at = none_drawn(source.dim), [], 0
-    for file in names:
-        points = source.read(file)
+    """Brings the distances to the nearest seed up to date, and draws from this part of the rows.
+
+    Args:
+        folder: of the step.
+        part: of the rows.
+        before: folder of the last pass, which has the distances so far; empty: there was none.
+        new: the seeds of the last pass.
+        seed: of the run.
+        turn: number of the pass.
+        count: seeds to draw.
+    """
+    dim = part.source.dim
+    seeds = Centroids(new.load(dim), part.gpu)
+    known = read_table(before, f"{part.name}.closest")["closest"].to_numpy() if before else None
+    drawn, closest, at = none_drawn(dim), [], 0
+    for points in part.read():
         mine = np.full(len(points.rows), np.inf)
         if known is not None:
             mine = np.asarray(known[at : at + len(points.rows)])
@@ -114,8 +143,8 @@ def draw_task(
         here = kmeans.draw_seeds(mine, points.ids, points.vectors, seed, turn, count)
         drawn = drawn.merged(here, count)
     table = pa.table({"closest": np.concatenate(closest)})
-    written = write_table(table, folder, f"{name}.closest")
-    written += _write_drawn(drawn, folder, name)
+    written = write_table(table, folder, f"{part.name}.closest")
+    written += _write_drawn(drawn, folder, part.name)
     return {"rows": at, "bytes": written}
 
 
@@ -128,22 +157,12 @@ def merge_drawn(folder: str, parts: str, names: list[str], count: int, dim: int)
     return {"rows": len(drawn.times), "bytes": written}
 
 
-def sum_task(
-    folder: str,
-    name: str,
-    source: Source,
-    names: tuple[str, ...],
-    centres: Files,
-    seed: int,
-    turn: int,
-    gpu: bool,
-) -> Account:
+def sum_task(folder: str, part: Part, stored: CentroidFiles, seed: int, turn: int) -> Account:
     """Adds up this part of the rows by their nearest centroids."""
-    centroids = Centroids(centres.load(source.dim), gpu)
-    total = Sums.zero(len(centroids), source.dim)
+    centroids = Centroids(stored.load(part.source.dim), part.gpu)
+    total = Sums.zero(len(centroids), part.source.dim)
     rows = 0
-    for file in names:
-        points = source.read(file)
+    for points in part.read():
         total.add(points.ids, points.vectors, centroids, seed, turn)
         rows += len(points.rows)
     present = np.flatnonzero(total.counts)
@@ -152,22 +171,32 @@ def sum_task(
         "count": total.counts[present],
         "sum": list_array(total.sums[present]),
     }
-    written = write_table(pa.table(columns), folder, name, row_group_size=1024)
-    written += _write_drawn(total.spare, folder, f"{name}.spare")
+    written = write_table(pa.table(columns), folder, part.name, row_group_size=1024)
+    written += _write_drawn(total.spare, folder, f"{part.name}.spare")
     return {"rows": rows, "bytes": written, "similarity": total.similarity}
 
 
 def merge_sums(
     folder: str,
     name: str,
-    parts: str,
-    names: list[str],
+    summed: tuple[str, list[str]],
     low: int,
     high: int,
-    centres: Files,
+    stored: CentroidFiles,
     dim: int,
 ) -> Account:
-    """Adds up the sums of clusters low to high; the first range brings the spare rows together."""
+    """Adds up the sums of clusters low to high; the first range brings the spare rows together.
+
+    Args:
+        folder: of the step.
+        name: of the table that is written.
+        summed: folder and parts of `sum_task`.
+        low: the first cluster.
+        high: the one after the last.
+        stored: the centroids so far.
+        dim: of a vector.
+    """
+    parts, names = summed
     sums, counts = np.zeros((high - low, dim)), np.zeros(high - low, np.int64)
     for part in names:
         table = read_table(parts, part, filters=[("cluster", ">=", low), ("cluster", "<", high)])
@@ -175,7 +204,7 @@ def merge_sums(
         values = table["sum"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sums[cluster] += np.asarray(values, np.float64).reshape(-1, dim)
         counts[cluster] += table["count"].to_numpy()
-    before = centres.load(dim)[low:high]
+    before = stored.load(dim)[low:high]
     new = kmeans.means(sums, counts, before)
     columns = {"vector": list_array(new), "count": pa.array(counts)}
     written = write_table(pa.table(columns), folder, name)

@@ -100,6 +100,23 @@ class Items:
         return item, self.cells[item, column]
 
 
+def file_bucket(bucket: Any, visitor: Any) -> Any:
+    """Which bucket of the files has the members (visitor 0) or visitors (1) of a bucket."""
+    return 2 * bucket + visitor
+
+
+def by_bucket(table: pa.Table, number: Array) -> Iterator[tuple[int, list[tuple[bool, pa.Table]]]]:
+    """Each bucket with its members and visitors, of a table as `place` gives it."""
+    for bucket in np.unique(number // 2).tolist():
+        yield (
+            bucket,
+            [
+                (not visitor, table.filter(pa.array(number == file_bucket(bucket, visitor))))
+                for visitor in (0, 1)
+            ],
+        )
+
+
 def shuffle_task(
     folder: str,
     distinct: Distinct,
@@ -119,7 +136,7 @@ def shuffle_task(
 def place(
     rows: Rows, cells: Cells, probes: int, visiting: Visiting | None
 ) -> tuple[pa.Table, Array, int]:
-    """The items of rows as a table ordered by bucket, its buckets, and the number of items."""
+    """The items of rows as a table ordered by `file_bucket`, these, and the number of items."""
     every, _ = visiting_of(rows, visiting)
     n, views, dim = every.shape
     flat = every.reshape(-1, dim)
@@ -137,7 +154,7 @@ def place(
         visitor = np.full(len(mine), 1) if column else (mine % views != 0).astype(np.int64)
         item.append(mine)
         places.append(here)
-        number.append(2 * bucket[mine, column].astype(np.int64) + visitor)
+        number.append(file_bucket(bucket[mine, column].astype(np.int64), visitor))
     items, bucket_number = np.concatenate(item), np.concatenate(number)
     order = np.lexsort((items, bucket_number))
     items = items[order]
@@ -177,7 +194,7 @@ def read_items(
     """
     tables: list[tuple[bool, pa.Table]] = []
     for visitor in (0, 1):
-        for table in read_bucket(folder, names, 2 * bucket + visitor):
+        for table in read_bucket(folder, names, file_bucket(bucket, visitor)):
             if keep is not None:
                 table = table.filter(pa.array(keep(table.column("row").to_numpy())))
             tables.append((not visitor, table))

@@ -206,17 +206,9 @@ def look_up(
     fitted = Cells.load(copies.cells, stored.dim)
     table, bucket, _ = items.place(rows, fitted, stored.probes, visiting)
     matches: dict[int, Match] = {}
-    for number in np.unique(bucket // 2):
-        mine = table.filter(bucket // 2 == number)
-        here = items.items_of(
-            [
-                (not one % 2, mine.slice(i, 1))
-                for i, one in enumerate(bucket[bucket // 2 == number])
-            ],
-            stored.dim,
-            stored.probes,
-        )
-        pool = stored.read(int(number))
+    for number, tables in items.by_bucket(table, bucket):
+        here = items.items_of(tables, stored.dim, stored.probes)
+        pool = stored.read(number)
         a, _, similarity = relative_pairs(
             pool, here, threshold, np.array(stored.crops), copies.penalty
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from pipeline.curate.copies.items import Shuffled
 from pipeline.curate.steps.steps import Result
@@ -17,6 +18,7 @@ from pipeline.storage.transfer import read_json, write_bytes_atomic
 from pipeline.uri import Place, join, public
 
 STORED = "copies.json"
+ROOT = "{root}"  # stands in it for the folder of the steps, which may be moved
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,8 @@ class Copies:
         """Writes what a later run needs, with places below the folder of the steps."""
         value = asdict(self)
         del value["steps"]
-        text = json.dumps(value).replace(json.dumps(self.root)[1:-1], "{root}")
         fs, path = resolve_uri(str(join(self.root, STORED)))
-        write_bytes_atomic(text.encode(), fs, path)
+        write_bytes_atomic(json.dumps(_moved(value, self.root, ROOT)).encode(), fs, path)
 
     @classmethod
     def open(cls, root: Place) -> Copies:
@@ -82,7 +83,7 @@ class Copies:
                 f"{public(str(root))} was curated by another version: {STORED} has other fields",
                 "curate it again",
             )
-        value = json.loads(json.dumps(value).replace("{root}", json.dumps(str(root))[1:-1]))
+        value = _moved(value, ROOT, str(root))
         shuffled = value["shuffled"]
         names = tuple((name, tuple(shelves)) for name, shelves in shuffled["names"])
         crops = tuple(shuffled["crops"])
@@ -90,3 +91,14 @@ class Copies:
         value["copies"] = (value["copies"][0], tuple(value["copies"][1]))
         value["edge_names"] = tuple(value["edge_names"])
         return cls(**value)
+
+
+def _moved(value: Any, root: str, to: str) -> Any:
+    """JSON-like, with the places below `root` below `to`."""
+    if isinstance(value, dict):
+        return {name: _moved(one, root, to) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moved(one, root, to) for one in value]
+    if isinstance(value, str) and value.startswith(root):
+        return to + value[len(root) :]
+    return value
