@@ -75,25 +75,15 @@ def open_sets(context: Context) -> Sets:
     earlier = open_earlier(config)
     pool = open_packed_shards(config, context.folder)
     seeds, leaks = open_other_sets(config)
-    sets = Sets(
-        pool=pool,
-        seeds={n: _as(config, pool, f"retrieve.seeds.{n}", s) for n, s in seeds.items()},
-        leaks={n: _as(config, pool, f"leaks.sets.{n}", s) for n, s in leaks.items()},
-        include=config.retrieve.include,
-        earlier=tuple(earlier),
-        earlier_shards=_as(
-            config,
-            pool,
-            "curate.against",
-            open_shards(earlier[0].result["shards"], field="curate.against"),
-        )
-        if earlier
-        else None,
-    )
+    seeds = {n: _in_range_of(pool, config, f"retrieve.seeds.{n}", s) for n, s in seeds.items()}
+    leaks = {n: _in_range_of(pool, config, f"leaks.sets.{n}", s) for n, s in leaks.items()}
+    curated = None
+    if earlier:
+        curated = open_shards(earlier[0].result["shards"], field="curate.against")
+        curated = _in_range_of(pool, config, "curate.against", curated)
+    sets = Sets(pool, seeds, leaks, config.retrieve.include, tuple(earlier), curated)
     _check_output(context, sets)
-    labelled = sets.inputs_by_name + (
-        [("curate.against", sets.earlier_shards)] if sets.earlier_shards else []
-    )
+    labelled = sets.inputs_by_name + ([("curate.against", curated)] if curated else [])
     shared_classes(labelled)  # the curated shards hold them all: said before anything is curated
     return sets
 
@@ -174,7 +164,7 @@ def _check_output(context: Context, sets: Sets) -> None:
             )
 
 
-def _as(config: Config, pool: ShardSet, field: str, shards: ShardSet) -> ShardSet:
+def _in_range_of(pool: ShardSet, config: Config, field: str, shards: ShardSet) -> ShardSet:
     """A set that is read with the range of the pool's values; said where its own is another."""
     mapped, channels = pool.columns.value_range, config.model.in_channels
     if text := difference(f"the images of {field}", shards, mapped, channels):

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.curate.report.read import Shown, Tables, parquet_names
 from pipeline.curate.report.words import name_of
-from pipeline.curate.rows.tables import Vectors, matrix, read_table
+from pipeline.curate.rows.tables import matrix, read_table
 from pipeline.report.gallery import shrunk
 
 GRID = (24, 14)  # cells of the map that may hold a picture
@@ -43,20 +43,15 @@ class Map:
     pictures: tuple[tuple[int, int, int], ...]
 
 
-def read_map(
-    tables: Tables, sample: Sequence[tuple[int, str]], vectors: Vectors | None, seed: int
-) -> Map | None:
-    """Vectors of the sampled rows, file by file, laid out flat; None where there are too few.
+def read_map(tables: Tables, sample: Sequence[tuple[int, str]], seed: int) -> Map | None:
+    """Descriptors of the sampled rows, file by file, laid out flat; None where there are too few.
 
     Args:
         tables: of the run.
         sample: rows and their reasons, in an order that does not depend on that of the rows.
-        vectors: to lay out; default: the descriptors of the fingerprints.
         seed: of UMAP.
     """
     folder, column = tables.folders.get("fingerprint", ""), "descriptor"
-    if vectors is not None:
-        folder, column = vectors.folder, vectors.column
     if not folder:
         return None
     place_of = {row: place for place, (row, _) in enumerate(sample)}

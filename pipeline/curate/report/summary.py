@@ -19,7 +19,6 @@ from pipeline.curate.report.counts import Counts, Stage, count_decisions, funnel
 from pipeline.curate.report.map import Map, read_map
 from pipeline.curate.report.read import Shown, Tables
 from pipeline.curate.report.sets import Leaks, Retrieved, read_leaks, read_retrieved
-from pipeline.curate.rows.tables import Vectors
 from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError
 from pipeline.uri import Place, public
@@ -107,7 +106,6 @@ def summarise(
     evaluation_sets: Mapping[str, str] | None = None,
     leaked: Mapping[str, int] | None = None,
     seed_sets: Mapping[str, str] | None = None,
-    vectors: Vectors | None = None,
     folders: Mapping[str, str] | None = None,
     rows_in: int | None = None,
     seed: int = 0,
@@ -123,7 +121,6 @@ def summarise(
         evaluation_sets: by name a folder of their fingerprints, or "" (then without pictures).
         leaked: images of each evaluation set that have a match; needed where there are leaks.
         seed_sets: folders of fingerprints of seed sets, likewise.
-        vectors: that the map is made of; default: descriptors of the fingerprints.
         folders: tables by name (see NAMES of report_read); default: those that are below the root.
             Name them where a table of an earlier run may lie there whose stage is off now.
         rows_in: images that went in; default: rows of the fingerprints.
@@ -148,7 +145,7 @@ def summarise(
     leaks = read_leaks(tables, evaluation_sets or {}, leaked or {}) if "leaks" in tables else []
     retrieved = read_retrieved(tables, seed_sets or {}, seed) if "retrieved" in tables else []
     clusters = read_clusters(tables, seed) if "balanced" in tables else None
-    places = read_map(tables, counts.mapped, vectors, seed)
+    places = read_map(tables, counts.mapped, seed)
     keepers = _keepers(tables, counts)
     rows = {row for sample in counts.samples.values() for row in sample} | set(keepers.values())
     rows |= set(looks.rows if looks else ())
