@@ -46,7 +46,7 @@ class RowGroup:
         return bytes(self.encoded[row])
 
     def checked(self, row: int) -> bytes:
-        """The encoded image of a row, for who decodes it.
+        """The encoded image of a row; callers decode it.
 
         Raises:
             BadImage: a stored id is of other bytes.

@@ -121,8 +121,10 @@ class _Patient(io.RawIOBase):
 
 
 def open_patiently(fs: pafs.FileSystem, path: str) -> Any:
-    """Open for reading, for who reads piece by piece. Local files by Python, which takes names that
-    are no UTF-8; of remote ones each read is tried again where it fails.
+    """Open a file that the caller reads in parts.
+
+    Python opens local files, as it takes names that are no UTF-8. Of a remote file, a read that
+    fails is tried again.
     """
     if isinstance(fs, pafs.LocalFileSystem):
         return Path(path).open("rb")

@@ -113,8 +113,10 @@ class EncodedImages:
         return bytes(self.encoded[self.offsets[i] : self.offsets[i + 1]])
 
     def checked(self, i: int) -> bytes:
-        """The encoded image at a place, for who decodes it. Stored ids are compared in every other
-        pass, half of them in each: all of them would take 3 % of a decoder's time.
+        """The encoded image at a place; callers decode it.
+
+        A pass compares half of the stored ids with the bytes, the next pass the other half. To
+        compare all of them would take 3 % of a decoder's time.
 
         Raises:
             BadImage: a stored id is of other bytes.

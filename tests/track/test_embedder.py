@@ -68,6 +68,7 @@ def loaded(folder: Path, channels: int, mean: list[float]) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("channels", [1, 6])
 def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> None:
     import pandas as pd
