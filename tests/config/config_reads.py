@@ -70,17 +70,17 @@ def reads(sources: Mapping[str, str], shape: Shape) -> dict[str, list[str]]:
                 kind = ast.unparse(node.returns).strip("'\"")
                 if kind in shape.classes:
                     returns[node.name] = shape.classes[kind]
-    found: dict[str, list[str]] = {}
+    places: dict[str, list[str]] = {}
     for name, tree in trees.items():
-        _Reader(name, shape, returns, found).block(tree.body, {})
-    return found
+        _Reader(name, shape, returns, places).block(tree.body, {})
+    return places
 
 
 class _Reader:
     def __init__(
-        self, file: str, shape: Shape, returns: dict[str, str], found: dict[str, list[str]]
+        self, file: str, shape: Shape, returns: dict[str, str], places: dict[str, list[str]]
     ) -> None:
-        self.file, self.shape, self.returns, self.found = file, shape, returns, found
+        self.file, self.shape, self.returns, self.found = file, shape, returns, places
 
     def block(self, body: Iterable[ast.AST], names: dict[str, Value]) -> None:
         for node in body:
@@ -109,8 +109,8 @@ class _Reader:
                 return self._assign(node, names)
             case ast.For() | ast.comprehension():
                 self._bind(node.target, self.visit(node.iter, names), names)
-                rest = node.body + node.orelse if isinstance(node, ast.For) else node.ifs
-                self.block(rest, names)
+                inner_body = node.body + node.orelse if isinstance(node, ast.For) else node.ifs
+                self.block(inner_body, names)
             case ast.ListComp() | ast.SetComp() | ast.GeneratorExp() | ast.DictComp():
                 inner = dict(names)
                 self.block(node.generators, inner)
@@ -125,11 +125,11 @@ class _Reader:
 
     def _parameters(self, arguments: ast.arguments) -> dict[str, Value]:
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for one in every:
             kind = ast.unparse(one.annotation).strip("'\"") if one.annotation else ""
-            found[one.arg] = self.shape.classes.get(kind)
-        return found
+            values[one.arg] = self.shape.classes.get(kind)
+        return values
 
     def _attribute(self, node: ast.Attribute, names: dict[str, Value]) -> Value:
         base = self.visit(node.value, names)
@@ -148,7 +148,7 @@ class _Reader:
         called = node.func.id if isinstance(node.func, ast.Name) else ""
         if isinstance(node.func, ast.Attribute):
             owner, called = self.visit(node.func.value, names), node.func.attr
-        given = [self.visit(argument, names) for argument in node.args]
+        arguments = [self.visit(argument, names) for argument in node.args]
         for keyword in node.keywords:
             value = self.visit(keyword.value, names)
             if keyword.arg is None and isinstance(value, Dump):
@@ -158,11 +158,11 @@ class _Reader:
             return owner
         if isinstance(owner, str) and called == "model_dump":
             return self._dump(owner, node, names)
-        if called == "getattr" and len(given) > 1 and isinstance(given[0], str):
-            for name in given[1] if isinstance(given[1], tuple) else ():
-                self._note(f"{given[0]}.{name}", node)
-        if called in ("set", "tuple", "list", "frozenset", "sorted") and len(given) == 1:
-            return given[0]
+        if called == "getattr" and len(arguments) > 1 and isinstance(arguments[0], str):
+            for name in arguments[1] if isinstance(arguments[1], tuple) else ():
+                self._note(f"{arguments[0]}.{name}", node)
+        if called in ("set", "tuple", "list", "frozenset", "sorted") and len(arguments) == 1:
+            return arguments[0]
         return self.returns.get(called)
 
     def _dump(self, section: str, node: ast.Call, names: dict[str, Value]) -> Dump:

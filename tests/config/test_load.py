@@ -58,8 +58,8 @@ def test_overrides_say_what_a_mapping_says(names: list[str]) -> None:
 def test_an_override_wins_over_the_recipe_and_the_last_one_over_the_first(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("optim: {lr: 1.0e-4, steps: 5}\n")
-    found = load(["optim.lr=2e-4", str(recipe), "optim.lr=3e-4"])
-    assert (found.optim.lr, found.optim.steps) == (3e-4, 5)
+    config = load(["optim.lr=2e-4", str(recipe), "optim.lr=3e-4"])
+    assert (config.optim.lr, config.optim.steps) == (3e-4, 5)
 
 
 def test_a_run_is_called_after_its_recipe_unless_it_has_a_name(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_a_right_name_in_the_wrong_section_is_found() -> None:
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
     recipe = tmp_path / "wrong.yaml"
     recipe.write_text("optim: {lrr: 1}\nmodel: {size: huge}\n")
-    found = problems(str(recipe), "data={a:1}", "optim.steps=ten", "augment.flip=2", "x=1")
-    assert sorted(line.partition(":")[0] for line in found) == [
+    sentences = problems(str(recipe), "data={a:1}", "optim.steps=ten", "augment.flip=2", "x=1")
+    assert sorted(line.partition(":")[0] for line in sentences) == [
         "augment.flip",
         "data",
         "model.size",
@@ -220,8 +220,8 @@ def test_help_lists_every_field_with_default_and_meaning() -> None:
         if line and not line.startswith(" "):
             section = line
         elif line:
-            name, _, rest = line.strip().partition(" ")
-            listed[f"{section}.{name}".lstrip(".")] = rest
+            name, _, meaning = line.strip().partition(" ")
+            listed[f"{section}.{name}".lstrip(".")] = meaning
     assert list(listed) == list(FIELDS)
     for path, field in FIELDS.items():
         assert str(field.description) in listed[path]

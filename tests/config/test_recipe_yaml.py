@@ -33,11 +33,14 @@ MEANINGS: list[tuple[str, Any]] = [
 
 def test_scalars_mean_what_the_specification_says() -> None:
     for text, value in MEANINGS:
-        for found in (parsed(text), parsed(f"a: [{text}]" if "\n" not in text else f"a: {text}")):
-            while isinstance(found, dict | list):
-                found = found["a"] if isinstance(found, dict) else found[0]
-            if "\ufeff" not in text or found == value:
-                assert (type(found), found) == (type(value), value), text
+        for got in (
+            parsed(text),
+            parsed(f"a: [{text}]" if "\n" not in text else f"a: {text}"),
+        ):
+            while isinstance(got, dict | list):
+                got = got["a"] if isinstance(got, dict) else got[0]
+            if "\ufeff" not in text or got == value:
+                assert (type(got), got) == (type(value), value), text
     assert math.isnan(parsed(".nan")) and parsed("") is None
 
 
@@ -180,8 +183,8 @@ def test_numbers_are_numbers_and_truth_is_none(tmp_path: Path) -> None:
                 assert caught.value.what.startswith(f"{field}: "), (text, caught.value.what)
                 assert len(caught.value.what.splitlines()) == 1
             else:
-                found = getattr(getattr(load(arguments), section), leaf)
-                assert (type(found), found) == (type(value), value), (field, text)
+                loaded = getattr(getattr(load(arguments), section), leaf)
+                assert (type(loaded), loaded) == (type(value), value), (field, text)
 
 
 def test_every_number_refuses_truth_and_text() -> None:

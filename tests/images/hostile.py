@@ -125,7 +125,7 @@ BROKEN_REASONS = {
 def broken(kind: str, seed: int = 0) -> bytes:
     """A file of one of BROKEN_KINDS; another seed gives other bytes (but for `empty`)."""
     tag = f"{seed}".encode()
-    made = {
+    files = {
         "empty": lambda: b"",
         "text": lambda: b"a caption, not a picture " + tag,
         "html": lambda: b"<!DOCTYPE html><title>404 Not Found</title>" + tag,
@@ -137,4 +137,4 @@ def broken(kind: str, seed: int = 0) -> bytes:
         "bomb_png": lambda: bomb_png(50_000 + seed),
         "noise": lambda: np.random.default_rng(seed).bytes(500),
     }
-    return made[kind]()
+    return files[kind]()

@@ -189,7 +189,7 @@ OTHERS = {  # by signature; none of them is a picture that is read
 
 def _jpegs() -> list[Kind]:
     whole, plain = h.jpeg(), shown(h.jpeg())
-    found = [
+    kinds = [
         Kind("cmyk.jpg", (ink := h.encode(Image.fromarray(PICTURE).convert("CMYK"), "JPEG",
                                           quality=100)), "", PICTURE, "JPEG", 40),
         Kind("ycck.jpg", (ycck := ink.replace(b"Adobe\0\x64\0\0\0\0\0",
@@ -228,17 +228,17 @@ def _jpegs() -> list[Kind]:
         Kind("two_bytes.jpg", b"\xff\xd8", "not_an_image"),
     ]  # fmt: skip
     for tenth in range(1, 10):
-        found.append(Kind(f"cut_{tenth}0.jpg", h.cut(h.jpeg(80 + tenth), tenth / 10), "truncated"))
+        kinds.append(Kind(f"cut_{tenth}0.jpg", h.cut(h.jpeg(80 + tenth), tenth / 10), "truncated"))
     for value, turn in h.ORIENTED.items():
         seed = 60 + value
         picture = turn(shown(h.jpeg(seed)))
-        found.append(Kind(f"turned_{value}.jpg", h.jpeg(seed, exif=oriented(value)), "", picture,
+        kinds.append(Kind(f"turned_{value}.jpg", h.jpeg(seed, exif=oriented(value)), "", picture,
                           "JPEG"))  # fmt: skip
     for seed in range(6):  # in the entropy coded part, where every decoder reads on
         flipped = bytearray(h.jpeg(90 + seed, 96, 128))
         flipped[-200 - 40 * seed] ^= 0x10
-        found.append(Kind(f"flip_{seed}.jpg", bytes(flipped), "", shown(bytes(flipped)), "JPEG"))
-    return found
+        kinds.append(Kind(f"flip_{seed}.jpg", bytes(flipped), "", shown(bytes(flipped)), "JPEG"))
+    return kinds
 
 
 def _pngs() -> list[Kind]:
@@ -377,9 +377,9 @@ def _other_formats() -> list[Kind]:
 @functools.cache
 def catalogue() -> tuple[Kind, ...]:
     """All kinds; names and bytes are different, so nothing is taken for a duplicate."""
-    found = [Kind("nothing.jpg", b"", "empty")]
-    found += [Kind(name, encoded, "not_an_image") for name, encoded in OTHERS.items()]
+    kinds = [Kind("nothing.jpg", b"", "empty")]
+    kinds += [Kind(name, encoded, "not_an_image") for name, encoded in OTHERS.items()]
     # known by its first bytes, with the optional package or without
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
-    found.append(Kind("phone.heic", heic, "undecodable"))
-    return (*found, *_jpegs(), *_pngs(), *_other_formats())
+    kinds.append(Kind("phone.heic", heic, "undecodable"))
+    return (*kinds, *_jpegs(), *_pngs(), *_other_formats())

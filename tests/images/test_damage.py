@@ -188,11 +188,11 @@ def test_an_edited_manifest_is_one_sentence(good: Path, tmp_path: Path) -> None:
     for name, text in texts.items():
         (good / "_manifest.json").write_text(text)
         try:
-            found = open_shards(str(good))
+            shards = open_shards(str(good))
         except DataError as error:
             assert error.hint and len(error.what) < 400, name[:40]
             continue
-        raise AssertionError(f"{name[:40]}: read as {found.rows} rows of {found.class_names}")
+        raise AssertionError(f"{name[:40]}: read as {shards.rows} rows of {shards.class_names}")
 
 
 def test_files_that_the_manifest_does_not_list(good: Path, tmp_path: Path) -> None:

@@ -41,12 +41,12 @@ def no_warnings_and_no_output(capfd):
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000"])
 def test_lossless_formats_give_the_pixels_back(form):
     options = {"WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False}}.get(form, {})
-    found, name = decode(h.encode(PICTURE, form, **options))
+    pixels, name = decode(h.encode(PICTURE, form, **options))
     assert name == form
-    assert found.dtype == np.uint8
-    assert found.flags.writeable
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, PICTURE)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
+    np.testing.assert_array_equal(pixels, PICTURE)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
@@ -65,24 +65,24 @@ def test_jpeg_equals_pillow(options):
 
 def test_grey_jpeg_has_three_equal_channels():
     grey = PICTURE[..., 1]
-    found = decode_rgb(h.encode(grey, "JPEG", quality=95))
-    assert found.shape == (48, 64, 3)
-    assert (found[..., 0] == found[..., 1]).all()
-    assert (found[..., 0] == found[..., 2]).all()
-    assert np.abs(found[..., 0].astype(int) - grey).mean() < 3
+    pixels = decode_rgb(h.encode(grey, "JPEG", quality=95))
+    assert pixels.shape == (48, 64, 3)
+    assert (pixels[..., 0] == pixels[..., 1]).all()
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert np.abs(pixels[..., 0].astype(int) - grey).mean() < 3
 
 
 def test_one_bit_and_palette_and_low_depth():
     bits = PICTURE[..., 1] > 128
-    found = decode_rgb(h.encode(Image.fromarray(bits)))
-    np.testing.assert_array_equal(found, np.repeat(bits[..., None], 3, -1) * np.uint8(255))
+    pixels = decode_rgb(h.encode(Image.fromarray(bits)))
+    np.testing.assert_array_equal(pixels, np.repeat(bits[..., None], 3, -1) * np.uint8(255))
     palette = Image.fromarray(PICTURE).quantize(64)
     want = np.asarray(palette.getpalette(), np.uint8).reshape(-1, 3)[np.asarray(palette)]
     np.testing.assert_array_equal(decode_rgb(h.encode(palette)), want)
     np.testing.assert_array_equal(decode_rgb(h.encode(palette, "GIF")), want)
     # Four values of 2 bits in a byte: 0, 1, 2, 3 are 0, 85, 170, 255 (PNG, section 13.12).
-    found = decode_rgb(h.png([b"\x1b"], 4, 2, 0))
-    np.testing.assert_array_equal(found[0, :, 0], [0, 85, 170, 255])
+    pixels = decode_rgb(h.png([b"\x1b"], 4, 2, 0))
+    np.testing.assert_array_equal(pixels[0, :, 0], [0, 85, 170, 255])
 
 
 def test_sixteen_bits_lose_the_low_byte():
@@ -95,11 +95,11 @@ def test_sixteen_bits_lose_the_low_byte():
     np.testing.assert_array_equal(decode_rgb(pgm), want)
     np.testing.assert_array_equal(decode_rgb(h.encode(values, "JPEG2000")), want)
     rgb = np.stack([values, values // 2, values // 3], -1)
-    found = decode_rgb(h.png([rgb.astype(">u2").tobytes()], 8, 16, 2))
-    np.testing.assert_array_equal(found, (rgb >> 8).astype(np.uint8))
+    pixels = decode_rgb(h.png([rgb.astype(">u2").tobytes()], 8, 16, 2))
+    np.testing.assert_array_equal(pixels, (rgb >> 8).astype(np.uint8))
     with_alpha = np.stack([values, values, values, np.full_like(values, 65535)], -1)
-    found = decode_rgb(h.png([with_alpha.astype(">u2").tobytes()], 8, 16, 6))
-    np.testing.assert_array_equal(found, want)
+    pixels = decode_rgb(h.png([with_alpha.astype(">u2").tobytes()], 8, 16, 6))
+    np.testing.assert_array_equal(pixels, want)
 
 
 def over_white(colour, alpha):
@@ -113,8 +113,8 @@ def test_transparency_is_laid_over_white():
     rgba = np.dstack([PICTURE, alpha])
     want = over_white(PICTURE, alpha)
     for form, options in (("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True, "exact": True})):
-        found = decode_rgb(h.encode(rgba, form, **options))
-        assert np.abs(found - want).max() <= 1, form
+        pixels = decode_rgb(h.encode(rgba, form, **options))
+        assert np.abs(pixels - want).max() <= 1, form
     assert (decode_rgb(h.encode(np.dstack([PICTURE, np.zeros_like(alpha)]))) == 255).all()
     grey = Image.merge("LA", [Image.fromarray(PICTURE[..., 0]), Image.fromarray(alpha)])
     want = over_white(np.repeat(PICTURE[..., :1], 3, -1), alpha)
@@ -125,23 +125,23 @@ def test_palette_and_colour_key_transparency():
     indices = np.array([[0, 1, 2, 1]], np.uint8)
     image = Image.frombytes("P", (4, 1), indices.tobytes())
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    found = decode_rgb(h.encode(image, transparency=1))
+    pixels = decode_rgb(h.encode(image, transparency=1))
     np.testing.assert_array_equal(
-        found[0], [[255, 0, 0], [255, 255, 255], [0, 0, 255], [255, 255, 255]]
+        pixels[0], [[255, 0, 0], [255, 255, 255], [0, 0, 255], [255, 255, 255]]
     )
-    found = decode_rgb(h.encode(image, transparency=bytes([255, 0, 128])))  # alpha per entry
+    pixels = decode_rgb(h.encode(image, transparency=bytes([255, 0, 128])))  # alpha per entry
     assert (
-        np.abs(found[0].astype(int) - [[255] * 3, [255] * 3, [127, 127, 255], [255] * 3])[1:].max()
+        np.abs(pixels[0].astype(int) - [[255] * 3, [255] * 3, [127, 127, 255], [255] * 3])[1:].max()
         <= 1
     )
-    found = decode_rgb(h.encode(image, "GIF", transparency=2))
-    np.testing.assert_array_equal(found[0, 2], [255, 255, 255])
+    pixels = decode_rgb(h.encode(image, "GIF", transparency=2))
+    np.testing.assert_array_equal(pixels[0, 2], [255, 255, 255])
     key = struct.pack(">HHH", 10, 20, 30)
     rows = [bytes([10, 20, 30, 40, 50, 60])]
-    found = decode_rgb(h.png(rows, 2, 8, 2, ((b"tRNS", key),)))
-    np.testing.assert_array_equal(found[0], [[255, 255, 255], [40, 50, 60]])
-    found = decode_rgb(h.png([bytes([7, 9])], 2, 8, 0, ((b"tRNS", struct.pack(">H", 9)),)))
-    np.testing.assert_array_equal(found[0], [[7, 7, 7], [255, 255, 255]])
+    pixels = decode_rgb(h.png(rows, 2, 8, 2, ((b"tRNS", key),)))
+    np.testing.assert_array_equal(pixels[0], [[255, 255, 255], [40, 50, 60]])
+    pixels = decode_rgb(h.png([bytes([7, 9])], 2, 8, 0, ((b"tRNS", struct.pack(">H", 9)),)))
+    np.testing.assert_array_equal(pixels[0], [[7, 7, 7], [255, 255, 255]])
 
 
 @pytest.mark.parametrize("value", list(h.ORIENTED))
@@ -153,8 +153,8 @@ def test_exif_orientation(value, form):
     stored = PICTURE
     if form == "JPEG":
         stored = np.asarray(Image.open(io.BytesIO(h.jpeg())))
-    found = decode_rgb(h.encode(PICTURE, form, exif=exif, **options))
-    np.testing.assert_array_equal(found, h.ORIENTED[value](stored))
+    pixels = decode_rgb(h.encode(PICTURE, form, exif=exif, **options))
+    np.testing.assert_array_equal(pixels, h.ORIENTED[value](stored))
 
 
 def test_broken_exif_does_not_hurt_the_picture():
@@ -175,14 +175,14 @@ def test_cmyk_and_ycck_jpeg():
     assert np.abs(decode_rgb(encoded)[8::16, 8::16] - want[8::16, 8::16]).max() <= 3
     # Adobe's transform flag 2: the same file read as YCCK gives CMY by the YCbCr formulas.
     at = encoded.index(b"Adobe") + 11
-    found = decode_rgb(encoded[:at] + b"\x02" + encoded[at + 1 :])
+    pixels = decode_rgb(encoded[:at] + b"\x02" + encoded[at + 1 :])
     stored = 255 - ink.astype(np.float64)  # inverted in the file
     lum, cb, cr = stored[..., 0], stored[..., 1] - 128, stored[..., 2] - 128
     rgb = np.stack([lum + 1.402 * cr, lum - 0.344136 * cb - 0.714136 * cr, lum + 1.772 * cb], -1)
     # libjpeg: C = 255 - R, ...; Pillow turns those over, so that ink is 255 - (255 - R) = R ...
     inverted = np.clip(255 - rgb, 0, 255)
     want = inverted * stored[..., 3:] / 255
-    assert np.abs(found[8::16, 8::16] - want[8::16, 8::16]).max() <= 4
+    assert np.abs(pixels[8::16, 8::16] - want[8::16, 8::16]).max() <= 4
     tiff = h.encode(Image.frombytes("CMYK", (64, 64), ink.tobytes()), "TIFF")  # not inverted
     want = np.stack([(1 - part) * (1 - k) * 255 for part in (c, m, y)], -1)
     assert np.abs(decode_rgb(tiff) - want).max() <= 1
@@ -211,8 +211,8 @@ def test_lab_tiff():
     stored = [(round(light * 2.55), a % 256, b % 256) for light, a, b in colours]
     image = Image.frombytes("LAB", (len(colours), 1), np.array(stored, np.uint8).tobytes())
     exact = np.array([[round(light * 2.55) / 2.55, a, b] for light, a, b in colours])
-    found = decode_rgb(h.encode(image, "TIFF"))[0]
-    assert np.abs(found - lab_to_srgb(exact)).max() <= 2
+    pixels = decode_rgb(h.encode(image, "TIFF"))[0]
+    assert np.abs(pixels - lab_to_srgb(exact)).max() <= 2
 
 
 def test_animated_files_give_the_first_frame():
@@ -255,9 +255,9 @@ def test_a_preview_inside_does_not_hide_a_cut():
 def test_a_stereo_photo_gives_its_first_picture():
     second = Image.fromarray(h.pattern(seed=99))
     encoded = h.encode(PICTURE, "MPO", save_all=True, append_images=[second], quality=90)
-    found, name = decode(encoded)
+    pixels, name = decode(encoded)
     assert name == "MPO"
-    np.testing.assert_array_equal(found, decode_rgb(h.jpeg()))
+    np.testing.assert_array_equal(pixels, decode_rgb(h.jpeg()))
 
 
 def test_bytes_after_the_end_are_no_harm():

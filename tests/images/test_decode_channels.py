@@ -71,10 +71,10 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_one_channel_is_the_luminance_of_the_rgb_picture(name):
     encoded = PICTURES[name]()
-    found, form = decode(encoded, channels=1)
-    assert found.dtype == np.uint8 and found.flags.writeable and found.flags.c_contiguous
+    pixels, form = decode(encoded, channels=1)
+    assert pixels.dtype == np.uint8 and pixels.flags.writeable and pixels.flags.c_contiguous
     assert form == {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[name[-4:].strip(".")]
-    np.testing.assert_array_equal(found, luma(decode_rgb(encoded)))
+    np.testing.assert_array_equal(pixels, luma(decode_rgb(encoded)))
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -119,8 +119,8 @@ def test_orientation_and_limits_hold_for_every_number_of_channels():
     turned = h.encode(PICTURE, exif=exif)
     for channels, mode in ((1, "L"), (2, "LA"), (4, "RGBA")):
         want = Image.fromarray(PICTURE).convert(mode).transpose(Image.Transpose.ROTATE_270)
-        found = decode_image(turned, channels)
-        np.testing.assert_array_equal(found, np.asarray(want).reshape(found.shape))
+        pixels = decode_image(turned, channels)
+        np.testing.assert_array_equal(pixels, np.asarray(want).reshape(pixels.shape))
         assert refused(turned, channels, max_pixels=3071).reason == "too_large"
         assert refused(h.cut(turned, 0.8), channels).reason == "truncated"
         assert refused(b"", channels).reason == "empty"
@@ -165,10 +165,10 @@ def test_numpy_files_give_their_values(version, channels, dtype):
     values = np.random.default_rng(channels).integers(0, 65536, (7, 5, channels))
     array = (values >> 8 if dtype == "|u1" else values).astype(dtype)
     for order in "CF":
-        found, form = decode(npy(np.array(array, order=order), version), channels=channels)
-        assert form == "NPY" and found.dtype == np.uint8
-        assert found.flags.writeable and found.flags.c_contiguous
-        np.testing.assert_array_equal(found, values >> 8)
+        pixels, form = decode(npy(np.array(array, order=order), version), channels=channels)
+        assert form == "NPY" and pixels.dtype == np.uint8
+        assert pixels.flags.writeable and pixels.flags.c_contiguous
+        np.testing.assert_array_equal(pixels, values >> 8)
 
 
 def test_two_dimensions_are_one_channel_and_the_rest_of_a_file_is_ignored():
@@ -178,12 +178,12 @@ def test_two_dimensions_are_one_channel_and_the_rest_of_a_file_is_ignored():
     assert error.reason == "undecodable"
     assert error.detail == "uint8 [48, 64], expected uint8 or uint16 [H, W, 3]"
     # Files of Python 2 write longs; numpy reads them with a warning, which nobody needs.
-    found = decode_image(header(about("(2L, 3L)"), bytes(range(6))), 1)
-    np.testing.assert_array_equal(found[..., 0], [[0, 1, 2], [3, 4, 5]])
+    pixels = decode_image(header(about("(2L, 3L)"), bytes(range(6))), 1)
+    np.testing.assert_array_equal(pixels[..., 0], [[0, 1, 2], [3, 4, 5]])
 
 
 @pytest.mark.parametrize(
-    ("array", "channels", "found"),
+    ("array", "channels", "named"),
     [
         (PICTURE, 6, "uint8 [48, 64, 3], expected uint8 or uint16 [H, W, 6]"),
         (PICTURE, 1, "uint8 [48, 64, 3], expected uint8 or uint16 [H, W, 1] or [H, W]"),
@@ -200,10 +200,10 @@ def test_two_dimensions_are_one_channel_and_the_rest_of_a_file_is_ignored():
         (np.zeros((4, 5), [("x", "u1")]), 1, "[('x', 'u1')] [4, 5]"),
     ],
 )
-def test_other_arrays_are_refused_by_what_they_are(array, channels, found):
+def test_other_arrays_are_refused_by_what_they_are(array, channels, named):
     error = refused(npy(array), channels)
     assert error.reason == "undecodable"
-    assert found in error.detail
+    assert named in error.detail
 
 
 class Payload:

@@ -68,8 +68,8 @@ def test_8_bits_are_taken_as_they_are_whatever_the_slope_and_the_range():
         encoded = dicom(**tags, **slope)
         assert value_span(encoded, 1) is None
         for value_range in ("full", (0, 4095), (100, 200)):
-            found = decode_image(encoded, 1, value_range=value_range)[..., 0]
-            np.testing.assert_array_equal(found, stored, f"{slope} {value_range}")
+            pixels = decode_image(encoded, 1, value_range=value_range)[..., 0]
+            np.testing.assert_array_equal(pixels, stored, f"{slope} {value_range}")
 
 
 def test_first_frame_size_channels_and_format():

@@ -56,8 +56,8 @@ def crops_of(encoded: bytes) -> None:
     boxes, flips = crop_boxes(u, width, height, SPEC)
     image, shrink = decode_shrunk(encoded, int(decode_shrink(boxes, SPEC)))
     scaled = scale_boxes(boxes, shrink, *image.shape[:2])
-    found = cut_crops(image, scaled, flips, SPEC)
-    assert [crop.shape for crop in found] == [(2, 28, 28, 3), (2, 14, 14, 3)]
+    crops = cut_crops(image, scaled, flips, SPEC)
+    assert [crop.shape for crop in crops] == [(2, 28, 28, 3), (2, 14, 14, 3)]
 
 
 def test_the_catalogue_has_many_kinds_and_no_copies():
@@ -171,7 +171,7 @@ def files_under(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("fill", [folder_of, tar_file_of, parquet_of])
 def test_a_reading_task_takes_the_good_and_lists_the_rest(tmp_path, fill):
-    root, work = tmp_path / "in", tmp_path / "work"
+    root, scratch = tmp_path / "in", tmp_path / "work"
     root.mkdir()
     odd = fill(root)
     before = files_under(tmp_path)
@@ -179,7 +179,7 @@ def test_a_reading_task_takes_the_good_and_lists_the_rest(tmp_path, fill):
     reading = Reading("image", "label", MAX_IMAGE_BYTES)
     plan = plan_tasks(str(root), listing, reading)
     reading = replace(reading, extras=plan.extras)
-    spec = PackSpec(str(root), listing.root, str(tmp_path / "shards"), str(work), reading,
+    spec = PackSpec(str(root), listing.root, str(tmp_path / "shards"), str(scratch), reading,
                     200_000_000, 256, RUN_BYTES, ())  # fmt: skip
     bad = {item.source: item.reason for item in plan.refused}
     bad |= {item.source: "other" for item in plan.others}
@@ -200,7 +200,7 @@ def test_a_reading_task_takes_the_good_and_lists_the_rest(tmp_path, fill):
     assert {named(source): reason for source, reason in bad.items()} == wanted(odd)
     assert taken == {name: kind.encoded for name, kind in GOOD.items()}
     new = files_under(tmp_path) - before
-    assert new and all(path.startswith(str(work)) for path in new)
+    assert new and all(path.startswith(str(scratch)) for path in new)
 
 
 def check_pack(tmp_path: Path, fill) -> None:
@@ -291,9 +291,9 @@ def peaks(folder: Path, warm: Path) -> dict[str, int]:
 def test_no_kind_takes_much_memory(tmp_path):
     for name, kind in KINDS.items():
         write(tmp_path / "files" / name, kind.encoded)
-    found = peaks(tmp_path / "files", tmp_path / "warm")
-    assert set(found) == set(KINDS)
-    assert max(found.values()) < GIB / 4
+    peak_of = peaks(tmp_path / "files", tmp_path / "warm")
+    assert set(peak_of) == set(KINDS)
+    assert max(peak_of.values()) < GIB / 4
 
 
 def largest(mode: str, form: str, side: int, path: Path, **options: Any) -> None:
@@ -328,7 +328,7 @@ def test_the_largest_picture_that_is_read_takes_less_than_a_gibibyte(
     options = quick.get(form, {})
     largest(mode, form, limit, tmp_path / "files" / "a", **options)
     largest(mode, form, limit + 9, tmp_path / "over" / "b", **options)
-    found = peaks(tmp_path / "files", tmp_path / "warm")
-    assert GIB / 3 < found["a"] < GIB
+    peak_of = peaks(tmp_path / "files", tmp_path / "warm")
+    assert GIB / 3 < peak_of["a"] < GIB
     with pytest.raises(BadImage, match="too_large"):
         decode((tmp_path / "over" / "b").read_bytes())

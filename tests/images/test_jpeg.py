@@ -86,16 +86,16 @@ def by_pillow(encoded: bytes) -> np.ndarray:
 @pytest.fixture
 def road(monkeypatch):
     """Counts what the fast road decodes."""
-    found: list[bool] = []
+    taken: list[bool] = []
     fast = roads.decode_plain
 
     def spy(*args, **options):
         result = fast(*args, **options)
-        found.append(result is not None)
+        taken.append(result is not None)
         return result
 
     monkeypatch.setattr(roads, "decode_plain", spy)
-    return found
+    return taken
 
 
 def outcome(encoded: bytes, channels: int = 3, max_pixels: int = 10**6):
@@ -115,11 +115,11 @@ def without_the_fast_road(encoded: bytes, channels: int = 3, max_pixels: int = 1
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_files_take_the_fast_road_to_pillows_pixels(name, road):
     encoded = PLAIN[name]()
-    found = decode_image(encoded)
+    pixels = decode_image(encoded)
     assert road == [True]
-    np.testing.assert_array_equal(found, by_pillow(encoded))
-    assert found.flags.writeable and found.flags.c_contiguous and found.dtype == np.uint8
-    assert image_size(encoded) == found.shape[:2]
+    np.testing.assert_array_equal(pixels, by_pillow(encoded))
+    assert pixels.flags.writeable and pixels.flags.c_contiguous and pixels.dtype == np.uint8
+    assert image_size(encoded) == pixels.shape[:2]
     for channels in (1, 2, 4):
         assert outcome(encoded, channels) == without_the_fast_road(encoded, channels)
     assert road == [True] * 4
@@ -131,14 +131,14 @@ def test_all_samples_have_pillows_header_and_pixels(shared: Path, road):
     assert len(files) == 1000
     for file in files:
         encoded = file.read_bytes()
-        found = jpeg_header(encoded)
+        header = jpeg_header(encoded)
         with Image.open(file) as image:
-            assert (found.width, found.height) == image.size
-            assert {1: "L", 3: "RGB"}[found.components] == image.mode
-            assert found.precision == image.bits
-            assert found.adobe == image.info.get("adobe_transform")
-            assert (found.process == 2) == ("progressive" in image.info)
-            assert found.orientation in (None, image.getexif().get(0x0112, 1) or 1)
+            assert (header.width, header.height) == image.size
+            assert {1: "L", 3: "RGB"}[header.components] == image.mode
+            assert header.precision == image.bits
+            assert header.adobe == image.info.get("adobe_transform")
+            assert (header.process == 2) == ("progressive" in image.info)
+            assert header.orientation in (None, image.getexif().get(0x0112, 1) or 1)
             pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         np.testing.assert_array_equal(decode_image(encoded), pixels, err_msg=file.name)
         assert image_size(encoded) == pixels.shape[:2]
@@ -174,11 +174,11 @@ NOT_PLAIN = {
 def test_other_files_are_left_to_pillow(name, road):
     encoded = NOT_PLAIN[name]()
     assert not jpeg_header(encoded).plain
-    found = outcome(encoded)
-    assert found == without_the_fast_road(encoded)
+    ours = outcome(encoded)
+    assert ours == without_the_fast_road(encoded)
     assert road == []
-    if len(found) == 3:
-        assert image_size(encoded) == found[0][:2]
+    if len(ours) == 3:
+        assert image_size(encoded) == ours[0][:2]
 
 
 def test_what_libjpeg_warns_about_is_read_as_pillow_reads_it(road):
@@ -187,12 +187,12 @@ def test_what_libjpeg_warns_about_is_read_as_pillow_reads_it(road):
     at = whole.index(b"\xff\xda") + 400
     damaged = whole[:at] + bytes(40) + whole[at + 40 :]
     assert jpeg_header(damaged).plain
-    found = decode_image(damaged)
+    ours = decode_image(damaged)
     assert road == [False]
-    np.testing.assert_array_equal(found, by_pillow(damaged))
+    np.testing.assert_array_equal(ours, by_pillow(damaged))
     pixels, shrink = decode_shrunk(damaged, 4)
     assert shrink == 1
-    np.testing.assert_array_equal(pixels, found)
+    np.testing.assert_array_equal(pixels, ours)
 
 
 def damaged(rng: random.Random, whole: bytes) -> bytes:
@@ -216,12 +216,12 @@ def test_both_roads_agree_on_damaged_files(road):
     for case in range(1500):
         encoded = damaged(rng, rng.choice(scanned))
         channels, limit = rng.choice((1, 2, 3, 3, 4)), 4000
-        found = outcome(encoded, channels, limit)
-        assert found == without_the_fast_road(encoded, channels, limit), case
-        if len(found) == 3:
-            assert image_size(encoded, channels, limit) == found[0][:2]
+        ours = outcome(encoded, channels, limit)
+        assert ours == without_the_fast_road(encoded, channels, limit), case
+        if len(ours) == 3:
+            assert image_size(encoded, channels, limit) == ours[0][:2]
         else:
-            reasons.add(found[0])
+            reasons.add(ours[0])
     assert reasons >= {"undecodable", "truncated", "too_large"}
     assert sum(road) > 200 and road.count(False) > 50
 
@@ -230,8 +230,8 @@ def test_both_roads_agree_on_the_limits():
     for encoded in (h.jpeg(), h.jpeg(exif=turned(6)), b"\xff\xd8\xff", b"\xff\xd8\xff\xda" * 9):
         for channels in (3, 5):
             for max_pixels in (48 * 64, 48 * 64 - 1):
-                found = outcome(encoded, channels, max_pixels)
-                assert found == without_the_fast_road(encoded, channels, max_pixels)
+                ours = outcome(encoded, channels, max_pixels)
+                assert ours == without_the_fast_road(encoded, channels, max_pixels)
 
 
 # ---- the header alone
@@ -241,13 +241,13 @@ def test_both_roads_agree_on_the_limits():
 @pytest.mark.parametrize("value", range(1, 9))
 def test_the_size_is_that_of_the_upright_picture(form, value):
     encoded = h.encode(PICTURE, form, exif=turned(value))
-    found = image_size(encoded)
-    assert found == decode_image(encoded).shape[:2]
+    size_of = image_size(encoded)
+    assert size_of == decode_image(encoded).shape[:2]
     if form not in ("JPEG2000", "AVIF"):  # which do not keep it, or turn by themselves
-        assert found == ((64, 48) if value >= 5 else (48, 64))
+        assert size_of == ((64, 48) if value >= 5 else (48, 64))
     if form == "JPEG":
         header = jpeg_header(encoded)
-        assert (header.orientation, header.upright_size) == (value, found)
+        assert (header.orientation, header.upright_size) == (value, size_of)
 
 
 @pytest.mark.parametrize("kind", h.BROKEN_KINDS)
@@ -307,13 +307,13 @@ def smooth(height: int, width: int) -> np.ndarray:
 def test_a_smaller_picture_is_the_mean_of_the_whole(shrink, size):
     encoded = h.encode(smooth(*size), "JPEG", quality=98, subsampling=0)
     whole = decode_image(encoded)
-    found, used = decode_shrunk(encoded, shrink)
+    pixels, used = decode_shrunk(encoded, shrink)
     assert used == shrink
-    assert found.flags.writeable and found.flags.c_contiguous
+    assert pixels.flags.writeable and pixels.flags.c_contiguous
     height, width = (side // shrink for side in size)
-    assert found.shape == (-(-size[0] // shrink), -(-size[1] // shrink), 3)
+    assert pixels.shape == (-(-size[0] // shrink), -(-size[1] // shrink), 3)
     blocks = whole[: height * shrink, : width * shrink].reshape(height, shrink, width, shrink, 3)
-    assert np.abs(found[:height, :width] - blocks.mean((1, 3))).mean() < 1
+    assert np.abs(pixels[:height, :width] - blocks.mean((1, 3))).mean() < 1
 
 
 @pytest.mark.parametrize("shrink", SHRINKS)
@@ -321,9 +321,9 @@ def test_a_smaller_picture_is_the_mean_of_the_whole(shrink, size):
 def test_a_smaller_picture_is_turned_as_the_whole(shrink, value):
     for size in ((48, 64), (251, 377)):
         stored = decode_shrunk(h.jpeg(1, *size), shrink)[0]
-        found = decode_shrunk(h.jpeg(1, *size, exif=turned(value)), shrink)[0]
-        np.testing.assert_array_equal(found, h.ORIENTED[value](stored))
-        assert found.flags.writeable and found.flags.c_contiguous
+        pixels = decode_shrunk(h.jpeg(1, *size, exif=turned(value)), shrink)[0]
+        np.testing.assert_array_equal(pixels, h.ORIENTED[value](stored))
+        assert pixels.flags.writeable and pixels.flags.c_contiguous
 
 
 @pytest.mark.parametrize("options", [{"subsampling": 2}, {"progressive": True}, {}])
@@ -332,9 +332,9 @@ def test_smaller_pictures_equal_pillows_draft(options, shrink):
     encoded = h.jpeg(height=300, width=201, **options)
     image = Image.open(io.BytesIO(encoded))
     image.draft("RGB", (201 // shrink, 300 // shrink))
-    found, used = decode_shrunk(encoded, shrink)
+    pixels, used = decode_shrunk(encoded, shrink)
     assert used == shrink
-    np.testing.assert_array_equal(found, np.asarray(image))
+    np.testing.assert_array_equal(pixels, np.asarray(image))
     grey = h.encode(h.pattern(300, 201)[..., 1], "JPEG")
     image = Image.open(io.BytesIO(grey))
     image.draft("L", (201 // shrink, 300 // shrink))
@@ -344,9 +344,9 @@ def test_smaller_pictures_equal_pillows_draft(options, shrink):
 def test_other_files_come_whole_and_say_so():
     for form in ("PNG", "WEBP", "GIF", "TIFF"):
         encoded = h.encode(PICTURE, form)
-        found, shrink = decode_shrunk(encoded, 8)
+        pixels, shrink = decode_shrunk(encoded, 8)
         assert shrink == 1
-        np.testing.assert_array_equal(found, decode_image(encoded))
+        np.testing.assert_array_equal(pixels, decode_image(encoded))
     tiny = h.encode(PICTURE[:3, :15], "JPEG")
     assert decode_shrunk(tiny, 8)[1] == 1
     with pytest.raises(BadImage):

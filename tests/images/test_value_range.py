@@ -40,9 +40,9 @@ SIDE = 48
 def values(top, channels=0, seed=0, dtype="u2"):
     """Uniform whole numbers from 0 to `top`, both of which occur."""
     shape = (SIDE, SIDE, channels) if channels else (SIDE, SIDE)
-    found = np.random.default_rng(seed).integers(0, top + 1, shape)
-    found.flat[:8], found.flat[-8:] = 0, top
-    return found.astype(dtype)
+    drawn = np.random.default_rng(seed).integers(0, top + 1, shape)
+    drawn.flat[:8], drawn.flat[-8:] = 0, top
+    return drawn.astype(dtype)
 
 
 def pillow(array, kind):
@@ -112,10 +112,10 @@ def test_each_format_keeps_the_bits_that_are_used():
         channels = truth.shape[2]
         span = value_span(encoded, channels)
         assert span is not None and (span.low, span.high) == (0, top), name
-        found = decode_image(encoded, channels, value_range=range_of([span]))
-        np.testing.assert_array_equal(found, parts(truth, 0, top), name)
-        assert len(np.unique(found)) == 256, name
-        assert image_size(encoded, channels) == found.shape[:2], name
+        pixels = decode_image(encoded, channels, value_range=range_of([span]))
+        np.testing.assert_array_equal(pixels, parts(truth, 0, top), name)
+        assert len(np.unique(pixels)) == 256, name
+        assert image_size(encoded, channels) == pixels.shape[:2], name
         np.testing.assert_array_equal(decode_image(encoded, channels), truth >> 8, name)
 
 
@@ -127,8 +127,8 @@ def test_signed_and_float_values_need_a_range_and_get_one():
             assert (span.low, span.high) == (-1024, 3071), name
             # of 16 bits a set finds its range; for others somebody has to name one
             assert (range_alone(span) == FULL) == (name != "int16"), name
-            found = decode_image(encoded, 1, value_range=range_of([span]))[..., 0].astype(int)
-            assert abs(found - parts(ct, -1024, 3071)).max() <= (name == "float"), name
+            pixels = decode_image(encoded, 1, value_range=range_of([span]))[..., 0].astype(int)
+            assert abs(pixels - parts(ct, -1024, 3071)).max() <= (name == "float"), name
             with pytest.raises(BadImage, match=r"data\.range=\[low,high\]"):
                 decode_image(encoded, 1)
     holes = np.array([[np.nan, np.inf, -np.inf, 0.5]])
@@ -139,9 +139,9 @@ def test_transparency_has_all_16_bits_and_colours_the_range():
     picture = values(4095, 4)
     picture[..., 3] = 65_535
     picture[0, 0, 3] = 0
-    found = decode_image(png(picture), 4, value_range=(0, 4095))
-    np.testing.assert_array_equal(found[..., :3], picture[..., :3] >> 4)
-    assert found[0, 0, 3] == 0 and (found.reshape(-1, 4)[1:, 3] == 255).all()
+    pixels = decode_image(png(picture), 4, value_range=(0, 4095))
+    np.testing.assert_array_equal(pixels[..., :3], picture[..., :3] >> 4)
+    assert pixels[0, 0, 3] == 0 and (pixels.reshape(-1, 4)[1:, 3] == 255).all()
     assert decode_image(png(picture), 3, value_range=(0, 4095))[0, 0].tolist() == [255] * 3
 
 
@@ -216,10 +216,10 @@ def test_packing_finds_one_range_whatever_the_tasks_and_their_order(tmp_path):
     (task,) = plan_tasks(str(source), listing, reading).tasks
     accounts = []
     for number, paths in enumerate((task.paths, task.paths[:13], task.paths[13:])):
-        work = tmp_path / f"w{number}"
-        (work / "runs").mkdir(parents=True)
+        scratch = tmp_path / f"w{number}"
+        (scratch / "runs").mkdir(parents=True)
         spec = PackSpec(
-            *(str(source), str(source), "", str(work), reading, 10**6, 8, 2**20, ()),
+            *(str(source), str(source), "", str(scratch), reading, 10**6, 8, 2**20, ()),
             channels=1,
             value_range=AUTO,
         )

@@ -38,20 +38,20 @@ FIELDS = ("global_crops", "local_crops", "photometric", "masks", "labels")
 
 def images(batch: Batch) -> Step:
     """Each image of a batch; bad ones under their id alone."""
-    found = {
+    rows = {
         bytes(batch.image_ids[i].numpy()).hex(): tuple(
             getattr(batch, name)[i].numpy().tobytes() for name in FIELDS
         )
         for i in range(batch.images)
     }
-    return found | {name: () for name, _, _ in batch.bad}
+    return rows | {name: () for name, _, _ in batch.bad}
 
 
 @pytest.fixture(scope="module")
 def expected(source: Source) -> list[Step]:
     """Every step of the undisturbed stream, without Ray."""
     reading, spec = source
-    made = [
+    batches = [
         Batch.from_chunk(chunk)
         for portion in read_portions(
             reading.tasks(0, STEPS), spec.columns, spec.seed, spec.portion_images
@@ -59,7 +59,7 @@ def expected(source: Source) -> list[Step]:
         for chunk in make_chunks(portion, spec)
     ]
     per_step = BATCH // CHUNK
-    steps = [made[n : n + per_step] for n in range(0, len(made), per_step)]
+    steps = [batches[n : n + per_step] for n in range(0, len(batches), per_step)]
     return [{k: v for batch in step for k, v in images(batch).items()} for step in steps]
 
 
@@ -109,18 +109,18 @@ def test_a_stopped_run_goes_on_with_other_workers_over_segment_ends(
     """Stopped after 14 steps by two workers, ended by three: 16 and 32 are segment ends."""
     first = feeder_of(source, segment=1)
     workers = group(first, "a", 2)
-    found = take(workers, 14)
+    steps = take(workers, 14)
     end(*workers, first)
     second = feeder_of(source, segment=1)
     workers = group(second, "b", 3, first=14)
-    found += take(workers, 5)  # 19: in the middle of a segment that began at 14
-    found += take(workers, STEPS - 19)
+    steps += take(workers, 5)  # 19: in the middle of a segment that began at 14
+    steps += take(workers, STEPS - 19)
     assert take(workers, 1) == []
     end(*workers, second)
-    assert found == expected
+    assert steps == expected
     per_pass = source[1].steps_per_pass
     for begin in range(0, STEPS, per_pass):
-        names = [name for step in found[begin : begin + per_pass] for name in step]
+        names = [name for step in steps[begin : begin + per_pass] for name in step]
         assert len(names) == len(set(names)) == per_pass * BATCH
 
 
@@ -131,15 +131,15 @@ def test_a_killed_worker_and_a_new_group_on_the_same_feeder(
     """What Ray Train does: the whole group ends with the one, and starts at the checkpoint."""
     feeder = feeder_of(source, segment=1)
     workers = group(feeder, "a", 2)
-    found = take(workers, 13)
+    steps = take(workers, 13)
     os.kill(ray.get(workers[1].pid.remote()), signal.SIGKILL)
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(workers[1].take.remote(1))
     end(workers[0])
     workers = group(feeder, "b", 2, first=10)
-    found[10:] = take(workers, STEPS - 10)
+    steps[10:] = take(workers, STEPS - 10)
     end(*workers, feeder)
-    assert found == expected
+    assert steps == expected
 
 
 def deadly(source: Source, where: str, calls: int, folder: Path) -> Source:
@@ -188,14 +188,14 @@ def deadly(source: Source, where: str, calls: int, folder: Path) -> Source:
     class Spec(StreamSpec):
         @property
         def columns(self) -> Any:
-            return found
+            return shard_columns
 
         @columns.setter
         def columns(self, value: Any) -> None: ...
 
-    found = object.__new__(Columns)
+    shard_columns = object.__new__(Columns)
     for name in ("uri", "label"):
-        object.__setattr__(found, name, getattr(spec.columns, name))
+        object.__setattr__(shard_columns, name, getattr(spec.columns, name))
     values = {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name != "columns"}
     deadly_spec = object.__new__(Spec)
     for name, value in values.items():
@@ -216,8 +216,8 @@ def test_a_killed_process_of_the_stream_is_replaced(
     """In the middle: some of its results have been handed on already."""
     feeder = feeder_of(deadly(source, where, calls, tmp_path))
     workers = group(feeder, "a", 2)
-    found = take(workers, STEPS)
+    steps = take(workers, STEPS)
     end(*workers, feeder)
     assert (tmp_path / "killed").read_text().isdigit()
     assert (tmp_path / "calls").stat().st_size > calls  # and somebody went on
-    assert found == expected
+    assert steps == expected

@@ -22,7 +22,7 @@ from pipeline.shards.shards import open_shards
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def demo_set(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "photos"
     begin = time.process_time()
     report = make_demo(folder)
@@ -43,10 +43,10 @@ def box(name: str) -> tuple[int, int, int]:
     return left, top, side
 
 
-def test_counts(made):
-    folder, report = made
-    found = files(folder)
-    kinds = Counter((name.split("/")[0], name.split("/")[2].split("_")[0]) for name in found)
+def test_counts(demo_set):
+    folder, report = demo_set
+    contents = files(folder)
+    kinds = Counter((name.split("/")[0], name.split("/")[2].split("_")[0]) for name in contents)
     assert kinds == {
         ("train", "tile"): 3456,
         ("train", "near"): 60,
@@ -59,12 +59,12 @@ def test_counts(made):
     assert (report.near_duplicates, report.copies, report.flat) == (60, 12, 24)
     assert len(report.class_names) == 16
     for part, each in (("train", 216), ("test", 36)):
-        tiles = Counter(n.split("/")[1] for n in found if n.startswith(part) and "/tile_" in n)
+        tiles = Counter(n.split("/")[1] for n in contents if n.startswith(part) and "/tile_" in n)
         assert tiles == dict.fromkeys(report.class_names, each)
 
 
-def test_no_pixel_of_a_photograph_is_in_both_parts(made):
-    folder, report = made
+def test_no_pixel_of_a_photograph_is_in_both_parts(demo_set):
+    folder, report = demo_set
     painted = defaultdict(lambda: np.zeros((2, 1500, 1500), bool))
     for name in files(folder):
         part, photo, tile = name.split("/")
@@ -77,8 +77,8 @@ def test_no_pixel_of_a_photograph_is_in_both_parts(made):
         assert train.sum() > test.sum() > 0
 
 
-def test_tiles_are_what_their_names_say(made):
-    folder, _ = made
+def test_tiles_are_what_their_names_say(demo_set):
+    folder, _ = demo_set
     spec = importlib.util.find_spec("skimage")
     with Image.open(Path(spec.origin).parent / "data" / "chelsea.png") as image:
         photo = np.asarray(image.convert("RGB"))
@@ -92,14 +92,14 @@ def test_tiles_are_what_their_names_say(made):
     assert Image.open(next((folder / "train" / "brick").glob("tile_*.jpg"))).mode == "L"
 
 
-def test_planted_duplicates_and_broken_files(made):
-    folder, _ = made
-    found = files(folder)
-    ids = Counter(hashlib.sha256(content).digest() for content in found.values())
+def test_planted_duplicates_and_broken_files(demo_set):
+    folder, _ = demo_set
+    contents = files(folder)
+    ids = Counter(hashlib.sha256(content).digest() for content in contents.values())
     assert sum(count - 1 for count in ids.values()) == 12
-    for name, content in found.items():
+    for name, content in contents.items():
         kind = name.split("/")[2].split("_")[0]
-        original = found.get(name.replace("/near_", "/").replace("/copy_", "/"), b"")
+        original = contents.get(name.replace("/near_", "/").replace("/copy_", "/"), b"")
         if kind == "copy":
             assert content == original
         elif kind == "near":
@@ -117,8 +117,8 @@ def test_planted_duplicates_and_broken_files(made):
 
 
 @pytest.mark.long
-def test_the_same_bytes_each_time(made, tmp_path):
-    folder, report = made
+def test_the_same_bytes_each_time(demo_set, tmp_path):
+    folder, report = demo_set
     assert files(folder) == files(Path(make_demo(tmp_path / "again").folder))
     stamp = (folder / "train").stat().st_mtime_ns
     assert make_demo(folder) == report  # there already: left as it is
@@ -128,8 +128,8 @@ def test_the_same_bytes_each_time(made, tmp_path):
 
 
 @pytest.mark.long
-def test_a_demo_of_an_older_version_is_made_anew(made, tmp_path):
-    folder, report = made
+def test_a_demo_of_an_older_version_is_made_anew(demo_set, tmp_path):
+    folder, report = demo_set
     old = tmp_path / "old"
     (old / "train" / "cat").mkdir(parents=True)
     (old / "train" / "cat" / "gone.jpg").write_bytes(b"x")
@@ -147,8 +147,8 @@ def test_something_else_is_not_overwritten(tmp_path, monkeypatch):
         make_demo(tmp_path / "new")
 
 
-def test_packed_it_gives_what_was_planted(made, tmp_path, monkeypatch):
-    folder, demo_report = made
+def test_packed_it_gives_what_was_planted(demo_set, tmp_path, monkeypatch):
+    folder, demo_report = demo_set
     monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
     report = packing.pack(
         str(folder / "train"),
@@ -164,8 +164,8 @@ def test_packed_it_gives_what_was_planted(made, tmp_path, monkeypatch):
     assert (shards.rows, shards.has_labels) == (3540, True)
 
 
-def test_a_nearest_neighbour_on_raw_pixels_is_better_than_chance_and_not_perfect(made):
-    folder, _ = made
+def test_a_nearest_neighbour_on_raw_pixels_is_better_than_chance_and_not_perfect(demo_set):
+    folder, _ = demo_set
     small, labels = {}, {}
     for part in ("train", "test"):
         paths = sorted((folder / part).glob("*/tile_*.jpg"))

@@ -219,9 +219,9 @@ def test_a_file_that_cannot_be_read(tmp_path, serial, monkeypatch):
     plan = sources.plan_tasks
 
     def plan_then_lose(*args):
-        found = plan(*args)
+        planned = plan(*args)
         (tmp_path / "photos" / "gone.jpg").unlink()
-        return found
+        return planned
 
     monkeypatch.setattr(packing, "plan_tasks", plan_then_lose)
     packed(tmp_path / "photos", tmp_path)
@@ -799,12 +799,12 @@ def test_a_file_system_that_is_not_local(tmp_path, serial, monkeypatch):
         bad_images="far://far/bad.parquet",
         scratch="far://far/work",
     )
-    want, found = contents(tmp_path / "plain"), contents(tmp_path / "far")
+    plain_files, far_files = contents(tmp_path / "plain"), contents(tmp_path / "far")
     assert (
-        json.loads(found.pop("_manifest.json"))["digest"]
-        == json.loads(want.pop("_manifest.json"))["digest"]
+        json.loads(far_files.pop("_manifest.json"))["digest"]
+        == json.loads(plain_files.pop("_manifest.json"))["digest"]
     )
-    assert found == want
+    assert far_files == plain_files
 
 
 def test_keys_in_a_uri_are_not_written_down():

@@ -18,14 +18,14 @@ NUMBERED = [f"{i:05d}.tar" for i in range(6)]
 def fitting(pattern: str, paths: list[str]) -> list[str]:
     """Files that fit, or are in a folder that does."""
     walked = Pattern(pattern)
-    found = []
+    fitted = []
     for path in paths:
         states = walked.start
         for name in path.split("/"):
             states = walked.step(states, name)
         if walked.accepts(states):
-            found.append(path)
-    return found
+            fitted.append(path)
+    return fitted
 
 
 def test_stars_and_letters_are_those_of_pathlib(tmp_path: Path) -> None:

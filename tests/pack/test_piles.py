@@ -170,18 +170,18 @@ def test_label_files_beside_images(tmp_path, monkeypatch, place, order):
         write(tmp_path / "in" / "train" / name, content)
         write(tmp_path / "in" / "val" / "other.jpg", h.jpeg(99))
     report = packed(tmp_path / "in", tmp_path, max_bad_fraction=0.0)
-    found = {Path(source).stem: label for source, label in labels_of(tmp_path).items()}
-    assert found.pop("other", None) is None  # it has no label file
-    assert found == {f"{i:04d}": i % 3 for i in range(20)}
+    by_stem = {Path(source).stem: label for source, label in labels_of(tmp_path).items()}
+    assert by_stem.pop("other", None) is None  # it has no label file
+    assert by_stem == {f"{i:04d}": i % 3 for i in range(20)}
     assert report.class_names == ()
     assert report.others == {"label": 20, "no_image": 20}
     packed(tmp_path / "in", tmp_path / "none", labels="none")
     assert set(labels_of(tmp_path / "none").values()) == {None}
     named = packed(tmp_path / "in", tmp_path / "json", label_member="json:at.class")
     assert named.class_names == ("n0", "n1")
-    found = {Path(source).stem: label for source, label in labels_of(tmp_path / "json").items()}
-    found.pop("other", None)
-    assert found == {f"{i:04d}": i % 2 for i in range(20)}
+    by_stem = {Path(source).stem: label for source, label in labels_of(tmp_path / "json").items()}
+    by_stem.pop("other", None)
+    assert by_stem == {f"{i:04d}": i % 2 for i in range(20)}
 
 
 def test_label_files_that_say_no_class_are_named(tmp_path, caplog):
@@ -531,12 +531,12 @@ def test_what_goes_between_listing_and_reading(tmp_path, monkeypatch):
     plan = packing.plan_tasks
 
     def lose(*args):
-        found = plan(*args)
+        planned = plan(*args)
         for name in ("c0/0.jpg", "a.tar", "a.zip", "a.parquet"):
             (root / name).unlink()
         (root / "c1" / "1.jpg").unlink()
         os.mkfifo(root / "c1" / "1.jpg")  # which no one writes to
-        return found
+        return planned
 
     monkeypatch.setattr(packing, "plan_tasks", lose)
     assert packed(root, tmp_path).images_packed == 4

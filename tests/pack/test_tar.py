@@ -16,11 +16,11 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 def contents(data: bytes) -> list[tuple[str, str, bytes]]:
     archive = Tar(io.BytesIO(data))
-    found = []
+    members = []
     for member in archive:
         is_file = member.kind == "file"
-        found.append((member.name, member.kind, archive.read(member) if is_file else b""))
-    return found
+        members.append((member.name, member.kind, archive.read(member) if is_file else b""))
+    return members
 
 
 def random_archive(rng: random.Random, form: int) -> bytes:
@@ -48,8 +48,8 @@ def test_members_are_those_of_tarfile() -> None:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             for member in archive:
                 body = archive.extractfile(member) if member.isfile() else None
-                found = body.read() if body else b""
-                want.append((member.name.rstrip("/"), kinds[member.type], found))
+                content = body.read() if body else b""
+                want.append((member.name.rstrip("/"), kinds[member.type], content))
         assert [(n.rstrip("/"), k, b) for n, k, b in contents(data)] == want
 
 
@@ -100,12 +100,12 @@ DAMAGED = {
 def test_damage_ends_the_archive_and_keeps_what_came_before(name: str) -> None:
     data = BEFORE + DAMAGED[name]
     for limit in (None, 10**9):
-        archive, found = Tar(io.BytesIO(data), limit), []
+        archive, members = Tar(io.BytesIO(data), limit), []
         begin = time.process_time()
         with pytest.raises((EOFError, DamagedTarError)):
             for member in archive:
-                found.append(archive.read(member) if member.size < 1000 else b"")
-        assert found[0] == b"abc"
+                members.append(archive.read(member) if member.size < 1000 else b"")
+        assert members[0] == b"abc"
         assert time.process_time() - begin < 1
 
 

@@ -51,11 +51,11 @@ clusters = st.lists(st.tuples(quarters, st.integers(0, 2).map(float)), min_size=
 @settings(deadline=None)
 @given(clusters, st.integers(1, 4), st.sampled_from([0.25, 0.5, 1.0, 1.5]), st.sampled_from([0, 1]))
 def test_workers_fit_where_some_way_of_dealing_them_out_does(
-    found: list[tuple[float, float]], workers: int, cpus: float, gpus: int
+    rooms: list[tuple[float, float]], workers: int, cpus: float, gpus: int
 ) -> None:
-    nodes = [Node(c, g) for c, g in found]
+    nodes = [Node(c, g) for c, g in rooms]
     share = Share(cpus, gpus)
-    expected = can(tuple(found), workers, cpus, gpus)
+    expected = can(tuple(rooms), workers, cpus, gpus)
     taken = placed(nodes, workers, share)
     assert (taken is not None) == expected == (capacity(nodes, share) >= workers)
     if taken is not None:
@@ -111,10 +111,10 @@ HEAD = Node(0, 0, True)
 
 
 def test_decoders_go_where_cpus_are_and_the_head_may_be_bare() -> None:
-    found = plan_on(HEAD, Node(8), Node(4, 2))
-    assert (found.device, found.workers, found.feeder_cpus) == ("cuda", 2, 0)
+    result = plan_on(HEAD, Node(8), Node(4, 2))
+    assert (result.device, result.workers, result.feeder_cpus) == ("cuda", 2, 0)
     # 8 decoders of .95 on the CPU node, and 2 CPUs beside the workers
-    assert found.decode_tasks == 8 + 2
+    assert result.decode_tasks == 8 + 2
     large = plan_on(Node(64, 0, True), Node(8, 8))
     assert large.feeder_cpus == 1 and plan_on(Node(8, 1, True)).feeder_cpus == 0
     assert large.decode_tasks == int((63 - READ_CPUS) / 0.95)
@@ -138,9 +138,9 @@ def test_decoders_go_where_cpus_are_and_the_head_may_be_bare() -> None:
 def test_head_room_of_the_feeder_refuses_no_plan(
     node: Node, overrides: tuple[str, ...], workers: int
 ) -> None:
-    found = plan_on(node, overrides=overrides)
-    assert (found.workers, found.decode_tasks, found.feeder_cpus) == (workers, 1, 0)
-    assert found.arranged_on([node]) is not None
+    result = plan_on(node, overrides=overrides)
+    assert (result.workers, result.decode_tasks, result.feeder_cpus) == (workers, 1, 0)
+    assert result.arranged_on([node]) is not None
     with pytest.raises(PlacementError, match=r"resources\.feeder_cpus=1 leave none of the 16 CPUs"):
         plan_on(
             node,
@@ -183,7 +183,7 @@ def test_what_cannot_be_placed_is_refused(
 def test_a_range_keeps_the_micro_batches(
     asked: str, batch: int, cpus: int, sizes: tuple[int, ...], workers: int, accumulation: int
 ) -> None:
-    found = plan_on(
+    result = plan_on(
         Node(cpus, 0, True),
         overrides=(
             f"train.workers={asked}",
@@ -192,28 +192,28 @@ def test_a_range_keeps_the_micro_batches(
             "resources.feeder_cpus=0",
         ),
     )
-    assert (found.sizes, found.workers, found.accumulation) == (sizes, workers, accumulation)
-    for size in found.sizes:
-        other = found.for_workers(size)
-        assert other.micro_batch == found.micro_batch
+    assert (result.sizes, result.workers, result.accumulation) == (sizes, workers, accumulation)
+    for size in result.sizes:
+        other = result.for_workers(size)
+        assert other.micro_batch == result.micro_batch
         assert other.workers * other.accumulation * other.micro_batch == batch
         assert other.worker_batch == batch // size
         assert other.micro_batch % other.chunk_images == 0
         # the order of the images is that of the first group
         assert (other.window_images, other.layout, other.steps) == (
-            (found.window_images, found.layout, found.steps)
+            (result.window_images, result.layout, result.steps)
         )
-    fewer = found.arranged_on([Node(sizes[0] + 1, 0, True)])
+    fewer = result.arranged_on([Node(sizes[0] + 1, 0, True)])
     assert fewer is not None and fewer.workers == sizes[0]
-    assert found.arranged_on([Node(0.5, 0, True)]) is None
+    assert result.arranged_on([Node(0.5, 0, True)]) is None
 
 
 def test_a_range_multiplies_with_the_accumulation() -> None:
-    found = plan_on(
+    result = plan_on(
         Node(64), overrides=("train.workers=[2,8]", "train.accumulation=3",
                              "optim.global_batch_size=96")
     )  # fmt: skip
-    assert found.sizes == (2, 3, 4, 6, 8)
+    assert result.sizes == (2, 3, 4, 6, 8)
 
 
 def test_ranges_that_are_none() -> None:

@@ -38,29 +38,29 @@ PUBLISHED["vitg14_256gpu"] = PUBLISHED["vitl14_96gpu"]
 
 
 def plan(*overrides: str, images: int = 1000, machine: Machine = LAPTOP) -> Plan:
-    given = ["optim.steps=10", "optim.global_batch_size=64", *overrides]
+    arguments = ["optim.steps=10", "optim.global_batch_size=64", *overrides]
     if any(o.startswith("optim.passes") for o in overrides):
-        given[0] = "optim.steps=null"
-    return resolve(load(given), images=images, digest="d", class_names=(), machine=machine)
+        arguments[0] = "optim.steps=null"
+    return resolve(load(arguments), images=images, digest="d", class_names=(), machine=machine)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_schedules(name: str) -> None:
     golden = GOLDEN[name]
     gpus, share = golden["world_size"], golden["batch_size_per_gpu"]
-    found = plan(
+    result = plan(
         f"optim.steps={golden['total_iters']}",
         f"optim.global_batch_size={gpus * share}",
         *PUBLISHED[name],
         images=IMAGENET,
         machine=Machine(cpus=8 * gpus, gpus=gpus, bfloat16=True),
     )
-    assert (found.workers, found.micro_batch, found.worker_batch) == (gpus, share, share)
-    assert found.lr == pytest.approx(golden["lr"], rel=1e-12)
-    assert found.warmup_steps == golden["warmup_iters"]
-    assert found.temperature_warmup_steps == golden["teacher_temp_warmup_iters"]
+    assert (result.workers, result.micro_batch, result.worker_batch) == (gpus, share, share)
+    assert result.lr == pytest.approx(golden["lr"], rel=1e-12)
+    assert result.warmup_steps == golden["warmup_iters"]
+    assert result.temperature_warmup_steps == golden["teacher_temp_warmup_iters"]
     for i, step in enumerate(golden["its"]):
-        at = found.at(step)
+        at = result.at(step)
         mine = {
             "lr": at.lr,
             "wd": at.weight_decay,
@@ -75,7 +75,7 @@ def test_the_published_schedules(name: str) -> None:
 def test_a_short_run_step_by_step() -> None:
     golden, cfg = GOLDEN["tiny_full"], GOLDEN["tiny_full"]["cfg"]
     epochs = cfg["epochs"]
-    found = plan(
+    result = plan(
         f"optim.passes={epochs}",
         "optim.global_batch_size=10",
         f"optim.lr={cfg['lr']}",
@@ -85,9 +85,9 @@ def test_a_short_run_step_by_step() -> None:
         f"teacher.temperature_warmup={cfg['warmup_teacher_temp_epochs'] / epochs}",
         images=10 * cfg["epoch_length"],
     )
-    assert found.steps == epochs * cfg["epoch_length"]
-    for step in range(found.steps):
-        at = found.at(step)
+    assert result.steps == epochs * cfg["epoch_length"]
+    for step in range(result.steps):
+        at = result.at(step)
         assert at.lr == pytest.approx(golden["values"]["lr"][step], rel=1e-12)
         assert at.last_layer_lr == pytest.approx(golden["values"]["last_layer_lr"][step], rel=1e-12)
         temperature = golden["values"]["teacher_temp"][step]
@@ -108,13 +108,13 @@ def test_a_short_run_step_by_step() -> None:
 def test_passes_become_steps(
     passes: float, images: int, batch: int, steps: int, a_pass: int, left_out: int
 ) -> None:
-    found = plan(
+    result = plan(
         f"optim.passes={passes}",
         f"optim.global_batch_size={batch}",
         "train.workers=1",
         images=images,
     )
-    numbers = (found.steps, found.steps_per_pass, found.dropped_per_pass)
+    numbers = (result.steps, result.steps_per_pass, result.dropped_per_pass)
     assert numbers == (steps, a_pass, left_out)
 
 
@@ -142,26 +142,26 @@ def test_the_lr_grows_with_the_root_of_the_batch(batch: int, factor: float) -> N
 def test_auto_takes_as_many_workers_as_divide_the_batch(
     cpus: int, gpus: int, batch: int, accumulation: int, workers: int
 ) -> None:
-    found = plan(
+    result = plan(
         f"optim.global_batch_size={batch}",
         f"train.accumulation={accumulation}",
         machine=Machine(cpus=cpus, gpus=gpus, bfloat16=False),
     )
-    assert found.workers == workers
-    assert found.workers * found.micro_batch * accumulation == batch
-    assert found.worker_batch == found.micro_batch * accumulation
-    assert found.device == ("cuda" if gpus else "cpu")
+    assert result.workers == workers
+    assert result.workers * result.micro_batch * accumulation == batch
+    assert result.worker_batch == result.micro_batch * accumulation
+    assert result.device == ("cuda" if gpus else "cpu")
 
 
 GPUS = Machine(cpus=16, gpus=4, bfloat16=False)
 
 
 def test_the_device_is_the_gpus_unless_said_otherwise() -> None:
-    found = plan(machine=GPUS)
-    assert (found.device, found.workers, found.precision) == ("cuda", 4, "bfloat16")
-    found = plan("train.device=cpu", machine=GPUS)
-    assert (found.device, found.workers, found.precision) == ("cpu", 8, "float32")
-    assert (found.cpus_per_worker, found.threads) == (0.25, 2)
+    result = plan(machine=GPUS)
+    assert (result.device, result.workers, result.precision) == ("cuda", 4, "bfloat16")
+    result = plan("train.device=cpu", machine=GPUS)
+    assert (result.device, result.workers, result.precision) == ("cpu", 8, "float32")
+    assert (result.cpus_per_worker, result.threads) == (0.25, 2)
     with pytest.raises(
         ConfigError, match=r"2 workers of 1 GPU .* has 0 GPUs and 4 CPUs on 1 node: room for none"
     ):
@@ -219,18 +219,18 @@ def test_chunks_and_windows_fit(
         machine = Machine(cpus=2000, gpus=0, bfloat16=False)
         return resolve(config, images=batch, digest="d", class_names=(), machine=machine)
 
-    found = resolved(workers=workers, accumulation=accumulation)
+    result = resolved(workers=workers, accumulation=accumulation)
     # a micro batch and a window are whole numbers of chunks, and a chunk is small or one image
-    assert found.micro_batch == share
-    assert share % found.chunk_images == 0
-    assert found.window_images % found.chunk_images == 0
-    assert found.chunk_images * found.view_bytes <= CHUNK_BYTES or found.chunk_images == 1
+    assert result.micro_batch == share
+    assert share % result.chunk_images == 0
+    assert result.window_images % result.chunk_images == 0
+    assert result.chunk_images * result.view_bytes <= CHUNK_BYTES or result.chunk_images == 1
     # a step is a whole number of windows or the other way round, near what was asked for
-    assert batch % found.window_images == 0 or found.window_images % batch == 0
-    assert found.window_images <= max(rows, 1)
+    assert batch % result.window_images == 0 or result.window_images % batch == 0
+    assert result.window_images <= max(rows, 1)
     # and the order of rows stays what it is when the same batch is laid out otherwise
     for other in ({"workers": 1}, {"workers": workers}, {"workers": share * workers}):
-        assert resolved(**other).window_images == found.window_images
+        assert resolved(**other).window_images == result.window_images
 
 
 @given(image_bytes=st.floats(1e3, 5e8), batch=st.integers(1, 5000), rows=st.integers(1, 100_000))
@@ -241,7 +241,7 @@ def test_a_window_of_large_images_stays_small(image_bytes: float, batch: int, ro
         "data": {"shuffle_images": rows},
         "train": {"workers": 1},
     }
-    found = resolve(
+    result = resolve(
         Config.model_validate(values),
         images=batch,
         digest="d",
@@ -250,8 +250,8 @@ def test_a_window_of_large_images_stays_small(image_bytes: float, batch: int, ro
         image_bytes=image_bytes,
     )
     # an image is read whole, however large it is
-    assert found.window_images * image_bytes <= WINDOW_BYTES or found.window_images == 1
-    assert found.window_images <= rows
+    assert result.window_images * image_bytes <= WINDOW_BYTES or result.window_images == 1
+    assert result.window_images <= rows
 
 
 def test_the_bytes_of_an_image_are_those_of_its_crops() -> None:
@@ -268,8 +268,8 @@ def test_the_bytes_of_an_image_are_those_of_its_crops() -> None:
 
 
 def test_cadence_and_threads() -> None:
-    found = plan("optim.steps=1000")
-    assert (found.eval_every, found.save_every) == (100, 50)
+    result = plan("optim.steps=1000")
+    assert (result.eval_every, result.save_every) == (100, 50)
     assert plan("optim.steps=3").eval_every == 1
     named = plan("train.eval_every=7", "train.save_every=9", "resources.threads=3")
     assert (named.eval_every, named.save_every, named.threads) == (7, 9, 3)
@@ -280,8 +280,8 @@ def test_cadence_and_threads() -> None:
 
 
 def test_workers_leave_cpus_for_decoding() -> None:
-    found = plan("train.workers=2")
-    assert (found.decode_cpus, found.decode_tasks) == (0.95, 3)  # of 3.5 CPUs; reading needs some
+    result = plan("train.workers=2")
+    assert (result.decode_cpus, result.decode_tasks) == (0.95, 3)  # of 3.5 CPUs; reading needs some
     small = plan(machine=Machine(cpus=1, gpus=0, bfloat16=False))
     assert small.decode_tasks == 1 and small.decode_cpus == pytest.approx(0.75 - READ_CPUS)
     assert plan("resources.decode_tasks=7").decode_tasks == 7
@@ -291,8 +291,10 @@ def test_workers_leave_cpus_for_decoding() -> None:
         for gpus in (0, 1, 2, 8):
             if cpus <= gpus:
                 continue
-            found = plan(machine=Machine(cpus=cpus, gpus=gpus, bfloat16=True))
-            used = found.workers * found.cpus_per_worker + found.decode_tasks * found.decode_cpus
+            result = plan(machine=Machine(cpus=cpus, gpus=gpus, bfloat16=True))
+            used = (
+                result.workers * result.cpus_per_worker + result.decode_tasks * result.decode_cpus
+            )
             assert used + READ_CPUS <= cpus + 1e-9, (cpus, gpus)
     with pytest.raises(ConfigError, match="leave none of the 4 CPUs for decoding"):
         plan("train.workers=2", "resources.cpus_per_worker=2")
@@ -310,8 +312,8 @@ def test_workers_leave_cpus_for_decoding() -> None:
 )
 def test_precision(asked: str, bfloat16: bool, gpus: int, precision: str, reason: str) -> None:
     machine = Machine(cpus=4, gpus=gpus, bfloat16=bfloat16)
-    found = plan(f"train.precision={asked}", machine=machine)
-    assert (found.precision, found.precision_reason) == (precision, reason)
+    result = plan(f"train.precision={asked}", machine=machine)
+    assert (result.precision, result.precision_reason) == (precision, reason)
 
 
 def test_compile_is_for_gpus_unless_asked_for() -> None:
@@ -322,8 +324,8 @@ def test_compile_is_for_gpus_unless_asked_for() -> None:
 
 
 def test_a_plan_survives_its_way_to_the_workers() -> None:
-    found = plan("optim.lr=1.2345e-3", "model.width=48", "model.heads=3")
-    assert Plan.model_validate_json(found.model_dump_json()) == found
+    result = plan("optim.lr=1.2345e-3", "model.width=48", "model.heads=3")
+    assert Plan.model_validate_json(result.model_dump_json()) == result
 
 
 def other_value(path: str, old: Any) -> Any:
@@ -422,23 +424,23 @@ def test_nothing_changed() -> None:
 
 def test_the_length_of_a_step_is_derived_only_here() -> None:
     """A plan's grid and evaluation size follow from the config alone."""
-    found = plan("augment.global_size=28", "model.patch_size=7", "augment.local_size=7")
-    assert found.grid == (4, 4)
-    assert found.evaluation_size == 28
+    result = plan("augment.global_size=28", "model.patch_size=7", "augment.local_size=7")
+    assert result.grid == (4, 4)
+    assert result.evaluation_size == 28
     assert plan("evaluate.image_size=42").evaluation_size == 42
-    assert math.prod(found.grid) == 16
+    assert math.prod(result.grid) == 16
 
 
 @pytest.mark.parametrize("image_bytes", [0, 10_000, 6 * 2**20, 40 * 2**20])
 def test_large_images_make_small_chunks(image_bytes):
     values = {"optim": {"steps": 1, "global_batch_size": 64}, "train": {"workers": 1}}
-    found = resolve(
+    result = resolve(
         Config.model_validate(values),
         images=64, digest="d", class_names=(), image_bytes=image_bytes,
         machine=Machine(cpus=8, gpus=0, bfloat16=False),
     )  # fmt: skip
     most = max(d for d in (1, 2, 4, 8, 16, 32, 64) if d * image_bytes <= ENCODED_BYTES or d == 1)
-    assert found.chunk_images == most
+    assert result.chunk_images == most
 
 
 @pytest.mark.parametrize("meta", [{}, {"plan": None}, {"plan": []}, {"plan": {"steps": "x"}}])

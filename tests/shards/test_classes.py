@@ -24,10 +24,10 @@ def test_labels_are_mapped_by_name():
     classes = Classes.of(lists)
     for names in lists:
         labels = np.asarray([2, -1, 0, 1, -7])
-        found = classes.mapped(labels, names, "x")
+        mapped = classes.mapped(labels, names, "x")
         composed = [name.replace(DECOMPOSED, COMPOSED) for name in names]
-        assert [classes.names[i] for i in found[[0, 2, 3]]] == [composed[i] for i in (2, 0, 1)]
-        assert found[1] == found[4] == -1
+        assert [classes.names[i] for i in mapped[[0, 2, 3]]] == [composed[i] for i in (2, 0, 1)]
+        assert mapped[1] == mapped[4] == -1
     with pytest.raises(DataError, match="a label of x is 3, but only 3 classes"):
         classes.mapped(np.asarray([0, 3]), lists[0], "x")
     assert Classes.of([()]).mapped(np.asarray([9, -3]), (), "x").tolist() == [9, -1]

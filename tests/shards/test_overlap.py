@@ -71,10 +71,10 @@ def test_images_and_classes_of_two_sets(tmp_path):
     }
     for what, reference in references.items():
         for how, query in queries.items():
-            found = overlap_of(("r", reference), ("q", query))
-            assert (found.queries, found.known) == (15, len(both)), (what, how)
-            assert (found.lacking, found.unanswerable) == (("cat",), len(cats)), (what, how)
-            said = found.sentences()
+            compared = overlap_of(("r", reference), ("q", query))
+            assert (compared.queries, compared.known) == (15, len(both)), (what, how)
+            assert (compared.lacking, compared.unanswerable) == (("cat",), len(cats)), (what, how)
+            said = compared.sentences()
             assert f"{len(both)} of 15 queries are also in the reference" in said[0]
             assert f"no image of cat: {len(cats)} of 15 queries" in said[1]
             assert len(said) == 2
@@ -112,6 +112,6 @@ def test_what_is_too_large_to_hash_beforehand_is_said(tmp_path, monkeypatch):
     reference = hub(tmp_path / "r", [b"a", b"b"], ["ant", "bee"])
     queries = hub(tmp_path / "q", [b"b", b"c"], ["bee", "cat"])
     monkeypatch.setattr(overlap, "HASHED_BYTES", 10)
-    found = overlap_of(("r", reference), ("q", queries))
-    assert found.known is None and found.lacking == ("cat",)
-    assert "too large" in found.sentences()[0]
+    compared = overlap_of(("r", reference), ("q", queries))
+    assert compared.known is None and compared.lacking == ("cat",)
+    assert "too large" in compared.sentences()[0]

@@ -235,10 +235,10 @@ def test_a_file_that_is_replaced_while_it_is_sent_is_sent_whole(
     write(tmp_path, "report.html", "long " * 100)
     real = mirrors.upload
 
-    def replaced(local: Path, *rest: object) -> None:
+    def replaced(local: Path, *arguments: object) -> None:
         write(tmp_path, "new.tmp", "short")
         (tmp_path / "new.tmp").replace(tmp_path / "report.html")
-        real(local, *rest)  # type: ignore[arg-type]
+        real(local, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mirrors, "upload", replaced)
     here.push()
@@ -257,10 +257,10 @@ def test_a_kill_in_a_push_does_not_make_our_own_files_somebody_elses(
         write(tmp_path, name, "old")
     real = mirrors.upload
 
-    def killed(local: Path, fs: object, path: str, *rest: object) -> None:
+    def killed(local: Path, fs: object, path: str, *arguments: object) -> None:
         if path.endswith("b.txt"):
             raise KeyboardInterrupt
-        real(local, fs, path, *rest)  # type: ignore[arg-type]
+        real(local, fs, path, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mirrors, "upload", killed)
     with pytest.raises(KeyboardInterrupt):

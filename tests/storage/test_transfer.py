@@ -262,8 +262,8 @@ AWS = "When x: AWS Error {} during GetObject operation: said (Request ID: 1)"
     ],
 )
 def test_which_errors_pass(text: str, passing: bool | None) -> None:
-    found = explain("reading x", OSError(text))
-    assert (found.passing if found else None) == passing
+    failure = explain("reading x", OSError(text))
+    assert (failure.passing if failure else None) == passing
 
 
 def test_other_errors_come_as_they_are() -> None:
@@ -290,12 +290,12 @@ def test_tries_are_limited_and_counted(failures: int, tries: int) -> None:
     before, pauses = retries(), []
     sleep, retry.time.sleep = retry.time.sleep, pauses.append
     try:
-        found = with_retries("x", call, tries)
+        result = with_retries("x", call, tries)
     except StorageError:
-        found = "failed"
+        result = "failed"
     finally:
         retry.time.sleep = sleep
-    assert found == ("done" if failures < tries else "failed")
+    assert result == ("done" if failures < tries else "failed")
     assert retries() - before == min(failures, tries - 1) == len(pauses)
     for at, pause in enumerate(pauses):
         whole = min(retry.LONGEST_PAUSE_S, retry.FIRST_PAUSE_S * 2**at)
@@ -339,10 +339,10 @@ def test_row_groups_are_read_through_failures(s3: S3, bucket: str, kind: int | s
     shards = open_shards(f"s3://{bucket}/set/part-00000.parquet")
     before = retries()
     with s3.broken("^GET", kind, skip=3, times=3) as fault:
-        found = [read_row_group(shards, 0, group) for group in range(4)]
+        groups = [read_row_group(shards, 0, group) for group in range(4)]
     assert fault.done == retries() - before == 3
-    assert [g.image(i) for g in found for i in range(5)] == images
-    assert np.concatenate([g.labels for g in found]).tolist() == list(range(20))
+    assert [g.image(i) for g in groups for i in range(5)] == images
+    assert np.concatenate([g.labels for g in groups]).tolist() == list(range(20))
 
 
 def test_columns_are_read_through_failures(s3: S3, bucket: str) -> None:
@@ -370,8 +370,8 @@ def archive(images: list[bytes]) -> bytes:
 
 def items(uri: str, task: Task) -> list[object]:
     fs, root = resolve_uri(uri)
-    found = read_task(fs, root, task, Reading("image", "label", 2**30))
-    return [item for piece, _ in found for item in piece]
+    pieces = read_task(fs, root, task, Reading("image", "label", 2**30))
+    return [item for piece, _ in pieces for item in piece]
 
 
 def test_an_archive_is_read_through_failures(s3: S3, bucket: str) -> None:
@@ -380,9 +380,9 @@ def test_an_archive_is_read_through_failures(s3: S3, bucket: str) -> None:
     s3.client().put_object(Bucket=bucket, Key="src/a.tar", Body=archive(images))
     before = retries()
     with s3.broken("^GET", "cut", skip=1, times=2) as fault:
-        found = items(f"s3://{bucket}/src", Task("archive", ("a.tar",)))
+        members = items(f"s3://{bucket}/src", Task("archive", ("a.tar",)))
     assert fault.done == retries() - before == 2
-    assert [item.encoded for item in found] == images  # type: ignore[attr-defined]
+    assert [item.encoded for item in members] == images  # type: ignore[attr-defined]
 
 
 def test_storage_that_is_away_makes_no_bad_images(s3: S3, bucket: str) -> None:
@@ -393,10 +393,10 @@ def test_storage_that_is_away_makes_no_bad_images(s3: S3, bucket: str) -> None:
         items(f"s3://{bucket}/src", task)
     # an object that nobody may read is one bad image
     with s3.broken("^GET.*b.png", 403, times=1000):
-        found = items(f"s3://{bucket}/src", task)
-    assert isinstance(found[1], Refused)
-    assert found[1].reason == "unreadable"
-    assert not isinstance(found[0], Refused)
+        pieces = items(f"s3://{bucket}/src", task)
+    assert isinstance(pieces[1], Refused)
+    assert pieces[1].reason == "unreadable"
+    assert not isinstance(pieces[0], Refused)
 
 
 def test_a_server_of_ones_own_ends(tmp_path: Path) -> None:
