@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.curate.decide.shard_form import check_values, form_of
+from pipeline.curate.decide.shard_form import Form, check_values, form_of
 from pipeline.curate.decide.shard_write import EARLIER, Piece, sort_files, write_shard
 from pipeline.curate.rows.tables import AS_IS, InputFile, Inputs
 from pipeline.curate.steps.steps import Result, Task, empty_step, run_step, step_files, step_key
@@ -72,7 +72,8 @@ def write_curated(
             f"curation kept none of {inputs.rows:,} images",
             "the decisions say why, image by image; relax the rule that removed most of them",
         )
-    form = form_of([*sets, *([(EARLIER, earlier)] if earlier else [])])
+    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
+    form = form_of(every)
     size = decisions.total("kept_bytes")
     size += sum(f.bytes for f in earlier.files) if earlier else 0
     count = max(1, math.ceil(size / shard_bytes))
@@ -81,29 +82,11 @@ def write_curated(
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
     if (curated := _finished(root, shards, key)) is not None:
         return curated, [], kept + (earlier.rows if earlier else 0) - curated.rows
-    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
     check_values(every, form)
     source = source_of([s.uri for _, s in every])
-    results = []
-    pieces: list[list[Piece]] = [[] for _ in range(count)]
     runs = sort_files(root, inputs, decisions, fingerprints, form, count, key)
-    results += [runs] if runs else []
-    for file, account in zip(inputs.files, decisions.accounts, strict=True):
-        if file.set in form.packed and account["kept"]:
-            for index in range(
-                shard_of(account["low"], count), shard_of(account["high"], count) + 1
-            ):
-                pieces[index].append(Piece(file))
-    if earlier:
-        for file, low, high in _ranges(earlier):
-            for index in range(shard_of(low, count), shard_of(high, count) + 1):
-                pieces[index].append(Piece(file))
-    for account in runs.accounts if runs else ():
-        file = inputs.files[account["file"]]
-        for run in account["runs"]:
-            for index in sorted(set(run["shards"])):
-                groups = tuple(g for g, i in enumerate(run["shards"]) if i == index)
-                pieces[index].append(Piece(file, run["name"], groups))
+    results = [runs] if runs else []
+    pieces = _pieces(inputs, decisions, form, count, earlier, runs)
     folder, name = parent(shards)
     shared = (decisions.folder, runs.folder if runs else "", form, row_group_images)
     tasks = [
@@ -133,6 +116,33 @@ def write_curated(
     if runs:  # as large as the images
         empty_step(runs.folder, step_files(runs.folder))
     return curated, results, again
+
+
+def _pieces(
+    inputs: Inputs,
+    decisions: Result,
+    form: Form,
+    count: int,
+    earlier: ShardSet | None,
+    runs: Result | None,
+) -> list[list[Piece]]:
+    """What each shard is made of: shards hold ranges of ids, and files say which ids they hold."""
+    pieces: list[list[Piece]] = [[] for _ in range(count)]
+    ranges = [  # packed files are sorted by id, so a shard reads its range of each
+        (file, account["low"], account["high"])
+        for file, account in zip(inputs.files, decisions.accounts, strict=True)
+        if file.set in form.packed and account["kept"]
+    ]
+    for file, low, high in [*ranges, *(_ranges(earlier) if earlier else [])]:
+        for index in range(shard_of(low, count), shard_of(high, count) + 1):
+            pieces[index].append(Piece(file))
+    for account in runs.accounts if runs else ():  # others were sorted into runs before
+        file = inputs.files[account["file"]]
+        for run in account["runs"]:
+            for index in sorted(set(run["shards"])):
+                groups = tuple(g for g, i in enumerate(run["shards"]) if i == index)
+                pieces[index].append(Piece(file, run["name"], groups))
+    return pieces
 
 
 def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:
