@@ -53,8 +53,8 @@ def planted(
         x = rng.standard_normal((rows, dim)) * spectrum
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    made = int(n * copies)
-    own = n - made
+    copied = int(n * copies)
+    own = n - copied
     concepts = max(20, own // 300)
     size = 1 / np.arange(1, concepts + 1) ** 0.8
     concept = rng.choice(concepts, own, p=size / size.sum())
@@ -67,13 +67,13 @@ def planted(
             0.1**0.5 * coarse[above[c]] + 0.2**0.5 * fine[c] + 0.7**0.5 * noise(len(c))
         )
     x[:own] /= np.linalg.norm(x[:own], axis=1, keepdims=True)
-    sizes = [] if made < 3000 else [300, 120]
-    while sum(sizes) < made:
+    sizes = [] if copied < 3000 else [300, 120]
+    while sum(sizes) < copied:
         sizes.append(int(rng.geometric(0.35)))
-    of = np.repeat(rng.permutation(own)[: len(sizes)], sizes)[:made]
-    wanted = lowest + (0.995 - lowest) * rng.beta(1.6, 1.0, made)
-    for a in range(0, made, 50_000):
-        x0, s = x[of[a : a + 50_000]].astype(float), wanted[a : a + 50_000, None]
+    of = np.repeat(rng.permutation(own)[: len(sizes)], sizes)[:copied]
+    expected = lowest + (0.995 - lowest) * rng.beta(1.6, 1.0, copied)
+    for a in range(0, copied, 50_000):
+        x0, s = x[of[a : a + 50_000]].astype(float), expected[a : a + 50_000, None]
         other = noise(len(x0))
         other -= (other * x0).sum(1, keepdims=True) * x0
         other /= np.linalg.norm(other, axis=1, keepdims=True)
@@ -125,36 +125,36 @@ def write_pool(
     assert sum(files) == n
     areas = np.full(n, 100) if areas is None else areas
     densities = np.ones(n) if densities is None else densities
-    found, first, columns = [], 0, ShardColumns("", "image", "label")
+    embedded, first, columns = [], 0, ShardColumns("", "image", "label")
     for index, rows in enumerate(files):
         kind = kinds[index] if kinds else tables.POOL
         file = tables.InputFile(index, "set", kind, first, ShardFile("", rows, (), 0), columns)
-        some = slice(first, first + rows)
+        part = slice(first, first + rows)
         row = np.arange(first, first + rows)
-        image_id = tables.id_array(ids[some])
+        image_id = tables.id_array(ids[part])
         facts = {
             "row": row,
             "image_id": image_id,
-            "bytes": (areas[some] * densities[some]).astype(np.int64),
-            "width": areas[some].astype(np.int32),
+            "bytes": (areas[part] * densities[part]).astype(np.int64),
+            "width": areas[part].astype(np.int32),
             "height": np.ones(rows, np.int32),
         }
         if crops is None:
-            own = {"row": row, "image_id": image_id, "vector": tables.list_array(vectors[some])}
+            own = {"row": row, "image_id": image_id, "vector": tables.list_array(vectors[part])}
             tables.write_table(pa.table(own), str(root / "embedded"), file.name)
         else:
-            facts["descriptor"] = tables.list_array(vectors[some])
-            facts["views"] = tables.list_array(crops[some].reshape(rows, -1))
+            facts["descriptor"] = tables.list_array(vectors[part])
+            facts["views"] = tables.list_array(crops[part].reshape(rows, -1))
         tables.write_table(pa.table(facts), str(root / "fingerprint"), file.name)
-        found.append(file)
+        embedded.append(file)
         first += rows
     views = crops is not None
     folder = root / ("fingerprint" if views else "embedded")
     column = "descriptor" if views else "vector"
-    names = tuple(file.name for file in found)
+    names = tuple(file.name for file in embedded)
     return Pool(
         root,
-        tables.Inputs(tuple(found), "digest"),
+        tables.Inputs(tuple(embedded), "digest"),
         tables.Vectors(str(folder), names, dim, "key", column, views),
         (str(root / "fingerprint"), "facts"),
         ids,
@@ -176,8 +176,8 @@ def inline(
     accounts: dict[int, steps.Account] = {}
     for place in order:
         accounts[place] = function(folder, *tasks[place].arguments)
-    found = tuple(accounts[place] for place in range(len(tasks)))
-    return steps.Result(step, f"{step}-key", folder, found, 0, 0.0, 0.0, 0)
+    in_order = tuple(accounts[place] for place in range(len(tasks)))
+    return steps.Result(step, f"{step}-key", folder, in_order, 0, 0.0, 0.0, 0)
 
 
 @contextmanager

@@ -45,8 +45,8 @@ def written(folder: Path, ids, vectors, files=1, order=None, first_row=0, name="
         write_table(table, str(place), f"{i:05d}")
         names.append(f"{i:05d}")
         row += len(part)
-    found = Vectors(str(place), tuple(names), vectors.shape[1], key=str(place))
-    return RowSet.of(found, [len(part) for part in parts])
+    embedded = Vectors(str(place), tuple(names), vectors.shape[1], key=str(place))
+    return RowSet.of(embedded, [len(part) for part in parts])
 
 
 def run_here(monkeypatch):

@@ -35,21 +35,21 @@ def long_tail(count=500, concepts=30, dim=24, seed=0):
 def sampled(folder: Path, rows, levels, images, floor=1, members=2, resources=None, order=None):
     """The images chosen, as places in the original order, and the summary."""
     built = hierarchy.build(folder, "levels", rows, levels, 7, 2, 1, resources or Resources())
-    found = balanced_sample(folder, "balanced", rows, built, images, 7, floor, members)
+    sample = balanced_sample(folder, "balanced", rows, built, images, 7, floor, members)
     chosen = []
     for name in rows.names:
-        table = read_table(found.result.folder, name)
+        table = read_table(sample.result.folder, name)
         assert table.schema.equals(BALANCED)
         chosen += table["row"].to_numpy()[table["chosen"].to_numpy()].tolist()
     order = np.arange(rows.rows) if order is None else order
-    return order[chosen], found, built
+    return order[chosen], sample, built
 
 
 @pytest.mark.long
 def test_more_concepts_than_at_random_and_the_same_in_any_order(tmp_path: Path, monkeypatch):
     ids, vectors, concept = long_tail()
     rows = written(tmp_path / "one", ids, vectors)
-    chosen, found, built = sampled(tmp_path / "one", rows, (16, 8), 60)
+    chosen, sample, built = sampled(tmp_path / "one", rows, (16, 8), 60)
     assert len(chosen) == len(set(chosen)) == 60
     random = np.random.default_rng(0).permutation(500)[:60]
     got, before = effective(np.bincount(concept[chosen])), effective(np.bincount(concept[random]))
@@ -63,13 +63,13 @@ def test_more_concepts_than_at_random_and_the_same_in_any_order(tmp_path: Path, 
         order=order,
     )  # fmt: skip
     assert set(again) == set(chosen)
-    assert other.summary == found.summary
+    assert other.summary == sample.summary
     # what the summary says, counted anew
     leaves, _ = Centroids(built.leaves.centroids()).nearest(vectors)
     np.testing.assert_array_equal(built.sizes, np.bincount(leaves, minlength=16))
     after = np.bincount(leaves[chosen], minlength=16)
-    assert found.summary["sizes_after"] == after.tolist()
-    first, top = found.summary["levels"]
+    assert sample.summary["sizes_after"] == after.tolist()
+    first, top = sample.summary["levels"]
     assert first["effective_after"] == pytest.approx(effective(after))
     assert first["unsampled"] == ((built.sizes > 0) & (after == 0)).sum()
     tops = np.bincount(built.tops()[leaves[chosen]])
@@ -83,38 +83,38 @@ def test_a_leaf_gives_the_first_by_hash(tmp_path: Path):
     leaves, _ = Centroids(built.leaves.centroids()).nearest(vectors)
     quota = leaf_shares(built.sizes, built.parents, 60, 1, 2).leaves
     keys = draw(7, 0, ids, BALANCE)
-    wanted = [
+    expected = [
         i
         for leaf in range(12)
         for i in sorted(np.flatnonzero(leaves == leaf), key=lambda i: keys[i])[: quota[leaf]]
     ]
-    assert sorted(chosen) == sorted(wanted)
+    assert sorted(chosen) == sorted(expected)
 
 
 @pytest.mark.parametrize(
-    ("count", "images", "wanted"),
+    ("count", "images", "size"),
     [(0, 5, 0), (1, 5, 1), (2, 1, 1), (40, 0, 0), (40, 1, 1), (40, 39, 39), (40, 1000, 40)],
 )
-def test_size_is_exact_at_the_edges(tmp_path: Path, count, images, wanted):
+def test_size_is_exact_at_the_edges(tmp_path: Path, count, images, size):
     ids, vectors, _ = long_tail(max(count, 1))
     rows = written(tmp_path, ids[:count], vectors[:count], 2)
-    chosen, found, _ = sampled(tmp_path, rows, (10, 3), images)
-    assert len(chosen) == wanted == found.summary["chosen"]
+    chosen, sample, _ = sampled(tmp_path, rows, (10, 3), images)
+    assert len(chosen) == size == sample.summary["chosen"]
 
 
 def test_equal_rows(tmp_path: Path):
     vectors = np.repeat(unit_half(np.ones((1, 8))), 30, 0)
     rows = written(tmp_path, ids_of_numbers(range(30)), vectors, 2)
-    chosen, found, _ = sampled(tmp_path, rows, (10, 3), 7)
-    assert len(chosen) == 7 and found.summary["levels"][0]["clusters"] == 1
+    chosen, sample, _ = sampled(tmp_path, rows, (10, 3), 7)
+    assert len(chosen) == 7 and sample.summary["levels"][0]["clusters"] == 1
 
 
 def test_floor_is_honoured_or_its_failure_stated(tmp_path: Path):
     ids, vectors, _ = long_tail(400)
     rows = written(tmp_path, ids, vectors)
     for images, honoured in ((80, True), (12, False)):
-        _, found, built = sampled(tmp_path, rows, (30, 6), images, floor=1, members=3)
-        summary = found.summary
+        _, sample, built = sampled(tmp_path, rows, (30, 6), images, floor=1, members=3)
+        summary = sample.summary
         large = built.sizes >= 3
         after = np.array(summary["sizes_after"])
         assert summary["leaves_with_floor"] == large.sum()
@@ -135,11 +135,11 @@ def test_resampling_takes_the_nearest_of_each_leaf(tmp_path: Path):
     tables = [read_table(str(tmp_path / "levels" / "assigned-0"), n) for n in rows.names]
     leaf = np.concatenate([t["leaf"].to_numpy() for t in tables])
     near = np.concatenate([t["similarity"].to_numpy() for t in tables])
-    wanted = set()
+    expected = set()
     for cluster in range(10):  # half the mean size is 20
         members = np.flatnonzero(leaf == cluster)
-        wanted |= set(sorted(members, key=lambda i: (-near[i], ids[i].tobytes()))[:20])
-    assert got == wanted and leaves.num_rows
+        expected |= set(sorted(members, key=lambda i: (-near[i], ids[i].tobytes()))[:20])
+    assert got == expected and leaves.num_rows
 
 
 def test_default_levels():

@@ -45,7 +45,7 @@ def unit(rng, *shape):
 
 def test_tail_of_an_exponential_is_found_by_the_fit():
     """Similarities with an exponential tail: the quantile of any rate is known."""
-    found = []
+    errors = []
     for seed in range(5):
         rng = np.random.default_rng(seed)
         x = np.sort(0.3 + rng.exponential(0.02, 2_000_000))[::-1]
@@ -56,8 +56,8 @@ def test_tail_of_an_exponential_is_found_by_the_fit():
         # a few pairs that are copies after all move it little
         spoilt = np.concatenate([np.full(20, 0.99), x])
         assert abs(tail_threshold(spoilt[:20_000], len(x), 1e-6)[0] - fitted) < 0.03
-        found.append(fitted - (0.3 + 0.02 * math.log(1e6)))
-    assert abs(np.mean(found)) < 0.01 and max(map(abs, found)) < 0.03
+        errors.append(fitted - (0.3 + 0.02 * math.log(1e6)))
+    assert abs(np.mean(errors)) < 0.01 and max(map(abs, errors)) < 0.03
 
 
 def test_weights_count_pairs_as_often_as_they_say():
@@ -77,8 +77,8 @@ def test_the_highest_rate_is_counted_among_the_pairs_that_are_looked_at():
     highest = load(["curate.preset=dedup", "dedup.false_positives=0.001"]).dedup.false_positives
     pairs = module.COMPARED * (module.COMPARED - 1) // 2
     ranks = np.arange(pairs, 0, -1, dtype=np.float64) / pairs  # similarities, descending
-    found, _ = tail_threshold(ranks[: tail.TOP] * tail.HIGHEST, pairs, highest)
-    assert found / tail.HIGHEST == pytest.approx(1 - highest, abs=2e-6)
+    highest_of_tail, _ = tail_threshold(ranks[: tail.TOP] * tail.HIGHEST, pairs, highest)
+    assert highest_of_tail / tail.HIGHEST == pytest.approx(1 - highest, abs=2e-6)
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -130,23 +130,26 @@ def plain_sample(images: int, dim: int = 64, noise: float = 0.3, seed: int = 0) 
 
 def test_recall_and_rate_are_those_of_the_pairs():
     sample = plain_sample(120)
-    found = measure_threshold(sample, 5e-2)
+    calibration = measure_threshold(sample, 5e-2)
     wide = sample.vectors.astype(np.float64)
     hits = [
-        [float(wide[i] @ c) > found.threshold for c in sample.copies[i].astype(np.float64)]
+        [float(wide[i] @ c) > calibration.threshold for c in sample.copies[i].astype(np.float64)]
         for i in range(1, 120, 2)
     ]
     both = [float(wide[i] @ wide[j]) for i in range(120) for j in range(i + 1, 120)]
-    assert found.recall == pytest.approx(np.mean(hits)) and found.recall > 0.99
-    assert found.negatives == len(both) == 120 * 119 / 2 and not found.extrapolated
-    assert np.mean(np.array(both) > found.threshold) == pytest.approx(0.05, abs=2e-3)
-    assert 0.02 < found.reached < 0.09  # of one half, by the threshold of the other
-    assert found.low < found.threshold < found.high
-    assert list(found.recalls) == list(ATTACKS) and found.penalty == 0
-    again = Calibration.of_json(json.loads(json.dumps(found.to_json())))
-    assert again == found
-    assert f"{found.low:.3f} to {found.high:.3f}" in found.line() and "100%" in found.line()
-    _, recalls, rates = zip(*found.curve, strict=True)
+    assert calibration.recall == pytest.approx(np.mean(hits)) and calibration.recall > 0.99
+    assert calibration.negatives == len(both) == 120 * 119 / 2 and not calibration.extrapolated
+    assert np.mean(np.array(both) > calibration.threshold) == pytest.approx(0.05, abs=2e-3)
+    assert 0.02 < calibration.reached < 0.09  # of one half, by the threshold of the other
+    assert calibration.low < calibration.threshold < calibration.high
+    assert list(calibration.recalls) == list(ATTACKS) and calibration.penalty == 0
+    again = Calibration.of_json(json.loads(json.dumps(calibration.to_json())))
+    assert again == calibration
+    assert (
+        f"{calibration.low:.3f} to {calibration.high:.3f}" in calibration.line()
+        and "100%" in calibration.line()
+    )
+    _, recalls, rates = zip(*calibration.curve, strict=True)
     assert list(recalls) == sorted(recalls, reverse=True) and rates[-1] == 0
 
 
@@ -164,21 +167,23 @@ def test_the_interval_holds_the_thresholds_of_other_samples():
         return tail_threshold(top, total, 0.03)[0], interval(top, i, j, images, 0, 0.03)
 
     truth = threshold_of(3000)[0]
-    found = [threshold_of(150) for _ in range(30)]
-    inside = sum(low <= truth <= high for _, (low, high) in found)
+    samples = [threshold_of(150) for _ in range(30)]
+    inside = sum(low <= truth <= high for _, (low, high) in samples)
     assert inside >= 25
-    spread = np.std([threshold for threshold, _ in found])
-    widths = np.array([high - low for _, (low, high) in found])
+    spread = np.std([threshold for threshold, _ in samples])
+    widths = np.array([high - low for _, (low, high) in samples])
     assert 2 < np.median(widths) / spread < 8  # four deviations, were it exact
 
 
 @pytest.mark.parametrize("images", [0, 1, 2, 5, 59])
 def test_few_images_give_a_strict_threshold(images):
-    found = measure_threshold(plain_sample(images), 1e-6)
-    assert found.threshold == threshold.STRICT_PLAIN == 0.95 and "too few" in found.warning
-    assert "strict" in found.warning and "strict" in found.line()
-    assert json.loads(json.dumps(found.to_json()))["recall"] is None
-    assert math.isnan(Calibration.of_json(found.to_json()).recall)
+    calibration = measure_threshold(plain_sample(images), 1e-6)
+    assert (
+        calibration.threshold == threshold.STRICT_PLAIN == 0.95 and "too few" in calibration.warning
+    )
+    assert "strict" in calibration.warning and "strict" in calibration.line()
+    assert json.loads(json.dumps(calibration.to_json()))["recall"] is None
+    assert math.isnan(Calibration.of_json(calibration.to_json()).recall)
 
 
 def test_all_images_equal():
@@ -191,10 +196,10 @@ def test_all_images_equal():
         np.repeat(one.copies, 60, 0),
         None,
     )
-    found = measure_threshold(sample, 1e-6)
-    assert 0 < found.threshold <= tail.HIGHEST and found.negatives == 0
-    assert found.copies == 60 * 59 / 2
-    assert "copies of each other" in found.warning and found.recall >= 0
+    calibration = measure_threshold(sample, 1e-6)
+    assert 0 < calibration.threshold <= tail.HIGHEST and calibration.negatives == 0
+    assert calibration.copies == 60 * 59 / 2
+    assert "copies of each other" in calibration.warning and calibration.recall >= 0
 
 
 def test_what_the_reader_must_know_is_said(monkeypatch):
@@ -203,21 +208,26 @@ def test_what_the_reader_must_know_is_said(monkeypatch):
     close = plain_sample(100, noise=0.01)
     near = unit_half(close.vectors[:1].astype(float) + 1e-3 * close.vectors.astype(float))
     pairs = Sample(near, None, differ, close.originals, close.copies, None)
-    found = measure_threshold(pairs, 1e-6)
-    assert found.threshold == tail.HIGHEST and "as alike as copies" in found.warning
-    assert found.undecided == 0 and "could not say" not in found.warning
+    calibration = measure_threshold(pairs, 1e-6)
+    assert calibration.threshold == tail.HIGHEST and "as alike as copies" in calibration.warning
+    assert calibration.undecided == 0 and "could not say" not in calibration.warning
     unclear = replace(pairs, look=lambda a, b: Verdict(False, "undecided", 0.0, (0.5, 0.5)))
-    found = measure_threshold(unclear, 1e-6)
-    assert found.undecided == tail.PATIENCE and found.copies == 0
-    assert f"of {tail.PATIENCE} pairs" in found.warning and "could not say" in found.warning
+    calibration = measure_threshold(unclear, 1e-6)
+    assert calibration.undecided == tail.PATIENCE and calibration.copies == 0
+    assert (
+        f"of {tail.PATIENCE} pairs" in calibration.warning
+        and "could not say" in calibration.warning
+    )
     monkeypatch.setattr(tail, "LOOKED_AT", 30)
     assert "may be too high" in measure_threshold(plain_sample(100), 1e-2).warning
 
 
 def attacked(images: list, ids: list[bytes]) -> Sample:
-    found = [list(map(describe, attacked_copies(x, n))) for x, n in zip(images, ids, strict=True)]
-    full = np.stack([np.stack([whole for whole, _ in some]) for some in found])
-    crops = np.stack([np.stack([views for _, views in some]) for some in found])
+    described = [
+        list(map(describe, attacked_copies(x, n))) for x, n in zip(images, ids, strict=True)
+    ]
+    full = np.stack([np.stack([whole for whole, _ in part]) for part in described])
+    crops = np.stack([np.stack([views for _, views in part]) for part in described])
     forms = [form_of(image) for image in images]
     every = np.arange(len(images))
 
@@ -288,8 +298,12 @@ def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypa
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_the_step_of_few_images(tmp_path, steps, images):
     files = [encoded(scene(n)) for n in range(images)] + [b"broken"]
-    found = run(tmp_path, files, "few")
-    assert found.images == images and found.threshold == threshold.STRICT_VIEWS and found.warning
+    calibration = run(tmp_path, files, "few")
+    assert (
+        calibration.images == images
+        and calibration.threshold == threshold.STRICT_VIEWS
+        and calibration.warning
+    )
 
 
 def test_another_second_look_measures_again(tmp_path, steps, monkeypatch):
@@ -306,8 +320,8 @@ def test_equal_images_make_the_sample_no_smaller(tmp_path, steps, monkeypatch):
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(30)]
     again = [Image.open(io.BytesIO(image)) for image in images[:10]]
     pixels = [encoded(image.convert("RGB"), "PNG") for image in again]
-    found = run(tmp_path, [*images, *pixels, *images[:1] * 600], "equal", count=10)
-    assert (found.images, found.attacked) == (10, 10)
+    calibration = run(tmp_path, [*images, *pixels, *images[:1] * 600], "equal", count=10)
+    assert (calibration.images, calibration.attacked) == (10, 10)
 
 
 @pytest.mark.long
@@ -333,8 +347,8 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
     prints = fingerprint.fingerprint(root, inputs)
     alive = exact_copies.collapse(root, inputs, prints)
     vectors, _ = embedding.embed(root, "embed", inputs, alive, embedder)
-    found, _ = calibrate(root, inputs, prints, alive, embedder, vectors, images=5)
-    assert (found.images, found.attacked) == (9, 5)
+    calibration, _ = calibrate(root, inputs, prints, alive, embedder, vectors, images=5)
+    assert (calibration.images, calibration.attacked) == (9, 5)
     assert asked["calibrate_copies"] == ({"cpus": 3.0, "gpus": 1.0}, [(True, 3)])
     assert asked["calibrate_copies"][0] == asked["embed"][0]
     table = pq.read_table(root / "calibrate_copies" / "00000.parquet")

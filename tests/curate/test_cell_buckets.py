@@ -21,29 +21,29 @@ def sample() -> Array:
 @pytest.mark.parametrize("buckets", [1, 2, 7, 30])
 def test_buckets_have_room_for_all_and_not_much_more(sample: Array, buckets: int) -> None:
     centres = cell_fit.fit_cells(sample, 120, 1, seed=0).centres
-    found = cell_fit.bucket_cells(centres, buckets, 0)
-    sizes = np.bincount(found, minlength=buckets)
+    bucket = cell_fit.bucket_cells(centres, buckets, 0)
+    sizes = np.bincount(bucket, minlength=buckets)
     assert sizes.sum() == 120 and sizes.max() <= np.ceil(cell_fit.ROOM * 120 / buckets)
-    assert found.max() < buckets
+    assert bucket.max() < buckets
 
 
 def test_buckets_are_levelled_by_members(sample: Array) -> None:
     centres = cell_fit.fit_cells(sample, 120, 1, seed=0).centres
     sizes = np.random.default_rng(0).integers(1, 20, 120)
     sizes[:2] = 400  # more than a mean bucket
-    found = cell_fit.bucket_cells(centres, 6, 0, sizes=sizes)
-    filled = np.bincount(found, sizes, minlength=6)
-    assert found[0] != found[1] and filled.max() <= cell_fit.ROOM * sizes.sum() / 6 + 20
+    bucket = cell_fit.bucket_cells(centres, 6, 0, sizes=sizes)
+    filled = np.bincount(bucket, sizes, minlength=6)
+    assert bucket[0] != bucket[1] and filled.max() <= cell_fit.ROOM * sizes.sum() / 6 + 20
     by_number = np.bincount(cell_fit.bucket_cells(centres, 6, 0), sizes, minlength=6)
     assert filled.max() < by_number.max()
 
 
 def test_near_cells_share_a_bucket(sample: Array) -> None:
-    found = cell_fit.fit_cells(sample, 120, 1, seed=0)
-    near = found.nearest(sample, 8)
+    fitted = cell_fit.fit_cells(sample, 120, 1, seed=0)
+    near = fitted.nearest(sample, 8)
 
     def replicas(bucket: Array) -> float:
         return float(np.mean([len(set(row)) for row in bucket[near]]))
 
-    clustered = replicas(cell_fit.bucket_cells(found.centres, 12, 0))
-    assert replicas(cell_fit.bucket_cells(found.centres, 12, 0, "modulo")) > 1.5 * clustered
+    clustered = replicas(cell_fit.bucket_cells(fitted.centres, 12, 0))
+    assert replicas(cell_fit.bucket_cells(fitted.centres, 12, 0, "modulo")) > 1.5 * clustered

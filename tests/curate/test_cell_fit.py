@@ -32,11 +32,11 @@ def test_blocks_change_nothing(sample: Array, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
-    found = cell_fit.fit_cells(sample, 90, 4, seed=0)
-    assert len(found.centres) == len(found.bucket) == len(found.group) == 90
-    assert len(np.unique(found.centres, axis=0)) == 90
-    assert np.allclose(np.linalg.norm(found.centres.astype(float), axis=1), 1, atol=2e-3)
-    which = found.nearest(sample, 1)[:, 0]
+    fitted = cell_fit.fit_cells(sample, 90, 4, seed=0)
+    assert len(fitted.centres) == len(fitted.bucket) == len(fitted.group) == 90
+    assert len(np.unique(fitted.centres, axis=0)) == 90
+    assert np.allclose(np.linalg.norm(fitted.centres.astype(float), axis=1), 1, atol=2e-3)
+    which = fitted.nearest(sample, 1)[:, 0]
     sizes = np.bincount(which, minlength=90)
     assert 90 * (sizes**2).sum() / len(sample) ** 2 < 2.5  # imbalance
 
@@ -55,17 +55,17 @@ def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_few_vectors(rows: int) -> None:
     x = unit_half(np.eye(8)[:rows])
-    found = cell_fit.fit_cells(x, 10, 3, seed=0)
-    assert len(found.centres) == rows
-    near = found.nearest(x, 8)
+    fitted = cell_fit.fit_cells(x, 10, 3, seed=0)
+    assert len(fitted.centres) == rows
+    near = fitted.nearest(x, 8)
     assert near.shape == (rows, 8)
     assert all((row >= 0).sum() == min(8, rows) for row in near)
 
 
 def test_equal_vectors_are_one_cell() -> None:
     x = np.repeat(unit_half(np.eye(4)[:2]), 50, 0)
-    found = cell_fit.fit_cells(x, 10, 2, seed=0)
-    assert np.array_equal(np.unique(found.centres, axis=0), np.unique(x, axis=0))
+    fitted = cell_fit.fit_cells(x, 10, 2, seed=0)
+    assert np.array_equal(np.unique(fitted.centres, axis=0), np.unique(x, axis=0))
 
 
 @pytest.mark.long
@@ -76,26 +76,26 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
     asked: list[int] = []
     inner = cell_fit.kmeans
 
-    def counted(vectors: Array, count: int, *rest: Any) -> Array:
+    def counted(vectors: Array, count: int, *others: Any) -> Array:
         asked.append(count)
-        return inner(vectors, count, *rest)
+        return inner(vectors, count, *others)
 
     monkeypatch.setattr(cell_fit, "kmeans", counted)
-    found = cell_fit.fit_cells(x, 400, 8, seed=0)
+    cells_before = cell_fit.fit_cells(x, 400, 8, seed=0)
     whole = max(asked)
     monkeypatch.setattr(cell_fit, "LEAST_SPLIT", 30)
     monkeypatch.setattr(cell_fit, "SKEW", 1)
     asked.clear()
     split = cell_fit.fit_cells(x, 400, 8, seed=0)
     assert max(asked) <= 30 < whole
-    assert np.bincount(split.group).max() <= 30 < np.bincount(found.group).max()
-    assert len(split.groups) == split.group.max() + 1 > len(found.groups)
+    assert np.bincount(split.group).max() <= 30 < np.bincount(cells_before.group).max()
+    assert len(split.groups) == split.group.max() + 1 > len(cells_before.groups)
     assert len(split.centres) > 380 and len(np.unique(split.centres, axis=0)) == len(split.centres)
 
     def inertia(fitted: cells.Cells) -> float:
         return float((x.astype(float) @ fitted.centres.astype(float).T).max(1).mean())
 
-    assert inertia(split) > inertia(found) - 0.01
+    assert inertia(split) > inertia(cells_before) - 0.01
     # what has one direction cannot be divided, and gets fewer cells
     near = unit_half(np.eye(32)[0] + 1e-3 * rng.standard_normal((4000, 32)))
     near = np.unique(near, axis=0)
@@ -105,8 +105,8 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=20), share=st.floats(0, 1))
 def test_shares_add_up(sizes: list[int], share: float) -> None:
-    held = sum(size > 0 for size in sizes)
-    total = max(held, int(share * sum(sizes)))
+    shared = sum(size > 0 for size in sizes)
+    total = max(shared, int(share * sum(sizes)))
     given_out = cell_fit.shares_by_size(np.array(sizes), total)
     assert (given_out <= np.array(sizes)).all()
     assert ((given_out > 0) == (np.array(sizes) > 0)).all()

@@ -13,7 +13,7 @@ def test_a_round_of_lloyd_is_the_plain_loop() -> None:
     sample = planted(4000, dim=32)[0]
     x, centres = sample[:300], sample[1000:1010]
     which = (x.astype(float) @ centres.astype(float).T).argmax(1)
-    wanted = centres.copy()
+    expected = centres.copy()
     for cell in set(which):
-        wanted[cell] = unit_half(x[which == cell].astype(float).sum(0))
-    assert np.array_equal(cell_fit.lloyd(x, centres, 1), wanted)
+        expected[cell] = unit_half(x[which == cell].astype(float).sum(0))
+    assert np.array_equal(cell_fit.lloyd(x, centres, 1), expected)

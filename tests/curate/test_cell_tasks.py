@@ -11,8 +11,8 @@ from tests.curate.planted import ids_for
 def test_hashes_are_uniform_and_differ_by_seed() -> None:
     ids = ids_for(20_000)
     one, other = cell_fit.hash64(0, ids), cell_fit.hash64(1, ids)
-    for found in (one, other):
-        counts = np.bincount((found >> np.uint64(60)).astype(int), minlength=16)
+    for hashes in (one, other):
+        counts = np.bincount((hashes >> np.uint64(60)).astype(int), minlength=16)
         assert abs(counts - 1250).max() < 200
     assert abs(np.corrcoef(one.astype(float), other.astype(float))[0, 1]) < 0.05
     assert len(np.unique(one)) == len(ids)

@@ -23,23 +23,23 @@ def sample() -> Array:
 def test_two_levels_find_nearly_what_one_finds(
     sample: Array, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = cell_fit.fit_cells(sample, 400, 4, seed=0)
-    flat = found.nearest(sample, 8)
+    fitted = cell_fit.fit_cells(sample, 400, 4, seed=0)
+    flat = fitted.nearest(sample, 8)
     for module in (cells, cell_fit):
         monkeypatch.setattr(module, "TWO_LEVELS", 100)
-    near = found.nearest(sample, 8)
+    near = fitted.nearest(sample, 8)
     assert (flat[:, 0] == near[:, 0]).mean() > 0.95
     assert np.mean([len(set(a) & set(b)) for a, b in zip(flat, near, strict=True)]) > 7
     # every group looked at: the same
-    monkeypatch.setattr(cells, "BRANCHES", len(found.groups))
-    assert np.array_equal(found.nearest(sample, 8), flat)
+    monkeypatch.setattr(cells, "BRANCHES", len(fitted.groups))
+    assert np.array_equal(fitted.nearest(sample, 8), flat)
     # cells of a large number are not moved over the borders of groups
     assert len(np.unique(cell_fit.fit_cells(sample, 400, 4, seed=0).centres, axis=0)) == 400
 
 
 def test_saved_and_loaded(sample: Array, tmp_path: Path) -> None:
-    found = cell_fit.fit_cells(sample, 50, 3, seed=0)
-    assert found.save(str(tmp_path)) > 0
+    fitted = cell_fit.fit_cells(sample, 50, 3, seed=0)
+    assert fitted.save(str(tmp_path)) > 0
     other = cells.Cells.load(str(tmp_path), 32)
     for name in ("centres", "bucket", "group", "groups"):
-        assert np.array_equal(getattr(found, name), getattr(other, name))
+        assert np.array_equal(getattr(fitted, name), getattr(other, name))

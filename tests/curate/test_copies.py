@@ -49,9 +49,9 @@ def run(
 ) -> tuple[Copies, pa.Table]:
     """Pairs and components of a pool."""
     images, how = pool.images(exact), Search(**({"probes": 8, "cell_images": 60} | search))
-    found = find_pairs(pool.root / "run", images, how, lowest=threshold)
+    copies = find_pairs(pool.root / "run", images, how, lowest=threshold)
     result, _ = find_components(
-        found,
+        copies,
         images,
         fingerprints=pool.fingerprints,
         threshold=threshold,
@@ -59,7 +59,7 @@ def run(
         chains=chains,
         aside=aside,
     )
-    return found, read_all(result.folder, pool.inputs)
+    return copies, read_all(result.folder, pool.inputs)
 
 
 def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
@@ -70,8 +70,8 @@ def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
     return set(zip(own, *(table.column(name).to_pylist() for name in columns), strict=True))
 
 
-def edges_of(found: Copies) -> pa.Table:
-    return pa.concat_tables([tables.read_table(found.edges, name) for name in found.edge_names])
+def edges_of(copies: Copies) -> pa.Table:
+    return pa.concat_tables([tables.read_table(copies.edges, name) for name in copies.edge_names])
 
 
 def brute(x: Array, threshold: float) -> Array:
@@ -102,10 +102,10 @@ def test_planted_pairs_join_and_edges_are_exact(
     x, source, _ = small
     pool = write_pool(tmp_path, x, ids_for(len(x)), [1000, 500, 1500])
     with without_ray():
-        found, table = run(pool, threshold=0.7, chains="keep")
+        copies, table = run(pool, threshold=0.7, chains="keep")
     label, has = labels(len(x), table), np.flatnonzero(source >= 0)
     assert (label[has] == label[source[has]]).mean() >= 0.99
-    edges = edges_of(found)
+    edges = edges_of(copies)
     a, b = edges.column("a").to_numpy(), edges.column("b").to_numpy()
     exact = (x[a].astype(float) * x[b].astype(float)).sum(1)
     assert np.array_equal(exact, edges.column("similarity").to_numpy())
@@ -125,11 +125,11 @@ def test_the_forest_is_of_maximum_weight(tmp_path: Path) -> None:
     x, _, _ = planted(300, dim=32, lowest=0.7, copies=0.5)
     pool = write_pool(tmp_path, x, ids_for(300), [300])
     with without_ray():
-        found, _ = run(pool, threshold=0.5, probes=300)
+        copies, _ = run(pool, threshold=0.5, probes=300)
     all_of = np.triu(x.astype(float) @ x.astype(float).T, 1)
     weight = np.where(all_of > 0.5, 2.0 - all_of, 0)
     tree = minimum_spanning_tree(coo_array(weight).tocsr())
-    mine = np.sort(edges_of(found).column("similarity").to_numpy())
+    mine = np.sort(edges_of(copies).column("similarity").to_numpy())
     assert np.allclose(mine, np.sort(2.0 - tree.data), atol=1e-12)
 
 
@@ -147,8 +147,8 @@ def test_buckets_files_and_portions_change_nothing(
         b = run(other, threshold=0.7, buckets=buckets, portion_rows=portion)
     assert by_id(one, a[1]) == by_id(other, b[1]) and len(a[1]) > 400
 
-    def named(pool: Pool, found: Copies) -> list[tuple[bytes, bytes, float]]:
-        edges = edges_of(found)
+    def named(pool: Pool, copies: Copies) -> list[tuple[bytes, bytes, float]]:
+        edges = edges_of(copies)
         rows = [pool.ids[edges.column(name).to_numpy()] for name in ("a", "b")]
         similarity = edges.column("similarity").to_pylist()
         return [(bytes(p), bytes(q), s) for p, q, s in zip(*rows, similarity, strict=True)]
@@ -182,16 +182,16 @@ def test_vectors_on_disk_change_nothing(
     small: tuple[Array, Array, Array], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, crops, _ = with_views(240)
-    for name, held in (("memory", keeper_facts.IN_MEMORY), ("disk", 0)):
-        monkeypatch.setattr(keeper_facts, "IN_MEMORY", held)
+    for name, limit in (("memory", keeper_facts.IN_MEMORY), ("disk", 0)):
+        monkeypatch.setattr(keeper_facts, "IN_MEMORY", limit)
         plain = write_pool(tmp_path / f"{name}-a", small[0][:500], ids_for(500), [200, 300])
         views = write_pool(tmp_path / f"{name}-b", full, ids_for(240), [100, 140], crops=crops)
         with without_ray():
-            found = run(plain, guard=0.0)[1], run(views, threshold=0.7, penalty=0.05)[1]
+            found_groups = run(plain, guard=0.0)[1], run(views, threshold=0.7, penalty=0.05)[1]
         if name == "memory":
-            wanted = found
-    assert found[0].equals(wanted[0]) and found[1].equals(wanted[1])
-    assert len(found[0]) > 50 and len(found[1]) > 50
+            expected = found_groups
+    assert found_groups[0].equals(expected[0]) and found_groups[1].equals(expected[1])
+    assert len(found_groups[0]) > 50 and len(found_groups[1]) > 50
 
 
 def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
@@ -220,14 +220,14 @@ def test_few_rows(tmp_path: Path, rows: int, equal: bool) -> None:
     x = unit_half(np.eye(3)[[0] * rows] if equal else np.eye(3)[:rows].reshape(rows, 3))
     pool = write_pool(tmp_path, x, ids_for(rows), [rows] if rows else [])
     with without_ray():
-        found, table = run(pool) if rows else (None, None)
+        copies, table = run(pool) if rows else (None, None)
         if not rows:
             empty = write_pool(tmp_path / "empty", x, ids_for(0), [0])
             assert len(run(empty)[1]) == 0
             nothing = find_pairs(tmp_path / "none", pool.images(), Search(8), lowest=T)
             assert len(edges_of(nothing)) == 0
             return
-    assert found is not None and table is not None
+    assert copies is not None and table is not None
     assert len(table) == (2 if rows == 2 and equal else 0)
 
 
@@ -235,11 +235,11 @@ def test_all_equal_leaves_one(tmp_path: Path) -> None:
     x = np.repeat(unit_half(np.random.default_rng(0).standard_normal((1, 16))), 500, 0)
     pool = write_pool(tmp_path, x, ids_for(500), [200, 300])
     with without_ray():
-        found, table = run(pool)
+        copies, table = run(pool)
     smallest = min(bytes(i) for i in pool.ids)
     assert set(table.column("keeper_id").to_pylist()) == {smallest}
-    assert len(table) == 500 and len(edges_of(found)) == 499
-    assert found.steps[1].total("copies") == 499
+    assert len(table) == 500 and len(edges_of(copies)) == 499
+    assert copies.steps[1].total("copies") == 499
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -264,8 +264,8 @@ def test_vectors_of_zeros_are_like_nothing(tmp_path: Path) -> None:
     x = np.zeros((4, 8), np.float16)
     x[3, 0] = 1
     with without_ray():
-        found, table = run(write_pool(tmp_path, x, ids_for(4), [4]))
-    assert len(table) == 0 and len(edges_of(found)) == 0
+        copies, table = run(write_pool(tmp_path, x, ids_for(4), [4]))
+    assert len(table) == 0 and len(edges_of(copies)) == 0
 
 
 def giant(tmp_path: Path, equal: int, near: int, other: int, dim: int) -> tuple[Pool, Array]:
@@ -288,11 +288,11 @@ def giant(tmp_path: Path, equal: int, near: int, other: int, dim: int) -> tuple[
 def test_giant_group_has_one_survivor(tmp_path: Path) -> None:
     pool, group = giant(tmp_path, 2000, 100, 900, 64)
     with without_ray():
-        found, table = run(pool, threshold=0.8)
+        copies, table = run(pool, threshold=0.8)
     assert table.column("row").to_pylist() == group.tolist()
     assert len(set(table.column("keeper").to_pylist())) == 1
     assert set(table.column("size").to_pylist()) == {2100}
-    pairs = next(step for step in found.steps if step.step == "copies/pairs")
+    pairs = next(step for step in copies.steps if step.step == "copies/pairs")
     assert pairs.total("compared") < 20 * 1001**2
 
 
@@ -303,10 +303,10 @@ def test_many_near_copies_in_one_cell_stay_bounded(
     monkeypatch.setattr(join, "TILE", 64)
     pool, group = giant(tmp_path, 0, 700, 100, 32)
     with without_ray():
-        found, table = run(pool, threshold=0.8, cell_images=800)
+        copies, table = run(pool, threshold=0.8, cell_images=800)
     assert table.column("row").to_pylist() == group.tolist()
     assert len(set(table.column("keeper").to_pylist())) == 1
-    assert len(edges_of(found)) == 699
+    assert len(edges_of(copies)) == 699
 
 
 def chain(step: float, count: int) -> Array:
@@ -357,8 +357,8 @@ def test_who_is_kept(tmp_path: Path, wins: str) -> None:
     pool = write_pool(tmp_path, x, ids, [1, 3], kinds=kinds, areas=areas, densities=densities)
     with without_ray():
         _, table = run(pool)
-    wanted = {"as_is": 0, "area": 1, "density": 2, "id": 3}[wins]
-    assert table.column("keeper").to_pylist() == [wanted] * 4
+    expected = {"as_is": 0, "area": 1, "density": 2, "id": 3}[wins]
+    assert table.column("keeper").to_pylist() == [expected] * 4
     assert set(table.column("component").to_pylist()) == {bytes(16)}
 
 
@@ -381,14 +381,14 @@ def test_mirrors_and_crops_are_found_from_both_sides(tmp_path: Path) -> None:
     areas[first] = 9  # a mirror and a crop are like the image, not like each other
     pool = write_pool(tmp_path, full, ids_for(240), [100, 140], crops=crops, areas=areas)
     with without_ray():
-        found, table = run(pool, threshold=0.7, penalty=0.05, buckets=3)
+        copies, table = run(pool, threshold=0.7, penalty=0.05, buckets=3)
     rows = np.sort(np.concatenate([first, first + 1, first + 2]))
     assert table.column("row").to_pylist() == rows.tolist()
     assert set(table.column("size").to_pylist()) == {3}
     assert not any(table.column("chained").to_pylist())
     # every similarity is the best of all views, by a plain loop
     items, crop = all_views(full, crops)
-    edges = edges_of(found).to_pylist()
+    edges = edges_of(copies).to_pylist()
     assert len(edges) == 2 * len(first)
     for edge in edges:
         a, b = edge["a"], edge["b"]
@@ -425,8 +425,8 @@ def leak_pool(tmp_path: Path) -> tuple[Pool, dict[str, Any], Array]:
     x = np.concatenate([unit_half(x), unit_half(x[:1]), unit_half(x[:1])])  # 80, 81: equal to 0
     pool = write_pool(tmp_path, x, ids_for(82), [30, 30, 22])
     sets = {}
-    for name, some in (("b", queries[:25]), ("a", queries[20:])):
-        other_pool = write_pool(tmp_path / name, some, ids_for(len(some), 7), [len(some)])
+    for name, part in (("b", queries[:25]), ("a", queries[20:])):
+        other_pool = write_pool(tmp_path / name, part, ids_for(len(part), 7), [len(part)])
         sets[name] = other_pool.images()
     return pool, sets, queries
 
@@ -444,19 +444,21 @@ def test_leaks_are_the_best_match_of_each_row(
         64,
     )
     with without_ray():
-        found, _ = run(pool, cell_images=10, buckets=buckets)
-        result, steps = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
+        copies, _ = run(pool, cell_images=10, buckets=buckets)
+        result, steps = relative.find_leaks(copies, pool.inputs, sets, threshold=0.55)
     table = read_all(result.folder, pool.inputs).to_pylist()
     products = x.astype(float) @ queries.astype(float).T
-    wanted = {}
+    expected = {}
     for row in np.flatnonzero(products.max(1) > 0.55):
         best = int(products[row].argmax())
         # queries 20 to 24 are in both sets: then the first name
         name, at = ("a", best - 20) if best >= 20 else ("b", best)
         size = {"a": 20, "b": 25}[name]
-        wanted[int(row)] = (name, bytes(ids_for(size, 7)[at]), float(products[row, best]))
-    assert {one["row"]: (one["set"], one["query_id"], one["similarity"]) for one in table} == wanted
-    assert {80, 81, 0} <= set(wanted) and not set(range(40, 80)) & set(wanted)
+        expected[int(row)] = (name, bytes(ids_for(size, 7)[at]), float(products[row, best]))
+    assert {
+        one["row"]: (one["set"], one["query_id"], one["similarity"]) for one in table
+    } == expected
+    assert {80, 81, 0} <= set(expected) and not set(range(40, 80)) & set(expected)
     shards = next(s for s in steps if s.step.endswith("queries")).accounts
     counted = {name: sum(shard["leaked"].get(name, 0) for shard in shards) for name in "ab"}
     hits = products[:, :25].max(0) > 0.55, products[:, 20:].max(0) > 0.55
@@ -467,20 +469,20 @@ def test_a_folder_may_be_a_uri_that_says_more_behind_a_question_mark(tmp_path: P
     """As `s3://bucket/runs?region=...`: what follows the mark is no part of a path."""
     pool, sets, _ = leak_pool(tmp_path)
     there = f"file://{tmp_path}/there?a=b"
-    wanted = {}
+    expected = {}
     for root in (pool.root / "run", there):
         with without_ray():
-            found = find_pairs(root, pool.images(), Search(8, 60), lowest=T)
-            hits, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.55)
+            copies = find_pairs(root, pool.images(), Search(8, 60), lowest=T)
+            hits, _ = relative.find_leaks(copies, pool.inputs, sets, threshold=0.55)
             groups, _ = find_components(
-                found,
+                copies,
                 pool.images(),
                 fingerprints=pool.fingerprints,
                 threshold=T,
                 guard=0.1,
             )
-        wanted[root] = [read_all(one.folder, pool.inputs) for one in (hits, groups)]
-    here, beyond = wanted.values()
+        expected[root] = [read_all(one.folder, pool.inputs) for one in (hits, groups)]
+    here, beyond = expected.values()
     assert len(here[0]) > 30 and here[0].equals(beyond[0])
     assert len(here[1]) == 3 and here[1].equals(beyond[1])  # the equal ones
     written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.parquet")}
@@ -496,9 +498,9 @@ def test_leaks_never_are_keepers(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, x, ids_for(3), [3], areas=np.array([9, 2, 1]))
     own = write_pool(tmp_path / "set", x[:1], ids_for(1, 5), [1])
     with without_ray():
-        found, table = run(pool, threshold=0.7)
+        copies, table = run(pool, threshold=0.7)
         assert table.column("keeper").to_pylist() == [0, 0, 0]
-        result, _ = relative.find_leaks(found, pool.inputs, {"set": own.images()}, threshold=0.99)
+        result, _ = relative.find_leaks(copies, pool.inputs, {"set": own.images()}, threshold=0.99)
         _, table = run(pool, threshold=0.7, aside=[(result.folder, "leaks")])
     assert read_all(result.folder, pool.inputs).column("row").to_pylist() == [0]
     assert table.column("keeper").to_pylist() == [1, 1, 1]
@@ -511,9 +513,9 @@ def test_a_set_that_equals_the_pool_leaks_whole(
     x = small[0][:500]
     pool = write_pool(tmp_path, x, ids_for(500), [250, 250])
     with without_ray():
-        found, _ = run(pool, threshold=0.9, buckets=3)
+        copies, _ = run(pool, threshold=0.9, buckets=3)
         sets = {"same": pool.images()}
-        result, _ = relative.find_leaks(found, pool.inputs, sets, threshold=0.9)
+        result, _ = relative.find_leaks(copies, pool.inputs, sets, threshold=0.9)
     table = read_all(result.folder, pool.inputs)
     assert table.column("row").to_pylist() == list(range(500))
 
@@ -558,10 +560,10 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
 
 def curated(pool: Pool, kept: Sequence[bool]) -> tuple[Copies, tuple[str, list[str], str]]:
     """A pool as an earlier curation left it."""
-    found = run(pool)[0]
+    copies = run(pool)[0]
     decisions = pa.table({"row": np.arange(len(kept)), "kept": np.array(kept)})
     tables.write_table(decisions, str(pool.root / "decisions"), "00000")
-    return found, (str(pool.root / "decisions"), ["00000"], "k")
+    return copies, (str(pool.root / "decisions"), ["00000"], "k")
 
 
 @pytest.mark.parametrize("chains", ["split", "keep"])
@@ -622,16 +624,16 @@ def test_a_kept_image_is_met_by_the_one_that_stands_for_it(tmp_path: Path) -> No
             matches, _ = find_matches(
                 place, earlier, new.images(), decisions=decisions, threshold=T
             )
-            found = read_all(matches.folder, new.inputs).column("image_id").to_pylist()
-            assert found == [min(bytes(old.ids[row]) for row in kept)] if kept else not found
+            matched = read_all(matches.folder, new.inputs).column("image_id").to_pylist()
+            assert matched == [min(bytes(old.ids[row]) for row in kept)] if kept else not matched
 
 
 def test_look_up_finds_one_image(tmp_path: Path) -> None:
     full, crops, _ = with_views(120)
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
     with without_ray():
-        found, _ = run(pool, threshold=0.7, cell_images=10, buckets=3, penalty=0.05)
-    stored = Copies.open(found.root)
+        copies, _ = run(pool, threshold=0.7, cell_images=10, buckets=3, penalty=0.05)
+    stored = Copies.open(copies.root)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)
         one = relative.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
@@ -656,8 +658,8 @@ def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
     table = pa.table({"row": [0, 1, 3, 4], "keeper": [0, 1, 0, 4], "method": ["", "", "bytes", ""]})
     tables.write_table(table.cast(tables.EXACT), str(tmp_path / "exact"), "00000")
     with without_ray():
-        _, found = run(pool, exact=(str(tmp_path / "exact"), "e"))
-    assert found.column("row").to_pylist() == [0, 1, 4]
+        _, components = run(pool, exact=(str(tmp_path / "exact"), "e"))
+    assert components.column("row").to_pylist() == [0, 1, 4]
 
 
 @pytest.mark.parametrize("bad", [np.nan, 3.0])
@@ -676,25 +678,25 @@ def test_a_damaged_file_is_named(
     x = small[0][:400]
     pool = write_pool(tmp_path, x, ids_for(400), [400])
     with without_ray():
-        found, _ = run(pool, threshold=0.7)
+        copies, _ = run(pool, threshold=0.7)
         file = tmp_path / where / "00000.parquet"
         content = bytearray(file.read_bytes())
         for at in range(len(content) // 4, len(content) // 2):
             content[at] ^= 0xFF
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"00000\.parquet cannot be read") as error:
-            run(pool, threshold=0.7) if where == "embedded" else _rerun(found, where)
+            run(pool, threshold=0.7) if where == "embedded" else _rerun(copies, where)
     assert str(file) in error.value.what
 
 
-def _rerun(found: Copies, where: str) -> None:
+def _rerun(copies: Copies, where: str) -> None:
     from pipeline.curate.copies import edges
 
     if where.endswith("pairs"):
-        source = (f"{found.root}/copies/pairs", "00000", False)
-        edges.forest_task(f"{found.root}/x", "00000", [source], T)
+        source = (f"{copies.root}/copies/pairs", "00000", False)
+        edges.forest_task(f"{copies.root}/x", "00000", [source], T)
     else:
-        found.shuffled.read(0)
+        copies.shuffled.read(0)
 
 
 def test_leaks_that_show_the_same_are_held_by_rows_and_counted_by_images(tmp_path: Path) -> None:
@@ -718,12 +720,12 @@ def test_leaks_that_show_the_same_are_held_by_rows_and_counted_by_images(tmp_pat
     for one in every:
         key = (-one["similarity"], one["set"], one["other_id"])
         best[one["row"]] = min(best.get(one["row"], key), key)
-    looked, found, counts = str(tmp_path / "looked"), [], Counter()
+    looked, leaking, counts = str(tmp_path / "looked"), [], Counter()
     for name, first, end in (("x", 0, 17), ("y", 17, 40)):
         leaks.hold_task(str(tmp_path / "held"), name, looked, names, first, end)
-        found += tables.read_table(str(tmp_path / "held"), name).to_pylist()
-    assert [one["row"] for one in found] == sorted(best)
-    assert [(-one["similarity"], one["set"], one["query_id"]) for one in found] == [
+        leaking += tables.read_table(str(tmp_path / "held"), name).to_pylist()
+    assert [one["row"] for one in leaking] == sorted(best)
+    assert [(-one["similarity"], one["set"], one["query_id"]) for one in leaking] == [
         best[row] for row in sorted(best)
     ]
     for shard in range(3):

@@ -43,10 +43,10 @@ def test_nearest_is_the_sorted_products(
 ) -> None:
     x, c = vectors(n, d, seed, levels), vectors(k, d, seed + 1, levels)
     which, similarity = exact.nearest(x, c, count, on)
-    wanted = reference(x, c, min(count, k))
-    assert np.array_equal(which, wanted)
+    expected = reference(x, c, min(count, k))
+    assert np.array_equal(which, expected)
     products = x.astype(np.float64) @ c.astype(np.float64).T
-    assert np.array_equal(similarity, np.take_along_axis(products, wanted, 1))
+    assert np.array_equal(similarity, np.take_along_axis(products, expected, 1))
 
 
 @pytest.mark.parametrize("on", ["", "cpu"])
@@ -107,20 +107,20 @@ def test_tiles_on_a_device_have_full_precision(monkeypatch: pytest.MonkeyPatch) 
     said: list[str] = []
     inner = join.pairs_above
 
-    def spied(*given: Any) -> Any:
+    def spied(*arguments: Any) -> Any:
         said.append(torch.get_float32_matmul_precision())
-        return inner(*given)
+        return inner(*arguments)
 
     x = exact.unit_half(np.random.default_rng(0).standard_normal((40, 16)))
-    wanted = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
+    expected = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
     monkeypatch.setattr(join, "pairs_above", spied)
     monkeypatch.setattr(join, "device", lambda: "cpu")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
+        pairs = join.tile(x.astype(np.float32), x.astype(np.float32), 0.3)
         after = torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision(before)
     assert said == ["highest"] and after == "medium"
-    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(pairs, expected, strict=True))

@@ -53,14 +53,14 @@ def test_forest_is_that_of_kruskal_whatever_the_parts(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forest, "PENDING", pending)
-        found = forest.Forest()
+        tree = forest.Forest()
         for part in np.split(np.arange(len(pairs)), sorted(min(c, len(pairs)) for c in cuts)):
-            some = [pairs[place] for place in part]
-            i, j = (np.array([pair[c] for pair in some], np.int64) for c in (0, 1))
-            found.add(i, j, np.array([pair[2] for pair in some]))
-        kept = list(zip(*(column.tolist() for column in found.edges()), strict=True))
+            of_part = [pairs[place] for place in part]
+            i, j = (np.array([pair[c] for pair in of_part], np.int64) for c in (0, 1))
+            tree.add(i, j, np.array([pair[2] for pair in of_part]))
+        kept = list(zip(*(column.tolist() for column in tree.edges()), strict=True))
     assert kept == kruskal(pairs)
-    assert found.pairs == len(pairs)
+    assert tree.pairs == len(pairs)
 
 
 @pytest.mark.long
@@ -78,9 +78,9 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     ids = ids_for(1000)
     ids = ids[np.lexsort(ids.T[::-1])]  # rows are in the order of their ids, as Kruskal's nodes
     sources = np.array_split(rng.permutation(len(pairs)), 12)
-    for number, some in enumerate(sources):
+    for number, part in enumerate(sources):
         _write_pairs(
-            tmp_path / "pairs", f"{number:05d}", [pairs[i] for i in some], ids, PAIRS.names
+            tmp_path / "pairs", f"{number:05d}", [pairs[i] for i in part], ids, PAIRS.names
         )
     columns = ["row", "stands", "similarity", "image_id", "stands_id"]
     _write_pairs(tmp_path / "equals", "00000", equals, ids, columns)
@@ -89,9 +89,9 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
         return Result(name, name, str(tmp_path / name), (account,), 0, 0.0, 0.0, 0)
 
     names = [f"{number:05d}" for number in range(len(sources))]
-    found = step("pairs", edges=len(pairs)), names, step("equals", copies=len(equals)), ["00000"]
+    tree = step("pairs", edges=len(pairs)), names, step("equals", copies=len(equals)), ["00000"]
     with without_ray():
-        steps = edges.reduce(tmp_path / "run", *found, 0.4, shards)
+        steps = edges.reduce(tmp_path / "run", *tree, 0.4, shards)
     assert len(steps[-1].accounts) == shards
     turns = sum(one.step.endswith("/large") for one in steps)
     assert turns == 0 if shards == 1 else 3 <= turns <= 12
@@ -101,8 +101,8 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
         kept += zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
         if shards > 1:
             assert 0 < len(table) < 1000
-    wanted = kruskal(pairs + equals[:-1])
-    assert sorted(kept) == sorted(wanted) and len(wanted) == 299 + 3 * 150 + 9
+    expected = kruskal(pairs + equals[:-1])
+    assert sorted(kept) == sorted(expected) and len(expected) == 299 + 3 * 150 + 9
 
 
 def _write_pairs(

@@ -104,14 +104,14 @@ def test_squared_distance_seeds_find_rare_concepts():
     centres = np.linalg.qr(rng.standard_normal((32, 32)))[0][:20]
     truth = np.repeat(np.arange(20), [1000] + [5] * 19)
     vectors = unit_half(centres[truth] + 0.005 * rng.standard_normal((len(truth), 32)))
-    found, uniform = [], []
+    rare, uniform = [], []
     for seed in range(5):
         ids = ids_of_numbers(range(len(truth)), salt=bytes([seed]))
         fit = fit_local(ids, vectors, 20, seed=seed, iterations=0)
         labels, _ = Centroids(fit.centroids).nearest(vectors)
-        found.append(len({tuple(truth[labels == c][:1]) for c in range(20)} - {()}))
+        rare.append(len({tuple(truth[labels == c][:1]) for c in range(20)} - {()}))
         uniform.append(len(set(truth[rng.choice(len(truth), 20, replace=False)])))
-    assert min(found) >= 17 and max(uniform) <= 8, (found, uniform)
+    assert min(rare) >= 17 and max(uniform) <= 8, (rare, uniform)
 
 
 def test_race_draws_in_proportion():
@@ -159,12 +159,12 @@ def test_firsts_is_a_loop():
     ids, rows = ids_of_numbers(rng.integers(0, 40, 300)), rng.permutation(300)
     quota = np.array([0, 1, 5, 1000, 2, 3])
     got = sorted(firsts(groups, keys, ids, rows, quota))
-    wanted = []
+    expected = []
     for group in range(6):
         members = [i for i in range(300) if groups[i] == group]
         members.sort(key=lambda i: (keys[i], ids[i].tobytes(), rows[i]))
-        wanted += members[: quota[group]]
-    assert got == sorted(wanted)
+        expected += members[: quota[group]]
+    assert got == sorted(expected)
     limit = np.full(300, 150)
     told = not_after(keys, ids, rows, keys[limit], ids[limit], rows[limit])
     mine = (keys[150], ids[150].tobytes(), rows[150])

@@ -37,7 +37,7 @@ def points():
 @pytest.mark.long
 def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatch):
     ids, vectors = points
-    wanted = fit_local(ids, vectors, 9, seed=3, iterations=4)
+    expected = fit_local(ids, vectors, 9, seed=3, iterations=4)
     shuffled = np.random.default_rng(1).permutation(300)
     monkeypatch.setattr(lloyd, "RANGE_ELEMENTS", 4 * 12)  # sums are added up by three tasks
     members = []
@@ -47,18 +47,18 @@ def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatc
     ):
         rows = written(tmp_path / name, ids, vectors, files, order)
         fitted = lloyd.fit(tmp_path / name, "km", rows, 9, 3, 4, resources)
-        np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
-        assert list(fitted.similarity) == wanted.similarity and fitted.cost.cpu_s > 0
+        np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
+        assert list(fitted.similarity) == expected.similarity and fitted.cost.cpu_s > 0
         result, counts = assign(tmp_path / name, "leaf", rows, fitted, resources)
-        found = {}
+        small = {}
         for file in rows.names:
             table = read_table(result.folder, file)
             for image, leaf in zip(
                 ids_of(table["image_id"]), table["leaf"].to_pylist(), strict=True
             ):
-                found[image.tobytes()] = leaf
-        members.append(found)
-        np.testing.assert_array_equal(counts, np.bincount(list(found.values()), minlength=9))
+                small[image.tobytes()] = leaf
+        members.append(small)
+        np.testing.assert_array_equal(counts, np.bincount(list(small.values()), minlength=9))
     assert members[0] == members[1] and len(members[0]) == 300
     again = lloyd.fit(tmp_path / "three", "km", rows, 9, 3, 4, MANY_TASKS)
     assert again == fitted  # and nothing but the centroids is left
@@ -118,8 +118,8 @@ def test_left_out_rows_do_not_count(points, tmp_path: Path):
         write_table(_rows(mine[alive[mine]]), str(tmp_path / "kept"), name)
     fewer = rows.within(str(tmp_path / "kept"), "k", [100, 100])
     fitted = lloyd.fit(tmp_path, "km", fewer, 5, 3, 3)
-    wanted = fit_local(ids[alive], vectors[alive], 5, 3, 3)
-    np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
+    expected = fit_local(ids[alive], vectors[alive], 5, 3, 3)
+    np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
     assert fewer.rows == 200 and fewer.key != rows.key
 
 
@@ -148,8 +148,8 @@ def test_of_more_clusters_than_rows_there_are_as_many_as_rows(
     fitted = lloyd.fit(tmp_path, "km", rows, 2**24, 3, 2, few)
     distinct = len(np.unique(vectors.view(np.uint16), axis=0))
     assert distinct <= fitted.clusters <= 300
-    wanted = fit_local(ids, vectors, 2**24, 3, 2)
-    np.testing.assert_array_equal(fitted.centroids(), wanted.centroids)
+    expected = fit_local(ids, vectors, 2**24, 3, 2)
+    np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
 
 
 def test_damaged_vectors_are_named(points, tmp_path: Path):
@@ -184,8 +184,8 @@ def test_first_of_each_group_over_files(points, tmp_path: Path, range_rows, monk
     for name in rows.names:
         entries = some_entries(name, *arguments)
         got += entries.rows[limits.chosen(entries)].tolist()
-    keys, wanted = draw(9, 0, ids, BALANCE), []
+    keys, expected = draw(9, 0, ids, BALANCE), []
     for group in range(7):
         members = sorted(range(group, 300, 7), key=lambda i: (keys[i], ids[i].tobytes()))
-        wanted += members[: quota[group]]
-    assert sorted(got) == sorted(wanted)
+        expected += members[: quota[group]]
+    assert sorted(got) == sorted(expected)

@@ -27,16 +27,16 @@ def test_portions_hold_each_row_once(sizes: list[int], most: int) -> None:
         files.append(tables.InputFile(index, "s", tables.POOL, first, shard, columns))
         first += rows
     vectors = tables.Vectors("", tuple(file.name for file in files), 8, "k")
-    found = read_rows.portions(files, vectors, most)
-    parts = [part for portion in found for part in portion.parts]
+    portions = read_rows.portions(files, vectors, most)
+    parts = [part for portion in portions for part in portion.parts]
     rows = [row for part in parts for row in range(part.first, part.end)]
     assert rows == list(range(first))
-    assert all(sum(p.end - p.first for p in portion.parts) <= most for portion in found)
+    assert all(sum(p.end - p.first for p in portion.parts) <= most for portion in portions)
     for part in parts:
         file = files[int(part.name)]
         assert file.first <= part.first and part.end <= file.first + file.rows
         assert part.whole == ((part.first, part.end) == (file.first, file.first + file.rows))
-    assert len({portion.name for portion in found}) == len(found)
+    assert len({portion.name for portion in portions}) == len(portions)
 
 
 def test_rows_of_portions_are_read_whole(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_ids_are_ordered_as_bytes() -> None:
     ids[::7] = ids[0]
     row = np.random.default_rng(0).permutation(500)
     order = read_rows.order_by_id(ids, row)
-    wanted = sorted(range(500), key=lambda place: (bytes(ids[place]), row[place]))
-    assert order.tolist() == wanted
+    expected = sorted(range(500), key=lambda place: (bytes(ids[place]), row[place]))
+    assert order.tolist() == expected
 
 
 def test_buckets_come_back(tmp_path: Path) -> None:
@@ -76,10 +76,10 @@ def test_buckets_come_back(tmp_path: Path) -> None:
         for b, v in zip(bucket.tolist(), value.tolist(), strict=True):
             written.setdefault(b, []).append(v)
     for bucket in (0, 1, 3, 127, 128, 299, 300, 5000):
-        found = list(bucketed.read_bucket(str(tmp_path), names, bucket))
-        values = [v for table in found for v in table.column("value").to_pylist()]
+        pieces = list(bucketed.read_bucket(str(tmp_path), names, bucket))
+        values = [v for table in pieces for v in table.column("value").to_pylist()]
         assert values == written.get(bucket, [])
-        for table in found:
+        for table in pieces:
             wide = bucketed.unraw(table.column("wide"), np.float16, 2)
             assert wide[:, 0].tolist() == table.column("value").to_pylist()
     file = tmp_path / "b0000" / "a.parquet"

@@ -21,26 +21,26 @@ def everything(folder: Path, files: int):
     rows = written(folder, ids[:140], vectors[:140], files)
     seeds = {"s": written(folder, ids[140:], vectors[140:], name="s")}
     built = hierarchy.build(folder, "levels", rows, (12, 4), 3, 2, 1)
-    found = balanced_sample(folder, "balanced", rows, built, 30, 3, 1, 2)
+    balanced = balanced_sample(folder, "balanced", rows, built, 30, 3, 1, 2)
     got = retrieve(folder, "retrieved", rows, seeds, Retrieval("sample"), 3)
     tables = [
         read_table(step.folder, name).to_pylist()
-        for step in (found.result, got.result)
+        for step in (balanced.result, got.result)
         for name in rows.names
     ]
-    return tables, found, got
+    return tables, balanced, got
 
 
 def test_same_on_ray_and_again_after_files_are_lost(tmp_path: Path, ray_cluster, monkeypatch):
-    tables, found, got = everything(tmp_path / "ray", 2)
-    assert found.cost.peak_bytes > 0 and found.result.reused == 0
-    again, found_again, got_again = everything(tmp_path / "ray", 2)
-    assert again == tables and found_again.result.reused == got_again.result.reused == 2
+    tables, balanced, got = everything(tmp_path / "ray", 2)
+    assert balanced.cost.peak_bytes > 0 and balanced.result.reused == 0
+    again, balanced_again, got_again = everything(tmp_path / "ray", 2)
+    assert again == tables and balanced_again.result.reused == got_again.result.reused == 2
     shutil.rmtree(tmp_path / "ray" / "balanced")
     assert everything(tmp_path / "ray", 2)[0] == tables
     run_here(monkeypatch)
-    here, found_here, got_here = everything(tmp_path / "here", 2)
+    here, balanced_here, got_here = everything(tmp_path / "here", 2)
     assert here == tables
-    assert found_here.summary == found.summary and got_here.summary == got.summary
+    assert balanced_here.summary == balanced.summary and got_here.summary == got.summary
     one_file, _, _ = everything(tmp_path / "one", 1)
     assert np.concatenate(tables[:2]).tolist() == one_file[0]

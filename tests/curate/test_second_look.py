@@ -120,8 +120,8 @@ def test_small_images_are_looked_at_as_they_are():
 
 def test_colour_is_content_but_a_grey_copy_is_a_copy():
     cup, other = (np.asarray(x) for x in list(KINDS["products"](np.random.default_rng(1), 12))[:2])
-    found = second_look(form_of(cup), form_of(other))
-    assert not found.same and found.reason in ("colour", "differ")
+    verdict = second_look(form_of(cup), form_of(other))
+    assert not verdict.same and verdict.reason in ("colour", "differ")
     grey = np.asarray(Image.fromarray(scene(5)).convert("L").convert("RGB"))
     assert second_look(form_of(scene(5)), form_of(grey)).same
 

@@ -102,8 +102,8 @@ def test_three_levels_by_hand(seed, target):
     assert (got.leaves <= sizes).all()
 
 
-@pytest.mark.parametrize(("floor", "wanted"), [(0, [9, 0, 0]), (2, [5, 2, 2]), (99, [3, 3, 3])])
-def test_floor_takes_from_the_large(floor, wanted):
+@pytest.mark.parametrize(("floor", "expected"), [(0, [9, 0, 0]), (2, [5, 2, 2]), (99, [3, 3, 3])])
+def test_floor_takes_from_the_large(floor, expected):
     """Leaf 0 is a top cluster of its own; without a floor nothing else is in the other one."""
     got = leaf_shares(np.array([100, 3, 3]), [np.array([0, 0, 0])], 9, floor, floor_members=3)
     assert got.leaves.sum() == 9
