@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.curate.report.read import Smallest, Tables, draws, hex_ids
+from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids
 from pipeline.curate.rows.tables import read_table
 
 SHEETS = 8  # clusters shown, spread over the ranks
@@ -80,7 +80,7 @@ def effective(sizes: Ints) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def read_clusters(tables: Tables, seed: int) -> Clusters:
+def read_clusters(tables: TableFiles, seed: int) -> Clusters:
     """Two passes: counts (two numbers a cluster in memory), then rows of the clusters shown."""
     before: dict[str, Ints] = {"leaf": np.zeros(0, np.int64), "top": np.zeros(0, np.int64)}
     after = dict(before)
@@ -135,7 +135,9 @@ def _same(counts: Ints, like: Ints) -> Ints:
     return np.concatenate([counts, np.zeros(len(like) - len(counts), np.int64)])
 
 
-def _sheets(tables: Tables, sizes: Ints, seed: int) -> Mapping[int, tuple[tuple[int, bool], ...]]:
+def _sheets(
+    tables: TableFiles, sizes: Ints, seed: int
+) -> Mapping[int, tuple[tuple[int, bool], ...]]:
     """Rows of clusters from the largest to the smallest, random by image id."""
     order = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
     spread = np.linspace(0, max(0, len(order) - 1), SHEETS).round().astype(int)
@@ -157,7 +159,7 @@ def _sheets(tables: Tables, sizes: Ints, seed: int) -> Mapping[int, tuple[tuple[
     }
 
 
-def _draws_of(tables: Tables, file: str, rows: Ints, seed: int) -> np.ndarray[Any, Any]:
+def _draws_of(tables: TableFiles, file: str, rows: Ints, seed: int) -> np.ndarray[Any, Any]:
     """Draws of rows of one file, by their image ids; 1 where a row has no decision."""
     table = read_table(tables.folders["decisions"], file, ["row", "image_id"])
     known = dict(

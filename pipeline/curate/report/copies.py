@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.report.read import Smallest, Tables, draws, hex_ids, ids, value_draws
+from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids, ids, value_draws
 
 BIN = 0.01  # width of a bar of similarities
 NEAR, FAR = 0.02, 0.05  # from the threshold: ends of the bands
@@ -109,7 +109,7 @@ class Components:
         return max(self.sizes, default=0)
 
 
-def read_edges(tables: Tables, threshold: float, seed: int) -> Edges:
+def read_edges(tables: TableFiles, threshold: float, seed: int) -> Edges:
     """One pass over the pairs."""
     ends = [-1.0, threshold - FAR, threshold - NEAR, threshold, threshold + NEAR, threshold + FAR]
     ends = [end for end in ends if end < 1] + [1.01]
@@ -151,7 +151,7 @@ def read_edges(tables: Tables, threshold: float, seed: int) -> Edges:
     )
 
 
-def read_components(tables: Tables, seed: int) -> Components:
+def read_components(tables: TableFiles, seed: int) -> Components:
     """Two passes: sizes and names first, then members of those that are shown."""
     by_size: Counter[int] = Counter()
     largest, random, chains = Smallest(COMPONENTS), Smallest(COMPONENTS), Smallest(COMPONENTS)
@@ -206,7 +206,7 @@ def _offer(
 
 
 def _members(
-    tables: Tables, chosen: Mapping[bytes, int], seed: int
+    tables: TableFiles, chosen: Mapping[bytes, int], seed: int
 ) -> dict[bytes, tuple[Member, ...]]:
     kept = {name: Smallest(MEMBERS) for name in chosen}
     unlike = {name: Smallest(3) for name in chosen}
@@ -283,7 +283,7 @@ class Looks:
             yield from (one.a, one.b)
 
 
-def read_looks(tables: Tables, seed: int) -> Looks:
+def read_looks(tables: TableFiles, seed: int) -> Looks:
     """One pass over the verdicts."""
     pairs = same = undecided = 0
     kept = Smallest(SHOWN)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.report.read import Smallest, Tables, draws, hex_ids
+from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids
 from pipeline.curate.report.words import REMOVED, STAGES
 from pipeline.curate.rows.tables import REASONS
 
@@ -85,7 +85,7 @@ def funnel(reasons: Mapping[str, int], rows: int, ran: Mapping[str, bool]) -> li
     return stages
 
 
-def count_decisions(tables: Tables, seed: int, rows_in: int | None) -> Counts:
+def count_decisions(tables: TableFiles, seed: int, rows_in: int | None) -> Counts:
     """One pass over the decisions; also learns which file holds which rows.
 
     Args:
@@ -144,7 +144,7 @@ def count_decisions(tables: Tables, seed: int, rows_in: int | None) -> Counts:
     )
 
 
-def _counted(tables: Tables, rows: int) -> int:
+def _counted(tables: TableFiles, rows: int) -> int:
     return tables.counted("fingerprint") if "fingerprint" in tables else rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.curate.report.read import Shown, Tables, parquet_names
+from pipeline.curate.report.read import Shown, TableFiles, parquet_names
 from pipeline.curate.report.words import name_of
 from pipeline.curate.rows.tables import matrix, read_table
 from pipeline.report.gallery import shrunk
@@ -43,7 +43,7 @@ class Map:
     pictures: tuple[tuple[int, int, int], ...]
 
 
-def read_map(tables: Tables, sample: Sequence[tuple[int, str]], seed: int) -> Map | None:
+def read_map(tables: TableFiles, sample: Sequence[tuple[int, str]], seed: int) -> Map | None:
     """Descriptors of the sampled rows, file by file, laid out flat; None where there are too few.
 
     Args:

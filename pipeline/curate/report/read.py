@@ -119,7 +119,7 @@ def hex_ids(column: pa.ChunkedArray) -> Bytes:
     return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 16)
 
 
-class Tables:
+class TableFiles:
     """The folders of tables that there are, and which rows each file holds."""
 
     def __init__(self, root: Place, folders: Mapping[str, str] | None = None) -> None:
@@ -160,7 +160,7 @@ class Tables:
         return total
 
     def by_file(self, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
-        """Rows in the files of decisions that hold them; needs `first`, see report_counts."""
+        """Rows in the files of decisions that hold them; needs `first`, see `counts.py`."""
         names = sorted(self.first, key=lambda name: self.first[name])
         starts = [self.first[name] for name in names]
         for place, rows_there in groupby(sorted(set(rows)), lambda r: bisect_right(starts, r) - 1):

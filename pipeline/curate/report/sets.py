@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.curate.report.read import (
     Shown,
     Smallest,
-    Tables,
+    TableFiles,
     draws,
     ids,
     parquet_names,
@@ -94,7 +94,9 @@ class Retrieved:
         return self.asked - self.rows
 
 
-def read_leaks(tables: Tables, sets: Mapping[str, str], leaked: Mapping[str, int]) -> list[Leaks]:
+def read_leaks(
+    tables: TableFiles, sets: Mapping[str, str], leaked: Mapping[str, int]
+) -> list[Leaks]:
     """One pass over the leaks.
 
     Args:
@@ -138,7 +140,7 @@ def read_leaks(tables: Tables, sets: Mapping[str, str], leaked: Mapping[str, int
     return leaks
 
 
-def read_retrieved(tables: Tables, sets: Mapping[str, str], seed: int) -> list[Retrieved]:
+def read_retrieved(tables: TableFiles, sets: Mapping[str, str], seed: int) -> list[Retrieved]:
     """Two passes over what was retrieved: counts and seeds, then the rows of these seeds."""
     asked: dict[tuple[str, str], int] = {}
     rows: dict[tuple[str, str], int] = {}

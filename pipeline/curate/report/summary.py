@@ -17,7 +17,7 @@ from pipeline.curate.report.copies import (
 )
 from pipeline.curate.report.counts import Counts, Stage, count_decisions, funnel
 from pipeline.curate.report.map import Map, read_map
-from pipeline.curate.report.read import Shown, Tables
+from pipeline.curate.report.read import Shown, TableFiles
 from pipeline.curate.report.sets import Leaks, Retrieved, read_leaks, read_retrieved
 from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError
@@ -121,7 +121,7 @@ def summarise(
         evaluation_sets: by name a folder of their fingerprints, or "" (then without pictures).
         leaked: images of each evaluation set that have a match; needed where there are leaks.
         seed_sets: folders of fingerprints of seed sets, likewise.
-        folders: tables by name (see NAMES of report_read); default: those that are below the root.
+        folders: tables by name (see NAMES of `read.py`); default: those that are below the root.
             Name them where a table of an earlier run may lie there whose stage is off now.
         rows_in: images that went in; default: rows of the fingerprints.
         seed: of the samples that are shown.
@@ -129,7 +129,7 @@ def summarise(
     Raises:
         DataError: there are no decisions, or a table is damaged.
     """
-    tables = Tables(root, folders)
+    tables = TableFiles(root, folders)
     if "decisions" not in tables:
         raise DataError(
             f"no decisions below {public(root)}", "a report is made of them: run the curation first"
@@ -170,7 +170,7 @@ def summarise(
     )
 
 
-def _keepers(tables: Tables, counts: Counts) -> dict[int, int]:
+def _keepers(tables: TableFiles, counts: Counts) -> dict[int, int]:
     """The row that stays instead of each sampled copy."""
     copies = [
         row
