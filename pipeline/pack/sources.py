@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 from pipeline.errors import DataError, StorageError
 from pipeline.images.kinds import is_archive, is_table, named_as_image
 from pipeline.pack.labels import LabelFiles, names_of
-from pipeline.pack.listing import Listing, Other, Refused, list_source, readable
+from pipeline.pack.listing import Listing, Other, Refused, readable
 from pipeline.pack.source_places import Entry, inside
 from pipeline.shards.columns import (
     IMAGE_SHARD_SCHEMA,
@@ -32,8 +32,6 @@ from pipeline.shards.columns import (
 from pipeline.storage.once import once
 from pipeline.storage.places import public_uri, resolve_uri
 from pipeline.storage.transfer import open_patiently
-
-__all__ = ["Listing", "Other", "Plan", "Refused", "Task", "list_source", "plan_tasks", "readable"]
 
 TASK_BYTES = 64 * 2**20  # of source in one task: small enough for a small machine and for a retry
 TASK_FILES = 1000
@@ -102,8 +100,13 @@ def _planned(uri: str, listing: Listing, reading: Reading, fit: bool) -> Plan:
     keys = {label_files.key(entry.path) for entry in listing.entries} - {None}
     refused = [*listing.refused, *tables.refused]
     tasks = list(tables.tasks)
+    # Two tasks are filled at once: files that are read whole, and such as are too large for that,
+    # whose first bytes only say whether they are images.
     batches: dict[str, list[str]] = {"files": [], "large": []}
-    size, last, beside = 0, "", list[str]()
+    size = 0  # bytes of the files that are read whole
+    # Files of one label follow each other, its label files first: `beside` are those read so far,
+    # which a task that goes on with the same label must read again.
+    last, beside = "", list[str]()
     for key, entry in _by_label(listing.entries, label_files) if keys else _each(listing.entries):
         if is_table(entry.path):
             continue

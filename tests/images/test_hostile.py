@@ -19,9 +19,10 @@ from PIL import Image
 from pipeline.images.bad_image import pixel_limit
 from pipeline.images.decode import BadImage, decode, decode_shrunk, image_size
 from pipeline.pack import pack as packing
+from pipeline.pack.listing import list_source
 from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, PackOptions, pack
 from pipeline.pack.sorted_runs import PackSpec, write_runs
-from pipeline.pack.sources import Reading, list_source, plan_tasks
+from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.views.crops import (

@@ -24,6 +24,7 @@ from pipeline.errors import DataError
 from pipeline.pack import ledger, merge, sources
 from pipeline.pack import pack as packing
 from pipeline.pack import sorted_runs as runs
+from pipeline.pack.listing import list_source
 from pipeline.pack.merge import id_range
 from pipeline.pack.pack import PackOptions, pack
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id
@@ -670,7 +671,7 @@ def test_mistakes_have_sentences(tmp_path, serial):
     (tmp_path / "empty" / "away").symlink_to(tmp_path / "note")
     (tmp_path / "empty" / ".hidden").touch()
     with pytest.raises(DataError, match=r"but 2 .* such as \.hidden \(hidden\), away") as error:
-        sources.list_source(str(tmp_path / "empty"))
+        list_source(str(tmp_path / "empty"))
     assert "data.follow_links=true" in error.value.hint
     write(tmp_path / "texts" / "a.txt", b"words")
     assert "could be read: 1 other file left alone" in mistake(tmp_path / "texts", tmp_path)

@@ -19,7 +19,8 @@ from ray.exceptions import RayTaskError
 
 from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.pack.items import read_task
-from pipeline.pack.sources import Reading, Refused, Task, list_source
+from pipeline.pack.listing import Refused, list_source
+from pipeline.pack.sources import Reading, Task
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
