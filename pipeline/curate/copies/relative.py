@@ -27,6 +27,7 @@ from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.errors import DataError
 from pipeline.uri import Place
 
+HOLDING = 2  # version of what is held for leaks, in the key: another one holds anew
 QUERY_ROWS = 1_000_000  # images of evaluation sets in a task that counts those with a match
 
 
@@ -127,7 +128,7 @@ def find_leaks(
         last = run_step(
             copies.root,
             "looks/leaks/hold",
-            [2, looked.key],
+            [HOLDING, looked.key],
             [
                 Task(
                     name,

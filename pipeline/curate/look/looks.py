@@ -134,11 +134,11 @@ def look_at(
         first += account["buckets"]
     of_names = tuple(name for name, _ in sources)
     offsets = tuple(at for _, at, _ in firsts)
-    arguments = (placed.folder, of_names, offsets, looking.channels, looking.max_pixels)
-    tasks = [Task(f"-{f.name}", ("", f, "", *arguments)) for f in looking.inputs.files]
+    requests = Requested(placed.folder, of_names, offsets, looking.channels, looking.max_pixels)
+    tasks = [Task(f"-{f.name}", ("", f, "", requests)) for f in looking.inputs.files]
     for set_name, (inputs, prints) in sorted((looking.others or {}).items()):
         tasks += [
-            Task(f"{set_name}-{f.name}", (set_name, f, prints, *arguments)) for f in inputs.files
+            Task(f"{set_name}-{f.name}", (set_name, f, prints, requests)) for f in inputs.files
         ]
     formed = run_step(root, f"{step}/forms", [placed.key], tasks, forms_task)
     written = tuple(
@@ -187,31 +187,51 @@ def _order(table: pa.Table) -> Any:
     return np.lexsort((ids[:, 1], ids[:, 0], sets, *keys))
 
 
+@dataclass(frozen=True)
+class Requested:
+    """What images the pairs need.
+
+    Attributes:
+        folder: of `place_task`, with `rows` and `others`.
+        names: of its tables, a source each.
+        offsets: number of the first bucket of each source among those of all.
+        channels: of an image, as it is decoded.
+        max_pixels: larger images are refused.
+    """
+
+    folder: str
+    names: Sequence[str]
+    offsets: Sequence[int]
+    channels: int
+    max_pixels: int
+
+
 def forms_task(
-    folder: str,
-    set_name: str,
-    file: InputFile,
-    fingerprints: str,
-    placed: str,
-    names: Sequence[str],
-    offsets: Sequence[int],
-    channels: int,
-    max_pixels: int,
+    folder: str, set_name: str, file: InputFile, fingerprints: str, requests: Requested
 ) -> Account:
-    """Writes the forms of a file's images to the buckets that need them."""
+    """Writes the forms of a file's images to the buckets that need them.
+
+    Args:
+        folder: of the step.
+        set_name: of another set; empty: the file is one of those that are curated.
+        file: which.
+        fingerprints: folder of those of the other set; empty: the file itself holds ids.
+        requests: for images.
+    """
     places, buckets, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], None
     if set_name:
         ids = _named(forms.ids_of_file(file, fingerprints))
         order = np.argsort(ids, kind="stable")
-    for name, offset in zip(names, offsets, strict=True):
+    for name, offset in zip(requests.names, requests.offsets, strict=True):
         if not set_name:
             end = file.first + file.rows
-            for table in read_range(str(join(placed, "rows")), [name], file.first, end):
+            for table in read_range(str(join(requests.folder, "rows")), [name], file.first, end):
                 places.append(table.column("row").to_numpy() - file.first)
                 buckets.append(table.column("bucket").to_numpy() + offset)
             continue
         assert ids is not None
-        table = read_table(str(join(placed, "others")), name, filters=[("set", "=", set_name)])
+        of_set = [("set", "=", set_name)]
+        table = read_table(str(join(requests.folder, "others")), name, filters=of_set)
         if not len(table) or not len(ids):
             continue
         asked = _named(ids_of(table.column("image_id")))
@@ -219,9 +239,10 @@ def forms_task(
         here = ids[order][at] == asked
         places.append(order[at[here]])
         buckets.append(table.column("bucket").to_numpy()[here] + offset)
-    requests = (np.concatenate(places), np.concatenate(buckets))
+    of_file = (np.concatenate(places), np.concatenate(buckets))
     own = None if ids is None else np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16)
-    return forms.write_forms(folder, file, set_name, requests, own, channels, max_pixels)
+    channels, most = requests.channels, requests.max_pixels
+    return forms.write_forms(folder, file, set_name, of_file, own, channels, most)
 
 
 def _named(ids: Any) -> Any:

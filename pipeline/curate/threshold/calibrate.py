@@ -50,6 +50,7 @@ from pipeline.views.draws import uniforms
 log = logging.getLogger("pipeline.curate")
 
 STEP = "calibrate"
+DRAWING, MEASURING = 3, 2  # versions, in the keys: another one draws, or measures, anew
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
 SAMPLE_STREAM = 3  # of data.draws
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
@@ -98,7 +99,7 @@ def calibrate(
         Task(file.name, (file.name, fingerprints.folder, exact.folder, below, seed))
         for file in inputs.files
     ]
-    keys = [3, fingerprints.key, exact.key, most, seed]
+    keys = [DRAWING, fingerprints.key, exact.key, most, seed]
     drawn = run_step(root, f"{step}_sample", keys, tasks, draw_file)
     ranked = sorted(
         (float(draw), str(name), int(row))
@@ -123,7 +124,7 @@ def calibrate(
     ]
     shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
     task = Task("calibration", (*folders, vectors.views, target, shown))
-    keys = [2, VERSION, gathered.key, attacked.key, target, channels, max_pixels]
+    keys = [MEASURING, VERSION, gathered.key, attacked.key, target, channels, max_pixels]
     measured = run_step(root, step, keys, [task], measure_task)
     calibration = Calibration.of_json(measured.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
