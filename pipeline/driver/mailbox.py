@@ -254,4 +254,4 @@ def _pumped(source: Any, take: Callable[[Any], None]) -> Iterator[None]:
         try:
             pump(0.0)
         except ray.exceptions.RayError:
-            logging.getLogger("pipeline").debug("the control actor ended before its last words")
+            logging.getLogger("pipeline").debug("the mailbox ended before its last words")

@@ -51,7 +51,7 @@ def rank_zero(tmp_path: Path) -> RankZero:
     config = load(["optim.steps=100", "optim.global_batch_size=8", "train.log_every=5"])
     machine = Machine(cpus=2, gpus=0, bfloat16=False)
     plan = resolve(config, images=800, digest="", class_names=(), machine=machine)
-    duties = object.__new__(RankZero)  # its constructor wants a control actor
+    duties = object.__new__(RankZero)  # its constructor wants a mailbox actor
     duties.plan, duties.tracker = plan, Tracker()  # type: ignore[assignment]
     duties.evaluations = SimpleNamespace(  # type: ignore[assignment]
         note_step=lambda _: None,
