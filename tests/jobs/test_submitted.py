@@ -113,7 +113,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 import ray
 from pipeline import job
-from pipeline.curate.work import Task, run_step
+from pipeline.curate.steps.steps import Task, run_step
 from pipeline.stages import pack
 
 def sleeps(folder):
