@@ -361,6 +361,7 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
         np.testing.assert_allclose(np.array(row).reshape(9, -1), expected, atol=1e-3)
 
 
+@pytest.mark.long
 def test_a_model_is_opened_once_for_all_files_of_a_worker(tmp_path, monkeypatch):
     spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
     embedder = spec_of(str(save_backbone(spec.build(), spec, tmp_path / "weights")))

@@ -61,6 +61,7 @@ def test_images_of_12_bits_are_looked_at_with_the_range_of_their_set(tmp_path):
     assert not second_look(*forms).same
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("each", "looks"), [(10, 3), pytest.param(50, 12, marks=pytest.mark.slow)])
 def test_pictures_that_differ_in_one_place_are_told_apart(each, looks):
     """Of each kind the pairs that are most alike, which the vectors take for copies."""
