@@ -1,5 +1,7 @@
 """Values that change with the step: learning rate, weight decay, teacher momentum, temperature.
 
+`Plan.at` (plan/plan.py) asks for those of a step with the numbers of a recipe.
+
 Pure arithmetic on Python floats; nothing here imports torch. A schedule is a function of the step
 alone, so a resumed run needs no schedule state.
 """

@@ -73,7 +73,7 @@ TABLE = [
     row("pack", "errors images shards storage uri", others="numpy PIL pyarrow",
         others_inside="skimage sklearn"),
     row("stream.read_ahead", others="ray"),
-    row("stream", "driver errors images shards storage views", others="numpy pyarrow",
+    row("stream", "driver errors images shards storage uri views", others="numpy pyarrow",
         others_inside="ray torch"),
     # maths: no Ray, no config
     row("loss", "errors", others="torch"),

@@ -199,7 +199,7 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
 
 def test_a_table_of_the_run_folder(mark: Path, tmp_path: Path) -> None:
     """Rank 0, which has imported Ray Data, goes on with the table that it finds."""
-    from pipeline.shards.bad_table import BadTable
+    from pipeline.stream.bad_table import BadTable
 
     path = tmp_path / "bad_images.parquet"
     pq.write_table(pa.table({"image_id": pickled_column(mark, 1)}), path)

@@ -45,16 +45,19 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
     """
     setup = Setup.of(config, sets, root)
 
-    # Every image is decoded once. Rules mark those that are not worth training on; of images with
-    # equal bytes or equal pixels one stays.
+    # All that is asked of pixels is asked while an image is decoded. Rules mark those that are not
+    # worth training on; of images with equal bytes or equal pixels one stays. `known` collects the
+    # tables that say what goes. Where several do, the first of this order is the reason: quality,
+    # equal, leak, earlier, near copy.
     prints = fingerprint_images(setup)
     marks = mark_quality(setup, prints) if config.quality.enabled else None
     equal = find_equal(setup, prints, marks)
     known = Known().adding("fingerprint", prints).adding("quality", marks).adding("exact", equal)
 
-    # Images are compared by vectors; of two that are alike, a second look at their pixels says
-    # whether they are copies. A copy goes if it is of an image that was curated earlier, or of one
-    # of an evaluation set; of each group of copies that is left, the best image stays.
+    # Images are compared by vectors. Of two that are alike, a second look at their pixels says
+    # whether they are copies: in `match_earlier`, `find_leaks` and `group_copies`. A copy goes if
+    # it is of an image that was curated earlier, or of one of an evaluation set; of each group of
+    # copies that is left, the best image stays.
     comparison = None
     if config.dedup.enabled or sets.leaks or sets.earlier:
         vectors = embed_for_copies(setup, prints)
@@ -62,18 +65,18 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
         earlier = match_earlier(setup, equal, vectors, threshold)
         for matches in earlier:
             known = known.adding("matches", matches)
-        pairs = compare(setup, equal, vectors, threshold)
-        leaks = find_leaks(setup, pairs, vectors, threshold) if sets.leaks else None
+        copies = compare(setup, equal, vectors, threshold)
+        leaks = find_leaks(setup, copies, vectors, threshold) if sets.leaks else None
         known = known.adding("leaks", leaks)
         groups = leaking = None
         if config.dedup.enabled:
             going = [*earlier, leaks] if leaks else earlier
-            groups = group_copies(setup, pairs, prints, vectors, threshold, going)
+            groups = group_copies(setup, copies, prints, vectors, threshold, going)
             known = known.adding("components", groups)
         if groups and leaks and config.leaks.scope == "components":
             leaking = leaking_groups(setup, known)
             known = known.adding("leaking", leaking)
-        comparison = Comparison(vectors, threshold, earlier, pairs, leaks, groups, leaking)
+        comparison = Comparison(vectors, threshold, earlier, copies, leaks, groups, leaking)
 
     # Of what is left of the pool: images like those of seed sets, and a balanced sample. The
     # recipe may ask for both, or for neither: then all of it is kept.

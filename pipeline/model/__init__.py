@@ -1,4 +1,4 @@
-"""Backbone, heads and the pair of student and teacher. Start at `vit.py`.
+"""Backbone, heads, student and teacher, and weights in and out. Start at `vit.py`.
 
 In: images [B, C, H, W]. Out: CLS and patch tokens; weights in three formats.
 Imports: images (range), views (crops), storage, schedule, errors.

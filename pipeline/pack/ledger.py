@@ -22,9 +22,9 @@ from pyarrow import fs as pafs
 
 from pipeline.errors import DataError, StorageError
 from pipeline.images.value_range import FULL, ValueRange, from_json
+from pipeline.pack.bad_files import PackReport
 from pipeline.pack.listing import Listing
 from pipeline.pack.merge import ROW_GROUP_BYTES, shard_name
-from pipeline.pack.report import PackReport
 from pipeline.pack.sorted_runs import PackSpec
 from pipeline.shards.columns import MANIFEST, SCHEMA_VERSION, is_ours
 from pipeline.shards.shards import open_shards

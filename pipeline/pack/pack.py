@@ -24,9 +24,9 @@ from pipeline.errors import DataError, StorageError
 from pipeline.images.decode import MAX_PIXELS
 from pipeline.images.value_range import AUTO, FULL, Sample, ValueRange
 from pipeline.pack import ledger
+from pipeline.pack.bad_files import Outcome, PackReport
 from pipeline.pack.listing import list_source
 from pipeline.pack.merge import Merge, merge_of, write_shard
-from pipeline.pack.report import Outcome, PackReport
 from pipeline.pack.sorted_runs import INDEX_VERSION, PackSpec, write_runs
 from pipeline.pack.source_places import absolute_source, check_places
 from pipeline.pack.sources import Reading, Task, plan_tasks

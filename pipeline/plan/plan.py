@@ -160,8 +160,8 @@ def resolve(
         class_names: of the set.
         machine: where it runs.
         image_bytes: mean size of an encoded image; large ones make the shuffle window shorter.
-        layout: of the set's row groups, see `data.order.layout_of`.
-        value_range: that the set's images are decoded with, see `data.set_range`.
+        layout: of the set's row groups, see `stream.order.layout_of`.
+        value_range: that the set's images are decoded with, see `shards.set_range`.
 
     Raises:
         ConfigError: where the numbers cannot work together, with all that is wrong.

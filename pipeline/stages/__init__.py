@@ -1,4 +1,4 @@
-"""The stages as a user runs them. Start at `chain.py`.
+"""Pack, curate, pretrain, evaluate, export: one after the other. Start at `chain.py`.
 
 In: a config. Out: files of the run folder and MLflow runs. Each stage is an adapter to its room.
 Imports: all rooms.

@@ -8,10 +8,10 @@ from pipeline.errors import PipelineError
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.journal import FILE_NAME
+from pipeline.track.mlflow_writer import Unsent
 from pipeline.track.sender import sync
 from pipeline.track.state import FILE_NAME as STATE
 from pipeline.track.state import forget_local
-from pipeline.track.writer import Unsent
 from pipeline.uri import is_uri, parent, public
 
 

@@ -1,6 +1,6 @@
 """Image shards to training workers through Ray Data, in the order that `order.ReadingOrder` fixes.
 
-A read task fetches a window of encoded images (`reading`) and deals it out in portions; a decode
+A read task fetches a window of encoded images (`reader`) and deals it out in portions; a decode
 task decodes each image of a portion once, cuts its crops, draws colour numbers and masks, and
 yields chunks of `chunk` images. A chunk is one row of a Ray Data block of its own: so blocks keep
 the order of the plan, the splitter deals them to the workers in turn (`preserve_order` makes it

@@ -1,4 +1,10 @@
-"""Tracking: a local journal first, MLflow from a thread. No import here loads MLflow."""
+"""What a run reports: into a local journal first, from there to MLflow. Start at `tracker.py`.
+
+In: metrics, pictures, tables, files. Out: lines of the journal, and a run of MLflow that is made
+from them: by a thread (`sender.py`) while the job runs, by `sync` after it. No import here loads
+MLflow.
+Imports: environment, heartbeat, log, errors, uri; in functions images, model, views (embedder).
+"""
 
 from __future__ import annotations
 

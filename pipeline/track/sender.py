@@ -14,8 +14,8 @@ from pipeline.errors import PipelineError
 from pipeline.track import journal
 from pipeline.track.client import GivenUpError, NotReadyError, explain
 from pipeline.track.endpoint import Endpoint, LocalServer, find_endpoint, links
+from pipeline.track.mlflow_writer import Unsent, Writer, in_doubt, units, unsent
 from pipeline.track.state import FolderLock, Known, State
-from pipeline.track.writer import Unsent, Writer, in_doubt, units, unsent
 
 log = logging.getLogger("pipeline.track")
 

@@ -1,7 +1,7 @@
 """Evaluations while training: asked for at a step, run by an actor, collected when they are there.
 
-The training step never waits for one; only the end of the run does. A request that finds two
-unfinished ones before it waits for the older, so that teachers do not pile up in memory.
+Training waits for none but in two places: the end of the run, and a request that finds two
+unfinished ones before it, which waits for the older, so that teachers do not pile up in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each training worker runs: start, then the loop, then the last checkpoint.
+"""What each training worker runs: its start, then the loop, each step with a checkpoint where due.
 
 Ray's examples have `get_dataset_shard` and `train.report` in this place. A shard deals blocks out
 as workers ask, and our steps are fixed by `stream/order.py`, whatever the size of the group; a
@@ -37,6 +37,7 @@ def train_worker(job: Job) -> None:
         RemoteLines(job["feeder"]),
     )
     with beating(WORKER_SILENCE_S) if rank == 0 else nullcontext(), doing("pretrain: starting"):
+        # None: the workers do not see one run folder, which the driver is told
         if (worker := Worker.start(job, plan, rank)) is not None:
             _train(worker)
 
@@ -44,6 +45,7 @@ def train_worker(job: Job) -> None:
 def _train(worker: Worker) -> None:
     """Steps until the last one, a request to end, or one that is not finite.
 
+    A request (STOP, MOVE, or SAVE for a checkpoint alone) ends no step: it is taken up between two.
     All ranks take the same turns: what only rank 0 can know reaches the others by `train_step`
     (`result.stop`) and `worker.agreed`.
     """
@@ -86,6 +88,7 @@ def _train(worker: Worker) -> None:
         if evaluate_due:
             rank_zero.evaluate(step)
         if result.stop and not last:
+            # asked again: it may have been taken back, and before a move evaluations are waited for
             request = worker.agreed(rank_zero.confirmed(step))
             if request == STOP:
                 outcome = {"status": "stopped", "step": step}

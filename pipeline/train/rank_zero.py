@@ -1,6 +1,7 @@
 """What rank 0 does beside its steps: step lines, journal, checkpoints, evaluations, pictures.
 
-Nothing of it waits for another machine, except a checkpoint for its own write.
+Nothing of it waits for another machine, but a checkpoint for its own write and an evaluation for
+one before it (`evaluations.py`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pipeline.driver.mailbox import MOVE, STOP, Reports
 from pipeline.errors import one_line
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
-from pipeline.shards.bad_table import BadTable, reasons
 from pipeline.storage.places import resolve_uri, retries
 from pipeline.storage.transfer import write_bytes_atomic
+from pipeline.stream.bad_table import BadTable, reasons
 from pipeline.train import build, state
 from pipeline.train.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.evaluations import Evaluations

@@ -42,7 +42,7 @@ class StepResult:
     """What a step reports."""
 
     scalars: dict[str, Tensor]  # 0-d, on the device: means over workers and micro batches
-    stop: bool  # whether any worker wants to end
+    stop: bool  # whether any worker was asked to end, move or save
 
 
 def train_step(
@@ -72,7 +72,7 @@ def train_step(
         autocast_dtype: dtype of the networks' matrix products; losses stay in fp32. None switches
             autocast off.
         generator: source of the student's stochastic depth; or one for each micro batch.
-        stop: this worker wants to end (say, after SIGTERM); the result says whether any does.
+        stop: this worker was asked to end, move or save; the result says whether any was.
 
     Raises:
         NonFinite: on every worker, before the update, naming terms that are not finite on some

@@ -1,5 +1,5 @@
-"""Crops, colours and masks as pure functions of a key. Start at `crops.py`.
+"""Crops, colours and masks, drawn from seed, pass and image id. Start at `crops.py`.
 
-In: uint8 images, a seed, a step. Out: float views and masks; the same ones on every machine.
+In: uint8 images and their keys. Out: float views and masks; the same ones on every machine.
 Imports: errors.
 """

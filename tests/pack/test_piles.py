@@ -26,9 +26,9 @@ from pipeline.images.decode import FORMATS
 from pipeline.images.kinds import begins_like_an_image
 from pipeline.pack import archives, sources
 from pipeline.pack import pack as packing
+from pipeline.pack.bad_files import unequal_shares
 from pipeline.pack.listing import list_source
 from pipeline.pack.pack import PackOptions, pack
-from pipeline.pack.report import unequal_shares
 from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.track.journal import Journal, read, read_steps
-from pipeline.track.writer import in_doubt, units, unsent
+from pipeline.track.mlflow_writer import in_doubt, units, unsent
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.track.mlflow_writer import Writer
 from pipeline.track.state import Known
-from pipeline.track.writer import Writer
 
 
 class Client:

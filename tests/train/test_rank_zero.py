@@ -16,7 +16,7 @@ from pipeline.config.load import load
 from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import resolve
-from pipeline.shards.bad_table import BadTable
+from pipeline.stream.bad_table import BadTable
 from pipeline.train import bottleneck
 from pipeline.train import rank_zero as rank_zeros
 from pipeline.train.bottleneck import BottleneckWatch, Clock, Window

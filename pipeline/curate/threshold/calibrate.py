@@ -52,7 +52,7 @@ log = logging.getLogger("pipeline.curate")
 STEP = "calibrate"
 DRAWING, MEASURING = 3, 2  # versions, in the keys: another one draws, or measures, anew
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
-SAMPLE_STREAM = 3  # of data.draws
+SAMPLE_STREAM = 3  # of views.draws
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
 FORMS = 256  # that are held for the second look
 AT_ONCE = 32  # images that are attacked and then embedded
@@ -73,7 +73,7 @@ def calibrate(
     channels: int = 3,
     step: str = STEP,
 ) -> tuple[Calibration, Result]:
-    """The threshold above which two images of the set are copies.
+    """The similarity above which two images of the set may be copies, and are looked at.
 
     Args:
         root: folder of the curation.

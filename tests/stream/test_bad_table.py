@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.shards.bad_table import BadTable, reasons
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA
+from pipeline.stream.bad_table import BadTable, reasons
 
 
 def test_each_id_is_once_in_the_table_and_stays_over_a_restart(tmp_path: Path) -> None:

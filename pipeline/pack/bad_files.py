@@ -1,4 +1,4 @@
-"""What a pack read and wrote: the accounts added up, the tables of bad images, the last report."""
+"""The bad files of a source, listed in tables, and what a pack has counted in all."""
 
 from __future__ import annotations
 
