@@ -92,7 +92,7 @@ TABLE = [
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
     row("train.rank_zero", "driver errors evaluate heartbeat loss model plan schedule shards "
-        "storage train uri views", "track.tracker", "torch ray", "psutil"),
+        "storage stream train uri views", "track.tracker", "torch ray", "psutil"),
     row("train", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream uri views", others="torch ray", others_inside="yaml"),
     row("api", "config.sizes errors loss model schedule train.objective train.step views",
