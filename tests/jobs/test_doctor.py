@@ -46,7 +46,7 @@ def test_the_memory() -> None:
     plan = plan_of()
     image = 3 * (2 * 224**2 + 8 * 98**2)
     assert image == 531_552
-    spec = type("Spec", (), {"portion": plan.chunk_images})()
+    spec = type("Spec", (), {"portion_images": plan.chunk_images})()
     memory = Memory.of(plan, spec, 110_000, 1024)
     assert (plan.chunk_images, plan.workers, plan.decode_tasks) == (128, 8, 57)
     assert memory.chunk == 128 * image
