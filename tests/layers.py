@@ -127,7 +127,7 @@ TABLE = [
         "report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
     row("job", "config environment errors heartbeat log", "stages"),
 ]  # fmt: skip
-PACKAGES = sorted({name.split(".")[0] for r in TABLE for name in r.modules if name.endswith(".*")})
+PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}
 JOBS = row("*", "job environment log errors uri stages.sync")
 
 
@@ -176,10 +176,8 @@ def imports_of(source: str, modules: Iterable[str] = ()) -> list[Import]:
 
 def rows_of(module: str, table: Iterable[Row] = TABLE) -> Row | None:
     """The first row that fits a module (`views.crops`)."""
-    if module in PACKAGES or (module.startswith("curate.") and module.count(".") == 1):
-        initial = f"{module}.*"  # a package's `__init__` may hand on what it holds
-        if module in PACKAGES or f"{module}.*" in {p for r in table for p in r.modules}:
-            return Row([module], [initial], [], [], [])
+    if module in PACKAGES:  # its `__init__` may hand on what it holds
+        return Row([module], [f"{module}.*"], [], [], [])
     return next((r for r in table if any(fnmatch(module, p) for p in r.modules)), None)
 
 

@@ -11,15 +11,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import curation_rules as curation
-from pipeline.config import recipe_yaml as recipe
+from pipeline.config import curation_rules, recipe_yaml
 from pipeline.config.config import Config
 from pipeline.config.recipe_yaml import SHOWN, Unreadable
 from pipeline.errors import ConfigError, shortened
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
-CURATION = ("curate", *curation.SECTIONS)
+CURATION = ("curate", *curation_rules.SECTIONS)
 ROOT = Path(__file__).resolve().parents[2]  # of the project, whose recipes are in configs/
 
 
@@ -90,9 +89,9 @@ def read_recipe(path: str) -> dict[str, Any]:
         place = "configs" if Path("configs").is_dir() else ROOT / "configs"
         hint = f"did you mean {place}/{near[0]}?" if near else f"recipes are in {place}/*.yaml"
         raise ConfigError(f"no recipe at {shown} (an override is written a.b=value)", hint)
-    text = recipe.decoded(content, shown)
+    text = recipe_yaml.decoded(content, shown)
     try:
-        values = recipe.parsed(text, _is_text)
+        values = recipe_yaml.parsed(text, _is_text)
     except Unreadable as error:
         place = ", line" if error.yaml else " is not YAML at line"
         raise ConfigError(f"{shown}{place} {error.line}: {error.why}") from None
@@ -147,10 +146,10 @@ def _assign(values: dict[str, Any], path: str, text: str) -> None:
         raise ConfigError(
             f"{_shown(path)}: give its fields one by one, e.g. {_shown(path)}.<field>=value"
         )
-    value: Any = None if text in recipe.NOTHING[1:] else text
+    value: Any = None if text in recipe_yaml.NOTHING[1:] else text
     if text and not _is_text(path):
         try:
-            value = recipe.parsed(text, _is_text, path)
+            value = recipe_yaml.parsed(text, _is_text, path)
         except Unreadable as error:
             raise ConfigError(f"{_shown(path)}: {error.why} (got {_shown(repr(text))})") from None
     *parents, leaf = path.split(".")

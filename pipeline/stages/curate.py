@@ -15,7 +15,7 @@ from pipeline.curate.embed.embedders import EmbedderSpec
 from pipeline.curate.embed.onnx_files import is_onnx
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report import numbers as report_numbers
-from pipeline.curate.report import pictures as gallery
+from pipeline.curate.report import pictures as report_pictures
 from pipeline.curate.report import report
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.run import curate
@@ -228,7 +228,7 @@ def _summary(curation: Curation) -> Summary:
 def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:
     tracker.metrics(0, report_numbers.metrics(summary))
     tracker.headline(0, {"curate/kept": summary.kept})
-    for name, pixels in gallery.pictures(summary).items():
+    for name, pixels in report_pictures.pictures(summary).items():
         tracker.picture(name, 0, pixels)
     for name, columns in report_numbers.tables(summary).items():
         tracker.table(name, columns)

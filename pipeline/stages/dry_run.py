@@ -147,10 +147,10 @@ def _say_training(
         check_resume(config, digest, folder)
     plan = start.located(plan, state.latest(folder.checkpoints))
     built = starting_pair(plan, folder)
-    for line in describe(plan, built):
-        log.info("%s", line)
-    fits.say_memory(plan, built, machine)
     cost = build.estimated_cost(plan, built)
+    for line in describe(plan, built, cost):
+        log.info("%s", line)
+    fits.say_memory(plan, cost, machine)
     checkpoints = (config.train.keep_last + 1.25) * cost.checkpoint_bytes
     log.info("checkpoints about %s, with the weights", size_of(checkpoints))
     if not is_uri(str(folder.at())):

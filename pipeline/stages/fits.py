@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.context import nearest
-from pipeline.model.pair import Pair
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import placed
 from pipeline.plan.plan import Plan
-from pipeline.train import build
 from pipeline.train.bottleneck import count
 from pipeline.train.cost import Cost, peak_flops
 
@@ -26,13 +25,14 @@ LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
 EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
 
 
-def say_memory(plan: Plan, built: Pair, machine: Machine) -> None:
+def say_memory(plan: Plan, cost: Cost, machine: Machine) -> None:
     """Warns where the workers of a node take more memory than it has, with what would fit."""
-    taken, there = memory_of(plan, build.estimated_cost(plan, built), machine)
+    taken, there = memory_of(plan, cost, machine)
     if not there or taken <= ROOM * there:
         return
     for change, lighter in lighter_plans(plan):
-        less, _ = memory_of(lighter, build.estimated_cost(lighter, built), machine)
+        lighter_cost = replace(cost, micro_batch=lighter.micro_batch)
+        less, _ = memory_of(lighter, lighter_cost, machine)
         if less <= ROOM * there:
             way = f"{change} takes about {less / GIB:.1f} GiB"
             break

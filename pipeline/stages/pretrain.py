@@ -19,6 +19,7 @@ from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, start, state
+from pipeline.train.cost import Cost
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations
@@ -81,7 +82,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.artifact(write_plan(run_plan, context.folder))
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
     tracker.params(params(run_plan))
-    for line in describe(run_plan, starting_pair(run_plan, context.folder)):
+    built = starting_pair(run_plan, context.folder)
+    for line in describe(run_plan, built, build.estimated_cost(run_plan, built)):
         log.info("%s", line)
     outcome = pretrain(
         run_plan,
@@ -186,10 +188,9 @@ def digest_shown(digest: str) -> str:
     return digest if " " in digest else f"{digest[:14]}…"
 
 
-def describe(plan: Plan, built: Pair) -> list[str]:
+def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
     """What differs from the defaults, what was derived, and what it will cost."""
     config = plan.config
-    cost = build.estimated_cost(plan, built)
     width, depth, heads = config.model.dimensions
     batch = config.optim.global_batch_size
     kept = config.train.keep_last + 1

@@ -12,7 +12,6 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import PipelineError
 from pipeline.track import server
-from pipeline.track import server as database
 from pipeline.track.client import GivenUpError
 from pipeline.uri import has_secret, public_address, split_user
 
@@ -56,7 +55,7 @@ class LocalServer:
         """The address once the server answers; starts it if it does not run."""
         known = server.running(self.folder)
         if known is None:
-            if said := database.mismatch(self.folder / "mlflow.db"):
+            if said := server.mismatch(self.folder / "mlflow.db"):
                 raise GivenUpError(said)
             if self._starts > 0:
                 self._starts -= 1
@@ -117,8 +116,8 @@ class Database:
         Raises:
             GivenUpError: another version of MLflow made the database.
         """
-        path = database.path_of(self.id)
-        if self.id.startswith("sqlite") and (said := database.mismatch(path)):
+        path = server.path_of(self.id)
+        if self.id.startswith("sqlite") and (said := server.mismatch(path)):
             raise GivenUpError(said)
         return self.id
 

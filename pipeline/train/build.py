@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch.nn import Module
 
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
-from pipeline.model.pair import Backbone, BackboneSpec, Encoder, HeadSpec, Pair, build_pair
+from pipeline.model.pair import Backbone, BackboneSpec, HeadSpec, Pair, build_pair
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.cost import (
     BACKWARD,
@@ -162,7 +160,12 @@ def compile_blocks(pair: Pair) -> None:
 
 
 def flops_per_image(plan: Plan, built: Pair) -> float:
-    """FLOPs of a step for one of its images: backward costs twice the forward.
+    """FLOPs of a step, forward and backward, for one of its images."""
+    return _flops(plan, built, _views(plan, built))
+
+
+def _flops(plan: Plan, built: Pair, views: tuple[View, View, View]) -> float:
+    """Backward costs twice the forward.
 
     Masked patches are those of both global crops and go through the patch head, which may be the
     same one. The teacher (or the frozen one) only runs forward on the two global crops; a frozen
@@ -171,7 +174,7 @@ def flops_per_image(plan: Plan, built: Pair) -> float:
     dino = _parameters(built.student.dino_head)
     dino_head = 2 * dino
     patch_head = 2 * (_parameters(built.student.ibot_head) or dino) * _masked_patches(plan, built)
-    whole, local, target = (view.flops for view in _views(plan, built))
+    whole, local, target = (view.flops for view in views)
     crops = plan.config.augment.local_crops
     student = 2 * whole + crops * local + (2 + crops) * dino_head + patch_head
     return 3 * student + 2 * (target + dino_head) + patch_head
@@ -190,9 +193,9 @@ def estimated_cost(plan: Plan, built: Pair) -> Cost:
     scores = rows * config.head.prototypes + 2 * _masked_patches(plan, built) * patch_prototypes
     # student, its gradients, two moments and the teacher
     state = (parameters * 5 + _parameters(built.frozen)) * BYTES_F32
+    views = whole, local, _ = _views(plan, built)
     activations: float
     if plan.device == "cuda":
-        whole, local, _ = _views(plan, built)
         kept = (2 * whole.activations + config.augment.local_crops * local.activations) * element
         activations, libraries = kept + 2 * scores * BYTES_F32, 0
     else:
@@ -201,10 +204,11 @@ def estimated_cost(plan: Plan, built: Pair) -> Cost:
         state += 2 * parameters * half  # autocast holds the weights once more
     return Cost(
         parameters=parameters,
-        flops_per_image=flops_per_image(plan, built),
+        flops_per_image=_flops(plan, built, views),
+        micro_batch=plan.micro_batch,
         state_bytes=state,
-        activation_bytes=int(plan.micro_batch * activations),
-        batch_bytes=plan.micro_batch * plan.view_bytes * (3 + element),
+        activation_bytes_per_image=activations,
+        batch_bytes_per_image=plan.view_bytes * (3 + element),
         checkpoint_bytes=parameters * BYTES_F32 * 4,
         library_bytes=libraries,
     )
@@ -219,16 +223,9 @@ def _views(plan: Plan, built: Pair) -> tuple[View, View, View]:
     return whole, local, _view(frozen, plan.config, augment.global_size) if frozen else whole
 
 
-_kept: WeakKeyDictionary[Encoder, dict[str, float]] = WeakKeyDictionary()
-
-
 def _kept_per_image(plan: Plan, built: Pair) -> float:
     """Bytes that the student keeps for its backward pass, for each image of a micro batch."""
     student, augment = built.student, plan.config.augment
-    settings = f"{plan.precision} {augment!r} {plan.config.loss!r}"
-    known = _kept.setdefault(student, {})
-    if settings in known:
-        return known[settings]
     patches = plan.grid[0] * plan.grid[1]
     masked = round(_masked_patches(plan, built) / 2)
 
@@ -249,8 +246,7 @@ def _kept_per_image(plan: Plan, built: Pair) -> float:
         return kept_for_backward(forward, torch.bfloat16 if plan.precision == "bfloat16" else None)
 
     # What does not grow with the images are the weights.
-    known[settings] = (kept(32) - kept(16)) / 16
-    return known[settings]
+    return (kept(32) - kept(16)) / 16
 
 
 def _masked_patches(plan: Plan, built: Pair) -> float:

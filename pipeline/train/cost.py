@@ -34,15 +34,30 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes are those of one worker, except the checkpoint, which exists once."""
+    """Bytes are those of one worker, except the checkpoint, which exists once.
+
+    Only `micro_batch` differs between plans of one network, precision and device: `replace` gives
+    the cost of another one.
+    """
 
     parameters: int  # of the student, heads included
     flops_per_image: float
+    micro_batch: int
     state_bytes: int
-    activation_bytes: int
-    batch_bytes: int
+    activation_bytes_per_image: float
+    batch_bytes_per_image: int
     checkpoint_bytes: int
     library_bytes: int = 0
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of a micro batch: what forward keeps, and the work space of backward."""
+        return int(self.micro_batch * self.activation_bytes_per_image)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of the views of a micro batch."""
+        return self.micro_batch * self.batch_bytes_per_image
 
     @property
     def memory_bytes(self) -> int:

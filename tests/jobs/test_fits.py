@@ -35,14 +35,14 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
 ) -> None:
     plan = planned(recipe, machine(64), "optim.global_batch_size=32")
     built = build.pair(plan.config)
-    each = build.estimated_cost(plan, built).memory_bytes + fits.PROCESS
-    fits.say_memory(plan, built, machine(2 * each / GIB / fits.ROOM * 1.01))
+    cost = build.estimated_cost(plan, built)
+    each = cost.memory_bytes + fits.PROCESS
+    fits.say_memory(plan, cost, machine(2 * each / GIB / fits.ROOM * 1.01))
     assert capture() == []
     # so little that the same workers need smaller micro batches
-    cost = build.estimated_cost(plan, built)
     state = cost.state_bytes + cost.library_bytes + fits.PROCESS
     there = machine((2 * state + 1.2 * (each - state)) / GIB / fits.ROOM)
-    fits.say_memory(plan, built, there)
+    fits.say_memory(plan, cost, there)
     (line,) = capture()
     assert f"{2 * each / GIB:.1f} GiB of memory for 2 workers" in line
     assert f"{there.rooms[0].memory / GIB:.1f} GiB" in line
@@ -52,7 +52,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
     less = build.estimated_cost(lighter, built).memory_bytes + fits.PROCESS
     assert 2 * less <= fits.ROOM * there.rooms[0].memory < 2 * each
     # so little that nothing of the kind helps
-    fits.say_memory(plan, built, machine(state / GIB / 10))
+    fits.say_memory(plan, cost, machine(state / GIB / 10))
     (line,) = capture()
     assert "head.prototypes=16" in line and "augment.local_crops=1" in line
 

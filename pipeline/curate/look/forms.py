@@ -7,7 +7,7 @@ small squares to the buckets of these pairs.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ QUALITY = 95  # of the JPEG that a form is kept as; changes a value by 2 or so
 # `row` of the images that are curated, `image_id` of those of other sets.
 FORMS = pa.schema([("row", ROW), ("set", pa.string()), ("image_id", ID), ("form", pa.binary())])
 Array = np.ndarray[Any, Any]
-Requests = Callable[[], tuple[Array, Array]]
 
 
 def kept_form(form: Array) -> bytes:
