@@ -82,8 +82,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.artifact(write_plan(run_plan, context.folder))
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
     tracker.params(params(run_plan))
-    built = starting_pair(run_plan, context.folder)
-    for line in describe(run_plan, built, build.estimated_cost(run_plan, built)):
+    for line in _described(run_plan, context.folder):
         log.info("%s", line)
     outcome = pretrain(
         run_plan,
@@ -186,6 +185,11 @@ def _model(config: Config) -> str:
 def digest_shown(digest: str) -> str:
     """The beginning of a digest; words that stand in its place, whole."""
     return digest if " " in digest else f"{digest[:14]}…"
+
+
+def _described(plan: Plan, folder: RunFolder) -> list[str]:
+    built = starting_pair(plan, folder)  # it goes with this function: training needs the memory
+    return describe(plan, built, build.estimated_cost(plan, built))
 
 
 def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
