@@ -85,6 +85,7 @@ TABLE = [
         "", "mlflow torch numpy pandas"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
     row("report", "track uri", others_inside="PIL"),
+    row("search", "errors heartbeat storage uri", others="numpy", others_inside="faiss"),
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective", "errors loss model schedule train.objective views",
         others="torch"),

@@ -1,0 +1,193 @@
+"""Nearest neighbours among vectors by cosine: exactly by blocks, or by an index where there are
+many.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.search.exact import Floats, Ints, Nearest, unit
+from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened
+from pipeline.uri import Place, public
+
+log = logging.getLogger("pipeline.search")
+
+EXACT_ROWS = 1_000_000  # `auto` takes an index above: exact search then takes over 0.1 s a query
+MEMORY_GIB = 4.0
+BLOCK_ROWS = 65_536
+
+Index = Literal["auto", "exact", "ivf"]
+
+
+class Vectors(Protocol):
+    """What is searched in: a `pipeline.embed.vectors.VectorSet`, or `ArrayVectors`."""
+
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+    @property
+    def dim(self) -> int: ...  # noqa: D102
+    @property
+    def digest(self) -> str: ...  # noqa: D102
+    @property
+    def place(self) -> Place | None: ...  # noqa: D102
+    def column_blocks(self, column: str, rows: int) -> Iterator[np.ndarray[Any, Any]]: ...  # noqa: D102
+
+
+class ArrayVectors:
+    """Vectors in memory, [N, D] of any float."""
+
+    def __init__(self, vectors: np.ndarray[Any, Any]) -> None:
+        self._vectors = vectors
+        self.rows, self.dim = vectors.shape
+        self.digest, self.place = "", None
+
+    def column_blocks(self, column: str, rows: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The same for each column: an array has one."""
+        del column
+        for begin in range(0, self.rows, rows):
+            yield self._vectors[begin : begin + rows]
+
+
+class Search:
+    """Finds neighbours; may be called from several threads.
+
+    Attributes:
+        rows: vectors that are searched.
+        dim: their width.
+        index: what is known of the index; None: the search is exact.
+        zeros: vectors without a direction, which are like nothing.
+    """
+
+    def __init__(self, vectors: Vectors, column: str, index: IvfIndex | None, hold: bool) -> None:
+        self.rows, self.dim = vectors.rows, vectors.dim
+        self._vectors, self._column, self._ivf = vectors, column, index
+        self._held: Floats | None = None
+        self.index: IndexFacts | None = index.facts if index else None
+        self.zeros = 0
+        if index is None:
+            # All are read once, so that what is no number is refused now and not at some query.
+            held = np.empty((self.rows, self.dim), np.float32) if hold else None
+            for first, block in unit_blocks(vectors, column):
+                self.zeros += int((~block.any(axis=1)).sum())
+                if held is not None:
+                    held[first : first + len(block)] = block
+            self._held = held
+
+    def find(self, vectors: np.ndarray[Any, Any], k: int) -> tuple[Floats, Ints]:
+        """The k nearest rows of each vector, best first; equal ones by the lowest row.
+
+        Args:
+            vectors: [n, D] of any length and float.
+            k: at least 1; cut to the number of rows that there are.
+
+        Returns:
+            cosine similarities float32 [n, k], and row numbers int64 [n, k].
+
+        Raises:
+            DataError: another width, or a value that is not finite.
+        """
+        vectors = np.asarray(vectors)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise DataError(
+                f"queries have shape {vectors.shape}, expected [n, {self.dim}]",
+                "embed them with the model that made the vectors",
+            )
+        if k < 1:
+            raise DataError(f"k={k} neighbours were asked for, expected at least 1")
+        queries, k = unit(vectors, "the queries"), min(k, self.rows)
+        if self._ivf is not None:
+            similarity, rows = self._ivf.find(queries, k)
+            return similarity.astype(np.float32), rows
+        best = Nearest(queries, k)
+        if self._held is not None:
+            best.see(self._held, 0)
+        else:
+            for first, block in unit_blocks(self._vectors, self._column):
+                best.see(block, first)
+        return best.similarity.astype(np.float32), best.rows
+
+
+def open_search(
+    vectors: Vectors | np.ndarray[Any, Any],
+    column: str = "cls",
+    index: Index = "auto",
+    memory_gib: float = MEMORY_GIB,
+) -> Search:
+    """Opens vectors for search; builds an index where one is wanted and none is there.
+
+    Args:
+        vectors: `open_vectors(uri)`, or an array [N, D].
+        column: of the vectors: cls or mean.
+        index: exact; ivf; auto: ivf above a million vectors.
+        memory_gib: up to which exact search keeps the vectors in memory (float32); above, each
+            search reads them again.
+
+    Raises:
+        ConfigError: an index is asked for, and faiss is not installed.
+        DataError: no vectors, or values that are not finite.
+    """
+    if isinstance(vectors, np.ndarray):
+        vectors = ArrayVectors(vectors)
+    if not vectors.rows:
+        where = public(vectors.place) if vectors.place else "the array"
+        raise DataError(
+            f"{where} holds no vectors: there is nothing to search in",
+            "embed images first: jobs/embed.py model=… data.source=photos/",
+        )
+    if _takes_index(vectors.rows, index):
+        return Search(vectors, column, _index_of(vectors, column), hold=False)
+    size = vectors.rows * vectors.dim * 4 / 2**30
+    return Search(vectors, column, None, hold=size <= memory_gib)
+
+
+def unit_blocks(vectors: Vectors, column: str) -> Iterator[tuple[int, Floats]]:
+    """(first row, unit vectors [R, D]) through the whole set."""
+    first = 0
+    name = f"the vectors in {public(vectors.place)}" if vectors.place else "the vectors"
+    for block in vectors.column_blocks(column, BLOCK_ROWS):
+        yield first, unit(block, name, first)
+        first += len(block)
+
+
+def _takes_index(rows: int, index: Index) -> bool:
+    if index == "exact" or (index == "auto" and rows <= EXACT_ROWS):
+        return False
+    if importlib.util.find_spec("faiss") is not None:
+        return True
+    if index == "ivf":
+        raise ConfigError(
+            "search.index=ivf needs faiss, which is not installed",
+            "pip install 'raydino[search]', or search.index=exact",
+        )
+    log.warning(
+        "index       faiss is not installed, so each search goes through all %s vectors "
+        "(pip install 'raydino[search]')",
+        f"{rows:,}",
+    )
+    return False
+
+
+def _index_of(vectors: Vectors, column: str) -> IvfIndex:
+    place, digest = vectors.place, vectors.digest
+    index = opened(place, column, digest) if place is not None else None
+    if index is None:
+        index = built(
+            lambda: unit_blocks(vectors, column),
+            vectors.rows,
+            vectors.dim,
+            place,
+            column,
+            digest,
+        )
+        facts = index.facts
+        seconds = facts.train_s + facts.add_s + facts.measure_s
+        log.info("index       built in %.0f s: %s", seconds, facts.text())
+    else:
+        log.info("index       %s", index.facts.text())
+    return index
