@@ -81,6 +81,7 @@ TABLE = [
         others_inside="timm transformers"),
     row("evaluate.sets", "config errors evaluate shards"),
     row("evaluate", "errors images model shards uri views", others="numpy torch"),
+    row("use", "errors evaluate model views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
         "", "mlflow torch numpy pandas"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),

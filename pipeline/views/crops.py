@@ -245,6 +245,13 @@ def cut_crops(
     return out
 
 
+def resized(image: Image, height: int, width: int) -> Image:
+    """The whole image uint8 [H, W, C] at another size, with the kernel of every stage."""
+    if min(image.shape[:2]) == 0:
+        raise DataError(f"an image of {image.shape[0]} x {image.shape[1]} pixels has no size")
+    return _resize(image, height, width)[0].permute(1, 2, 0).contiguous().numpy()
+
+
 def evaluation_resize(size: int) -> int:
     """Side that an image is resized to before its centre of `size` pixels is cut out.
 
