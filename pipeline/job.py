@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline import log
 from pipeline.config.config import Config
@@ -19,19 +20,32 @@ PLACES = (
 )
 
 
-def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None) -> None:
+def main(
+    stages: Sequence[str],
+    doc: str,
+    arguments: Sequence[str] | None = None,
+    shorthand: Mapping[str, str] | None = None,
+) -> None:
     """Runs stages with the process's arguments; exits 2 on a user's mistake.
 
     Args:
         stages: names in `pipeline.stages.ORDER`, or `doctor` alone.
         doc: what `--help` says first.
         arguments: default: `sys.argv[1:]`.
+        shorthand: short names of this job for fields, `{"model": "embed.model"}`; under `""` the
+            list field that takes what is neither a recipe nor `name=value`.
     """
+    shorthand = shorthand or {}
     prefer_utf8()
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags = [a for a in given if a.startswith("-")]
     if {"-h", "--help"} & set(flags):
-        _print(f"{doc.strip()}\n\n{PLACES}\n\nFields (section.field=value) [default]:{describe()}")
+        short = [f"{name} for {field}" for name, field in shorthand.items() if name]
+        names = f"Short names here: {', '.join(short)}.\n\n" * bool(short)
+        _print(
+            f"{doc.strip()}\n\n{PLACES}\n\n{names}"
+            f"Fields (section.field=value) [default]:{describe()}"
+        )
         return
     log.configure()
     try:
@@ -40,7 +54,7 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
                 f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
                 "options are --dry-run and --help; fields are set as section.field=value",
             )
-        config = load([a for a in given if not a.startswith("-")])
+        config = load(spelled_out([a for a in given if not a.startswith("-")], shorthand))
         with beating(), doing("loading the libraries"):
             _start(config, stages, dry=bool(flags))
     except PipelineError as error:
@@ -55,6 +69,32 @@ def main(stages: Sequence[str], doc: str, arguments: Sequence[str] | None = None
         sys.stdout.flush()
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
         sys.exit(130)  # 128 + SIGINT
+
+
+def spelled_out(arguments: Sequence[str], shorthand: Mapping[str, str]) -> list[str]:
+    """Arguments with the short names of a job as the fields that they stand for.
+
+    Args:
+        arguments: recipe, `name=value`, and what a job takes besides (images to look at).
+        shorthand: as for `main`.
+    """
+    loose: list[str] = []
+    fields = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name in shorthand:
+            fields.append(f"{shorthand[name]}={value}")
+        elif (
+            "" in shorthand
+            and not argument.endswith((".yaml", ".yml"))
+            and not (equals and "/" not in name)
+        ):
+            loose.append(argument)
+        else:
+            fields.append(argument)
+    if loose:  # a JSON list is a YAML one, whatever is in the names
+        fields.append(f"{shorthand['']}={json.dumps(loose)}")
+    return fields
 
 
 def _start(config: Config, stages: Sequence[str], dry: bool) -> None:

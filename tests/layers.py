@@ -106,13 +106,15 @@ TABLE = [
         others="numpy pyarrow"),
     row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
         "uri views", others="numpy PIL pyarrow"),
-    row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* errors "
-        "images shards storage uri", "evaluate model views", "numpy pyarrow",
-        "ray torch onnxruntime"),
+    # what makes vectors; its descriptor is what a curation sees of an image
+    row("embed", "embed errors images shards storage uri", "curate.images.* evaluate model plan "
+        "train views", "numpy pyarrow", "ray torch timm onnxruntime"),
+    row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* embed "
+        "errors images shards storage uri", "", "numpy pyarrow", "ray"),
     row("curate.look.*", "curate.look.* curate.images.* curate.rows.* curate.steps.* images shards "
         "storage uri", others="numpy PIL pyarrow scipy"),
     row("curate.threshold.*", "curate.threshold.* curate.embed.* curate.images.* curate.look.* "
-        "curate.rows.* curate.steps.* images uri views", others="numpy PIL pyarrow"),
+        "curate.rows.* curate.steps.* embed images uri views", others="numpy PIL pyarrow"),
     row("curate.copies.*", "curate.copies.* curate.look.* curate.rows.* curate.steps.* errors "
         "storage uri", others="numpy pyarrow", others_inside="ray scipy torch"),
     row("curate.choose.*", "curate.choose.* curate.rows.* curate.steps.* errors storage uri",
@@ -123,10 +125,10 @@ TABLE = [
         "views", others="numpy PIL pyarrow", others_inside="umap"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
-    row("curate", "config context curate.* errors images shards storage train uri", "plan",
+    row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
-    row("stages", "config context curate driver errors evaluate heartbeat images model pack plan "
-        "report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
+    row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
+        "plan report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
     row("job", "config environment errors heartbeat log", "stages"),
 ]  # fmt: skip
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

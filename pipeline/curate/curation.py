@@ -12,7 +12,6 @@ from pipeline.curate.choose.retrieve import Retrieved
 from pipeline.curate.copies.components import LOOKED_EDGES
 from pipeline.curate.copies.stored_copies import Copies
 from pipeline.curate.decide.tally import Tally
-from pipeline.curate.embed.embedders import EmbedderSpec
 from pipeline.curate.look.looks import counted
 from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.read_rows import RowSet
@@ -20,6 +19,7 @@ from pipeline.curate.rows.tables import Inputs, Vectors
 from pipeline.curate.sets import Sets
 from pipeline.curate.steps.steps import Result
 from pipeline.curate.threshold.threshold import Calibration
+from pipeline.embed.embedders import EmbedderSpec
 from pipeline.uri import Place
 
 

@@ -1,19 +1,12 @@
-"""What the embedder fields of `curate` mean: no weights, a run of ours, weights, or ONNX."""
+"""What the embedder fields of `curate` mean: no weights, a run of ours, weights, timm, or ONNX."""
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from typing import Any
-
 from pipeline.config.config import Config
-from pipeline.curate.embed.embedders import BACKBONE, DESCRIPTOR, EmbedderSpec, spec_of
-from pipeline.curate.embed.onnx_files import is_onnx
+from pipeline.embed import embedders
+from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError, PipelineError
-from pipeline.storage.run_folder import fingerprint
-from pipeline.train import state
-from pipeline.train.start import checkpoint_at, encoder_of
-from pipeline.uri import is_uri, public
+from pipeline.uri import public
 
 
 def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
@@ -23,48 +16,20 @@ def embedder_of(config: Config, field: str, value: str) -> EmbedderSpec:
         config: the recipe, for image size and batch size; its mean and deviation count where the
             weights do not say theirs.
         field: for messages.
-        value: `descriptor`, a run folder or a checkpoint in one, weights, or a `.onnx` file.
+        value: as `pipeline.embed.embedders.embedder_of` takes it.
 
     Raises:
         PipelineError: there is nothing of that kind.
     """
-    curate = config.curate
-    if value == DESCRIPTOR:
-        return EmbedderSpec()
-    saved = None if is_onnx(value) else checkpoint_at(value)
-    if saved is not None:
-        theirs = encoder_config(saved)
-        return EmbedderSpec(
-            BACKBONE,
-            name=public(value),
-            digest=fingerprint([saved.step, saved.meta.get("plan")]),
-            load=partial(load_teacher, str(saved.path)),
-            image_size=curate.image_size or theirs.augment.global_size,
-            mean=theirs.augment.mean,
-            std=theirs.augment.std,
-            batch_size=curate.batch_size,
-        )
+    curate, augment = config.curate, config.augment
     try:
-        augment = config.augment
-        return spec_of(value, curate.image_size, curate.batch_size, augment.mean, augment.std)
+        return embedders.embedder_of(
+            value,
+            image_size=curate.image_size,
+            batch_size=curate.batch_size,
+            mean=augment.mean,
+            std=augment.std,
+            folder=config.run.folder,
+        )
     except PipelineError as error:
         raise DataError(f"{field}={public(value)}: {error.what}", error.hint) from error
-
-
-def encoder_config(saved: state.Saved) -> Config:
-    """The recipe that a checkpoint was trained with."""
-    from pipeline.plan.resume import plan_of
-
-    return plan_of(saved.meta, saved.path).config
-
-
-def load_teacher(checkpoint: str) -> Any:
-    """In a task: the teacher's backbone of a checkpoint.
-
-    Raises:
-        DataError: it is gone.
-    """
-    saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
-    if saved is None:
-        raise DataError(f"the checkpoint {public(checkpoint)} is gone", "curate again")
-    return encoder_of(saved)[0].backbone.eval()

@@ -17,13 +17,14 @@ from pipeline.config.config import Config
 from pipeline.context import result_line
 from pipeline.curate.copies.relative import look_up
 from pipeline.curate.copies.stored_copies import Copies
-from pipeline.curate.embed.embedders import DESCRIPTOR, opened
+from pipeline.curate.embed.embed import unit_vectors
 from pipeline.curate.images.descriptor import describe, visiting
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.read import parquet_names
 from pipeline.curate.rows.tables import read_table
 from pipeline.curate.run_earlier import Earlier, check_inputs, earlier_runs
+from pipeline.embed.embedders import DESCRIPTOR, open_embedder
 from pipeline.errors import DataError, shortened
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import decode_image
@@ -144,8 +145,8 @@ def _like(config: Config, one: Earlier, pixels: Any) -> list[Answer]:
         vector, crops = describe(three_channels(pixels))
         views = visiting
     else:
-        embedder = opened(spec)
-        vector, crops, views = embedder.embed([embedder.prepare(pixels)])[0], None, None
+        embedder = open_embedder(spec)
+        vector, crops, views = unit_vectors(embedder, [embedder.prepare(pixels)])[0], None, None
     matches = look_up(copies, vector, crops, views, threshold=max(0.0, threshold - NEAR))
     return [_answer(one, match.row, match.similarity, threshold) for match in matches]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.curate.embed.embedders import EmbedderSpec
 from pipeline.curate.report.read import parquet_names
 from pipeline.curate.steps.steps import Result
+from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import read_json, read_mark

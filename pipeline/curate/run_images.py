@@ -5,11 +5,11 @@ from __future__ import annotations
 from pipeline.config.config import Config
 from pipeline.curate.curation import Embedded, OtherSet, Setup
 from pipeline.curate.embed.embed import embed
-from pipeline.curate.embed.embedders import DESCRIPTOR, EmbedderSpec
 from pipeline.curate.images import exact_copies, fingerprint, quality
 from pipeline.curate.images.quality import Rules
 from pipeline.curate.rows.tables import Inputs
 from pipeline.curate.steps.steps import Result
+from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec
 from pipeline.uri import Place
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pipeline.config.config import Config
 from pipeline.curate.choose.lloyd import TASK_ELEMENTS
 from pipeline.curate.choose.seed_clusters import CLUSTER, CLUSTER_ROWS, Retrieval
-from pipeline.curate.embed.embedders import DESCRIPTOR, Embedder
 from pipeline.curate.images.descriptor import DIM
 from pipeline.curate.models import embedder_of
 from pipeline.curate.sets import Sets
+from pipeline.embed.embedders import DESCRIPTOR, Embedder
 from pipeline.errors import ConfigError
 from pipeline.uri import public
 

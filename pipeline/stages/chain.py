@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import yaml
 
 from pipeline.config.config import Config
-from pipeline.context import DESCRIPTOR, Context, with_packed_sets
+from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
 from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
+from pipeline.embed.embedders import absolute_model
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Table
@@ -236,12 +237,10 @@ def with_absolute_weights(config: Config) -> Config:
     model = config.model.model_copy(update={"init": full(config.model.init)})
     distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
     curate = config.curate
+    runs = config.run.folder
     embedders = {
-        name: value if value == DESCRIPTOR else full(value)
-        for name, value in (
-            ("copy_embedder", curate.copy_embedder),
-            ("embedder", curate.embedder),
-        )
+        "copy_embedder": absolute_model(curate.copy_embedder, runs),
+        "embedder": absolute_model(curate.embedder, runs),
     }
     places = {"against": full(curate.against), "shards": full(curate.shards)}
     curate = curate.model_copy(update=embedders | places)

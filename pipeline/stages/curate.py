@@ -11,8 +11,6 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.context import DESCRIPTOR, Context, result_line
 from pipeline.curate.curation import Curation
-from pipeline.curate.embed.embedders import EmbedderSpec
-from pipeline.curate.embed.onnx_files import is_onnx
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report import numbers as report_numbers
 from pipeline.curate.report import pictures as report_pictures
@@ -23,6 +21,8 @@ from pipeline.curate.run_decide import write_shards
 from pipeline.curate.run_earlier import Earlier, keys_of
 from pipeline.curate.sets import POOL_NAME, open_sets
 from pipeline.curate.sizes import check_clusters
+from pipeline.embed.embedders import EmbedderSpec
+from pipeline.embed.onnx_files import is_onnx
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import FULL
 from pipeline.shards.shards import open_shards

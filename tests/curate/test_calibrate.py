@@ -15,9 +15,7 @@ from PIL import Image
 
 from pipeline.config.load import load
 from pipeline.curate.embed import embed as embedding
-from pipeline.curate.embed import embedders
 from pipeline.curate.embed.embed import embed
-from pipeline.curate.embed.embedders import MEAN, STD, EmbedderSpec, spec_of
 from pipeline.curate.images import exact_copies, fingerprint
 from pipeline.curate.images.descriptor import describe, similarity
 from pipeline.curate.look import forms
@@ -29,6 +27,9 @@ from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.curate.threshold.calibrate import attack_file, attacked_copies, calibrate
 from pipeline.curate.threshold.tail import all_pairs, interval, tail_threshold
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
+from pipeline.embed import embedders
+from pipeline.embed.embedders import MEAN, STD, EmbedderSpec, embedder_of
+from pipeline.embed.load import load_weights
 from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
@@ -330,7 +331,7 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
     torch.manual_seed(0)
     spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
     network = spec.build().eval()
-    embedder = spec_of(str(save_backbone(network, spec, tmp_path / "weights")), batch_size=16)
+    embedder = embedder_of(str(save_backbone(network, spec, tmp_path / "weights")), batch_size=16)
     asked = {}
 
     class Seen(Here):
@@ -364,11 +365,12 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
 @pytest.mark.long
 def test_a_model_is_opened_once_for_all_files_of_a_worker(tmp_path, monkeypatch):
     spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
-    embedder = spec_of(str(save_backbone(spec.build(), spec, tmp_path / "weights")))
+    embedder = embedder_of(str(save_backbone(spec.build(), spec, tmp_path / "weights")))
     opened = []
-    load = embedders.load_weights
     monkeypatch.setattr(embedders, "_open", {})
-    counted = replace(embedder, load=lambda: opened.append(1) or load(str(tmp_path / "weights")))
+    counted = replace(
+        embedder, load=lambda: opened.append(1) or load_weights(str(tmp_path / "weights"))
+    )
     for n in range(3):
         shard(tmp_path / "in" / f"{n}.parquet", [encoded(scene(n))])
     for file in inputs_of(tmp_path / "in").files:

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from pipeline.curate.embed import embed as module
-from pipeline.curate.embed import embedders, onnx_files
 from pipeline.curate.embed.embed import embed, embed_file
-from pipeline.curate.embed.embedders import EmbedderSpec, digest_of, opened, spec_of
-from pipeline.curate.embed.onnx_files import external_files
 from pipeline.curate.images import fingerprint
 from pipeline.curate.rows.tables import matrix
+from pipeline.embed import embedders, onnx_files
+from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.embed.load import digest_of
+from pipeline.embed.onnx_files import external_files
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
@@ -63,7 +64,7 @@ def test_weights_in_every_form_give_their_features(tmp_path, backbone, form, mon
         torch.save(backbone.state_dict(), path)
     shard(tmp_path / "in" / "a.parquet", [*IMAGES[:3], b"broken", *IMAGES[3:]], group=3)
     file = inputs_of(tmp_path / "in").files[0]
-    spec = spec_of(str(path), batch_size=2)
+    spec = embedder_of(str(path), batch_size=2)
     account = embed_file(str(tmp_path / "out"), file, spec)
     rows, vectors = vectors_of(tmp_path / "out")
     assert rows == [0, 1, 2, 4, 5, 6, 7] and account["dim"] == 64 and account["rows"] == 7
@@ -89,7 +90,7 @@ def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
         {"row": [0, 1, 2, 5], "keeper": [0, 0, 2, 5], "method": ["", "bytes", "", ""]}
     )
     pq.write_table(keepers, exact / "00000.parquet")
-    spec = spec_of(str(tmp_path / "w"))
+    spec = embedder_of(str(tmp_path / "w"))
     vectors, step = embed(tmp_path / "out", "embed", inputs, result(exact), spec)
     assert (vectors.dim, vectors.column, vectors.views, vectors.names) == (
         64,
@@ -119,10 +120,10 @@ def loaded(network):
 
 def test_what_cannot_be_used_is_said(tmp_path):
     with pytest.raises(PipelineError, match="there is no"):
-        spec_of(str(tmp_path / "nothing"))
+        embedder_of(str(tmp_path / "nothing"))
     spec = EmbedderSpec("backbone", "nan", "1", load=partial(loaded, Nan()), image_size=8)
     with pytest.raises(DataError, match="not finite"):
-        opened(spec)
+        open_embedder(spec)
     (tmp_path / "a").write_bytes(b"1")
     before = digest_of(tmp_path)
     (tmp_path / "a").write_bytes(b"2")
@@ -184,7 +185,7 @@ def onnx_file(path, kind="float", last=False, size=(16, 16), batch="N", metadata
 )
 def test_onnx_takes_what_its_signature_says(tmp_path, options):
     path = onnx_file(tmp_path / "m.onnx", **options)
-    spec = spec_of(str(path), image_size=16 if "size" in options else None)
+    spec = embedder_of(str(path), image_size=16 if "size" in options else None)
     shard(tmp_path / "in" / "a.parquet", IMAGES)
     embed_file(str(tmp_path / "out"), inputs_of(tmp_path / "in").files[0], spec)
     rows, embedded = vectors_of(tmp_path / "out")
@@ -201,21 +202,21 @@ def test_onnx_takes_what_its_signature_says(tmp_path, options):
 def test_onnx_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     path = onnx_file(tmp_path / "m.onnx")
     with pytest.raises(DataError, match="takes images of 16 x 16 pixels"):
-        opened(spec_of(str(path), image_size=32))
+        open_embedder(embedder_of(str(path), image_size=32))
     wide = onnx_file(tmp_path / "w.onnx", size=(16, 24))
     with pytest.raises(DataError, match="takes x tensor"):
-        opened(spec_of(str(wide)))
+        open_embedder(embedder_of(str(wide)))
     odd = onnx_file(tmp_path / "o.onnx", metadata={"mean": json.dumps("grey")})
     with pytest.raises(DataError, match="metadata mean"):
-        opened(spec_of(str(odd)))
+        open_embedder(embedder_of(str(odd)))
     (tmp_path / "t.onnx").write_bytes(b"text")
     with pytest.raises(DataError, match="cannot be opened"):
-        opened(spec_of(str(tmp_path / "t.onnx")))
+        open_embedder(embedder_of(str(tmp_path / "t.onnx")))
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(DataError, match="needs the package onnxruntime"):
-        opened(spec_of(str(path), batch_size=3))
+        open_embedder(embedder_of(str(path), batch_size=3))
 
 
 def external(path, name="weights/m.data", seed=0):
@@ -254,7 +255,7 @@ def test_weights_beside_an_onnx_model_are_part_of_it(tmp_path):
     assert path.read_bytes() == model  # only the file beside it says the difference
     (tmp_path / "weights" / "m.data").unlink()
     with pytest.raises(PipelineError, match=r"m\.data, which holds weights of"):
-        spec_of(str(path))
+        embedder_of(str(path))
 
 
 def test_onnx_models_that_lead_elsewhere_or_are_none(tmp_path):
@@ -296,17 +297,17 @@ def test_a_model_that_another_worker_fetched_meanwhile_stays(tmp_path, monkeypat
 def test_an_onnx_model_at_a_uri_is_copied_once(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_files.tempfile, "gettempdir", lambda: str(tmp_path / "node"))
     path = external(tmp_path / "there" / "m.onnx")
-    local = spec_of(str(path))
-    spec = spec_of(f"file://{path}")
+    local = embedder_of(str(path))
+    spec = embedder_of(f"file://{path}")
     assert spec.settings == local.settings and spec.path == f"file://{path}"
     image = scene(1, 8, 8)[None]
-    expected = opened(local).embed(image)
+    expected = open_embedder(local).outputs(image)["cls"]
     embedders._open.clear()
-    np.testing.assert_array_equal(opened(spec).embed(image), expected)
+    np.testing.assert_array_equal(open_embedder(spec).outputs(image)["cls"], expected)
     copies = sorted(p.name for p in (tmp_path / "node").rglob("*") if p.is_file())
     assert copies == [f"{spec.digest}.lock", "m.data", "m.onnx"]
     (tmp_path / "there" / "weights" / "m.data").unlink()  # a copy is not fetched again
     embedders._open.clear()
-    np.testing.assert_array_equal(opened(spec).embed(image), expected)
+    np.testing.assert_array_equal(open_embedder(spec).outputs(image)["cls"], expected)
     with pytest.raises(PipelineError, match=r"at a URI, name a run folder or a \.onnx file"):
-        spec_of("file:///somewhere/weights.pth")
+        embedder_of("file:///somewhere/weights.pth")

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from pipeline.curate.embed.embed import embed
-from pipeline.curate.embed.embedders import EmbedderSpec, spec_of
 from pipeline.curate.images.exact_copies import collapse
 from pipeline.curate.images.fingerprint import fingerprint
 from pipeline.curate.images.quality import Rules, quality
 from pipeline.curate.rows.tables import Inputs, read_table
 from pipeline.curate.threshold.calibrate import calibrate
+from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
 from tests.curate.images import encoded, inputs_of, scene, shard
@@ -36,14 +36,14 @@ def test_on_ray_and_again(tmp_path, ray_cluster):
     shard(tmp_path / "in" / "a.parquet", images[:40])
     shard(tmp_path / "in" / "b.parquet", [*images[40:], images[0], b""])
     inputs = inputs_of(tmp_path / "in")
-    first = all_steps(tmp_path / "out", inputs, spec_of(str(weights)))
+    first = all_steps(tmp_path / "out", inputs, embedder_of(str(weights)))
     calibration, vectors, results = first
     assert (calibration.images, calibration.attacked) == (70, 60)
     assert vectors.dim == 64 and calibration.penalty == 0
     assert results[2].total("copies_bytes") == 1 and results[2].total("rows") == 71
     rows = [read_table(vectors.folder, n).column("row").to_numpy() for n in vectors.names]
     assert len(np.concatenate(rows)) == 70
-    again = all_steps(tmp_path / "out", inputs, spec_of(str(weights)))
+    again = all_steps(tmp_path / "out", inputs, embedder_of(str(weights)))
     assert again[:2] == first[:2]
     assert [r.reused for r in again[2]] == [len(r.accounts) for r in again[2]]
 

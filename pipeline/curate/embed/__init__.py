@@ -1,5 +1,5 @@
-"""Images to unit vectors: by descriptor, a run's backbone, weights or ONNX. Start at `embed.py`.
+"""Images to the unit vectors that a curation compares: one file for each input file.
 
-In: shards and an `Embedder`. Out: one file of vectors for each input file.
-Imports: images, rows, steps, shards, storage, errors, uri; in functions model, evaluate, views.
+In: shards and an `Embedder` of `pipeline.embed`. Out: vectors of unit length in half precision.
+Imports: embed, images, rows, steps, shards, storage, errors, uri.
 """

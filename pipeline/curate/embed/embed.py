@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.embed.embedders import DESCRIPTOR, EmbedderSpec, Images, opened
 from pipeline.curate.images import descriptor
 from pipeline.curate.images.fingerprint import fingerprint, groups_of
+from pipeline.curate.rows.exact import Halves, unit_half
 from pipeline.curate.rows.tables import (
     InputFile,
     Inputs,
@@ -26,6 +26,7 @@ from pipeline.curate.rows.tables import (
     vector_schema,
 )
 from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, Images, open_embedder
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.shards.row_group import RowGroup
@@ -106,7 +107,7 @@ def embed_file(
     threads: int = 1,
 ) -> Account:
     """Task: the vectors of one file, by row; rows that cannot be decoded are left out."""
-    embedder = opened(spec, gpu, threads)
+    embedder = open_embedder(spec, gpu, threads)
     is_distinct = np.ones(file.rows, bool)
     if exact:
         table = read_table(exact, file.name, ["row", "keeper"])
@@ -148,12 +149,17 @@ def embed_file(
                     kept.append(place)
                     waiting.append(image)
                     if len(waiting) == spec.batch_size:
-                        vectors.append(embedder.embed(waiting))
+                        vectors.append(unit_vectors(embedder, waiting))
                         waiting = []
-            vectors.append(embedder.embed(waiting))
+            vectors.append(unit_vectors(embedder, waiting))
             writer.write_table(_table(file.first + first, kept, group.image_ids, vectors, schema))
             rows += len(kept)
     return {"rows": rows, "bytes": size(), "dim": embedder.dim}
+
+
+def unit_vectors(embedder: Embedder, images: Sequence[Images]) -> Halves:
+    """Prepared images to CLS vectors of unit length in half precision, [n, D]."""
+    return unit_half(embedder.outputs(images)["cls"])
 
 
 def _table(

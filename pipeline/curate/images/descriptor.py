@@ -58,9 +58,24 @@ def describe(rgb: Pixels) -> tuple[Halves, Halves]:
 
 def square(grey: Image.Image) -> Doubles:
     """A grey image of any shape as [128, 128], multiples of 1/4."""
-    twice = np.asarray(grey.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR), np.uint16)
-    rows = twice[::2] + twice[1::2]
-    return (rows[:, ::2] + rows[:, 1::2]) / 4.0
+    whole: Doubles = averaged(_resized(grey)[None])[0]
+    return whole
+
+
+def twice(rgb: Pixels) -> Pixels:
+    """An image [H, W, 3] as the grey [256, 256] that a descriptor is made of."""
+    return _resized(Image.fromarray(np.ascontiguousarray(rgb)).convert("L"))
+
+
+def averaged(grey: Pixels) -> Doubles:
+    """Grey images [n, 256, 256] as [n, 128, 128], multiples of 1/4."""
+    wide = grey.astype(np.uint16)
+    rows = wide[:, ::2] + wide[:, 1::2]
+    return (rows[:, :, ::2] + rows[:, :, 1::2]) / 4.0
+
+
+def _resized(grey: Image.Image) -> Pixels:
+    return np.asarray(grey.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR))
 
 
 def describe_grey(squares: Doubles) -> tuple[Halves, Halves]:

@@ -20,7 +20,6 @@ import pyarrow as pa
 from PIL import Image
 
 from pipeline.curate.embed import embed
-from pipeline.curate.embed.embedders import DESCRIPTOR, EmbedderSpec, opened
 from pipeline.curate.images import descriptor, exact_copies
 from pipeline.curate.images.fingerprint import groups_of
 from pipeline.curate.images.measure import three_channels
@@ -42,6 +41,7 @@ from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.curate.threshold.tail import Look
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
+from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec, open_embedder
 from pipeline.images.bad_image import MAX_PIXELS
 from pipeline.images.decode import decode_image
 from pipeline.uri import Place
@@ -184,7 +184,7 @@ def attack_file(
     threads: int = 1,
 ) -> Account:
     """Task: vectors of the nine copies of some images of a file."""
-    embedder = None if spec.kind == DESCRIPTOR else opened(spec, gpu, threads)
+    embedder = None if spec.kind == DESCRIPTOR else open_embedder(spec, gpu, threads)
     channels = 3 if embedder is None else embedder.channels
     places = np.asarray(rows) - file.first
     starts = np.cumsum([0, *file.file.row_groups])
@@ -213,7 +213,7 @@ def attack_file(
                     vectors.append(np.stack([full for full, _ in copies]))
                     views.append(np.stack([crops for _, crops in copies]))
                 else:
-                    vectors.append(embedder.embed(copies))
+                    vectors.append(embed.unit_vectors(embedder, copies))
     columns: dict[str, Any] = {
         "image_id": pa.array(ids, ID),
         "vectors": list_array(np.concatenate(vectors).reshape(len(ids), -1)),

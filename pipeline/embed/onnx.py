@@ -164,8 +164,8 @@ def _signature(
     fixed = next(iter(sides), None)
     if fixed and image_size and fixed != image_size:
         raise DataError(
-            f"{path} takes images of {fixed} x {fixed} pixels, curate.image_size={image_size}",
-            "leave curate.image_size empty",
+            f"{path} takes images of {fixed} x {fixed} pixels, image_size={image_size}",
+            "leave image_size empty",
         )
     metadata = session.get_modelmeta().custom_metadata_map
     values = {}

@@ -1,0 +1,394 @@
+"""What turns images into vectors, opened in one place, described so that tasks can open it too.
+
+`embedder_of` says what a name means, `open_embedder` loads it, and the `Embedder` prepares images
+and gives their CLS vector, the mean of their patches, the patches, or the CLS of the last blocks.
+
+Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.embed import load
+from pipeline.embed.onnx import OnnxModel
+from pipeline.embed.onnx_files import is_onnx, on_this_node
+from pipeline.errors import DataError, PipelineError
+from pipeline.images.value_range import FULL, ValueRange
+from pipeline.storage.places import absolute_uri, exists, resolve_uri
+from pipeline.storage.run_folder import fingerprint
+from pipeline.uri import is_uri, join, public
+
+DESCRIPTOR, BACKBONE, ONNX = "descriptor", "backbone", "onnx"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+OUTPUTS = ("cls", "mean", "patches", "blocks")
+BLOCKS = 4  # of the last blocks: what linear evaluation takes of a ViT (DINOv2 `eval/linear.py`)
+
+Images = np.ndarray[Any, np.dtype[np.uint8]]
+Vectors = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class EmbedderSpec:
+    """An embedder as tasks receive it; small, pickled.
+
+    Attributes:
+        kind: DESCRIPTOR, BACKBONE or ONNX.
+        name: for messages, and to open it again: a path or URI, `timm:<name>` or `descriptor`.
+        digest: changes with the weights; results are kept under it.
+        load: of a backbone: gives a module [B, C, S, S] -> [B, D]. A function of a module (or a
+            partial of one), so that it can be pickled.
+        path: of an ONNX model, that all nodes reach; or its URI.
+        image_size: side of the images; None: the model's own.
+        mean: of each channel, for values in 0 to 1.
+        std: of each channel.
+        batch_size: images at once.
+        half: backbones compute in bfloat16 (on a GPU).
+        value_range: that the images of its training were decoded with.
+    """
+
+    kind: str = DESCRIPTOR
+    name: str = DESCRIPTOR
+    digest: str = ""
+    load: Callable[[], Any] | None = None
+    path: str = ""
+    image_size: int | None = None
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    batch_size: int = 64
+    half: bool = False
+    value_range: ValueRange = FULL
+
+    @property
+    def identity(self) -> list[Any]:
+        """What must be equal for vectors to be compared, as JSON reads it back."""
+        return [self.kind, self.digest, self.image_size, list(self.mean), list(self.std)]
+
+    @property
+    def settings(self) -> list[Any]:
+        """What vectors depend on, JSON-like: part of a step's key."""
+        return [*self.identity, self.batch_size, self.half]
+
+
+def embedder_of(
+    model: str,
+    *,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    half: bool = False,
+    folder: str = "runs",
+) -> EmbedderSpec:
+    """The embedder that a name means.
+
+    Args:
+        model: a run's folder, its name in `folder`, or a checkpoint of one (the teacher of its
+            chosen checkpoint); a file or folder of weights in one of the three formats;
+            `timm:<name>`; a file in ONNX; or `descriptor`. A run and ONNX may be at a URI.
+        image_size: default: the model's own.
+        batch_size: images at once.
+        mean: of each channel, where the model does not say its own; default: ImageNet's.
+        std: likewise.
+        half: compute in bfloat16 on a GPU.
+        folder: where runs are looked for by their name.
+
+    Raises:
+        PipelineError: there is nothing of that kind; says which models are at hand.
+    """
+    if model == DESCRIPTOR:
+        return EmbedderSpec()
+    opened: Callable[[], Any] | None
+    usual = load.Preprocessing(None, tuple(mean or MEAN), tuple(std or STD))
+    if model.startswith(load.TIMM):
+        name = model.removeprefix(load.TIMM)
+        digest, known = load.timm_facts(name)
+        opened, kind, path = partial(load.load_timm, name), BACKBONE, ""
+    elif is_onnx(model):
+        path = absolute_uri(model)
+        digest, known = load.digest_of(path), usual
+        opened, kind, model = None, ONNX, path
+    else:
+        model = absolute_model(model, folder)
+        opened, digest, known = _run(model) or _weights(model, folder)
+        kind, path = BACKBONE, ""
+    return EmbedderSpec(
+        kind,
+        name=public(model),
+        digest=digest,
+        load=opened,
+        path=path,
+        image_size=image_size or known.image_size,
+        mean=known.mean or usual.mean,
+        std=known.std or usual.std,
+        batch_size=batch_size,
+        half=half,
+        value_range=known.value_range,
+    )
+
+
+Known = tuple[Callable[[], Any], str, load.Preprocessing]
+
+
+def absolute_model(model: str, folder: str = "runs") -> str:
+    """What `embedder_of` takes, as it can be given to a process of another folder: a path in full,
+    and the folder of a run for its name.
+    """
+    if model == DESCRIPTOR or model.startswith(load.TIMM):
+        return model
+    if not is_uri(model) and not Path(model).exists() and not Path(model).is_absolute():
+        named = str(join(folder, model))
+        if exists(*resolve_uri(named)):
+            return absolute_uri(named)
+    return absolute_uri(model)
+
+
+def _run(model: str) -> Known | None:
+    """The teacher of a run's chosen checkpoint; None where there is none."""
+    from pipeline.plan.resume import plan_of
+    from pipeline.train.start import checkpoint_at
+
+    saved = checkpoint_at(model)
+    if saved is None:
+        return None
+    plan = plan_of(saved.meta, saved.path)
+    augment = plan.config.augment
+    known = load.Preprocessing(
+        augment.global_size, augment.mean, augment.std, plan.value_range or FULL
+    )
+    digest = fingerprint([saved.step, saved.meta.get("plan")])
+    return partial(load.load_teacher, str(saved.path)), digest, known
+
+
+def _weights(model: str, folder: str) -> Known:
+    path = load.weights_at(model)
+    if Path(path, "config.yaml").is_file() and not Path(path, "config.json").is_file():
+        near = load.at_hand(folder)
+        raise PipelineError(
+            f"no embedder: {public(path)} is a run folder without a checkpoint or weights",
+            "pretrain it first" + f"; at hand are {near}" * bool(near),
+        )
+    known = load.preprocessing_of(path)
+    return partial(load.load_weights, path), load.digest_of(path), known
+
+
+class Embedder:
+    """An opened model: prepares images and gives their vectors.
+
+    Attributes:
+        spec: what it was opened from.
+        dim: D, width of its vectors.
+        size: S, side of the images that it takes, pixels.
+        channels: C of these images.
+        patch_size: side of a patch in pixels; None: it has no patch tokens.
+        registers: tokens between CLS and the patches.
+        network: the torch module on its device; None for ONNX and the descriptor.
+        mean: of each channel, for values in 0 to 1.
+        std: of each channel.
+    """
+
+    def __init__(self, spec: EmbedderSpec, gpu: bool = False, threads: int = 1) -> None:
+        self.spec, self.mean, self.std = spec, spec.mean, spec.std
+        self.channels = len(spec.mean)
+        self.patch_size: int | None = None
+        self.registers = 0
+        self.network: Any = None
+        self._run: Callable[[Images, Sequence[str], int], dict[str, Any]] = self._forward
+        if spec.kind == DESCRIPTOR:
+            from pipeline.curate.images import descriptor
+
+            self._run, self.dim, self.size = self._describe, descriptor.DIM, 2 * descriptor.SIDE
+            return
+        if spec.kind == ONNX:
+            path = on_this_node(spec.path, spec.digest)
+            sizes = (spec.image_size, spec.mean, spec.std)
+            model = OnnxModel(path, *sizes, threads=threads, gpu=gpu, name=spec.name)
+            self._run = lambda images, want, blocks: {"cls": model(images)}
+            self.mean, self.std = model.signature.mean, model.signature.std
+            self.size, self.dim = model.signature.size, model.dim
+            return
+        if spec.load is None:
+            raise DataError(f"embedder {spec.name} has nothing to load", "give weights or a model")
+        import torch
+
+        torch.set_num_threads(threads)
+        self._device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+        self._dtype = torch.bfloat16 if spec.half and self._device == "cuda" else torch.float32
+        self.network = network = spec.load().to(self._device).eval()
+        self._check_channels()
+        if getattr(network, "has_patches", False):
+            self.patch_size = int(network.patch_size)
+        prefix = int(getattr(network, "prefix_tokens", 1))
+        self.registers = int(getattr(network, "registers", max(0, prefix - 1)))
+        self.size = spec.image_size or _own_size(network)
+        blank = np.zeros((self.size, self.size, self.channels), np.uint8)
+        self.dim = self.outputs([blank])["cls"].shape[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image; (0, 0) without patch tokens."""
+        side = self.size // self.patch_size if self.patch_size else 0
+        return side, side
+
+    def prepare(self, pixels: Images) -> Images:
+        """A decoded image [H, W, C] as [S, S, C]: the evaluation's resize and centre crop; for the
+        descriptor its small grey image, [S, S, 1].
+        """
+        if self.spec.kind == DESCRIPTOR:
+            from pipeline.curate.images import descriptor, measure
+
+            return descriptor.twice(measure.three_channels(pixels))[..., None]
+        from pipeline.views.crops import resize_centre_crop
+
+        return resize_centre_crop(pixels, self.size)
+
+    def outputs(
+        self, images: Sequence[Images], want: Sequence[str] = ("cls",), blocks: int = BLOCKS
+    ) -> dict[str, Vectors]:
+        """What the model says of prepared images, as it gives it: not of unit length.
+
+        Args:
+            images: B of them, uint8 [S, S, C]; taken `batch_size` at a time.
+            want: of OUTPUTS.
+            blocks: n.
+
+        Returns:
+            `cls` float32 [B, D]; `mean` float32 [B, D], of the patch tokens; `patches` float16
+            [B, P, D]; `blocks` float32 [B, n, D], the normed CLS of the last n blocks, the last
+            one last.
+
+        Raises:
+            DataError: the model has no such output, or gives values that are no numbers.
+        """
+        self._check_wanted(want, blocks)
+        if not len(images):
+            rows, columns = self.grid
+            shapes = {"patches": (rows * columns, self.dim), "blocks": (blocks, self.dim)}
+            return {
+                name: np.zeros((0, *shapes.get(name, (self.dim,))), _dtype(name)) for name in want
+            }
+        size = self.spec.batch_size
+        parts = [
+            self._run(np.stack(images[at : at + size]), want, blocks)
+            for at in range(0, len(images), size)
+        ]
+        joined = {}
+        for name in want:
+            vectors = np.concatenate([np.asarray(part[name], _dtype(name)) for part in parts])
+            if not np.isfinite(vectors).all():
+                raise DataError(
+                    f"{self.spec.name} gives values that are not finite ({name})",
+                    "try it in float32, and check its image size, mean and std",
+                )
+            joined[name] = vectors
+        return joined
+
+    def _forward(self, images: Images, want: Sequence[str], blocks: int) -> dict[str, Any]:
+        from pipeline.evaluate.features import inference, normalise
+
+        network, dtype = self.network, self._dtype
+        with inference(network, self._device, dtype):
+            x = normalise(images, self.mean, self.std, self._device)
+            patches: Any = None
+            if "blocks" in want:
+                layers = _last_blocks(network, x, blocks)
+                patches, cls = layers[-1]
+                vectors = {"blocks": _stacked([one for _, one in layers])}
+            elif set(want) == {"cls"}:
+                cls, vectors = network(x), {}
+            else:
+                features = network.forward_features(x)
+                cls, vectors = features["x_norm_clstoken"], {}
+                patches = features["x_norm_patchtokens"]
+            vectors["cls"] = cls.float().cpu().numpy()
+            if "mean" in want:
+                vectors["mean"] = patches.float().mean(1).cpu().numpy()
+            if "patches" in want:
+                vectors["patches"] = patches.half().cpu().numpy()
+        return vectors
+
+    def _describe(self, images: Images, want: Sequence[str], blocks: int) -> dict[str, Any]:
+        from pipeline.curate.images import descriptor
+
+        return {"cls": descriptor.describe_grey(descriptor.averaged(images[..., 0]))[0]}
+
+    def _check_wanted(self, want: Sequence[str], blocks: int) -> None:
+        for name in want:
+            if name not in OUTPUTS:
+                raise DataError(f"there is no output {name}", f"there are {', '.join(OUTPUTS)}")
+            if name in ("mean", "patches") and self.patch_size is None:
+                raise DataError(
+                    f"{self.spec.name} gives no patch tokens, so it has no {name}", "ask for cls"
+                )
+            depth = len(getattr(self.network, "blocks", ()) or _timm_blocks(self.network))
+            if name == "blocks" and not blocks <= depth:
+                what = f"has {depth} blocks" if depth else "gives nothing of single blocks"
+                raise DataError(f"{self.spec.name} {what}, {blocks} were asked for", "ask for cls")
+
+    def _check_channels(self) -> None:
+        embed = getattr(getattr(self.network, "module", self.network), "patch_embed", None)
+        weight = getattr(getattr(embed, "proj", None), "weight", None)
+        if weight is not None and weight.ndim == 4 and weight.shape[1] != self.channels:
+            raise DataError(
+                f"{self.spec.name} takes images of {weight.shape[1]} channels, but mean and std "
+                f"have {self.channels} numbers",
+                "give augment.mean and augment.std one for each of its channels",
+            )
+
+
+def _dtype(output: str) -> Any:
+    return np.float16 if output == "patches" else np.float32
+
+
+def _stacked(layers: Sequence[Any]) -> Any:
+    return np.stack([one.float().cpu().numpy() for one in layers], 1)
+
+
+def _last_blocks(network: Any, x: Any, blocks: int) -> list[tuple[Any, Any]]:
+    """Normed patch tokens [B, P, D] and CLS [B, D] of the last blocks, the last one last."""
+    if hasattr(network, "intermediate"):
+        return [
+            (maps.flatten(2).transpose(1, 2), cls) for maps, cls in network.intermediate(x, blocks)
+        ]
+    layers = network.module.forward_intermediates(
+        x, indices=blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC",
+        intermediates_only=True,
+    )  # fmt: skip
+    return [(patches, prefix[:, 0]) for patches, prefix in layers]
+
+
+def _timm_blocks(network: Any) -> Any:
+    """Blocks of a timm ViT; none for what has no CLS token in each of them."""
+    module = getattr(network, "module", None)
+    tokens = getattr(network, "has_patches", False) and getattr(network, "prefix_tokens", 0)
+    return getattr(module, "blocks", ()) if tokens else ()
+
+
+def _own_size(network: Any) -> int:
+    """The image size that a backbone's position embeddings are for, else 224."""
+    position, patch = getattr(network, "pos_embed", None), int(getattr(network, "patch_size", 0))
+    if position is None or not patch:
+        return 224
+    return int((position.shape[1] - 1) ** 0.5) * patch
+
+
+_open: dict[tuple[str, bool, int], Embedder] = {}
+
+
+def open_embedder(spec: EmbedderSpec, gpu: bool = False, threads: int = 1) -> Embedder:
+    """The embedder, from the last call where it was the same one: a worker runs many tasks.
+
+    Raises:
+        PipelineError: it cannot be loaded, or does not fit its own description.
+    """
+    key = (repr(spec.settings), gpu, threads)
+    if key not in _open:
+        _open.clear()  # the memory of one model, not of all that this worker has seen
+        _open[key] = Embedder(spec, gpu, threads)
+    return _open[key]

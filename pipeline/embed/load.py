@@ -1,0 +1,254 @@
+"""How each kind of model is read: a run's teacher, weights in any format, timm by name.
+
+Functions of a module, so that a partial of one can be sent to a task.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from pipeline.embed.onnx_files import files_of, is_onnx
+from pipeline.errors import DataError, PipelineError, one_line, shortened
+from pipeline.images.value_range import FULL, ValueRange, from_json
+from pipeline.storage.places import list_files, resolve_uri
+from pipeline.uri import is_uri, join, public
+
+TIMM = "timm:"
+EXPORTS = ("dinov2", "timm")  # what an export leaves of a ViT of ours, and of a timm encoder
+_BLOCK = 2**24
+_NAMED = 8  # models that are at hand, in a sentence
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What stands beside weights on the images they take; None and () where nothing does."""
+
+    image_size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    value_range: ValueRange = FULL
+
+
+# ---- Where it is, and whether it is the same as before.
+
+
+def weights_at(path: str) -> str:
+    """The file or folder of the weights: in a run folder or the folder of an export, those that an
+    export wrote there.
+    """
+    for folder in (Path(path), Path(path, "weights")):
+        if (folder / "config.json").is_file():
+            break
+        for name in EXPORTS:
+            if (folder / name / "config.json").is_file():
+                return str(folder / name)
+    return path
+
+
+def digest_of(path: str | Path) -> str:
+    """Of a file's content, or of all files in a folder and their names. To a `.onnx` file belong
+    the files beside it that hold its weights.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    if is_onnx(path):
+        return files_of(str(path)).digest
+    if is_uri(path):
+        raise PipelineError(
+            f"no embedder: {public(path)} holds no checkpoint of ours",
+            "at a URI, name a run folder or a .onnx file; download other weights",
+        )
+    place = Path(path)
+    if not place.exists():
+        raise PipelineError(
+            f"no embedder: there is no {path}",
+            "give descriptor, a run folder, weights as for model.init, timm:<name> or a .onnx file",
+        )
+    hashed = blake2b(digest_size=8)
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    for file in files:
+        hashed.update(f"{file.relative_to(place)}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                hashed.update(block)
+    return hashed.hexdigest()
+
+
+def at_hand(folder: str) -> str:
+    """The runs in a folder that have a checkpoint or exported weights, as a sentence may list them;
+    empty where there is none.
+    """
+    fs, path = resolve_uri(folder)
+    names = [info.base_name for info in list_files(fs, path, recursive=False, folders=True)]
+    runs = [name for name in sorted(names) if _has_model(str(join(folder, name)))]
+    more = [f"and {len(runs) - _NAMED} more"] if len(runs) > _NAMED else []
+    return ", ".join([public(join(folder, name)) for name in runs[:_NAMED]] + more)
+
+
+def _has_model(run: str) -> bool:
+    fs, path = resolve_uri(run)
+    steps = list_files(fs, f"{path}/checkpoints", recursive=False, folders=True)
+    if any(info.base_name.startswith("step-") for info in steps):
+        return True
+    return not is_uri(run) and weights_at(run) != run
+
+
+# ---- Weights.
+
+
+def load_weights(path: str) -> Any:
+    """The backbone in a file or folder that `model.init` takes, or a timm encoder that we exported;
+    its sizes are read off the weights.
+
+    Raises:
+        PipelineError: no weights, or not those of a DINOv2 backbone.
+    """
+    import torch
+
+    from pipeline.model.fit import Facts, fit
+    from pipeline.model.foreign_weights import load_foreign, read_spec
+    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.weights import read_weights
+
+    if Path(path).is_dir() and read_spec(path) is not None:
+        return load_foreign(path)
+    weights = read_weights(path)
+    facts = Facts.of(weights.state)
+    if not facts.width or not facts.depth or not facts.patch_size:
+        raise PipelineError(
+            f"{path} ({weights.origin}) holds no vision transformer", "see model.init"
+        )
+    swiglu = facts.ffn == "swiglu"
+    spec = BackboneSpec(
+        image_size=max(1, math.isqrt(facts.patches)) * facts.patch_size,
+        patch_size=facts.patch_size,
+        width=facts.width,
+        depth=facts.depth,
+        heads=weights.heads or max(1, facts.width // 64),  # 64 wide in every ViT of DINOv2
+        mlp_ratio=facts.hidden / facts.width * (1.5 if swiglu else 1.0),
+        ffn=facts.ffn,
+        registers=facts.registers,
+        in_channels=facts.in_channels,
+    )
+    with torch.device("meta"):
+        backbone = spec.build().eval()
+    fit(backbone, weights, path)
+    return backbone
+
+
+def preprocessing_of(path: str) -> Preprocessing:
+    """What is written beside weights, in the files of the three formats, on the images they take.
+
+    Raises:
+        PipelineError: such a file holds something else.
+    """
+    from pipeline.model.read import read_json
+
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not Path(path).is_dir() and Path(path).name != "model.safetensors":
+        return Preprocessing()  # a loose file, which need not belong to what lies beside it
+    values: Mapping[str, Any] = {}
+    if (file := folder / "preprocessor_config.json").is_file():
+        values = read_json(file)
+        size = values.get("crop_size") or values.get("size")
+        size = size.get("height") or size.get("shortest_edge") if isinstance(size, dict) else size
+        names = ("image_mean", "image_std")
+    elif (file := folder / "config.json").is_file():
+        values = read_json(file).get("pretrained_cfg") or {}
+        size = (values.get("input_size") or [None])[-1]
+        names = ("mean", "std")
+    if not values:
+        return Preprocessing()
+    mean, std = (values.get(name) or () for name in names)
+    try:
+        numbers = tuple(map(float, mean)), tuple(map(float, std))
+        known = Preprocessing(
+            size and int(size), *numbers, from_json(values.get("value_range")) or FULL
+        )
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{file} has {', '.join(names)} that are no lists of numbers: {mean!r}, {std!r}",
+            "put the file back, or export the run again",
+        ) from error
+    return known
+
+
+# ---- A run of ours.
+
+
+def load_teacher(checkpoint: str) -> Any:
+    """In a task: the teacher's backbone of a checkpoint.
+
+    Raises:
+        DataError: it is gone.
+    """
+    from pipeline.train import state
+    from pipeline.train.start import encoder_of
+
+    saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
+    if saved is None:
+        raise DataError(f"the checkpoint {public(checkpoint)} is gone", "run the same again")
+    return encoder_of(saved)[0].backbone.eval()
+
+
+# ---- timm.
+
+
+def load_timm(name: str) -> Any:
+    """A timm model with its own weights, which timm fetches where this machine has them not.
+
+    Args:
+        name: without `timm:`; also `local-dir:<folder>`.
+
+    Raises:
+        PipelineError: timm is missing, has no such model, or cannot get its weights.
+    """
+    from pipeline.model.foreign import TimmBackbone, TimmSpec
+
+    try:
+        import timm
+    except ImportError as error:
+        raise PipelineError(
+            f"timm:{name} needs the package timm", "python -m pip install timm"
+        ) from error
+    if "local-dir:" not in name and not timm.is_model(name.partition(".")[0]):
+        raise PipelineError(
+            f"timm {timm.__version__} has no model {name!r}", "timm.list_models() names them"
+        )
+    try:
+        module = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # of the hub's client, of timm, of the network: all kinds
+        reason = shortened(one_line(error).partition("\n")[0])
+        raise PipelineError(
+            f"timm:{name} has no weights that can be fetched: {reason}",
+            "check the network, or name a folder with its weights: timm:local-dir:<folder>",
+        ) from error
+    config: Any = module.pretrained_cfg
+    channels, size, _ = config["input_size"]
+    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
+    stride = int(patch[0]) if isinstance(patch, tuple) else 1
+    return TimmBackbone(module, TimmSpec(name, size, stride, channels), {}).eval()
+
+
+@lru_cache(4)
+def timm_facts(name: str) -> tuple[str, Preprocessing]:
+    """Digest of a timm model's weights, and the images they take.
+
+    Raises:
+        PipelineError: as `load_timm`.
+    """
+    backbone = load_timm(name)
+    hashed = blake2b(digest_size=8)
+    for key, tensor in sorted(backbone.module.state_dict().items()):
+        hashed.update(f"{key} {tuple(tensor.shape)}\0".encode())
+        hashed.update(tensor.contiguous().cpu().numpy().tobytes())
+    config: Any = backbone.module.pretrained_cfg
+    known = Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    return hashed.hexdigest(), known

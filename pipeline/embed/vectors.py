@@ -1,0 +1,292 @@
+"""Vectors on disk: a folder of parquet parts that any program reads, and what they are of.
+
+A folder `vectors/` holds `part-00000.parquet` and so on, and `_vectors.json`, written last.
+Both have the same facts; in the parts they stand in the schema's metadata under `raydino`.
+
+Shapes: n images, D width, P patches, b blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.errors import DataError
+from pipeline.shards.columns import METADATA_KEY
+from pipeline.shards.row_group import image_array, values_of
+from pipeline.shards.shard_set import ShardSet, open_parquet
+from pipeline.shards.shards import open_shards
+from pipeline.storage.places import absolute_uri, resolve_uri
+from pipeline.storage.transfer import read_json
+from pipeline.uri import public
+
+MARK = "_vectors.json"
+VERSION = 1
+PART_KEY = b"raydino.part"  # of one part: its unit and its bad images
+_GROUPS = 4  # row groups of encoded images that a reader keeps
+
+Facts = dict[str, Any]
+Array = np.ndarray[Any, Any]
+
+
+def part_name(number: int) -> str:
+    """The file of a unit of work."""
+    return f"part-{number:05}.parquet"
+
+
+def schema_of(facts: Mapping[str, Any]) -> pa.Schema:
+    """The columns of a part: fixed-size lists, as pandas, torch, faiss, DuckDB and Lance take them.
+
+    Args:
+        facts: `outputs`, `dim`, `blocks`, `grid` and `dtype` count.
+    """
+    dim, (rows, columns) = facts["dim"], facts["grid"]
+    plain = pa.float16() if facts["dtype"] == "float16" else pa.float32()
+    kinds = {
+        "cls": pa.list_(plain, dim),
+        "mean": pa.list_(plain, dim),
+        "patches": pa.list_(pa.float16(), rows * columns * dim),
+        "blocks": pa.list_(plain, facts["blocks"] * dim),
+    }
+    fields = [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("label", pa.int64()),  # null where unknown
+        pa.field("row", pa.int64(), nullable=False),  # of the image in its shards
+        *(pa.field(name, kinds[name], nullable=False) for name in facts["outputs"]),
+    ]
+    return pa.schema(fields, {METADATA_KEY: json.dumps(facts, ensure_ascii=False).encode()})
+
+
+def list_column(vectors: Array, kind: pa.DataType) -> pa.FixedSizeListArray:
+    """An array [n, ...] as a column of lists of the type."""
+    values = np.ascontiguousarray(vectors.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+    return pa.FixedSizeListArray.from_arrays(pa.array(values, kind.value_type), type=kind)
+
+
+@dataclass(frozen=True)
+class VectorSet:
+    """A finished table of vectors; holds no open file, safe to send to a task.
+
+    Attributes:
+        uri: of the folder.
+        parts: name and rows of each file, in order.
+        facts: model, digest, image size, mean, std, class names, and the shards they are of.
+    """
+
+    uri: str
+    parts: tuple[tuple[str, int], ...]
+    facts: Facts
+
+    def __hash__(self) -> int:
+        return hash((self.uri, self.key))
+
+    @property
+    def key(self) -> str:
+        """Changes with the model, the images and all settings that the vectors depend on."""
+        return str(self.facts["key"])
+
+    @property
+    def rows(self) -> int:
+        """n, the images in it."""
+        return sum(rows for _, rows in self.parts)
+
+    @property
+    def dim(self) -> int:
+        """D of its `cls`."""
+        return int(self.facts["dim"])
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Its columns of vectors."""
+        return tuple(self.facts["outputs"])
+
+    def ids(self) -> Array:
+        """Image ids, str [n], 32 hex digits each."""
+        return np.asarray(self._column("image_id").to_numpy(), "U32")
+
+    def labels(self) -> Array:
+        """Labels int64 [n]; -1 where unknown."""
+        return np.asarray(self._column("label").fill_null(-1).to_numpy(), np.int64)
+
+    def sources(self) -> Array:
+        """Where each image is from, str [n] as objects."""
+        return np.asarray(self._column("source").to_pylist(), object)
+
+    def places(self) -> Array:
+        """The row of each image in its shards, int64 [n]."""
+        return np.asarray(self._column("row").to_numpy(), np.int64)
+
+    def read(self, output: str = "cls", rows: slice | None = None) -> Array:
+        """Vectors of all images, or of a slice of them.
+
+        Returns:
+            float32 [n, D] of `cls` and `mean`, float32 [n, b, D] of `blocks`, float16 [n, P, D] of
+            `patches`.
+
+        Raises:
+            DataError: they were not asked for when the images were embedded.
+        """
+        self._check(output)
+        parts = [part for part, _ in self._parts([output], rows or slice(None))]
+        return np.concatenate([self._array(part, output) for part in parts] or [self._none(output)])
+
+    def blocks(self, rows: int = 65_536, output: str = "cls") -> Iterator[tuple[Array, Array]]:
+        """Vectors as `read` gives them, at most so many at a time, each with the ids of its images.
+
+        Blocks never cross a part.
+        """
+        self._check(output)
+        for part, _ in self._parts([output, "image_id"], slice(None)):
+            for at in range(0, len(part), rows):
+                block = part.slice(at, rows)
+                ids = np.asarray(block.column("image_id").to_numpy(), "U32")
+                yield self._array(block, output), ids
+
+    def shards(self) -> ShardSet:
+        """The images that the vectors are of.
+
+        Raises:
+            DataError: they are not there, or are others by now.
+        """
+        about = self.facts["shards"]
+        shards = open_shards(
+            about["uri"], about["image_column"], about["label_column"], "vectors", about["labels"]
+        )
+        if shards.digest != about["digest"]:
+            raise DataError(
+                f"the images in {public(about['uri'])} have changed since they were embedded",
+                "embed them again with the same command",
+            )
+        return shards
+
+    def images(self) -> ImageReader:
+        """A reader of the encoded images by their ids.
+
+        Raises:
+            DataError: as `shards`.
+        """
+        return ImageReader(self.shards(), self.ids(), self.places())
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        tables = [part.select([name]) for part, _ in self._parts([name], slice(None))]
+        return pa.concat_tables(tables or [schema_of(self.facts).empty_table().select([name])])[
+            name
+        ]
+
+    def _parts(self, columns: Sequence[str], rows: slice) -> Iterator[tuple[pa.Table, int]]:
+        """The asked-for rows of each part, with the number of the first."""
+        start, stop, _ = rows.indices(self.rows)
+        fs, folder = resolve_uri(self.uri)
+        first = 0
+        for name, count in self.parts:
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                with open_parquet(fs, f"{folder}/{name}", piecewise=True) as parquet:
+                    table = parquet.read(columns=list(columns))
+                if len(table) != count:
+                    raise DataError(
+                        f"{public(self.uri)}/{name} has {len(table)} rows, {count} were written",
+                        "embed the images again with the same command",
+                    )
+                yield table.slice(low, high - low), first + low
+            first += count
+
+    def _check(self, output: str) -> None:
+        if output not in self.outputs:
+            raise DataError(
+                f"{public(self.uri)} holds {', '.join(self.outputs)}, no {output}",
+                f"embed the images with embed.outputs=[{','.join((*self.outputs, output))}]",
+            )
+
+    def _array(self, table: pa.Table, output: str) -> Array:
+        chunks = [chunk.flatten() for chunk in table.column(output).chunks]
+        flat = np.concatenate([np.asarray(chunk) for chunk in chunks]) if chunks else np.zeros(0)
+        kind = np.float16 if output == "patches" else np.float32
+        return flat.astype(kind, copy=False).reshape(len(table), *self._none(output).shape[1:])
+
+    def _none(self, output: str) -> Array:
+        rows, columns = self.facts["grid"]
+        shapes = {"patches": (rows * columns, self.dim), "blocks": (self.facts["blocks"], self.dim)}
+        kind = np.float16 if output == "patches" else np.float32
+        return np.zeros((0, *shapes.get(output, (self.dim,))), kind)
+
+
+def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
+    """The vectors in a folder.
+
+    Args:
+        uri: a path or URI, of the folder or of a run that has one.
+        field: of the config that named the place.
+
+    Raises:
+        DataError: there are none, or embedding was not finished.
+    """
+    place = absolute_uri(str(uri))
+    fs, path = resolve_uri(place)
+    facts = read_json(fs, f"{path}/{MARK}")
+    if facts is None and (facts := read_json(fs, f"{path}/vectors/{MARK}")) is not None:
+        place, path = f"{place.rstrip('/')}/vectors", f"{path}/vectors"
+    if facts is None:
+        raise DataError(
+            f"{field}={public(uri)}: there are no finished vectors, for there is no {MARK}",
+            "make them: python jobs/embed.py model=runs/<name> data.source=photos/; the same "
+            "command goes on where one was stopped",
+        )
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        raise DataError(
+            f"{field}={public(uri)}: {MARK} is none of this version", "embed the images again"
+        )
+    parts = tuple((str(name), int(rows)) for name, rows in facts["parts"])
+    return VectorSet(place, parts, facts)
+
+
+class ImageReader:
+    """Encoded images by their ids, from the shards that were embedded.
+
+    Args:
+        shards: the images.
+        ids: str [n].
+        places: int64 [n], the row of each in the shards.
+    """
+
+    def __init__(self, shards: ShardSet, ids: Array, places: Array) -> None:
+        self.shards = shards
+        order = np.argsort(ids, kind="stable")
+        self._ids, self._places = ids[order], places[order]
+        counts = [(f, g, n) for f, x in enumerate(shards.files) for g, n in enumerate(x.row_groups)]
+        self._groups = [(f, g) for f, g, _ in counts]
+        self._starts = np.cumsum([0, *(n for *_, n in counts)])
+        self._values = lru_cache(_GROUPS)(self._read)
+
+    @cached_property
+    def _column(self) -> str:
+        return self.shards.image_column
+
+    def __contains__(self, image_id: str) -> bool:
+        at = int(np.searchsorted(self._ids, image_id))
+        return at < len(self._ids) and bool(self._ids[at] == image_id)
+
+    def __getitem__(self, image_id: str) -> bytes:
+        """The encoded bytes of an image.
+
+        Raises:
+            KeyError: no such image.
+        """
+        if image_id not in self:
+            raise KeyError(image_id)
+        place = self._places[np.searchsorted(self._ids, image_id)]
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return bytes(self._values(group)[int(place - self._starts[group])])
+
+    def _read(self, group: int) -> list[memoryview]:
+        file_index, row_group = self._groups[group]
+        with self.shards.parquet(file_index) as parquet:
+            table = parquet.read_row_group(row_group, columns=[self._column])
+        return values_of(image_array(table.column(self._column)))
