@@ -85,7 +85,7 @@ TABLE = [
     row("track.embedder", "environment errors uri", "images model views",
         "", "mlflow torch numpy pandas"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
-    row("report", "track uri", others_inside="PIL"),
+    row("report", "track uri", others_inside="PIL jinja2"),
     row("search", "errors heartbeat storage uri", others="numpy", others_inside="faiss"),
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective", "errors loss model schedule train.objective views",

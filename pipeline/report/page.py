@@ -1,61 +1,59 @@
-"""A report of a run: one HTML file that needs nothing else, below 2 MB, also shown by MLflow."""
+r"""Pages: one look for every HTML file that we write. A page needs nothing but itself.
+
+    from pipeline.report.page import Chart, Gallery, Group, Picture, Table, Text, Tile, write_report
+
+    write_report(path, "Search", [
+        Text("What was asked.\n\nBlank lines part paragraphs.", title="Question"),
+        Table({"image": ["a", "b"], "similarity": [0.91, 0.87]}, title="Nearest"),
+        Gallery([Group([Tile(encoded, ("0.91", "cats"), alt="image a")])], title="Pictures"),
+        Picture(pixels, title="Attention", caption="head 3"),
+        Chart({"recall": [(1, 0.5), (10, 0.9)]}, title="Recall", x_label="k"),
+    ], subtitle="2,000 images")
+
+Sections stand in the order given, two beside each other where they are not `wide`:
+
+* `Text`, `Table`, `Matrix` (counts that add up), `Numbers` (the few to know, large);
+* `Picture` and `Gallery` of `Group`s of `Tile`s, `Mosaic`: see `pictures.py` for what an image is;
+* `Chart` (curves), `Histogram`, `Bars`, `Points`: see `charts.py`;
+* `Heading`: begins a chapter; the contents at the top lead to it.
+
+All words are escaped. Tags are in `sections.html.j2`, a macro for each kind of section; the frame
+is `page.html.j2`. A page that needs more, such as a form, is a template of its own that extends it:
+`render("Title", [], template=Path(__file__).parent / "mine.html.j2", values={"limit": 5})`.
+"""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.report.gallery import Heading
-from pipeline.report.svg import label, line_chart
+from pipeline.report.charts import Bar, Bars, Chart, Histogram, Mark, Points, label
+from pipeline.report.pictures import FULL, Gallery, Group, Mosaic, Picture, Tile
 from pipeline.track.state import atomic_write
 from pipeline.uri import public
 
+__all__ = [
+    "Bar", "Bars", "Chart", "Column", "Gallery", "Group", "Heading", "Histogram", "Mark", "Matrix",
+    "Mosaic", "Numbers", "Picture", "Points", "Section", "Table", "Text", "Tile", "render",
+    "write_report",
+]  # fmt: skip
+
+HERE = Path(__file__).parent
 LIMIT_BYTES = 2_000_000
 TABLE_ROWS = 200
+SIDES = (FULL, 900, 600, 400, 250, 120)  # pixels of large pictures, until the page fits
 
 
-@dataclass(frozen=True)
-class Text:
-    """Paragraphs, separated by blank lines."""
+class Section(Protocol):
+    """What stands on a page: the macro of `sections.html.j2` called `kind` draws it."""
 
-    text: str
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns by name, all of one length; rows over 200 are counted, not shown."""
-
-    columns: Mapping[str, Sequence[Any]]
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Series of (x, y) by name."""
-
-    series: Mapping[str, Sequence[tuple[float, float]]]
-    title: str = ""
-    x_label: str = "step"
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture, uint8 [H,W,3], or a file of one."""
-
-    pixels: Any
-    title: str = ""
-    caption: str = ""
-
-
-class Drawn(Protocol):
-    """A section that draws itself: those of `charts`, `gallery` and `matrix`."""
+    @property
+    def kind(self) -> str:
+        """Name of the macro."""
 
     @property
     def title(self) -> str:
@@ -65,11 +63,104 @@ class Drawn(Protocol):
     def wide(self) -> bool:
         """Whether it takes the whole width."""
 
-    def html(self, side: int) -> str:
-        """Itself, with pictures that shrink with the side (1,200 pixels at first)."""
+
+@dataclass(frozen=True)
+class Text:
+    """Paragraphs, separated by blank lines."""
+
+    text: str
+    title: str = ""
+    wide: bool = True
+    kind = "text"
+
+    def paragraphs(self) -> list[str]:
+        """The parts between blank lines."""
+        return self.text.strip().split("\n\n")
 
 
-Section = Text | Table | Chart | Picture | Heading | Drawn
+@dataclass(frozen=True)
+class Table:
+    """Columns by name, all of one length; rows over 200 are counted, not shown."""
+
+    columns: Mapping[str, Sequence[Any]]
+    title: str = ""
+    wide: bool = True
+    kind = "table"
+
+    def rows(self) -> list[list[tuple[bool, str]]]:
+        """Of each cell whether it is a number, and its words."""
+        rows = list(zip(*self.columns.values(), strict=True))[:TABLE_ROWS]
+        return [[_cell(value) for value in row] for row in rows]
+
+    def more(self) -> int:
+        """Rows that are not shown."""
+        return max(0, max(map(len, self.columns.values()), default=0) - TABLE_ROWS)
+
+
+def _cell(value: Any) -> tuple[bool, str]:
+    if hasattr(value, "item"):  # a number of numpy or torch
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False, str(value)
+    return True, f"{value:,}" if isinstance(value, int) else label(value)
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The title of a chapter, with a sentence; the contents at the top lead to it."""
+
+    title: str
+    text: str = ""
+    wide: bool = True
+    kind = "heading"
+
+    @property
+    def anchor(self) -> str:
+        """Its id on the page."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "chapter"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The few numbers to know, large: (number, what it is); a problem is said first."""
+
+    numbers: Sequence[tuple[str, str]]
+    title: str = ""
+    text: str = ""
+    note: str = ""
+    problem: str = ""
+    wide: bool = True
+    kind = "numbers"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's name, its tip and its colour of CSS."""
+
+    name: str
+    tip: str = ""
+    colour: str = ""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Counts by row and column, which add up.
+
+    Attributes:
+        columns: the first is the whole of a row: cells are shaded by their share of it.
+        rows: counts by the row's name, one for each column.
+        total: of each column, the last row.
+    """
+
+    columns: Sequence[Column]
+    rows: Mapping[str, Sequence[int]]
+    total: Sequence[int]
+    corner: str = ""
+    title: str = ""
+    text: str = ""
+    note: str = ""
+    wide: bool = True
+    kind = "matrix"
 
 
 def write_report(
@@ -79,95 +170,59 @@ def write_report(
     subtitle: str = "",
     limit: int = LIMIT_BYTES,
 ) -> None:
-    """Writes the report. If it gets too large, its pictures get smaller until it fits.
-
-    Headings make chapters, with a list of contents at the top.
-    """
-    css = (Path(__file__).parent / "report.css").read_text()
-    head = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{css}</style></head><body><main>"
-        f"<header><h1>{html.escape(title)}</h1><p class='note'>{html.escape(subtitle)}</p>"
-        f"{_contents(sections)}</header>"
-    )
-    plain = Text | Table | Chart | Heading
-    pictures = sum(not isinstance(section, plain) for section in sections)
-    chapters = any(isinstance(section, Heading) for section in sections)
-    for side in (1200, 900, 600, 400, 250, 120):
-        body = "".join(_section(section, side, chapters) for section in sections)
-        page = public(f"{head}{body}</main></body></html>").encode()
-        if len(page) <= limit or not pictures:
+    """Writes a page of at most `limit` bytes: its pictures get smaller until it fits."""
+    pictures = any(isinstance(one, Picture | Gallery | Mosaic) for one in sections)
+    for side in SIDES if pictures else SIDES[:1]:
+        page = render(title, sections, subtitle, side=side).encode()
+        if len(page) <= limit:
             break
     atomic_write(path, page)
 
 
-def _contents(sections: Sequence[Section]) -> str:
-    titles = [section.title for section in sections if isinstance(section, Heading)]
-    links = "".join(f"<a href='#{_anchor(title)}'>{html.escape(title)}</a>" for title in titles)
-    return f"<nav aria-label='contents'>{links}</nav>" if links else ""
+def render(
+    title: str,
+    sections: Sequence[Section],
+    subtitle: str = "",
+    side: int = FULL,
+    template: Path = HERE / "page.html.j2",
+    values: Mapping[str, Any] | None = None,
+) -> str:
+    """The HTML of a page.
+
+    Args:
+        title: above it, and in the browser's tab.
+        sections: in their order.
+        subtitle: below the title.
+        side: pixels of large pictures; small ones shrink with it.
+        template: one that extends page.html.j2.
+        values: what it needs, by name.
+    """
+    page = _environment(template.parent).get_template(template.name)
+    known = {
+        "title": title,
+        "subtitle": subtitle,
+        "sections": sections,
+        "side": side,
+        "headings": [one for one in sections if isinstance(one, Heading)],
+        "css": _css(),
+    }
+    # Words of users, such as a data set's URL, may hold a secret; no page does.
+    return public(page.render(**known, **(values or {})))
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "chapter"
+@lru_cache
+def _css() -> str:
+    return (HERE / "report.css").read_text()
 
 
-def _section(section: Section, side: int, chapters: bool) -> str:
-    if isinstance(section, Heading):
-        said = f"<p>{html.escape(section.text)}</p>" if section.text else ""
-        name = html.escape(section.title)
-        return (
-            f"<div class='chapter wide' id='{_anchor(section.title)}'><h2>{name}</h2>{said}</div>"
-        )
-    level = "h3" if chapters else "h2"
-    inner = f"<{level}>{html.escape(section.title)}</{level}>" if section.title else ""
-    if isinstance(section, Text):
-        blocks = section.text.strip().split("\n\n")
-        inner += "".join(f"<p>{html.escape(block)}</p>" for block in blocks)
-    elif isinstance(section, Table):
-        inner += _table(section)
-    elif isinstance(section, Chart):
-        inner += line_chart(section.series, section.x_label)
-    elif isinstance(section, Picture):
-        inner += _picture(section, side)
-    else:
-        inner += section.html(side)
-    wide = isinstance(section, Text | Table) or getattr(section, "wide", False)
-    shape = "wide" if wide else "half"
-    return f"<section class='{shape}'>{inner}</section>"
+@lru_cache
+def _environment(folder: Path) -> Any:
+    import jinja2  # 60 ms, which the help of a job need not wait for
 
-
-def _table(table: Table) -> str:
-    rows = list(zip(*table.columns.values(), strict=True))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.columns)
-    lines = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows[:TABLE_ROWS])
-    more = len(rows) - TABLE_ROWS
-    note = f"<p class='note'>and {more:,} more rows</p>" if more > 0 else ""
-    return f"<div class='scroll'><table><tr>{head}</tr>{lines}</table></div>{note}"
-
-
-def _cell(value: Any) -> str:
-    if hasattr(value, "item"):  # a number of numpy or torch
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{html.escape(str(value))}</td>"
-    text = f"{value:,}" if isinstance(value, int) else label(value)
-    return f"<td class='number'>{text}</td>"
-
-
-def _picture(section: Picture, side: int) -> str:
-    from PIL import Image
-
-    source = section.pixels
-    image = Image.open(source) if isinstance(source, str | Path) else Image.fromarray(source)
-    image = image.convert("RGB")
-    image.thumbnail((side, side))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
-    code = base64.b64encode(data.getvalue()).decode()
-    caption = html.escape(section.caption)
-    return (
-        f"<figure><img alt='{html.escape(section.title)}' width='{image.width}' "
-        f"height='{image.height}' src='data:image/jpeg;base64,{code}'>"
-        f"<figcaption>{caption}</figcaption></figure>"
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )

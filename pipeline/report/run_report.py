@@ -42,7 +42,7 @@ def stage_curves(folder: Path, stage: str) -> list[Section]:
     first = ["eval", "loss", "health"]
     order = sorted(groups, key=lambda g: (first.index(g) if g in first else len(first), g))
     return [
-        Chart(series, f"{stage}: {group or 'metrics'}")
+        Chart(series, f"{stage}: {group or 'metrics'}", last=True)
         for group in order
         for series in _by_size(groups[group])
         if any(len(points) > 1 for points in series.values())  # one point is no curve

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.report.page import LIMIT_BYTES, Chart, Picture, Table, Text, write_report
+from pipeline.report.charts import HEIGHT, WIDTH, label, thin, ticks
+from pipeline.report.page import LIMIT_BYTES, Chart, Picture, Table, Text, render, write_report
 from pipeline.report.run_report import run_report, stage_curves
-from pipeline.report.svg import HEIGHT, WIDTH, label, line_chart, thin, ticks
 from pipeline.track.journal import Journal
 
-VOID = {"meta", "img", "path", "circle", "br"}
+VOID = {"meta", "img", "br"}
 
 
 class Balanced(HTMLParser):
@@ -55,21 +55,24 @@ def test_a_report_stands_alone_and_stays_small(tmp_path: Path) -> None:
     assert len(sources) == 12 and all(s.startswith("data:image/jpeg;base64,") for s in sources)
     assert not re.search(r"https?://|@import|url\(|<script|<link", page)
     assert "k-NN &lt;91 %&gt; &amp; more" in page and "<b>" not in page.split("<td>")[1]
+    assert page.startswith("<!doctype html>") and "no values" in page
     assert "and 100 more rows" in page
 
 
 def test_curves_go_through_the_values() -> None:
     rows = [(0.0, 2.0), (50.0, 10.0), (100.0, 6.0)]
-    page = line_chart({"loss": rows})
-    (line,) = re.findall(r"points='([^']+)'", page)
+    page = render("t", [Chart({"loss": rows})])
+    (line,) = re.findall(r'points="([^"]+)"', page)
     places = [tuple(map(float, pair.split(","))) for pair in line.split()]
     xs, ys = zip(*places, strict=True)
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
     assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx(4 / 8, abs=0.01)
     assert ys[1] < ys[2] < ys[0]  # larger values are higher
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
-    gaps = line_chart({"loss": [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, math.inf)]})
+    torn = [(0, 1.0), (1, 2.0), (2, math.nan), (3, 1.0), (4, math.inf)]
+    gaps = render("t", [Chart({"loss": torn}, last=True)])
     assert gaps.count("<polyline") == 1 and gaps.count("<circle") == 1
+    assert "loss <b>1</b>" in gaps and "3 step: 1" in gaps
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
 def test_thinning_keeps_the_ends_of_each_bucket() -> None:
     rows = [(float(i), math.sin(i / 50)) for i in range(10_000)]
     rows[4321] = (4321.0, 99.0)
-    kept = thin(rows)
+    kept = thin(rows, lambda point: math.isfinite(point[1]))
     assert len(kept) <= 402 and (4321.0, 99.0) in kept
     assert kept == sorted(kept)
 
@@ -123,3 +126,25 @@ def test_the_journal_of_a_report_is_only_read(tmp_path: Path) -> None:
     before = journal.path.read_bytes()
     run_report(tmp_path, "demo")
     assert journal.path.read_bytes() == before
+
+
+def test_a_template_of_ones_own_extends_the_page(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.html.j2"
+    mine.write_text(
+        "{% extends 'page.html.j2' %}{% block body %}<form>{{ word }}</form>{% endblock %}"
+    )
+    page = render("Serve", [], template=mine, values={"word": "<script>"})
+    Balanced(page)
+    assert "<form>&lt;script&gt;</form>" in page and "<h1>Serve</h1>" in page and "--ink:" in page
+
+
+def test_a_picture_is_pixels_or_a_file_or_bytes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pixels = np.zeros((30, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    encoded = (tmp_path / "a.png").read_bytes()
+    for image in (pixels, pixels[..., 0], tmp_path / "a.png", encoded):
+        page = render("t", [Picture(image, "title", "caption")], side=20)
+        assert 'width="20" height="15"' in page and "caption" in page
+    assert "no picture" in render("t", [Picture(b"nothing", "title")])

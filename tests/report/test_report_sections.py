@@ -9,11 +9,33 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.report.charts import Bar, Bars, Curve, Histogram, Points
-from pipeline.report.gallery import Gallery, Group, Heading, Numbers, Tile, shrunk
-from pipeline.report.matrix import Column, Matrix
-from pipeline.report.page import Text, write_report
-from pipeline.report.plane import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Mark
+from pipeline.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis
+from pipeline.report.page import (
+    Bar,
+    Bars,
+    Chart,
+    Column,
+    Gallery,
+    Group,
+    Heading,
+    Histogram,
+    Mark,
+    Matrix,
+    Mosaic,
+    Numbers,
+    Points,
+    Section,
+    Text,
+    Tile,
+    render,
+    write_report,
+)
+from pipeline.report.pictures import shrunk
+
+
+def drawn(section: Section, side: int = 1200) -> str:
+    """The section on a page, without what is around it."""
+    return render("t", [section], side=side).partition("</header>")[2]
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -32,36 +54,38 @@ def test_axes_put_values_in_proportion() -> None:
 
 
 def test_bars_of_a_histogram_have_heights_of_their_counts() -> None:
-    chart = Histogram(
-        [0, 1, 2, 3],
-        [10, 0, 5],
-        marks=(Mark(2.0, "limit <2>"),),
-        colours=("var(--c6)", "var(--c0)"),
-    ).html(1200)
+    chart = drawn(
+        Histogram(
+            [0, 1, 2, 3],
+            [10, 0, 5],
+            marks=(Mark(2.0, "limit <2>"),),
+            colours=("var(--c6)", "var(--c0)"),
+        )
+    )
     bars = re.findall(
-        r"<rect x='([\d.]+)' y='[\d.]+' .*?height='([\d.]+)' style='fill:(.*?)'", chart
+        r'<rect x="([\d.]+)" y="[\d.]+" .*?height="([\d.]+)" style="fill:(.*?)"', chart
     )
     (x0, tall, first), (x1, short, last) = bars
     assert float(tall) == pytest.approx(2 * float(short), abs=0.2)
     assert float(x1) - float(x0) == pytest.approx((WIDTH - LEFT - RIGHT) * 2 / 3, abs=0.2)
     assert (first, last) == ("var(--c6)", "var(--c0)") and "limit &lt;2&gt;" in chart
-    (mark,) = re.findall(r"class='mark' d='M([\d.]+)", chart)
+    (mark,) = re.findall(r'class="mark" d="M([\d.]+)', chart)
     assert float(mark) == pytest.approx(LEFT + (WIDTH - LEFT - RIGHT) * 2 / 3, abs=0.2)
 
 
 def test_a_curve_on_log_axes_is_straight_for_a_power() -> None:
     rows = [(float(x), float(x**2)) for x in (1, 10, 100)]
-    chart = Curve({"square": rows}, x_log=True, y_log=True).html(1200)
-    (points,) = re.findall(r"points='([^']+)'", chart)
+    chart = drawn(Chart({"square": rows}, x_log=True, y_log=True))
+    (points,) = re.findall(r'points="([^"]+)"', chart)
     (ax, ay), (bx, by), (cx, cy) = (tuple(map(float, p.split(","))) for p in points.split())
     assert bx - ax == pytest.approx(cx - bx, abs=0.2) and by - ay == pytest.approx(cy - by, abs=0.2)
     assert ay == pytest.approx(HEIGHT - BOTTOM, abs=0.1) and cy == pytest.approx(TOP, abs=0.1)
-    assert "no values" in Curve({"none": [(0.0, 0.0)]}, y_log=True).html(1200)
+    assert "no values" in drawn(Chart({"none": [(0.0, 0.0)]}, y_log=True))
 
 
 def test_parts_of_a_bar_have_widths_of_their_values() -> None:
     bars = [Bar("a<b", ((30, "red"), (0, "blue"), (10, "green")), "40 & more", "tip")]
-    said = Bars(bars, whole=50).html(1200)
+    said = drawn(Bars(bars, whole=50))
     assert re.findall(r"width:([\d.]+)%;background:(\w+)", said) == [
         ("60.00", "red"),
         ("20.00", "green"),
@@ -71,13 +95,14 @@ def test_parts_of_a_bar_have_widths_of_their_values() -> None:
 
 def test_points_are_drawn_once_each_and_named() -> None:
     groups = {"kept": [(0.0, 0.0), (1.0, 1.0)], "gone": [(0.5, 0.5)]}
-    said = Points(groups, {"kept": "green", "gone": "red"}).html(1200)
+    said = drawn(Points(groups, {"kept": "green", "gone": "red"}))
     assert said.count("h0") == 3 and "M20 580h0M980 20h0" in said and "kept (2)" in said
 
 
 def test_the_matrix_shades_by_the_share_of_its_row() -> None:
-    said = Matrix([Column("in"), Column("kept")], {"x": [200, 50], "y": [0, 0]}, [200, 50]).html(0)
-    assert "--share:25.0%" in said and "class='number none'" in said and "25 % of 200" in said
+    columns = [Column("in"), Column("kept")]
+    said = drawn(Matrix(columns, {"x": [200, 50], "y": [0, 0]}, [200, 50]))
+    assert "--share:25.0%" in said and 'class="number none"' in said and "25 % of 200" in said
 
 
 def test_tiles_shrink_and_what_is_no_picture_stays_blank() -> None:
@@ -87,8 +112,8 @@ def test_tiles_shrink_and_what_is_no_picture_stays_blank() -> None:
     assert (width, height) == (45, 20) and len(small) < len(same)
     assert shrunk(b"not a picture", 45)[0] == b""
     tiles = [Tile(jpeg(90, 40), ("one", "two"), alt="a 'b'", tip="<x>"), Tile(b"zz", alt="none")]
-    said = Gallery([Group(tiles * 20, "title")]).html(120)
-    assert "alt='a &#x27;b&#x27;'" in said and "&lt;x&gt;" in said and "no picture" in said
+    said = drawn(Gallery([Group(tiles * 20, "title")]), 120)
+    assert 'alt="a &#39;b&#39;"' in said and "&lt;x&gt;" in said and "no picture" in said
     assert said.count("<figure") == 6 and "and 34 more" in said
 
 
@@ -97,8 +122,14 @@ def test_chapters_are_listed_and_linked(tmp_path: Path) -> None:
     sections = [numbers, Heading("Part <1>", "about"), Text("x", "Card"), Heading("End")]
     write_report(tmp_path / "r.html", "t", sections)
     said = (tmp_path / "r.html").read_text()
-    assert re.findall(r"<a href='#([\w-]+)'", said) == ["part-1", "end"]
-    assert "id='part-1'" in said and "<h3>Card</h3>" in said and "Part &lt;1&gt;" in said
+    assert re.findall(r'<a href="#([\w-]+)"', said) == ["part-1", "end"]
+    assert 'id="part-1"' in said and "<h3>Card</h3>" in said and "Part &lt;1&gt;" in said
     assert said.index(">wrong<") < said.index(">lead<")
     write_report(tmp_path / "r.html", "t", [Text("x", "Card")])
     assert "<nav" not in (tmp_path / "r.html").read_text()
+
+
+def test_a_mosaic_places_what_is_a_picture() -> None:
+    tiles = [(2, 0, Tile(jpeg(90, 40), alt="a")), (0, 1, Tile(b"", alt="b", frame="gone"))]
+    said = drawn(Mosaic(tiles, (24, 14)))
+    assert said.count("<img") == 1 and "grid-column:3;grid-row:1" in said and "repeat(24," in said

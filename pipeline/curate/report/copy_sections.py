@@ -9,10 +9,18 @@ from pipeline.curate.report.copies import BIN, Band, Component, Looks, Pair
 from pipeline.curate.report.pictures import component_text, member_tile, pair_tiles
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.words import COLOURS, images, share, similarity
-from pipeline.report.charts import Bar, Bars, Curve, Histogram
-from pipeline.report.gallery import Gallery, Group, Heading, Numbers
-from pipeline.report.page import Section
-from pipeline.report.plane import Mark
+from pipeline.report.page import (
+    Bar,
+    Bars,
+    Chart,
+    Gallery,
+    Group,
+    Heading,
+    Histogram,
+    Mark,
+    Numbers,
+    Section,
+)
 
 FRAME = (
     "A green frame marks an image that stays; below the others, how alike they are to it. That may "
@@ -67,7 +75,7 @@ def _groups(summary: Summary) -> list[Section]:
     if not parts.count:
         return sections
     sections.append(
-        Curve(
+        Chart(
             {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
             "Groups by size",
             "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
@@ -192,7 +200,7 @@ def threshold_sections(summary: Summary) -> list[Section]:
     positive = [f for _, _, f in curve if f > 0]
     if curve:
         sections += [
-            Curve(
+            Chart(
                 {"recall": [(t, 100 * r) for t, r, _ in curve]},
                 "Copies found",
                 "Higher thresholds miss more copies.",
@@ -202,7 +210,7 @@ def threshold_sections(summary: Summary) -> list[Section]:
                 marks=line,
                 colours={"recall": COLOURS["duplicate_near"]},
             ),
-            Curve(
+            Chart(
                 {"false": [(t, f) for t, _, f in curve]},
                 "Different images taken for copies",
                 "Logarithmic; where the line ends, no pair was."

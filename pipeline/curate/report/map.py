@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.curate.report.read import Shown, TableFiles, parquet_names
-from pipeline.curate.report.words import name_of
+from pipeline.curate.report.read import TableFiles, parquet_names
 from pipeline.curate.rows.tables import matrix, read_table
-from pipeline.report.gallery import shrunk
 
 GRID = (24, 14)  # cells of the map that may hold a picture
 LEAST = 3  # rows with vectors that make a map
@@ -125,43 +121,3 @@ def _pictures(places: Floats, rows: Sequence[int]) -> tuple[tuple[int, int, int]
     for i in np.argsort(away, kind="stable"):
         best.setdefault((int(cells[i, 0]), int(cells[i, 1])), int(i))
     return tuple((x, y, rows[i]) for (x, y), i in sorted(best.items()))
-
-
-# ---- A grid of small pictures at the places of the map.
-
-
-CELL = 64  # pixels of a picture, at most
-
-
-@dataclass(frozen=True)
-class Mosaic:
-    """Pictures by (column, line); `grid` is how many of each there are."""
-
-    pictures: Sequence[tuple[int, int, Shown]]
-    grid: tuple[int, int]
-    title: str = ""
-    text: str = ""
-    wide: bool = True
-
-    def html(self, side: int) -> str:
-        """A CSS grid."""
-        size = max(24, int(CELL * (side / 1200) ** 0.5))
-        cells = "".join(_cell(x, y, one, size) for x, y, one in self.pictures)
-        return (
-            f"<p>{html.escape(self.text)}</p><div class='mosaic' "
-            f"style='grid-template-columns:repeat({self.grid[0]},minmax(0,1fr))'>{cells}</div>"
-        )
-
-
-def _cell(x: int, y: int, one: Shown, size: int) -> str:
-    jpeg, _, _ = shrunk(one.thumbnail, size)
-    if not jpeg:
-        return ""
-    code = base64.b64encode(jpeg).decode()
-    words = html.escape(f"{name_of(one.reason)}: {one.path or one.image_id}", quote=True)
-    gone = "" if one.reason == "kept" else " class='gone'"
-    place = f"grid-column:{x + 1};grid-row:{y + 1}"
-    return (
-        f"<img{gone} alt='{words}' title='{words}' style='{place}' "
-        f"src='data:image/jpeg;base64,{code}'>"
-    )

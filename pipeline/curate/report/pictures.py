@@ -19,7 +19,7 @@ from pipeline.curate.report.read import Shown
 from pipeline.curate.report.sets import Match
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.words import COLOURS, REMOVED, RGB, images, name_of, similarity, size
-from pipeline.report.gallery import Tile
+from pipeline.report.page import Tile
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -250,7 +250,7 @@ def tile(
     one = summary.shown.get(row) or Shown(row=row, image_id="")
     words = name_of(one.reason) if first is None else first
     return Tile(
-        jpeg=one.thumbnail,
+        image=one.thumbnail,
         lines=tuple(line for line in (words, *more) if line),
         alt=f"image {one.image_id[:8]}… from {one.source or 'an unknown source'}: {words}",
         frame=frame,
@@ -263,7 +263,7 @@ def other(one: Shown | None, query: bytes, words: str) -> Tile:
     """An image of an evaluation or seed set, with a dashed frame."""
     shown = one or Shown(row=-1, image_id=query.hex())
     return Tile(
-        jpeg=shown.thumbnail,
+        image=shown.thumbnail,
         lines=(words, f"{query.hex()[:8]}…"),
         alt=f"{words}, image {query.hex()[:8]}…",
         frame=ASK,

@@ -26,10 +26,17 @@ from pipeline.curate.report.words import (
     phrase,
     share,
 )
-from pipeline.report.charts import Bar, Bars
-from pipeline.report.gallery import Gallery, Group, Heading, Numbers
-from pipeline.report.matrix import Column, Matrix
-from pipeline.report.page import Section
+from pipeline.report.page import (
+    Bar,
+    Bars,
+    Column,
+    Gallery,
+    Group,
+    Heading,
+    Matrix,
+    Numbers,
+    Section,
+)
 
 QUALITY = ("undecodable", "too_small", "aspect", "flat")
 UNREADABLE = 10  # shown; there is nothing to see

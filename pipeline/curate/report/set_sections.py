@@ -6,16 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.curate.report.clusters import Level, ranked
-from pipeline.curate.report.map import GRID, Mosaic
-from pipeline.curate.report.pictures import KEEP, match_tiles, other, tile
+from pipeline.curate.report.map import GRID
+from pipeline.curate.report.pictures import GONE, KEEP, match_tiles, other, tile
 from pipeline.curate.report.sets import BINS, Leaks, Match, Retrieved
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.words import COLOURS, images, name_of, seconds, share, similarity, size
 from pipeline.curate.rows.tables import REASONS
-from pipeline.report.charts import Bar, Bars, Curve, Histogram, Points
-from pipeline.report.gallery import Gallery, Group, Heading
-from pipeline.report.page import Section, Table
-from pipeline.report.plane import Mark
+from pipeline.report.page import (
+    Bar,
+    Bars,
+    Chart,
+    Gallery,
+    Group,
+    Heading,
+    Histogram,
+    Mark,
+    Mosaic,
+    Points,
+    Section,
+    Table,
+)
 
 
 def leak_sections(summary: Summary) -> list[Section]:
@@ -198,7 +208,7 @@ def cluster_sections(summary: Summary) -> list[Section]:
 
 
 def _ranks(name: str, level: Level) -> Section:
-    return Curve(
+    return Chart(
         {"before": ranked(level.before), "after": ranked(level.after)},
         f"Sizes of the {name}",
         "From the largest cluster to the smallest, both axes logarithmic. A flat line is an even "
@@ -237,7 +247,11 @@ def map_sections(summary: Summary) -> list[Section]:
         f"{images(len(layout.rows))} by chance, laid out by {how}. Images that look alike are "
         "close to one another."
     )
-    pictures = [(x, y, summary.shown[row]) for x, y, row in layout.pictures if row in summary.shown]
+    pictures = [
+        (x, y, tile(summary, row, frame="" if summary.shown[row].reason == "kept" else GONE))
+        for x, y, row in layout.pictures
+        if row in summary.shown
+    ]
     return [
         Heading("Map", text),
         Points(groups, colours, "What became of images, by place"),
