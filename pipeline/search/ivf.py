@@ -31,7 +31,7 @@ from pipeline.heartbeat import now
 from pipeline.search.exact import Doubles, Floats, Ints, Nearest, similarities
 from pipeline.storage.places import delete_file, list_files, resolve_uri
 from pipeline.storage.transfer import atomic_path, local_copy, read_mark, write_bytes_atomic
-from pipeline.uri import Place, is_uri, join, public
+from pipeline.uri import is_uri, join, public
 
 log = logging.getLogger("pipeline.search")
 
@@ -51,7 +51,7 @@ class IndexFacts:
     """What `_index.json` says.
 
     Attributes:
-        vectors: digest of the vectors that it is of.
+        vectors: key of the vectors that it is of.
         file: name of faiss' file beside it.
         file_bytes: of that file.
         lists: nlist of faiss.
@@ -136,7 +136,7 @@ def lists_for(rows: int) -> int:
     return int(2 ** int(np.log2(max(1.0, LISTS_PER_ROOT * rows**0.5))))
 
 
-def opened(place: Place, column: str, digest: str) -> IvfIndex | None:
+def opened(place: str, column: str, key: str) -> IvfIndex | None:
     """The index in a folder of vectors, if it is there, whole and of these vectors; else why not is
     logged.
     """
@@ -150,7 +150,7 @@ def opened(place: Place, column: str, digest: str) -> IvfIndex | None:
     except TypeError:
         log.warning("index       %s is of another version; it is built again", _name(column))
         return None
-    if facts.vectors != digest:
+    if facts.vectors != key:
         log.warning("index       is of other vectors than are there now; it is built again")
         return None
     file = join(place, facts.file)
@@ -168,24 +168,22 @@ def opened(place: Place, column: str, digest: str) -> IvfIndex | None:
         return None
 
 
-def built(
-    blocks: Blocks, rows: int, dim: int, place: Place | None, column: str, digest: str
-) -> IvfIndex:
+def built(blocks: Blocks, shape: tuple[int, int], place: str, column: str, key: str) -> IvfIndex:
     """Builds an index, measures its recall, and stores it beside the vectors.
 
     Args:
         blocks: gives (first row, unit vectors [R, D]) through the whole set, each time.
-        rows: N.
-        dim: D.
-        place: folder of the vectors; None: it is not stored.
+        shape: N and D.
+        place: folder of the vectors; "": it is not stored.
         column: of the vectors.
-        digest: of the vectors.
+        key: of the vectors.
 
     Raises:
         DataError: fewer vectors than lists can be made of.
     """
     import faiss
 
+    rows, dim = shape
     lists = lists_for(rows)
     if rows < 39 * lists:  # faiss: ClusteringParameters::min_points_per_centroid
         raise DataError(
@@ -206,11 +204,11 @@ def built(
     added = time.monotonic()
     probes, recall, queries = _probes(index, blocks, rows)
     facts = IndexFacts(
-        vectors=digest,
+        vectors=key,
         column=column,
         rows=rows,
         dim=dim,
-        file=f"_index_{column}_{digest[:8]}.faiss",
+        file=f"_index_{column}_{key[:8]}.faiss",
         file_bytes=0,
         lists=lists,
         probes=probes,
@@ -223,7 +221,7 @@ def built(
         measure_s=round(time.monotonic() - added, 2),
         faiss=faiss.__version__,
     )
-    return IvfIndex(index, _stored(index, facts, place) if place is not None else facts)
+    return IvfIndex(index, _stored(index, facts, place) if place else facts)
 
 
 def _probes(index: Any, blocks: Blocks, rows: int) -> tuple[int, float, int]:
@@ -286,7 +284,7 @@ def _name(column: str) -> str:
     return "_index.json" if column == "cls" else f"_index_{column}.json"
 
 
-def _stored(index: Any, facts: IndexFacts, place: Place) -> IndexFacts:
+def _stored(index: Any, facts: IndexFacts, place: str) -> IndexFacts:
     """Writes faiss' file, then what is known of it. An index that cannot be stored is used as it
     is, and that is said.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.errors import ConfigError, DataError
 from pipeline.search.exact import Floats, Ints, Nearest, unit
 from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened
-from pipeline.uri import Place, public
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.search")
 
@@ -22,36 +22,38 @@ EXACT_ROWS = 1_000_000  # `auto` takes an index above: exact search then takes o
 MEMORY_GIB = 4.0
 BLOCK_ROWS = 65_536
 
+Array = np.ndarray[Any, Any]
 Index = Literal["auto", "exact", "ivf"]
 
 
 class Vectors(Protocol):
-    """What is searched in: a `pipeline.embed.vectors.VectorSet`, or `ArrayVectors`."""
+    """What is searched in, as far as it is asked for: `pipeline.embed.vectors.VectorSet` is one."""
 
     @property
     def rows(self) -> int: ...  # noqa: D102
     @property
     def dim(self) -> int: ...  # noqa: D102
     @property
-    def digest(self) -> str: ...  # noqa: D102
+    def key(self) -> str: ...  # noqa: D102
     @property
-    def place(self) -> Place | None: ...  # noqa: D102
-    def column_blocks(self, column: str, rows: int) -> Iterator[np.ndarray[Any, Any]]: ...  # noqa: D102
+    def uri(self) -> str: ...  # noqa: D102
+    def blocks(self, rows: int = ..., output: str = ...) -> Iterator[tuple[Array, Any]]: ...  # noqa: D102
 
 
 class ArrayVectors:
-    """Vectors in memory, [N, D] of any float."""
+    """Vectors in memory, [N, D] of any float; nothing is stored beside them."""
 
-    def __init__(self, vectors: np.ndarray[Any, Any]) -> None:
+    key = uri = ""
+
+    def __init__(self, vectors: Array) -> None:
         self._vectors = vectors
         self.rows, self.dim = vectors.shape
-        self.digest, self.place = "", None
 
-    def column_blocks(self, column: str, rows: int) -> Iterator[np.ndarray[Any, Any]]:
-        """The same for each column: an array has one."""
-        del column
+    def blocks(self, rows: int = BLOCK_ROWS, output: str = "cls") -> Iterator[tuple[Array, Any]]:
+        """Slices of the array, whatever the output is called."""
+        del output
         for begin in range(0, self.rows, rows):
-            yield self._vectors[begin : begin + rows]
+            yield self._vectors[begin : begin + rows], None
 
 
 class Search:
@@ -79,7 +81,7 @@ class Search:
                     held[first : first + len(block)] = block
             self._held = held
 
-    def find(self, vectors: np.ndarray[Any, Any], k: int) -> tuple[Floats, Ints]:
+    def find(self, vectors: Array, k: int) -> tuple[Floats, Ints]:
         """The k nearest rows of each vector, best first; equal ones by the lowest row.
 
         Args:
@@ -114,7 +116,7 @@ class Search:
 
 
 def open_search(
-    vectors: Vectors | np.ndarray[Any, Any],
+    vectors: Vectors | Array,
     column: str = "cls",
     index: Index = "auto",
     memory_gib: float = MEMORY_GIB,
@@ -135,7 +137,7 @@ def open_search(
     if isinstance(vectors, np.ndarray):
         vectors = ArrayVectors(vectors)
     if not vectors.rows:
-        where = public(vectors.place) if vectors.place else "the array"
+        where = public(vectors.uri) or "the array"
         raise DataError(
             f"{where} holds no vectors: there is nothing to search in",
             "embed images first: jobs/embed.py model=… data.source=photos/",
@@ -149,8 +151,8 @@ def open_search(
 def unit_blocks(vectors: Vectors, column: str) -> Iterator[tuple[int, Floats]]:
     """(first row, unit vectors [R, D]) through the whole set."""
     first = 0
-    name = f"the vectors in {public(vectors.place)}" if vectors.place else "the vectors"
-    for block in vectors.column_blocks(column, BLOCK_ROWS):
+    name = f"the vectors in {public(vectors.uri)}" if vectors.uri else "the vectors"
+    for block, _ in vectors.blocks(BLOCK_ROWS, column):
         yield first, unit(block, name, first)
         first += len(block)
 
@@ -174,16 +176,14 @@ def _takes_index(rows: int, index: Index) -> bool:
 
 
 def _index_of(vectors: Vectors, column: str) -> IvfIndex:
-    place, digest = vectors.place, vectors.digest
-    index = opened(place, column, digest) if place is not None else None
+    index = opened(vectors.uri, column, vectors.key) if vectors.uri else None
     if index is None:
         index = built(
             lambda: unit_blocks(vectors, column),
-            vectors.rows,
-            vectors.dim,
-            place,
+            (vectors.rows, vectors.dim),
+            vectors.uri,
             column,
-            digest,
+            vectors.key,
         )
         facts = index.facts
         seconds = facts.train_s + facts.add_s + facts.measure_s

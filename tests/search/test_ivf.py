@@ -21,14 +21,14 @@ pytest.importorskip("faiss")
 class Table:
     """Vectors in a folder, as far as search asks for them."""
 
-    def __init__(self, vectors: np.ndarray, place: Path, digest: str = "d1") -> None:
-        self.vectors, self.place, self.digest = vectors, place, digest
+    def __init__(self, vectors: np.ndarray, place: Path, key: str = "d1") -> None:
+        self.vectors, self.uri, self.key = vectors, str(place), key
         self.rows, self.dim = vectors.shape
 
-    def column_blocks(self, column: str, rows: int) -> Iterator[np.ndarray[Any, Any]]:
-        del column
+    def blocks(self, rows: int, output: str) -> Iterator[tuple[np.ndarray[Any, Any], Any]]:
+        del output
         for begin in range(0, self.rows, 3000):  # as files have other sizes than blocks
-            yield self.vectors[begin : begin + 3000]
+            yield self.vectors[begin : begin + 3000], None
 
 
 def clustered(rows: int, dim: int = 16, clusters: int = 40) -> np.ndarray:
