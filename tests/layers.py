@@ -88,8 +88,8 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("search", "errors heartbeat storage uri", others="numpy", others_inside="faiss"),
     row("train.cost train.bottleneck", "views", others="torch"),
-    row("train.step train.objective", "errors loss model schedule train.objective views",
-        others="torch"),
+    row("train.step train.objective train.forward",
+        "errors loss model schedule train.objective train.step views", others="torch"),
     row("train.build train.checkpoint_files train.start train.state",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
@@ -97,8 +97,6 @@ TABLE = [
         "storage stream train uri views", "track.tracker", "torch ray", "psutil"),
     row("train", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream uri views", others="torch ray", others_inside="yaml"),
-    row("api", "config.sizes errors loss model schedule train.objective train.step views",
-        others="torch"),
     # curation: tasks on Ray over parquet; what they compute is plain numpy
     row("curate.steps.*", "errors heartbeat storage uri", others="pyarrow", others_inside="ray"),
     row("curate.rows.exact", others="numpy", others_inside="torch"),
@@ -129,6 +127,11 @@ TABLE = [
         "numpy PIL", "ray"),
     row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
         "plan report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
+    # from Python: what a run is made of, one call each, and all of it as one call
+    row("api api.networks api.losses api.images api.train",
+        "api.* config.sizes errors evaluate.features images loss model schedule shards.columns "
+        "shards.shard_set stream.decoder stream.reader train.forward train.objective train.step "
+        "uri views", "config.load log stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "stages"),
 ]  # fmt: skip
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

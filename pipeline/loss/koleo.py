@@ -13,21 +13,21 @@ EPS = 1e-8
 
 def koleo(features: Tensor) -> Tensor:
     """`-mean_i log(|x_i - nearest(x_i)| + eps)` of L2-normalised rows `[B, D]`, 0-d fp32 (DINOv2
-    loss/koleo_loss.py).
+    loss/koleo_loss.py). Tokens `[B, N, D]` are spread inside each image: the mean over the images.
 
     Computed in fp32 whatever the input: 1e-8 is 0 in fp16 and a duplicate then gives infinity. The
     gradient reaches both a row and its neighbour. Fewer than two rows have no neighbour: 0, still
     connected to the input.
 
     Raises:
-        PipelineError: features of other than two dimensions. Which rows are neighbours of which is
-            for the caller to say: a call for each group of rows, or one for all of them.
+        PipelineError: features that are neither.
     """
+    if features.ndim == 3 and len(features):
+        return torch.stack([koleo(tokens) for tokens in features]).mean()
     if features.ndim != 2:
         raise PipelineError(
-            f"koleo got features {list(features.shape)}, expected rows [B, D]",
-            "call it for each group of rows and take the mean, or flatten them: "
-            "features.reshape(-1, D)",
+            f"koleo got features {list(features.shape)}, expected rows [B, D] or tokens [B, N, D]",
+            "for neighbours among all tokens flatten them: features.flatten(0, -2)",
         )
     if len(features) < 2:
         return features.float().sum() * 0.0

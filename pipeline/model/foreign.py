@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
 from pipeline.model.vit import check_masks
 
 Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B, P, D] if any
@@ -231,6 +231,49 @@ class TimmBackbone(ForeignBackbone):
         }, max(int(layer) for layer in names.values())
 
 
+def timm_by_name(
+    name: str, arguments: Mapping[str, Any] | None = None, pretrained: bool = False
+) -> TimmBackbone:
+    """A timm model with the image size, patches and width that it has by itself.
+
+    Args:
+        name: timm's, e.g. `vit_small_patch16_224`.
+        arguments: more of `timm.create_model`; `num_classes` is 0 whatever they say.
+        pretrained: load timm's weights, which it downloads.
+
+    Raises:
+        PipelineError: timm is missing, has no such model, does not take the arguments, or gets no
+            weights.
+    """
+    given = dict(arguments or {}) | {"num_classes": 0}
+    timm = _timm(name)
+    for extra in ({"dynamic_img_size": True}, {}):  # only some families take it: crops differ
+        try:
+            module = timm.create_model(name, pretrained=pretrained, **(extra | given))
+            break
+        except TypeError as error:
+            reason: Exception = error
+        except Exception as error:  # of its hub, of a file, of weights that do not fit
+            raise PipelineError(
+                f"timm:{name} could not be built: {one_line(error)}",
+                "give other encoder_kwargs, or pretrained=False where no weights are at hand",
+            ) from error
+    else:
+        raise PipelineError(
+            f"timm:{name} does not take {given}: {one_line(reason)}", "give other encoder_kwargs"
+        ) from reason
+    embed = getattr(module, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or module.pretrained_cfg["input_size"][1:]
+    patch = getattr(embed, "patch_size", None)
+    spec = TimmSpec(
+        name,
+        image_size=int(size[0]),
+        patch_size=int(patch[0]) if isinstance(patch, tuple) else TimmSpec.patch_size,
+        in_channels=int(given.get("in_chans", 3)),
+    )
+    return TimmBackbone(module, spec, given)
+
+
 def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) -> None:
     """Try one image of each size.
 
@@ -254,19 +297,25 @@ def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) 
     backbone.train(was)
 
 
-def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:
+def _timm(name: str) -> Any:
+    """The package, where it is there and has the model."""
     try:
         import timm
     except ImportError as error:
         raise PipelineError(
-            f"model.encoder=timm:{spec.name} needs the package timm", "pip install timm"
+            f"model.encoder=timm:{name} needs the package timm", "pip install timm"
         ) from error
-    if not timm.is_model(spec.name):
-        near = difflib.get_close_matches(spec.name, timm.list_models(), n=3)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise PipelineError(
-            f"timm {timm.__version__} has no model {spec.name!r}",
+            f"timm {timm.__version__} has no model {name!r}",
             f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them",
         )
+    return timm
+
+
+def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:
+    timm = _timm(spec.name)
     dropped: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
     fixed: dict[str, Any] = {"num_classes": 0, "in_chans": spec.in_channels}
     # Only some families take these; the signature does not tell, because of **kwargs.

@@ -5,6 +5,7 @@ distilling, a third and larger one, which does not move, makes the targets.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -79,9 +80,9 @@ class Encoder(nn.Module):
     def forward(
         self,
         global_views: Tensor,
-        local_views: Tensor | None,
-        masks: Tensor | None,
-        masked: Tensor,
+        local_views: Tensor | None = None,
+        masks: Tensor | None = None,
+        masked: Tensor | None = None,
         score_cls: bool = True,
         generator: torch.Generator | None = None,
     ) -> Encoded:
@@ -91,10 +92,12 @@ class Encoder(nn.Module):
             global_views: `[V, C, S, S]`.
             local_views: `[W, C, s, s]`, or None.
             masks: bool `[V, P]`, patches hidden from the backbone; None (the teacher) hides none.
-            masked: int64 `[M]`, flat places in `[V * P]` whose patch tokens are scored.
+            masked: int64 `[M]`, flat places in `[V * P]` whose patch tokens are scored; None: none.
             score_cls: False leaves the CLS tokens out of the head (a DINO weight of 0).
             generator: source of stochastic depth, used in training mode only.
         """
+        if masked is None:
+            masked = torch.zeros(0, dtype=torch.long, device=global_views.device)
         inputs, hidden = [global_views], [masks]
         if local_views is not None and len(local_views):
             inputs.append(local_views)
@@ -117,6 +120,10 @@ class Pair:
     student: Encoder
     teacher: Encoder  # the moving average of the student
     frozen: Encoder | None = None  # makes the targets instead of the teacher, when distilling
+
+    def __iter__(self) -> Iterator[Encoder]:
+        """`student, teacher = pair`."""
+        return iter((self.student, self.teacher))
 
     @property
     def target_maker(self) -> Encoder:
@@ -192,6 +199,10 @@ def freeze(encoder: Encoder, student: Encoder) -> Encoder:
 @torch.no_grad()
 def ema_update(pair: Pair, momentum: float) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
-    teacher: list[Tensor] = list(pair.teacher.parameters())
-    student: list[Tensor] = list(pair.student.parameters())
+    move(list(pair.student.parameters()), list(pair.teacher.parameters()), momentum)
+
+
+@torch.no_grad()
+def move(student: list[Tensor], teacher: list[Tensor], momentum: float) -> None:
+    """Moves the teacher's tensors towards the student's, in place, pair by pair."""
     torch._foreach_lerp_(teacher, student, 1 - momentum)

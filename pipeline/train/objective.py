@@ -113,7 +113,17 @@ class Objective:
     def masked(self, views: Views) -> Masked:
         """The patches that iBOT scores: the masked ones, all when distilling, none where iBOT has
         weight 0.
+
+        Raises:
+            PipelineError: iBOT has a weight, and the views have no masks.
         """
+        if not views.masks.shape[1]:
+            if self.spec.ibot_weight:
+                raise PipelineError(
+                    f"the views have no masks, and iBOT has weight {self.spec.ibot_weight}",
+                    "give the views masks (masks_for), or ObjectiveSpec(ibot_weight=0)",
+                )
+            return Masked(torch.zeros(0, dtype=torch.long, device=views.masks.device), 0)
         flat = self._scored(views).flatten()
         patches = len(flat)
         if self.spec.ibot_weight == 0:
@@ -123,8 +133,12 @@ class Objective:
         length = min(patches, -(-len(places) // step) * step)
         return Masked(F.pad(places, (0, length - len(places))), len(places))
 
-    def hidden(self, views: Views) -> Tensor:
-        """Bool `[V, P]`, the patches hidden from the student: none when distilling."""
+    def hidden(self, views: Views) -> Tensor | None:
+        """Bool `[V, P]`, the patches hidden from the student: none when distilling, None where
+        the views have no masks.
+        """
+        if not views.masks.shape[1]:
+            return None
         return torch.zeros_like(views.masks) if self.spec.distil else views.masks
 
     def _scored(self, views: Views) -> Tensor:

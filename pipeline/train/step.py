@@ -45,6 +45,35 @@ class StepResult:
     stop: bool  # whether any worker was asked to end, move or save
 
 
+@torch.no_grad()
+def ask_teacher(
+    pair: Pair, views: Views, patches: Masked, objective: Objective
+) -> tuple[Encoded, int]:
+    """What makes the targets, on the global views with nothing hidden, and the masked patches."""
+    encoded: Encoded = pair.target_maker(
+        views.global_views, None, None, patches.places, objective.scores_cls
+    )
+    return encoded, patches.rows
+
+
+def ask_student(
+    student: Callable[..., Encoded],
+    views: Views,
+    patches: Masked,
+    objective: Objective,
+    generator: torch.Generator | None = None,
+) -> Encoded:
+    """The student on all views, masked."""
+    return student(
+        views.global_views,
+        views.local_views if len(views.local_views) else None,
+        objective.hidden(views),
+        patches.places,
+        objective.scores_cls,
+        generator,
+    )
+
+
 def train_step(
     student_forward: Callable[..., Encoded],
     pair: Pair,
@@ -87,19 +116,15 @@ def train_step(
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
-    @torch.no_grad()
-    def ask_teacher(views: Views, patches: Masked) -> tuple[Encoded, int]:
+    def teacher(views: Views, patches: Masked) -> tuple[Encoded, int]:
         with autocast():
-            encoded: Encoded = pair.target_maker(
-                views.global_views, None, None, patches.places, objective.scores_cls
-            )
-        return encoded, patches.rows
+            return ask_teacher(pair, views, patches, objective)
 
     apply_values(optimizer, values)
     optimizer.zero_grad(set_to_none=True)
     masked = [objective.masked(views) for views in micro_batches]
     # `map` asks the teacher when a target is asked for: see `Objective.targets`.
-    targets = objective.targets(map(ask_teacher, micro_batches, masked), values.teacher_temperature)
+    targets = objective.targets(map(teacher, micro_batches, masked), values.teacher_temperature)
     reports: list[dict[str, Tensor]] = []
     for number, (views, patches) in enumerate(zip(micro_batches, masked, strict=True)):
         target = next(targets)  # not by `zip`, which would hold the logits until the next turn
@@ -107,14 +132,7 @@ def train_step(
         # DDP adds up the workers' gradients once a step, in the last backward.
         with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
             with autocast():
-                student = student_forward(
-                    views.global_views,
-                    views.local_views if len(views.local_views) else None,
-                    objective.hidden(views),
-                    patches.places,
-                    objective.scores_cls,
-                    draws[number],
-                )
+                student = ask_student(student_forward, views, patches, objective, draws[number])
             terms = objective.losses(student, target, views, patches)
             del target  # free the logits before the backward pass needs room
             (terms.total / parts).backward()  # type: ignore[no-untyped-call]

@@ -60,19 +60,24 @@ class Views:
     """The input of one forward pass, crop-major: row c * B + i is crop c of image i.
 
     Rows alone do not say how many images they are of. Without `images` an image has two global
-    views, as the stream makes them; any other number, from two on, needs `images`.
+    views, as the stream makes them; any other number, from two on, needs `images`. Without `masks`
+    nothing is hidden, and iBOT has nothing to predict.
 
     Raises:
         PipelineError: the shapes do not fit each other, or leave the number of images open.
     """
 
     global_views: Tensor  # float [G B, C, S, S]
-    local_views: Tensor  # float [L B, C, s, s]; [0, ...] without local views
-    masks: Tensor  # bool [G B, P], true = hidden from the student
+    # float [L B, C, s, s]; [0, ...] without local views
+    local_views: Tensor = field(default_factory=lambda: torch.zeros(0))
+    # bool [G B, P], true = hidden from the student; [G B, 0] without masks
+    masks: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     images: int = 0  # B; 0: half of the global views
 
     def __post_init__(self) -> None:
         rows, local_rows = len(self.global_views), len(self.local_views)
+        if not self.masks.numel():
+            object.__setattr__(self, "masks", self.masks.new_zeros(rows, 0))
         images = self.images or rows // GLOBAL_CROPS
         views = rows // images if self.images else GLOBAL_CROPS
         problem = ""
@@ -98,6 +103,37 @@ class Views:
                 " of B images, ordered crop by crop; G is 2 or more",
             )
         object.__setattr__(self, "images", images)
+
+    @classmethod
+    def of(
+        cls,
+        global_views: Sequence[Tensor],
+        local_views: Sequence[Tensor] = (),
+        masks: Tensor | None = None,
+    ) -> "Views":
+        """From one tensor `[B, C, S, S]` for each view.
+
+        Args:
+            global_views: two or more.
+            local_views: of smaller images.
+            masks: bool `[G B, P]`, all images' first view, then all their second; None: none.
+
+        Raises:
+            PipelineError: fewer than two global views, or shapes that do not fit each other.
+        """
+        shapes = [[list(x.shape) for x in views] for views in (global_views, local_views)]
+        alike = all(all(one == kind[0] for one in kind) for kind in shapes if kind)
+        if len(global_views) < 2 or not alike or not shapes[0][0]:
+            raise PipelineError(
+                f"global views {shapes[0]} and local views {shapes[1]}, expected lists of "
+                "[B, C, S, S] and [B, C, s, s]",
+                "give two or more global views of the same images, and local views of one size",
+            )
+        device = global_views[0].device
+        local = torch.cat(list(local_views)) if local_views else torch.zeros(0, device=device)
+        no_masks = torch.zeros(0, 0, dtype=torch.bool, device=device)
+        hidden = no_masks if masks is None else masks
+        return cls(torch.cat(list(global_views)), local, hidden, len(global_views[0]))
 
     @property
     def global_crops(self) -> int:

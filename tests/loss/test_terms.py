@@ -189,7 +189,7 @@ def test_shapes_that_do_not_fit_are_refused_with_both_shapes() -> None:
     x, target = torch.randn, target_of(torch.rand(6, 5).softmax(dim=1))
     ones = torch.ones(6)
     refused: list[tuple[Callable[[], object], str]] = [
-        (lambda: koleo(x(1, 16, 8)), "features [1, 16, 8], expected rows [B, D]"),
+        (lambda: koleo(x(1, 1, 16, 8)), "features [1, 1, 16, 8], expected rows [B, D]"),
         (lambda: koleo(x(8)), "features [8], expected rows [B, D]"),
         (lambda: dino_loss(x(9, 5), target, 1, global_crops=1), "6 rows for 1 global"),
         (lambda: dino_loss(x(9, 5), target, 1, global_crops=4), "6 rows for 4 global"),

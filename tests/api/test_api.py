@@ -14,7 +14,7 @@ from torch import nn
 from pipeline import api
 from pipeline.errors import PipelineError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_code_of_the_page_runs() -> None:

@@ -1,0 +1,113 @@
+"""The pieces from Python: networks, losses, crops and the step, without Ray or config; and `train`,
+the whole chain as one call.
+
+    from pipeline import api
+
+    student, teacher = api.build_student_teacher(image_size=224, patch_size=14, embed_dim=384)
+    trained = api.train("photos/", out="runs/photos")
+
+docs/python.md shows each piece at work. Everything here has the same behaviour as in a run, because
+a run is made of it.
+"""
+
+from __future__ import annotations
+
+from pipeline.api.images import embed, multi_crop, prepare
+from pipeline.api.losses import dino_loss, update_centre, update_teacher
+from pipeline.api.networks import (
+    build_student_teacher,
+    output_size,
+    sized,
+    student_teacher,
+    with_head,
+)
+from pipeline.api.train import Trained, train
+from pipeline.config.sizes import SIZES
+from pipeline.loss.ibot import ibot_loss, patch_weights
+from pipeline.loss.koleo import koleo
+from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.model.fit import fit
+from pipeline.model.foreign import ModuleBackbone, TimmSpec
+from pipeline.model.groups import apply_values, parameter_groups
+from pipeline.model.head import Head
+from pipeline.model.pair import (
+    BackboneSpec,
+    Encoded,
+    Encoder,
+    HeadSpec,
+    Pair,
+    ema_update,
+    freeze,
+    pair_of,
+)
+from pipeline.model.vit import VisionTransformer
+from pipeline.model.weights import load_backbone, read_weights, save_backbone
+from pipeline.schedule import StepValues, cosine, linear
+from pipeline.train.forward import Forward, forward
+from pipeline.train.objective import Objective, ObjectiveSpec
+from pipeline.train.step import NonFinite, StepResult, train_step
+from pipeline.views.batch import Views
+from pipeline.views.crops import CropSpec
+from pipeline.views.masks import masks_for
+from pipeline.views.photometric import PhotometricSpec
+
+__all__ = [
+    # networks
+    "SIZES",
+    "BackboneSpec",
+    "TimmSpec",
+    "HeadSpec",
+    "sized",
+    "build_student_teacher",
+    "student_teacher",
+    "with_head",
+    "output_size",
+    "VisionTransformer",
+    "ModuleBackbone",
+    "Head",
+    "Encoder",
+    "Encoded",
+    "Pair",
+    "pair_of",
+    "freeze",
+    "ema_update",
+    "update_teacher",
+    # weights
+    "load_backbone",
+    "save_backbone",
+    "read_weights",
+    "fit",
+    # losses and targets
+    "dino_loss",
+    "ibot_loss",
+    "patch_weights",
+    "koleo",
+    "Centre",
+    "update_centre",
+    "Target",
+    "softmax_targets",
+    "sinkhorn_targets",
+    "masks_for",
+    # images
+    "CropSpec",
+    "PhotometricSpec",
+    "multi_crop",
+    "prepare",
+    "embed",
+    # training
+    "train",
+    "Trained",
+    "forward",
+    "Forward",
+    "Views",
+    "Objective",
+    "ObjectiveSpec",
+    "StepValues",
+    "cosine",
+    "linear",
+    "parameter_groups",
+    "apply_values",
+    "train_step",
+    "StepResult",
+    "NonFinite",
+]

@@ -1,0 +1,114 @@
+"""The whole chain as one call: what `python jobs/run.py` does, and what came of it as an object."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.model.pair import Backbone
+from pipeline.uri import parent, public
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that is finished.
+
+    Attributes:
+        folder: the run folder, or the working copy of a remote one.
+        results: of each stage, by its name; `text` says it in a sentence.
+    """
+
+    folder: Path
+    results: dict[str, dict[str, Any]]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """What the evaluation measured of the trained teacher: `eval/knn20_top1`, health."""
+        return dict(self.results.get("evaluate", {}).get("trained", {}))
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The exported folders by format: `dinov2`, `huggingface`, `timm`."""
+        formats = self.results.get("export", {}).get("formats", {})
+        return {name: self.folder / "weights" / name for name in formats}
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.folder / "report.html"
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The exported backbone, in eval mode on the CPU: `[B, C, S, S]` to `[B, D]`.
+
+        Raises:
+            PipelineError: the run exported none, or its weights are gone.
+        """
+        from pipeline.model.foreign_weights import load_any
+
+        place = self.weights.get("dinov2", self.weights.get("timm"))
+        if place is None:
+            raise PipelineError(f"{self.folder} has no exported weights", "call train again")
+        return load_any(place)[0].eval()
+
+
+def train(
+    source: str | Path,
+    out: str | Path,
+    recipe: str | Path = "",
+    settings: Mapping[str, Any] | None = None,
+) -> Trained:
+    """Packs, curates, pretrains, evaluates and exports: `python jobs/run.py recipe data.source=…`.
+
+    Starts a Ray on this machine and ends it, or joins the one of `RAY_ADDRESS`. The same call
+    again goes on where the last one ended; a finished run is only read.
+
+    Args:
+        source: images, as `data.source`: a folder, archives, parquet, a URI.
+        out: the run folder: `run.folder` and `run.name` in one.
+        recipe: a YAML file, e.g. `configs/demo.yaml`; default: the defaults of all fields.
+        settings: other fields by their names, e.g. `{"optim.steps": 1000}`.
+
+    Raises:
+        PipelineError: for whatever the user can mend.
+        SystemExit: after Ctrl-C or SIGTERM, which end training in a checkpoint.
+    """
+    from pipeline import log
+    from pipeline.config.load import load
+    from pipeline.stages import ORDER, run
+    from pipeline.storage.run_folder import RunFolder
+
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        raise PipelineError(
+            "a Ray is running in this process, and train starts or joins its own",
+            "call ray.shutdown() first; train joins the cluster of RAY_ADDRESS",
+        )
+    folder, name = parent(str(out).rstrip("/"))
+    fields = {"data.source": str(source), "run.folder": str(folder), "run.name": name}
+    if twice := sorted(fields.keys() & (settings or {}).keys()):
+        raise PipelineError(
+            f"{', '.join(twice)} in settings: that is what train('{public(str(source))}', "
+            f"out='{public(str(out))}') says",
+            "give it once",
+        )
+    given = {**fields, **(settings or {})}
+    config = load([str(recipe)] * bool(recipe) + [f"{k}={_text(v)}" for k, v in given.items()])
+    if not logging.getLogger("pipeline").handlers:
+        log.configure()
+    run(config, ORDER)
+    done = RunFolder.of(config.run.folder, config.run.name)
+    results = {stage: done.last(stage) for stage in ORDER}
+    return Trained(done.path, {stage: result for stage, result in results.items() if result})
+
+
+def _text(value: Any) -> str:
+    """A value as the command line has it."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
