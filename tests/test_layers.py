@@ -69,7 +69,6 @@ def test_the_table_is_the_designs() -> None:
     assert where("mlflow", inside=False) == set()
     assert where("mlflow", inside=True) == {"track.embedder", "track", "track.*"}
     assert where("ray", inside=False) == {
-        "stream.read_ahead",
         "train.rank_zero",
         "train",
         "train.*",

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import sys
 import time
 import warnings
@@ -17,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pipeline import environment
-from pipeline.driver.ray_start import own_process_group, own_sigterm, until_started
+from pipeline.driver.ray_internals import (
+    RayletEnded,
+    check_version,
+    draining_nodes,
+    own_process_group,
+    own_sigterm,
+    raylet_watched,
+    refuses,
+)
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
 from pipeline.heartbeat import doing
@@ -30,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline")
 T = TypeVar("T")
 SAY_S = 30.0  # between two words about what is missing
-ANSWER_S = 5.0  # for a cluster's head to take a connection
+TRIES = 3  # to start Ray on this machine
 ASK_S = 5.0  # between two orders: those of other jobs' data sets replace them every 20 s
 
 QUIET = {
@@ -53,7 +60,7 @@ QUIET = {
 # are not to come. Ray reads the first when it is imported; it is not for Windows and macOS alone.
 LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_raylet_start_wait_time_s": "2",  # one look; ray_start says how long it is waited for
+    "RAY_raylet_start_wait_time_s": "2",  # one look, then ray_internals looks again
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
 }
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +88,7 @@ def joined(resources: Resources) -> Iterator[None]:
         PipelineError: where the address answers nothing.
     """
     quiet_environment()
+    check_version()
     address = os.environ.get("RAY_ADDRESS")
     if address:  # a loaded cluster needs more than the default 30
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
@@ -133,15 +141,11 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
                 start()
         else:
             with own_sigterm(), doing("starting Ray"):
-                until_started(start)
+                _until_started(start)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if not address:
             raise
-        if (
-            isinstance(error, AuthenticationError)
-            or "uthenticat" in str(error)
-            or _refuses(address)
-        ):
+        if isinstance(error, AuthenticationError) or "uthenticat" in str(error) or refuses(address):
             raise PipelineError(
                 f"the Ray cluster at RAY_ADDRESS={address} wants a token, which this job lacks",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or RAY_AUTH_TOKEN) with the "
@@ -157,20 +161,33 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
         _hide_token()
 
 
-def _refuses(address: str) -> bool:
-    """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
-    from ray.exceptions import AuthenticationError
+def _until_started(start: Callable[[], object]) -> None:
+    """Calls `start`, which starts Ray on this machine, again where Ray's raylet ends at once.
 
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-        GcsClient(address=address)
-    except AuthenticationError:
-        return True
-    except (OSError, ValueError, RuntimeError) as error:  # no address, no cluster, or another fault
-        log.debug("asking %s whether it wants a token: %s", address, error)
-    return False
+    A raylet gives its helper processes 15 s to start and then ends itself: on a loaded machine
+    that is not enough. Ray would wait for it nevertheless, for minutes, and then raise.
+
+    Raises:
+        PipelineError: the raylet ended every time.
+    """
+    for number in range(1, TRIES + 1):
+        with own_process_group() as processes, raylet_watched(processes):
+            try:
+                start()
+                return
+            except RayletEnded:
+                for process in reversed(processes):
+                    process.kill()
+                for process in processes:
+                    process.wait()
+        if number < TRIES:
+            log.info("ray         its raylet ended while it started (is the machine busy?); again")
+    raise PipelineError(
+        f"Ray could not be started on this machine: its raylet ended before it was ready, {TRIES} "
+        "times in a row",
+        "its helper processes must start within 15 s: end other work on this machine and try "
+        "again, or set RAY_ADDRESS to a cluster that runs",
+    )
 
 
 @contextmanager
@@ -221,10 +238,9 @@ class Seen(NamedTuple):
 def seen_nodes() -> dict[str, Seen]:
     """The nodes that are alive, by their id."""
     import ray
-    from ray._private.state import state
 
     here = ray.get_runtime_context().get_node_id()
-    draining = state.get_draining_nodes() or {}
+    draining = draining_nodes()
     seen = {}
     for node in ray.nodes():
         if node["Alive"]:

@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import functools
 import os
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,9 +108,8 @@ def keep_pickles_closed() -> None:
     """Makes a column of pickled Python objects a column of bytes, as it is without Ray Data, which
     registers a type of arrow's whose values are unpickled when they are read. None of ours has it.
     """
-    if "ray.data._internal.object_extensions.arrow" in sys.modules:
-        with contextlib.suppress(pa.ArrowKeyError):
-            pa.unregister_extension_type("ray.data.arrow_pickled_object")
+    with contextlib.suppress(pa.ArrowKeyError):  # it is not registered
+        pa.unregister_extension_type("ray.data.arrow_pickled_object")
 
 
 def file_info(fs: pafs.FileSystem, path: str, tries: int | None = None) -> pafs.FileInfo:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.driver.mailbox import Mailbox
+from pipeline.driver.ray_internals import end_split, pace_data
 from pipeline.stream.reader import EncodedImages, Reading, ReadTask, read_portions
 
 READ_WINDOWS = 16  # of the order in one read task
@@ -26,7 +26,7 @@ SEGMENT = 2000
 DECODERS_PER_READ = 24
 AHEAD = 1.0  # encoded bytes that wait for decoders, of those that they have been given
 READ_CPUS = 0.1  # of all read tasks, which wait for storage; more than 0: none on a bare head
-BUFFER = 4  # blocks of a task that wait to be noticed
+BUFFER = 4  # blocks of a task that wait to be noticed: a turn's work
 IN_FLIGHT = 2  # portions at a decoder: the next one is there when it has finished one
 
 
@@ -101,26 +101,6 @@ class _Decode:
             self.feeder.note_decoded.remote(*self.segment, place, len(portion))
 
 
-class _Pace:
-    """Slows Ray Data's scheduling loop to a pace that chunks need.
-
-    While a read task waits for room, its next block counts as ready, so the loop's wait returns at
-    once and the loop takes 60 % of a core for nothing (Ray 2.60, seen in a profile). Each turn
-    handles all that is ready, so 20 turns a second are plenty.
-    """
-
-    TURN_S = 0.05
-
-    def before_execution_starts(self, executor: Any) -> None: ...
-
-    def on_execution_step(self, executor: Any) -> None:
-        time.sleep(self.TURN_S)
-
-    def after_execution_succeeds(self, executor: Any) -> None: ...
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
-
-
 class Feeder(Mailbox):
     """Plans the data of a run.
 
@@ -148,7 +128,6 @@ class Feeder(Mailbox):
         from ray.data import DataContext
 
         from pipeline.driver.cluster import quiet_environment
-        from pipeline.stream.read_ahead import limit_reading
 
         quiet_environment()
         context = DataContext.get_current()
@@ -156,10 +135,8 @@ class Feeder(Mailbox):
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
-        context.custom_execution_callback_classes.append(_Pace)
-        context._max_num_blocks_in_streaming_gen_buffer = BUFFER  # a turn's work
         context.memory_usage_poll_interval_s = None  # a thread for each portion
-        limit_reading(context, AHEAD)
+        pace_data(context, AHEAD, BUFFER)
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
         self.reading, self.last_step, self.tasks = reading, last_step, tasks
         self.spec, self.segment = spec[0], segment
@@ -200,13 +177,10 @@ class Feeder(Mailbox):
 
     def _drop(self, group_id: str) -> None:
         """Forgets the group of workers that there is, in favour of another one."""
-        import ray
-
         if self.group_id:
             self.replaced.add(self.group_id)
         for _, parts in self.segments.values():
-            # Workers that still hold a part would keep the execution alive.
-            ray.kill(parts[0]._coord_actor)
+            end_split(parts)  # workers that still hold a part would keep the execution alive
         self.group_id, self.segments, self.decoded = group_id, {}, {}
         self.ready.notify_all()
 

@@ -262,11 +262,13 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         job: for each worker.
         records: folder for what Ray Train notes of this start.
     """
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
+    from pipeline.driver.ray_internals import trainer
     from pipeline.train.loop import train_worker
-    from pipeline.train.scaling import RestartPolicy, Scaling, Trainer
+    from pipeline.train.scaling import Scaling
 
     per_worker: dict[str, float] = {"CPU": plan.cpus_per_worker}
     if plan.device == "cuda":
@@ -279,16 +281,17 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
     failures = FailureConfig(max_failures=plan.config.train.max_restarts)
     # NCCL has no two workers on one GPU
     alone = plan.device == "cuda" and plan.gpus_per_worker == 1
-    return Trainer(
+    feeder = job["feeder"]
+    return trainer(
         train_worker,
+        Scaling(plan, feeder),
+        saved=lambda: ray.get(feeder.saved.remote()),
         train_loop_config=job,
         scaling_config=scaling,
         torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
         run_config=RunConfig(
             name=records.name, storage_path=str(records.parent), failure_config=failures
         ),
-        scaling=Scaling(scaling, plan, job["feeder"]),
-        restarts=RestartPolicy(failures, job["feeder"]),
     )
 
 

@@ -11,25 +11,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-from ray._private.state import state
-from ray.core.generated import gcs_pb2
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import (
-    NoopDecision,
-    ResizeDecision,
-    ScalingDecision,
-    ScalingPolicy,
-)
-from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from pipeline.driver.cluster import Seen, seen_nodes
 from pipeline.driver.mailbox import MOVE, SAVE, STOP
+from pipeline.driver.ray_internals import free_resources
 from pipeline.errors import PlacementError, StoppedError
 from pipeline.plan.layout import Arrangement
 from pipeline.plan.nodes import Node, Share
@@ -42,18 +32,17 @@ ANSWER_S = 20.0  # a group that must shrink and gives no answer waits for data t
 SETTLE_S = 10.0  # so long new room must stay before a running group grows into it
 
 
-class Scaling(ScalingPolicy):  # type: ignore[misc]
-    """The policy of a run.
+class Scaling:
+    """The rules of a run for its groups of workers, which `ray_internals.trainer` asks.
 
     Args:
-        config: what Ray Train knows of the workers.
         plan: of the run.
         feeder: handle of the run's feeder.
     """
 
-    def __init__(self, config: ScalingConfig, plan: Plan, feeder: Any) -> None:
-        super().__init__(config)
+    def __init__(self, plan: Plan, feeder: Any) -> None:
         self.plan, self.feeder = plan, feeder
+        self.largest = plan.sizes[-1]
         self.waiting_since: float | None = None
         self.said = self.looked = 0.0
         self.room_since: float | None = None
@@ -65,10 +54,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.leaving: set[str] = set()  # nodes about to go for which something has been asked
         self.request = ""
 
-    def _get_num_workers_for_resource_request(self) -> int:
-        return self.plan.sizes[-1]
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+    def next_group(self) -> int | None:
         """The largest group that the nodes have room for; else a pause, and in the end an error.
 
         Raises:
@@ -76,7 +62,6 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             StoppedError: somebody wants the run to stop.
         """
         self._obey_stop()
-        self._maybe_send_resource_request()
         now = time.monotonic()
         if self.waiting_since is None:
             self.waiting_since = now
@@ -96,7 +81,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         if arrangement:
             return self._resized(arrangement)
         time.sleep(1.0)  # the loop that asks does not pause by itself
-        return NoopDecision()
+        return None
 
     def _next_try(self, nodes: list[Node]) -> Arrangement | None:
         """The largest group; after one that did not come to run, the next smaller one in turn."""
@@ -106,22 +91,22 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             smaller = self.plan.arranged_on(nodes, self.tried - 1)
         return smaller or self.plan.arranged_on(nodes)
 
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: Any, worker_group_status: Any
-    ) -> ScalingDecision:
-        """Moves the group off nodes that are about to go, and into room that has come."""
-        self._maybe_send_resource_request()
+    def other_group(self, at: list[str]) -> int | None:
+        """Moves the group off nodes that are about to go, and into room that has come.
+
+        Args:
+            at: for each worker of the group the id of its node.
+        """
         self.waiting_since, self.tried = None, 0
         now = time.monotonic()
         if not self.request and now - self.looked < LOOK_S:
-            return NoopDecision()
+            return None
         self.looked = now
         nodes = seen_nodes()
         staying = [n.node for n in nodes.values() if not n.leaving]
         arrangement = self.plan.arranged_on(staying)
-        size = len(worker_group_state.workers)
+        size = len(at)
         if arrangement and arrangement.workers > size:  # into what others do not hold
-            at = [worker.metadata.node_id for worker in worker_group_state.workers]
             room = self.plan.arranged_on(free_nodes(nodes, at, self.plan.share))
             if not room or room.workers < arrangement.workers:
                 arrangement = self.plan.arranged_on(staying, max(size, room.workers if room else 0))
@@ -129,8 +114,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             # Nodes about to go still decode: the group has data and writes its checkpoint.
             there = self.plan.arranged_on([n.node for n in nodes.values()])
             return self._on_request(arrangement, starved=there is not None and there.workers < size)
-        mine = {worker.metadata.node_id for worker in worker_group_state.workers}
-        leaving = {key for key in mine if key in nodes and nodes[key].leaving}
+        leaving = {key for key in at if key in nodes and nodes[key].leaving}
         if leaving - self.leaving:
             self.leaving |= leaving
             where = f"{len(leaving)} node{'s' if len(leaving) > 1 else ''} with training workers"
@@ -145,7 +129,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         else:
             self.room_since = None
         self._complain([seen.node for seen in nodes.values()], now)
-        return NoopDecision()
+        return None
 
     def _complain(self, nodes: list[Node], now: float) -> None:
         """Says what is missing where the CPUs for decoding went while workers run.
@@ -181,7 +165,7 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
             "resources.replace_s says how long to wait",
         )
 
-    def _on_request(self, arrangement: Arrangement | None, starved: bool) -> ScalingDecision:
+    def _on_request(self, arrangement: Arrangement | None, starved: bool) -> int | None:
         """What follows from a request that was acknowledged.
 
         Args:
@@ -190,23 +174,20 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         """
         late = starved and arrangement is not None and time.monotonic() - self.asked > ANSWER_S
         if ray.get(self.feeder.acknowledged.remote()) < 0 and not late:
-            return NoopDecision()
+            return None
         moving, self.request = self.request == MOVE, ""
         if not moving or arrangement is None:
-            return NoopDecision()
+            return None
         self._release(arrangement)
         return self._resized(arrangement)
 
-    def _resized(self, arrangement: Arrangement) -> ResizeDecision:
+    def _resized(self, arrangement: Arrangement) -> int:
         if self.size and arrangement.workers != self.size:
             self._say(f"workers     {self.size} -> {arrangement.workers}")
         self.size = self.tried = arrangement.workers
         self.room_since, self.leaving = None, set()
         self._release(arrangement)
-        return ResizeDecision(
-            num_workers=arrangement.workers,
-            resources_per_worker=self.scaling_config._resources_per_worker_not_none,
-        )
+        return arrangement.workers
 
     def _request(self, request: str) -> None:
         self.request, self.room_since, self.asked = request, None, time.monotonic()
@@ -224,40 +205,11 @@ class Scaling(ScalingPolicy):  # type: ignore[misc]
         self.feeder.say.remote(logging.WARNING, line)
 
 
-class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
-    """Counts failures of the workers between two checkpoints, not over the life of the run."""
-
-    def __init__(self, config: FailureConfig, feeder: Any) -> None:
-        super().__init__(config)
-        self.feeder, self.saved = feeder, -1
-
-    def make_decision(self, training_failed_error: Any) -> Any:
-        """As Ray decides, with the count begun anew where training got on since the last one."""
-        saved = ray.get(self.feeder.saved.remote())
-        if saved > self.saved:
-            self.saved, self._worker_group_failures = saved, 0
-        return super().make_decision(training_failed_error)
-
-
-class Trainer(TorchTrainer):  # type: ignore[misc]
-    """A `TorchTrainer` with the policies above; signals stay with the job."""
-
-    def __init__(self, *arguments: Any, scaling: Scaling, restarts: RestartPolicy, **options: Any):
-        super().__init__(*arguments, **options)
-        self._policies = {"scaling_policy": scaling, "failure_policy": restarts}
-
-    def _initialize_and_run_controller(self, **options: Any) -> Any:
-        return super()._initialize_and_run_controller(**options | self._policies)
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Ctrl-C leads to a checkpoint (`train.run`), where Ray's handler drops the run."""
-
-
 # ---- What a run that moves may have of a cluster that others use as well.
 #
 # That is what is free now, what its training workers hold, and what the actors that end with the
-# group hold: decoders and readers. What other jobs hold, and this run's evaluator, stays where it
-# is.
+# group hold: decoders and readers. What other jobs hold, and this run's evaluator (which has no
+# CPU), stays where it is.
 
 
 def free_nodes(nodes: Mapping[str, Seen], workers: Iterable[str], share: Share) -> list[Node]:
@@ -268,8 +220,7 @@ def free_nodes(nodes: Mapping[str, Seen], workers: Iterable[str], share: Share) 
         workers: for each training worker the id of its node.
         share: what each of them reserves.
     """
-    free, working = state.available_resources_per_node(), Counter(workers)
-    helping = _helpers_cpus()
+    (free, helping), working = free_resources(), Counter(workers)
     ours = []
     for key, (node, leaving) in nodes.items():
         if not leaving:
@@ -278,17 +229,3 @@ def free_nodes(nodes: Mapping[str, Seen], workers: Iterable[str], share: Share) 
             gpus = has.get("GPU", 0.0) + mine.gpus
             ours.append(node._replace(cpus=min(node.cpus, cpus), gpus=min(node.gpus, gpus)))
     return ours
-
-
-def _helpers_cpus() -> dict[str, float]:
-    """CPUs that actors of this job hold, by node; those of training workers belong to their group
-    of bundles, and the evaluator has none.
-    """
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    cpus: dict[str, float] = defaultdict(float)
-    # `actor_table` has this already, without the resources
-    for row in state._connect_and_get_accessor().get_actor_table(job, "ALIVE"):
-        actor = gcs_pb2.ActorTableData.FromString(row)
-        if not actor.placement_group_id:
-            cpus[actor.address.node_id.hex()] += actor.required_resources.get("CPU", 0.0)
-    return cpus

@@ -13,8 +13,8 @@ from ray._private import services, utils
 from ray.exceptions import AuthenticationError, RaySystemError
 
 from pipeline.config.run import Resources
-from pipeline.driver.cluster import joined
-from pipeline.driver.ray_start import TRIES, own_process_group
+from pipeline.driver.cluster import TRIES, joined
+from pipeline.driver.ray_internals import own_process_group
 from pipeline.errors import PipelineError
 
 

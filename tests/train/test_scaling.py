@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ray.train import FailureConfig, ScalingConfig
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision
-from ray.train.v2.api.exceptions import WorkerGroupError
 
 from pipeline.config.load import load
 from pipeline.driver.cluster import Seen
@@ -18,7 +14,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import resolve
 from pipeline.train import scaling
-from pipeline.train.scaling import RestartPolicy, Scaling
+from pipeline.train.scaling import Scaling
 
 
 class Feeder(Mailbox):
@@ -46,11 +42,6 @@ class Remote:
         return type("Method", (), {"remote": staticmethod(method)})
 
 
-class Worker:
-    def __init__(self, node: str) -> None:
-        self.metadata = type("Metadata", (), {"node_id": node})
-
-
 class Policy:
     """A policy with its surroundings."""
 
@@ -72,7 +63,6 @@ class Policy:
             ],
         )
         monkeypatch.setattr(scaling.ray, "get", lambda value: value)
-        monkeypatch.setattr(Scaling, "_maybe_send_resource_request", lambda self: None)
         fields = {"optim.steps": "9", "optim.global_batch_size": "64", "train.workers": workers}
         fields |= {"resources.cpus_per_worker": "1", **overrides}
         plan = resolve(
@@ -82,8 +72,7 @@ class Policy:
             class_names=(),
             machine=Machine(cpus=64, gpus=0, bfloat16=False),
         )
-        config = ScalingConfig(num_workers=plan.sizes[-1], resources_per_worker={"CPU": 1})
-        self.policy = Scaling(config, plan, Remote(self.feeder))
+        self.policy = Scaling(plan, Remote(self.feeder))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -97,14 +86,11 @@ class Policy:
 
     def start(self) -> int:
         """The size of the next group; 0: none yet."""
-        decision = self.policy.make_decision_for_non_running_worker_group()
-        return 0 if isinstance(decision, NoopDecision) else int(decision.num_workers)
+        return self.policy.next_group() or 0
 
     def look(self, *nodes: str) -> int:
         """The same of a group that runs on these nodes; 0: it stays."""
-        state = type("State", (), {"workers": [Worker(node) for node in nodes]})
-        decision = self.policy.make_decision_for_running_worker_group(state, None)
-        return 0 if isinstance(decision, NoopDecision) else int(decision.num_workers)
+        return self.policy.other_group(list(nodes)) or 0
 
 
 def test_a_lost_node_makes_the_group_smaller_and_a_new_one_larger(
@@ -257,15 +243,3 @@ def test_a_group_grows_into_what_others_do_not_hold(monkeypatch: pytest.MonkeyPa
     assert one.feeder.wait_request(0) == "move"
     one.feeder.acknowledge("move", 7)
     assert one.look("a", "a") == 4
-
-
-def test_failures_are_counted_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaling.ray, "get", lambda value: value)
-    feeder = Feeder()
-    restarts = RestartPolicy(FailureConfig(max_failures=2), Remote(feeder))
-    error = WorkerGroupError("a worker died", {0: RuntimeError("x")})
-    for saved in (5, 10, 15, 20):
-        feeder.note_saved(saved)
-        assert restarts.make_decision(error) == FailureDecision.RETRY
-    assert restarts.make_decision(error) == FailureDecision.RETRY
-    assert restarts.make_decision(error) == FailureDecision.RAISE

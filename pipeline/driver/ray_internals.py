@@ -1,0 +1,350 @@
+"""All that we use of Ray's private parts, and what for.
+
+Ray may change any of them between two releases. So pyproject.toml has a ceiling on Ray, and what is
+missing is one sentence (`_private`). Ray is imported where it is used: `ray.train` loads torch,
+which the feeder does without. One name more is in storage/places: an arrow type of Ray Data's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from pipeline.errors import PipelineError
+
+log = logging.getLogger("pipeline")
+FIRST, BELOW = (2, 55), (2, 61)  # the releases of pyproject.toml
+START_S = 180.0  # a raylet that is neither ready nor at its end after so long is taken for ended
+TURN_S = 0.05  # of Ray Data's scheduling loop
+ANSWER_S = 5.0  # for a cluster's head to take a connection
+
+
+def check_version() -> None:
+    """Warns of a Ray that this was never run with."""
+    import ray
+
+    major, minor = ray.__version__.split(".")[:2]
+    if not FIRST <= (int(major), int(minor)) < BELOW:
+        log.warning("%s", f"this is Ray {ray.__version__}; {_wanted()}")
+
+
+def _wanted() -> str:
+    known = ",".join(f"{sign}{a}.{b}" for sign, (a, b) in ((">=", FIRST), ("<", BELOW)))
+    return f"install one that was tested: pip install 'ray[data,train,default]{known}'"
+
+
+@contextmanager
+def _private(why: str) -> Iterator[None]:
+    """Around look-ups of private parts: raises a `PipelineError` that says what is missing, what it
+    is for and which Ray has it.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        import ray
+
+        raise PipelineError(
+            f"Ray {ray.__version__} is not as expected: {error}; it is needed {why}", _wanted()
+        ) from error
+
+
+def _hooks(of: Any, *names: str) -> None:
+    """Looks methods up that we override: under another name ours would never be called."""
+    for name in names:
+        getattr(of, name)
+
+
+# ---- Ray on this machine: its processes, their groups and signals, and its raylet.
+
+
+class RayletEnded(Exception):
+    """The raylet, the process of Ray that starts workers, ended before it was ready."""
+
+
+@contextmanager
+def raylet_watched(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Inside, Ray's look-up of its own node, which waits for the raylet, ends when that ended."""
+    with _private("to see that Ray ended while it started"):
+        from ray._private import services
+
+        plain = services.get_node
+
+    def ended(process: subprocess.Popen[bytes]) -> bool:
+        raylet = isinstance(process.args, list) and str(process.args[0]).endswith("/raylet")
+        return raylet and process.poll() is not None
+
+    def get_node(*arguments: Any) -> Any:
+        until = time.monotonic() + START_S
+        while True:
+            if any(map(ended, processes)):
+                raise RayletEnded
+            try:
+                return plain(*arguments)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > until:
+                    raise RayletEnded from None
+                time.sleep(1.0)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = plain
+
+
+@contextmanager
+def own_process_group() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Inside, processes that Ray starts get a process group of their own. Gives those processes.
+
+    `timeout`, schedulers and terminals send SIGTERM to the whole group of a job. Ray's processes
+    would end on it at once, and with them the workers that should write a checkpoint first. They
+    still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
+    ends them, for which they must stay in this group.
+    """
+    with _private("so that a signal to the job does not end Ray before the checkpoint"):
+        from ray._private import services, utils
+
+        apart = {"start_new_session": True} if utils.detect_fate_sharing_support() else {}
+        plain = services.ConsolePopen
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Noted(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, **apart)
+            started.append(self)
+
+    services.ConsolePopen = Noted
+    try:
+        yield started
+    finally:
+        services.ConsolePopen = plain
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
+    behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
+    """
+    with _private("so that SIGTERM leads to a checkpoint"):
+        from ray._private import utils
+
+        plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = plain
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, mine or signal.SIG_DFL)
+
+
+# ---- What a cluster says of itself only to who asks its head.
+
+
+def refuses(address: str) -> bool:
+    """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
+    from ray.exceptions import AuthenticationError
+
+    with _private("to tell a wrong token from a cluster that is not there"):
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        GcsClient(address=address)
+    except AuthenticationError:
+        return True
+    except (OSError, ValueError, RuntimeError) as error:  # no address, no cluster, or another fault
+        log.debug("asking %s whether it wants a token: %s", address, error)
+    return False
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will be taken away; the public list of nodes does not tell them."""
+    with _private("to move workers off nodes that will be taken away"):
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes() or ())
+
+
+def free_resources() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """What is free on each node, by its id, and the CPUs there that actors of this job hold outside
+    placement groups. The public functions add all nodes up, and list actors without resources.
+    """
+    import ray
+
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    cpus: dict[str, float] = defaultdict(float)
+    with _private("to let a group of workers grow only into what others leave"):
+        from ray._private.state import state
+        from ray.core.generated import gcs_pb2
+
+        free = state.available_resources_per_node()
+        for row in state._connect_and_get_accessor().get_actor_table(job, "ALIVE"):
+            actor = gcs_pb2.ActorTableData.FromString(row)
+            if not actor.placement_group_id:
+                cpus[actor.address.node_id.hex()] += actor.required_resources.get("CPU", 0.0)
+    return free, cpus
+
+
+# ---- Ray Train: how many workers a group has, when it moves, and who handles signals.
+
+
+class GroupRules(Protocol):
+    """The size of the group to start, or None: there is no room, or the running one stays."""
+
+    largest: int  # workers that an autoscaler is asked for
+
+    def next_group(self) -> int | None:
+        """Asked again and again while no group runs."""
+
+    def other_group(self, at: list[str]) -> int | None:
+        """The same while one runs; `at` has for each worker the id of its node."""
+
+
+def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options: Any) -> Any:
+    """A `TorchTrainer` with rules of ours, which leaves signals to the job.
+
+    Args:
+        worker: function that each worker runs.
+        rules: for the size of the group.
+        saved: gives the step of the newest checkpoint; failures count from one to the next.
+        options: of `TorchTrainer`, with a `scaling_config` and a `run_config`.
+    """
+    from ray.train.torch import TorchTrainer
+
+    with _private("to size and restart groups of training workers by rules of ours"):
+        from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+        from ray.train.v2._internal.execution.scaling_policy import (
+            NoopDecision,
+            ResizeDecision,
+            ScalingPolicy,
+        )
+
+        failures = options["run_config"].failure_config
+        _hooks(TorchTrainer, "_initialize_and_run_controller", "_register_sigint_handler")
+        _hooks(ScalingPolicy, "_get_num_workers_for_resource_request")
+        _hooks(DefaultFailurePolicy(failures), "_worker_group_failures")
+        per_worker = options["scaling_config"]._resources_per_worker_not_none
+
+    class Sized(ScalingPolicy):  # type: ignore[misc]
+        def _get_num_workers_for_resource_request(self) -> int:
+            return rules.largest
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            self._maybe_send_resource_request()
+            return self._decision(rules.next_group())
+
+        def make_decision_for_running_worker_group(
+            self, worker_group_state: Any, worker_group_status: Any
+        ) -> Any:
+            self._maybe_send_resource_request()
+            at = [worker.metadata.node_id for worker in worker_group_state.workers]
+            return self._decision(rules.other_group(at))
+
+        def _decision(self, size: int | None) -> Any:
+            if size is None:
+                return NoopDecision()
+            return ResizeDecision(num_workers=size, resources_per_worker=per_worker)
+
+    class Counted(DefaultFailurePolicy):  # type: ignore[misc]
+        newest = -1
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            if (step := saved()) > self.newest:
+                self.newest, self._worker_group_failures = step, 0
+            return super().make_decision(training_failed_error)
+
+    sized = Sized(options["scaling_config"])
+    policies = {"scaling_policy": sized, "failure_policy": Counted(failures)}
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            return super()._initialize_and_run_controller(**parts | policies)
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C leads to a checkpoint (`train.run`), where Ray's handler drops the run."""
+
+    return Trainer(worker, **options)
+
+
+# ---- Ray Data: how far reading runs ahead of decoding, and what its scheduling costs.
+
+
+def pace_data(context: Any, ahead: float, buffer: int) -> None:
+    """Sets the pace of the data sets of a `ray.data.DataContext`: encoded bytes that may wait, as a
+    share of those that decoders have been given, and blocks of a task that wait to be noticed.
+    """
+    with _private("to hold read tasks back and to slow the loop that schedules them"):
+        from ray.data._internal.execution import backpressure_policy as rules
+        from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+        plain = rules.DownstreamCapacityBackpressurePolicy
+        key = rules.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
+        enabled = [*rules.ENABLED_BACKPRESSURE_POLICIES]
+        _hooks(plain, "_get_output_pressure", "_should_skip_backpressure")
+        _hooks(plain, "_get_downstream_capacity_size_bytes", "OBJECT_STORE_BUDGET_UTIL_THRESHOLD")
+        _hooks(ExecutionCallback, "on_execution_step")
+        _hooks(context, "_max_num_blocks_in_streaming_gen_buffer")
+
+    class ReadAhead(plain):  # type: ignore[misc, valid-type]
+        """Ray's own rule, for read tasks alone, from the first byte on, and with a limit of ours.
+
+        Ray Data lets an operator fill its share of the object store before it slows it down.
+        Reading is many times faster than decoding, so that share would always be full of encoded
+        images that wait: memory touched for nothing, and the first to be spilled.
+
+        Where decoders have nothing in work they either do not run yet, then one portion that waits
+        is enough, or the next in turn is not read yet: then nothing is held back, so what was read
+        out of its turn cannot block what the order asks for.
+        """
+
+        OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
+        name = "ReadAhead"
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._backpressure_capacity_ratio = ahead
+
+        def _get_output_pressure(self, op: Any) -> float:
+            idle = self._get_downstream_capacity_size_bytes(op) == 0
+            if idle and self._topology[op].output_queue:
+                return math.inf
+            return float(super()._get_output_pressure(op))
+
+        def _should_skip_backpressure(self, op: Any) -> bool:
+            return "_Read" not in op.name or bool(super()._should_skip_backpressure(op))
+
+    class Turns(ExecutionCallback):  # type: ignore[misc]
+        """20 turns a second, each of which handles all that is ready, are plenty.
+
+        While a read task waits for room, its next block counts as ready, so the wait of Ray Data's
+        scheduling loop returns at once, and the loop takes 60 % of a core for nothing (Ray 2.60,
+        seen in a profile).
+        """
+
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(TURN_S)
+
+    context.set_config(key, [*enabled, ReadAhead])
+    context.custom_execution_callback_classes.append(Turns)
+    context._max_num_blocks_in_streaming_gen_buffer = buffer
+
+
+def end_split(parts: list[Any]) -> None:
+    """Ends the execution behind the parts of `streaming_split`, which lives while workers hold one
+    of them; there is no public call for it.
+    """
+    import ray
+
+    with _private("to end the data of a group of workers that is gone"):
+        ray.kill(parts[0]._coord_actor)
