@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from pipeline.curate.look.looks import VERDICTS
 from pipeline.curate.report.clusters import effective
+from pipeline.curate.report.copies import read_looks
 from pipeline.curate.report.map import principal
-from pipeline.curate.report.read import Smallest, draws, hex_ids, value_draws
+from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws
 from pipeline.curate.report.report import Summary, summarise
 from pipeline.curate.rows import tables
 from pipeline.errors import DataError
@@ -49,8 +51,8 @@ def test_the_funnel_ends_with_what_is_kept(run: Run, summary: Summary) -> None:
 def test_samples_are_the_smallest_draws_of_each_reason(run: Run, summary: Summary) -> None:
     for (reason, rule), rows in summary.counts.samples.items():
         mine = [i for i, r in enumerate(run.rows) if (r.reason, r.rule) == (reason, rule)]
-        ids = np.frombuffer(b"".join(run.rows[i].image_id for i in mine), np.uint8).reshape(-1, 16)
-        order = sorted(zip(draws(ids, 0), mine, strict=True))
+        names = np.frombuffer(b"".join(run.rows[i].image_id for i in mine), np.uint8)
+        order = sorted(zip(draws(names.reshape(-1, 16), 0), mine, strict=True))
         assert rows == [i for _, i in order[:24]]
     assert ("kept", "") not in summary.counts.samples
 
@@ -245,24 +247,47 @@ def test_only_named_tables_are_read(run: Run) -> None:
     assert all(not one.thumbnail for one in summary.shown.values())
 
 
-def test_the_smallest_are_kept_from_any_order() -> None:
+def test_the_first_of_each_group_are_kept_from_any_order() -> None:
     rng = np.random.default_rng(3)
-    numbers = rng.integers(0, 50, 1000).astype(np.float64)  # with equal ones
-    kept = Smallest(7)
-    for part in np.split(np.arange(1000), 10):
-        kept.offer(numbers[part], lambda place, part=part: (int(part[place]),))
-    expected = sorted(zip(numbers.tolist(), range(1000), strict=True))[:7]
-    assert kept.items() == [(i,) for _, i in expected]
-    assert not Smallest(3).items()
+    rows = sorted(
+        zip(rng.integers(0, 3, 1000), rng.integers(0, 50, 1000), range(1000), strict=True)
+    )
+    table = pa.table(
+        {name: [int(row[k]) for row in rows] for k, name in enumerate(("group", "draw", "row"))}
+    )
+    table = pa.concat_tables([table, table]).take(rng.permutation(2000))  # each row twice
+    kept = Samples(7, ["group"], ["draw", "row"])
+    for start in range(0, 2000, 100):
+        kept.add(table.slice(start, 100))
+    for group in range(3):
+        expected = [row[1:] for row in rows if row[0] == group][:7]
+        assert [(one["draw"], one["row"]) for one in kept.groups()[group]] == expected
+    assert not Samples(3, [], ["draw"]).rows()
+
+
+def test_the_second_look_is_counted_and_shown(run: Run, tmp_path: Path) -> None:
+    kinds = ["same"] * 7 + ["undecided"] * 2 + ["colour"] * 3 + ["shape"] * 20
+    pairs = [
+        {"row": i, "other": i + 1, "similarity": 0.9 + i / 1000, "same": kind == "same"}
+        | {"reason": kind, "x": 0.25, "y": 0.5, "score": 0.0, "set": "", "other_id": bytes(16)}
+        for i, kind in enumerate(kinds)
+    ]
+    for name, part in (("00000", pairs[:20]), ("00001", pairs[20:])):
+        tables.write_table(pa.Table.from_pylist(part, VERDICTS), str(tmp_path / "looks"), name)
+    looks = read_looks(TableFiles(str(tmp_path)), 0)
+    assert (looks.pairs, looks.same, looks.undecided, len(looks.apart)) == (32, 7, 2, 12)
+    for one in looks.apart:
+        assert pairs[one.a]["similarity"] == one.similarity and not pairs[one.a]["same"]
+        assert "undecided" in one.text or "25 % across, 50 % down" in one.text
 
 
 def test_draws_are_even_and_depend_on_the_seed() -> None:
-    ids = np.random.default_rng(0).integers(0, 256, (4000, 16), np.uint8)
-    drawn = draws(ids, 1)
+    names = np.random.default_rng(0).integers(0, 256, (4000, 16), np.uint8)
+    drawn = draws(names, 1)
     assert np.histogram(drawn, 10, (0, 1))[0].min() > 320 and drawn.max() < 1
-    assert not np.any(drawn == draws(ids, 2))
-    text = pa.chunked_array([[row.tobytes().hex() for row in ids]])
-    assert np.array_equal(hex_ids(text), ids)
+    assert not np.any(drawn == draws(names, 2))
+    text = pa.chunked_array([[row.tobytes().hex() for row in names]])
+    assert np.array_equal(ids(text), names)
     values = np.linspace(0.5, 1, 1000)
     assert len(np.unique(value_draws(values, 0))) == 1000
 

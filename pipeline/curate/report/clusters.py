@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids
+from pipeline.curate.report.read import Ints, Samples, TableFiles, draws, ids
 from pipeline.curate.rows.tables import read_table
 
 SHEETS = 8  # clusters shown, spread over the ranks
 MEMBERS = 10  # shown of each
-
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -81,33 +78,25 @@ def effective(sizes: Ints) -> float:
 
 
 def read_clusters(tables: TableFiles, seed: int) -> Clusters:
-    """Two passes: counts (two numbers a cluster in memory), then rows of the clusters shown."""
-    before: dict[str, Ints] = {"leaf": np.zeros(0, np.int64), "top": np.zeros(0, np.int64)}
-    after = dict(before)
+    """Two passes: counts (a row a leaf in memory), then rows of the clusters that are shown."""
+    leaves = pa.table({"leaf": pa.array([], pa.int64()), "top": [], "images": [], "chosen": []})
+    leaves = leaves.cast(pa.schema([(name, pa.int64()) for name in leaves.column_names]))
     for _, table in tables.read("balanced", ["leaf", "top", "chosen"]):
-        chosen = table["chosen"].to_numpy()
-        for name in before:
-            numbers = table[name].to_numpy()
-            before[name] = _added(before[name], numbers)
-            after[name] = _added(after[name], numbers[chosen])
-    levels = {
-        name: Level(
-            name,
-            np.sort(before[name][before[name] > 0])[::-1],
-            np.sort(after[name][after[name] > 0])[::-1],
-            int(((before[name] > 0) & (_same(after[name], before[name]) == 0)).sum()),
-        )
-        for name in before
-    }
-    tops, chosen_tops = before["top"], _same(after["top"], before["top"])
+        each = table.group_by(["leaf", "top"]).aggregate([([], "count_all"), ("chosen", "sum")])
+        each = each.rename_columns(leaves.column_names).cast(leaves.schema)
+        leaves = _sums(pa.concat_tables([leaves, each]), ["leaf", "top"])
+    tops = _sums(leaves, ["top"]).sort_by([("images", "descending"), ("top", "ascending")])
+    top, before, after = (tops[name].to_pylist() for name in ("top", "images", "chosen"))
+    ranks = np.linspace(0, max(0, len(top) - 1), SHEETS).round().astype(int).tolist()
+    shown = [rank for rank in dict.fromkeys(ranks) if rank < len(top)]
+    rows = _sample(tables, [top[rank] for rank in shown], seed)
     return Clusters(
-        considered=int(before["leaf"].sum()),
-        chosen=int(after["leaf"].sum()),
-        leaves=levels["leaf"],
-        tops=levels["top"],
+        considered=sum(before),
+        chosen=sum(after),
+        leaves=_level("leaf", leaves),
+        tops=_level("top", tops),
         sheets=tuple(
-            Sheet(number, int(tops[number]), int(chosen_tops[number]), rows)
-            for number, rows in _sheets(tables, tops, seed).items()
+            Sheet(top[rank], before[rank], after[rank], rows.get(top[rank], ())) for rank in shown
         ),
     )
 
@@ -120,55 +109,30 @@ def ranked(sizes: Ints, most: int = 150) -> list[tuple[float, float]]:
     return [(float(rank), float(sizes[rank - 1])) for rank in ranks]
 
 
-def _added(counts: Ints, numbers: np.ndarray[Any, Any]) -> Ints:
-    if not len(numbers):
-        return counts
-    more = np.bincount(numbers)
-    wide: Ints = np.zeros(max(len(more), len(counts)), np.int64)
-    wide[: len(counts)] += counts
-    wide[: len(more)] += more
-    return wide
+def _sums(table: pa.Table, by: list[str]) -> pa.Table:
+    """Images and chosen images of each group."""
+    sums = table.group_by(by).aggregate([("images", "sum"), ("chosen", "sum")])
+    return sums.rename_columns([*by, "images", "chosen"])
 
 
-def _same(counts: Ints, like: Ints) -> Ints:
-    """Counts, as long as others."""
-    return np.concatenate([counts, np.zeros(len(like) - len(counts), np.int64)])
+def _level(name: str, clusters: pa.Table) -> Level:
+    before, after = (np.sort(clusters[column].to_numpy())[::-1] for column in ("images", "chosen"))
+    return Level(name, before, after[after > 0], int((after == 0).sum()))
 
 
-def _sheets(
-    tables: TableFiles, sizes: Ints, seed: int
-) -> Mapping[int, tuple[tuple[int, bool], ...]]:
-    """Rows of clusters from the largest to the smallest, random by image id."""
-    order = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
-    spread = np.linspace(0, max(0, len(order) - 1), SHEETS).round().astype(int)
-    shown = [int(order[place]) for place in dict.fromkeys(spread.tolist())] if len(order) else []
-    kept = {number: Smallest(MEMBERS) for number in shown}
+def _sample(
+    tables: TableFiles, tops: list[int], seed: int
+) -> dict[int, tuple[tuple[int, bool], ...]]:
+    """Rows of each cluster by chance, chosen ones first; a row without decision comes last."""
+    sample = Samples(MEMBERS, ["top"], ["draw", "row", "chosen"])
     for file, table in tables.read("balanced", ["row", "top", "chosen"]):
-        tops, rows = table["top"].to_numpy(), table["row"].to_numpy()
-        mine = np.flatnonzero(np.isin(tops, shown))
-        if not len(mine):
-            continue
-        drawn = _draws_of(tables, file, rows[mine], seed)
-        chosen = table["chosen"].to_numpy()
-        for number in shown:
-            members = np.flatnonzero(tops[mine] == number)
-            kept[number].offer(drawn[members], partial(_item, rows, chosen, mine[members]))
+        table = table.filter(pc.is_in(table["top"], pa.array(tops, pa.int64())))
+        if len(table):
+            named = read_table(tables.folders["decisions"], file, ["row", "image_id"])
+            places = pc.index_in(table["row"], named["row"])
+            drawn = pa.array(draws(ids(named["image_id"]), seed)).take(places)
+            sample.add(table.append_column("draw", pc.fill_null(drawn, 1.0)))
     return {
-        number: tuple(sorted(items.items(), key=lambda item: not item[1]))
-        for number, items in kept.items()
+        top: tuple(sorted(((r["row"], r["chosen"]) for r in rows), key=lambda one: not one[1]))
+        for top, rows in sample.groups().items()
     }
-
-
-def _draws_of(tables: TableFiles, file: str, rows: Ints, seed: int) -> np.ndarray[Any, Any]:
-    """Draws of rows of one file, by their image ids; 1 where a row has no decision."""
-    table = read_table(tables.folders["decisions"], file, ["row", "image_id"])
-    known = dict(
-        zip(table["row"].to_pylist(), draws(hex_ids(table["image_id"]), seed).tolist(), strict=True)
-    )
-    return np.array([known.get(row, 1.0) for row in rows.tolist()])
-
-
-def _item(
-    rows: np.ndarray[Any, Any], chosen: np.ndarray[Any, Any], places: Ints, at: int
-) -> tuple[int, bool]:
-    return int(rows[places[at]]), bool(chosen[places[at]])

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids, ids, value_draws
+from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws
+from pipeline.curate.rows.tables import ID
 
 BIN = 0.01  # width of a bar of similarities
 NEAR, FAR = 0.02, 0.05  # from the threshold: ends of the bands
 PAIRS = 6  # shown of each band
 COMPONENTS = 6  # shown of each kind
 MEMBERS = 9  # shown of a component, beside its keepers
-NOBODY = "0" * 32  # id of a row that has no decision, which the balance tells of
+UNLIKE = 3  # of them, the least like their keeper: there a mistake would show
 KEEPERS = 5  # shown of a component that is split
+NOBODY = "0" * 32  # id of a row that has no decision, which the balance tells of
+APART = 12  # pairs shown that a second look told apart
 
 
 @dataclass(frozen=True)
@@ -109,144 +110,6 @@ class Components:
         return max(self.sizes, default=0)
 
 
-def read_edges(tables: TableFiles, threshold: float, seed: int) -> Edges:
-    """One pass over the pairs."""
-    ends = [-1.0, threshold - FAR, threshold - NEAR, threshold, threshold + NEAR, threshold + FAR]
-    ends = [end for end in ends if end < 1] + [1.01]
-    kept = [Smallest(PAIRS) for _ in ends[1:]]
-    inside = np.zeros(len(kept), np.int64)
-    # Bars end at the threshold, so that each is on one side of it.
-    below, over = int(np.ceil((threshold + 1) / BIN)), int(np.ceil((1.001 - threshold) / BIN))
-    bins = np.round(threshold + BIN * np.arange(-below, over + 1), 12)
-    counts = np.zeros(len(bins) - 1, np.int64)
-    for _, table in tables.read("edges", ["a", "b", "similarity"]):
-        values = table["similarity"].to_numpy().astype(np.float64)
-        if not len(values):
-            continue
-        # A pair is a copy where it is above the threshold, so bars hold their upper end.
-        places = np.searchsorted(bins, np.clip(values, bins[0] + 1e-9, 1.0), side="left") - 1
-        counts += np.bincount(np.clip(places, 0, len(counts) - 1), minlength=len(counts))
-        bands = np.searchsorted(ends, values, side="left") - 1
-        inside += np.bincount(np.clip(bands, 0, len(kept) - 1), minlength=len(kept))
-        pairs = np.stack([table["a"].to_numpy(), table["b"].to_numpy()], 1)
-        drawn = value_draws(values, seed)
-        for band in np.unique(bands):
-            mine = np.flatnonzero(bands == band)
-            kept[int(band)].offer(drawn[mine], partial(_pair, pairs[mine], values[mine]))
-    used = np.flatnonzero(counts)
-    first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (below, below + 1)
-    first, last = min(first, below), max(last, below)
-    bands_found = [
-        Band(
-            low, high, int(number), tuple(Pair(*pair) for pair in sample.items()), low >= threshold
-        )
-        for low, high, number, sample in zip(ends, ends[1:], inside, kept, strict=False)
-    ]
-    return Edges(
-        count=int(counts.sum()),
-        above=sum(band.count for band in bands_found if band.copies),
-        bins=tuple(map(float, bins[first : last + 1])),
-        counts=tuple(map(int, counts[first:last])),
-        bands=tuple(band for band in bands_found if band.count),
-    )
-
-
-def read_components(tables: TableFiles, seed: int) -> Components:
-    """Two passes: sizes and names first, then members of those that are shown."""
-    by_size: Counter[int] = Counter()
-    largest, random, chains = Smallest(COMPONENTS), Smallest(COMPONENTS), Smallest(COMPONENTS)
-    chained = 0
-    columns = ["component", "size", "chained"]
-    for _, table in tables.read("components", columns):
-        for one in pc.value_counts(table["size"]).to_pylist():
-            by_size[one["values"]] += one["counts"]
-        chained += int(pc.sum(table["chained"]).as_py() or 0)
-        each = table.group_by(["component", "size"]).aggregate([("chained", "any")])
-        names = ids(each["component"])
-        drawn, sizes = draws(names, seed), each["size"].to_numpy()
-        _offer(largest, -sizes.astype(np.float64), names, sizes)
-        _offer(random, drawn, names, sizes)
-        has = np.flatnonzero(each["chained_any"].to_numpy())
-        _offer(chains, drawn[has], names[has], sizes[has])
-    chosen = {name: size for sample in (largest, random, chains) for name, size in sample.items()}
-    members = _members(tables, chosen, seed)
-
-    def components(sample: Smallest) -> tuple[Component, ...]:
-        return tuple(Component(name.hex(), size, members[name]) for name, size in sample.items())
-
-    # A component of size s has s rows in the table.
-    sizes_found = {size: round(rows / size) for size, rows in sorted(by_size.items())}
-    return Components(
-        count=sum(sizes_found.values()),
-        rows=sum(by_size.values()),
-        sizes=sizes_found,
-        largest=components(largest),
-        random=components(random),
-        chains=components(chains),
-        chained=chained,
-    )
-
-
-def _pair(pairs: np.ndarray[Any, Any], values: np.ndarray[Any, Any], place: int) -> Any:
-    return int(pairs[place, 0]), int(pairs[place, 1]), float(values[place])
-
-
-def _offer(
-    kept: Smallest,
-    draw: np.ndarray[Any, Any],
-    names: np.ndarray[Any, Any],
-    sizes: np.ndarray[Any, Any],
-) -> None:
-    """The first of a file, by draw and name; a component with rows in several files once."""
-    words = names.view(">u8")
-    first = np.lexsort((words[:, 1], words[:, 0], draw))[: 2 * COMPONENTS]
-    items = [(names[i].tobytes(), int(sizes[i])) for i in first]
-    new = [k for k, item in enumerate(items) if item not in kept.items()]
-    kept.offer(draw[first[new]], lambda place: items[new[place]])
-
-
-def _members(
-    tables: TableFiles, chosen: Mapping[bytes, int], seed: int
-) -> dict[bytes, tuple[Member, ...]]:
-    kept = {name: Smallest(MEMBERS) for name in chosen}
-    unlike = {name: Smallest(3) for name in chosen}
-    keepers = {name: Smallest(KEEPERS) for name in chosen}
-    names = pa.array(sorted(chosen), pa.binary(16))
-    columns = ["row", "component", "keeper", "similarity", "chained"]
-    for _, table in tables.read("components", columns):
-        table = table.filter(pc.is_in(table["component"], names))
-        if not len(table):
-            continue
-        named = tables.column_of("decisions", table["row"].to_pylist(), "image_id")
-        hexes = pa.chunked_array([[named.get(row, NOBODY) for row in table["row"].to_pylist()]])
-        drawn = draws(hex_ids(hexes), seed)
-        for one, draw in zip(table.to_pylist(), drawn, strict=True):
-            item = (one["row"], one["keeper"], one["similarity"], bool(one["chained"]))
-            name = one["component"]
-            sample = keepers if item[0] == item[1] else kept
-            sample[name].offer(np.array([draw]), lambda _, item=item: item)  # type: ignore[misc]
-            if sample is kept:
-                unlike[name].offer(np.array([item[2]]), lambda _, item=item: item)  # type: ignore[misc]
-    members = {}
-    for name in chosen:
-        # The least like ones are where a mistake would show, so three of them are always there.
-        unlike_first = {item[0]: item for item in [*unlike[name].items(), *kept[name].items()]}
-        stay = sorted(keepers[name].items(), key=lambda item: (item[3], item[0]))
-        place = {item[0]: k for k, item in enumerate(stay)}
-        others = [item for item in list(unlike_first.values())[:MEMBERS] if item[1] in place]
-        order = sorted(
-            [*stay, *others], key=lambda item: (place[item[1]], item[0] != item[1], -item[2])
-        )
-        members[name] = tuple(Member(*item) for item in order)
-    return members
-
-
-# ---- What the report says of pairs that look alike and differ: how many, and some of them.
-
-
-SHOWN = 12  # pairs
-
-
 @dataclass(frozen=True)
 class Apart:
     """Two rows that look alike and differ; `place` says where, in the second of them."""
@@ -283,25 +146,132 @@ class Looks:
             yield from (one.a, one.b)
 
 
+def read_edges(tables: TableFiles, threshold: float, seed: int) -> Edges:
+    """One pass over the pairs.
+
+    A pair is a copy where it is above the threshold. So bars and bands hold their upper end, and
+    the threshold is an end of both.
+    """
+    ends = [threshold + away for away in (-FAR, -NEAR, 0, NEAR, FAR)]
+    ends = [-1.0, *(end for end in ends if end < 1), 1.01]
+    below, over = int(np.ceil((threshold + 1) / BIN)), int(np.ceil((1.001 - threshold) / BIN))
+    bins = np.round(threshold + BIN * np.arange(-below, over + 1), 12)
+    counts, inside = np.zeros(len(bins) - 1, np.int64), np.zeros(len(ends) - 1, np.int64)
+    sample = Samples(PAIRS, ["band"], ["draw", "a", "b", "similarity"])
+    for _, table in tables.read("edges", ["a", "b", "similarity"]):
+        values = table["similarity"].to_numpy().astype(np.float64)
+        bars = np.searchsorted(bins, np.clip(values, bins[0] + 1e-9, 1.0), side="left") - 1
+        counts += np.bincount(np.clip(bars, 0, len(counts) - 1), minlength=len(counts))
+        bands = np.clip(np.searchsorted(ends, values, side="left") - 1, 0, len(inside) - 1)
+        inside += np.bincount(bands, minlength=len(inside))
+        table = table.append_column("band", pa.array(bands))
+        sample.add(table.append_column("draw", pa.array(value_draws(values, seed))))
+    used = np.flatnonzero(counts)
+    first, last = min([below, *used]), max([below, *(used + 1)])
+    shown = tuple(
+        Band(
+            low=ends[band],
+            high=ends[band + 1],
+            count=int(inside[band]),
+            pairs=tuple(Pair(one["a"], one["b"], one["similarity"]) for one in rows),
+            copies=ends[band] >= threshold,
+        )
+        for band, rows in sample.groups().items()
+    )
+    return Edges(
+        count=int(counts.sum()),
+        above=sum(band.count for band in shown if band.copies),
+        bins=tuple(map(float, bins[first : last + 1])),
+        counts=tuple(map(int, counts[first:last])),
+        bands=shown,
+    )
+
+
+def read_components(tables: TableFiles, seed: int) -> Components:
+    """Two passes: sizes and names first, then members of those that are shown."""
+    rows_of: Counter[int] = Counter()  # by size of their component
+    chained = 0
+    largest = Samples(COMPONENTS, [], ["falling", "component"])
+    random, chains = (Samples(COMPONENTS, [], ["draw", "component"]) for _ in range(2))
+    for _, table in tables.read("components", ["component", "size", "chained"]):
+        each = table.group_by(["component", "size"]).aggregate(
+            [([], "count_all"), ("chained", "any"), ("chained", "sum")]
+        )
+        for one in each.group_by("size").aggregate([("count_all", "sum")]).to_pylist():
+            rows_of[one["size"]] += one["count_all_sum"]
+        chained += pc.sum(each["chained_sum"]).as_py() or 0
+        each = each.append_column("draw", pa.array(draws(ids(each["component"]), seed)))
+        each = each.append_column("falling", pc.negate(each["size"]))
+        named = each.select(["component", "size", "draw", "falling"])
+        largest.add(named)
+        random.add(named)
+        chains.add(named.filter(each["chained_any"]))
+    shown = {one["component"] for kept in (largest, random, chains) for one in kept.rows()}
+    members = _members(tables, shown, seed)
+
+    def components(kept: Samples) -> tuple[Component, ...]:
+        return tuple(
+            Component(one["component"].hex(), one["size"], members[one["component"]])
+            for one in kept.rows()
+        )
+
+    # A component of size s has s rows in the table.
+    sizes = {size: round(rows / size) for size, rows in sorted(rows_of.items())}
+    return Components(
+        count=sum(sizes.values()),
+        rows=sum(rows_of.values()),
+        sizes=sizes,
+        largest=components(largest),
+        random=components(random),
+        chains=components(chains),
+        chained=chained,
+    )
+
+
+def _members(tables: TableFiles, shown: set[bytes], seed: int) -> dict[bytes, tuple[Member, ...]]:
+    """Of each component a few keepers, members that are least like theirs, and others by chance."""
+    columns = ["row", "keeper", "similarity", "chained"]
+    keepers = Samples(KEEPERS, ["component"], ["draw", "row"])
+    by_chance = Samples(MEMBERS, ["component"], ["draw", "row"])
+    unlike = Samples(UNLIKE, ["component"], ["similarity", "row"])
+    for _, table in tables.read("components", ["component", *columns]):
+        table = table.filter(pc.is_in(table["component"], pa.array(sorted(shown), ID)))
+        named = tables.column_of("decisions", table["row"].to_pylist(), "image_id")
+        hexes = pa.chunked_array([[named.get(row, NOBODY) for row in table["row"].to_pylist()]])
+        hexes = hexes.cast(pa.string())
+        table = table.append_column("draw", pa.array(draws(ids(hexes), seed)))
+        stays = pc.equal(table["row"], table["keeper"])
+        keepers.add(table.filter(stays))
+        by_chance.add(table.filter(pc.invert(stays)))
+        unlike.add(table.filter(pc.invert(stays)))
+    samples = [sample.groups() for sample in (keepers, unlike, by_chance)]
+    members = {}
+    for name in shown:
+        kept, least, others = (groups.get(name, []) for groups in samples)
+        kept = sorted(kept, key=lambda one: (one["chained"], one["row"]))
+        place = {one["row"]: k for k, one in enumerate(kept)}
+        different = {one["row"]: one for one in [*least, *others]}
+        beside = [one for one in list(different.values())[:MEMBERS] if one["keeper"] in place]
+        order = sorted(
+            [*kept, *beside],
+            key=lambda m: (place[m["keeper"]], m["row"] != m["keeper"], -m["similarity"]),
+        )
+        members[name] = tuple(Member(*(one[column] for column in columns)) for one in order)
+    return members
+
+
 def read_looks(tables: TableFiles, seed: int) -> Looks:
     """One pass over the verdicts."""
     pairs = same = undecided = 0
-    kept = Smallest(SHOWN)
-    columns = ["row", "other", "similarity", "same", "reason", "x", "y"]
-    for _, table in tables.read("looks", columns):
+    columns = ["row", "other", "similarity", "reason", "x", "y"]
+    sample = Samples(APART, [], ["draw", *columns])
+    for _, table in tables.read("looks", ["same", *columns]):
         pairs += len(table)
-        same += int(pc.sum(table["same"]).as_py() or 0)
-        undecided += int(pc.sum(pc.equal(table["reason"], "undecided")).as_py() or 0)
-        apart = table.filter(pc.invert(table["same"])).to_pylist()
-        if not apart:
-            continue
-        drawn = value_draws(np.array([one["similarity"] for one in apart]), seed)
-
-        def item(place: int, apart: list[dict[str, float]] = apart) -> tuple[object, ...]:
-            one = apart[place]
-            names = ("row", "other", "similarity", "reason", "x", "y")
-            return tuple(one[name] for name in names)
-
-        kept.offer(drawn, item)
-    shown = [Apart(a, b, s, reason, (x, y)) for a, b, s, reason, x, y in kept.items()]
-    return Looks(pairs, same, undecided, tuple(shown))
+        same += pc.sum(table["same"]).as_py() or 0
+        undecided += pc.sum(pc.equal(table["reason"], "undecided")).as_py() or 0
+        apart = table.filter(pc.invert(table["same"]))
+        drawn = value_draws(apart["similarity"].to_numpy(), seed)
+        sample.add(apart.append_column("draw", pa.array(drawn)))
+    rows = [[one[column] for column in columns] for one in sample.rows()]
+    shown = tuple(Apart(a, b, alike, reason, (x, y)) for a, b, alike, reason, x, y in rows)
+    return Looks(pairs, same, undecided, shown)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.report.read import Smallest, TableFiles, draws, hex_ids
+from pipeline.curate.report.read import Samples, TableFiles, draws, ids
 from pipeline.curate.report.words import REMOVED, STAGES
 from pipeline.curate.rows.tables import REASONS
 
@@ -96,89 +94,51 @@ def count_decisions(tables: TableFiles, seed: int, rows_in: int | None) -> Count
     by_source: dict[str, Counter[str]] = {}
     by_rule: Counter[tuple[str, str]] = Counter()
     parts: Counter[str] = Counter()
-    samples: dict[tuple[str, str], Smallest] = {}
-    mapped = Smallest(MAP_ROWS)
-    rows, problems, torn, wrong = 0, [], 0, 0
-    columns = ["image_id", "kept", "reason", "rule", "part", "source", "row"]
+    removed = Samples(SAMPLE, ["reason", "rule"], ["draw", "row"])
+    mapped = Samples(MAP_ROWS, [], ["draw", "row"])
+    rows, torn, wrong = 0, False, 0
     ends: list[tuple[int, int, str]] = []
-    for file, table in tables.read("decisions", columns):
+    words = ["reason", "rule", "part", "source"]
+    for file, table in tables.read("decisions", ["row", "image_id", "kept", *words]):
         if not len(table):
             continue
-        table = _filled(table)
+        for name in words:
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, name, pc.fill_null(table[name], ""))
         numbers = table["row"].to_numpy()
-        torn += int(np.any(np.diff(numbers) != 1))
+        torn |= bool(np.any(np.diff(numbers) != 1))
         ends.append((int(numbers[0]), int(numbers[-1]) + 1, file))
         rows += len(table)
-        wrong += int(pc.sum(pc.xor(table["kept"], pc.equal(table["reason"], "kept"))).as_py())
-        for source, reason, rule, number in _groups(table):
+        for one in table.group_by(["kept", *words]).aggregate([([], "count_all")]).to_pylist():
+            source, reason, number = one["source"], one["reason"], one["count_all"]
             if source not in by_source and len(by_source) >= MANY_SOURCES:
                 source = OTHERS
             by_source.setdefault(source, Counter())[reason] += number
-            by_rule[reason, rule] += number
-        stays = table.filter(table["kept"])["part"]
-        parts.update({one["values"]: one["counts"] for one in pc.value_counts(stays).to_pylist()})
-        drawn = draws(hex_ids(table["image_id"]), seed)
-        reasons = table["reason"].combine_chunks()
-        mapped.offer(drawn, partial(_item, numbers, reasons))
-        _sample(table, drawn, samples)
+            by_rule[reason, one["rule"]] += number
+            parts[one["part"]] += number if one["kept"] else 0
+            wrong += number if one["kept"] != (reason == "kept") else 0
+        drawn = table.append_column("draw", pa.array(draws(ids(table["image_id"]), seed)))
+        mapped.add(drawn.select(["draw", "row", "reason"]))
+        gone = drawn.filter(pc.is_in(drawn["reason"], pa.array(REMOVED)))
+        removed.add(gone.select(["draw", "row", "reason", "rule"]))
     ends.sort()
     tables.first = {file: first for first, _, file in ends}
-    if torn or any(a[1] != b[0] for a, b in pairwise(ends)):
-        problems.append("the rows of the decisions have gaps or come twice")
-    if wrong:
-        problems.append(f"{wrong:,} decisions say kept with a reason, or the other way round")
+    torn |= any(before[1] != after[0] for before, after in pairwise(ends))
     unknown = sorted({reason for reason, _ in by_rule} - set(REASONS))
-    if unknown:
-        problems.append(f"reasons that are not known: {', '.join(unknown)}")
-    expected = rows_in if rows_in is not None else _counted(tables, rows)
-    if expected != rows:
-        problems.append(f"{expected:,} images went in, but there are {rows:,} decisions")
+    if rows_in is None:
+        rows_in = tables.counted("fingerprint") if "fingerprint" in tables else rows
+    problems = {
+        "the rows of the decisions have gaps or come twice": torn,
+        f"{wrong:,} decisions say kept with a reason, or the other way round": wrong > 0,
+        f"reasons that are not known: {', '.join(unknown)}": bool(unknown),
+        f"{rows_in:,} images went in, but there are {rows:,} decisions": rows_in != rows,
+    }
     return Counts(
         rows=rows,
         by_source=by_source,
         by_rule=by_rule,
-        parts=parts,
-        samples={key: [row for (row,) in kept.items()] for key, kept in sorted(samples.items())},
-        mapped=mapped.items(),
-        problems=tuple(problems),
+        parts=+parts,
+        samples={key: [one["row"] for one in kept] for key, kept in removed.groups().items()},
+        mapped=[(one["row"], one["reason"]) for one in mapped.rows()],
+        problems=tuple(problem for problem, is_so in problems.items() if is_so),
     )
-
-
-def _counted(tables: TableFiles, rows: int) -> int:
-    return tables.counted("fingerprint") if "fingerprint" in tables else rows
-
-
-def _filled(table: pa.Table) -> pa.Table:
-    """Without nulls in the columns of words."""
-    for name in ("reason", "rule", "part", "source"):
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, pc.fill_null(table[name], ""))
-    return table
-
-
-def _groups(table: pa.Table) -> list[tuple[str, str, str, int]]:
-    grouped = table.group_by(["source", "reason", "rule"]).aggregate([([], "count_all")])
-    columns = (grouped[name].to_pylist() for name in ("source", "reason", "rule", "count_all"))
-    return list(zip(*columns, strict=True))
-
-
-def _item(numbers: np.ndarray[Any, Any], reasons: pa.Array, place: int) -> tuple[int, str]:
-    return int(numbers[place]), reasons[place].as_py()
-
-
-def _sample(
-    table: pa.Table,
-    drawn: np.ndarray[Any, np.dtype[np.float64]],
-    samples: dict[tuple[str, str], Smallest],
-) -> None:
-    numbers = table["row"].to_numpy()
-    both = pc.binary_join_element_wise(table["reason"], table["rule"], "\n").combine_chunks()
-    coded = both.dictionary_encode()
-    codes = coded.indices.to_numpy()
-    for code, name in enumerate(coded.dictionary.to_pylist()):
-        reason, _, rule = name.partition("\n")
-        if reason in REMOVED:
-            mine = np.flatnonzero(codes == code)
-            kept = samples.setdefault((reason, rule), Smallest(SAMPLE))
-            rows = numbers[mine]
-            kept.offer(drawn[mine], lambda place, rows=rows: (int(rows[place]),))  # type: ignore[misc]

@@ -1,13 +1,13 @@
 """Reads the tables of a curation for its report: file by file, by columns, a few rows of each kept.
 
-A sample of m is the m rows with the smallest hash of (seed, image id): it does not depend on the
-order of files or rows, and a sample of any size fits in memory whatever the tables hold.
+A sample of m is the m rows with the smallest hash of (seed, image id), so it does not depend on the
+order of files or rows.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -35,10 +35,12 @@ NAMES = (
     "balanced",
     "decisions",
 )
+NUMBER = "number of the group"  # a column while samples are sorted
 STREAM = 7_001  # keeps these hashes apart from others of the same seed
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -68,34 +70,68 @@ class Shown:
     thumbnail: bytes = field(default=b"", repr=False)
 
 
-class Smallest:
-    """Keeps the `size` items with the smallest draw; equal draws are ordered by the item."""
+class Samples:
+    """The first `size` different rows of each group, of tables that come one after another.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._kept: list[tuple[float, tuple[Any, ...]]] = []
-        self._limit = np.inf
+    What is kept does not depend on the order of tables or rows, because `order` ends with columns
+    that tell rows apart, and it fits in memory whatever the tables hold.
+    """
 
-    def offer(self, draws: Floats, item: Callable[[int], tuple[Any, ...]]) -> None:
-        """Takes those that are small enough; `item` gives the one at a place of the draws."""
-        places = np.flatnonzero(draws <= self._limit)
-        if len(places) > self.size:
-            last = np.partition(draws[places], self.size - 1)[self.size - 1]
-            places = places[draws[places] <= last]
-        self._kept += [(float(draws[place]), item(int(place))) for place in places]
-        if len(self._kept) > 4 * self.size:
-            self._cut()
+    def __init__(self, size: int, by: Sequence[str], order: Sequence[str]) -> None:
+        """Takes columns: what makes a group, and what comes first in it (a number at first)."""
+        self.size, self.by, self.order = size, list(by), list(order)
+        self._kept: pa.Table | None = None
 
-    def items(self) -> list[Any]:
-        """What was kept, smallest first."""
-        self._cut()
-        return [item for _, item in self._kept]
+    def add(self, table: pa.Table) -> None:
+        """Keeps what is among the first of its group; each table has the same columns."""
+        known = 0
+        if self._kept is not None:
+            known, table = len(self._kept), pa.concat_tables([self._kept, table])
+        if len(table) > known:
+            groups, values = self._groups(table), table[self.order[0]].to_numpy()
+            # Only what is not after the last of a full group can get into it: most rows stop here.
+            last = np.full(int(groups.max()) + 1, -np.inf)
+            np.maximum.at(last, groups[:known], values[:known])
+            last[np.bincount(groups[:known], minlength=len(last)) < self.size] = np.inf
+            near = np.flatnonzero(values <= last[groups])
+            self._kept = self._first(table.take(near), groups[near])
 
-    def _cut(self) -> None:
-        self._kept.sort()
-        del self._kept[self.size :]
-        if len(self._kept) == self.size:
-            self._limit = self._kept[-1][0] if self.size else -1.0
+    def _groups(self, table: pa.Table) -> Ints:
+        """The number of each row's group, from 0."""
+        groups = np.zeros(len(table), np.int64)
+        for name in self.by:
+            coded = table[name].combine_chunks().dictionary_encode()
+            groups = groups * len(coded.dictionary) + coded.indices.to_numpy()
+        return groups
+
+    def _first(self, table: pa.Table, groups: Ints) -> pa.Table:
+        keys = [NUMBER, *self.order]
+        numbered = table.append_column(NUMBER, pa.array(groups))
+        numbered = numbered.take(pc.sort_indices(numbered, [(key, "ascending") for key in keys]))
+        equal = np.ones(max(0, len(numbered) - 1), bool)  # to the row before
+        starts = np.ones(len(numbered), bool)
+        for key in keys:
+            column = numbered[key].combine_chunks()
+            equal &= pc.equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
+            if key == NUMBER:
+                starts[1:] = ~equal
+        different = np.flatnonzero(np.concatenate([[True], ~equal])[: len(numbered)])
+        starts = starts[different]
+        places = np.arange(len(different))
+        places -= np.maximum.accumulate(np.where(starts, places, 0))
+        return numbered.take(different[places < self.size]).drop_columns([NUMBER])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What was kept, group by group, the first of each first."""
+        return [] if self._kept is None else self._kept.to_pylist()
+
+    def groups(self) -> dict[Any, list[dict[str, Any]]]:
+        """The same by group, sorted: the value of its column, or a tuple where it has several."""
+        groups: dict[Any, list[dict[str, Any]]] = {}
+        for row in self.rows():
+            key = tuple(row[name] for name in self.by)
+            groups.setdefault(key if len(key) > 1 else key[0], []).append(row)
+        return dict(sorted(groups.items()))
 
 
 def draws(ids: Bytes, seed: int) -> Floats:
@@ -113,10 +149,11 @@ def value_draws(values: Floats, seed: int) -> Floats:
     return draws(ids.view(np.uint8), seed)
 
 
-def hex_ids(column: pa.ChunkedArray) -> Bytes:
-    """A column of ids in hexadecimal as uint8 [rows, 16]."""
-    text = "".join(column.to_pylist())
-    return np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 16)
+def ids(column: pa.ChunkedArray) -> Bytes:
+    """A column of ids, as bytes or in hexadecimal, as uint8 [rows, 16]."""
+    if pa.types.is_string(column.type):
+        return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), np.uint8).reshape(-1, 16)
+    return ids_of(column)
 
 
 class TableFiles:
@@ -244,8 +281,3 @@ def _picture(one: Mapping[str, Any]) -> dict[str, Any]:
         "error": one.get("error") or "",
         "thumbnail": one.get("thumbnail") or b"",
     }
-
-
-def ids(column: pa.ChunkedArray) -> Bytes:
-    """A column of ids, as bytes or in hexadecimal, as uint8 [rows, 16]."""
-    return hex_ids(column) if pa.types.is_string(column.type) else ids_of(column)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.curate.report.read import (
+    Ints,
+    Samples,
     Shown,
-    Smallest,
     TableFiles,
     draws,
     ids,
     parquet_names,
     pictures_of,
 )
-from pipeline.curate.rows.tables import read_table
+from pipeline.curate.rows.tables import ID, read_table
 
 SHOWN = 8  # pairs of each kind
 SEEDS = 8  # shown of a seed set
 NEIGHBOURS = 8  # shown of a seed
 BINS = 200  # of similarities from -1 to 1
+
+Key = tuple[str, str]  # part and name of a seed set
 
 
 @dataclass(frozen=True)
@@ -106,35 +109,34 @@ def read_leaks(
         leaked: images of each set that have a match. The table cannot tell: it has the best match
             of each row, and a row can match several images, of several sets.
     """
-    top: dict[str, Smallest] = {}
-    low: dict[str, Smallest] = {}
-    counts: dict[str, np.ndarray[Any, Any]] = {}
-    rows = dict.fromkeys(sets, 0)
+    rows = Counter(dict.fromkeys(sets, 0))
+    counts: dict[str, Ints] = {}
+    alike, unlike = (Samples(SHOWN, ["set"], [key, "row"]) for key in ("falling", "similarity"))
     for _, table in tables.read("leaks", ["row", "set", "query_id", "similarity"]):
         for name in pc.unique(table["set"]).to_pylist():
             mine = table.filter(pc.equal(table["set"], name))
-            queries, values = ids(mine["query_id"]), _values(mine)
-            rows[name] = rows.get(name, 0) + len(mine)
-            counts[name] = counts.get(name, 0) + _bars(values)
-            item = partial(_match, mine["row"].to_numpy(), queries, values)
-            top.setdefault(name, Smallest(SHOWN)).offer(-values, item)
-            low.setdefault(name, Smallest(SHOWN)).offer(values, item)
+            rows[name] += len(mine)
+            counts[name] = counts.get(name, _no_bars()) + _bars(mine)
+        falling = table.append_column("falling", pc.negate(table["similarity"]))
+        alike.add(falling)
+        unlike.add(table)
+    top, low = alike.groups(), unlike.groups()
     leaks = []
     for name in rows:
         assert not rows[name] or leaked.get(name), f"rows match {name}, but no image of it leaked"
-        best = _matches(top.get(name))
-        seen = {match.row for match in best}
-        worst = tuple(match for match in _matches(low.get(name)) if match.row not in seen)
+        best = _matches(top.get(name, ()))
+        worst = tuple(match for match in _matches(low.get(name, ())) if match not in best)
+        folder = sets.get(name, "")
         leaks.append(
             Leaks(
                 name=name,
-                images=_images(sets.get(name, "")),
+                images=_images(folder),
                 leaked=leaked.get(name, 0),
                 rows=rows[name],
                 top=best,
                 low=worst,
-                counts=tuple(map(int, counts.get(name, np.zeros(BINS)))),
-                pictures=_pictures(sets.get(name, ""), (*best, *worst)),
+                counts=tuple(map(int, counts.get(name, _no_bars()))),
+                pictures=_pictures(folder, (*best, *worst)),
             )
         )
     return leaks
@@ -142,96 +144,74 @@ def read_leaks(
 
 def read_retrieved(tables: TableFiles, sets: Mapping[str, str], seed: int) -> list[Retrieved]:
     """Two passes over what was retrieved: counts and seeds, then the rows of these seeds."""
-    asked: dict[tuple[str, str], int] = {}
-    rows: dict[tuple[str, str], int] = {}
-    counts: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
-    clusters: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
-    chosen: dict[tuple[str, str], _Seeds] = {}
-    columns = ["row", "part", "set", "query_id", "similarity", "hits", "cluster"]
-    for _, table in tables.read("retrieved", columns):
+    asked: Counter[Key] = Counter()
+    rows: Counter[Key] = Counter()
+    counts: dict[Key, Ints] = {}
+    clusters: dict[Key, set[int]] = {}
+    seeds = Samples(SEEDS, ["part", "set"], ["draw", "query_id"])
+    for _, table in tables.read(
+        "retrieved", ["part", "set", "query_id", "similarity", "hits", "cluster"]
+    ):
         for key, mine in _by_set(table):
-            asked[key] = asked.get(key, 0) + int(pc.sum(mine["hits"]).as_py())
-            rows[key] = rows.get(key, 0) + len(mine)
-            counts[key] = counts.get(key, 0) + _bars(_values(mine))
-            of = np.unique(mine["cluster"].to_numpy())
-            clusters[key] = np.union1d(clusters.get(key, of), of)
-            queries = np.unique(ids(mine["query_id"]), axis=0)
-            chosen.setdefault(key, _Seeds()).offer(draws(queries, seed), queries)
-    neighbours: dict[tuple[str, str, bytes], Smallest] = {}
+            asked[key] += pc.sum(mine["hits"]).as_py()
+            rows[key] += len(mine)
+            counts[key] = counts.get(key, _no_bars()) + _bars(mine)
+            clusters.setdefault(key, set()).update(pc.unique(mine["cluster"]).to_pylist())
+        queries = table.group_by(["part", "set", "query_id"]).aggregate([])
+        drawn = pa.array(draws(ids(queries["query_id"]), seed))
+        seeds.add(queries.append_column("draw", drawn))
+    shown = seeds.groups()
+    near = Samples(NEIGHBOURS, ["part", "set", "query_id"], ["falling", "row"])
     for _, table in tables.read("retrieved", ["row", "part", "set", "query_id", "similarity"]):
         for key, mine in _by_set(table):
-            names = pa.array(chosen[key].names(), pa.binary(16))
+            names = pa.array([one["query_id"] for one in shown[key]], ID)
             mine = mine.filter(pc.is_in(mine["query_id"], names))
-            for one in mine.to_pylist():
-                kept = neighbours.setdefault((*key, one["query_id"]), Smallest(NEIGHBOURS))
-                match = (one["row"], one["query_id"], one["similarity"])
-                kept.offer(np.array([-match[2]]), lambda _, match=match: match)  # type: ignore[misc]
-    found_sets = []
-    for key in sorted(rows, key=lambda key: (key[1], key[0])):
-        seeds = tuple(_matches(neighbours[(*key, name)]) for name in chosen[key].names())
-        folder = sets.get(key[1], "")
-        found_sets.append(
+            near.add(mine.append_column("falling", pc.negate(mine["similarity"])))
+    neighbours = near.groups()
+    retrieved = []
+    for part, name in sorted(rows, key=lambda key: (key[1], key[0])):
+        key, folder = (part, name), sets.get(name, "")
+        matches = tuple(_matches(neighbours[(*key, one["query_id"])]) for one in shown[key])
+        retrieved.append(
             Retrieved(
-                name=key[1],
-                part=key[0],
+                name=name,
+                part=part,
                 images=_images(folder),
                 asked=asked[key],
                 rows=rows[key],
-                seeds=seeds,
+                seeds=matches,
                 counts=tuple(map(int, counts[key])),
-                clusters=int((clusters[key] >= 0).sum()),
-                pictures=_pictures(folder, tuple(match for matches in seeds for match in matches)),
+                clusters=len(clusters[key] - {-1}),
+                pictures=_pictures(folder, (match for of in matches for match in of)),
             )
         )
-    known = {one.name for one in found_sets}
-    for name in sets:
-        if name not in known:
-            none = (0,) * BINS
-            found_sets.append(Retrieved(name, "", _images(sets[name]), 0, 0, (), none, 0, {}))
-    return found_sets
+    unknown = sorted(set(sets) - {name for _, name in rows}, key=list(sets).index)
+    none = tuple(map(int, _no_bars()))
+    return retrieved + [
+        Retrieved(name, "", _images(sets[name]), 0, 0, (), none, 0, {}) for name in unknown
+    ]
 
 
-class _Seeds:
-    """The seed images with the smallest draw, each once."""
-
-    def __init__(self) -> None:
-        self._kept: dict[bytes, float] = {}
-
-    def offer(self, drawn: np.ndarray[Any, Any], queries: np.ndarray[Any, Any]) -> None:
-        for place in np.argsort(drawn, kind="stable")[:SEEDS]:
-            self._kept[queries[place].tobytes()] = float(drawn[place])
-        self._kept = dict(sorted(self._kept.items(), key=lambda kv: kv[1])[:SEEDS])
-
-    def names(self) -> list[bytes]:
-        return list(self._kept)
-
-
-def _by_set(table: pa.Table) -> list[tuple[tuple[str, str], pa.Table]]:
-    pairs = table.group_by(["part", "set"]).aggregate([]).to_pylist()
+def _by_set(table: pa.Table) -> list[tuple[Key, pa.Table]]:
+    """The rows of each part and set that is in a table."""
     tables = []
-    for pair in pairs:
-        same = pc.and_(pc.equal(table["part"], pair["part"]), pc.equal(table["set"], pair["set"]))
-        tables.append(((pair["part"], pair["set"]), table.filter(same)))
+    for one in table.group_by(["part", "set"]).aggregate([]).to_pylist():
+        part, name = one["part"], one["set"]
+        same = pc.and_(pc.equal(table["part"], part), pc.equal(table["set"], name))
+        tables.append(((part, name), table.filter(same)))
     return tables
 
 
-def _values(table: pa.Table) -> np.ndarray[Any, np.dtype[np.float64]]:
-    similarities: np.ndarray[Any, np.dtype[np.float64]] = table["similarity"].to_numpy()
-    return similarities
+def _bars(table: pa.Table) -> Ints:
+    return np.histogram(np.clip(table["similarity"].to_numpy(), -1, 1), BINS, (-1, 1))[0]
 
 
-def _bars(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.histogram(np.clip(values, -1, 1), BINS, (-1, 1))[0]
+def _no_bars() -> Ints:
+    return np.zeros(BINS, np.int64)
 
 
-def _match(
-    rows: np.ndarray[Any, Any], queries: np.ndarray[Any, Any], values: np.ndarray[Any, Any], at: int
-) -> tuple[int, bytes, float]:
-    return int(rows[at]), queries[at].tobytes(), float(values[at])
-
-
-def _matches(kept: Smallest | None) -> tuple[Match, ...]:
-    return tuple(Match(*item) for item in kept.items()) if kept else ()
+def _matches(rows: Iterable[Mapping[str, Any]]) -> tuple[Match, ...]:
+    return tuple(Match(one["row"], one["query_id"], one["similarity"]) for one in rows)
 
 
 def _images(folder: str) -> int:
@@ -240,5 +220,5 @@ def _images(folder: str) -> int:
     return sum(read_table(folder, name, ["row"]).num_rows for name in parquet_names(folder))
 
 
-def _pictures(folder: str, matches: tuple[Match, ...]) -> dict[bytes, Shown]:
+def _pictures(folder: str, matches: Iterable[Match]) -> dict[bytes, Shown]:
     return pictures_of(folder, [match.query for match in matches]) if folder else {}
