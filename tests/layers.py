@@ -128,9 +128,10 @@ TABLE = [
         "plan report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",
-        "api.* config.sizes errors evaluate.features images loss model schedule shards.columns "
-        "shards.shard_set stream.decoder stream.reader train.forward train.objective train.step "
-        "uri views", "config.load log stages storage", "numpy PIL torch"),
+        "api.* config.sizes embed errors evaluate.features images loss model schedule "
+        "search.search shards.columns shards.shard_set stream.decoder stream.reader train.forward "
+        "train.objective train.step uri use views",
+        "config.load log stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "stages"),
 ]  # fmt: skip
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

@@ -23,6 +23,8 @@ from pipeline.api.networks import (
 )
 from pipeline.api.train import Trained, train
 from pipeline.config.sizes import SIZES
+from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
+from pipeline.embed.vectors import open_vectors
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
@@ -43,9 +45,14 @@ from pipeline.model.pair import (
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 from pipeline.schedule import StepValues, cosine, linear
+from pipeline.search.search import open_search
 from pipeline.train.forward import Forward, forward
 from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.train.step import NonFinite, StepResult, train_step
+from pipeline.use.attention import attention
+from pipeline.use.components import components
+from pipeline.use.network import patch_maps
+from pipeline.use.segment import segment, similarity
 from pipeline.views.batch import Views
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import masks_for
@@ -94,6 +101,17 @@ __all__ = [
     "multi_crop",
     "prepare",
     "embed",
+    # a backbone in use
+    "Embedder",
+    "embedder_of",
+    "open_embedder",
+    "open_vectors",
+    "open_search",
+    "patch_maps",
+    "attention",
+    "components",
+    "similarity",
+    "segment",
     # training
     "train",
     "Trained",

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.embed.embedders import Embedder
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate import features
 from pipeline.images.decode import MAX_PIXELS, BadImage, decode_image
+from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.pair import Encoder, Pair
 from pipeline.shards.columns import image_id
 from pipeline.shards.shard_set import ShardColumns
@@ -120,7 +122,7 @@ def prepare(
 
 
 def embed(
-    network: nn.Module | Pair,
+    network: nn.Module | Pair | Embedder,
     images: Any,
     image_size: int = 224,
     mean: Sequence[float] = MEAN,
@@ -130,7 +132,7 @@ def embed(
 
     Args:
         network: a backbone `[B, C, S, S]` to `[B, D]`; of a pair the teacher's, of an encoder its
-            own.
+            own. An embedder brings S, mean and std itself, and those here are not looked at.
         images: see the top of this file.
         image_size: S.
         mean: of each channel, for values in 0 to 1.
@@ -142,10 +144,12 @@ def embed(
     Raises:
         DataError: an image cannot be decoded; says which and why.
     """
+    listed = _listed(images)
+    if isinstance(network, Embedder):
+        return torch.cat([_embedded(network, listed, at) for at in range(0, len(listed), BATCH)])
     encoder = network.teacher if isinstance(network, Pair) else network
     backbone = encoder.backbone if isinstance(encoder, Encoder) else encoder
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    listed = _listed(images)
 
     def batches() -> Iterator[np.ndarray[Any, Any]]:
         for at in range(0, len(listed), BATCH):
@@ -154,6 +158,16 @@ def embed(
             yield np.stack([resize_centre_crop(x, image_size) for x in pixels])
 
     return features.embed(backbone, batches(), mean, std, device)
+
+
+def _embedded(embedder: Embedder, images: list[Any], first: int) -> Tensor:
+    prepared = [
+        embedder.prepare(
+            _decoded(_encoded(one), number, embedder.channels, embedder.spec.value_range)
+        )
+        for number, one in enumerate(images[first : first + BATCH], first)
+    ]
+    return torch.from_numpy(embedder.outputs(prepared)["cls"])
 
 
 def _listed(images: Any) -> list[Any]:
@@ -193,9 +207,11 @@ def _encoded(image: Any) -> bytes:
     return file.getvalue()
 
 
-def _decoded(encoded: bytes, number: int, channels: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decoded(
+    encoded: bytes, number: int, channels: int, value_range: ValueRange = FULL
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
-        return decode_image(encoded, channels)
+        return decode_image(encoded, channels, value_range=value_range)
     except BadImage as bad:
         raise DataError(
             f"image {number} is {bad.reason}: {bad.detail}", "leave it out, or mend it"

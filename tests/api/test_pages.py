@@ -1,0 +1,82 @@
+"""The code of docs/python.md and docs/python-use.md runs, in the order in which it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import api
+from tests.tiny import write_tiny
+
+ROOT = Path(__file__).parents[2]
+PAGES = ["python.md", "python-use.md"]
+STARTS_RAY = "api.train("
+
+
+def blocks(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the pages find: `photos/`, and the exported weights of a run."""
+    for n in range(8):
+        place = tmp_path / "photos" / f"{n}.png"
+        place.parent.mkdir(exist_ok=True)
+        low = 128 * (n % 2)
+        pixels = np.random.default_rng(n).integers(low, low + 128, (60, 60 + n, 3), np.uint8)
+        Image.fromarray(pixels).save(place)
+    spec = api.BackboneSpec(
+        image_size=56, patch_size=14, width=48, depth=2, heads=3, layer_scale=1.0
+    )
+    torch.manual_seed(0)
+    api.save_backbone(spec.build().eval(), spec, tmp_path / "runs" / "photos" / "weights/dinov2")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_the_page_runs(page: str, folder: Path) -> None:
+    space: dict[str, Any] = {"api": api}
+    for block in blocks(page):
+        if STARTS_RAY not in block:
+            exec(compile(block, page, "exec"), space)
+    if page == "python.md":
+        scalars = space["result"].scalars
+        assert {"loss/total", "loss/ibot", "loss/koleo"} <= set(scalars)
+        assert all(torch.isfinite(x) for x in scalars.values())
+
+
+@pytest.mark.jobs
+def test_the_whole_chain_of_the_page(folder: Path) -> None:
+    """The one call trains, says what came of it, and does nothing when it is called again."""
+    write_tiny(folder / "small.yaml", train={"workers": 1, "eval_every": 4, "log_every": 1})
+    (block,) = [one for one in blocks("python.md") if STARTS_RAY in one]
+    space: dict[str, Any] = {}
+    exec(compile(block, "python.md", "exec"), space)
+    trained, out = space["trained"], folder / "runs" / "x"
+    assert trained.folder == out and trained.report.is_file()
+    assert set(trained.results) >= {"pack", "pretrain", "evaluate", "export"}
+    assert trained.results["pretrain"]["step"] == 4
+    assert all((place / "model.safetensors").is_file() for place in trained.weights.values())
+    assert {"dinov2", "timm"} <= set(trained.weights)
+    assert "health/feature_std" in trained.scores
+    with torch.no_grad():
+        assert space["features"](torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+    before = (out / "pretrain" / "_done.json").stat().st_mtime_ns
+    settings = {"optim.steps": 4}
+    assert api.train("photos/", "runs/x", "small.yaml", settings).scores == trained.scores
+    assert (out / "pretrain" / "_done.json").stat().st_mtime_ns == before
+
+
+def test_everything_that_is_named_is_there() -> None:
+    assert all(hasattr(api, name) for name in api.__all__)
+    code = "".join(block for page in PAGES for block in blocks(page))
+    assert set(re.findall(r"\bapi\.([A-Za-z_]+)", code)) <= set(api.__all__)
