@@ -97,10 +97,12 @@ TABLE = [
     row("train", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream uri views", others="torch ray", others_inside="yaml"),
     # curation: tasks on Ray over parquet; what they compute is plain numpy
-    row("curate.steps.*", "errors heartbeat storage uri", others="pyarrow", others_inside="ray"),
     row("curate.rows.exact", others="numpy", others_inside="torch"),
-    row("curate.rows.*", "curate.rows.* curate.steps.* errors images shards storage uri views",
+    row("curate.rows.*", "curate.rows.* errors images shards storage uri views",
         others="numpy pyarrow"),
+    row("curate.steps.tasks", "errors heartbeat storage uri", others="pyarrow",
+        others_inside="ray"),
+    row("curate.steps.*", "curate.rows.* curate.steps.* storage uri", others="numpy pyarrow"),
     row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
         "uri views", others="numpy PIL pyarrow"),
     # what makes vectors; its descriptor is what a curation sees of an image

@@ -107,7 +107,7 @@ class OtherSet:
     @property
     def steps(self) -> tuple[Result, ...]:
         """With the name of the set in that of its fingerprints: every set has some."""
-        named = replace(self.prints, step=f"fingerprint/{self.name}")
+        named = replace(self.prints, name=f"fingerprint/{self.name}")
         return (named, *self.embedded.steps)
 
 

@@ -137,5 +137,5 @@ def _outside(setup: Setup, name: str, content: Embedded) -> tuple[OtherSet, RowS
 def _with_cost(result: Result, name: str, cost: Cost) -> Result:
     """A step with what all that led to it has cost."""
     return replace(
-        result, step=name, seconds=cost.seconds, cpu_s=cost.cpu_s, peak_bytes=cost.peak_bytes
+        result, name=name, seconds=cost.seconds, cpu_s=cost.cpu_s, peak_bytes=cost.peak_bytes
     )

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.curate.rows.tables import FINGERPRINT, Inputs, write_table
-from pipeline.curate.steps import steps
+from pipeline.curate.steps import tasks as steps
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardSet, open_shards
 

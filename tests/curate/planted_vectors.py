@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import Vectors, id_array, list_array, vector_schema, write_table
-from pipeline.curate.steps import steps
+from pipeline.curate.steps import tasks as steps
 
 
 def ids_of_numbers(numbers, salt=b""):

@@ -22,7 +22,7 @@ from pipeline.curate.look import looks
 from pipeline.curate.look.second_look import Verdict
 from pipeline.curate.report import report
 from pipeline.curate.run_decide import proportions
-from pipeline.curate.steps import steps
+from pipeline.curate.steps import tasks as steps
 from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
 from pipeline.storage.run_folder import RunFolder

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import job
-from pipeline.curate.steps import steps
+from pipeline.curate.steps import tasks as steps
 from pipeline.driver import cluster
 from pipeline.storage.run_folder import RunFolder
 from tests.curate.piles import dies_once, hub
@@ -89,7 +89,7 @@ def test_a_worker_is_killed_in_each_step(
 LAUNCHER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from pipeline.curate.steps import steps
+from pipeline.curate.steps import tasks as steps
 inner, seen = steps._run, []
 def killed(*given):
     for found in inner(*given):

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.curate.rows.read_rows import Portion
-from pipeline.curate.steps.steps import Result
 from pipeline.errors import DataError, one_line
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import atomic_path
@@ -105,7 +104,7 @@ def shelves_of(bucket: np.ndarray[Any, Any]) -> list[int]:
 
 
 def written(
-    of: Sequence[Portion], result: Result, which: str = "shelves"
+    of: Sequence[Portion], result: Any, which: str = "shelves"
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Names of the tasks of a shuffle, with the shelves that each wrote."""
     return tuple(

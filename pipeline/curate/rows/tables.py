@@ -25,6 +25,7 @@ from pipeline.errors import DataError, one_line
 from pipeline.images.value_range import FULL
 from pipeline.shards.shards import ShardColumns, ShardFile, ShardSet
 from pipeline.storage.places import resolve_uri
+from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import atomic_path
 from pipeline.uri import join, public
 
@@ -163,6 +164,7 @@ class InputFile:
     first: int
     file: ShardFile
     columns: ShardColumns
+    digest: str = ""  # of all inputs
 
     @property
     def name(self) -> str:
@@ -170,9 +172,19 @@ class InputFile:
         return f"{self.index:05d}"
 
     @property
+    def key(self) -> str:
+        """Changes with what is in it, and not with the place where it is."""
+        return f"{self.digest}/{self.name}"
+
+    @property
     def rows(self) -> int:
         """Images in it."""
         return self.file.rows
+
+    @property
+    def end(self) -> int:
+        """The row after its last one."""
+        return self.first + self.file.rows
 
 
 @dataclass(frozen=True)
@@ -185,19 +197,29 @@ class Inputs:
     @classmethod
     def of(cls, sets: Sequence[tuple[str, str, ShardSet]]) -> Inputs:
         """From (name, kind, shards) of each set, in the order in which their rows count."""
-        files: list[InputFile] = []
-        first = 0
-        for name, kind, shards in sets:
-            for file in shards.files:
-                files.append(InputFile(len(files), name, kind, first, file, shards.columns))
-                first += file.rows
         # The columns too: a digest of shards that were not packed here knows sizes alone.
         digest = "-".join(
             f"{name}:{kind}:{shards.digest}:{shards.image_column}:{shards.label_column}"
             + ("" if shards.columns.value_range == FULL else f":{shards.value_range}")
             for name, kind, shards in sets
         )
+        files: list[InputFile] = []
+        first, short = 0, fingerprint(digest)
+        for name, kind, shards in sets:
+            for file in shards.files:
+                files.append(InputFile(len(files), name, kind, first, file, shards.columns, short))
+                first += file.rows
         return cls(tuple(files), digest)
+
+    @property
+    def key(self) -> str:
+        """Changes with what is in any of them."""
+        return self.digest
+
+    @property
+    def by_name(self) -> dict[str, InputFile]:
+        """A task for each file."""
+        return {file.name: file for file in self.files}
 
     @property
     def rows(self) -> int:

@@ -1,5 +1,6 @@
-"""Tasks that write files, each with an account, so that a rerun goes on. Start at `steps.py`.
+"""Steps: tasks that write tables, keyed by what they are given, so that a rerun goes on.
 
-In: a name, a key, tasks. Out: a `Result`: the folder, and what each task counted.
-Imports: storage, heartbeat, errors, uri.
+In: a function, its items, and what all of them are given. Out: a `Step`, which later steps read.
+`steps.py` has the nouns and the keys, and is where to start; `tasks.py` runs tasks on Ray.
+Imports: rows, storage, heartbeat, errors, uri.
 """

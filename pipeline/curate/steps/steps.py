@@ -1,93 +1,326 @@
-"""Steps of the curation: tasks that write files, each with an account, so that a rerun goes on.
+"""Steps of a curation: tasks that write tables, keyed by what they are given, so a rerun goes on.
 
-A step is a list of tasks. A task reads files, writes files (each whole or not at all) and returns
-an account of what it did. Its account is written last, so a task is finished when its account is
-there. A step that was killed goes on with what is missing, and a finished one is not run again as
-long as its key, which is made of its settings and of the keys of what it reads, stays the same.
+`steps.run("exact/groups", group_bucket, numbered(8), hashes=hashes)` calls
+`group_bucket(out, bucket, hashes=hashes)` for each item, and gives back a `Step`, which later steps
+read. A step has a key: of its name, its items and all that it is given, of another step the key of
+that. So what a step depends on is listed once, as arguments, and none can be forgotten. A step runs
+again when its key is another one than that of the tables that are there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
-import re
-import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from hashlib import blake2b
 from typing import Any
 
-from pyarrow import fs as pafs
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pipeline.errors import DataError, PipelineError
-from pipeline.heartbeat import doing, now
-from pipeline.storage.places import delete_file, file_info, list_files, resolve_uri
+from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
+from pipeline.curate.rows.tables import InputFile, read_table, table_writer, write_table
+from pipeline.curate.steps.tasks import (
+    Account,
+    Resources,
+    Task,
+    empty_step,
+    finished,
+    remove_steps,
+    run_tasks,
+    step_files,
+)
 from pipeline.storage.run_folder import fingerprint
-from pipeline.storage.transfer import read_mark, write_bytes_atomic
 from pipeline.uri import Place, join
 
-log = logging.getLogger("pipeline.curate")
-
-RETRIES = 3  # of a task whose worker was killed; errors of the task itself are not tried again
-AHEAD = 2  # tasks that wait for each CPU, so that none is idle and few are lost
-
-# What tasks write, in the folder of their step
-_NAME = (
-    r"([\w-]+(\.closest|\.counts|\.spare)?|[^/]+-\d{5,}(-\d{5})?)"  # sets may be called anything
-)
-_TABLE = re.compile(rf"((rows|vectors|queries|pairs|others)/)?(b\d{{4}}/)?{_NAME}\.parquet")
-_WRITTEN = re.compile(
-    rf"([\w-]+/)*((_key|_accounts|fit)\.json|_tasks/{_NAME}\.json|{_NAME}\.parquet)"
-)
-
-Account = dict[str, Any]
+ONE_CPU = Resources()
+Shelves = dict[str, dict[str, list[int]]]  # by subfolder and name of a table: where its buckets are
 
 
 @dataclass(frozen=True)
-class Task:
-    """One call of a step's function.
+class Step:
+    """A finished step: its tables, for later steps, and what it took.
 
     Attributes:
-        name: of its account; what the files it writes should be called too.
-        arguments: positional, after the step's folder; pickled, so small.
-    """
-
-    name: str
-    arguments: tuple[Any, ...] = ()
-    key: str = ""  # of the step, set by `run_step`
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a step did.
-
-    Attributes:
-        step: its name.
+        name: which may have slashes.
         key: of its settings and inputs.
-        folder: where its files are.
-        accounts: what each task returned, by the order of the tasks. `rows` and `bytes` in them are
+        folder: where its tables are.
+        accounts: what each task returned, in the order of the tasks. `rows` and `bytes` in them are
             added up where they are given.
         reused: tasks that were finished before.
         seconds: wall time of this run.
         cpu_s: CPU time of all tasks, in this run and before.
         peak_bytes: largest resident memory that a task's process had.
+        tables: names of the tasks, which most tables are called after.
     """
 
-    step: str
+    name: str
     key: str
     folder: str
-    accounts: tuple[Account, ...]
-    reused: int
-    seconds: float
-    cpu_s: float
-    peak_bytes: int
+    accounts: tuple[Account, ...] = ()
+    reused: int = 0
+    seconds: float = 0.0
+    cpu_s: float = 0.0
+    peak_bytes: int = 0
+    tables: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A task needs to know where buckets are; the accounts of 100,000 tasks are too much for it.
+        shelves = tuple({"shelves": a["shelves"]} if "shelves" in a else {} for a in self.accounts)
+        return self.__dict__ | {"accounts": shelves}
+
+    @property
+    def step(self) -> str:
+        """Its name; the old form."""
+        return self.name
+
+    def at(self, sub: str = "") -> str:
+        """Its folder, or one inside it."""
+        return str(join(self.folder, sub)) if sub else self.folder
 
     def total(self, name: str) -> float:
         """The sum of a number over the accounts."""
         return float(sum(account.get(name, 0) for account in self.accounts))
+
+    def read(
+        self, table: str, columns: Sequence[str] | None = None, filters: Any = None, sub: str = ""
+    ) -> pa.Table:
+        """One of its tables.
+
+        Raises:
+            DataError: it is missing or damaged; names the file.
+        """
+        return read_table(self.at(sub), table, columns, filters)
+
+    def every(
+        self, schema: pa.Schema, filters: Any = None, sub: str = "", only: Sequence[str] = ()
+    ) -> pa.Table:
+        """The columns of `schema` of all of its tables, or of those named in `only`."""
+        names = only or self.tables
+        tables = [self.read(name, schema.names, filters, sub).cast(schema) for name in names]
+        return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+
+    def rows(self, first: int, end: int, schema: pa.Schema, sub: str = "") -> pa.Table:
+        """The columns of `schema` of rows `first` to `end` of all of its tables, by row."""
+        inside = [("row", ">=", first), ("row", "<", end)]
+        return self.every(schema, inside, sub).sort_by("row")
+
+    def buckets(
+        self, number: int, columns: Sequence[str] | None = None, sub: str = ""
+    ) -> Iterator[pa.Table]:
+        """What its tasks wrote to a bucket, a table for each that wrote any."""
+        written = [
+            table for account in self.accounts for table in account["shelves"].get(sub, {}).items()
+        ]
+        return read_bucket(self.at(sub), written, number, columns)
+
+    def bucket(self, number: int, schema: pa.Schema, sub: str = "") -> pa.Table:
+        """The columns of `schema` of all that its tasks wrote to a bucket."""
+        tables = self.buckets(number, schema.names, sub)
+        return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in tables)])
+
+
+@dataclass
+class Output:
+    """Where a task writes and what it may use; it counts what was written.
+
+    Attributes:
+        folder: of the step.
+        name: of the task; tables are called so where nothing else is said.
+        resources: of the task.
+        account: what the task returns, with what its function gives.
+    """
+
+    folder: str
+    name: str = "00000"
+    resources: Resources = ONE_CPU
+    account: Account = field(default_factory=lambda: {"rows": 0, "bytes": 0})
+
+    @property
+    def threads(self) -> int:
+        """That the task may use."""
+        return max(1, int(self.resources.cpus))
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it has one."""
+        return self.resources.gpus > 0
+
+    def _at(self, sub: str) -> str:
+        return str(join(self.folder, sub)) if sub else self.folder
+
+    def table(self, table: pa.Table, name: str = "", sub: str = "") -> None:
+        """Writes a table, and counts its rows."""
+        self.account["rows"] += len(table)
+        self.account["bytes"] += write_table(table, self._at(sub), name or self.name)
+
+    def writer(
+        self, schema: pa.Schema
+    ) -> AbstractContextManager[tuple[pq.ParquetWriter, Callable[[], int]]]:
+        """Of the task's table, piece by piece, as `tables.table_writer`."""
+        return table_writer(schema, self.folder, self.name)
+
+    def buckets(self, table: pa.Table, bucket: Any, sub: str = "", name: str = "") -> None:
+        """Writes rows, which may be in any order, to the buckets of their numbers."""
+        order = np.argsort(bucket, kind="stable")
+        name = name or self.name
+        self.account["rows"] += len(table)
+        self.account["bytes"] += write_buckets(
+            self._at(sub), name, table.take(pa.array(order)), bucket[order]
+        )
+        shelves: Shelves = self.account.setdefault("shelves", {})
+        shelves.setdefault(sub, {})[name] = shelves_of(bucket)
+
+    def by_file(self, table: pa.Table, files: Sequence[InputFile]) -> None:
+        """Writes each of some consecutive files its part of a table that is ordered by `row`."""
+        row = table.column("row").to_numpy()
+        for file in files:
+            begin, end = np.searchsorted(row, [file.first, file.end])
+            self.table(table.slice(begin, end - begin), file.name)
+
+
+class Steps:
+    """The steps below one folder, in the order in which they ran.
+
+    Args:
+        root: folder, that all nodes reach; a step's files go to `root/<its name>`.
+        label: follows the names of the steps where they are shown: that of another set.
+        done: the list that finished steps are added to.
+    """
+
+    def __init__(self, root: Place, label: str = "", done: list[Step] | None = None) -> None:
+        self.root, self.label = root, label
+        self.done: list[Step] = [] if done is None else done
+
+    def below(self, *folders: str, label: str = "") -> Steps:
+        """Steps of a folder inside, in the same list."""
+        return Steps(join(self.root, *folders), label or self.label, self.done)
+
+    def aside(self) -> Steps:
+        """Steps of the same folder in a list of their own; see `sum_up`."""
+        return Steps(self.root, self.label)
+
+    def sum_up(self, name: str, last: Step, done: Sequence[Step]) -> Step:
+        """Takes many steps into the list as one: the last, with the cost of all."""
+        whole = replace(
+            last,
+            name=name,
+            seconds=sum(step.seconds for step in done),
+            cpu_s=sum(step.cpu_s for step in done),
+            peak_bytes=max((step.peak_bytes for step in done), default=0),
+        )
+        self.done.append(whole)
+        return whole
+
+    def run(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        items: Mapping[str, Any],
+        resources: Resources = ONE_CPU,
+        version: int = 1,
+        **given: Any,
+    ) -> Step:
+        """Runs `function(out, item, **given)` for each item that is not finished, as Ray tasks.
+
+        Args:
+            name: of the step.
+            function: writes with `out`, an `Output`, and may return numbers for the account. It
+                must give the same tables whenever it is called.
+            items: by the names of their tasks.
+            resources: of a task. They are in no key: tables do not depend on them.
+            version: of the function; another one runs it again.
+            given: to all tasks alike: numbers, texts, dataclasses of these, and steps.
+
+        Raises:
+            PipelineError: what a task said; the others are cancelled.
+        """
+        begin = time.monotonic()
+        folder = str(join(self.root, *name.split("/")))
+        key = self.key(name, items, version, **given)
+        tasks = [Task(task, (task, item)) for task, item in items.items()]
+        called = partial(_call, function=function, given=given, resources=resources)
+        accounts, reused = run_tasks(folder, name, key, tasks, called, resources)
+        step = Step(
+            f"{name}/{self.label}" if self.label else name,
+            key,
+            folder,
+            tuple(accounts),
+            reused,
+            time.monotonic() - begin,
+            sum(account["_cpu_s"] for account in accounts),
+            max((account["_peak_bytes"] for account in accounts), default=0),
+            tuple(items),
+        )
+        if (step.name, step.key) not in [(one.name, one.key) for one in self.done]:
+            self.done.append(step)
+        return step
+
+    def key(self, name: str, items: Mapping[str, Any], version: int = 1, **given: Any) -> str:
+        """Of a step: equal keys give equal tables."""
+        return fingerprint([name, version, key_of(items), key_of(given)])
+
+    def stored(self, name: str) -> Step:
+        """A step of an earlier run as it is on storage; without a key where there is none."""
+        folder = str(join(self.root, *name.split("/")))
+        key, accounts = finished(folder)
+        tables = tuple(sorted(accounts))
+        return Step(name, key, folder, tuple(accounts[t] for t in tables), tables=tables)
+
+
+def key_of(value: Any) -> Any:
+    """What changes with a value, JSON-like: of a step and all that has a key this, else itself.
+
+    Raises:
+        TypeError: nothing is known of values of this kind. To guess could reuse stale tables.
+    """
+    if isinstance(key := getattr(value, "key", None), str):
+        return key
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): key_of(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [key_of(one) for one in value]
+    if isinstance(value, np.ndarray):
+        content = blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
+        return [str(value.dtype), list(value.shape), content]
+    if isinstance(value, pa.Schema):
+        return str(value)
+    if is_dataclass(value):
+        return {one.name: key_of(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, partial):
+        return [key_of(value.func), key_of(value.args), key_of(value.keywords)]
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(f"a step was given a {type(value).__name__}, of which no key can be made")
+
+
+def numbered(count: int) -> dict[str, int]:
+    """So many tasks with their numbers: buckets, shards or parts."""
+    return {f"{number:05d}": number for number in range(count)}
+
+
+def _call(
+    folder: str,
+    name: str,
+    item: Any,
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    resources: Resources,
+) -> Account:
+    """In a worker: one task; what its function returns goes over what was counted."""
+    out = Output(folder, name, resources)
+    return out.account | (function(out, item, **given) or {})
+
+
+# ---- The old form, until every room has moved.
+
+
+Result = Step
 
 
 def run_step(
@@ -99,183 +332,42 @@ def run_step(
     *,
     cpus: float = 1.0,
     gpus: float = 0.0,
-) -> Result:
-    """Runs the tasks of a step that are not finished yet, as Ray tasks, and returns all accounts.
-
-    Args:
-        root: folder of the curation, that all nodes reach; the step's files go to `root/step`.
-        step: its name, which may have slashes.
-        settings: JSON-like; all that the files depend on: settings and the keys of the steps that
-            are read. Other settings than last time empty the step's folder of accounts.
-        tasks: with unique names.
-        function: `function(folder, *arguments)` writes its files below `folder` and returns its
-            account, JSON-like. It must give the same files whenever it is called.
-        cpus: of a task.
-        gpus: of a task.
-
-    Raises:
-        PipelineError: what a task said; the others are cancelled.
-    """
+) -> Step:
+    """Runs tasks `function(folder, *arguments)` under a key that is made of `settings`."""
     begin = time.monotonic()
-    folder = str(join(root, *step.split("/")))
-    key = step_key(step, settings, tasks)
-    done = _accounts(folder, key)
-    missing = [task for task in tasks if task.name not in done]
-    if done and missing:
-        log.info("%s: %d of %d tasks were finished before", step, len(done), len(tasks))
-    reused = len(tasks) - len(missing)
-    if missing:
-        missing = [replace(task, key=key) for task in missing]
-        with doing(f"curate: {step}, {len(done)} of {len(tasks)} tasks"):
-            for name, account in _run(folder, missing, function, cpus, gpus, step, len(tasks)):
-                done[name] = account
-        if len(tasks) > 1:  # one file instead of many, for the next start
-            _write(folder, "_accounts.json", {"key": key, "accounts": done})
-    accounts = tuple(done[task.name] for task in tasks)
-    return Result(
-        step=step,
-        key=key,
-        folder=folder,
-        accounts=accounts,
-        reused=reused,
-        seconds=time.monotonic() - begin,
-        cpu_s=sum(account["_cpu_s"] for account in accounts),
-        peak_bytes=max((account["_peak_bytes"] for account in accounts), default=0),
+    folder, key = str(join(root, *step.split("/"))), step_key(step, settings, tasks)
+    accounts, reused = run_tasks(folder, step, key, tasks, function, Resources(cpus, gpus))
+    return Step(
+        step,
+        key,
+        folder,
+        tuple(accounts),
+        reused,
+        time.monotonic() - begin,
+        sum(account["_cpu_s"] for account in accounts),
+        max((account["_peak_bytes"] for account in accounts), default=0),
+        tuple(task.name for task in tasks),
     )
-
-
-def _accounts(folder: str, key: str) -> dict[str, Account]:
-    """Accounts of finished tasks by name. A folder that was filled under another key is emptied."""
-    fs, path = resolve_uri(folder)
-    there = file_info(fs, f"{path}/_key.json").is_file
-    if read_mark(fs, f"{path}/_key.json") != {"key": key}:
-        if there:
-            empty_step(folder, step_files(folder))
-        _write(folder, "_key.json", {"key": key})
-        return {}
-    whole = read_mark(fs, f"{path}/_accounts.json")
-    if whole.get("key") == key and isinstance(whole.get("accounts"), dict):
-        return dict(whole["accounts"])
-    infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
-    accounts = (read_mark(fs, info.path) for info in infos if info.extension == "json")
-    # A task of a driver that was killed may still end, under the key that its step had then.
-    return {account["_name"]: account for account in accounts if account.get("_key") == key}
 
 
 def step_key(step: str, settings: Any, tasks: Sequence[Task]) -> str:
-    """Of a step's name, settings and tasks: equal keys give equal files."""
+    """Of a step's name, settings and tasks."""
     return fingerprint([step, settings, [task.name for task in tasks]])
 
 
-def step_files(folder: str) -> list[str]:
-    """The tables that a step has written to its folder, by their names: files of others, and steps
-    with folders inside this one, are not in it.
-    """
-    fs, path = resolve_uri(folder)
-    paths = [str(info.path) for info in list_files(fs, path)]
-    return [name for name in paths if _TABLE.fullmatch(name[len(path) :].lstrip("/"))]
-
-
-def empty_step(folder: str, files: Sequence[str]) -> None:
-    """Takes away a step's accounts and some of its files; what others have put there stays."""
-    fs, path = resolve_uri(folder)
-    for name in (f"{path}/_key.json", f"{path}/_accounts.json", *files):
-        delete_file(fs, name)
-    for info in list_files(fs, f"{path}/_tasks", recursive=False):
-        if info.extension == "json":
-            delete_file(fs, info.path)
-    if isinstance(fs, pafs.LocalFileSystem):
-        for place in sorted({f"{path}/_tasks", path, *(f.rpartition("/")[0] for f in files)}):
-            with contextlib.suppress(OSError):  # not empty
-                Path(place).rmdir()
-
-
-def remove_steps(fs: pafs.FileSystem, path: str) -> None:
-    """Takes away folders of steps, by the names of the files in them; files of others stay."""
-    for info in list_files(fs, path):
-        if _WRITTEN.fullmatch(info.path[len(path) :].lstrip("/")):
-            delete_file(fs, info.path)
-    if isinstance(fs, pafs.LocalFileSystem):
-        for place, _, _ in os.walk(path, topdown=False):
-            with contextlib.suppress(OSError):  # not empty
-                Path(place).rmdir()
-
-
-def _is_folder(fs: Any, path: str) -> bool:
-    from pyarrow import fs as pafs
-
-    return bool(file_info(fs, f"{path}/_tasks").type == pafs.FileType.Directory)
-
-
-def _write(folder: str, name: str, value: Any) -> None:
-    fs, path = resolve_uri(folder)
-    write_bytes_atomic(json.dumps(value).encode(), fs, f"{path}/{name}")
-
-
-def _run(
-    folder: str,
-    tasks: Sequence[Task],
-    function: Callable[..., Account],
-    cpus: float,
-    gpus: float,
-    step: str,
-    total: int,
-) -> Any:
-    import ray
-
-    threads = str(max(1, int(cpus)))
-    variables = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    remote = ray.remote(_task).options(
-        num_cpus=cpus,
-        num_gpus=gpus,
-        max_retries=RETRIES,
-        runtime_env={"env_vars": variables},
-    )
-    room = int(ray.cluster_resources().get("CPU", 1) / cpus) if cpus else len(tasks)
-    most = min(AHEAD * max(1, room), len(tasks))
-    waiting = list(reversed(tasks))
-    running: dict[Any, str] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < most:
-                task = waiting.pop()
-                running[remote.remote(folder, task, function)] = task.name
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                name = running.pop(reference)
-                yield name, _account(ray.get(reference))
-            left = len(waiting) + len(running)
-            now(f"curate: {step}, {total - left} of {total} tasks")
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _account(answer: tuple[Account | None, tuple[str, str] | None]) -> Account:
-    account, error = answer
-    if error is not None:
-        raise DataError(*error)
-    assert account is not None
-    return account
-
-
-def _task(
-    folder: str, task: Task, function: Callable[..., Account]
-) -> tuple[Account | None, tuple[str, str] | None]:
-    """In a worker: an account, or what and hint of a user's error."""
-    before, begin = time.process_time(), time.monotonic()
-    try:
-        account = dict(function(folder, *task.arguments))
-    except PipelineError as error:
-        return None, (error.what, error.hint or "")
-    account["_name"], account["_key"] = task.name, task.key
-    account["_seconds"] = round(time.monotonic() - begin, 3)
-    account["_cpu_s"] = round(time.process_time() - before, 3)
-    account["_peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    _write(join_tasks(folder), f"{task.name}.json", account)
-    return account, None
-
-
-def join_tasks(folder: str) -> str:
-    """Where a step keeps the accounts of its tasks."""
-    return str(join(folder, "_tasks"))
+__all__ = [
+    "Account",
+    "Output",
+    "Resources",
+    "Result",
+    "Step",
+    "Steps",
+    "Task",
+    "empty_step",
+    "key_of",
+    "numbered",
+    "remove_steps",
+    "run_step",
+    "step_files",
+    "step_key",
+]
