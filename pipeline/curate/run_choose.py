@@ -12,7 +12,7 @@ from pipeline.curate.choose.lloyd import Cost, Resources
 from pipeline.curate.choose.retrieve import Retrieved
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
-from pipeline.curate.decide.reasons import list_left, starts_of
+from pipeline.curate.decide.decide import list_left, starts_of
 from pipeline.curate.images import exact_copies
 from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet

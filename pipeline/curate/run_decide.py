@@ -5,11 +5,10 @@ from __future__ import annotations
 from pipeline.config.config import Config
 from pipeline.curate.curation import Curation, Decisions, Known, Setup
 from pipeline.curate.decide import decide as deciding
-from pipeline.curate.decide.decide import Mix
-from pipeline.curate.decide.reasons import starts_of
+from pipeline.curate.decide.decide import Mix, starts_of
+from pipeline.curate.decide.shard_write import Selection
 from pipeline.curate.decide.shards import write_curated
-from pipeline.curate.decide.sources import list_folders, sources_of
-from pipeline.curate.decide.tally import Tally
+from pipeline.curate.decide.tally import Tally, list_folders, sources_of
 from pipeline.curate.steps.steps import Result, Task, run_step
 from pipeline.shards.shards import ShardSet
 from pipeline.uri import Place
@@ -83,16 +82,19 @@ def write_shards(curation: Curation, shards: Place) -> ShardSet:
     """
     setup = curation.setup
     data, earlier = setup.config.data, setup.sets.earlier_shards
-    written, _, again = write_curated(
-        shards,
-        setup.root,
+    selection = Selection(
         setup.sets.inputs_by_name,
         setup.images,
         curation.decisions.table,
         curation.prints.folder,
+        earlier,
+    )
+    written, _, again = write_curated(
+        shards,
+        setup.root,
+        selection,
         shard_bytes=int(data.shard_mb * 2**20),
         row_group_images=data.row_group_images,
-        earlier=earlier,
     )
     # Images of an earlier curation that came in again are in the shards once.
     curation.decisions.tally.check([written.rows - (earlier.rows - again if earlier else 0)])

@@ -10,10 +10,8 @@ import pyarrow as pa
 import pytest
 
 from pipeline.curate.copies.leaks import best_leaks, leaks_of
-from pipeline.curate.decide.decide import Mix, decide, draws
-from pipeline.curate.decide.reasons import LEFT, list_left, starts_of
-from pipeline.curate.decide.sources import FEW, Sources, list_folders, sources_of
-from pipeline.curate.decide.tally import Tally
+from pipeline.curate.decide.decide import LEFT, Mix, decide, draws, list_left, starts_of
+from pipeline.curate.decide.tally import FEW, Sources, Tally, list_folders, sources_of
 from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import (
     AS_IS,

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.decide.decide import Mix, decide
-from pipeline.curate.decide.reasons import starts_of
+from pipeline.curate.decide.decide import Mix, decide, starts_of
 from pipeline.curate.decide.shard_form import form_of
+from pipeline.curate.decide.shard_write import Selection
 from pipeline.curate.decide.shards import write_curated
-from pipeline.curate.decide.sources import Sources
+from pipeline.curate.decide.tally import Sources
 from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
 from pipeline.curate.steps.steps import Task, run_step
@@ -78,8 +78,8 @@ def curated(
     named = [(name, shards) for name, _, shards in sets]
     return (
         write_curated(
-            shards or tmp_path / "curated", tmp_path / "work", named, inputs, result, prints,
-            shard_bytes=size, row_group_images=rows,
+            shards or tmp_path / "curated", tmp_path / "work",
+            Selection(named, inputs, result, prints), shard_bytes=size, row_group_images=rows,
         ),
         result,
     )  # fmt: skip

@@ -1,39 +1,73 @@
 """One decision for each image that went in: kept or not, the one reason, and what shows it.
 
-Rows that no step removes are kept if a part wants them. The steps stand in tables of their own, so
-changing what is decided here reads them again and computes none of them.
+Each step before says something about some rows. The first one that removes a row is its reason, in
+the order of `first_reasons`. Rows that no step removes are kept if a part wants them: `_select`. Of
+each part its share is kept: `leave_out`. The steps stand in tables of their own, so changing what
+is decided here reads them again and computes none of them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.curate.decide.reasons import Starts, judged
-from pipeline.curate.decide.sources import Sources
+from pipeline.curate.decide.tally import Sources
 from pipeline.curate.rows.draws_by_id import GOLDEN, mix
-from pipeline.curate.rows.file_rows import CODE, KEPT, Bytes16, FileRows, Objects, Tables, objects
+from pipeline.curate.rows.file_rows import (
+    CODE,
+    KEPT,
+    Bytes16,
+    FileRows,
+    Ints,
+    Objects,
+    Tables,
+    id_objects,
+    objects,
+    words,
+)
 from pipeline.curate.rows.tables import (
     AS_IS,
     DECISIONS,
     REASONS,
     ROW,
     InputFile,
+    Inputs,
     ids_of,
     read_table,
     write_table,
 )
 from pipeline.curate.steps.steps import Account
+from pipeline.errors import DataError
 
-PARTS = ("as_is", "sample", "cluster", "balanced", "pool")
+# rows that are left when copies and leaks are gone: what retrieval and balancing choose from. Each
+# is its own keeper, so the table can stand for one of exact copies.
+LEFT = pa.schema([("row", ROW), ("keeper", ROW)])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Share of each part that is kept; which images, their ids and the seed say."""
+
+    seed: int = 0
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+def list_left(folder: str, file: InputFile, starts: Ints, tables: Tables) -> Account:
+    """Task: writes the rows of a file that pass quality, are no copy and do not leak."""
+    rows = first_reasons(file, starts, tables)
+    left = file.first + np.flatnonzero(rows.code == KEPT)
+    table = pa.table([left, left], schema=LEFT)
+    return {"rows": len(left), "bytes": write_table(table, folder, file.name)}
 
 
 def decide(
-    folder: str, file: InputFile, starts: Starts, tables: Tables, sources: Sources, mix: Mix
+    folder: str, file: InputFile, starts: Ints, tables: Tables, sources: Sources, mix: Mix
 ) -> Account:
     """Task: writes the decisions on the rows of one file.
 
@@ -41,13 +75,13 @@ def decide(
     and `near`, what goes as a near copy within the set (equal pixels are no matter of likeness);
     and has what a shard needs to know of the file: `low` and `high` id and `kept_bytes`.
     """
-    rows = judged(file, starts, tables)
+    rows = first_reasons(file, starts, tables)
     _select(rows, tables)
     leave_out(rows, mix)
     about = read_table(tables.fingerprint, file.name, ["row", "source", "bytes"])
-    if not np.array_equal(about.column("row").to_numpy(), file.first + np.arange(file.rows)):
+    if not np.array_equal(about["row"].to_numpy(), file.first + np.arange(file.rows)):
         raise RuntimeError(f"fingerprint/{file.name} does not have each row of its file once")
-    names = sources.names(about.column("source"))
+    names = sources.names(about["source"])
     kept = rows.code == KEPT
     rows.part[~kept] = ""
     written = write_table(_table(rows, names), folder, file.name)
@@ -57,12 +91,134 @@ def decide(
         "bytes": written,
         "kept": int(kept.sum()),
         "near": int(((rows.code == CODE["duplicate_near"]) & (rows.rule == "near")).sum()),
-        "kept_bytes": int(about.column("bytes").to_numpy()[kept].sum()),
+        "kept_bytes": int(about["bytes"].to_numpy()[kept].sum()),
         "low": ids[0] if ids else "",
         "high": ids[-1] if ids else "",
         "counts": _counted(names, np.array(REASONS, object)[rows.code]),
         "parts": _counted(names[kept], rows.part[kept]),
     }
+
+
+# ---- Rows that go whatever is chosen: no usable image, copies, leaks.
+
+
+def first_reasons(file: InputFile, starts: Ints, tables: Tables) -> FileRows:
+    """The rows of a file, those that go with the first reason to remove them.
+
+    Args:
+        file: one of the inputs.
+        starts: first row of each input file.
+        tables: of the steps before.
+
+    Raises:
+        DataError: the fingerprints are not of this file.
+    """
+    about = read_table(tables.fingerprint, file.name, ["image_id", "error"])
+    rows = FileRows.of(file, ids_of(about["image_id"]))
+    if len(rows.ids) != file.rows:
+        raise DataError(
+            f"fingerprint/{file.name}.parquet has {len(rows.ids)} rows, its file has {file.rows}",
+            "delete that folder and run again",
+        )
+    errors = words(about, "error")
+    broken = np.flatnonzero(errors.astype(bool))
+    rows.remove(broken, "undecodable", rule=errors[broken])
+    _quality(rows, tables)
+    _equal(rows, starts, tables)
+    _leaking(rows, tables)
+    _earlier(rows, tables)
+    _near(rows, tables)
+    return rows
+
+
+def _quality(rows: FileRows, tables: Tables) -> None:
+    if not tables.quality:
+        return
+    table = read_table(tables.quality, rows.file.name)
+    places, reasons = rows.places(table, "quality"), words(table, "reason")
+    for reason in REASONS[1:5]:  # what quality rules say
+        marked = np.flatnonzero(reasons == reason)
+        rule, value = words(table, "rule")[marked], table["value"].to_numpy()[marked]
+        rows.remove(places[marked], reason, rule=rule, score=value)
+
+
+def _equal(rows: FileRows, starts: Ints, tables: Tables) -> None:
+    if not tables.exact:
+        return
+    table = read_table(tables.exact, rows.file.name)
+    places, keeper = rows.places(table, "exact"), table["keeper"].to_numpy()
+    away, method = keeper != table["row"].to_numpy(), words(table, "method")
+    for kind, reason in (("bytes", "duplicate_bytes"), ("pixels", "duplicate_near")):
+        equal = np.flatnonzero(away & (method == kind))
+        equal = equal[rows.remove(places[equal], reason, rule=kind, similarity=1.0)]
+        if kind == "bytes":  # an id is a hash of the bytes
+            rows.keeper[places[equal]] = objects(rows.ids[places[equal]])
+        else:
+            rows.keeper[places[equal]] = _ids_at(keeper[equal], starts, tables.fingerprint)
+
+
+def _leaking(rows: FileRows, tables: Tables) -> None:
+    if tables.leaks:
+        table = read_table(tables.leaks, rows.file.name)
+        rows.remove(rows.places(table, "leaks"), "leaks_evaluation", **_match(table))
+    if not tables.leaking:
+        return
+    # A group of copies leaks as a whole: its other members go with the row that matches best.
+    members = read_table(tables.components, rows.file.name, ["row", "component"])
+    leaks = read_table(tables.leaking, "leaking")
+    which = pc.index_in(members["component"], leaks["component"])
+    leaks, leaking = leaks.take(which.drop_null()), pc.is_valid(which)
+    places = rows.places(members, "components")[leaking.to_numpy(zero_copy_only=False)]
+    keeper = id_objects(leaks, "row_id")
+    rows.remove(places, "leaks_evaluation", keeper=keeper, **_match(leaks))
+
+
+def _match(table: pa.Table) -> dict[str, Any]:
+    """The image of another set that rows are like."""
+    return {
+        "rule": words(table, "set"),
+        "query": id_objects(table, "query_id"),
+        "similarity": table["similarity"].to_numpy(),
+    }
+
+
+def _earlier(rows: FileRows, tables: Tables) -> None:
+    """Copies of images that an earlier curation kept; the latest curation first."""
+    for folder in tables.matches:
+        table = read_table(folder, rows.file.name)
+        keeper, alike = id_objects(table, "image_id"), table["similarity"].to_numpy()
+        places = rows.places(table, "matches")
+        rows.remove(places, "duplicate_near", rule="earlier", keeper=keeper, similarity=alike)
+
+
+def _near(rows: FileRows, tables: Tables) -> None:
+    if not tables.components:
+        return
+    table = read_table(tables.components, rows.file.name)
+    rows.component[rows.places(table, "components")] = id_objects(table, "component")
+    away = table.filter(pc.not_equal(table["keeper"], table["row"]))
+    keeper, alike = id_objects(away, "keeper_id"), away["similarity"].to_numpy()
+    places = rows.places(away, "components")
+    rows.remove(places, "duplicate_near", rule="near", keeper=keeper, similarity=alike)
+
+
+def starts_of(inputs: Inputs) -> Ints:
+    """First row of each input file: all that a task must know of the other files."""
+    return np.array([file.first for file in inputs.files], np.int64)
+
+
+def _ids_at(keepers: Ints, starts: Ints, fingerprint: str) -> Objects:
+    """Image ids of rows that may be in any file."""
+    keeper_ids = np.full(len(keepers), None, object)
+    holders = np.searchsorted(starts, keepers, "right") - 1  # of files that are empty, the last
+    for holder in np.unique(holders):
+        ids = ids_of(read_table(fingerprint, f"{holder:05d}", ["image_id"])["image_id"])
+        mine = np.flatnonzero(holders == holder)
+        keeper_ids[mine] = objects(ids[keepers[mine] - starts[holder]])
+    return keeper_ids
+
+
+# ---- Rows that are left: the part that wants them.
 
 
 def _select(rows: FileRows, tables: Tables) -> None:
@@ -75,19 +231,18 @@ def _select(rows: FileRows, tables: Tables) -> None:
         places = rows.places(table, "retrieved")
         still_kept = kept[places]
         places, table = places[still_kept], table.filter(pa.array(still_kept))
-        rows.part[places] = np.array(table.column("part").to_pylist(), object)
-        rows.rule[places] = np.array(table.column("set").to_pylist(), object)
-        rows.query[places] = objects(ids_of(table.column("query_id")))
-        rows.similarity[places] = table.column("similarity").to_numpy()
-        rows.hits[places] = table.column("hits").to_numpy()
-        rows.cluster[places] = table.column("cluster").to_numpy()
+        for name, values in _match(table).items():
+            getattr(rows, name)[places] = values
+        rows.part[places] = words(table, "part")
+        rows.hits[places] = table["hits"].to_numpy()
+        rows.cluster[places] = table["cluster"].to_numpy()
     considered = np.zeros(len(kept), bool)
     if tables.balanced and not as_is:
         table = read_table(tables.balanced, rows.file.name)
         places = rows.places(table, "balanced")
         considered[places] = True
-        rows.cluster[places] = table.column("leaf").to_numpy()
-        chosen = places[table.column("chosen").to_numpy(zero_copy_only=False)]
+        rows.cluster[places] = table["leaf"].to_numpy()
+        chosen = places[table["chosen"].to_numpy(zero_copy_only=False)]
         chosen = chosen[kept[chosen] & (rows.part[chosen] == "")]
         rows.part[chosen] = "balanced"
     left = np.flatnonzero(kept & (rows.part == ""))
@@ -130,21 +285,12 @@ def _table(rows: FileRows, sources: Objects) -> pa.Table:
 
 def _counted(names: Objects, values: Objects) -> dict[str, dict[str, int]]:
     by_name: dict[str, dict[str, int]] = {}
-    for name, value in zip(names, values, strict=True):
-        counts = by_name.setdefault(name, {})
-        counts[value] = counts.get(value, 0) + 1
+    for (name, value), count in Counter(zip(names, values, strict=True)).items():
+        by_name.setdefault(name, {})[value] = count
     return by_name
 
 
-# ---- Shares of parts that are kept: which images, their ids and the seed say.
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Share of each part that is kept; which images, their ids and the seed say."""
-
-    seed: int = 0
-    shares: Mapping[str, float] = field(default_factory=dict)
+# ---- Shares of parts that are kept.
 
 
 def leave_out(rows: FileRows, mix: Mix) -> None:
@@ -152,8 +298,7 @@ def leave_out(rows: FileRows, mix: Mix) -> None:
     draw = draws(rows.ids, mix.seed)
     for part, share in mix.shares.items():
         out = np.flatnonzero((rows.part == part) & (rows.code == KEPT) & (draw >= share))
-        rows.remove(out, "balanced_out")
-        rows.rule[out] = f"mix.{part}"
+        rows.remove(out, "balanced_out", rule=f"mix.{part}")
 
 
 def draws(ids: Bytes16, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:

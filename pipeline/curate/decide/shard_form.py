@@ -84,33 +84,30 @@ def check_values(sets: Sequence[tuple[str, ShardSet]], form: Form) -> None:
         DataError: names the column and a value.
     """
     for _, one in sets:
-        for index in range(1 if one.packed else len(one.files)):
-            with one.parquet(index) as parquet:
-                kept = kept_columns(parquet.schema_arrow, one.columns.image, one.columns.label)
-            if one.packed:  # all its files have the types of the first
-                files: range = range(len(one.files))
-            else:
-                files = range(index, index + 1)
-            for file in files:
+        for index in _different(one):
+            kept = _kept_in(one, index)
+            for file in range(len(one.files)) if one.packed else [index]:
                 check_fit(one.files[file].name, partial(one.parquet, file), kept, form.extras)
 
 
 def _extras_of(shards: ShardSet) -> list[pa.Schema]:
-    """Extra columns of the files of a set; those of a pack are all alike."""
+    """Extra columns of the files of a set."""
 
-    def schema(index: int) -> pa.Schema:
-        with shards.parquet(index) as parquet:
-            columns = parquet.schema_arrow
-        return pa.schema(
-            [f for _, f in kept_columns(columns, shards.columns.image, shards.columns.label)]
-        )
+    def extras(index: int) -> pa.Schema:
+        return pa.schema([field for _, field in _kept_in(shards, index)])
 
     with ThreadPoolExecutor(8) as pool:
-        return list(
-            pool.map(
-                schema, range(min(1, len(shards.files)) if shards.packed else len(shards.files))
-            )
-        )
+        return list(pool.map(extras, _different(shards)))
+
+
+def _different(shards: ShardSet) -> range:
+    """Files whose columns may differ: of a pack all are like the first."""
+    return range(min(1, len(shards.files)) if shards.packed else len(shards.files))
+
+
+def _kept_in(shards: ShardSet, index: int) -> list[tuple[str, pa.Field]]:
+    with shards.parquet(index) as parquet:
+        return kept_columns(parquet.schema_arrow, shards.columns.image, shards.columns.label)
 
 
 def kept_columns(schema: pa.Schema, image: str, label: str) -> list[tuple[str, pa.Field]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.curate.decide.shard_form import Form, decided, formed, opened
 from pipeline.curate.rows.tables import InputFile, Inputs, read_table
 from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of
+from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import file_info, resolve_uri
 from pipeline.storage.transfer import open_patiently, parquet_writer_atomic
 from pipeline.uri import Place, join
@@ -24,54 +26,102 @@ EARLIER = "earlier"  # the set of images that are there already
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What goes into curated shards.
+
+    Attributes:
+        sets: the inputs' sets by name.
+        inputs: all files.
+        decisions: result of `decide`.
+        fingerprints: folder of that step.
+        earlier: curated shards that the images are added to.
+    """
+
+    sets: Sequence[tuple[str, ShardSet]]
+    inputs: Inputs
+    decisions: Result
+    fingerprints: str
+    earlier: ShardSet | None = None
+
+    @property
+    def all_sets(self) -> list[tuple[str, ShardSet]]:
+        """With the earlier shards."""
+        return [*self.sets, *([(EARLIER, self.earlier)] if self.earlier else [])]
+
+    @property
+    def images(self) -> int:
+        """That are kept, and that were there before."""
+        earlier = self.earlier.rows if self.earlier else 0
+        return int(self.decisions.total("kept")) + earlier
+
+    @property
+    def bytes(self) -> int:
+        """Of these images."""
+        earlier = sum(file.bytes for file in self.earlier.files) if self.earlier else 0
+        return int(self.decisions.total("kept_bytes")) + earlier
+
+    def kept_files(self) -> list[tuple[InputFile, Account]]:
+        """The input files of which anything is kept, with what was decided on them."""
+        both = zip(self.inputs.files, self.decisions.accounts, strict=True)
+        return [(file, account) for file, account in both if account["kept"]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How curated shards are cut, and where their rows are read from.
+
+    Attributes:
+        form: of a shard.
+        shards: how many.
+        row_group_images: rows of a row group, fewer where images are large.
+        decisions: folder of the decisions.
+        sorted: folder of files that were sorted first; "" where none had to be.
+    """
+
+    form: Form
+    shards: int
+    row_group_images: int
+    decisions: str
+    sorted: str = ""
+
+
+@dataclass(frozen=True)
 class Piece:
-    """What a shard takes from one file: the rows of an input, or row groups that were sorted."""
+    """What a shard takes from one file: its range of an input, or a row group that was sorted."""
 
     file: InputFile
     sorted: str = ""  # name of the sorted file
-    groups: tuple[int, ...] = ()
+    group: int = 0
 
 
-def write_shard(
-    folder: str,
-    index: int,
-    count: int,
-    pieces: tuple[Piece, ...],
-    decisions: str,
-    sorted_folder: str,
-    form: Form,
-    row_group_images: int,
-) -> Account:
-    """Task: writes shard `index` of `count`; no rows, no file.
+def write_shard(folder: str, index: int, pieces: tuple[Piece, ...], layout: Layout) -> Account:
+    """Task: writes shard `index`; no rows, no file.
 
     Raises:
         RuntimeError: two rows have one id.
     """
-    low, high = id_range(index, count)
     new, old = (
         [
             table
             for piece in pieces
-            if (piece.file.set == EARLIER) is there
-            for table in _read(piece, low, high, decisions, sorted_folder, form)
+            if (piece.file.set == EARLIER) is earlier
+            for table in _read(piece, index, layout)
         ]
-        for there in (False, True)
+        for earlier in (False, True)
     )
     new, again = _without(new, old)
-    tables = [*new, *old]
-    table = _in_order(pa.concat_tables(tables) if tables else form.schema.empty_table())
-    account: Account = {"name": shard_name(index), "rows": table.num_rows, "row_groups": []}
-    account["again"] = again
-    ids = table.column("image_id").to_pylist()
-    labels = table.column("label").to_pylist()
+    tables, schema = [*new, *old], layout.form.schema
+    table = _in_order(pa.concat_tables(tables) if tables else schema.empty_table())
+    ids, labels = table["image_id"].to_pylist(), table["label"].to_pylist()
     if len(set(ids)) != len(ids):
         raise RuntimeError(f"shard {index} would hold an image twice")
-    account["bytes"] = 0
+    account: Account = {"name": shard_name(index), "rows": len(ids), "again": again, "bytes": 0}
+    account["row_groups"] = []
     if ids:
         fs, path = resolve_uri(str(join(folder, account["name"])))
-        sizes = pc.binary_length(table.column("image")).to_numpy()
-        with parquet_writer_atomic(form.schema, fs, path) as writer:
-            for start, end in row_groups(sizes, row_group_images):
+        sizes = pc.binary_length(table["image"]).to_numpy()
+        with parquet_writer_atomic(schema, fs, path) as writer:
+            for start, end in row_groups(sizes, layout.row_group_images):
                 writer.write_table(table.slice(start, end - start), row_group_size=end - start)
                 account["row_groups"].append(end - start)
         account["bytes"] = file_info(fs, path).size
@@ -100,32 +150,37 @@ def _in_order(table: pa.Table) -> pa.Table:
     return table.take(pa.array(np.argsort(ids, kind="stable")))
 
 
-def _read(
-    piece: Piece, low: str, high: str, decisions: str, sorted_folder: str, form: Form
-) -> Iterator[pa.Table]:
-    """The rows of a piece with low <= id < high that are kept, in the form of a shard."""
+def _read(piece: Piece, index: int, layout: Layout) -> Iterator[pa.Table]:
+    """The rows of a piece that are kept and have ids of this shard, in the form of a shard."""
+    form, (low, high) = layout.form, id_range(index, layout.shards)
     if piece.sorted:
-        fs, path = resolve_uri(str(join(sorted_folder, f"{piece.sorted}.parquet")))
+        fs, path = resolve_uri(str(join(layout.sorted, f"{piece.sorted}.parquet")))
         with open_patiently(fs, path) as file, pq.ParquetFile(file) as parquet:
-            yield parquet.read_row_groups(list(piece.groups)).cast(form.schema)
+            yield parquet.read_row_group(piece.group).cast(form.schema)
         return
     if piece.file.set == EARLIER:
         with opened(piece.file) as parquet:
             names = parquet.read(columns=["image_id"]).column(0).to_pylist()
         ids, kept = np.array(names, "U32"), np.ones(len(names), bool)
     else:
-        ids, kept = decided(piece.file, decisions)
+        ids, kept = decided(piece.file, layout.decisions)
     kept &= (ids >= low) & (ids < high)
+    for table, rows in _kept_groups(piece.file, kept):
+        yield formed(table, ids[rows], None, piece.file, form)
+
+
+def _kept_groups(
+    file: InputFile, kept: np.ndarray[Any, np.dtype[np.bool_]]
+) -> Iterator[tuple[pa.Table, np.ndarray[Any, np.dtype[np.int64]]]]:
+    """What is kept of each row group, and the places of these rows in the file."""
     first = 0
-    with opened(piece.file) as parquet:
-        for group, rows in enumerate(piece.file.file.row_groups):
-            chosen = np.flatnonzero(kept[first : first + rows])
+    with opened(file) as parquet:
+        for group, count in enumerate(file.file.row_groups):
+            chosen = np.flatnonzero(kept[first : first + count])
             if len(chosen):
                 table = parquet.read_row_group(group)
-                if len(chosen) < rows:
-                    table = table.take(pa.array(chosen))
-                yield formed(table, ids[first + chosen], None, piece.file, form)
-            first += rows
+                yield table if len(chosen) == count else table.take(chosen), first + chosen
+            first += count
 
 
 # ---- Input files that are not ordered by id, each sorted by itself, for the shards to read from.
@@ -136,68 +191,39 @@ def _read(
 RUN_BYTES = 256 * 2**20  # of images that are sorted at once
 
 
-def sort_files(
-    root: Place,
-    inputs: Inputs,
-    decisions: Result,
-    fingerprints: str,
-    form: Form,
-    count: int,
-    key: str,
-) -> Result | None:
+def sort_files(root: Place, selection: Selection, layout: Layout, key: str) -> Result | None:
     """The step that sorts the files that are not packed; None where nothing of them is kept."""
-    loose = [
-        file
-        for file, account in zip(inputs.files, decisions.accounts, strict=True)
-        if file.set not in form.packed and account["kept"]
-    ]
-    if not loose:
-        return None
-    tasks = [Task(file.name, (file, count, decisions.folder, fingerprints, form)) for file in loose]
-    return run_step(root, "sorted", key, tasks, sort_file)
+    loose = [f for f, _ in selection.kept_files() if f.set not in layout.form.packed]
+    tasks = [Task(file.name, (file, selection.fingerprints, layout)) for file in loose]
+    return run_step(root, "sorted", key, tasks, sort_file) if tasks else None
 
 
-def sort_file(
-    folder: str, file: InputFile, count: int, decisions: str, fingerprints: str, form: Form
-) -> Account:
+def sort_file(folder: str, file: InputFile, fingerprints: str, layout: Layout) -> Account:
     """Task: the rows of a file that are kept, as one or more files sorted by id."""
-    ids, kept = decided(file, decisions)
+    ids, kept = decided(file, layout.decisions)
     about = read_table(fingerprints, file.name, ["source", "width", "height"])
     runs: list[dict[str, Any]] = []
     buffered: list[pa.Table] = []
-    total = 0
-
-    def flush() -> None:
-        if not buffered:
-            return
-        table = pa.concat_tables(buffered)
-        table = table.take(pc.sort_indices(table, [("image_id", "ascending")]))
-        name = f"{file.name}-{len(runs):03d}"
-        places = [shard_of(x, count) for x in table.column("image_id").to_pylist()]
-        fs, path = resolve_uri(str(join(folder, f"{name}.parquet")))
-        order, first = [], 0
-        with parquet_writer_atomic(form.schema, fs, path) as writer:
-            for end in range(1, len(places) + 1):
-                if end == len(places) or places[end] != places[first]:
-                    writer.write_table(table.slice(first, end - first), row_group_size=end - first)
-                    order.append(places[first])
-                    first = end
-        runs.append({"name": name, "shards": order})
-        buffered.clear()
-
-    with opened(file) as parquet:
-        first = 0
-        for group, rows in enumerate(file.file.row_groups):
-            chosen = np.flatnonzero(kept[first : first + rows])
-            if len(chosen):
-                table = parquet.read_row_group(group).take(pa.array(chosen))
-                buffered.append(
-                    formed(table, ids[first + chosen], about.take(first + chosen), file, form)
-                )
-                total += table.nbytes
-                if total >= RUN_BYTES:
-                    flush()
-                    total = 0
-            first += rows
-    flush()
+    size = 0
+    for table, rows in _kept_groups(file, kept):
+        buffered.append(formed(table, ids[rows], about.take(rows), file, layout.form))
+        size += table.nbytes
+        if size >= RUN_BYTES:
+            runs.append(_write_run(folder, f"{file.name}-{len(runs):03d}", buffered, layout))
+            buffered, size = [], 0
+    if buffered:
+        runs.append(_write_run(folder, f"{file.name}-{len(runs):03d}", buffered, layout))
     return {"rows": int(kept.sum()), "file": file.index, "runs": runs}
+
+
+def _write_run(folder: str, name: str, tables: list[pa.Table], layout: Layout) -> dict[str, Any]:
+    """One file sorted by id, with a row group for each shard that it has rows of."""
+    table = pa.concat_tables(tables)
+    table = table.take(pc.sort_indices(table, [("image_id", "ascending")]))
+    places = np.array([shard_of(x, layout.shards) for x in table["image_id"].to_pylist()])
+    starts = np.flatnonzero(np.r_[True, places[1:] != places[:-1]])
+    fs, path = resolve_uri(str(join(folder, f"{name}.parquet")))
+    with parquet_writer_atomic(layout.form.schema, fs, path) as writer:
+        for first, end in pairwise([*starts.tolist(), len(places)]):
+            writer.write_table(table.slice(first, end - first), row_group_size=end - first)
+    return {"name": name, "shards": places[starts].tolist()}

@@ -2,7 +2,7 @@
 
 Shard i of n holds the i-th n-th of all ids, as in a pack, so the order is random and does not
 depend on the machine. Files of packed sets are ordered by id already and are read where a shard
-needs them. Other files are first sorted (`shard_runs`), so that each shard reads from each of them
+needs them. Other files are first sorted (`sort_files`), so that each shard reads from each of them
 what is its own.
 """
 
@@ -12,10 +12,18 @@ import json
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
-from pipeline.curate.decide.shard_form import Form, check_values, form_of
-from pipeline.curate.decide.shard_write import EARLIER, Piece, sort_files, write_shard
-from pipeline.curate.rows.tables import AS_IS, InputFile, Inputs
+from pipeline.curate.decide.shard_form import check_values, form_of
+from pipeline.curate.decide.shard_write import (
+    EARLIER,
+    Layout,
+    Piece,
+    Selection,
+    sort_files,
+    write_shard,
+)
+from pipeline.curate.rows.tables import AS_IS, InputFile
 from pipeline.curate.steps.steps import Result, Task, empty_step, run_step, step_files, step_key
 from pipeline.errors import DataError, StorageError
 from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
@@ -35,14 +43,10 @@ MADE = "curated.json"  # in the folder of the curation: which shards it has made
 def write_curated(
     shards: Place,
     root: Place,
-    sets: Sequence[tuple[str, ShardSet]],
-    inputs: Inputs,
-    decisions: Result,
-    fingerprints: str,
+    selection: Selection,
     *,
     shard_bytes: int,
     row_group_images: int,
-    earlier: ShardSet | None = None,
 ) -> tuple[ShardSet, list[Result], int]:
     """Writes the images that are kept as image shards with a manifest; needs a joined Ray cluster.
 
@@ -51,13 +55,9 @@ def write_curated(
     Args:
         shards: folder for them; what an earlier curation wrote there is replaced.
         root: folder of the curation.
-        sets: the inputs' sets by name.
-        inputs: all files.
-        decisions: result of `decide`.
-        fingerprints: folder of that step.
+        selection: the images.
         shard_bytes: about the size of a shard.
         row_group_images: rows of a row group, fewer where images are large.
-        earlier: curated shards that the images are added to.
 
     Returns:
         The shards, the results of the steps that ran, and how many of the earlier images came again
@@ -66,43 +66,39 @@ def write_curated(
     Raises:
         DataError: nothing is kept and nothing was there, or the folder holds something else.
     """
-    kept = int(decisions.total("kept"))
-    if not kept and not (earlier and earlier.rows):
+    decisions, earlier, every = selection.decisions, selection.earlier, selection.all_sets
+    if not selection.images:
         raise DataError(
-            f"curation kept none of {inputs.rows:,} images",
+            f"curation kept none of {selection.inputs.rows:,} images",
             "the decisions say why, image by image; relax the rule that removed most of them",
         )
-    every = [*sets, *([(EARLIER, earlier)] if earlier else [])]
     form = form_of(every)
-    size = decisions.total("kept_bytes")
-    size += sum(f.bytes for f in earlier.files) if earlier else 0
-    count = max(1, math.ceil(size / shard_bytes))
+    count = max(1, math.ceil(selection.bytes / shard_bytes))
     about = [decisions.key, count, row_group_images, str(form.schema), form.class_names]
     about += [earlier.digest] if earlier else []
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
     if (curated := _finished(root, shards, key)) is not None:
-        return curated, [], kept + (earlier.rows if earlier else 0) - curated.rows
+        return curated, [], selection.images - curated.rows
+
+    # The types are checked before anything is sorted or written, for that reads all values.
     check_values(every, form)
-    source = source_of([s.uri for _, s in every])
-    runs = sort_files(root, inputs, decisions, fingerprints, form, count, key)
-    results = [runs] if runs else []
-    pieces = _pieces(inputs, decisions, form, count, earlier, runs)
-    folder, name = parent(shards)
-    shared = (decisions.folder, runs.folder if runs else "", form, row_group_images)
+    source = source_of([one.uri for _, one in every])
+    layout = Layout(form, count, row_group_images, decisions.folder)
+    runs = sort_files(root, selection, layout, key)
+    layout = replace(layout, sorted=runs.folder if runs else "")
     tasks = [
-        Task(f"{index:05d}", (index, count, tuple(mine), *shared))
-        for index, mine in enumerate(pieces)
+        Task(f"{index:05d}", (index, tuple(pieces), layout))
+        for index, pieces in enumerate(_pieces(selection, layout, runs))
     ]
+    folder, name = parent(shards)
     owner = Owner(source, public(root))
     with claimed(str(shards), owner, lambda: unfinished(str(shards))) as claim:
         _make_ready(claim, root, source, key, step_key(name, key, tasks))
         written = run_step(folder, name, key, tasks, write_shard)
-        results.append(written)
         again = int(written.total("again"))
-        expected = kept + (earlier.rows if earlier else 0) - again
-        if written.total("rows") != expected:
+        if (rows := int(written.total("rows"))) != selection.images - again:
             raise RuntimeError(
-                f"{expected} images are kept, {written.total('rows')} are in the shards"
+                f"{selection.images - again} images are kept, {rows} are in the shards"
             )
         claim.check()
         write_manifest(
@@ -110,38 +106,30 @@ def write_curated(
         )
         curated = open_shards(str(shards))
     fs, path = resolve_uri(str(root))
-    about_it = {"key": key, "digest": curated.digest, "shards": public(shards)}
-    content = json.dumps(about_it).encode()
-    write_bytes_atomic(content, fs, f"{path}/{MADE}")
+    mark = {"key": key, "digest": curated.digest, "shards": public(shards)}
+    write_bytes_atomic(json.dumps(mark).encode(), fs, f"{path}/{MADE}")
     if runs:  # as large as the images
         empty_step(runs.folder, step_files(runs.folder))
-    return curated, results, again
+    return curated, [*([runs] if runs else []), written], again
 
 
-def _pieces(
-    inputs: Inputs,
-    decisions: Result,
-    form: Form,
-    count: int,
-    earlier: ShardSet | None,
-    runs: Result | None,
-) -> list[list[Piece]]:
+def _pieces(selection: Selection, layout: Layout, runs: Result | None) -> list[list[Piece]]:
     """What each shard is made of: shards hold ranges of ids, and files say which ids they hold."""
-    pieces: list[list[Piece]] = [[] for _ in range(count)]
+    pieces: list[list[Piece]] = [[] for _ in range(layout.shards)]
     ranges = [  # packed files are sorted by id, so a shard reads its range of each
         (file, account["low"], account["high"])
-        for file, account in zip(inputs.files, decisions.accounts, strict=True)
-        if file.set in form.packed and account["kept"]
+        for file, account in selection.kept_files()
+        if file.set in layout.form.packed
     ]
-    for file, low, high in [*ranges, *(_ranges(earlier) if earlier else [])]:
-        for index in range(shard_of(low, count), shard_of(high, count) + 1):
+    ranges += _ranges(selection.earlier) if selection.earlier else []
+    for file, low, high in ranges:
+        for index in range(shard_of(low, layout.shards), shard_of(high, layout.shards) + 1):
             pieces[index].append(Piece(file))
     for account in runs.accounts if runs else ():  # others were sorted into runs before
-        file = inputs.files[account["file"]]
+        file = selection.inputs.files[account["file"]]
         for run in account["runs"]:
-            for index in sorted(set(run["shards"])):
-                groups = tuple(g for g, i in enumerate(run["shards"]) if i == index)
-                pieces[index].append(Piece(file, run["name"], groups))
+            for group, index in enumerate(run["shards"]):
+                pieces[index].append(Piece(file, run["name"], group))
     return pieces
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.rows.tables import REASONS, InputFile
+from pipeline.curate.rows.tables import REASONS, InputFile, ids_of
 
 CODE = {reason: code for code, reason in enumerate(REASONS)}
 KEPT = CODE["kept"]
 Bytes16 = np.ndarray[Any, np.dtype[np.uint8]]
 Objects = np.ndarray[Any, np.dtype[np.object_]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,39 @@ class FileRows:
             raise RuntimeError(f"{name}/{self.file.name} has rows that are not of this file")
         return np.asarray(places, np.int64)
 
-    def remove(self, places: Any, reason: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Gives rows that are still kept a reason; which of `places` were."""
+    def remove(
+        self, places: Ints, reason: str, **facts: Any
+    ) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Gives rows that are still kept a reason, and what is known of them.
+
+        Args:
+            places: of the rows.
+            reason: of REASONS.
+            facts: values of other columns by name, one for all places or an array [places].
+
+        Returns:
+            Which of the places were kept until now: rows that are gone stay as they are.
+        """
         fresh: np.ndarray[Any, np.dtype[np.bool_]] = self.code[places] == KEPT
         self.code[places[fresh]] = CODE[reason]
+        for name, values in facts.items():
+            here = values[fresh] if isinstance(values, np.ndarray) else values
+            getattr(self, name)[places[fresh]] = here
         return fresh
+
+
+def words(table: pa.Table, name: str) -> Objects:
+    """A column of strings, one object each."""
+    return np.array(table[name].to_pylist(), object)
+
+
+def id_objects(table: pa.Table, name: str) -> Objects:
+    """A column of ids as bytes, one object each."""
+    return objects(ids_of(table[name]))
 
 
 def objects(ids: Bytes16) -> Objects:
     """Ids as bytes, one object each."""
-    objects_of = np.full(len(ids), None, object)
-    objects_of[:] = [value.tobytes() for value in ids]
-    return objects_of
+    as_bytes = np.full(len(ids), None, object)
+    as_bytes[:] = [value.tobytes() for value in ids]
+    return as_bytes

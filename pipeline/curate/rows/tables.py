@@ -47,6 +47,8 @@ REASONS = (
     "balanced_out",
 )
 
+PARTS = ("as_is", "sample", "cluster", "balanced", "pool")  # why an image is kept
+
 # fingerprint/NNNNN.parquet, one row per input row, in order
 FINGERPRINT = pa.schema(
     [
