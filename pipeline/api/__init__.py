@@ -32,17 +32,8 @@ from pipeline.model.fit import fit
 from pipeline.model.foreign import ModuleBackbone, TimmSpec
 from pipeline.model.groups import apply_values, parameter_groups
 from pipeline.model.head import Head
-from pipeline.model.pair import (
-    BackboneSpec,
-    Encoded,
-    Encoder,
-    HeadSpec,
-    Pair,
-    ema_update,
-    freeze,
-    pair_of,
-)
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.pair import Encoded, Encoder, HeadSpec, Pair, ema_update, freeze, pair_of
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 from pipeline.schedule import StepValues, cosine, linear
 from pipeline.search.search import open_search

@@ -15,8 +15,8 @@ from pipeline.config.sizes import SIZES
 from pipeline.errors import PipelineError
 from pipeline.evaluate.features import inference
 from pipeline.model.foreign import ForeignBackbone, ModuleBackbone, TimmSpec, timm_by_name
-from pipeline.model.pair import Backbone, BackboneSpec, HeadSpec, Pair, build_pair
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 PROBE = 224  # side of the image that tells a module's width
 

@@ -114,7 +114,7 @@ def load_weights(path: str) -> Any:
 
     from pipeline.model.fit import Facts, fit
     from pipeline.model.foreign_weights import load_foreign, read_spec
-    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.vit import BackboneSpec
     from pipeline.model.weights import read_weights
 
     if Path(path).is_dir() and read_spec(path) is not None:

@@ -16,9 +16,8 @@ from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone, TimmSpec
 from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
-from pipeline.model.pair import BackboneSpec
 from pipeline.model.read import read_json, spec_from
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import load_backbone, write_folder
 
 OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.block import LAYER_NORM_EPS
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.views.crops import evaluation_resize
 
 WEIGHTS = "model.safetensors"

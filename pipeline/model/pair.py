@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,34 +15,9 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec
 from pipeline.model.head import Head
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 Backbone = VisionTransformer | ForeignBackbone
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """What a backbone is made of. Widths, depths, heads: S 384/12/6, B 768/12/12, L 1024/24/16, g
-    1536/40/24.
-    """
-
-    image_size: int = 224
-    patch_size: int = 14
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_ratio: float = 4.0
-    ffn: str = "mlp"
-    registers: int = 4
-    layer_scale: float = 1e-5
-    drop_path: float = 0.0
-    in_channels: int = 3
-    interpolate_offset: float = 0.0
-    interpolate_antialias: bool = True
-
-    def build(self) -> VisionTransformer:
-        """A freshly initialised backbone, drawn from torch's global generator."""
-        return VisionTransformer(**asdict(self))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -62,30 +63,39 @@ class PatchEmbed(nn.Module):
         return out
 
 
-class VisionTransformer(nn.Module):
-    """ViT with registers, LayerScale, mask token and stochastic depth on subsets of the batch.
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What a backbone is made of. Widths, depths, heads: S 384/12/6, B 768/12/12, L 1024/24/16, g
+    1536/40/24.
 
     Defaults give the models for which DINOv2, Hugging Face and timm agree at every size: registers,
     antialiased position embedding, offset 0. Models trained with the reference's own default use
     offset 0.1 and no antialias.
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch_size: int = 14,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        mlp_ratio: float = 4.0,
-        ffn: str = "mlp",
-        registers: int = 4,
-        layer_scale: float = 1e-5,
-        drop_path: float = 0.0,
-        in_channels: int = 3,
-        interpolate_offset: float = 0.0,
-        interpolate_antialias: bool = True,
-    ) -> None:
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_ratio: float = 4.0
+    ffn: str = "mlp"
+    registers: int = 4
+    layer_scale: float = 1e-5
+    drop_path: float = 0.0
+    in_channels: int = 3
+    interpolate_offset: float = 0.0
+    interpolate_antialias: bool = True
+
+    def build(self) -> VisionTransformer:
+        """A freshly initialised backbone, drawn from torch's global generator."""
+        return VisionTransformer(self)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with registers, LayerScale, mask token and stochastic depth on subsets of the batch."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
         """Build and initialise. Draws from torch's global generator (see `build_pair` for a seed).
 
         Raises:
@@ -93,21 +103,22 @@ class VisionTransformer(nn.Module):
                 outside [0, 1).
         """
         super().__init__()
-        _check(image_size, patch_size, width, heads, ffn, drop_path)
-        self.patch_size, self.width, self.registers = patch_size, width, registers
-        self.drop_path = drop_path
+        _check(spec)
+        width, side = spec.width, spec.image_size // spec.patch_size
+        self.patch_size, self.width, self.registers = spec.patch_size, width, spec.registers
+        self.drop_path = spec.drop_path
         self.has_patches = True
-        self.interpolate_offset = interpolate_offset
-        self.interpolate_antialias = interpolate_antialias
-        side = image_size // patch_size
+        self.interpolate_offset = spec.interpolate_offset
+        self.interpolate_antialias = spec.interpolate_antialias
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        if registers:
-            self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
+        if spec.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, spec.registers, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width))
-        self.patch_embed = PatchEmbed(patch_size, in_channels, width)
+        self.patch_embed = PatchEmbed(spec.patch_size, spec.in_channels, width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio, ffn, layer_scale) for _ in range(depth)
+            Block(width, spec.heads, spec.mlp_ratio, spec.ffn, spec.layer_scale)
+            for _ in range(spec.depth)
         )
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self._initialise()
@@ -286,15 +297,16 @@ class VisionTransformer(nn.Module):
         return [outputs[number] for number in layers]
 
 
-def _check(image: int, patch: int, width: int, heads: int, ffn: str, drop_path: float) -> None:
+def _check(spec: BackboneSpec) -> None:
+    image, patch = spec.image_size, spec.patch_size
     if image % patch:
         raise PipelineError(
             f"image size {image} is not a multiple of the patch size {patch}",
             f"use {image // patch * patch} or {(image // patch + 1) * patch}",
         )
-    if width % heads:
-        raise PipelineError(f"width {width} does not divide into {heads} heads")
-    if ffn not in ("mlp", "swiglu"):
-        raise PipelineError(f"unknown ffn {ffn!r}", "use mlp or swiglu")
-    if not 0 <= drop_path < 1:
-        raise PipelineError(f"drop_path is {drop_path}, expected 0 <= drop_path < 1")
+    if spec.width % spec.heads:
+        raise PipelineError(f"width {spec.width} does not divide into {spec.heads} heads")
+    if spec.ffn not in ("mlp", "swiglu"):
+        raise PipelineError(f"unknown ffn {spec.ffn!r}", "use mlp or swiglu")
+    if not 0 <= spec.drop_path < 1:
+        raise PipelineError(f"drop_path is {spec.drop_path}, expected 0 <= drop_path < 1")

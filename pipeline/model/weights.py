@@ -32,9 +32,8 @@ from pipeline.model.formats import (
     without_huggingface,
 )
 from pipeline.model.names import flatten_chunks, to_huggingface, to_timm
-from pipeline.model.pair import BackboneSpec
 from pipeline.model.read import read_json, read_weights, spec_from
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.storage.run_folder import atomic
 
 __all__ = [

@@ -12,8 +12,7 @@ from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.foreign import TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
 from pipeline.model.formats import deep_key
-from pipeline.model.pair import BackboneSpec
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
     agreement,
     save_backbone,

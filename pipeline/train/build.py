@@ -8,7 +8,8 @@ from torch.nn import Module
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
-from pipeline.model.pair import Backbone, BackboneSpec, HeadSpec, Pair, build_pair
+from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
+from pipeline.model.vit import BackboneSpec
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.cost import (
     BACKWARD,

@@ -18,7 +18,8 @@ from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
 from pipeline.model.foreign import TimmSpec
-from pipeline.model.pair import Backbone, BackboneSpec
+from pipeline.model.pair import Backbone
+from pipeline.model.vit import BackboneSpec
 from pipeline.plan.plan import Plan
 from pipeline.train import build, state
 from pipeline.uri import Place, join, public

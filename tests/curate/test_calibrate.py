@@ -33,7 +33,7 @@ from pipeline.embed.load import load_weights
 from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
 from pipeline.shards.columns import image_id
 from pipeline.views.crops import resize_centre_crop

@@ -22,7 +22,7 @@ from pipeline.embed.onnx_files import external_files
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
 from pipeline.views.crops import resize_centre_crop
 from tests.curate.images import Here, encoded, inputs_of, result, scene, shard

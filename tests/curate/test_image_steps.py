@@ -13,7 +13,7 @@ from pipeline.curate.images.quality import Rules, quality
 from pipeline.curate.rows.tables import Inputs, read_table
 from pipeline.curate.threshold.calibrate import calibrate
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
 from tests.curate.images import encoded, inputs_of, scene, shard
 

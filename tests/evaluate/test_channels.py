@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.evaluate import teacher
 from pipeline.evaluate.pictures import CELL, GAP, crops_sheet, neighbours_grid, pca_grid
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic

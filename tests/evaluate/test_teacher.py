@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic

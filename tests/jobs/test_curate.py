@@ -307,7 +307,7 @@ def weights(tmp_path):
     """A backbone that has learned nothing."""
     import torch
 
-    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.vit import BackboneSpec
     from pipeline.model.weights import save_backbone
 
     torch.manual_seed(0)

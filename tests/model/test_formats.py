@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.model.formats import preprocessor_config, timm_transform
-from pipeline.model.pair import BackboneSpec
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
     Weights,
     agreement,

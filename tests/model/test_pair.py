@@ -10,7 +10,8 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.model.groups import apply_values, multipliers, parameter_groups
-from pipeline.model.pair import BackboneSpec, HeadSpec, build_pair, ema_update
+from pipeline.model.pair import HeadSpec, build_pair, ema_update
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import (
     flatten_chunks,
     load_backbone,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 
 SPEC = BackboneSpec(image_size=16, patch_size=8, width=8, depth=1, heads=2)

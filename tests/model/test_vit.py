@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.model.block import Block, draw_subsets
-from pipeline.model.pair import BackboneSpec
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BIG = [
@@ -34,16 +33,18 @@ def randn(seed: int, *shape: int) -> Tensor:
 def from_golden(golden: dict[str, Any]) -> VisionTransformer:
     ctor = golden["ctor"]
     model = VisionTransformer(
-        image_size=ctor["img_size"],
-        patch_size=ctor["patch_size"],
-        width=ctor["embed_dim"],
-        depth=ctor["depth"],
-        heads=ctor["num_heads"],
-        ffn="swiglu" if "swiglu" in ctor.get("ffn_layer", "") else "mlp",
-        registers=ctor.get("num_register_tokens", 0),
-        layer_scale=ctor["init_values"],
-        interpolate_offset=ctor.get("interpolate_offset", 0.1),
-        interpolate_antialias=ctor.get("interpolate_antialias", False),
+        BackboneSpec(
+            image_size=ctor["img_size"],
+            patch_size=ctor["patch_size"],
+            width=ctor["embed_dim"],
+            depth=ctor["depth"],
+            heads=ctor["num_heads"],
+            ffn="swiglu" if "swiglu" in ctor.get("ffn_layer", "") else "mlp",
+            registers=ctor.get("num_register_tokens", 0),
+            layer_scale=ctor["init_values"],
+            interpolate_offset=ctor.get("interpolate_offset", 0.1),
+            interpolate_antialias=ctor.get("interpolate_antialias", False),
+        )
     )
     model.load_state_dict(golden["state_dict"])
     return model.eval()
@@ -93,13 +94,13 @@ def test_outputs_at_every_size(shared: Path, name: str) -> None:
 def test_names_and_shapes_of_a_released_model() -> None:
     expected = json.loads((GOLDEN / "state_dict_shapes_vits14_518.json").read_text())
     with torch.device("meta"):
-        state = VisionTransformer(image_size=518, registers=0).state_dict()
+        state = BackboneSpec(image_size=518, registers=0).build().state_dict()
     assert {name: list(x.shape) for name, x in state.items()} == expected
 
 
 def test_initial_statistics() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(image_size=518, depth=1, registers=4)
+    model = BackboneSpec(image_size=518, depth=1, registers=4).build()
     state = model.state_dict()
     for name, seeds in json.loads((GOLDEN / "init_stats_vits14_reg4.json").read_text()).items():
         x = state[name]
@@ -113,7 +114,7 @@ def test_initial_statistics() -> None:
 
 def test_one_packed_forward_equals_separate_ones() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(**TINY).eval()
+    model = BackboneSpec(**TINY).build().eval()
     large, small = randn(0, 4, 3, 28, 28), randn(1, 6, 3, 14, 14)
     mask = torch.rand(4, 4) < 0.5
     both = model.forward_packed([large, small], [mask, None])
@@ -124,7 +125,7 @@ def test_one_packed_forward_equals_separate_ones() -> None:
 
 
 def test_the_mask_token_gets_a_gradient_without_masked_patches() -> None:
-    model = VisionTransformer(**TINY)
+    model = BackboneSpec(**TINY).build()
     model.forward_features(randn(0, 2, 3, 28, 28), torch.zeros(2, 4, dtype=torch.bool))[
         "x_norm_patchtokens"
     ].sum().backward()
@@ -157,7 +158,7 @@ def test_stochastic_depth_is_the_references(shared: Path, rate: float) -> None:
 
 
 def test_stochastic_depth_is_deterministic_and_off_in_eval() -> None:
-    model = VisionTransformer(**TINY, drop_path=0.4, layer_scale=1.0)
+    model = BackboneSpec(**TINY, drop_path=0.4, layer_scale=1.0).build()
     x = randn(0, 5, 3, 28, 28)
 
     def run(seed: int) -> Tensor:
@@ -200,4 +201,4 @@ def test_sizes_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
 
 def test_an_image_that_does_not_divide_is_refused() -> None:
     with pytest.raises(PipelineError, match="30 x 28 pixels"):
-        VisionTransformer(**TINY)(torch.zeros(1, 3, 30, 28))
+        BackboneSpec(**TINY).build()(torch.zeros(1, 3, 30, 28))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
-from pipeline.model.pair import BackboneSpec
+from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import Weights, fit, load_backbone, read_weights, save_backbone
 from tests.model.official import draw, shapes
 

@@ -19,7 +19,7 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
     import torch
     from PIL import Image
 
-    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.vit import BackboneSpec
     from pipeline.model.weights import save_backbone
 
     spec = BackboneSpec(image_size=28, patch_size=14, width=48, depth=2, heads=3)
@@ -76,7 +76,7 @@ def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> N
     from PIL import Image
 
     from pipeline.errors import PipelineError
-    from pipeline.model.pair import BackboneSpec
+    from pipeline.model.vit import BackboneSpec
     from pipeline.model.weights import save_backbone
     from pipeline.views.crops import resize_centre_crop
 

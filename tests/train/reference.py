@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.model.groups import parameter_groups
-from pipeline.model.pair import BackboneSpec, Encoder, HeadSpec, Pair, build_pair
+from pipeline.model.pair import Encoder, HeadSpec, Pair, build_pair
+from pipeline.model.vit import BackboneSpec
 from pipeline.schedule import StepValues
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Views

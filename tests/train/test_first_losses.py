@@ -9,7 +9,8 @@ import torch
 
 from pipeline.loss.koleo import koleo
 from pipeline.model.groups import parameter_groups
-from pipeline.model.pair import BackboneSpec, HeadSpec, build_pair
+from pipeline.model.pair import HeadSpec, build_pair
+from pipeline.model.vit import BackboneSpec
 from pipeline.schedule import StepValues
 from pipeline.train.step import Objective, ObjectiveSpec, train_step
 from pipeline.views.batch import Views

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.model.pair import BackboneSpec
-from pipeline.model.vit import VisionTransformer
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 SPEC = BackboneSpec(
     image_size=28, patch_size=7, width=48, depth=3, heads=3, registers=2, layer_scale=1.0
