@@ -15,9 +15,10 @@ import numpy as np
 from pipeline.images.bad_image import check_id
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardColumns
-from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunk
+from pipeline.stream.decoder import StreamSpec, make_chunk
 from pipeline.stream.reader import EncodedImages
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 IMAGES, REPEATS = 24, 3

@@ -40,9 +40,10 @@ from torchvision import transforms
 
 from pipeline.driver.cluster import quiet_environment
 from pipeline.shards.shards import open_shards
-from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
+from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.reader import Reading, read_portions, reading_of
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 BATCH, PROCESSES = 128, 2

@@ -64,7 +64,7 @@ def measure(recipe: str, batch: int, precision: str, steps: int) -> None:
     images, crops, augment = plan.micro_batch, config.augment.local_crops, config.augment
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     for step in range(steps):
-        masks = api.masks_for(0, step, np.arange(images), 2 * images, plan.grid, 0.5, (0.1, 0.5))
+        masks = api.masks_for(0, step, np.arange(images), 2 * images, api.MaskSpec(plan.grid))
         masks = np.ascontiguousarray(np.swapaxes(masks, 0, 1).reshape(2 * images, -1))
         views = api.Views(
             torch.randn(2 * images, 3, *[augment.global_size] * 2),

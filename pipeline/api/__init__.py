@@ -46,7 +46,7 @@ from pipeline.use.network import patch_maps
 from pipeline.use.segment import segment, similarity
 from pipeline.views.batch import Views
 from pipeline.views.crops import CropSpec
-from pipeline.views.masks import masks_for
+from pipeline.views.masks import MaskSpec, masks_for
 from pipeline.views.photometric import PhotometricSpec
 
 __all__ = [
@@ -86,6 +86,7 @@ __all__ = [
     "softmax_targets",
     "sinkhorn_targets",
     "masks_for",
+    "MaskSpec",
     # images
     "CropSpec",
     "PhotometricSpec",

@@ -25,10 +25,11 @@ from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.pair import Encoder, Pair
 from pipeline.shards.columns import image_id
 from pipeline.shards.shard_set import ShardColumns
-from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunk
+from pipeline.stream.decoder import StreamSpec, make_chunk
 from pipeline.stream.reader import EncodedImages
 from pipeline.views.batch import Batch, Views
 from pipeline.views.crops import CropSpec, resize_centre_crop
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 MEAN, STD = PhotometricSpec.mean, PhotometricSpec.std

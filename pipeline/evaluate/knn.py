@@ -40,6 +40,21 @@ class Labelled(Protocol):
     def ids(self) -> Ids: ...  # noqa: D102
 
 
+@dataclass
+class LabelledFeatures:
+    """N images: `features` [N, D], `labels` int64 [N], -1 where unknown, `ids` where known."""
+
+    features: Tensor
+    labels: Tensor
+    ids: Ids | None = None
+
+    def labelled(self) -> LabelledFeatures:
+        """The rows that have a label."""
+        known = self.labels >= 0
+        ids = None if self.ids is None else self.ids[known.numpy()]
+        return LabelledFeatures(self.features[known], self.labels[known], ids)
+
+
 @dataclass(frozen=True)
 class SameImages:
     """Places where a query and a reference row are the same image, sorted by query.
@@ -153,31 +168,26 @@ def knn_votes(
 
 
 def knn_classify(
-    reference: Tensor,
-    reference_labels: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
+    reference: LabelledFeatures,
+    queries: LabelledFeatures,
     classes: int,
     k: int | Sequence[int] = 20,
     temperature: float = TEMPERATURE,
     *,
     leave_one_out: bool = False,
-    ids: tuple[Ids, Ids] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy of the weighted vote, for each k.
 
     Args:
-        reference: [N, D].
-        reference_labels: int64 [N]; rows with a negative label do not vote.
-        queries: [Q, D].
-        query_labels: int64 [Q]; rows with a negative label are not counted.
+        reference: those that vote; rows without a label do not.
+        queries: those that are asked; rows without a label are not counted. Where both have ids,
+            no image votes for one with its own id. A query that nobody is left to vote for is
+            counted as wrong.
         classes: C, more than any label.
         k: one number or several. With several, weights are taken over the largest, as the
             reference does.
         temperature: of the weights.
         leave_one_out: queries are the reference rows, and none votes for itself.
-        ids: of reference and queries; no image votes for one with its own id. A query that nobody
-            is left to vote for is counted as wrong.
 
     Returns:
         accuracy in [0, 1] by k.
@@ -186,26 +196,24 @@ def knn_classify(
         DataError: no labelled reference or query, or what `nearest` refuses.
     """
     ks = [k] if isinstance(k, int) else list(k)
-    known, asked = reference_labels >= 0, query_labels >= 0
-    if not known.any() or not asked.any():
+    voters, asked = reference.labelled(), queries.labelled()
+    if not (len(voters.labels) and len(asked.labels)):
         raise DataError(
-            f"k-NN has {int(known.sum())} labelled reference images and "
-            f"{int(asked.sum())} labelled queries",
+            f"k-NN has {len(voters.labels)} labelled reference images and "
+            f"{len(asked.labels)} labelled queries",
             hint="evaluate on shards with a label column",
         )
-    reference, reference_labels = reference[known], reference_labels[known]
-    queries, query_labels = queries[asked], query_labels[asked]
-    same = SameImages.of(ids[0][known.numpy()], ids[1][asked.numpy()]) if ids else None
+    same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
     similarities, rows = nearest(
-        reference, queries, max(ks), leave_one_out=leave_one_out, same=same
+        voters.features, asked.features, max(ks), leave_one_out=leave_one_out, same=same
     )
-    labels = reference_labels.to(rows.device)[rows]
+    labels = voters.labels.to(rows.device)[rows]
     correct = dict.fromkeys(ks, 0)
     part = max(1, SIMILARITIES_AT_ONCE // classes)  # the votes are [Q, C]
     for start in range(0, len(rows), part):
         block = slice(start, start + part)
         votes = knn_votes(similarities[block], labels[block], classes, ks, temperature)
-        truth = query_labels[block].to(rows.device)
+        truth = asked.labels[block].to(rows.device)
         any_vote = similarities[block, 0].isfinite()
         for number, vote in votes.items():
             correct[number] += int(((vote.argmax(1) == truth) & any_vote).sum())
@@ -226,8 +234,9 @@ def raw_pixels(
     (small, labels, known), (asked, truth, ids) = _downscaled(reference), _downscaled(queries)
     mean = small.mean(0)
     classes = int(max(labels.max(), truth.max())) + 1
+    voters = LabelledFeatures(small - mean, labels, known)
     return knn_classify(
-        small - mean, labels, asked - mean, truth, classes, k, temperature, ids=(known, ids)
+        voters, LabelledFeatures(asked - mean, truth, ids), classes, k, temperature
     )[k]
 
 

@@ -14,12 +14,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import SameImages, knn_classify, nearest, raw_pixels
+from pipeline.evaluate.knn import (
+    LabelledFeatures,
+    SameImages,
+    knn_classify,
+    nearest,
+    raw_pixels,
+)
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.images.decode import BadImage, decode_image
 from pipeline.model.pair import Encoder
@@ -131,14 +137,11 @@ class Evaluator:
             queries = self.features(backbone, shown, limit)
             features = queries.features
             metrics[f"eval/knn{spec.k}_top1"] = knn_classify(
-                reference.features,
-                reference.labels,
-                features,
-                queries.labels,
+                reference,
+                queries,
                 max(int(reference.labels.max()), int(queries.labels.max())) + 1,
                 spec.k,
                 spec.temperature,
-                ids=(reference.ids, queries.ids),
             )[spec.k]
             if (picture := self._neighbours(reference, queries, limit)) is not None:
                 pictures["neighbours"] = picture
@@ -167,6 +170,7 @@ class Evaluator:
         def images(parts: list[LabelledImages], rows: Iterable[int]) -> list[np.ndarray]:
             return [parts[r // spec.batch_size].images[r % spec.batch_size] for r in rows]
 
+        assert reference.ids is not None and queries.ids is not None
         first = (queries.labels >= 0).nonzero()[:SHOWN, 0]
         voters = (reference.labels >= 0).nonzero()[:, 0]
         _, nearest_rows = nearest(
@@ -254,15 +258,6 @@ class LabelledImages:
 
     images: np.ndarray
     labels: np.ndarray
-    ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class LabelledFeatures:
-    """N images: `features` [N, D], `labels` int64 [N], -1 where unknown, `ids` uint8 [N, 16]."""
-
-    features: Tensor
-    labels: Tensor
     ids: np.ndarray
 
 

@@ -31,7 +31,7 @@ from pipeline.views.crops import (
     scale_boxes,
 )
 from pipeline.views.draws import CROP_STREAM, PHOTOMETRIC_STREAM, uniforms
-from pipeline.views.masks import masks_for
+from pipeline.views.masks import MaskSpec, masks_for
 from pipeline.views.photometric import PHOTOMETRIC_DRAWS, PhotometricSpec, draw_photometric
 
 Chunk = dict[str, np.ndarray]
@@ -40,15 +40,6 @@ _LARGE = "global_crops", "local_crops"
 _REASON_NAMES = np.asarray(REASONS)  # chunks carry numbers
 # What making a chunk took: the fields of `views.batch.Spent` behind the first.
 SPENT = np.dtype([(name, np.float64) for name in ("read_s", "decode_s", "crop_s", "retries")])
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """Which patches the student does not see (RECIPE section 5)."""
-
-    grid: tuple[int, int]
-    probability: float
-    ratio: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -139,9 +130,7 @@ def draw(portion: EncodedImages, first: int, last: int, spec: StreamSpec) -> Dra
             portion.pass_index * spec.steps_per_pass + step_in_pass,
             np.arange(place, place + count),
             spec.global_batch,
-            spec.masks.grid,
-            spec.masks.probability,
-            spec.masks.ratio,
+            spec.masks,
         ),
         "valid": np.ones(count, bool),
         "reason": np.zeros(count, np.int8),

@@ -25,12 +25,13 @@ from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.run_folder import RunFolder, atomic
 from pipeline.storage.transfer import read_json
-from pipeline.stream.decoder import MaskSpec, StreamSpec
+from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build, state
 from pipeline.uri import public
+from pipeline.views.masks import MaskSpec
 
 if TYPE_CHECKING:
     from pipeline.train.worker import Job

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -75,15 +76,25 @@ def _add_block(
     return 0
 
 
+@dataclass(frozen=True)
+class MaskSpec:
+    """Which patches the student does not see (DINOv2 configs/ssl_default_config.yaml).
+
+    Attributes:
+        grid: patches of a global crop, (rows, columns).
+        probability: share of the global crops that are masked.
+        ratio: smallest and largest share of their patches.
+        global_crops: of an image.
+    """
+
+    grid: tuple[int, int]
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.1, 0.5)
+    global_crops: int = 2
+
+
 def masks_for(
-    seed: int,
-    step: int,
-    indices: npt.ArrayLike,
-    global_batch: int,
-    grid: tuple[int, int],
-    probability: float = 0.5,
-    ratio: tuple[float, float] = (0.1, 0.5),
-    global_crops: int = 2,
+    seed: int, step: int, indices: npt.ArrayLike, global_batch: int, spec: MaskSpec
 ) -> Bools:
     """Masks `[n, G, P]` for the images at `indices` (places in the global batch) of one step, with
     G global crops each.
@@ -102,21 +113,22 @@ def masks_for(
             f"mask indices run from {places.min()} to {places.max()}, "
             f"expected 0 to {global_batch - 1}"
         )
-    views = global_crops * global_batch
-    masked_views = int(views * probability)
-    edges = np.linspace(ratio[0], ratio[1], masked_views + 1)
+    crops = spec.global_crops
+    views = crops * global_batch
+    masked_views = int(views * spec.probability)
+    edges = np.linspace(*spec.ratio, masked_views + 1)
     bins = _permutation(_key("bins", seed, step), views)
-    patches = grid[0] * grid[1]
-    masks = np.zeros((places.size, global_crops, patches), dtype=np.bool_)
+    patches = spec.grid[0] * spec.grid[1]
+    masks = np.zeros((places.size, crops, patches), dtype=np.bool_)
     for row, place in enumerate(places.tolist()):
-        for crop in range(global_crops):
+        for crop in range(crops):
             view = crop * global_batch + place
             slot = int(bins[view])
             if slot >= masked_views:
                 continue
             rng = random.Random(_key("mask", seed, step, view))
             share = rng.uniform(float(edges[slot]), float(edges[slot + 1]))
-            masks[row, crop] = block_mask(grid, int(patches * share), rng).reshape(-1)
+            masks[row, crop] = block_mask(spec.grid, int(patches * share), rng).reshape(-1)
     return masks
 
 

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.errors import DataError
 from pipeline.evaluate import knn
+from pipeline.evaluate.knn import LabelledFeatures
 
 
 def by_loop(reference, labels, query, classes, k, temperature, widest):
@@ -28,12 +29,20 @@ def data(n=60, q=17, width=8, classes=4, seed=0):
     return x[:n], labels[:n], x[n:], labels[n:]
 
 
+def classify(reference, labels, queries, truth, *others, ids=(None, None), **options):
+    voters, asked = (
+        LabelledFeatures(reference, labels, ids[0]),
+        LabelledFeatures(queries, truth, ids[1]),
+    )
+    return knn.knn_classify(voters, asked, *others, **options)
+
+
 def test_equals_the_reference(shared):
     golden = torch.load(shared / "golden/eval/knn.pt", weights_only=True)
     reference, labels = golden["train_features"], golden["train_labels"]
     queries, truth = golden["test_features"], golden["test_labels"]
     ks = golden["nb_knn"]
-    ours = knn.knn_classify(reference, labels, queries, truth, 5, ks, golden["T"])
+    ours = classify(reference, labels, queries, truth, 5, ks, golden["T"])
     assert ours == pytest.approx(golden["top1"], abs=1e-6)
     similarities, rows = knn.nearest(reference, queries, max(ks))
     votes = knn.knn_votes(similarities, labels[rows], 5, ks, golden["T"])
@@ -59,13 +68,13 @@ def test_agrees_with_scikit_learn_and_does_not_depend_on_the_chunks(monkeypatch)
     )
     model.fit(reference.numpy(), labels.numpy())
     expected = model.score(queries.numpy(), truth.numpy())
-    assert knn.knn_classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
+    assert classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
     whole = knn.nearest(reference, queries, 9)
     monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 700)  # two queries at a time
     parts = knn.nearest(reference, queries, 9)
     assert torch.equal(whole[1], parts[1])
     torch.testing.assert_close(whole[0], parts[0])
-    assert knn.knn_classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
+    assert classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
 
 
 def test_leave_one_out_never_finds_itself(monkeypatch):
@@ -77,7 +86,7 @@ def test_leave_one_out_never_finds_itself(monkeypatch):
     # Every image twice with a wrong label on the copy: only itself would be right.
     twice = torch.cat((torch.eye(6), torch.eye(6)))
     wrong = torch.cat((torch.arange(6), (torch.arange(6) + 1) % 6))
-    alone = knn.knn_classify(twice, wrong, twice, wrong, 6, 1, leave_one_out=True)
+    alone = classify(twice, wrong, twice, wrong, 6, 1, leave_one_out=True)
     assert alone == {1: 0.0}
 
 
@@ -95,7 +104,7 @@ def test_no_image_votes_for_one_with_its_own_id(monkeypatch):
         correct += int(truth[i] >= 0 and np.argmax(votes) == truth[i])
     for at_once in (1 << 26, 100):  # two queries at a time
         monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", at_once)
-        top1 = knn.knn_classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
+        top1 = classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
         assert top1 == {7: pytest.approx(correct / 11)}
     same = knn.SameImages.of(known, asked)
     pairs = [(i, j) for i in range(12) for j in range(40) if (known[j] == asked[i]).all()]
@@ -108,23 +117,23 @@ def test_a_query_that_nobody_is_left_to_vote_for_is_wrong():
         torch.zeros(1, dtype=torch.int64),
         np.ones((1, 16), np.uint8),
     )
-    assert knn.knn_classify(one, label, one, label, 1, 5) == {5: 1.0}
-    assert knn.knn_classify(one, label, one, label, 1, 5, ids=(ids, ids)) == {5: 0.0}
+    assert classify(one, label, one, label, 1, 5) == {5: 1.0}
+    assert classify(one, label, one, label, 1, 5, ids=(ids, ids)) == {5: 0.0}
 
 
 def test_fewer_images_than_neighbours_and_unknown_labels():
     reference, labels, queries, truth = data(5, 6)
-    assert set(knn.knn_classify(reference, labels, queries, truth, 4, (3, 20))) == {3, 20}
-    expected = knn.knn_classify(reference[:3], labels[:3], queries[2:], truth[2:], 4, 20)
+    assert set(classify(reference, labels, queries, truth, 4, (3, 20))) == {3, 20}
+    expected = classify(reference[:3], labels[:3], queries[2:], truth[2:], 4, 20)
     unknown, asked = labels.clone(), truth.clone()
     unknown[3:], asked[:2] = -1, -1
-    assert knn.knn_classify(reference, unknown, queries, asked, 4, 20) == expected
+    assert classify(reference, unknown, queries, asked, 4, 20) == expected
 
 
 def test_mistakes_are_sentences():
     reference, labels, queries, truth = data(5, 6)
     with pytest.raises(DataError, match="0 labelled reference images and 6 labelled queries"):
-        knn.knn_classify(reference, labels - 9, queries, truth, 4)
+        classify(reference, labels - 9, queries, truth, 4)
     with pytest.raises(DataError, match="width 8, queries 7"):
         knn.nearest(reference, queries[:, 1:], 2)
     with pytest.raises(DataError, match="2 nearest of 0 images"):

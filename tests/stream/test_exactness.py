@@ -30,10 +30,11 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import order
-from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
+from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.reader import read_portions, reading_of
 from pipeline.views import draws, masks
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec, draw_photometric
 from tests.views.test_draws import by_hand
 

@@ -18,8 +18,9 @@ from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import decoder as stream
 from pipeline.stream import probe
-from pipeline.stream.decoder import MaskSpec, StreamSpec
+from pipeline.stream.decoder import StreamSpec
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 IMAGES = 40

@@ -17,10 +17,11 @@ from pipeline.shards.shards import open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import reader as reading_module
-from pipeline.stream.decoder import MaskSpec, StreamSpec, make_chunks
+from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.reader import EncodedImages, Reading, read_portions, reading_of
 from pipeline.views.batch import Batch, Spent
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 IMAGES, BATCH = 30, 6

@@ -16,12 +16,13 @@ from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns, open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
-from pipeline.stream.decoder import MaskSpec, StreamSpec
+from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.reader import Reading, reading_of
 from pipeline.stream.worker import StreamRequest, batches
 from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 IMAGES, BATCH, CHUNK = 70, 12, 2

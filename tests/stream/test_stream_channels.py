@@ -21,12 +21,13 @@ from pipeline.images.decode import REASONS
 from pipeline.shards.shards import open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import write_parquet_atomic
-from pipeline.stream.decoder import Chunk, MaskSpec, StreamSpec, make_chunks
+from pipeline.stream.decoder import Chunk, StreamSpec, make_chunks
 from pipeline.stream.reader import Reading, read_portions, reading_of
 from pipeline.views import photometric as ph
 from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec, crop_boxes
 from pipeline.views.draws import CROP_STREAM, uniforms
+from pipeline.views.masks import MaskSpec
 from tests.images import hostile as h
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
