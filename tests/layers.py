@@ -80,11 +80,12 @@ TABLE = [
         others_inside="timm transformers"),
     row("evaluate.sets", "config errors evaluate shards"),
     row("evaluate", "errors images model shards uri views", others="numpy torch"),
-    row("use", "errors evaluate model views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
         "", "mlflow torch numpy pandas"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
     row("report", "track uri", others_inside="PIL jinja2"),
+    row("use", "errors evaluate images model report shards storage uri views",
+        others="numpy PIL pyarrow torch"),
     row("search", "errors heartbeat storage uri", others="numpy", others_inside="faiss"),
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective train.forward",
@@ -127,7 +128,8 @@ TABLE = [
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
     row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
-        "plan report shards storage stream track train uri views", "", "yaml", "ray torch pyarrow"),
+        "plan report shards storage stream track train uri use views", "", "yaml",
+        "ray torch pyarrow"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",
         "api.* config.sizes embed errors evaluate.features images loss model schedule "

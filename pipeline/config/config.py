@@ -16,6 +16,7 @@ from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
 from pipeline.config.evaluation import Evaluate
+from pipeline.config.look import Look
 from pipeline.config.network import Head, IbotHead, Model
 from pipeline.config.objective import Distill, Loss, Teacher
 from pipeline.config.run import Export, Resources, Run, Track
@@ -62,6 +63,7 @@ class Config(Section):
     mix: Mix = Mix()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    look: Look = Look()
     track: Track = Track()
     resources: Resources = Resources()
 

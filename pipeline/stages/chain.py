@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Table
 from pipeline.report.run_report import run_report
-from pipeline.stages import curate, evaluate, export, pack, pretrain
+from pipeline.stages import curate, evaluate, export, look, pack, pretrain
 from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
@@ -55,6 +55,7 @@ STAGES: dict[str, Stage] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
+    "look": look,
 }
 ORDER = tuple(STAGES)
 
@@ -119,7 +120,11 @@ def _run(
 
 
 def _is_input(context: Context, name: str) -> bool:
-    """Whether a stage has nothing to do because its output is an input of the recipe."""
+    """Whether a stage has nothing to do: its output is an input of the recipe, or a whole run is
+    not asked for it.
+    """
+    if name == "look":
+        return not context.config.look.enabled and not context.only
     if name == "curate":
         return not context.config.curate.preset and not context.only
     if name != "pack" or context.config.data.source:

@@ -13,7 +13,7 @@ from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import fits
+from pipeline.stages import fits, look
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, voting
 from pipeline.stages.evaluate import chosen
@@ -81,6 +81,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     elif {"evaluate", "export"} & set(stages):
         saved = chosen(Context(config, folder))
         log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
+    if list(stages) == ["look"]:
+        log.info("look        %s", look.describe(Context(config, folder, only=True)))
     fits.say_disk(needs)
 
 

@@ -50,6 +50,15 @@ def attention(network: nn.Module, images: Tensor, block: int = -1) -> Tensor:
     return to_patches.reshape(*to_patches.shape[:2], rows, columns)
 
 
+def without_attention(network: nn.Module) -> str:
+    """Why a network has no attention to show; "" where it has."""
+    try:
+        _blocks(network)
+    except PipelineError as error:
+        return error.what
+    return ""
+
+
 def _first_row(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
     """Probabilities `[B, heads, N]` of the first token's row, from q and k `[B, heads, N, d]`."""
     scores = (q[:, :, :1].float() * (scale or q.shape[-1] ** -0.5)) @ k.float().transpose(-2, -1)

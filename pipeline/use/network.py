@@ -74,7 +74,7 @@ def patch_size_of(network: nn.Module) -> int:
 def takes_any_size(network: nn.Module) -> bool:
     """Whether images may have other sides than those it was built for."""
     if isinstance(network, TimmBackbone):
-        return bool(network.arguments.get("dynamic_img_size"))
+        return bool(getattr(network.module, "dynamic_img_size", False))
     return isinstance(network, VisionTransformer)
 
 

@@ -1,0 +1,252 @@
+"""The look stage: what a backbone sees in a few images, as pictures and one page."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.config import Config
+from pipeline.context import Context, result_line
+from pipeline.embed.embedders import BACKBONE, EmbedderSpec, embedder_of, open_embedder
+from pipeline.errors import ConfigError, DataError
+from pipeline.heartbeat import now
+from pipeline.report.page import write_report
+from pipeline.stages.evaluate import chosen
+from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
+from pipeline.storage.run_folder import fingerprint
+from pipeline.storage.transfer import atomic_path
+from pipeline.train import state
+from pipeline.uri import Place, join, public
+from pipeline.use.inputs import File, decoded, read_files, spread
+from pipeline.use.looking import Question, Seen, look
+from pipeline.use.masks import Classes, read_masks
+from pipeline.use.page import Drawn, draw, overview, sections
+from pipeline.use.pictures import Pixels, png
+
+log = logging.getLogger("pipeline.look")
+
+PAGE = "look.html"
+PAGE_BYTES = 6_000_000  # of the page; its pictures get smaller until it fits, the files do not
+TILE = 224  # pixels of a tile in the run's report
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the recipe asks for, with all files read."""
+
+    model: EmbedderSpec
+    images: list[tuple[str, Pixels]]
+    left_out: list[str]
+    references: tuple[tuple[Pixels, Any], ...]
+    classes: Classes | None
+    digests: list[str]
+
+    def key(self, config: Config) -> str:
+        """Changes with the model, the settings, and the bytes of all files."""
+        settings = config.look.model_dump(mode="json", exclude={"enabled", "model"})
+        return fingerprint([self.model.settings, settings, self.digests])
+
+
+def key(context: Context) -> str:
+    """Changes with the model, the settings, and the bytes of all files."""
+    return asked(context).key(context.config)
+
+
+def intact(context: Context) -> bool:
+    """Whether the page is still there."""
+    return exists(*resolve_uri(str(join(_folder(context), PAGE))))
+
+
+def asked(context: Context) -> Asked:
+    """Reads and checks all that was asked for; the network is not loaded.
+
+    Raises:
+        PipelineError: what is missing, or is no image or mask.
+    """
+    config = context.config
+    asking = config.look
+    model = _model(context)
+    if asking.images:
+        files = read_files(asking.images, "look.images")
+    elif not (config.data.shards or config.data.source):
+        raise ConfigError(
+            "nothing to look at: look.images is empty",
+            "name images: python jobs/look.py photo.jpg model=runs/NAME",
+        )
+    else:
+        files = spread(context.shards(), asking.count)
+    channels, most = len(model.mean), config.data.max_image_pixels
+    opened = partial(decoded, channels=channels, max_pixels=most, value_range=model.value_range)
+    images, left_out = opened(files, field="look.images")
+    references, classes, known = _references(context, opened)
+    digests = [f"{file.name} {file.digest}" for file in (*files, *known)]
+    return Asked(model, images, left_out, references, classes, digests)
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """Writes pictures and the page, and shows two pictures in the run's report."""
+    request = asked(context)
+    for sentence in request.left_out:
+        log.warning("%s", sentence)
+    asking = context.config.look
+    seen = _see(request, context.config)
+    drawn = draw(request.images, seen, request.classes)
+    facts = {
+        "model": request.model.name,
+        "images": f"{len(drawn)}" + f", {len(request.left_out)} not read" * bool(request.left_out),
+        "block": "the last" if asking.block == -1 else str(asking.block),
+    }
+    names = ", ".join(request.classes.names) if request.classes else ""
+    if names:
+        how = "mean patch" if asking.method == "mean" else f"{asking.k} nearest patches"
+        facts["masks"] = f"{names}; by the {how}"
+    now("look: writing pictures")
+    target = _folder(context)
+    page, last = str(join(target, PAGE)), context.folder.last("look")
+    before = last["files"] if last.get("page") == page else []
+    files = _write(target, drawn, seen, request, facts, before)
+    for name in ("attention", "components", "similarity", "classes"):
+        if name in drawn[0].pictures:
+            tracker.picture(name, 0, overview(drawn, name, TILE))
+    heads = f"attention of {len(seen.attention[0])} heads" if seen.attention else seen.no_attention
+    text = (
+        f"{len(drawn)} images by {request.model.name}: {heads}; components, "
+        f"{seen.foreground:.0%} of patches are object"
+        + f"; masks of {names}" * bool(names)
+        + f"; {public(page)}"
+    )
+    result_line("look", text)
+    tracker.note(text)
+    return {"text": text, "page": page, "files": files, "left_out": request.left_out}
+
+
+def describe(context: Context) -> str:
+    """What a run would do, in a line."""
+    request = asked(context)
+    return (
+        f"{len(request.images)} images by {request.model.name}; pages and pictures in "
+        f"{public(_folder(context))}"
+    )
+
+
+def _model(context: Context) -> EmbedderSpec:
+    config = context.config
+    name = config.look.model
+    if not name:
+        saved = state.latest(context.folder.checkpoints)
+        if saved is None:
+            raise ConfigError(
+                f"nothing to look with: look.model is empty, and {context.folder} has no checkpoint",
+                "give model=runs/NAME, weights, or model=timm:NAME",
+            )
+        name = str(chosen(context).path)
+    augment = config.augment
+    spec = embedder_of(
+        name,
+        image_size=config.look.image_size,
+        mean=augment.mean,
+        std=augment.std,
+        folder=config.run.folder,
+    )
+    if spec.kind != BACKBONE:
+        raise DataError(
+            f"look.model={public(name)} gives vectors only: a look needs the patches of the network",
+            "give a run, weights, or timm:NAME of a vision transformer",
+        )
+    return spec
+
+
+def _references(
+    context: Context, opened: Any
+) -> tuple[tuple[tuple[Pixels, Any], ...], Classes | None, list[File]]:
+    asking = context.config.look
+    if not asking.reference:
+        return (), None, []
+    files = read_files(asking.reference, "look.reference")
+    masks = read_files(asking.mask, "look.mask")
+    if len(files) != len(masks):
+        raise DataError(
+            f"look.reference names {len(files)} images, and look.mask {len(masks)} masks",
+            "give one mask for each reference, in the same order",
+        )
+    images, left_out = opened(files, field="look.reference")
+    if left_out:
+        raise DataError(f"look.reference: {left_out[0]}", "name files that are images")
+    pairs = [(mask.name, mask.content) for mask in masks]
+    ids, classes = read_masks(pairs, asking.classes, asking.void)
+    for (name, pixels), mask, file in zip(images, ids, masks, strict=True):
+        if pixels.shape[:2] != mask.shape:
+            (height, width), (rows, columns) = pixels.shape[:2], mask.shape
+            raise DataError(
+                f"look.mask: {file.name} has {columns} x {rows} pixels, its reference {name} "
+                f"{width} x {height}",
+                "give a mask of the same size as its image",
+            )
+    known = tuple((pixels, mask) for (_, pixels), mask in zip(images, ids, strict=True))
+    return known, classes, [*files, *masks]
+
+
+def _see(request: Asked, config: Config) -> Seen:
+    import ray
+
+    asking = config.look
+    question = partial(
+        Question,
+        mean=request.model.mean,
+        std=request.model.std,
+        block=asking.block,
+        mark=asking.marked,
+        references=request.references,
+        classes=len(request.classes.ids) if request.classes else 0,
+        method=asking.method,
+        k=asking.k,
+    )
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and config.train.device != "cpu" else 0
+    task = ray.remote(_look).options(num_cpus=1, num_gpus=gpus)
+    now(f"look: {len(request.images)} images")
+    images = [pixels for _, pixels in request.images]
+    seen: Seen = ray.get(task.remote(request.model, question, images, bool(gpus)))
+    return seen
+
+
+def _look(spec: EmbedderSpec, question: Any, images: list[Pixels], gpu: bool) -> Seen:
+    embedder = open_embedder(spec, gpu=gpu)
+    return look(embedder.network, images, question(image_size=embedder.size))
+
+
+def _folder(context: Context) -> Place:
+    out = context.config.look.out
+    return absolute_uri(out) if out else context.folder.stage("look")
+
+
+def _write(
+    target: Place,
+    drawn: list[Drawn],
+    seen: Seen,
+    request: Asked,
+    facts: dict[str, str],
+    before: list[str],
+) -> list[str]:
+    """Writes all files; those of an earlier look at the same place go."""
+    fs, folder = resolve_uri(str(target))
+    make_folder(fs, folder)
+    written = []
+    for number, one in enumerate(drawn, 1):
+        contents = {one.file(number, name): png(shown) for name, shown in one.pictures.items()}
+        if one.mask is not None and request.classes:
+            contents[one.file(number, "mask")] = request.classes.encoded(one.mask)
+        for name, content in contents.items():
+            with atomic_path(fs, f"{folder}/{name}") as local:
+                Path(local).write_bytes(content)
+        written += list(contents)
+    page = sections(drawn, seen, request.classes, facts, request.left_out)
+    with atomic_path(fs, f"{folder}/{PAGE}") as local:
+        write_report(Path(local), "Look", page, f"{len(drawn)} images", limit=PAGE_BYTES)
+    for name in set(before) - set(written):
+        with suppress(FileNotFoundError):
+            delete_file(fs, f"{folder}/{Path(name).name}")
+    return written

@@ -1,0 +1,142 @@
+"""What was seen, drawn: the pictures of each image, and the page that shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.report.page import Heading, Picture, Section, Table, Text
+from pipeline.use import pictures
+from pipeline.use.looking import Seen
+from pipeline.use.masks import Classes
+from pipeline.use.segment import upsampled
+
+Pixels = npt.NDArray[np.uint8]
+
+HEADS = 16  # that are shown
+CAPTIONS = {
+    "image": "",
+    "attention": "mean of all heads; violet is least, yellow most, of this image",
+    "heads": "each head on its own scale",
+    "components": "like colours are like parts, in all images; black is around the object",
+    "similarity": "cosine with the framed patch; violet {low:.2f}, yellow {high:.2f}, in all images",
+    "classes": "the class that each pixel's patches are most like",
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image with its pictures by name (keys of `CAPTIONS`), and the mask of its own size."""
+
+    name: str
+    pictures: dict[str, Pixels]
+    mask: npt.NDArray[np.int64] | None = None
+
+    def file(self, number: int, picture: str) -> str:
+        """Name of a PNG: `01-cat-attention.png`."""
+        stem = re.sub(
+            r"[^A-Za-z0-9]+", "-", self.name.rpartition("/")[2].rpartition(".")[0] or self.name
+        )
+        return f"{number:02d}-{stem.strip('-')[:40] or 'image'}-{picture}.png"
+
+
+def draw(images: Sequence[tuple[str, Pixels]], seen: Seen, classes: Classes | None) -> list[Drawn]:
+    """The pictures of images uint8 [H, W, C] with their names."""
+    low = min((float(one.min()) for one in seen.similarity), default=0.0)
+    high = max((float(one.max()) for one in seen.similarity), default=0.0)
+    drawn = []
+    for number, (name, pixels) in enumerate(images):
+        size = pictures.shown_size(*pixels.shape[:2])
+        shown = pictures.resized(pictures.rgb(pixels), size)
+        views = {"image": shown}
+        mask = None
+        if seen.attention:
+            heads = seen.attention[number]
+            views["attention"] = pictures.heat(shown, heads.mean(0))
+            small = pictures.squared(shown, pictures.SMALLEST) if len(heads) > 4 else shown
+            views["heads"] = pictures.sheet(
+                [
+                    pictures.heat(shown, head)
+                    if small is shown
+                    else pictures.squared(pictures.heat(shown, head), pictures.SMALLEST)
+                    for head in heads[:HEADS]
+                ],
+                math.ceil(math.sqrt(min(len(heads), HEADS))),
+            )
+        views["components"] = pictures.patches(seen.colours[number], size)
+        if seen.similarity:
+            views["similarity"] = pictures.heat(shown, seen.similarity[number], (low, high))
+            if number == 0 and seen.marked:
+                grid = seen.similarity[0].shape
+                views["similarity"] = pictures.framed(
+                    views["similarity"], seen.marked, (grid[0], grid[1])
+                )
+        if seen.scores and classes:
+            scores = seen.scores[number][None]
+            mask = upsampled(scores, (pixels.shape[0], pixels.shape[1])).argmax(1)[0].numpy()
+            large = upsampled(scores, size).argmax(1)[0].numpy()
+            views["classes"] = pictures.painted(shown, large, classes.colours())
+        drawn.append(Drawn(name, views, mask))
+    return drawn
+
+
+def sections(
+    drawn: Sequence[Drawn],
+    seen: Seen,
+    classes: Classes | None,
+    facts: dict[str, str],
+    left_out: Sequence[str] = (),
+) -> list[Section]:
+    """The page: facts, what was not read, then a chapter for each image."""
+    low = min((float(one.min()) for one in seen.similarity), default=0.0)
+    high = max((float(one.max()) for one in seen.similarity), default=0.0)
+    shares = ", ".join(f"{share:.0%}" for share in seen.shares)
+    words = [
+        "Attention is that of the CLS token to the patches; CLS and registers are left out."
+        if seen.attention
+        else f"There is no attention: {seen.no_attention}.",
+        "Components are those of the patches of all images together. The first one parts the "
+        f"object from what is around it ({seen.foreground:.0%} of all patches are object); red, "
+        f"green and blue are the components of the object, with {shares} of its variance.",
+    ]
+    page: list[Section] = [Table({"": list(facts), " ": list(facts.values())}, "What was asked")]
+    page.append(Text("\n\n".join(words), "How to read it"))
+    if left_out:
+        page.append(Text("\n\n".join(left_out), "Not read"))
+    if classes:
+        page.append(_legend(drawn, classes))
+    for one in drawn:
+        page.append(Heading(one.name))
+        for name, picture in one.pictures.items():
+            caption = CAPTIONS[name].format(low=low, high=high)
+            page.append(Picture(picture, name, caption))
+    return page
+
+
+def overview(drawn: Sequence[Drawn], picture: str, side: int) -> Pixels:
+    """Images beside one of their pictures, in pairs, about as high as wide."""
+    tiles = []
+    for one in drawn:
+        tiles += [pictures.squared(one.pictures[name], side) for name in ("image", picture)]
+    columns = math.ceil(math.sqrt(len(tiles)))
+    return pictures.sheet(tiles, columns + columns % 2)
+
+
+def _legend(drawn: Sequence[Drawn], classes: Classes) -> Section:
+    masks = [one.mask for one in drawn if one.mask is not None]
+    columns: dict[str, list[str]] = {"class": list(classes.names)}
+    columns["id"] = [str(one) for one in classes.ids]
+    columns["colour"] = [
+        "as the image" if not colour.any() else "#{:02x}{:02x}{:02x}".format(*colour)
+        for colour in classes.colours()
+    ]
+    columns["share of all pixels"] = [
+        f"{np.mean([float((mask == one).mean()) for mask in masks]):.1%}"
+        for one in range(len(classes.ids))
+    ]
+    return Table(columns, "Classes")
