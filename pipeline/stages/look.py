@@ -140,7 +140,7 @@ def _model(context: Context) -> EmbedderSpec:
         saved = state.latest(context.folder.checkpoints)
         if saved is None:
             raise ConfigError(
-                f"nothing to look with: look.model is empty, and {context.folder} has no checkpoint",
+                f"no model to look with: look.model is empty, {context.folder} has no checkpoint",
                 "give model=runs/NAME, weights, or model=timm:NAME",
             )
         name = str(chosen(context).path)
@@ -154,7 +154,7 @@ def _model(context: Context) -> EmbedderSpec:
     )
     if spec.kind != BACKBONE:
         raise DataError(
-            f"look.model={public(name)} gives vectors only: a look needs the patches of the network",
+            f"look.model={public(name)} gives vectors only, and a look needs patches",
             "give a run, weights, or timm:NAME of a vision transformer",
         )
     return spec

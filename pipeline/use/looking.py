@@ -114,8 +114,8 @@ def look(network: nn.Module, images: Sequence[Pixels], question: Question) -> Se
 
 
 def _input(network: nn.Module, pixels: Pixels, question: Question) -> Tensor:
-    """The whole image as the network takes it, [1, C, …]: its proportions are kept where the network
-    takes any size, else it becomes a square.
+    """The whole image as the network takes it, [1, C, …]: in its proportions where any size is
+    taken, else squeezed to a square.
     """
     side, patch = question.image_size, patch_size_of(network)
     if takes_any_size(network):

@@ -24,7 +24,7 @@ CAPTIONS = {
     "attention": "mean of all heads; violet is least, yellow most, of this image",
     "heads": "each head on its own scale",
     "components": "like colours are like parts, in all images; black is around the object",
-    "similarity": "cosine with the framed patch; violet {low:.2f}, yellow {high:.2f}, in all images",
+    "similarity": "cosine with the framed patch; violet {low:.2f} to yellow {high:.2f} in all",
     "classes": "the class that each pixel's patches are most like",
 }
 
