@@ -12,8 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 
 from pipeline.job import main
 
-SHORT = "model images image_size block mark reference mask void method k out count"
-
 if __name__ == "__main__":
-    names = {name: f"look.{name}" for name in SHORT.split()}
-    main(["look"], __doc__, shorthand={"": "look.images", **names})
+    main(
+        ["look"],
+        __doc__,
+        shorthand={
+            "": "look.images",
+            "model": "look.model",
+            "image_size": "look.image_size",
+            "block": "look.block",
+            "mark": "look.mark",
+            "reference": "look.reference",
+            "mask": "look.mask",
+            "void": "look.void",
+            "method": "look.method",
+            "k": "look.k",
+            "count": "look.count",
+            "out": "look.out",
+        },
+    )

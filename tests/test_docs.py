@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from pipeline.config.load import field_paths, load
 from pipeline.errors import PipelineError
+from pipeline.job import spelled_out
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(path for place in ("", "docs", "cluster") for path in (ROOT / place).glob("*.md"))
@@ -37,6 +39,14 @@ def commands(block: str) -> Iterator[list[str]]:
             yield words
 
 
+def shorthand_of(job: Path) -> dict[str, str]:
+    """The short names that a job gives to `main`."""
+    for node in ast.walk(ast.parse(job.read_text())):
+        if isinstance(node, ast.keyword) and node.arg == "shorthand":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
 def wrong(words: list[str]) -> str:
     """What is wrong with a command of ours, if anything; others are not judged."""
     if words[0] == "make":
@@ -55,6 +65,7 @@ def wrong(words: list[str]) -> str:
     if stem in OPTIONS:  # it takes folders, no fields
         return ""
     given = [w for w in rest if not w.startswith("-") and w not in ("&", "&&", ";")]
+    given = spelled_out(given, shorthand_of(ROOT / name))
     recipes = [w for w in given if "=" not in w]
     for recipe in recipes:
         if not (ROOT / recipe).is_file():

@@ -29,8 +29,11 @@ class Look(Section):
     image_size: Positive | None = Field(
         None, description="shorter side of the images in pixels; default: the model's own"
     )
-    block: int = Field(
-        -1, ge=-1000, le=1000, description="whose attention is shown; -1 is the last block"
+    block: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="number of the block whose attention is shown, from 0; default: the last",
     )
     mark: str = Field(
         "", description="x,y of a pixel of the first image: similarity of all patches to its own"
@@ -64,14 +67,6 @@ class Look(Section):
         if value and not re.fullmatch(r"\d{1,6},\d{1,6}", value.replace(" ", "")):
             raise ValueError(f"expected x,y in pixels, such as 120,80 (got {value!r})")
         return value
-
-    @property
-    def marked(self) -> tuple[int, int] | None:
-        """The pixel (x, y) that is marked, if any."""
-        if not self.mark:
-            return None
-        x, y = map(int, self.mark.split(","))
-        return x, y
 
     @model_validator(mode="after")
     def _together(self) -> Look:

@@ -98,7 +98,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     facts = {
         "model": request.model.name,
         "images": f"{len(drawn)}" + f", {len(request.left_out)} not read" * bool(request.left_out),
-        "block": "the last" if asking.block == -1 else str(asking.block),
+        "block": "the last" if asking.block is None else str(asking.block),
     }
     names = ", ".join(request.classes.names) if request.classes else ""
     if names:
@@ -194,12 +194,13 @@ def _see(request: Asked, config: Config) -> Seen:
     import ray
 
     asking = config.look
+    mark = asking.mark.split(",")
     question = partial(
         Question,
         mean=request.model.mean,
         std=request.model.std,
-        block=asking.block,
-        mark=asking.marked,
+        block=-1 if asking.block is None else asking.block,
+        mark=(int(mark[0]), int(mark[1])) if asking.mark else None,
         references=request.references,
         classes=len(request.classes.ids) if request.classes else 0,
         method=asking.method,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.report.page import Heading, Picture, Section, Table, Text
+from pipeline.report.page import Gallery, Group, Section, Table, Text, Tile
 from pipeline.use import pictures
 from pipeline.use.looking import Seen
 from pipeline.use.masks import Classes
@@ -19,6 +19,7 @@ from pipeline.use.segment import upsampled
 Pixels = npt.NDArray[np.uint8]
 
 HEADS = 16  # that are shown
+TILE = 272  # pixels of a picture on the page: four side by side
 CAPTIONS = {
     "image": "",
     "attention": "mean of all heads; violet is least, yellow most, of this image",
@@ -58,14 +59,9 @@ def draw(images: Sequence[tuple[str, Pixels]], seen: Seen, classes: Classes | No
         if seen.attention:
             heads = seen.attention[number]
             views["attention"] = pictures.heat(shown, heads.mean(0))
-            small = pictures.squared(shown, pictures.SMALLEST) if len(heads) > 4 else shown
+            small = pictures.reduced(shown, pictures.SMALLEST) if len(heads) > 4 else shown
             views["heads"] = pictures.sheet(
-                [
-                    pictures.heat(shown, head)
-                    if small is shown
-                    else pictures.squared(pictures.heat(shown, head), pictures.SMALLEST)
-                    for head in heads[:HEADS]
-                ],
+                [pictures.heat(small, head) for head in heads[:HEADS]],
                 math.ceil(math.sqrt(min(len(heads), HEADS))),
             )
         views["components"] = pictures.patches(seen.colours[number], size)
@@ -92,7 +88,7 @@ def sections(
     facts: dict[str, str],
     left_out: Sequence[str] = (),
 ) -> list[Section]:
-    """The page: facts, what was not read, then a chapter for each image."""
+    """The page: facts, what was not read, then the pictures of each image."""
     low = min((float(one.min()) for one in seen.similarity), default=0.0)
     high = max((float(one.max()) for one in seen.similarity), default=0.0)
     shares = ", ".join(f"{share:.0%}" for share in seen.shares)
@@ -103,6 +99,7 @@ def sections(
         "Components are those of the patches of all images together. The first one parts the "
         f"object from what is around it ({seen.foreground:.0%} of all patches are object); red, "
         f"green and blue are the components of the object, with {shares} of its variance.",
+        "Each picture lies beside this page as a PNG of its own.",
     ]
     page: list[Section] = [Table({"": list(facts), " ": list(facts.values())}, "What was asked")]
     page.append(Text("\n\n".join(words), "How to read it"))
@@ -111,10 +108,13 @@ def sections(
     if classes:
         page.append(_legend(drawn, classes))
     for one in drawn:
-        page.append(Heading(one.name))
-        for name, picture in one.pictures.items():
-            caption = CAPTIONS[name].format(low=low, high=high)
-            page.append(Picture(picture, name, caption))
+        tiles = [
+            Tile(
+                picture, (name, CAPTIONS[name].format(low=low, high=high)), f"{name} of {one.name}"
+            )
+            for name, picture in one.pictures.items()
+        ]
+        page.append(Gallery([Group(tiles)], one.name, tile=TILE))
     return page
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 Pixels = npt.NDArray[np.uint8]
 
 # From dark to light, so that grey prints and colour-blind eyes rank them: violet, red, yellow.
-RAMP = np.array([(10, 8, 40), (92, 24, 110), (187, 55, 84), (249, 142, 8), (252, 255, 164)])
+RAMP = np.array([(10, 8, 40), (92, 24, 110), (187, 55, 84), (249, 142, 8), (252, 226, 60)])
 HEAT = 0.65  # opacity of a heat map over its picture
 PAINT = 0.6  # of a class
 FRAME = (255, 255, 255)
@@ -110,11 +110,16 @@ def sheet(tiles: Sequence[Pixels], columns: int) -> Pixels:
     return out
 
 
+def reduced(pixels: Pixels, side: int) -> Pixels:
+    """A picture whose longer side has `side` pixels."""
+    scale = side / max(pixels.shape[:2])
+    height, width = (max(1, round(length * scale)) for length in pixels.shape[:2])
+    return resized(pixels, (height, width))
+
+
 def squared(pixels: Pixels, side: int) -> Pixels:
     """A picture as a square tile: the whole of it, with white around."""
-    height, width = pixels.shape[:2]
-    scale = side / max(height, width)
-    small = resized(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
+    small = reduced(pixels, side)
     out = np.full((side, side, 3), 255, np.uint8)
     top, left = (side - small.shape[0]) // 2, (side - small.shape[1]) // 2
     out[top : top + small.shape[0], left : left + small.shape[1]] = small
