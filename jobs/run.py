@@ -1,4 +1,4 @@
-"""Runs the whole chain: pack, curate, pretrain, evaluate, export. Finished stages are skipped.
+"""Runs the chain: pack, curate, pretrain, evaluate, export, embed. Finished stages are skipped.
 
 python jobs/run.py configs/demo.yaml
 python jobs/run.py configs/cifar10.yaml data.source=cifar10/train evaluate.queries=cifar10/test
@@ -12,4 +12,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 from pipeline.job import main
 
 if __name__ == "__main__":
-    main(["pack", "curate", "pretrain", "evaluate", "export", "look"], __doc__)
+    main(["pack", "curate", "pretrain", "evaluate", "export", "embed", "look"], __doc__)

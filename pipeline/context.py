@@ -38,7 +38,7 @@ class Context:
     folder: RunFolder
     tracking: Any = None  # pipeline.track.driver.Pipeline, once a stage has to run
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    only: bool = False  # one stage was asked for by name
+    only: bool = False  # single stages were asked for by name
 
     @property
     def shards_uri(self) -> str:

@@ -107,7 +107,7 @@ TABLE = [
     row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
         "uri views", others="numpy PIL pyarrow"),
     # what makes vectors; its descriptor is what a curation sees of an image
-    row("embed", "embed errors images shards storage uri", "curate.images.* evaluate model plan "
+    row("embed", "embed errors heartbeat images shards storage stream.rows uri", "curate.images.* evaluate model plan "
         "train views", "numpy pyarrow", "ray torch timm onnxruntime"),
     row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* embed "
         "errors images shards storage uri", "", "numpy pyarrow", "ray"),

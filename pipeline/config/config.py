@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality, Retrieve
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
+from pipeline.config.embedding import Embed
 from pipeline.config.evaluation import Evaluate
 from pipeline.config.look import Look
 from pipeline.config.network import Head, IbotHead, Model
@@ -63,6 +64,7 @@ class Config(Section):
     mix: Mix = Mix()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    embed: Embed = Embed()
     look: Look = Look()
     track: Track = Track()
     resources: Resources = Resources()

@@ -154,7 +154,7 @@ def _run(model: str) -> Known | None:
     from pipeline.plan.resume import plan_of
     from pipeline.train.start import checkpoint_at
 
-    saved = checkpoint_at(model)
+    saved = None if Path(model).is_file() else checkpoint_at(model)
     if saved is None:
         return None
     plan = plan_of(saved.meta, saved.path)
@@ -240,16 +240,13 @@ class Embedder:
         """A decoded image [H, W, C] as [S, S, C]: the evaluation's resize and centre crop; for the
         descriptor its small grey image, [S, S, 1].
         """
-        if self.spec.kind == DESCRIPTOR:
-            from pipeline.curate.images import descriptor, measure
-
-            return descriptor.twice(measure.three_channels(pixels))[..., None]
-        from pipeline.views.crops import resize_centre_crop
-
-        return resize_centre_crop(pixels, self.size)
+        return prepared(self.spec.kind, self.size, pixels)
 
     def outputs(
-        self, images: Sequence[Images], want: Sequence[str] = ("cls",), blocks: int = BLOCKS
+        self,
+        images: Sequence[Images] | Images,
+        want: Sequence[str] = ("cls",),
+        blocks: int = BLOCKS,
     ) -> dict[str, Vectors]:
         """What the model says of prepared images, as it gives it: not of unit length.
 
@@ -275,7 +272,7 @@ class Embedder:
             }
         size = self.spec.batch_size
         parts = [
-            self._run(np.stack(images[at : at + size]), want, blocks)
+            self._run(np.stack(list(images[at : at + size])), want, blocks)
             for at in range(0, len(images), size)
         ]
         joined = {}
@@ -340,6 +337,17 @@ class Embedder:
                 f"have {self.channels} numbers",
                 "give augment.mean and augment.std one for each of its channels",
             )
+
+
+def prepared(kind: str, size: int, pixels: Images) -> Images:
+    """`Embedder.prepare` where no model is open."""
+    if kind == DESCRIPTOR:
+        from pipeline.curate.images import descriptor, measure
+
+        return descriptor.twice(measure.three_channels(pixels))[..., None]
+    from pipeline.views.crops import resize_centre_crop
+
+    return resize_centre_crop(pixels, size)
 
 
 def _dtype(output: str) -> Any:

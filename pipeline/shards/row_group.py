@@ -106,6 +106,34 @@ def read_group(columns: ShardColumns, path: str, row_group: int) -> RowGroup:
     return RowGroup(images, packed, labels, sizes, named=own)
 
 
+def read_sources(columns: ShardColumns, path: str, row_group: int) -> list[str]:
+    """Path or URL of each image of a row group: the column `source` of packed shards, `path` beside
+    the bytes of hub ones, else "".
+
+    Args:
+        columns: of the set.
+        path: of the file, in the file system of `columns.uri`.
+        row_group: its number.
+
+    Raises:
+        DataError: the file is not readable as parquet, or the storage failed after all tries.
+    """
+
+    def read() -> list[str | None]:
+        with open_parquet(resolve_uri(columns.uri)[0], path) as parquet:
+            schema = parquet.schema_arrow
+            if is_ours(schema):
+                return list(parquet.read_row_group(row_group, ["source"]).column(0).to_pylist())
+            kind = schema.field(columns.image).type
+            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
+                # Of a struct this reads the one field; the bytes of the images stay where they are.
+                column = parquet.read_row_group(row_group, [f"{columns.image}.path"]).column(0)
+                return [value and value["path"] for value in column.to_pylist()]
+            return [""] * parquet.metadata.row_group(row_group).num_rows
+
+    return [source or "" for source in with_retries(f"reading {path}", read)]
+
+
 def _read_columns(columns: ShardColumns, path: str, row_group: int) -> tuple[pa.Table, bool, bool]:
     """The columns that a `RowGroup` needs; whether the file is ours, and has labels."""
     with open_parquet(resolve_uri(columns.uri)[0], path) as parquet:

@@ -74,8 +74,8 @@ def _each(shards: ShardSet, file: int, rows: int, channels: int) -> Iterator[tup
             yield image_id(encoded), span
 
 
-def difference(name: str, shards: ShardSet, value_range: ValueRange, channels: int = 3) -> str:
-    """A sentence where the values of a set are not those of the range it is read with; else "".
+def other_range(shards: ShardSet, value_range: ValueRange, channels: int = 3) -> ValueRange | None:
+    """The values that the deep images of a set use, where they are not those of a range; else None.
 
     Where no used range is noted, the images are looked at: of a set without deep ones there is
     nothing to say.
@@ -83,7 +83,13 @@ def difference(name: str, shards: ShardSet, value_range: ValueRange, channels: i
     own = shards.used_range
     if own is None and shards.value_range != value_range:
         own = _measured(shards, channels)
-    if own is None or similar(own, value_range):
+    return None if own is None or similar(own, value_range) else own
+
+
+def difference(name: str, shards: ShardSet, value_range: ValueRange, channels: int = 3) -> str:
+    """A sentence where the values of a set are not those of the range it is read with; else ""."""
+    own = other_range(shards, value_range, channels)
+    if own is None:
         return ""
     return (
         f"{name} use values of {shown(own)}, but all sets are read with the range of the training "

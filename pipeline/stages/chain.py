@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Table
 from pipeline.report.run_report import run_report
-from pipeline.stages import curate, evaluate, export, look, pack, pretrain
+from pipeline.stages import curate, embed, evaluate, export, look, pack, pretrain
 from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
@@ -55,9 +55,11 @@ STAGES: dict[str, Stage] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
+    "embed": embed,
     "look": look,
 }
 ORDER = tuple(STAGES)
+USES = ("embed", "look")  # in a whole chain only where their section is enabled
 
 
 def run(config: Config, stages: Sequence[str]) -> None:
@@ -95,7 +97,7 @@ def _look_up(config: Config, stages: Sequence[str]) -> None:
 def _run(
     config: Config, folder: RunFolder, stages: Sequence[str], push: Callable[[], object]
 ) -> None:
-    context = Context(config, folder, only=len(stages) == 1)
+    context = Context(config, folder, only=by_name(stages))
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
     left = [name for name in stages if not _is_input(context, name)]
@@ -123,10 +125,10 @@ def _is_input(context: Context, name: str) -> bool:
     """Whether a stage has nothing to do: its output is an input of the recipe, or a whole run is
     not asked for it.
     """
-    if name == "look":
-        return not context.config.look.enabled and not context.only
     if name == "curate":
         return not context.config.curate.preset and not context.only
+    if name in USES:
+        return not getattr(context.config, name).enabled and not context.only
     if name != "pack" or context.config.data.source:
         return False
     return bool(context.config.data.shards) and not pack.sources(context)
@@ -229,8 +231,13 @@ def named(config: Config, stages: Sequence[str]) -> Config:
     """The config with a run name; a run without recipe and name is called after its stage."""
     if config.run.name:
         return config
-    name = stages[0] if len(stages) == 1 else "run"
+    name = stages[-1] if by_name(stages) else "run"
     return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+
+
+def by_name(stages: Sequence[str]) -> bool:
+    """Whether single stages were asked for, not the whole chain."""
+    return "pretrain" not in stages or len(stages) == 1
 
 
 def with_absolute_weights(config: Config) -> Config:
@@ -249,4 +256,8 @@ def with_absolute_weights(config: Config) -> Config:
     }
     places = {"against": full(curate.against), "shards": full(curate.shards)}
     curate = curate.model_copy(update=embedders | places)
-    return config.model_copy(update={"model": model, "distill": distill, "curate": curate})
+    embed = config.embed
+    vectors = {"model": absolute_model(embed.model, runs) if embed.model else ""}
+    embed = embed.model_copy(update=vectors | {"vectors": full(embed.vectors)})
+    sections = {"model": model, "distill": distill, "curate": curate, "embed": embed}
+    return config.model_copy(update=sections)

@@ -25,7 +25,7 @@ from pipeline.driver import cluster
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels
 from pipeline.heartbeat import doing
-from pipeline.stages import curate, pack
+from pipeline.stages import curate, embed, pack
 from pipeline.stages.known_sets import KnownSet, known_set
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -51,6 +51,10 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         check_place("data.shards", config.data.shards)
     if "curate" in stages and config.curate.shards:
         check_place("curate.shards", config.curate.shards)
+    if embeds(config, stages):
+        check_place("embed.vectors", embed.vectors_uri(config, folder))
+        if config.embed.model or "pretrain" not in stages:
+            embed.model_of(config, folder)
     check_tracking(config, folder)
     if {"evaluate", "export"} & set(stages) and "pretrain" not in stages:
         from pipeline.stages import evaluate  # loads torch
@@ -73,6 +77,11 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     return known
 
 
+def embeds(config: Config, stages: Sequence[str]) -> bool:
+    """Whether a job makes vectors: it was asked to by name, or the recipe says so."""
+    return "embed" in stages and (config.embed.enabled or "pretrain" not in stages)
+
+
 def check_outputs(config: Config, stages: Sequence[str]) -> None:
     """Refuses a submitted job that would write below its working directory.
 
@@ -81,7 +90,11 @@ def check_outputs(config: Config, stages: Sequence[str]) -> None:
     """
     if not cluster.uploaded():
         return
-    places = {"run.folder": config.run.folder, "curate.shards": config.curate.shards}
+    places = {
+        "run.folder": config.run.folder,
+        "curate.shards": config.curate.shards,
+        "embed.vectors": config.embed.vectors,
+    }
     if "pack" in stages and config.data.source:
         places["data.shards"] = config.data.shards
     copy = Path.cwd()
@@ -156,7 +169,7 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
     packed = packing and pack.finished(config, folder)
     if packing and config.data.source:
         sets["data.source"] = known_set(config, "data.source", config.data.source, packed)
-    elif {"curate", "doctor"} & set(stages):
+    elif {"curate", "doctor", "embed"} & set(stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
     elif {"pretrain", "evaluate"} & set(stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))

@@ -13,9 +13,9 @@ from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import fits, look
+from pipeline.stages import embed, fits, look
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
-from pipeline.stages.checks import check_start, voting
+from pipeline.stages.checks import check_start, embeds, voting
 from pipeline.stages.evaluate import chosen
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
@@ -65,7 +65,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     for field in ("evaluate.queries", "evaluate.reference"):
         if field in known:
             log.info("%-11s %s: %s images", "evaluate", *_place_and_images(known[field]))
-    digest = packed.digest if packed else NOT_PACKED
+    digest, all_images = packed.digest if packed else NOT_PACKED, images
     if config.curate.preset and stages != ["doctor"]:
         if "curate" in stages:
             curation_plan(config, folder)
@@ -81,9 +81,30 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     elif {"evaluate", "export"} & set(stages):
         saved = chosen(Context(config, folder))
         log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
+    if embeds(config, stages):
+        _say_embedding(config, folder, stages, all_images, needs)
     if list(stages) == ["look"]:
         log.info("look        %s", look.describe(Context(config, folder, only=True)))
     fits.say_disk(needs)
+
+
+def _say_embedding(
+    config: Config, folder: RunFolder, stages: Sequence[str], images: int, needs: Needs
+) -> None:
+    model, dim, patches = embed.expected(config, folder, "pretrain" in stages)
+    size = images * embed.bytes_of_row(config, dim, patches)
+    place = embed.vectors_uri(config, folder)
+    outputs = ", ".join(config.embed.outputs)
+    log.info(
+        "embed       %s images by %s: %s of width %d, about %s in %s",
+        _about(images) if not images else f"{images:,}",
+        public(model),
+        outputs,
+        dim,
+        size_of(size),
+        public(place),
+    )
+    needs.append(("embed.vectors" if config.embed.vectors else "run.folder", place, size))
 
 
 def _say_evaluation(config: Config, folder: RunFolder, known: Mapping[str, KnownSet]) -> None:

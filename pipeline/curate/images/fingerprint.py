@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.curate.images.descriptor import DIM, SIDE, VIEWS, describe_grey
 from pipeline.curate.images.measure import Measured, measure
@@ -27,10 +26,7 @@ from pipeline.curate.steps.steps import Account, Result, Task, run_step
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.images.value_range import ValueRange
-from pipeline.shards.columns import is_ours
-from pipeline.shards.row_group import RowGroup, read_group
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.retry import with_retries
+from pipeline.shards.row_group import RowGroup, read_group, read_sources
 from pipeline.uri import Place
 
 STEP = "fingerprint"
@@ -99,29 +95,10 @@ def fingerprint_file(
 def groups_of(file: InputFile, groups: Any = None) -> Iterator[tuple[RowGroup, list[str]]]:
     """Row groups of an input file, all or those numbered, with the sources of their images."""
     for number in range(len(file.file.row_groups)) if groups is None else groups:
-        yield read_group(file.columns, file.file.path, number), _sources(file, number)
-
-
-def _sources(file: InputFile, group: int) -> list[str]:
-    """Path or URL of each image: the column `source` of packed shards, `path` beside the bytes of
-    hub ones, else "".
-    """
-    fs = resolve_uri(file.columns.uri)[0]
-    path, image = file.file.path, file.columns.image
-
-    def read() -> list[str | None]:
-        with pq.ParquetFile(fs.open_input_file(path)) as parquet:
-            schema = parquet.schema_arrow
-            if is_ours(schema):
-                return list(parquet.read_row_group(group, ["source"]).column(0).to_pylist())
-            kind = schema.field(image).type
-            if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
-                # Of a struct this reads the one field; the bytes of the images stay where they are.
-                column = parquet.read_row_group(group, [f"{image}.path"]).column(0)
-                return [value and value["path"] for value in column.to_pylist()]
-            return [""] * parquet.metadata.row_group(group).num_rows
-
-    return [source or "" for source in with_retries(f"reading {path}", read)]
+        yield (
+            read_group(file.columns, file.file.path, number),
+            read_sources(file.columns, file.file.path, number),
+        )
 
 
 def _table(

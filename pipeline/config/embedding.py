@@ -1,0 +1,47 @@
+"""Which vectors are made of the images at the end, and of which model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from pipeline.config.section import Positive, Section
+
+Output = Literal["cls", "mean", "patches", "blocks"]
+
+
+class Embed(Section):
+    """Vectors of images, as a table."""
+
+    enabled: bool = Field(False, description="true: jobs/run.py embeds the images at the end")
+    model: str = Field(
+        "",
+        description="a run's folder or name, weights, timm:<name>, a .onnx file or descriptor; "
+        "default: this run's own teacher",
+    )
+    vectors: str = Field("", description="where they go; default: <run folder>/vectors")
+    images: Literal["all", "curated"] = Field(
+        "all", description="all packed images, or what the curation kept of them"
+    )
+    outputs: tuple[Output, ...] = Field(
+        ("cls",),
+        min_length=1,
+        description="cls, mean (of the patches), patches (float16), blocks (CLS of the last ones)",
+    )
+    blocks: Positive = Field(4, description="last blocks whose CLS is kept, for linear evaluation")
+    dtype: Literal["float32", "float16"] = Field(
+        "float32", description="of what is stored; patches are always float16"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="that a GPU computes in; bfloat16 is faster"
+    )
+    image_size: Positive | None = Field(None, description="pixels; default: the model's own")
+    batch_size: Positive = Field(64, description="images embedded at once")
+
+    @field_validator("outputs")
+    @classmethod
+    def _once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"each output once, got {', '.join(value)}")
+        return value
