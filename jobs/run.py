@@ -1,4 +1,4 @@
-"""Runs the chain: pack, curate, pretrain, evaluate, export, embed. Finished stages are skipped.
+"""Runs the whole chain, from images to weights and what is made of them; skips finished stages.
 
 python jobs/run.py configs/demo.yaml
 python jobs/run.py configs/cifar10.yaml data.source=cifar10/train evaluate.queries=cifar10/test

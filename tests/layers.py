@@ -107,8 +107,8 @@ TABLE = [
     row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
         "uri views", others="numpy PIL pyarrow"),
     # what makes vectors; its descriptor is what a curation sees of an image
-    row("embed", "embed errors heartbeat images shards storage stream.rows uri", "curate.images.* evaluate model plan "
-        "train views", "numpy pyarrow", "ray torch timm onnxruntime"),
+    row("embed", "embed errors heartbeat images shards storage stream.rows uri", "curate.images.* "
+        "evaluate model plan train views", "numpy pyarrow", "ray torch timm onnxruntime"),
     row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* embed "
         "errors images shards storage uri", "", "numpy pyarrow", "ray"),
     row("curate.look.*", "curate.look.* curate.images.* curate.rows.* curate.steps.* images shards "

@@ -128,7 +128,8 @@ def _is_input(context: Context, name: str) -> bool:
     if name == "curate":
         return not context.config.curate.preset and not context.only
     if name in USES:
-        return not getattr(context.config, name).enabled and not context.only
+        enabled = {"embed": context.config.embed.enabled, "look": context.config.look.enabled}
+        return not enabled[name] and not context.only
     if name != "pack" or context.config.data.source:
         return False
     return bool(context.config.data.shards) and not pack.sources(context)
