@@ -86,7 +86,6 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
-    row("search", "errors heartbeat storage uri", others="numpy", others_inside="faiss"),
     row("train.cost train.bottleneck", "views", others="torch"),
     row("train.step train.objective train.forward",
         "errors loss model schedule train.objective train.step views", others="torch"),
@@ -123,12 +122,15 @@ TABLE = [
         "storage uri", others="numpy pyarrow", others_inside="PIL"),
     row("curate.report.*", "curate.report.* curate.rows.* curate.steps.* errors report storage uri "
         "views", others="numpy PIL pyarrow", others_inside="umap"),
+    row("search", "curate.report.read curate.report.words curate.rows.tables embed errors "
+        "heartbeat images report shards storage uri", others="numpy pyarrow",
+        others_inside="faiss"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
     row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
-        "plan report shards storage stream track train uri use views", "", "yaml",
+        "plan report search shards storage stream track train uri use views", "", "yaml",
         "ray torch pyarrow"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",

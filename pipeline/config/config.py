@@ -21,6 +21,7 @@ from pipeline.config.look import Look
 from pipeline.config.network import Head, IbotHead, Model
 from pipeline.config.objective import Distill, Loss, Teacher
 from pipeline.config.run import Export, Resources, Run, Track
+from pipeline.config.search import Search
 from pipeline.config.section import Section
 from pipeline.config.training import Optim, Train
 
@@ -65,6 +66,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     embed: Embed = Embed()
+    search: Search = Search()
     look: Look = Look()
     track: Track = Track()
     resources: Resources = Resources()

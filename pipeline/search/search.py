@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.search.exact import Floats, Ints, Nearest, unit
-from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened
+from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened, picked
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.search")
@@ -21,6 +21,7 @@ log = logging.getLogger("pipeline.search")
 EXACT_ROWS = 1_000_000  # `auto` takes an index above: exact search then takes over 0.1 s a query
 MEMORY_GIB = 4.0
 BLOCK_ROWS = 65_536
+SINGLE_READS = 8  # rows that are read one by one; for more the whole set is read once
 
 Array = np.ndarray[Any, Any]
 Index = Literal["auto", "exact", "ivf"]
@@ -38,6 +39,7 @@ class Vectors(Protocol):
     @property
     def uri(self) -> str: ...  # noqa: D102
     def blocks(self, rows: int = ..., output: str = ...) -> Iterator[tuple[Array, Any]]: ...  # noqa: D102
+    def read(self, output: str = ..., rows: slice | None = ...) -> Array: ...  # noqa: D102
 
 
 class ArrayVectors:
@@ -54,6 +56,11 @@ class ArrayVectors:
         del output
         for begin in range(0, self.rows, rows):
             yield self._vectors[begin : begin + rows], None
+
+    def read(self, output: str = "cls", rows: slice | None = None) -> Array:
+        """A slice of the array, whatever the output is called."""
+        del output
+        return self._vectors[rows or slice(None)]
 
 
 class Search:
@@ -113,6 +120,17 @@ class Search:
             for first, block in unit_blocks(self._vectors, self._column):
                 best.see(block, first)
         return best.similarity.astype(np.float32), best.rows
+
+    def vectors_at(self, rows: Ints) -> Floats:
+        """The vectors of row numbers, float32 [n, D] of unit length."""
+        if self._held is not None:
+            return self._held[rows]
+        if len(rows) <= SINGLE_READS:
+            parts = [self._vectors.read(self._column, slice(row, row + 1)) for row in rows]
+            return unit(np.concatenate(parts))
+        order = np.unique(rows)
+        vectors = picked(lambda: unit_blocks(self._vectors, self._column), order)
+        return vectors[np.searchsorted(order, rows)]
 
 
 def open_search(

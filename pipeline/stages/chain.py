@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Table
 from pipeline.report.run_report import run_report
-from pipeline.stages import curate, embed, evaluate, export, look, pack, pretrain
+from pipeline.stages import curate, embed, evaluate, export, look, pack, pretrain, search
 from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
@@ -56,6 +56,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": evaluate,
     "export": export,
     "embed": embed,
+    "search": search,
     "look": look,
 }
 ORDER = tuple(STAGES)
@@ -72,6 +73,9 @@ def run(config: Config, stages: Sequence[str]) -> None:
     config = with_absolute_weights(named(config, stages))
     if config.curate.query:
         _look_up(config, stages)
+        return
+    if list(stages) == ["search"]:
+        search.look_up(config)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
     with looked_up_once():

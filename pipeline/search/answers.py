@@ -1,0 +1,156 @@
+"""What is like each query: neighbours with their ids, in parquet and in lines for the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.embed.vectors import VectorSet
+from pipeline.search.decisions import Decision, Decisions
+from pipeline.search.exact import Floats, Ints
+from pipeline.search.queries import Query
+from pipeline.search.search import Search
+
+NEIGHBOURS = pa.schema(
+    [
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("rank", pa.int32(), nullable=False),  # from 1
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("similarity", pa.float32(), nullable=False),  # cosine
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("label", pa.int64()),  # null where unknown
+    ]
+)
+SAME = 1 - 1e-6  # cosine of vectors that differ by rounding at most
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image of the set that is like a query."""
+
+    rank: int
+    row: int
+    image_id: str
+    similarity: float
+    source: str
+    label: str  # its name, or its number, or ""
+    decision: Decision | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether its vector is that of the query: the same pixels, or what the model sees so."""
+        return self.similarity >= SAME
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The neighbours of a query, best first.
+
+    Attributes:
+        similarity: float32 [n]; those below `min_similarity` are left out.
+        rows: int64 [n].
+        best: the similarity of the nearest, also where it is left out.
+    """
+
+    query: Query
+    similarity: Floats
+    rows: Ints
+    best: float
+
+
+class Answers:
+    """Answers queries, and looks up what a set says of rows."""
+
+    def __init__(
+        self, vectors: VectorSet, search: Search, decisions: Decisions | None = None
+    ) -> None:
+        self.vectors, self.search, self.decisions = vectors, search, decisions
+        self.ids, self.sources, self.labels = vectors.ids(), vectors.sources(), vectors.labels()
+        self.class_names = tuple(vectors.facts.get("class_names") or ())
+
+    def of(self, queries: Sequence[Query], k: int, least: float = -1.0) -> list[Answer]:
+        """The k nearest of each query, itself left out where it is of the set.
+
+        Args:
+            queries: with vectors.
+            k: neighbours of each; fewer where the set has fewer.
+            least: similarity of neighbours, at least.
+        """
+        if not queries:
+            return []
+        # one more than asked for: a query of the set finds itself
+        similarity, rows = self.search.find(np.stack([one.vector for one in queries]), k + 1)
+        answers = []
+        for query, values, places in zip(queries, similarity, rows, strict=True):
+            others = places != query.row
+            values, places = values[others][:k], places[others][:k]
+            near = values >= least
+            best = float(values[0]) if len(values) else float("nan")
+            answers.append(Answer(query, values[near], places[near], best))
+        return answers
+
+    def table(self, answers: Sequence[Answer]) -> pa.Table:
+        """Answers as NEIGHBOURS, a row for each neighbour."""
+        counts = [len(answer.rows) for answer in answers]
+        rows = np.concatenate([np.zeros(0, np.int64), *(answer.rows for answer in answers)])
+        labels = self.labels[rows]
+        names = np.repeat(np.array([one.query.name for one in answers], object), counts)
+        columns = [
+            pa.array(names.tolist(), pa.string()),
+            pa.array(np.concatenate([[0], *(np.arange(1, n + 1) for n in counts)])[1:], pa.int32()),
+            pa.array(self.ids[rows].tolist(), pa.string()),
+            pa.array(np.concatenate([[0], *(one.similarity for one in answers)])[1:], pa.float32()),
+            pa.array(self.sources[rows].tolist(), pa.string()),
+            pa.array(labels, pa.int64(), mask=labels < 0),
+        ]
+        return pa.Table.from_arrays(columns, schema=NEIGHBOURS)
+
+    def neighbours(self, answer: Answer) -> list[Neighbour]:
+        """The neighbours of one query with all that is shown of them."""
+        decisions = self.decisions_on(answer.rows)
+        return [
+            Neighbour(
+                rank=rank,
+                row=int(row),
+                image_id=str(self.ids[row]),
+                similarity=float(similarity),
+                source=str(self.sources[row]),
+                label=self.label_of(int(row)),
+                decision=decisions.get(str(self.ids[row])),
+            )
+            for rank, (similarity, row) in enumerate(
+                zip(answer.similarity, answer.rows, strict=True), 1
+            )
+        ]
+
+    def decisions_on(self, rows: Ints) -> dict[str, Decision]:
+        """Decisions by image id; none where nothing was curated."""
+        return self.decisions.read(map(str, self.ids[rows])) if self.decisions else {}
+
+    def label_of(self, row: int) -> str:
+        """The name of a row's label, its number without names, "" where it is unknown."""
+        label = int(self.labels[row])
+        if 0 <= label < len(self.class_names):
+            return self.class_names[label]
+        return str(label) if label >= 0 else ""
+
+
+def lines(neighbours: Sequence[Neighbour]) -> Iterator[str]:
+    """A table for the console, head first; columns that are empty are left out."""
+    columns = {
+        "rank": [str(one.rank) for one in neighbours],
+        "similarity": [
+            f"{one.similarity:.4f}" + (" same vector" if one.same else "") for one in neighbours
+        ],
+        "image_id": [one.image_id for one in neighbours],
+        "label": [one.label for one in neighbours],
+        "decision": [one.decision.text if one.decision else "" for one in neighbours],
+        "source": [one.source for one in neighbours],
+    }
+    columns = {name: values for name, values in columns.items() if any(values)}
+    widths = [max(map(len, [name, *values])) for name, values in columns.items()]
+    for row in (tuple(columns), *zip(*columns.values(), strict=True)):
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

@@ -1,0 +1,153 @@
+"""`search.html`: each query with its picture, and its neighbours with theirs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.embed.vectors import VectorSet
+from pipeline.errors import PipelineError, one_line, shortened
+from pipeline.images.bad_image import BadImage
+from pipeline.images.decode import MAX_PIXELS, decode_image, decode_shrunk
+from pipeline.images.value_range import FULL, ValueRange, from_json
+from pipeline.report.page import Gallery, Group, Heading, Section, Table, Text, Tile, write_report
+from pipeline.report.pictures import shrunk
+from pipeline.search.answers import Answer, Answers, Neighbour
+from pipeline.search.queries import Query
+
+log = logging.getLogger("pipeline.search")
+
+TILE = 144  # pixels
+QUERIES = 20  # that the page shows
+NEIGHBOURS = 100  # of each
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where the page has its pictures from.
+
+    Attributes:
+        images: gives encoded bytes by image id; None where the shards cannot be reached.
+        missing: then, one sentence that says so.
+        max_pixels: of an image that is decoded.
+        value_range: of the set, see `images.decode`.
+    """
+
+    images: Any
+    missing: str = ""
+    max_pixels: int = MAX_PIXELS
+    value_range: ValueRange = FULL
+
+    @classmethod
+    def of(cls, vectors: VectorSet, max_pixels: int = MAX_PIXELS) -> Pictures:
+        """From the shards that the vectors name."""
+        values = from_json(vectors.facts.get("value_range")) or FULL
+        try:
+            return cls(vectors.images(), "", max_pixels, values)
+        except (PipelineError, OSError) as error:
+            return cls(None, f"Without pictures of the set: {one_line(error)}", max_pixels, values)
+
+    def of_image(self, image_id: str) -> bytes:
+        """A small JPEG of an image of the set; b"" where there is none to be had."""
+        try:
+            return self.small(bytes(self.images[image_id])) if self.images is not None else b""
+        except (KeyError, PipelineError, OSError) as error:
+            log.warning("search      no picture of %s: %s", image_id, one_line(error))
+            return b""
+
+    def small(self, encoded: bytes) -> bytes:
+        """A small JPEG of an image, decoded as every stage does it; b"" of what is no image."""
+        try:
+            pixels = decode_shrunk(encoded, 8, 3, self.max_pixels, self.value_range)[0]
+            if max(pixels.shape) < TILE:
+                pixels = decode_image(encoded, 3, self.max_pixels, self.value_range)
+        except BadImage:
+            return b""
+        return shrunk(pixels, TILE)[0]
+
+
+def write_page(
+    path: Path, answers: Answers, shown: Sequence[Answer], pictures: Pictures, texts: Sequence[str]
+) -> None:
+    """Writes the page.
+
+    Args:
+        path: of the file.
+        answers: that gave those that are shown.
+        shown: QUERIES of them at most.
+        pictures: of the set.
+        texts: what else is to be said, a sentence each; the first is the subtitle.
+    """
+    sections: list[Section] = []
+    if notes := [*texts[1:], pictures.missing] if pictures.missing else texts[1:]:
+        sections.append(Text("\n\n".join(notes)))
+    for answer in shown:
+        sections += _sections(answers, answer, pictures)
+    write_report(path, "Images that are alike", sections, texts[0])
+
+
+def _sections(answers: Answers, answer: Answer, pictures: Pictures) -> list[Section]:
+    neighbours = answers.neighbours(answer)[:NEIGHBOURS]
+    tiles = [_tile(one, pictures) for one in neighbours]
+    groups = [
+        Group([_query_tile(answers, answer.query, pictures)], "Asked for"),
+        Group(tiles, "Nearest first", text=said_of(answer, neighbours)),
+    ]
+    columns: dict[str, list[Any]] = {
+        "rank": [one.rank for one in neighbours],
+        "similarity": [f"{one.similarity:.4f}" for one in neighbours],
+        "image": [one.image_id for one in neighbours],
+        "source": [one.source for one in neighbours],
+        "label": [one.label for one in neighbours],
+        "decision": [one.decision.text if one.decision else "" for one in neighbours],
+    }
+    return [
+        Heading(answer.query.name),
+        Gallery(groups, tile=TILE),
+        Table({name: values for name, values in columns.items() if any(map(str, values))}),
+    ]
+
+
+def said_of(answer: Answer, neighbours: Sequence[Neighbour]) -> str:
+    """What is to know of an answer as a whole, or ""."""
+    same = sum(one.same for one in neighbours)
+    if not neighbours:
+        if answer.best != answer.best:  # no number: there is nobody else
+            return "There is no other image in the set."
+        return f"No image is as similar as was asked; the nearest has {answer.best:.4f}."
+    if same:
+        what = "1 image has" if same == 1 else f"{same:,} images have"
+        return f"{what} the same vector: copies, or images that the model cannot tell apart."
+    return ""
+
+
+def _tile(one: Neighbour, pictures: Pictures) -> Tile:
+    similarity = f"{one.similarity:.3f}" + ", same vector" * one.same
+    words = [similarity, one.label, one.decision.text if one.decision else ""]
+    words.append(shortened(one.source, 60))
+    return Tile(
+        pictures.of_image(one.image_id),
+        [word for word in words if word],
+        alt=f"neighbour {one.rank}: {one.source}",
+        tip=f"{one.source}\n{one.image_id}",
+        colour=one.decision.colour if one.decision else "",
+    )
+
+
+def _query_tile(answers: Answers, query: Query, pictures: Pictures) -> Tile:
+    inside = query.row >= 0
+    own = str(answers.ids[query.row]) if inside else ""
+    picture = pictures.small(query.encoded) if query.encoded else b""
+    words = [shortened(query.name, 60)]
+    if inside:
+        words += ["in the set", answers.label_of(query.row), str(answers.sources[query.row])]
+    return Tile(
+        picture or (pictures.of_image(own) if inside else b""),
+        [word for word in words if word],
+        alt=f"asked for: {query.name}",
+        frame="ask",
+        tip=own or query.name,
+    )

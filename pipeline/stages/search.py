@@ -1,0 +1,217 @@
+"""The search stage: what is like an image. Asked for alone it answers `search.query`, with no Ray;
+in a whole chain it makes a page of neighbours of some images of the set.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config.config import Config
+from pipeline.context import Context, result_line
+from pipeline.embed.vectors import VectorSet, open_vectors
+from pipeline.errors import DataError
+from pipeline.heartbeat import now
+from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
+from pipeline.search.decisions import Decisions
+from pipeline.search.ivf import even_rows
+from pipeline.search.page import QUERIES, Pictures, said_of, write_page
+from pipeline.search.queries import Asker, BadQuery, Query, Reading, asked_for
+from pipeline.search.search import open_search
+from pipeline.shards.columns import BAD_IMAGE_SCHEMA
+from pipeline.storage.places import delete_file, resolve_uri
+from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.storage.transfer import parquet_writer_atomic, upload, write_parquet_atomic
+from pipeline.uri import public
+
+log = logging.getLogger("pipeline.search")
+
+SAID = 3  # queries whose neighbours the console shows
+PAGE, TABLE, BAD = "search.html", "neighbours.parquet", "bad.parquet"
+
+
+def look_up(config: Config) -> None:
+    """Answers `search.query`: a table on the console, a page and parquet in the run folder.
+
+    Raises:
+        PipelineError: nothing is asked, there are no vectors, or a query cannot be used.
+    """
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    texts = asked_for(config.search.query)
+    vectors = _vectors(config, folder)
+    answers = _opened(config, vectors)
+    asker = Asker(vectors, answers.search, config.search.vectors_column, _reading(config))
+    shown: list[Answer] = []
+    queries = pairs = 0
+    table = folder.at("search", TABLE)
+    with parquet_writer_atomic(NEIGHBOURS, *resolve_uri(str(table))) as writer:
+        for batch in asker.batches(texts):
+            answered = answers.of(batch, config.search.k, config.search.min_similarity)
+            writer.write_table(rows := answers.table(answered))
+            shown += answered[: max(0, QUERIES - len(shown))]
+            queries, pairs = queries + len(batch), pairs + len(rows)
+            now(f"search: {queries:,} images asked for")
+        _list_bad(asker.bad, queries, folder)
+    for answer in shown if queries <= SAID else []:
+        _say(answers, answer)
+    texts = [_about(answers, config)]
+    if queries > len(shown):
+        texts.append(f"The first {len(shown)} of {queries:,} images that were asked for.")
+    if asker.bad:
+        texts.append(f"{len(asker.bad):,} files are no usable images; {BAD} lists them.")
+    page = _write_page(folder, answers, shown, Pictures.of(vectors, _most(config)), texts)
+    result_line("search", f"{pairs:,} neighbours of {queries:,} images: {public(table)}")
+    result_line("page", page)
+
+
+# ---- In a whole chain.
+
+
+def key(context: Context) -> str:
+    """Changes with the vectors and with what is asked."""
+    settings = context.config.search.model_dump(mode="json")
+    return fingerprint([_vectors(context.config, context.folder).key, settings])
+
+
+def intact(context: Context) -> bool:
+    """Whether the page is still there."""
+    return (context.folder.stage("search") / PAGE).is_file()
+
+
+def run(context: Context, tracker: Any) -> dict[str, Any]:
+    """A page of the neighbours of `search.images` images at even steps through the set's ids, which
+    are hashes: so they are any images, and the same ones each time.
+    """
+    config, folder = context.config, context.folder
+    vectors = _vectors(config, folder)
+    answers = _opened(config, vectors)
+    order = np.argsort(answers.ids, kind="stable")
+    rows = order[even_rows(vectors.rows, config.search.images)]
+    asked = answers.search.vectors_at(rows)
+    queries = [
+        Query(str(answers.ids[row]), int(row), vector=vector)
+        for row, vector in zip(rows, asked, strict=True)
+    ]
+    answered = answers.of(queries, config.search.k, config.search.min_similarity)
+    write_parquet_atomic(
+        answers.table(answered), *resolve_uri(str(folder.at("search", TABLE))), row_group_size=65_536
+    )
+    pictures = Pictures.of(vectors, _most(config))
+    about = _about(answers, config)
+    rule = f"{len(rows)} images at even steps through the ids of the set."
+    page = _write_page(folder, answers, answered, pictures, [about, rule])
+    text = f"neighbours of {len(rows)} images, {about}"
+    if agreed := _agreement(answers, answered):
+        text += f"; {agreed}"
+    result_line("search", text)
+    result_line("page", page)
+    tracker.artifact(folder.stage("search") / PAGE)
+    tracker.note(text)
+    index = answers.search.index
+    return {"text": text, "page": f"search/{PAGE}", "index": asdict(index) if index else None}
+
+
+def _agreement(answers: Answers, answered: list[Answer]) -> str:
+    """How many neighbours have the label of their query; "" without labels."""
+    same = pairs = 0
+    for answer in answered:
+        label = answers.labels[answer.query.row]
+        others = answers.labels[answer.rows]
+        if label >= 0:
+            same += int((others == label).sum())
+            pairs += int((others >= 0).sum())
+    return f"{same:,} of {pairs:,} neighbours have the label of their image" if pairs else ""
+
+
+# ---- What both do.
+
+
+def _vectors(config: Config, folder: RunFolder) -> VectorSet:
+    place = config.search.vectors or str(folder.uri or folder.path)
+    return open_vectors(place, "search.vectors")
+
+
+def _opened(config: Config, vectors: VectorSet) -> Answers:
+    settings = config.search
+    search = open_search(vectors, settings.vectors_column, settings.index, settings.memory_gib)
+    if search.zeros:
+        log.warning(
+            "search      %s vectors are zero: they have no direction and are like nothing",
+            f"{search.zeros:,}",
+        )
+    return Answers(vectors, search, Decisions.of(vectors.uri, settings.decisions))
+
+
+def _reading(config: Config) -> Reading:
+    return Reading(
+        image_column=config.data.image_column,
+        max_pixels=_most(config),
+        threads=config.resources.threads or 1,
+        model=config.search.model,
+    )
+
+
+def _most(config: Config) -> int:
+    return config.data.max_image_pixels
+
+
+def _about(answers: Answers, config: Config) -> str:
+    search = answers.search
+    how = f"index of {search.index.text()}" if search.index else "exact search"
+    model = public(str(answers.vectors.facts["model"]))
+    return f"{search.rows:,} images, {config.search.vectors_column} of {model}, {how}"
+
+
+def _say(answers: Answers, answer: Answer) -> None:
+    neighbours = answers.neighbours(answer)
+    result_line("query", public(answer.query.name))
+    if said := said_of(answer, neighbours):
+        result_line("", said)
+    for line in lines(neighbours) if neighbours else ():
+        result_line("", public(line))
+
+
+def _list_bad(bad: list[BadQuery], queries: int, folder: RunFolder) -> None:
+    """Writes the table of what cannot be asked for, or takes away that of another time.
+
+    Raises:
+        DataError: nothing can be asked for.
+    """
+    fs, path = resolve_uri(str(folder.at("search", BAD)))
+    if not bad:
+        delete_file(fs, path)
+        return
+    rows = [{**asdict(one), "stage": "search"} for one in bad]
+    write_parquet_atomic(pa.Table.from_pylist(rows, BAD_IMAGE_SCHEMA), fs, path, 65_536)
+    first = f"{public(bad[0].source)} ({bad[0].reason}: {bad[0].detail})"
+    if not queries:
+        raise DataError(f"none of {len(bad):,} files is a usable image; the first: {first}")
+    log.warning(
+        "search      %s files are no usable images, listed in %s; the first: %s",
+        f"{len(bad):,}",
+        public(folder.at("search", BAD)),
+        first,
+    )
+
+
+def _write_page(
+    folder: RunFolder,
+    answers: Answers,
+    shown: list[Answer],
+    pictures: Pictures,
+    texts: list[str],
+) -> str:
+    """Writes the page into the run folder; gives its place."""
+    if pictures.missing:
+        log.warning("search      %s", pictures.missing)
+    local: Path = folder.stage("search") / PAGE
+    write_page(local, answers, shown, pictures, texts)
+    place = folder.at("search", PAGE)
+    if folder.uri:
+        upload(local, *resolve_uri(str(place)))
+    return public(place)
