@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.embed.vectors import VectorSet
 from pipeline.search.decisions import Decision, Decisions
 from pipeline.search.exact import Floats, Ints
+from pipeline.search.ivf import even_rows
 from pipeline.search.queries import Query
 from pipeline.search.search import Search
 
@@ -92,6 +93,18 @@ class Answers:
             answers.append(Answer(query, values[near], places[near], best))
         return answers
 
+    def some_of_the_set(self, count: int) -> list[Query]:
+        """Images at even steps through the set's ids, which are hashes: any images, and the same
+        ones each time.
+        """
+        order = np.argsort(self.ids, kind="stable")
+        rows = order[even_rows(len(order), count)]
+        vectors = self.search.vectors_at(rows)
+        return [
+            Query(str(self.ids[row]), int(row), vector=vector)
+            for row, vector in zip(rows, vectors, strict=True)
+        ]
+
     def table(self, answers: Sequence[Answer]) -> pa.Table:
         """Answers as NEIGHBOURS, a row for each neighbour."""
         counts = [len(answer.rows) for answer in answers]
@@ -134,7 +147,7 @@ class Answers:
         """The name of a row's label, its number without names, "" where it is unknown."""
         label = int(self.labels[row])
         if 0 <= label < len(self.class_names):
-            return self.class_names[label]
+            return str(self.class_names[label])
         return str(label) if label >= 0 else ""
 
 

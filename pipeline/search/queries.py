@@ -7,7 +7,7 @@ the set names, once it is sure that this is the same model with the same preproc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
+from pipeline.embed.embedders import Embedder, open_embedder
 from pipeline.embed.vectors import VectorSet, open_vectors
-from pipeline.errors import DataError, PipelineError, one_line
+from pipeline.errors import DataError, one_line
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import MAX_PIXELS, decode_image
 from pipeline.images.kinds import is_table, named_as_image
 from pipeline.images.value_range import FULL, from_json
+from pipeline.search.model import model_of
 from pipeline.search.search import Search
-from pipeline.shards.columns import image_id
+from pipeline.shards.columns import BAD_IMAGE_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shard_set import open_parquet
 from pipeline.shards.shards import open_shards
@@ -267,42 +268,8 @@ class Asker:
         Raises:
             DataError: it is not where it was, or is another by now.
         """
-        return open_embedder(self._spec(), threads=self.reading.threads)
-
-    def _spec(self) -> Any:
-        facts, reading = self.vectors.facts, self.reading
-        model = reading.model or str(facts["model"])
-        hint = (
-            "name where the model is with search.model=…, or ask for images of the set by their "
-            "ids, which needs no model"
-        )
-        try:
-            spec = embedder_of(
-                model,
-                image_size=facts["image_size"],
-                batch_size=reading.batch_size,
-                mean=facts["mean"],
-                std=facts["std"],
-            )
-        except (PipelineError, OSError) as error:
-            raise DataError(
-                f"the image is not in the set, and the model of its vectors cannot be opened: "
-                f"{one_line(error)}",
-                hint,
-            ) from error
-        for what, mine, theirs in (
-            ("weights", spec.digest, facts["digest"]),
-            ("image size", spec.image_size, facts["image_size"]),
-            ("mean", list(spec.mean), list(facts["mean"])),
-            ("standard deviation", list(spec.std), list(facts["std"])),
-        ):
-            if mine != theirs:
-                raise DataError(
-                    f"{public(model)} is not the model of the vectors any more: its {what} "
-                    f"{'are' if what == 'weights' else 'is'} {mine}, the vectors have {theirs}",
-                    hint,
-                )
-        return spec
+        spec = model_of(self.vectors, self.reading.model, self.reading.batch_size)
+        return open_embedder(spec, threads=self.reading.threads)
 
     # ---- Ids.
 
@@ -339,6 +306,13 @@ def asked_for(query: str) -> list[str]:
             "query=photo.jpg, an image id, a folder of images, or a parquet file",
         )
     return texts
+
+
+def bad_table(bad: Sequence[BadQuery]) -> pa.Table:
+    """What cannot be asked for, as every stage lists bad images."""
+    return pa.Table.from_pylist(
+        [{**asdict(one), "stage": "search"} for one in bad], BAD_IMAGE_SCHEMA
+    )
 
 
 def _bytes(text: str, fs: pafs.FileSystem, path: str) -> bytes:

@@ -9,9 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.embed.vectors import VectorSet, open_vectors
@@ -19,11 +16,9 @@ from pipeline.errors import DataError
 from pipeline.heartbeat import now
 from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
 from pipeline.search.decisions import Decisions
-from pipeline.search.ivf import even_rows
 from pipeline.search.page import QUERIES, Pictures, said_of, write_page
-from pipeline.search.queries import Asker, BadQuery, Query, Reading, asked_for
+from pipeline.search.queries import Asker, BadQuery, Reading, asked_for, bad_table
 from pipeline.search.search import open_search
-from pipeline.shards.columns import BAD_IMAGE_SCHEMA
 from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.storage.transfer import parquet_writer_atomic, upload, write_parquet_atomic
@@ -84,28 +79,22 @@ def intact(context: Context) -> bool:
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """A page of the neighbours of `search.images` images at even steps through the set's ids, which
-    are hashes: so they are any images, and the same ones each time.
-    """
+    """A page of the neighbours of `search.images` images, see `some_of_the_set`."""
     config, folder = context.config, context.folder
     vectors = _vectors(config, folder)
     answers = _opened(config, vectors)
-    order = np.argsort(answers.ids, kind="stable")
-    rows = order[even_rows(vectors.rows, config.search.images)]
-    asked = answers.search.vectors_at(rows)
-    queries = [
-        Query(str(answers.ids[row]), int(row), vector=vector)
-        for row, vector in zip(rows, asked, strict=True)
-    ]
+    queries = answers.some_of_the_set(config.search.images)
     answered = answers.of(queries, config.search.k, config.search.min_similarity)
     write_parquet_atomic(
-        answers.table(answered), *resolve_uri(str(folder.at("search", TABLE))), row_group_size=65_536
+        answers.table(answered),
+        *resolve_uri(str(folder.at("search", TABLE))),
+        row_group_size=65_536,
     )
     pictures = Pictures.of(vectors, _most(config))
     about = _about(answers, config)
-    rule = f"{len(rows)} images at even steps through the ids of the set."
+    rule = f"{len(queries)} images at even steps through the ids of the set."
     page = _write_page(folder, answers, answered, pictures, [about, rule])
-    text = f"neighbours of {len(rows)} images, {about}"
+    text = f"neighbours of {len(queries)} images, {about}"
     if agreed := _agreement(answers, answered):
         text += f"; {agreed}"
     result_line("search", text)
@@ -186,8 +175,7 @@ def _list_bad(bad: list[BadQuery], queries: int, folder: RunFolder) -> None:
     if not bad:
         delete_file(fs, path)
         return
-    rows = [{**asdict(one), "stage": "search"} for one in bad]
-    write_parquet_atomic(pa.Table.from_pylist(rows, BAD_IMAGE_SCHEMA), fs, path, 65_536)
+    write_parquet_atomic(bad_table(bad), fs, path, 65_536)
     first = f"{public(bad[0].source)} ({bad[0].reason}: {bad[0].detail})"
     if not queries:
         raise DataError(f"none of {len(bad):,} files is a usable image; the first: {first}")
