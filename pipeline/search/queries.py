@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipeline.embed.embedders import Embedder, open_embedder
+from pipeline.embed.embedders import Embedder
 from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import DataError, one_line
 from pipeline.images.bad_image import BadImage
@@ -268,8 +268,8 @@ class Asker:
         Raises:
             DataError: it is not where it was, or is another by now.
         """
-        spec = model_of(self.vectors, self.reading.model, self.reading.batch_size)
-        return open_embedder(spec, threads=self.reading.threads)
+        reading = self.reading
+        return model_of(self.vectors, reading.model, reading.batch_size, reading.threads)
 
     # ---- Ids.
 
