@@ -56,7 +56,7 @@ def model_of(
 def _check(model: str, what: str, now: Any, then: Any) -> None:
     if now != then:
         raise DataError(
-            f"{public(model)} is not the model of the vectors: its {what} is {now or 'none'}, that of the "
-            f"vectors is {then}",
+            f"{public(model)} is not the model of the vectors: its {what} is {now or 'none'}, that "
+            f"of the vectors is {then}",
             HINT,
         )

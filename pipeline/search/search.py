@@ -22,6 +22,7 @@ EXACT_ROWS = 1_000_000  # `auto` takes an index above: exact search then takes o
 MEMORY_GIB = 4.0
 BLOCK_ROWS = 65_536
 SINGLE_READS = 8  # rows that are read one by one; for more the whole set is read once
+INSTALL = "from the clone: python -m pip install -c constraints.txt -e '.[search]'"
 
 Array = np.ndarray[Any, Any]
 Index = Literal["auto", "exact", "ivf"]
@@ -183,12 +184,12 @@ def _takes_index(rows: int, index: Index) -> bool:
     if index == "ivf":
         raise ConfigError(
             "search.index=ivf needs faiss, which is not installed",
-            "pip install 'raydino[search]', or search.index=exact",
+            f"{INSTALL}, or search.index=exact",
         )
     log.warning(
-        "index       faiss is not installed, so each search goes through all %s vectors "
-        "(pip install 'raydino[search]')",
+        "index       faiss is not installed, so each search goes through all %s vectors (%s)",
         f"{rows:,}",
+        INSTALL,
     )
     return False
 
