@@ -84,7 +84,9 @@ def write_page(
     sections: list[Section] = []
     if notes := [*texts[1:], pictures.missing] if pictures.missing else texts[1:]:
         sections.append(Text("\n\n".join(notes)))
-    for answer in shown:
+    for number, answer in enumerate(shown, 1):
+        title = _title(answers, answer.query)
+        sections.append(Heading(f"{number}. {title}" if len(shown) > 1 else title))
         sections += _sections(answers, answer, pictures)
     write_report(path, "Images that are alike", sections, texts[0])
 
@@ -105,10 +107,16 @@ def _sections(answers: Answers, answer: Answer, pictures: Pictures) -> list[Sect
         "decision": [one.decision.text if one.decision else "" for one in neighbours],
     }
     return [
-        Heading(answer.query.name),
         Gallery(groups, tile=TILE),
         Table({name: values for name, values in columns.items() if any(map(str, values))}),
     ]
+
+
+def _title(answers: Answers, query: Query) -> str:
+    """The file's name; of an image of the set the last part of its source."""
+    known = query.row >= 0 and query.name == str(answers.ids[query.row])
+    name = str(answers.sources[query.row]) if known else query.name
+    return name.rstrip("/").rpartition("/")[2] or query.name
 
 
 def said_of(answer: Answer, neighbours: Sequence[Neighbour]) -> str:

@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
     "look": look,
 }
 ORDER = tuple(STAGES)
-USES = ("embed", "look")  # in a whole chain only where their section is enabled
+USES = ("embed", "search", "look")  # in a whole chain only where their section is enabled
 
 
 def run(config: Config, stages: Sequence[str]) -> None:
@@ -132,7 +132,12 @@ def _is_input(context: Context, name: str) -> bool:
     if name == "curate":
         return not context.config.curate.preset and not context.only
     if name in USES:
-        enabled = {"embed": context.config.embed.enabled, "look": context.config.look.enabled}
+        config = context.config
+        enabled = {
+            "embed": config.embed.enabled,
+            "search": config.search.enabled,
+            "look": config.look.enabled,
+        }
         return not enabled[name] and not context.only
     if name != "pack" or context.config.data.source:
         return False
