@@ -12,4 +12,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 from pipeline.job import main
 
 if __name__ == "__main__":
-    main(["pack", "curate", "pretrain", "evaluate", "export", "embed", "look"], __doc__)
+    main(["pack", "curate", "pretrain", "evaluate", "export", "embed", "search", "look"], __doc__)

@@ -15,14 +15,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 
 from pipeline.job import main
 
-SHORT = {
-    "vectors": "search.vectors",
-    "query": "search.query",
-    "k": "search.k",
-    "index": "search.index",
-    "model": "search.model",
-    "min_similarity": "search.min_similarity",
-}
-
 if __name__ == "__main__":
-    main(["search"], __doc__, shorthand=SHORT)
+    main(
+        ["search"],
+        __doc__,
+        shorthand={
+            "vectors": "search.vectors",
+            "query": "search.query",
+            "k": "search.k",
+            "index": "search.index",
+            "model": "search.model",
+            "min_similarity": "search.min_similarity",
+        },
+    )

@@ -15,6 +15,7 @@ Sections stand in the order given, two beside each other where they are not `wid
 * `Text`, `Table`, `Matrix` (counts that add up), `Numbers` (the few to know, large);
 * `Picture` and `Gallery` of `Group`s of `Tile`s, `Mosaic`: see `pictures.py` for what an image is;
 * `Chart` (curves), `Histogram`, `Bars`, `Points`: see `charts.py`;
+* `Links`: to other pages;
 * `Heading`: begins a chapter; the contents at the top lead to it.
 
 All words are escaped. Tags are in `sections.html.j2`, a macro for each kind of section; the frame
@@ -37,9 +38,9 @@ from pipeline.track.state import atomic_write
 from pipeline.uri import public
 
 __all__ = [
-    "Bar", "Bars", "Chart", "Column", "Gallery", "Group", "Heading", "Histogram", "Mark", "Matrix",
-    "Mosaic", "Numbers", "Picture", "Points", "Section", "Table", "Text", "Tile", "render",
-    "write_report",
+    "Bar", "Bars", "Chart", "Column", "Gallery", "Group", "Heading", "Histogram", "Links", "Mark",
+    "Matrix", "Mosaic", "Numbers", "Picture", "Points", "Section", "Table", "Text", "Tile",
+    "render", "write_report",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -118,6 +119,16 @@ class Heading:
     def anchor(self) -> str:
         """Its id on the page."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-") or "chapter"
+
+
+@dataclass(frozen=True)
+class Links:
+    """Other pages: (words, address), one a line."""
+
+    links: Sequence[tuple[str, str]]
+    title: str = ""
+    wide: bool = True
+    kind = "links"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from pipeline.driver.signals import ended_by_sigterm
 from pipeline.embed.embedders import absolute_model
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
-from pipeline.report.page import Table
+from pipeline.report.page import Links, Section, Table
 from pipeline.report.run_report import run_report
 from pipeline.stages import curate, embed, evaluate, export, look, pack, pretrain, search
 from pipeline.stages.checks import check_start
@@ -222,7 +222,11 @@ def _report(context: Context) -> None:
     """`report.html` of the run folder, and the results on the page of the pipeline run."""
     known = {name: context.folder.last(name) for name in ORDER} | context.results
     lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
-    sections = [Table({"stage": list(lines), "result": list(lines.values())}, "Results")]
+    sections: list[Section] = [
+        Table({"stage": list(lines), "result": list(lines.values())}, "Results")
+    ]
+    if pages := _pages(context, known):
+        sections.append(Links(pages, "Pages"))
     name = context.config.run.name
     report = run_report(context.folder.path, name, context.config.data.source, sections)
     log.info("report      %s", public(context.folder.at(report.name)))
@@ -232,6 +236,16 @@ def _report(context: Context) -> None:
     best = lines.get("evaluate", last)
     rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
     tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
+
+
+def _pages(context: Context, results: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Pages that stages have written, each by its stage, as links in the run's folder."""
+    home = f"{context.folder.at()}/"
+    pages = {name: str(result["page"]) for name, result in results.items() if "page" in result}
+    return [
+        (f"{name}: {page.rpartition('/')[2]}", public(page.removeprefix(home)))
+        for name, page in pages.items()
+    ]
 
 
 # ---- The config as stages get it.

@@ -102,7 +102,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.artifact(folder.stage("search") / PAGE)
     tracker.note(text)
     index = answers.search.index
-    return {"text": text, "page": f"search/{PAGE}", "index": asdict(index) if index else None}
+    return {"text": text, "page": page, "index": asdict(index) if index else None}
 
 
 def _agreement(answers: Answers, answered: list[Answer]) -> str:
@@ -121,7 +121,7 @@ def _agreement(answers: Answers, answered: list[Answer]) -> str:
 
 
 def _vectors(config: Config, folder: RunFolder) -> VectorSet:
-    place = config.search.vectors or str(folder.uri or folder.path)
+    place = config.search.vectors or config.embed.vectors or str(folder.uri or folder.path)
     return open_vectors(place, "search.vectors")
 
 
