@@ -281,10 +281,13 @@ def spec_of(reading: Reading, chunk: int, store_bytes: float = 2**30) -> StreamS
 
 
 def packed(photos: str, folder: Path) -> Any:
-    from pipeline.pack.pack import pack
+    from pipeline.pack.pack import PackPlaces, pack
 
-    pack(photos, str(folder / "shards"), bad_images=str(folder / "bad.parquet"),
-         scratch=str(folder / "work"))  # fmt: skip
+    pack(
+        photos,
+        str(folder / "shards"),
+        PackPlaces(bad_images=str(folder / "bad.parquet"), scratch=str(folder / "work")),
+    )
     return open_shards(str(folder / "shards"))
 
 

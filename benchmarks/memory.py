@@ -21,7 +21,7 @@ import torch
 from pipeline import api
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import resolve
+from pipeline.plan.plan import SetFacts, resolve
 from pipeline.train import build
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def measure(recipe: str, batch: int, precision: str, steps: int) -> None:
         f"optim.global_batch_size={batch}", f"train.precision={precision}",
     ])  # fmt: skip
     machine = Machine(cpus=2, gpus=0, bfloat16=True)
-    plan = resolve(config, images=10_000, digest="d", class_names=(), machine=machine)
+    plan = resolve(config, SetFacts(10000, "d"), machine=machine)
     before, peaks, ended = used(), [0.0], threading.Event()
 
     def watch() -> None:

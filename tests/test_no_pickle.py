@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, DamagedError, DataError, PipelineError
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import decode_image
 from pipeline.model.read import read_weights
-from pipeline.pack.pack import pack
+from pipeline.pack.pack import PackPlaces, pack
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder
@@ -186,8 +186,7 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
         pack(
             str(tmp_path / "set"),
             str(tmp_path / "out"),
-            bad_images=str(tmp_path / "bad.parquet"),
-            scratch=str(tmp_path / "work"),
+            PackPlaces(bad_images=str(tmp_path / "bad.parquet"), scratch=str(tmp_path / "work")),
         )
     except PipelineError as error:
         assert column in ("image", "label"), error

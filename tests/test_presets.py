@@ -13,7 +13,7 @@ import torch
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.plan.resume import value_at
 from pipeline.train import build
 
@@ -28,7 +28,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
 def plan(config: Config, gpus: int) -> Plan:
     machine = Machine(cpus=16 * gpus, gpus=gpus, bfloat16=True)
-    return resolve(config, images=IMAGENET, digest="d", class_names=(), machine=machine)
+    return resolve(config, SetFacts(IMAGENET, "d"), machine=machine)
 
 
 def card_of(path: Path) -> str:

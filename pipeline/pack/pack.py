@@ -35,7 +35,7 @@ from pipeline.storage.places import absolute_uri, public_uri, resolve_uri
 from pipeline.storage.transfer import write_bytes_atomic
 from pipeline.uri import join, parent
 
-__all__ = ["MAX_IMAGE_BYTES", "PackOptions", "PackReport", "pack"]
+__all__ = ["MAX_IMAGE_BYTES", "PackOptions", "PackPlaces", "PackReport", "pack"]
 log = logging.getLogger("pipeline.pack")
 
 RGB = 3  # channels
@@ -124,15 +124,35 @@ def _storage_errors() -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class PackPlaces:
+    """Where a pack writes what are no shards; paths or pyarrow URIs.
+
+    Attributes:
+        bad_images: the table of bad images (parquet), written before anything can fail on them.
+        scratch: folder for intermediate files, as large as the images; emptied at the end.
+        other_files: the table (parquet) of files that are no images and were left alone; default:
+            `other_files.parquet` beside `bad_images`.
+    """
+
+    bad_images: str
+    scratch: str
+    other_files: str = ""
+
+    def absolute(self) -> PackPlaces:
+        """The same from any working directory, with the default filled in."""
+        bad_images = absolute_uri(self.bad_images)
+        others = self.other_files or str(join(parent(bad_images)[0], "other_files.parquet"))
+        return PackPlaces(bad_images, absolute_uri(self.scratch), others)
+
+
 @_storage_errors()
 def pack(
     source: str,
     shards: str,
+    places: PackPlaces,
     options: PackOptions | None = None,
     *,
-    bad_images: str,
-    scratch: str,
-    other_files: str = "",
     field: str = "data.source",
     on_progress: Progress | None = None,
 ) -> PackReport:
@@ -143,11 +163,8 @@ def pack(
             several of them with commas between; paths or pyarrow URIs.
         shards: folder for the shards and their manifest. An older pack of the same source there is
             replaced.
+        places: of the lists and the intermediate files.
         options: how.
-        bad_images: path of the bad image table (parquet), written before anything can fail on it.
-        scratch: folder for intermediate files, as large as the images; emptied at the end.
-        other_files: path of the table (parquet) of files that are no images and were left alone;
-            default: `other_files.parquet` beside `bad_images`.
         field: of the config, for sentences about the source.
         on_progress: called with ("read" or "write", tasks done, tasks in all).
 
@@ -157,13 +174,14 @@ def pack(
     """
     begin = time.monotonic()
     options = options or PackOptions()
-    shards, scratch, bad_images = (absolute_uri(str(uri)) for uri in (shards, scratch, bad_images))
-    source = absolute_source(str(source))
-    other_files = other_files or str(join(parent(bad_images)[0], "other_files.parquet"))
+    source, shards = absolute_source(str(source)), absolute_uri(str(shards))
+    places = places.absolute()
+    scratch = places.scratch
 
     # What is there, and whether it is packed already.
     listing = list_source(source, follow_links=options.follow_links, field=field)
-    check_places(source, {"shards": shards, "work": scratch, "bad_images": bad_images}, field)
+    outputs = {"shards": shards, "work": scratch, "bad_images": places.bad_images}
+    check_places(source, outputs, field)
     key = ledger.key_of(listing, [source, shards, *options.key()])
     if (finished := ledger.finished(scratch, key, shards)) is not None:
         log.info("%s is packed already, nothing to do", shards)
@@ -190,8 +208,8 @@ def pack(
         # First pass: every image is read and verified. What is bad is listed before it is judged.
         sample = Sample()
         read = _read_all(plan.tasks, spec, sample, on_progress)
-        places = {"source": source, "bad_images": bad_images, "other_files": other_files}
-        outcome = Outcome.of(listing, plan, read, **places)
+        listed_in = {"bad_images": places.bad_images, "other_files": places.other_files}
+        outcome = Outcome.of(listing, plan, read, source=source, **listed_in)
         outcome.write()
         outcome.check(options.max_bad_fraction)
 

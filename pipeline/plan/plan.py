@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -140,28 +141,29 @@ class Plan(BaseModel):
         return evaluation_size(self.config)
 
 
-def resolve(
-    config: Config,
-    *,
-    images: int,
-    digest: str,
-    class_names: tuple[str, ...],
-    machine: Machine,
-    image_bytes: float = 0.0,
-    layout: str = "",
-    value_range: Literal["full"] | tuple[float, float] | None = None,
-) -> Plan:
-    """Turns passes into steps, scales the lr, picks workers, batch and precision.
+@dataclass(frozen=True)
+class SetFacts:
+    """What a plan needs to know of the set of images.
 
-    Args:
-        config: the recipe.
-        images: of the set.
-        digest: of the set.
-        class_names: of the set.
-        machine: where it runs.
+    Attributes:
+        images: that it has.
+        digest: of all of them.
+        class_names: by class id; none where the set has no names.
         image_bytes: mean size of an encoded image; large ones make the shuffle window shorter.
         layout: of the set's row groups, see `stream.order.layout_of`.
-        value_range: that the set's images are decoded with, see `shards.set_range`.
+        value_range: that the images are decoded with, see `shards.set_range`.
+    """
+
+    images: int
+    digest: str
+    class_names: tuple[str, ...] = ()
+    image_bytes: float = 0.0
+    layout: str = ""
+    value_range: Literal["full"] | tuple[float, float] | None = None
+
+
+def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
+    """Turns passes into steps, scales the lr, picks workers, batch and precision.
 
     Raises:
         ConfigError: where the numbers cannot work together, with all that is wrong.
@@ -180,12 +182,12 @@ def resolve(
         )
     parts = (sizes[-1] if sizes else 1) * train.accumulation
     share = max(1, batch // parts)
-    if images < batch:
+    if data.images < batch:
         problems.append(
-            f"optim.global_batch_size={batch} is more than the {images} images of the set; "
+            f"optim.global_batch_size={batch} is more than the {data.images} images of the set; "
             "a pass needs at least one step"
         )
-    steps_per_pass = max(1, images // batch)
+    steps_per_pass = max(1, data.images // batch)
     if optim.steps is None and optim.passes is None:
         problems.append("optim.passes or optim.steps must say how long the run is")
     steps = optim.steps or max(1, round((optim.passes or 1) * steps_per_pass))
@@ -207,23 +209,23 @@ def resolve(
         raise no_room(config, machine, sizes[0], per_worker, feeder_cpus)
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
-    window = window_of(config.data.shuffle_images, batch, image_bytes)
-    chunk = chunk_of(math.gcd(share, window), view_bytes(config), image_bytes)
+    window = window_of(config.data.shuffle_images, batch, data.image_bytes)
+    chunk = chunk_of(math.gcd(share, window), view_bytes(config), data.image_bytes)
     accumulation = parts // arrangement.workers
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
         config=config,
-        images=images,
-        digest=digest,
-        layout=layout,
-        value_range=value_range,
-        class_names=class_names,
+        images=data.images,
+        digest=data.digest,
+        layout=data.layout,
+        value_range=data.value_range,
+        class_names=data.class_names,
         device=device,
         workers=arrangement.workers,
         sizes=sizes,
         steps=steps,
         steps_per_pass=steps_per_pass,
-        dropped_per_pass=images - steps_per_pass * batch,
+        dropped_per_pass=data.images - steps_per_pass * batch,
         worker_batch=share * accumulation,
         micro_batch=share,
         accumulation=accumulation,

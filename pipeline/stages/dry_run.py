@@ -11,7 +11,7 @@ from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import resolve
+from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, fits, look
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
@@ -165,7 +165,7 @@ def _curation_needs(
 def _say_training(
     config: Config, folder: RunFolder, machine: Machine, images: int, digest: str, needs: Needs
 ) -> None:
-    plan = resolve(config, images=images, digest=digest, class_names=(), machine=machine)
+    plan = resolve(config, SetFacts(images, digest), machine=machine)
     if digest not in (NOT_PACKED, NOT_CURATED):
         check_resume(config, digest, folder)
     plan = start.located(plan, state.latest(folder.checkpoints))

@@ -25,6 +25,7 @@ from pipeline.model.weights import (
 )
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
 from pipeline.storage.run_folder import fingerprint, write_json
+from pipeline.track import ModelCard
 from pipeline.train import build
 from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
@@ -74,16 +75,16 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))
     tracker.artifact(folder / "config.json", "weights")
     now("export: logging the model")
-    tracker.model(
-        folder,
-        context.config.track.model_name,
-        score,
+    card = ModelCard(
+        name=context.config.track.model_name,
+        score=score,
         note=text,
         image_size=config.augment.global_size,
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
     )
+    tracker.model(folder, card)
     size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)
     return {
         "text": text,

@@ -13,7 +13,7 @@ from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
 from pipeline.pack import ledger, source_places
 from pipeline.pack.listing import Listing, list_source
-from pipeline.pack.pack import PackOptions, PackReport, pack
+from pipeline.pack.pack import PackOptions, PackPlaces, PackReport, pack
 from pipeline.pack.source_places import absolute_source
 from pipeline.shards.shards import open_shards
 from pipeline.stages.known_sets import builtin_part
@@ -152,10 +152,12 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         report = pack(
             source,
             shards,
+            PackPlaces(
+                bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
+                scratch=str(context.folder.at("pack", f"work_{name}")),
+                other_files=str(_other_files(context, name)),
+            ),
             _options(context.config, FIELDS[name]),
-            bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
-            other_files=str(_other_files(context, name)),
-            scratch=str(context.folder.at("pack", f"work_{name}")),
             field=FIELDS[name],
             on_progress=partial(_progress, name),
         )

@@ -12,10 +12,11 @@ from pipeline.track.driver import Pipeline, open_pipeline
 from pipeline.track.endpoint import JOURNAL_ONLY, links
 from pipeline.track.sender import sync
 from pipeline.track.settings import TrackSettings
-from pipeline.track.tracker import NullTracker, Tracker, tracker_from
+from pipeline.track.tracker import ModelCard, NullTracker, Tracker, tracker_from
 
 __all__ = [
     "JOURNAL_ONLY",
+    "ModelCard",
     "NullTracker",
     "Pipeline",
     "TrackSettings",

@@ -30,11 +30,8 @@ class Pipeline:
         tracker: reports to the pipeline run.
     """
 
-    def __init__(
-        self, settings: TrackSettings, sender: Sender | None, name: str, continued: bool
-    ) -> None:
-        self.settings, self._sender = settings, sender
-        self._name, self._continued = name, continued
+    def __init__(self, settings: TrackSettings, sender: Sender | None, name: str) -> None:
+        self.settings, self._sender, self._name = settings, sender, name
         self._stages: dict[str, Tracker] = {}
         self._journal = Journal(Path(settings.run_folder) / FILE_NAME)
         self.tracker = Tracker(replace(settings, stage=PIPELINE, system_metrics=False), sender)
@@ -73,9 +70,8 @@ class Pipeline:
         if parent:
             spec["parent"] = parent
         kept = {k: cut(str(v), TAG_LIMIT) for k, v in {**_origin(), **(tags or {})}.items()}
-        find = {"find": True} if self._continued else {}
         attempt = self._journal.attempt(run)
-        self._journal.append(run, open={**spec, **find, "tags": kept}, attempt=attempt)
+        self._journal.append(run, open={**spec, "tags": kept}, attempt=attempt)
 
     def end_stage(self, stage: str, status: Status = "FINISHED") -> None:
         """Ends a stage's run; for a chain of stages, where the pipeline goes on."""
@@ -106,8 +102,6 @@ def open_pipeline(
     name: str,
     *,
     nodes: int = 1,
-    resume: bool = False,
-    params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
     wait: float = 30.0,
@@ -121,8 +115,6 @@ def open_pipeline(
         settings: run folder, experiment and server; `stage` is not used.
         name: name of the run.
         nodes: nodes of the Ray cluster; with several of them no local server is started.
-        resume: the run goes on elsewhere, so look for it on the server by its name.
-        params: at most 8 short ones; the rest belongs into `config`.
         tags: further tags, e.g. recipe and config.hash.
         config: file with the full config, sent as an artifact.
         wait: seconds to wait for a server that is given.
@@ -141,10 +133,8 @@ def open_pipeline(
         uri = JOURNAL_ONLY if isinstance(where, Database) else where.id
         uri = LOCAL if isinstance(where, LocalServer) else uri
         settings = replace(settings, uri=uri, key=sender.state.key)
-    pipeline = Pipeline(settings, sender, name, resume)
+    pipeline = Pipeline(settings, sender, name)
     pipeline.open(PIPELINE, name, tags)
-    if params:
-        pipeline.tracker.params(params)
     if config:
         pipeline.tracker.artifact(config)
     if sender is not None:

@@ -52,13 +52,11 @@ class Runs:
                     raise
                 self._say_deleted(spec["pipeline"])  # for good, or with the whole database
                 del self.known.runs[run]
-        tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
         if run not in self.known.runs:
             run_id = self._find({"pipeline.key": self.key, "pipeline.stage": run})
-            if run_id is None and spec.get("find"):
-                run_id = self._find(tags)
             if run_id is not None:
                 self.known.runs[run] = run_id
+        tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
         tags |= {"pipeline.key": self.key, "stage": run, "attempt": str(event["attempt"])}
         tags |= spec.get("tags", {})
         if parent := spec.get("parent"):  # which may be another one than before

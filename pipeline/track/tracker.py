@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, cast
 
@@ -48,6 +49,29 @@ def plain(value: Any) -> Any:
 TABLE_ROWS = 500
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What MLflow is told of exported weights, and which images they take.
+
+    Attributes:
+        name: registered model; empty: log it, do not register.
+        score: k-NN accuracy; alias `best` moves to this version if it is the highest.
+        note: description of the version.
+        image_size: side of the crop; 0: the backbone's.
+        mean: per channel, of values in 0 to 1; default: ImageNet's.
+        std: likewise.
+        value_range: of images of more than 8 bits, that becomes 0 to 255.
+    """
+
+    name: str = ""
+    score: float | None = None
+    note: str = ""
+    image_size: int = 0
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    value_range: Any = "full"
 
 
 class Tracker:
@@ -148,32 +172,14 @@ class Tracker:
         self._write(artifact={"file": self._spooled(Path(path)), "folder": folder})
 
     @harmless
-    def model(
-        self,
-        weights: str | Path,
-        name: str = "",
-        score: float | None = None,
-        note: str = "",
-        image_size: int = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        value_range: Any = "full",
-    ) -> None:
+    def model(self, weights: str | Path, card: ModelCard) -> None:
         """Logs exported weights as an MLflow model, see embedder.py.
 
         Args:
             weights: folder with safetensors and config.json.
-            name: registered model; empty: log it, do not register.
-            score: k-NN accuracy; alias `best` moves to this version if it is the highest.
-            note: description of the version.
-            image_size: side of the crop; default: the backbone's.
-            mean: per channel, of values in 0 to 1; default: ImageNet's.
-            std: likewise.
-            value_range: of images of more than 8 bits, that becomes 0 to 255.
+            card: what is known of them.
         """
-        spec = {"folder": self._spooled(Path(weights)), "name": name, "score": score, "note": note}
-        pixels = {"image_size": image_size, "mean": mean, "std": std, "value_range": value_range}
-        self._write(model=spec | pixels)
+        self._write(model={"folder": self._spooled(Path(weights)), **asdict(card)})
 
     @harmless
     def line(self, event: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.heartbeat import doing
 from pipeline.images.value_range import FULL, ValueRange, shown
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.plan.resume import changes, plan_of
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import ShardSet
@@ -52,13 +52,15 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
     """The plan of a config on a shard set and a cluster."""
     return resolve(
         config,
-        images=shards.rows,
-        digest=shards.digest,
-        class_names=shards.class_names,
+        SetFacts(
+            shards.rows,
+            shards.digest,
+            class_names=shards.class_names,
+            image_bytes=shards.image_bytes,
+            layout=layout_of(group_rows(shards)),
+            value_range=_ranged(config, shards).value_range,
+        ),
         machine=machine,
-        image_bytes=shards.image_bytes,
-        layout=layout_of(group_rows(shards)),
-        value_range=_ranged(config, shards).value_range,
     )
 
 

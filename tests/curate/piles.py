@@ -82,9 +82,11 @@ def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> Shar
     packing.pack(
         str(source),
         str(shards),
+        packing.PackPlaces(
+            bad_images=str(shards.with_name(f"{shards.name}.bad.parquet")),
+            scratch=str(shards.with_name(f"{shards.name}.work")),
+        ),
         packing.PackOptions(**options),
-        bad_images=str(shards.with_name(f"{shards.name}.bad.parquet")),
-        scratch=str(shards.with_name(f"{shards.name}.work")),
     )
     return open_shards(str(shards))
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.images.bad_image import REASONS, BadImage
 from pipeline.pack import pack as packing
-from pipeline.pack.pack import PackOptions, pack
+from pipeline.pack.pack import PackOptions, PackPlaces, pack
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.stream.decoder import make_chunk
@@ -33,9 +33,8 @@ def packed(source: Path, place: Path) -> Any:
     return pack(
         str(source),
         str(place / "shards"),
+        PackPlaces(bad_images=str(place / "bad.parquet"), scratch=str(place / "work")),
         PackOptions(max_bad_fraction=0.5, row_group_images=8),
-        bad_images=str(place / "bad.parquet"),
-        scratch=str(place / "work"),
     )
 
 

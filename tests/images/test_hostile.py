@@ -20,7 +20,7 @@ from pipeline.images.bad_image import pixel_limit
 from pipeline.images.decode import BadImage, decode, decode_shrunk, image_size
 from pipeline.pack import pack as packing
 from pipeline.pack.listing import list_source
-from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, PackOptions, pack
+from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, PackOptions, PackPlaces, pack
 from pipeline.pack.sorted_runs import PackSpec, write_runs
 from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.row_group import read_row_group
@@ -209,10 +209,14 @@ def check_pack(tmp_path: Path, fill) -> None:
     root.mkdir()
     odd = fill(root)
     before = files_under(tmp_path)
-    report = pack(str(root), str(tmp_path / "out" / "shards"),
-                  PackOptions(max_bad_fraction=1.0),
-                  bad_images=str(tmp_path / "out" / "bad.parquet"),
-                  scratch=str(tmp_path / "out" / "work"))  # fmt: skip
+    report = pack(
+        str(root),
+        str(tmp_path / "out" / "shards"),
+        PackPlaces(
+            bad_images=str(tmp_path / "out" / "bad.parquet"), scratch=str(tmp_path / "out" / "work")
+        ),
+        PackOptions(max_bad_fraction=1.0),
+    )
     assert report.images_packed == len(GOOD) and report.duplicates == 0
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
     left = pq.read_table(tmp_path / "out" / "other_files.parquet").to_pylist()

@@ -234,16 +234,16 @@ def eight_bits(tmp_path, packing):
     """A pack of a plain JPEG: `full`, and no range that is used. Also what is said of it."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.jpg").write_bytes(pillow(values(255, dtype="u1"), "JPEG"))
-    places = {"bad_images": str(tmp_path / "p.parquet"), "scratch": str(tmp_path / "p_work")}
-    report = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places)
+    places = packing.PackPlaces(str(tmp_path / "p.parquet"), str(tmp_path / "p_work"))
+    report = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places)
     assert (report.value_range, report.used_range) == (FULL, None)
     assert sentence(None, (0, 4095)) == sentence(None, FULL) == ""
     manifest = json.loads((tmp_path / "p" / "_manifest.json").read_text())
     assert (manifest["value_range"], manifest["used_range"]) == (FULL, None)
     stored = tmp_path / "p_work" / "report.json"
-    assert packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places) == report
+    assert packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places) == report
     stored.write_text(stored.read_text().replace('"full"', "[1]"))  # edited: packed again
-    again = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), **places)
+    again = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places)
     assert again.value_range == FULL
     return open_shards(str(tmp_path / "p")), report
 
@@ -260,9 +260,10 @@ def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
         report = packing.pack(
             str(tmp_path / name),
             str(folder / "shards"),
+            packing.PackPlaces(
+                bad_images=str(folder / "bad.parquet"), scratch=str(folder / "work")
+            ),
             packing.PackOptions(channels=1, **how),
-            bad_images=str(folder / "bad.parquet"),
-            scratch=str(folder / "work"),
         )
         return report, open_shards(str(folder / "shards"))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import job
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.stages import doctor, surroundings
 from pipeline.stages.doctor import Memory, Needs
 from pipeline.storage.places import resolve_uri
@@ -38,7 +38,7 @@ def test_the_prediction(whole_ms: float, tasks: int, rate: float, cpus: float) -
 def plan_of(*overrides: str, cpus: int = 64, gpus: int = 8) -> Plan:
     config = load(["optim.steps=1", *overrides])
     machine = Machine(cpus=cpus, gpus=gpus, bfloat16=True)
-    return resolve(config, images=100_000, digest="", class_names=(), machine=machine)
+    return resolve(config, SetFacts(100000, ""), machine=machine)
 
 
 def test_the_memory() -> None:

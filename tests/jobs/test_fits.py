@@ -13,7 +13,7 @@ import pytest
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.stages import fits
 from pipeline.train import build
 
@@ -27,7 +27,7 @@ def machine(gib: float, nodes: int = 1) -> Machine:
 
 def planned(recipe: Path, where: Machine, *overrides: str) -> Plan:
     config = load([str(recipe), "train.workers=2", *overrides])
-    return resolve(config, images=160, digest="x", class_names=(), machine=where)
+    return resolve(config, SetFacts(160, "x"), machine=where)
 
 
 def test_memory_is_held_against_the_machine_with_values_that_fit(

@@ -153,8 +153,9 @@ def test_packed_it_gives_what_was_planted(demo_set, tmp_path, monkeypatch):
     report = packing.pack(
         str(folder / "train"),
         str(tmp_path / "shards"),
-        bad_images=str(tmp_path / "bad.parquet"),
-        scratch=str(tmp_path / "work"),
+        packing.PackPlaces(
+            bad_images=str(tmp_path / "bad.parquet"), scratch=str(tmp_path / "work")
+        ),
     )
     assert (report.images_packed, report.duplicates) == (3540, 12)
     assert report.bad == {"empty": 1, "not_an_image": 3, "too_large": 1, "truncated": 4}

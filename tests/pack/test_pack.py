@@ -26,7 +26,7 @@ from pipeline.pack import pack as packing
 from pipeline.pack import sorted_runs as runs
 from pipeline.pack.listing import list_source
 from pipeline.pack.merge import id_range
-from pipeline.pack.pack import PackOptions, pack
+from pipeline.pack.pack import PackOptions, PackPlaces, pack
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
@@ -45,9 +45,8 @@ def packed(source, out: Path, field="data.source", on_progress=None, **options):
     return pack(
         str(source),
         str(out / "shards"),
+        PackPlaces(bad_images=str(out / "bad.parquet"), scratch=str(out / "work")),
         PackOptions(**options),
-        bad_images=str(out / "bad.parquet"),
-        scratch=str(out / "work"),
         field=field,
         on_progress=on_progress,
     )
@@ -773,9 +772,11 @@ def test_uris(tmp_path, serial):
     pack(
         source.as_uri(),
         (tmp_path / "uri" / "shards").as_uri(),
-        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9_000),
-        bad_images=(tmp_path / "uri" / "bad.parquet").as_uri(),
-        scratch=(tmp_path / "uri" / "work").as_uri(),
+        PackPlaces(
+            bad_images=(tmp_path / "uri" / "bad.parquet").as_uri(),
+            scratch=(tmp_path / "uri" / "work").as_uri(),
+        ),
+        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9000),
     )
     plain, uri = contents(tmp_path / "plain"), contents(tmp_path / "uri")
     assert {k: v for k, v in plain.items() if k != "_manifest.json"} == {
@@ -796,9 +797,8 @@ def test_a_file_system_that_is_not_local(tmp_path, serial, monkeypatch):
     pack(
         "far://photos",
         "far://far/shards",
-        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9_000),
-        bad_images="far://far/bad.parquet",
-        scratch="far://far/work",
+        PackPlaces(bad_images="far://far/bad.parquet", scratch="far://far/work"),
+        PackOptions(max_bad_fraction=1.0, row_group_images=8, shard_bytes=9000),
     )
     plain_files, far_files = contents(tmp_path / "plain"), contents(tmp_path / "far")
     assert (

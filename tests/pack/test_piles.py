@@ -28,7 +28,7 @@ from pipeline.pack import archives, sources
 from pipeline.pack import pack as packing
 from pipeline.pack.bad_files import unequal_shares
 from pipeline.pack.listing import list_source
-from pipeline.pack.pack import PackOptions, pack
+from pipeline.pack.pack import PackOptions, PackPlaces, pack
 from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
@@ -497,9 +497,12 @@ def test_places_that_are_not_local(tmp_path, monkeypatch):
         ("far://set/train/c{0..1}/*?region=x", 8), ("far://set/train/c0,far://set/z.zip", 10),
         ("far://set/z.zip", 6), ("far://set/train?region=x", 12),
     )):  # fmt: skip
-        report = pack(source, f"far://{number}/shards", PackOptions(max_bad_fraction=0.0),
-                      bad_images=f"far://{number}/bad.parquet",
-                      scratch=f"far://{number}/work")  # fmt: skip
+        report = pack(
+            source,
+            f"far://{number}/shards",
+            PackPlaces(bad_images=f"far://{number}/bad.parquet", scratch=f"far://{number}/work"),
+            PackOptions(max_bad_fraction=0.0),
+        )
         assert report.images_in == count, source
     write(tmp_path / "local" / "0.jpg", h.jpeg(1))
     assert "in several storages" in mistake(f"far://set,{tmp_path}/local", tmp_path / "x")

@@ -25,7 +25,7 @@ from pipeline.plan.nodes import (
     placed,
     without_feeder,
 )
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 
 
 def can(nodes: tuple[tuple[float, float], ...], tasks: int, cpus: float, gpus: float) -> bool:
@@ -104,7 +104,7 @@ def plan_on(*nodes: Node, overrides: tuple[str, ...] = ()) -> Plan:
         bfloat16=False,
         nodes=nodes,
     )
-    return resolve(config, images=1000, digest="d", class_names=(), machine=machine)
+    return resolve(config, SetFacts(1000, "d"), machine=machine)
 
 
 HEAD = Node(0, 0, True)

@@ -15,7 +15,15 @@ from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
 from pipeline.errors import ConfigError, TrainError
 from pipeline.plan.layout import READ_CPUS, Machine
-from pipeline.plan.plan import CHUNK_BYTES, ENCODED_BYTES, WINDOW_BYTES, Plan, resolve, view_bytes
+from pipeline.plan.plan import (
+    CHUNK_BYTES,
+    ENCODED_BYTES,
+    WINDOW_BYTES,
+    Plan,
+    SetFacts,
+    resolve,
+    view_bytes,
+)
 from pipeline.plan.resume import MAY_CHANGE, changes, plan_of, value_at
 from pipeline.stream import feeder
 
@@ -41,7 +49,7 @@ def plan(*overrides: str, images: int = 1000, machine: Machine = LAPTOP) -> Plan
     arguments = ["optim.steps=10", "optim.global_batch_size=64", *overrides]
     if any(o.startswith("optim.passes") for o in overrides):
         arguments[0] = "optim.steps=null"
-    return resolve(load(arguments), images=images, digest="d", class_names=(), machine=machine)
+    return resolve(load(arguments), SetFacts(images, "d"), machine=machine)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -175,7 +183,7 @@ def test_the_device_is_the_gpus_unless_said_otherwise() -> None:
 def test_all_that_cannot_work_is_said_at_once() -> None:
     config = load(["optim.global_batch_size=50", "train.workers=3", "train.accumulation=4"])
     with pytest.raises(ConfigError) as caught:
-        resolve(config, images=10, digest="d", class_names=(), machine=LAPTOP)
+        resolve(config, SetFacts(10, "d"), machine=LAPTOP)
     lines = caught.value.what.splitlines()
     assert lines == [
         "optim.global_batch_size=50 does not divide into train.workers=3 x train.accumulation=4",
@@ -217,7 +225,7 @@ def test_chunks_and_windows_fit(
     def resolved(**train: int) -> Plan:
         config = Config.model_validate(values | {"train": train})
         machine = Machine(cpus=2000, gpus=0, bfloat16=False)
-        return resolve(config, images=batch, digest="d", class_names=(), machine=machine)
+        return resolve(config, SetFacts(batch, "d"), machine=machine)
 
     result = resolved(workers=workers, accumulation=accumulation)
     # a micro batch and a window are whole numbers of chunks, and a chunk is small or one image
@@ -243,11 +251,8 @@ def test_a_window_of_large_images_stays_small(image_bytes: float, batch: int, ro
     }
     result = resolve(
         Config.model_validate(values),
-        images=batch,
-        digest="d",
-        class_names=(),
+        SetFacts(batch, "d", image_bytes=image_bytes),
         machine=Machine(cpus=4, gpus=0, bfloat16=False),
-        image_bytes=image_bytes,
     )
     # an image is read whole, however large it is
     assert result.window_images * image_bytes <= WINDOW_BYTES or result.window_images == 1
@@ -436,9 +441,9 @@ def test_large_images_make_small_chunks(image_bytes):
     values = {"optim": {"steps": 1, "global_batch_size": 64}, "train": {"workers": 1}}
     result = resolve(
         Config.model_validate(values),
-        images=64, digest="d", class_names=(), image_bytes=image_bytes,
+        SetFacts(64, "d", image_bytes=image_bytes),
         machine=Machine(cpus=8, gpus=0, bfloat16=False),
-    )  # fmt: skip
+    )
     most = max(d for d in (1, 2, 4, 8, 16, 32, 64) if d * image_bytes <= ENCODED_BYTES or d == 1)
     assert result.chunk_images == most
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.pack import pack as packing
-from pipeline.pack.pack import PackOptions, PackReport, pack
+from pipeline.pack.pack import PackOptions, PackPlaces, PackReport, pack
 from pipeline.shards.columns import image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
@@ -43,9 +43,8 @@ def packed(
     return pack(
         str(place / source),
         shards or str(place / "shards"),
+        PackPlaces(bad_images=str(place / run / "bad.parquet"), scratch=str(place / run / "work")),
         PackOptions(shard_bytes=shard_bytes),
-        bad_images=str(place / run / "bad.parquet"),
-        scratch=str(place / run / "work"),
         on_progress=progress,
     )
 

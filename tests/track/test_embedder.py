@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.track import TrackSettings, open_pipeline
+from pipeline.track import ModelCard, TrackSettings, open_pipeline
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
     with open_pipeline(settings, "run") as pipeline:
         tracker = pipeline.stage("export")
         for score in (0.5, 0.75, 0.25):
-            tracker.model(folder, "embedder-test", score=score, note=f"k-NN {score}")
+            tracker.model(folder, ModelCard("embedder-test", score, f"k-NN {score}"))
     client = mlflow_server.client
     assert len(client.search_model_versions("name = 'embedder-test'")) == 3
     best = client.get_model_version_by_alias("embedder-test", "best")

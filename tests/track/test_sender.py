@@ -47,7 +47,8 @@ def test_all_of_it_arrives(tmp_path: Path, mlflow_server: Any) -> None:
     (tmp_path / "outside.md").write_text("# table")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     long = {"long": "x" * 9000}
-    with opened(folder, mlflow_server.uri, tags={"recipe": "demo"}, params=long) as pipeline:
+    with opened(folder, mlflow_server.uri, tags={"recipe": "demo"}) as pipeline:
+        pipeline.tracker.params(long)
         pipeline.tracker.artifact(folder / "plan.yaml")
         tracker = pipeline.stage("pretrain", params={f"p{i}": i for i in range(12)})
         for step in range(5):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.track import NullTracker, Tracker, TrackSettings, tracker_from
+from pipeline.track import ModelCard, NullTracker, Tracker, TrackSettings, tracker_from
 from pipeline.track.journal import now_ms
 from pipeline.track.system import SystemMetrics, sample
 
@@ -32,7 +32,7 @@ def test_no_report_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     tracker.artifact(tmp_path / "missing")
     tracker.metrics(0, None)  # type: ignore[arg-type]
     tracker.params(3)  # type: ignore[arg-type]
-    tracker.model(tmp_path / "missing")
+    tracker.model(tmp_path / "missing", ModelCard())
     tracker.close()
     tracker.metrics(1, {"loss/total": 1.0})  # after the end: said, not raised
     assert len(caplog.records) == 8

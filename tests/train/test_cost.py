@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config.load import load
 from pipeline.model.groups import parameter_groups
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.train import build, cost, state
 from pipeline.train.step import train_step
 from pipeline.views.batch import Views
@@ -44,7 +44,7 @@ TIMM += ["model.patch_size=16", "augment.global_size=64", "augment.local_size=32
 def plan(*overrides: str) -> Plan:
     machine = Machine(cpus=2, gpus=0, bfloat16=False)
     config = load([*SMALL, *overrides])
-    return resolve(config, images=100, digest="d", class_names=(), machine=machine)
+    return resolve(config, SetFacts(100, "d"), machine=machine)
 
 
 def views(of: Plan) -> Views:

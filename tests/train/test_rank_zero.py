@@ -15,7 +15,7 @@ import torch
 from pipeline.config.load import load
 from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import resolve
+from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stream.bad_table import BadTable
 from pipeline.train import bottleneck
 from pipeline.train import rank_zero as rank_zeros
@@ -50,7 +50,7 @@ class Tracker:
 def rank_zero(tmp_path: Path) -> RankZero:
     config = load(["optim.steps=100", "optim.global_batch_size=8", "train.log_every=5"])
     machine = Machine(cpus=2, gpus=0, bfloat16=False)
-    plan = resolve(config, images=800, digest="", class_names=(), machine=machine)
+    plan = resolve(config, SetFacts(800, ""), machine=machine)
     duties = object.__new__(RankZero)  # its constructor wants a mailbox actor
     duties.plan, duties.tracker = plan, Tracker()  # type: ignore[assignment]
     duties.evaluations = SimpleNamespace(  # type: ignore[assignment]

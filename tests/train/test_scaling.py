@@ -12,7 +12,7 @@ from pipeline.driver.mailbox import Mailbox
 from pipeline.errors import PlacementError, StoppedError
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
-from pipeline.plan.plan import resolve
+from pipeline.plan.plan import SetFacts, resolve
 from pipeline.train import scaling
 from pipeline.train.scaling import Scaling
 
@@ -67,9 +67,7 @@ class Policy:
         fields |= {"resources.cpus_per_worker": "1", **overrides}
         plan = resolve(
             load([f"{k}={v}" for k, v in fields.items()]),
-            images=1000,
-            digest="d",
-            class_names=(),
+            SetFacts(1000, "d"),
             machine=Machine(cpus=64, gpus=0, bfloat16=False),
         )
         self.policy = Scaling(plan, Remote(self.feeder))

@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE
 from pipeline.model.pair import HeadSpec, build_pair, freeze
 from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, resolve
+from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.train import build, start, state
 from pipeline.train.objective import ObjectiveSpec
 from tests.train.small_run import HEAD, SPEC, Run, views
@@ -44,14 +44,14 @@ def config(*overrides: str) -> Config:
 
 def planned(*overrides: str) -> Plan:
     """As a run begins: with the checkpoints looked up."""
-    plan = resolve(config(*overrides), images=100, digest="d", class_names=(), machine=MACHINE)
+    plan = resolve(config(*overrides), SetFacts(100, "d"), machine=MACHINE)
     return start.located(plan, None)
 
 
 def run_folder(path: Path, *overrides: str, seed: int = 7) -> Path:
     """A run folder with one checkpoint, as a run leaves it."""
     recipe = config(f"run.seed={seed}", *overrides)
-    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=MACHINE)
+    plan = resolve(recipe, SetFacts(100, "d"), machine=MACHINE)
     pair = build.pair(recipe)
     with torch.no_grad():
         for p in pair.teacher.parameters():  # not the student's any more
@@ -266,7 +266,7 @@ def test_the_objective_of_dino_is_that_of_the_paper() -> None:
 def test_a_frozen_backbone_stays_while_the_heads_learn() -> None:
     run = Run(ibot=HeadSpec(12, 4, 16))
     recipe = config("train.freeze_backbone_steps=2", "optim.warmup=0", "optim.freeze_last_layer=0")
-    plan = resolve(recipe, images=100, digest="d", class_names=(), machine=MACHINE)
+    plan = resolve(recipe, SetFacts(100, "d"), machine=MACHINE)
     from pipeline.train.step import train_step
 
     moved = []
