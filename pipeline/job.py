@@ -29,7 +29,7 @@ def main(
     """Runs stages with the process's arguments; exits 2 on a user's mistake.
 
     Args:
-        stages: names in `pipeline.stages.ORDER`, or `doctor` alone.
+        stages: names in `pipeline.stages.ORDER`, or `doctor` or `serve` alone.
         doc: what `--help` says first.
         arguments: default: `sys.argv[1:]`.
         shorthand: short names of this job for fields, `{"model": "embed.model"}`; under `""` the
@@ -108,6 +108,10 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
 
         with doing("looking at this machine and the shards"):
             doctor(config)
+    elif list(stages) == ["serve"]:
+        from pipeline.stages.serve import serve
+
+        serve(config)
     else:
         from pipeline.stages import run
 

@@ -128,8 +128,10 @@ TABLE = [
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
+    row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
+        "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
     row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
-        "plan report search shards storage stream track train uri use views", "", "yaml",
+        "plan report search serve shards storage stream track train uri use views", "", "yaml",
         "ray torch pyarrow"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",

@@ -23,6 +23,7 @@ from pipeline.config.objective import Distill, Loss, Teacher
 from pipeline.config.run import Export, Resources, Run, Track
 from pipeline.config.search import Search
 from pipeline.config.section import Section
+from pipeline.config.serve import Serve
 from pipeline.config.training import Optim, Train
 
 # What `objective=dino` means where a recipe does not say it (Caron et al. 2021, section 3 and
@@ -68,6 +69,7 @@ class Config(Section):
     embed: Embed = Embed()
     search: Search = Search()
     look: Look = Look()
+    serve: Serve = Serve()
     track: Track = Track()
     resources: Resources = Resources()
 

@@ -88,11 +88,11 @@ def joined(resources: Resources) -> Iterator[None]:
         PipelineError: where the address answers nothing.
     """
     quiet_environment()
-    check_version()
     address = os.environ.get("RAY_ADDRESS")
     if address:  # a loaded cluster needs more than the default 30
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     with ended_by_sigterm(), nullcontext() if address else _loopback():
+        check_version()  # imports Ray, which reads then whether it may listen beyond loopback
         yield from _joined(resources, address)
 
 

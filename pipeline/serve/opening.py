@@ -1,0 +1,99 @@
+"""Opens what is served: the vectors with their images, and the spec of the model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.embed.embedders import EmbedderSpec, embedder_of
+from pipeline.embed.vectors import VectorSet, open_vectors
+from pipeline.errors import ConfigError, DataError
+from pipeline.search.search import EXACT_ROWS, open_search
+from pipeline.serve.collection import Collection
+from pipeline.serve.gallery import by_cluster, by_text, everything, label_texts
+from pipeline.uri import public
+
+log = logging.getLogger("pipeline.serve")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the driver has checked, and the replicas open; small, pickled."""
+
+    vectors: VectorSet | None
+    spec: EmbedderSpec | None
+
+
+def checked(model: str, vectors: str) -> Served:
+    """What two fields of the config name.
+
+    Raises:
+        PipelineError: nothing is named, a place is empty, or the vectors are another model's.
+    """
+    if not model and not vectors:
+        raise ConfigError(
+            "nothing to serve: neither serve.model nor serve.vectors is set",
+            "give model=runs/<name>, vectors=runs/<name>/vectors, or both",
+        )
+    known = open_vectors(vectors, "serve.vectors") if vectors else None
+    facts = known.facts if known else {}
+    spec = None
+    if model:
+        spec = embedder_of(
+            model, image_size=facts.get("image_size"), mean=facts.get("mean"), std=facts.get("std")
+        )
+    if known and spec and facts["digest"] != spec.digest:
+        raise ConfigError(
+            f"serve.vectors={public(vectors)} are of {facts['model']}, not of serve.model={model}: "
+            "their digests differ",
+            "name the model that made the vectors, or embed the images again with this one",
+        )
+    return Served(known, spec)
+
+
+def opened(vectors: VectorSet) -> Collection:
+    """The set in memory, with the orders that its page offers."""
+    ids, labels = vectors.ids(), vectors.labels()
+    few = vectors.rows <= EXACT_ROWS  # above, an index is searched, and vectors stay where they are
+    held = vectors.read("cls") if few else None
+    groupings = [everything(vectors.rows)]
+    texts = None
+    if (labels >= 0).any():
+        texts = label_texts(labels, vectors.facts["class_names"])
+        groupings.append(by_text("label", texts))
+    if held is not None and vectors.rows > 1:
+        groupings.append(by_cluster(held, _bytes_of(ids)))
+    search = open_search(held if held is not None else vectors)
+
+    def vector(row: int) -> np.ndarray[Any, Any]:
+        rows = slice(row, row + 1)
+        one: np.ndarray[Any, Any] = held[rows] if held is not None else vectors.read("cls", rows)
+        return np.asarray(one[0])
+
+    return Collection(
+        ids=ids,
+        sources=vectors.sources(),
+        labels=texts,
+        decisions=None,
+        groupings={grouping.name: grouping for grouping in groupings},
+        search=search.find,
+        vector=vector,
+        image=_images(vectors, ids),
+    )
+
+
+def _images(vectors: VectorSet, ids: np.ndarray[Any, Any]) -> Any:
+    try:
+        images = vectors.images()
+    except DataError as error:
+        log.warning("images      are not shown: %s", error.what)
+        return None
+    return lambda row: images[str(ids[row])]
+
+
+def _bytes_of(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Ids of 32 hex digits as uint8 [n, 16]."""
+    return np.frombuffer(bytearray.fromhex("".join(ids.tolist())), np.uint8).reshape(-1, 16)

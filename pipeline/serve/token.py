@@ -1,0 +1,71 @@
+"""Who may ask: whoever has the token, in a header or in the cookie that the page gets for it.
+
+The address that is printed has the token behind a `#`, which browsers send to nobody. The page
+exchanges it for a cookie that scripts cannot read and other sites cannot use.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from http.cookies import CookieError, SimpleCookie
+
+from pipeline.errors import PipelineError
+
+VARIABLE = "RAYDINO_TOKEN"
+_SHORTEST = 16  # characters of a token of one's own
+_COOKIE = "raydino"
+
+
+def own_token() -> str:
+    """The token of the environment, else a new one of 256 bits.
+
+    Raises:
+        PipelineError: that of the environment is short, or cannot stand in a header.
+    """
+    token = os.environ.get(VARIABLE, "")
+    if not token:
+        return secrets.token_urlsafe(32)
+    if len(token) < _SHORTEST or not token.isascii() or not token.isprintable() or " " in token:
+        raise PipelineError(
+            f"{VARIABLE} is no token: expected {_SHORTEST} or more letters, digits and signs of "
+            "ASCII, without blanks",
+            f"set {VARIABLE} to a longer secret, or unset it for a new one at each start",
+        )
+    return token
+
+
+class Gate:
+    """Lets in whoever has the token.
+
+    Args:
+        token: "": everybody is let in.
+        port: part of the cookie's name, since browsers share cookies between ports.
+    """
+
+    def __init__(self, token: str, port: int) -> None:
+        self._token = token.encode()
+        self._cookie = f"{_COOKIE}-{port}"
+
+    def open_for(self, authorization: str, cookies: str) -> bool:
+        """Whether one of two headers of a request has the token; compared in constant time."""
+        if not self._token:
+            return True
+        kind, _, bearer = authorization.partition(" ")
+        shown = bearer.strip() if kind.lower() == "bearer" else ""
+        return self._equals(shown) or self._equals(self._from_cookie(cookies))
+
+    def cookie(self) -> str:
+        """`Set-Cookie` for the page: for no script, for no request that another site causes."""
+        return f"{self._cookie}={self._token.decode()}; Path=/; HttpOnly; SameSite=Strict"
+
+    def _equals(self, shown: str) -> bool:
+        return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), self._token)
+
+    def _from_cookie(self, header: str) -> str:
+        try:
+            cookie = SimpleCookie(header).get(self._cookie)
+        except CookieError:
+            return ""
+        return cookie.value if cookie else ""
