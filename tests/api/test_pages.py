@@ -1,4 +1,4 @@
-"""The code of docs/python.md and docs/python-use.md runs, in the order in which it stands."""
+"""The code of the pages on Python runs, in the order in which it stands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline import api
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["python.md", "python-use.md"]
+PAGES = ["python.md", "python-use.md", "look.md"]
 STARTS_RAY = "api.train("
 
 

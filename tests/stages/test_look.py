@@ -14,6 +14,9 @@ from PIL import Image
 from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.images.value_range import FULL
+from pipeline.model.foreign import TimmSpec
+from pipeline.model.foreign_weights import save_foreign
 from pipeline.model.weights import save_backbone
 from pipeline.stages import look
 from pipeline.storage.run_folder import RunFolder
@@ -160,3 +163,14 @@ def test_a_whole_look(tmp_path: Path, weights: Path, ray_cluster: None) -> None:
     assert segmented.shape == (60, 30) and set(np.unique(segmented)) <= {0, 255}
     (out / "look.html").unlink()
     assert not look.intact(asked)
+
+
+def test_a_network_without_patches_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
+    pytest.importorskip("timm", reason="needs timm")
+    convnet = TimmSpec("test_resnet", image_size=32).build()
+    folder = save_foreign(convnet, tmp_path / "convnet", (0.5,) * 3, (0.5,) * 3, FULL)
+    asked = context(tmp_path, f"look.images={photo(tmp_path / 'a.png')}", f"look.model={folder}")
+    with pytest.raises(PipelineError) as error:
+        look.run(asked, NullTracker())
+    assert error.value.what == "the network gives no patches, only one vector an image"
+    assert "use a vision transformer" in error.value.hint
