@@ -152,12 +152,14 @@ def embedded_by_pool(
             _Embed,
             fn_constructor_args=(spec, facts, folder, bool(room.actor_gpus)),
             compute=ray.data.ActorPoolStrategy(
-                size=room.actors, max_tasks_in_flight_per_actor=IN_FLIGHT
+                size=room.actors,
+                max_tasks_in_flight_per_actor=IN_FLIGHT,
+                max_concurrent_calls_per_actor=2,
+                enable_true_multi_threading=True,
             ),
             **common,
             num_cpus=room.actor_cpus,
             num_gpus=room.actor_gpus,
-            max_concurrency=2,
         )
     )
     try:
