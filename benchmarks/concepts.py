@@ -40,6 +40,7 @@ from pipeline.curate.rows.tables import (
     vector_schema,
     write_table,
 )
+from pipeline.curate.steps.steps import Steps
 from pipeline.driver.cluster import quiet_environment
 
 DIM, KINDS, FILES = 128, 8, 4
@@ -116,17 +117,20 @@ def balance_table(folder: Path, vectors: Array, concept: Array, seed: int) -> No
         (f"{named}, no resampling", usual, 0, (0,)),
         (f"{named}, resampled", usual, RESAMPLING, (0, 1)),
     ):
-        step = f"balance-{levels[-1]}-{resampling}"
-        built = hierarchy.build(folder, step, considered, levels, seed, ITERATIONS, resampling)
+        steps = Steps(folder / f"balance-{levels[-1]}-{resampling}")
+        asked = hierarchy.Levels(levels, seed, ITERATIONS, resampling)
+        built = hierarchy.build(steps, considered, asked)
         for floor in floors:
-            what = f"{step}/floor-{floor}"
-            got = balance.balanced_sample(folder, what, considered, built, target, seed, floor, 2)
+            own = Steps(folder / f"balance-{levels[-1]}-{resampling}" / f"floor-{floor}")
+            wanted = balance.Wanted(target, seed, floor, 2)
+            got = balance.balanced_sample(own, considered, built, wanted)
             which = chosen(got.result.folder, considered.names, "chosen")
             assert len(which) == len(set(which.tolist())) == target
             assert floor == 0 or got.summary["floor_honoured"]
             full = f"{name}, floor {floor}" if len(floors) > 1 else name
             unsampled = str(got.summary["levels"][0]["unsampled"])
-            line(full, which, unsampled, built.cost.cpu_s + got.cost.cpu_s)
+            cpu_s = sum(step.cpu_s for step in [*steps.done, *own.done])
+            line(full, which, unsampled, cpu_s)
     best = reached[f"{named}, resampled, floor 1"]
     print(
         f"\nbalanced over random {best / reached['random']:.2f} (wanted: 3), "
@@ -160,7 +164,8 @@ def retrieval_table(folder: Path, vectors: Array, concept: Array, seed: int) -> 
         ),
     ):
         step = "retrieve-" + "".join(c for c in name if c.isalnum())
-        got = retrieve.retrieve(folder, step, considered, {"rare": seed_rows}, wanted, seed)
+        own = Steps(folder / step)
+        got = retrieve.retrieve(own, considered, {"rare": seed_rows}, wanted, seed)
         told = got.summary["sets"]["rare"]
         which = chosen(got.result.folder, considered.names, None)
         hit = int(np.isin(concept[which], rare).sum())
@@ -192,7 +197,8 @@ def boundary(folder: Path, seed: int) -> None:
     for cap in (1_000_000, 30):
         # More clusters than concepts would share the seeds out; fewer would mix concepts.
         wanted = seed_clusters.Retrieval("cluster", clusters=12, cap=cap)
-        told = retrieve.retrieve(folder, f"apart-cap-{cap}", rows, sets, wanted, seed).summary
+        own = Steps(folder / f"apart-cap-{cap}")
+        told = retrieve.retrieve(own, rows, sets, wanted, seed).summary
         for name, one in told["sets"].items():
             print(
                 f"a cluster with {name}, cap {cap:,}: {one['clusters']} clusters taken from, "

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.curate.choose import retrieve as retrieving
-from pipeline.curate.choose.balance import Balanced, balanced_sample
-from pipeline.curate.choose.hierarchy import build
-from pipeline.curate.choose.lloyd import Cost, Resources
+from pipeline.curate.choose.balance import Balanced, Wanted, balanced_sample
+from pipeline.curate.choose.hierarchy import Levels, build
 from pipeline.curate.choose.retrieve import Retrieved
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
@@ -18,7 +17,7 @@ from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import AS_IS, POOL, InputFile, Inputs, Vectors
 from pipeline.curate.run_images import embed_images, open_other_set
-from pipeline.curate.steps.steps import Result, Task, run_step
+from pipeline.curate.steps.steps import Resources, Result, Steps, Task, run_step
 from pipeline.uri import join
 
 
@@ -72,41 +71,22 @@ def open_seeds(setup: Setup, prints: Result, content: Embedded, left: Result) ->
 def retrieve(setup: Setup, pool: RowSet, seeds: Seeds) -> Retrieved:
     """Images of the pool that are like seed images."""
     config = setup.config
-    asked = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
-    resources = Resources(gpus=setup.gpus)
-    retrieved = retrieving.retrieve(
-        setup.root, "retrieve", pool, seeds.rows, asked, config.run.seed, resources
-    )
-    return replace(retrieved, result=_with_cost(retrieved.result, "retrieved", retrieved.cost))
+    settings = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    steps, resources = Steps(setup.root), Resources(gpus=setup.gpus)
+    own, seed = steps.below("retrieve"), config.run.seed
+    retrieved = retrieving.retrieve(own, pool, seeds.rows, settings, seed, resources)
+    return replace(retrieved, result=steps.sum_up("retrieved", retrieved.result, tuple(steps.done)))
 
 
 def balance(setup: Setup, pool: RowSet) -> Balanced:
     """A sample of the pool that has as much of what is rare as of what is common."""
     settings, seed = setup.config.balance, setup.config.run.seed
-    hierarchy = build(
-        setup.root,
-        "hierarchy",
-        pool,
-        settings.levels,
-        seed,
-        settings.iterations,
-        settings.resampling,
-        Resources(gpus=setup.gpus),
-    )
-    balanced = balanced_sample(
-        setup.root,
-        "balance",
-        pool,
-        hierarchy,
-        settings.images or 0,
-        seed,
-        settings.floor,
-        settings.floor_members,
-    )
-    cost = Cost()
-    cost.add(hierarchy.cost)
-    cost.add(balanced.cost)
-    return replace(balanced, result=_with_cost(balanced.result, "balanced", cost))
+    levels = Levels(tuple(settings.levels), seed, settings.iterations, settings.resampling)
+    wanted = Wanted(settings.images or 0, seed, settings.floor, settings.floor_members)
+    steps = Steps(setup.root)
+    hierarchy = build(steps.below("hierarchy"), pool, levels, Resources(gpus=setup.gpus))
+    balanced = balanced_sample(steps.below("balance"), pool, hierarchy, wanted)
+    return replace(balanced, result=steps.sum_up("balanced", balanced.result, tuple(steps.done)))
 
 
 def _rows(setup: Setup, vectors: Vectors, left: Result, files: Sequence[InputFile]) -> RowSet:
@@ -132,10 +112,3 @@ def _outside(setup: Setup, name: str, content: Embedded) -> tuple[OtherSet, RowS
     own = run_step(root, "own", [equal.key], tasks, exact_copies.own_rows)
     counts = [account["rows"] for account in own.accounts]
     return other, RowSet.of(other.embedded.vectors, counts, own.folder, own.key)
-
-
-def _with_cost(result: Result, name: str, cost: Cost) -> Result:
-    """A step with what all that led to it has cost."""
-    return replace(
-        result, name=name, seconds=cost.seconds, cpu_s=cost.cpu_s, peak_bytes=cost.peak_bytes
-    )

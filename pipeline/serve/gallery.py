@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.curate.choose.kmeans import fit_local
+from pipeline.curate.choose.kmeans import KMeans, fit_local
 from pipeline.curate.rows.exact import unit_half
 
 Array = np.ndarray[Any, Any]
@@ -102,7 +102,8 @@ def by_cluster(vectors: Array, ids: Array, seed: int = 0) -> Grouping:
     clusters = int(np.clip(np.sqrt(rows / 2), 1, MAX_CLUSTERS))
     # the rows with the lowest ids: a sample, since ids are hashes
     sample = np.argsort(ids[:, :8].copy().view(">u8")[:, 0], kind="stable")[:_FITTED_ROWS]
-    fit = fit_local(ids[sample], unit_half(vectors[sample]), clusters, seed, _FIT_TURNS)
+    kmeans = KMeans(clusters, seed, _FIT_TURNS)
+    fit = fit_local(ids[sample], unit_half(vectors[sample]), kmeans)
     centroids = fit.centroids.astype(np.float32)
     nearest, similarity = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
     for start in range(0, rows, _BLOCK_ROWS):

@@ -9,12 +9,13 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
 from pipeline.curate.choose import hierarchy, lloyd
-from pipeline.curate.choose.balance import balanced_sample, effective, leaf_shares
-from pipeline.curate.choose.kmeans import Centroids
-from pipeline.curate.choose.lloyd import Resources
+from pipeline.curate.choose.balance import Wanted, balanced_sample, effective, leaf_shares
+from pipeline.curate.choose.hierarchy import Levels
+from pipeline.curate.choose.kmeans import KMeans
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
-from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.exact import Centres, unit_half
 from pipeline.curate.rows.tables import BALANCED, read_table
+from pipeline.curate.steps.steps import Steps
 from pipeline.errors import PipelineError
 
 
@@ -32,10 +33,11 @@ def long_tail(count=500, concepts=30, dim=24, seed=0):
     return ids_of_numbers(range(count)), vectors, concept
 
 
-def sampled(folder: Path, rows, levels, images, floor=1, members=2, resources=None, order=None):
+def sampled(folder: Path, rows, levels, images, floor=1, members=2, order=None):
     """The images chosen, as places in the original order, and the summary."""
-    built = hierarchy.build(folder, "levels", rows, levels, 7, 2, 1, resources or Resources())
-    sample = balanced_sample(folder, "balanced", rows, built, images, 7, floor, members)
+    built = hierarchy.build(Steps(folder / "levels"), rows, Levels(levels, 7, 2, 1))
+    wanted = Wanted(images, 7, floor, members)
+    sample = balanced_sample(Steps(folder / "balanced"), rows, built, wanted)
     chosen = []
     for name in rows.names:
         table = read_table(sample.result.folder, name)
@@ -56,16 +58,14 @@ def test_more_concepts_than_at_random_and_the_same_in_any_order(tmp_path: Path, 
     assert got > 1.4 * before
     order = np.random.default_rng(2).permutation(500)
     monkeypatch.setattr(lloyd, "LOCAL_BYTES", 0)
+    monkeypatch.setattr(lloyd, "GROUP_ROWS", 1)
     monkeypatch.setattr("pipeline.curate.choose.first_few.GROUP_ROWS", 100)
     rows = written(tmp_path / "many", ids, vectors, 2, order)
-    again, other, _ = sampled(
-        tmp_path / "many", rows, (16, 8), 60, resources=Resources(local_work=0, group_rows=1),
-        order=order,
-    )  # fmt: skip
+    again, other, _ = sampled(tmp_path / "many", rows, (16, 8), 60, order=order)
     assert set(again) == set(chosen)
     assert other.summary == sample.summary
     # what the summary says, counted anew
-    leaves, _ = Centroids(built.leaves.centroids()).nearest(vectors)
+    leaves, _ = Centres(built.leaves.centroids(), "").nearest_one(vectors)
     np.testing.assert_array_equal(built.sizes, np.bincount(leaves, minlength=16))
     after = np.bincount(leaves[chosen], minlength=16)
     assert sample.summary["sizes_after"] == after.tolist()
@@ -80,7 +80,7 @@ def test_a_leaf_gives_the_first_by_hash(tmp_path: Path):
     ids, vectors, _ = long_tail(300)
     rows = written(tmp_path, ids, vectors, 2)
     chosen, _, built = sampled(tmp_path, rows, (12, 4), 60)
-    leaves, _ = Centroids(built.leaves.centroids()).nearest(vectors)
+    leaves, _ = Centres(built.leaves.centroids(), "").nearest_one(vectors)
     quota = leaf_shares(built.sizes, built.parents, 60, 1, 2).leaves
     keys = draw(7, 0, ids, BALANCE)
     expected = [
@@ -127,7 +127,7 @@ def test_floor_is_honoured_or_its_failure_stated(tmp_path: Path):
 def test_resampling_takes_the_nearest_of_each_leaf(tmp_path: Path):
     ids, vectors, _ = long_tail(400)
     rows = written(tmp_path, ids, vectors, 3)
-    hierarchy.build(tmp_path, "levels", rows, (10, 3), 7, 4, 1)
+    hierarchy.build(Steps(tmp_path / "levels"), rows, Levels((10, 3), 7, 4, 1))
     leaves = read_table(str(tmp_path / "levels" / "assigned-0"), "00000")
     got = {n: set(read_table(str(tmp_path / "levels/near-1/rows"), n)["row"].to_pylist())
            for n in rows.names}  # fmt: skip
@@ -160,12 +160,12 @@ def test_levels_in_the_wrong_order_are_refused(tmp_path: Path):
     ids, vectors, _ = long_tail(50)
     rows = written(tmp_path, ids, vectors)
     with pytest.raises(PipelineError, match="finest level first"):
-        hierarchy.build(tmp_path, "levels", rows, (3, 10), 0, 2, 1)
+        hierarchy.build(Steps(tmp_path / "levels"), rows, Levels((3, 10), 0, 2, 1))
 
 
 def test_levels_have_no_empty_cluster():
     rng = np.random.default_rng(0)
     points = unit_half(np.repeat(rng.standard_normal((5, 8)), 4, 0))  # five distinct
-    centroids, parents = hierarchy.level_of(points, 12, 0, 3, 2)
+    centroids, parents = hierarchy.level_of(points, KMeans(12, 0, 3), 2)
     assert len(centroids) == 5 and sorted(set(parents)) == list(range(5))
     np.testing.assert_array_equal(np.bincount(parents), [4] * 5)

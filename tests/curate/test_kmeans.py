@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from planted_vectors import ids_of_numbers, separated
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans as Theirs
 
 from pipeline.curate.choose import kmeans
-from pipeline.curate.choose.kmeans import Centroids, Sums, fit_local
+from pipeline.curate.choose.kmeans import KMeans, Sums, fit_local
 from pipeline.curate.rows.draws_by_id import draw, firsts, id_words, not_after, race
-from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.exact import Centres, unit_half
 
 
 def random_half(rng, n, d):
@@ -23,7 +23,7 @@ def test_nearest_is_the_exact_maximum():
     centres[41] = centres[7]  # equal ones: the lower number wins
     centres[50] = centres[20]
     vectors[:3] = centres[[41, 50, 7]]
-    labels, similarity = Centroids(centres).nearest(vectors)
+    labels, similarity = Centres(centres, "").nearest_one(vectors)
     exact = vectors.astype(np.float64) @ centres.astype(np.float64).T
     np.testing.assert_array_equal(labels, exact.argmax(1))
     np.testing.assert_array_equal(similarity, exact.max(1))
@@ -40,14 +40,14 @@ def test_nearest_among_centroids_that_single_precision_cannot_tell_apart():
     exact = vectors.astype(np.float64) @ centres.astype(np.float64).T
     fast = vectors.astype(np.float32) @ centres.astype(np.float32).T
     assert (fast.argmax(1) != exact.argmax(1)).any(), "not a hard case"
-    labels, similarity = Centroids(centres).nearest(vectors)
+    labels, similarity = Centres(centres, "").nearest_one(vectors)
     np.testing.assert_array_equal(labels, exact.argmax(1))
     np.testing.assert_array_equal(similarity, exact.max(1))
 
 
 def test_zero_vectors_belong_to_the_first_centroid():
     centres = random_half(np.random.default_rng(2), 9, 8)
-    labels, similarity = Centroids(centres).nearest(np.zeros((4, 8), np.float16))
+    labels, similarity = Centres(centres, "").nearest_one(np.zeros((4, 8), np.float16))
     assert labels.tolist() == [0] * 4 and similarity.tolist() == [0.0] * 4
 
 
@@ -55,15 +55,15 @@ def test_equals_scikit_learn_from_the_same_start():
     vectors, truth = separated(600, 7)
     ids = ids_of_numbers(range(600))
     start = unit_half(vectors[[np.flatnonzero(truth == c)[0] for c in range(7)]])
-    theirs = KMeans(7, init=start.astype(np.float64), n_init=1, max_iter=20).fit(
+    theirs = Theirs(7, init=start.astype(np.float64), n_init=1, max_iter=20).fit(
         vectors.astype(np.float64)
     )
     centroids = start
     for turn in range(20):
         sums = Sums.zero(7, 16)
-        sums.add(ids, vectors, Centroids(centroids), 0, turn)
+        sums.add(ids, vectors, Centres(centroids, ""), 0, turn)
         centroids = kmeans.means(sums.sums, sums.counts, centroids)
-    labels, _ = Centroids(centroids).nearest(vectors)
+    labels, _ = Centres(centroids, "").nearest_one(vectors)
     np.testing.assert_array_equal(labels, theirs.labels_)
     np.testing.assert_array_equal(centroids, unit_half(theirs.cluster_centers_))
 
@@ -72,18 +72,18 @@ def test_same_centroids_in_any_row_order():
     rng = np.random.default_rng(3)
     vectors, ids = random_half(rng, 500, 12), ids_of_numbers(range(500))
     order = rng.permutation(500)
-    one = fit_local(ids, vectors, 40, seed=5, iterations=6)
-    two = fit_local(ids[order], vectors[order], 40, seed=5, iterations=6)
+    one = fit_local(ids, vectors, KMeans(40, 5, 6))
+    two = fit_local(ids[order], vectors[order], KMeans(40, 5, 6))
     np.testing.assert_array_equal(one.centroids, two.centroids)
     assert one.similarity == two.similarity and one.similarity[-1] > one.similarity[0]
-    other = fit_local(ids, vectors, 40, seed=6, iterations=6)
+    other = fit_local(ids, vectors, KMeans(40, 6, 6))
     assert not np.array_equal(one.centroids, other.centroids)
 
 
 def test_partial_sums_are_exact_however_rows_are_split():
     rng = np.random.default_rng(4)
     vectors, ids = random_half(rng, 400, 20), ids_of_numbers(range(400))
-    centroids = Centroids(vectors[:10])
+    centroids = Centres(vectors[:10], "")
     whole, parts = Sums.zero(10, 20), Sums.zero(10, 20)
     whole.add(ids, vectors, centroids, 1, 2)
     order = rng.permutation(400)
@@ -107,8 +107,8 @@ def test_squared_distance_seeds_find_rare_concepts():
     rare, uniform = [], []
     for seed in range(5):
         ids = ids_of_numbers(range(len(truth)), salt=bytes([seed]))
-        fit = fit_local(ids, vectors, 20, seed=seed, iterations=0)
-        labels, _ = Centroids(fit.centroids).nearest(vectors)
+        fit = fit_local(ids, vectors, KMeans(20, seed, 0))
+        labels, _ = Centres(fit.centroids, "").nearest_one(vectors)
         rare.append(len({tuple(truth[labels == c][:1]) for c in range(20)} - {()}))
         uniform.append(len(set(truth[rng.choice(len(truth), 20, replace=False)])))
     assert min(rare) >= 17 and max(uniform) <= 8, (rare, uniform)
@@ -128,15 +128,15 @@ def test_race_draws_in_proportion():
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_fewer_rows_than_clusters(rows):
     vectors = random_half(np.random.default_rng(6), rows, 8)
-    fit = fit_local(ids_of_numbers(range(rows)), vectors, 9, seed=0, iterations=3)
+    fit = fit_local(ids_of_numbers(range(rows)), vectors, KMeans(9, 0, 3))
     assert len(fit.centroids) == rows
     if rows:
-        assert sorted(Centroids(fit.centroids).nearest(vectors)[0]) == list(range(rows))
+        assert sorted(Centres(fit.centroids, "").nearest_one(vectors)[0]) == list(range(rows))
 
 
 def test_equal_rows_make_one_cluster():
     vectors = np.repeat(random_half(np.random.default_rng(7), 1, 8), 50, 0)
-    fit = fit_local(ids_of_numbers(range(50)), vectors, 9, seed=0, iterations=3)
+    fit = fit_local(ids_of_numbers(range(50)), vectors, KMeans(9, 0, 3))
     np.testing.assert_array_equal(fit.centroids, vectors[:1])
 
 
@@ -145,7 +145,7 @@ def test_empty_clusters_get_rows_that_are_far():
     ids = ids_of_numbers(range(200))
     start = np.repeat(unit_half(vectors[:1]), 4, 0)  # three of four are empty
     sums = Sums.zero(4, 16)
-    sums.add(ids, vectors, Centroids(start), 0, 0)
+    sums.add(ids, vectors, Centres(start, ""), 0, 0)
     assert sums.counts.tolist() == [200, 0, 0, 0]
     after = kmeans.refill(kmeans.means(sums.sums, sums.counts, start), sums.counts, sums.spare)
     assert len(np.unique(after, axis=0)) == 4

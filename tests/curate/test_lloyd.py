@@ -10,16 +10,20 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
 from pipeline.curate.choose import first_few, lloyd
-from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.first_few import Entries
-from pipeline.curate.choose.kmeans import fit_local
-from pipeline.curate.choose.lloyd import Cost, Resources
+from pipeline.curate.choose.kmeans import KMeans, fit_local
+from pipeline.curate.choose.lloyd import assign
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.tables import ids_of, read_table, write_table
+from pipeline.curate.steps.steps import Steps
 from pipeline.errors import DataError, PipelineError
 
-MANY_TASKS = Resources(local_work=0, group_rows=1)
+
+def many_tasks(monkeypatch, group_rows=1):
+    """No fit in one task, and a task for each file."""
+    monkeypatch.setattr(lloyd, "LOCAL_WORK", 0)
+    monkeypatch.setattr(lloyd, "GROUP_ROWS", group_rows)
 
 
 @pytest.fixture(autouse=True)
@@ -37,19 +41,18 @@ def points():
 @pytest.mark.long
 def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatch):
     ids, vectors = points
-    expected = fit_local(ids, vectors, 9, seed=3, iterations=4)
+    expected = fit_local(ids, vectors, KMeans(9, 3, 4))
     shuffled = np.random.default_rng(1).permutation(300)
     monkeypatch.setattr(lloyd, "RANGE_ELEMENTS", 4 * 12)  # sums are added up by three tasks
     members = []
-    for name, files, order, resources in (
-        ("one", 1, None, Resources()),
-        ("three", 3, shuffled, MANY_TASKS),
-    ):
+    for name, files, order in (("one", 1, None), ("three", 3, shuffled)):
+        if files > 1:
+            many_tasks(monkeypatch)
         rows = written(tmp_path / name, ids, vectors, files, order)
-        fitted = lloyd.fit(tmp_path / name, "km", rows, 9, 3, 4, resources)
+        fitted = lloyd.fit(Steps(tmp_path / name / "km"), rows, KMeans(9, 3, 4))
         np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
-        assert list(fitted.similarity) == expected.similarity and fitted.cost.cpu_s > 0
-        result, counts = assign(tmp_path / name, "leaf", rows, fitted, resources)
+        assert list(fitted.similarity) == expected.similarity and fitted.step.cpu_s > 0
+        result, counts = assign(Steps(tmp_path / name), "leaf", rows, fitted)
         small = {}
         for file in rows.names:
             table = read_table(result.folder, file)
@@ -60,11 +63,11 @@ def test_files_tasks_and_order_change_nothing(points, tmp_path: Path, monkeypatc
         members.append(small)
         np.testing.assert_array_equal(counts, np.bincount(list(small.values()), minlength=9))
     assert members[0] == members[1] and len(members[0]) == 300
-    again = lloyd.fit(tmp_path / "three", "km", rows, 9, 3, 4, MANY_TASKS)
+    again = lloyd.fit(Steps(tmp_path / "three" / "km"), rows, KMeans(9, 3, 4))
     assert again == fitted  # and nothing but the centroids is left
     assert [p.name for p in (tmp_path / "three" / "km").iterdir()] == [f"fit-{fitted.key}"]
     # another fit under the name, once it is complete, takes its place
-    other = lloyd.fit(tmp_path / "three", "km", rows, 8, 3, 4, MANY_TASKS)
+    other = lloyd.fit(Steps(tmp_path / "three" / "km"), rows, KMeans(8, 3, 4))
     assert [p.name for p in (tmp_path / "three" / "km").iterdir()] == [f"fit-{other.key}"]
 
 
@@ -72,40 +75,41 @@ def test_a_fit_that_was_killed_goes_on(points, tmp_path: Path, monkeypatch):
     """It ends in the third iteration; the next start runs only what is missing."""
     ids, vectors = points
     rows = written(tmp_path, ids, vectors, 2)
-    run, ran = lloyd.run_step, []
+    many_tasks(monkeypatch)
+    run, ran = Steps.run, []
 
-    def stops(root, step, *args, **kwargs):
-        if step.endswith("means/002/new"):
+    def stops(steps, name, *args, **kwargs):
+        if name.endswith("means/002/new"):
             raise KeyboardInterrupt
-        result = run(root, step, *args, **kwargs)
-        ran.append((step, result.reused, len(result.accounts)))
-        return result
+        return goes_on(steps, name, *args, **kwargs)
 
-    monkeypatch.setattr(lloyd, "run_step", stops)
+    def goes_on(steps, name, *args, **kwargs):
+        step = run(steps, name, *args, **kwargs)
+        ran.append((name, step.reused, len(step.accounts)))
+        return step
+
+    monkeypatch.setattr(Steps, "run", stops)
     with pytest.raises(KeyboardInterrupt):
-        lloyd.fit(tmp_path, "km", rows, 5, 3, 4, MANY_TASKS)
+        lloyd.fit(Steps(tmp_path / "km"), rows, KMeans(5, 3, 4))
     before = len(ran)
-
-    def goes_on(root, step, *args, **kwargs):
-        result = run(root, step, *args, **kwargs)
-        ran.append((step, result.reused, len(result.accounts)))
-        return result
-
-    monkeypatch.setattr(lloyd, "run_step", goes_on)
-    fitted = lloyd.fit(tmp_path, "km", rows, 5, 3, 4, MANY_TASKS)
+    monkeypatch.setattr(Steps, "run", goes_on)
+    fitted = lloyd.fit(Steps(tmp_path / "km"), rows, KMeans(5, 3, 4))
     assert all(reused == tasks for _, reused, tasks in ran[before : 2 * before])
     assert ran[2 * before][1] == 0
-    np.testing.assert_array_equal(fitted.centroids(), fit_local(ids, vectors, 5, 3, 4).centroids)
+    expected = fit_local(ids, vectors, KMeans(5, 3, 4)).centroids
+    np.testing.assert_array_equal(fitted.centroids(), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_hardly_any_rows(points, tmp_path: Path, count):
+def test_hardly_any_rows(points, tmp_path: Path, count, monkeypatch):
     ids, vectors = points[0][:count], points[1][:count]
     rows = written(tmp_path, ids, vectors, 2)
-    for name, resources in (("local", Resources()), ("spread", MANY_TASKS)):
-        fitted = lloyd.fit(tmp_path, name, rows, 3, 0, 2, resources)
+    for name in ("local", "spread"):
+        if name == "spread":
+            many_tasks(monkeypatch)
+        fitted = lloyd.fit(Steps(tmp_path / name), rows, KMeans(3, 0, 2))
         assert fitted.clusters == count and fitted.centroids().shape == (count, 12)
-        _, counts = assign(tmp_path, f"{name}-leaf", rows, fitted)
+        _, counts = assign(Steps(tmp_path), f"{name}-leaf", rows, fitted)
         assert counts.tolist() == [1] * count
 
 
@@ -117,8 +121,8 @@ def test_left_out_rows_do_not_count(points, tmp_path: Path):
         mine = np.arange(150 * i, 150 * (i + 1))
         write_table(_rows(mine[alive[mine]]), str(tmp_path / "kept"), name)
     fewer = rows.within(str(tmp_path / "kept"), "k", [100, 100])
-    fitted = lloyd.fit(tmp_path, "km", fewer, 5, 3, 3)
-    expected = fit_local(ids[alive], vectors[alive], 5, 3, 3)
+    fitted = lloyd.fit(Steps(tmp_path / "km"), fewer, KMeans(5, 3, 3))
+    expected = fit_local(ids[alive], vectors[alive], KMeans(5, 3, 3))
     np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
     assert fewer.rows == 200 and fewer.key != rows.key
 
@@ -133,7 +137,7 @@ def test_too_many_clusters_are_refused(points, tmp_path: Path, monkeypatch):
     rows = written(tmp_path, *points)
     monkeypatch.setattr(lloyd, "TASK_ELEMENTS", 300 * 12 - 1)
     with pytest.raises(PipelineError, match=r"300 clusters of .* do not fit into a task"):
-        lloyd.fit(tmp_path, "km", rows, 2**24, 0, 2)
+        lloyd.fit(Steps(tmp_path / "km"), rows, KMeans(2**24, 0, 2))
 
 
 @pytest.mark.parametrize("local_work", [0, lloyd.LOCAL_WORK])
@@ -144,11 +148,12 @@ def test_of_more_clusters_than_rows_there_are_as_many_as_rows(
     ids, vectors = points
     rows = written(tmp_path, ids, vectors)
     monkeypatch.setattr(lloyd, "TASK_ELEMENTS", 300 * 12)
-    few = lloyd.Resources(local_work=local_work, group_rows=100)
-    fitted = lloyd.fit(tmp_path, "km", rows, 2**24, 3, 2, few)
+    monkeypatch.setattr(lloyd, "LOCAL_WORK", local_work)
+    monkeypatch.setattr(lloyd, "GROUP_ROWS", 100)
+    fitted = lloyd.fit(Steps(tmp_path / "km"), rows, KMeans(2**24, 3, 2))
     distinct = len(np.unique(vectors.view(np.uint16), axis=0))
     assert distinct <= fitted.clusters <= 300
-    expected = fit_local(ids, vectors, 2**24, 3, 2)
+    expected = fit_local(ids, vectors, KMeans(2**24, 3, 2))
     np.testing.assert_array_equal(fitted.centroids(), expected.centroids)
 
 
@@ -159,7 +164,7 @@ def test_damaged_vectors_are_named(points, tmp_path: Path):
     content[2000:2040] = bytes(40)
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"00000\.parquet cannot be read"):
-        lloyd.fit(tmp_path, "km", rows, 3, 0, 2)
+        lloyd.fit(Steps(tmp_path / "km"), rows, KMeans(3, 0, 2))
 
 
 def some_entries(name, folder, groups):
@@ -179,7 +184,7 @@ def test_first_of_each_group_over_files(points, tmp_path: Path, range_rows, monk
     monkeypatch.setattr(first_few, "GROUP_ROWS", 100)
     arguments = (rows.source.folder, 7)
     reader = partial(some_entries, folder=arguments[0], groups=arguments[1])
-    limits = first_few.limits(tmp_path, "first", rows, quota, reader, "key", Cost()).load()
+    limits = first_few.limits(Steps(tmp_path / "first"), rows, quota, reader).load()
     got = []
     for name in rows.names:
         entries = some_entries(name, *arguments)

@@ -15,6 +15,7 @@ from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import Points
 from pipeline.curate.rows.tables import RETRIEVED, read_table
+from pipeline.curate.steps.steps import Steps
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def test_neighbours_are_those_of_brute_force(count, least, monkeypatch):
     search = Neighbours(Points(np.arange(25), ids_of_numbers(range(25)), seeds), count, least)
     for part in np.array_split(np.random.default_rng(2).permutation(300), 4):
         search.add(Points(part, ids[part], pool[part]))
-    nearest = search.found()
+    nearest = search.nearest()
     products = exact(seeds, pool)
     for seed in range(25):
         mine = nearest.rows[nearest.groups == seed].tolist()
@@ -88,7 +89,7 @@ def test_sample_mode_counts_collisions_and_owners(tmp_path: Path, shuffled, monk
     rows = written(tmp_path, ids, pool, 3, order)
     sets = {n: written(tmp_path, seed_ids[n], v, 2 + shuffled, name=n) for n, v in seeds.items()}
     retrieved = retrieve.retrieve(
-        tmp_path, "r", rows, sets, Retrieval(mode="sample", neighbours=4), 0
+        Steps(tmp_path / "r"), rows, sets, Retrieval(mode="sample", neighbours=4), 0
     )
     asked: dict[int, list] = {}
     for name, vectors in seeds.items():
@@ -125,7 +126,7 @@ def test_similarity_floor_and_short_seeds(tmp_path: Path):
     rows = written(tmp_path, ids, pool, 2)
     sets = {"s": written(tmp_path, ids_of_numbers(range(9), b"s"), seeds, name="s")}
     settings = Retrieval(mode="sample", neighbours=5, min_similarity=0.45)
-    retrieved = retrieve.retrieve(tmp_path, "r", rows, sets, settings, 0)
+    retrieved = retrieve.retrieve(Steps(tmp_path / "r"), rows, sets, settings, 0)
     enough = (exact(seeds, pool) >= 0.45).sum(1)
     told = retrieved.summary["sets"]["s"]
     assert told["found"] == np.minimum(enough, 5).sum() and told["requested"] == 45
@@ -145,7 +146,7 @@ def clusters_case(tmp_path: Path, counts, **settings):
         seed_ids = ids_of_numbers(chosen, name.encode())
         sets[name] = written(tmp_path, seed_ids, vectors[chosen], name=name)
     retrieved = retrieve.retrieve(
-        tmp_path, "r", rows, sets, Retrieval(mode="cluster", clusters=4, **settings), 6
+        Steps(tmp_path / "r"), rows, sets, Retrieval(mode="cluster", clusters=4, **settings), 6
     )
     return retrieved, table_of(retrieved, rows.names), truth, pool, vectors
 
@@ -187,7 +188,7 @@ def test_seeds_are_read_in_blocks(tmp_path: Path, monkeypatch):
             "s": written(tmp_path, ids, vectors, files, order if block == 1 else None, name=name)
         }
         settings = Retrieval(mode="cluster", clusters=6)
-        one = retrieve.retrieve(tmp_path, f"r-{name}", rows, seeds, settings, 6)
+        one = retrieve.retrieve(Steps(tmp_path / f"r-{name}"), rows, seeds, settings, 6)
         retrieved.append((table_of(one, rows.names), one.summary))
     assert retrieved[0] == retrieved[1] and len(retrieved[0][0]) > 50
     # purity by a plain loop over the clusters of the seeds
@@ -233,7 +234,7 @@ def test_hardly_anything(tmp_path: Path, mode, rows, seeds):
     pool = written(tmp_path, ids[:rows], random_half(0, rows), 2)
     sets = {"s": written(tmp_path, ids[5 : 5 + seeds], random_half(1, seeds), name="s")}
     settings = Retrieval(mode=mode, cluster_seeds=0)
-    retrieved = retrieve.retrieve(tmp_path, "r", pool, sets, settings, 0)
+    retrieved = retrieve.retrieve(Steps(tmp_path / "r"), pool, sets, settings, 0)
     assert set(table_of(retrieved, pool.names)) <= set(range(rows))
     assert retrieved.summary["sets"]["s"]["mode"] == ("sample" if mode == "sample" else "cluster")
 
@@ -243,7 +244,7 @@ def test_a_seed_set_that_equals_the_pool(tmp_path: Path):
     rows = written(tmp_path, ids, pool, 2)
     for mode in ("sample", "cluster"):
         settings = Retrieval(mode=mode, cluster_seeds=0)
-        retrieved = retrieve.retrieve(tmp_path, mode, rows, {"s": rows}, settings, 0)
+        retrieved = retrieve.retrieve(Steps(tmp_path / mode), rows, {"s": rows}, settings, 0)
         assert retrieved.summary["rows"] == 0
 
 
@@ -253,5 +254,5 @@ def test_copies_of_seeds_are_neighbours(tmp_path: Path):
     rows = written(tmp_path, ids, pool, 2)
     sets = {"s": written(tmp_path, ids_of_numbers(range(3), b"s"), seeds, name="s")}
     settings = Retrieval(mode="sample", neighbours=1)
-    with_copies = retrieve.retrieve(tmp_path, "with", rows, sets, settings, 0)
+    with_copies = retrieve.retrieve(Steps(tmp_path / "with"), rows, sets, settings, 0)
     assert set(table_of(with_copies, rows.names)) == {0, 1, 2}

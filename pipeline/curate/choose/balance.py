@@ -18,14 +18,29 @@ import pyarrow as pa
 from pipeline.curate.choose import first_few
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.hierarchy import Hierarchy
-from pipeline.curate.choose.lloyd import Cost
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
 from pipeline.curate.rows.read_rows import RowSet
-from pipeline.curate.rows.tables import BALANCED, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
-from pipeline.uri import Place, join
+from pipeline.curate.rows.tables import BALANCED, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
 Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a balanced sample is asked for.
+
+    Attributes:
+        images: to choose; all where there are fewer.
+        seed: of the run.
+        floor: images of every leaf with at least `floor_members` rows, as far as `images` allows.
+        floor_members: see `floor`.
+    """
+
+    images: int
+    seed: int
+    floor: int
+    floor_members: int
 
 
 @dataclass(frozen=True)
@@ -35,67 +50,49 @@ class Balanced:
     Attributes:
         result: the step that wrote `NNNNN.parquet` (`tables.BALANCED`) for each input file.
         summary: numbers for the report; see `summary_of`.
-        cost: of the choice, without the hierarchy.
     """
 
-    result: Result
+    result: Step
     summary: dict[str, Any]
-    cost: Cost
 
 
-def balanced_sample(
-    root: Place,
-    name: str,
-    rows: RowSet,
-    hierarchy: Hierarchy,
-    images: int,
-    seed: int,
-    floor: int,
-    floor_members: int,
-) -> Balanced:
-    """Chooses `images` of the rows, or all where there are fewer.
+def balanced_sample(steps: Steps, rows: RowSet, hierarchy: Hierarchy, wanted: Wanted) -> Balanced:
+    """Chooses some of the rows.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is the sample's own.
         rows: that the hierarchy was built of.
         hierarchy: of these rows.
-        images: to choose.
-        seed: of the run.
-        floor: images of every leaf with at least `floor_members` rows, as far as `images` allows.
-        floor_members: see `floor`.
+        wanted: what is asked for.
     """
-    cost = Cost()
-    shares = leaf_shares(hierarchy.sizes, hierarchy.parents, images, floor, floor_members)
-    limits = first_few.limits(
-        root,
-        name,
-        rows,
-        shares.leaves,
-        partial(drawn_entries, assigned=hierarchy.folder, seed=seed),
-        [hierarchy.key, seed],
-        cost,
+    shares = leaf_shares(
+        hierarchy.sizes, hierarchy.parents, wanted.images, wanted.floor, wanted.floor_members
     )
-    place = str(join(root, *name.split("/"), f"tops-{hierarchy.key}"))
-    write_table(pa.table({"top": hierarchy.tops()}), place, "tops")
-    tasks = [Task(file, (file, hierarchy.folder, seed, limits, place)) for file in rows.names]
-    result = run_step(root, f"{name}/chosen", limits.key, tasks, _choose_task)
-    cost.add(result)
-    summary = summary_of(hierarchy, shares.leaves, images)
+    reader = partial(drawn_entries, assigned=hierarchy.assigned, seed=wanted.seed)
+    limits = first_few.limits(steps, rows, shares.leaves, reader)
+    chosen = steps.run(
+        "chosen",
+        _choose_task,
+        dict.fromkeys(rows.names),
+        reader=reader,
+        limits=limits,
+        tops=hierarchy.tops(),
+    )
+    summary = summary_of(hierarchy, shares.leaves, wanted.images)
     summary |= {
-        "floor": floor,
-        "floor_members": floor_members,
+        "floor": wanted.floor,
+        "floor_members": wanted.floor_members,
         "leaves_with_floor": shares.floored,
         "leaves_floor_met": shares.floor_met,
         "floor_honoured": shares.floor_met == shares.floored,
         "similarity": list(hierarchy.leaves.similarity),
     }
-    return Balanced(result, summary, cost)
+    return Balanced(chosen, summary)
 
 
-def drawn_entries(name: str, assigned: str, seed: int) -> Entries:
+def drawn_entries(name: str, assigned: Step, seed: int) -> Entries:
     """Rows of a file that ask to be chosen by a draw."""
-    table = read_table(assigned, name, ["row", "image_id", "leaf"])
+    table = assigned.read(name, ["row", "image_id", "leaf"])
     ids = ids_of(table["image_id"])
     return Entries(
         np.asarray(table["leaf"].to_numpy(), np.int64),
@@ -106,14 +103,13 @@ def drawn_entries(name: str, assigned: str, seed: int) -> Entries:
 
 
 def _choose_task(
-    folder: str, name: str, assigned: str, seed: int, limits: Limits, place: str
+    out: Output, _: None, reader: first_few.Reader, limits: Limits, tops: Array
 ) -> Account:
-    entries = drawn_entries(name, assigned, seed)
+    entries = reader(out.name)
     chosen = limits.load().chosen(entries)
-    tops = np.asarray(read_table(place, "tops")["top"].to_numpy(), np.int64)
     columns = [entries.rows, entries.groups, tops[entries.groups], chosen]
-    written = write_table(pa.table(columns, schema=BALANCED), folder, name)
-    return {"rows": len(entries.rows), "bytes": written, "chosen": int(chosen.sum())}
+    out.table(pa.table(columns, schema=BALANCED))
+    return {"chosen": int(chosen.sum())}
 
 
 def summary_of(hierarchy: Hierarchy, taken: Array, images: int) -> dict[str, Any]:

@@ -14,13 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.choose.lloyd import Cost
 from pipeline.curate.rows.draws_by_id import firsts, not_after
 from pipeline.curate.rows.read_rows import RowSet
-from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Task, run_step
-from pipeline.storage.run_folder import fingerprint
-from pipeline.uri import Place, join
+from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
 Array = np.ndarray[Any, Any]
 
@@ -83,21 +80,21 @@ class Limits:
     """Where the last chosen row of each group is written.
 
     Attributes:
-        folder: of the limits.
-        names: of its files.
+        step: whose tables they are.
         groups: how many there are.
-        key: of the step.
     """
 
-    folder: str
-    names: tuple[str, ...]
+    step: Step
     groups: int
-    key: str
+
+    @property
+    def key(self) -> str:
+        """Of the step."""
+        return self.step.key
 
     def load(self) -> ChosenUpTo:
         """The limits of all groups."""
-        parts = [Entries.read(read_table(self.folder, name)) for name in self.names]
-        limits = Entries.joined(parts)
+        limits = Entries.joined([Entries.read(self.step.read(name)) for name in self.step.tables])
         place = np.full(self.groups, -1, np.int64)
         place[limits.groups] = np.arange(len(limits.groups))
         return ChosenUpTo(limits, place)
@@ -121,45 +118,21 @@ class ChosenUpTo:
         return chosen
 
 
-def limits(
-    root: Place,
-    name: str,
-    rows: RowSet,
-    quota: Array,
-    reader: Reader,
-    key: Any,
-    cost: Cost,
-) -> Limits:
+def limits(steps: Steps, rows: RowSet, quota: Array, reader: Reader) -> Limits:
     """Finds the last row that is chosen of each group.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is the choice's own.
         rows: whose files are read.
         quota: rows to choose of each group, int64 [groups].
-        reader: gives the entries of a file.
-        key: of what the reader reads.
-        cost: is added to.
+        reader: gives the entries of a file: a `partial` that is given the steps that it reads.
     """
     quota = np.asarray(quota, np.int64)
-    key = [key, fingerprint(quota.tolist())]
-    place = str(join(root, *name.split("/"), f"quota-{fingerprint(key)}"))
-    write_table(pa.table({"quota": quota}), place, "quota")
-    groups = rows.groups(GROUP_ROWS)
-    names = [f"{i:05d}" for i in range(len(groups))]
-    tasks = [
-        Task(own, (own, group, place, reader)) for own, group in zip(names, groups, strict=True)
-    ]
-    named = run_step(root, f"{name}/named", key, tasks, _name_task)
-    cost.add(named)
-    bounds = _ranges(quota, len(groups))
-    tasks = [
-        Task(f"{i:05d}", (f"{i:05d}", named.folder, names, place, low, high))
-        for i, (low, high) in enumerate(bounds)
-    ]
-    last = run_step(root, f"{name}/limits", key, tasks, _limit_task)
-    cost.add(last)
-    return Limits(last.folder, tuple(task.name for task in tasks), len(quota), last.key)
+    parts = {f"{i:05d}": group for i, group in enumerate(rows.groups(GROUP_ROWS))}
+    named = steps.run("named", _name_task, parts, quota=quota, reader=reader)
+    ranges = {f"{i:05d}": both for i, both in enumerate(_ranges(quota, len(parts)))}
+    last = steps.run("limits", _limit_task, ranges, quota=quota, named=named)
+    return Limits(last, len(quota))
 
 
 def _ranges(quota: Array, parts: int) -> list[tuple[int, int]]:
@@ -172,38 +145,25 @@ def _ranges(quota: Array, parts: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(starts, ends, strict=True)]
 
 
-def read_quota(place: str) -> Array:
-    """Rows to choose of each group."""
-    return np.asarray(read_table(place, "quota")["quota"].to_numpy(), np.int64)
-
-
-def _name_task(
-    folder: str,
-    name: str,
-    files: tuple[str, ...],
-    place: str,
-    reader: Reader,
-) -> Account:
-    quota = read_quota(place)
-    first = Entries.joined([])
-    rows = 0
+def _name_task(out: Output, files: Sequence[str], quota: Array, reader: Reader) -> Account:
+    """The first rows of each group in some files."""
+    first, count = Entries.joined([]), 0
     for file in files:
         entries = reader(file)
-        rows += len(entries.rows)
+        count += len(entries.rows)
         asking = entries.take(quota[entries.groups] > 0)
         first = Entries.joined([first, asking]).first(quota)
-    return {"rows": rows, "bytes": write_table(first.table(), folder, name)}
+    out.table(first.table())
+    return {"rows": count}
 
 
-def _limit_task(
-    folder: str, name: str, parts: str, names: list[str], place: str, low: int, high: int
-) -> Account:
-    quota = read_quota(place)
+def _limit_task(out: Output, groups: tuple[int, int], quota: Array, named: Step) -> Account:
+    """The last of the first rows of each group in a range of groups."""
     first = Entries.joined([])
-    within = [("group", ">=", low), ("group", "<", high)]
-    for part in names:
-        entries = Entries.read(read_table(parts, part, filters=within))
+    within = [("group", ">=", groups[0]), ("group", "<", groups[1])]
+    for part in named.tables:
+        entries = Entries.read(named.read(part, filters=within))
         first = Entries.joined([first, entries]).first(quota)
     last = np.flatnonzero(np.r_[first.groups[1:] != first.groups[:-1], True][: len(first.groups)])
-    written = write_table(first.take(last).table(), folder, name)
-    return {"rows": len(first.rows), "bytes": written}
+    out.table(first.take(last).table())
+    return {"rows": len(first.rows)}

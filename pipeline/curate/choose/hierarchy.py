@@ -11,7 +11,7 @@ The first level goes over the files; the others are k-means of centroids, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,17 +20,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose import first_few, lloyd
-from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.first_few import Entries, Limits
-from pipeline.curate.choose.kmeans import Centroids, fit_local
-from pipeline.curate.choose.lloyd import ONE_CPU, Cost, Fitted, Resources
+from pipeline.curate.choose.kmeans import KMeans, fit_local
+from pipeline.curate.choose.lloyd import assign
+from pipeline.curate.choose.lloyd_tasks import Fitted, device_of
 from pipeline.curate.rows.draws_by_id import firsts, numbers_as_ids
-from pipeline.curate.rows.exact import Halves
+from pipeline.curate.rows.exact import Centres, Halves
 from pipeline.curate.rows.read_rows import RowSet
-from pipeline.curate.rows.tables import ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.curate.rows.tables import ids_of
+from pipeline.curate.steps.steps import ONE_CPU, Account, Output, Resources, Step, Steps
 from pipeline.errors import PipelineError
-from pipeline.uri import Place
+from pipeline.storage.run_folder import fingerprint
 
 Array = np.ndarray[Any, Any]
 
@@ -73,24 +73,39 @@ def check_levels(levels: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """What a hierarchy is asked for.
+
+    Attributes:
+        clusters: of each level, finest first; empty: `default_levels`.
+        seed: of the run.
+        iterations: of each k-means, at most.
+        resampling: rounds of each level.
+    """
+
+    clusters: tuple[int, ...]
+    seed: int
+    iterations: int
+    resampling: int
+
+
+@dataclass(frozen=True)
 class Hierarchy:
     """The levels, and the leaf of each row.
 
     Attributes:
         leaves: centroids of the finest level.
-        folder: where the leaf of each row is written: `NNNNN.parquet` (`assign.ASSIGNED`).
-        key: of all of it.
+        assigned: step that wrote the leaf of each row (`lloyd_tasks.ASSIGNED`).
         sizes: rows of each leaf, int64 [leaves].
         parents: for each level but the top, the cluster of the next level of each of its clusters.
-        cost: of all that it took.
+        key: of all of it.
     """
 
     leaves: Fitted
-    folder: str
-    key: str
+    assigned: Step
     sizes: Array
     parents: tuple[Array, ...]
-    cost: Cost
+    key: str
 
     def tops(self) -> Array:
         """The cluster of the top level of each leaf, int64 [leaves]."""
@@ -108,64 +123,39 @@ class Hierarchy:
         return levels
 
 
-def build(
-    root: Place,
-    name: str,
-    rows: RowSet,
-    levels: Sequence[int],
-    seed: int,
-    iterations: int,
-    resampling: int,
-    resources: Resources = ONE_CPU,
-) -> Hierarchy:
+def build(steps: Steps, rows: RowSet, levels: Levels, resources: Resources = ONE_CPU) -> Hierarchy:
     """Clusters the rows, level on level.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is the hierarchy's own.
         rows: to cluster.
-        levels: clusters of each, finest first; empty: `default_levels`.
-        seed: of the run.
-        iterations: of each k-means, at most.
-        resampling: rounds of each level.
-        resources: of the tasks over files.
+        levels: what is asked for.
+        resources: of the tasks that make products.
 
     Raises:
         PipelineError: a level is not coarser than the one below it.
     """
-    clusters = tuple(levels) or default_levels(rows.rows, rows.source.dim)
+    clusters = levels.clusters or default_levels(rows.rows, rows.source.dim)
     check_levels(clusters)
-    cost = Cost()
-    fitted = lloyd.fit(root, f"{name}/leaves-0", rows, clusters[0], seed, iterations, resources)
-    result, sizes = assign(root, f"{name}/assigned-0", rows, fitted, resources)
-    cost.add(fitted.cost)
-    cost.add(result)
-    for turn in range(1, resampling + 1):
+    kmeans = KMeans(clusters[0], levels.seed, levels.iterations)
+    fitted = lloyd.fit(steps.below("leaves-0"), rows, kmeans, resources)
+    assigned, sizes = assign(steps, "assigned-0", rows, fitted, resources)
+    for turn in range(1, levels.resampling + 1):
         if rows.rows <= fitted.clusters:
             break  # every row is a leaf
-        near = _nearest_rows(root, f"{name}/near-{turn}", rows, fitted, result, cost)
-        fitted = lloyd.fit(
-            root, f"{name}/leaves-{turn}", near, fitted.clusters, seed + turn, iterations, resources
-        )
-        result, sizes = assign(root, f"{name}/assigned-{turn}", rows, fitted, resources)
-        cost.add(fitted.cost)
-        cost.add(result)
-    arguments = (fitted, clusters[1:], seed, iterations, resampling, resources.gpus > 0)
-    above = run_step(
-        root,
-        f"{name}/levels",
-        [result.key, fitted.key, list(clusters[1:]), seed, iterations, resampling],
-        [Task("levels", arguments)],
-        _levels_task,
-        cpus=resources.cpus,
-        gpus=resources.gpus,
+        near = _nearest_rows(steps.below(f"near-{turn}"), rows, fitted, assigned)
+        kmeans = replace(kmeans, clusters=fitted.clusters, seed=levels.seed + turn)
+        fitted = lloyd.fit(steps.below(f"leaves-{turn}"), near, kmeans, resources)
+        assigned, sizes = assign(steps, f"assigned-{turn}", rows, fitted, resources)
+    levels = replace(levels, clusters=clusters)
+    above = steps.run(
+        "levels", _levels_task, {"levels": None}, resources, fitted=fitted, levels=levels
     )
-    cost.add(above)
-    parents = []
-    for level in range(len(clusters) - 1):
-        table = read_table(above.folder, f"level-{level}")
-        parents.append(np.asarray(table["parent"].to_numpy(), np.int64))
-    return Hierarchy(fitted, result.folder, above.key, sizes, tuple(parents), cost)
+    parents = tuple(
+        np.asarray(above.read(f"level-{level}")["parent"].to_numpy(), np.int64)
+        for level in range(len(clusters) - 1)
+    )
+    return Hierarchy(fitted, assigned, sizes, parents, fingerprint([assigned.key, above.key]))
 
 
 def half_mean_size(rows: int, clusters: int) -> int:
@@ -173,9 +163,9 @@ def half_mean_size(rows: int, clusters: int) -> int:
     return max(1, rows // (2 * max(1, clusters)))
 
 
-def nearest_entries(name: str, assigned: str) -> Entries:
+def nearest_entries(name: str, assigned: Step) -> Entries:
     """Rows of a file that ask to be chosen by their similarity to their centroid."""
-    table = read_table(assigned, name)
+    table = assigned.read(name)
     similarity = np.asarray(table["similarity"].to_numpy(), np.float64)
     return Entries(
         np.asarray(table["leaf"].to_numpy(), np.int64),
@@ -185,71 +175,54 @@ def nearest_entries(name: str, assigned: str) -> Entries:
     )
 
 
-def _nearest_rows(
-    root: Place, name: str, rows: RowSet, fitted: Fitted, assigned: Result, cost: Cost
-) -> RowSet:
+def _nearest_rows(steps: Steps, rows: RowSet, fitted: Fitted, assigned: Step) -> RowSet:
     """The rows nearest to each centroid, equally many of each cluster that has them."""
     quota = np.full(fitted.clusters, half_mean_size(rows.rows, fitted.clusters))
-    reader = partial(nearest_entries, assigned=assigned.folder)
-    limits = first_few.limits(root, name, rows, quota, reader, assigned.key, cost)
-    tasks = [Task(file, (file, assigned.folder, limits)) for file in rows.names]
-    chosen = run_step(root, f"{name}/rows", limits.key, tasks, _near_task)
-    cost.add(chosen)
-    counts = [account["rows"] for account in chosen.accounts]
-    return rows.within(chosen.folder, chosen.key, counts)
+    reader = partial(nearest_entries, assigned=assigned)
+    limits = first_few.limits(steps, rows, quota, reader)
+    files = dict.fromkeys(rows.names)
+    near = steps.run("rows", _near_task, files, assigned=assigned, limits=limits)
+    return rows.within(near.folder, near.key, [account["rows"] for account in near.accounts])
 
 
-def _near_task(folder: str, name: str, assigned: str, limits: Limits) -> Account:
-    entries = nearest_entries(name, assigned)
-    rows = entries.rows[limits.load().chosen(entries)]
-    return {"rows": len(rows), "bytes": write_table(pa.table({"row": rows}), folder, name)}
+def _near_task(out: Output, _: None, assigned: Step, limits: Limits) -> None:
+    entries = nearest_entries(out.name, assigned)
+    out.table(pa.table({"row": entries.rows[limits.load().chosen(entries)]}))
 
 
-def _levels_task(
-    folder: str,
-    fitted: Fitted,
-    levels: tuple[int, ...],
-    seed: int,
-    iterations: int,
-    resampling: int,
-    gpu: bool,
-) -> Account:
+def _levels_task(out: Output, _: None, fitted: Fitted, levels: Levels) -> Account:
     """Clusters centroids, level on level, and writes the parent of each."""
-    points, written = fitted.centroids(), 0
-    for level, clusters in enumerate(levels):
-        points, parents = level_of(points, clusters, seed, iterations, resampling, gpu)
+    points = fitted.centroids()
+    for level, clusters in enumerate(levels.clusters[1:]):
+        kmeans = KMeans(clusters, levels.seed, levels.iterations)
+        points, parents = level_of(points, kmeans, levels.resampling, device_of(out))
         table = pa.table({"cluster": np.arange(len(parents)), "parent": parents})
-        written += write_table(table, folder, f"level-{level}")
-    return {"rows": fitted.clusters, "bytes": written}
+        out.table(table, f"level-{level}")
+    return {"rows": fitted.clusters}
 
 
-def level_of(
-    points: Halves, clusters: int, seed: int, iterations: int, resampling: int, gpu: bool = False
-) -> tuple[Halves, Array]:
+def level_of(points: Halves, kmeans: KMeans, resampling: int, on: str = "") -> tuple[Halves, Array]:
     """k-means of centroids, with resampling.
 
     Args:
         points: centroids of the level below, [n, d].
-        clusters: of this level.
-        seed: of the run.
-        iterations: of each k-means.
+        kmeans: what is asked for.
         resampling: rounds.
-        gpu: use it for the products.
+        on: torch device of the products.
 
     Returns:
         This level's centroids [k, d], none of which is empty, and the one of each point, int64 [n].
     """
     ids, numbers = numbers_as_ids(len(points)), np.arange(len(points))
-    centroids = fit_local(ids, points, clusters, seed, iterations, gpu).centroids
+    centroids = fit_local(ids, points, kmeans, on).centroids
     for turn in range(1, resampling + 1):
         if len(centroids) >= len(points):
             break
-        labels, similarity = Centroids(centroids, gpu).nearest(points)
+        labels, similarity = Centres(centroids, on).nearest_one(points)
         quota = np.full(len(centroids), half_mean_size(len(points), len(centroids)))
         picked = np.sort(firsts(labels, -similarity, ids, numbers, quota))
-        centroids = fit_local(
-            ids[picked], points[picked], len(centroids), seed + turn, iterations, gpu
-        ).centroids
-    labels, _ = Centroids(centroids, gpu).nearest(points)
+        again = replace(kmeans, clusters=len(centroids), seed=kmeans.seed + turn)
+        centroids = fit_local(ids[picked], points[picked], again, on).centroids
+    labels, _ = Centres(centroids, on).nearest_one(points)
     used, parents = np.unique(labels, return_inverse=True)
     return centroids[used], parents.astype(np.int64)

@@ -30,34 +30,19 @@ SPARE = 64  # rows that each task names for empty clusters
 UNIT = 2.0**24  # similarities are added up as integers of this, so that sums are exact
 
 
-class Centroids:
-    """Centroids at hand for finding the nearest one.
+@dataclass(frozen=True)
+class KMeans:
+    """What a k-means is asked for.
 
-    Args:
-        halves: half precision [k, d].
-        gpu: single precision products on the GPU; the results are the same.
+    Attributes:
+        clusters: wanted; there are fewer where fewer rows differ.
+        seed: of the run.
+        iterations: at most; it ends where no centroid changes.
     """
 
-    def __init__(self, halves: Halves, gpu: bool = False) -> None:
-        self.halves = halves
-        self._centres = Centres(halves, "cuda" if gpu else "")
-
-    def __len__(self) -> int:
-        return len(self.halves)
-
-    def nearest(self, vectors: Halves) -> tuple[Array, Doubles]:
-        """The nearest centroid of each row, the lowest number of equals, and the exact product.
-
-        Args:
-            vectors: [n, d] of unit length.
-
-        Returns:
-            int64 [n] and float64 [n].
-        """
-        if not len(vectors):
-            return np.zeros(0, np.int64), np.zeros(0)
-        labels, similarity = self._centres.nearest(vectors, 1)
-        return labels[:, 0].astype(np.int64), similarity[:, 0]
+    clusters: int
+    seed: int
+    iterations: int
 
 
 def squared_distances(
@@ -108,29 +93,34 @@ def drawn_next(drawn: int, clusters: int) -> int:
     return min(clusters - drawn, max(1, drawn // 4), MAX_DRAWN)
 
 
-def closer(closest: Array, vectors: Halves, new: Centroids) -> Array:
+def closer(closest: Array, vectors: Halves, new: Centres) -> Array:
     """Squared distances to the nearest seed, after new seeds; float64 [n], infinite at first."""
     if not len(new):
         return closest
-    labels, products = new.nearest(vectors)
-    return np.minimum(closest, squared_distances(vectors, new.halves, labels, products))
+    labels, products = new.nearest_one(vectors)
+    return np.minimum(closest, squared_distances(vectors, new.centres, labels, products))
 
 
-def draw_seeds(
-    closest: Array, ids: Array, vectors: Halves, seed: int, turn: int, count: int
-) -> Drawn:
+@dataclass(frozen=True)
+class Pass:
+    """A pass of the seeding: seed of the run, number of the pass, seeds to draw."""
+
+    seed: int
+    turn: int
+    count: int
+
+
+def draw_seeds(closest: Array, ids: Array, vectors: Halves, draw: Pass) -> Drawn:
     """Rows drawn in proportion to their squared distance from the nearest seed.
 
     Args:
         closest: squared distances [n]; infinite before the first seed, which is drawn uniformly.
         ids: uint8 [n, 16].
         vectors: [n, d].
-        seed: of the run.
-        turn: number of the pass.
-        count: rows to draw; fewer where fewer are apart from all seeds.
+        draw: the pass; it gives fewer rows where fewer are apart from all seeds.
     """
     weights = np.where(np.isinf(closest), 1.0, closest)
-    return Drawn.of(race(seed, turn, ids, weights, SEEDING), ids, vectors, count)
+    return Drawn.of(race(draw.seed, draw.turn, ids, weights, SEEDING), ids, vectors, draw.count)
 
 
 @dataclass
@@ -154,7 +144,7 @@ class Sums:
         """Of no rows."""
         return cls(np.zeros((clusters, dim)), np.zeros(clusters, np.int64), 0, none_drawn(dim))
 
-    def add(self, ids: Array, vectors: Halves, centroids: Centroids, seed: int, turn: int) -> None:
+    def add(self, ids: Array, vectors: Halves, centroids: Centres, seed: int, turn: int) -> None:
         """Adds rows, by the nearest of these centroids."""
         from scipy.sparse import csr_matrix
 
@@ -163,7 +153,7 @@ class Sums:
         for begin in range(0, len(vectors), step):
             part = slice(begin, begin + step)
             rows = vectors[part]
-            labels, products = centroids.nearest(rows)
+            labels, products = centroids.nearest_one(rows)
             present, place = np.unique(labels, return_inverse=True)
             ones = csr_matrix(
                 (np.ones(len(rows)), (place, np.arange(len(rows)))), (len(present), len(rows))
@@ -171,7 +161,7 @@ class Sums:
             self.sums[present] += ones @ rows.astype(np.float64)
             self.counts += np.bincount(labels, minlength=len(self.counts))
             self.similarity += int(np.rint(products * UNIT).astype(np.int64).sum())
-            far = squared_distances(rows, centroids.halves, labels, products)
+            far = squared_distances(rows, centroids.centres, labels, products)
             times = race(seed, turn, ids[part], far, REFILL)
             self.spare = self.spare.merged(Drawn.of(times, ids[part], rows, SPARE), SPARE)
 
@@ -216,36 +206,32 @@ class Fit:
     passes: int = 0
 
 
-def fit_local(
-    ids: Array, vectors: Halves, clusters: int, seed: int, iterations: int, gpu: bool = False
-) -> Fit:
+def fit_local(ids: Array, vectors: Halves, kmeans: KMeans, on: str = "") -> Fit:
     """The k-means of `lloyd.fit`, with the same result, for rows that fit into memory.
 
     Args:
         ids: uint8 [n, 16]; they alone decide what is drawn.
         vectors: [n, d] of unit length.
-        clusters: wanted.
-        seed: of the run.
-        iterations: at most; it ends where no centroid changes.
-        gpu: use it for the products.
+        kmeans: what is asked for.
+        on: torch device of the products; the results are the same.
     """
-    dim = vectors.shape[1]
-    clusters = min(clusters, len(vectors))
+    dim, seed = vectors.shape[1], kmeans.seed
+    clusters = min(kmeans.clusters, len(vectors))
     fit = Fit(np.zeros((0, dim), HALF))
     closest, new = np.full(len(vectors), np.inf), fit.centroids
     while len(fit.centroids) < clusters:
-        closest = closer(closest, vectors, Centroids(new, gpu))
+        closest = closer(closest, vectors, Centres(new, on))
         count = drawn_next(len(fit.centroids), clusters)
-        new = draw_seeds(closest, ids, vectors, seed, fit.passes, count).vectors
+        new = draw_seeds(closest, ids, vectors, Pass(seed, fit.passes, count)).vectors
         fit.passes += 1
         if not len(new):
             break
         fit.centroids = np.concatenate([fit.centroids, new])
     if not len(fit.centroids):
         return fit
-    for turn in range(iterations):
+    for turn in range(kmeans.iterations):
         total = Sums.zero(len(fit.centroids), dim)
-        total.add(ids, vectors, Centroids(fit.centroids, gpu), seed, turn)
+        total.add(ids, vectors, Centres(fit.centroids, on), seed, turn)
         fit.similarity.append(total.similarity / UNIT / len(vectors))
         after = means(total.sums, total.counts, fit.centroids)
         changed = not np.array_equal(after, fit.centroids)

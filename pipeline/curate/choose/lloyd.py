@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from pipeline.curate.choose import kmeans
-from pipeline.curate.choose.kmeans import UNIT
+from pipeline.curate.choose.kmeans import UNIT, KMeans, Pass, drawn_next
 from pipeline.curate.choose.lloyd_tasks import (
     CentroidFiles,
-    Part,
+    Fitted,
+    assign_task,
     draw_task,
     fit_task,
     merge_drawn,
     merge_sums,
-    read_vectors,
     sum_task,
 )
 from pipeline.curate.rows.exact import Halves
-from pipeline.curate.rows.read_rows import RowSet, Source
-from pipeline.curate.rows.tables import list_array, matrix, read_table, write_table
-from pipeline.curate.steps.steps import Result, Task, remove_steps, run_step
+from pipeline.curate.rows.read_rows import RowSet
+from pipeline.curate.rows.tables import list_array, read_table, write_table
+from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps, remove_steps
 from pipeline.errors import PipelineError
 from pipeline.storage.places import resolve_uri, with_retries
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import read_mark, write_bytes_atomic
-from pipeline.uri import Place, join
+from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
 
@@ -49,110 +48,40 @@ RANGE_ELEMENTS = 2**20  # sums, clusters times width, that one task adds up
 TASK_ELEMENTS = 2**27  # most centroids times width: sums of 1 GiB in doubles
 
 
-@dataclass
-class Cost:
-    """What steps cost, added up."""
-
-    seconds: float = 0.0
-    cpu_s: float = 0.0
-    peak_bytes: int = 0
-
-    def add(self, other: Result | Cost) -> None:
-        """Counts a step's, or other steps', cost in."""
-        self.seconds += other.seconds
-        self.cpu_s += other.cpu_s
-        self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A finished k-means.
-
-    Attributes:
-        folder: with `centroids.parquet`.
-        key: of the settings and rows.
-        clusters: how many there are.
-        dim: width.
-        similarity: mean similarity of rows to their centroids, before each iteration.
-        cost: of all that it took.
-    """
-
-    folder: str
-    key: str
-    clusters: int
-    dim: int
-    similarity: tuple[float, ...]
-    cost: Cost
-
-    def centroids(self) -> Halves:
-        """Half [k, d]."""
-        return matrix(read_table(self.folder, "centroids", ["vector"])["vector"], self.dim)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Of a task: CPUs, GPUs, and how much work is left to one task."""
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    local_work: float = LOCAL_WORK
-    group_rows: int = GROUP_ROWS
-
-
-ONE_CPU = Resources()
-
-
-def fit(
-    root: Place,
-    name: str,
-    rows: RowSet,
-    clusters: int,
-    seed: int,
-    iterations: int,
-    resources: Resources = ONE_CPU,
-) -> Fitted:
+def fit(steps: Steps, rows: RowSet, kmeans: KMeans, resources: Resources = ONE_CPU) -> Fitted:
     """Spherical k-means of the rows; see `kmeans`.
 
     Args:
-        root: folder of the curation.
-        name: of the step; files go to `root/name`.
+        steps: whose folder is this fit's own.
         rows: to cluster.
-        clusters: wanted; there are fewer where fewer rows differ.
-        seed: of the run.
-        iterations: at most; it ends where no centroid changes.
-        resources: of a task.
+        kmeans: what is asked for.
+        resources: of a task over the rows.
 
     Raises:
         PipelineError: so many centroids do not fit into a task.
     """
     dim = rows.source.dim
-    clusters = min(clusters, rows.rows)  # a row is one cluster at most
-    if clusters * dim > TASK_ELEMENTS:
+    kmeans = replace(kmeans, clusters=min(kmeans.clusters, rows.rows))  # a row is one at most
+    if kmeans.clusters * dim > TASK_ELEMENTS:
         raise PipelineError(
-            f"{clusters:,} clusters of {dim} dimensions do not fit into a task of 2 GB",
+            f"{kmeans.clusters:,} clusters of {dim} dimensions do not fit into a task of 2 GB",
             f"ask for at most {TASK_ELEMENTS // dim:,}",
         )
-    settings = ["k-means", rows.key, list(rows.names), clusters, seed, iterations]
-    key = fingerprint(settings)
-    folder = str(join(root, *name.split("/"), f"fit-{key}"))
+    wanted = [kmeans.clusters, kmeans.seed, kmeans.iterations]
+    key = fingerprint(["k-means", rows.key, list(rows.names), *wanted])
+    folder = str(join(steps.root, f"fit-{key}"))
     fs, path = resolve_uri(folder)
     known = read_mark(fs, f"{path}/fit.json")
     if not known:
-        groups = rows.groups(max(resources.group_rows, clusters))
-        steps = _Steps(root, name, key, rows.source, groups, seed, resources, Cost())
-        known = _fit(steps, folder, rows, clusters, iterations)
-        _tidy(root, name, folder)
-    return Fitted(
-        folder=folder,
-        key=key,
-        clusters=known["clusters"],
-        dim=dim,
-        similarity=tuple(known["similarity"]),
-        cost=Cost(**known["cost"]),
-    )
+        known = _fit(_Passes(steps.aside(), rows, kmeans, resources), folder)
+        write_bytes_atomic(json.dumps(known).encode(), fs, f"{path}/fit.json")
+        _tidy(folder)
+    step = Step("k-means", key, folder, **known["cost"])
+    steps.done.append(step)
+    return Fitted(step, known["clusters"], dim, tuple(known["similarity"]))
 
 
-def _tidy(root: Place, name: str, folder: str) -> None:
+def _tidy(folder: str) -> None:
     """Deletes what a finished fit does not need: its parts, which are larger than the rows, and
     the fits under other keys, of rows or settings that there are no more.
     """
@@ -165,100 +94,115 @@ def _tidy(root: Place, name: str, folder: str) -> None:
             remove_steps(fs, info.path)
 
 
-def _fit(
-    steps: _Steps, folder: str, rows: RowSet, clusters: int, iterations: int
-) -> dict[str, Any]:
-    """Runs the steps and writes the centroids and, last, `fit.json`."""
-    dim, resources = rows.source.dim, steps.resources
-    operations = float(rows.rows) * clusters * dim
-    if operations <= resources.local_work and rows.rows * dim * 2 <= LOCAL_BYTES:
-        gpu = resources.gpus > 0
-        task = Task("fit", (rows.source, rows.names, clusters, steps.seed, iterations, gpu))
-        one = steps.run("local", [task], fit_task)
-        centroids, similarity = read_vectors(one.folder, "fit", dim), one.accounts[0]["similarity"]
+def _fit(passes: _Passes, folder: str) -> dict[str, Any]:
+    """Runs the passes and writes the centroids; what `fit.json` says of them."""
+    rows = passes.rows
+    size = rows.rows * rows.source.dim
+    if size * passes.kmeans.clusters <= LOCAL_WORK and 2 * size <= LOCAL_BYTES:
+        centroids, similarity = passes.at_once()
     else:
-        stored = steps.seeds(clusters)
-        similarity = []
-        if stored.count:
-            stored, similarity = steps.means(stored, iterations, rows.rows)
-        centroids = stored.load(dim)
+        centroids, similarity = passes.means(passes.seeds())
     write_table(pa.table({"vector": list_array(centroids)}), folder, "centroids")
-    known = {"clusters": len(centroids), "similarity": similarity, "cost": asdict(steps.cost)}
-    fs, path = resolve_uri(folder)
-    write_bytes_atomic(json.dumps(known).encode(), fs, f"{path}/fit.json")
-    return known
+    done = passes.steps.done
+    cost = {
+        "seconds": sum(step.seconds for step in done),
+        "cpu_s": sum(step.cpu_s for step in done),
+        "peak_bytes": max(step.peak_bytes for step in done) if done else 0,
+    }
+    return {"clusters": len(centroids), "similarity": similarity, "cost": cost}
 
 
 @dataclass
-class _Steps:
+class _Passes:
     """The passes of one fit."""
 
-    root: Place
-    name: str
-    key: str
-    source: Source
-    groups: list[tuple[str, ...]]
-    seed: int
+    steps: Steps
+    rows: RowSet
+    kmeans: KMeans
     resources: Resources
-    cost: Cost
-
-    def run(self, step: str, tasks: list[Task], function: Any, heavy: bool = True) -> Result:
-        """A step below this fit's name, its cost counted."""
-        result = run_step(
-            self.root, f"{self.name}/{step}", self.key, tasks, function,
-            cpus=self.resources.cpus if heavy else 1.0,
-            gpus=self.resources.gpus if heavy else 0.0,
-        )  # fmt: skip
-        self.cost.add(result)
-        return result
 
     @property
-    def parts(self) -> list[Part]:
-        """The rows as tasks go through them."""
-        gpu = self.resources.gpus > 0
-        return [Part(f"{i:05d}", self.source, group, gpu) for i, group in enumerate(self.groups)]
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Files of the rows, as tasks go through them."""
+        groups = self.rows.groups(max(GROUP_ROWS, self.kmeans.clusters))
+        return {f"{i:05d}": group for i, group in enumerate(groups)}
 
-    def seeds(self, clusters: int) -> CentroidFiles:
+    def at_once(self) -> tuple[Halves, list[float]]:
+        """The whole fit in one task."""
+        step = self.steps.run(
+            "local", fit_task, {"fit": None}, self.resources, rows=self.rows, wanted=self.kmeans
+        )
+        return CentroidFiles(self.rows.source.dim, (step,)).load(), step.accounts[0]["similarity"]
+
+    def seeds(self) -> CentroidFiles:
         """Draws the seeds: each pass a step of all rows and a step that merges."""
-        seeds, turn, before = CentroidFiles((), 0), 0, ""
-        parts, dim = self.parts, self.source.dim
-        names = [part.name for part in parts]
+        dim, clusters = self.rows.source.dim, self.kmeans.clusters
+        seeds, drawn, turn = CentroidFiles(dim), None, 0
         while seeds.count < clusters:
-            count = kmeans.drawn_next(seeds.count, clusters)
-            new = CentroidFiles(seeds.folders[-1:], 1)
-            tasks = [Task(part.name, (part, before, new, self.seed, turn, count)) for part in parts]
-            drawn = self.run(f"seeds/{turn:03d}/drawn", tasks, draw_task)
-            merge = [Task("new", (drawn.folder, names, count, dim))]
-            merged = self.run(f"seeds/{turn:03d}/new", merge, merge_drawn, heavy=False)
-            before, turn = drawn.folder, turn + 1
-            drawn_now = merged.accounts[0]["rows"]
-            if not drawn_now:
+            count = drawn_next(seeds.count, clusters)
+            drawn = self.steps.run(
+                f"seeds/{turn:03d}/drawn",
+                draw_task,
+                self.parts,
+                self.resources,
+                rows=self.rows,
+                before=drawn,
+                new=CentroidFiles(dim, seeds.steps[-1:]),
+                draw=Pass(self.kmeans.seed, turn, count),
+            )
+            name = f"seeds/{turn:03d}/new"
+            merged = self.steps.run(name, merge_drawn, {"new": count}, drawn=drawn, dim=dim)
+            new = int(merged.total("rows"))
+            if not new:
                 break
-            seeds = CentroidFiles((*seeds.folders, (merged.folder, "new")), seeds.count + drawn_now)
+            seeds = CentroidFiles(dim, (*seeds.steps, merged), seeds.count + new)
+            turn += 1
         return seeds
 
-    def means(
-        self, stored: CentroidFiles, iterations: int, rows: int
-    ) -> tuple[CentroidFiles, list[float]]:
+    def means(self, centroids: CentroidFiles) -> tuple[Halves, list[float]]:
         """Lloyd's iterations: each a step that sums rows and one that adds up the sums."""
-        parts, dim = self.parts, self.source.dim
-        names = [part.name for part in parts]
+        dim = centroids.dim
         step = max(1, RANGE_ELEMENTS // dim)
-        ranges = [(i, min(i + step, stored.count)) for i in range(0, stored.count, step)]
-        similarity = []
-        for turn in range(iterations):
-            tasks = [Task(part.name, (part, stored, self.seed, turn)) for part in parts]
-            summed = self.run(f"means/{turn:03d}/sums", tasks, sum_task)
-            tasks = [
-                Task(f"{i:05d}", (f"{i:05d}", (summed.folder, names), low, high, stored, dim))
-                for i, (low, high) in enumerate(ranges)
-            ]
-            merged = self.run(f"means/{turn:03d}/new", tasks, merge_sums, heavy=False)
-            similarity.append(sum(a["similarity"] for a in summed.accounts) / UNIT / rows)
-            files = tuple((merged.folder, task.name) for task in tasks)
-            stored = CentroidFiles(files, stored.count, merged.folder)
+        starts = range(0, centroids.count, step)
+        ranges = {
+            f"{i:05d}": (low, min(low + step, centroids.count)) for i, low in enumerate(starts)
+        }
+        similarity: list[float] = []
+        for turn in range(self.kmeans.iterations if centroids.count else 0):
+            summed = self.steps.run(
+                f"means/{turn:03d}/sums",
+                sum_task,
+                self.parts,
+                self.resources,
+                rows=self.rows,
+                centroids=centroids,
+                seed=self.kmeans.seed,
+                turn=turn,
+            )
+            name = f"means/{turn:03d}/new"
+            merged = self.steps.run(name, merge_sums, ranges, summed=summed, before=centroids)
+            similarity.append(summed.total("similarity") / UNIT / self.rows.rows)
+            centroids = CentroidFiles(dim, (merged,), centroids.count, refilled=True)
             # With an empty cluster it goes on as long as a spare row can fill it.
             empty, spare = merged.total("empty"), merged.total("spare")
             if not merged.total("changed") and not (empty and spare):
                 break
-        return stored, similarity
+        return centroids.load(), similarity
+
+
+def assign(
+    steps: Steps, name: str, rows: RowSet, fitted: Fitted, resources: Resources = ONE_CPU
+) -> tuple[Step, Array]:
+    """The cluster of each row.
+
+    Returns:
+        The step, which wrote `NNNNN.parquet` (`lloyd_tasks.ASSIGNED`) for each input file, and the
+        members of each cluster, int64 [k].
+    """
+    groups = {f"group-{i:05d}": group for i, group in enumerate(rows.groups(GROUP_ROWS))}
+    step = steps.run(name, assign_task, groups, resources, rows=rows, fitted=fitted)
+    counts = np.zeros(fitted.clusters, np.int64)
+    for group in groups:
+        table = read_table(step.folder, f"{group}.counts")
+        counts[table["cluster"].to_numpy()] += table["count"].to_numpy()
+    return step, counts

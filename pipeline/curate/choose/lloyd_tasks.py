@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,215 +10,218 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose import kmeans
-from pipeline.curate.choose.kmeans import Centroids, Drawn, Sums, none_drawn
-from pipeline.curate.rows.exact import Halves
-from pipeline.curate.rows.read_rows import Points, Source
+from pipeline.curate.choose.kmeans import Drawn, KMeans, Pass, Sums, none_drawn
+from pipeline.curate.rows.exact import Centres, Halves
+from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import (
     HALF,
+    ID,
+    ROW,
     id_array,
     ids_of,
     list_array,
     matrix,
-    read_table,
     write_table,
 )
-from pipeline.curate.steps.steps import Account
+from pipeline.curate.steps.steps import Account, Output, Step
 
 Array = np.ndarray[Any, Any]
 
-
-def fit_task(
-    folder: str,
-    source: Source,
-    names: tuple[str, ...],
-    clusters: int,
-    seed: int,
-    iterations: int,
-    gpu: bool,
-) -> Account:
-    """The whole fit in one task."""
-    points = source.read_all(names)
-    fit = kmeans.fit_local(points.ids, points.vectors, clusters, seed, iterations, gpu)
-    table = pa.table({"vector": list_array(fit.centroids)})
-    written = write_table(table, folder, "fit")
-    return {"rows": len(points.rows), "bytes": written, "similarity": fit.similarity}
-
-
-@dataclass(frozen=True)
-class Part:
-    """The rows that a task goes through.
-
-    Attributes:
-        name: of the task.
-        source: of the rows.
-        files: of the source.
-        gpu: use it for the products.
-    """
-
-    name: str
-    source: Source
-    files: tuple[str, ...]
-    gpu: bool
-
-    def read(self) -> Iterator[Points]:
-        """The rows, file by file."""
-        return (self.source.read(file) for file in self.files)
+ASSIGNED = pa.schema(
+    [("row", ROW), ("image_id", ID), ("leaf", pa.int64()), ("similarity", pa.float64())]
+)
+SUM_ROWS = 1024  # sums in a row group: a task that adds them up reads a range of clusters
 
 
 @dataclass(frozen=True)
 class CentroidFiles:
-    """Centroids as they are between steps: files in order, and rows for the empty clusters."""
+    """Centroids as they are between steps.
 
-    folders: tuple[tuple[str, str], ...]  # folder and name of each file
-    count: int
-    spare: str = ""  # folder of `spare.parquet`
+    Attributes:
+        dim: width.
+        steps: whose tables hold them, in order.
+        count: how many there are.
+        refilled: whether empty clusters get the spare rows of the last step.
+    """
 
-    def load(self, dim: int) -> Halves:
+    dim: int
+    steps: tuple[Step, ...] = ()
+    count: int = 0
+    refilled: bool = False
+
+    def load(self) -> Halves:
         """Half [k, d]."""
-        if not self.folders:
-            return np.zeros((0, dim), HALF)
-        vectors = np.concatenate([read_vectors(folder, name, dim) for folder, name in self.folders])
-        if not self.spare:
+        if not self.steps:
+            return np.zeros((0, self.dim), HALF)
+        tables = [step.read(name) for step in self.steps for name in step.tables]
+        vectors = np.concatenate([matrix(table["vector"], self.dim) for table in tables])
+        if not self.refilled:
             return vectors
-        counts = np.concatenate(
-            [
-                read_table(folder, name, ["count"])["count"].to_numpy()
-                for folder, name in self.folders
-            ]
-        )
-        return kmeans.refill(vectors, counts, _read_drawn(self.spare, "spare", dim))
+        counts = np.concatenate([table["count"].to_numpy() for table in tables])
+        return kmeans.refill(vectors, counts, _read_drawn(self.steps[-1], "spare", self.dim))
 
 
-def read_vectors(folder: str, name: str, dim: int) -> Halves:
-    """Half [k, d] of a file of centroids."""
-    return matrix(read_table(folder, name, ["vector"])["vector"], dim)
+@dataclass(frozen=True)
+class Fitted:
+    """A finished k-means.
+
+    Attributes:
+        step: with `centroids.parquet`, and the cost of all that it took.
+        clusters: how many there are.
+        dim: width.
+        similarity: mean similarity of rows to their centroids, before each iteration.
+    """
+
+    step: Step
+    clusters: int
+    dim: int
+    similarity: tuple[float, ...]
+
+    @property
+    def key(self) -> str:
+        """Of the settings and rows."""
+        return self.step.key
+
+    def centroids(self) -> Halves:
+        """Half [k, d]."""
+        return matrix(self.step.read("centroids", ["vector"])["vector"], self.dim)
 
 
-def _write_drawn(drawn: Drawn, folder: str, name: str) -> int:
-    columns = {
-        "time": drawn.times,
-        "image_id": id_array(drawn.ids),
-        "vector": list_array(drawn.vectors),
-    }
-    return write_table(pa.table(columns), folder, name)
+def device_of(out: Output) -> str:
+    """The torch device of a task's products; empty: numpy makes them."""
+    return "cuda" if out.gpu else ""
 
 
-def _read_drawn(folder: str, name: str, dim: int) -> Drawn:
-    table = read_table(folder, name)
-    times = np.asarray(table["time"].to_numpy(), np.float64)
-    return Drawn(times, ids_of(table["image_id"]), matrix(table["vector"], dim))
+def fit_task(out: Output, _: None, rows: RowSet, wanted: KMeans) -> Account:
+    """The whole fit in one task."""
+    points = rows.source.read_all(rows.names)
+    fit = kmeans.fit_local(points.ids, points.vectors, wanted, device_of(out))
+    out.table(pa.table({"vector": list_array(fit.centroids)}))
+    return {"rows": len(points.rows), "similarity": fit.similarity}
 
 
 def draw_task(
-    folder: str,
-    part: Part,
-    before: str,
+    out: Output,
+    files: Sequence[str],
+    rows: RowSet,
+    before: Step | None,
     new: CentroidFiles,
-    seed: int,
-    turn: int,
-    count: int,
+    draw: Pass,
 ) -> Account:
-    """Brings the distances to the nearest seed up to date, and draws from this part of the rows.
+    """Brings the distances to the nearest seed up to date, and draws from a part of the rows.
 
     Args:
-        folder: of the step.
-        part: of the rows.
-        before: folder of the last pass, which has the distances so far; empty: there was none.
+        out: of the step.
+        files: the part.
+        rows: all of them.
+        before: the last pass, which has the distances so far.
         new: the seeds of the last pass.
-        seed: of the run.
-        turn: number of the pass.
-        count: seeds to draw.
+        draw: this pass.
     """
-    dim = part.source.dim
-    seeds = Centroids(new.load(dim), part.gpu)
-    known = read_table(before, f"{part.name}.closest")["closest"].to_numpy() if before else None
-    drawn, closest, at = none_drawn(dim), [], 0
-    for points in part.read():
+    seeds = Centres(new.load(), device_of(out))
+    known = before.read(f"{out.name}.closest")["closest"].to_numpy() if before else None
+    drawn, closest, at = none_drawn(new.dim), [], 0
+    for file in files:
+        points = rows.source.read(file)
         mine = np.full(len(points.rows), np.inf)
         if known is not None:
             mine = np.asarray(known[at : at + len(points.rows)])
         at += len(points.rows)
-        mine = kmeans.closer(mine, points.vectors, seeds)
-        closest.append(mine)
-        here = kmeans.draw_seeds(mine, points.ids, points.vectors, seed, turn, count)
-        drawn = drawn.merged(here, count)
-    table = pa.table({"closest": np.concatenate(closest)})
-    written = write_table(table, folder, f"{part.name}.closest")
-    written += _write_drawn(drawn, folder, part.name)
-    return {"rows": at, "bytes": written}
+        closest.append(kmeans.closer(mine, points.vectors, seeds))
+        here = kmeans.draw_seeds(closest[-1], points.ids, points.vectors, draw)
+        drawn = drawn.merged(here, draw.count)
+    out.table(pa.table({"closest": np.concatenate(closest)}), f"{out.name}.closest")
+    out.table(_drawn_table(drawn))
+    return {"rows": at}
 
 
-def merge_drawn(folder: str, parts: str, names: list[str], count: int, dim: int) -> Account:
+def merge_drawn(out: Output, count: int, drawn: Step, dim: int) -> None:
     """The earliest of all parts: the seeds of a pass."""
-    drawn = none_drawn(dim)
-    for name in names:
-        drawn = drawn.merged(_read_drawn(parts, name, dim), count)
-    written = _write_drawn(drawn, folder, "new")
-    return {"rows": len(drawn.times), "bytes": written}
+    seeds = none_drawn(dim)
+    for part in drawn.tables:
+        seeds = seeds.merged(_read_drawn(drawn, part, dim), count)
+    out.table(_drawn_table(seeds))
 
 
-def sum_task(folder: str, part: Part, stored: CentroidFiles, seed: int, turn: int) -> Account:
-    """Adds up this part of the rows by their nearest centroids."""
-    centroids = Centroids(stored.load(part.source.dim), part.gpu)
-    total = Sums.zero(len(centroids), part.source.dim)
-    rows = 0
-    for points in part.read():
-        total.add(points.ids, points.vectors, centroids, seed, turn)
-        rows += len(points.rows)
+def sum_task(
+    out: Output, files: Sequence[str], rows: RowSet, centroids: CentroidFiles, seed: int, turn: int
+) -> Account:
+    """Adds up a part of the rows by their nearest centroids."""
+    centres = Centres(centroids.load(), device_of(out))
+    total, count = Sums.zero(len(centres), centroids.dim), 0
+    for file in files:
+        points = rows.source.read(file)
+        total.add(points.ids, points.vectors, centres, seed, turn)
+        count += len(points.rows)
     present = np.flatnonzero(total.counts)
     columns = {
         "cluster": present,
         "count": total.counts[present],
         "sum": list_array(total.sums[present]),
     }
-    written = write_table(pa.table(columns), folder, part.name, row_group_size=1024)
-    written += _write_drawn(total.spare, folder, f"{part.name}.spare")
-    return {"rows": rows, "bytes": written, "similarity": total.similarity}
+    written = write_table(pa.table(columns), out.folder, out.name, row_group_size=SUM_ROWS)
+    out.table(_drawn_table(total.spare), f"{out.name}.spare")
+    out.account["bytes"] += written
+    return {"rows": count, "similarity": total.similarity}
 
 
 def merge_sums(
-    folder: str,
-    name: str,
-    summed: tuple[str, list[str]],
-    low: int,
-    high: int,
-    stored: CentroidFiles,
-    dim: int,
+    out: Output, clusters: tuple[int, int], summed: Step, before: CentroidFiles
 ) -> Account:
-    """Adds up the sums of clusters low to high; the first range brings the spare rows together.
+    """Adds up the sums of a range of clusters; the first brings the spare rows together.
 
     Args:
-        folder: of the step.
-        name: of the table that is written.
-        summed: folder and parts of `sum_task`.
-        low: the first cluster.
-        high: the one after the last.
-        stored: the centroids so far.
-        dim: of a vector.
+        out: of the step.
+        clusters: the first, and the one after the last.
+        summed: step of `sum_task`.
+        before: the centroids so far.
     """
-    parts, names = summed
+    (low, high), dim = clusters, before.dim
     sums, counts = np.zeros((high - low, dim)), np.zeros(high - low, np.int64)
-    for part in names:
-        table = read_table(parts, part, filters=[("cluster", ">=", low), ("cluster", "<", high)])
+    for part in summed.tables:
+        table = summed.read(part, filters=[("cluster", ">=", low), ("cluster", "<", high)])
         cluster = np.asarray(table["cluster"].to_numpy()) - low
         values = table["sum"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         sums[cluster] += np.asarray(values, np.float64).reshape(-1, dim)
         counts[cluster] += table["count"].to_numpy()
-    before = stored.load(dim)[low:high]
-    new = kmeans.means(sums, counts, before)
-    columns = {"vector": list_array(new), "count": pa.array(counts)}
-    written = write_table(pa.table(columns), folder, name)
-    spare = 0
+    old = before.load()[low:high]
+    new = kmeans.means(sums, counts, old)
+    out.table(pa.table({"vector": list_array(new), "count": pa.array(counts)}))
+    spare = none_drawn(dim)
     if low == 0:
-        drawn = none_drawn(dim)
-        for part in names:
-            drawn = drawn.merged(_read_drawn(parts, f"{part}.spare", dim), kmeans.SPARE)
-        spare = len(drawn.times)
-        written += _write_drawn(drawn, folder, "spare")
+        for part in summed.tables:
+            spare = spare.merged(_read_drawn(summed, f"{part}.spare", dim), kmeans.SPARE)
+        out.table(_drawn_table(spare), "spare")
     return {
         "rows": int(counts.sum()),
-        "bytes": written,
-        "changed": int((new != before).any(1).sum()),
+        "changed": int((new != old).any(1).sum()),
         "empty": int((counts == 0).sum()),
-        "spare": spare,
+        "spare": len(spare.times),
     }
+
+
+def assign_task(out: Output, files: Sequence[str], rows: RowSet, fitted: Fitted) -> Account:
+    """The nearest centroid of each row of some files, and how many rows each has."""
+    centres = Centres(fitted.centroids(), device_of(out))
+    counts, count = np.zeros(max(1, len(centres)), np.int64), 0
+    for file in files:
+        points = rows.source.read(file)
+        labels, similarity = centres.nearest_one(points.vectors)
+        counts += np.bincount(labels, minlength=len(counts))
+        columns = [points.rows, id_array(points.ids), labels, similarity]
+        out.table(pa.table(columns, schema=ASSIGNED), file)
+        count += len(points.rows)
+    present = np.flatnonzero(counts)
+    out.table(pa.table({"cluster": present, "count": counts[present]}), f"{out.name}.counts")
+    return {"rows": count}
+
+
+def _drawn_table(drawn: Drawn) -> pa.Table:
+    ids, vectors = id_array(drawn.ids), list_array(drawn.vectors)
+    return pa.table({"time": drawn.times, "image_id": ids, "vector": vectors})
+
+
+def _read_drawn(step: Step, name: str, dim: int) -> Drawn:
+    table = step.read(name)
+    times = np.asarray(table["time"].to_numpy(), np.float64)
+    return Drawn(times, ids_of(table["image_id"]), matrix(table["vector"], dim))

@@ -17,13 +17,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose.first_few import Entries
-from pipeline.curate.choose.lloyd import Cost
 from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
-from pipeline.curate.rows.read_rows import Points, RowSet, Source
-from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Task, run_step
-from pipeline.uri import Place
+from pipeline.curate.rows.read_rows import Points, RowSet
+from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
 Array = np.ndarray[Any, Any]
 
@@ -84,7 +82,7 @@ class Neighbours:
     least: float
 
     def __post_init__(self) -> None:
-        self._held = Entries.joined([])
+        self._nearest = Entries.joined([])
         self._waiting: list[Entries] = []
         self._last = np.full(len(self.seeds.ids), self.least)  # similarity that one must have
 
@@ -97,13 +95,13 @@ class Neighbours:
                 seeds = self.seeds.vectors[first : first + BLOCK_SEEDS]
                 fast = seeds.astype(np.float32) @ pool
                 self._look(fast, first, points, start)
-            if sum(len(w.rows) for w in self._waiting) > max(10_000, len(self._held.rows)):
+            if sum(len(w.rows) for w in self._waiting) > max(10_000, len(self._nearest.rows)):
                 self._settle()
 
-    def found(self) -> Entries:
+    def nearest(self) -> Entries:
         """Groups are numbers of seeds, keys negated similarities; by seed and rank."""
         self._settle()
-        return self._held
+        return self._nearest
 
     def _look(self, fast: Array, first: int, points: Points, start: int) -> None:
         """Keeps candidates among products of seeds from `first` and points from `start`."""
@@ -123,12 +121,12 @@ class Neighbours:
 
     def _settle(self) -> None:
         """Keeps the nearest of what was found."""
-        both = Entries.joined([self._held, *self._waiting])
+        both = Entries.joined([self._nearest, *self._waiting])
         quota = np.full(len(self._last), self.count)
-        self._held, self._waiting = both.first(quota), []
-        full = np.bincount(self._held.groups, minlength=len(quota)) == self.count
-        ends = np.searchsorted(self._held.groups, np.flatnonzero(full), side="right") - 1
-        self._last[full] = -self._held.keys[ends]
+        self._nearest, self._waiting = both.first(quota), []
+        full = np.bincount(self._nearest.groups, minlength=len(quota)) == self.count
+        ends = np.searchsorted(self._nearest.groups, np.flatnonzero(full), side="right") - 1
+        self._last[full] = -self._nearest.keys[ends]
 
 
 def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
@@ -140,102 +138,74 @@ def _dots(a: Halves, i: Array, b: Halves, j: Array) -> Doubles:
 
 
 def ask_neighbours(
-    root: Place,
-    name: str,
-    pool: RowSet,
-    seeds: RowSet,
-    count: int,
-    least: float,
-    cost: Cost,
-) -> tuple[str, list[str], str, dict[str, int]]:
+    steps: Steps, pool: RowSet, seeds: RowSet, count: int, least: float
+) -> tuple[Step, dict[str, int]]:
     """What the seeds of a set ask for.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is the set's own.
         pool: rows to retrieve.
         seeds: images to ask.
         count: neighbours of each.
         least: similarity of a neighbour, at least.
-        cost: is added to.
 
     Returns:
-        Folder and names of files (`ASKED`, by row), the key, and counts: `requested`, `found` and
-        `seeds_short`, which have fewer neighbours than `count`.
+        The step that wrote what they ask for (`ASKED`, by row), and counts: `requested`, `found`
+        and `seeds_short`, which have fewer neighbours than `count`.
     """
-    key = [pool.key, seeds.key, count, least]
-    how = (seeds.names, count, least)
-    blocks, groups = seeds.groups(SEED_ROWS), pool.groups(POOL_ROWS)
-    tasks = [
-        Task(f"{b:05d}-{g:05d}", (f"{b:05d}-{g:05d}", seeds.source, block, pool.source, group, how))
-        for b, block in enumerate(blocks)
-        for g, group in enumerate(groups)
-    ]
-    near = run_step(root, f"{name}/near", key, tasks, _near_task)
-    cost.add(near)
-    tasks = [
-        Task(f"{b:05d}", (f"{b:05d}", near.folder, len(groups), seeds.source, block, count))
-        for b, block in enumerate(blocks)
-    ]
-    asked = run_step(root, f"{name}/asked", key, tasks, _merge_task)
-    cost.add(asked)
-    counts = {
+    blocks = {f"{b:05d}": block for b, block in enumerate(seeds.groups(SEED_ROWS))}
+    pairs = {
+        f"{name}-{g:05d}": (block, group)
+        for name, block in blocks.items()
+        for g, group in enumerate(pool.groups(POOL_ROWS))
+    }
+    near = steps.run("near", _near_task, pairs, pool=pool, seeds=seeds, count=count, least=least)
+    asked = steps.run("asked", _merge_task, blocks, near=near, seeds=seeds, count=count)
+    return asked, {
         "requested": seeds.rows * count,
         "found": int(asked.total("rows")),
         "seeds_short": int(asked.total("short")),
     }
-    return asked.folder, [task.name for task in tasks], asked.key, counts
 
 
 def _near_task(
-    folder: str,
-    name: str,
-    seed_source: Source,
-    seed_files: tuple[str, ...],
-    source: Source,
-    files: tuple[str, ...],
-    how: tuple[tuple[str, ...], int, float],
-) -> Account:
-    all_seeds, count, least = how
-    own = IdSet.read(seed_source.folder, all_seeds)
-    search = Neighbours(seed_source.read_all(seed_files), count, least)
-    for file in files:
-        points = source.read(file)
+    out: Output,
+    both: tuple[Sequence[str], Sequence[str]],
+    pool: RowSet,
+    seeds: RowSet,
+    count: int,
+    least: float,
+) -> None:
+    """The rows of a part of the pool that are nearest to each of a block of seeds."""
+    block, group = both
+    own = IdSet.read(seeds.source.folder, seeds.names)
+    search = Neighbours(seeds.source.read_all(block), count, least)
+    for file in group:
+        points = pool.source.read(file)
         other = ~own.contain(points.ids)
         search.add(Points(points.rows[other], points.ids[other], points.vectors[other]))
-    nearest = search.found()
-    return {"rows": len(nearest.rows), "bytes": write_table(nearest.table(), folder, name)}
+    out.table(search.nearest().table())
 
 
 def _merge_task(
-    folder: str,
-    name: str,
-    parts: str,
-    groups: int,
-    seed_source: Source,
-    seed_files: tuple[str, ...],
-    count: int,
+    out: Output, block: Sequence[str], near: Step, seeds: RowSet, count: int
 ) -> Account:
     """The nearest of all parts of the pool to each seed of a block, by row."""
-    ids = np.concatenate(
-        [ids_of(read_table(seed_source.folder, f, ["image_id"])["image_id"]) for f in seed_files]
-        if not seed_source.kept
-        else [seed_source.read(f).ids for f in seed_files]
-    )
+    ids = seeds.source.ids(block)
     quota = np.full(len(ids), count)
-    near = Entries.joined([])
-    for group in range(groups):
-        part = Entries.read(read_table(parts, f"{name}-{group:05d}"))
-        near = Entries.joined([near, part]).first(quota)
-    rank = np.arange(len(near.rows)) - np.searchsorted(near.groups, near.groups, side="left")
-    order = np.argsort(near.rows, kind="stable")
+    nearest = Entries.joined([])
+    for part in near.tables:
+        if part.startswith(f"{out.name}-"):
+            nearest = Entries.joined([nearest, Entries.read(near.read(part))]).first(quota)
+    groups = nearest.groups
+    rank = np.arange(len(groups)) - np.searchsorted(groups, groups, side="left")
+    order = np.argsort(nearest.rows, kind="stable")
     columns = [
-        near.rows[order],
-        id_array(ids[near.groups[order]]),
-        -near.keys[order],
+        nearest.rows[order],
+        id_array(ids[groups[order]]),
+        -nearest.keys[order],
         rank[order].astype(np.int32),
         np.full(len(order), -1),
     ]
-    written = write_table(pa.table(columns, schema=ASKED), folder, name)
-    short = int((np.bincount(near.groups, minlength=len(ids)) < count).sum())
-    return {"rows": len(order), "bytes": written, "short": short}
+    out.table(pa.table(columns, schema=ASKED))
+    return {"short": int((np.bincount(groups, minlength=len(ids)) < count).sum())}

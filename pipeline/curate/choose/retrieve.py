@@ -12,27 +12,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.curate.choose.lloyd import ONE_CPU, Cost, Resources
 from pipeline.curate.choose.neighbours import ASKED, ask_neighbours
 from pipeline.curate.choose.seed_clusters import CLUSTER, SAMPLE, Retrieval, ask_clusters
 from pipeline.curate.rows.draws_by_id import id_words
-from pipeline.curate.rows.read_rows import RowSet, Source
-from pipeline.curate.rows.tables import RETRIEVED, id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
-from pipeline.uri import Place
+from pipeline.curate.rows.read_rows import RowSet
+from pipeline.curate.rows.tables import RETRIEVED, id_array, ids_of, read_table
+from pipeline.curate.steps.steps import ONE_CPU, Account, Output, Resources, Step, Steps
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What one set asked for: files of `neighbours.ASKED`."""
+    """What one set asked for: tables of `neighbours.ASKED`."""
 
     set: str
     part: str
-    folder: str
-    names: tuple[str, ...]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,14 @@ class Retrieved:
         summary: of each set, by name: `mode`, `seeds`, `requested`, `found`, `unique` (different
             rows found), `collisions` (found less unique), `delivered` (rows that belong to the
             set), `quota` (its cap, by clusters) and what the mode adds; and `rows`, in all.
-        cost: of all that it took.
     """
 
-    result: Result
+    result: Step
     summary: dict[str, Any]
-    cost: Cost
 
 
 def retrieve(
-    root: Place,
-    name: str,
+    steps: Steps,
     pool: RowSet,
     seeds: dict[str, RowSet],
     settings: Retrieval,
@@ -64,70 +59,60 @@ def retrieve(
     """Retrieves rows of the pool for each seed set.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is the retrieval's own.
         pool: rows to retrieve; seeds that are inputs themselves should not be among them.
         seeds: vectors of each set, by name; of the same model as those of the pool.
         settings: what they ask for.
         seed: of the run.
         resources: of the tasks that cluster.
     """
-    cost = Cost()
-    told: dict[str, dict[str, Any]] = {}
+    modes = {name: settings.mode_of(seeds[name].rows) for name in sorted(seeds)}
+    counts: dict[str, dict[str, Any]] = {}
     asked: list[Asked] = []
-    keys: list[Any] = [pool.key]
-    modes = {one: settings.mode_of(seeds[one].rows) for one in sorted(seeds)}
-    for number, one in enumerate(one for one in modes if modes[one] == SAMPLE):
-        least = settings.min_similarity
-        folder, files, key, counts = ask_neighbours(
-            root, f"{name}/sample/{number}", pool, seeds[one], settings.neighbours, least, cost
-        )
-        asked.append(Asked(one, SAMPLE, folder, tuple(files)))
-        keys.append([one, key])
-        told[one] = dict(counts)
-    by_cluster = {one: seeds[one] for one in modes if modes[one] == CLUSTER}
+    by_sample = [name for name in modes if modes[name] == SAMPLE]
+    for number, name in enumerate(by_sample):
+        own = steps.below("sample", str(number))
+        count, least = settings.neighbours, settings.min_similarity
+        step, counts[name] = ask_neighbours(own, pool, seeds[name], count, least)
+        asked.append(Asked(name, SAMPLE, step))
+    by_cluster = {name: seeds[name] for name in modes if modes[name] == CLUSTER}
     if by_cluster:
-        places, key, counts_of = ask_clusters(
-            root, f"{name}/cluster", pool, by_cluster, settings, seed, resources, cost
+        own = steps.below("cluster")
+        for name, (step, of) in ask_clusters(
+            own, pool, by_cluster, settings, seed, resources
+        ).items():
+            counts[name] = of | {"quota": settings.cap}
+            asked.append(Asked(name, CLUSTER, step))
+    asked.sort(key=lambda one: one.set)
+    files = dict.fromkeys(pool.names)
+    result = steps.run("rows", _owner_task, files, pool=pool, asked=tuple(asked))
+    for name, mode in modes.items():
+        unique, delivered = (
+            sum(account[what].get(name, 0) for account in result.accounts)
+            for what in ("unique", "delivered")
         )
-        keys.append(key)
-        for one, (folder, files) in places.items():
-            asked.append(Asked(one, CLUSTER, folder, tuple(files)))
-            told[one] = counts_of[one] | {"quota": settings.cap}
-    asked.sort(key=lambda a: a.set)
-    tasks = [Task(file, (file, pool.source, tuple(asked))) for file in pool.names]
-    result = run_step(root, f"{name}/rows", keys, tasks, _owner_task)
-    cost.add(result)
-    for one, mode in modes.items():
-        counts = told[one]
-        unique = sum(account["unique"].get(one, 0) for account in result.accounts)
-        told[one] = counts | {
+        counts[name] |= {
             "mode": mode,
-            "seeds": seeds[one].rows,
+            "seeds": seeds[name].rows,
             "unique": unique,
-            "collisions": counts["found"] - unique,
-            "delivered": sum(a["delivered"].get(one, 0) for a in result.accounts),
+            "collisions": counts[name]["found"] - unique,
+            "delivered": delivered,
         }
-    summary = {"sets": told, "rows": int(result.total("rows")), "pool": pool.rows}
-    return Retrieved(result, summary, cost)
+    summary = {"sets": counts, "rows": int(result.total("rows")), "pool": pool.rows}
+    return Retrieved(result, summary)
 
 
-def _owner_task(folder: str, name: str, source: Source, asked: tuple[Asked, ...]) -> Account:
+def _owner_task(out: Output, _: None, pool: RowSet, asked: tuple[Asked, ...]) -> Account:
     """Gives each row of a file that was asked for to the seed that is most similar."""
-    rows = np.asarray(read_table(source.folder, name, ["row"])["row"].to_numpy(), np.int64)
+    rows = read_table(pool.source.folder, out.name, ["row"])["row"].to_numpy()
     start, end = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
     within = [("row", ">=", start), ("row", "<=", end)]
-    tables: list[pa.Table] = []
-    number: list[Array] = []
-    unique: dict[str, int] = {}
-    for at, one in enumerate(asked):
-        parts = [read_table(one.folder, file, filters=within) for file in one.names]
-        table = pa.concat_tables(parts) if parts else ASKED.empty_table()
-        tables.append(table)
-        number.append(np.full(len(table), at))
-        unique[one.set] = len(np.unique(table["row"].to_numpy()))
-    table = pa.concat_tables(tables) if tables else ASKED.empty_table()
-    of = np.concatenate(number) if number else np.zeros(0, np.int64)
+    tables = [one.step.every(ASKED, within) for one in asked]
+    unique = {
+        one.set: len(pc.unique(table["row"])) for one, table in zip(asked, tables, strict=True)
+    }
+    of = np.repeat(np.arange(len(asked)), [len(table) for table in tables])
+    table = pa.concat_tables([ASKED.empty_table(), *tables])
     row = np.asarray(table["row"].to_numpy(), np.int64)
     query = ids_of(table["query_id"])
     high, low = id_words(query)
@@ -145,6 +130,5 @@ def _owner_task(folder: str, name: str, source: Source, asked: tuple[Asked, ...]
         hits.astype(np.int32),
         table["cluster"].to_numpy()[best],
     ]
-    written = write_table(pa.table(columns, schema=RETRIEVED), folder, name)
-    delivered = {one.set: sets.count(one.set) for one in asked}
-    return {"rows": len(kept), "bytes": written, "unique": unique, "delivered": delivered}
+    out.table(pa.table(columns, schema=RETRIEVED))
+    return {"unique": unique, "delivered": {one.set: sets.count(one.set) for one in asked}}

@@ -12,25 +12,26 @@ another seed of their cluster. More clusters make it higher.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose import first_few, lloyd
-from pipeline.curate.choose.assign import assign
 from pipeline.curate.choose.balance import waterfill
 from pipeline.curate.choose.first_few import Entries, Limits
-from pipeline.curate.choose.kmeans import Centroids
-from pipeline.curate.choose.lloyd import Cost, Fitted, Resources
+from pipeline.curate.choose.kmeans import KMeans
+from pipeline.curate.choose.lloyd import assign
 from pipeline.curate.choose.neighbours import ASKED, IdSet
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, firsts, id_words, numbers_as_ids
-from pipeline.curate.rows.read_rows import Points, RowSet, Source
-from pipeline.curate.rows.tables import id_array, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Task, run_step
+from pipeline.curate.rows.exact import Centres
+from pipeline.curate.rows.read_rows import Points, RowSet
+from pipeline.curate.rows.tables import id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
 from pipeline.storage.run_folder import fingerprint
-from pipeline.uri import Place
 
 Array = np.ndarray[Any, Any]
 
@@ -39,8 +40,6 @@ LIKE_SEEDS = 0.1  # share of seeds that are less like another seed than a pure r
 COMPARED = 1024  # seeds of a cluster that are compared with each other
 COMPARED_SEEDS = 2**16  # in all
 SEED_ROWS = 2**16  # that a task holds at once
-
-
 SAMPLE, CLUSTER = "sample", "cluster"  # modes of retrieval
 
 
@@ -79,21 +78,27 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class SeedSet:
-    """Seeds of a set as tasks read them."""
+    """Seeds of a set as tasks read them.
 
-    source: Source
-    names: tuple[str, ...]
-    assigned: str  # folder of their clusters
-    blocks: tuple[tuple[str, ...], ...]  # of the names, that a task reads at once
+    Attributes:
+        name: of the set.
+        rows: its images.
+        assigned: step that wrote their clusters; None where there are no clusters.
+        blocks: files that a task reads at once.
+    """
 
-    def clusters(self, block: tuple[str, ...]) -> Array:
-        """Of each seed, in the order of `read`."""
-        leaves = [read_table(self.assigned, n, ["leaf"])["leaf"].to_numpy() for n in block]
-        return np.asarray(np.concatenate(leaves), np.int64)
+    name: str
+    rows: RowSet
+    assigned: Step | None
+    blocks: tuple[tuple[str, ...], ...]
 
-    def read(self, block: tuple[str, ...]) -> Points:
-        """The seeds of a block."""
-        return self.source.read_all(block)
+    def read(self, block: Sequence[str]) -> tuple[Points, Array]:
+        """The seeds of a block, and the cluster of each."""
+        points = self.rows.source.read_all(block)
+        if self.assigned is None:
+            return points, np.zeros(len(points.rows), np.int64)
+        leaves = [self.assigned.read(name, ["leaf"])["leaf"].to_numpy() for name in block]
+        return points, np.concatenate([np.zeros(0, np.int64), *leaves])
 
 
 @dataclass(frozen=True)
@@ -101,133 +106,121 @@ class Drawing:
     """Rows that are drawn for each set from its clusters; what tasks read, small.
 
     Attributes:
-        assigned: folder of the clusters of the pool's rows.
-        sets: the seeds of each set.
-        names: of the sets.
+        assigned: step that wrote the clusters of the pool's rows.
+        sets: the seeds of each set, by name.
         clusters: how many there are.
         seed: of the run.
     """
 
-    assigned: str
+    assigned: Step
     sets: tuple[SeedSet, ...]
-    names: list[str]
     clusters: int
     seed: int
 
-    def entries(self, name: str, only: int | None = None) -> Entries:
-        """Rows of a file once for each set, or for one set; groups are set times clusters plus
-        cluster.
 
-        A set's own images are left out. Each set draws by its name, so that sets draw different
-        rows.
-        """
-        table = read_table(self.assigned, name, ["row", "image_id", "leaf"])
-        rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
-        leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
-        parts = []
-        for number, one in enumerate(self.sets):
-            if (only is not None and number != only) or not len(rows):
-                continue
-            other = ~IdSet.read(one.assigned, one.names).contain(ids)
-            what = int(fingerprint(self.names[number])[:8], 16)
-            keys = draw(self.seed, what, ids[other], RETRIEVE)
-            groups = number * self.clusters + leaves[other]
-            parts.append(Entries(groups, keys, ids[other], rows[other]))
-        return Entries.joined(parts)
+def drawn_rows(name: str, drawing: Drawing, only: int | None = None) -> Entries:
+    """Rows of a file once for each set, or for one set; groups are set times clusters plus cluster.
+
+    A set's own images are left out. Each set draws by its name, so that sets draw different rows.
+    """
+    table = drawing.assigned.read(name, ["row", "image_id", "leaf"])
+    rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
+    leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
+    parts = []
+    for number, one in enumerate(drawing.sets):
+        if one.assigned is None or only not in (None, number) or not len(rows):
+            continue
+        other = ~IdSet.read(one.assigned.folder, one.rows.names).contain(ids)
+        keys = draw(drawing.seed, int(fingerprint(one.name)[:8], 16), ids[other], RETRIEVE)
+        groups = number * drawing.clusters + leaves[other]
+        parts.append(Entries(groups, keys, ids[other], rows[other]))
+    return Entries.joined(parts)
 
 
 def ask_clusters(
-    root: Place,
-    name: str,
+    steps: Steps,
     pool: RowSet,
     seeds: dict[str, RowSet],
     settings: Retrieval,
     seed: int,
     resources: Resources,
-    cost: Cost,
-) -> tuple[dict[str, tuple[str, list[str]]], str, dict[str, dict[str, Any]]]:
+) -> dict[str, tuple[Step, dict[str, Any]]]:
     """What the clusters with seeds of each set give.
 
     Args:
-        root: folder of the curation.
-        name: of the step.
+        steps: whose folder is their own.
         pool: rows to retrieve.
         seeds: of each set, by name.
         settings: what they ask for.
         seed: of the run.
         resources: of the tasks that cluster.
-        cost: is added to.
 
     Returns:
-        Of each set: folder and names of files (`neighbours.ASKED`, by row); a key; and of each set:
-        `requested` (rows to give after cap and water-filling), `clusters`, `clusters_of`,
-        `seeds_covered` (share of the seeds that are in clusters taken from), `rows_in_clusters`.
+        Of each set: the step that wrote its rows (`neighbours.ASKED`, by row), and `requested`
+        (rows to give after cap and water-filling), `found`, `clusters`, `clusters_of`,
+        `seeds_covered` (share of the seeds that are in clusters taken from), `rows_in_clusters`
+        and `purity`.
     """
     count = settings.clusters or max(1, pool.rows // CLUSTER_ROWS)
-    fitted = lloyd.fit(root, f"{name}/clusters", pool, count, seed, settings.iterations, resources)
-    cost.add(fitted.cost)
-    result, sizes = assign(root, f"{name}/assigned", pool, fitted, resources)
-    cost.add(result)
+    kmeans = KMeans(count, seed, settings.iterations)
+    fitted = lloyd.fit(steps.below("clusters"), pool, kmeans, resources)
+    assigned, sizes = assign(steps, "assigned", pool, fitted, resources)
+
+    # How many rows each cluster gives to each set, and how like its seeds are to each other.
     names = sorted(seeds)
     quota = np.zeros((len(names), fitted.clusters), np.int64)
-    sets, told, usual = [], {}, {}
-    for number, one in enumerate(names):
-        mine = seeds[one]
-        leaves, counts = _assign_seeds(root, f"{name}/seeds/{number}", mine, fitted, cost)
-        taken = counts > settings.cluster_seeds
+    sets: list[SeedSet] = []
+    counts_of: dict[str, dict[str, Any]] = {}
+    usual: dict[str, float] = {}
+    for number, name in enumerate(names):
+        rows, own, seeds_in = seeds[name], None, np.zeros(0, np.int64)
+        if fitted.clusters:
+            own, seeds_in = assign(steps, f"seeds/{number}", rows, fitted)
+        sets.append(SeedSet(name, rows, own, tuple(rows.groups(SEED_ROWS))))
+        taken = seeds_in > settings.cluster_seeds
         most = np.where(taken, np.minimum(sizes, settings.cluster_images), 0)
         quota[number] = waterfill(most, settings.cap)
-        sets.append(SeedSet(mine.source, mine.names, leaves, tuple(mine.groups(SEED_ROWS))))
-        compared = _compared(counts, seed)
+        compared = _compared(seeds_in, seed)
+        usual[name] = 1.0
         if len(compared):
-            task = Task("usual", (sets[-1], compared))
-            key = [result.key, mine.key, seed]
-            step = run_step(root, f"{name}/usual/{number}", key, [task], _usual_task)
-            cost.add(step)
-            usual[one] = step.accounts[0]["usual"]
-        told[one] = {
+            items = {"usual": None}
+            told = steps.run(f"usual/{number}", _usual_task, items, one=sets[-1], clusters=compared)
+            usual[name] = told.accounts[0]["usual"]
+        counts_of[name] = {
             "requested": int(quota[number].sum()),
             "clusters": int(taken.sum()),
             "clusters_of": fitted.clusters,
-            "seeds_covered": float(counts[taken].sum() / max(1, counts.sum())),
+            "seeds_covered": float(seeds_in[taken].sum() / max(1, seeds_in.sum())),
             "rows_in_clusters": int(sizes[taken].sum()),
         }
-    key = [result.key, [seeds[one].key for one in names], names, seed, fingerprint(quota.tolist())]
-    drawing = Drawing(result.folder, tuple(sets), names, fitted.clusters, seed)
-    limits = first_few.limits(
-        root, f"{name}/chosen", pool, quota.ravel(), drawing.entries, key, cost
-    )
-    groups = pool.groups(first_few.GROUP_ROWS)
+
+    # Which rows these are, and the nearest seed of each.
+    drawing = Drawing(assigned, tuple(sets), fitted.clusters, seed)
+    reader = partial(drawn_rows, drawing=drawing)
+    limits = first_few.limits(steps.below("chosen"), pool, quota.ravel(), reader)
+    parts = {f"{g:05d}": group for g, group in enumerate(pool.groups(first_few.GROUP_ROWS))}
     asked = {}
-    for number, one in enumerate(names):
-        like = usual.get(one, 1.0)
-        tasks = [
-            Task(f"{g:05d}", (f"{g:05d}", pool.source, group, drawing, number, limits, like))
-            for g, group in enumerate(groups)
-        ]
-        step = run_step(root, f"{name}/asked/{number}", [limits.key, one], tasks, _evidence_task)
-        cost.add(step)
-        asked[one] = (step.folder, [task.name for task in tasks])
-        delivered = step.total("rows")
-        told[one] |= {"found": int(delivered), "purity": step.total("pure") / max(1.0, delivered)}
-    return asked, fingerprint(key), told
-
-
-def _assign_seeds(
-    root: Place, name: str, seeds: RowSet, fitted: Fitted, cost: Cost
-) -> tuple[str, Array]:
-    if not fitted.clusters:
-        return "", np.zeros(0, np.int64)
-    result, counts = assign(root, name, seeds, fitted)
-    cost.add(result)
-    return result.folder, counts
+    for number, name in enumerate(names):
+        step = steps.run(
+            f"asked/{number}",
+            _evidence_task,
+            parts,
+            pool=pool,
+            drawing=drawing,
+            number=number,
+            limits=limits,
+            usual=usual[name],
+        )
+        rows_found = step.total("rows")
+        purity = step.total("pure") / max(1.0, rows_found)
+        asked[name] = step, counts_of[name] | {"found": int(rows_found), "purity": purity}
+    return asked
 
 
 def _evidence_task(
-    folder: str,
-    name: str,
-    source: Source,
-    files: tuple[str, ...],
+    out: Output,
+    files: Sequence[str],
+    pool: RowSet,
     drawing: Drawing,
     number: int,
     limits: Limits,
@@ -237,18 +230,16 @@ def _evidence_task(
     upto = limits.load()
     chosen: list[tuple[Array, Array, Array]] = []
     for file in files:
-        entries = drawing.entries(file, number)
+        entries = drawn_rows(file, drawing, number)
         entries = entries.take(upto.chosen(entries))
-        if not len(entries.rows):
-            continue
-        points = source.read(file)
-        at = np.searchsorted(points.rows, entries.rows)
-        chosen.append(
-            (entries.rows, entries.groups - number * drawing.clusters, points.vectors[at])
-        )
+        if len(entries.rows):
+            points = pool.source.read(file)
+            leaves = entries.groups - number * drawing.clusters
+            vectors = points.vectors[np.searchsorted(points.rows, entries.rows)]
+            chosen.append((entries.rows, leaves, vectors))
     if not chosen:
-        table = ASKED.empty_table()
-        return {"rows": 0, "bytes": write_table(table, folder, name), "pure": 0}
+        out.table(ASKED.empty_table())
+        return {"pure": 0}
     rows, leaves, vectors = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
     query, similarity = _nearest_seeds(drawing.sets[number], leaves, vectors)
     order = np.argsort(rows, kind="stable")
@@ -259,8 +250,8 @@ def _evidence_task(
         np.full(len(rows), -1, np.int32),
         leaves[order],
     ]
-    written = write_table(pa.table(columns, schema=ASKED), folder, name)
-    return {"rows": len(rows), "bytes": written, "pure": int((similarity >= usual).sum())}
+    out.table(pa.table(columns, schema=ASKED))
+    return {"pure": int((similarity >= usual).sum())}
 
 
 def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, Array]:
@@ -268,14 +259,14 @@ def _nearest_seeds(one: SeedSet, leaves: Array, vectors: Array) -> tuple[Array, 
     query, similarity = np.zeros((len(leaves), 16), np.uint8), np.full(len(leaves), -np.inf)
     here_of = _by_leaf(leaves)
     for block in one.blocks:
-        seeds, of = one.read(block), one.clusters(block)
+        seeds, of = one.read(block)
         for leaf, mine in _by_leaf(of).items():
             here = here_of.get(leaf)
             if here is None:
                 continue
             high, low = id_words(seeds.ids[mine])
             mine = mine[np.lexsort((low, high))]  # equals go to the smaller id
-            nearest, products = Centroids(seeds.vectors[mine]).nearest(vectors[here])
+            nearest, products = Centres(seeds.vectors[mine], "").nearest_one(vectors[here])
             ids = seeds.ids[mine[nearest]]
             (high, low), (first, second) = id_words(ids), id_words(query[here])
             smaller = (high < first) | ((high == first) & (low < second))
@@ -304,14 +295,14 @@ def _compared(counts: Array, seed: int) -> Array:
     return chosen
 
 
-def _usual_task(folder: str, one: SeedSet, clusters: Array) -> Account:
+def _usual_task(out: Output, _: None, one: SeedSet, clusters: Array) -> Account:
     """How similar seeds are to another seed of their cluster; the account has `usual`, which all
     but a tenth are. Nothing is written.
     """
-    sample = one.read(())
-    of = np.zeros(0, np.int64)
+    del out
+    sample, of = one.read(())
     for block in one.blocks:
-        seeds, leaves = one.read(block), one.clusters(block)
+        seeds, leaves = one.read(block)
         mine = np.isin(leaves, clusters)
         both = (Points(*(part[mine] for part in seeds)), sample)
         sample = Points(*(np.concatenate(parts) for parts in zip(*both, strict=True)))

@@ -103,6 +103,17 @@ class Centres:
                 similarity[rows, column] = np.einsum("nd,nd->n", wide, of)
         return which, similarity
 
+    def nearest_one(self, vectors: Halves) -> tuple[Ints, Doubles]:
+        """The nearest centre of each vector, the lowest number of equals, and the exact product.
+
+        Returns:
+            int64 [n] and float64 [n].
+        """
+        if not len(vectors):
+            return np.zeros(0, np.int64), np.zeros(0)
+        numbers, similarity = self.nearest(vectors, 1)
+        return numbers[:, 0].astype(np.int64), similarity[:, 0]
+
     def numbers(self, vectors: Halves, count: int) -> np.ndarray[Any, Any]:
         """As `nearest`, without the products: only those that are close are made in doubles.
 

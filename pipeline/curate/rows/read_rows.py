@@ -228,6 +228,13 @@ class Source:
         mask = np.isin(rows, kept_rows(self.kept, name), assume_unique=True)
         return Points(rows[mask], ids[mask], vectors[mask])
 
+    def ids(self, names: Sequence[str]) -> Array:
+        """Ids of the rows of several files, uint8 [n, 16]; vectors are not read without need."""
+        if self.kept:
+            return self.read_all(names).ids
+        tables = [read_table(self.folder, name, ["image_id"]) for name in names]
+        return np.concatenate([ids_of(table["image_id"]) for table in tables])
+
     def read_all(self, names: Sequence[str]) -> Points:
         """The rows of several files."""
         files = [self.read(name) for name in names]
