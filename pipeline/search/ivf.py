@@ -11,7 +11,8 @@ The rules, all of which `_index.json` states with their outcome:
   neighbour as similar as the tenth exact one counts: which of several equal rows comes is no error.
 * at most a quarter of the lists: beyond that, exact search is as quick. Then it is said.
 
-Similarities are those of exact search, to the bit: faiss names candidates, doubles decide.
+Similarities are cosines in doubles of the unit vectors that the index holds, in single precision:
+those of exact search but for 1e-7.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import numpy as np
 
 from pipeline.errors import DataError, PipelineError, one_line
 from pipeline.heartbeat import now
-from pipeline.search.exact import Doubles, Floats, Ints, Nearest, similarities
+from pipeline.search.exact import Doubles, Floats, Ints, Nearest, dots, lengths, unit
 from pipeline.storage.places import delete_file, list_files, resolve_uri
 from pipeline.storage.transfer import atomic_path, local_copy, read_mark, write_bytes_atomic
 from pipeline.uri import is_uri, join, public
@@ -102,7 +103,7 @@ class IvfIndex:
         self._index, self.facts = index, facts
 
     def find(self, queries: Floats, k: int) -> tuple[Doubles, Ints]:
-        """The nearest rows of unit vectors [Q, D]: float64 and int64 [Q, k], best first."""
+        """The nearest rows of vectors [Q, D]: float64 and int64 [Q, k], best first."""
         k = min(k, self.facts.rows)
         similarity, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
         for begin in range(0, len(queries), QUERIES_AT_ONCE):
@@ -118,10 +119,12 @@ def probed(index: Any, queries: Floats, k: int, probes: int) -> tuple[Doubles, I
     wanted = min(int(index.ntotal), k + SPARE)
     parameters = faiss.SearchParametersIVF()
     parameters.nprobe = probes
-    _, rows, vectors = index.search_and_reconstruct(queries, wanted, params=parameters)
-    flat = similarities(
-        np.repeat(queries, wanted, axis=0), vectors.reshape(-1, queries.shape[1])
-    ).reshape(rows.shape)
+    _, rows, vectors = index.search_and_reconstruct(unit(queries), wanted, params=parameters)
+    vectors = vectors.reshape(-1, queries.shape[1])
+    # as exact search does it, to the bit: recall compares the two
+    flat = dots(np.repeat(queries, wanted, axis=0), vectors)
+    flat /= np.repeat(lengths(queries), wanted) * lengths(vectors)
+    flat = flat.reshape(rows.shape)
     flat[rows < 0] = -np.inf
     order = np.lexsort((rows, -flat), axis=1)[:, :k]
     similarity, rows = np.take_along_axis(flat, order, 1), np.take_along_axis(rows, order, 1)

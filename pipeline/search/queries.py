@@ -17,7 +17,7 @@ from pyarrow import fs as pafs
 
 from pipeline.embed.embedders import Embedder
 from pipeline.embed.vectors import VectorSet, open_vectors
-from pipeline.errors import DataError, one_line
+from pipeline.errors import DataError, StorageError, one_line
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import MAX_PIXELS, decode_image
 from pipeline.images.kinds import is_table, named_as_image
@@ -112,12 +112,13 @@ class Asker:
 
     def _of(self, text: str) -> Iterator[Query]:
         place = absolute_uri(text)
+        kind = _kind(text)
+        if kind == pafs.FileType.NotFound:
+            yield self._id(text)
+            return
         fs, path = resolve_uri(place)
-        kind = file_info(fs, path).type
         if kind == pafs.FileType.Directory:
             yield from self._folder(text, place, fs, path)
-        elif kind == pafs.FileType.NotFound:
-            yield self._id(text)
         elif is_table(path):
             yield from self._table(text, place)
         else:
@@ -297,8 +298,7 @@ def asked_for(query: str) -> list[str]:
         DataError: nothing is asked.
     """
     text = query.strip()
-    fs, path = resolve_uri(absolute_uri(text)) if text else (None, "")
-    whole = fs is not None and file_info(fs, path).type != pafs.FileType.NotFound
+    whole = bool(text) and _kind(text) != pafs.FileType.NotFound
     texts = [text] if whole else [part.strip() for part in text.split(",") if part.strip()]
     if not texts:
         raise DataError(
@@ -313,6 +313,20 @@ def bad_table(bad: Sequence[BadQuery]) -> pa.Table:
     return pa.Table.from_pylist(
         [{**asdict(one), "stage": "search"} for one in bad], BAD_IMAGE_SCHEMA
     )
+
+
+def _kind(text: str) -> pafs.FileType:
+    """Whether a text names a file, a folder, or nothing that is there.
+
+    Raises:
+        StorageError: the storage failed, or refused.
+    """
+    try:
+        return file_info(*resolve_uri(absolute_uri(text))).type
+    except StorageError:
+        raise
+    except (OSError, ValueError):  # a name that is too long, or has a NUL: many ids with commas
+        return pafs.FileType.NotFound
 
 
 def _bytes(text: str, fs: pafs.FileSystem, path: str) -> bytes:

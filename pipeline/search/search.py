@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.search.exact import Floats, Ints, Nearest, unit
+from pipeline.search.exact import Doubles, Floats, Ints, Nearest, lengths, unit, usable
 from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened, picked
 from pipeline.uri import public
 
@@ -78,16 +78,19 @@ class Search:
         self.rows, self.dim = vectors.rows, vectors.dim
         self._vectors, self._column, self._ivf = vectors, column, index
         self._held: Floats | None = None
+        self._lengths: Doubles | None = None
         self.index: IndexFacts | None = index.facts if index else None
         self.zeros = 0
         if index is None:
             # All are read once, so that what is no number is refused now and not at some query.
             held = np.empty((self.rows, self.dim), np.float32) if hold else None
-            for first, block in unit_blocks(vectors, column):
-                self.zeros += int((~block.any(axis=1)).sum())
+            parts = []
+            for first, block in usable_blocks(vectors, column):
+                parts.append(lengths(block))
                 if held is not None:
                     held[first : first + len(block)] = block
-            self._held = held
+            self._held, self._lengths = held, np.concatenate(parts)
+            self.zeros = int(np.isinf(self._lengths).sum())
 
     def find(self, vectors: Array, k: int) -> tuple[Floats, Ints]:
         """The k nearest rows of each vector, best first; equal ones by the lowest row.
@@ -110,27 +113,27 @@ class Search:
             )
         if k < 1:
             raise DataError(f"k={k} neighbours were asked for, expected at least 1")
-        queries, k = unit(vectors, "the queries"), min(k, self.rows)
+        queries, k = usable(vectors, "the queries"), min(k, self.rows)
         if self._ivf is not None:
             similarity, rows = self._ivf.find(queries, k)
             return similarity.astype(np.float32), rows
         best = Nearest(queries, k)
         if self._held is not None:
-            best.see(self._held, 0)
+            best.see(self._held, 0, self._lengths)
         else:
-            for first, block in unit_blocks(self._vectors, self._column):
+            for first, block in usable_blocks(self._vectors, self._column):
                 best.see(block, first)
         return best.similarity.astype(np.float32), best.rows
 
     def vectors_at(self, rows: Ints) -> Floats:
-        """The vectors of row numbers, float32 [n, D] of unit length."""
+        """The vectors of row numbers, float32 [n, D]."""
         if self._held is not None:
             return self._held[rows]
         if len(rows) <= SINGLE_READS:
             parts = [self._vectors.read(self._column, slice(row, row + 1)) for row in rows]
-            return unit(np.concatenate(parts))
+            return usable(np.concatenate(parts))
         order = np.unique(rows)
-        vectors = picked(lambda: unit_blocks(self._vectors, self._column), order)
+        vectors = picked(lambda: usable_blocks(self._vectors, self._column), order)
         return vectors[np.searchsorted(order, rows)]
 
 
@@ -161,22 +164,27 @@ def open_search(
             f"{where} holds no vectors: there is nothing to search in",
             "embed images first: jobs/embed.py model=… data.source=photos/",
         )
-    if _takes_index(vectors.rows, index):
+    if takes_index(vectors.rows, index):
         return Search(vectors, column, _index_of(vectors, column), hold=False)
     size = vectors.rows * vectors.dim * 4 / 2**30
     return Search(vectors, column, None, hold=size <= memory_gib)
 
 
-def unit_blocks(vectors: Vectors, column: str) -> Iterator[tuple[int, Floats]]:
-    """(first row, unit vectors [R, D]) through the whole set."""
+def usable_blocks(vectors: Vectors, column: str) -> Iterator[tuple[int, Floats]]:
+    """(first row, vectors [R, D]) through the whole set."""
     first = 0
     name = f"the vectors in {public(vectors.uri)}" if vectors.uri else "the vectors"
     for block, _ in vectors.blocks(BLOCK_ROWS, column):
-        yield first, unit(block, name, first)
+        yield first, usable(block, name, first)
         first += len(block)
 
 
-def _takes_index(rows: int, index: Index) -> bool:
+def takes_index(rows: int, index: Index) -> bool:
+    """Whether so many vectors are searched by an index.
+
+    Raises:
+        ConfigError: one is asked for, and faiss is not installed.
+    """
     if index == "exact" or (index == "auto" and rows <= EXACT_ROWS):
         return False
     if importlib.util.find_spec("faiss") is not None:
@@ -198,7 +206,7 @@ def _index_of(vectors: Vectors, column: str) -> IvfIndex:
     index = opened(vectors.uri, column, vectors.key) if vectors.uri else None
     if index is None:
         index = built(
-            lambda: unit_blocks(vectors, column),
+            lambda: ((first, unit(block)) for first, block in usable_blocks(vectors, column)),
             (vectors.rows, vectors.dim),
             vectors.uri,
             column,

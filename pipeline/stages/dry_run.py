@@ -13,7 +13,7 @@ from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import embed, fits, look
+from pipeline.stages import embed, fits, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, embeds, voting
 from pipeline.stages.evaluate import chosen
@@ -40,6 +40,9 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         PipelineError: for all that would stop the real run at its start.
     """
     config = with_absolute_weights(named(config, stages))
+    if list(stages) == ["search"]:
+        search.describe(config)
+        return
     folder = RunFolder.of(config.run.folder, config.run.name)
     with looked_up_once():
         known = check_start(config, stages)

@@ -18,7 +18,7 @@ from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
 from pipeline.search.decisions import Decisions
 from pipeline.search.page import QUERIES, Pictures, said_of, write_page
 from pipeline.search.queries import Asker, BadQuery, Reading, asked_for, bad_table
-from pipeline.search.search import open_search
+from pipeline.search.search import open_search, takes_index
 from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.storage.transfer import parquet_writer_atomic, upload, write_parquet_atomic
@@ -60,8 +60,25 @@ def look_up(config: Config) -> None:
     if asker.bad:
         texts.append(f"{len(asker.bad):,} files are no usable images; {BAD} lists them.")
     page = _write_page(folder, answers, shown, Pictures.of(vectors, _most(config)), texts)
-    result_line("search", f"{pairs:,} neighbours of {queries:,} images: {public(table)}")
+    result_line(
+        "search",
+        f"{pairs:,} neighbours of {queries:,} image{'s' * (queries != 1)}: {public(table)}",
+    )
     result_line("page", page)
+
+
+def describe(config: Config) -> None:
+    """Says what a look-up would do; reads no vectors.
+
+    Raises:
+        PipelineError: nothing is asked, or there are no vectors.
+    """
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    texts, vectors = asked_for(config.search.query), _vectors(config, folder)
+    how = "an index" if takes_index(vectors.rows, config.search.index) else "exact search"
+    result_line("search", f"{vectors.rows:,} vectors of {vectors.facts['model']}, {how}")
+    result_line("query", f"{len(texts):,} asked for: {', '.join(map(public, texts))}")
+    result_line("output", f"{public(folder.at('search'))} (dry run: nothing is written)")
 
 
 # ---- In a whole chain.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import DataError
 from pipeline.search import exact
-from pipeline.search.exact import Nearest, unit
+from pipeline.search.exact import Nearest, usable
 
 
 def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[int]]:
@@ -25,9 +25,9 @@ def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[i
 
 
 def nearest(vectors: np.ndarray, queries: np.ndarray, k: int, block: int) -> Nearest:
-    best = Nearest(unit(queries), k)
+    best = Nearest(usable(queries), k)
     for first in range(0, len(vectors), block):
-        best.see(unit(vectors[first : first + block]), first)
+        best.see(usable(vectors[first : first + block]), first)
     return best
 
 
@@ -62,7 +62,9 @@ def test_equal_rows_keep_the_order_of_the_set(copies: list[int], block: int, k: 
     vectors = originals[copies]
     best = nearest(vectors, originals, k, block)
     for query in range(6):
-        cosine = [float(unit(originals)[query] @ unit(originals)[one]) for one in range(6)]
+        wide = originals.astype(float)
+        wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+        cosine = [float(wide[query] @ wide[one]) for one in range(6)]
         expected = sorted(range(len(copies)), key=lambda row: (-cosine[copies[row]], row))[:k]
         assert best.rows[query, : len(expected)].tolist() == expected
         assert (best.rows[query, len(expected) :] == -1).all()
@@ -74,6 +76,7 @@ def test_the_same_bits_for_any_blocks_and_queries() -> None:
     draw = np.random.default_rng(2)
     vectors = (1 + 1e-4 * draw.normal(size=(400, 48))).astype(np.float32)
     alike = nearest(vectors, vectors[:30], 10, 400)
+    assert alike.rows.tolist() == brute_force(vectors, vectors[:30], 10)
     for block, queries in ((37, slice(0, 30)), (400, slice(4, 5)), (1, slice(2, 9))):
         other = nearest(vectors, vectors[queries], 10, block)
         assert (other.rows == alike.rows[queries]).all()
@@ -93,6 +96,9 @@ def test_what_is_no_number_is_refused() -> None:
     vectors = np.ones((5, 3), np.float32)
     vectors[3, 1] = np.nan
     with pytest.raises(DataError, match=r"the queries hold values .* 1 rows of 5; .* row 13"):
-        unit(vectors, "the queries", 10)
-    largest = np.full((1, 3), np.finfo(np.float32).max)
-    np.testing.assert_allclose(unit(largest), 3**-0.5, rtol=1e-6)
+        usable(vectors, "the queries", 10)
+    vectors[3, 1] = 1e16  # squares of it would be infinite in float32
+    with pytest.raises(DataError, match="no finite numbers"):
+        usable(vectors)
+    large = np.full((2, 3), 1e15) * [[1], [-1]]
+    assert nearest(large, large, 2, 1).similarity.tolist() == [[1, -1], [1, -1]]
