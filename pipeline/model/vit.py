@@ -185,10 +185,10 @@ class VisionTransformer(nn.Module):
             # `where` keeps the mask token in the graph even if nothing is masked: DDP needs its
             # gradient.
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
-        cls = self.cls_token.to(patches.dtype).expand(len(x), -1, -1)
+        cls = self.cls_token.to(patches.dtype).expand(x.shape[0], -1, -1)
         tokens = torch.cat([cls, patches], dim=1) + self.position(height, width)
         if self.registers:
-            registers = self.register_tokens.to(tokens.dtype).expand(len(x), -1, -1)
+            registers = self.register_tokens.to(tokens.dtype).expand(x.shape[0], -1, -1)
             tokens = torch.cat([tokens[:, :1], registers, tokens[:, 1:]], dim=1)
         return tokens
 

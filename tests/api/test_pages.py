@@ -57,7 +57,11 @@ def test_the_code_of_the_page_runs(page: str, folder: Path) -> None:
 @pytest.mark.jobs
 def test_the_whole_chain_of_the_page(folder: Path) -> None:
     """The one call trains, says what came of it, and does nothing when it is called again."""
-    write_tiny(folder / "small.yaml", train={"workers": 1, "eval_every": 4, "log_every": 1})
+    write_tiny(
+        folder / "small.yaml",
+        optim={"global_batch_size": 8},
+        train={"workers": 1, "eval_every": 4, "log_every": 1},
+    )
     (block,) = [one for one in blocks("python.md") if STARTS_RAY in one]
     space: dict[str, Any] = {}
     exec(compile(block, "python.md", "exec"), space)
