@@ -77,7 +77,7 @@ TABLE = [
     # maths: no Ray, no config
     row("loss", "errors", others="torch"),
     row("model", "errors images schedule storage views", others="torch safetensors",
-        others_inside="timm transformers"),
+        others_inside="onnx onnxruntime timm transformers"),
     row("evaluate.sets", "config errors evaluate shards"),
     row("evaluate", "errors images model shards uri views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
@@ -107,7 +107,8 @@ TABLE = [
         "uri views", others="numpy PIL pyarrow"),
     # what makes vectors; its descriptor is what a curation sees of an image
     row("embed", "embed errors heartbeat images shards storage stream.rows uri", "curate.images.* "
-        "evaluate model plan train views", "numpy pyarrow", "ray torch timm onnxruntime"),
+        "evaluate model plan train views", "numpy pyarrow",
+        "ray torch timm google onnx onnxruntime"),
     row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* embed "
         "errors images shards storage uri", "", "numpy pyarrow", "ray"),
     row("curate.look.*", "curate.look.* curate.images.* curate.rows.* curate.steps.* images shards "

@@ -126,6 +126,8 @@ class Config(Section):
                 "ibot_head has values of its own but ibot_head.separate is false: iBOT would use "
                 "head; set ibot_head.separate=true"
             )
+        if self.export.onnx_sizes and not self.export.onnx:
+            raise ValueError("export.onnx_sizes names sizes of ONNX, but export.onnx is false")
         if self.model.init_resize and not self.model.init:
             raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
         return self
@@ -157,6 +159,7 @@ class Config(Section):
             ("augment.global_size", self.augment.global_size),
             ("augment.local_size", self.augment.local_size if self.augment.local_crops else patch),
             ("evaluate.image_size", self.evaluate.image_size or patch),
+            *(("export.onnx_sizes", size) for size in self.export.onnx_sizes),
         ):
             if size % patch:
                 raise ValueError(

@@ -83,3 +83,9 @@ class Export(Section):
     checkpoint: Literal["best", "last"] = Field(
         "best", description="which teacher is exported: the best by kNN or the last one"
     )
+    onnx: bool = Field(
+        False, description="write weights/onnx too: fp32, fp16 and int8 (needs the extra onnx)"
+    )
+    onnx_sizes: tuple[Positive, ...] = Field(
+        (), description="image sizes of files in ONNX beside the native one, pixels"
+    )

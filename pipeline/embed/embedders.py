@@ -9,7 +9,7 @@ Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.embed import load
 from pipeline.embed.onnx import OnnxModel
-from pipeline.embed.onnx_files import is_onnx, on_this_node
+from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
@@ -112,7 +112,8 @@ def embedder_of(
         opened, kind, path = partial(load.load_timm, name), BACKBONE, ""
     elif is_onnx(model):
         path = absolute_uri(model)
-        digest, known = load.digest_of(path), usual
+        files = files_of(path)
+        digest, known = files.digest, replace(usual, value_range=files.value_range)
         opened, kind, model = None, ONNX, path
     else:
         model = absolute_model(model, folder)
@@ -209,8 +210,10 @@ class Embedder:
             path = on_this_node(spec.path, spec.digest)
             sizes = (spec.image_size, spec.mean, spec.std)
             model = OnnxModel(path, *sizes, threads=threads, gpu=gpu, name=spec.name)
-            self._run = lambda images, want, blocks: {"cls": model(images)}
+            self._run = lambda images, want, blocks: _with_mean(model.outputs(images))
+            self.patch_size = model.patch_size
             self.mean, self.std = model.signature.mean, model.signature.std
+            self.channels = len(self.mean)
             self.size, self.dim = model.signature.size, model.dim
             return
         if spec.load is None:
@@ -348,6 +351,12 @@ def prepared(kind: str, size: int, pixels: Images) -> Images:
     from pipeline.views.crops import resize_centre_crop
 
     return resize_centre_crop(pixels, size)
+
+
+def _with_mean(outputs: dict[str, Any]) -> dict[str, Any]:
+    if "patches" in outputs:
+        outputs["mean"] = outputs["patches"].astype(np.float32).mean(1)
+    return outputs
 
 
 def _dtype(output: str) -> Any:

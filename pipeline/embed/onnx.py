@@ -1,9 +1,13 @@
-"""A user's model in ONNX as an embedder: what it takes is read from its own signature."""
+"""A model in ONNX as an embedder, ours or a user's: its signature and metadata say what it takes.
+
+Metadata that is read: `mean`, `std`, `value_range` (JSON lists) and `patch_size`, as
+`pipeline.model.onnx_out` writes them. The channels are as many as `mean` has numbers.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,10 @@ from pipeline.errors import DataError, one_line, shortened
 DEFAULT_SIZE = 224  # pixels, where the model leaves its input's size open
 EXPECTED = (
     "expected one input [batch, 3, height, width] or [batch, height, width, 3] of uint8, float16 "
-    "or float, and an output [batch, width] (or tokens [batch, tokens, width], CLS first)"
+    "or float (3: as many as mean has numbers), and an output [batch, width] (or tokens [batch, "
+    "tokens, width], CLS first)"
 )
+Array = np.ndarray[Any, Any]
 _KINDS = {
     "tensor(uint8)": np.uint8,
     "tensor(float)": np.float32,
@@ -31,7 +37,7 @@ class Signature:
     Attributes:
         name: of the input.
         kind: uint8 takes pixels as they are; floats take (pixels / 255 - mean) / std.
-        channels_last: [b, S, S, 3] instead of [b, 3, S, S].
+        channels_last: [b, S, S, C] instead of [b, C, S, S].
         size: S, pixels.
         batch: images at once where the model fixes them, else 0.
         mean: of each channel.
@@ -48,7 +54,12 @@ class Signature:
 
 
 class OnnxModel:
-    """An ONNX model: uint8 [b, S, S, 3] to float32 [b, D].
+    """An ONNX model: uint8 [b, S, S, C] to float32 [b, D].
+
+    Attributes:
+        signature: what it takes.
+        dim: D.
+        patch_size: in pixels, where it has an output `patches` [b, P, D]; else None.
 
     Args:
         path: of the `.onnx` file, beside which the files of its weights lie.
@@ -97,11 +108,14 @@ class OnnxModel:
             raise DataError(f"{name} cannot be opened: {reason}", EXPECTED) from error
         self.name = name
         self.signature = _signature(self._session, name, image_size, mean, std)
-        side = self.signature.size
-        self.dim = self(np.zeros((1, side, side, 3), np.uint8)).shape[1]
+        side, channels = self.signature.size, len(self.signature.mean)
+        self._names = [out.name for out in self._session.get_outputs()]
+        patch = self._session.get_modelmeta().custom_metadata_map.get("patch_size", "")
+        self.patch_size = int(patch) if patch.isdigit() and "patches" in self._names else None
+        self.dim = self.outputs(np.zeros((1, side, side, channels), np.uint8))["cls"].shape[1]
 
-    def __call__(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, Any]:
-        """uint8 [b, S, S, 3] to float32 [b, D]."""
+    def outputs(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Array]:
+        """uint8 [b, S, S, C] to `cls` float32 [b, D], and `patches` [b, P, D] where it has them."""
         fixed = self.signature.batch
         if not fixed:
             return self._run(images)
@@ -109,10 +123,10 @@ class OnnxModel:
         for at in range(0, len(images), fixed):
             part = images[at : at + fixed]
             filled = np.concatenate([part, np.repeat(part[-1:], fixed - len(part), 0)])
-            outputs.append(self._run(filled)[: len(part)])
-        return np.concatenate(outputs)
+            outputs.append({name: x[: len(part)] for name, x in self._run(filled).items()})
+        return {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]}
 
-    def _run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _run(self, images: Array) -> dict[str, Array]:
         signature = self.signature
         x = images
         if signature.kind != np.uint8:
@@ -127,10 +141,19 @@ class OnnxModel:
             raise DataError(
                 f"{self.name} failed on images {x.shape}: {reason}", EXPECTED
             ) from error
-        for rank in (2, 4, 3):  # features, then features of 1 x 1 pixels, then tokens
+        named = {"cls": self._features(outputs, len(images))}
+        if self.patch_size:
+            named["patches"] = outputs[self._names.index("patches")]
+        return named
+
+    def _features(self, outputs: Sequence[Any], images: int) -> Array:
+        """The output that is one vector an image: features, then features of 1 x 1 pixels, then
+        the first of the tokens.
+        """
+        for rank in (2, 4, 3):
             for out in outputs:
                 shape = np.shape(out)
-                if len(shape) != rank or shape[0] != len(images):
+                if len(shape) != rank or shape[0] != images:
                     continue
                 if rank == 2:
                     return np.asarray(out, np.float32)
@@ -139,7 +162,7 @@ class OnnxModel:
                 if rank == 3:
                     return np.asarray(out[:, 0], np.float32)
         shapes = ", ".join(str(np.shape(out)) for out in outputs)
-        raise DataError(f"{self.name} gives {shapes} for {len(images)} images", EXPECTED)
+        raise DataError(f"{self.name} gives {shapes} for {images} images", EXPECTED)
 
 
 def _signature(
@@ -154,10 +177,15 @@ def _signature(
     wrong = DataError(f"{path} takes {shown or 'nothing'}", EXPECTED)
     if len(inputs) != 1 or inputs[0].type not in _KINDS or len(inputs[0].shape) != 4:
         raise wrong
-    shape = inputs[0].shape
-    if (shape[1] == 3) == (shape[3] == 3):
+    metadata = session.get_modelmeta().custom_metadata_map
+    values = {
+        name: numbers_in(metadata, name, path) or tuple(float(v) for v in default)
+        for name, default in (("mean", mean), ("std", std))
+    }
+    shape, channels = inputs[0].shape, len(values["mean"])
+    if (shape[1] == channels) == (shape[3] == channels):
         raise wrong
-    last = shape[3] == 3
+    last = shape[3] == channels
     sides = {side for side in (shape[1:3] if last else shape[2:]) if isinstance(side, int)}
     if len(sides) > 1:
         raise wrong
@@ -167,18 +195,6 @@ def _signature(
             f"{path} takes images of {fixed} x {fixed} pixels, image_size={image_size}",
             "leave image_size empty",
         )
-    metadata = session.get_modelmeta().custom_metadata_map
-    values = {}
-    for name, default in (("mean", mean), ("std", std)):
-        try:
-            values[name] = tuple(
-                float(v) for v in json.loads(metadata.get(name, "null")) or default
-            )
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path} has metadata {name}={metadata[name]!r}, expected a JSON list of numbers",
-                "export the model again, or take the entry out",
-            ) from error
     return Signature(
         name=inputs[0].name,
         kind=_KINDS[inputs[0].type],
@@ -187,3 +203,18 @@ def _signature(
         batch=shape[0] if isinstance(shape[0], int) else 0,
         **values,
     )
+
+
+def numbers_in(metadata: Mapping[str, str], name: str, path: str) -> tuple[float, ...]:
+    """An entry of the metadata that is a JSON list of numbers; empty where there is none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        return tuple(float(v) for v in json.loads(metadata.get(name, "[]")) or ())
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path} has metadata {name}={metadata[name]!r}, expected a JSON list of numbers",
+            "export the model again, or take the entry out",
+        ) from error

@@ -1,9 +1,7 @@
 """Which files an ONNX model is made of: weights above 2 GB, and of many exporters all, lie beside
 the model in files of their own.
 
-Their names stand in the model, in the entries `location` of its tensors' external data
-(onnx.proto: ModelProto.graph, GraphProto.node and initializer, TensorProto.external_data). The few
-fields on the way are read here from the protobuf wire format, so that no package is needed for it.
+Their names stand in the model, in the entries `location` of its tensors' external data.
 
 A model at a URI is copied to each node once, for onnxruntime reads files.
 """
@@ -19,32 +17,25 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.embed.onnx import numbers_in
 from pipeline.errors import DataError, PipelineError
+from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import file_info, resolve_uri
 from pipeline.storage.transfer import download, open_patiently
 from pipeline.uri import is_uri, join, parent, public
 
-# Numbers of the fields that lead to tensors: of a message, field number -> kind of message in it.
-_INSIDE: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 25: "function"},
-    "function": {7: "node"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "entry"},
-}
-_KEY, _VALUE = 1, 2  # of an entry
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _BLOCK = 2**24
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files: the places of the model and of what lies beside it, and a hash of all."""
+    """A model's files: the places of the model and of what lies beside it, and a hash of all; and
+    the range of values that its metadata says.
+    """
 
     places: tuple[str, ...]
     digest: str
+    value_range: ValueRange = FULL
 
 
 def files_of(path: str) -> ModelFiles:
@@ -57,15 +48,19 @@ def files_of(path: str) -> ModelFiles:
     hashed = blake2b(digest_size=8)
     hashed.update(content)
     folder, _ = parent(path if is_uri(path) else Path(path))
+    model = parsed(content, public(path))
     places = [path]
-    for name in external_files(content, public(path)):
+    for name in _external(model, public(path)):
         places.append(str(join(folder, *PurePosixPath(name).parts)))
         hashed.update(f"{name}\0".encode())
         fs, place = _there(places[-1], path)
         with open_patiently(fs, place) as stream:
             while block := stream.read(_BLOCK):
                 hashed.update(block)
-    return ModelFiles(tuple(places), hashed.hexdigest())
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    spread = numbers_in(metadata, "value_range", public(path)) or None
+    value_range = from_json(spread, f"value_range of {public(path)}") or FULL
+    return ModelFiles(tuple(places), hashed.hexdigest(), value_range)
 
 
 def on_this_node(path: str, digest: str) -> str:
@@ -130,12 +125,11 @@ def external_files(model: bytes, name: str = "the model") -> tuple[str, ...]:
     Raises:
         DataError: it is no ONNX model, or a name leads out of its folder.
     """
-    try:
-        locations = sorted(set(_locations(memoryview(model), "model")))
-    except (IndexError, ValueError) as error:
-        raise DataError(
-            f"{name} cannot be opened: it is no ONNX model", "export it again"
-        ) from error
+    return _external(parsed(model, name), name)
+
+
+def _external(model: Any, name: str) -> tuple[str, ...]:
+    locations = sorted({one for tensor in _tensors(model) for one in _places(tensor)})
     for one in locations:
         if not one or PurePosixPath(one).is_absolute() or ".." in PurePosixPath(one).parts:
             raise DataError(
@@ -145,45 +139,38 @@ def external_files(model: bytes, name: str = "the model") -> tuple[str, ...]:
     return tuple(locations)
 
 
-def _locations(message: memoryview, kind: str) -> Iterator[str]:
-    if kind == "entry":
-        fields = {number: bytes(value).decode() for number, value in _fields(message)}
-        if fields.get(_KEY) == "location":
-            yield fields.get(_VALUE, "")
+def parsed(model: bytes, name: str = "the model") -> Any:
+    """The `onnx.ModelProto` of a `.onnx` file, without the weights beside it.
+
+    Raises:
+        DataError: it is no ONNX model, or the package onnx is missing.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise DataError(
+            f"{name} needs the package onnx, which is not installed",
+            "from the clone: python -m pip install -c constraints.txt -e '.[onnx]'",
+        ) from error
+    try:
+        return onnx.load_model_from_string(model)
+    except (DecodeError, ValueError) as error:
+        raise DataError(
+            f"{name} cannot be opened: it is no ONNX model", "export it again"
+        ) from error
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """All tensors in a message: of graphs, of functions, and of the attributes of their nodes."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
         return
-    for number, value in _fields(message):
-        if inner := _INSIDE[kind].get(number):
-            yield from _locations(value, inner)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if hasattr(value, "__len__") else [value]:
+                yield from _tensors(inner)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Fields of a message that have a length, with their numbers; others are passed over."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, kind = tag >> 3, tag & 7
-        if kind == _BYTES:
-            size, at = _varint(message, at)
-            if size > len(message) - at:
-                raise ValueError("a field is longer than its message")
-            yield number, message[at : at + size]
-            at += size
-        elif kind == _VARINT:
-            _, at = _varint(message, at)
-        elif kind in (_EIGHT, _FOUR):
-            at += 8 if kind == _EIGHT else 4
-        else:
-            raise ValueError(f"a field of kind {kind}")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at += 1
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number is too long")
+def _places(tensor: Any) -> list[str]:
+    return [entry.value for entry in tensor.external_data if entry.key == "location"]

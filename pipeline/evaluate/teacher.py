@@ -136,13 +136,7 @@ class Evaluator:
             shown = spec.queries
             queries = self.features(backbone, shown, limit)
             features = queries.features
-            metrics[f"eval/knn{spec.k}_top1"] = knn_classify(
-                reference,
-                queries,
-                max(int(reference.labels.max()), int(queries.labels.max())) + 1,
-                spec.k,
-                spec.temperature,
-            )[spec.k]
+            metrics[f"eval/knn{spec.k}_top1"] = self._top1(reference, queries)
             if (picture := self._neighbours(reference, queries, limit)) is not None:
                 pictures["neighbours"] = picture
         else:
@@ -154,6 +148,19 @@ class Evaluator:
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
         return Evaluation(metrics, pictures)
+
+    def top1(self, backbone: nn.Module, limit: int | None = None) -> float | None:
+        """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""
+        spec = self.spec
+        if not (spec.reference and spec.queries):
+            return None
+        sets = (self.features(backbone, shards, limit) for shards in (spec.reference, spec.queries))
+        return self._top1(*sets)
+
+    def _top1(self, reference: LabelledFeatures, queries: LabelledFeatures) -> float:
+        classes = max(int(reference.labels.max()), int(queries.labels.max())) + 1
+        k, temperature = self.spec.k, self.spec.temperature
+        return knn_classify(reference, queries, classes, k, temperature)[k]
 
     def _neighbours(
         self, reference: LabelledFeatures, queries: LabelledFeatures, limit: int | None

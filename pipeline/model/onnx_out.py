@@ -5,8 +5,8 @@ and become constants of the file: that is exact, while a file for any size would
 resizing, whose bicubic filter is another one. The number of images stays open.
 
 Files take `image` float32 `[batch, C, S, S]`, normalised, and give `cls` float32 `[batch, D]` and,
-where there are patches, `patches` float32 `[batch, P, D]`, both after the last norm. `fp16` computes
-in half precision; `int8` has its matrices in 8 bits (dynamic quantisation of ONNX Runtime).
+where there are patches, `patches` float32 `[batch, P, D]`, after the last norm. `fp16` computes in
+half precision; `int8` has its matrices in 8 bits (dynamic quantisation of ONNX Runtime).
 """
 
 from __future__ import annotations

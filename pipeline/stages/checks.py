@@ -60,6 +60,10 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         from pipeline.stages import evaluate  # loads torch
 
         evaluate.chosen_in(folder, config)
+    if config.export.onnx and "export" in stages:
+        from pipeline.model.onnx_out import needs_packages  # loads torch
+
+        needs_packages()
     if "pack" not in stages:  # what an earlier job packed
         config = with_packed_sets(config, folder)
     with doing("listing the image sets"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.data import Augment
 from pipeline.context import Context, result_line
+from pipeline.evaluate.teacher import Evaluator
 from pipeline.heartbeat import now
 from pipeline.images.value_range import FULL, ValueRange
-from pipeline.model.foreign import TimmBackbone
+from pipeline.model.foreign import ForeignBackbone, TimmBackbone
 from pipeline.model.foreign_weights import save_foreign, verify_foreign
 from pipeline.model.formats import deep_key
+from pipeline.model.onnx_out import OnnxFile, Pixels, SessionModule, save_onnx
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
     agreement,
@@ -23,10 +28,13 @@ from pipeline.model.weights import (
     verify_timm,
     without_huggingface,
 )
+from pipeline.plan.plan import Plan
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
 from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
+from pipeline.train.run import evaluation_spec
+from pipeline.train.state import Saved
 from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
 
@@ -36,21 +44,24 @@ FILES = ("model.safetensors", "config.json")
 
 def key(context: Context) -> str:
     """Changes with the checkpoint, and with the formats that are written."""
-    saved = chosen(context)
-    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS])
+    saved, settings = chosen(context), context.config.export
+    onnx = [["onnx", *settings.onnx_sizes]] * settings.onnx
+    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS, *onnx])
 
 
 def intact(context: Context) -> bool:
     """Whether what a finished stage wrote is still there."""
     weights = context.folder.path / "weights"
-    written = context.folder.last("export").get("formats", {})
+    last = context.folder.last("export")
+    written = last.get("formats", {})
     files = [weights / name / file for name in written for file in FILES]
+    files += [weights / "onnx" / name for name in last.get("onnx", {})]
     return bool(written) and all(file.is_file() for file in files)
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """Writes `weights/{dinov2,huggingface,timm}`, each loaded back and compared before it says
-    done.
+    """Writes `weights/{dinov2,huggingface,timm}`, and `onnx` where it is asked for, each loaded
+    back and compared before it says done.
     """
     saved = chosen(context)
     plan = trained_plan(saved)
@@ -71,7 +82,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
-    details = [f"* {name}: {said}" for name, said in formats.items()]
+    onnx = _onnx(context, saved, backbone) if context.config.export.onnx else {}
+    details = [f"* {name}: {said}" for name, said in (formats | onnx).items()]
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))
     tracker.artifact(folder / "config.json", "weights")
     now("export: logging the model")
@@ -90,6 +102,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "text": text,
         "folder": public(context.folder.at("weights", folder.name)),
         "formats": formats,
+        "onnx": onnx,
         "step": saved.step,
         "bytes": size,
         "knn": score,
@@ -129,3 +142,51 @@ def _write(
     folder = save_timm(backbone, spec, weights / "timm", *pixels)
     done["timm"] = verify_timm(backbone, spec, folder)
     return done
+
+
+def _onnx(
+    context: Context, saved: Saved, backbone: VisionTransformer | ForeignBackbone
+) -> dict[str, str]:
+    """Writes `weights/onnx`; gives what is known of each file, by its name."""
+    plan = trained_plan(saved)
+    augment, settings = plan.config.augment, context.config.export
+    sizes = sorted({augment.global_size, *settings.onnx_sizes})
+    now(f"export: onnx for {', '.join(map(str, sizes))} pixels, written and compared")
+    pixels = Pixels(augment.mean, augment.std, plan.value_range or FULL)
+    files = save_onnx(backbone, context.folder.path / "weights" / "onnx", sizes, pixels)
+    said = {
+        file.path.name: f"{file.bytes / 2**20:.1f} MiB, outputs within {file.error:.1g} of torch"
+        for file in files
+    }
+    now("export: onnx, k-NN of each kind")
+    native = [file for file in files if file.size == augment.global_size]
+    for name, score in _knn(context, plan, backbone, native).items():
+        said[name] += f", {score}"
+    for name, sentence in said.items():
+        result_line("onnx", f"{name}: {sentence}")
+    return said
+
+
+def _knn(
+    context: Context,
+    plan: Plan,
+    backbone: VisionTransformer | ForeignBackbone,
+    files: Sequence[OnnxFile],
+) -> dict[str, str]:
+    """k-NN of files beside that of the backbone, on the images that training compares."""
+    current = {"evaluate": context.config.evaluate, "data": context.config.data}
+    config = plan.config.model_copy(update=current)
+    spec = evaluation_spec(plan.model_copy(update={"config": config}), context.shards())
+    spec = replace(spec, image_size=plan.config.augment.global_size, half=False)
+    limit, threads = config.evaluate.during_training, len(os.sched_getaffinity(0))
+    evaluator = Evaluator(spec, threads)
+    own = evaluator.top1(backbone, limit)
+    if own is None:
+        return {}
+    said = {}
+    for file in files:
+        score = evaluator.top1(SessionModule(file.path, threads), limit) or 0.0
+        said[file.path.name] = (
+            f"k-NN {score:.4f} ({100 * (score - own):+.2f} points, {spec.compared(limit)})"
+        )
+    return said

@@ -109,7 +109,7 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
             "patches": ["batch", 4, 48],
         }
     assert len(digests) == 1
-    assert half.bytes < 0.65 * whole.bytes and small.bytes < 0.6 * whole.bytes
+    assert half.bytes < 0.7 * whole.bytes and small.bytes < 0.7 * whole.bytes
 
 
 def test_a_size_that_does_not_fit(tmp_path: Path) -> None:
