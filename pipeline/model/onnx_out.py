@@ -160,7 +160,7 @@ def at_size(
             if isinstance(network, VisionTransformer):
                 network.pos_embed = nn.Parameter(network.position(size, size), requires_grad=False)
             elif isinstance(network, TimmBackbone) and hasattr(network.module, "set_input_size"):
-                network.module.set_input_size(img_size=size)
+                network.module.set_input_size(img_size=size)  # type: ignore[operator]
             same = torch.equal(
                 network(_example(size, channels)), backbone(_example(size, channels))
             )
