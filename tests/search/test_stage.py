@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,15 @@ def test_a_thousand_photographs_by_a_network(
 def asked(vectors: VectorSet, query: str) -> list[dict[str, Any]]:
     search.look_up(load([f"search.vectors={vectors.uri}", f"search.query={query}", "run.name=ask"]))
     return pq.read_table("runs/ask/search/neighbours.parquet").to_pylist()
+
+
+def test_the_page_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = scenes(tmp_path / "runs/photos")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs/search.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})
+    said = capsys.readouterr().out
+    assert said.startswith("(5, 10) ['" + vectors.ids()[0])  # it finds itself first
