@@ -210,19 +210,18 @@ def _summary(curation: Curation) -> Summary:
     threshold = comparison.threshold if comparison else None
     calibration = threshold.calibration if threshold else None
     leaks = comparison.leaks if comparison else None
-    return report.summarise(
-        curation.setup.root,
-        results=curation.results,
+    facts = report.Facts(
+        steps=curation.results,
         calibration=calibration.to_json() if calibration else None,
         threshold=threshold.copies if threshold else None,
         leak_threshold=threshold.leaks if threshold else None,
         evaluation_sets=leaks.prints if leaks else {},
-        leaked=leaks.leaked if leaks else None,
+        leaked=leaks.leaked if leaks else {},
         seed_sets=choice.seeds.prints if choice else {},
-        folders=curation.folders,
         rows_in=curation.decisions.tally.rows,
         seed=curation.setup.config.run.seed,
     )
+    return report.summarise(curation.setup.root, facts, curation.folders)
 
 
 def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:

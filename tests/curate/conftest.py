@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.curate.report.report import Summary, summarise
+from pipeline.curate.report.report import Facts, Summary, summarise
 from tests.curate.made_up import Run, calibration, write_run
 
 
@@ -23,13 +24,13 @@ def summary(run: Run) -> Summary:
     return summarised(run)
 
 
-def summarised(run: Run, **options: object) -> Summary:
+def summarised(run: Run, **others: Any) -> Summary:
     """With all that the run knows."""
-    known: dict[str, Any] = {
-        "results": run.results,
-        "calibration": calibration(),
-        "evaluation_sets": run.sets,
-        "leaked": run.leaked,
-        "seed_sets": run.seed_sets,
-    }
-    return summarise(run.root, **known | options)
+    facts = Facts(
+        steps=run.results,
+        calibration=calibration(),
+        evaluation_sets=run.sets,
+        leaked=run.leaked,
+        seed_sets=run.seed_sets,
+    )
+    return summarise(run.root, replace(facts, **others))

@@ -69,7 +69,7 @@ class Run:
     seeds: list[Row]
     edges: list[tuple[int, int, float]] = field(default_factory=list)
     components: dict[bytes, list[int]] = field(default_factory=dict)
-    results: list[steps.Result] = field(default_factory=list)
+    results: list[steps.Step] = field(default_factory=list)
 
     @property
     def sets(self) -> dict[str, str]:
@@ -443,7 +443,7 @@ def _write(run: Run, files: int, off: set[str]) -> None:
     run.results = results(root, files)
 
 
-def results(root: Path, files: int) -> list[steps.Result]:
+def results(root: Path, files: int) -> list[steps.Step]:
     """Steps as they would have been accounted."""
     found = []
     for number, step in enumerate(STEPS):
@@ -451,8 +451,8 @@ def results(root: Path, files: int) -> list[steps.Result]:
             {"rows": 500, "bytes": 3_000_000 // (number + 1), "_seconds": 1.0} for _ in range(files)
         )
         found.append(
-            steps.Result(
-                step=step,
+            steps.Step(
+                name=step,
                 key=f"k{number}",
                 folder=str(root / step),
                 accounts=accounts,

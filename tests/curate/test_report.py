@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.curate.report import report
 from pipeline.curate.report.report import (
+    Facts,
     Summary,
     metrics,
     note,
@@ -24,12 +25,9 @@ from pipeline.curate.report.report import (
 )
 from pipeline.curate.report.sections import sentence
 from pipeline.curate.report.words import (
-    COLOURS,
-    MEANING,
-    NAMES,
-    PHRASES,
     RGB,
     STAGES,
+    WORDS,
     phrase,
     seconds,
     share,
@@ -126,7 +124,7 @@ def test_the_source_table_adds_up(run: Run, page: str) -> None:
     cells = Page(page).cells
     start = next(i for i, row in enumerate(cells) if row and row[0] == "source")
     names = ["kept", *(r for r in REASONS[1:] if run.reasons()[r])]
-    assert cells[start][1:] == ["in", *(NAMES[reason] for reason in names)]
+    assert cells[start][1:] == ["in", *(WORDS[reason].name for reason in names)]
     expected = Counter((row.source, row.reason) for row in run.rows)
     table = {}
     for line in cells[start + 1 :]:
@@ -182,7 +180,7 @@ def test_chapters_come_in_the_order_of_the_work(page: str) -> None:
 def test_a_stage_that_was_off_is_not_in_the_report(run: Run, tmp_path: Path, chapter: str) -> None:
     names = ["decisions", "fingerprint", "quality", "exact", *CHAPTERS.values()]
     folders = {n: str(run.root / n) for n in names if n != CHAPTERS[chapter]}
-    summary = summarise(run.root, folders=folders, leaked=run.leaked, threshold=0.9)
+    summary = summarise(run.root, Facts(leaked=run.leaked, threshold=0.9), folders)
     write(tmp_path / "r.html", summary)
     titles = Page((tmp_path / "r.html").read_text()).titles
     assert chapter not in titles
@@ -328,7 +326,7 @@ def test_a_broken_balance_is_the_first_thing_said(summary: Summary, tmp_path: Pa
 
 def test_how_sure_the_threshold_is_is_said(run: Run, tmp_path: Path) -> None:
     known = calibration() | {"warning": "12 images are few"}
-    write(tmp_path / "r.html", summarise(run.root, leaked=run.leaked, calibration=known))
+    write(tmp_path / "r.html", summarise(run.root, Facts(leaked=run.leaked, calibration=known)))
     said = (tmp_path / "r.html").read_text()
     assert "0.880 – 0.915" in said and "1 in 625,000" in said
     assert "copies of 500 of the images were made in nine ways" in said
@@ -336,13 +334,13 @@ def test_how_sure_the_threshold_is_is_said(run: Run, tmp_path: Path) -> None:
     assert 'class="problem">Mind: 12 images are few. Look at the pairs near' in said
     default = {name: None for name in ("low", "high", "reached", "recall")}
     known |= default | {"recalls": {}, "curve": [], "copies": 0}
-    write(tmp_path / "r.html", summarise(run.root, leaked=run.leaked, calibration=known))
+    write(tmp_path / "r.html", summarise(run.root, Facts(leaked=run.leaked, calibration=known)))
     said = (tmp_path / "r.html").read_text()
     assert "It is a default: there were too few images to measure one." in said
 
 
 def test_a_threshold_set_by_hand_counts(run: Run, tmp_path: Path) -> None:
-    summary = summarise(run.root, leaked=run.leaked, threshold=0.95)
+    summary = summarise(run.root, Facts(leaked=run.leaked, threshold=0.95))
     write(tmp_path / "r.html", summary)
     assert "How the threshold was chosen" not in (tmp_path / "r.html").read_text()
     assert summary.edges is not None
@@ -361,11 +359,11 @@ def test_small_pictures_are_enlarged() -> None:
 
 
 def test_words_exist_for_every_reason() -> None:
-    for words in (NAMES, MEANING, COLOURS, RGB):
+    for words in (WORDS, RGB):
         assert set(words) == set(REASONS)
-    assert set(PHRASES) == set(REASONS) - {"kept"}
     assert sorted(r for _, stage in STAGES for r in stage) == sorted(set(REASONS) - {"kept"})
-    assert len(set(COLOURS.values())) == len(set(RGB.values())) == len(REASONS)
+    assert len({words.colour for words in WORDS.values()}) == len(REASONS)
+    assert len(set(RGB.values())) == len(REASONS)
 
 
 @pytest.mark.long

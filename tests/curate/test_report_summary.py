@@ -22,7 +22,7 @@ from pipeline.curate.report.clusters import effective
 from pipeline.curate.report.copies import read_looks
 from pipeline.curate.report.map import principal
 from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws
-from pipeline.curate.report.report import Summary, summarise
+from pipeline.curate.report.report import Facts, Summary, summarise
 from pipeline.curate.rows import tables
 from pipeline.errors import DataError
 from tests.curate.conftest import summarised
@@ -183,7 +183,7 @@ def test_umap_lays_out_the_map_where_it_is_installed(
     module.__spec__ = importlib.machinery.ModuleSpec("umap", None)
     module.UMAP = Fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "umap", module)
-    layout = summarise(run.root, leaked=run.leaked).map
+    layout = summarise(run.root, Facts(leaked=run.leaked)).map
     assert layout is not None and (layout.method, layout.explained) == ("UMAP", 0.0)
 
 
@@ -218,12 +218,12 @@ def test_what_does_not_add_up_is_said(run: Run, tmp_path: Path) -> None:
     kept = pa.chunked_array([wrong, broken["kept"].combine_chunks()[1:]])
     broken = broken.set_column(table.schema.get_field_index("kept"), "kept", kept)
     tables.write_table(broken, str(root / "decisions"), "00001")
-    problems = summarise(root, leaked=run.leaked).counts.problems
+    problems = summarise(root, Facts(leaked=run.leaked)).counts.problems
     assert any("gaps" in said for said in problems)
     assert "1 decisions say kept with a reason, or the other way round" in problems
     assert "2,000 images went in, but there are 1,997 decisions" in problems
     assert "1,996 images went in" in str(
-        summarise(root, rows_in=1996, leaked=run.leaked).counts.problems
+        summarise(root, Facts(rows_in=1996, leaked=run.leaked)).counts.problems
     )
 
 

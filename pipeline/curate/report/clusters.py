@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,11 @@ class Clusters:
     leaves: Level
     tops: Level
     sheets: tuple[Sheet, ...]
+
+    @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        return (row for sheet in self.sheets for row, _ in sheet.rows)
 
 
 def effective(sizes: Ints) -> float:

@@ -54,6 +54,11 @@ class Edges:
     counts: tuple[int, ...]
     bands: tuple[Band, ...]
 
+    @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        return (row for band in self.bands for pair in band.pairs for row in (pair.a, pair.b))
+
 
 @dataclass(frozen=True)
 class Member:
@@ -105,6 +110,12 @@ class Components:
     chained: int
 
     @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        groups = (*self.largest, *self.random, *self.chains)
+        return (member.row for group in groups for member in group.members)
+
+    @property
     def largest_size(self) -> int:
         """Images in the largest; 0 where there is none."""
         return max(self.sizes, default=0)
@@ -140,10 +151,9 @@ class Looks:
     apart: tuple[Apart, ...]
 
     @property
-    def rows(self) -> Iterator[int]:
+    def shown(self) -> Iterator[int]:
         """Rows that are shown."""
-        for one in self.apart:
-            yield from (one.a, one.b)
+        return (row for one in self.apart for row in (one.a, one.b))
 
 
 def read_edges(tables: TableFiles, threshold: float, seed: int) -> Edges:

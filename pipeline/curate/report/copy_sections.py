@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.curate.report.copies import BIN, Band, Component, Looks, Pair
-from pipeline.curate.report.pictures import component_text, member_tile, pair_tiles
+from pipeline.curate.report.copies import BIN, Band, Component, Components, Edges, Looks
 from pipeline.curate.report.summary import Summary
+from pipeline.curate.report.tiles import component_group, pair
 from pipeline.curate.report.words import COLOURS, images, share, similarity
 from pipeline.report.page import (
     Bar,
     Bars,
     Chart,
     Gallery,
-    Group,
     Heading,
     Histogram,
     Mark,
     Numbers,
     Section,
-)
+)  # fmt: skip
 
 FRAME = (
     "A green frame marks an image that stays; below the others, how alike they are to it. That may "
@@ -32,10 +31,14 @@ CHAINS = " Of a group with several green frames, some images were too unlike the
 def copy_sections(summary: Summary) -> list[Section]:
     """What the search for copies found, and how the threshold was chosen."""
     sections: list[Section] = []
+    edges = summary.edges if summary.edges and summary.edges.count else None
+    bars = [_similarities(summary, edges)] if edges else []
     if summary.components is not None:
-        sections += _groups(summary)
-    if summary.edges is not None and summary.edges.count:
-        sections += _pairs(summary)
+        head, *groups = _groups(summary, summary.components)
+        sections += [head, *bars, *groups]
+    if edges:
+        head, *bands = _pairs(summary, edges)
+        sections += [head, *([] if summary.components else bars), *bands]
     if summary.looks is not None and summary.looks.pairs:
         sections += _looks(summary.looks, summary)
     return sections + threshold_sections(summary)
@@ -51,17 +54,12 @@ def _looks(looks: Looks, summary: Summary) -> list[Section]:
         text += f" About {looks.undecided:,} nothing could be said, so they stay too."
     if not looks.apart:
         return [Heading("The second look", text)]
-    groups = [
-        Group(pair_tiles(summary, Pair(one.a, one.b, one.similarity)), below=one.text, close=True)
-        for one in looks.apart
-    ]
+    groups = [pair(summary, (one.a, one.b), one.text) for one in looks.apart]
     title = "Looked alike, kept"
     return [Heading("The second look", text), Gallery(groups, title, flow=True, wide=False)]
 
 
-def _groups(summary: Summary) -> list[Section]:
-    parts = summary.components
-    assert parts is not None
+def _groups(summary: Summary, parts: Components) -> list[Section]:
     gone = summary.counts.reasons["duplicate_near"]
     text = (
         f"{parts.rows:,} images are in {parts.count:,} groups of copies; {gone:,} of them are "
@@ -69,84 +67,60 @@ def _groups(summary: Summary) -> list[Section]:
         if parts.count
         else "No two images are copies of one another."
     )
-    sections: list[Section] = [Heading("Copies", text)]
-    if summary.edges is not None and summary.edges.count:
-        sections.append(_similarities(summary))
     if not parts.count:
-        return sections
-    sections.append(
-        Chart(
-            {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
-            "Groups by size",
-            "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
-            "placeholders, logos, or a threshold that is too low.",
-            x_label="images in a group",
-            y_label="groups",
-            x_log=True,
-            y_log=True,
-            stems=True,
-        )
+        return [Heading("Copies", text)]
+    sizes = Chart(
+        {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
+        "Groups by size",
+        "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
+        "placeholders, logos, or a threshold that is too low.",
+        x_label="images in a group",
+        y_label="groups",
+        x_log=True,
+        y_log=True,
+        stems=True,
     )
+
+    def gallery(some: Sequence[Component], title: str, about: str) -> Section:
+        return Gallery([component_group(summary, one) for one in some], title, about, flow=True)
+
     about = FRAME + CHAINS if parts.chains else FRAME
-    sections.append(_gallery(summary, parts.largest, "The largest groups", about))
+    sections: list[Section] = [Heading("Copies", text), sizes]
+    sections.append(gallery(parts.largest, "The largest groups", about))
     if parts.count > len(parts.largest):
-        sections.append(_gallery(summary, parts.random, "Groups picked by chance", FRAME))
+        sections.append(gallery(parts.random, "Groups picked by chance", FRAME))
     if parts.chains:
-        sections.append(
-            _gallery(
-                summary,
-                parts.chains,
-                "Suspected chains",
-                f"A is like B and B like C, but A is not like C: {images(parts.chained)} "
-                f"{'is' if parts.chained == 1 else 'are'} too unlike the first image kept of "
-                "their group (orange frames). Where chains are split, such images get a keeper of "
-                "their own.",
-            )
+        about = (
+            f"A is like B and B like C, but A is not like C: {images(parts.chained)} "
+            f"{'is' if parts.chained == 1 else 'are'} too unlike the first image kept of their "
+            "group (orange frames). Where chains are split, such images get a keeper of their own."
         )
+        sections.append(gallery(parts.chains, "Suspected chains", about))
     return sections
 
 
-def _gallery(summary: Summary, components: Sequence[Component], title: str, text: str) -> Section:
-    groups = [
-        Group(
-            [member_tile(summary, member) for member in one.members],
-            component_text(one),
-        )
-        for one in components
-    ]
-    return Gallery(groups, title, text, flow=True)
-
-
-def _pairs(summary: Summary) -> list[Section]:
-    edges, threshold = summary.edges, summary.threshold
-    assert edges is not None
-    assert threshold is not None
+def _pairs(summary: Summary, edges: Edges) -> list[Section]:
+    assert summary.threshold is not None
+    head = Heading(
+        "Pairs near the threshold",
+        f"Pairs more alike than {similarity(summary.threshold)} get a second look at their "
+        "details, which says whether they are copies. Copies below the line call for a lower "
+        "threshold.",
+    )
     galleries: list[Section] = []
     for band in edges.bands:
         verdict = "looked at" if band.copies else "not copies"
         groups = [
-            Group(
-                pair_tiles(summary, pair),
-                below=f"{similarity(pair.similarity)}: {verdict}",
-                close=True,
-            )
-            for pair in sorted(band.pairs, key=lambda pair: pair.similarity)
+            pair(summary, (one.a, one.b), f"{similarity(one.similarity)}: {verdict}")
+            for one in sorted(band.pairs, key=lambda one: one.similarity)
         ]
         galleries.append(Gallery(groups, _band(band), flow=True, wide=False))
-    head = Heading(
-        "Pairs near the threshold",
-        f"Pairs more alike than {similarity(threshold)} get a second look at their details, which "
-        "says whether they are copies. Copies below the line call for a lower threshold.",
-    )
-    charts = [] if summary.components is not None else [_similarities(summary)]
-    return [head, *charts, *galleries]
+    return [head, *galleries]
 
 
-def _similarities(summary: Summary) -> Section:
-    edges, threshold = summary.edges, summary.threshold
-    assert edges is not None
-    assert threshold is not None
-    line = (Mark(threshold, f"threshold {similarity(threshold)}"),)
+def _similarities(summary: Summary, edges: Edges) -> Section:
+    assert summary.threshold is not None
+    middle = max(1, sorted(edges.counts)[len(edges.counts) // 2])
     return Histogram(
         edges.bins,
         edges.counts,
@@ -155,10 +129,14 @@ def _similarities(summary: Summary) -> Section:
         "pairs that hold groups together are kept, so large groups have few.",
         x_label=f"similarity (bars of {BIN:g})",
         y_label="pairs",
-        y_log=max(edges.counts) > 50 * max(1, sorted(edges.counts)[len(edges.counts) // 2]),
-        marks=line,
+        y_log=max(edges.counts) > 50 * middle,  # else most bars could not be seen
+        marks=(_line(summary.threshold),),
         colours=("var(--c6)", COLOURS["duplicate_near"]),
     )
+
+
+def _line(threshold: float) -> Mark:
+    return Mark(threshold, f"threshold {similarity(threshold)}")
 
 
 def _band(band: Band) -> str:
@@ -194,8 +172,7 @@ def threshold_sections(summary: Summary) -> list[Section]:
         Heading("How the threshold was chosen", _story(known)),
         _numbers(known),
     ]
-    threshold = float(known["threshold"])
-    line = (Mark(threshold, f"threshold {similarity(threshold)}"),)
+    line = (_line(float(known["threshold"])),)
     curve = [(float(t), float(r), float(f)) for t, r, f in known["curve"]]
     positive = [f for _, _, f in curve if f > 0]
     if curve:
@@ -243,7 +220,7 @@ def _story(known: Mapping[str, Any]) -> str:
     text = (
         f"{images(int(known['images']))} of this very set, drawn by chance, were compared with "
         f"each other: {int(known['negatives']):,} pairs of different images. The threshold lies "
-        f"where {_rare(float(known['target']))} such pairs would be taken for copies"
+        f"where one in {1 / float(known['target']):,.0f} such pairs would be taken for copies"
     )
     if known["extrapolated"]:
         text += " (so few are not counted: the shape of the tail says where they begin)"
@@ -271,10 +248,6 @@ def _numbers(known: Mapping[str, Any]) -> Section:
     warning = str(known["warning"])
     problem = f"Mind: {warning}. Look at the pairs near the threshold." if warning else ""
     return Numbers(numbers, problem=problem)
-
-
-def _rare(rate: float) -> str:
-    return f"one in {1 / rate:,.0f}"
 
 
 def _counted(rate: float, pairs: int) -> str:

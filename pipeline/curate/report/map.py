@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,11 @@ class Map:
     reasons: tuple[str, ...]
     explained: float
     pictures: tuple[tuple[int, int, int], ...]
+
+    @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        return (row for _, _, row in self.pictures)
 
 
 def read_map(tables: TableFiles, sample: Sequence[tuple[int, str]], seed: int) -> Map | None:

@@ -50,11 +50,11 @@ def metrics(summary: Summary) -> dict[str, float]:
         values["effective_leaves_after"] = clusters.leaves.effective_after
         values["leaves"] = clusters.leaves.clusters
         values["leaves_unsampled"] = clusters.leaves.unsampled
-    for cost in summary.costs:
-        step = cost.step.replace("/", "_")
-        values[f"seconds/{step}"] = cost.seconds
-        values[f"cpu_s/{step}"] = cost.cpu_s
-        values[f"peak_bytes/{step}"] = cost.peak_bytes
+    for step in summary.costs:
+        name = step.name.replace("/", "_")
+        values[f"seconds/{name}"] = step.seconds
+        values[f"cpu_s/{name}"] = step.cpu_s
+        values[f"peak_bytes/{name}"] = step.peak_bytes
     return {f"curate/{name}": float(value) for name, value in values.items()}
 
 
@@ -77,9 +77,15 @@ def tables(summary: Summary) -> dict[str, Columns]:
             "collisions": [one.collisions for one in summary.retrieved],
         }
     if summary.costs:
-        names = ["step", "tasks", "reused", "rows", "bytes", "seconds", "cpu_s", "peak_bytes"]
         named["curate_cost"] = {
-            name: [getattr(cost, name) for cost in summary.costs] for name in names
+            "step": [step.name for step in summary.costs],
+            "tasks": [len(step.accounts) for step in summary.costs],
+            "reused": [step.reused for step in summary.costs],
+            "rows": [int(step.total("rows")) for step in summary.costs],
+            "bytes": [int(step.total("bytes")) for step in summary.costs],
+            "seconds": [step.seconds for step in summary.costs],
+            "cpu_s": [step.cpu_s for step in summary.costs],
+            "peak_bytes": [step.peak_bytes for step in summary.costs],
         }
     return {
         name: {column: values[:TABLE_ROWS] for column, values in table.items()}

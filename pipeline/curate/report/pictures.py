@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipeline.curate.report.copies import Component, Member, Pair
+from pipeline.curate.report.copies import Component
 from pipeline.curate.report.read import Shown
 from pipeline.curate.report.sets import Match
 from pipeline.curate.report.summary import Summary
-from pipeline.curate.report.words import COLOURS, REMOVED, RGB, images, name_of, similarity, size
-from pipeline.report.page import Tile
+from pipeline.curate.report.words import REMOVED, RGB, images, name_of, similarity
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -223,99 +222,3 @@ def _map(summary: Summary) -> Pixels:
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.ellipse(box, fill=RGB.get(reasons[i], INK))
     return np.asarray(sheet)
-
-
-# ---- Images as tiles of a gallery: which picture, which frame, which words.
-
-
-KEEP, GONE, ASK, CHAIN = "keep", "gone", "ask", "chain"
-
-
-def tile(
-    summary: Summary,
-    row: int,
-    *more: str,
-    first: str | None = None,
-    frame: str = "",
-) -> Tile:
-    """A row of the pile: what became of it, then more lines.
-
-    Args:
-        summary: its `shown` holds the row.
-        row: its number.
-        more: lines below the first.
-        first: instead of its reason.
-        frame: of the tile.
-    """
-    one = summary.shown.get(row) or Shown(row=row, image_id="")
-    words = name_of(one.reason) if first is None else first
-    return Tile(
-        image=one.thumbnail,
-        lines=tuple(line for line in (words, *more) if line),
-        alt=f"image {one.image_id[:8]}… from {one.source or 'an unknown source'}: {words}",
-        frame=frame,
-        tip=_tip(one),
-        colour=COLOURS.get(one.reason, "var(--c6)"),
-    )
-
-
-def other(one: Shown | None, query: bytes, words: str) -> Tile:
-    """An image of an evaluation or seed set, with a dashed frame."""
-    shown = one or Shown(row=-1, image_id=query.hex())
-    return Tile(
-        image=shown.thumbnail,
-        lines=(words, f"{query.hex()[:8]}…"),
-        alt=f"{words}, image {query.hex()[:8]}…",
-        frame=ASK,
-        tip=_tip(shown),
-    )
-
-
-def pair_tiles(summary: Summary, pair: Pair) -> tuple[Tile, Tile]:
-    """Both images of a pair."""
-    left, right = tile(summary, pair.a), tile(summary, pair.b)
-    return left, right
-
-
-def member_tile(summary: Summary, member: Member) -> Tile:
-    """An image of a component: its similarity to the keeper, and what became of it."""
-    if member.keeper:
-        return keeper_tile(summary, member.row)
-    more = "chain" if member.chained else ""
-    frame = CHAIN if member.chained else ""
-    return tile(summary, member.row, more, first=_like(summary, member), frame=frame)
-
-
-def keeper_tile(summary: Summary, row: int) -> Tile:
-    """The image that stays of copies; a later stage may have taken it all the same."""
-    one = summary.shown.get(row)
-    after = "" if one is None or one.reason == "kept" else f"but {name_of(one.reason)}"
-    return tile(summary, row, after, first="keeper", frame=KEEP)
-
-
-def component_text(component: Component) -> str:
-    """How many images, and how many of them are not shown."""
-    left = component.size - len(component.members)
-    more = f", {left:,} more {'is' if left == 1 else 'are'} not shown" if left > 0 else ""
-    return f"{component.size:,} images{more}"
-
-
-def match_tiles(summary: Summary, match: Match, other_words: str, one: Shown | None) -> list[Tile]:
-    """The image of the other set, then the row that matches it."""
-    return [other(one, match.query, other_words), tile(summary, match.row, first="in the pile")]
-
-
-def _like(summary: Summary, member: Member) -> str:
-    one = summary.shown.get(member.row)
-    reason = one.reason if one else ""
-    words = f"{similarity(member.similarity)} alike"
-    return words if reason in ("", "duplicate_near") else f"{words}, {name_of(reason)}"
-
-
-def _tip(one: Shown) -> str:
-    parts = [one.path or one.source, one.image_id]
-    if one.width:
-        parts.append(f"{one.width:,} x {one.height:,} pixels, {size(one.encoded_bytes)}")
-    if one.error:
-        parts.append(one.error)
-    return "\n".join(part for part in parts if part)

@@ -1,6 +1,6 @@
 """The report of a curation: one page, pictures and numbers for MLflow. Reads tables, needs no Ray.
 
-summary = summarise(root, results=results, calibration=calibration)
+summary = summarise(root, Facts(steps=steps, calibration=calibration))
 write(path, summary)
 tracker.metrics(0, metrics(summary))
 for key, pixels in pictures(summary).items():
@@ -17,11 +17,12 @@ from pathlib import Path
 from pipeline.curate.report.numbers import metrics, note, tables
 from pipeline.curate.report.pictures import pictures
 from pipeline.curate.report.sections import sections
-from pipeline.curate.report.summary import Summary, summarise
+from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.report.page import write_report
 
 __all__ = [
     "LIMIT_BYTES",
+    "Facts",
     "Summary",
     "metrics",
     "note",

@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.curate.report.copy_sections import copy_sections
-from pipeline.curate.report.pictures import keeper_tile, tile
 from pipeline.curate.report.set_sections import (
     cluster_sections,
     cost_sections,
     leak_sections,
     map_sections,
     seed_sections,
-)
+)  # fmt: skip
 from pipeline.curate.report.summary import Summary
+from pipeline.curate.report.tiles import keeper_tile, tile
 from pipeline.curate.report.words import (
     COLOURS,
-    MEANING,
     REMOVED,
     RULES,
+    WORDS,
     images,
     largest,
     listed,
     name_of,
     phrase,
     share,
-)
+)  # fmt: skip
 from pipeline.report.page import (
     Bar,
     Bars,
@@ -36,7 +36,7 @@ from pipeline.report.page import (
     Matrix,
     Numbers,
     Section,
-)
+)  # fmt: skip
 
 QUALITY = ("undecodable", "too_small", "aspect", "flat")
 UNREADABLE = 10  # shown; there is nothing to see
@@ -147,7 +147,7 @@ def _where(summary: Summary) -> list[Section]:
             name_of(reason),
             ((counts[reason], COLOURS[reason]),),
             f"{counts[reason]:,} ({share(counts[reason], total)})",
-            f"{MEANING[reason]} [{reason}]",
+            f"{WORDS[reason].meaning} [{reason}]",
         )
         for reason in ("kept", *REMOVED)
         if counts[reason]
@@ -162,7 +162,7 @@ def _sources(summary: Summary) -> Section:
     used = [reason for reason in REMOVED if counts[reason]]
     unknown = sorted(set(counts) - {"kept", *REMOVED})
     columns = [Column("in", "images that went in"), Column("kept", "", COLOURS["kept"])]
-    columns += [Column(name_of(r), f"{MEANING[r]} ({r})", COLOURS[r]) for r in used]
+    columns += [Column(name_of(r), f"{WORDS[r].meaning} ({r})", COLOURS[r]) for r in used]
     columns += [Column(reason) for reason in unknown]
 
     def line(of: Mapping[str, int]) -> list[int]:

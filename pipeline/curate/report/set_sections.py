@@ -7,9 +7,9 @@ from typing import Any
 
 from pipeline.curate.report.clusters import Level, ranked
 from pipeline.curate.report.map import GRID
-from pipeline.curate.report.pictures import GONE, KEEP, match_tiles, other, tile
 from pipeline.curate.report.sets import BINS, Leaks, Match, Retrieved
 from pipeline.curate.report.summary import Summary
+from pipeline.curate.report.tiles import GONE, KEEP, match_group, other, tile
 from pipeline.curate.report.words import COLOURS, images, name_of, seconds, share, similarity, size
 from pipeline.curate.rows.tables import REASONS
 from pipeline.report.page import (
@@ -25,7 +25,7 @@ from pipeline.report.page import (
     Points,
     Section,
     Table,
-)
+)  # fmt: skip
 
 
 def leak_sections(summary: Summary) -> list[Section]:
@@ -67,14 +67,8 @@ def leak_sections(summary: Summary) -> list[Section]:
 
 def _leak(summary: Summary, leak: Leaks) -> list[Section]:
     def groups(matches: tuple[Match, ...]) -> list[Group]:
-        return [
-            Group(
-                match_tiles(summary, match, leak.name, leak.pictures.get(match.query)),
-                below=f"{similarity(match.similarity)} alike",
-                close=True,
-            )
-            for match in matches
-        ]
+        known = leak.pictures
+        return [match_group(summary, one, leak.name, known.get(one.query)) for one in matches]
 
     text = "Dashed frame: the image of the evaluation set; beside it the image of the pile."
     sections: list[Section] = [
@@ -266,27 +260,27 @@ def map_sections(summary: Summary) -> list[Section]:
 
 def cost_sections(summary: Summary) -> list[Section]:
     """Time, memory and bytes of each step."""
-    costs = summary.costs
-    if not costs:
+    steps = summary.costs
+    if not steps:
         return []
-    wall, cpu = sum(c.seconds for c in costs), sum(c.cpu_s for c in costs)
     columns: Mapping[str, Sequence[Any]] = {
-        "step": [c.step for c in costs],
-        "wall time, this run": [seconds(c.seconds) for c in costs],
-        "CPU time": [seconds(c.cpu_s) for c in costs],
-        "rows": [c.rows for c in costs],
-        "rows/s of CPU": [f"{c.rows_per_s:,.0f}" if c.rows_per_s else "–" for c in costs],
-        "written": [size(c.bytes) for c in costs],
-        "peak memory": [size(c.peak_bytes) if c.peak_bytes else "–" for c in costs],
-        "tasks": [c.tasks for c in costs],
-        "reused": [c.reused for c in costs],
+        "step": [s.name for s in steps],
+        "wall time, this run": [seconds(s.seconds) for s in steps],
+        "CPU time": [seconds(s.cpu_s) for s in steps],
+        "rows": [int(s.total("rows")) for s in steps],
+        "rows/s of CPU": [f"{s.total('rows') / s.cpu_s:,.0f}" if s.cpu_s else "–" for s in steps],
+        "written": [size(s.total("bytes")) for s in steps],
+        "peak memory": [size(s.peak_bytes) if s.peak_bytes else "–" for s in steps],
+        "tasks": [len(s.accounts) for s in steps],
+        "reused": [s.reused for s in steps],
     }
-    reused = sum(c.reused for c in costs)
+    wall, cpu = sum(s.seconds for s in steps), sum(s.cpu_s for s in steps)
     text = (
-        f"{seconds(wall)} of this run, {seconds(cpu)} of CPU time in all; {reused:,} of "
-        f"{sum(c.tasks for c in costs):,} tasks were finished before and used again."
+        f"{seconds(wall)} of this run, {seconds(cpu)} of CPU time in all; "
+        f"{sum(s.reused for s in steps):,} of {sum(len(s.accounts) for s in steps):,} tasks were "
+        "finished before and used again."
     )
-    bars = [Bar(c.step, ((c.cpu_s, "var(--c0)"),), seconds(c.cpu_s)) for c in costs]
+    bars = [Bar(s.name, ((s.cpu_s, "var(--c0)"),), seconds(s.cpu_s)) for s in steps]
     return [
         Heading("What it cost", text),
         Bars(bars, "CPU time of each step"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,11 @@ class Leaks:
     counts: tuple[int, ...]
     pictures: Mapping[bytes, Shown] = field(repr=False)
 
+    @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        return (match.row for match in (*self.top, *self.low))
+
 
 @dataclass(frozen=True)
 class Retrieved:
@@ -90,6 +95,11 @@ class Retrieved:
     counts: tuple[int, ...]
     clusters: int
     pictures: Mapping[bytes, Shown] = field(repr=False)
+
+    @property
+    def shown(self) -> Iterator[int]:
+        """Rows that are shown."""
+        return (match.row for matches in self.seeds for match in matches)
 
     @property
     def collisions(self) -> int:

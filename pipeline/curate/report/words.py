@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pipeline.curate.rows.tables import REASONS
 
@@ -17,70 +18,70 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("are like a seed image", ("not_retrieved",)),
     ("are in the balanced sample", ("balanced_out",)),
 )
-NAMES = {
-    "kept": "kept",
-    "undecodable": "cannot be read",
-    "too_small": "too small",
-    "aspect": "too long and thin",
-    "flat": "almost nothing to see",
-    "duplicate_bytes": "same file again",
-    "duplicate_near": "copy of another image",
-    "leaks_evaluation": "in an evaluation set",
-    "not_retrieved": "like no seed image",
-    "balanced_out": "too many of its kind",
-}
-PHRASES = {
-    "undecodable": "cannot be read",
-    "too_small": "are too small",
-    "aspect": "are too long and thin",
-    "flat": "show almost nothing",
-    "duplicate_bytes": "are files that come twice",
-    "duplicate_near": "are copies of another image",
-    "leaks_evaluation": "are in an evaluation set",
-    "not_retrieved": "are like no seed image",
-    "balanced_out": "are too many of their kind",
-}
-SINGULAR = {"are": "is", "show": "shows"}
-MEANING = {
-    "kept": "Goes into the curated set.",
-    "undecodable": "The file is broken, empty or no image.",
-    "too_small": "Its shorter side has too few pixels.",
-    "aspect": "Its long side is too many times the short one, as of a banner or a ruler.",
-    "flat": "One colour, a gradient, noise alone, too little contrast, too dark, too bright or "
-    "blurred, and no clear edges as logos and charts have them. The rule says it.",
-    "duplicate_bytes": "Byte for byte the same as an image that is kept.",
-    "duplicate_near": "Shows the same picture as one that is kept: saved again, resized, cropped, "
-    "mirrored or recoloured. The best one of each group stays.",
-    "leaks_evaluation": "A copy of an image that models are tested with. Training on it would make "
-    "results look better than they are.",
-    "not_retrieved": "No image of the seed sets asked for it.",
-    "balanced_out": "Its cluster is large and had its share, so that rare things count too.",
-}
-COLOURS = {
-    "kept": "var(--good)",
-    "undecodable": "var(--c6)",
-    "too_small": "var(--c7)",
-    "aspect": "var(--c8)",
-    "flat": "var(--c4)",
-    "duplicate_bytes": "var(--c3)",
-    "duplicate_near": "var(--c0)",
-    "leaks_evaluation": "var(--c5)",
-    "not_retrieved": "var(--c1)",
-    "balanced_out": "var(--c9)",
-}
-# The same in pictures, as a light page has them.
-RGB = {
-    "kept": (43, 138, 87),
-    "undecodable": (107, 114, 128),
-    "too_small": (143, 90, 60),
-    "aspect": (15, 127, 134),
-    "flat": (184, 134, 11),
-    "duplicate_bytes": (138, 75, 184),
-    "duplicate_near": (37, 99, 201),
-    "leaks_evaluation": (194, 59, 95),
-    "not_retrieved": (217, 98, 43),
-    "balanced_out": (85, 102, 168),
-}
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a reason is told.
+
+    Attributes:
+        name: in a table or below a picture.
+        one: follows "1".
+        many: follows any other number.
+        colour: of CSS.
+        rgb: the same in pictures, as a light page has it.
+        meaning: a sentence.
+    """
+
+    name: str
+    one: str
+    many: str
+    colour: str
+    rgb: tuple[int, int, int]
+    meaning: str
+
+
+WORDS = {
+    "kept": Words(
+        "kept", "is kept", "are kept", "var(--good)", (43, 138, 87), "Goes into the curated set."),
+    "undecodable": Words(
+        "cannot be read", "cannot be read", "cannot be read", "var(--c6)", (107, 114, 128),
+        "The file is broken, empty or no image."),
+    "too_small": Words(
+        "too small", "is too small", "are too small", "var(--c7)", (143, 90, 60),
+        "Its shorter side has too few pixels."),
+    "aspect": Words(
+        "too long and thin", "is too long and thin", "are too long and thin",
+        "var(--c8)", (15, 127, 134),
+        "Its long side is too many times the short one, as of a banner or a ruler."),
+    "flat": Words(
+        "almost nothing to see", "shows almost nothing", "show almost nothing",
+        "var(--c4)", (184, 134, 11),
+        "One colour, a gradient, noise alone, too little contrast, too dark, too bright or "
+        "blurred, and no clear edges as logos and charts have them. The rule says it."),
+    "duplicate_bytes": Words(
+        "same file again", "is a file that comes twice", "are files that come twice",
+        "var(--c3)", (138, 75, 184), "Byte for byte the same as an image that is kept."),
+    "duplicate_near": Words(
+        "copy of another image", "is a copy of another image", "are copies of another image",
+        "var(--c0)", (37, 99, 201),
+        "Shows the same picture as one that is kept: saved again, resized, cropped, mirrored or "
+        "recoloured. The best one of each group stays."),
+    "leaks_evaluation": Words(
+        "in an evaluation set", "is in an evaluation set", "are in an evaluation set",
+        "var(--c5)", (194, 59, 95),
+        "A copy of an image that models are tested with. Training on it would make results look "
+        "better than they are."),
+    "not_retrieved": Words(
+        "like no seed image", "is like no seed image", "are like no seed image",
+        "var(--c1)", (217, 98, 43), "No image of the seed sets asked for it."),
+    "balanced_out": Words(
+        "too many of its kind", "is too many of its kind", "are too many of their kind",
+        "var(--c9)", (85, 102, 168),
+        "Its cluster is large and had its share, so that rare things count too."),
+}  # fmt: skip
+COLOURS = {reason: words.colour for reason, words in WORDS.items()}
+RGB = {reason: words.rgb for reason, words in WORDS.items()}
 RULES = {
     "min_side": "shorter side, pixels",
     "max_aspect": "long over short side",
@@ -94,23 +95,13 @@ RULES = {
 
 def name_of(reason: str) -> str:
     """A reason in plain words; one that is not known stays as it is."""
-    return NAMES.get(reason, reason)
-
-
-def count(number: float) -> str:
-    """12,345."""
-    return f"{int(number):,}"
+    return WORDS[reason].name if reason in WORDS else reason
 
 
 def phrase(number: int, reason: str) -> str:
     """1 is too small, 12 are too small."""
-    words = PHRASES[reason]
-    if number == 1:
-        first, _, noun = words.partition(" ")
-        words = f"{SINGULAR.get(first, first)} {noun}"
-        words = words.replace("is files that come", "is a file that comes")
-        words = words.replace("is copies of", "is a copy of").replace("their kind", "its kind")
-    return f"{number:,} {words}"
+    words = WORDS[reason]
+    return f"{number:,} {words.one if number == 1 else words.many}"
 
 
 def images(number: int) -> str:
