@@ -28,8 +28,8 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_secrets(cls, value: Any) -> Any:
-        several = value.values() if isinstance(value, dict) else ()
-        for text in (value, *several):
+        several = value.values() if isinstance(value, dict) else value
+        for text in (value, *(several if isinstance(value, dict | list | tuple) else ())):
             if isinstance(text, str) and has_secret(text):
                 raise ValueError(
                     f"{public_address(text)} was given with what may be a key or password: nothing "

@@ -107,14 +107,22 @@ def token_colours(tokens: Tensor) -> Tensor:
     """
     flat = tokens.flatten(0, 1).double()
     flat = flat - flat.mean(0)
-    directions = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :3]
-    strongest = directions.abs().argmax(0, keepdim=True)
-    scores = flat @ (directions * directions.gather(0, strongest).sign())
+    scores = flat @ principal_directions(flat, 3)[0]
     scores = functional.pad(scores, (0, 3 - scores.shape[1]))
     low, high = scores.quantile(scores.new_tensor((0.02, 0.98)), dim=0)
     varies = high - low > 1e-9 * flat.abs().amax().clamp(min=1e-30)
     scaled = (scores - low) / torch.where(varies, high - low, 1.0)
     return torch.where(varies, scaled, 0.5).clamp(0, 1).float().view(*tokens.shape[:2], 3)
+
+
+def principal_directions(centred: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n strongest directions `[D, n]` of centred tokens `[T, D]`, each with the sign of its
+    largest loading, and all D variances times T, strongest first.
+    """
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    directions = vectors.flip(1)[:, :n]
+    strongest = directions.abs().argmax(0, keepdim=True)
+    return directions * directions.gather(0, strongest).sign(), values.flip(0).clamp(min=0)
 
 
 def neighbours_grid(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             tracker.picture(name, 0, overview(drawn, name, TILE))
     heads = f"attention of {len(seen.attention[0])} heads" if seen.attention else seen.no_attention
     text = (
-        f"{len(drawn)} images by {request.model.name}: {heads}; components, "
+        f"{_images(drawn)} by {request.model.name}: {heads}; components, "
         f"{seen.foreground:.0%} of patches are object"
         + f"; masks of {names}" * bool(names)
         + f"; {public(page)}"
@@ -128,9 +129,13 @@ def describe(context: Context) -> str:
     """What a run would do, in a line."""
     request = asked(context)
     return (
-        f"{len(request.images)} images by {request.model.name}; pages and pictures in "
+        f"{_images(request.images)} by {request.model.name}; page and pictures in "
         f"{public(_folder(context))}"
     )
+
+
+def _images(several: Sequence[object]) -> str:
+    return f"{len(several)} image" + "s" * (len(several) != 1)
 
 
 def _model(context: Context) -> EmbedderSpec:
@@ -208,7 +213,7 @@ def _see(request: Asked, config: Config) -> Seen:
     )
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and config.train.device != "cpu" else 0
     task = ray.remote(_look).options(num_cpus=1, num_gpus=gpus)
-    now(f"look: {len(request.images)} images")
+    now(f"look: {_images(request.images)}")
     images = [pixels for _, pixels in request.images]
     seen: Seen = ray.get(task.remote(request.model, question, images, bool(gpus)))
     return seen
@@ -246,7 +251,7 @@ def _write(
         written += list(contents)
     page = sections(drawn, seen, request.classes, facts, request.left_out)
     with atomic_path(fs, f"{folder}/{PAGE}") as local:
-        write_report(Path(local), "Look", page, f"{len(drawn)} images", limit=PAGE_BYTES)
+        write_report(Path(local), "Look", page, _images(drawn), limit=PAGE_BYTES)
     for name in set(before) - set(written):
         with suppress(FileNotFoundError):
             delete_file(fs, f"{folder}/{Path(name).name}")

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
+from pipeline.evaluate.pictures import principal_directions
 
 PERCENTILES = (0.02, 0.98)
 
@@ -79,13 +80,13 @@ class Components:
         tokens = torch.cat([one.flatten(0, 1) for one in maps]).double()
         border = torch.cat([_border(*one.shape[:2]) for one in maps]).to(tokens.device)
         centre = tokens.mean(0)
-        first = _directions(tokens - centre, 1)[0][:, 0]
+        first = principal_directions(tokens - centre, 1)[0][:, 0]
         scores = (tokens - centre) @ first
         if 0 < border.sum() < len(border) and scores[border].mean() > scores[~border].mean():
             first, scores = -first, -scores
         kept = tokens[scores > 0] if bool((scores > 0).any()) else tokens
         mean = kept.mean(0)
-        directions, variances = _directions(kept - mean, n)
+        directions, variances = principal_directions(kept - mean, n)
         inside = (kept - mean) @ directions
         low, high = inside.quantile(inside.new_tensor(PERCENTILES), dim=0)
         total = variances.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -110,17 +111,6 @@ class Components:
         shown = torch.where(varies, scaled, 0.5).clamp(0, 1)[..., :3]
         shown = F.pad(shown, (0, 3 - shown.shape[-1]), value=0.5)
         return (shown * self.foreground(patches)[..., None]).float()
-
-
-def _directions(centred: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n strongest directions [D, n] of centred patches [T, D], and all variances, strongest
-    first.
-    """
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    directions = vectors.flip(1)[:, :n]
-    strongest = directions.abs().argmax(0, keepdim=True)
-    signs = directions.gather(0, strongest).sign()
-    return directions * signs, values.flip(0).clamp(min=0)
 
 
 def _border(rows: int, columns: int) -> Tensor:

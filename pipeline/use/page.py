@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.report.page import Gallery, Group, Section, Table, Text, Tile
+from pipeline.report.page import Bar, Bars, Gallery, Group, Section, Table, Text, Tile
 from pipeline.use import pictures
 from pipeline.use.looking import Seen
 from pipeline.use.masks import Classes
@@ -129,14 +129,10 @@ def overview(drawn: Sequence[Drawn], picture: str, side: int) -> Pixels:
 
 def _legend(drawn: Sequence[Drawn], classes: Classes) -> Section:
     masks = [one.mask for one in drawn if one.mask is not None]
-    columns: dict[str, list[str]] = {"class": list(classes.names)}
-    columns["id"] = [str(one) for one in classes.ids]
-    columns["colour"] = [
-        "as the image" if not colour.any() else "#{:02x}{:02x}{:02x}".format(*colour)
-        for colour in classes.colours()
-    ]
-    columns["share of all pixels"] = [
-        f"{np.mean([float((mask == one).mean()) for mask in masks]):.1%}"
-        for one in range(len(classes.ids))
-    ]
-    return Table(columns, "Classes")
+    bars = []
+    for number, (name, colour) in enumerate(zip(classes.names, classes.colours(), strict=True)):
+        share = float(np.mean([(mask == number).mean() for mask in masks]))
+        shown = "#{:02x}{:02x}{:02x}".format(*colour) if colour.any() else "var(--c6)"
+        tip = f"id {classes.ids[number]}" + ", shown as the image is" * (not colour.any())
+        bars.append(Bar(name, [(share, shown)], f"{share:.1%}", tip))
+    return Bars(bars, "Classes", whole=1.0, head=("class", "share of all pixels"))

@@ -129,6 +129,7 @@ def test_sentences(case: str, tmp_path: Path, weights: Path) -> None:
         ("look.classes.road=3", "there is no mask"),
         ("look.void=300", "look.void"),
         ("look.method=mode", "look.method"),
+        ("look.images=[s3://key:word@bucket/a.jpg]", "what may be a key or password"),
     ],
 )
 def test_fields(argument: str, what: str) -> None:
