@@ -211,3 +211,9 @@ def test_help_of_the_chain_lists_the_fields() -> None:
     for section in ("data", "optim", "resources"):
         assert f"\n{section}\n" in shown.stdout
     assert "python jobs/run.py" in shown.stdout
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Folders of tests are no packages, so two files of one name are one module to pytest."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
