@@ -81,7 +81,7 @@ TABLE = [
     row("evaluate.sets", "config errors evaluate shards"),
     row("evaluate", "errors images model shards uri views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
-        "", "mlflow torch numpy pandas"),
+        "", "mlflow torch numpy pandas PIL"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",

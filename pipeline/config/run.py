@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Positive, Section
+
+# Classes of pydantic are abstract ones, which have a `register` of their own; nobody calls it.
+warnings.filterwarnings("ignore", message='Field name "register" in "Track" shadows')
 
 
 class Run(Section):
@@ -30,7 +34,19 @@ class Track(Section):
     )
     experiment: str = Field("", description="MLflow experiment; default: the run's name")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use of rank 0's machine")
-    model_name: str = Field("", description="registered model; empty: log it, do not register")
+    register: str = Field(
+        "", description="registered model that the weights become a version of; empty: only logged"
+    )
+    model_name: str = Field("", description="the earlier name of track.register")
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Track:
+        if self.register and self.model_name and self.register != self.model_name:
+            raise ValueError(
+                f"track.register={self.register} and track.model_name={self.model_name} are two "
+                "names of one thing; set track.register"
+            )
+        return self
 
     @field_validator("uri")
     @classmethod

@@ -30,6 +30,7 @@ from pipeline.model.weights import (
 )
 from pipeline.plan.plan import Plan
 from pipeline.stages.evaluate import chosen, teacher, trained_plan
+from pipeline.stages.pretrain import params
 from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
@@ -77,7 +78,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         formats = _write(backbone, spec, weights, config.augment, value_range)
         agreed = agreement(spec)
         folder = weights / "dinov2"
-    scores = context.results.get("evaluate", {}).get("trained", {})
+    evaluated = context.results.get("evaluate") or context.folder.last("evaluate")
+    scores = evaluated.get("trained", {}) if evaluated.get("step") == saved.step else {}
     score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
@@ -87,14 +89,17 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))
     tracker.artifact(folder / "config.json", "weights")
     now("export: logging the model")
+    track = context.config.track
     card = ModelCard(
-        name=context.config.track.model_name,
+        name=track.register or track.model_name,
         score=score,
         note=text,
         image_size=config.augment.global_size,
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
+        metrics=scores,
+        params={**params(plan), "step": saved.step, "weights": ", ".join(formats)},
     )
     tracker.model(folder, card)
     size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)

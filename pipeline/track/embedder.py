@@ -10,6 +10,7 @@ weights are the exported safetensors, and the code beside them is this package.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import tempfile
 import warnings
@@ -29,7 +30,7 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         run_id: the run that made it.
         weights: folder with safetensors and config.json.
         spec: name (registered model, may be empty), score, note, and image_size, mean, std,
-            value_range.
+            value_range, metrics, params.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -42,8 +43,19 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
     data_validation.color_warning = lambda *_, **__: None
     columns_in = Schema([ColSpec(DataType.binary, "image")])
     columns_out = Schema([ColSpec(Array(DataType.double), "embedding")])
+    config = {
+        "image_size": int(spec.get("image_size") or 0),
+        "mean": list(spec.get("mean") or MEAN),
+        "std": list(spec.get("std") or STD),
+        "value_range": spec.get("value_range", "full"),
+    }
     experiment = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment, name="embedder", source_run_id=run_id)
+    logged = client.create_logged_model(
+        experiment,
+        name="embedder",
+        source_run_id=run_id,
+        params={name: str(value) for name, value in spec.get("params", {}).items()},
+    )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on type hints and examples, in colour
         path = f"{folder}/model"
@@ -59,20 +71,33 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
             artifacts={"weights": str(weights.absolute())},
             code_paths=[str(Path(__file__).parents[1])],
             signature=ModelSignature(inputs=columns_in, outputs=columns_out),
+            input_example=_example(config["image_size"] or 64, len(config["mean"])),
             pip_requirements=_pins(weights),
-            model_config={
-                "image_size": int(spec.get("image_size") or 0),
-                "mean": list(spec.get("mean") or MEAN),
-                "std": list(spec.get("std") or STD),
-                "value_range": spec.get("value_range", "full"),
-            },
+            model_config=config,
         )
         client.log_model_artifacts(logged.model_id, path)
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    for name, value in spec.get("metrics", {}).items():
+        client.log_metric(run_id, name, value, model_id=logged.model_id)
     if spec.get("name"):
         _register(client, run_id, logged.model_id, spec)
     return str(logged.model_id)
+
+
+def _example(side: int, channels: int) -> Any:
+    """One image as the model takes it: a file's bytes, of a grey ramp."""
+    import numpy as np
+    import pandas as pd  # type: ignore[import-untyped]
+    from PIL import Image
+
+    ramp = np.linspace(0, 255, side * side).astype(np.uint8).reshape(side, side)
+    file = io.BytesIO()
+    if channels in (1, 3):
+        Image.fromarray(ramp).save(file, "PNG")
+    else:
+        np.save(file, np.repeat(ramp[..., None], channels, 2))
+    return pd.DataFrame({"image": [file.getvalue()]})
 
 
 def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> None:
@@ -109,7 +134,7 @@ def _pins(weights: Path) -> list[str]:
 
 def _set_model() -> None:
     """Called when MLflow runs this file."""
-    import pandas as pd  # type: ignore[import-untyped]
+    import pandas as pd
     from mlflow.models import set_model
     from mlflow.pyfunc import PythonModel
 
@@ -136,21 +161,35 @@ def _set_model() -> None:
             self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
         ) -> pd.DataFrame:
             images = list(model_input["image"])
-            batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-            rows = [row for batch in batches for row in self.embed(batch)]
+            rows = []
+            for first in range(0, len(images), BATCH):
+                crops = [
+                    self.crop(image, number)
+                    for number, image in enumerate(images[first : first + BATCH], first)
+                ]
+                rows += self.embed(crops)
             return pd.DataFrame({"embedding": rows})
 
-        def embed(self, images: list[bytes]) -> list[list[float]]:
+        def crop(self, image: bytes, number: int) -> Any:
+            from mlflow.exceptions import MlflowException
+
+            from pipeline.images.decode import BadImage, decode_image
+            from pipeline.views.crops import resize_centre_crop
+
+            try:
+                pixels = decode_image(bytes(image), self.channels, value_range=self.value_range)
+            except (BadImage, TypeError) as error:
+                why = ": ".join(map(str, error.args)) or "nothing"
+                raise MlflowException.invalid_parameter_value(
+                    f"image {number} cannot be used ({why}); send the bytes of an image file, in "
+                    "JSON as base64"
+                ) from None
+            return resize_centre_crop(pixels, self.size)
+
+        def embed(self, crops: list[Any]) -> list[list[float]]:
             import numpy as np
             import torch
 
-            from pipeline.images.decode import decode_image
-            from pipeline.views.crops import resize_centre_crop
-
-            decoded = [
-                decode_image(image, self.channels, value_range=self.value_range) for image in images
-            ]
-            crops = [resize_centre_crop(image, self.size) for image in decoded]
             pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255.0
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             with torch.inference_mode():

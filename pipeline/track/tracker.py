@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, cast
 
@@ -63,6 +63,8 @@ class ModelCard:
         mean: per channel, of values in 0 to 1; default: ImageNet's.
         std: likewise.
         value_range: of images of more than 8 bits, that becomes 0 to 255.
+        metrics: by name, for the model's page.
+        params: likewise.
     """
 
     name: str = ""
@@ -72,6 +74,8 @@ class ModelCard:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     value_range: Any = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tracker:

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 
 from pipeline import api
+from pipeline.model.onnx_out import Pixels, save_onnx
+from pipeline.model.weights import save_huggingface
+from pipeline.views.photometric import PhotometricSpec
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -91,6 +94,31 @@ def test_the_whole_chain_of_the_page(folder: Path) -> None:
         torch.testing.assert_close(
             api.embed(embedder, paths), api.embed(backbone, paths, size), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.long
+def test_the_code_of_the_page_about_weights(folder: Path) -> None:
+    """Run, and what it gives compared with this package's own tokens and attention."""
+    for package in ("transformers", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    network, spec = api.load_backbone("runs/photos/weights/dinov2")
+    mean, std = PhotometricSpec.mean, PhotometricSpec.std
+    exports = folder / "runs" / "photos" / "weights"
+    save_huggingface(network, spec, exports / "huggingface", mean, std, 56)
+    save_onnx(network, exports / "onnx", [56], Pixels(mean, std), ["fp32"])
+    space: dict[str, Any] = {}
+    for block in blocks("weights.md"):
+        exec(compile(block, "weights.md", "exec"), space)
+    pixels = api.prepare("photos/0.png", 56)
+    assert space["R"] == spec.registers > 0
+    with torch.no_grad():
+        ours = network.forward_features(pixels)
+    same = torch.testing.assert_close
+    same(space["cls"], ours["x_norm_clstoken"], atol=1e-5, rtol=1e-5)
+    same(space["patches"], ours["x_norm_patchtokens"], atol=1e-5, rtol=1e-5)
+    same(space["attention"].unflatten(2, (4, 4)), api.attention(network, pixels))
+    same(space["vectors"], ours["x_norm_clstoken"], atol=1e-4, rtol=1e-4)
+    same(torch.from_numpy(space["patches_again"]), space["patches"], atol=1e-4, rtol=1e-4)
 
 
 def test_everything_that_is_named_is_there() -> None:

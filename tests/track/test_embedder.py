@@ -31,7 +31,8 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
     with open_pipeline(settings, "run") as pipeline:
         tracker = pipeline.stage("export")
         for score in (0.5, 0.75, 0.25):
-            tracker.model(folder, ModelCard("embedder-test", score, f"k-NN {score}"))
+            facts = {"metrics": {"eval/knn20_top1": score}, "params": {"steps": 40, "lr": "0.001"}}
+            tracker.model(folder, ModelCard("embedder-test", score, f"k-NN {score}", **facts))
     client = mlflow_server.client
     assert len(client.search_model_versions("name = 'embedder-test'")) == 3
     best = client.get_model_version_by_alias("embedder-test", "best")
@@ -51,6 +52,20 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
         expected = backbone(inputs).numpy()
     assert embeddings.shape == (3, 48)
     assert np.abs(embeddings - expected).max() < 1e-5
+
+    page = client.get_logged_model(best.model_id)
+    assert page.params == {"steps": "40", "lr": "0.001"}
+    assert {metric.key: metric.value for metric in page.metrics} == {"eval/knn20_top1": 0.75}
+    described = mlflow.models.get_model_info("models:/embedder-test@best")
+    assert described.signature.inputs.input_names() == ["image"]
+    example = mlflow.pyfunc.load_model("models:/embedder-test@best").input_example
+    assert len(model.predict(example)["embedding"][0]) == 48
+    for wrong, said in (
+        ({"image": [images[0], b"no image"]}, r"image 1 cannot be used \(not_an_image"),
+        ({"picture": images}, r"missing inputs \['image'\]"),
+    ):
+        with pytest.raises(mlflow.exceptions.MlflowException, match=said):
+            model.predict(pd.DataFrame(wrong))
 
 
 def loaded(folder: Path, channels: int, mean: list[float]) -> Any:
