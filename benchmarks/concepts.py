@@ -122,8 +122,8 @@ def balance_table(folder: Path, vectors: Array, concept: Array, seed: int) -> No
         built = hierarchy.build(steps, considered, asked)
         for floor in floors:
             own = Steps(folder / f"balance-{levels[-1]}-{resampling}" / f"floor-{floor}")
-            wanted = balance.Wanted(target, seed, floor, 2)
-            got = balance.balanced_sample(own, considered, built, wanted)
+            size = balance.Sample(target, seed, floor, 2)
+            got = balance.balanced_sample(own, considered, built, size)
             which = chosen(got.result.folder, considered.names, "chosen")
             assert len(which) == len(set(which.tolist())) == target
             assert floor == 0 or got.summary["floor_honoured"]

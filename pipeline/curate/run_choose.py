@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.curate.choose import retrieve as retrieving
-from pipeline.curate.choose.balance import Balanced, Wanted, balanced_sample
+from pipeline.curate.choose.balance import Balanced, Sample, balanced_sample
 from pipeline.curate.choose.hierarchy import Levels, build
 from pipeline.curate.choose.retrieve import Retrieved
 from pipeline.curate.choose.seed_clusters import Retrieval
@@ -82,10 +82,10 @@ def balance(setup: Setup, pool: RowSet) -> Balanced:
     """A sample of the pool that has as much of what is rare as of what is common."""
     settings, seed = setup.config.balance, setup.config.run.seed
     levels = Levels(tuple(settings.levels), seed, settings.iterations, settings.resampling)
-    wanted = Wanted(settings.images or 0, seed, settings.floor, settings.floor_members)
+    sample = Sample(settings.images or 0, seed, settings.floor, settings.floor_members)
     steps = Steps(setup.root)
     hierarchy = build(steps.below("hierarchy"), pool, levels, Resources(gpus=setup.gpus))
-    balanced = balanced_sample(steps.below("balance"), pool, hierarchy, wanted)
+    balanced = balanced_sample(steps.below("balance"), pool, hierarchy, sample)
     return replace(balanced, result=steps.sum_up("balanced", balanced.result, tuple(steps.done)))
 
 

@@ -12,10 +12,9 @@ from pipeline.config.config import Config
 from pipeline.context import DESCRIPTOR, Context, result_line
 from pipeline.curate.curation import Curation
 from pipeline.curate.models import embedder_of
-from pipeline.curate.report import numbers as report_numbers
-from pipeline.curate.report import pictures as report_pictures
-from pipeline.curate.report import report
-from pipeline.curate.report.summary import Summary
+from pipeline.curate.report import numbers, report
+from pipeline.curate.report.pictures import pictures
+from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.curate.run import curate
 from pipeline.curate.run_decide import write_shards
 from pipeline.curate.run_earlier import Earlier, keys_of
@@ -210,7 +209,7 @@ def _summary(curation: Curation) -> Summary:
     threshold = comparison.threshold if comparison else None
     calibration = threshold.calibration if threshold else None
     leaks = comparison.leaks if comparison else None
-    facts = report.Facts(
+    facts = Facts(
         steps=curation.results,
         calibration=calibration.to_json() if calibration else None,
         threshold=threshold.copies if threshold else None,
@@ -221,17 +220,17 @@ def _summary(curation: Curation) -> Summary:
         rows_in=curation.decisions.tally.rows,
         seed=curation.setup.config.run.seed,
     )
-    return report.summarise(curation.setup.root, facts, curation.folders)
+    return summarise(curation.setup.root, facts, curation.folders)
 
 
 def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:
-    tracker.metrics(0, report_numbers.metrics(summary))
+    tracker.metrics(0, numbers.metrics(summary))
     tracker.headline(0, {"curate/kept": summary.kept})
-    for name, pixels in report_pictures.pictures(summary).items():
+    for name, pixels in pictures(summary).items():
         tracker.picture(name, 0, pixels)
-    for name, columns in report_numbers.tables(summary).items():
+    for name, columns in numbers.tables(summary).items():
         tracker.table(name, columns)
-    tracker.note(report_numbers.note(summary))
+    tracker.note(numbers.note(summary))
     tracker.artifact(page, "curate")
     decisions = curation.decisions.table
     tracker.tags({"decisions": public(decisions.folder)})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.curate.report.report import Facts, Summary, summarise
+from pipeline.curate.report.summary import Facts, Summary, summarise
 from tests.curate.made_up import Run, calibration, write_run
 
 

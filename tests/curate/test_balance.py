@@ -9,7 +9,7 @@ import pytest
 from planted_vectors import ids_of_numbers, run_here, written
 
 from pipeline.curate.choose import hierarchy, lloyd
-from pipeline.curate.choose.balance import Wanted, balanced_sample, effective, leaf_shares
+from pipeline.curate.choose.balance import Sample, balanced_sample, effective, leaf_shares
 from pipeline.curate.choose.hierarchy import Levels
 from pipeline.curate.choose.kmeans import KMeans
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
@@ -36,8 +36,8 @@ def long_tail(count=500, concepts=30, dim=24, seed=0):
 def sampled(folder: Path, rows, levels, images, floor=1, members=2, order=None):
     """The images chosen, as places in the original order, and the summary."""
     built = hierarchy.build(Steps(folder / "levels"), rows, Levels(levels, 7, 2, 1))
-    wanted = Wanted(images, 7, floor, members)
-    sample = balanced_sample(Steps(folder / "balanced"), rows, built, wanted)
+    asked = Sample(images, 7, floor, members)
+    sample = balanced_sample(Steps(folder / "balanced"), rows, built, asked)
     chosen = []
     for name in rows.names:
         table = read_table(sample.result.folder, name)

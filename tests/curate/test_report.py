@@ -13,17 +13,10 @@ import pytest
 from PIL import Image
 
 from pipeline.curate.report import report
-from pipeline.curate.report.report import (
-    Facts,
-    Summary,
-    metrics,
-    note,
-    pictures,
-    sections,
-    summarise,
-    write,
-)
-from pipeline.curate.report.sections import sentence
+from pipeline.curate.report.numbers import metrics, note, tables
+from pipeline.curate.report.pictures import pictures
+from pipeline.curate.report.report import sections, sentence, write
+from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.curate.report.words import (
     RGB,
     STAGES,
@@ -226,7 +219,7 @@ def everything(summary: Summary, folder: Path) -> str:
         assert pixels.shape[0] == pixels.shape[1]
     assert all(np.isfinite(v) for v in metrics(summary).values())
     assert note(summary).splitlines()[0] == sentence(summary)
-    report.tables(summary)
+    tables(summary)
     return said
 
 
@@ -286,14 +279,14 @@ def test_metrics_are_the_counts(run: Run, summary: Summary) -> None:
 
 
 def test_tables_are_rectangular_and_short(run: Run, summary: Summary) -> None:
-    tables = report.tables(summary)
-    assert len(tables) == 7
-    for columns in tables.values():
+    named = tables(summary)
+    assert len(named) == 7
+    for columns in named.values():
         assert len({len(values) for values in columns.values()}) == 1
         assert all(len(values) <= 500 for values in columns.values())
-    sources = tables["curate_sources"]
+    sources = named["curate_sources"]
     assert sum(sources["in"]) == 2000 and sum(sources["kept"]) == run.reasons()["kept"]
-    sizes = tables["curate_components"]
+    sizes = named["curate_components"]
     assert sum(sizes["components"]) == len(run.components)
 
 
@@ -302,7 +295,7 @@ def test_more_than_500_sources_are_added_up(summary: Summary) -> None:
 
     many = {f"s{i:04d}": Counter({"kept": 2}) for i in range(1200)}
     counts = replace(summary.counts, by_source=many, rows=2400)
-    sources = report.tables(replace(summary, counts=counts))["curate_sources"]
+    sources = tables(replace(summary, counts=counts))["curate_sources"]
     assert len(sources["in"]) == 500 and sum(sources["in"]) == sum(sources["kept"]) == 2400
 
 

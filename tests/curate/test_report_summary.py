@@ -22,7 +22,7 @@ from pipeline.curate.report.clusters import effective
 from pipeline.curate.report.copies import read_looks
 from pipeline.curate.report.map import principal
 from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws
-from pipeline.curate.report.report import Facts, Summary, summarise
+from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.curate.rows import tables
 from pipeline.errors import DataError
 from tests.curate.conftest import summarised

@@ -9,7 +9,7 @@ import numpy as np
 from planted_vectors import ids_of_numbers, run_here, separated, written
 
 from pipeline.curate.choose import hierarchy
-from pipeline.curate.choose.balance import Wanted, balanced_sample
+from pipeline.curate.choose.balance import Sample, balanced_sample
 from pipeline.curate.choose.hierarchy import Levels
 from pipeline.curate.choose.retrieve import retrieve
 from pipeline.curate.choose.seed_clusters import Retrieval
@@ -24,7 +24,7 @@ def everything(folder: Path, files: int):
     seeds = {"s": written(folder, ids[140:], vectors[140:], name="s")}
     steps = Steps(folder)
     built = hierarchy.build(steps.below("levels"), rows, Levels((12, 4), 3, 2, 1))
-    balanced = balanced_sample(steps.below("balanced"), rows, built, Wanted(30, 3, 1, 2))
+    balanced = balanced_sample(steps.below("balanced"), rows, built, Sample(30, 3, 1, 2))
     got = retrieve(steps.below("retrieved"), rows, seeds, Retrieval("sample"), 3)
     assert all(step.peak_bytes > 0 for step in steps.done)
     tables = [

@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Sample:
     """What a balanced sample is asked for.
 
     Attributes:
@@ -56,19 +56,19 @@ class Balanced:
     summary: dict[str, Any]
 
 
-def balanced_sample(steps: Steps, rows: RowSet, hierarchy: Hierarchy, wanted: Wanted) -> Balanced:
+def balanced_sample(steps: Steps, rows: RowSet, hierarchy: Hierarchy, sample: Sample) -> Balanced:
     """Chooses some of the rows.
 
     Args:
         steps: whose folder is the sample's own.
         rows: that the hierarchy was built of.
         hierarchy: of these rows.
-        wanted: what is asked for.
+        sample: what is asked for.
     """
     shares = leaf_shares(
-        hierarchy.sizes, hierarchy.parents, wanted.images, wanted.floor, wanted.floor_members
+        hierarchy.sizes, hierarchy.parents, sample.images, sample.floor, sample.floor_members
     )
-    reader = partial(drawn_entries, assigned=hierarchy.assigned, seed=wanted.seed)
+    reader = partial(drawn_entries, assigned=hierarchy.assigned, seed=sample.seed)
     limits = first_few.limits(steps, rows, shares.leaves, reader)
     chosen = steps.run(
         "chosen",
@@ -78,10 +78,10 @@ def balanced_sample(steps: Steps, rows: RowSet, hierarchy: Hierarchy, wanted: Wa
         limits=limits,
         tops=hierarchy.tops(),
     )
-    summary = summary_of(hierarchy, shares.leaves, wanted.images)
+    summary = summary_of(hierarchy, shares.leaves, sample.images)
     summary |= {
-        "floor": wanted.floor,
-        "floor_members": wanted.floor_members,
+        "floor": sample.floor,
+        "floor_members": sample.floor_members,
         "leaves_with_floor": shares.floored,
         "leaves_floor_met": shares.floor_met,
         "floor_honoured": shares.floor_met == shares.floored,

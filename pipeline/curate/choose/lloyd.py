@@ -67,8 +67,8 @@ def fit(steps: Steps, rows: RowSet, kmeans: KMeans, resources: Resources = ONE_C
             f"{kmeans.clusters:,} clusters of {dim} dimensions do not fit into a task of 2 GB",
             f"ask for at most {TASK_ELEMENTS // dim:,}",
         )
-    wanted = [kmeans.clusters, kmeans.seed, kmeans.iterations]
-    key = fingerprint(["k-means", rows.key, list(rows.names), *wanted])
+    settings = [kmeans.clusters, kmeans.seed, kmeans.iterations]
+    key = fingerprint(["k-means", rows.key, list(rows.names), *settings])
     folder = str(join(steps.root, f"fit-{key}"))
     fs, path = resolve_uri(folder)
     known = read_mark(fs, f"{path}/fit.json")
@@ -130,7 +130,7 @@ class _Passes:
     def at_once(self) -> tuple[Halves, list[float]]:
         """The whole fit in one task."""
         step = self.steps.run(
-            "local", fit_task, {"fit": None}, self.resources, rows=self.rows, wanted=self.kmeans
+            "local", fit_task, {"fit": None}, self.resources, rows=self.rows, settings=self.kmeans
         )
         return CentroidFiles(self.rows.source.dim, (step,)).load(), step.accounts[0]["similarity"]
 

@@ -92,10 +92,10 @@ def device_of(out: Output) -> str:
     return "cuda" if out.gpu else ""
 
 
-def fit_task(out: Output, _: None, rows: RowSet, wanted: KMeans) -> Account:
+def fit_task(out: Output, _: None, rows: RowSet, settings: KMeans) -> Account:
     """The whole fit in one task."""
     points = rows.source.read_all(rows.names)
-    fit = kmeans.fit_local(points.ids, points.vectors, wanted, device_of(out))
+    fit = kmeans.fit_local(points.ids, points.vectors, settings, device_of(out))
     out.table(pa.table({"vector": list_array(fit.centroids)}))
     return {"rows": len(points.rows), "similarity": fit.similarity}
 

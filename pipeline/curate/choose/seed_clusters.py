@@ -166,31 +166,26 @@ def ask_clusters(
     fitted = lloyd.fit(steps.below("clusters"), pool, kmeans, resources)
     assigned, sizes = assign(steps, "assigned", pool, fitted, resources)
 
-    # How many rows each cluster gives to each set, and how like its seeds are to each other.
+    # How many rows each cluster gives to each set.
     names = sorted(seeds)
     quota = np.zeros((len(names), fitted.clusters), np.int64)
     sets: list[SeedSet] = []
-    counts_of: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
     usual: dict[str, float] = {}
     for number, name in enumerate(names):
-        rows, own, seeds_in = seeds[name], None, np.zeros(0, np.int64)
+        rows, own, members = seeds[name], None, np.zeros(0, np.int64)
         if fitted.clusters:
-            own, seeds_in = assign(steps, f"seeds/{number}", rows, fitted)
+            own, members = assign(steps, f"seeds/{number}", rows, fitted)
         sets.append(SeedSet(name, rows, own, tuple(rows.groups(SEED_ROWS))))
-        taken = seeds_in > settings.cluster_seeds
+        taken = members > settings.cluster_seeds
         most = np.where(taken, np.minimum(sizes, settings.cluster_images), 0)
         quota[number] = waterfill(most, settings.cap)
-        compared = _compared(seeds_in, seed)
-        usual[name] = 1.0
-        if len(compared):
-            items = {"usual": None}
-            told = steps.run(f"usual/{number}", _usual_task, items, one=sets[-1], clusters=compared)
-            usual[name] = told.accounts[0]["usual"]
-        counts_of[name] = {
+        usual[name] = _usual(steps, f"usual/{number}", sets[-1], members, seed)
+        facts[name] = {
             "requested": int(quota[number].sum()),
             "clusters": int(taken.sum()),
             "clusters_of": fitted.clusters,
-            "seeds_covered": float(seeds_in[taken].sum() / max(1, seeds_in.sum())),
+            "seeds_covered": float(members[taken].sum() / max(1, members.sum())),
             "rows_in_clusters": int(sizes[taken].sum()),
         }
 
@@ -211,9 +206,9 @@ def ask_clusters(
             limits=limits,
             usual=usual[name],
         )
-        rows_found = step.total("rows")
-        purity = step.total("pure") / max(1.0, rows_found)
-        asked[name] = step, counts_of[name] | {"found": int(rows_found), "purity": purity}
+        delivered = step.total("rows")
+        purity = step.total("pure") / max(1.0, delivered)
+        asked[name] = step, facts[name] | {"found": int(delivered), "purity": purity}
     return asked
 
 
@@ -293,6 +288,15 @@ def _compared(counts: Array, seed: int) -> Array:
     upto = np.cumsum(np.minimum(counts[able], COMPARED))
     chosen: Array = np.sort(able[upto <= max(COMPARED_SEEDS, upto[0])])
     return chosen
+
+
+def _usual(steps: Steps, name: str, one: SeedSet, members: Array, seed: int) -> float:
+    """The similarity that nine tenths of the seeds have to another one of their cluster."""
+    compared = _compared(members, seed)
+    if not len(compared):
+        return 1.0
+    step = steps.run(name, _usual_task, {"usual": None}, one=one, clusters=compared)
+    return float(step.accounts[0]["usual"])
 
 
 def _usual_task(out: Output, _: None, one: SeedSet, clusters: Array) -> Account:

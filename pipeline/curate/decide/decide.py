@@ -236,11 +236,11 @@ def _select(rows: FileRows, tables: Tables) -> None:
         rows.part[places] = words(table, "part")
         rows.hits[places] = table["hits"].to_numpy()
         rows.cluster[places] = table["cluster"].to_numpy()
-    considered = np.zeros(len(kept), bool)
+    weighed = np.zeros(len(kept), bool)
     if tables.balanced and not as_is:
         table = read_table(tables.balanced, rows.file.name)
         places = rows.places(table, "balanced")
-        considered[places] = True
+        weighed[places] = True
         rows.cluster[places] = table["leaf"].to_numpy()
         chosen = places[table["chosen"].to_numpy(zero_copy_only=False)]
         chosen = chosen[kept[chosen] & (rows.part[chosen] == "")]
@@ -250,7 +250,7 @@ def _select(rows: FileRows, tables: Tables) -> None:
         rows.part[left] = "pool"
         return
     # With both, balancing was the last to pass over it, and its cluster shows where it was.
-    rows.remove(left[considered[left]], "balanced_out")
+    rows.remove(left[weighed[left]], "balanced_out")
     rows.remove(left, "not_retrieved")
 
 

@@ -19,7 +19,7 @@ from pipeline.report.page import (
     Mark,
     Numbers,
     Section,
-)  # fmt: skip
+)
 
 FRAME = (
     "A green frame marks an image that stays; below the others, how alike they are to it. That may "
@@ -81,8 +81,10 @@ def _groups(summary: Summary, parts: Components) -> list[Section]:
         stems=True,
     )
 
-    def gallery(some: Sequence[Component], title: str, about: str) -> Section:
-        return Gallery([component_group(summary, one) for one in some], title, about, flow=True)
+    def gallery(components: Sequence[Component], title: str, about: str) -> Section:
+        return Gallery(
+            [component_group(summary, one) for one in components], title, about, flow=True
+        )
 
     about = FRAME + CHAINS if parts.chains else FRAME
     sections: list[Section] = [Heading("Copies", text), sizes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.curate.report.sections import balance, sentence
+from pipeline.curate.report.report import balance, sentence
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.words import REMOVED, name_of, seconds, share, similarity
 

@@ -25,7 +25,7 @@ from pipeline.report.page import (
     Points,
     Section,
     Table,
-)  # fmt: skip
+)
 
 
 def leak_sections(summary: Summary) -> list[Section]:
