@@ -38,7 +38,8 @@ def usable(vectors: np.ndarray[Any, Any], what: str = "the vectors", first: int 
     Raises:
         DataError: a value is no finite number, or so large that products of it would not be.
     """
-    narrow = np.ascontiguousarray(vectors, np.float32)
+    with np.errstate(over="ignore"):  # doubles that are too large become infinite, and are refused
+        narrow = np.ascontiguousarray(vectors, np.float32)
     wrong = np.flatnonzero(~(np.abs(narrow) <= LARGEST).all(axis=1))
     if len(wrong):
         raise DataError(

@@ -41,7 +41,7 @@ TRAINED_PER_LIST = 64
 RECALL, RECALL_AT, RECALL_QUERIES = 0.95, 10, 1000
 MOST_LISTS = 0.25  # share of the lists that a query may look at
 SPARE = 8  # candidates beyond k: single precision may order them otherwise
-QUERIES_AT_ONCE = 256  # their candidates' vectors are in memory
+CANDIDATE_VALUES = 2**25  # of the candidates' vectors of all queries at once: 128 MiB
 SEED = 1234  # of the k-means
 
 Blocks = Callable[[], Iterator[tuple[int, Floats]]]
@@ -104,16 +104,24 @@ class IvfIndex:
 
     def find(self, queries: Floats, k: int) -> tuple[Doubles, Ints]:
         """The nearest rows of vectors [Q, D]: float64 and int64 [Q, k], best first."""
-        k = min(k, self.facts.rows)
-        similarity, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-        for begin in range(0, len(queries), QUERIES_AT_ONCE):
-            part = slice(begin, begin + QUERIES_AT_ONCE)
-            similarity[part], rows[part] = probed(self._index, queries[part], k, self.facts.probes)
-        return similarity, rows
+        return probed(self._index, queries, min(k, self.facts.rows), self.facts.probes)
 
 
 def probed(index: Any, queries: Floats, k: int, probes: int) -> tuple[Doubles, Ints]:
     """As `IvfIndex.find`, with so many lists, and more for a query whose lists hold less than k."""
+    similarity, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    step = max(1, CANDIDATE_VALUES // ((k + SPARE) * queries.shape[1]))
+    for begin in range(0, len(queries), step):
+        part = slice(begin, begin + step)
+        similarity[part], rows[part] = _probed(index, queries[part], k, probes)
+    short = np.flatnonzero((rows < 0).any(axis=1))
+    if len(short) and probes < index.nlist:
+        similarity[short], rows[short] = probed(index, queries[short], k, 2 * probes)
+    return similarity, rows
+
+
+def _probed(index: Any, queries: Floats, k: int, probes: int) -> tuple[Doubles, Ints]:
+    """Row -1 and similarity -inf where the lists hold less than k."""
     import faiss
 
     wanted = min(int(index.ntotal), k + SPARE)
@@ -127,11 +135,7 @@ def probed(index: Any, queries: Floats, k: int, probes: int) -> tuple[Doubles, I
     flat = flat.reshape(rows.shape)
     flat[rows < 0] = -np.inf
     order = np.lexsort((rows, -flat), axis=1)[:, :k]
-    similarity, rows = np.take_along_axis(flat, order, 1), np.take_along_axis(rows, order, 1)
-    short = np.flatnonzero((rows < 0).any(axis=1))
-    if len(short) and probes < index.nlist:
-        similarity[short], rows[short] = probed(index, queries[short], k, 2 * probes)
-    return similarity, rows
+    return np.take_along_axis(flat, order, 1), np.take_along_axis(rows, order, 1)
 
 
 def lists_for(rows: int) -> int:
@@ -239,20 +243,11 @@ def _probes(index: Any, blocks: Blocks, rows: int) -> tuple[int, float, int]:
     tenth = without(exact.similarity, exact.rows, asked)[0][:, -1]
     probes = 1
     while True:
-        similarity = np.concatenate(
-            [
-                without(*probed(index, queries[part], k + 1, probes), asked[part])[0]
-                for part in _parts(len(queries))
-            ]
-        )
+        similarity, _ = without(*probed(index, queries, k + 1, probes), asked)
         recall = float((similarity >= tenth[:, None]).mean())
         if recall >= RECALL or 2 * probes > MOST_LISTS * index.nlist:
             return probes, recall, len(asked)
         probes *= 2
-
-
-def _parts(queries: int) -> list[slice]:
-    return [slice(n, n + QUERIES_AT_ONCE) for n in range(0, queries, QUERIES_AT_ONCE)]
 
 
 def without(similarity: Doubles, rows: Ints, own: Ints) -> tuple[Doubles, Ints]:

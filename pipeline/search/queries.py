@@ -33,8 +33,16 @@ from pipeline.storage.transfer import read_bytes
 from pipeline.uri import public
 
 FIELD = "search.query"
+Array = np.ndarray[Any, Any]
 BATCH = 256  # images that are in memory at once
 NAMED = 5  # ids that a sentence lists
+# what must be the same for vectors to be compared: of the facts, and in words
+SAME = (
+    ("digest", "model"),
+    ("image_size", "image size"),
+    ("mean", "mean"),
+    ("std", "standard deviation"),
+)
 SHORTEST = 4  # letters of the beginning of an id
 
 
@@ -81,16 +89,24 @@ class BadQuery:
 class Asker:
     """Turns what is asked into batches of queries with vectors.
 
+    Args:
+        vectors: the set.
+        ids: of its images, str [N].
+        search: among them.
+        reading: how images are read.
+
     Attributes:
         bad: files of folders and parquet that are no usable images, in order.
     """
 
     def __init__(
-        self, vectors: VectorSet, search: Search, column: str, reading: Reading | None = None
+        self, vectors: VectorSet, ids: Array, search: Search, reading: Reading | None = None
     ) -> None:
-        self.vectors, self.search, self.column = vectors, search, column
+        self.vectors, self.ids, self.search = vectors, ids, search
         self.reading = reading or Reading()
         self.bad: list[BadQuery] = []
+        order = np.argsort(ids, kind="stable")
+        self._sorted_ids = ids[order], order
 
     def batches(self, texts: Sequence[str]) -> Iterator[list[Query]]:
         """All queries, in order, with their vectors.
@@ -172,7 +188,7 @@ class Asker:
         fs, path = resolve_uri(place)
         infos = list_parquet(fs, path, place, FIELD)
         schema = open_parquet(fs, infos[0].path).schema_arrow
-        if self.column in schema.names and _is_list(schema.field(self.column).type):
+        if self.search.column in schema.names and _is_list(schema.field(self.search.column).type):
             for info in infos:
                 yield from self._rows(text, open_parquet(fs, info.path))
             return
@@ -186,13 +202,13 @@ class Asker:
     def _rows(self, text: str, file: Any) -> Iterator[Query]:
         named = "image_id" in file.schema_arrow.names
         row = 0
-        for batch in file.iter_batches(BATCH, columns=[self.column, *["image_id"] * named]):
-            values = batch.column(self.column)
+        for batch in file.iter_batches(BATCH, columns=[self.search.column, *["image_id"] * named]):
+            values = batch.column(self.search.column)
             ids = batch.column("image_id").to_pylist() if named else []
             flat = np.asarray(values.flatten(), np.float32)
             if len(flat) != len(batch) * self.vectors.dim:
                 raise DataError(
-                    f"{FIELD}={public(text)}: its {self.column} has {len(flat):,} values in "
+                    f"{FIELD}={public(text)}: its {self.search.column} has {len(flat):,} values in "
                     f"{len(batch):,} rows, expected {self.vectors.dim} in each",
                     "embed these images with the model of the set",
                 )
@@ -204,7 +220,7 @@ class Asker:
     def _vector_set(self, text: str) -> Iterator[Query]:
         """Another table of vectors, which must be of the same model."""
         asked = open_vectors(text, FIELD)
-        for name, words in (("digest", "model"), ("image_size", "image size")):
+        for name, words in SAME:
             if asked.facts[name] != self.vectors.facts[name]:
                 raise DataError(
                     f"{FIELD}={public(text)}: these vectors are of another {words} "
@@ -212,7 +228,7 @@ class Asker:
                     f"({self.vectors.facts['model']}, {self.vectors.facts[name]})",
                     "embed both with the same model",
                 )
-        for block, ids in asked.blocks(BATCH, self.column):
+        for block, ids in asked.blocks(BATCH, self.search.column):
             for vector, name in zip(block, ids, strict=True):
                 yield Query(str(name), self._row_of(str(name)), vector=vector)
 
@@ -258,8 +274,10 @@ class Asker:
             rows = np.array([queries[n].row for n in known])
             vectors |= dict(zip(known, self.search.vectors_at(rows), strict=True))
         if images:
-            outputs = self.embedder.outputs([queries[n].pixels for n in images], (self.column,))
-            vectors |= dict(zip(images, outputs[self.column], strict=True))
+            outputs = self.embedder.outputs(
+                [queries[n].pixels for n in images], (self.search.column,)
+            )
+            vectors |= dict(zip(images, outputs[self.search.column], strict=True))
         return [Query(q.name, q.row, q.encoded, None, vectors[n]) for n, q in enumerate(queries)]
 
     @cached_property
@@ -271,18 +289,6 @@ class Asker:
         """
         reading = self.reading
         return model_of(self.vectors, reading.model, reading.batch_size, reading.threads)
-
-    # ---- Ids.
-
-    @cached_property
-    def ids(self) -> np.ndarray[Any, Any]:
-        """Ids of the set, by row."""
-        return self.vectors.ids()
-
-    @cached_property
-    def _sorted_ids(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        order = np.argsort(self.ids, kind="stable")
-        return self.ids[order], order
 
     def _row_of(self, name: str) -> int:
         """The row of an image in the set; -1 where it is not in it."""

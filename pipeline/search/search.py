@@ -70,13 +70,14 @@ class Search:
     Attributes:
         rows: vectors that are searched.
         dim: their width.
+        column: cls or mean.
         index: what is known of the index; None: the search is exact.
         zeros: vectors without a direction, which are like nothing.
     """
 
     def __init__(self, vectors: Vectors, column: str, index: IvfIndex | None, hold: bool) -> None:
         self.rows, self.dim = vectors.rows, vectors.dim
-        self._vectors, self._column, self._ivf = vectors, column, index
+        self.column, self._vectors, self._ivf = column, vectors, index
         self._held: Floats | None = None
         self._lengths: Doubles | None = None
         self.index: IndexFacts | None = index.facts if index else None
@@ -121,7 +122,7 @@ class Search:
         if self._held is not None:
             best.see(self._held, 0, self._lengths)
         else:
-            for first, block in usable_blocks(self._vectors, self._column):
+            for first, block in usable_blocks(self._vectors, self.column):
                 best.see(block, first)
         return best.similarity.astype(np.float32), best.rows
 
@@ -130,10 +131,10 @@ class Search:
         if self._held is not None:
             return self._held[rows]
         if len(rows) <= SINGLE_READS:
-            parts = [self._vectors.read(self._column, slice(row, row + 1)) for row in rows]
+            parts = [self._vectors.read(self.column, slice(row, row + 1)) for row in rows]
             return usable(np.concatenate(parts))
         order = np.unique(rows)
-        vectors = picked(lambda: usable_blocks(self._vectors, self._column), order)
+        vectors = picked(lambda: usable_blocks(self._vectors, self.column), order)
         return vectors[np.searchsorted(order, rows)]
 
 

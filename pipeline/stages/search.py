@@ -40,7 +40,7 @@ def look_up(config: Config) -> None:
     texts = asked_for(config.search.query)
     vectors = _vectors(config, folder)
     answers = _opened(config, vectors)
-    asker = Asker(vectors, answers.search, config.search.vectors_column, _reading(config))
+    asker = Asker(vectors, answers.ids, answers.search, _reading(config))
     shown: list[Answer] = []
     queries = pairs = 0
     table = folder.at("search", TABLE)
