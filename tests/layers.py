@@ -123,8 +123,8 @@ TABLE = [
         "storage uri", others="numpy pyarrow", others_inside="PIL"),
     row("curate.report.*", "curate.report.* curate.rows.* curate.steps.* errors report storage uri "
         "views", others="numpy PIL pyarrow", others_inside="umap"),
-    row("search", "curate.report.* curate.rows.* embed errors heartbeat images report shards "
-        "storage uri", others="numpy pyarrow", others_inside="faiss"),
+    row("search", "curate.report.* curate.rows.* embed errors heartbeat images pack report "
+        "shards storage uri", others="numpy pyarrow", others_inside="faiss"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",

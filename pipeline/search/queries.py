@@ -16,19 +16,22 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from pipeline.embed.embedders import Embedder
-from pipeline.embed.vectors import VectorSet, open_vectors
+from pipeline.embed.vectors import MARK, VectorSet, open_vectors
 from pipeline.errors import DataError, StorageError, one_line
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import MAX_PIXELS, decode_image
-from pipeline.images.kinds import is_table, named_as_image
+from pipeline.images.kinds import is_archive, is_table
 from pipeline.images.value_range import FULL, from_json
+from pipeline.pack import sources as pack
+from pipeline.pack.items import Item, read_task
+from pipeline.pack.listing import Refused, list_source
+from pipeline.pack.patterns import is_pattern, split_list
+from pipeline.pack.sources import plan_tasks
 from pipeline.search.model import model_of
 from pipeline.search.search import Search
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA, image_id
-from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shard_set import open_parquet
-from pipeline.shards.shards import open_shards
-from pipeline.storage.places import absolute_uri, file_info, list_files, list_parquet, resolve_uri
+from pipeline.storage.places import absolute_uri, exists, file_info, resolve_uri
 from pipeline.storage.transfer import read_bytes
 from pipeline.uri import public
 
@@ -52,6 +55,7 @@ class Reading:
 
     image_column: str = "image"
     max_pixels: int = MAX_PIXELS
+    max_image_bytes: int = 64 * 2**20
     batch_size: int = 64
     threads: int = 1
     model: str = ""  # where the set's model is by now; "": where the set says it was
@@ -76,16 +80,6 @@ class Query:
     vector: Any = field(default=None, repr=False)
 
 
-@dataclass(frozen=True)
-class BadQuery:
-    """A file of a folder that cannot be asked for."""
-
-    source: str
-    reason: str
-    detail: str
-    image_id: str | None = None
-
-
 class Asker:
     """Turns what is asked into batches of queries with vectors.
 
@@ -104,7 +98,7 @@ class Asker:
     ) -> None:
         self.vectors, self.ids, self.search = vectors, ids, search
         self.reading = reading or Reading()
-        self.bad: list[BadQuery] = []
+        self.bad: list[Refused] = []
         order = np.argsort(ids, kind="stable")
         self._sorted_ids = ids[order], order
 
@@ -129,16 +123,18 @@ class Asker:
     def _of(self, text: str) -> Iterator[Query]:
         place = absolute_uri(text)
         kind = _kind(text)
-        if kind == pafs.FileType.NotFound:
+        if kind == pafs.FileType.NotFound and not is_pattern(text):
             yield self._id(text)
             return
         fs, path = resolve_uri(place)
-        if kind == pafs.FileType.Directory:
-            yield from self._folder(text, place, fs, path)
-        elif is_table(path):
-            yield from self._table(text, place)
-        else:
+        if kind == pafs.FileType.Directory and _has_vectors(fs, path):
+            yield from self._vector_set(text)
+        elif kind == pafs.FileType.File and is_table(path) and self._column_of(place):
+            yield from self._rows(text, open_parquet(fs, path))
+        elif kind == pafs.FileType.File and not is_table(path) and not is_archive(path):
             yield self._image(text, _bytes(text, fs, path), alone=True)
+        else:
+            yield from self._pile(text, place, kind)
 
     def _id(self, text: str) -> Query:
         rows = np.arange(0)
@@ -165,39 +161,31 @@ class Asker:
             )
         return Query(str(self.ids[rows[0]]), int(rows[0]))
 
-    def _folder(self, text: str, place: str, fs: pafs.FileSystem, path: str) -> Iterator[Query]:
-        infos = sorted(list_files(fs, path), key=lambda info: str(info.path))
-        names = [str(info.path)[len(path) :].lstrip("/") for info in infos]
-        if any(name in ("_vectors.json", "vectors/_vectors.json") for name in names):
-            yield from self._vector_set(text)
-        elif any(is_table(name) for name in names):
-            yield from self._table(text, place)
-        else:
-            images = [name for name in names if named_as_image(name)]
-            if not images:
-                raise DataError(
-                    f"{FIELD}={public(text)}: the folder holds no images",
-                    "give a folder of images, of parquet files, or of vectors",
-                )
-            for name in images:
-                shown = f"{text.rstrip('/')}/{name}"
-                yield from self._usable(shown, _bytes(shown, fs, f"{path}/{name}"))
+    def _pile(self, text: str, place: str, kind: pafs.FileType) -> Iterator[Query]:
+        """The images of a source, as packing reads it: folders, patterns, archives, parquet."""
+        reading = pack.Reading(
+            self.reading.image_column, "", self.reading.max_image_bytes, labels=False
+        )
+        listing = list_source(place, field=FIELD)
+        plan = plan_tasks(place, listing, reading, fit=False)
+        self.bad += plan.refused
+        before = f"{text.rstrip('/')}/" if kind == pafs.FileType.Directory else ""
+        fs, _ = resolve_uri(listing.uri)
+        for task in plan.tasks:
+            for items, _ in read_task(fs, listing.root, task, reading):
+                for item in items:
+                    if isinstance(item, Refused):
+                        self.bad.append(item)
+                    elif isinstance(item, Item):
+                        yield from self._usable(before + item.source, item.encoded)
 
-    def _table(self, text: str, place: str) -> Iterator[Query]:
-        """Rows of parquet: vectors where it has a column of them, else images."""
+    def _column_of(self, place: str) -> bool:
+        """Whether a parquet file has the vectors that are searched, not images."""
         fs, path = resolve_uri(place)
-        infos = list_parquet(fs, path, place, FIELD)
-        schema = open_parquet(fs, infos[0].path).schema_arrow
-        if self.search.column in schema.names and _is_list(schema.field(self.search.column).type):
-            for info in infos:
-                yield from self._rows(text, open_parquet(fs, info.path))
-            return
-        shards = open_shards(place, self.reading.image_column, "", FIELD, labels=False)
-        for number, file in enumerate(shards.files):
-            for group in range(len(file.row_groups)):
-                rows = read_row_group(shards, number, group)
-                for row, name in enumerate(rows.hex_ids):
-                    yield from self._usable(name, rows.image(row))
+        with open_parquet(fs, path) as file:
+            schema = file.schema_arrow
+        name = self.search.column
+        return name in schema.names and _is_list(schema.field(name).type)
 
     def _rows(self, text: str, file: Any) -> Iterator[Query]:
         named = "image_id" in file.schema_arrow.names
@@ -258,7 +246,7 @@ class Asker:
             yield self._image(name, encoded)
         except BadImage as error:
             ids = image_id(encoded) if encoded else None
-            self.bad.append(BadQuery(name, error.reason, error.detail, ids))
+            self.bad.append(Refused(name, error.reason, error.detail, ids))
 
     def _prepared(self, encoded: bytes) -> Any:
         values = from_json(self.vectors.facts.get("value_range")) or FULL
@@ -298,14 +286,14 @@ class Asker:
 
 
 def asked_for(query: str) -> list[str]:
-    """The texts of `search.query`: several with commas between them, or a file with commas.
+    """The parts of `search.query`: several with commas between them, or a file with commas.
 
     Raises:
         DataError: nothing is asked.
     """
     text = query.strip()
     whole = bool(text) and _kind(text) != pafs.FileType.NotFound
-    texts = [text] if whole else [part.strip() for part in text.split(",") if part.strip()]
+    texts = [text] if whole else split_list(text)
     if not texts:
         raise DataError(
             "nothing is asked: search.query is empty",
@@ -314,11 +302,15 @@ def asked_for(query: str) -> list[str]:
     return texts
 
 
-def bad_table(bad: Sequence[BadQuery]) -> pa.Table:
+def bad_table(bad: Sequence[Refused]) -> pa.Table:
     """What cannot be asked for, as every stage lists bad images."""
     return pa.Table.from_pylist(
         [{**asdict(one), "stage": "search"} for one in bad], BAD_IMAGE_SCHEMA
     )
+
+
+def _has_vectors(fs: pafs.FileSystem, path: str) -> bool:
+    return any(exists(fs, f"{path}/{mark}") for mark in (MARK, f"vectors/{MARK}"))
 
 
 def _kind(text: str) -> pafs.FileType:

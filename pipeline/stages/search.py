@@ -14,10 +14,11 @@ from pipeline.context import Context, result_line
 from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import DataError
 from pipeline.heartbeat import now
+from pipeline.pack.listing import Refused
 from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
 from pipeline.search.decisions import Decisions
 from pipeline.search.page import QUERIES, Pictures, said_of, write_page
-from pipeline.search.queries import Asker, BadQuery, Reading, asked_for, bad_table
+from pipeline.search.queries import Asker, Reading, asked_for, bad_table
 from pipeline.search.search import open_search, takes_index
 from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
@@ -157,6 +158,7 @@ def _reading(config: Config) -> Reading:
     return Reading(
         image_column=config.data.image_column,
         max_pixels=_most(config),
+        max_image_bytes=int(config.data.max_image_mb * 2**20),
         threads=config.resources.threads or 1,
         model=config.search.model,
     )
@@ -182,13 +184,18 @@ def _say(answers: Answers, answer: Answer) -> None:
         result_line("", public(line))
 
 
-def _list_bad(bad: list[BadQuery], queries: int, folder: RunFolder) -> None:
+def _list_bad(bad: list[Refused], queries: int, folder: RunFolder) -> None:
     """Writes the table of what cannot be asked for, or takes away that of another time.
 
     Raises:
         DataError: nothing can be asked for.
     """
     fs, path = resolve_uri(str(folder.at("search", BAD)))
+    if not bad and not queries:
+        raise DataError(
+            "nothing is asked: search.query holds no image and no vector",
+            "give an image file, an image id, or a folder of images",
+        )
     if not bad:
         delete_file(fs, path)
         return

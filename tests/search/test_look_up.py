@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -106,18 +107,21 @@ def test_a_folder_a_table_and_vectors_at_once(
     rows = search(made, "asked,other.parquet,own,own/vectors/part-00000.parquet", "search.k=3")
     names = list(dict.fromkeys(row["query"] for row in rows))
     assert names[:2] == ["asked/a.png", "asked/deep/b.jpg"]
-    assert sorted(names[2:4]) == sorted(image_id(encoded(scene(seed))) for seed in (60, 61))
+    assert sorted(names[2:4]) == ["photos/cat/0.png", "photos/dog/1.png"]
     assert names[4:] == made.ids()[:2].tolist()
     assert len(rows) == 3 * 8  # those of the last two twice
     bad = pq.read_table("runs/ask/search/bad.parquet").to_pylist()
     assert [(one["source"], one["reason"]) for one in bad] == [
         ("asked/broken.png", "not_an_image"),
-        (image_id(b"broken"), "not_an_image"),
+        ("photos/cat/2.png", "not_an_image"),
     ]
     assert "2 files are no usable images" in caplog.text
     assert "similarity  image_id" not in caplog.text  # too many for a console
 
-    search(made, "asked/a.png")
+    assert {row["query"] for row in search(made, "asked/deep/*.jpg")} == {"b.jpg"}
+    with tarfile.open("asked.tar", "w") as archive:
+        archive.add("asked/a.png")
+    assert {row["query"] for row in search(made, "asked.tar")} == {"asked.tar/asked/a.png"}
     assert not (here / "runs/ask/search/bad.parquet").exists()  # it was of another time
 
 
@@ -166,6 +170,8 @@ def test_without_the_images_the_page_says_so(
 def test_refused(made: VectorSet, here: Path) -> None:
     (here / "broken.png").write_bytes(b"no image")
     (here / "empty").mkdir()
+    (here / "texts").mkdir()
+    (here / "texts/notes.txt").write_text("no image, and does not claim to be one")
     (here / "bad").mkdir()
     (here / "bad/x.png").write_bytes(b"no image")
     (here / "photo.png").write_bytes(encoded(scene(40)))
@@ -183,7 +189,8 @@ def test_refused(made: VectorSet, here: Path) -> None:
         (made.uri, "nowhere.jpg", "there is no such file, and no image of the set has an id"),
         (made.uri, "abc", "there is no such file, and no image"),
         (made.uri, "broken.png", "search.query=broken.png is no usable image: not_an_image"),
-        (made.uri, "empty", "the folder holds no images"),
+        (made.uri, "empty", "no files under"),
+        (made.uri, "texts", "nothing is asked: search.query holds no image and no vector"),
         (made.uri, "bad", "none of 1 files is a usable image; the first: bad/x.png"),
         (made.uri, "others", "these vectors are of another model (runs/other, abc)"),
         (made.uri, "narrow/part-00000.parquet", "expected 143 in each"),
