@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
 JOB_FOLDERS = {"jobs", "cluster"}
-# Each starts a Ray or a server, which takes ten seconds or more.
-JOB_FIXTURES = {"ray_cluster", "mlflow_server", "guarded"}
+# Each starts a Ray, a server or a browser, which takes ten seconds or more.
+JOB_FIXTURES = {"ray_cluster", "mlflow_server", "guarded", "browser", "endpoint"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest picks by marker

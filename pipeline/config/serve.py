@@ -10,8 +10,14 @@ from pipeline.config.section import NonNegative, Positive, Section
 class Serve(Section):
     """A model and its vectors over HTTP, on this machine alone unless a host is named."""
 
-    model: str = Field("", description="what embeds the images that are sent; as embed.model")
+    model: str = Field(
+        "",
+        description="what embeds images that are sent, as embed.model; default: the vectors' own",
+    )
     vectors: str = Field("", description="vectors to search and to show, written by jobs/embed.py")
+    decisions: str = Field(
+        "", description="run whose curation's decisions are shown; default: the vectors' own run"
+    )
     host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0: all of the machine")
     port: int = Field(8000, ge=0, le=65535, description="0: any that is free")
     needs_token: bool = Field(

@@ -29,7 +29,7 @@ class Decisions:
         self.folder = str(folder)
 
     @classmethod
-    def of(cls, vectors: str, run: str = "") -> Decisions | None:
+    def of(cls, vectors: str, run: str = "", field: str = "search.decisions") -> Decisions | None:
         """Those of a run; without one, those of the run that the folder of vectors is in, if it was
         curated.
 
@@ -42,10 +42,20 @@ class Decisions:
             return decisions
         if run:
             raise DataError(
-                f"search.decisions={public(run)}: there are no decisions of a curation",
+                f"{field}={public(run)}: there are no decisions of a curation",
                 "name the folder of a run that was curated, or leave it empty",
             )
         return None
+
+    def reasons(self) -> dict[str, str]:
+        """`kept`, or the name of the reason why not, for every image of the run by its id."""
+        names: dict[str, str] = {}
+        for file in parquet_names(self.folder):
+            table = read_table(self.folder, file, ["image_id", "kept", "reason"])
+            for one in table.to_pylist():
+                if one["kept"] or one["image_id"] not in names:
+                    names[one["image_id"]] = name_of("kept" if one["kept"] else str(one["reason"]))
+        return names
 
     def read(self, ids: Iterable[str]) -> dict[str, Decision]:
         """The decision on each image that has one, by its id."""

@@ -101,7 +101,7 @@ def _site(settings: Serve, served: Served, token: str, handle: Any) -> Site:
         limits=limits,
         queue=settings.queue,
         pixels=Pixels(channels, value_range),
-        collection=opened(served.vectors) if served.vectors else None,
+        collection=opened(served.vectors, served.decisions) if served.vectors else None,
         model=ServedModel(served.spec, handle) if served.spec else None,
     )
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.embed.vectors import VectorSet, open_vectors
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.search.decisions import Decisions
 from pipeline.search.search import EXACT_ROWS, open_search
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import by_cluster, by_text, everything, label_texts
@@ -25,10 +26,11 @@ class Served:
 
     vectors: VectorSet | None
     spec: EmbedderSpec | None
+    decisions: Decisions | None = None
 
 
-def checked(model: str, vectors: str) -> Served:
-    """What two fields of the config name.
+def checked(model: str, vectors: str, decisions: str = "") -> Served:
+    """What three fields of the config name.
 
     Raises:
         PipelineError: nothing is named, a place is empty, or the vectors are another model's.
@@ -40,21 +42,29 @@ def checked(model: str, vectors: str) -> Served:
         )
     known = open_vectors(vectors, "serve.vectors") if vectors else None
     facts = known.facts if known else {}
-    spec = None
-    if model:
+    try:
         spec = embedder_of(
-            model, image_size=facts.get("image_size"), mean=facts.get("mean"), std=facts.get("std")
+            model or str(facts["model"]),
+            image_size=facts.get("image_size"),
+            mean=facts.get("mean"),
+            std=facts.get("std"),
         )
+    except PipelineError as error:
+        if model:
+            raise
+        spec = None
+        log.warning("model       images cannot be sent, only those of the set: %s", error.what)
     if known and spec and facts["digest"] != spec.digest:
         raise ConfigError(
             f"serve.vectors={public(vectors)} are of {facts['model']}, not of serve.model={model}: "
             "their digests differ",
             "name the model that made the vectors, or embed the images again with this one",
         )
-    return Served(known, spec)
+    curated = Decisions.of(known.uri, decisions, "serve.decisions") if known else None
+    return Served(known, spec, curated)
 
 
-def opened(vectors: VectorSet) -> Collection:
+def opened(vectors: VectorSet, decisions: Decisions | None = None) -> Collection:
     """The set in memory, with the orders that its page offers."""
     ids, labels = vectors.ids(), vectors.labels()
     few = vectors.rows <= EXACT_ROWS  # above, an index is searched, and vectors stay where they are
@@ -64,6 +74,11 @@ def opened(vectors: VectorSet) -> Collection:
     if (labels >= 0).any():
         texts = label_texts(labels, vectors.facts["class_names"])
         groupings.append(by_text("label", texts))
+    reasons = None
+    if decisions is not None:
+        known = decisions.reasons()
+        reasons = np.array([known.get(str(one), "not curated") for one in ids], object)
+        groupings.append(by_text("decision", reasons))
     if held is not None and vectors.rows > 1:
         groupings.append(by_cluster(held, _bytes_of(ids)))
     search = open_search(held if held is not None else vectors)
@@ -77,7 +92,7 @@ def opened(vectors: VectorSet) -> Collection:
         ids=ids,
         sources=vectors.sources(),
         labels=texts,
-        decisions=None,
+        decisions=reasons,
         groupings={grouping.name: grouping for grouping in groupings},
         search=search.find,
         vector=vector,

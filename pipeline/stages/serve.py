@@ -38,7 +38,9 @@ def serve(config: Config) -> None:
     settings = config.serve
     token = own_token() if settings.needs_token else ""
     model = absolute_model(settings.model) if settings.model else ""
-    served = checked(model, absolute_uri(settings.vectors) if settings.vectors else "")
+    served = checked(
+        model, absolute_uri(settings.vectors) if settings.vectors else "", settings.decisions
+    )
     settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
     if not token and not _loopback(settings.host):
         log.warning("token       none is asked for: whoever reaches %s sees all", settings.host)

@@ -16,6 +16,7 @@ from pipeline.serve.intake import Limits, Pixels
 from pipeline.serve.looks import drawn
 from pipeline.serve.opening import checked, opened
 from pipeline.serve.token import Gate
+from tests.serve.browser import chromium
 from tests.serve.made import Made, make
 
 TOKEN = "a-token-of-the-tests"
@@ -61,3 +62,9 @@ def client(site: Site) -> Iterator[TestClient]:
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with TestClient(build_app(site), headers=headers, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started

@@ -58,9 +58,9 @@ def encoded(label: int, seed: int, side: int = 96) -> bytes:
     return out.getvalue()
 
 
-def save_model(folder: Path) -> str:
-    """Weights of a tiny ViT with registers, drawn with a fixed seed."""
-    torch.manual_seed(0)
+def save_model(folder: Path, seed: int = 0) -> str:
+    """Weights of a tiny ViT with registers."""
+    torch.manual_seed(seed)
     spec = BackboneSpec(
         image_size=SIDE, patch_size=PATCH, width=64, depth=2, heads=2, registers=2, layer_scale=1.0
     )
@@ -96,12 +96,19 @@ def make(folder: Path, rows: int = 60) -> Made:
     )  # fmt: skip
 
 
-def write_shard(path: Path, images: list[bytes], sources: list[str], labels: list[int]) -> None:
-    """One shard of ours, 16 images a row group."""
+def write_shard(
+    path: Path,
+    images: list[bytes],
+    sources: list[str],
+    labels: list[int],
+    ids: list[str] | None = None,
+    rows_per_group: int = 16,
+) -> None:
+    """One shard of ours."""
     rows = len(images)
     table = pa.table(
         {
-            "image_id": [image_id(one) for one in images],
+            "image_id": ids or [image_id(one) for one in images],
             "image": images,
             "width": pa.array([96] * rows, pa.int32()),
             "height": pa.array([96] * rows, pa.int32()),
@@ -111,7 +118,7 @@ def write_shard(path: Path, images: list[bytes], sources: list[str], labels: lis
         },
         schema=IMAGE_SHARD_SCHEMA,
     ).replace_schema_metadata(shard_metadata(CLASSES))
-    pq.write_table(table, path, row_group_size=16)
+    pq.write_table(table, path, row_group_size=rows_per_group)
 
 
 def facts_of(spec: Any, dim: int, shard: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ export class Detail {
 
   // An image of the set.
   async row(row) {
+    this.forget();
     const turn = this.start(nameOf(row), this.picture(row, 512, "large"));
     this.facts(row);
     this.looks((what) => `/look/${what}/${encodeURIComponent(row.image_id)}`);
@@ -40,6 +41,7 @@ export class Detail {
 
   // A file of the user's.
   async file(file) {
+    this.forget();
     const image = document.createElement("img");
     image.className = "large";
     image.alt = file.name;
@@ -57,7 +59,6 @@ export class Detail {
   }
 
   start(name, image) {
-    if (!this.keeps) this.forget();
     this.name.textContent = name;
     this.content.replaceChildren(image);
     this.element.hidden = false;
