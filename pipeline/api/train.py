@@ -40,6 +40,12 @@ class Trained:
         return {name: self.folder / "weights" / name for name in formats}
 
     @property
+    def onnx(self) -> dict[str, Path]:
+        """The files in ONNX by name, e.g. `fp32-224.onnx`; none without `export.onnx`."""
+        files = self.results.get("export", {}).get("onnx", {})
+        return {name: self.folder / "weights" / "onnx" / name for name in files}
+
+    @property
     def report(self) -> Path:
         """The page about the run."""
         return self.folder / "report.html"

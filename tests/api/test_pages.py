@@ -84,12 +84,12 @@ def test_the_whole_chain_of_the_page(folder: Path) -> None:
 
     pytest.importorskip("onnxscript")  # the same run once more, now with ONNX: only the export runs
     settings |= {"export.onnx": True, "export.onnx_sizes": [24]}
-    api.train("photos/", "runs/x", "small.yaml", settings)
+    again = api.train("photos/", "runs/x", "small.yaml", settings)
     assert (out / "pretrain" / "_done.json").stat().st_mtime_ns == before
     backbone, paths = trained.backbone, sorted(Path("photos").glob("*.png"))
     for size in (16, 24):
-        file = str(out / "weights" / "onnx" / f"fp32-{size}.onnx")
-        embedder = api.open_embedder(api.embedder_of(file))
+        file = again.onnx[f"fp32-{size}.onnx"]
+        embedder = api.open_embedder(api.embedder_of(str(file)))
         assert embedder.size == size
         torch.testing.assert_close(
             api.embed(embedder, paths), api.embed(backbone, paths, size), atol=1e-4, rtol=1e-4

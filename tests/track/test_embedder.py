@@ -127,3 +127,13 @@ def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> N
     assert np.abs(embeddings - expected).max() < 1e-5
     with pytest.raises(PipelineError, match=f"has {channels} channels.* 3 means"):
         loaded(tmp_path, channels, [0.5, 0.5, 0.5])
+
+
+def test_a_registered_model_has_one_name() -> None:
+    from pipeline.config.load import load
+    from pipeline.errors import ConfigError
+
+    assert load(["track.register=photos"]).track.register == "photos"
+    assert load(["track.model_name=photos"]).track.model_name == "photos"
+    with pytest.raises(ConfigError, match=r"track: track\.register=a and track\.model_name=b"):
+        load(["track.register=a", "track.model_name=b"])
