@@ -290,9 +290,13 @@ class Embedder:
         return joined
 
     def _forward(self, images: Images, want: Sequence[str], blocks: int) -> dict[str, Any]:
-        from pipeline.evaluate.features import inference, normalise
+        from pipeline.evaluate.features import embed, inference, normalise
 
         network, dtype = self.network, self._dtype
+        if set(want) == {"cls"}:  # what an evaluation does while the network is trained
+            return {
+                "cls": embed(network, [images], self.mean, self.std, self._device, dtype).numpy()
+            }
         with inference(network, self._device, dtype):
             x = normalise(images, self.mean, self.std, self._device)
             patches: Any = None
@@ -300,8 +304,6 @@ class Embedder:
                 layers = _last_blocks(network, x, blocks)
                 patches, cls = layers[-1]
                 vectors = {"blocks": _stacked([one for _, one in layers])}
-            elif set(want) == {"cls"}:
-                cls, vectors = network(x), {}
             else:
                 features = network.forward_features(x)
                 cls, vectors = features["x_norm_clstoken"], {}

@@ -30,7 +30,7 @@ from pipeline.uri import Place, public
 
 log = logging.getLogger("pipeline.embed")
 
-FEW = 2  # units that one task embeds by itself: a pool would take longer to start
+FEW = 4  # units that one task embeds by itself: a pool would take longer to start
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,27 @@ def facts_of(request: Request) -> Facts:
     Raises:
         PipelineError: the model cannot be opened.
     """
+    asked = repr([request.spec.settings, request.outputs, request.blocks])
+    if asked not in _known_models:
+        _known_models.clear()
+        _known_models[asked] = _asked_of_a_task(request)
+    model = _known_models[asked]
+    return {**model, **_set_facts(request), "version": VERSION, "key": request.key}
+
+
+_known_models: dict[str, Facts] = {}  # of the last model: several sets are embedded by one
+
+
+def _asked_of_a_task(request: Request) -> Facts:
     import ray
     from ray.exceptions import RayTaskError
 
     known = ray.remote(_model_facts).options(num_cpus=0.5)
     try:
-        model = ray.get(known.remote(request.spec, request.outputs, request.blocks))
+        model: Facts = ray.get(known.remote(request.spec, request.outputs, request.blocks))
     except RayTaskError as error:
         raise as_ours(error) from error
-    return {**model, **_set_facts(request), "version": VERSION, "key": request.key}
+    return model
 
 
 def _model_facts(spec: EmbedderSpec, outputs: Sequence[str], blocks: int) -> Facts:
@@ -202,6 +214,13 @@ def _set_facts(request: Request) -> Facts:
             "labels": shards.reads_labels,
         },
     }
+
+
+def remove_vectors(folder: str) -> None:
+    """Takes a table away, and nothing else that may be in its folder."""
+    fs, path = resolve_uri(folder)
+    delete_file(fs, f"{path}/{MARK}")
+    _sweep(folder, set())
 
 
 # ---- What is in the folder already.

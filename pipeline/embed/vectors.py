@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,9 @@ from pipeline.shards.shards import open_shards
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.transfer import read_json
 from pipeline.uri import public
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.knn import LabelledFeatures
 
 MARK = "_vectors.json"
 VERSION = 1
@@ -245,6 +248,17 @@ def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
         )
     parts = tuple((str(name), int(rows)) for name, rows in facts["parts"])
     return VectorSet(place, parts, facts)
+
+
+def labelled(vectors: VectorSet) -> LabelledFeatures:
+    """The CLS vectors of a set in memory, with labels and ids, as an evaluation takes them."""
+    import torch
+
+    from pipeline.evaluate.knn import LabelledFeatures
+
+    ids = np.frombuffer(bytearray.fromhex("".join(vectors.ids())), np.uint8).reshape(-1, 16)
+    cls, labels = torch.from_numpy(vectors.read()), torch.from_numpy(vectors.labels())
+    return LabelledFeatures(cls, labels, ids)
 
 
 class ImageReader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -119,22 +119,32 @@ class Evaluator:
         # By the set itself: files of others may have one digest in two places.
         self._kept: dict[tuple[ShardSet, int | None], list[LabelledImages]] = {}
 
-    def run(self, backbone: nn.Module, limit: int | None = None) -> Evaluation:
+    def run(
+        self,
+        backbone: nn.Module,
+        limit: int | None = None,
+        stored: Mapping[ShardSet, LabelledFeatures] | None = None,
+    ) -> Evaluation:
         """k-NN top-1, feature health and the PCA picture of a backbone.
 
         Args:
             backbone: in any mode; it is evaluated without gradients. One without patch tokens has
                 no PCA picture.
             limit: at most so many images of each set, drawn with the seed; None for all.
+            stored: features of this backbone that are there already, with labels as in their set.
         """
         spec = self.spec
         backbone = backbone.to(self.device).eval()
         metrics: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         if spec.reference and spec.queries:
-            reference = self.features(backbone, spec.reference, limit)
             shown = spec.queries
-            queries = self.features(backbone, shown, limit)
+            reference, queries = (
+                self._comparable(one, (stored or {})[one])
+                if one in (stored or {})
+                else self.features(backbone, one, limit)
+                for one in (spec.reference, shown)
+            )
             features = queries.features
             metrics[f"eval/knn{spec.k}_top1"] = self._top1(reference, queries)
             if (picture := self._neighbours(reference, queries, limit)) is not None:
@@ -161,6 +171,11 @@ class Evaluator:
         classes = max(int(reference.labels.max()), int(queries.labels.max())) + 1
         k, temperature = self.spec.k, self.spec.temperature
         return knn_classify(reference, queries, classes, k, temperature)[k]
+
+    def _comparable(self, shards: ShardSet, stored: LabelledFeatures) -> LabelledFeatures:
+        """Features with labels that count in `classes`."""
+        labels = self.classes.mapped(stored.labels.numpy(), shards.class_names, shards.uri)
+        return replace(stored, labels=torch.from_numpy(labels))
 
     def _neighbours(
         self, reference: LabelledFeatures, queries: LabelledFeatures, limit: int | None

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
+from pipeline.embed.embedders import BACKBONE, EmbedderSpec
+from pipeline.embed.load import load_teacher
+from pipeline.embed.run import Request, embed_set, remove_vectors
+from pipeline.embed.vectors import VectorSet, labelled
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
+from pipeline.evaluate.knn import LabelledFeatures
 from pipeline.evaluate.sets import remarks
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
 from pipeline.model.pair import Encoder
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
+from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train import state
@@ -25,6 +32,8 @@ from pipeline.train.start import encoder_of, starting_pair
 from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline.evaluate")
+TRAINED, FIRST = "trained", "step0"
+Tables = dict[str, dict[str, VectorSet]]  # by network, then by set
 
 
 def chosen(context: Context) -> state.Saved:
@@ -91,28 +100,33 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     spec = evaluation_spec(plan, shards)
     noted = remarks(plan.config, shards)
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and plan.device == "cuda" else 0
+    tables = _tables(context, saved, spec)
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
     now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
-    results, pictures = ray.get(task.remote(spec, str(saved.path), "cuda" if gpus else "cpu"))
-    sentence = alarm(results["trained"], plan.config.head.prototypes)
-    tracker.metrics(saved.step, results["trained"])
+    device = "cuda" if gpus else "cpu"
+    results, pictures = ray.get(task.remote(spec, str(saved.path), device, tables))
+    if FIRST in tables:  # the vectors of random weights are of no more use
+        for vectors in tables[FIRST].values():
+            remove_vectors(vectors.uri)
+    sentence = alarm(results[TRAINED], plan.config.head.prototypes)
+    tracker.metrics(saved.step, results[TRAINED])
     score = f"eval/knn{spec.k}_top1"
     others = {name: values[score] for name, values in results.items() if score in values}
-    for name in ("step0", "raw_pixels"):
+    for name in (FIRST, "raw_pixels"):
         if name in others:
             tracker.metrics(saved.step, {f"{score}_{name}": others[name]})
     for name, picture in pictures.items():
         tracker.picture(name, saved.step, picture)
-    if score in results["trained"]:
-        tracker.headline(saved.step, {f"{score}_final": results["trained"][score]})
-        beside = {"step0": "the same network at step 0", "raw_pixels": "raw pixels"}
-        text = f"kNN-{spec.k} top-1 {others['trained']:.4f} at step {saved.step} "
+    if score in results[TRAINED]:
+        tracker.headline(saved.step, {f"{score}_final": results[TRAINED][score]})
+        beside = {FIRST: "the same network at step 0", "raw_pixels": "raw pixels"}
+        text = f"kNN-{spec.k} top-1 {others[TRAINED]:.4f} at step {saved.step} "
         text += f"({spec.compared()}); " + ", ".join(
             f"{what} {others[name]:.4f}" for name, what in beside.items() if name in others
         )
         text = "; ".join([text, *noted])
     else:
-        health = results["trained"]
+        health = results[TRAINED]
         text = "no labels; " + ", ".join(
             f"{name.partition('/')[2]} {value:.3g}" for name, value in health.items()
         )
@@ -133,24 +147,79 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     return {"step": saved.step, "text": text, "remarks": noted, **numbers}
 
 
-def _evaluate(
-    spec: EvaluationSpec, checkpoint: str, device: str
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Tables:
+    """Vectors of both sets, by the teacher and by the network at step 0, of the embed stage's kind;
+    nothing without labels.
+    """
+    if not (spec.queries and spec.reference):
+        return {}
+    trained = fingerprint([saved.step, saved.meta.get("plan")])
+    networks = {TRAINED: (load_teacher, trained), FIRST: (first_backbone, f"{trained} at step 0")}
+    tables: Tables = {}
+    for name, (load, digest) in networks.items():
+        model = EmbedderSpec(
+            BACKBONE,
+            name=f"{public(saved.path)} ({name})",
+            digest=digest,
+            load=partial(load, str(saved.path)),
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
+            batch_size=spec.batch_size,
+            half=spec.half,
+        )
+        try:
+            tables[name] = {
+                what: embed_set(
+                    Request(model, shards, max_pixels=spec.max_pixels),
+                    str(context.folder.at("evaluate", "vectors", name, what)),
+                ).vectors
+                for what, shards in (("reference", spec.reference), ("queries", spec.queries))
+            }
+        except PipelineError as error:  # model.init may be gone by now; the result is still one
+            if name == TRAINED:
+                raise
+            log.warning("step 0 is not evaluated: %s", error.what)
+    return tables
+
+
+def first_backbone(checkpoint: str) -> Any:
+    """In a task: the network that a checkpoint's training began with.
+
+    Raises:
+        PipelineError: the checkpoint is gone, or the weights that it began with.
+    """
+    return starting_pair(trained_plan(_saved(checkpoint)))[0].teacher.backbone
+
+
+def _saved(checkpoint: str) -> state.Saved:
     saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
     if saved is None:
         raise TrainError(f"the checkpoint {public(checkpoint)} is gone", "evaluate again")
+    return saved
+
+
+def _evaluate(
+    spec: EvaluationSpec, checkpoint: str, device: str, tables: Tables
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    saved = _saved(checkpoint)
     plan = trained_plan(saved)
     evaluator = Evaluator(spec, len(os.sched_getaffinity(0)), device)
     network = teacher(saved)
-    trained = evaluator.run(network.backbone)
+    # Decodes all images once, and keeps them for the pictures where they are few.
+    raw = evaluator.raw_pixels()
+
+    def stored(name: str) -> dict[ShardSet, LabelledFeatures]:
+        sets = (("reference", spec.reference), ("queries", spec.queries))
+        vectors = tables.get(name, {})
+        return {x: labelled(vectors[what]) for what, x in sets if x is not None and vectors}
+
+    trained = evaluator.run(network.backbone, stored=stored(TRAINED))
     temperature = plan.at(max(0, saved.step - 1)).teacher_temperature
-    results = {"trained": trained.metrics | evaluator.target_health(network, temperature)}
-    if spec.queries is not None:
-        try:
-            first = starting_pair(plan)[0].teacher.backbone
-        except PipelineError as error:  # model.init may be gone by now; the result is still one
-            log.warning("step 0 is not evaluated: %s", error.what)
-        else:
-            results["step0"] = evaluator.run(first).metrics
-        results["raw_pixels"] = {f"eval/knn{spec.k}_top1": evaluator.raw_pixels() or 0.0}
+    results = {TRAINED: trained.metrics | evaluator.target_health(network, temperature)}
+    if FIRST in tables:
+        first = first_backbone(checkpoint)
+        results[FIRST] = evaluator.run(first, stored=stored(FIRST)).metrics
+    if raw is not None:
+        results["raw_pixels"] = {f"eval/knn{spec.k}_top1": raw}
     return results, trained.pictures
