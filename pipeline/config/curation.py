@@ -19,12 +19,13 @@ class Curate(Section):
     shards: str = Field("", description="curated shards; default: <run folder>/curated")
     copy_embedder: str = Field(
         "descriptor",
-        description="vectors that find copies: descriptor (no weights), a run folder, weights as "
-        "for model.init, or a model in ONNX",
+        description="vectors that find copies: descriptor (no weights), a run's folder or name, "
+        "weights as for model.init, timm:<name>, or a model in ONNX",
     )
     embedder: str = Field(
-        "descriptor",
-        description="vectors that tell what an image shows, for retrieval and balance; likewise",
+        "",
+        description="vectors that tell what an image shows, for retrieval and balance: a trained "
+        "network, named likewise",
     )
     image_size: Positive | None = Field(None, description="of embedders; default: their own")
     batch_size: Positive = Field(64, description="images embedded at once")

@@ -181,7 +181,7 @@ def _uses(config: Config) -> list[_Use]:
         ),
         _Use(
             "curate.image_size curate.batch_size",
-            {curate.copy_embedder, curate.embedder} != {"descriptor"},
+            not {curate.copy_embedder, curate.embedder} <= {"", "descriptor"},
             "the descriptor has a size of its own; set curate.embedder or curate.copy_embedder",
         ),
         *(_Use(f"mix.{part}", there, why_not) for part, there, why_not in parts),

@@ -276,7 +276,7 @@ def with_absolute_weights(config: Config) -> Config:
     runs = config.run.folder
     embedders = {
         "copy_embedder": absolute_model(curate.copy_embedder, runs),
-        "embedder": absolute_model(curate.embedder, runs),
+        "embedder": curate.embedder and absolute_model(curate.embedder, runs),
     }
     places = {"against": full(curate.against), "shards": full(curate.shards)}
     curate = curate.model_copy(update=embedders | places)

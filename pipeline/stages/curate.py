@@ -69,8 +69,14 @@ def embedders(config: Config) -> list[EmbedderSpec]:
         PipelineError: a field names nothing of that kind.
     """
     curate = config.curate
-    fields = {"copy_embedder": curate.copy_embedder, "embedder": curate.embedder}
+    embedder = curate.embedder if _selects(config) else DESCRIPTOR
+    fields = {"copy_embedder": curate.copy_embedder, "embedder": embedder}
     return [embedder_of(config, f"curate.{name}", value) for name, value in fields.items()]
+
+
+def _selects(config: Config) -> bool:
+    """Whether images are chosen by what they show."""
+    return bool(config.retrieve.seeds) or bool(config.balance.images)
 
 
 def intact(context: Context) -> bool:
@@ -196,8 +202,7 @@ def _warn(context: Context) -> None:
             "dedup.calibration_images change nothing",
             public(config.curate.against),
         )
-    selects = bool(config.retrieve.seeds) or bool(config.balance.images)
-    if selects and config.curate.embedder == DESCRIPTOR:
+    if _selects(config) and config.curate.embedder == DESCRIPTOR:
         log.warning(
             "curate.embedder=descriptor tells copies, not what an image shows: retrieval and "
             "balance need a trained network, e.g. curate.embedder=runs/<name>"

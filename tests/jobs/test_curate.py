@@ -56,6 +56,9 @@ FIXED = [
 ]
 
 
+BY_COPIES = "curate.embedder=descriptor"  # needs no weights
+
+
 def curate(folder: Path, *arguments: str, name: str = "r") -> RunFolder:
     """Runs jobs/curate.py in this process."""
     given = [f"run.folder={folder}", f"run.name={name}", "track.enabled=false"]
@@ -164,7 +167,7 @@ def test_what_mlflow_prints_above_the_pictures():
         "seed": 0,
         "against": "runs/one",
     }
-    balanced = params(load(["curate.preset=balanced", "balance.images=9"]), 0, None)
+    balanced = params(load(["curate.preset=balanced", "balance.images=9", BY_COPIES]), 0, None)
     assert len(balanced) <= 8 and balanced["balanced_images"] == 9
     assert balanced["threshold"] == "none" and balanced["embedder"] == "descriptor"
 
@@ -396,7 +399,7 @@ def test_equal_images_of_a_seed_set_are_one_seed(tmp_path):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(20)]])
     seed = blobs(3).rotate(3)
     hub(tmp_path / "seeds", [[encoded(seed)] * 3, [encoded(seed, compress_level=1)]])
-    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     given += ["retrieve.include=false", "retrieve.mode=sample", "retrieve.neighbours=2"]
     run = curate(tmp_path, *given)
     assert assert_balanced(run, 20) == {"kept": 2, "not_retrieved": 18}
@@ -424,7 +427,7 @@ def test_seeds_and_balance(tmp_path):
     seeds = [encoded(blobs(i).resize((60, 60)).rotate(4)) for i in range(4)]
     hub(tmp_path / "hub", [pool])
     hub(tmp_path / "seeds", [seeds])
-    place = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    place = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     sample = ["retrieve.mode=sample", "retrieve.neighbours=3"]
     run = curate(tmp_path, *place, *sample, name="sample")
     counts = assert_balanced(run, 64)
@@ -439,7 +442,7 @@ def test_seeds_and_balance(tmp_path):
     assert_balanced(run, 60)  # seeds are no inputs
     assert {row["part"] for row in decisions(run)} == {"sample", ""}
 
-    both = ["balance.images=20", "curate.preset=balanced", "balance.resampling=1"]
+    both = ["balance.images=20", "curate.preset=balanced", "balance.resampling=1", BY_COPIES]
     run = curate(tmp_path, place[0], *both, name="balanced")
     counts = assert_balanced(run, 60)
     assert counts == {"kept": 20, "balanced_out": 40}
@@ -493,7 +496,7 @@ def test_what_is_read_is_never_written_over(tmp_path, capsys):
     for arguments in (
         [f"data.shards={run.path}/curated"],
         [f"data.shards={tmp_path}/one", f"curate.against={run.path}"],
-        [f"data.shards={tmp_path}/one", f"retrieve.seeds.x={run.path}/curated"],
+        [f"data.shards={tmp_path}/one", f"retrieve.seeds.x={run.path}/curated", BY_COPIES],
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit):
@@ -633,7 +636,7 @@ def test_parts_as_proportions(tmp_path):
     seeds = [encoded(blobs(i).resize((60, 60)).rotate(4)) for i in range(16)]
     hub(tmp_path / "hub", [pool])
     hub(tmp_path / "seeds", [seeds])
-    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     given += ["retrieve.mode=sample", "retrieve.neighbours=4"]
     plain = curate(tmp_path, *given, name="plain")
     before = Counter(row["part"] for row in decisions(plain) if row["kept"])
@@ -662,7 +665,7 @@ def test_proportions_are_those_of_the_weights():
 def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(9)]])
     hub(tmp_path / "seeds", [[encoded(blobs(30))]])
-    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 7)
     for dry in ([], ["--dry-run"]):
         with pytest.raises(SystemExit):
@@ -718,6 +721,7 @@ MISTAKES = [
     (["retrieve.seeds.pool=hub"], "a seed set cannot be called pool", "another name"),
     (["retrieve.seeds.x=/not/there"], "retrieve.seeds.x=/not/there cannot be read", "check"),
     (["curate.copy_embedder=/no/model.onnx"], "curate.copy_embedder=/no/model.onnx", ".onnx"),
+    (["balance.images=9"], "curate.embedder names no network", "none is at hand"),
     (["curate.against=/no/run"], "/no/run holds no finished curation", "run folder"),
     (["curate.query=/no/photo.jpg"], "curate.query=/no/photo.jpg: there is no such file", ""),
     (["evaluate.queries=/no/set"], "evaluate.queries=/no/set cannot be read", "jobs/pack.py"),
@@ -734,6 +738,21 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, arguments, what, hint):
     lines = said(capsys)
     assert len(lines) <= 2 and what in lines[0]
     assert hint in lines[-1]
+
+
+def test_what_goes_by_meaning_asks_for_a_network(tmp_path, capsys):
+    hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(20)]])
+    (tmp_path / "photos" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    given = [f"data.shards={tmp_path}/hub", "balance.images=9", "balance.resampling=1"]
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            curate(tmp_path, *given, *dry)
+        what, hint = said(capsys)
+        assert "go by what an image shows, and curate.embedder names no network" in what
+        assert f"at hand are {tmp_path}/photos), or to descriptor" in hint
+    capsys.readouterr()
+    curate(tmp_path, *given, BY_COPIES)
+    assert "curate.embedder=descriptor tells copies" in "".join(capsys.readouterr())
 
 
 def test_training_reads_what_is_kept(tmp_path, capsys):
@@ -772,7 +791,7 @@ def test_presets_warn_about_vectors_that_they_are_not_for(tmp_path, capsys):
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(30)]])
     hub(tmp_path / "seeds", [[encoded(blobs(200 + i)) for i in range(5)]])
     given = [f"run.folder={tmp_path}", "run.name=r", "track.enabled=false"]
-    given += ["curate.preset=lvd142m", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    given += ["curate.preset=lvd142m", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     given += ["retrieve.clusters=3", "quality.min_sharpness=1", f"data.shards={tmp_path}/hub"]
     job.main(["curate"], "doc", given)
     shown = capsys.readouterr().out
@@ -827,7 +846,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
     hub(tmp_path / "test", [[encoded(blobs(3))]])
     hub(tmp_path / "seeds", [[encoded(blobs(i).rotate(5)) for i in range(6)]])
     sets = [f"data.shards={tmp_path}/hub", f"leaks.sets.test={tmp_path}/test"]
-    sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds"]
+    sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     sets += ["retrieve.mode=sample", "balance.images=9", "balance.resampling=1"]
     sets += ["data.shard_mb=0.01"]
     inner, ran = steps._run, []
@@ -949,6 +968,7 @@ def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
             "retrieve.mode=sample",
             "retrieve.neighbours=3",
             "balance.images=10",
+            BY_COPIES,
             "balance.levels=[6,3]",
         ],
         ["retrieve.mode=cluster", "retrieve.clusters=4", "retrieve.cluster_seeds=1"],

@@ -45,6 +45,7 @@ def sets(folder: Path) -> list[str]:
         f"retrieve.seeds.mine={folder}/seeds",
         "retrieve.mode=sample",
         "balance.images=9",
+        "curate.embedder=descriptor",
         "balance.resampling=1",
         "data.shard_mb=0.01",
     ]
