@@ -116,7 +116,7 @@ class VectorSet:
 
     def labels(self) -> Array:
         """Labels int64 [n]; -1 where unknown."""
-        return np.asarray(self._column("label").fill_null(-1).to_numpy(), np.int64)
+        return np.array(self._column("label").fill_null(-1).to_numpy(), np.int64)
 
     def sources(self) -> Array:
         """Where each image is from, str [n] as objects."""
@@ -124,7 +124,7 @@ class VectorSet:
 
     def places(self) -> Array:
         """The row of each image in its shards, int64 [n]."""
-        return np.asarray(self._column("row").to_numpy(), np.int64)
+        return np.array(self._column("row").to_numpy(), np.int64)
 
     def read(self, output: str = "cls", rows: slice | None = None) -> Array:
         """Vectors of all images, or of a slice of them.
