@@ -4,12 +4,14 @@ out. The model is the descriptor, so that nothing is trained; neighbours are che
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -240,3 +242,30 @@ def test_the_command(made: VectorSet, here: Path, capsys: pytest.CaptureFixture[
     assert f"query       {name}" in out and "page        " in out
     assert out.count("photos/") == 4
     assert (here / "runs/search/search/search.html").is_file()
+
+
+def test_an_index_is_built_beside_the_vectors(
+    made: VectorSet, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("faiss")
+    draw = np.random.default_rng(0)
+    near = draw.normal(size=(30, made.dim))[draw.integers(0, 30, 10_000)]
+    vectors = (near + 0.3 * draw.normal(size=near.shape)).astype(np.float32)
+    images = pa.table(
+        {
+            "image_id": [f"{n:032x}" for n in range(10_000)],
+            "source": [f"{n}.png" for n in range(10_000)],
+            "label": pa.nulls(10_000, pa.int64()),
+        }
+    )
+    facts = made.facts | {"shards": made.facts["shards"] | {"uri": "gone"}}
+    large = write_table(here / "large", facts, images, vectors, 3)
+    exact = search(large, f"{5:032x}", "search.k=10")
+    rows = search(large, f"{5:032x}", "search.k=10", "search.index=ivf")
+    assert json.loads((here / "large/_index.json").read_text())["recall"] >= 0.95
+    assert "index       built in" in caplog.text
+    assert len({row["image_id"] for row in rows} & {row["image_id"] for row in exact}) >= 8
+    assert "index of 256 lists" in (here / "runs/ask/search/search.html").read_text()
+    caplog.clear()
+    assert search(large, f"{5:032x}", "search.k=10", "search.index=ivf") == rows
+    assert "built in" not in caplog.text and "recall@10" in caplog.text
