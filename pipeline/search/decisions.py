@@ -37,7 +37,7 @@ class Decisions:
             DataError: the named run has no decisions.
         """
         place = absolute_uri(run) if run else parent(vectors)[0]
-        decisions = cls(join(place, "curate", "decisions"))
+        decisions = cls(join(place, "curate", "steps", "decisions"))
         if parquet_names(decisions.folder):
             return decisions
         if run:

@@ -105,7 +105,7 @@ def write_table(
 
 def write_decisions(run: Path, decisions: list[dict[str, Any]]) -> None:
     """What a curation left in a run folder, as far as search reads it."""
-    folder = run / "curate" / "decisions"
+    folder = run / "curate/steps/decisions"
     folder.mkdir(parents=True)
     schema = pa.schema(
         [
