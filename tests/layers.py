@@ -121,8 +121,8 @@ TABLE = [
         others="numpy pyarrow", others_inside="scipy torch"),
     row("curate.decide.*", "curate.decide.* curate.rows.* curate.steps.* errors images pack shards "
         "storage uri", others="numpy pyarrow", others_inside="PIL"),
-    row("curate.report.*", "curate.report.* curate.rows.* curate.steps.* errors report storage uri "
-        "views", others="numpy PIL pyarrow", others_inside="umap"),
+    row("curate.report.*", "curate.choose.* curate.report.* curate.rows.* curate.steps.* errors "
+        "report storage uri views", others="numpy PIL pyarrow", others_inside="umap"),
     row("search", "curate.report.* curate.rows.* embed errors heartbeat images pack report "
         "shards storage uri", others="numpy pyarrow", others_inside="faiss"),
     # what runs: config in, files out

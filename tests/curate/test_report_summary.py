@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from pipeline.curate.look.looks import VERDICTS
-from pipeline.curate.report.clusters import effective
 from pipeline.curate.report.copies import read_looks
 from pipeline.curate.report.map import principal
 from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws
@@ -149,11 +148,6 @@ def test_clusters_before_and_after(run: Run, summary: Summary) -> None:
         for row, chosen in sheet.rows:
             assert run.rows[row].label == sheet.cluster
             assert chosen == (run.rows[row].reason == "kept")
-
-
-@pytest.mark.parametrize("sizes, count", [([5], 1), ([3, 3, 3], 3), ([0, 0], 0), ([], 0)])
-def test_effective_numbers_of_even_clusters(sizes: list[int], count: int) -> None:
-    assert effective(np.array(sizes, np.int64)) == pytest.approx(count)
 
 
 def test_the_map_is_a_pca_of_the_descriptors(run: Run, summary: Summary) -> None:

@@ -180,11 +180,11 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     real, calls = module.write_shard, []
 
-    def dies(folder, index, *others):
-        calls.append(index)
-        if index == 2:
+    def dies(out, pieces, layout):
+        calls.append(int(out.name))
+        if calls[-1] == 2:
             raise KeyboardInterrupt
-        return real(folder, index, *others)
+        return real(out, pieces, layout)
 
     monkeypatch.setattr(module, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -192,7 +192,9 @@ def test_a_kill_between_two_shards(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="packing was not finished"):
         open_shards(str(tmp_path / "again" / "curated"))
     monkeypatch.setattr(
-        module, "write_shard", lambda f, i, *r: (calls.append(i), real(f, i, *r))[1]
+        module,
+        "write_shard",
+        lambda out, pieces, layout: (calls.append(int(out.name)), real(out, pieces, layout))[1],
     )
     (written, _, _), _ = curated(tmp_path / "again", sets)
     assert written.digest == whole.digest
@@ -247,9 +249,9 @@ def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
     refused("no manifest says whose shard that is")
     (tmp_path / "aside").rename(manifest)
 
-    def meanwhile(*arguments):  # another run comes while this one writes
+    def meanwhile(*arguments, **layout):  # another run comes while this one writes
         refused("another job is writing shards of curated from .*/a")
-        return write_shard(*arguments)
+        return write_shard(*arguments, **layout)
 
     write_shard = module.write_shard
     with monkeypatch.context() as patch:

@@ -93,13 +93,7 @@ def balanced_sample(steps: Steps, rows: RowSet, hierarchy: Hierarchy, sample: Sa
 def drawn_entries(name: str, assigned: Step, seed: int) -> Entries:
     """Rows of a file that ask to be chosen by a draw."""
     table = assigned.read(name, ["row", "image_id", "leaf"])
-    ids = ids_of(table["image_id"])
-    return Entries(
-        np.asarray(table["leaf"].to_numpy(), np.int64),
-        draw(seed, 0, ids, BALANCE),
-        ids,
-        np.asarray(table["row"].to_numpy(), np.int64),
-    )
+    return Entries.of(table, draw(seed, 0, ids_of(table["image_id"]), BALANCE))
 
 
 def _choose_task(

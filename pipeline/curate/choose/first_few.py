@@ -50,6 +50,16 @@ class Entries:
             np.asarray(table["row"].to_numpy(), np.int64),
         )
 
+    @classmethod
+    def of(cls, assigned: pa.Table, keys: Array) -> Entries:
+        """Rows with their clusters (`lloyd_tasks.ASSIGNED`), and a key for each."""
+        return cls(
+            np.asarray(assigned["leaf"].to_numpy(), np.int64),
+            keys,
+            ids_of(assigned["image_id"]),
+            np.asarray(assigned["row"].to_numpy(), np.int64),
+        )
+
     def take(self, at: Array) -> Entries:
         """Some of them."""
         return Entries(self.groups[at], self.keys[at], self.ids[at], self.rows[at])

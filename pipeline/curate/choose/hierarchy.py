@@ -27,7 +27,6 @@ from pipeline.curate.choose.lloyd_tasks import Fitted, device_of
 from pipeline.curate.rows.draws_by_id import firsts, numbers_as_ids
 from pipeline.curate.rows.exact import Centres, Halves
 from pipeline.curate.rows.read_rows import RowSet
-from pipeline.curate.rows.tables import ids_of
 from pipeline.curate.steps.steps import ONE_CPU, Account, Output, Resources, Step, Steps
 from pipeline.errors import PipelineError
 from pipeline.storage.run_folder import fingerprint
@@ -166,13 +165,7 @@ def half_mean_size(rows: int, clusters: int) -> int:
 def nearest_entries(name: str, assigned: Step) -> Entries:
     """Rows of a file that ask to be chosen by their similarity to their centroid."""
     table = assigned.read(name)
-    similarity = np.asarray(table["similarity"].to_numpy(), np.float64)
-    return Entries(
-        np.asarray(table["leaf"].to_numpy(), np.int64),
-        -similarity,
-        ids_of(table["image_id"]),
-        np.asarray(table["row"].to_numpy(), np.int64),
-    )
+    return Entries.of(table, -np.asarray(table["similarity"].to_numpy(), np.float64))
 
 
 def _nearest_rows(steps: Steps, rows: RowSet, fitted: Fitted, assigned: Step) -> RowSet:

@@ -29,7 +29,7 @@ from pipeline.curate.choose.neighbours import ASKED, IdSet
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, firsts, id_words, numbers_as_ids
 from pipeline.curate.rows.exact import Centres
 from pipeline.curate.rows.read_rows import Points, RowSet
-from pipeline.curate.rows.tables import id_array, ids_of
+from pipeline.curate.rows.tables import id_array
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
 from pipeline.storage.run_folder import fingerprint
 
@@ -124,16 +124,15 @@ def drawn_rows(name: str, drawing: Drawing, only: int | None = None) -> Entries:
     A set's own images are left out. Each set draws by its name, so that sets draw different rows.
     """
     table = drawing.assigned.read(name, ["row", "image_id", "leaf"])
-    rows, ids = np.asarray(table["row"].to_numpy(), np.int64), ids_of(table["image_id"])
-    leaves = np.asarray(table["leaf"].to_numpy(), np.int64)
+    entries = Entries.of(table, np.zeros(len(table)))
     parts = []
     for number, one in enumerate(drawing.sets):
-        if one.assigned is None or only not in (None, number) or not len(rows):
+        if one.assigned is None or only not in (None, number) or not len(table):
             continue
-        other = ~IdSet.read(one.assigned.folder, one.rows.names).contain(ids)
-        keys = draw(drawing.seed, int(fingerprint(one.name)[:8], 16), ids[other], RETRIEVE)
-        groups = number * drawing.clusters + leaves[other]
-        parts.append(Entries(groups, keys, ids[other], rows[other]))
+        mine = entries.take(~IdSet.read(one.assigned.folder, one.rows.names).contain(entries.ids))
+        mine.keys = draw(drawing.seed, int(fingerprint(one.name)[:8], 16), mine.ids, RETRIEVE)
+        mine.groups = number * drawing.clusters + mine.groups
+        parts.append(mine)
     return Entries.joined(parts)
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.curate.decide.shard_form import Form, decided, formed, opened
 from pipeline.curate.rows.tables import InputFile, Inputs, read_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import file_info, resolve_uri
@@ -39,7 +39,7 @@ class Selection:
 
     sets: Sequence[tuple[str, ShardSet]]
     inputs: Inputs
-    decisions: Result
+    decisions: Step
     fingerprints: str
     earlier: ShardSet | None = None
 
@@ -71,17 +71,21 @@ class Layout:
     """How curated shards are cut, and where their rows are read from.
 
     Attributes:
+        key: of all that the shards depend on.
         form: of a shard.
         shards: how many.
         row_group_images: rows of a row group, fewer where images are large.
         decisions: folder of the decisions.
+        fingerprints: folder of that step.
         sorted: folder of files that were sorted first; "" where none had to be.
     """
 
+    key: str
     form: Form
     shards: int
     row_group_images: int
     decisions: str
+    fingerprints: str
     sorted: str = ""
 
 
@@ -93,13 +97,19 @@ class Piece:
     sorted: str = ""  # name of the sorted file
     group: int = 0
 
+    @property
+    def key(self) -> str:
+        """The layout's key says the rest."""
+        return f"{self.file.set} {self.file.name} {self.sorted} {self.group}"
 
-def write_shard(folder: str, index: int, pieces: tuple[Piece, ...], layout: Layout) -> Account:
-    """Task: writes shard `index`; no rows, no file.
+
+def write_shard(out: Output, pieces: Sequence[Piece], layout: Layout) -> Account:
+    """Task: writes the shard that the task is called after; no rows, no file.
 
     Raises:
         RuntimeError: two rows have one id.
     """
+    index, schema = int(out.name), layout.form.schema
     new, old = (
         [
             table
@@ -110,15 +120,15 @@ def write_shard(folder: str, index: int, pieces: tuple[Piece, ...], layout: Layo
         for earlier in (False, True)
     )
     new, again = _without(new, old)
-    tables, schema = [*new, *old], layout.form.schema
+    tables = [*new, *old]
     table = _in_order(pa.concat_tables(tables) if tables else schema.empty_table())
     ids, labels = table["image_id"].to_pylist(), table["label"].to_pylist()
     if len(set(ids)) != len(ids):
         raise RuntimeError(f"shard {index} would hold an image twice")
-    account: Account = {"name": shard_name(index), "rows": len(ids), "again": again, "bytes": 0}
+    account: Account = {"name": shard_name(index), "rows": len(ids), "again": again}
     account["row_groups"] = []
     if ids:
-        fs, path = resolve_uri(str(join(folder, account["name"])))
+        fs, path = resolve_uri(str(join(out.folder, account["name"])))
         sizes = pc.binary_length(table["image"]).to_numpy()
         with parquet_writer_atomic(schema, fs, path) as writer:
             for start, end in row_groups(sizes, layout.row_group_images):
@@ -191,17 +201,17 @@ def _kept_groups(
 RUN_BYTES = 256 * 2**20  # of images that are sorted at once
 
 
-def sort_files(root: Place, selection: Selection, layout: Layout, key: str) -> Result | None:
+def sort_files(root: Place, selection: Selection, layout: Layout) -> Step | None:
     """The step that sorts the files that are not packed; None where nothing of them is kept."""
-    loose = [f for f, _ in selection.kept_files() if f.set not in layout.form.packed]
-    tasks = [Task(file.name, (file, selection.fingerprints, layout)) for file in loose]
-    return run_step(root, "sorted", key, tasks, sort_file) if tasks else None
+    packed = layout.form.packed
+    loose = {f.name: f for f, _ in selection.kept_files() if f.set not in packed}
+    return Steps(root).run("sorted", sort_file, loose, layout=layout) if loose else None
 
 
-def sort_file(folder: str, file: InputFile, fingerprints: str, layout: Layout) -> Account:
+def sort_file(out: Output, file: InputFile, layout: Layout) -> Account:
     """Task: the rows of a file that are kept, as one or more files sorted by id."""
     ids, kept = decided(file, layout.decisions)
-    about = read_table(fingerprints, file.name, ["source", "width", "height"])
+    about = read_table(layout.fingerprints, file.name, ["source", "width", "height"])
     runs: list[dict[str, Any]] = []
     buffered: list[pa.Table] = []
     size = 0
@@ -209,10 +219,10 @@ def sort_file(folder: str, file: InputFile, fingerprints: str, layout: Layout) -
         buffered.append(formed(table, ids[rows], about.take(rows), file, layout.form))
         size += table.nbytes
         if size >= RUN_BYTES:
-            runs.append(_write_run(folder, f"{file.name}-{len(runs):03d}", buffered, layout))
+            runs.append(_write_run(out.folder, f"{file.name}-{len(runs):03d}", buffered, layout))
             buffered, size = [], 0
     if buffered:
-        runs.append(_write_run(folder, f"{file.name}-{len(runs):03d}", buffered, layout))
+        runs.append(_write_run(out.folder, f"{file.name}-{len(runs):03d}", buffered, layout))
     return {"rows": int(kept.sum()), "file": file.index, "runs": runs}
 
 

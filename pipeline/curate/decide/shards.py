@@ -24,7 +24,7 @@ from pipeline.curate.decide.shard_write import (
     write_shard,
 )
 from pipeline.curate.rows.tables import AS_IS, InputFile
-from pipeline.curate.steps.steps import Result, Task, empty_step, run_step, step_files, step_key
+from pipeline.curate.steps.steps import Step, Steps, empty_step, numbered, step_files
 from pipeline.errors import DataError, StorageError
 from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
 from pipeline.pack.merge import shard_of
@@ -47,7 +47,7 @@ def write_curated(
     *,
     shard_bytes: int,
     row_group_images: int,
-) -> tuple[ShardSet, list[Result], int]:
+) -> tuple[ShardSet, list[Step], int]:
     """Writes the images that are kept as image shards with a manifest; needs a joined Ray cluster.
 
     A rerun writes what is missing, and nothing where nothing changed.
@@ -83,18 +83,16 @@ def write_curated(
     # The types are checked before anything is sorted or written, for that reads all values.
     check_values(every, form)
     source = source_of([one.uri for _, one in every])
-    layout = Layout(form, count, row_group_images, decisions.folder)
-    runs = sort_files(root, selection, layout, key)
+    layout = Layout(key, form, count, row_group_images, decisions.folder, selection.fingerprints)
+    runs = sort_files(root, selection, layout)
     layout = replace(layout, sorted=runs.folder if runs else "")
-    tasks = [
-        Task(f"{index:05d}", (index, tuple(pieces), layout))
-        for index, pieces in enumerate(_pieces(selection, layout, runs))
-    ]
+    pieces = _pieces(selection, layout, runs)
     folder, name = parent(shards)
+    steps = Steps(folder)
     owner = Owner(source, public(root))
     with claimed(str(shards), owner, lambda: unfinished(str(shards))) as claim:
-        _make_ready(claim, root, source, key, step_key(name, key, tasks))
-        written = run_step(folder, name, key, tasks, write_shard)
+        _make_ready(claim, root, source, key, steps.key(name, pieces, layout=layout))
+        written = steps.run(name, write_shard, pieces, layout=layout)
         again = int(written.total("again"))
         if (rows := int(written.total("rows"))) != selection.images - again:
             raise RuntimeError(
@@ -113,9 +111,9 @@ def write_curated(
     return curated, [*([runs] if runs else []), written], again
 
 
-def _pieces(selection: Selection, layout: Layout, runs: Result | None) -> list[list[Piece]]:
+def _pieces(selection: Selection, layout: Layout, runs: Step | None) -> dict[str, list[Piece]]:
     """What each shard is made of: shards hold ranges of ids, and files say which ids they hold."""
-    pieces: list[list[Piece]] = [[] for _ in range(layout.shards)]
+    pieces: dict[str, list[Piece]] = {name: [] for name in numbered(layout.shards)}
     ranges = [  # packed files are sorted by id, so a shard reads its range of each
         (file, account["low"], account["high"])
         for file, account in selection.kept_files()
@@ -124,12 +122,12 @@ def _pieces(selection: Selection, layout: Layout, runs: Result | None) -> list[l
     ranges += _ranges(selection.earlier) if selection.earlier else []
     for file, low, high in ranges:
         for index in range(shard_of(low, layout.shards), shard_of(high, layout.shards) + 1):
-            pieces[index].append(Piece(file))
+            pieces[f"{index:05d}"].append(Piece(file))
     for account in runs.accounts if runs else ():  # others were sorted into runs before
         file = selection.inputs.files[account["file"]]
         for run in account["runs"]:
             for group, index in enumerate(run["shards"]):
-                pieces[index].append(Piece(file, run["name"], group))
+                pieces[f"{index:05d}"].append(Piece(file, run["name"], group))
     return pieces
 
 

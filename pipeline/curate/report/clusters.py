@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.curate.choose.balance import effective
 from pipeline.curate.report.read import Ints, Samples, TableFiles, draws, ids
 from pipeline.curate.rows.tables import read_table
 
@@ -72,15 +73,6 @@ class Clusters:
     def shown(self) -> Iterator[int]:
         """Rows that are shown."""
         return (row for sheet in self.sheets for row, _ in sheet.rows)
-
-
-def effective(sizes: Ints) -> float:
-    """The exponential of the entropy of the shares; 0 of nothing (Hill number of order 1)."""
-    sizes = sizes[sizes > 0]
-    if not len(sizes):
-        return 0.0
-    shares = sizes / sizes.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def read_clusters(tables: TableFiles, seed: int) -> Clusters:
