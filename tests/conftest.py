@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage import places as storage
+from tests import standins
 from tests.s3 import S3, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -78,6 +79,12 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     s3_server.check_keys = False
     s3_server.faults.clear()
     storage._filesystem.cache_clear()
+
+
+@pytest.fixture
+def tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack and curation run their tasks in this process."""
+    standins.tasks_here(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,11 @@ from pipeline.errors import ConfigError, DamagedError, DataError, PipelineError
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import decode_image
 from pipeline.model.read import read_weights
-from pipeline.pack.pack import PackPlaces, pack
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import checkpoint_files, state
+from tests.data import encoded, packed
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,12 +144,7 @@ def test_the_column_runs_where_it_is_converted(mark: Path, tmp_path: Path) -> No
 
 
 def pngs(count: int) -> list[bytes]:
-    found = []
-    for value in range(count):
-        stream = io.BytesIO()
-        Image.new("RGB", (16, 16), (value, 0, 0)).save(stream, "PNG")
-        found.append(stream.getvalue())
-    return found
+    return [encoded(Image.new("RGB", (16, 16), (value, 0, 0))) for value in range(count)]
 
 
 @pytest.mark.parametrize("column", ["image", "label", "extra"])
@@ -183,15 +178,11 @@ def test_parquet_as_a_source(column: str, mark: Path, tmp_path: Path, ray_cluste
     (tmp_path / "set").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "set" / "a.parquet")
     try:
-        pack(
-            str(tmp_path / "set"),
-            str(tmp_path / "out"),
-            PackPlaces(bad_images=str(tmp_path / "bad.parquet"), scratch=str(tmp_path / "work")),
-        )
+        packed(tmp_path / "set", tmp_path / "out")
     except PipelineError as error:
         assert column in ("image", "label"), error
     else:
-        kinds = pq.read_schema(tmp_path / "out" / "part-00000.parquet").types
+        kinds = pq.read_schema(tmp_path / "out" / "shards" / "part-00000.parquet").types
         assert not any(isinstance(kind, pa.BaseExtensionType) for kind in kinds)
     assert not mark.exists()
 

@@ -6,21 +6,18 @@ import io
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from pipeline.evaluate import teacher
 from pipeline.evaluate.pictures import CELL, GAP, crops_sheet, neighbours_grid, pca_grid
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.vit import BackboneSpec
-from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.shards.shards import ShardSet
 from pipeline.views import photometric as ph
 from pipeline.views.batch import Batch
 from pipeline.views.crops import resize_centre_crop
+from tests.data import encoded, stored
 
 STRIDE = CELL + GAP
 
@@ -32,22 +29,14 @@ def shards(folder: Path, images: int, seed: int, channels: int) -> tuple[ShardSe
     pixels = rng.integers(0, 40, (images, 18, 20, channels)).astype(np.uint8)
     for image, label in zip(pixels, labels, strict=True):
         image[6 * label : 6 * label + 6, :, -1] += 160
-    encoded = []
+    images = []
     for image in pixels:
         stream = io.BytesIO()
-        if channels == 1:
-            Image.fromarray(image[..., 0]).save(stream, "PNG")
-        else:
-            np.save(stream, image)
-        encoded.append(stream.getvalue())
-    encoded[2] = b"broken"
-    table = pa.table(
-        {"image": pa.array(encoded, pa.binary()), "label": pa.array(labels, pa.int64())}
-    )
-    folder.mkdir()
-    fs, path = resolve_uri(str(folder / "part.parquet"))
-    write_parquet_atomic(table, fs, path, row_group_size=16)
-    return open_shards(str(folder)), np.delete(pixels, 2, 0)
+        np.save(stream, image)
+        images.append(encoded(image[..., 0]) if channels == 1 else stream.getvalue())
+    images[2] = b"broken"
+    shards = stored({"image": images, "label": labels}, folder / "part.parquet", 16)
+    return shards, np.delete(pixels, 2, 0)
 
 
 def spec_for(tmp_path: Path, channels: int) -> tuple[EvaluationSpec, np.ndarray]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.vit import BackboneSpec
-from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.shards.shards import ShardSet
+from tests.data import encoded, hub_table, stored
 
 COLOURS = np.asarray([(200, 30, 30), (30, 200, 30), (30, 30, 200)])
 
@@ -35,23 +30,16 @@ NAMES = ["red", "green", "blue"]
 
 def colours(folder: Path, named: list[tuple[str, bytes]], names: list[str] | None) -> ShardSet:
     """Images with the names of their classes as text, or as ids in `names`."""
-    label = pa.array([name if names is None else names.index(name) for name, _ in named])
-    table = pa.table({"image": pa.array([x for _, x in named], pa.binary()), "label": label})
-    if names is not None:
-        about = {"info": {"features": {"label": {"names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
-    folder.mkdir()
-    write_parquet_atomic(table, *resolve_uri(str(folder / "part.parquet")), row_group_size=16)
-    return open_shards(str(folder))
+    label = [name if names is None else names.index(name) for name, _ in named]
+    table = hub_table([x for _, x in named], label, names or ())
+    return stored(table, folder / "part.parquet", 16)
 
 
 def picture(rng: np.random.Generator, colour: int | None) -> bytes:
     """A colour with grain, or noise where nothing can be learnt."""
     noise = rng.integers(-20, 20, (18, 18, 3)) + (0 if colour is None else COLOURS[colour])
     pixels = rng.integers(0, 256, (18, 18, 3)) if colour is None else noise
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(pixels.astype(np.uint8))
 
 
 def top1(spec: EvaluationSpec, reference: ShardSet, queries: ShardSet) -> tuple[float, float]:
@@ -103,19 +91,9 @@ def test_two_sets_of_one_digest_are_two_sets(spec: EvaluationSpec, tmp_path: Pat
 def shards(folder: Path, images: int, seed: int, bad: int = 0) -> ShardSet:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, images)
-    encoded = []
-    for label in labels:
-        buffer = io.BytesIO()
-        noise = rng.integers(-20, 20, (18, 18, 3))
-        Image.fromarray((COLOURS[label] + noise).astype(np.uint8)).save(buffer, "PNG")
-        encoded.append(buffer.getvalue())
-    encoded[:bad] = [b"broken"] * bad
-    table = pa.table(
-        {"image": pa.array(encoded, pa.binary()), "label": pa.array(labels, pa.int64())}
-    )
-    fs, path = resolve_uri(str(folder / "part.parquet"))
-    write_parquet_atomic(table, fs, path, row_group_size=16)
-    return open_shards(str(folder))
+    images = [picture(rng, label) for label in labels]
+    images[:bad] = [b"broken"] * bad
+    return stored({"image": images, "label": labels}, folder / "part.parquet", 16)
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ Pictures are one known pattern (`pattern`), so a test can say what each pixel mu
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from tests.data import encoded as encode
 
 
 def pattern(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -23,14 +24,6 @@ def pattern(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray[Any,
     ).astype(np.uint8)
     picture[: height // 4, : width // 4] = (250, 20, 20 + seed % 200)
     return picture
-
-
-def encode(image: Image.Image | np.ndarray[Any, Any], form: str = "PNG", **options: Any) -> bytes:
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def jpeg(seed: int = 0, height: int = 48, width: int = 64, **options: Any) -> bytes:

@@ -18,36 +18,26 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.images.bad_image import REASONS, BadImage
-from pipeline.pack import pack as packing
-from pipeline.pack.pack import PackOptions, PackPlaces, pack
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.stream.decoder import make_chunk
 from pipeline.stream.reader import encoded_images, reading_of
+from tests.data import packed
 from tests.stream.test_reader import BATCH, spec_of
 
 IMAGES, FLIPPED = 24, (3, 17)
-
-
-def packed(source: Path, place: Path) -> Any:
-    return pack(
-        str(source),
-        str(place / "shards"),
-        PackPlaces(bad_images=str(place / "bad.parquet"), scratch=str(place / "work")),
-        PackOptions(max_bad_fraction=0.5, row_group_images=8),
-    )
+OPTIONS: dict[str, Any] = {"max_bad_fraction": 0.5, "row_group_images": 8}
 
 
 @pytest.fixture
-def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def good(tmp_path: Path, tasks_here: None) -> Path:
     """Bitmaps in two classes: what is flipped in one decodes as before."""
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
     rng = np.random.default_rng(0)
     for i in range(IMAGES):
         file = tmp_path / "photos" / f"k{i % 2}" / f"{i}.bmp"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8)).save(file)
-    packed(tmp_path / "photos", tmp_path)
+    packed(tmp_path / "photos", tmp_path, **OPTIONS)
     return tmp_path / "shards"
 
 
@@ -117,7 +107,7 @@ def test_curation_counts_them_as_bad(good: Path, tmp_path: Path) -> None:
 
 def test_packing_again_refuses_them(good: Path, tmp_path: Path) -> None:
     flip(good)
-    report = packed(good, tmp_path / "again")
+    report = packed(good, tmp_path / "again", **OPTIONS)
     assert report.bad == {"damaged": 2} and report.images_packed == IMAGES - 2
     rows = pq.read_table(tmp_path / "again" / "bad.parquet").to_pylist()
     assert {row["reason"] for row in rows} == {"damaged"}

@@ -18,9 +18,8 @@ from PIL import Image
 
 from pipeline.images.bad_image import pixel_limit
 from pipeline.images.decode import BadImage, decode, decode_shrunk, image_size
-from pipeline.pack import pack as packing
 from pipeline.pack.listing import list_source
-from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES, PackOptions, PackPlaces, pack
+from pipeline.pack.pack import MAX_IMAGE_BYTES, RUN_BYTES
 from pipeline.pack.sorted_runs import PackSpec, write_runs
 from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.row_group import read_row_group
@@ -33,6 +32,7 @@ from pipeline.views.crops import (
     scale_boxes,
     uniforms,
 )
+from tests.data import packed
 from tests.images import hostile as h
 from tests.images.hostile_kinds import Kind, catalogue, jp2
 from tests.pack.test_pack import tar_of, write
@@ -209,14 +209,7 @@ def check_pack(tmp_path: Path, fill) -> None:
     root.mkdir()
     odd = fill(root)
     before = files_under(tmp_path)
-    report = pack(
-        str(root),
-        str(tmp_path / "out" / "shards"),
-        PackPlaces(
-            bad_images=str(tmp_path / "out" / "bad.parquet"), scratch=str(tmp_path / "out" / "work")
-        ),
-        PackOptions(max_bad_fraction=1.0),
-    )
+    report = packed(root, tmp_path / "out", max_bad_fraction=1.0)
     assert report.images_packed == len(GOOD) and report.duplicates == 0
     bad = pq.read_table(tmp_path / "out" / "bad.parquet").to_pylist()
     left = pq.read_table(tmp_path / "out" / "other_files.parquet").to_pylist()
@@ -240,8 +233,7 @@ def check_pack(tmp_path: Path, fill) -> None:
 
 
 @pytest.mark.parametrize("fill", [folder_of, tar_file_of, parquet_of])
-def test_a_whole_pack_and_training_on_it(tmp_path, monkeypatch, fill):
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
+def test_a_whole_pack_and_training_on_it(tmp_path, tasks_here, fill):
     check_pack(tmp_path, fill)
 
 

@@ -1,6 +1,5 @@
 """Images of more than 8 bits: every bit that is used reaches the 256 levels, in each format."""
 
-import importlib
 import io
 import itertools
 import json
@@ -10,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline.config.data import Data
 from pipeline.evaluate.teacher import EvaluationSpec, read_images
@@ -33,6 +31,8 @@ from pipeline.pack.sorted_runs import PackSpec, write_runs
 from pipeline.pack.sources import Reading, plan_tasks
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import open_shards
+from tests.data import encoded as pillow
+from tests.data import packed
 
 SIDE = 48
 
@@ -43,12 +43,6 @@ def values(top, channels=0, seed=0, dtype="u2"):
     drawn = np.random.default_rng(seed).integers(0, top + 1, shape)
     drawn.flat[:8], drawn.flat[-8:] = 0, top
     return drawn.astype(dtype)
-
-
-def pillow(array, kind):
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, kind)
-    return stream.getvalue()
 
 
 def npy(array):
@@ -230,44 +224,34 @@ def test_packing_finds_one_range_whatever_the_tasks_and_their_order(tmp_path):
         assert range_of(merged(order)) == range_of(merged([whole])) == (0, 2390)
 
 
-def eight_bits(tmp_path, packing):
+def eight_bits(tmp_path):
     """A pack of a plain JPEG: `full`, and no range that is used. Also what is said of it."""
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "a.jpg").write_bytes(pillow(values(255, dtype="u1"), "JPEG"))
-    places = packing.PackPlaces(str(tmp_path / "p.parquet"), str(tmp_path / "p_work"))
-    report = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places)
+    source, out = tmp_path / "plain", tmp_path / "p"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(pillow(values(255, dtype="u1"), "JPEG"))
+    report = packed(source, out)
     assert (report.value_range, report.used_range) == (FULL, None)
     assert sentence(None, (0, 4095)) == sentence(None, FULL) == ""
-    manifest = json.loads((tmp_path / "p" / "_manifest.json").read_text())
+    manifest = json.loads((out / "shards" / "_manifest.json").read_text())
     assert (manifest["value_range"], manifest["used_range"]) == (FULL, None)
-    stored = tmp_path / "p_work" / "report.json"
-    assert packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places) == report
+    stored = out / "work" / "report.json"
+    assert packed(source, out) == report
     stored.write_text(stored.read_text().replace('"full"', "[1]"))  # edited: packed again
-    again = packing.pack(str(tmp_path / "plain"), str(tmp_path / "p"), places)
+    again = packed(source, out)
     assert again.value_range == FULL
-    return open_shards(str(tmp_path / "p")), report
+    return open_shards(str(out / "shards")), report
 
 
-def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
-    packing = importlib.import_module("pipeline.pack.pack")
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
-
-    def packed(name, top, **how):
+def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, tasks_here):
+    def packed_from(name, top, **how):
         for i in range(8):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{i}.png").write_bytes(pillow(values(top, seed=i), "PNG"))
         folder = tmp_path / f"{name}-{how.get('value_range', AUTO)}"
-        report = packing.pack(
-            str(tmp_path / name),
-            str(folder / "shards"),
-            packing.PackPlaces(
-                bad_images=str(folder / "bad.parquet"), scratch=str(folder / "work")
-            ),
-            packing.PackOptions(channels=1, **how),
-        )
+        report = packed(tmp_path / name, folder, channels=1, **how)
         return report, open_shards(str(folder / "shards"))
 
-    report, shards = packed("deep", 4095)
+    report, shards = packed_from("deep", 4095)
     assert report.value_range == report.used_range == shards.value_range == (0, 4095)
     assert shards.columns.value_range == (0, 4095)
     # a single shard knows it, too, and a set of others is looked at
@@ -276,15 +260,15 @@ def test_a_set_is_read_with_the_range_that_packing_noted(tmp_path, monkeypatch):
     assert ranged(replace(shards, value_range=None), AUTO, 1).value_range == (0, 4095)
     assert ranged(shards, (0, 1000)).value_range == (0, 1000)
     assert ranged(shards, FULL).columns.value_range == FULL
-    report, full = packed("deep", 4095, value_range=FULL)
+    report, full = packed_from("deep", 4095, value_range=FULL)
     assert (report.value_range, report.used_range) == (FULL, (0, 4095))
     assert full.value_range == FULL and full.used_range == (0, 4095)
-    report, whole = packed("whole", 65_535)
+    report, whole = packed_from("whole", 65_535)
     assert report.value_range == report.used_range == whole.value_range == FULL
     assert sentence(report.used_range, report.value_range) == ""
     assert difference("queries", full, (0, 4095)) == "" and difference("queries", whole, FULL) == ""
     assert "data.range" in difference("the queries", whole, (0, 4095))
-    plain, _ = eight_bits(tmp_path, packing)
+    plain, _ = eight_bits(tmp_path)
     for one in (plain, replace(plain, value_range=None), replace(plain, value_range=(0, 9))):
         assert one.used_range is None and difference("plain JPEGs", one, (0, 4095)) == ""
     # looked at where no used range is noted

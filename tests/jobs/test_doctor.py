@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline import job
 from pipeline.config.load import load
@@ -16,8 +12,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.stages import doctor, surroundings
 from pipeline.stages.doctor import Memory, Needs
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from tests.data import encoded, noise, stored
 from tests.jobs.conftest import Job
 
 LINES = ["run", "doctor", "machine", "disk", "shards", "images", "bad", "read", "decode", "cut"]
@@ -63,15 +58,9 @@ def test_the_memory() -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifty pictures, of which one is none."""
     folder = tmp_path_factory.mktemp("doctor") / "shards"
-    rng = np.random.default_rng(0)
-    images = []
-    for i in range(50):
-        buffer = io.BytesIO()
-        pixels = rng.integers(0, 255, (30, 24, 3), np.uint8)
-        Image.fromarray(pixels).save(buffer, "JPEG" if i % 2 else "PNG")
-        images.append(buffer.getvalue() if i != 8 else b"nothing")
-    fs, path = resolve_uri(str(folder / "part.parquet"))
-    write_parquet_atomic(pa.table({"image": images}), fs, path, row_group_size=20)
+    images = [encoded(noise(i, 30, 24), "JPEG" if i % 2 else "PNG") for i in range(50)]
+    images[8] = b"nothing"
+    stored(images, folder / "part.parquet", 20)
     return folder
 
 

@@ -9,15 +9,12 @@ import pyarrow.parquet as pq
 
 from pipeline import job
 from pipeline.pack import listing, sources
-from pipeline.pack import pack as packing
 from pipeline.shards.shards import open_shards
-from tests.curate.piles import picture, without_ray
+from tests.data import encoded, noise
 
 
-def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch):
+def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch, tasks_here):
     """And a finished pack's columns are not read again; the next job sees what is there then."""
-    without_ray(monkeypatch)
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
     calls = Counter()
 
     def counted(module, name):
@@ -33,7 +30,7 @@ def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch):
     counted(sources, "_footer")
     counted(sources, "check_fit")
     for number, kind in enumerate((pa.int32(), pa.int64())):
-        table = pa.table({"image": [picture(number)], "n": pa.array([number], kind)})
+        table = pa.table({"image": [encoded(noise(number))], "n": pa.array([number], kind)})
         (tmp_path / "hub").mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / "hub" / f"{number}.parquet")
     given = [f"run.folder={tmp_path}/runs", "run.name=r", "track.enabled=false"]
@@ -47,6 +44,6 @@ def test_a_source_is_looked_up_once_for_a_job(tmp_path, monkeypatch):
         job.main(["pack"], "doc", given)
         assert calls == expected
         assert open_shards(str(tmp_path / "runs" / "r" / "shards")).rows == images
-    pq.write_table(pa.table({"image": [picture(9)]}), tmp_path / "hub" / "9.parquet")
+    pq.write_table(pa.table({"image": [encoded(noise(9))]}), tmp_path / "hub" / "9.parquet")
     job.main(["pack"], "doc", given)
     assert open_shards(str(tmp_path / "runs" / "r" / "shards")).rows == 3

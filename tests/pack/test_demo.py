@@ -16,9 +16,9 @@ from PIL import Image
 from pipeline.errors import DataError
 from pipeline.images.decode import BadImage, decode_rgb
 from pipeline.pack import demo
-from pipeline.pack import pack as packing
 from pipeline.pack.demo import make_demo
 from pipeline.shards.shards import open_shards
+from tests.data import packed
 
 
 @pytest.fixture(scope="module")
@@ -147,16 +147,9 @@ def test_something_else_is_not_overwritten(tmp_path, monkeypatch):
         make_demo(tmp_path / "new")
 
 
-def test_packed_it_gives_what_was_planted(demo_set, tmp_path, monkeypatch):
+def test_packed_it_gives_what_was_planted(demo_set, tmp_path, tasks_here):
     folder, demo_report = demo_set
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
-    report = packing.pack(
-        str(folder / "train"),
-        str(tmp_path / "shards"),
-        packing.PackPlaces(
-            bad_images=str(tmp_path / "bad.parquet"), scratch=str(tmp_path / "work")
-        ),
-    )
+    report = packed(folder / "train", tmp_path)
     assert (report.images_packed, report.duplicates) == (3540, 12)
     assert report.bad == {"empty": 1, "not_an_image": 3, "too_large": 1, "truncated": 4}
     assert sum(report.others.values()) == 1  # notes.txt claims to be no image

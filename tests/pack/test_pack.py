@@ -31,25 +31,12 @@ from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
+from tests import data
 from tests.images import hostile as h
 
 
-@pytest.fixture
-def serial(monkeypatch):
-    """Tasks one after the other in this process; what Ray does is tested at the end of the file."""
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
-
-
-def packed(source, out: Path, field="data.source", on_progress=None, **options):
-    options = {"max_bad_fraction": 1.0, "row_group_images": 8} | options
-    return pack(
-        str(source),
-        str(out / "shards"),
-        PackPlaces(bad_images=str(out / "bad.parquet"), scratch=str(out / "work")),
-        PackOptions(**options),
-        field=field,
-        on_progress=on_progress,
-    )
+def packed(source, out: Path, **options):
+    return data.packed(source, out, **{"max_bad_fraction": 1.0, "row_group_images": 8} | options)
 
 
 def table_of(out: Path) -> pa.Table:
@@ -91,7 +78,7 @@ def plant(root: Path, classes=("ant", "bee", "cow"), each=9) -> dict[str, bytes]
 # ---- folders
 
 
-def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, serial):
+def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, tasks_here):
     root, out = tmp_path / "photos", tmp_path / "out"
     good = plant(root)
     copies = {"bee/a_copy.jpg": good["ant/000.jpeg"], "cow/z_copy.png": good["cow/001.png"]}
@@ -133,7 +120,7 @@ def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, serial):
     assert bad["bee/text.jpg"]["image_id"] == image_id(h.broken("text"))
 
 
-def test_the_manifest_tells_the_truth(tmp_path, serial):
+def test_the_manifest_tells_the_truth(tmp_path, tasks_here):
     plant(tmp_path / "photos")
     report = packed(tmp_path / "photos", tmp_path, shard_bytes=8_000)
     assert report.shards > 1
@@ -163,7 +150,7 @@ def test_the_manifest_tells_the_truth(tmp_path, serial):
         ("auto", ("deep/er/ant", "bee"), ("ant", "bee")),
     ],
 )
-def test_labels_by_folder(tmp_path, serial, labels, folders, names):
+def test_labels_by_folder(tmp_path, tasks_here, labels, folders, names):
     for i, folder in enumerate(folders):
         write(tmp_path / "photos" / folder / "x.jpg", h.jpeg(i))
     write(tmp_path / "photos" / "loose.jpg", h.jpeg(99))
@@ -175,7 +162,7 @@ def test_labels_by_folder(tmp_path, serial, labels, folders, names):
     assert open_shards(str(tmp_path / "shards")).has_labels == bool(names)
 
 
-def test_links_and_pipes(tmp_path, serial):
+def test_links_and_pipes(tmp_path, tasks_here):
     root = tmp_path / "photos"
     write(root / "real.jpg", h.jpeg(1))
     secret = write(tmp_path / "elsewhere" / "secret.jpg", h.jpeg(2))
@@ -195,7 +182,7 @@ def test_links_and_pipes(tmp_path, serial):
     assert report.duplicates == 1
 
 
-def test_a_name_that_is_no_utf8(tmp_path, serial):
+def test_a_name_that_is_no_utf8(tmp_path, tasks_here):
     (tmp_path / "photos").mkdir()
     name = os.fsencode(tmp_path / "photos") + b"/caf\xe9.jpg"
     Path(os.fsdecode(name)).write_bytes(h.jpeg(1))
@@ -204,7 +191,7 @@ def test_a_name_that_is_no_utf8(tmp_path, serial):
     assert set(table_of(tmp_path)["source"].to_pylist()) == {"caf\\xe9.jpg", "näme ✓.jpg"}
 
 
-def test_limits(tmp_path, serial):
+def test_limits(tmp_path, tasks_here):
     write(tmp_path / "photos" / "a.jpg", h.jpeg(1))
     write(tmp_path / "photos" / "heavy.png", h.encode(np.random.default_rng(0).integers(
         0, 256, (64, 64, 3), np.uint8)))  # fmt: skip
@@ -213,7 +200,7 @@ def test_limits(tmp_path, serial):
     assert bad_of(tmp_path) == {"heavy.png": "too_large", "large.jpg": "too_large"}
 
 
-def test_a_file_that_cannot_be_read(tmp_path, serial, monkeypatch):
+def test_a_file_that_cannot_be_read(tmp_path, tasks_here, monkeypatch):
     write(tmp_path / "photos" / "a.jpg", h.jpeg(1))
     write(tmp_path / "photos" / "gone.jpg", h.jpeg(2))
     plan = sources.plan_tasks
@@ -247,7 +234,7 @@ def tar_of(members, mode="w", **options) -> bytes:
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["photos.tar", "photos.tar.gz", "photos.tgz"])
-def test_archives(tmp_path, serial, name, form):
+def test_archives(tmp_path, tasks_here, name, form):
     long_name = "ant/" + "x" * 150 + ".jpg"
     good = {
         "ant/1.jpg": h.jpeg(1),
@@ -294,7 +281,7 @@ def test_archives(tmp_path, serial, name, form):
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_a_broken_archive_is_never_taken_for_a_whole_one(tmp_path, serial):
+def test_a_broken_archive_is_never_taken_for_a_whole_one(tmp_path, tasks_here):
     members = [(f"a/{i}.jpg", h.jpeg(i)) for i in range(4)]
     whole = tar_of(members)
     end = whole.rindex(b"\xff\xd9") + 2  # what follows is padding and the end mark
@@ -327,7 +314,7 @@ def test_a_broken_archive_is_never_taken_for_a_whole_one(tmp_path, serial):
     assert "head.tar/a/0.jpg" in table_of(tmp_path)["source"].to_pylist()
 
 
-def test_a_header_record_that_would_fill_the_memory(tmp_path, serial):
+def test_a_header_record_that_would_fill_the_memory(tmp_path, tasks_here):
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2**33
     write(tmp_path / "in" / "bomb.tar", info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
@@ -340,21 +327,12 @@ def test_a_header_record_that_would_fill_the_memory(tmp_path, serial):
 
 
 def hub(path: Path, images, labels=None, names=None, extra=None, **options):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    values = [None if item is None else {"bytes": item, "path": "p.jpg"} for item in images]
-    table = pa.table({"image": pa.array(values, kind)})
-    if labels is not None:
-        table = table.append_column("label", pa.array(labels, pa.int64()))
-    for name, column in (extra or {}).items():
-        table = table.append_column(name, column)
-    if names:
-        about = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    table = data.hub_table(images, labels, names or (), **extra or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, **options)
 
 
-def test_hub_parquet_with_extra_columns(tmp_path, serial):
+def test_hub_parquet_with_extra_columns(tmp_path, tasks_here):
     images = [h.jpeg(i) for i in range(5)]
     extra = {
         "caption": pa.array([f"picture {i}" for i in range(5)]),
@@ -379,7 +357,7 @@ def test_hub_parquet_with_extra_columns(tmp_path, serial):
     assert rows["b.parquet#0"]["label"] == 2
 
 
-def test_a_mixed_source_has_one_list_of_classes(tmp_path, serial):
+def test_a_mixed_source_has_one_list_of_classes(tmp_path, tasks_here):
     hub(tmp_path / "in" / "a.parquet", [h.jpeg(1), h.jpeg(2)], [0, 1], ["dog", "cat"])
     hub(tmp_path / "in" / "b.parquet", [h.jpeg(3)], [0], ["bee"])
     write(tmp_path / "in" / "cat" / "x.jpg", h.jpeg(4))
@@ -394,7 +372,7 @@ def test_a_mixed_source_has_one_list_of_classes(tmp_path, serial):
     }  # fmt: skip
 
 
-def test_other_column_names_and_labels_without_names(tmp_path, serial):
+def test_other_column_names_and_labels_without_names(tmp_path, tasks_here):
     table = pa.table({"img": [h.jpeg(1), h.jpeg(2)], "cls": pa.array([7, 3], pa.uint8())})
     write(tmp_path / "in" / "a.parquet", b"")
     pq.write_table(table, tmp_path / "in" / "a.parquet")
@@ -423,7 +401,7 @@ def names_by_source(out: Path, names) -> dict[str, str | None]:
     return {r["source"]: None if r["label"] is None else names[r["label"]] for r in rows}
 
 
-def test_label_columns_of_names_become_classes(tmp_path, serial):
+def test_label_columns_of_names_become_classes(tmp_path, tasks_here):
     text = ["cat", None, "e\u0301mu", ""]
     labelled(tmp_path / "in" / "a.parquet", 0, pa.array(text))
     labelled(tmp_path / "in" / "b.parquet", 10, pa.array(["\u00e9mu", "ant"]).dictionary_encode())
@@ -439,7 +417,7 @@ def test_label_columns_of_names_become_classes(tmp_path, serial):
     }  # fmt: skip
 
 
-def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, serial):
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, tasks_here):
     for i, name in enumerate(("e\u0301toile", "\u00e9toile", "zebra")):
         write(tmp_path / "in" / f"{i}" / name / "x.jpg", h.jpeg(i))
     report = packed(tmp_path / "in", tmp_path)
@@ -448,7 +426,7 @@ def test_one_name_in_two_unicode_forms_is_one_class(tmp_path, serial):
     assert [labels[source] for source in sorted(labels)] == [1, 1, 0]
 
 
-def test_label_columns_that_are_no_classes_and_labels_none(tmp_path, serial):
+def test_label_columns_that_are_no_classes_and_labels_none(tmp_path, tasks_here):
     columns = {
         "double": pa.array([0.5, float("nan")]), "list": pa.array([[1], [2]]),
         "struct": pa.array([{"a": 1}, None]), "timestamp": pa.array([1, 2], pa.timestamp("s")),
@@ -468,7 +446,7 @@ def test_label_columns_that_are_no_classes_and_labels_none(tmp_path, serial):
         assert table.schema.names == IMAGE_SHARD_SCHEMA.names
 
 
-def test_names_in_one_file_and_bare_ids_in_another_are_refused(tmp_path, serial):
+def test_names_in_one_file_and_bare_ids_in_another_are_refused(tmp_path, tasks_here):
     hub(tmp_path / "in" / "a.parquet", [h.jpeg(1)], [0], ["cat", "dog"])
     hub(tmp_path / "in" / "b.parquet", [h.jpeg(2)], [1])
     with pytest.raises(DataError, match="label ids without class names beside"):
@@ -482,7 +460,7 @@ def test_names_in_one_file_and_bare_ids_in_another_are_refused(tmp_path, serial)
         packed(tmp_path / "text", tmp_path / "out")
 
 
-def test_an_extra_column_of_two_types_keeps_its_values_or_is_named(tmp_path, serial):
+def test_an_extra_column_of_two_types_keeps_its_values_or_is_named(tmp_path, tasks_here):
     # whole numbers beside fractions: exact where a double holds them, else refused
     exact = {"k": pa.array([7, None])}
     hub(tmp_path / "small" / "a.parquet", [h.jpeg(1), h.jpeg(2)], extra=exact)
@@ -501,7 +479,7 @@ def test_an_extra_column_of_two_types_keeps_its_values_or_is_named(tmp_path, ser
             packed(tmp_path / name, tmp_path / f"{name}_out")
 
 
-def test_damaged_parquet(tmp_path, serial):
+def test_damaged_parquet(tmp_path, tasks_here):
     hub(tmp_path / "in" / "a.parquet", [h.jpeg(i) for i in range(6)], row_group_size=3,
         compression="none", use_dictionary=False)  # fmt: skip
     content = bytearray((tmp_path / "in" / "a.parquet").read_bytes())
@@ -516,7 +494,7 @@ def test_damaged_parquet(tmp_path, serial):
     }
 
 
-def test_packing_packed_shards_changes_nothing(tmp_path, serial):
+def test_packing_packed_shards_changes_nothing(tmp_path, tasks_here):
     plant(tmp_path / "photos")
     first = packed(tmp_path / "photos", tmp_path / "one", shard_bytes=9_000)
     second = packed(tmp_path / "one" / "shards", tmp_path / "two", shard_bytes=9_000)
@@ -567,7 +545,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(("kind", "number"), [("read", 1), ("read", 3), ("write", 1), ("write", 2)])
-def test_a_killed_pack_goes_on(tmp_path, monkeypatch, serial, kind, number):
+def test_a_killed_pack_goes_on(tmp_path, monkeypatch, tasks_here, kind, number):
     source = mixed(tmp_path / "photos")
     monkeypatch.setattr(sources, "TASK_BYTES", 4_000)
     packed(source, tmp_path / "straight", shard_bytes=9_000)
@@ -590,18 +568,18 @@ def test_a_killed_pack_goes_on(tmp_path, monkeypatch, serial, kind, number):
             raise Killed
 
     with pytest.raises(Killed):
-        packed(source, tmp_path / "out", shard_bytes=9_000, on_progress=kill)
+        packed(source, tmp_path / "out", shard_bytes=9_000, progress=kill)
     with pytest.raises(DataError):
         open_shards(str(tmp_path / "out" / "shards"))
     write(tmp_path / "out" / "shards" / ".part-00001.parquet.0123abcd.tmp", b"half a shard")
     again = packed(source, tmp_path / "out", shard_bytes=9_000,
-                   on_progress=lambda what, done, total: tasks.update({what: total}))  # fmt: skip
+                   progress=lambda what, done, total: tasks.update({what: total}))  # fmt: skip
     assert calls == tasks  # each task ran once, over both runs
     assert contents(tmp_path / "out") == contents(tmp_path / "straight")
     assert again.images_in == again.images_packed + again.duplicates + sum(again.bad.values())
 
 
-def test_a_lost_shard_is_written_again(tmp_path, serial, monkeypatch):
+def test_a_lost_shard_is_written_again(tmp_path, tasks_here, monkeypatch):
     source = mixed(tmp_path / "photos")
     first = packed(source, tmp_path, shard_bytes=9_000)
     before = contents(tmp_path)
@@ -616,7 +594,7 @@ def test_a_lost_shard_is_written_again(tmp_path, serial, monkeypatch):
 
     write(tmp_path / "photos" / "new.jpg", h.jpeg(123))  # a changed source is another pack
     with pytest.raises(Killed):
-        packed(source, tmp_path, shard_bytes=9_000, on_progress=stop)
+        packed(source, tmp_path, shard_bytes=9_000, progress=stop)
     cut = tmp_path / "shards" / "part-00000.parquet"
     cut.write_bytes(cut.read_bytes()[:100])
     report = packed(source, tmp_path, shard_bytes=9_000)
@@ -637,7 +615,7 @@ def test_every_id_is_in_exactly_one_range(shards, value):
 # ---- mistakes
 
 
-def test_too_many_bad_images_end_it_after_the_table_is_written(tmp_path, serial):
+def test_too_many_bad_images_end_it_after_the_table_is_written(tmp_path, tasks_here):
     good = plant(tmp_path / "photos")
     write(tmp_path / "photos" / "a.jpg", b"")
     write(tmp_path / "photos" / "b.jpg", b"text")
@@ -650,7 +628,7 @@ def test_too_many_bad_images_end_it_after_the_table_is_written(tmp_path, serial)
     assert bad_of(tmp_path) == {"a.jpg": "empty", "b.jpg": "not_an_image"}
     ran = []
     packed(tmp_path / "photos", tmp_path, max_bad_fraction=0.1,
-           on_progress=lambda what, *_: ran.append(what))  # fmt: skip
+           progress=lambda what, *_: ran.append(what))  # fmt: skip
     assert ran == ["write"]  # what was read before is used
 
 
@@ -661,7 +639,7 @@ def mistake(*args, **options):
     return caught.value.what
 
 
-def test_mistakes_have_sentences(tmp_path, serial):
+def test_mistakes_have_sentences(tmp_path, tasks_here):
     assert "no such path" in mistake(tmp_path / "nowhere", tmp_path)
     assert "no such path" in mistake(tmp_path / "nowhere" / "*.tar", tmp_path)
     (tmp_path / "empty").mkdir()
@@ -685,7 +663,7 @@ def test_mistakes_have_sentences(tmp_path, serial):
     assert "a label is 5 but a.parquet names only 2" in mistake(tmp_path / "many", tmp_path)
 
 
-def test_nothing_of_others_is_overwritten(tmp_path, serial):
+def test_nothing_of_others_is_overwritten(tmp_path, tasks_here):
     plant(tmp_path / "photos")
     plant(tmp_path / "others", each=3)
     packed(tmp_path / "photos", tmp_path)
@@ -700,7 +678,7 @@ def test_nothing_of_others_is_overwritten(tmp_path, serial):
     assert len(table_of(tmp_path)) == 27
 
 
-def test_an_unfinished_pack_is_no_source(tmp_path, serial):
+def test_an_unfinished_pack_is_no_source(tmp_path, tasks_here):
     plant(tmp_path / "photos")
     packed(tmp_path / "photos", tmp_path, shard_bytes=9_000)
     (tmp_path / "shards" / "_manifest.json").unlink()
@@ -729,7 +707,7 @@ def bands(root: Path) -> dict[str, bytes]:
     return {place: numpy_file(i) for i, place in enumerate(places)}
 
 
-def test_numpy_files_are_packed_as_they_came(tmp_path, serial):
+def test_numpy_files_are_packed_as_they_came(tmp_path, tasks_here):
     good = bands(tmp_path / "land")
     bad = {"sea/rgb.png": h.encode(h.pattern()), "sea/three.npy": numpy_file(9, channels=3)}
     for source, encoded in bad.items():
@@ -749,7 +727,7 @@ def test_numpy_files_are_packed_as_they_came(tmp_path, serial):
     assert set(bad_of(tmp_path / "three")) == {*good, "sea/cut.npy"}
 
 
-def test_other_channels_are_another_pack_and_three_are_not(tmp_path, serial, monkeypatch):
+def test_other_channels_are_another_pack_and_three_are_not(tmp_path, tasks_here, monkeypatch):
     plant(tmp_path / "photos")
     keys = []
     kept = ledger.key_of
@@ -766,7 +744,7 @@ def test_other_channels_are_another_pack_and_three_are_not(tmp_path, serial, mon
 # ---- other file systems
 
 
-def test_uris(tmp_path, serial):
+def test_uris(tmp_path, tasks_here):
     source = mixed(tmp_path / "a folder")
     packed(source, tmp_path / "plain", shard_bytes=9_000)
     pack(
@@ -784,7 +762,7 @@ def test_uris(tmp_path, serial):
     }
 
 
-def test_a_file_system_that_is_not_local(tmp_path, serial, monkeypatch):
+def test_a_file_system_that_is_not_local(tmp_path, tasks_here, monkeypatch):
     source = mixed(tmp_path / "photos")
     packed(source, tmp_path / "plain", shard_bytes=9_000)
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
@@ -821,7 +799,7 @@ def test_on_ray_the_shards_are_the_same(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sources, "TASK_BYTES", 20_000)
     seen = []
     report = packed(source, tmp_path / "ray", shard_bytes=20_000,
-                    on_progress=lambda *a: seen.append(a))  # fmt: skip
+                    progress=lambda *a: seen.append(a))  # fmt: skip
     assert report.seconds > 0
     assert [a for a in seen if a[0] == "write"][-1][1] == report.shards
     assert capfd.readouterr() == ("", "")  # no bars, no notes of Ray

@@ -37,8 +37,8 @@ from tests.pack.test_pack import bad_of, hub, mistake, others_of, packed, table_
 
 
 @pytest.fixture(autouse=True)
-def serial(monkeypatch):
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
+def serial(tasks_here):
+    """Each test of this file."""
 
 
 def photos(root: Path, count: int = 6) -> dict[str, bytes]:

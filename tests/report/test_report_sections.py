@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from pipeline.report.page import (
     write_report,
 )
 from pipeline.report.pictures import shrunk
+from tests.data import encoded
 
 
 def drawn(section: Section, side: int = 1200) -> str:
@@ -39,9 +39,7 @@ def drawn(section: Section, side: int = 1200) -> str:
 
 
 def jpeg(width: int, height: int) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 30, 30)).save(stream, "JPEG")
-    return stream.getvalue()
+    return encoded(Image.new("RGB", (width, height), (200, 30, 30)), "JPEG")
 
 
 def test_axes_put_values_in_proportion() -> None:

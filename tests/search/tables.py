@@ -14,31 +14,19 @@ import pyarrow.parquet as pq
 from pipeline.embed.embedders import EmbedderSpec, open_embedder
 from pipeline.embed.vectors import VectorSet, list_column, open_vectors, schema_of
 from pipeline.images.decode import decode_image
-from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
+from tests.data import own_table, stored
 
 CLASSES = ("cat", "dog")
 
 
 def write_shard(path: Path, images: list[bytes], group: int = 5) -> None:
     """A shard of ours: images in the order of their ids; their labels go by their source."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     order = sorted(range(len(images)), key=lambda n: image_id(images[n]))
-    rows = [
-        {
-            "image_id": image_id(images[n]),
-            "image": images[n],
-            "width": 1,
-            "height": 1,
-            "format": "PNG",
-            "source": f"photos/{CLASSES[n % 2]}/{n}.png",
-            "label": n % 2,
-        }
-        for n in order
-    ]
-    schema = IMAGE_SHARD_SCHEMA.with_metadata(shard_metadata(CLASSES))
-    table = pa.Table.from_pylist(rows, schema)
-    pq.write_table(table, path, row_group_size=group)
+    sources = [f"photos/{CLASSES[n % 2]}/{n}.png" for n in order]
+    table = own_table([images[n] for n in order], [n % 2 for n in order], CLASSES, source=sources)
+    stored(table, path, group)
 
 
 def write_vectors(folder: Path, shard: Path, spec: EmbedderSpec, parts: int = 2) -> VectorSet:

@@ -22,7 +22,8 @@ from pipeline.errors import PipelineError
 from pipeline.job import main
 from pipeline.shards.columns import image_id
 from pipeline.stages.search import look_up
-from tests.curate.images import encoded, scene
+from tests.curate.images import scene
+from tests.data import encoded
 from tests.search.tables import write_decisions, write_shard, write_table, write_vectors
 
 IMAGES = [encoded(scene(seed)) for seed in range(24)]

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
 from pipeline.errors import DataError
-from pipeline.shards.columns import BAD_IMAGE_SCHEMA, IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.shards.columns import BAD_IMAGE_SCHEMA, IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
+from tests import data
 
 NAMES = ["cat", "dog"]
 HUB = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": NAMES}}}}
@@ -28,30 +29,14 @@ HUB = {"info": {"features": {"image": {"_type": "Image"}, "label": {"names": NAM
 
 def hub_table(rows=7, *, labels=True):
     """As the Hugging Face hub stores images."""
-    images = [{"bytes": b"image %d" % i, "path": f"{i}.jpg"} for i in range(rows)]
-    columns = {
-        "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    }
-    if labels:
-        columns["label"] = pa.array([i % 2 for i in range(rows)], pa.int64())
-    return pa.table(columns).replace_schema_metadata({"huggingface": json.dumps(HUB)})
+    images = [b"image %d" % i for i in range(rows)]
+    return data.hub_table(images, [i % 2 for i in range(rows)] if labels else None, NAMES)
 
 
 def own_table(rows=5, names=("a",)):
-    encoded = sorted((b"picture %d" % i for i in range(rows)), key=image_id)
-    table = pa.table(
-        {
-            "image_id": [image_id(item) for item in encoded],
-            "image": encoded,
-            "width": pa.array([1] * rows, pa.int32()),
-            "height": pa.array([1] * rows, pa.int32()),
-            "format": ["PNG"] * rows,
-            "source": ["x"] * rows,
-            "label": pa.array([None] * rows, pa.int64()),
-        },
-        schema=IMAGE_SHARD_SCHEMA,
+    return data.own_table(
+        sorted((b"picture %d" % i for i in range(rows)), key=image_id), names=names
     )
-    return table.replace_schema_metadata(shard_metadata(names))
 
 
 @given(st.binary(max_size=100))

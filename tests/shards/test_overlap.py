@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import DataError
 from pipeline.shards import overlap
-from pipeline.shards.columns import image_id, shard_metadata
 from pipeline.shards.overlap import overlap_of
-from pipeline.shards.shards import ShardSet, open_shards
+from pipeline.shards.shards import ShardSet
+from tests.data import hub_table, own_table, stored
 
 NAMES = ["ant", "bee", "cat"]
 
 
 def hub(folder: Path, images: list[bytes], label, names=()) -> ShardSet:
     """Parquet as hubs store it, two rows a group."""
-    table = pa.table({"image": pa.array(images, pa.binary()), "label": pa.array(label)})
-    if names:
-        about = {"info": {"features": {"label": {"names": list(names)}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "a.parquet", row_group_size=2)
-    return open_shards(str(folder))
+    return stored(hub_table(images, label, names), folder / "a.parquet", 2)
 
 
 def packed(folder: Path, images: list[bytes], label: list[int | None], names) -> ShardSet:
     """A shard of ours, without its manifest."""
-    rows = len(images)
-    table = pa.table(
-        {
-            "image_id": [image_id(image) for image in images],
-            "image": pa.array(images, pa.binary()),
-            "width": pa.array([1] * rows, pa.int32()),
-            "height": pa.array([1] * rows, pa.int32()),
-            "format": ["PNG"] * rows,
-            "source": ["x"] * rows,
-            "label": pa.array(label, pa.int64()),
-        }
-    ).replace_schema_metadata(shard_metadata(names))
-    folder.mkdir(parents=True)
-    pq.write_table(table, folder / "a.parquet", row_group_size=3)
-    return open_shards(str(folder / "a.parquet"))
+    return stored(own_table(images, label, names), folder / "a.parquet", 3)
 
 
 def test_images_and_classes_of_two_sets(tmp_path):

@@ -22,13 +22,13 @@ from pipeline.stages import look
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.tracker import NullTracker
 from pipeline.use.inputs import MOST, spread
+from tests.data import noise
 from tests.use.made import SPEC, drawn
 
 
 def photo(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(noise(seed, *size[::-1])).save(path)
     return path
 
 

@@ -6,26 +6,26 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.pack import pack as packing
-from pipeline.pack.pack import PackOptions, PackPlaces, PackReport, pack
+from pipeline.pack.pack import PackReport
 from pipeline.shards.columns import image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage import claim
 from pipeline.storage.claim import Owner, claimed
+from tests import data
 from tests.images import hostile as h
 
 IMAGES = {name: [h.jpeg(first + i) for i in range(12)] for name, first in (("a", 0), ("b", 50))}
 
 
 @pytest.fixture(autouse=True)
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sources(tmp_path: Path, tasks_here: None) -> None:
     """Folders a and b; tasks run one after the other in this process."""
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
     for name, images in IMAGES.items():
         (tmp_path / name).mkdir()
         for i, image in enumerate(images):
@@ -33,20 +33,10 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed(
-    place: Path,
-    source: str,
-    run: str,
-    shards: str = "",
-    progress: Callable[[str, int, int], None] | None = None,
-    shard_bytes: int = 3000,
+    place: Path, source: str, run: str, shards: str = "", shard_bytes: int = 3000, **options: Any
 ) -> PackReport:
-    return pack(
-        str(place / source),
-        shards or str(place / "shards"),
-        PackPlaces(bad_images=str(place / run / "bad.parquet"), scratch=str(place / run / "work")),
-        PackOptions(shard_bytes=shard_bytes),
-        on_progress=progress,
-    )
+    shards = shards or str(place / "shards")
+    return data.packed(place / source, place / run, shards, shard_bytes=shard_bytes, **options)
 
 
 def ids(place: Path) -> set[str]:

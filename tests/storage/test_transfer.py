@@ -21,13 +21,13 @@ from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.pack.items import read_task
 from pipeline.pack.listing import Refused, list_source
 from pipeline.pack.sources import Reading, Task
-from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage import places as storage
 from pipeline.storage import retry, transfer
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.retry import explain, retries, with_retries
+from tests.data import own_table
 from tests.s3 import HANG_S, S3, serving
 
 BIG = 24 * 2**20  # bytes: three parts of an upload
@@ -317,19 +317,8 @@ def test_a_storage_error_travels_through_ray() -> None:
 
 def shard(s3: S3, bucket: str, rows: int = 20) -> list[bytes]:
     images = [bytes([i]) * 100 for i in range(rows)]
-    ids = [image_id(image) for image in images]
-    columns = {
-        "image_id": ids,
-        "image": images,
-        "width": [1] * rows,
-        "height": [1] * rows,
-        "format": ["PNG"] * rows,
-        "source": [str(i) for i in range(rows)],
-        "label": list(range(rows)),
-    }
-    schema = IMAGE_SHARD_SCHEMA.with_metadata(shard_metadata(()))
     body = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), body, row_group_size=5)
+    pq.write_table(own_table(images, range(rows)), body, row_group_size=5)
     s3.client().put_object(Bucket=bucket, Key="set/part-00000.parquet", Body=body.getvalue())
     return images
 

@@ -10,7 +10,6 @@ two crops with equal red and green come from equal boxes.
 
 from __future__ import annotations
 
-import io
 import itertools
 import time
 from collections.abc import Callable
@@ -19,16 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
-from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.shards.columns import image_id
+from pipeline.shards.shards import ShardSet
 from pipeline.stream import order
 from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.reader import read_portions, reading_of
@@ -36,6 +31,7 @@ from pipeline.views import draws, masks
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec, draw_photometric
+from tests.data import encoded, hub_table, own_table, stored
 from tests.views.test_draws import by_hand
 
 IMAGES, SIDE, BROKEN = 40, 40, 23
@@ -73,9 +69,7 @@ def photo(i: int) -> bytes:
     pixels[..., 0] = 6 * np.arange(SIDE)
     pixels[..., 1] = 6 * np.arange(SIDE)[:, None]
     pixels[..., 2] = i
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+    return encoded(pixels)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +79,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     files = [photo(i) for i in range(IMAGES)]
     files[BROKEN] = b"not an image"
     for part, rows in enumerate((slice(0, 25), slice(25, IMAGES))):
-        table = pa.table({"image": pa.array([{"bytes": f, "path": None} for f in files[rows]])})
-        fs, path = resolve_uri(str(folder / f"part-{part}.parquet"))
-        write_parquet_atomic(table, fs, path, row_group_size=9)
-    return open_shards(str(folder))
+        shards = stored(hub_table(files[rows]), folder / f"part-{part}.parquet", 9)
+    return shards
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +88,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """The same images as pack would write them: by id, with their sizes."""
     path = tmp_path_factory.mktemp("packed") / "part-00000.parquet"
     files = sorted((photo(i) for i in range(IMAGES) if i != BROKEN), key=image_id)
-    columns: dict[str, list[Any]] = {
-        "image_id": [image_id(f) for f in files],
-        "image": files,
-        "width": [SIDE] * len(files),
-        "height": [SIDE] * len(files),
-        "format": ["PNG"] * len(files),
-        "source": ["x"] * len(files),
-        "label": [None] * len(files),
-    }
-    schema = IMAGE_SHARD_SCHEMA.with_metadata(shard_metadata(()))
-    fs, target = resolve_uri(str(path))
-    write_parquet_atomic(pa.table(columns, schema=schema), fs, target, row_group_size=7)
-    shards = open_shards(str(path))
+    sides = [SIDE] * len(files)
+    shards = stored(own_table(files, width=sides, height=sides), path, 7)
     assert shards.packed
     return shards
 

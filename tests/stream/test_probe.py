@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.shards.shards import ShardSet
 from pipeline.stream import decoder as stream
 from pipeline.stream import probe
 from pipeline.stream.decoder import StreamSpec
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
+from tests.data import encoded, noise, stored
 
 IMAGES = 40
 
 
-def encoded(kind: str, width: int = 60, height: int = 48) -> bytes:
-    rng = np.random.default_rng(width)
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def shards_of(folder: Path, images: list[bytes], group: int = 10) -> ShardSet:
-    fs, path = resolve_uri(str(folder / "part.parquet"))
-    write_parquet_atomic(
-        pa.table({"image": pa.array(images, pa.binary())}), fs, path, row_group_size=group
-    )
-    return open_shards(str(folder))
+def picture(kind: str, width: int = 60, height: int = 48) -> bytes:
+    return encoded(noise(width, height, width), kind)
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> ShardSet:
     """JPEGs at even places, of them four that are large; PNGs at odd ones; two are bad."""
-    images = [encoded("JPEG" if i % 2 == 0 else "PNG") for i in range(IMAGES)]
+    images = [picture("JPEG" if i % 2 == 0 else "PNG") for i in range(IMAGES)]
     for i in (2, 12, 22, 32):
-        images[i] = encoded("JPEG", 400, 300)
+        images[i] = picture("JPEG", 400, 300)
     images[4], images[7] = b"no image", images[7][:-30]
-    return shards_of(tmp_path, images)
+    return stored(images, tmp_path / "part.parquet", 10)
 
 
 def spec_of(shards: ShardSet, **changes: object) -> StreamSpec:
@@ -87,14 +71,14 @@ def test_it_stops_reading_in_time(mixed: ShardSet) -> None:
 
 
 def test_a_set_of_nothing_but_bad_images(tmp_path: Path) -> None:
-    shards = shards_of(tmp_path, [b"x"] * 9)
+    shards = stored([b"x"] * 9, tmp_path / "part.parquet", 10)
     with pytest.raises(DataError, match=r"none of the 9 images .* decoded: 9 not_an_image"):
         probe.time_sample(probe.read_sample(shards), spec_of(shards), seconds=1)
 
 
 def test_an_empty_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no images"):
-        probe.read_sample(shards_of(tmp_path, []))
+        probe.read_sample(stored([], tmp_path / "part.parquet", 10))
 
 
 def work(milliseconds: float) -> None:
@@ -107,7 +91,7 @@ def work(milliseconds: float) -> None:
 @pytest.mark.long
 def test_planted_times_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding takes 5 ms (3 ms where it may shrink), cutting 2, draws 4 ms for each chunk."""
-    shards = shards_of(tmp_path, [encoded("JPEG", 400, 300)] * 16)
+    shards = stored([picture("JPEG", 400, 300)] * 16, tmp_path / "part.parquet", 10)
     decode, cut, draws = stream.decode_shrunk, stream.cut_crops, stream.masks_for
 
     def slow_decode(data: bytes, shrink: int, *more: int) -> object:

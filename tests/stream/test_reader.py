@@ -11,11 +11,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.shards.columns import image_id
 from pipeline.shards.row_group import image_array
-from pipeline.shards.shards import open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream import reader as reading_module
 from pipeline.stream.decoder import StreamSpec, make_chunks
 from pipeline.stream.reader import EncodedImages, Reading, read_portions, reading_of
@@ -23,21 +20,19 @@ from pipeline.views.batch import Batch, Spent
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
+from tests.data import encoded, noise, own_table, stored
 
 IMAGES, BATCH = 30, 6
 
 
 def picture(i: int) -> bytes:
-    pixels = np.random.default_rng(i).integers(0, 255, (20 + i, 40 - i % 7, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(noise(i, 20 + i, 40 - i % 7))
 
 
 def hub(folder: Path, images: list[bytes | None]) -> Reading:
     table = pa.table({"image": pa.array(images, pa.binary()), "label": range(len(images))})
-    write_parquet_atomic(table, *resolve_uri(str(folder / "a.parquet")), row_group_size=7)
-    return reading_of(open_shards(str(folder)), seed=1, global_batch=BATCH, window=BATCH)
+    shards = stored(table, folder / "a.parquet", 7)
+    return reading_of(shards, seed=1, global_batch=BATCH, window=BATCH)
 
 
 def spec_of(reading: Reading) -> StreamSpec:
@@ -108,23 +103,11 @@ def test_seconds_and_retries_travel_to_the_batch(
 
 def packed(folder: Path, images: list[bytes], error: int) -> Reading:
     """A shard as pack writes it, but with sizes that are wrong by so many pixels."""
-    sizes = [Image.open(io.BytesIO(image)).size for image in images]
-    table = pa.table(
-        {
-            "image_id": [image_id(image) for image in images],
-            "image": pa.array(images, pa.binary()),
-            "width": pa.array([w + error for w, _ in sizes], pa.int32()),
-            "height": pa.array([h + error for _, h in sizes], pa.int32()),
-            "format": ["PNG"] * len(images),
-            "source": [str(i) for i in range(len(images))],
-            "label": pa.array(range(len(images)), pa.int64()),
-        },
-        schema=IMAGE_SHARD_SCHEMA.with_metadata(shard_metadata([])),
-    )
-    folder.mkdir()
-    path = folder / "part-00000.parquet"
-    write_parquet_atomic(table, *resolve_uri(str(path)), row_group_size=IMAGES)
-    return reading_of(open_shards(str(path)), seed=1, global_batch=BATCH, window=BATCH)
+    sizes = np.array([Image.open(io.BytesIO(image)).size for image in images], np.int32) + error
+    width, height = sizes.T
+    table = own_table(images, range(len(images)), width=width, height=height)
+    shards = stored(table, folder / "part-00000.parquet", IMAGES)
+    return reading_of(shards, seed=1, global_batch=BATCH, window=BATCH)
 
 
 def test_a_shard_that_is_wrong_about_sizes_changes_no_crop(tmp_path: Path) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import ray
 import torch
-from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.shards.shards import ShardColumns, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
+from pipeline.shards.shards import ShardColumns
 from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.reader import Reading, reading_of
@@ -24,6 +18,7 @@ from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
+from tests.data import encoded, hub_table, noise, stored
 
 IMAGES, BATCH, CHUNK = 70, 12, 2
 Source = tuple[Reading, StreamSpec]
@@ -32,24 +27,12 @@ Source = tuple[Reading, StreamSpec]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     folder = tmp_path_factory.mktemp("hub")
-    rng = np.random.default_rng(0)
-    encoded = []
-    for i in range(IMAGES):
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (20 + i % 7, 24, 3), np.uint8)).save(buffer, "PNG")
-        encoded.append(buffer.getvalue())
-    encoded[17] = b"not an image"
+    images = [encoded(noise(i, 20 + i % 7, 24)) for i in range(IMAGES)]
+    images[17] = b"not an image"
     for part in range(2):
-        rows = slice(part * 35, part * 35 + 35)
-        table = pa.table(
-            {
-                "image": pa.array([{"bytes": b, "path": None} for b in encoded[rows]]),
-                "label": pa.array(range(part * 35, part * 35 + 35), pa.int64()),
-            }
-        )
-        fs, path = resolve_uri(str(folder / f"part-{part}.parquet"))
-        write_parquet_atomic(table, fs, path, row_group_size=10)
-    shards = open_shards(str(folder))
+        rows = range(part * 35, part * 35 + 35)
+        table = hub_table([images[row] for row in rows], rows)
+        shards = stored(table, folder / f"part-{part}.parquet", 10)
     reading = reading_of(shards, seed=5, global_batch=BATCH, window=BATCH)
     return reading, StreamSpec(
         columns=shards.columns,

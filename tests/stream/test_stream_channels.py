@@ -18,9 +18,6 @@ from PIL import Image
 from torch.nn import functional
 
 from pipeline.images.decode import REASONS
-from pipeline.shards.shards import open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import write_parquet_atomic
 from pipeline.stream.decoder import Chunk, StreamSpec, make_chunks
 from pipeline.stream.reader import Reading, read_portions, reading_of
 from pipeline.views import photometric as ph
@@ -28,6 +25,7 @@ from pipeline.views.batch import Batch
 from pipeline.views.crops import CropSpec, crop_boxes
 from pipeline.views.draws import CROP_STREAM, uniforms
 from pipeline.views.masks import MaskSpec
+from tests.data import stored
 from tests.images import hostile as h
 
 tv = pytest.importorskip("torchvision.transforms.v2.functional")
@@ -76,9 +74,7 @@ def shard(folder: Path, files: list[bytes], channels: int) -> tuple[Reading, Str
     table = pa.table(
         {"image": pa.array(files, pa.binary()), "label": pa.array(range(IMAGES), pa.int64())}
     )
-    fs, path = resolve_uri(str(folder / "part.parquet"))
-    write_parquet_atomic(table, fs, path, row_group_size=10)
-    shards = open_shards(str(folder))
+    shards = stored(table, folder / "part.parquet", 10)
     values = tuple(0.1 + 0.1 * c for c in range(channels))
     reading = reading_of(shards, seed=SEED, global_batch=BATCH, window=BATCH)
     return reading, StreamSpec(

@@ -22,6 +22,7 @@ from pipeline.train import rank_zero as rank_zeros
 from pipeline.train.bottleneck import BottleneckWatch, Clock, Window
 from pipeline.train.rank_zero import RankZero
 from pipeline.views.batch import Spent
+from tests.standins import Handle
 
 BAD = [("0" * 32, "truncated", ""), ("1" * 32, "empty", ""), ("2" * 32, "truncated", "")]
 
@@ -107,12 +108,17 @@ def test_a_line_and_its_metrics(rank_zero: RankZero, caplog: pytest.LogCaptureFi
     assert "1 decoder can give at most 133 images/s" in said[0].message
 
 
+class Asked(Mailbox):
+    def wait_request(self, timeout: float = 0.0) -> str:
+        return super().wait_request(0.0)
+
+
 class Disk:
     """Checkpoints of a rank 0 that has a mailbox of its own; `full` ones cannot be written."""
 
     def __init__(self, rank_zero: RankZero, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.full, self.steps, self.now = True, [10], 0.0
-        self.mailbox = Mailbox()
+        self.mailbox = Asked()
         monkeypatch.setattr(
             rank_zeros, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=id)
         )
@@ -120,7 +126,7 @@ class Disk:
         monkeypatch.setattr(rank_zeros.ray, "get", lambda reference: reference)
         monkeypatch.setattr(rank_zeros.state, "save", self.save)
         monkeypatch.setattr(rank_zeros.state, "prune", lambda *arguments: None)
-        rank_zero.mailbox = Remote(self.mailbox)
+        rank_zero.mailbox = Handle(self.mailbox)
         rank_zero.requested = self.mailbox.wait_request(0)
         rank_zero.folder, rank_zero.checkpoints = folder, folder / "checkpoints"
         rank_zero.train_state = SimpleNamespace(state=dict)  # type: ignore[assignment]
@@ -135,18 +141,6 @@ class Disk:
         if self.full:
             raise OSError("No space left on device")
         self.steps.append(step)
-
-
-class Remote:
-    def __init__(self, target: Mailbox) -> None:
-        self.target = target
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            arguments = (0,) if name == "wait_request" else arguments
-            return getattr(self.target, name)(*arguments)
-
-        return SimpleNamespace(remote=call)
 
 
 def test_a_group_does_not_move_without_its_checkpoint(

@@ -15,6 +15,7 @@ from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.train import scaling
 from pipeline.train.scaling import Scaling
+from tests.standins import Handle
 
 
 class Feeder(Mailbox):
@@ -31,15 +32,6 @@ class Feeder(Mailbox):
     @property
     def said(self) -> list[str]:
         return [line for _, line in self.listen(0)]
-
-
-class Remote:
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.target, name)
-        return type("Method", (), {"remote": staticmethod(method)})
 
 
 class Policy:
@@ -70,7 +62,7 @@ class Policy:
             SetFacts(1000, "d"),
             machine=Machine(cpus=64, gpus=0, bfloat16=False),
         )
-        self.policy = Scaling(plan, Remote(self.feeder))
+        self.policy = Scaling(plan, Handle(self.feeder))
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
