@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage import places as storage
+from pipeline.track import server
 from tests import standins
+from tests.mlflow_server import TestServer
 from tests.s3 import S3, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -85,6 +87,28 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 def tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack and curation run their tasks in this process."""
     standins.tasks_here(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def started_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestServer]:
+    """One MLflow server for the test session, on its way."""
+    handle = TestServer(tmp_path_factory.mktemp("mlflow"))
+    yield handle
+    server.stop(handle.folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _start_early(request: pytest.FixtureRequest) -> None:
+    """The server needs 15 s to start; the tests that do not need it run meanwhile."""
+    if any("mlflow_server" in getattr(x, "fixturenames", []) for x in request.session.items):
+        request.getfixturevalue("started_server")
+
+
+@pytest.fixture
+def mlflow_server(started_server: TestServer) -> TestServer:
+    """The server, which answers."""
+    assert started_server.uri
+    return started_server
 
 
 @pytest.fixture(scope="session")

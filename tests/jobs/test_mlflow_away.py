@@ -5,7 +5,6 @@ server, killed by its process id and started again on the same data.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -16,58 +15,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.track import server
 from pipeline.track.journal import read_steps
 from tests.cluster.figures import record
-from tests.cluster.nodes import free_port
 from tests.jobs.conftest import ROOT, runner
-from tests.mlflow_server import answering
+from tests.mlflow_server import TestServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 300
 HEAD = "loss/total"
 
 
-class Mlflow:
-    """A server, its folder, and when it was away."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        info = server.start(self.folder, self.port)
-        assert info.port == self.port
-        assert answering(self.folder, 240) == self.uri
-
-    def kill(self) -> None:
-        info = server.running(self.folder)
-        assert info
-        os.killpg(info.pid, signal.SIGKILL)
-
-    def runs(self, name: str) -> dict[str, Any]:
-        """The MLflow runs of a run, by stage; each exists once."""
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.uri)
-        experiment = client.get_experiment_by_name("away")
-        found = client.search_runs([experiment.experiment_id], f"tags.`pipeline.name` = '{name}'")
-        assert len({run.data.tags["stage"] for run in found}) == len(found)
-        return {run.data.tags["stage"]: run for run in found}
-
-    def points(self, name: str) -> list[tuple[int, float]]:
-        from mlflow import MlflowClient
-
-        run = self.runs(name)["pretrain"]
-        found = MlflowClient(self.uri).get_metric_history(run.info.run_id, HEAD)
-        return sorted((p.step, p.value) for p in found)
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mlflow]:
-    made = Mlflow(tmp_path_factory.mktemp("away") / "mlflow")
-    yield made
-    server.stop(made.folder)
+def points(mlflow_server: TestServer, name: str) -> list[tuple[int, float]]:
+    run = mlflow_server.runs("away", name)["pretrain"]
+    return mlflow_server.points(run.info.run_id, HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +82,18 @@ class Training:
 
 @pytest.fixture
 def train(
-    recipe: Path, shards: str, cluster_environment: dict[str, str], tmp_path: Path, mlflow: Mlflow
+    recipe: Path,
+    shards: str,
+    cluster_environment: dict[str, str],
+    tmp_path: Path,
+    mlflow_server: TestServer,
 ) -> Iterator[Any]:
     started: list[Training] = []
 
     def start(name: str) -> Training:
         started.append(
             Training(
-                cluster_environment | {"MLFLOW_TRACKING_URI": mlflow.uri},
+                cluster_environment | {"MLFLOW_TRACKING_URI": mlflow_server.info.uri},
                 [
                     *(str(recipe), f"run.name={name}", f"data.shards={shards}"),
                     *(f"run.folder={tmp_path}/runs", "track.enabled=true"),
@@ -155,24 +119,26 @@ def expected(folder: Path) -> list[tuple[int, float]]:
     return found
 
 
-def assert_all_sent(mlflow: Mlflow, folder: Path) -> int:
+def assert_all_sent(mlflow_server: TestServer, folder: Path) -> int:
     """MLflow has what the journal of the run has, and it is not open; gives what it lacks."""
-    there = mlflow.points(folder.name)
+    there = points(mlflow_server, folder.name)
     assert there == expected(folder)
-    assert {run.info.status for run in mlflow.runs(folder.name).values()} == {"FINISHED"}
+    runs = mlflow_server.runs("away", folder.name).values()
+    assert {run.info.status for run in runs} == {"FINISHED"}
     return STEPS - len(there)
 
 
-def test_down_at_the_start(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
+def test_down_at_the_start(mlflow_server: TestServer, train: Any, tmp_path: Path) -> None:
+    mlflow_server.kill()
     training = train("start")
     training.until("step 005/300")
     assert "MLflow at" in training.text and "the run goes on" in training.text
-    mlflow.start()
+    mlflow_server.restart()
     up = time.monotonic()
     said = training.finish()
     if "not sent; later: python jobs/sync.py" in said:  # training ended before the server was up
-        synced(mlflow, tmp_path / "runs" / "start")
-    metrics_lost = assert_all_sent(mlflow, tmp_path / "runs" / "start")
+        synced(mlflow_server, tmp_path / "runs" / "start")
+    metrics_lost = assert_all_sent(mlflow_server, tmp_path / "runs" / "start")
     record(
         "mlflow-down-at-start",
         lost_steps=0,
@@ -182,20 +148,18 @@ def test_down_at_the_start(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
     )
 
 
-def test_killed_in_the_middle(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
-    if server.running(mlflow.folder) is None:
-        mlflow.start()
+def test_killed_in_the_middle(mlflow_server: TestServer, train: Any, tmp_path: Path) -> None:
     training = train("middle")
     training.until("step 040/300")
-    mlflow.kill()
+    mlflow_server.kill()
     killed = time.monotonic()
     training.until("step 080/300")  # it goes on without
-    mlflow.start()
+    mlflow_server.restart()
     said = training.finish()
     assert said.count("the run goes on") <= 1  # it may not have noticed
     if "not sent; later: python jobs/sync.py" in said:
-        synced(mlflow, tmp_path / "runs" / "middle")
-    metrics_lost = assert_all_sent(mlflow, tmp_path / "runs" / "middle")
+        synced(mlflow_server, tmp_path / "runs" / "middle")
+    metrics_lost = assert_all_sent(mlflow_server, tmp_path / "runs" / "middle")
     record(
         "mlflow-killed-in-the-middle",
         lost_steps=0,
@@ -205,30 +169,28 @@ def test_killed_in_the_middle(mlflow: Mlflow, train: Any, tmp_path: Path) -> Non
     )
 
 
-def test_gone_at_the_end(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
-    if server.running(mlflow.folder) is None:
-        mlflow.start()
+def test_gone_at_the_end(mlflow_server: TestServer, train: Any, tmp_path: Path) -> None:
     training = train("end")
     training.until("step 200/300")
-    mlflow.kill()
+    mlflow_server.kill()
     said = training.finish()
     assert "finished at step 300/300" in said
     assert "not sent; later: python jobs/sync.py" in said
     begin = time.monotonic()
-    mlflow.start()
-    stale = mlflow.runs("end")
+    mlflow_server.restart()
+    stale = mlflow_server.runs("away", "end")
     assert stale["pretrain"].info.status == "RUNNING"  # nobody could tell it
     folder = tmp_path / "runs" / "end"
-    assert "nothing" not in synced(mlflow, folder)
-    metrics_lost = assert_all_sent(mlflow, folder)
-    there, runs = mlflow.points("end"), mlflow.runs("end")
+    assert "nothing" not in synced(mlflow_server, folder)
+    metrics_lost = assert_all_sent(mlflow_server, folder)
+    there, runs = points(mlflow_server, "end"), mlflow_server.runs("away", "end")
     seconds = time.monotonic() - begin
     # a second time there is nothing; once more from the beginning nothing doubles
-    assert "nothing sent" in synced(mlflow, folder)
-    again = synced(mlflow, folder, "--again")
+    assert "nothing sent" in synced(mlflow_server, folder)
+    again = synced(mlflow_server, folder, "--again")
     assert again.count("tracking   http") == 1  # the links, once
-    assert mlflow.points("end") == there
-    assert {k: r.info.run_id for k, r in mlflow.runs("end").items()} == {
+    assert points(mlflow_server, "end") == there
+    assert {k: r.info.run_id for k, r in mlflow_server.runs("away", "end").items()} == {
         k: r.info.run_id for k, r in runs.items()
     }
     record(
@@ -240,9 +202,9 @@ def test_gone_at_the_end(mlflow: Mlflow, train: Any, tmp_path: Path) -> None:
     )
 
 
-def synced(mlflow: Mlflow, folder: Path, *flags: str) -> str:
+def synced(mlflow_server: TestServer, folder: Path, *flags: str) -> str:
     gone = {"RAY_ADDRESS", "PYTHONPATH"}
     env = {k: v for k, v in os.environ.items() if k not in gone}
-    shown = runner(env | {"MLFLOW_TRACKING_URI": mlflow.uri})("sync", folder, *flags)
+    shown = runner(env | {"MLFLOW_TRACKING_URI": mlflow_server.info.uri})("sync", folder, *flags)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     return shown.stdout

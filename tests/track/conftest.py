@@ -1,80 +1,19 @@
-"""A real MLflow server for the tests of this folder, and a wire to it that can be cut."""
+"""A wire to the MLflow server that can be cut."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.track import server
-from tests.mlflow_server import answering
+from tests.mlflow_server import TestServer, free_port
 
 # Before anything imports mlflow: what the client reads at call time.
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-
-
-class TestServer:
-    __test__ = False
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.info = server.start(folder, free_port())
-        self._client: Any = None
-
-    @property
-    def uri(self) -> str:
-        return answering(self.folder)
-
-    @property
-    def client(self) -> Any:
-        if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(self.uri)
-        return self._client
-
-    def kill(self) -> None:
-        """SIGKILL to the server's own process group, as a crash or the memory killer does."""
-        os.killpg(self.info.pid, signal.SIGKILL)
-
-    def restart(self) -> None:
-        self.info = server.start(self.folder, self.info.port)
-
-    def points(self, run_id: str, name: str) -> list[tuple[int, float]]:
-        return sorted((m.step, m.value) for m in self.client.get_metric_history(run_id, name))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def started_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestServer]:
-    handle = TestServer(tmp_path_factory.mktemp("mlflow"))
-    yield handle
-    server.stop(handle.folder)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _start_early(request: pytest.FixtureRequest) -> None:
-    """The server needs 15 s to start; the tests that do not need it run meanwhile."""
-    if any("mlflow_server" in getattr(x, "fixturenames", []) for x in request.session.items):
-        request.getfixturevalue("started_server")
-
-
-@pytest.fixture
-def mlflow_server(started_server: TestServer) -> TestServer:
-    assert started_server.uri
-    return started_server
 
 
 class Wire:

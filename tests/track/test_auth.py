@@ -21,7 +21,7 @@ from pipeline.track import TrackSettings, open_pipeline, sender
 from pipeline.track.endpoint import Remote, find_endpoint
 from pipeline.track.sender import sync
 from pipeline.track.server import healthy
-from tests.track.conftest import free_port
+from tests.mlflow_server import free_port
 from tests.track.test_sender import until
 
 PASSWORD = "correct-horse-7261"  # MLflow takes 12 characters or more
