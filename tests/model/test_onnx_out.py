@@ -112,6 +112,23 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
     assert half.bytes < 0.7 * whole.bytes and small.bytes < 0.7 * whole.bytes
 
 
+@pytest.mark.slow
+def test_large_weights_lie_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for models of over 1 GiB."""
+    monkeypatch.setattr("pipeline.model.onnx_out.INLINE", 0)
+    network = backbone()
+    for file in save_onnx(network, tmp_path / "onnx", [28], PIXELS):
+        assert file.path.stat().st_size < 0.5 * file.bytes, file
+        x = images(3, 28)
+        with torch.no_grad():
+            truth = network(x).numpy()
+        assert np.abs(run(file, x)["cls"] - truth).max() / np.abs(truth).max() < 0.1, file
+        model = onnx.load(file.path, load_external_data=False)
+        assert "digest" in {entry.key for entry in model.metadata_props}
+
+
 def test_a_size_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="no images of 30 x 30 pixels"):
         save_onnx(backbone(), tmp_path / "onnx", [28, 30], PIXELS)
