@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.embed.onnx_files import files_of, is_onnx
-from pipeline.errors import DataError, PipelineError, one_line, shortened
+from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.uri import is_uri, join, public
@@ -210,31 +210,9 @@ def load_timm(name: str) -> Any:
     Raises:
         PipelineError: timm is missing, has no such model, or cannot get its weights.
     """
-    from pipeline.model.foreign import TimmBackbone, TimmSpec
+    from pipeline.model.foreign import timm_by_name
 
-    try:
-        import timm
-    except ImportError as error:
-        raise PipelineError(
-            f"timm:{name} needs the package timm", "python -m pip install timm"
-        ) from error
-    if "local-dir:" not in name and not timm.is_model(name.partition(".")[0]):
-        raise PipelineError(
-            f"timm {timm.__version__} has no model {name!r}", "timm.list_models() names them"
-        )
-    try:
-        module = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # of the hub's client, of timm, of the network: all kinds
-        reason = shortened(one_line(error).partition("\n")[0])
-        raise PipelineError(
-            f"timm:{name} has no weights that can be fetched: {reason}",
-            "check the network, or name a folder with its weights: timm:local-dir:<folder>",
-        ) from error
-    config: Any = module.pretrained_cfg
-    channels, size, _ = config["input_size"]
-    patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
-    stride = int(patch[0]) if isinstance(patch, tuple) else 1
-    return TimmBackbone(module, TimmSpec(name, size, stride, channels), {}).eval()
+    return timm_by_name(name, pretrained=True).eval()
 
 
 @lru_cache(4)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError, one_line
+from pipeline.errors import PipelineError, one_line, shortened
 from pipeline.model.vit import check_masks
 
 Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B, P, D] if any
@@ -237,9 +237,9 @@ def timm_by_name(
     """A timm model with the image size, patches and width that it has by itself.
 
     Args:
-        name: timm's, e.g. `vit_small_patch16_224`.
+        name: timm's, e.g. `vit_small_patch16_224`; also `local-dir:<folder>`.
         arguments: more of `timm.create_model`; `num_classes` is 0 whatever they say.
-        pretrained: load timm's weights, which it downloads.
+        pretrained: with timm's weights, which it fetches where this machine has them not.
 
     Raises:
         PipelineError: timm is missing, has no such model, does not take the arguments, or gets no
@@ -254,9 +254,12 @@ def timm_by_name(
         except TypeError as error:
             reason: Exception = error
         except Exception as error:  # of its hub, of a file, of weights that do not fit
+            what = "has no weights that can be fetched" if pretrained else "could not be built"
             raise PipelineError(
-                f"timm:{name} could not be built: {one_line(error)}",
-                "give other encoder_kwargs, or pretrained=False where no weights are at hand",
+                f"timm:{name} {what}: {shortened(one_line(error))}",
+                "check the network, or name a folder with its weights: timm:local-dir:<folder>"
+                if pretrained
+                else "give other encoder_kwargs",
             ) from error
     else:
         raise PipelineError(
@@ -269,9 +272,9 @@ def timm_by_name(
         name,
         image_size=int(size[0]),
         patch_size=int(patch[0]) if isinstance(patch, tuple) else TimmSpec.patch_size,
-        in_channels=int(given.get("in_chans", 3)),
+        in_channels=int(given.get("in_chans", module.pretrained_cfg["input_size"][0])),
     )
-    return TimmBackbone(module, spec, given)
+    return TimmBackbone(module, spec, extra | given)
 
 
 def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) -> None:
@@ -305,7 +308,7 @@ def _timm(name: str) -> Any:
         raise PipelineError(
             f"model.encoder=timm:{name} needs the package timm", "pip install timm"
         ) from error
-    if not timm.is_model(name):
+    if "local-dir:" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise PipelineError(
             f"timm {timm.__version__} has no model {name!r}",

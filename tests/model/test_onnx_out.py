@@ -113,9 +113,7 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_large_weights_lie_beside_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for models of over 1 GiB."""
     monkeypatch.setattr("pipeline.model.onnx_out.INLINE", 0)
     network = backbone()
