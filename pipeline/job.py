@@ -98,7 +98,12 @@ def spelled_out(arguments: Sequence[str], shorthand: Mapping[str, str]) -> list[
 
 
 def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
-    if dry:
+    if list(stages) == ["serve"]:
+        from pipeline.stages.serve import serve
+
+        with doing("opening what is served"):
+            serve(config, dry)
+    elif dry:
         from pipeline.stages.dry_run import dry_run
 
         with doing("checking what the job would do"):
@@ -108,10 +113,6 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
 
         with doing("looking at this machine and the shards"):
             doctor(config)
-    elif list(stages) == ["serve"]:
-        from pipeline.stages.serve import serve
-
-        serve(config)
     else:
         from pipeline.stages import run
 

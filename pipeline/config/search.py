@@ -20,8 +20,8 @@ class Search(Section):
     )
     query: str = Field(
         "",
-        description="what is asked: an image file, an image id or its beginning, a folder of "
-        "images, parquet of images or vectors; several with commas between them",
+        description="an image file, an id or its beginning, a folder, parquet of images or "
+        "vectors; several with commas between them",
     )
     k: int = Field(20, gt=0, le=10_000, description="neighbours of each image")
     min_similarity: float = Field(

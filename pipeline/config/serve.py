@@ -22,8 +22,7 @@ class Serve(Section):
     port: int = Field(8000, ge=0, le=65535, description="0: any that is free")
     needs_token: bool = Field(
         True,
-        description="false: whoever reaches the port is served. The token is RAYDINO_TOKEN of the "
-        "environment, else a new one, printed at the start",
+        description="false: none is asked for; it is RAYDINO_TOKEN in the environment or a new one",
     )
     replicas: Positive = Field(1, description="copies of the model, each with cpus and gpus")
     cpus: Positive = Field(1, description="CPUs of a replica, and threads of its model")

@@ -22,14 +22,19 @@ from pipeline.serve.deployment import APPLICATION, Replicas, application
 from pipeline.serve.opening import Served, checked
 from pipeline.serve.token import own_token
 from pipeline.storage.places import absolute_uri
+from pipeline.storage.run_folder import RunFolder
 
 log = logging.getLogger("pipeline.serve")
 LOOK_S = 2.0  # between two looks at whether Ray still answers
 START_S = 30.0  # for the HTTP proxy to listen
 
 
-def serve(config: Config) -> None:
+def serve(config: Config, dry: bool = False) -> None:
     """Serves until the process is told to end.
+
+    Args:
+        config: its section `serve`; where that names nothing, the vectors of the recipe's run.
+        dry: only check and say what would be served.
 
     Raises:
         PipelineError: the port is taken, there is no room, or what is to be served is not there.
@@ -37,13 +42,15 @@ def serve(config: Config) -> None:
     """
     settings = config.serve
     token = own_token() if settings.needs_token else ""
-    model = absolute_model(settings.model) if settings.model else ""
-    served = checked(
-        model, absolute_uri(settings.vectors) if settings.vectors else "", settings.decisions
-    )
+    model = absolute_model(settings.model, config.run.folder) if settings.model else ""
+    vectors = absolute_uri(place) if (place := _vectors(config)) else ""
+    served = checked(model, vectors, settings.decisions)
     settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
     if not token and not _loopback(settings.host):
         log.warning("token       none is asked for: whoever reaches %s sees all", settings.host)
+    if dry:
+        log.info("serve       %s at %s", _contents(served), _address(settings))
+        return
     with cluster.joined(config.resources):
         try:
             _serve(settings, served, token)
@@ -80,11 +87,9 @@ def _serve(settings: Serve, served: Served, token: str) -> None:
                 f"what is served did not start: {_reason() or _last_line(error)}",
                 "PIPELINE_DEBUG=1 shows the whole reason",
             ) from error
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{shown}:{settings.port}/"
-    log.info("serving     %s until Ctrl-C", " and ".join(_contents(served)))
+    log.info("serving     %s until Ctrl-C", _contents(served))
     # Past the log, which leaves secrets out of addresses, and on this console alone.
-    sys.stdout.write(f"page        {address}{f'#token={token}' if token else ''}\n")
+    sys.stdout.write(f"page        {_address(settings)}{f'#token={token}' if token else ''}\n")
     sys.stdout.flush()
     while True:
         time.sleep(LOOK_S)
@@ -96,9 +101,22 @@ def _serve(settings: Serve, served: Served, token: str) -> None:
             ) from error
 
 
-def _contents(served: Served) -> list[str]:
+def _vectors(config: Config) -> str:
+    """The folder that is named, else that of the recipe's run where no model is named either."""
+    if config.serve.vectors or config.serve.model:
+        return config.serve.vectors
+    run = RunFolder.of(config.run.folder, config.run.name) if config.run.name else None
+    return config.embed.vectors or (str(run.uri or run.path) if run else "")
+
+
+def _contents(served: Served) -> str:
     vectors = [f"{served.vectors.rows:,} vectors"] if served.vectors else []
-    return ([served.spec.name] if served.spec else []) + vectors
+    return " and ".join(([served.spec.name] if served.spec else []) + vectors)
+
+
+def _address(settings: Serve) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}/"
 
 
 def free_port(host: str, port: int) -> int:

@@ -27,7 +27,7 @@ LITTER = [
 NEEDED = [
     "jobs/run.py", "jobs/pack.py", "jobs/curate.py", "jobs/pretrain.py", "jobs/evaluate.py",
     "jobs/export.py", "jobs/doctor.py", "pipeline/train/loop.py", "pipeline/report/report.css",
-    "pipeline/report/page.html.j2",
+    "pipeline/report/page.html.j2", "pipeline/serve/page/page.js",
     "configs/demo.yaml", "constraints.txt", "mine.yaml", "mine.py",
 ]  # fmt: skip
 

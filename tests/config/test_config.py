@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 FIELDS = dict(field_paths())
 # Where any finite number is right: normalisation subtracts it.
-UNBOUNDED = {"augment.mean"}
+UNBOUNDED = {"augment.mean", "search.min_similarity"}
 
 
 def nested(path: str, value: object) -> dict[str, typing.Any]:

@@ -198,3 +198,9 @@ def test_a_taken_port_is_one_sentence(made: Made, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert f"error: port {port} of 127.0.0.1 is taken" in done.stderr
     assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [*command(f"vectors={made.vectors}", "port=0"), "--dry-run"], cwd=tmp_path,
+        env=environment(), capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "60 vectors at http://127.0.0.1:" in done.stdout
+    assert not list(tmp_path.iterdir())
