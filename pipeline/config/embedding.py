@@ -34,7 +34,7 @@ class Embed(Section):
         "float32", description="of what is stored; patches are always float16"
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="that a GPU computes in; bfloat16 is faster"
+        "float32", description="that the network computes in; bfloat16 is faster on GPUs"
     )
     image_size: Positive | None = Field(None, description="pixels; default: the model's own")
     batch_size: Positive = Field(64, description="images embedded at once")

@@ -49,7 +49,7 @@ class EmbedderSpec:
         mean: of each channel, for values in 0 to 1.
         std: of each channel.
         batch_size: images at once.
-        half: backbones compute in bfloat16 (on a GPU).
+        half: backbones compute in bfloat16.
         value_range: that the images of its training were decoded with.
     """
 
@@ -96,7 +96,7 @@ def embedder_of(
         batch_size: images at once.
         mean: of each channel, where the model does not say its own; default: ImageNet's.
         std: likewise.
-        half: compute in bfloat16 on a GPU.
+        half: compute in bfloat16.
         folder: where runs are looked for by their name.
 
     Raises:
@@ -222,7 +222,7 @@ class Embedder:
 
         torch.set_num_threads(threads)
         self._device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
-        self._dtype = torch.bfloat16 if spec.half and self._device == "cuda" else torch.float32
+        self._dtype = torch.bfloat16 if spec.half else torch.float32
         self.network = network = spec.load().to(self._device).eval()
         self._check_channels()
         if getattr(network, "has_patches", False):

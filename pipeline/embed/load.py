@@ -71,9 +71,15 @@ def digest_of(path: str | Path) -> str:
             f"no embedder: there is no {path}",
             "give descriptor, a run folder, weights as for model.init, timm:<name> or a .onnx file",
         )
-    hashed = blake2b(digest_size=8)
     files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-    for file in files:
+    known = [(file, file.stat()) for file in files]
+    return _hashed(place, tuple((f, facts.st_size, facts.st_mtime_ns) for f, facts in known))
+
+
+@lru_cache(8)  # a stage asks for its key several times
+def _hashed(place: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    hashed = blake2b(digest_size=8)
+    for file, _, _ in files:
         hashed.update(f"{file.relative_to(place)}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):

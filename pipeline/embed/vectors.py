@@ -68,8 +68,15 @@ def schema_of(facts: Mapping[str, Any]) -> pa.Schema:
 
 
 def list_column(vectors: Array, kind: pa.DataType) -> pa.FixedSizeListArray:
-    """An array [n, ...] as a column of lists of the type."""
-    values = np.ascontiguousarray(vectors.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+    """An array [n, ...] as a column of lists of the type.
+
+    Raises:
+        DataError: values are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(vectors.reshape(-1).astype(kind.value_type.to_pandas_dtype()))
+    if not np.isfinite(values).all():
+        raise DataError("vectors have values too large for float16", "set embed.dtype=float32")
     return pa.FixedSizeListArray.from_arrays(pa.array(values, kind.value_type), type=kind)
 
 
