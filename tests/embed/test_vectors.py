@@ -23,6 +23,7 @@ from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
 from tests.curate.images import encoded, scene, shard
 from tests.embed.conftest import IMAGES, SPEC
+from tests.s3 import S3
 
 pytestmark = pytest.mark.usefixtures("inline")
 
@@ -223,3 +224,21 @@ def test_lance(vectors: VectorSet, tmp_path: Path) -> None:
     found = data.to_table(nearest=nearest).column("image_id").to_pylist()
     unit = vectors.read() / np.linalg.norm(vectors.read(), axis=1, keepdims=True)
     assert found == vectors.ids()[np.argsort(-(unit @ unit[0]))[:3]].tolist()
+
+
+def test_on_an_object_store(s3: S3, request_: Request, tmp_path: Path, pile: Path) -> None:
+    s3.make("vectors")
+    for path in pile.iterdir():
+        s3.client().upload_file(str(path), "vectors", f"in/{path.name}")
+    there = Request(**{**request_.__dict__, "shards": open_shards(s3.uri("vectors/in"))})
+    with s3.broken("PUT .*part-00000", 503, times=1):
+        embed_set(there, s3.uri("vectors/out"), s3.uri("vectors/bad.parquet"))
+    vectors = open_vectors(s3.uri("vectors/out"))
+    local = embed_set(request_, str(tmp_path / "local")).vectors
+    np.testing.assert_array_equal(vectors.read(), local.read())
+    assert vectors.images()[image_id(IMAGES[3])] == IMAGES[3]
+    assert sorted(s3.objects("vectors", "out")) == [
+        "out/_vectors.json",
+        "out/part-00000.parquet",
+        "out/part-00001.parquet",
+    ]
