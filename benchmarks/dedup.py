@@ -35,16 +35,16 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import numpy as np
 import pyarrow as pa
-
 from pipeline.curate.copies.cell_fit import fit_cells
 from pipeline.curate.copies.components import find_components
+from pipeline.curate.rows.file_rows import Tables
+
 from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.copies.pairs import Search, find_pairs, put_in_cells
 from pipeline.curate.decide.decide import Mix, decide, starts_of
 from pipeline.curate.decide.tally import Sources, Tally
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import nearest_numbers, unit_half
-from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.steps.steps import Task, run_step
 from pipeline.shards.shards import ShardColumns, ShardFile
 

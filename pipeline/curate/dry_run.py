@@ -8,6 +8,7 @@ from pipeline.config.config import Config
 from pipeline.context import DESCRIPTOR, Context, result_line, with_packed_sets
 from pipeline.curate.copies.cells import cells_for
 from pipeline.curate.images.descriptor import DIM
+from pipeline.curate.images.fingerprint import Decoding
 from pipeline.curate.images.quality import sample_counts
 from pipeline.curate.run_copies import false_positives
 from pipeline.curate.run_images import rules
@@ -55,8 +56,7 @@ def curation_plan(config: Config, folder: RunFolder) -> None:
             rules(config),
             config.quality.sample,
             config.run.seed,
-            config.data.max_image_pixels,
-            config.model.in_channels,
+            Decoding(config.model.in_channels, config.data.max_image_pixels),
         )
         result_line("quality", f"of a sample of {counts.images:,} of {inputs.rows:,} images:")
         for line in counts.lines():

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from pipeline.config.config import Config
 from pipeline.context import result_line
-from pipeline.curate.copies.relative import look_up
-from pipeline.curate.copies.stored_copies import Copies
+from pipeline.curate.copies.other_sets import look_up
+from pipeline.curate.copies.pairs import Index
 from pipeline.curate.embed.embed import unit_vectors
 from pipeline.curate.images.descriptor import describe, visiting
 from pipeline.curate.images.measure import three_channels
@@ -133,7 +133,7 @@ def _like(config: Config, one: Earlier, pixels: Any) -> list[Answer]:
             f"{public(one.run)} was curated without looking for copies",
             "curate it with dedup.enabled=true",
         )
-    copies = Copies.open(one.root)
+    index = Index.open(one.root)
     name = str(one.result["copy_embedder"])
     spec = embedder_of(config, "curate.copy_embedder", name)
     if spec.identity[:2] != one.result["embedder"][:2]:
@@ -147,7 +147,7 @@ def _like(config: Config, one: Earlier, pixels: Any) -> list[Answer]:
     else:
         embedder = open_embedder(spec)
         vector, crops, views = unit_vectors(embedder, [embedder.prepare(pixels)])[0], None, None
-    matches = look_up(copies, vector, crops, views, threshold=max(0.0, threshold - NEAR))
+    matches = look_up(index, vector, crops, views, threshold=max(0.0, threshold - NEAR))
     return [_answer(one, match.row, match.similarity, threshold) for match in matches]
 
 

@@ -7,8 +7,11 @@ costs what comes after it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config.config import Config
-from pipeline.curate.curation import Choice, Comparison, Curation, Known, Setup
+from pipeline.curate.curation import Choice, Comparison, Curation, Setup
+from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.run_choose import (
     balance,
     embed_content,
@@ -18,13 +21,14 @@ from pipeline.curate.run_choose import (
     what_is_left,
 )
 from pipeline.curate.run_copies import (
-    compare,
     embed_for_copies,
     find_leaks,
+    find_pairs,
     find_threshold,
     group_copies,
     leaking_groups,
     match_earlier,
+    put_in_cells,
 )
 from pipeline.curate.run_decide import decide
 from pipeline.curate.run_images import find_equal, fingerprint_images, mark_quality
@@ -46,13 +50,13 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
     setup = Setup.of(config, sets, root)
 
     # All that is asked of pixels is asked while an image is decoded. Rules mark those that are not
-    # worth training on; of images with equal bytes or equal pixels one stays. `known` collects the
-    # tables that say what goes. Where several do, the first of this order is the reason: quality,
-    # equal, leak, earlier, near copy.
+    # worth training on; of images with equal bytes or equal pixels one stays. `known` has the steps
+    # that say what goes. Where several do, the first of this order is the reason: quality, equal,
+    # leak, earlier, near copy.
     prints = fingerprint_images(setup)
     marks = mark_quality(setup, prints) if config.quality.enabled else None
     equal = find_equal(setup, prints, marks)
-    known = Known().adding("fingerprint", prints).adding("quality", marks).adding("exact", equal)
+    known = Known(prints, marks, equal)
 
     # Images are compared by vectors. Of two that are alike, a second look at their pixels says
     # whether they are copies: in `match_earlier`, `find_leaks` and `group_copies`. A copy goes if
@@ -60,23 +64,19 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
     # copies that is left, the best image stays.
     comparison = None
     if config.dedup.enabled or sets.leaks or sets.earlier:
-        vectors = embed_for_copies(setup, prints)
-        threshold = find_threshold(setup, prints, equal, vectors)
-        earlier = match_earlier(setup, equal, vectors, threshold)
-        for matches in earlier:
-            known = known.adding("matches", matches)
-        copies = compare(setup, equal, vectors, threshold)
-        leaks = find_leaks(setup, copies, vectors, threshold) if sets.leaks else None
-        known = known.adding("leaks", leaks)
-        groups = leaking = None
+        embedded = embed_for_copies(setup, prints)
+        threshold = find_threshold(setup, prints, equal, embedded)
+        earlier = match_earlier(setup, equal, embedded, threshold)
+        index = put_in_cells(setup, equal, embedded, threshold)
+        leaks = find_leaks(setup, index, embedded, threshold) if sets.leaks else None
+        known = replace(known, matches=earlier, leaks=leaks.table if leaks else None)
+        pairs = None
         if config.dedup.enabled:
-            going = [*earlier, leaks] if leaks else earlier
-            groups = group_copies(setup, copies, prints, vectors, threshold, going)
-            known = known.adding("components", groups)
-        if groups and leaks and config.leaks.scope == "components":
-            leaking = leaking_groups(setup, known)
-            known = known.adding("leaking", leaking)
-        comparison = Comparison(vectors, threshold, earlier, copies, leaks, groups, leaking)
+            pairs = find_pairs(setup, index, threshold)
+            known = replace(known, groups=group_copies(setup, pairs, known, embedded, threshold))
+        if pairs and leaks and config.leaks.scope == "components":
+            known = replace(known, leaking=leaking_groups(setup, known))
+        comparison = Comparison(embedded, threshold, leaks, pairs)
 
     # Of what is left of the pool: images like those of seed sets, and a balanced sample. The
     # recipe may ask for both, or for neither: then all of it is kept.
@@ -88,9 +88,11 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
         seeds = open_seeds(setup, prints, content, left)
         retrieved = retrieve(setup, pool, seeds) if sets.seeds else None
         balanced = balance(setup, pool) if config.balance.images else None
-        known = known.adding("retrieved", retrieved.result if retrieved else None)
-        known = known.adding("balanced", balanced.result if balanced else None)
-        choice = Choice(left, content, seeds, retrieved, balanced)
+        known = replace(
+            known,
+            retrieved=retrieved.result if retrieved else None,
+            balanced=balanced.result if balanced else None,
+        )
+        choice = Choice(seeds, retrieved, balanced)
 
-    decisions = decide(setup, known)
-    return Curation(setup, prints, marks, equal, comparison, choice, decisions)
+    return Curation(setup, known, comparison, choice, decide(setup, known))

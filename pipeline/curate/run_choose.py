@@ -10,48 +10,43 @@ from pipeline.curate.choose.balance import Balanced, Sample, balanced_sample
 from pipeline.curate.choose.hierarchy import Levels, build
 from pipeline.curate.choose.retrieve import Retrieved
 from pipeline.curate.choose.seed_clusters import Retrieval
-from pipeline.curate.curation import Embedded, Known, OtherSet, Seeds, Setup
+from pipeline.curate.curation import OtherSet, Seeds, Setup
 from pipeline.curate.decide.decide import list_left, starts_of
-from pipeline.curate.images import exact_copies
+from pipeline.curate.decide.file_rows import Known
+from pipeline.curate.embed.embed import Embedded
+from pipeline.curate.images.equal_images import equal_images, list_kept
 from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import AS_IS, POOL, InputFile, Inputs, Vectors
 from pipeline.curate.run_images import embed_images, open_other_set
-from pipeline.curate.steps.steps import Resources, Result, Steps, Task, run_step
-from pipeline.uri import join
+from pipeline.curate.steps.steps import Resources, Step
 
 
-def what_is_left(setup: Setup, known: Known) -> Result:
+def what_is_left(setup: Setup, known: Known) -> Step:
     """Images that are usable, no copy, and do not leak."""
-    starts = starts_of(setup.images)
-    tasks = [Task(file.name, (file, starts, known.tables)) for file in setup.images.files]
-    return run_step(setup.root, "alive", known.keys, tasks, list_left)
+    files, starts = setup.images.by_name, starts_of(setup.images)
+    return setup.steps.run("alive", list_left, files, starts=starts, known=known)
 
 
-def embed_content(setup: Setup, prints: Result, for_copies: Embedded | None) -> Embedded:
+def embed_content(setup: Setup, prints: Step, for_copies: Embedded | None) -> Embedded:
     """The vectors that say what images show.
 
     Where the same embedder finds copies its vectors serve for both, and no step is taken.
     """
     config = setup.config
     spec = embedder_of(config, "curate.embedder", config.curate.embedder)
-    if for_copies is None:
-        return embed_images(setup, "embed", prints, spec)
-    if for_copies.spec.settings == spec.settings:
-        return Embedded(spec, for_copies.vectors, ())
-    content = embed_images(setup, "embed", prints, spec)
-    before = {step.step for step in for_copies.steps}  # which images are equal may be known
-    steps = tuple(step for step in content.steps if step.step not in before)
-    return Embedded(spec, content.vectors, steps)
+    if for_copies and for_copies.spec.settings == spec.settings:
+        return Embedded(spec, for_copies.vectors)
+    return embed_images(setup, "embed", prints, spec)
 
 
-def pool_rows(setup: Setup, content: Embedded, left: Result) -> RowSet:
+def pool_rows(setup: Setup, content: Embedded, left: Step) -> RowSet:
     """What is left of the pool: images of seed sets that are inputs are kept anyway."""
     files = [file for file in setup.images.files if file.kind == POOL]
     return _rows(setup, content.vectors, left, files)
 
 
-def open_seeds(setup: Setup, prints: Result, content: Embedded, left: Result) -> Seeds:
+def open_seeds(setup: Setup, prints: Step, content: Embedded, left: Step) -> Seeds:
     """Vectors of the seed images: of what is left of them, where they are inputs themselves."""
     sets = setup.sets
     if not sets.include:
@@ -59,7 +54,6 @@ def open_seeds(setup: Setup, prints: Result, content: Embedded, left: Result) ->
         return Seeds(
             {name: rows for name, (_, rows) in opened.items()},
             {name: other.prints.folder for name, (other, _) in opened.items()},
-            tuple(step for other, _ in opened.values() for step in other.steps),
         )
     rows = {}
     for name in sets.seeds:
@@ -72,10 +66,11 @@ def retrieve(setup: Setup, pool: RowSet, seeds: Seeds) -> Retrieved:
     """Images of the pool that are like seed images."""
     config = setup.config
     settings = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
-    steps, resources = Steps(setup.root), Resources(gpus=setup.gpus)
-    own, seed = steps.below("retrieve"), config.run.seed
+    aside, resources = setup.steps.aside(), Resources(gpus=setup.gpus)
+    own, seed = aside.below("retrieve"), config.run.seed
     retrieved = retrieving.retrieve(own, pool, seeds.rows, settings, seed, resources)
-    return replace(retrieved, result=steps.sum_up("retrieved", retrieved.result, tuple(steps.done)))
+    result = setup.steps.sum_up("retrieved", retrieved.result, aside.done)
+    return replace(retrieved, result=result)
 
 
 def balance(setup: Setup, pool: RowSet) -> Balanced:
@@ -83,13 +78,14 @@ def balance(setup: Setup, pool: RowSet) -> Balanced:
     settings, seed = setup.config.balance, setup.config.run.seed
     levels = Levels(tuple(settings.levels), seed, settings.iterations, settings.resampling)
     sample = Sample(settings.images or 0, seed, settings.floor, settings.floor_members)
-    steps = Steps(setup.root)
-    hierarchy = build(steps.below("hierarchy"), pool, levels, Resources(gpus=setup.gpus))
-    balanced = balanced_sample(steps.below("balance"), pool, hierarchy, sample)
-    return replace(balanced, result=steps.sum_up("balanced", balanced.result, tuple(steps.done)))
+    aside = setup.steps.aside()
+    hierarchy = build(aside.below("hierarchy"), pool, levels, Resources(gpus=setup.gpus))
+    balanced = balanced_sample(aside.below("balance"), pool, hierarchy, sample)
+    result = setup.steps.sum_up("balanced", balanced.result, aside.done)
+    return replace(balanced, result=result)
 
 
-def _rows(setup: Setup, vectors: Vectors, left: Result, files: Sequence[InputFile]) -> RowSet:
+def _rows(setup: Setup, vectors: Vectors, left: Step, files: Sequence[InputFile]) -> RowSet:
     """The rows that are left of some of the files."""
     counts = {
         file.name: account["rows"]
@@ -104,11 +100,10 @@ def _rows(setup: Setup, vectors: Vectors, left: Result, files: Sequence[InputFil
 def _outside(setup: Setup, name: str, content: Embedded) -> tuple[OtherSet, RowSet]:
     """A seed set whose images do not go into the curated set."""
     inputs = Inputs.of([(name, AS_IS, setup.sets.seeds[name])])
-    root = join(setup.root, "sets", f"seeds-{name}")
-    other = open_other_set(setup, name, root, inputs, "embed", content.spec)
+    steps = setup.steps.below("sets", f"seeds-{name}", label=name)
+    other = open_other_set(setup, steps, inputs, "embed", content.spec)
     # An image that is there twice would count as two seeds.
-    equal = exact_copies.collapse(root, inputs, other.prints)
-    tasks = [Task(file.name, (equal.folder, file.name)) for file in inputs.files]
-    own = run_step(root, "own", [equal.key], tasks, exact_copies.own_rows)
+    equal = equal_images(steps, inputs, other.prints)
+    own = steps.run("own", list_kept, inputs.by_name, equal=equal)
     counts = [account["rows"] for account in own.accounts]
     return other, RowSet.of(other.embedded.vectors, counts, own.folder, own.key)

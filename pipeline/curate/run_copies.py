@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from pipeline.config.config import Config
-from pipeline.curate.copies import relative
-from pipeline.curate.copies.components import find_components
+from pipeline.curate.copies import copies, leaks, matches, pairs
 from pipeline.curate.copies.items import ImageSet
-from pipeline.curate.copies.leaks import best_leaks, leaks_of
-from pipeline.curate.copies.matches import EARLIER, find_matches
-from pipeline.curate.copies.pairs import Search, find_pairs
-from pipeline.curate.copies.stored_copies import Copies
-from pipeline.curate.curation import Embedded, Finding, Known, Leaks, Setup, Threshold
-from pipeline.curate.images import exact_copies
+from pipeline.curate.copies.keepers import CopyRule
+from pipeline.curate.copies.pairs import Index, Pairs, Search
+from pipeline.curate.curation import Leaks, Setup, Threshold
+from pipeline.curate.decide.file_rows import Known
+from pipeline.curate.embed.embed import Embedded
 from pipeline.curate.images.descriptor import visiting
+from pipeline.curate.images.equal_images import kept_count
 from pipeline.curate.look.looks import Looking
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.copies import FAR
 from pipeline.curate.rows.tables import POOL, Inputs
 from pipeline.curate.run_earlier import check_inputs
 from pipeline.curate.run_images import embed_images, open_other_set
-from pipeline.curate.steps.steps import Result, Task, run_step
-from pipeline.curate.threshold.calibrate import calibrate
+from pipeline.curate.steps.steps import Step
+from pipeline.curate.threshold.calibrate import Sampling, calibrate
 from pipeline.curate.threshold.threshold import DEFAULT_PENALTY
 from pipeline.errors import DataError
-from pipeline.uri import join, public
+from pipeline.uri import public
 
 FALSE_PAIRS = 0.01  # of the images, that are in a pair that is wrongly taken for copies
 MOST_FALSE = 1e-6  # share of the pairs
 BELOW = 0.1  # so far below the threshold pairs are kept too, so that the report can show them
 
 
-def embed_for_copies(setup: Setup, prints: Result) -> Embedded:
+def embed_for_copies(setup: Setup, prints: Step) -> Embedded:
     """The vectors that copies are found by."""
     config = setup.config
     spec = embedder_of(config, "curate.copy_embedder", config.curate.copy_embedder)
     return embed_images(setup, "embed_copy", prints, spec)
 
 
-def find_threshold(setup: Setup, prints: Result, equal: Result, embedded: Embedded) -> Threshold:
+def find_threshold(setup: Setup, prints: Step, equal: Step, embedded: Embedded) -> Threshold:
     """The similarity above which two images get a second look.
 
     It is that of the earlier curation that these images are added to; else that of the recipe; else
@@ -67,22 +65,14 @@ def find_threshold(setup: Setup, prints: Result, equal: Result, embedded: Embedd
     if config.dedup.threshold != "auto":
         threshold = float(config.dedup.threshold)
         return Threshold(threshold, _leak_threshold(config, threshold), penalty)
-    calibration, step = calibrate(
-        setup.root,
-        setup.images,
-        prints,
-        equal,
-        spec,
-        embedded.vectors,
-        images=config.dedup.calibration_images,
-        target=false_positives(config, exact_copies.own(equal)),
-        seed=config.run.seed,
-        max_pixels=config.data.max_image_pixels,
-        channels=config.model.in_channels,
+    target = false_positives(config, kept_count(equal))
+    sampling = Sampling(config.dedup.calibration_images, target, config.run.seed)
+    calibration = calibrate(
+        setup.steps, setup.images, prints, equal, embedded, sampling, setup.decoding
     )
     threshold = float(calibration.threshold)
-    leaks = _leak_threshold(config, threshold)
-    return Threshold(threshold, leaks, calibration.penalty, calibration, (step,))
+    leak_threshold = _leak_threshold(config, threshold)
+    return Threshold(threshold, leak_threshold, calibration.penalty, calibration)
 
 
 def false_positives(config: Config, images: int) -> float:
@@ -96,130 +86,98 @@ def false_positives(config: Config, images: int) -> float:
 
 
 def _leak_threshold(config: Config, threshold: float) -> float:
-    leaks = config.leaks.threshold
-    return threshold if leaks == "auto" else float(leaks)
+    chosen = config.leaks.threshold
+    return threshold if chosen == "auto" else float(chosen)
 
 
 def match_earlier(
-    setup: Setup, equal: Result, embedded: Embedded, threshold: Threshold
-) -> tuple[Finding, ...]:
+    setup: Setup, equal: Step, embedded: Embedded, threshold: Threshold
+) -> tuple[Step, ...]:
     """Copies of images that were curated earlier: a table for each of the earlier curations."""
     shards = setup.sets.earlier_shards
-    others = {EARLIER: (Inputs.of([(EARLIER, POOL, shards)]), "")} if shards else {}
-    findings = []
-    for number, earlier in enumerate(setup.sets.earlier):
-        names, key = earlier.decisions()
-        table, steps = find_matches(
-            join(setup.root, "against", f"{number:03d}"),
-            Copies.open(earlier.root),
+    others = (
+        {matches.EARLIER: (Inputs.of([(matches.EARLIER, POOL, shards)]), None)} if shards else {}
+    )
+    return tuple(
+        matches.find_matches(
+            setup.steps.below("against", f"{number:03d}"),
+            Index.open(earlier.root),
             _image_set(setup.images, embedded, equal),
-            decisions=(str(join(earlier.root, "decisions")), names, key),
-            threshold=threshold.copies,
-            looking=_looking(setup, others),
-            gpus=setup.gpus,
+            earlier.decisions(),
+            threshold.copies,
+            _looking(setup, others),
+            setup.gpus,
         )
-        findings.append(Finding(table, steps or (table,)))
-    return tuple(findings)
-
-
-def compare(setup: Setup, equal: Result, embedded: Embedded, threshold: Threshold) -> Copies:
-    """Pairs of images that are alike. Images stay in buckets, for what is compared with them later.
-
-    With `dedup.enabled=false` they are put into buckets only.
-    """
-    dedup = setup.config.dedup
-    return find_pairs(
-        setup.root,
-        _image_set(setup.images, embedded, equal),
-        Search(
-            probes=dedup.probes,
-            cell_images=dedup.cell_images,
-            penalty=threshold.penalty,
-            seed=setup.config.run.seed,
-            gpus=setup.gpus,
-        ),
-        lowest=max(0.0, threshold.copies - BELOW),
-        compare=dedup.enabled,
-        suffices=max(0.0, threshold.copies - FAR),
+        for number, earlier in enumerate(setup.sets.earlier)
     )
 
 
-def find_leaks(setup: Setup, pairs: Copies, embedded: Embedded, threshold: Threshold) -> Leaks:
+def put_in_cells(setup: Setup, equal: Step, embedded: Embedded, threshold: Threshold) -> Index:
+    """The images in the buckets of their cells, in which all that follows is compared."""
+    images = _image_set(setup.images, embedded, equal)
+    return pairs.put_in_cells(setup.steps, images, _search(setup, threshold))
+
+
+def find_leaks(setup: Setup, index: Index, embedded: Embedded, threshold: Threshold) -> Leaks:
     """Images that show the same as an image of an evaluation set."""
-    others = []
+    others = {}
     for name, shards in setup.sets.leaks.items():
-        inputs, root = Inputs.of([(name, POOL, shards)]), join(setup.root, "sets", f"leaks-{name}")
-        others.append(open_other_set(setup, name, root, inputs, "embed_copy", embedded.spec))
-    prints = {other.name: other.prints.folder for other in others}
-    table, steps = relative.find_leaks(
-        pairs,
+        steps = setup.steps.below("sets", f"leaks-{name}", label=name)
+        inputs = Inputs.of([(name, POOL, shards)])
+        others[name] = open_other_set(setup, steps, inputs, "embed_copy", embedded.spec)
+    table, leaked = leaks.find_leaks(
+        setup.steps,
+        index,
         setup.images,
-        {other.name: _image_set(other.inputs, other.embedded) for other in others},
-        threshold=threshold.leaks,
-        looking=_looking(setup, {o.name: (o.inputs, prints[o.name]) for o in others}),
-        gpus=setup.gpus,
+        {name: _image_set(other.inputs, other.embedded) for name, other in others.items()},
+        threshold.leaks,
+        _looking(setup, {name: (other.inputs, other.prints) for name, other in others.items()}),
+        setup.gpus,
     )
-    leaked: Counter[str] = Counter()
-    for step in steps:
-        for account in step.accounts:
-            leaked.update(account.get("held", {}))
-    opening = [step for other in others for step in other.steps]
-    return Leaks(table, (*opening, *(steps or (table,))), prints, dict(leaked))
+    return Leaks(table, {name: other.prints.folder for name, other in others.items()}, leaked)
+
+
+def find_pairs(setup: Setup, index: Index, threshold: Threshold) -> Pairs:
+    """Pairs of images that are alike, also some that are a little less so, for the report."""
+    search = _search(setup, threshold)
+    lowest, suffices = (max(0.0, threshold.copies - less) for less in (BELOW, FAR))
+    return pairs.find_pairs(setup.steps, index, search, lowest, suffices)
 
 
 def group_copies(
-    setup: Setup,
-    pairs: Copies,
-    prints: Result,
-    embedded: Embedded,
-    threshold: Threshold,
-    going: Sequence[Finding],
-) -> Finding:
-    """Groups of copies, with the one that stays of each.
-
-    Args:
-        setup: of the curation.
-        pairs: that are alike.
-        prints: fingerprints, by which the best copy is told.
-        embedded: vectors that the pairs were found by.
-        threshold: above which a pair gets a second look.
-        going: images that go in any case, so that none of them is kept instead of another.
-    """
-    table, steps = find_components(
-        pairs,
+    setup: Setup, alike: Pairs, known: Known, embedded: Embedded, threshold: Threshold
+) -> Step:
+    """Groups of copies, with the one that stays of each: none that goes in any case."""
+    dedup = setup.config.dedup
+    return copies.group_copies(
+        setup.steps,
+        alike,
         _image_set(setup.images, embedded),
-        fingerprints=(prints.folder, prints.key),
-        threshold=threshold.copies,
-        guard=setup.config.dedup.guard,
-        chains=setup.config.dedup.chains,
-        aside=[(finding.table.folder, finding.table.key) for finding in going],
-        looking=_looking(setup),
+        known.prints,
+        CopyRule(threshold.copies, dedup.guard, dedup.chains),
+        [*known.matches, *([known.leaks] if known.leaks else [])],
+        _looking(setup),
     )
-    return Finding(table, steps or (table,))
 
 
-def leaking_groups(setup: Setup, known: Known) -> Finding:
+def leaking_groups(setup: Setup, known: Known) -> Step:
     """Groups of copies of which an image leaks, with the best leak: the whole group goes."""
-    files = setup.images.files
-    by_file = run_step(
-        setup.root,
-        "leaking/files",
-        known.keys,
-        [Task(file.name, (file, known.tables)) for file in files],
-        leaks_of,
-    )
-    task = Task("leaking", (tuple(file.name for file in files), by_file.folder))
-    best = run_step(setup.root, "leaking/best", [by_file.key], [task], best_leaks)
-    return Finding(best, (by_file, best))
+    assert known.leaks and known.groups
+    return leaks.leaking_groups(setup.steps, setup.images, known.prints, known.leaks, known.groups)
 
 
-def _image_set(inputs: Inputs, embedded: Embedded, equal: Result | None = None) -> ImageSet:
+def _search(setup: Setup, threshold: Threshold) -> Search:
+    dedup, seed = setup.config.dedup, setup.config.run.seed
+    return Search(dedup.probes, dedup.cell_images, threshold.penalty, seed, setup.gpus)
+
+
+def _image_set(inputs: Inputs, embedded: Embedded, equal: Step | None = None) -> ImageSet:
     """Images as they are compared; `equal`: without those that equal another one."""
-    exact = ("", "") if equal is None else (equal.folder, equal.key)
     vectors = embedded.vectors
-    return ImageSet(inputs, vectors, exact, visiting if vectors.views else None)
+    return ImageSet(inputs, vectors, equal, visiting if vectors.views else None)
 
 
-def _looking(setup: Setup, others: Mapping[str, tuple[Inputs, str]] | None = None) -> Looking:
-    config = setup.config
-    return Looking(setup.images, config.model.in_channels, config.data.max_image_pixels, others)
+def _looking(
+    setup: Setup, others: Mapping[str, tuple[Inputs, Step | None]] | None = None
+) -> Looking:
+    return Looking(setup.images, setup.decoding, others or {})

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.config.config import Config
-from pipeline.curate.curation import Curation, Decisions, Known, Setup
+from pipeline.curate.curation import Curation, Decisions, Setup
 from pipeline.curate.decide import decide as deciding
 from pipeline.curate.decide.decide import Mix, starts_of
+from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.shard_write import Selection
 from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.tally import Tally, list_folders, sources_of
-from pipeline.curate.steps.steps import Result, Task, run_step
+from pipeline.curate.steps.steps import Step
 from pipeline.shards.shards import ShardSet
 from pipeline.uri import Place
 
 
 def decide(setup: Setup, known: Known) -> Decisions:
     """Decides on every image: the first reason to leave it out counts."""
-    images, root, mix = setup.images, setup.root, setup.config.mix
-    tasks = [Task(file.name, (file, known.tables.fingerprint)) for file in images.files]
-    listed = run_step(root, "sources", known.keys[:1], tasks, list_folders)
-    sources = sources_of(listed.accounts)
-    named = {name: [source.root, source.folders] for name, source in sources.items()}
-    starts = starts_of(images)
+    images, steps, files = setup.images, setup.steps, setup.images.by_name
+    listed = steps.run("sources", list_folders, files, prints=known.prints)
+    given: dict[str, Any] = {
+        "starts": starts_of(images),
+        "known": known,
+        "sources": sources_of(listed.accounts),
+    }
 
-    def decided(step: str, shares: dict[str, float]) -> Result:
-        seed = setup.config.run.seed
-        kept = Mix(seed, shares)
-        return run_step(
-            root,
-            step,
-            [2, known.keys, images.digest, named, seed, sorted(shares.items())],
-            [Task(f.name, (f, starts, known.tables, sources[f.set], kept)) for f in images.files],
-            deciding.decide,
-        )
+    def decided(name: str, shares: dict[str, float]) -> Step:
+        mix = Mix(setup.config.run.seed, shares)
+        return steps.run(name, deciding.decide, files, version=2, mix=mix, **given)
 
-    steps = [listed]
     shares = weights(setup.config)
-    if mix.by == "proportion":  # how many images a part has is known when all are decided on
+    if setup.config.mix.by == "proportion":  # how many a part has is known when all are decided on
         whole = decided("parts", {})
         shares = proportions(shares, Tally.of(images, whole.accounts).total_parts())
-        steps = [whole, listed]
     table = decided("decisions", {part: share for part, share in shares.items() if share < 1})
-    return Decisions(table, (*steps, table), Tally.of(images, table.accounts))
+    return Decisions(table, Tally.of(images, table.accounts))
 
 
 def weights(config: Config) -> dict[str, float]:
@@ -86,12 +81,12 @@ def write_shards(curation: Curation, shards: Place) -> ShardSet:
         setup.sets.inputs_by_name,
         setup.images,
         curation.decisions.table,
-        curation.prints.folder,
+        curation.known.prints.folder,
         earlier,
     )
     written, _, again = write_curated(
         shards,
-        setup.root,
+        setup.steps.root,
         selection,
         shard_bytes=int(data.shard_mb * 2**20),
         row_group_images=data.row_group_images,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.curate.report.read import parquet_names
-from pipeline.curate.steps.steps import Result
+from pipeline.curate.steps.steps import Step, Steps
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
 from pipeline.storage.places import resolve_uri
@@ -48,23 +46,21 @@ class Earlier:
                 return True
         return False
 
-    def decisions(self) -> tuple[tuple[str, ...], str]:
-        """Names of its files of decisions, and their key.
+    def decisions(self) -> Step:
+        """Its decisions.
 
         Raises:
             DataError: there are none.
         """
-        folder = str(join(self.root, "decisions"))
-        fs, path = resolve_uri(folder)
-        key, names = read_json(fs, f"{path}/_key.json"), parquet_names(folder)
-        if key is None or not names:
+        decisions = Steps(self.root).stored("decisions")
+        if not decisions.tables:
             raise DataError(f"{public(self.run)} has no decisions", "curate it again")
-        return names, json.dumps(key)
+        return decisions
 
 
-def keys_of(results: Iterable[Result]) -> dict[str, str]:
+def keys_of(results: Iterable[Step]) -> dict[str, str]:
     """For the result of a curation: keys of the steps that later ones read."""
-    return {result.step: result.key for result in results if result.step in READ}
+    return {step.name: step.key for step in results if step.name in READ}
 
 
 def earlier_runs(run: str) -> list[Earlier]:

@@ -75,6 +75,11 @@ class EmbedderSpec:
         """What vectors depend on, JSON-like: part of a step's key."""
         return [*self.identity, self.batch_size, self.half]
 
+    @property
+    def key(self) -> str:
+        """The same as one text: where the model is read from changes no vector."""
+        return fingerprint(self.settings)
+
 
 def embedder_of(
     model: str,

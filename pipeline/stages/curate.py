@@ -225,7 +225,7 @@ def _summary(curation: Curation) -> Summary:
         rows_in=curation.decisions.tally.rows,
         seed=curation.setup.config.run.seed,
     )
-    return summarise(curation.setup.root, facts, curation.folders)
+    return summarise(curation.setup.steps.root, facts, curation.folders)
 
 
 def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:

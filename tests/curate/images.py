@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageFilter
 
 from pipeline.curate.rows.tables import POOL, Inputs
-from pipeline.curate.steps.steps import Result
+from pipeline.curate.steps.steps import Step
 from pipeline.shards.shards import open_shards
 
 
@@ -52,23 +52,6 @@ def inputs_of(folder: Path, *sets: tuple[str, str]) -> Inputs:
     return Inputs.of([(n, k, open_shards(str(folder / f"{n}.parquet"))) for n, k in sets])
 
 
-def result(folder: Path | str, key: str = "key", accounts: Sequence[Any] = ()) -> Result:
+def result(folder: Path | str, key: str = "key", accounts: Sequence[Any] = ()) -> Step:
     """A finished step."""
-    return Result("step", key, str(folder), tuple(accounts), 0, 0.0, 0.0, 0)
-
-
-class Here:
-    """Stands for `run_step`: runs the tasks in this process, in any order."""
-
-    def __init__(self, backwards: bool = False) -> None:
-        self.backwards = backwards
-
-    def __call__(
-        self, root: Any, step: str, settings: Any, tasks: Any, function: Any, **_: Any
-    ) -> Result:
-        folder = Path(root) / step
-        order = list(range(len(tasks)))
-        accounts: dict[int, Any] = {}
-        for i in reversed(order) if self.backwards else order:
-            accounts[i] = function(str(folder), *tasks[i].arguments)
-        return result(folder, repr([step, settings]), [accounts[i] for i in order])
+    return Step("step", key, str(folder), tuple(accounts))

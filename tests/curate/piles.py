@@ -16,38 +16,29 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.curate.rows.tables import FINGERPRINT, Inputs, write_table
-from pipeline.curate.steps import tasks as steps
+from pipeline.curate.steps import tasks as running
+from pipeline.curate.steps.steps import Step
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardSet, open_shards
+from tests.curate.here import run_here
 
 
 def without_ray(monkeypatch: Any) -> None:
     """Steps run in this process, one task after the other."""
-    import ray
-
-    from pipeline.curate.copies import pairs
-    from pipeline.curate.embed import embed
     from pipeline.driver import cluster
 
-    def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
-        for task in tasks:
-            yield task.name, steps._account(steps._task(folder, task, function))
-
-    monkeypatch.setattr(steps, "_run", run)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
-    monkeypatch.setattr(pairs, "_cpus_of_fit", lambda: 1.0)
+    run_here(monkeypatch, sent=False)
     monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "nodes", lambda: 1)
 
 
-def dies_once(folder: str, task: steps.Task, function: Any) -> Any:
-    """Instead of `steps._task`: kills its worker before the first task of each step, then works."""
+def dies_once(folder: str, task: running.Task, function: Any) -> Any:
+    """Instead of `_task`: kills its worker before the first task of each step, then works."""
     marks = Path(os.environ["CURATE_MARKS"])
     try:
         (marks / folder.replace("/", "_")[-150:]).touch(exist_ok=False)
     except FileExistsError:
-        return steps._task(folder, task, function)
+        return running._task(folder, task, function)
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -91,7 +82,7 @@ def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> Shar
     return open_shards(str(shards))
 
 
-def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> str:
+def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> Step:
     """A fingerprint table of inputs as far as decisions read it; `changes[column][row] = value`."""
     from pipeline.curate.rows.tables import id_array
     from pipeline.shards.columns import is_ours
@@ -118,14 +109,14 @@ def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> 
             "height": pa.array([24] * file.rows, pa.int32()),
         }
         write_table(pa.table(columns, schema=FINGERPRINT), str(folder), file.name)
-    return str(folder)
+    return Step(folder.name, "key", str(folder), tables=tuple(inputs.by_name))
 
 
-def step_table(folder: Path, inputs: Inputs, schema: pa.Schema, rows: Sequence[tuple]) -> str:
+def step_table(folder: Path, inputs: Inputs, schema: pa.Schema, rows: Sequence[tuple]) -> Step:
     """A step's table of given rows, one file for each input file; ids as bytes of 16."""
     for file in inputs.files:
         mine = sorted(r for r in rows if file.first <= r[0] < file.first + file.rows)
         columns = list(zip(*mine, strict=True)) or [()] * len(schema)
         arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
         write_table(pa.table(arrays, schema=schema), str(folder), file.name)
-    return str(folder)
+    return Step(folder.name, "key", str(folder), tables=tuple(inputs.by_name))

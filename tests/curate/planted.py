@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies import components, edges, matches, pairs, relative
 from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
-from pipeline.curate.steps import steps
+from pipeline.curate.steps.steps import Step
 from pipeline.shards.shards import ShardColumns, ShardFile
-from pipeline.uri import join
 
 Array = np.ndarray[Any, Any]
 MIRROR = np.tile((-1.0) ** np.arange(12), 12)[1:]  # odd horizontal frequencies change their sign
@@ -102,10 +97,10 @@ class Pool:
     root: Path
     inputs: tables.Inputs
     vectors: tables.Vectors
-    fingerprints: tuple[str, str]
+    prints: Step
     ids: Array
 
-    def images(self, exact: tuple[str, str] = ("", "")) -> ImageSet:
+    def images(self, exact: Step | None = None) -> ImageSet:
         """As they are compared."""
         return ImageSet(self.inputs, self.vectors, exact, visiting if self.vectors.views else None)
 
@@ -156,40 +151,9 @@ def write_pool(
         root,
         tables.Inputs(tuple(embedded), "digest"),
         tables.Vectors(str(folder), names, dim, "key", column, views),
-        (str(root / "fingerprint"), "facts"),
+        Step("fingerprint", "facts", str(root / "fingerprint")),
         ids,
     )
-
-
-def inline(
-    root: Any,
-    step: str,
-    settings: Any,
-    tasks: Sequence[steps.Task],
-    function: Callable[..., steps.Account],
-    **_: Any,
-) -> steps.Result:
-    """`run_step` in this process, with the tasks in a random order."""
-    folder = str(join(root, *step.split("/")))
-    order = list(range(len(tasks)))
-    random.Random(str(root)).shuffle(order)
-    accounts: dict[int, steps.Account] = {}
-    for place in order:
-        accounts[place] = function(folder, *tasks[place].arguments)
-    in_order = tuple(accounts[place] for place in range(len(tasks)))
-    return steps.Result(step, f"{step}-key", folder, in_order, 0, 0.0, 0.0, 0)
-
-
-@contextmanager
-def without_ray() -> Iterator[None]:
-    """Inside, steps run in this process."""
-    with (
-        mock.patch.object(pairs, "_cpus_of_fit", lambda: 1.0),
-        ExitStack() as patches,
-    ):
-        for module in (components, edges, matches, pairs, relative):
-            patches.enter_context(mock.patch.object(module, "run_step", inline))
-        yield
 
 
 def read_all(folder: str, inputs: tables.Inputs) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from hashlib import blake2b
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pyarrow as pa
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import Vectors, id_array, list_array, vector_schema, write_table
-from pipeline.curate.steps import tasks as steps
 
 
 def ids_of_numbers(numbers, salt=b""):
@@ -47,16 +45,3 @@ def written(folder: Path, ids, vectors, files=1, order=None, first_row=0, name="
         row += len(part)
     embedded = Vectors(str(place), tuple(names), vectors.shape[1], key=str(place))
     return RowSet.of(embedded, [len(part) for part in parts])
-
-
-def run_here(monkeypatch):
-    """Steps run their tasks in this process, their arguments pickled as for Ray."""
-
-    def run(folder, tasks, function, *_):
-        for task in tasks:
-            yield (
-                task.name,
-                steps._account(steps._task(folder, *pickle.loads(pickle.dumps((task, function))))),
-            )
-
-    monkeypatch.setattr(steps, "_run", run)

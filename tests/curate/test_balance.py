@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_vectors import ids_of_numbers, run_here, written
+from planted_vectors import ids_of_numbers, written
 
 from pipeline.curate.choose import hierarchy, lloyd
 from pipeline.curate.choose.balance import Sample, balanced_sample, effective, leaf_shares
@@ -17,6 +17,7 @@ from pipeline.curate.rows.exact import Centres, unit_half
 from pipeline.curate.rows.tables import BALANCED, read_table
 from pipeline.curate.steps.steps import Steps
 from pipeline.errors import PipelineError
+from tests.curate.here import run_here
 
 
 @pytest.fixture(autouse=True)

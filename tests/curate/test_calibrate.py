@@ -10,25 +10,35 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
 from pipeline.config.load import load
 from pipeline.curate.embed import embed as embedding
-from pipeline.curate.embed.embed import embed
-from pipeline.curate.images import exact_copies, fingerprint
+from pipeline.curate.embed.embed import embed, embed_file
 from pipeline.curate.images.descriptor import describe, similarity
+from pipeline.curate.images.equal_images import equal_images
+from pipeline.curate.images.fingerprint import Decoding, fingerprint
 from pipeline.curate.look import forms
 from pipeline.curate.look.second_look import Verdict, form_of, second_look
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.steps import tasks
+from pipeline.curate.steps.steps import Output, Resources, Steps
 from pipeline.curate.threshold import calibrate as module
 from pipeline.curate.threshold import tail, threshold
 from pipeline.curate.threshold.attacks import ATTACKS, attack
-from pipeline.curate.threshold.calibrate import attack_file, attacked_copies, calibrate
+from pipeline.curate.threshold.calibrate import (
+    SampleRows,
+    Sampling,
+    attack_rows,
+    attacked_copies,
+    calibrate,
+)
 from pipeline.curate.threshold.tail import all_pairs, interval, tail_threshold
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.embed import embedders
-from pipeline.embed.embedders import MEAN, STD, EmbedderSpec, embedder_of
+from pipeline.embed.embedders import MEAN, STD, EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.load import load_weights
 from pipeline.errors import ConfigError
 from pipeline.evaluate.features import embed as features_of
@@ -37,7 +47,10 @@ from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
 from pipeline.shards.columns import image_id
 from pipeline.views.crops import resize_centre_crop
-from tests.curate.images import Here, encoded, inputs_of, scene, shard
+from tests.curate.here import run_here
+from tests.curate.images import encoded, inputs_of, scene, shard
+
+DECODING = Decoding()
 
 
 def unit(rng, *shape):
@@ -259,38 +272,41 @@ def run(*arguments, **options):
     return both(*arguments, **options)[0]
 
 
-def both(tmp_path, images, name, backwards=False, count=60, **options):
+def both(tmp_path, images, name, count=60, decoding=DECODING):
     """The calibration and its step."""
-    where = Here(backwards)
-    for part in (module, fingerprint, exact_copies):
-        part.run_step = where
     for n in range(0, max(1, len(images)), 20):
         shard(tmp_path / name / f"{n:03d}.parquet", images[n : n + 20])
-    inputs = inputs_of(tmp_path / name)
-    prints = fingerprint.fingerprint(tmp_path / f"{name}-out", inputs)
-    alive = exact_copies.collapse(tmp_path / f"{name}-out", inputs, prints)
-    root = tmp_path / f"{name}-out"
-    vectors, _ = embed(root, "embed", inputs, alive, EmbedderSpec(), fingerprints=prints)
-    return calibrate(root, inputs, prints, alive, EmbedderSpec(), vectors, images=count, **options)
+    inputs, steps = inputs_of(tmp_path / name), Steps(tmp_path / f"{name}-out")
+    prints = fingerprint(steps, inputs, decoding)
+    equal = equal_images(steps, inputs, prints)
+    embedded = embed(steps, "embed", inputs, EmbedderSpec(), prints, decoding, equal)
+    sampling = Sampling(images=count)
+    calibration = calibrate(steps, inputs, prints, equal, embedded, sampling, decoding)
+    return calibration, steps.done[-1]
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    for part in (module, fingerprint, exact_copies):
-        monkeypatch.setattr(part, "run_step", part.run_step)
+    run_here(monkeypatch)
 
 
 @pytest.mark.long
 def test_the_step_gives_the_same_for_any_order_of_rows(tmp_path, steps, monkeypatch):
     monkeypatch.setattr(tail, "LOOKED_AT", 5)
-    groups_of, reads = forms.groups_of, []
-    monkeypatch.setattr(forms, "groups_of", lambda *a: reads.append(a) or groups_of(*a))
+    groups_at, reads = forms.groups_at, []
+
+    def counted(file, places):
+        for group, rows, first in groups_at(file, places):
+            reads.append((file.file.path, first))
+            yield group, rows, first
+
+    monkeypatch.setattr(forms, "groups_at", counted)
     images = [encoded(scene(n, 32, 40), "JPEG") for n in range(66)] + [b"", b"broken"]
     one = run(tmp_path, images, "one")
-    groups = [(file.file.path, numbers[0]) for file, numbers in reads]
-    assert len(groups) == len(set(groups)) > 0  # each is read once for all pairs
+    assert len(reads) == len(set(reads)) > 0  # each is read once for all pairs
     order = np.random.default_rng(0).permutation(len(images))
-    two = run(tmp_path, [images[i] for i in order], "two", backwards=True)
+    run_here(monkeypatch, seed=1)  # tasks in another order too
+    two = run(tmp_path, [images[i] for i in order], "two")
     assert one == two and one.extrapolated and "extrapolated" in one.warning
     assert (one.images, one.attacked, one.negatives + one.copies) == (66, 60, 66 * 65 / 2)
     assert 0.3 < one.threshold < 0.995 and one.recall > 0.5
@@ -311,7 +327,7 @@ def test_another_second_look_measures_again(tmp_path, steps, monkeypatch):
     keys = set()
     for version, channels in ((1, 3), (2, 3), (2, 4)):
         monkeypatch.setattr(module, "VERSION", version)
-        keys.add(both(tmp_path, [b"broken"], "few", channels=channels)[1].key)
+        keys.add(both(tmp_path, [b"broken"], "few", decoding=Decoding(channels))[1].key)
     assert len(keys) == 3
 
 
@@ -332,26 +348,36 @@ def test_copies_are_embedded_where_images_are(tmp_path, steps, monkeypatch):
     spec = BackboneSpec(image_size=28, width=64, depth=1, heads=1, registers=0)
     network = spec.build().eval()
     embedder = embedder_of(str(save_backbone(network, spec, tmp_path / "weights")), batch_size=16)
-    asked = {}
+    run_here(monkeypatch)
+    nodes = [{"Alive": True, "Resources": {"CPU": 6.0, "GPU": 2.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    run, asked = tasks._run, {}
 
-    class Seen(Here):
-        def __call__(self, root, step, settings, tasks, function, **resources):
-            asked[step] = resources, [task.arguments[-2:] for task in tasks]
-            return super().__call__(root, step, settings, tasks, function)
+    def seen(folder, waiting, function, resources, step, total):
+        asked[step] = resources
+        return run(folder, waiting, function, resources, step, total)
 
-    for part in (module, embedding, fingerprint, exact_copies):
-        monkeypatch.setattr(part, "run_step", Seen())
-    monkeypatch.setattr(embedding, "task_resources", lambda: (1.0, 3.0))
+    monkeypatch.setattr(tasks, "_run", seen)
+    opened = []
+
+    def on(spec, gpu, threads):
+        opened.append((gpu, threads))
+        return open_embedder(spec, False, 1)
+
+    for part in (module, embedding):
+        monkeypatch.setattr(part, "open_embedder", on)
     images = [encoded(scene(n, 40, 50), "JPEG") for n in range(9)]
     shard(tmp_path / "in" / "a.parquet", [*images, b"broken"], group=4)
-    inputs, root = inputs_of(tmp_path / "in"), tmp_path / "out"
-    prints = fingerprint.fingerprint(root, inputs)
-    alive = exact_copies.collapse(root, inputs, prints)
-    vectors, _ = embedding.embed(root, "embed", inputs, alive, embedder)
-    calibration, _ = calibrate(root, inputs, prints, alive, embedder, vectors, images=5)
+    root = tmp_path / "out"
+    inputs, steps = inputs_of(tmp_path / "in"), Steps(root)
+    prints = fingerprint(steps, inputs, DECODING)
+    equal = equal_images(steps, inputs, prints)
+    embedded = embed(steps, "embed", inputs, embedder, prints, DECODING, equal)
+    sampling = Sampling(images=5)
+    calibration = calibrate(steps, inputs, prints, equal, embedded, sampling, DECODING)
     assert (calibration.images, calibration.attacked) == (9, 5)
-    assert asked["calibrate_copies"] == ({"cpus": 3.0, "gpus": 1.0}, [(True, 3)])
-    assert asked["calibrate_copies"][0] == asked["embed"][0]
+    assert asked["calibrate_copies"] == asked["embed"] == Resources(3.0, 1.0)
+    assert opened == [(True, 3)] * 2
     table = pq.read_table(root / "calibrate_copies" / "00000.parquet")
     by_id = {bytes.fromhex(image_id(image)): decode_image(image) for image in images}
     for name, row in zip(table["image_id"].to_pylist(), table["vectors"].to_pylist(), strict=True):
@@ -374,6 +400,7 @@ def test_a_model_is_opened_once_for_all_files_of_a_worker(tmp_path, monkeypatch)
     for n in range(3):
         shard(tmp_path / "in" / f"{n}.parquet", [encoded(scene(n))])
     for file in inputs_of(tmp_path / "in").files:
-        embedding.embed_file(str(tmp_path / "out"), file, counted)
-        attack_file(str(tmp_path / "copies"), file, [file.first], counted, 0)
+        embed_file(Output(str(tmp_path / "out"), file.name), file, counted)
+        sample = SampleRows(file, (file.first,))
+        attack_rows(Output(str(tmp_path / "copies"), file.name), sample, counted, 0, 10**8)
     assert len(opened) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.curate.copies import join, keeper_facts, leaks, relative
-from pipeline.curate.copies.components import find_components
+from pipeline.curate.copies import forest, join, keeper_facts
+from pipeline.curate.copies.copies import group_copies
+from pipeline.curate.copies.keepers import CopyRule
+from pipeline.curate.copies.leaks import count_leaked, find_leaks, leaks_that_hold
 from pipeline.curate.copies.matches import MATCHES, find_matches
-from pipeline.curate.copies.pairs import Search, find_pairs
-from pipeline.curate.copies.stored_copies import STORED, Copies
+from pipeline.curate.copies.other_sets import look_up
+from pipeline.curate.copies.pairs import (
+    STORED,
+    Index,
+    Pairs,
+    Search,
+    find_pairs,
+    put_in_cells,
+)
 from pipeline.curate.look.looks import VERDICTS
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.steps.steps import Output, Step, Steps
 from pipeline.errors import DataError
+from pipeline.shards.shards import ShardColumns, ShardFile
+from tests.curate.here import without_ray
 from tests.curate.planted import (
     Pool,
     all_views,
@@ -29,12 +42,26 @@ from tests.curate.planted import (
     planted,
     read_all,
     visiting,
-    without_ray,
     write_pool,
 )
 
 Array = np.ndarray[Any, Any]
 T = 0.6
+COLUMNS = ShardColumns("", "image", "label")
+
+
+@dataclass
+class Run:
+    """Pairs and groups of a pool, and the steps that it took."""
+
+    steps: Steps
+    pairs: Pairs
+    components: Step
+
+    @property
+    def index(self) -> Index:
+        """The pool in its buckets."""
+        return self.pairs.index
 
 
 def run(
@@ -43,23 +70,22 @@ def run(
     threshold: float = T,
     guard: float = 0.1,
     chains: str = "split",
-    aside: Sequence[tuple[str, str]] = (),
-    exact: tuple[str, str] = ("", ""),
+    going: Sequence[Step] = (),
+    exact: Step | None = None,
+    root: Path | str = "",
     **search: Any,
-) -> tuple[Copies, pa.Table]:
+) -> tuple[Run, pa.Table]:
     """Pairs and components of a pool."""
     images, how = pool.images(exact), Search(**({"probes": 8, "cell_images": 60} | search))
-    copies = find_pairs(pool.root / "run", images, how, lowest=threshold)
-    result, _ = find_components(
-        copies,
-        images,
-        fingerprints=pool.fingerprints,
-        threshold=threshold,
-        guard=guard,
-        chains=chains,
-        aside=aside,
-    )
-    return copies, read_all(result.folder, pool.inputs)
+    steps = Steps(root or pool.root / "run")
+    pairs = find_pairs(steps, put_in_cells(steps, images, how), how, threshold)
+    rule = CopyRule(threshold, guard, chains)
+    groups = group_copies(steps, pairs, images, pool.prints, rule, going)
+    return Run(steps, pairs, groups), read_all(groups.folder, pool.inputs)
+
+
+def step_of(done: Run, name: str) -> Step:
+    return next(step for step in done.steps.done if step.name == name)
 
 
 def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
@@ -70,8 +96,8 @@ def by_id(pool: Pool, table: pa.Table) -> set[tuple[Any, ...]]:
     return set(zip(own, *(table.column(name).to_pylist() for name in columns), strict=True))
 
 
-def edges_of(copies: Copies) -> pa.Table:
-    return pa.concat_tables([tables.read_table(copies.edges, name) for name in copies.edge_names])
+def edges_of(done: Run) -> pa.Table:
+    return done.pairs.edges.every(tables.EDGES)
 
 
 def brute(x: Array, threshold: float) -> Array:
@@ -147,14 +173,14 @@ def test_buckets_files_and_portions_change_nothing(
         b = run(other, threshold=0.7, buckets=buckets, portion_rows=portion)
     assert by_id(one, a[1]) == by_id(other, b[1]) and len(a[1]) > 400
 
-    def named(pool: Pool, copies: Copies) -> list[tuple[bytes, bytes, float]]:
+    def named(pool: Pool, copies: Run) -> list[tuple[bytes, bytes, float]]:
         edges = edges_of(copies)
         rows = [pool.ids[edges.column(name).to_numpy()] for name in ("a", "b")]
         similarity = edges.column("similarity").to_pylist()
         return [(bytes(p), bytes(q), s) for p, q, s in zip(*rows, similarity, strict=True)]
 
     assert named(one, a[0]) == named(other, b[0])
-    assert b[0].buckets == buckets
+    assert b[0].index.buckets == buckets
 
 
 @pytest.mark.parametrize("shards", [2, 7])
@@ -172,7 +198,7 @@ def test_shards_of_the_forest_change_nothing(
         a = run(pool, threshold=0.7, buckets=4, shards=1)
         b = run(other, threshold=0.7, buckets=4, shards=shards)
     one, many = edges_of(a[0]), edges_of(b[0])
-    assert len(b[0].edge_names) == shards
+    assert len(b[0].pairs.edges.tables) == shards
     by = [("a", "ascending"), ("b", "ascending")]
     assert one.sort_by(by).equals(many.sort_by(by)) and len(one) > 600
     assert a[1].equals(b[1])
@@ -205,12 +231,11 @@ def test_workers_of_ray_change_nothing_and_a_rerun_reuses(
         b = run(plain, threshold=0.7, buckets=3)[1]
     assert by_id(pool, table) == by_id(plain, b)
     again, same = run(pool, threshold=0.7, buckets=3)
-    assert all(step.reused == len(step.accounts) for step in again.steps) and same.equals(table)
-    assert not any(step.reused for step in a.steps)
+    assert all(step.reused == len(step.accounts) for step in again.steps.done)
+    assert same.equals(table) and not any(step.reused for step in a.steps.done)
     # another threshold joins nothing anew
-    higher = find_components(
-        again, pool.images(), fingerprints=pool.fingerprints, threshold=0.9, guard=0.1
-    )[0]
+    rule = CopyRule(0.9)
+    higher = group_copies(again.steps, again.pairs, pool.images(), pool.prints, rule)
     assert 0 < higher.total("rows") < len(table)
 
 
@@ -224,8 +249,9 @@ def test_few_rows(tmp_path: Path, rows: int, equal: bool) -> None:
         if not rows:
             empty = write_pool(tmp_path / "empty", x, ids_for(0), [0])
             assert len(run(empty)[1]) == 0
-            nothing = find_pairs(tmp_path / "none", pool.images(), Search(8), lowest=T)
-            assert len(edges_of(nothing)) == 0
+            steps, images, search = Steps(tmp_path / "none"), pool.images(), Search(8)
+            nothing = find_pairs(steps, put_in_cells(steps, images, search), search, T)
+            assert len(nothing.edges.every(tables.EDGES)) == 0
             return
     assert copies is not None and table is not None
     assert len(table) == (2 if rows == 2 and equal else 0)
@@ -239,7 +265,7 @@ def test_all_equal_leaves_one(tmp_path: Path) -> None:
     smallest = min(bytes(i) for i in pool.ids)
     assert set(table.column("keeper_id").to_pylist()) == {smallest}
     assert len(table) == 500 and len(edges_of(copies)) == 499
-    assert copies.steps[1].total("copies") == 499
+    assert copies.index.equal.total("copies") == 499
 
 
 @pytest.mark.parametrize("views", [False, True])
@@ -292,14 +318,13 @@ def test_giant_group_has_one_survivor(tmp_path: Path) -> None:
     assert table.column("row").to_pylist() == group.tolist()
     assert len(set(table.column("keeper").to_pylist())) == 1
     assert set(table.column("size").to_pylist()) == {2100}
-    pairs = next(step for step in copies.steps if step.step == "copies/pairs")
-    assert pairs.total("compared") < 20 * 1001**2
+    assert step_of(copies, "copies/pairs").total("compared") < 20 * 1001**2
 
 
 def test_many_near_copies_in_one_cell_stay_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(join, "PENDING", 5000)
+    monkeypatch.setattr(forest, "PENDING", 5000)
     monkeypatch.setattr(join, "TILE", 64)
     pool, group = giant(tmp_path, 0, 700, 100, 32)
     with without_ray():
@@ -445,7 +470,7 @@ def test_leaks_are_the_best_match_of_each_row(
     )
     with without_ray():
         copies, _ = run(pool, cell_images=10, buckets=buckets)
-        result, steps = relative.find_leaks(copies, pool.inputs, sets, threshold=0.55)
+        result, counted = find_leaks(copies.steps, copies.index, pool.inputs, sets, 0.55)
     table = read_all(result.folder, pool.inputs).to_pylist()
     products = x.astype(float) @ queries.astype(float).T
     expected = {}
@@ -459,8 +484,6 @@ def test_leaks_are_the_best_match_of_each_row(
         one["row"]: (one["set"], one["query_id"], one["similarity"]) for one in table
     } == expected
     assert {80, 81, 0} <= set(expected) and not set(range(40, 80)) & set(expected)
-    shards = next(s for s in steps if s.step.endswith("queries")).accounts
-    counted = {name: sum(shard["leaked"].get(name, 0) for shard in shards) for name in "ab"}
     hits = products[:, :25].max(0) > 0.55, products[:, 20:].max(0) > 0.55
     assert counted == {"b": int(hits[0].sum()), "a": int(hits[1].sum())}
 
@@ -472,16 +495,9 @@ def test_a_folder_may_be_a_uri_that_says_more_behind_a_question_mark(tmp_path: P
     expected = {}
     for root in (pool.root / "run", there):
         with without_ray():
-            copies = find_pairs(root, pool.images(), Search(8, 60), lowest=T)
-            hits, _ = relative.find_leaks(copies, pool.inputs, sets, threshold=0.55)
-            groups, _ = find_components(
-                copies,
-                pool.images(),
-                fingerprints=pool.fingerprints,
-                threshold=T,
-                guard=0.1,
-            )
-        expected[root] = [read_all(one.folder, pool.inputs) for one in (hits, groups)]
+            done, groups = run(pool, root=root)
+            hits, _ = find_leaks(done.steps, done.index, pool.inputs, sets, 0.55)
+        expected[root] = [read_all(hits.folder, pool.inputs), groups]
     here, beyond = expected.values()
     assert len(here[0]) > 30 and here[0].equals(beyond[0])
     assert len(here[1]) == 3 and here[1].equals(beyond[1])  # the equal ones
@@ -500,8 +516,9 @@ def test_leaks_never_are_keepers(tmp_path: Path) -> None:
     with without_ray():
         copies, table = run(pool, threshold=0.7)
         assert table.column("keeper").to_pylist() == [0, 0, 0]
-        result, _ = relative.find_leaks(copies, pool.inputs, {"set": own.images()}, threshold=0.99)
-        _, table = run(pool, threshold=0.7, aside=[(result.folder, "leaks")])
+        others = {"set": own.images()}
+        result, _ = find_leaks(copies.steps, copies.index, pool.inputs, others, 0.99)
+        _, table = run(pool, threshold=0.7, going=[result])
     assert read_all(result.folder, pool.inputs).column("row").to_pylist() == [0]
     assert table.column("keeper").to_pylist() == [1, 1, 1]
     assert table.column("size").to_pylist() == [3, 3, 3]
@@ -515,7 +532,7 @@ def test_a_set_that_equals_the_pool_leaks_whole(
     with without_ray():
         copies, _ = run(pool, threshold=0.9, buckets=3)
         sets = {"same": pool.images()}
-        result, _ = relative.find_leaks(copies, pool.inputs, sets, threshold=0.9)
+        result, _ = find_leaks(copies.steps, copies.index, pool.inputs, sets, 0.9)
     table = read_all(result.folder, pool.inputs)
     assert table.column("row").to_pylist() == list(range(500))
 
@@ -532,20 +549,13 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
     )
     kept = np.ones(120, bool)
     kept[:20] = False
-    decisions = pa.table({"row": np.arange(120), "kept": kept})
-    tables.write_table(decisions, str(tmp_path / "decisions"), "00000")
+    decisions = decided(tmp_path, kept)
     with without_ray():
         search = Search(probes=8, cell_images=10, penalty=0.05, buckets=2)
-        find_pairs(tmp_path / "one", old.images(), search, lowest=0.7)
+        put_in_cells(Steps(tmp_path / "one"), old.images(), search)
         (tmp_path / "one").rename(tmp_path / "moved")
-        earlier = Copies.open(tmp_path / "moved")
-        result, _ = find_matches(
-            tmp_path / "two",
-            earlier,
-            new.images(),
-            decisions=(str(tmp_path / "decisions"), ["00000"], "k"),
-            threshold=0.7,
-        )
+        earlier = Index.open(tmp_path / "moved")
+        result = find_matches(Steps(tmp_path / "two"), earlier, new.images(), decisions, 0.7)
     table = read_all(result.folder, new.inputs)
     assert table.schema.equals(MATCHES)
     assert table.column("row").to_pylist()[-80:] == list(range(40, 120))
@@ -558,12 +568,16 @@ def test_new_images_match_kept_ones_only(tmp_path: Path) -> None:
         assert one["similarity"] == best.max()
 
 
-def curated(pool: Pool, kept: Sequence[bool]) -> tuple[Copies, tuple[str, list[str], str]]:
-    """A pool as an earlier curation left it."""
-    copies = run(pool)[0]
+def decided(folder: Path, kept: Any) -> Step:
+    """Decisions of an earlier curation."""
     decisions = pa.table({"row": np.arange(len(kept)), "kept": np.array(kept)})
-    tables.write_table(decisions, str(pool.root / "decisions"), "00000")
-    return copies, (str(pool.root / "decisions"), ["00000"], "k")
+    tables.write_table(decisions, str(folder / "decisions"), "00000")
+    return Step("decisions", repr(list(kept)), str(folder / "decisions"), tables=("00000",))
+
+
+def curated(pool: Pool, kept: Sequence[bool]) -> tuple[Index, Step]:
+    """A pool as an earlier curation left it."""
+    return run(pool)[0].index, decided(pool.root, kept)
 
 
 @pytest.mark.parametrize("chains", ["split", "keep"])
@@ -580,10 +594,9 @@ def test_what_is_no_copy_of_the_earlier_set_survives(
     new = write_pool(tmp_path / "new", line[1:], ids_for(3, 1), [2, 1], areas=areas)
     with without_ray():
         earlier, decisions = curated(old, [True])
-        matches, _ = find_matches(
-            tmp_path / "against", earlier, new.images(), decisions=decisions, threshold=T
-        )
-        table = run(new, chains=chains, aside=[(matches.folder, "m")])[1]
+        against = Steps(tmp_path / "against")
+        matches = find_matches(against, earlier, new.images(), decisions, T)
+        table = run(new, chains=chains, going=[matches])[1]
     matched = read_all(matches.folder, new.inputs)
     assert matched.column("row").to_pylist() == [0]
     assert matched.column("image_id").to_pylist() == [bytes(old.ids[0])]
@@ -603,9 +616,8 @@ def test_a_component_of_copies_of_the_earlier_set_goes_whole(tmp_path: Path) -> 
     new = write_pool(tmp_path / "new", x, ids_for(3, 1), [3])
     with without_ray():
         earlier, decisions = curated(old, [True])
-        matches, _ = find_matches(
-            tmp_path / "against", earlier, new.images(), decisions=decisions, threshold=T
-        )
+        against = Steps(tmp_path / "against")
+        matches = find_matches(against, earlier, new.images(), decisions, T)
     matched = read_all(matches.folder, new.inputs)
     assert matched.column("row").to_pylist() == [0, 1, 2]
     assert set(matched.column("image_id").to_pylist()) == {bytes(old.ids[0])}
@@ -620,10 +632,8 @@ def test_a_kept_image_is_met_by_the_one_that_stands_for_it(tmp_path: Path) -> No
     with without_ray():
         for kept in ({order[2]}, {order[1], order[2]}, {order[0]}, set()):
             earlier, decisions = curated(old, [row in kept for row in range(3)])
-            place = tmp_path / f"against-{len(kept)}-{sum(kept)}"
-            matches, _ = find_matches(
-                place, earlier, new.images(), decisions=decisions, threshold=T
-            )
+            against = Steps(tmp_path / f"against-{len(kept)}-{sum(kept)}")
+            matches = find_matches(against, earlier, new.images(), decisions, T)
             matched = read_all(matches.folder, new.inputs).column("image_id").to_pylist()
             assert matched == [min(bytes(old.ids[row]) for row in kept)] if kept else not matched
 
@@ -633,22 +643,22 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
     with without_ray():
         copies, _ = run(pool, threshold=0.7, cell_images=10, buckets=3, penalty=0.05)
-    stored = Copies.open(copies.root)
+    stored = Index.open(copies.steps.root)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)
-        one = relative.look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
+        one = look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
         assert [match.row for match in one] == [row]
         assert one[0].image_id == bytes(pool.ids[row]).hex()
     nothing = unit_half(np.random.default_rng(9).standard_normal(143))
-    assert not relative.look_up(stored, nothing, crops[0] * 0, visiting, threshold=0.7)
+    assert not look_up(stored, nothing, crops[0] * 0, visiting, threshold=0.7)
     with pytest.raises(DataError, match="have 3 numbers"):
-        relative.look_up(stored, nothing[:3], threshold=0.7)
+        look_up(stored, nothing[:3], threshold=0.7)
     with pytest.raises(DataError, match="holds no curation"):
-        Copies.open(tmp_path / "nowhere")
+        Index.open(tmp_path / "nowhere")
     place = tmp_path / "run" / STORED
-    place.write_text(place.read_text().replace('"edge_names"', '"names_of_edges"'))
+    place.write_text(place.read_text().replace('"probes"', '"looks"'))
     with pytest.raises(DataError, match="by another version"):
-        Copies.open(tmp_path / "run")
+        Index.open(tmp_path / "run")
 
 
 def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
@@ -658,7 +668,7 @@ def test_rows_left_out_before_do_not_join(tmp_path: Path) -> None:
     table = pa.table({"row": [0, 1, 3, 4], "keeper": [0, 1, 0, 4], "method": ["", "", "bytes", ""]})
     tables.write_table(table.cast(tables.EXACT), str(tmp_path / "exact"), "00000")
     with without_ray():
-        _, components = run(pool, exact=(str(tmp_path / "exact"), "e"))
+        _, components = run(pool, exact=Step("exact", "e", str(tmp_path / "exact")))
     assert components.column("row").to_pylist() == [0, 1, 4]
 
 
@@ -671,7 +681,9 @@ def test_vectors_that_are_none_are_refused(tmp_path: Path, bad: float) -> None:
         run(pool)
 
 
-@pytest.mark.parametrize("where", ["embedded", "run/copies/shuffle/b0000", "run/copies/pairs"])
+@pytest.mark.parametrize(
+    "where", ["embedded", "run/copies/shuffle/members/b0000", "run/copies/pairs"]
+)
 def test_a_damaged_file_is_named(
     small: tuple[Array, Array, Array], tmp_path: Path, where: str
 ) -> None:
@@ -685,21 +697,21 @@ def test_a_damaged_file_is_named(
             content[at] ^= 0xFF
         file.write_bytes(content)
         with pytest.raises(DataError, match=r"00000\.parquet cannot be read") as error:
-            run(pool, threshold=0.7) if where == "embedded" else _rerun(copies, where)
+            if where == "embedded":
+                run(pool, root=tmp_path / "again")
+            _rerun(copies, where)
     assert str(file) in error.value.what
 
 
-def _rerun(copies: Copies, where: str) -> None:
-    from pipeline.curate.copies import edges
-
+def _rerun(done: Run, where: str) -> None:
     if where.endswith("pairs"):
-        source = (f"{copies.root}/copies/pairs", "00000", False)
-        edges.forest_task(f"{copies.root}/x", "00000", [source], T)
+        out = Output(f"{done.steps.root}/x")
+        forest.forest_of_all(out, 0, step_of(done, "copies/pairs"), done.index.equal, T)
     else:
-        copies.shuffled.read(0)
+        done.index.items.read(0)
 
 
-def test_leaks_that_show_the_same_are_held_by_rows_and_counted_by_images(tmp_path: Path) -> None:
+def test_leaks_that_show_the_same_are_kept_by_rows_and_counted_by_images(tmp_path: Path) -> None:
     draw = np.random.default_rng(5)
     names, every = ["a", "b", "c"], []
     for name in names:  # 40 rows, 2 sets of 9 images; a query may be held for rows of both ranges
@@ -720,15 +732,18 @@ def test_leaks_that_show_the_same_are_held_by_rows_and_counted_by_images(tmp_pat
     for one in every:
         key = (-one["similarity"], one["set"], one["other_id"])
         best[one["row"]] = min(best.get(one["row"], key), key)
-    looked, leaking, counts = str(tmp_path / "looked"), [], Counter()
+    looked = Step("looked", "", str(tmp_path / "looked"), tables=tuple(names))
+    leaking: list[Any] = []
     for name, first, end in (("x", 0, 17), ("y", 17, 40)):
-        leaks.hold_task(str(tmp_path / "held"), name, looked, names, first, end)
+        file = tables.InputFile(0, "", "", first, ShardFile("", end - first, (), 0), COLUMNS)
+        leaks_that_hold(Output(str(tmp_path / "held"), name), ((file,), names), looked)
         leaking += tables.read_table(str(tmp_path / "held"), name).to_pylist()
     assert [one["row"] for one in leaking] == sorted(best)
     assert [(-one["similarity"], one["set"], one["query_id"]) for one in leaking] == [
         best[row] for row in sorted(best)
     ]
+    counts: Counter[str] = Counter()
     for shard in range(3):
-        counts.update(leaks.count_task("", looked, names, 3, shard)["held"])
+        counts.update(count_leaked(Output(""), shard, looked, 3)["leaked"])
     pairs = {(one["set"], one["other_id"]) for one in every}
     assert counts == Counter(one for one, _ in pairs)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.curate.planted import ids_for, planted, without_ray, write_pool
+from tests.curate.here import without_ray
+from tests.curate.planted import ids_for, planted, write_pool
 from tests.curate.test_copies import by_id, edges_of, giant, labels, run
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ def test_20000_equal_images_and_300_near_copies(tmp_path: Path, ray_cluster: Non
     copies, table = run(pool, threshold=0.8, cell_images=None)
     assert table.column("row").to_pylist() == group.tolist()
     assert len(set(table.column("keeper").to_pylist())) == 1
-    assert max(step.peak_bytes for step in copies.steps) < 2**30
+    assert max(step.peak_bytes for step in copies.steps.done) < 2**30
 
 
 def test_5000_near_copies_stay_bounded(tmp_path: Path, ray_cluster: None) -> None:
@@ -46,4 +47,4 @@ def test_5000_near_copies_stay_bounded(tmp_path: Path, ray_cluster: None) -> Non
     copies, table = run(pool, threshold=0.8, cell_images=None)
     assert table.column("row").to_pylist() == group.tolist()
     assert len(set(table.column("keeper").to_pylist())) == 1
-    assert max(step.peak_bytes for step in copies.steps) < 2**30
+    assert max(step.peak_bytes for step in copies.steps.done) < 2**30

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.curate.copies.leaks import best_leaks, leaks_of
+from pipeline.curate.copies.leaks import best_of_groups, groups_that_leak
 from pipeline.curate.decide.decide import LEFT, Mix, decide, draws, list_left, starts_of
+from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.tally import FEW, Sources, Tally, list_folders, sources_of
-from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import (
     AS_IS,
     BALANCED,
     COMPONENTS,
     DECISIONS,
     EXACT,
+    FINGERPRINT,
     LEAKS,
     POOL,
     QUALITY,
     REASONS,
     RETRIEVED,
+    InputFile,
     Inputs,
     read_table,
+    write_table,
 )
+from pipeline.curate.steps.steps import Output, Step
 from pipeline.errors import DataError
 from pipeline.shards.columns import image_id
 from tests.curate.piles import fingerprints, hub, picture, step_table
@@ -38,7 +43,7 @@ NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
-def pile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, str, Path]:
+def pile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, Step, Path]:
     """Twelve images in three files of two sets; row 0 cannot be decoded."""
     folder = tmp_path_factory.mktemp("pile")
     seeds = hub(folder / "seeds", [IMAGES[:3]])
@@ -52,13 +57,18 @@ def pile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Inputs, str, Path]:
 SOURCES = {"seeds": Sources("seeds"), "pool": Sources("pool", ("photos",), ("a", "b"))}
 
 
+def decided_on(
+    folder: Path, file: InputFile, inputs: Inputs, known: Known, mix: Mix | None = None
+) -> dict:
+    """The account of one task."""
+    out = Output(str(folder), file.name)
+    return out.account | decide(out, file, starts_of(inputs), known, SOURCES, mix or Mix())
+
+
 def decided(
-    folder: Path, inputs: Inputs, tables: Tables, mix: Mix | None = None
+    folder: Path, inputs: Inputs, known: Known, mix: Mix | None = None
 ) -> tuple[list[dict], Tally]:
-    accounts = [
-        decide(str(folder), file, starts_of(inputs), tables, SOURCES[file.set], mix or Mix())
-        for file in inputs.files
-    ]
+    accounts = [decided_on(folder, file, inputs, known, mix) for file in inputs.files]
     rows = [row for file in inputs.files for row in read_table(str(folder), file.name).to_pylist()]
     assert [row["row"] for row in rows] == list(range(inputs.rows))
     return rows, Tally.of(inputs, accounts)
@@ -66,7 +76,7 @@ def decided(
 
 def test_with_no_step_all_that_decodes_is_kept(pile, tmp_path):
     inputs, prints, _ = pile
-    rows, tally = decided(tmp_path, inputs, Tables(prints))
+    rows, tally = decided(tmp_path, inputs, Known(prints))
     assert [row["reason"] for row in rows] == ["undecodable"] + ["kept"] * 11
     assert rows[0]["rule"] == "truncated" and not rows[0]["kept"] and rows[0]["part"] == ""
     assert [row["part"] for row in rows[1:]] == ["as_is"] * 2 + ["pool"] * 9
@@ -81,7 +91,7 @@ def test_with_no_step_all_that_decodes_is_kept(pile, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def steps(pile) -> Tables:
+def steps(pile) -> Known:
     inputs, prints, folder = pile
     quality = [(r, "", "", NAN) for r in range(12)]
     quality[0] = (0, "undecodable", "", NAN)
@@ -100,11 +110,11 @@ def steps(pile) -> Tables:
         (10, IDS[2], 2, 2, IDS[2], 0.7, False),
     ]
     leaks = [(6, "test", b"q" * 16, 0.95)]
-    return Tables(
-        fingerprint=prints,
-        quality=step_table(folder / "quality", inputs, QUALITY, quality),
-        exact=step_table(folder / "exact", inputs, EXACT, exact),
-        components=step_table(folder / "components", inputs, COMPONENTS, members),
+    return Known(
+        prints,
+        marks=step_table(folder / "quality", inputs, QUALITY, quality),
+        equal=step_table(folder / "exact", inputs, EXACT, exact),
+        groups=step_table(folder / "components", inputs, COMPONENTS, members),
         leaks=step_table(folder / "leaks", inputs, LEAKS, leaks),
     )
 
@@ -154,21 +164,28 @@ def test_what_is_left_is_what_is_kept_where_nothing_selects(pile, steps, tmp_pat
     rows, _ = decided(tmp_path / "decisions", inputs, steps)
     left = []
     for file in inputs.files:
-        list_left(str(tmp_path / "alive"), file, starts_of(inputs), steps)
+        out = Output(str(tmp_path / "alive"), file.name)
+        list_left(out, file, starts_of(inputs), steps)
         table = read_table(str(tmp_path / "alive"), file.name)
         assert table.schema.equals(LEFT)
         left += table.column("row").to_pylist()
     assert left == [row["row"] for row in rows if row["kept"]]
 
 
+def leaking(folder: Path, inputs: Inputs, known: Known) -> Step:
+    """Groups that leak, without Ray."""
+    for file in inputs.files:
+        out = Output(str(folder / "files"), file.name)
+        groups_that_leak(out, file, known.prints, known.leaks, known.groups)
+    files = Step("files", "", str(folder / "files"), tables=tuple(inputs.by_name))
+    best_of_groups(Output(str(folder / "best"), "leaking"), None, files)
+    return Step("best", "", str(folder / "best"))
+
+
 def test_a_leak_takes_its_component_along(pile, steps, tmp_path):
     inputs, _, _ = pile
-    for file in inputs.files:
-        leaks_of(str(tmp_path / "found"), file, steps)
-    names = tuple(file.name for file in inputs.files)
-    best_leaks(str(tmp_path / "best"), names, str(tmp_path / "found"))
-    tables = Tables(**{**vars(steps), "leaking": str(tmp_path / "best")})
-    rows, _ = decided(tmp_path / "decisions", inputs, tables)
+    known = replace(steps, leaking=leaking(tmp_path, inputs, steps))
+    rows, _ = decided(tmp_path / "decisions", inputs, known)
     gone = {r["row"] for r in rows if r["reason"] == "leaks_evaluation"}
     assert gone == {6, 7, 8}
     assert {rows[r]["query_id"] for r in gone} == {(b"q" * 16).hex()}
@@ -177,19 +194,14 @@ def test_a_leak_takes_its_component_along(pile, steps, tmp_path):
 
 
 def test_the_best_leak_of_a_component(pile, steps, tmp_path):
-    inputs, prints, _ = pile
+    inputs, _, _ = pile
     leaks = [(6, "b", b"q" * 16, 0.8), (7, "a", b"r" * 16, 0.9), (8, "a", b"p" * 16, 0.9)]
-    tables = Tables(prints, components=steps.components,
-                    leaks=step_table(tmp_path / "leaks", inputs, LEAKS, leaks))  # fmt: skip
-    for file in inputs.files:
-        leaks_of(str(tmp_path / "found"), file, tables)
-    names = tuple(file.name for file in inputs.files)
-    best_leaks(str(tmp_path / "best"), names, str(tmp_path / "found"))
-    (row,) = read_table(str(tmp_path / "best"), "leaking").to_pylist()
+    known = replace(steps, leaks=step_table(tmp_path / "leaks", inputs, LEAKS, leaks))
+    (row,) = leaking(tmp_path, inputs, known).read("leaking").to_pylist()
     assert (row["set"], row["query_id"], row["row_id"]) == ("a", b"p" * 16, IDS[8])
 
 
-def retrieved(folder: Path, inputs: Inputs) -> str:
+def retrieved(folder: Path, inputs: Inputs) -> Step:
     rows = [
         (3, "sample", "seeds", IDS[1], 0.7, 0, 2, -1),
         (6, "sample", "seeds", IDS[1], 0.6, 1, 1, -1),  # it leaks
@@ -201,7 +213,7 @@ def retrieved(folder: Path, inputs: Inputs) -> str:
 def test_parts_and_what_no_part_wants(pile, steps, tmp_path):
     inputs, _, _ = pile
     asked = retrieved(tmp_path / "retrieved", inputs)
-    rows, tally = decided(tmp_path / "one", inputs, Tables(**{**vars(steps), "retrieved": asked}))
+    rows, tally = decided(tmp_path / "one", inputs, replace(steps, retrieved=asked))
     assert {r["row"]: r["part"] for r in rows if r["kept"]} == {
         1: "as_is", 2: "as_is", 3: "sample", 7: "cluster",
     }  # fmt: skip
@@ -209,7 +221,7 @@ def test_parts_and_what_no_part_wants(pile, steps, tmp_path):
     assert rows[7]["cluster"] == 4 and rows[3]["cluster"] is None
     assert {r["row"]: r["reason"] for r in rows if not r["kept"]} == REMOVED
     # without components 8 and 10 are left, and nobody asked for them
-    less = Tables(**{**vars(steps), "retrieved": asked, "components": "", "leaks": ""})
+    less = replace(steps, retrieved=asked, groups=None, leaks=None)
     rows, tally = decided(tmp_path / "two", inputs, less)
     assert [r["row"] for r in rows if r["reason"] == "not_retrieved"] == [8, 10]
     assert tally.total_parts() == {"as_is": 2, "sample": 2, "cluster": 1}
@@ -219,13 +231,13 @@ def test_balancing_alone_and_beside_retrieval(pile, steps, tmp_path):
     inputs, prints, _ = pile
     leaves = [(r, r % 3, 0, r in (5, 7)) for r in range(3, 12)]
     balanced = step_table(tmp_path / "balanced", inputs, BALANCED, leaves)
-    rows, _ = decided(tmp_path / "one", inputs, Tables(prints, balanced=balanced))
+    rows, _ = decided(tmp_path / "one", inputs, Known(prints, balanced=balanced))
     assert [r["row"] for r in rows if r["part"] == "balanced"] == [5, 7]
     assert {r["reason"] for r in rows[3:] if not r["kept"]} == {"balanced_out"}
     assert rows[8]["cluster"] == 2
     asked = retrieved(tmp_path / "retrieved", inputs)
     rows, tally = decided(
-        tmp_path / "two", inputs, Tables(prints, retrieved=asked, balanced=balanced)
+        tmp_path / "two", inputs, Known(prints, retrieved=asked, balanced=balanced)
     )
     assert tally.total_parts() == {"as_is": 2, "sample": 2, "cluster": 1, "balanced": 1}
     assert {r["reason"] for r in rows[3:] if not r["kept"]} == {"balanced_out"}
@@ -234,7 +246,7 @@ def test_balancing_alone_and_beside_retrieval(pile, steps, tmp_path):
 def test_shares_of_parts_depend_on_ids_and_seed_alone(pile, tmp_path):
     inputs, prints, _ = pile
     mix = Mix(3, {"pool": 0.5, "as_is": 0.0})
-    rows, tally = decided(tmp_path, inputs, Tables(prints), mix)
+    rows, tally = decided(tmp_path, inputs, Known(prints), mix)
     draw = draws(np.array([list(x) for x in IDS], np.uint8), 3)
     for row in rows[1:]:
         part = "as_is" if row["row"] < 3 else "pool"
@@ -245,37 +257,28 @@ def test_shares_of_parts_depend_on_ids_and_seed_alone(pile, tmp_path):
 
 def test_a_step_that_lost_a_row_is_a_bug_that_is_seen(pile, tmp_path):
     inputs, prints, _ = pile
-    accounts = [
-        decide(str(tmp_path), file, starts_of(inputs), Tables(prints), SOURCES[file.set], Mix())
-        for file in inputs.files
-    ]
+    accounts = [decided_on(tmp_path, file, inputs, Known(prints)) for file in inputs.files]
     for change in ({"kept": 1}, {"counts": {"pool": {"kept": 1}}}, {"parts": {}}):
         with pytest.raises(RuntimeError, match="lost or counted twice"):
             Tally.of(inputs, [accounts[0] | change, *accounts[1:]])
     other = step_table(tmp_path / "leaks", inputs, LEAKS, [(6, "x", b"q" * 16, 0.9)])
-    table = read_table(other, "00001")
-    from pipeline.curate.rows.tables import write_table
-
-    write_table(table, other, "00000")  # rows of another file
+    write_table(other.read("00001"), other.folder, "00000")  # rows of another file
     with pytest.raises(RuntimeError, match="not of this file"):
-        decide(str(tmp_path), inputs.files[0], starts_of(inputs), Tables(prints, leaks=other),
-               SOURCES["seeds"], Mix())  # fmt: skip
+        decided_on(tmp_path, inputs.files[0], inputs, Known(prints, leaks=other))
 
 
 def test_a_damaged_table_is_named(pile, steps, tmp_path):
     inputs, prints, _ = pile
     leaks = step_table(tmp_path / "leaks", inputs, LEAKS, [(6, "x", b"q" * 16, 0.9)])
-    path = Path(leaks) / "00001.parquet"
+    path = Path(leaks.folder) / "00001.parquet"
     content = bytearray(path.read_bytes())
     content[10] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(DataError, match="00001"):
-        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(prints, leaks=leaks),
-               SOURCES["pool"], Mix())  # fmt: skip
+        decided_on(tmp_path, inputs.files[1], inputs, Known(prints, leaks=leaks))
     path.unlink()
     with pytest.raises(DataError, match=r"00001.*cannot be read"):
-        decide(str(tmp_path), inputs.files[1], starts_of(inputs), Tables(prints, leaks=leaks),
-               SOURCES["pool"], Mix())  # fmt: skip
+        decided_on(tmp_path, inputs.files[1], inputs, Known(prints, leaks=leaks))
 
 
 @pytest.mark.parametrize(
@@ -292,17 +295,13 @@ def test_a_damaged_table_is_named(pile, steps, tmp_path):
     ],
 )
 def test_top_folders_below_the_common_root(pile, tmp_path, paths, root, folders):
-    from dataclasses import replace
-
-    from pipeline.curate.rows.tables import FINGERPRINT, write_table
-
     inputs, _, _ = pile
     accounts = []
     for index, names in enumerate(paths):
         file = replace(inputs.files[1], index=index)
         table = pa.table({"source": pa.array(names, pa.string())})
         write_table(table, str(tmp_path), file.name)
-        accounts.append(list_folders("", file, str(tmp_path)))
+        accounts.append(list_folders(Output(""), file, Step("fingerprint", "", str(tmp_path))))
     source = sources_of(accounts)["pool"]
     assert (source.root, source.folders) == (root, folders)
     assert FINGERPRINT.field("source").type == pa.string()

@@ -13,8 +13,9 @@ import torch
 
 from pipeline.curate.embed import embed as module
 from pipeline.curate.embed.embed import embed, embed_file
-from pipeline.curate.images import fingerprint
+from pipeline.curate.images.fingerprint import Decoding, fingerprint
 from pipeline.curate.rows.tables import matrix
+from pipeline.curate.steps.steps import Output, Steps
 from pipeline.embed import embedders, onnx_files
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.load import digest_of
@@ -25,7 +26,8 @@ from pipeline.images.decode import decode_image
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
 from pipeline.views.crops import resize_centre_crop
-from tests.curate.images import Here, encoded, inputs_of, result, scene, shard
+from tests.curate.here import run_here
+from tests.curate.images import encoded, inputs_of, result, scene, shard
 
 SPEC = BackboneSpec(image_size=28, width=64, depth=2, heads=1, registers=2)
 MEAN, STD = embedders.MEAN, embedders.STD
@@ -65,20 +67,18 @@ def test_weights_in_every_form_give_their_features(tmp_path, backbone, form, mon
     shard(tmp_path / "in" / "a.parquet", [*IMAGES[:3], b"broken", *IMAGES[3:]], group=3)
     file = inputs_of(tmp_path / "in").files[0]
     spec = embedder_of(str(path), batch_size=2)
-    account = embed_file(str(tmp_path / "out"), file, spec)
+    account = embed_file(Output(str(tmp_path / "out"), file.name), file, spec)
     rows, vectors = vectors_of(tmp_path / "out")
     assert rows == [0, 1, 2, 4, 5, 6, 7] and account["dim"] == 64 and account["rows"] == 7
     np.testing.assert_allclose(vectors, by_hand(backbone, IMAGES), atol=1e-3)
     first = (tmp_path / "out" / "00000.parquet").read_bytes()
     monkeypatch.setattr(module, "DECODED", 2)  # a group of three is decoded in two parts
-    embed_file(str(tmp_path / "out"), file, spec, threads=1)
+    embed_file(Output(str(tmp_path / "out"), file.name), file, spec)
     assert (tmp_path / "out" / "00000.parquet").read_bytes() == first
 
 
 def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
-    where = Here()
-    monkeypatch.setattr(module, "run_step", where)
-    monkeypatch.setattr(module, "task_resources", lambda: (0.0, 1.0))
+    run_here(monkeypatch)
     save_backbone(backbone, SPEC, tmp_path / "w")
     shard(tmp_path / "in" / "a.parquet", IMAGES, group=2)
     inputs = inputs_of(tmp_path / "in")
@@ -91,7 +91,8 @@ def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
     )
     pq.write_table(keepers, exact / "00000.parquet")
     spec = embedder_of(str(tmp_path / "w"))
-    vectors, step = embed(tmp_path / "out", "embed", inputs, result(exact), spec)
+    steps, decoding = Steps(tmp_path / "out"), Decoding()
+    vectors = embed(steps, "embed", inputs, spec, result(""), decoding, result(exact)).vectors
     assert (vectors.dim, vectors.column, vectors.views, vectors.names) == (
         64,
         "vector",
@@ -99,19 +100,19 @@ def test_only_rows_that_are_alive(tmp_path, backbone, monkeypatch):
         ("00000",),
     )
     rows, embedded = vectors_of(vectors.folder)
-    assert rows == [0, 2, 5] and step.accounts[0]["rows"] == 3
+    assert rows == [0, 2, 5] and steps.done[0].accounts[0]["rows"] == 3
     np.testing.assert_allclose(embedded, by_hand(backbone, [IMAGES[i] for i in rows]), atol=1e-3)
 
 
 def test_descriptors_are_the_fingerprints(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "run_step", Here())
+    run_here(monkeypatch)
     shard(tmp_path / "in" / "a.parquet", IMAGES)
-    inputs = inputs_of(tmp_path / "in")
-    vectors, step = embed(tmp_path / "out", "sets/val", inputs, None, EmbedderSpec())
+    inputs, steps = inputs_of(tmp_path / "in"), Steps(tmp_path / "out")
+    prints = fingerprint(steps, inputs, Decoding(), "sets/val")
+    vectors = embed(steps, "x", inputs, EmbedderSpec(), prints, Decoding()).vectors
     assert vectors.folder == str(tmp_path / "out" / "sets" / "val") and vectors.views
-    assert (vectors.column, vectors.dim) == ("descriptor", 143) and vectors.key == step.key
-    again, same = embed(tmp_path / "out", "x", inputs, None, EmbedderSpec(), fingerprints=step)
-    assert same is step and again == vectors
+    assert (vectors.column, vectors.dim) == ("descriptor", 143) and vectors.key == prints.key
+    assert [step.name for step in steps.done] == ["sets/val"]
 
 
 def loaded(network):
@@ -187,7 +188,7 @@ def test_onnx_takes_what_its_signature_says(tmp_path, options):
     path = onnx_file(tmp_path / "m.onnx", **options)
     spec = embedder_of(str(path), image_size=16 if "size" in options else None)
     shard(tmp_path / "in" / "a.parquet", IMAGES)
-    embed_file(str(tmp_path / "out"), inputs_of(tmp_path / "in").files[0], spec)
+    embed_file(Output(str(tmp_path / "out")), inputs_of(tmp_path / "in").files[0], spec)
     rows, embedded = vectors_of(tmp_path / "out")
     assert rows == list(range(7))
     for vector, image in zip(embedded, IMAGES, strict=True):

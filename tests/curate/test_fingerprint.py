@@ -11,14 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.curate.images import exact_copies, fingerprint, quality
+from pipeline.curate.images import equal_images, fingerprint, quality
 from pipeline.curate.images.descriptor import describe
+from pipeline.curate.images.fingerprint import Decoding
 from pipeline.curate.images.measure import measure
 from pipeline.curate.images.quality import Rules, marks, sample_counts
+from pipeline.curate.rows import read_rows
 from pipeline.curate.rows.tables import AS_IS, EXACT, FINGERPRINT, POOL, QUALITY, matrix
+from pipeline.curate.steps.steps import Steps
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
-from tests.curate.images import Here, encoded, inputs_of, scene, shard
+from tests.curate.here import run_here
+from tests.curate.images import encoded, inputs_of, scene, shard
 from tests.images.hostile import pattern, png
 
 BAD = {b"": "empty", b"no image at all": "not_an_image"}
@@ -26,14 +30,13 @@ BAD = {b"": "empty", b"no image at all": "not_an_image"}
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    for module in (fingerprint, quality, exact_copies):
-        monkeypatch.setattr(module, "run_step", Here())
+    run_here(monkeypatch)
 
 
 def fingerprinted(tmp_path, images, group=4):
     shard(tmp_path / "in" / "a.parquet", images, group)
     inputs = inputs_of(tmp_path / "in")
-    prints = fingerprint.fingerprint(tmp_path / "out", inputs)
+    prints = fingerprint.fingerprint(Steps(tmp_path / "out"), inputs, Decoding())
     return inputs, prints, pq.read_table(f"{prints.folder}/00000.parquet")
 
 
@@ -93,7 +96,7 @@ def test_rows_are_numbered_once_whatever_the_groups_of_the_files(tmp_path, monke
         at += len(mine)
     inputs = inputs_of(tmp_path / "in")
     assert [list(file.file.row_groups) for file in inputs.files] == files
-    prints = fingerprint.fingerprint(tmp_path / "out", inputs)
+    prints = fingerprint.fingerprint(Steps(tmp_path / "out"), inputs, Decoding())
     tables = [pq.read_table(f"{prints.folder}/{file.name}.parquet") for file in inputs.files]
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["row"] for row in rows] == list(range(len(images)))
@@ -106,8 +109,8 @@ def test_rows_are_numbered_once_whatever_the_groups_of_the_files(tmp_path, monke
 def test_no_rows(tmp_path):
     inputs, result, table = fingerprinted(tmp_path, [])
     assert len(table) == 0 and result.accounts[0]["rows"] == 0
-    marked = quality.quality(tmp_path / "out", inputs, result, Rules())
-    exact = exact_copies.collapse(tmp_path / "out", inputs, result, marked)
+    marked = quality.quality(Steps(tmp_path / "out"), inputs, result, Rules())
+    exact = equal_images.equal_images(Steps(tmp_path / "out"), inputs, result, marked)
     assert len(pq.read_table(f"{exact.folder}/00000.parquet")) == 0
     assert sample_counts(inputs, Rules(), 10).images == 0
 
@@ -194,7 +197,7 @@ def test_planted_flats_are_all_marked(side):
 def test_real_photos_pass(tmp_path, shared):
     files = sorted((shared / "data" / "imagenet-samples").glob("*.JPEG"))[::25]
     inputs, prints, _ = fingerprinted(tmp_path, [file.read_bytes() for file in files], 16)
-    marked = quality.quality(tmp_path / "out", inputs, prints, Rules())
+    marked = quality.quality(Steps(tmp_path / "out"), inputs, prints, Rules())
     table = pq.read_table(f"{marked.folder}/00000.parquet")
     assert table.schema == QUALITY and set(table.column("reason").to_pylist()) == {""}
     cifar = inputs_of(shared / "data" / "cifar10" / "test-00000-of-00001.parquet")
@@ -207,7 +210,7 @@ def test_sample_counts_are_those_of_all_rows_where_the_sample_is_all(tmp_path):
     images = [encoded(scene(n)) for n in range(9)] + [encoded(scene(0, 20, 200)), b"", b"x"]
     images += [encoded(np.full((40, 40, 3), n, np.uint8)) for n in range(5)]
     inputs, prints, _ = fingerprinted(tmp_path, images)
-    marked = quality.quality(tmp_path / "out", inputs, prints, Rules()).accounts[0]["marked"]
+    marked = quality.quality(Steps(tmp_path / "out"), inputs, prints, Rules()).accounts[0]["marked"]
     counts = sample_counts(inputs, Rules(), 100)
     assert counts.images == 17
     assert {name: count for name, count in counts.counts.items() if count} == marked
@@ -235,8 +238,9 @@ def brute_force(rows, kinds):
 @pytest.mark.parametrize("buckets", [8_000_000, 5, 1])
 def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
     """Planted: equal bytes, equal pixels in other files, as-is copies of pool images."""
-    monkeypatch.setattr(exact_copies, "BUCKET_ROWS", buckets)
-    monkeypatch.setattr(exact_copies, "PORTION_ROWS", 10)
+    monkeypatch.setattr(equal_images, "BUCKET_ROWS", buckets)
+    monkeypatch.setattr(read_rows, "FILE_GROUPS", 2)
+    monkeypatch.setattr(read_rows, "GROUP_ROWS", 10)
     plain = [encoded(scene(n, 40, 50)) for n in range(6)]
     heavy = [encoded(scene(n, 40, 50), compress_level=0) for n in range(3)]
     shard(tmp_path / "in" / "pool.parquet", [*plain, plain[0], b"", *heavy, plain[5], plain[5]])
@@ -244,8 +248,8 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
     for order in ((("pool", POOL), ("seeds", AS_IS)), (("seeds", AS_IS), ("pool", POOL))):
         inputs = inputs_of(tmp_path / "in", *order)
         out = tmp_path / order[0][0]
-        prints = fingerprint.fingerprint(out, inputs)
-        exact = exact_copies.collapse(out, inputs, prints)
+        prints = fingerprint.fingerprint(Steps(out), inputs, Decoding())
+        exact = equal_images.equal_images(Steps(out), inputs, prints)
         rows, kinds = [], []
         for file in inputs.files:
             rows += pq.read_table(f"{prints.folder}/{file.name}.parquet").to_pylist()
@@ -271,14 +275,14 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
         assert sizes[bytes.fromhex(image_id(plain[1]))] == "seeds"
         assert bytes.fromhex(image_id(heavy[0])) in sizes
         assert exact.total("copies_bytes") == 4 and exact.total("copies_pixels") == 4
-        assert exact_copies.own(exact) == len(kept)
+        assert equal_images.kept_count(exact) == len(kept)
 
 
 def test_marked_rows_are_left_out(tmp_path):
     images = [encoded(scene(0)), encoded(np.full((50, 50, 3), 9, np.uint8)), b"", encoded(scene(0))]
     inputs, prints, _ = fingerprinted(tmp_path, images)
-    marked = quality.quality(tmp_path / "out", inputs, prints, Rules())
-    exact = exact_copies.collapse(tmp_path / "out", inputs, prints, marked)
+    marked = quality.quality(Steps(tmp_path / "out"), inputs, prints, Rules())
+    exact = equal_images.equal_images(Steps(tmp_path / "out"), inputs, prints, marked)
     table = pq.read_table(f"{exact.folder}/00000.parquet").to_pylist()
     assert [row["row"] for row in table] == [0, 3]
     assert len({row["keeper"] for row in table}) == 1

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.copies import edges
-from pipeline.curate.copies import join as forest
-from pipeline.curate.copies.collapse import COPIES
-from pipeline.curate.copies.join import PAIRS
-from pipeline.curate.rows.tables import id_array, read_table, write_table
-from pipeline.curate.steps.steps import Result
-from tests.curate.planted import ids_for, without_ray
+from pipeline.curate.copies import forest
+from pipeline.curate.copies.equal_vectors import EQUAL
+from pipeline.curate.copies.forest import PAIRS
+from pipeline.curate.rows.tables import id_array, write_table
+from pipeline.curate.steps.steps import Step, Steps
+from tests.curate.here import without_ray
+from tests.curate.planted import ids_for
 
 Pair = tuple[int, int, float]
 
@@ -85,19 +85,21 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     columns = ["row", "stands", "similarity", "image_id", "stands_id"]
     _write_pairs(tmp_path / "equals", "00000", equals, ids, columns)
 
-    def step(name: str, **account: int) -> Result:
-        return Result(name, name, str(tmp_path / name), (account,), 0, 0.0, 0.0, 0)
+    def step(name: str, names: list[str], **account: int) -> Step:
+        return Step(name, name, str(tmp_path / name), (account,), tables=tuple(names))
 
-    names = [f"{number:05d}" for number in range(len(sources))]
-    tree = step("pairs", edges=len(pairs)), names, step("equals", copies=len(equals)), ["00000"]
+    joined = step("pairs", [f"{number:05d}" for number in range(len(sources))], edges=len(pairs))
+    steps = Steps(tmp_path / "run")
     with without_ray():
-        steps = edges.reduce(tmp_path / "run", *tree, 0.4, shards)
-    assert len(steps[-1].accounts) == shards
-    turns = sum(one.step.endswith("/large") for one in steps)
+        edges = forest.edges_of(
+            steps, joined, step("equals", ["00000"], copies=len(equals)), 0.4, shards
+        )
+    assert len(edges.tables) == shards
+    turns = sum(one.name.endswith("/large") for one in steps.done)
     assert turns == 0 if shards == 1 else 3 <= turns <= 12
     kept: list[Pair] = []
-    for shard in range(shards):
-        table = read_table(steps[-1].folder, f"{shard:05d}")
+    for shard in edges.tables:
+        table = edges.read(shard)
         kept += zip(*(table.column(name).to_pylist() for name in table.column_names), strict=True)
         if shards > 1:
             assert 0 < len(table) < 1000
@@ -111,5 +113,5 @@ def _write_pairs(
     a, b, similarity = (np.array([pair[column] for pair in pairs]) for column in range(3))
     columns = [a, b, similarity, id_array(ids[a]), id_array(ids[b])]
     table = pa.table(dict(zip(to, columns, strict=True)))
-    schema = PAIRS if to == PAIRS.names else COPIES
+    schema = PAIRS if to == PAIRS.names else EQUAL
     write_table(table.select(schema.names).cast(schema), str(folder), name)

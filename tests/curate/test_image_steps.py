@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from pipeline.curate.embed.embed import embed
-from pipeline.curate.images.exact_copies import collapse
-from pipeline.curate.images.fingerprint import fingerprint
+from pipeline.curate.images.equal_images import equal_images
+from pipeline.curate.images.fingerprint import Decoding, fingerprint
 from pipeline.curate.images.quality import Rules, quality
 from pipeline.curate.rows.tables import Inputs, read_table
-from pipeline.curate.threshold.calibrate import calibrate
+from pipeline.curate.steps.steps import Steps
+from pipeline.curate.threshold.calibrate import Sampling, calibrate
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
@@ -19,12 +20,14 @@ from tests.curate.images import encoded, inputs_of, scene, shard
 
 
 def all_steps(root, inputs, spec):
-    prints = fingerprint(root, inputs)
-    marks = quality(root, inputs, prints, Rules())
-    exact = collapse(root, inputs, prints, marks)
-    vectors, made = embed(root, "embed", inputs, exact, spec, fingerprints=prints)
-    calibration, measured = calibrate(root, inputs, prints, exact, spec, vectors, images=60)
-    return calibration, vectors, (prints, marks, exact, measured, made)
+    steps, decoding = Steps(root), Decoding()
+    prints = fingerprint(steps, inputs, decoding)
+    marks = quality(steps, inputs, prints, Rules())
+    equal = equal_images(steps, inputs, prints, marks)
+    embedded = embed(steps, "embed", inputs, spec, prints, decoding, equal)
+    sampling = Sampling(images=60)
+    calibration = calibrate(steps, inputs, prints, equal, embedded, sampling, decoding)
+    return calibration, embedded.vectors, equal, steps.done
 
 
 @pytest.mark.slow
@@ -37,15 +40,15 @@ def test_on_ray_and_again(tmp_path, ray_cluster):
     shard(tmp_path / "in" / "b.parquet", [*images[40:], images[0], b""])
     inputs = inputs_of(tmp_path / "in")
     first = all_steps(tmp_path / "out", inputs, embedder_of(str(weights)))
-    calibration, vectors, results = first
+    calibration, vectors, equal, _ = first
     assert (calibration.images, calibration.attacked) == (70, 60)
     assert vectors.dim == 64 and calibration.penalty == 0
-    assert results[2].total("copies_bytes") == 1 and results[2].total("rows") == 71
+    assert equal.total("copies_bytes") == 1 and equal.total("rows") == 71
     rows = [read_table(vectors.folder, n).column("row").to_numpy() for n in vectors.names]
     assert len(np.concatenate(rows)) == 70
     again = all_steps(tmp_path / "out", inputs, embedder_of(str(weights)))
     assert again[:2] == first[:2]
-    assert [r.reused for r in again[2]] == [len(r.accounts) for r in again[2]]
+    assert [r.reused for r in again[3]] == [len(r.accounts) for r in again[3]]
 
 
 @pytest.mark.slow
@@ -56,7 +59,7 @@ def test_edges(tmp_path, ray_cluster, images):
     shard(tmp_path / "in" / "a.parquet", content)
     for inputs in (inputs_of(tmp_path / "in"), Inputs((), "none")):
         root = tmp_path / f"out{inputs.rows}-{len(inputs.files)}"
-        calibration, vectors, results = all_steps(root, inputs, EmbedderSpec())
+        calibration, vectors, equal, _ = all_steps(root, inputs, EmbedderSpec())
         alive = max(0, images) if inputs.files else 0
-        assert results[2].total("rows") == alive and calibration.images == alive
+        assert equal.total("rows") == alive and calibration.images == alive
         assert calibration.warning and len(vectors.names) == len(inputs.files)

@@ -9,8 +9,9 @@ from sklearn.cluster import KMeans as Theirs
 
 from pipeline.curate.choose import kmeans
 from pipeline.curate.choose.kmeans import KMeans, Sums, fit_local
-from pipeline.curate.rows.draws_by_id import draw, firsts, id_words, not_after, race
+from pipeline.curate.rows.draws_by_id import draw, race
 from pipeline.curate.rows.exact import Centres, unit_half
+from pipeline.curate.rows.groups import firsts, id_words, not_after
 
 
 def random_half(rng, n, d):

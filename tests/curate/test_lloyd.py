@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_vectors import ids_of_numbers, run_here, written
+from planted_vectors import ids_of_numbers, written
 
 from pipeline.curate.choose import first_few, lloyd
 from pipeline.curate.choose.first_few import Entries
@@ -18,6 +18,7 @@ from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.tables import ids_of, read_table, write_table
 from pipeline.curate.steps.steps import Steps
 from pipeline.errors import DataError, PipelineError
+from tests.curate.here import run_here
 
 
 def many_tasks(monkeypatch, group_rows=1):

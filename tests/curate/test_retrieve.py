@@ -6,16 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_vectors import ids_of_numbers, run_here, separated, written
+from planted_vectors import ids_of_numbers, separated, written
 
 from pipeline.curate.choose import neighbours, retrieve, seed_clusters
 from pipeline.curate.choose.neighbours import IdSet, Neighbours
 from pipeline.curate.choose.seed_clusters import Retrieval
-from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.groups import id_words
 from pipeline.curate.rows.read_rows import Points
 from pipeline.curate.rows.tables import RETRIEVED, read_table
 from pipeline.curate.steps.steps import Steps
+from tests.curate.here import run_here
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from planted_vectors import ids_of_numbers, run_here, separated, written
+from planted_vectors import ids_of_numbers, separated, written
 
 from pipeline.curate.choose import hierarchy
 from pipeline.curate.choose.balance import Sample, balanced_sample
@@ -15,6 +15,7 @@ from pipeline.curate.choose.retrieve import retrieve
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.tables import read_table
 from pipeline.curate.steps.steps import Steps
+from tests.curate.here import run_here
 
 
 def everything(folder: Path, files: int):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from pipeline.curate.images.descriptor import describe, similarity
+from pipeline.curate.images.fingerprint import Decoding
 from pipeline.curate.look.forms import form_of_encoded, forms_at, kept_form, opened_form
 from pipeline.curate.look.second_look import SIDES, form_of, second_look
 from pipeline.curate.rows.tables import POOL, Inputs
@@ -36,9 +37,9 @@ def test_forms_are_squares_of_four_sizes_and_survive_storage():
         assert form.shape == (side, side, 3) and side in SIDES
         stored = opened_form(kept_form(form))
         assert np.abs(stored.astype(int) - form).mean() < 3
-    grey = form_of_encoded(encoded(Image.fromarray(scene(1)).convert("L")), 1, 10**8, FULL)
+    grey = form_of_encoded(encoded(Image.fromarray(scene(1)).convert("L")), Decoding(1), FULL)
     assert np.ptp(opened_form(grey), -1).max() <= 2
-    assert form_of_encoded(b"broken", 3, 10**8, FULL) == b""
+    assert form_of_encoded(b"broken", Decoding(), FULL) == b""
 
 
 def test_images_of_12_bits_are_looked_at_with_the_range_of_their_set(tmp_path):
@@ -53,7 +54,7 @@ def test_images_of_12_bits_are_looked_at_with_the_range_of_their_set(tmp_path):
     shard(tmp_path / "a.parquet", deep)
     shards = replace(open_shards(str(tmp_path)), value_range=(0.0, 4095.0))
     (file,) = Inputs.of([("pool", POOL, shards)]).files
-    forms = [opened_form(form) for _, form in forms_at(file, np.arange(2), 1)]
+    forms = [opened_form(form) for _, form in forms_at(file, np.arange(2), Decoding(1))]
     for form, values in zip(forms, truth, strict=True):
         expected = form_of(np.repeat((values / 4095 * 255).round()[..., None], 3, 2).astype("u1"))
         assert np.abs(form.astype(int) - expected).mean() < 1

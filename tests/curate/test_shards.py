@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from pipeline.curate.decide.decide import Mix, decide, starts_of
+from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.shard_form import form_of
 from pipeline.curate.decide.shard_write import Selection
 from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.tally import Sources
-from pipeline.curate.rows.file_rows import Tables
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
-from pipeline.curate.steps.steps import Task, run_step
+from pipeline.curate.steps.steps import Steps
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, image_format
 from pipeline.shards.columns import image_id
@@ -57,13 +57,16 @@ def pile(tmp_path: Path, monkeypatch) -> list:
 def decisions(tmp_path: Path, sets: list, share: float = 0.7):
     inputs = Inputs.of(sets)
     prints = fingerprints(tmp_path / "fp", inputs)
-    tasks = [
-        Task(
-            f.name, (f, starts_of(inputs), Tables(prints), Sources(f.set), Mix(1, {"pool": share}))
-        )
-        for f in inputs.files
-    ]
-    return inputs, prints, run_step(tmp_path, "decisions", [share], tasks, decide)
+    step = Steps(tmp_path).run(
+        "decisions",
+        decide,
+        inputs.by_name,
+        starts=starts_of(inputs),
+        known=Known(prints),
+        sources={name: Sources(name) for name, _, _ in sets},
+        mix=Mix(1, {"pool": share}),
+    )
+    return inputs, prints.folder, step
 
 
 def curated(

@@ -93,12 +93,13 @@ def test_rows_are_checked_and_hub_rows_have_nothing_to_check(good: Path, tmp_pat
 
 
 def test_curation_counts_them_as_bad(good: Path, tmp_path: Path) -> None:
-    from pipeline.curate.images.fingerprint import fingerprint_file
+    from pipeline.curate.images.fingerprint import Decoding, fingerprint_file
     from pipeline.curate.rows.tables import POOL, Inputs
+    from pipeline.curate.steps.steps import Output
 
     damaged = flip(good)
     (file,) = Inputs.of([("pool", POOL, open_shards(str(good)))]).files
-    fingerprint_file(str(tmp_path / "prints"), file)
+    fingerprint_file(Output(str(tmp_path / "prints"), file.name), file, Decoding())
     rows = pq.read_table(tmp_path / "prints" / f"{file.name}.parquet").to_pylist()
     assert {row["image_id"].hex(): row["error"] for row in rows if row["error"]} == dict.fromkeys(
         damaged, "damaged"

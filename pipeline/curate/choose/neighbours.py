@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.choose.first_few import Entries
-from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
+from pipeline.curate.rows.groups import id_words
 from pipeline.curate.rows.read_rows import Points, RowSet
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table
 from pipeline.curate.steps.steps import Account, Output, Step, Steps

@@ -26,8 +26,9 @@ from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.kmeans import KMeans
 from pipeline.curate.choose.lloyd import assign
 from pipeline.curate.choose.neighbours import ASKED, IdSet
-from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, firsts, id_words, numbers_as_ids
+from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, numbers_as_ids
 from pipeline.curate.rows.exact import Centres
+from pipeline.curate.rows.groups import firsts, id_words
 from pipeline.curate.rows.read_rows import Points, RowSet
 from pipeline.curate.rows.tables import id_array
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps

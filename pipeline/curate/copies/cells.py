@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.exact import Halves, nearest, nearest_numbers
-from pipeline.curate.rows.tables import read_table, write_table
+from pipeline.curate.steps.steps import Step
 
 TWO_LEVELS = 20_000  # cells above which vectors are assigned by groups
 BRANCHES = 8  # groups whose cells are looked at
@@ -71,20 +71,19 @@ class Cells:
         nearest_cells = np.take_along_axis(number, first, 1)
         return np.where(nearest_cells == none, -1, nearest_cells)
 
-    def save(self, folder: str) -> int:
-        """Writes the tables of the cells; returns their bytes."""
+    def tables(self) -> list[tuple[pa.Table, str]]:
+        """As they are written, with the names of the tables."""
         cells = pa.table({"bucket": self.bucket, "group": self.group, "vector": raw(self.centres)})
-        size = write_table(cells, folder, "cells")
-        return size + write_table(pa.table({"vector": raw(self.groups)}), folder, "groups")
+        return [(cells, "cells"), (pa.table({"vector": raw(self.groups)}), "groups")]
 
     @classmethod
-    def load(cls, folder: str, dim: int) -> Cells:
+    def load(cls, fitted: Step, dim: int) -> Cells:
         """Reads them.
 
         Raises:
             DataError: a table is damaged or missing.
         """
-        cells, groups = read_table(folder, "cells"), read_table(folder, "groups")
+        cells, groups = fitted.read("cells"), fitted.read("groups")
         return cls(
             unraw(cells.column("vector"), np.float16, dim),
             cells.column("bucket").to_numpy(),

@@ -3,25 +3,27 @@
 An item is a vector that is compared: the vector of a row (view 0), or for images with views its
 mirrored vector, a crop or a mirrored crop. A row is a member of the cell that is nearest to its
 vector, and all items visit the nearest cells. An item is written once for each bucket that has one
-of its cells. Bucket b of the join is 2 b (members) and 2 b + 1 (visitors) in the files.
+of its cells, to the members or the visitors of that bucket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.cells import Cells
-from pipeline.curate.copies.collapse import Distinct
-from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
+from pipeline.curate.copies.equal_vectors import Distinct
+from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.exact import Floats, Halves, Ints
-from pipeline.curate.rows.read_rows import Ids, Portion, Rows, portions
+from pipeline.curate.rows.read_rows import CROPS, Ids, Portion, Rows, portions
 from pipeline.curate.rows.tables import Inputs, Vectors, id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step
 
+MEMBERS, VISITORS = "members", "visitors"
 Array = np.ndarray[Any, Any]
 # visiting(full [n, d], crops [n, 9, d]) -> (further items [n, v, d], which are of crops bool [v])
 Visiting = Callable[[Halves, Halves], tuple[Halves, Array]]
@@ -34,24 +36,35 @@ class ImageSet:
     Attributes:
         inputs: their files.
         vectors: of them.
-        exact: folder of `tables.EXACT` and key of its step: rows with another keeper are left out;
-            empty: all rows count.
+        exact: with `tables.EXACT`: rows with another keeper are left out; None: all rows count.
         visiting: further items of an image with views (`descriptor.visiting`); needed where
             `vectors.views`.
     """
 
     inputs: Inputs
     vectors: Vectors
-    exact: tuple[str, str] = ("", "")
+    exact: Step | None = None
     visiting: Visiting | None = None
 
-    def portions(self, rows: int | None) -> list[Portion]:
+    def portions(self, rows: int | None) -> dict[str, Portion]:
         """What its tasks read, at most so many rows each."""
         return portions(self.inputs.files, self.vectors, rows)
 
-    def distinct(self, copies: tuple[str, Sequence[str]] = ("", ())) -> Distinct:
-        """The rows that count, without `copies`."""
-        return Distinct(self.vectors, self.exact[0], copies)
+    def distinct(self, equal: Step | None = None) -> Distinct:
+        """The rows that count, without those that another one stands for."""
+        return Distinct(self.vectors, self.exact, equal)
+
+    @property
+    def crops(self) -> tuple[bool, ...]:
+        """Which items of an image are of crops."""
+        vectors = self.vectors
+        assert self.visiting is not None or not vectors.views, (
+            "views need a function that makes them"
+        )
+        none = np.zeros((0, CROPS, vectors.dim), np.float16) if vectors.views else None
+        ids, wholes = np.zeros((0, 16), np.uint8), np.zeros((0, vectors.dim), np.float16)
+        _, crops = visiting_of(Rows(np.zeros(0, np.int64), ids, wholes, none), self.visiting)
+        return tuple(bool(crop) for crop in crops)
 
 
 def visiting_of(rows: Rows, visiting: Visiting | None) -> tuple[Halves, Array]:
@@ -100,161 +113,132 @@ class Items:
         return item, self.cells[item, column]
 
 
-def file_bucket(bucket: Any, visitor: Any) -> Any:
-    """Which bucket of the files has the members (visitor 0) or visitors (1) of a bucket."""
-    return 2 * bucket + visitor
-
-
-def by_bucket(table: pa.Table, number: Array) -> Iterator[tuple[int, list[tuple[bool, pa.Table]]]]:
-    """Each bucket with its members and visitors, of a table as `place` gives it."""
-    for bucket in np.unique(number // 2).tolist():
-        yield (
-            bucket,
-            [
-                (not visitor, table.filter(pa.array(number == file_bucket(bucket, visitor))))
-                for visitor in (0, 1)
-            ],
-        )
-
-
-def shuffle_task(
-    folder: str,
-    distinct: Distinct,
+def write_items(
+    out: Output,
     portion: Portion,
-    cells_folder: str,
+    distinct: Distinct,
+    cells: Step,
     probes: int,
     visiting: Visiting | None,
-) -> dict[str, Any]:
-    """Writes the items of a portion to the buckets of their cells."""
+) -> Account:
+    """Task: the items of a portion, in the buckets of their cells."""
     rows = distinct.read(portion, views=True)
-    cells = Cells.load(cells_folder, distinct.vectors.dim)
-    table, bucket, items = place(rows, cells, probes, visiting)
-    size = write_buckets(folder, portion.name, table, bucket)
-    return {"rows": len(rows), "items": items, "bytes": size, "shelves": shelves_of(bucket)}
+    placed = place(rows, Cells.load(cells, distinct.vectors.dim), probes, visiting)
+    for sub, visitor in ((MEMBERS, False), (VISITORS, True)):
+        mine = placed.visitor == visitor
+        out.buckets(placed.table.filter(pa.array(mine)), placed.bucket[mine], sub=sub)
+    return {"rows": len(rows), "items": placed.items}
 
 
-def place(
-    rows: Rows, cells: Cells, probes: int, visiting: Visiting | None
-) -> tuple[pa.Table, Array, int]:
-    """The items of rows as a table ordered by `file_bucket`, these, and the number of items."""
+class Placed(NamedTuple):
+    """Items as they are written: once for each bucket that has one of their cells.
+
+    Attributes:
+        table: `row`, `image_id`, `view`, `cells`, `vector`, in the order of the items.
+        bucket: int64 [n].
+        visitor: bool [n]; else it is a member of its first cell.
+        items: how many different ones there are.
+    """
+
+    table: pa.Table
+    bucket: Array
+    visitor: Array
+    items: int
+
+
+def place(rows: Rows, cells: Cells, probes: int, visiting: Visiting | None) -> Placed:
+    """The items of rows with their buckets."""
     every, _ = visiting_of(rows, visiting)
     n, views, dim = every.shape
     flat = every.reshape(-1, dim)
     near = cells.nearest(flat, probes)
     bucket_of = np.append(cells.bucket, -1)  # for cell -1
     bucket = bucket_of[near]
-    item, places, number = [], [], []
+    item, places, numbers, visits = [], [], [], []
     for column in range(probes):
         # An item goes to a bucket at the first of its cells there.
         new = bucket[:, column] >= 0
         for earlier in range(column):
             new &= bucket[:, earlier] != bucket[:, column]
         mine = np.flatnonzero(new)
-        here = np.where(bucket[mine] == bucket[mine, column, None], near[mine], -1)
-        visitor = np.full(len(mine), 1) if column else (mine % views != 0).astype(np.int64)
         item.append(mine)
-        places.append(here)
-        number.append(file_bucket(bucket[mine, column].astype(np.int64), visitor))
-    items, bucket_number = np.concatenate(item), np.concatenate(number)
-    order = np.lexsort((items, bucket_number))
-    items = items[order]
-    row, view = np.divmod(items, views)
+        places.append(np.where(bucket[mine] == bucket[mine, column, None], near[mine], -1))
+        numbers.append(bucket[mine, column].astype(np.int64))
+        visits.append(np.full(len(mine), True) if column else mine % views != 0)
+    items = np.concatenate(item)
+    order = np.argsort(items, kind="stable")
+    row, view = np.divmod(items[order], views)
     table = pa.table(
         {
             "row": rows.row[row],
             "image_id": id_array(rows.ids[row]),
             "view": view.astype(np.uint8),
             "cells": raw(np.concatenate(places)[order]),
-            "vector": raw(flat[items]),
+            "vector": raw(flat[items[order]]),
         }
     )
-    return table, bucket_number[order], n * views
-
-
-def read_items(
-    folder: str,
-    names: Sequence[tuple[str, Sequence[int]]],
-    bucket: int,
-    dim: int,
-    probes: int,
-    keep: Callable[[Ints], Array] | None = None,
-) -> Items:
-    """The items of a bucket.
-
-    Args:
-        folder: of the shuffle.
-        names: of the tasks that wrote, with their shelves.
-        bucket: which.
-        dim: of a vector.
-        probes: cells of an item.
-        keep: which rows are read, as mask; default: all.
-
-    Raises:
-        DataError: a file is damaged or missing; names it.
-    """
-    tables: list[tuple[bool, pa.Table]] = []
-    for visitor in (0, 1):
-        for table in read_bucket(folder, names, file_bucket(bucket, visitor)):
-            if keep is not None:
-                table = table.filter(pa.array(keep(table.column("row").to_numpy())))
-            tables.append((not visitor, table))
-    return items_of(tables, dim, probes)
+    return Placed(table, np.concatenate(numbers)[order], np.concatenate(visits)[order], n * views)
 
 
 def items_of(tables: list[tuple[bool, pa.Table]], dim: int, probes: int) -> Items:
     """Items of tables, each of members or of visitors; the list is emptied on the way."""
     total = sum(len(table) for _, table in tables)
     vectors = np.empty((total, dim), np.float32)
-    small: list[list[Array]] = [[] for _ in range(5)]
+    columns: list[list[Array]] = [
+        [np.zeros(0, np.int64)],
+        [np.zeros((0, 16), np.uint8)],
+        [np.zeros(0, np.uint8)],
+        [np.zeros((0, probes), np.int32)],
+        [np.zeros(0, bool)],
+    ]
     begin = 0
     tables.reverse()
     while tables:  # freed one by one: vectors become twice as wide
         member, table = tables.pop()
-        vectors[begin : begin + len(table)] = unraw(table.column("vector"), np.float16, dim)
+        vectors[begin : begin + len(table)] = unraw(table["vector"], np.float16, dim)
         begin += len(table)
-        columns = (
-            table.column("row").to_numpy(),
-            np.array(ids_of(table.column("image_id"))),
-            table.column("view").to_numpy(),
-            np.array(unraw(table.column("cells"), np.int32, probes)),
+        values = (
+            table["row"].to_numpy(),
+            ids_of(table["image_id"]),
+            table["view"].to_numpy(),
+            unraw(table["cells"], np.int32, probes),
             np.full(len(table), member),
         )
-        for values, column in zip(small, columns, strict=True):
-            values.append(np.array(column))
-    empty: list[Array] = [
-        np.zeros(0, np.int64),
-        np.zeros((0, 16), np.uint8),
-        np.zeros(0, np.uint8),
-        np.zeros((0, probes), np.int32),
-        np.zeros(0, bool),
-    ]
-    row, ids, view, cells, is_member = (
-        np.concatenate(values or [none]) for values, none in zip(small, empty, strict=True)
-    )
+        for column, value in zip(columns, values, strict=True):
+            column.append(np.array(value))
+    row, ids, view, cells, is_member = (np.concatenate(column) for column in columns)
     return Items(row, ids, view, cells, is_member, vectors)
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class StoredItems:
     """Items in buckets on storage.
 
     Attributes:
-        folder: of the shuffle.
-        names: of the tasks that wrote, with their shelves.
+        step: of `write_items`.
         dim: of a vector.
         probes: cells of an item.
         crops: which views are of crops.
     """
 
-    folder: str
-    names: tuple[tuple[str, tuple[int, ...]], ...]
+    step: Step
     dim: int
     probes: int
     crops: tuple[bool, ...]
 
     def read(self, bucket: int, keep: Callable[[Ints], Array] | None = None) -> Items:
-        """The items of a bucket; `keep` says which rows."""
-        return read_items(self.folder, self.names, bucket, self.dim, self.probes, keep)
+        """The items of a bucket; `keep` says which rows.
+
+        Raises:
+            DataError: a file is damaged or missing; names it.
+        """
+        tables: list[tuple[bool, pa.Table]] = []
+        for sub in (MEMBERS, VISITORS):
+            for table in self.step.buckets(bucket, sub=sub):
+                if keep is not None:
+                    table = table.filter(pa.array(keep(table["row"].to_numpy())))
+                tables.append((sub == MEMBERS, table))
+        return items_of(tables, self.dim, self.probes)
 
 
 def by_cell(item: Ints, cell: Array) -> Iterator[tuple[int, Ints]]:

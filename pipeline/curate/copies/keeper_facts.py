@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.curate.copies.collapse import Distinct
-from pipeline.curate.copies.edges import LABELS, part_of
-from pipeline.curate.rows.bucketed import raw, read_bucket, shelves_of, unraw, write_buckets
+from pipeline.curate.copies.equal_vectors import Distinct
+from pipeline.curate.copies.forest import LABELS, part_of
+from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.exact import Ints
-from pipeline.curate.rows.read_rows import CROPS, Part, Portion, Rows, read_range, read_rows
-from pipeline.curate.rows.tables import AS_IS, InputFile, Vectors, id_array, ids_of
-from pipeline.uri import join
+from pipeline.curate.rows.read_rows import CROPS, FileSlice, Portion, Rows, read_rows
+from pipeline.curate.rows.tables import AS_IS, ID, ROW, InputFile, Vectors, id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step
 
 Array = np.ndarray[Any, Any]
-Names = Sequence[tuple[str, Sequence[int]]]  # of tasks, each with the shelves that it wrote
+FACTS = pa.schema(
+    [
+        ("row", ROW),
+        ("label", ROW),  # of its component
+        ("image_id", ID),
+        ("as_is", pa.bool_()),
+        ("area", pa.int64()),  # pixels
+        ("density", pa.float64()),  # bytes for each pixel
+        ("goes", pa.bool_()),  # in any case
+        ("stands", ROW),  # the row whose vector counts: itself, or one with the same
+    ]
+)
 PART_BYTES = 2**27  # of the vectors that a task takes
 IN_MEMORY = 2**29  # bytes of the vectors that a task holds; twice while they are read
 
@@ -38,148 +50,94 @@ class FactSources:
 
     Attributes:
         distinct: the rows and their vectors.
-        labels: folder and tables of `edges.LABELS`.
-        fingerprints: folder of `tables.FINGERPRINT`.
-        aside: folders of tables with the `row` of images that go in any case.
+        labels: with `forest.LABELS`.
+        prints: fingerprints.
+        going: with the `row` of images that go in any case.
     """
 
     distinct: Distinct
-    labels: tuple[str, Sequence[str]]
-    fingerprints: str
-    aside: Sequence[str]
+    labels: Step
+    prints: Step
+    going: tuple[Step, ...] = ()
 
 
-def facts_task(
-    folder: str, sources: FactSources, portion: Portion, files: Sequence[InputFile], parts: int
-) -> dict[str, Any]:
-    """Writes the facts about a portion's rows below `rows`, and the vectors of those that stand for
-    themselves below `vectors`, both by the part that their component goes to.
-
-    Args:
-        folder: of the step.
-        sources: of the facts.
-        portion: which rows.
-        files: that the portion is of.
-        parts: how many.
+def gather_facts(
+    out: Output, portion: Portion, sources: FactSources, files: Mapping[str, InputFile], parts: int
+) -> Account:
+    """Task: the facts about a portion's rows (`rows`), and the vectors of those that stand for
+    themselves (`vectors`), both by the part that their component goes to.
     """
-    kinds = {file.name: file.kind for file in files}
-    copies = sources.distinct.stood_for(portion)
-    facts = [_facts(sources, part, kinds[part.name], copies) for part in portion.parts]
-    facts = [one for one in facts if one]
+    equal = sources.distinct.stood_for(portion)
+    facts = [_facts(sources, part, files[part.name], equal) for part in portion.slices]
+    facts = [table for table in facts if len(table)]
     if not facts:
-        return {"rows": 0, "bytes": 0, "shelves": [], "vector_shelves": []}
-    whole = {name: np.concatenate([one[name] for one in facts]) for name in facts[0]}
-    bucket = part_of(whole["label"], parts)
-    order = np.argsort(bucket, kind="stable")
-    table = pa.table(
-        {
-            name: id_array(values[order]) if name == "image_id" else values[order]
-            for name, values in whole.items()
-        }
-    )
-    size = write_buckets(str(join(folder, "rows")), portion.name, table, bucket[order])
-    own = whole["stands"] == whole["row"]
-    table, bucket_of_vectors = _vectors_of(
-        sources.distinct.vectors, portion, whole["row"][own], whole["label"][own], parts
-    )
-    size += write_buckets(str(join(folder, "vectors")), portion.name, table, bucket_of_vectors)
-    return {
-        "rows": len(whole["row"]),
-        "bytes": size,
-        "shelves": shelves_of(bucket),
-        "vector_shelves": shelves_of(bucket_of_vectors),
-    }
-
-
-def _facts(sources: FactSources, part: Part, kind: str, copies: pa.Table) -> dict[str, Array]:
-    """Of the rows of a part of a file that are in a component; empty where there are none."""
-    labels = list(read_range(*sources.labels, part.first, part.end))
-    if not labels:
-        return {}
-    own = pa.concat_tables(labels).sort_by("row")
-    row, label = (own.column(name).to_numpy() for name in LABELS.names)
-    columns = ["row", "image_id", "bytes", "width", "height"]
-    prints = next(read_range(sources.fingerprints, [part.name], part.first, part.end, columns))
-    at = np.searchsorted(prints.column("row").to_numpy(), row)
-    area = prints.column("width").to_numpy().astype(np.int64) * prints.column("height").to_numpy()
-    density = prints.column("bytes").to_numpy() / np.maximum(area, 1)
-    goes = np.zeros(len(row), bool)
-    for folder in sources.aside:
-        for table in read_range(folder, [part.name], part.first, part.end, ["row"]):
-            goes |= np.isin(row, table.column("row").to_numpy())
-    return {
-        "row": row,
-        "label": label,
-        "image_id": ids_of(prints.column("image_id"))[at],
-        "as_is": np.full(len(row), kind == AS_IS),
-        "area": area[at],
-        "density": density[at],
-        "goes": goes,
-        "stands": _stands(row, copies),
-    }
-
-
-def _stands(row: Array, copies: pa.Table) -> Array:
-    """The row that stands for each of these: itself, or another one with the same vector."""
-    copy, stand = copies.column("row").to_numpy(), copies.column("stands").to_numpy()
-    if not len(copy):
-        return row
-    at = np.minimum(np.searchsorted(copy, row), len(copy) - 1)
-    return np.where(copy[at] == row, stand[at], row)
-
-
-def _vectors_of(
-    vectors: Vectors, portion: Portion, row: Array, label: Array, parts: int
-) -> tuple[pa.Table, Array]:
-    """The vectors of some rows of a portion, ordered by the part of their component."""
-    rows = read_rows(vectors, portion, views=True)
-    rows = rows.only(np.isin(rows.row, row))
-    by_row = np.argsort(row)
-    bucket = part_of(label[by_row][np.searchsorted(row[by_row], rows.row)], parts)
-    order = np.argsort(bucket, kind="stable")
-    columns = {"row": rows.row[order], "vector": raw(rows.vectors[order])}
+        return {"rows": 0}
+    whole = pa.concat_tables(facts).combine_chunks()
+    row, label = whole["row"].to_numpy(), whole["label"].to_numpy()
+    out.buckets(whole, part_of(label, parts), sub="rows")
+    own = whole["stands"].to_numpy() == row
+    rows = read_rows(sources.distinct.vectors, portion, views=True)
+    rows = rows.only(np.isin(rows.row, row[own]))
+    vectors = {"row": rows.row, "vector": raw(rows.vectors)}
     if rows.crops is not None:
-        columns["crops"] = raw(rows.crops[order].reshape(len(order), CROPS * vectors.dim))
-    return pa.table(columns), bucket[order]
+        vectors["crops"] = raw(rows.crops.reshape(len(rows), -1))
+    labels = label[own][np.searchsorted(row[own], rows.row)]  # rows ascend
+    out.buckets(pa.table(vectors), part_of(labels, parts), sub="vectors")
+    return {"rows": len(whole)}
 
 
-@dataclass(frozen=True)
-class KeeperFacts:
-    """What `facts_task` wrote.
+def _facts(sources: FactSources, part: FileSlice, file: InputFile, equal: pa.Table) -> pa.Table:
+    """Of the rows of a slice of a file that are in a component, as `FACTS`."""
+    own = sources.labels.rows(part.first, part.end, LABELS)
+    if not len(own):
+        return FACTS.empty_table()
+    row, label = (own[name].to_numpy() for name in LABELS.names)
+    columns = ["row", "image_id", "bytes", "width", "height"]
+    inside = [("row", ">=", part.first), ("row", "<", part.end)]
+    prints = sources.prints.read(part.name, columns, inside)
+    at = np.searchsorted(prints["row"].to_numpy(), row)
+    area = prints["width"].to_numpy().astype(np.int64) * prints["height"].to_numpy()
+    density = prints["bytes"].to_numpy() / np.maximum(area, 1)
+    goes = np.zeros(len(row), bool)
+    for step in sources.going:
+        goes |= np.isin(row, step.read(part.name, ["row"], inside)["row"].to_numpy())
+    facts = [
+        row,
+        label,
+        id_array(ids_of(prints["image_id"])[at]),
+        np.full(len(row), file.kind == AS_IS),
+        area[at],
+        density[at],
+        goes,
+        _stands(row, equal),
+    ]
+    return pa.table(facts, schema=FACTS)
 
-    Attributes:
-        folder: of its step.
-        rows: its tasks, with their shelves of rows.
-        vectors: its tasks, with their shelves of vectors.
-        dim: of a vector.
-    """
 
-    folder: str
-    rows: Names
-    vectors: Names
-    dim: int
+def _stands(row: Array, equal: pa.Table) -> Array:
+    """The row that stands for each of these: itself, or another one with the same vector."""
+    at = pc.index_in(pa.array(row), equal["row"].combine_chunks())
+    return np.asarray(pc.coalesce(equal["stands"].take(at), pa.array(row)).to_numpy())
 
-    def read(self, part: int) -> dict[str, Array] | None:
-        """The facts about the rows of a part, by name; None where it has no rows."""
-        tables = list(read_bucket(str(join(self.folder, "rows")), self.rows, part))
-        if not tables:
-            return None
-        table = pa.concat_tables(tables)
-        return {
-            name: ids_of(column) if name == "image_id" else column.to_numpy()
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        }
 
-    def read_vectors(self, part: int) -> Rows | OnDisk:
-        """Its vectors, on disk where one component makes a part larger than parts should be."""
-        folder = str(join(self.folder, "vectors"))
-        count = sum(len(table) for table in read_bucket(folder, self.vectors, part, ["row"]))
-        tables = read_bucket(folder, self.vectors, part)
-        first = next(tables)
-        width = 1 + CROPS * ("crops" in first.column_names)
-        if count * width * self.dim * 2 > IN_MEMORY:
-            return OnDisk(chain([first], tables), self.dim)
-        return _in_memory([first, *tables], self.dim)
+def read_facts(facts: Step, part: int) -> dict[str, Array]:
+    """The facts about the rows of a part, by name."""
+    table = facts.bucket(part, FACTS, sub="rows").combine_chunks()
+    return {
+        name: ids_of(column) if name == "image_id" else column.to_numpy()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }
+
+
+def read_vectors(facts: Step, part: int, dim: int) -> Rows | OnDisk:
+    """The vectors of a part, on disk where one component makes it larger than parts should be."""
+    count = sum(len(table) for table in facts.buckets(part, ["row"], sub="vectors"))
+    tables = facts.buckets(part, sub="vectors")
+    first = next(tables)
+    width = 1 + CROPS * ("crops" in first.column_names)
+    if count * width * dim * 2 > IN_MEMORY:
+        return OnDisk(chain([first], tables), dim)
+    return _in_memory([first, *tables], dim)
 
 
 def _in_memory(tables: list[pa.Table], dim: int) -> Rows:

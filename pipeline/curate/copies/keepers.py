@@ -9,17 +9,18 @@ members whose exact similarity to the keeper is too low are given to keepers of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.items import Visiting, visiting_of
-from pipeline.curate.copies.keeper_facts import KeeperFacts, OnDisk
-from pipeline.curate.rows.draws_by_id import group_starts, id_words
+from pipeline.curate.copies.keeper_facts import OnDisk, read_facts, read_vectors
 from pipeline.curate.rows.exact import Doubles, Ints
+from pipeline.curate.rows.groups import group_starts, in_order
 from pipeline.curate.rows.read_rows import Ids, Rows
-from pipeline.curate.rows.tables import COMPONENTS, ID, id_array, write_table
+from pipeline.curate.rows.tables import COMPONENTS, ID, id_array
+from pipeline.curate.steps.steps import Account, Output, Step
 
 # `tables.COMPONENTS` with the id of the row itself.
 MEMBERS = pa.schema([*COMPONENTS, ("image_id", ID)])
@@ -28,88 +29,109 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Guard:
-    """Against chains.
+class CopyRule:
+    """When images are copies.
 
     Attributes:
-        least: similarity to its keeper below which a member is of a chain.
+        threshold: two that show the same are if they are more similar than this.
+        guard: a member that is so much less like its keeper is of a chain.
         chains: `split`: such members get keepers of their own; `keep`: they do not.
     """
 
-    least: float
-    chains: str
+    threshold: float
+    guard: float = 0.1
+    chains: str = "split"
+
+    @property
+    def least(self) -> float:
+        """Similarity to its keeper below which a member is of a chain."""
+        return self.threshold - self.guard
 
 
-def keep_task(
-    folder: str,
-    facts: KeeperFacts,
-    part: int,
-    visiting: Visiting | None,
-    penalty: float,
-    guard: Guard,
-) -> dict[str, Any]:
-    """Chooses the keepers of the components of a part; writes `MEMBERS`, by row.
+@dataclass(frozen=True)
+class HowSimilar:
+    """What counts for the similarity of two images.
+
+    Attributes:
+        visiting: further views of an image, as in `items.Visiting`, or None.
+        penalty: what the similarity of a crop is reduced by.
+    """
+
+    visiting: Visiting | None = None
+    penalty: float = 0.0
+
+
+def choose_keepers(
+    out: Output, part: int, facts: Step, dim: int, similar: HowSimilar, rule: CopyRule
+) -> Account:
+    """Task: chooses the keepers of the components of a part; writes `MEMBERS`, by row.
 
     Args:
-        folder: of the step.
-        facts: about the rows.
+        out: where to.
         part: which.
-        visiting: views that count.
-        penalty: of crops.
-        guard: against chains.
+        facts: about the rows (`keeper_facts.gather_facts`).
+        dim: of a vector.
+        similar: how rows are compared.
+        rule: what is a copy, and what a chain.
     """
-    column = facts.read(part)
-    if column is None:
-        return {"rows": 0, "bytes": write_table(MEMBERS.empty_table(), folder, f"{part:05d}")}
-    vectors = facts.read_vectors(part)
+    column = read_facts(facts, part)
+    if not len(column["row"]):
+        out.table(MEMBERS.empty_table())
+        return {}
+    vectors = read_vectors(facts, part, dim)
     by_row = np.argsort(vectors.row)
     at = by_row[np.searchsorted(vectors.row[by_row], column["stands"])]
     order = keeper_order(
         *(column[name] for name in ("label", "goes", "as_is", "area", "density", "image_id"))
     )
     column = {name: values[order] for name, values in column.items()}
-    keeper, similarity, chained, size, first_id = choose(
-        column["label"],
-        column["goes"],
-        column["image_id"],
-        at[order],
-        Similarity(vectors, visiting, penalty),
-        guard,
-    )
+    label, goes, ids, row = (column[name] for name in ("label", "goes", "image_id", "row"))
+    chosen = choose(label, goes, ids, at[order], Similarity(vectors, similar), rule)
     if isinstance(vectors, OnDisk):
         vectors.close()
-    members = pa.table(
-        {
-            "row": column["row"],
-            "component": id_array(first_id),
-            "size": size,
-            "keeper": column["row"][keeper],
-            "keeper_id": id_array(column["image_id"][keeper]),
-            "similarity": similarity,
-            "chained": chained,
-            "image_id": id_array(column["image_id"]),
-        }
-    ).take(pa.array(np.argsort(column["row"])))
-    written = write_table(members.cast(MEMBERS), folder, f"{part:05d}")
-    return {"rows": len(members), "bytes": written, "chained": int(chained.sum())}
+    keeper = chosen.keeper
+    columns = [
+        row,
+        id_array(chosen.component),
+        chosen.size,
+        row[keeper],
+        id_array(ids[keeper]),
+        chosen.similarity,
+        chosen.chained,
+        id_array(ids),
+    ]
+    out.table(pa.table(columns, schema=MEMBERS).take(pa.array(np.argsort(row))))
+    return {"chained": int(chosen.chained.sum())}
 
 
 def keeper_order(
     component: Array, goes: Array, as_is: Array, area: Array, density: Array, ids: Ids
 ) -> Ints:
     """Rows by component, the best one of each first."""
-    high, low = id_words(ids)
-    return np.lexsort((low, high, -density, -area, ~as_is, goes, component))
+    return in_order(component, goes, ~as_is, -area, -density, ids)
+
+
+class Chosen(NamedTuple):
+    """Of each row.
+
+    Attributes:
+        keeper: its place among these rows.
+        similarity: to the keeper.
+        chained: whether it is of a chain.
+        size: of its component.
+        component: the smallest image id in that.
+    """
+
+    keeper: Ints
+    similarity: Doubles
+    chained: Array
+    size: Ints
+    component: Ids
 
 
 def choose(
-    label: Array,
-    goes: Array,
-    ids: Ids,
-    at: Ints,
-    similarity_of: Similarity,
-    guard: Guard,
-) -> tuple[Ints, Doubles, Array, Ints, Ids]:
+    label: Array, goes: Array, ids: Ids, at: Ints, similarity_of: Similarity, rule: CopyRule
+) -> Chosen:
     """Keepers of rows that are ordered by component, the best first (`keeper_order`).
 
     Args:
@@ -118,11 +140,7 @@ def choose(
         ids: of the rows.
         at: places of their vectors.
         similarity_of: places.
-        guard: against chains.
-
-    Returns:
-        For each row: the place of its keeper among these rows, the similarity to it, whether it is
-        of a chain, the size of its component and the smallest image id in that.
+        rule: what is a copy, and what a chain.
     """
     n = len(label)
     new = group_starts(label)
@@ -132,14 +150,13 @@ def choose(
     keeper = start[component]
     similarity = similarity_of(at, at[keeper])
     similarity[keeper == np.arange(n)] = 1.0
-    chained = (similarity < guard.least) & (keeper != np.arange(n))
-    if guard.chains == "split":
+    chained = (similarity < rule.least) & (keeper != np.arange(n))
+    if rule.chains == "split":
         for one in np.unique(component[chained]):
             rows = np.arange(start[one], start[one] + count[one])
-            _lead(rows[chained[rows]], goes, at, similarity_of, guard.least, keeper, similarity)
-    high, low = id_words(ids)
-    smallest = np.lexsort((low, high, component))[start]
-    return keeper, similarity, chained, count[component], ids[smallest[component]]
+            _lead(rows[chained[rows]], goes, at, similarity_of, rule.least, keeper, similarity)
+    smallest = in_order(component, ids)[start]
+    return Chosen(keeper, similarity, chained, count[component], ids[smallest[component]])
 
 
 def _lead(
@@ -169,12 +186,11 @@ class Similarity:
 
     Args:
         rows: with their crops where views count; in memory or on disk.
-        visiting: as in `items.Visiting`, or None.
-        penalty: what the similarity of a crop is reduced by.
+        how: they are compared.
     """
 
-    def __init__(self, rows: Rows | OnDisk, visiting: Visiting | None, penalty: float) -> None:
-        self.rows, self.visiting, self.penalty = rows, visiting, penalty
+    def __init__(self, rows: Rows | OnDisk, how: HowSimilar) -> None:
+        self.rows, self.how = rows, how
 
     def __call__(self, a: Ints, b: Ints) -> Doubles:
         """Similarity of each pair of places a, b."""
@@ -188,10 +204,10 @@ class Similarity:
         return similarity
 
     def _seen(self, visitors: Rows, members: Rows) -> Doubles:
-        views, crops = visiting_of(visitors, self.visiting)
+        views, crops = visiting_of(visitors, self.how.visiting)
         of = members.vectors.astype(np.float64)
         seen = np.full(len(of), -np.inf)
         for view in range(views.shape[1]):
             dot = np.einsum("nd,nd->n", views[:, view].astype(np.float64), of)
-            seen = np.maximum(seen, dot - (self.penalty if crops[view] else 0.0))
+            seen = np.maximum(seen, dot - (self.how.penalty if crops[view] else 0.0))
         return seen

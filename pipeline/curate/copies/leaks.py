@@ -1,38 +1,25 @@
-"""Images that are like an image of an evaluation set: the tasks."""
+"""Images that are like an image of an evaluation set, which must not be trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from pipeline.curate.copies.collapse import COPIES
-from pipeline.curate.copies.items import Items, Shuffled
-from pipeline.curate.copies.join import best, relative_pairs
-from pipeline.curate.look.looks import PAIRS
-from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.rows.by_file import by_file
-from pipeline.curate.rows.draws_by_id import group_starts, id_words
-from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.file_rows import Tables
-from pipeline.curate.rows.read_rows import Ids, read_range
-from pipeline.curate.rows.tables import (
-    ID,
-    LEAKS,
-    ROW,
-    InputFile,
-    id_array,
-    ids_of,
-    read_table,
-    write_table,
-)
-from pipeline.curate.steps.steps import Account
-from pipeline.uri import join
+from pipeline.curate.copies.equal_vectors import EQUAL
+from pipeline.curate.copies.items import ImageSet, StoredItems
+from pipeline.curate.copies.join import PAIRS_BETWEEN, pairs_between
+from pipeline.curate.copies.other_sets import place_others
+from pipeline.curate.copies.pairs import Index
+from pipeline.curate.look.looks import VERDICTS, Looking, look_at, pairs_with_others
+from pipeline.curate.rows.groups import best, id_words
+from pipeline.curate.rows.read_rows import file_groups
+from pipeline.curate.rows.tables import ID, LEAKS, ROW, InputFile, Inputs, ids_of
+from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps, by_file, numbered
 
-Array = np.ndarray[Any, Any]
+QUERY_ROWS = 1_000_000  # images of evaluation sets in a task that counts those with a match
 # Best match of each image of a set in the pool.
 QUERIES = pa.schema(
     [
@@ -45,220 +32,195 @@ QUERIES = pa.schema(
 )
 
 
-def leak_task(
-    folder: str,
-    pool: Shuffled,
-    sets: Sequence[tuple[str, Shuffled]],
-    bucket: int,
+def find_leaks(
+    steps: Steps,
+    index: Index,
+    inputs: Inputs,
+    sets: Mapping[str, ImageSet],
     threshold: float,
-    penalty: float,
-    shards: int,
-) -> dict[str, Any]:
-    """Writes the best match of each pool row of a bucket, and of each image of the sets, these in
-    shards by their ids.
+    looking: Looking | None = None,
+    gpus: float = 0.0,
+) -> tuple[Step, dict[str, int]]:
+    """The best match of each image among the images of evaluation sets.
+
+    A second look decides whether it is one: it looks at the best match of each image, and of each
+    image of the sets.
+
+    Args:
+        steps: of the curation.
+        index: of the images.
+        inputs: the images.
+        sets: the images of each evaluation set, by name.
+        threshold: similarity that a match must be above.
+        looking: for the second look; None: what is alike leaks.
+        gpus: of the tasks that compare.
+
+    Returns:
+        The step with `tables.LEAKS` of each input file; and how many images of each set have a
+        match, where any has.
     """
-    items: Items | None = None
-    columns: list[tuple[Array, ...]] = []
-    for name, shuffled in sorted(sets, key=lambda one: one[0]):
-        other = shuffled.read(bucket)
-        if not len(other):
-            continue
-        items = pool.read(bucket) if items is None else items
-        a, b, similarity = relative_pairs(items, other, threshold, np.array(pool.crops), penalty)
-        names = np.full(len(a), name, dtype=object)
-        columns.append((items.row[a], items.ids[a], names, other.ids[b], similarity))
-    if not columns:
-        row, ids, names, query, similarity = _none()
-    else:
-        row, ids, names, query, similarity = (
-            np.concatenate([one[place] for one in columns]) for place in range(5)
-        )
-    number = np.unique(names.astype(str), return_inverse=True)[1]
-    chosen = best([row], similarity, [number, query])
-    hits = pa.table(
-        {
-            "row": row[chosen],
-            "set": pa.array(names[chosen], pa.string()),
-            "query_id": id_array(query[chosen]),
-            "similarity": similarity[chosen],
-        }
-    ).cast(LEAKS)
-    size = write_table(hits, str(join(folder, "rows")), f"{bucket:05d}")
-    queries = _best_of_queries(names, query, row, ids, similarity)
-    shard = (id_words(ids_of(queries.column("query_id")))[1] % np.uint64(shards)).astype(np.int64)
-    order = np.argsort(shard, kind="stable")
-    queries = queries.take(pa.array(order))
-    queries_folder = str(join(folder, "queries"))
-    size += write_buckets(queries_folder, f"{bucket:05d}", queries, shard[order])
-    return {"rows": len(hits), "bytes": size, "shelves": shelves_of(shard)}
-
-
-def _none() -> tuple[Array, Array, Array, Array, Array]:
-    ids = np.zeros((0, 16), np.uint8)
-    return np.zeros(0, np.int64), ids, np.zeros(0, object), ids, np.zeros(0)
-
-
-def _best_of_queries(
-    names: Array, query: Ids, row: Ints, ids: Ids, similarity: Doubles
-) -> pa.Table:
-    """The best pool image of each image of a set, as `QUERIES`."""
-    number = np.unique(names.astype(str), return_inverse=True)[1]
-    both = np.unique(query, axis=0, return_inverse=True)[1].reshape(-1)
-    chosen = best([number, both], similarity, [ids])
-    return pa.table(
-        {
-            "set": pa.array(names[chosen], pa.string()),
-            "query_id": id_array(query[chosen]),
-            "row": row[chosen],
-            "image_id": id_array(ids[chosen]),
-            "similarity": similarity[chosen],
-        }
-    ).cast(QUERIES)
-
-
-def queries_task(
-    folder: str, hits: str, names: Sequence[tuple[str, Sequence[int]]], shard: int
-) -> dict[str, Any]:
-    """Writes the images of a shard of all sets that have a match; counts them by set."""
-    tables = list(read_bucket(str(join(hits, "queries")), names, shard))
-    table = pa.concat_tables([QUERIES.empty_table(), *tables])
-    leaked = _best_of_queries(
-        np.array(table.column("set").to_pylist(), dtype=object),
-        ids_of(table.column("query_id")),
-        table.column("row").to_numpy(),
-        ids_of(table.column("image_id")),
-        table.column("similarity").to_numpy(),
+    others = {
+        name: place_others(steps, f"copies/leaks/sets/{name}", index, images, gpus)
+        for name, images in sorted(sets.items())
+    }
+    shards = max(1, -(-sum(images.inputs.rows for images in sets.values()) // QUERY_ROWS))
+    hits = steps.run("copies/leaks/hits", match_bucket, numbered(index.buckets),
+                     Resources(1.0, gpus), index=index, others=others, threshold=threshold,
+                     shards=shards)  # fmt: skip
+    counted = queries = steps.run(
+        "copies/leaks/queries", merge_queries, numbered(shards), hits=hits
     )
-    counts = leaked.group_by("set").aggregate([("row", "count")]).to_pylist()
-    size = write_table(leaked, folder, f"{shard:05d}")
-    by_set = {one["set"]: one["row_count"] for one in sorted(counts, key=lambda one: one["set"])}
-    return {"rows": len(leaked), "bytes": size, "leaked": by_set}
+    files = file_groups(inputs.files)
+    matches = steps.run("copies/leaks/whole", with_equals, files, hits=hits, equal=index.equal)
+    if looking:
+        sources = {f"rows-{name}": (matches, name) for name in matches.tables}
+        sources |= {f"sets-{name}": (queries, name) for name in queries.tables}
+        looked = look_at(steps, "looks/leaks", looking, sources, pairs_of_leaks)
+        of_sets = [t for name in queries.tables for t in looked.names[f"sets-{name}"]]
+        # A pair of a row may have been looked at for an image of a set: rows need those too.
+        items = {
+            name: (group, (*looked.names[f"rows-{name}"], *of_sets))
+            for name, group in files.items()
+        }
+        matches = steps.run("looks/leaks/hold", leaks_that_hold, items, looked=looked.step)
+        counted = steps.run("looks/leaks/counted", count_leaked, numbered(shards),
+                            looked=looked.step, shards=shards)  # fmt: skip
+    leaked: dict[str, int] = {}
+    for account in counted.accounts:
+        for name, count in account["leaked"].items():
+            leaked[name] = leaked.get(name, 0) + count
+    return steps.run("leaks", by_file, files, of=matches, schema=LEAKS), leaked
 
 
-def copies_task(
-    folder: str,
-    hits: str,
-    names: Sequence[str],
-    copies: tuple[str, Sequence[str]],
-    first: int,
-    end: int,
-    name: str,
-) -> dict[str, Any]:
-    """Hits of rows `first` to `end`, the best one of each, and of all rows they stand for."""
-    tables = [LEAKS.empty_table(), *read_range(str(join(hits, "rows")), names, first, end)]
-    table = pa.concat_tables(tables).combine_chunks()
-    row = table.column("row").to_numpy()
-    sets = np.array(table.column("set").to_pylist(), dtype=str)
-    similarity = table.column("similarity").to_numpy()
-    number = np.unique(sets, return_inverse=True)[1]
-    chosen = best([row], similarity, [number, ids_of(table.column("query_id"))])
-    own = table.take(pa.array(chosen))
-    rows = own.column("row").to_numpy()
-    hits_of_all = [own]
-    for bucket in copies[1] if len(rows) else ():
-        columns = [COPIES.field(0).name, COPIES.field(2).name]
-        pairs = read_table(
-            copies[0], bucket, columns, [("stands", ">=", first), ("stands", "<", end)]
-        )
-        stands = pairs.column("stands").to_numpy()
-        at = np.minimum(np.searchsorted(rows, stands), len(rows) - 1)
-        hit = rows[at] == stands
-        more = own.take(pa.array(at[hit]))
-        hits_of_all.append(more.set_column(0, "row", pa.array(pairs.column("row").to_numpy()[hit])))
-    whole = pa.concat_tables([one.cast(LEAKS) for one in hits_of_all]).sort_by("row")
-    return {"rows": len(whole), "bytes": write_table(whole, folder, name)}
-
-
-def pairs_of_leaks(folder: str, name: str) -> pa.Table:
-    """Rows with images of evaluation sets, as `looks.PAIRS`."""
-    table = read_table(folder, name, ["row", "set", "query_id", "similarity"])
-    columns = [table["row"], pa.array(np.full(len(table), -1)), table["set"], table["query_id"]]
-    return pa.table([*columns, table["similarity"]], schema=PAIRS)
-
-
-def hold_task(
-    folder: str, name: str, looked: str, names: Sequence[str], first: int, end: int
-) -> dict[str, Any]:
-    """Writes the best match of each of the rows `first` to `end` that shows the same, as
-    `tables.LEAKS`.
+def match_bucket(
+    out: Output,
+    bucket: int,
+    index: Index,
+    others: Mapping[str, StoredItems],
+    threshold: float,
+    shards: int,
+) -> None:
+    """Task: the best match of each pool row of a bucket (`rows`), and of each image of the sets, in
+    shards by their ids (`queries`).
     """
-    columns, same = ["row", "set", "other_id", "similarity"], ("same", "=", True)
-    rows = [("row", ">=", first), ("row", "<", end)]
-    tables = [read_table(looked, one, columns, [same, *rows]) for one in names]
-    same_pairs = [table.rename_columns(LEAKS.names).cast(LEAKS) for table in tables]
-    table = pa.concat_tables([LEAKS.empty_table(), *same_pairs]).combine_chunks()
-    sets = np.array(table["set"].to_pylist(), dtype=str)
-    number = np.unique(sets, return_inverse=True)[1]
-    order: list[Array] = [number, ids_of(table["query_id"])]
-    chosen = best([table["row"].to_numpy()], table["similarity"].to_numpy(), order)
-    shown = table.take(pa.array(chosen)).sort_by("row")
-    return {"rows": len(shown), "bytes": write_table(shown, folder, name)}
+    here = {name: items for name, one in others.items() if len(items := one.read(bucket))}
+    pool, crops = index.items.read(bucket) if here else None, np.array(index.items.crops)
+    tables = [PAIRS_BETWEEN.append(pa.field("set", pa.string())).empty_table()]
+    for name, items in here.items():
+        assert pool is not None
+        pairs = pairs_between(pool, items, threshold, crops, index.penalty)
+        tables.append(pairs.append_column("set", pa.array([name] * len(pairs), pa.string())))
+    every = pa.concat_tables(tables)
+    hits = every.select(["row", "set", "other_id", "similarity"]).rename_columns(LEAKS.names)
+    out.table(best(hits, "row").cast(LEAKS), sub="rows")
+    queries = every.select(["set", "other_id", "row", "image_id", "similarity"])
+    queries = best_of_queries(queries.rename_columns(QUERIES.names))
+    out.buckets(queries, shard_of(ids_of(queries["query_id"]), shards), sub="queries")
 
 
-def count_task(
-    folder: str, looked: str, names: Sequence[str], shards: int, shard: int
-) -> dict[str, Any]:
-    """Counts the images of each set, of those of a shard, that some row shows the same as."""
+def best_of_queries(table: pa.Table) -> pa.Table:
+    """The best pool image of each image of a set, as `QUERIES`; of equals the smaller image id."""
+    columns = ["set", "query_id", "image_id", "row", "similarity"]
+    return best(table.select(columns), "set", "query_id").select(QUERIES.names).cast(QUERIES)
+
+
+def shard_of(ids: Any, shards: int) -> Any:
+    """The shard of each image of an evaluation set."""
+    return (id_words(ids)[1] % np.uint64(shards)).astype(np.int64)
+
+
+def merge_queries(out: Output, shard: int, hits: Step) -> Account:
+    """Task: the images of a shard of all sets that have a match; counts them by set."""
+    queries = best_of_queries(hits.bucket(shard, QUERIES, sub="queries"))
+    out.table(queries)
+    counts = queries.group_by("set").aggregate([("row", "count")]).sort_by("set")
+    return {"leaked": dict(zip(*(c.to_pylist() for c in counts.columns), strict=True))}
+
+
+def with_equals(out: Output, files: Sequence[InputFile], hits: Step, equal: Step) -> None:
+    """Task: hits of the rows of some files, the best one of each, and of all rows that they stand
+    for.
+    """
+    first, end = files[0].first, files[-1].end
+    own = best(hits.rows(first, end, LEAKS, sub="rows"), "row")
+    stood_for = equal.every(EQUAL, [("stands", ">=", first), ("stands", "<", end)])
+    pairs = stood_for.select(["row", "stands"]).rename_columns(["copy", "row"])
+    more = pairs.join(own, "row", join_type="inner").drop_columns(["row"])
+    more = more.rename_columns(["row" if n == "copy" else n for n in more.column_names])
+    out.table(pa.concat_tables([own, more.select(LEAKS.names).cast(LEAKS)]).sort_by("row"))
+
+
+def pairs_of_leaks(source: tuple[Step, str]) -> pa.Table:
+    """Rows with images of evaluation sets, as pairs to look at."""
+    step, name = source
+    table = step.read(name, LEAKS.names)
+    return pairs_with_others(table["row"], table["similarity"], table["set"], table["query_id"])
+
+
+def leaks_that_hold(
+    out: Output, item: tuple[Sequence[InputFile], Sequence[str]], looked: Step
+) -> None:
+    """Task: the best match of each row of some files that shows the same, as `tables.LEAKS`.
+
+    The item has the files, and names of the tables of verdicts that may be about their rows.
+    """
+    files, names = item
+    rows = [("row", ">=", files[0].first), ("row", "<", files[-1].end)]
+    same = looked.every(VERDICTS, [("same", "=", True), *rows], only=names)
+    table = same.select(["row", "set", "other_id", "similarity"]).rename_columns(LEAKS.names)
+    out.table(best(table.cast(LEAKS), "row"))
+
+
+def count_leaked(out: Output, shard: int, looked: Step, shards: int) -> Account:
+    """Task: counts the images of each set, of those of a shard, that some row shows the same as."""
     leaked: dict[str, set[bytes]] = {}
-    for name in names:
-        table = read_table(looked, name, ["set", "other_id"], [("same", "=", True)])
+    for name in looked.tables:
+        table = looked.read(name, ["set", "other_id"], [("same", "=", True)])
         ids = ids_of(table["other_id"])
-        mine = id_words(ids)[1] % np.uint64(shards) == shard
+        mine = shard_of(ids, shards) == shard
         sets = table["set"].filter(pa.array(mine)).to_pylist()
         for one, image in zip(sets, ids[mine], strict=True):
             leaked.setdefault(one, set()).add(image.tobytes())
     counts = {one: len(images) for one, images in sorted(leaked.items())}
-    return {"rows": sum(counts.values()), "held": counts}
+    return {"rows": sum(counts.values()), "leaked": counts}
 
 
-def leaks_by_file_task(
-    folder: str, hits: str, names: Sequence[str], files: Sequence[InputFile]
-) -> dict[str, Any]:
-    """Writes the leaks of the rows of each of these input files."""
-    return by_file(folder, hits, names, files, LEAKS)
+# ---- Groups of copies with an image that leaks, where leaks take their groups with them.
 
 
-# ---- Components with an image that leaks, where leaks take their components with them.
-
-
-# of each component with a row that leaks: its best match
+# of each group with a row that leaks: its best match
 LEAKING = pa.schema(
     [
         ("component", ID),
         ("set", pa.string()),
         ("query_id", ID),
         ("similarity", pa.float64()),
-        ("row_id", ID),  # image of the component that matches
+        ("row_id", ID),  # image of the group that matches
     ]
 )
 
 
-def leaks_of(folder: str, file: InputFile, tables: Tables) -> Account:
-    """Task: the best match of each component that has rows of this file that leak."""
-    leaks = read_table(tables.leaks, file.name)
-    members = read_table(tables.components, file.name, ["row", "component"])
-    ids = read_table(tables.fingerprint, file.name, ["row", "image_id"])
-    places = leaks.column("row").to_numpy() - file.first
-    leaks = leaks.append_column("row_id", ids.column("image_id").take(pa.array(places)))
-    joined = leaks.join(members, "row", join_type="inner") if len(members) else leaks.slice(0, 0)
+def leaking_groups(steps: Steps, inputs: Inputs, prints: Step, leaks: Step, groups: Step) -> Step:
+    """The best match of each group of copies of which a row leaks: one table, `leaking`."""
+    of_files = steps.run("leaking/files", groups_that_leak, inputs.by_name, prints=prints,
+                         leaks=leaks, groups=groups)  # fmt: skip
+    return steps.run("leaking/best", best_of_groups, {"leaking": None}, of_files=of_files)
+
+
+def groups_that_leak(out: Output, file: InputFile, prints: Step, leaks: Step, groups: Step) -> None:
+    """Task: the best match of each group that has rows of this file that leak."""
+    table = leaks.read(file.name)
+    members = groups.read(file.name, ["row", "component"])
     if not len(members):
-        joined = joined.append_column("component", pa.array([], ID))
-    best = _best(joined.select(LEAKING.names).cast(LEAKING))
-    return {"rows": len(best), "bytes": write_table(best, folder, file.name)}
+        out.table(LEAKING.empty_table())
+        return
+    ids = prints.read(file.name, ["row", "image_id"])["image_id"]
+    places = table["row"].to_numpy() - file.first
+    table = table.append_column("row_id", ids.take(pa.array(places)))
+    joined = table.join(members, "row", join_type="inner")
+    out.table(best(joined.select(LEAKING.names).cast(LEAKING), "component"))
 
 
-def best_leaks(folder: str, names: tuple[str, ...], by_file: str) -> Account:
-    """Task: the files of `leaks_of` as one, `leaking.parquet`, with a row for each component."""
-    best = _best(
-        pa.concat_tables([read_table(by_file, name) for name in names] or [LEAKING.empty_table()])
-    )
-    return {"rows": len(best), "bytes": write_table(best, folder, "leaking")}
-
-
-def _best(table: pa.Table) -> pa.Table:
-    """One row for each component: the most similar match, then the smallest ids."""
-    order = [("component", "ascending"), ("similarity", "descending")]
-    order += [(name, "ascending") for name in ("set", "query_id", "row_id")]
-    table = table.take(pc.sort_indices(table, sort_keys=order)).combine_chunks()
-    first = group_starts(*id_words(ids_of(table.column("component"))))
-    return table.filter(pa.array(first))
+def best_of_groups(out: Output, item: None, of_files: Step) -> None:
+    """Task: one row for each group."""
+    out.table(best(of_files.every(LEAKING), "component"))

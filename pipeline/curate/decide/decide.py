@@ -17,20 +17,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.decide.tally import Sources
-from pipeline.curate.rows.draws_by_id import GOLDEN, mix
-from pipeline.curate.rows.file_rows import (
+from pipeline.curate.decide.file_rows import (
     CODE,
     KEPT,
     Bytes16,
     FileRows,
     Ints,
+    Known,
     Objects,
-    Tables,
     id_objects,
     objects,
     words,
 )
+from pipeline.curate.decide.tally import Sources
+from pipeline.curate.rows.draws_by_id import GOLDEN, mix
 from pipeline.curate.rows.tables import (
     AS_IS,
     DECISIONS,
@@ -39,10 +39,8 @@ from pipeline.curate.rows.tables import (
     InputFile,
     Inputs,
     ids_of,
-    read_table,
-    write_table,
 )
-from pipeline.curate.steps.steps import Account
+from pipeline.curate.steps.steps import Account, Output, Step
 from pipeline.errors import DataError
 
 # rows that are left when copies and leaks are gone: what retrieval and balancing choose from. Each
@@ -58,16 +56,20 @@ class Mix:
     shares: Mapping[str, float] = field(default_factory=dict)
 
 
-def list_left(folder: str, file: InputFile, starts: Ints, tables: Tables) -> Account:
+def list_left(out: Output, file: InputFile, starts: Ints, known: Known) -> None:
     """Task: writes the rows of a file that pass quality, are no copy and do not leak."""
-    rows = first_reasons(file, starts, tables)
+    rows = first_reasons(file, starts, known)
     left = file.first + np.flatnonzero(rows.code == KEPT)
-    table = pa.table([left, left], schema=LEFT)
-    return {"rows": len(left), "bytes": write_table(table, folder, file.name)}
+    out.table(pa.table([left, left], schema=LEFT))
 
 
 def decide(
-    folder: str, file: InputFile, starts: Ints, tables: Tables, sources: Sources, mix: Mix
+    out: Output,
+    file: InputFile,
+    starts: Ints,
+    known: Known,
+    sources: Mapping[str, Sources],
+    mix: Mix,
 ) -> Account:
     """Task: writes the decisions on the rows of one file.
 
@@ -75,20 +77,18 @@ def decide(
     and `near`, what goes as a near copy within the set (equal pixels are no matter of likeness);
     and has what a shard needs to know of the file: `low` and `high` id and `kept_bytes`.
     """
-    rows = first_reasons(file, starts, tables)
-    _select(rows, tables)
+    rows = first_reasons(file, starts, known)
+    _select(rows, known)
     leave_out(rows, mix)
-    about = read_table(tables.fingerprint, file.name, ["row", "source", "bytes"])
+    about = known.prints.read(file.name, ["row", "source", "bytes"])
     if not np.array_equal(about["row"].to_numpy(), file.first + np.arange(file.rows)):
         raise RuntimeError(f"fingerprint/{file.name} does not have each row of its file once")
-    names = sources.names(about["source"])
+    names = sources[file.set].names(about["source"])
     kept = rows.code == KEPT
     rows.part[~kept] = ""
-    written = write_table(_table(rows, names), folder, file.name)
+    out.table(_table(rows, names))
     ids = sorted(bytes(x).hex() for x in rows.ids[kept])
     return {
-        "rows": len(kept),
-        "bytes": written,
         "kept": int(kept.sum()),
         "near": int(((rows.code == CODE["duplicate_near"]) & (rows.rule == "near")).sum()),
         "kept_bytes": int(about["bytes"].to_numpy()[kept].sum()),
@@ -102,18 +102,18 @@ def decide(
 # ---- Rows that go whatever is chosen: no usable image, copies, leaks.
 
 
-def first_reasons(file: InputFile, starts: Ints, tables: Tables) -> FileRows:
+def first_reasons(file: InputFile, starts: Ints, known: Known) -> FileRows:
     """The rows of a file, those that go with the first reason to remove them.
 
     Args:
         file: one of the inputs.
         starts: first row of each input file.
-        tables: of the steps before.
+        known: what the steps before say.
 
     Raises:
         DataError: the fingerprints are not of this file.
     """
-    about = read_table(tables.fingerprint, file.name, ["image_id", "error"])
+    about = known.prints.read(file.name, ["image_id", "error"])
     rows = FileRows.of(file, ids_of(about["image_id"]))
     if len(rows.ids) != file.rows:
         raise DataError(
@@ -123,18 +123,18 @@ def first_reasons(file: InputFile, starts: Ints, tables: Tables) -> FileRows:
     errors = words(about, "error")
     broken = np.flatnonzero(errors.astype(bool))
     rows.remove(broken, "undecodable", rule=errors[broken])
-    _quality(rows, tables)
-    _equal(rows, starts, tables)
-    _leaking(rows, tables)
-    _earlier(rows, tables)
-    _near(rows, tables)
+    _quality(rows, known)
+    _equal(rows, starts, known)
+    _leaking(rows, known)
+    _earlier(rows, known)
+    _near(rows, known)
     return rows
 
 
-def _quality(rows: FileRows, tables: Tables) -> None:
-    if not tables.quality:
+def _quality(rows: FileRows, known: Known) -> None:
+    if not known.marks:
         return
-    table = read_table(tables.quality, rows.file.name)
+    table = known.marks.read(rows.file.name)
     places, reasons = rows.places(table, "quality"), words(table, "reason")
     for reason in REASONS[1:5]:  # what quality rules say
         marked = np.flatnonzero(reasons == reason)
@@ -142,10 +142,10 @@ def _quality(rows: FileRows, tables: Tables) -> None:
         rows.remove(places[marked], reason, rule=rule, score=value)
 
 
-def _equal(rows: FileRows, starts: Ints, tables: Tables) -> None:
-    if not tables.exact:
+def _equal(rows: FileRows, starts: Ints, known: Known) -> None:
+    if not known.equal:
         return
-    table = read_table(tables.exact, rows.file.name)
+    table = known.equal.read(rows.file.name)
     places, keeper = rows.places(table, "exact"), table["keeper"].to_numpy()
     away, method = keeper != table["row"].to_numpy(), words(table, "method")
     for kind, reason in (("bytes", "duplicate_bytes"), ("pixels", "duplicate_near")):
@@ -154,18 +154,18 @@ def _equal(rows: FileRows, starts: Ints, tables: Tables) -> None:
         if kind == "bytes":  # an id is a hash of the bytes
             rows.keeper[places[equal]] = objects(rows.ids[places[equal]])
         else:
-            rows.keeper[places[equal]] = _ids_at(keeper[equal], starts, tables.fingerprint)
+            rows.keeper[places[equal]] = _ids_at(keeper[equal], starts, known.prints)
 
 
-def _leaking(rows: FileRows, tables: Tables) -> None:
-    if tables.leaks:
-        table = read_table(tables.leaks, rows.file.name)
+def _leaking(rows: FileRows, known: Known) -> None:
+    if known.leaks:
+        table = known.leaks.read(rows.file.name)
         rows.remove(rows.places(table, "leaks"), "leaks_evaluation", **_match(table))
-    if not tables.leaking:
+    if not (known.leaking and known.groups):
         return
     # A group of copies leaks as a whole: its other members go with the row that matches best.
-    members = read_table(tables.components, rows.file.name, ["row", "component"])
-    leaks = read_table(tables.leaking, "leaking")
+    members = known.groups.read(rows.file.name, ["row", "component"])
+    leaks = known.leaking.read("leaking")
     which = pc.index_in(members["component"], leaks["component"])
     leaks, leaking = leaks.take(which.drop_null()), pc.is_valid(which)
     places = rows.places(members, "components")[leaking.to_numpy(zero_copy_only=False)]
@@ -182,19 +182,19 @@ def _match(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def _earlier(rows: FileRows, tables: Tables) -> None:
+def _earlier(rows: FileRows, known: Known) -> None:
     """Copies of images that an earlier curation kept; the latest curation first."""
-    for folder in tables.matches:
-        table = read_table(folder, rows.file.name)
+    for matches in known.matches:
+        table = matches.read(rows.file.name)
         keeper, alike = id_objects(table, "image_id"), table["similarity"].to_numpy()
         places = rows.places(table, "matches")
         rows.remove(places, "duplicate_near", rule="earlier", keeper=keeper, similarity=alike)
 
 
-def _near(rows: FileRows, tables: Tables) -> None:
-    if not tables.components:
+def _near(rows: FileRows, known: Known) -> None:
+    if not known.groups:
         return
-    table = read_table(tables.components, rows.file.name)
+    table = known.groups.read(rows.file.name)
     rows.component[rows.places(table, "components")] = id_objects(table, "component")
     away = table.filter(pc.not_equal(table["keeper"], table["row"]))
     keeper, alike = id_objects(away, "keeper_id"), away["similarity"].to_numpy()
@@ -207,12 +207,12 @@ def starts_of(inputs: Inputs) -> Ints:
     return np.array([file.first for file in inputs.files], np.int64)
 
 
-def _ids_at(keepers: Ints, starts: Ints, fingerprint: str) -> Objects:
+def _ids_at(keepers: Ints, starts: Ints, prints: Step) -> Objects:
     """Image ids of rows that may be in any file."""
     keeper_ids = np.full(len(keepers), None, object)
     holders = np.searchsorted(starts, keepers, "right") - 1  # of files that are empty, the last
     for holder in np.unique(holders):
-        ids = ids_of(read_table(fingerprint, f"{holder:05d}", ["image_id"])["image_id"])
+        ids = ids_of(prints.read(f"{holder:05d}", ["image_id"])["image_id"])
         mine = np.flatnonzero(holders == holder)
         keeper_ids[mine] = objects(ids[keepers[mine] - starts[holder]])
     return keeper_ids
@@ -221,13 +221,13 @@ def _ids_at(keepers: Ints, starts: Ints, fingerprint: str) -> Objects:
 # ---- Rows that are left: the part that wants them.
 
 
-def _select(rows: FileRows, tables: Tables) -> None:
+def _select(rows: FileRows, known: Known) -> None:
     """Gives every row that is left a part, or the reason why no part wants it."""
     kept = rows.code == KEPT
     as_is = rows.file.kind == AS_IS
     rows.part[kept] = "as_is" if as_is else ""
-    if tables.retrieved and not as_is:
-        table = read_table(tables.retrieved, rows.file.name)
+    if known.retrieved and not as_is:
+        table = known.retrieved.read(rows.file.name)
         places = rows.places(table, "retrieved")
         still_kept = kept[places]
         places, table = places[still_kept], table.filter(pa.array(still_kept))
@@ -237,8 +237,8 @@ def _select(rows: FileRows, tables: Tables) -> None:
         rows.hits[places] = table["hits"].to_numpy()
         rows.cluster[places] = table["cluster"].to_numpy()
     weighed = np.zeros(len(kept), bool)
-    if tables.balanced and not as_is:
-        table = read_table(tables.balanced, rows.file.name)
+    if known.balanced and not as_is:
+        table = known.balanced.read(rows.file.name)
         places = rows.places(table, "balanced")
         weighed[places] = True
         rows.cluster[places] = table["leaf"].to_numpy()
@@ -246,7 +246,7 @@ def _select(rows: FileRows, tables: Tables) -> None:
         chosen = chosen[kept[chosen] & (rows.part[chosen] == "")]
         rows.part[chosen] = "balanced"
     left = np.flatnonzero(kept & (rows.part == ""))
-    if not tables.retrieved and not tables.balanced:
+    if not known.retrieved and not known.balanced:
         rows.part[left] = "pool"
         return
     # With both, balancing was the last to pass over it, and its cluster shows where it was.

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.rows.tables import PARTS, REASONS, InputFile, Inputs, read_table
-from pipeline.curate.steps.steps import Account
+from pipeline.curate.rows.tables import PARTS, REASONS, InputFile, Inputs
+from pipeline.curate.steps.steps import Account, Output, Step
 
 SAID_SOURCES = 12  # in the log; the report has them all
 FEW = 50  # folders that are told apart in a set; with more of them nobody would read the table
@@ -55,10 +55,9 @@ class Sources:
         return by_row
 
 
-def list_folders(folder: str, file: InputFile, fingerprint: str) -> Account:
+def list_folders(out: Output, file: InputFile, prints: Step) -> Account:
     """Task: what folders the images of one file are in, `root` and up to FEW `folders` below."""
-    del folder
-    paths = read_table(fingerprint, file.name, ["source"]).column("source")
+    paths = prints.read(file.name, ["source"])["source"]
     distinct = sorted(set(pc.unique(_folders(paths)).to_pylist()))
     root, below = _below([tuple(name.split("/")) if name else () for name in distinct])
     return {

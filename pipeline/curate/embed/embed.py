@@ -8,134 +8,119 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.images import descriptor
-from pipeline.curate.images.fingerprint import fingerprint, groups_of
+from pipeline.curate.images.fingerprint import Decoding, groups_at
 from pipeline.curate.rows.exact import Halves, unit_half
+from pipeline.curate.rows.read_rows import own_rows
 from pipeline.curate.rows.tables import (
     InputFile,
     Inputs,
     Vectors,
     id_array,
     list_array,
-    read_table,
-    table_writer,
     vector_schema,
 )
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
 from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, Images, open_embedder
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
-from pipeline.images.decode import decode_image
 from pipeline.shards.row_group import RowGroup
-from pipeline.uri import Place
 
 VERSION = 2
 DECODED = 1024  # images of a row group that are decoded ahead, at most: groups of 10,000 exist
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Images as vectors: what made them, and where they are."""
+
+    spec: EmbedderSpec
+    vectors: Vectors
+
+
 def embed(
-    root: Place,
-    step: str,
+    steps: Steps,
+    name: str,
     inputs: Inputs,
-    distinct: Result | None,
     spec: EmbedderSpec,
-    *,
-    fingerprints: Result | None = None,
-    max_pixels: int = MAX_PIXELS,
-    channels: int = 3,
-) -> tuple[Vectors, Result]:
+    prints: Step,
+    decoding: Decoding,
+    distinct: Step | None = None,
+) -> Embedded:
     """Vectors of all images, or of one of each group of equal ones.
 
     The descriptor is read from the fingerprints, which hold all rows; who reads them leaves out the
-    rest by the same `distinct`. Without fingerprints they are made, under the name of the step.
+    others by the same `distinct`.
 
     Args:
-        root: folder of the curation.
-        step: its name.
+        steps: of the curation.
+        name: of the step.
         inputs: all images.
-        distinct: of `exact_copies.collapse`, without marks, so that no threshold changes what is
-            embedded: only rows that are their own keeper; None: all that can be decoded.
         spec: the embedder.
-        fingerprints: of the same inputs.
-        max_pixels: larger images are refused.
-        channels: of an image, where fingerprints are made.
-
-    Returns:
-        where the vectors are, and the step that made them.
+        prints: fingerprints of the same inputs.
+        decoding: of the images; the channels are those that the embedder takes.
+        distinct: of `equal_images`, without marks, so that no threshold changes what is embedded:
+            only rows that are their own keeper; None: all that can be decoded.
     """
-    names = tuple(file.name for file in inputs.files)
+    names = tuple(inputs.by_name)
     if spec.kind == DESCRIPTOR:
-        prints = fingerprints or fingerprint(
-            root, inputs, max_pixels=max_pixels, channels=channels, step=step
-        )
         column, dim = "descriptor", descriptor.DIM
-        return Vectors(prints.folder, names, dim, prints.key, column, views=True), prints
-    gpus, cpus = task_resources()
-    exact = distinct.folder if distinct else ""
-    tasks = [
-        Task(file.name, (file, spec, exact, max_pixels, bool(gpus), int(cpus)))
-        for file in inputs.files
-    ]
-    settings = [VERSION, inputs.digest, distinct.key if distinct else "", spec.settings, max_pixels]
-    embedded = run_step(root, step, settings, tasks, embed_file, cpus=cpus, gpus=gpus)
+        vectors = Vectors(prints.folder, names, dim, prints.key, column, views=True)
+        return Embedded(spec, vectors)
+    embedded = steps.run(
+        name,
+        embed_file,
+        inputs.by_name,
+        task_resources(),
+        VERSION,
+        spec=spec,
+        max_pixels=decoding.max_pixels,
+        distinct=distinct,
+    )
     dim = int(embedded.accounts[0]["dim"]) if embedded.accounts else 0
-    return Vectors(embedded.folder, names, dim, embedded.key), embedded
+    return Embedded(spec, Vectors(embedded.folder, names, dim, embedded.key))
 
 
-def task_resources() -> tuple[float, float]:
-    """GPUs and CPUs of a task that embeds: a GPU and its share of the CPUs, which decode for it, or
-    one CPU.
-    """
+def task_resources() -> Resources:
+    """Of a task that embeds: a GPU and its share of the CPUs, which decode for it, or one CPU."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # Of the nodes with GPUs alone: a task must fit on one of them, whatever others have.
     shares = [n.get("CPU", 0.0) // n["GPU"] for n in nodes if n.get("GPU", 0.0) >= 1]
-    return (1.0, float(max(1.0, min(shares)))) if shares else (0.0, 1.0)
+    return Resources(float(max(1.0, min(shares))), 1.0) if shares else Resources()
 
 
 def embed_file(
-    folder: str,
+    out: Output,
     file: InputFile,
     spec: EmbedderSpec,
-    exact: str = "",
     max_pixels: int = MAX_PIXELS,
-    gpu: bool = False,
-    threads: int = 1,
+    distinct: Step | None = None,
 ) -> Account:
     """Task: the vectors of one file, by row; rows that cannot be decoded are left out."""
-    embedder = open_embedder(spec, gpu, threads)
+    embedder = open_embedder(spec, out.gpu, out.threads)
+    decoding = Decoding(embedder.channels, max_pixels)
     is_distinct = np.ones(file.rows, bool)
-    if exact:
-        table = read_table(exact, file.name, ["row", "keeper"])
-        row, keeper = table.column("row").to_numpy(), table.column("keeper").to_numpy()
+    if distinct:
         is_distinct[:] = False
-        is_distinct[row[row == keeper] - file.first] = True
-
-    value_range = file.columns.value_range
+        is_distinct[own_rows(distinct.folder, file.name) - file.first] = True
 
     def prepared(group: RowGroup, row: int) -> Images | None:
         try:
-            encoded = group.checked(row)
-            pixels = decode_image(encoded, embedder.channels, max_pixels, value_range)
+            pixels = decoding.pixels(group.checked(row), file.columns.value_range)
             return embedder.prepare(pixels)
         except BadImage:
             return None
 
-    rows = first = 0
+    rows = 0
     schema = vector_schema(embedder.dim)
-    starts = np.cumsum([0, *file.file.row_groups])
-    groups = [g for g in range(len(starts) - 1) if is_distinct[starts[g] : starts[g + 1]].any()]
-    with (
-        table_writer(schema, folder, file.name) as (writer, size),
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        for number, (group, _) in zip(groups, groups_of(file, groups), strict=True):
-            first = int(starts[number])
-            chosen = np.flatnonzero(is_distinct[first : first + len(group)])
+    with out.writer(schema) as (writer, size), ThreadPoolExecutor(out.threads) as pool:
+        for group, chosen, first in groups_at(file, np.flatnonzero(is_distinct)):
             kept: list[int] = []
             waiting: list[Images] = []
             vectors = []

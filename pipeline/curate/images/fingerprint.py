@@ -7,29 +7,27 @@ a task's memory does not grow with its file.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.images.descriptor import DIM, SIDE, VIEWS, describe_grey
-from pipeline.curate.images.measure import Measured, measure
+from pipeline.curate.images.measure import Measured, Pixels, measure
 from pipeline.curate.rows.tables import (
     FINGERPRINT,
     InputFile,
     Inputs,
     id_array,
     list_array,
-    table_writer,
 )
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import decode_image
 from pipeline.images.value_range import ValueRange
 from pipeline.shards.row_group import RowGroup, read_group, read_sources
-from pipeline.uri import Place
 
-STEP = "fingerprint"
 VERSION = 3  # of what is measured; another one measures again
 BATCH = 256  # images described at once, and rows written at once
 MEASURES = (
@@ -44,52 +42,58 @@ MEASURES = (
 )
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How images are decoded: as the training does.
+
+    Attributes:
+        channels: of an image.
+        max_pixels: larger images are refused.
+    """
+
+    channels: int = 3
+    max_pixels: int = MAX_PIXELS
+
+    def pixels(self, encoded: bytes, value_range: ValueRange) -> Pixels:
+        """uint8 [H, W, C].
+
+        Raises:
+            BadImage: it cannot be decoded.
+        """
+        return decode_image(encoded, self.channels, self.max_pixels, value_range)
+
+
 def fingerprint(
-    root: Place,
-    inputs: Inputs,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    channels: int = 3,
-    step: str = STEP,
-) -> Result:
+    steps: Steps, inputs: Inputs, decoding: Decoding, name: str = "fingerprint"
+) -> Step:
     """Writes `tables.FINGERPRINT` of every input file; accounts have rows, bytes and bad rows.
 
-    An image that cannot be decoded is a row with the reason in `error` (`data.bad_image.REASONS`).
-
-    Args:
-        root: folder of the curation.
-        inputs: all images.
-        max_pixels: larger images are refused.
-        channels: of an image, as the training decodes it.
-        step: its name; an evaluation set has one of its own.
+    An image that cannot be decoded is a row with the reason in `error` (`bad_image.REASONS`).
     """
-    tasks = [Task(file.name, (file, max_pixels, channels)) for file in inputs.files]
-    settings = [VERSION, inputs.digest, max_pixels, channels]
-    return run_step(root, step, settings, tasks, fingerprint_file)
+    return steps.run(name, fingerprint_file, inputs.by_name, version=VERSION, decoding=decoding)
 
 
-def fingerprint_file(
-    folder: str, file: InputFile, max_pixels: int = MAX_PIXELS, channels: int = 3
-) -> Account:
+def fingerprint_file(out: Output, file: InputFile, decoding: Decoding) -> Account:
     """Task: the fingerprints of one file."""
     rows = bad = 0
-    with table_writer(FINGERPRINT, folder, file.name) as (writer, size):
+    with out.writer(FINGERPRINT) as (writer, size):
         for group, sources in groups_of(file):
             for at in range(0, len(group), BATCH):
                 part = range(at, min(at + BATCH, len(group)))
-                table = _table(
-                    file.first + rows,
-                    group,
-                    sources,
-                    part,
-                    max_pixels,
-                    channels,
-                    file.columns.value_range,
-                )
-                bad += sum(map(bool, table.column("error").to_pylist()))
+                decoded = [_measured(group, row, decoding, file) for row in part]
+                table = _table(file.first + rows, group, sources, part, decoded)
+                bad += sum(isinstance(one, str) for one in decoded)
                 rows += len(part)
                 writer.write_table(table)
     return {"rows": rows, "bad": bad, "bytes": size()}
+
+
+def _measured(group: RowGroup, row: int, decoding: Decoding, file: InputFile) -> Measured | str:
+    """What an image of a row group looks like, or the reason why it cannot be decoded."""
+    try:
+        return measure(decoding.pixels(group.checked(row), file.columns.value_range))
+    except BadImage as error:
+        return error.reason
 
 
 def groups_of(file: InputFile, groups: Any = None) -> Iterator[tuple[RowGroup, list[str]]]:
@@ -101,30 +105,39 @@ def groups_of(file: InputFile, groups: Any = None) -> Iterator[tuple[RowGroup, l
         )
 
 
+def groups_at(
+    file: InputFile, places: np.ndarray[Any, Any]
+) -> Iterator[tuple[RowGroup, np.ndarray[Any, Any], int]]:
+    """Row groups of an input file that hold some of its rows, each read once.
+
+    Args:
+        file: which.
+        places: of rows in the file, ascending.
+
+    Yields:
+        A row group, the places in it, and the place of its first row in the file.
+    """
+    starts = np.cumsum([0, *file.file.row_groups])
+    numbers = np.searchsorted(starts, places, side="right") - 1
+    for number in np.unique(numbers).tolist():
+        first = int(starts[number])
+        group = read_group(file.columns, file.file.path, number)
+        yield group, places[numbers == number] - first, first
+
+
 def _table(
     first: int,
     group: RowGroup,
     sources: list[str],
     part: range,
-    max_pixels: int,
-    channels: int,
-    value_range: ValueRange,
+    decoded: list[Measured | str],
 ) -> pa.Table:
     """The fingerprints of a part of a row group; `first` is the row of the part's first image."""
-    measures: list[Measured | None] = []
-    errors: list[str] = []
+    measures = [None if isinstance(one, str) else one for one in decoded]
     squares = np.zeros((len(part), SIDE, SIDE))
-    for place, row in enumerate(part):
-        try:
-            encoded = group.checked(row)
-            measured = measure(decode_image(encoded, channels, max_pixels, value_range))
-        except BadImage as error:
-            measures.append(None)
-            errors.append(error.reason)
-            continue
-        squares[place] = measured.square
-        measures.append(measured)
-        errors.append("")
+    for place, one in enumerate(measures):
+        if one:
+            squares[place] = one.square
     full, crops = describe_grey(squares)
     hashes = b"".join(m.pixel_hash if m else bytes(16) for m in measures)
     columns: dict[str, Any] = {
@@ -134,7 +147,7 @@ def _table(
         "bytes": [len(group.encoded[row]) for row in part],
         "width": [m.width if m else 0 for m in measures],
         "height": [m.height if m else 0 for m in measures],
-        "error": errors,
+        "error": [one if isinstance(one, str) else "" for one in decoded],
         "pixel_hash": id_array(np.frombuffer(hashes, np.uint8).reshape(-1, 16)),
         "descriptor": list_array(full.reshape(len(part), DIM)),
         "views": list_array(crops.reshape(len(part), VIEWS * DIM)),

@@ -6,24 +6,20 @@ decoded, what is too small, what is too long, what shows nothing.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.images.fingerprint import MEASURES, groups_of
+from pipeline.curate.images.fingerprint import MEASURES, Decoding, groups_of
 from pipeline.curate.images.measure import measure
-from pipeline.curate.rows.tables import QUALITY, Inputs, read_table, write_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
-from pipeline.images.bad_image import MAX_PIXELS, BadImage
-from pipeline.images.decode import decode_image
-from pipeline.uri import Place
-from pipeline.views.draws import uniforms
+from pipeline.curate.rows.draws_by_id import DRY_RUN, draw
+from pipeline.curate.rows.tables import QUALITY, InputFile, Inputs
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
+from pipeline.images.bad_image import BadImage
 
-STEP = "quality"
 ERROR = "decode"  # what `rule` says of an image that cannot be decoded
-SAMPLE_STREAM = 4  # of the row groups that a dry run looks at
 PER_GROUP = 64  # images of a row group that a dry run measures, at most
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95, 0.99, 0.999, 1.0)
 
@@ -89,38 +85,21 @@ class SampleCounts:
         return out
 
 
-def quality(root: Place, inputs: Inputs, fingerprints: Result, rules: Rules) -> Result:
-    """Writes `tables.QUALITY` of every input file; accounts have rows, bytes, and rows by rule.
-
-    Args:
-        root: folder of the curation.
-        inputs: all images.
-        fingerprints: of all inputs.
-        rules: the limits.
-    """
-    tasks = [Task(file.name, (fingerprints.folder, file.name, rules)) for file in inputs.files]
-    return run_step(root, STEP, [2, fingerprints.key, asdict(rules)], tasks, mark_file)
+def quality(steps: Steps, inputs: Inputs, prints: Step, rules: Rules) -> Step:
+    """Writes `tables.QUALITY` of every input file; accounts have rows, bytes, and rows by rule."""
+    return steps.run("quality", mark_file, inputs.by_name, version=2, prints=prints, rules=rules)
 
 
-def mark_file(folder: str, fingerprints: str, name: str, rules: Rules) -> Account:
+def mark_file(out: Output, file: InputFile, prints: Step, rules: Rules) -> Account:
     """Task: the marks of one file."""
-    table = read_table(fingerprints, name, ["row", "error", *_MEASURES])
+    table = prints.read(file.name, ["row", "error", *_MEASURES])
     errors = np.array([bool(error) for error in table.column("error").to_pylist()], bool)
     values = _derived({m: table.column(m).to_numpy().astype(np.float64) for m in _MEASURES})
     reason, rule, value = marks(errors, values, rules)
-    table = pa.table(
-        {
-            "row": table.column("row"),
-            "reason": pa.array(reason.tolist(), pa.string()),
-            "rule": pa.array(rule.tolist(), pa.string()),
-            "value": pa.array(value.astype(np.float32)),
-        },
-        QUALITY,
-    )
-    size = write_table(table, folder, name)
+    columns = [table["row"], reason.tolist(), rule.tolist(), value.astype(np.float32)]
+    out.table(pa.table(columns, schema=QUALITY))
     named, count = np.unique(rule[rule != ""].astype(str), return_counts=True)
-    marked = dict(zip(named.tolist(), count.tolist(), strict=True))
-    return {"rows": len(table), "bytes": size, "marked": marked}
+    return {"marked": dict(zip(named.tolist(), count.tolist(), strict=True))}
 
 
 def marks(
@@ -153,12 +132,7 @@ def marks(
 
 
 def sample_counts(
-    inputs: Inputs,
-    rules: Rules,
-    sample: int,
-    seed: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    channels: int = 3,
+    inputs: Inputs, rules: Rules, sample: int, seed: int = 0, decoding: Decoding | None = None
 ) -> SampleCounts:
     """Measures some images and counts what the rules would mark: what a dry run prints.
 
@@ -169,13 +143,13 @@ def sample_counts(
         rules: the limits.
         sample: images to measure.
         seed: of the draw.
-        max_pixels: larger images are refused.
-        channels: of an image.
+        decoding: of the images.
     """
+    decoding = decoding or Decoding()
     places = [(f, g) for f in inputs.files for g in range(len(f.file.row_groups))]
     ids = np.zeros((len(places), 16), np.uint8)
     ids[:, :8] = np.arange(len(places), dtype="<u8")[:, None].view(np.uint8)
-    order = np.argsort(uniforms(seed, 0, ids, 1, SAMPLE_STREAM)[:, 0], kind="stable")
+    order = np.argsort(draw(seed, 0, ids, DRY_RUN), kind="stable")
     rows = max(PER_GROUP, -(-sample // max(1, len(places))))
     measures: list[list[float]] = []
     errors: list[bool] = []
@@ -184,11 +158,11 @@ def sample_counts(
             break
         file, number = places[place]
         for group, _ in groups_of(file, [number]):
-            drawn = np.argsort(uniforms(seed, 1, group.image_ids, 1, SAMPLE_STREAM)[:, 0])
+            drawn = np.argsort(draw(seed, 1, group.image_ids, DRY_RUN))
             for row in drawn[: min(rows, sample - len(errors))]:
                 try:
-                    encoded, value_range = group.checked(int(row)), file.columns.value_range
-                    measured = measure(decode_image(encoded, channels, max_pixels, value_range))
+                    pixels = decoding.pixels(group.checked(int(row)), file.columns.value_range)
+                    measured = measure(pixels)
                 except BadImage:
                     errors.append(True)
                     measures.append([0.0] * len(_MEASURES))

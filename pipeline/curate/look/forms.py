@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.curate.images.fingerprint import groups_of
+from pipeline.curate.images.fingerprint import Decoding, groups_at
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.second_look import form_of
-from pipeline.curate.rows.bucketed import shelves_of, write_buckets
-from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of, read_table
-from pipeline.curate.steps.steps import Account
-from pipeline.images.bad_image import MAX_PIXELS, BadImage
-from pipeline.images.decode import decode_image
+from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step
+from pipeline.images.bad_image import BadImage
 from pipeline.images.value_range import ValueRange
 from pipeline.shards.columns import is_ours
 from pipeline.shards.shards import open_parquet
@@ -49,90 +48,94 @@ def opened_form(stored: bytes) -> Array:
         return np.asarray(image)
 
 
-def form_of_encoded(
-    encoded: bytes, channels: int, max_pixels: int, value_range: ValueRange
-) -> bytes:
+def form_of_encoded(encoded: bytes, decoding: Decoding, value_range: ValueRange) -> bytes:
     """The stored form of an encoded image; b"" where it cannot be decoded."""
     try:
-        pixels = decode_image(encoded, channels, max_pixels, value_range)
-        return kept_form(form_of(three_channels(pixels)))
+        return kept_form(form_of(three_channels(decoding.pixels(encoded, value_range))))
     except BadImage:
         return b""
 
 
-def forms_at(
-    file: InputFile, places: Array, channels: int, max_pixels: int = MAX_PIXELS
-) -> Iterator[tuple[int, bytes]]:
+def forms_at(file: InputFile, places: Array, decoding: Decoding) -> Iterator[tuple[int, bytes]]:
     """Places of a file, ascending, each with its stored form; row groups are read once."""
-    starts = np.cumsum([0, *file.file.row_groups])
-    groups = np.searchsorted(starts, places, side="right") - 1
-    for number in np.unique(groups).tolist():
-        group, _ = next(groups_of(file, [number]))
-        for place in places[groups == number].tolist():
-            encoded = group.image(place - int(starts[number]))
-            yield place, form_of_encoded(encoded, channels, max_pixels, file.columns.value_range)
+    for group, rows, first in groups_at(file, places):
+        for row in rows.tolist():
+            encoded = group.image(row)
+            yield first + row, form_of_encoded(encoded, decoding, file.columns.value_range)
+
+
+@dataclass(frozen=True)
+class FormsOf:
+    """A file whose images some pairs need.
+
+    Attributes:
+        file: which.
+        set: of another set; empty: the images are known by their row.
+        prints: fingerprints of the other set; None: the file itself holds ids.
+    """
+
+    file: InputFile
+    set: str = ""
+    prints: Step | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the task."""
+        return f"{self.set}-{self.file.name}"
 
 
 def write_forms(
-    folder: str,
-    file: InputFile,
-    set_name: str,
+    out: Output,
+    images: FormsOf,
     requests: tuple[Array, Array],
     ids: Array | None,
-    channels: int,
-    max_pixels: int,
+    decoding: Decoding,
 ) -> Account:
     """Writes the forms of some places of a file to the buckets that need them.
 
     Args:
-        folder: of the step.
-        file: which.
-        set_name: "" where the images are known by their row.
-        requests: places in the file, and the bucket that needs each; a place may come often.
+        out: where to.
+        images: the file.
+        requests: places in it, and the bucket that needs each; a place may come often.
         ids: image ids of the whole file, where the images are known by them.
-        channels: as they are decoded.
-        max_pixels: larger images are refused.
+        decoding: of the images.
     """
     place, bucket = requests
     order = np.lexsort((bucket, place))
     place, bucket = place[order], bucket[order]
     each = np.unique(place)
-    size, bad = 0, 0
-    names: list[tuple[str, list[int]]] = []
+    bad = written = 0
     read: dict[int, bytes] = {}
 
-    def write() -> int:
+    def write() -> None:
         mine = np.isin(place, np.array(list(read), np.int64))
-        p, b = place[mine], bucket[mine]
-        by_bucket = np.argsort(b, kind="stable")
-        p, b = p[by_bucket], b[by_bucket]
-        table = pa.table(
-            {
-                "row": p + file.first if ids is None else np.full(len(p), -1),
-                "set": pa.array([set_name] * len(p), pa.string()),
-                "image_id": pa.nulls(len(p), ID) if ids is None else id_array(ids[p]),
-                "form": pa.array([read[int(one)] for one in p], pa.binary()),
-            }
-        ).cast(FORMS)
-        name = f"{set_name}-{file.name}-{len(names):05d}"
-        names.append((name, shelves_of(b)))
-        return write_buckets(folder, name, table, b)
+        p = place[mine]
+        columns = [
+            p + images.file.first if ids is None else np.full(len(p), -1),
+            pa.array([images.set] * len(p), pa.string()),
+            pa.nulls(len(p), ID) if ids is None else id_array(ids[p]),
+            pa.array([read[int(one)] for one in p], pa.binary()),
+        ]
+        table = pa.table(columns, schema=FORMS)
+        out.buckets(table, bucket[mine], name=f"{images.name}-{written:05d}")
 
-    for one, form in forms_at(file, each, channels, max_pixels):
+    for one, form in forms_at(images.file, each, decoding):
         read[one] = form
         bad += not form
         if len(read) == HELD:
-            size += write()
+            write()
+            written += 1
             read.clear()
     if read:
-        size += write()
-    return {"rows": len(each), "bytes": size, "names": names, "unreadable": bad}
+        write()
+    return {"rows": len(each), "unreadable": bad}
 
 
-def ids_of_file(file: InputFile, fingerprints: str) -> Array:
+def ids_of_file(images: FormsOf) -> Array:
     """Image ids of a file: of its fingerprints, else its own column."""
-    if fingerprints:
-        return ids_of(read_table(fingerprints, file.name, ["image_id"]).column("image_id"))
+    file = images.file
+    if images.prints:
+        return ids_of(images.prints.read(file.name, ["image_id"])["image_id"])
     fs = resolve_uri(file.columns.uri)[0]
     with open_parquet(fs, file.file.path, piecewise=True) as parquet:
         assert isinstance(parquet, pq.ParquetFile) and is_ours(parquet.schema_arrow)

@@ -8,20 +8,18 @@ looked at but the pairs that are asked about.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.look import forms
+from pipeline.curate.images.fingerprint import Decoding
+from pipeline.curate.look.forms import FormsOf, ids_of_file, opened_form, write_forms
 from pipeline.curate.look.second_look import second_look
-from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
-from pipeline.curate.rows.read_rows import read_range
-from pipeline.curate.rows.tables import ID, ROW, InputFile, Inputs, ids_of, read_table, write_table
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
-from pipeline.images.bad_image import MAX_PIXELS
-from pipeline.uri import Place, join
+from pipeline.curate.rows.groups import in_order
+from pipeline.curate.rows.tables import ID, ROW, Inputs, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
 VERSION = 2  # of the look; another one looks again
 BUCKET_PAIRS = 256  # of a task: half a minute, and at most 512 forms
@@ -49,7 +47,7 @@ VERDICTS = pa.schema(
     ]
 )
 NOTHING = bytes(16)
-Source = tuple[str, tuple[Any, ...]]  # its name, and the arguments of the function that reads it
+COUNTED = ("pairs", "same", "differ", "colour", "undecided")
 
 
 @dataclass(frozen=True)
@@ -58,22 +56,22 @@ class Looking:
 
     Attributes:
         inputs: the images that are curated.
-        channels: of an image, as it is decoded.
-        max_pixels: larger images are refused.
-        others: by name the other sets that they are compared with, and the folder of their
-            fingerprints ("": shards of ours, which hold ids).
+        decoding: of images.
+        others: by name the other sets that they are compared with, and their fingerprints (None:
+            shards of ours, which hold ids).
     """
 
     inputs: Inputs
-    channels: int = 3
-    max_pixels: int = MAX_PIXELS
-    others: Mapping[str, tuple[Inputs, str]] | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    others: Mapping[str, tuple[Inputs, Step | None]] = field(default_factory=dict)
 
     @property
-    def key(self) -> Any:
-        """Changes with what is looked at."""
-        others = {name: inputs.digest for name, (inputs, _) in (self.others or {}).items()}
-        return [VERSION, self.inputs.digest, self.channels, self.max_pixels, sorted(others.items())]
+    def files(self) -> dict[str, FormsOf]:
+        """All files, a task each."""
+        files = [FormsOf(file) for file in self.inputs.files]
+        for name, (inputs, prints) in sorted(self.others.items()):
+            files += [FormsOf(file, name, prints) for file in inputs.files]
+        return {one.name: one for one in files}
 
 
 @dataclass(frozen=True)
@@ -81,168 +79,127 @@ class Looked:
     """Verdicts on the pairs of each source.
 
     Attributes:
-        folder: of `VERDICTS`, a table for each bucket.
+        step: with `VERDICTS`, a table for each bucket.
         names: of the tables of each source.
-        key: of the step.
-        steps: all of them.
     """
 
-    folder: str
+    step: Step
     names: Mapping[str, tuple[str, ...]]
-    key: str
-    steps: tuple[Result, ...]
 
 
-COUNTED = ("pairs", "same", "differ", "colour", "undecided")
+@dataclass(frozen=True)
+class Bucket:
+    """The pairs of a task: bucket `bucket` of a source, which is number `number` of all."""
+
+    source: str
+    bucket: int
+    number: int
 
 
-def counted(looked: Result) -> dict[str, int]:
-    """Of the step of `look_task`: pairs, those that show the same, and the others by reason."""
+def counted(looked: Step) -> dict[str, int]:
+    """Of `look_at_bucket`: pairs, those that show the same, and the others by reason."""
     return {name: int(looked.total(name)) for name in COUNTED}
 
 
 def look_at(
-    root: Place,
-    step: str,
+    steps: Steps,
+    name: str,
     looking: Looking,
-    settings: Any,
-    sources: Sequence[Source],
+    sources: Mapping[str, Any],
     read: Callable[..., pa.Table],
+    **given: Any,
 ) -> Looked:
     """Looks at all pairs of some tables.
 
     Args:
-        root: folder of the curation.
-        step: name below which the steps are.
+        steps: of the curation.
+        name: below which the steps are.
         looking: the images.
-        settings: keys of the steps that the sources are of, and what they are read with.
-        sources: with unique names.
-        read: `read(*arguments)` gives the pairs of a source as `PAIRS`.
+        sources: by unique names.
+        read: `read(source, **given)` gives the pairs of a source as `PAIRS`.
+        given: what they are read from.
     """
-    key = [looking.key, settings]
-    placed = run_step(
-        root,
-        f"{step}/placed",
-        key,
-        [Task(name, (name, read, arguments)) for name, arguments in sources],
-        place_task,
-    )
-    first, firsts, names = 0, [], {}
-    for (name, _), account in zip(sources, placed.accounts, strict=True):
-        firsts.append((name, first, tuple(account["shelves"])))
-        names[name] = tuple(f"{first + b:06d}" for b in range(account["buckets"]))
-        first += account["buckets"]
-    of_names = tuple(name for name, _ in sources)
-    offsets = tuple(at for _, at, _ in firsts)
-    requests = Requested(placed.folder, of_names, offsets, looking.channels, looking.max_pixels)
-    tasks = [Task(f"-{f.name}", ("", f, "", requests)) for f in looking.inputs.files]
-    for set_name, (inputs, prints) in sorted((looking.others or {}).items()):
-        tasks += [
-            Task(f"{set_name}-{f.name}", (set_name, f, prints, requests)) for f in inputs.files
-        ]
-    formed = run_step(root, f"{step}/forms", [placed.key], tasks, forms_task)
-    written = tuple(
-        (name, tuple(shelves)) for account in formed.accounts for name, shelves in account["names"]
-    )
-    tasks = [
-        Task(one, (one, placed.folder, (name, shelves), b, at + b, formed.folder, written))
-        for name, at, shelves in firsts
-        for b, one in enumerate(names[name])
-    ]
-    looked = run_step(root, f"{step}/looked", [placed.key, formed.key], tasks, look_task)
-    return Looked(looked.folder, names, looked.key, (placed, formed, looked))
+    placed = steps.run(f"{name}/placed", place_pairs, sources, version=VERSION, read=read,
+                       given=given)  # fmt: skip
+    counts = [account["buckets"] for account in placed.accounts]
+    firsts = dict(zip(sources, np.cumsum([0, *counts]).tolist(), strict=False))
+    forms = steps.run(f"{name}/forms", write_requested, looking.files, version=VERSION,
+                      placed=placed, firsts=firsts, decoding=looking.decoding)  # fmt: skip
+    buckets = {
+        f"{firsts[source] + b:06d}": Bucket(source, b, firsts[source] + b)
+        for source, count in zip(sources, counts, strict=True)
+        for b in range(count)
+    }
+    looked = steps.run(f"{name}/looked", look_at_bucket, buckets, version=VERSION, placed=placed,
+                       forms=forms)  # fmt: skip
+    names: dict[str, list[str]] = {source: [] for source in sources}
+    for table, bucket in buckets.items():
+        names[bucket.source].append(table)
+    return Looked(looked, {source: tuple(tables) for source, tables in names.items()})
 
 
-def place_task(folder: str, name: str, read: Callable[..., pa.Table], arguments: Any) -> Account:
-    """Writes the pairs of a source in buckets, and what images they need, by row."""
-    table = read(*arguments).cast(PAIRS)
+def place_pairs(
+    out: Output, source: Any, read: Callable[..., pa.Table], given: Mapping[str, Any]
+) -> Account:
+    """Task: the pairs of a source in buckets, and what images they need, by row."""
+    table = read(source, **given).cast(PAIRS)
     table = table.take(pa.array(_order(table)))
     bucket = np.arange(len(table)) // BUCKET_PAIRS
-    size = write_buckets(str(join(folder, "pairs")), name, table, bucket)
+    out.buckets(table, bucket, sub="pairs")
     row, other = (table.column(c).to_numpy() for c in ("row", "other"))
     rows = np.concatenate([row, other[other >= 0]])
     buckets = np.concatenate([bucket, bucket[other >= 0]])
     both = np.unique(np.stack([rows, buckets], 1), axis=0)
-    size += write_table(
-        pa.table([both[:, 0], both[:, 1]], schema=REQUESTS), str(join(folder, "rows")), name
-    )
+    out.table(pa.table([both[:, 0], both[:, 1]], schema=REQUESTS), sub="rows")
     away = pa.array(other < 0)
     columns = [table.column(c).filter(away) for c in ("set", "other_id")]
-    others = pa.table([*columns, bucket[other < 0]], schema=OTHERS)
-    size += write_table(others, str(join(folder, "others")), name)
-    buckets_count = int(bucket[-1]) + 1 if len(bucket) else 0
-    return {
-        "rows": len(table),
-        "bytes": size,
-        "buckets": buckets_count,
-        "shelves": shelves_of(bucket),
-    }
+    out.table(pa.table([*columns, bucket[other < 0]], schema=OTHERS), sub="others")
+    return {"rows": len(table), "buckets": int(bucket[-1]) + 1 if len(bucket) else 0}
 
 
 def _order(table: pa.Table) -> Any:
     """By row, so that pairs with an image in common are near each other."""
-    ids = ids_of(table.column("other_id").fill_null(NOTHING)).view(">u8").reshape(-1, 2)
-    keys = (table.column(name).to_numpy() for name in ("other", "row"))
-    sets = np.array(table.column("set").to_pylist(), dtype=str)
-    return np.lexsort((ids[:, 1], ids[:, 0], sets, *keys))
+    ids = ids_of(table.column("other_id").fill_null(NOTHING))
+    sets = np.unique(np.array(table["set"].to_pylist(), dtype=str), return_inverse=True)[1]
+    return in_order(table["row"].to_numpy(), table["other"].to_numpy(), sets, ids)
 
 
-@dataclass(frozen=True)
-class Requested:
-    """What images the pairs need.
-
-    Attributes:
-        folder: of `place_task`, with `rows` and `others`.
-        names: of its tables, a source each.
-        offsets: number of the first bucket of each source among those of all.
-        channels: of an image, as it is decoded.
-        max_pixels: larger images are refused.
-    """
-
-    folder: str
-    names: Sequence[str]
-    offsets: Sequence[int]
-    channels: int
-    max_pixels: int
-
-
-def forms_task(
-    folder: str, set_name: str, file: InputFile, fingerprints: str, requests: Requested
+def write_requested(
+    out: Output, images: FormsOf, placed: Step, firsts: Mapping[str, int], decoding: Decoding
 ) -> Account:
-    """Writes the forms of a file's images to the buckets that need them.
+    """Task: the forms of a file's images, in the buckets of the pairs that need them.
 
     Args:
-        folder: of the step.
-        set_name: of another set; empty: the file is one of those that are curated.
-        file: which.
-        fingerprints: folder of those of the other set; empty: the file itself holds ids.
-        requests: for images.
+        out: where to.
+        images: a file.
+        placed: the pairs, with what they need: `rows` and `others`.
+        firsts: number of the first bucket of each source among those of all.
+        decoding: of the images.
     """
+    file = images.file
     places, buckets, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], None
-    if set_name:
-        ids = _named(forms.ids_of_file(file, fingerprints))
+    if images.set:
+        ids = _named(ids_of_file(images))
         order = np.argsort(ids, kind="stable")
-    for name, offset in zip(requests.names, requests.offsets, strict=True):
-        if not set_name:
-            end = file.first + file.rows
-            for table in read_range(str(join(requests.folder, "rows")), [name], file.first, end):
-                places.append(table.column("row").to_numpy() - file.first)
-                buckets.append(table.column("bucket").to_numpy() + offset)
+    for source in placed.tables:
+        if ids is None:
+            inside = [("row", ">=", file.first), ("row", "<", file.end)]
+            table = placed.read(source, filters=inside, sub="rows")
+            places.append(table["row"].to_numpy() - file.first)
+            buckets.append(table["bucket"].to_numpy() + firsts[source])
             continue
-        assert ids is not None
-        of_set = [("set", "=", set_name)]
-        table = read_table(str(join(requests.folder, "others")), name, filters=of_set)
+        table = placed.read(source, filters=[("set", "=", images.set)], sub="others")
         if not len(table) or not len(ids):
             continue
-        asked = _named(ids_of(table.column("image_id")))
-        at = np.minimum(np.searchsorted(ids[order], asked), len(ids) - 1)
-        here = ids[order][at] == asked
+        requested = _named(ids_of(table["image_id"]))
+        at = np.minimum(np.searchsorted(ids[order], requested), len(ids) - 1)
+        here = ids[order][at] == requested
         places.append(order[at[here]])
-        buckets.append(table.column("bucket").to_numpy()[here] + offset)
-    of_file = (np.concatenate(places), np.concatenate(buckets))
+        buckets.append(table["bucket"].to_numpy()[here] + firsts[source])
     own = None if ids is None else np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16)
-    channels, most = requests.channels, requests.max_pixels
-    return forms.write_forms(folder, file, set_name, of_file, own, channels, most)
+    return write_forms(
+        out, images, (np.concatenate(places), np.concatenate(buckets)), own, decoding
+    )
 
 
 def _named(ids: Any) -> Any:
@@ -250,32 +207,19 @@ def _named(ids: Any) -> Any:
     return np.ascontiguousarray(ids).view("S16").ravel()
 
 
-def look_task(
-    folder: str,
-    name: str,
-    placed: str,
-    source: tuple[str, Sequence[int]],
-    bucket: int,
-    number: int,
-    forms_folder: str,
-    written: Sequence[tuple[str, Sequence[int]]],
-) -> Account:
-    """Looks at the pairs of a bucket."""
-    pairs = pa.concat_tables(list(read_bucket(str(join(placed, "pairs")), [source], bucket)))
-    by_row: dict[int, bytes] = {}
-    by_id: dict[tuple[str, bytes], bytes] = {}
-    for table in read_bucket(forms_folder, written, number):
+def look_at_bucket(out: Output, bucket: Bucket, placed: Step, forms: Step) -> Account:
+    """Task: looks at the pairs of a bucket."""
+    pairs = placed.bucket(bucket.bucket, PAIRS, sub="pairs", only=bucket.source)
+    stored: dict[Any, bytes] = {}
+    for table in forms.buckets(bucket.number):
         for one in table.to_pylist():
-            if one["row"] >= 0:
-                by_row[one["row"]] = one["form"]
-            else:
-                by_id[one["set"], one["image_id"]] = one["form"]
+            key = one["row"] if one["row"] >= 0 else (one["set"], one["image_id"])
+            stored[key] = one["form"]
     opened: dict[Any, Any] = {}
 
     def form(key: Any) -> Any:
         if key not in opened:
-            stored = by_row.get(key, b"") if isinstance(key, int) else by_id.get(key, b"")
-            opened[key] = forms.opened_form(stored) if stored else None
+            opened[key] = opened_form(stored[key]) if stored.get(key) else None
         return opened[key]
 
     verdicts = []
@@ -290,21 +234,25 @@ def look_task(
         verdict = second_look(a, b)
         verdicts.append((verdict.same, verdict.reason, verdict.score, *verdict.place))
     columns = list(zip(*verdicts, strict=True))
-    for field, values in zip(list(VERDICTS)[len(PAIRS) :], columns, strict=True):
-        pairs = pairs.append_column(field, pa.array(values, field.type))
+    for one, values in zip(list(VERDICTS)[len(PAIRS) :], columns, strict=True):
+        pairs = pairs.append_column(one, pa.array(values, one.type))
+    out.table(pairs.cast(VERDICTS))
     reasons = list(columns[1])
-    size = write_table(pairs.cast(VERDICTS), folder, name)
-    return {
-        "rows": len(pairs),
-        "bytes": size,
-        "pairs": len(pairs),
-        "same": reasons.count(""),
-        **{reason: reasons.count(reason) for reason in COUNTED[2:]},
-    }
+    by_reason = {reason: reasons.count(reason) for reason in COUNTED[2:]}
+    return {"pairs": len(pairs), "same": reasons.count(""), **by_reason}
 
 
-def verdicts_of(folder: str, names: Sequence[str], same: bool | None = True) -> pa.Table:
-    """Verdicts of some tables: of pairs that show the same, of the others, or (None) all."""
-    filters = None if same is None else [("same", "=", same)]
-    tables = [VERDICTS.empty_table(), *(read_table(folder, n, filters=filters) for n in names)]
-    return pa.concat_tables([table.cast(VERDICTS) for table in tables]).combine_chunks()
+def verdicts_of(looked: Step, names: Sequence[str], same: bool = True) -> pa.Table:
+    """Verdicts of some tables: of pairs that show the same, or of the others."""
+    return looked.every(VERDICTS, [("same", "=", same)], only=names)
+
+
+def pairs_of_rows(row: Any, other: Any, similarity: Any) -> pa.Table:
+    """Pairs of rows, as `PAIRS`."""
+    none = [pa.array([""] * len(row), pa.string()), pa.nulls(len(row), ID)]
+    return pa.table([row, other, *none, similarity], schema=PAIRS)
+
+
+def pairs_with_others(row: Any, similarity: Any, sets: Any, ids: Any) -> pa.Table:
+    """Pairs of rows with images of other sets, as `PAIRS`."""
+    return pa.table([row, pa.array(np.full(len(row), -1)), sets, ids, similarity], schema=PAIRS)

@@ -8,14 +8,13 @@ that earlier steps left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 
-from pipeline.curate.rows.draws_by_id import id_words
 from pipeline.curate.rows.exact import Doubles, Halves, Ints
 from pipeline.curate.rows.tables import HALF, InputFile, Vectors, ids_of, matrix, read_table
 from pipeline.errors import DataError
@@ -26,6 +25,8 @@ PORTION_BYTES = 96 * 2**20  # of the vectors of a portion, at most
 PORTIONS = 32  # of small sets, so that all CPUs have work
 PORTION_ROWS = 4096  # of a portion of a small set, at least
 CROPS = 9  # of an image with views
+FILE_GROUPS = 256  # tasks that write tables by input file, at least where there are as many files
+GROUP_ROWS = 4_000_000  # of the files of such a task
 OFF_UNIT = 0.02  # lengths may be that far from 1: rounding to half precision gives 0.001
 
 Array = np.ndarray[Any, Any]
@@ -33,7 +34,7 @@ Ids = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Part:
+class FileSlice:
     """Rows `first` to `end` of the embedding file `name`; `whole`: it has no others."""
 
     name: str
@@ -41,13 +42,23 @@ class Part:
     end: int
     whole: bool
 
+    @property
+    def filter(self) -> Any:
+        """For `read_table`."""
+        return None if self.whole else [("row", ">=", self.first), ("row", "<", self.end)]
+
 
 @dataclass(frozen=True)
 class Portion:
-    """Rows of a task."""
+    """Rows of a task, from one or several files."""
 
     name: str
-    parts: tuple[Part, ...]
+    slices: tuple[FileSlice, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first row and the one after the last."""
+        return self.slices[0].first, self.slices[-1].end
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ class Rows:
 
 def portions(
     files: Iterable[InputFile], vectors: Vectors, rows: int | None = None
-) -> list[Portion]:
-    """The portions of embedded files, in the order of their rows.
+) -> dict[str, Portion]:
+    """The portions of embedded files by name, in the order of their rows.
 
     Args:
         files: the inputs that the vectors are of.
@@ -90,21 +101,30 @@ def portions(
     even = max(PORTION_ROWS, sum(file.rows for file in files) // PORTIONS)
     most = rows or max(1, PORTION_BYTES // each)
     even = min(most, even)
-    groups: list[list[Part]] = []
+    groups: list[list[FileSlice]] = []
     room = 0
     for file in files:
         if file.name not in names:
             continue
         for begin in range(0, file.rows, most):
             end = min(file.rows, begin + most)
-            part = Part(file.name, file.first + begin, file.first + end, file.rows <= most)
-            # Parts of a file cost a reading of the file each, so only what is too large is cut.
+            part = FileSlice(file.name, file.first + begin, file.first + end, file.rows <= most)
+            # Slices of a file cost a reading of it each, so only what is too large is cut.
             if end - begin > room:
                 groups.append([])
                 room = rows or even
             groups[-1].append(part)
             room -= end - begin
-    return [Portion(f"{number:05d}", tuple(parts)) for number, parts in enumerate(groups)]
+    cut = [Portion(f"{number:05d}", tuple(slices)) for number, slices in enumerate(groups)]
+    return {portion.name: portion for portion in cut}
+
+
+def file_groups(files: Sequence[InputFile]) -> dict[str, tuple[InputFile, ...]]:
+    """Neighbouring input files in groups for a task each, called after their first file."""
+    rows = files[-1].end - files[0].first if files else 0
+    count = min(len(files), max(FILE_GROUPS, -(-rows // GROUP_ROWS)))
+    bounds = [len(files) * i // count for i in range(count + 1)] if count else []
+    return {files[a].name: tuple(files[a:b]) for a, b in pairwise(bounds) if b > a}
 
 
 def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool = False) -> Rows:
@@ -123,16 +143,14 @@ def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool =
     """
     crops = views and vectors.views
     columns = ["row", "image_id", vectors.column, *["views"] * crops]
-    pieces = []
-    for part in portion.parts:
-        table = read_table(vectors.folder, part.name, columns, filters=_filter(part))
+    read = []
+    for part in portion.slices:
+        table = read_table(vectors.folder, part.name, columns, part.filter)
         row = table.column("row").to_numpy()
         full = matrix(table.column(vectors.column), vectors.dim)
         keep = np.ones(len(row), bool)
         if exact:
-            own = read_table(exact, part.name, ["row", "keeper"], filters=_filter(part))
-            of, keeper = own.column("row").to_numpy(), own.column("keeper").to_numpy()
-            keep = np.isin(row, of[of == keeper])
+            keep = np.isin(row, own_rows(exact, part.name, part.filter))
         wide = full.astype(np.float32)
         length = np.sqrt(np.einsum("nd,nd->n", wide, wide))
         bad = keep & ~((length == 0) | (np.abs(length - 1) < OFF_UNIT))
@@ -143,43 +161,36 @@ def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool =
                 f"{row[first]} has length {length[first]:.3g} instead of 1",
                 "the embedder gave values that are no numbers, or the file is not one of ours",
             )
+        views_of = matrix(table["views"], CROPS * vectors.dim) if crops else None
+        of_slice = Rows(
+            row,
+            ids_of(table.column("image_id")),
+            full,
+            None if views_of is None else views_of.reshape(-1, CROPS, vectors.dim),
+        )
         keep &= length > 0
-        rows = Rows(row, ids_of(table.column("image_id")), full, _crops(table, vectors, crops))
-        pieces.append(rows if keep.all() else rows.only(keep))
-    if len(pieces) == 1:
-        return pieces[0]
+        read.append(of_slice if keep.all() else of_slice.only(keep))
+    if len(read) == 1:
+        return read[0]
     return Rows(
-        np.concatenate([f.row for f in pieces]),
-        np.concatenate([f.ids for f in pieces]),
-        np.concatenate([f.vectors for f in pieces]),
-        np.concatenate([f.crops for f in pieces if f.crops is not None]) if crops else None,
+        np.concatenate([rows.row for rows in read]),
+        np.concatenate([rows.ids for rows in read]),
+        np.concatenate([rows.vectors for rows in read]),
+        np.concatenate([rows.crops for rows in read if rows.crops is not None]) if crops else None,
     )
 
 
-def _crops(table: pa.Table, vectors: Vectors, crops: bool) -> Halves | None:
-    if not crops:
-        return None
-    return matrix(table.column("views"), CROPS * vectors.dim).reshape(-1, CROPS, vectors.dim)
+def own_rows(exact: str, name: str, filters: Any = None) -> Array:
+    """Rows of a file that are kept of their group of equals, int64, ascending.
 
-
-def _filter(part: Part) -> Any:
-    return None if part.whole else [("row", ">=", part.first), ("row", "<", part.end)]
-
-
-def read_range(
-    folder: str, names: Sequence[str], first: int, end: int, columns: Sequence[str] | None = None
-) -> Iterator[pa.Table]:
-    """Rows `first` to `end` of each table of a folder whose rows ascend."""
-    for name in names:
-        table = read_table(folder, name, columns, [("row", ">=", first), ("row", "<", end)])
-        if len(table):
-            yield table
-
-
-def order_by_id(ids: Ids, row: Ints) -> Ints:
-    """Places in the order of the ids; of equal ids the smaller row is first."""
-    high, low = id_words(ids)
-    return np.lexsort((row, low, high))
+    Args:
+        exact: folder of `tables.EXACT`.
+        name: of the file.
+        filters: for `read_table`.
+    """
+    table = read_table(exact, name, ["row", "keeper"], filters)
+    row, keeper = table.column("row").to_numpy(), table.column("keeper").to_numpy()
+    return np.asarray(row[row == keeper], np.int64)
 
 
 def self_dots(vectors: Halves) -> Doubles:

@@ -96,10 +96,14 @@ class Step:
         return read_table(self.at(sub), table, columns, filters)
 
     def every(
-        self, schema: pa.Schema, filters: Any = None, sub: str = "", only: Sequence[str] = ()
+        self,
+        schema: pa.Schema,
+        filters: Any = None,
+        sub: str = "",
+        only: Sequence[str] | None = None,
     ) -> pa.Table:
-        """The columns of `schema` of all of its tables, or of those named in `only`."""
-        names = only or self.tables
+        """The columns of `schema` of all of its tables, or of those in `only`."""
+        names = self.tables if only is None else only
         tables = [self.read(name, schema.names, filters, sub).cast(schema) for name in names]
         return pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
 
@@ -109,17 +113,20 @@ class Step:
         return self.every(schema, inside, sub).sort_by("row")
 
     def buckets(
-        self, number: int, columns: Sequence[str] | None = None, sub: str = ""
+        self, number: int, columns: Sequence[str] | None = None, sub: str = "", only: str = ""
     ) -> Iterator[pa.Table]:
-        """What its tasks wrote to a bucket, a table for each that wrote any."""
+        """What its tasks, or only one of them, wrote to a bucket: a table for each that wrote."""
         written = [
-            table for account in self.accounts for table in account["shelves"].get(sub, {}).items()
+            table
+            for task, account in zip(self.tables, self.accounts, strict=True)
+            for table in account.get("shelves", {}).get(sub, {}).items()
+            if only in ("", task)
         ]
         return read_bucket(self.at(sub), written, number, columns)
 
-    def bucket(self, number: int, schema: pa.Schema, sub: str = "") -> pa.Table:
-        """The columns of `schema` of all that its tasks wrote to a bucket."""
-        tables = self.buckets(number, schema.names, sub)
+    def bucket(self, number: int, schema: pa.Schema, sub: str = "", only: str = "") -> pa.Table:
+        """The columns of `schema` of all that its tasks, or one of them, wrote to a bucket."""
+        tables = self.buckets(number, schema.names, sub, only)
         return pa.concat_tables([schema.empty_table(), *(t.cast(schema) for t in tables)])
 
 
@@ -304,6 +311,11 @@ def numbered(count: int) -> dict[str, int]:
     return {f"{number:05d}": number for number in range(count)}
 
 
+def by_file(out: Output, files: Sequence[InputFile], of: Step, schema: pa.Schema) -> None:
+    """Task: from tables by row, one for each task of a step, to one for each input file."""
+    out.by_file(of.rows(files[0].first, files[-1].end, schema), files)
+
+
 def _call(
     folder: str,
     name: str,
@@ -363,6 +375,7 @@ __all__ = [
     "Step",
     "Steps",
     "Task",
+    "by_file",
     "empty_step",
     "key_of",
     "numbered",

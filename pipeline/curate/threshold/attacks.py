@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
+from pipeline.curate.rows.draws_by_id import ATTACKS as STREAM
 from pipeline.views.draws import uniforms
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-Draws = np.ndarray[Any, np.dtype[np.float64]]  # in [0, 1), DRAWS of them
+Strengths = np.ndarray[Any, np.dtype[np.float64]]  # in [0, 1), NUMBERS of them
 
-STREAM = 2  # beside the crops and colours of training (data/draws.py)
-DRAWS = 8
+NUMBERS = 8  # that decide what an attack does
 CROP_AREA = (0.6, 0.9)  # share of the area that a crop keeps
 LIGHT = (0.6, 1.5)  # factors of brightness and of contrast
 BLUR = 0.012  # of the shorter side, standard deviation
@@ -30,18 +30,18 @@ DEGREES = 5
 SMALLEST = 8  # no copy has a side below this many pixels
 
 
-def _jpeg(image: Image.Image, u: Draws) -> Image.Image:
+def _jpeg(image: Image.Image, u: Strengths) -> Image.Image:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=30)
     return Image.open(stream).convert("RGB")
 
 
-def _half(image: Image.Image, u: Draws) -> Image.Image:
+def _half(image: Image.Image, u: Strengths) -> Image.Image:
     size = (max(SMALLEST, image.width // 2), max(SMALLEST, image.height // 2))
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _crop(image: Image.Image, u: Draws) -> Image.Image:
+def _crop(image: Image.Image, u: Strengths) -> Image.Image:
     side = (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * u[0]) ** 0.5
     width, height = (min(n, max(SMALLEST, round(n * side))) for n in image.size)
     left = int(u[1] * (image.width - width + 1))
@@ -49,21 +49,21 @@ def _crop(image: Image.Image, u: Draws) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _mirror(image: Image.Image, u: Draws) -> Image.Image:
+def _mirror(image: Image.Image, u: Strengths) -> Image.Image:
     return ImageOps.mirror(image)
 
 
-def _light(image: Image.Image, u: Draws) -> Image.Image:
+def _light(image: Image.Image, u: Strengths) -> Image.Image:
     brightness, contrast = (LIGHT[0] + (LIGHT[1] - LIGHT[0]) * float(x) for x in u[:2])
     brighter = ImageEnhance.Brightness(image).enhance(brightness)
     return ImageEnhance.Contrast(brighter).enhance(contrast)
 
 
-def _blur(image: Image.Image, u: Draws) -> Image.Image:
+def _blur(image: Image.Image, u: Strengths) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
 
 
-def _overlay(image: Image.Image, u: Draws) -> Image.Image:
+def _overlay(image: Image.Image, u: Strengths) -> Image.Image:
     share = BORDER[0] + (BORDER[1] - BORDER[0]) * u[4]
     border = max(1, round(share * min(image.size)))
     colour = tuple(int(256 * x) for x in u[:3])
@@ -77,15 +77,15 @@ def _overlay(image: Image.Image, u: Draws) -> Image.Image:
     return framed
 
 
-def _grey(image: Image.Image, u: Draws) -> Image.Image:
+def _grey(image: Image.Image, u: Strengths) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 
-def _rotate(image: Image.Image, u: Draws) -> Image.Image:
+def _rotate(image: Image.Image, u: Strengths) -> Image.Image:
     return image.rotate(DEGREES if u[0] < 0.5 else -DEGREES, Image.Resampling.BILINEAR)
 
 
-ATTACKS: dict[str, Callable[[Image.Image, Draws], Image.Image]] = {
+ATTACKS: dict[str, Callable[[Image.Image, Strengths], Image.Image]] = {
     "jpeg": _jpeg,
     "half": _half,
     "crop": _crop,
@@ -114,6 +114,6 @@ def attack(rgb: Pixels, name: str, image_id: bytes, seed: int = 0) -> Pixels:
     """
     ids = np.frombuffer(image_id, np.uint8)[None]
     # One pass for each attack, so that the place of a crop says nothing about the brightness.
-    u = uniforms(seed, list(ATTACKS).index(name), ids, DRAWS, STREAM)[0]
+    u = uniforms(seed, list(ATTACKS).index(name), ids, NUMBERS, STREAM)[0]
     copy: Pixels = np.asarray(ATTACKS[name](Image.fromarray(rgb), u)).copy()
     return copy

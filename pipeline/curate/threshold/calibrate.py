@@ -19,13 +19,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.curate.embed import embed
-from pipeline.curate.images import descriptor, exact_copies
-from pipeline.curate.images.fingerprint import groups_of
+from pipeline.curate.embed.embed import Embedded, task_resources, unit_vectors
+from pipeline.curate.images import descriptor
+from pipeline.curate.images.equal_images import kept_count
+from pipeline.curate.images.fingerprint import Decoding, groups_at
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.forms import forms_at, opened_form
 from pipeline.curate.look.looks import VERSION
 from pipeline.curate.look.second_look import Verdict, second_look
+from pipeline.curate.rows.draws_by_id import CALIBRATION, draw
+from pipeline.curate.rows.read_rows import own_rows
 from pipeline.curate.rows.tables import (
     ID,
     InputFile,
@@ -35,177 +38,144 @@ from pipeline.curate.rows.tables import (
     list_array,
     matrix,
     read_table,
-    write_table,
 )
-from pipeline.curate.steps.steps import Account, Result, Task, run_step
+from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
 from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.curate.threshold.tail import Look
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec, open_embedder
-from pipeline.images.bad_image import MAX_PIXELS
-from pipeline.images.decode import decode_image
-from pipeline.uri import Place
-from pipeline.views.draws import uniforms
 
 log = logging.getLogger("pipeline.curate")
 
-STEP = "calibrate"
-DRAWING, MEASURING = 3, 2  # versions, in the keys: another one draws, or measures, anew
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
-SAMPLE_STREAM = 3  # of views.draws
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
 FORMS = 256  # that are held for the second look
 AT_ONCE = 32  # images that are attacked and then embedded
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """What a calibration is made of.
+
+    Attributes:
+        images: of the sample that are attacked.
+        target: share of unlike pairs that may be taken for copies.
+        seed: of the sample and of the attacks.
+    """
+
+    images: int = 500
+    target: float = 1e-6
+    seed: int = 0
+
+    @property
+    def compared(self) -> int:
+        """Images of the sample."""
+        return max(COMPARED, self.images)
+
+
 def calibrate(
-    root: Place,
+    steps: Steps,
     inputs: Inputs,
-    fingerprints: Result,
-    exact: Result,
-    spec: EmbedderSpec,
-    vectors: Vectors,
-    *,
-    images: int = 500,
-    target: float = 1e-6,
-    seed: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    channels: int = 3,
-    step: str = STEP,
-) -> tuple[Calibration, Result]:
+    prints: Step,
+    equal: Step,
+    embedded: Embedded,
+    sampling: Sampling,
+    decoding: Decoding,
+) -> Calibration:
     """The similarity above which two images of the set may be copies, and are looked at.
 
     Args:
-        root: folder of the curation.
+        steps: of the curation.
         inputs: all images.
-        fingerprints: of all inputs.
-        exact: of `exact_copies.collapse`; the sample is of rows that are their own keeper.
-        spec: the embedder that finds copies.
-        vectors: of it, of all these rows.
-        images: that are attacked.
-        target: share of unlike pairs that may be taken for copies.
-        seed: of the sample and of the attacks.
-        max_pixels: larger images are refused.
-        channels: of an image, as it is decoded for the second look.
-        step: its name.
-
-    Returns:
-        the calibration, and the step that measured it.
+        prints: fingerprints of them.
+        equal: of `equal_images`; the sample is of rows that are their own keeper.
+        embedded: vectors of all these rows.
+        sampling: how many images, for what.
+        decoding: of the images, for the attacks and the second look.
     """
-    rows, most = exact_copies.own(exact), max(COMPARED, images)
+    spec, vectors = embedded.spec, embedded.vectors
     # Twice what is needed and then some goes to the driver, which takes the smallest.
-    below = min(1.0, (2 * most + 100) / max(1, rows))
-    tasks = [
-        Task(file.name, (file.name, fingerprints.folder, exact.folder, below, seed))
-        for file in inputs.files
-    ]
-    keys = [DRAWING, fingerprints.key, exact.key, most, seed]
-    drawn = run_step(root, f"{step}_sample", keys, tasks, draw_file)
-    ranked = sorted(
-        (float(draw), str(name), int(row))
-        for account in drawn.accounts
-        for draw, name, row in account["drawn"]
-    )
-    rows_of = [row for _, _, row in ranked]
-    files = _by_file(inputs, rows_of[:most])
-    tasks = [Task(file.name, (file.name, rows, vectors)) for file, rows in files]
-    gathered = run_step(root, f"{step}_gathered", [drawn.key, vectors.key], tasks, gather_file)
-    gpus, cpus = (0.0, 1.0) if spec.kind == DESCRIPTOR else embed.task_resources()
-    mine = _by_file(inputs, rows_of[:images])
-    tasks = [
-        Task(file.name, (file, rows, spec, seed, max_pixels, bool(gpus), int(cpus)))
-        for file, rows in mine
-    ]
-    keys = [drawn.key, images, spec.settings]
-    attacked = run_step(root, f"{step}_copies", keys, tasks, attack_file, cpus=cpus, gpus=gpus)
-    folders = [
-        (gathered.folder, [file.name for file, _ in files]),
-        (attacked.folder, [file.name for file, _ in mine]),
-    ]
-    shown = Shown(tuple(file for file, _ in files), channels, max_pixels)
-    task = Task("calibration", (*folders, vectors.views, target, shown))
-    keys = [MEASURING, VERSION, gathered.key, attacked.key, target, channels, max_pixels]
-    measured = run_step(root, step, keys, [task], measure_task)
+    below = min(1.0, (2 * sampling.compared + 100) / max(1, kept_count(equal)))
+    drawn = steps.run("calibrate_sample", draw_rows, inputs.by_name, version=3, prints=prints,
+                      equal=equal, below=below, seed=sampling.seed)  # fmt: skip
+    rows = [row for _, _, row in sorted(tuple(d) for a in drawn.accounts for d in a["drawn"])]
+    sample = _by_file(inputs, rows[: sampling.compared])
+    gathered = steps.run("calibrate_gathered", gather_vectors, sample, vectors=vectors)
+    resources = Resources() if spec.kind == DESCRIPTOR else task_resources()
+    attacked = _by_file(inputs, rows[: sampling.images])
+    copies = steps.run("calibrate_copies", attack_rows, attacked, resources, spec=spec,
+                       seed=sampling.seed, max_pixels=decoding.max_pixels)  # fmt: skip
+    shown = Shown(tuple(one.file for one in sample.values()), decoding)
+    measured = steps.run("calibrate", measure, {"calibration": sampling.target}, version=VERSION,
+                         gathered=gathered, copies=copies, views=vectors.views,
+                         shown=shown)  # fmt: skip
     calibration = Calibration.of_json(measured.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
     if calibration.warning:
         log.warning("calibration: %s", calibration.warning)
-    return calibration, measured
+    return calibration
 
 
-def _by_file(inputs: Inputs, rows: Sequence[int]) -> list[tuple[InputFile, list[int]]]:
-    """Rows by the file that they are in, ascending."""
+@dataclass(frozen=True)
+class SampleRows:
+    """Some rows of a file, ascending."""
+
+    file: InputFile
+    rows: tuple[int, ...]
+
+
+def _by_file(inputs: Inputs, rows: Sequence[int]) -> dict[str, SampleRows]:
+    """Rows by the file that they are in, a task each."""
     chosen: dict[int, list[int]] = {}
     for row in sorted(rows):
         chosen.setdefault(inputs.place(row)[0].index, []).append(row)
-    return [(inputs.files[index], places) for index, places in sorted(chosen.items())]
+    files = [SampleRows(inputs.files[index], tuple(chosen[index])) for index in sorted(chosen)]
+    return {one.file.name: one for one in files}
 
 
-def draw_file(
-    folder: str, name: str, fingerprints: str, exact: str, below: float, seed: int
+def draw_rows(
+    out: Output, file: InputFile, prints: Step, equal: Step, below: float, seed: int
 ) -> Account:
     """Task: the rows of a file whose random number is low, as (number, id, row)."""
-    rows = read_table(exact, name, ["row", "keeper"])
-    row, keeper = rows.column("row").to_numpy(), rows.column("keeper").to_numpy()
-    about = read_table(fingerprints, name, ["row", "image_id"])
-    place = np.searchsorted(about.column("row").to_numpy(), row[row == keeper])
-    chosen = about.take(pa.array(place))
-    array = ids_of(chosen.column("image_id"))
-    draws = uniforms(seed, 0, array, 1, SAMPLE_STREAM)[:, 0]
-    low = np.flatnonzero(draws < below)
-    numbers = chosen.column("row").to_numpy()
-    drawn = [[float(draws[i]), array[i].tobytes().hex(), int(numbers[i])] for i in low]
-    return {"rows": len(draws), "drawn": drawn}
+    rows = own_rows(equal.folder, file.name)
+    about = prints.read(file.name, ["row", "image_id"])
+    ids = ids_of(about["image_id"])[np.searchsorted(about["row"].to_numpy(), rows)]
+    numbers = draw(seed, 0, ids, CALIBRATION)
+    low = np.flatnonzero(numbers < below)
+    drawn = [[float(numbers[i]), ids[i].tobytes().hex(), int(rows[i])] for i in low]
+    return {"rows": len(rows), "drawn": drawn}
 
 
-def gather_file(folder: str, name: str, rows: Sequence[int], vectors: Vectors) -> Account:
+def gather_vectors(out: Output, chosen: SampleRows, vectors: Vectors) -> None:
     """Task: vectors of some rows of a file, as far as they have one."""
-    chosen = [("row", "in", list(rows))]
+    inside = [("row", "in", list(chosen.rows))]
     columns = ["row", "image_id", vectors.column, *["views"] * vectors.views]
-    table = read_table(vectors.folder, name, columns, chosen)
-    written: dict[str, Any] = {
-        "row": table["row"],
-        "image_id": table["image_id"],
-        "vector": table[vectors.column],
-    }
-    if vectors.views:
-        written["views"] = table["views"]
-    return {"rows": len(table), "bytes": write_table(pa.table(written), folder, name)}
+    table = read_table(vectors.folder, chosen.file.name, columns, inside)
+    out.table(table.rename_columns(["row", "image_id", "vector", *["views"] * vectors.views]))
 
 
-def attack_file(
-    folder: str,
-    file: InputFile,
-    rows: Sequence[int],
-    spec: EmbedderSpec,
-    seed: int,
-    max_pixels: int = MAX_PIXELS,
-    gpu: bool = False,
-    threads: int = 1,
-) -> Account:
+def attack_rows(
+    out: Output, chosen: SampleRows, spec: EmbedderSpec, seed: int, max_pixels: int
+) -> None:
     """Task: vectors of the nine copies of some images of a file."""
-    embedder = None if spec.kind == DESCRIPTOR else open_embedder(spec, gpu, threads)
+    embedder = None if spec.kind == DESCRIPTOR else open_embedder(spec, out.gpu, out.threads)
     channels = 3 if embedder is None else embedder.channels
-    places = np.asarray(rows) - file.first
-    starts = np.cumsum([0, *file.file.row_groups])
-    groups = np.searchsorted(starts, places, side="right") - 1
+    decoding, file = Decoding(channels, max_pixels), chosen.file
     ids: list[bytes] = []
     vectors: list[Any] = []
     views: list[Any] = []
 
     def copied(one: tuple[bytes, bytes]) -> Any:
-        pixels = decode_image(one[1], channels, max_pixels, file.columns.value_range)
+        pixels = decoding.pixels(one[1], file.columns.value_range)
         copies = attacked_copies(three_channels(pixels), one[0], seed)[1:]
         if embedder is None:
             return [descriptor.describe(copy) for copy in copies]
         return [embedder.prepare(_channels(copy, channels)) for copy in copies]
 
-    with ThreadPoolExecutor(threads) as pool:
-        for number in np.unique(groups).tolist():
-            group, _ = next(groups_of(file, [number]))
-            these = (places[groups == number] - starts[number]).tolist()
-            for at in range(0, len(these), AT_ONCE):
-                part = these[at : at + AT_ONCE]
+    with ThreadPoolExecutor(out.threads) as pool:
+        for group, places, _ in groups_at(file, np.asarray(chosen.rows) - file.first):
+            for at in range(0, len(places), AT_ONCE):
+                part = places[at : at + AT_ONCE].tolist()
                 encoded = [(group.image_ids[p].tobytes(), group.image(p)) for p in part]
                 copies = [copy for of_image in pool.map(copied, encoded) for copy in of_image]
                 ids += [name for name, _ in encoded]
@@ -213,14 +183,14 @@ def attack_file(
                     vectors.append(np.stack([full for full, _ in copies]))
                     views.append(np.stack([crops for _, crops in copies]))
                 else:
-                    vectors.append(embed.unit_vectors(embedder, copies))
+                    vectors.append(unit_vectors(embedder, copies))
     columns: dict[str, Any] = {
         "image_id": pa.array(ids, ID),
         "vectors": list_array(np.concatenate(vectors).reshape(len(ids), -1)),
     }
     if views:
         columns["views"] = list_array(np.concatenate(views).reshape(len(ids), -1))
-    return {"rows": len(ids), "bytes": write_table(pa.table(columns), folder, file.name)}
+    out.table(pa.table(columns))
 
 
 def attacked_copies(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
@@ -238,16 +208,12 @@ def _channels(rgb: Any, channels: int) -> Any:
     return rgb if channels == 3 else np.ascontiguousarray(rgb[..., np.arange(channels) % 3])
 
 
-Written = tuple[str, Sequence[str]]  # a folder and the names of its tables
-
-
 @dataclass(frozen=True)
 class Shown:
     """Where the images of the sample are, for the second look at some pairs of them."""
 
     files: tuple[InputFile, ...]
-    channels: int
-    max_pixels: int
+    decoding: Decoding
 
 
 class Looker:
@@ -267,9 +233,7 @@ class Looker:
         index = np.searchsorted(self._firsts, self._rows[missing], side="right") - 1
         for one in np.unique(index).tolist():
             file, mine = self._shown.files[one], missing[index == one]
-            stored_forms = forms_at(
-                file, self._rows[mine] - file.first, self._shown.channels, self._shown.max_pixels
-            )
+            stored_forms = forms_at(file, self._rows[mine] - file.first, self._shown.decoding)
             for at, (_, form) in zip(mine.tolist(), stored_forms, strict=True):
                 self._stored[at] = form
 
@@ -287,10 +251,10 @@ class Looker:
         return second_look(one, other)
 
 
-def measure_task(
-    folder: str, gathered: Written, copies: Written, views: bool, target: float, shown: Shown
+def measure(
+    out: Output, target: float, gathered: Step, copies: Step, views: bool, shown: Shown
 ) -> Account:
-    """Task: the calibration of what `gather_file` and `attack_file` wrote."""
+    """Task: the calibration of what `gather_vectors` and `attack_rows` wrote."""
     sample = _read(gathered)
     looker = Looker(shown, [] if sample is None else sample["row"].to_pylist())
     pairs = replace(sample_of(sample, _read(copies), views, looker.look), fetch=looker.fetch)
@@ -298,11 +262,9 @@ def measure_task(
     return {"rows": calibration.images, "calibration": calibration.to_json()}
 
 
-def _read(written: Written) -> pa.Table | None:
-    tables = [read_table(written[0], name) for name in written[1]]
-    if not tables:
-        return None
-    return pa.concat_tables(tables).combine_chunks().sort_by("image_id")
+def _read(step: Step) -> pa.Table | None:
+    tables = [step.read(name) for name in step.tables]
+    return pa.concat_tables(tables).combine_chunks().sort_by("image_id") if tables else None
 
 
 def sample_of(

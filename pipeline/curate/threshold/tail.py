@@ -34,7 +34,7 @@ DEPTH = 300  # pairs above it, at least
 HIGHEST = 0.995  # no threshold is above: JPEG alone costs a little
 LOOKED_AT = 1000  # pairs, at most: a minute and a half
 PATIENCE, FEW = 40, 4  # of so many in a row fewer are copies: no more are looked at
-DRAWS = 200  # samples drawn from the sample
+RESAMPLED = 200  # samples that are taken from the sample
 LIKELY = (0.025, 0.975)  # the interval holds this share of their thresholds
 _BLOCK = 2**24  # similarities computed at once
 _MARGIN = 1e-4  # of single precision, and much more than it needs
@@ -224,7 +224,7 @@ def interval(
     """
     rng = np.random.default_rng(seed)
     thresholds = []
-    for _ in range(DRAWS):
+    for _ in range(RESAMPLED):
         times = rng.multinomial(images, np.full(images, 1 / images)).astype(np.float64)
         pairs = (images**2 - float(times @ times)) / 2 - copies
         thresholds.append(tail_threshold(top, pairs, target, times[i] * times[j])[0])

@@ -1,4 +1,4 @@
-"""What is known of the rows of one file, and the tables of the steps that say it."""
+"""What is known of the rows of one file, and the steps that say it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.rows.tables import REASONS, InputFile, ids_of
+from pipeline.curate.steps.steps import Step
 
 CODE = {reason: code for code, reason in enumerate(REASONS)}
 KEPT = CODE["kept"]
@@ -18,18 +19,30 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Folders of the steps that decisions are made from; empty where a step was left out."""
+class Known:
+    """Steps that say something about the images; None where one was left out.
 
-    fingerprint: str
-    quality: str = ""
-    exact: str = ""
-    components: str = ""
-    leaks: str = ""
-    leaking: str = ""  # of `best_leaks`; given where leaks take their components with them
-    matches: tuple[str, ...] = ()  # with each earlier curation that images are added to
-    retrieved: str = ""
-    balanced: str = ""
+    Attributes:
+        prints: fingerprints.
+        marks: of quality rules.
+        equal: which images equal which.
+        matches: with each earlier curation that images are added to, the latest first.
+        leaks: of evaluation sets.
+        groups: of copies.
+        leaking: groups that go as a whole, where leaks take their groups with them.
+        retrieved: what seed sets asked for.
+        balanced: the balanced sample.
+    """
+
+    prints: Step
+    marks: Step | None = None
+    equal: Step | None = None
+    matches: tuple[Step, ...] = ()
+    leaks: Step | None = None
+    groups: Step | None = None
+    leaking: Step | None = None
+    retrieved: Step | None = None
+    balanced: Step | None = None
 
 
 @dataclass

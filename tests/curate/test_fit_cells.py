@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.copies import cell_fit, cells
+from pipeline.curate.copies import cells, fit_cells
+from pipeline.curate.copies.fit_cells import CellPlan
 from pipeline.curate.rows import exact
 from pipeline.curate.rows.exact import unit_half
 from tests.curate.planted import planted
@@ -23,16 +24,16 @@ def sample() -> Array:
 
 
 def test_blocks_change_nothing(sample: Array, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = cell_fit.fit_cells(sample, 90, 4, seed=3)
+    one = fit_cells.fit_cells(sample, CellPlan(90, 4), 3)
     monkeypatch.setattr(exact, "BLOCK", 777)
-    other = cell_fit.fit_cells(sample, 90, 4, seed=3)
+    other = fit_cells.fit_cells(sample, CellPlan(90, 4), 3)
     for name in ("centres", "bucket", "group", "groups"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
-    assert not np.array_equal(one.centres, cell_fit.fit_cells(sample, 90, 4, seed=4).centres)
+    assert not np.array_equal(one.centres, fit_cells.fit_cells(sample, CellPlan(90, 4), 4).centres)
 
 
 def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
-    fitted = cell_fit.fit_cells(sample, 90, 4, seed=0)
+    fitted = fit_cells.fit_cells(sample, CellPlan(90, 4), 0)
     assert len(fitted.centres) == len(fitted.bucket) == len(fitted.group) == 90
     assert len(np.unique(fitted.centres, axis=0)) == 90
     assert np.allclose(np.linalg.norm(fitted.centres.astype(float), axis=1), 1, atol=2e-3)
@@ -45,7 +46,7 @@ def test_cells_are_distinct_and_of_unit_length(sample: Array) -> None:
 def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
     from sklearn.cluster import KMeans
 
-    ours = cell_fit.fit_cells(sample, 60, 1, seed=0).centres.astype(float)
+    ours = fit_cells.fit_cells(sample, CellPlan(60, 1), 0).centres.astype(float)
     theirs = KMeans(60, n_init=1, random_state=0).fit(sample.astype(float)).cluster_centers_
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
     x = sample.astype(float)
@@ -55,7 +56,7 @@ def test_cells_are_as_good_as_those_of_another_library(sample: Array) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2, 5])
 def test_few_vectors(rows: int) -> None:
     x = unit_half(np.eye(8)[:rows])
-    fitted = cell_fit.fit_cells(x, 10, 3, seed=0)
+    fitted = fit_cells.fit_cells(x, CellPlan(10, 3), 0)
     assert len(fitted.centres) == rows
     near = fitted.nearest(x, 8)
     assert near.shape == (rows, 8)
@@ -64,7 +65,7 @@ def test_few_vectors(rows: int) -> None:
 
 def test_equal_vectors_are_one_cell() -> None:
     x = np.repeat(unit_half(np.eye(4)[:2]), 50, 0)
-    fitted = cell_fit.fit_cells(x, 10, 2, seed=0)
+    fitted = fit_cells.fit_cells(x, CellPlan(10, 2), 0)
     assert np.array_equal(np.unique(fitted.centres, axis=0), np.unique(x, axis=0))
 
 
@@ -74,19 +75,19 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
     crowd = np.eye(32)[0] + 0.1 * rng.standard_normal((3600, 32))
     x = unit_half(np.concatenate([crowd, rng.standard_normal((400, 32))]))
     asked: list[int] = []
-    inner = cell_fit.kmeans
+    inner = fit_cells.kmeans
 
     def counted(vectors: Array, count: int, *others: Any) -> Array:
         asked.append(count)
         return inner(vectors, count, *others)
 
-    monkeypatch.setattr(cell_fit, "kmeans", counted)
-    cells_before = cell_fit.fit_cells(x, 400, 8, seed=0)
+    monkeypatch.setattr(fit_cells, "kmeans", counted)
+    cells_before = fit_cells.fit_cells(x, CellPlan(400, 8), 0)
     whole = max(asked)
-    monkeypatch.setattr(cell_fit, "LEAST_SPLIT", 30)
-    monkeypatch.setattr(cell_fit, "SKEW", 1)
+    monkeypatch.setattr(fit_cells, "LEAST_SPLIT", 30)
+    monkeypatch.setattr(fit_cells, "SKEW", 1)
     asked.clear()
-    split = cell_fit.fit_cells(x, 400, 8, seed=0)
+    split = fit_cells.fit_cells(x, CellPlan(400, 8), 0)
     assert max(asked) <= 30 < whole
     assert np.bincount(split.group).max() <= 30 < np.bincount(cells_before.group).max()
     assert len(split.groups) == split.group.max() + 1 > len(cells_before.groups)
@@ -99,7 +100,7 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
     # what has one direction cannot be divided, and gets fewer cells
     near = unit_half(np.eye(32)[0] + 1e-3 * rng.standard_normal((4000, 32)))
     near = np.unique(near, axis=0)
-    assert 0 < len(cell_fit.fit_cells(near, 400, 8, seed=0).centres) <= 400
+    assert 0 < len(fit_cells.fit_cells(near, CellPlan(400, 8), 0).centres) <= 400
 
 
 @settings(deadline=None)
@@ -107,7 +108,50 @@ def test_a_direction_with_most_vectors_is_divided_again(monkeypatch: pytest.Monk
 def test_shares_add_up(sizes: list[int], share: float) -> None:
     shared = sum(size > 0 for size in sizes)
     total = max(shared, int(share * sum(sizes)))
-    given_out = cell_fit.shares_by_size(np.array(sizes), total)
+    given_out = fit_cells.shares_by_size(np.array(sizes), total)
     assert (given_out <= np.array(sizes)).all()
     assert ((given_out > 0) == (np.array(sizes) > 0)).all()
     assert given_out.sum() == min(total, sum(sizes))
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 7, 30])
+def test_buckets_have_room_for_all_and_not_much_more(sample: Array, buckets: int) -> None:
+    centres = fit_cells.fit_cells(sample, CellPlan(120, 1), 0).centres
+    bucket = fit_cells.bucket_cells(centres, CellPlan(0, buckets), 0)
+    sizes = np.bincount(bucket, minlength=buckets)
+    assert sizes.sum() == 120 and sizes.max() <= np.ceil(fit_cells.ROOM * 120 / buckets)
+    assert bucket.max() < buckets
+
+
+def test_buckets_are_levelled_by_members(sample: Array) -> None:
+    centres = fit_cells.fit_cells(sample, CellPlan(120, 1), 0).centres
+    sizes = np.random.default_rng(0).integers(1, 20, 120)
+    sizes[:2] = 400  # more than a mean bucket
+    bucket = fit_cells.bucket_cells(centres, CellPlan(0, 6), 0, sizes=sizes)
+    filled = np.bincount(bucket, sizes, minlength=6)
+    assert bucket[0] != bucket[1] and filled.max() <= fit_cells.ROOM * sizes.sum() / 6 + 20
+    by_number = np.bincount(fit_cells.bucket_cells(centres, CellPlan(0, 6), 0), sizes, minlength=6)
+    assert filled.max() < by_number.max()
+
+
+def test_near_cells_share_a_bucket(sample: Array) -> None:
+    fitted = fit_cells.fit_cells(sample, CellPlan(120, 1), 0)
+    near = fitted.nearest(sample, 8)
+
+    def replicas(bucket: Array) -> float:
+        return float(np.mean([len(set(row)) for row in bucket[near]]))
+
+    near_ones, by_number = (
+        replicas(fit_cells.bucket_cells(fitted.centres, CellPlan(0, 12, bucketing), 0))
+        for bucketing in ("near", "modulo")
+    )
+    assert by_number > 1.5 * near_ones
+
+
+def test_a_round_of_lloyd_is_the_plain_loop(sample: Array) -> None:
+    x, centres = sample[:300], sample[1000:1010]
+    which = (x.astype(float) @ centres.astype(float).T).argmax(1)
+    expected = centres.copy()
+    for cell in set(which):
+        expected[cell] = unit_half(x[which == cell].astype(float).sum(0))
+    assert np.array_equal(fit_cells.lloyd(x, centres, 1), expected)

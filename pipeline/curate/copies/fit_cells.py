@@ -11,7 +11,7 @@ Cells only find pairs, from a sample; the clusters that images are chosen by are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.cells import SAMPLE_EACH, TWO_LEVELS, Cells
-from pipeline.curate.copies.collapse import Distinct
+from pipeline.curate.copies.equal_vectors import Distinct
 from pipeline.curate.rows.bucketed import raw, unraw
-from pipeline.curate.rows.draws_by_id import GOLDEN, mix
+from pipeline.curate.rows.draws_by_id import hash64
 from pipeline.curate.rows.exact import Halves, nearest_numbers, unit_half
-from pipeline.curate.rows.read_rows import Ids, Portion, order_by_id
-from pipeline.curate.rows.tables import ID, id_array, ids_of, read_table, write_table
+from pipeline.curate.rows.groups import in_order
+from pipeline.curate.rows.read_rows import Portion
+from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of
+from pipeline.curate.steps.steps import Account, Output, Step
 
 ITERATIONS = 6  # of Lloyd
 SEEDED_FROM = 200  # vectors for each group that groups are fitted on
@@ -35,24 +37,35 @@ REFINEMENTS = 2
 Array = np.ndarray[Any, Any]
 
 
-def fit_cells(
-    vectors: Halves, cells: int, buckets: int, seed: int, bucketing: str = "near"
-) -> Cells:
+@dataclass(frozen=True)
+class CellPlan:
+    """How many cells and buckets.
+
+    Attributes:
+        cells: wanted; fewer come where there are fewer vectors.
+        buckets: wanted.
+        bucketing: `near`: cells that are near each other share a bucket; `modulo`: by number.
+    """
+
+    cells: int
+    buckets: int
+    bucketing: str = "near"
+
+
+def fit_cells(vectors: Halves, plan: CellPlan, seed: int) -> Cells:
     """Fits cells on a sample.
 
     Args:
         vectors: [n, d] of unit length, all different; their order counts.
-        cells: wanted; fewer come where there are fewer vectors.
-        buckets: wanted.
+        plan: how many.
         seed: of the draws.
-        bucketing: `near`: cells that are near each other share a bucket; `modulo`: by number.
     """
     dim = vectors.shape[1]
     if not len(vectors):
         none = np.zeros((0, dim), np.float16)
         zero = np.zeros(0, np.int32)
         return Cells(none, zero, zero, none)
-    cells = min(cells, len(vectors))
+    cells = min(plan.cells, len(vectors))
     first_groups, places = _groups(vectors, cells, (seed, 0))
     most = max(LEAST_SPLIT, SKEW * -(-cells // len(places)))
     parts: list[tuple[Halves, Halves]] = []
@@ -74,7 +87,7 @@ def fit_cells(
         sizes = np.bincount(fitted.nearest(vectors, 1)[:, 0], minlength=len(first))
     else:
         sizes = np.bincount(which, minlength=len(moved))[first]
-    bucket = bucket_cells(fitted.centres, buckets, seed, bucketing, sizes + 1)
+    bucket = bucket_cells(fitted.centres, plan, seed, sizes + 1)
     return replace(fitted, bucket=bucket)
 
 
@@ -226,21 +239,20 @@ BUCKET_CHOICES = 16
 
 
 def bucket_cells(
-    centres: Halves, buckets: int, seed: int, bucketing: str = "near", sizes: Array | None = None
+    centres: Halves, plan: CellPlan, seed: int, sizes: Array | None = None
 ) -> np.ndarray[Any, np.dtype[np.int32]]:
     """The bucket of each cell: by clusters of cells, none with over 1.3 times the mean size.
 
     Args:
         centres: of the cells.
-        buckets: wanted.
+        plan: how many buckets.
         seed: of the draws.
-        bucketing: `near` or `modulo`, see `fit_cells`.
         sizes: of the cells; default: all are alike. One that is larger than a bucket should be
             has a bucket of its own, as far as they suffice.
     """
     cells = len(centres)
-    buckets = max(1, min(buckets, cells))
-    if bucketing == "modulo" or buckets == 1:
+    buckets = max(1, min(plan.buckets, cells))
+    if plan.bucketing == "modulo" or buckets == 1:
         return (np.arange(cells) % buckets).astype(np.int32)
     middle = kmeans(centres, buckets, (seed, 2), ITERATIONS)
     choices = nearest_numbers(centres, middle, BUCKET_CHOICES)
@@ -259,55 +271,32 @@ def bucket_cells(
 
 # ---- The tasks that fit cells: draw a sample, fit on the whole of it.
 
-
-def hash64(seed: int, ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A number for each id, uniform in 64 bits and another one for each seed (SplitMix64)."""
-    start = mix(np.array([seed], np.uint64) + GOLDEN)
-    words = np.ascontiguousarray(ids).view("<u8").reshape(-1, 2).astype(np.uint64)
-    return mix(words[:, 0] ^ mix(words[:, 1] ^ start))
+SAMPLE = pa.schema([("image_id", ID), ("row", ROW)])  # with the column `vector`, as bytes
 
 
-def sample_task(
-    folder: str,
-    distinct: Distinct,
-    portion: Portion,
-    seed: int,
-    share: float,
-) -> dict[str, Any]:
-    """Writes the vectors of a portion whose hash is in the lowest `share`: the sample."""
+def draw_sample(out: Output, portion: Portion, distinct: Distinct, seed: int, share: float) -> None:
+    """Task: the vectors of a portion whose hash is in the lowest `share`."""
     rows = distinct.read(portion)
     if share < 1:
         rows = rows.only(hash64(seed, rows.ids) < np.uint64(int(share * 2**64)))
-    table = pa.table({"image_id": id_array(rows.ids), "row": rows.row, "vector": raw(rows.vectors)})
-    size = write_table(table, folder, portion.name)
-    return {"rows": len(rows), "bytes": size}
+    columns = {"image_id": id_array(rows.ids), "row": rows.row, "vector": raw(rows.vectors)}
+    out.table(pa.table(columns))
 
 
-def fit_cells_task(
-    folder: str,
-    sample: str,
-    names: Sequence[str],
-    dim: int,
-    cells: int,
-    buckets: int,
-    seed: int,
-    bucketing: str,
-) -> dict[str, Any]:
-    """Fits the cells on the whole sample and writes them."""
-    parts = [read_table(sample, name, ["image_id", "row"]) for name in names]
-    empty = pa.table({"image_id": pa.array([], ID), "row": pa.array([], pa.int64())})
-    ids = np.concatenate([ids_of(part.column("image_id")) for part in parts or [empty]])
-    row = np.concatenate([part.column("row").to_numpy() for part in parts or [empty]])
-    del parts
+def fit_sample(out: Output, dim: int, sample: Step, plan: CellPlan, seed: int) -> Account:
+    """Task: fits the cells on the whole sample of vectors of width `dim`, and writes them."""
+    about = sample.every(SAMPLE)
+    ids, row = ids_of(about["image_id"]), about["row"].to_numpy()
     place = np.empty(len(ids), np.int64)
-    place[order_by_id(ids, row)] = np.arange(len(ids))
-    del ids, row
+    place[in_order(ids, row)] = np.arange(len(ids))
+    del about, ids, row
     vectors = np.zeros((len(place), dim), np.float16)
     begin = 0
-    for name in names:  # one at a time, each vector to where it belongs: the sample is there once
-        part = unraw(read_table(sample, name, ["vector"]).column("vector"), np.float16, dim)
+    for name in sample.tables:  # one at a time, to where they belong: the sample is there once
+        part = unraw(sample.read(name, ["vector"])["vector"], np.float16, dim)
         vectors[place[begin : begin + len(part)]] = part
         begin += len(part)
-    fitted = fit_cells(vectors, cells, buckets, seed, bucketing)
-    size = fitted.save(folder)
-    return {"rows": len(vectors), "bytes": size, "cells": len(fitted.centres)}
+    fitted = fit_cells(vectors, plan, seed)
+    for table, name in fitted.tables():
+        out.table(table, name)
+    return {"rows": len(vectors), "cells": len(fitted.centres)}
