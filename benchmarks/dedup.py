@@ -35,17 +35,18 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import numpy as np
 import pyarrow as pa
-from pipeline.curate.copies.cell_fit import fit_cells
-from pipeline.curate.copies.components import find_components
-from pipeline.curate.rows.file_rows import Tables
 
+from pipeline.curate.copies.copies import group_copies
+from pipeline.curate.copies.fit_cells import CellPlan, fit_cells
 from pipeline.curate.copies.items import ImageSet
+from pipeline.curate.copies.keepers import CopyRule
 from pipeline.curate.copies.pairs import Search, find_pairs, put_in_cells
 from pipeline.curate.decide.decide import Mix, decide, starts_of
+from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.tally import Sources, Tally
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import nearest_numbers, unit_half
-from pipeline.curate.steps.steps import Task, run_step
+from pipeline.curate.steps.steps import Step, Steps
 from pipeline.shards.shards import ShardColumns, ShardFile
 
 PARTS = ("residual", "faiss", "end", "shuffle", "growth")
@@ -98,7 +99,7 @@ class Pool:
     def __init__(self, folder: Path, rows: int, dim: int, probes: int) -> None:
         self.folder, self.rows, self.probes = folder / str(rows), rows, probes
         self.source = np.empty(0, np.int64)
-        self.steps: tuple[Any, ...] = ()
+        self.steps: list[Step] = []
         self.wall_s = 0.0
         begin = time.perf_counter()
         x, self.source = make(rows, dim)
@@ -130,35 +131,32 @@ class Pool:
         """The component of each row: its keeper's row, or its own. Run once, with the decisions."""
         if not self.steps:
             begin = time.perf_counter()
-            images = ImageSet(self.inputs, self.vectors)
-            run = self.folder / "run"
-            found = find_pairs(run, images, Search(self.probes), lowest=THRESHOLD)
-            self.found, steps = find_components(
-                found,
-                images,
-                fingerprints=(str(self.folder / "facts"), "facts"),
-                threshold=THRESHOLD,
-                guard=0.1,
-                chains="keep",
+            images, search = ImageSet(self.inputs, self.vectors), Search(self.probes)
+            steps, prints = (
+                Steps(self.folder / "run"),
+                Step("", "facts", str(self.folder / "facts")),
             )
-            files = self.inputs.files
-            seen = Tables(str(self.folder / "facts"), components=self.found.folder)
-            given = (starts_of(self.inputs), seen, Sources("pool"), Mix())
-            decisions = run_step(
-                self.folder / "run",
+            index = put_in_cells(steps, images, search)
+            pairs = find_pairs(steps, index, search, THRESHOLD)
+            rule = CopyRule(THRESHOLD, chains="keep")
+            self.groups = group_copies(steps, pairs, images, prints, rule)
+            decisions = steps.run(
                 "decisions",
-                [steps[-1].key],
-                [Task(file.name, (file, *given)) for file in files],
                 decide,
+                self.inputs.by_name,
+                starts=starts_of(self.inputs),
+                known=Known(prints, groups=self.groups),
+                sources={"pool": Sources("pool")},
+                mix=Mix(),
             )
             self.wall_s = time.perf_counter() - begin
-            self.steps = (*found.steps, *steps, decisions)
+            self.steps = steps.done
             reasons = Tally.of(self.inputs, decisions.accounts).reasons["pool"]
             counts = " + ".join(f"{count:,} {reason}" for reason, count in reasons.items())
             print(f"decided     {self.rows:,} = {counts}")
         keeper = np.arange(self.rows)
         for name in self.vectors.names:
-            table = tables.read_table(self.found.folder, name, ["row", "keeper"])
+            table = self.groups.read(name, ["row", "keeper"])
             keeper[table.column("row").to_numpy()] = table.column("keeper").to_numpy()
         return keeper
 
@@ -182,7 +180,7 @@ class Pool:
 def one_cell_rule(x: Array, count: int) -> Array:
     """Rows that SemDeDup's rule keeps: no earlier row of the same cell is like it."""
     share = np.random.default_rng(0).permutation(len(x))[: 40 * count]
-    fitted = fit_cells(np.asarray(x[np.sort(share)]), count, 1, seed=0)
+    fitted = fit_cells(np.asarray(x[np.sort(share)]), CellPlan(count, 1), 0)
     cell = nearest_numbers(np.asarray(x), fitted.centres, 1)[:, 0]
     kept = np.ones(len(x), bool)
     for number, centre in enumerate(fitted.centres.astype(np.float32)):
@@ -235,7 +233,7 @@ def end(pool: Pool) -> None:
     )
     for step in pool.steps:
         print(
-            f"    {step.step:<18} {step.seconds:6.1f} s wall {step.cpu_s:7.1f} CPU-s "
+            f"    {step.name:<18} {step.seconds:6.1f} s wall {step.cpu_s:7.1f} CPU-s "
             f"{step.total('bytes') / 2**20:8.1f} MiB written, {len(step.accounts):3d} tasks, "
             f"peak {step.peak_bytes / 2**30:.2f} GiB"
         )
@@ -247,8 +245,8 @@ def shuffle(pool: Pool) -> None:
         root = pool.folder / f"shuffle-{bucketing}"
         images = ImageSet(pool.inputs, pool.vectors)
         search = Search(pool.probes, bucketing=bucketing, buckets=16)
-        in_cells = put_in_cells(root, images, search)
-        sizes[bucketing] = in_cells.steps["copies/shuffle"].total("bytes")
+        index = put_in_cells(Steps(root), images, search)
+        sizes[bucketing] = index.items.step.total("bytes")
         shutil.rmtree(root)
     data = pool.rows * pool.vectors.dim * 2
     print(

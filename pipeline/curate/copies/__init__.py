@@ -1,6 +1,8 @@
-"""Near copies within a set of any size, and of images of other sets. Start at `pairs.py`.
+"""Near copies in a set of any size, and images of other sets. Start at `copies.py`.
 
-In: vectors and a threshold. Out: pairs, components, a keeper for each; leaks; matches.
-Order: collapse, cell_fit, items, join, edges, keeper_facts, keepers, components; then leaks and
-matches, by `relative`. Imports: look, rows, steps, storage.
+In: vectors of images, or of two sets. Out: which rows are copies, leaks or matches, and of which.
+`copies.py` says where a row is called a copy; `pairs.py` is how pairs that are alike are found:
+equal_vectors, fit_cells, cells, items, join, forest. `keepers.py` and `keeper_facts.py` say which
+of a group stays. `other_sets.py` compares other sets: `leaks.py` and `matches.py` do.
+Imports: look, rows, steps, images, storage, errors, uri.
 """
