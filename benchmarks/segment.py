@@ -34,7 +34,7 @@ from pipeline.embed.embedders import embedder_of, open_embedder
 from pipeline.evaluate.features import normalise
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.use.network import fitted, patch_maps
-from pipeline.use.segment import VOID, Reference, upsampled
+from pipeline.use.segment import VOID, Reference, pixel_classes
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "camvid"
 CLASSES = {"road": 3, "sky": 0, "building": 1}
@@ -79,7 +79,7 @@ class Network:
         """The mask of a target frame."""
         known = Reference.of([self.patches(reference)], [torch.from_numpy(mask)])
         scores = known.scores(self.patches(target)[None], self.method, K)  # type: ignore[arg-type]
-        return upsampled(scores, target.shape[:2]).argmax(1)[0].numpy()
+        return pixel_classes(scores, target.shape[:2])[0].numpy()
 
 
 def by_mean_colour(reference: Any, mask: Mask, target: Any) -> Mask:
@@ -105,7 +105,7 @@ def by_near_colours(reference: Any, mask: Mask, target: Any, side: int = 8) -> M
     )
     near = torch.cdist(asked.flatten(0, 1), known.flatten(0, 1)).topk(K, largest=False).indices
     votes = shares.flatten(0, 1)[near].mean(1).view(1, *asked.shape[:2], -1)
-    return upsampled(votes, target.shape[:2]).argmax(1)[0].numpy()
+    return pixel_classes(votes, target.shape[:2])[0].numpy()
 
 
 def by_place(reference: Any, mask: Mask, target: Any) -> Mask:

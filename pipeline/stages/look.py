@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,15 @@ from pipeline.context import Context, result_line
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec, embedder_of, open_embedder
 from pipeline.errors import ConfigError, DataError
 from pipeline.heartbeat import now
-from pipeline.report.page import write_report
+from pipeline.images.decode import decode_image
+from pipeline.report.page import Section, write_report
 from pipeline.stages.evaluate import chosen
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import atomic_path
 from pipeline.train import state
 from pipeline.uri import Place, join, public
-from pipeline.use.inputs import File, decoded, read_files, spread
+from pipeline.use.inputs import Decode, File, read_files, readable, spread
 from pipeline.use.looking import Question, Seen, look
 from pipeline.use.masks import Classes, read_masks
 from pipeline.use.page import Drawn, draw, overview, sections
@@ -40,7 +41,8 @@ class Asked:
     """What the recipe asks for, with all files read."""
 
     model: EmbedderSpec
-    images: list[tuple[str, Pixels]]
+    decode: Decode
+    images: list[File]
     left_out: list[str]
     references: tuple[tuple[Pixels, Any], ...]
     classes: Classes | None
@@ -80,12 +82,16 @@ def asked(context: Context) -> Asked:
         )
     else:
         files = spread(context.shards(), asking.count)
-    channels, most = len(model.mean), config.data.max_image_pixels
-    opened = partial(decoded, channels=channels, max_pixels=most, value_range=model.value_range)
-    images, left_out = opened(files, field="look.images")
-    references, classes, known = _references(context, opened)
+    decode = partial(
+        decode_image,
+        channels=len(model.mean),
+        max_pixels=config.data.max_image_pixels,
+        value_range=model.value_range,
+    )
+    images, left_out = readable(files, decode, "look.images")
+    references, classes, known = _references(context, decode)
     digests = [f"{file.name} {file.digest}" for file in (*files, *known)]
-    return Asked(model, images, left_out, references, classes, digests)
+    return Asked(model, decode, images, left_out, references, classes, digests)
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -95,10 +101,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         log.warning("%s", sentence)
     asking = context.config.look
     seen = _see(request, context.config)
-    drawn = draw(request.images, seen, request.classes)
     facts = {
         "model": request.model.name,
-        "images": f"{len(drawn)}" + f", {len(request.left_out)} not read" * bool(request.left_out),
+        "images": f"{len(request.images)}"
+        + f", {len(request.left_out)} not read" * bool(request.left_out),
         "block": "the last" if asking.block is None else str(asking.block),
     }
     names = ", ".join(request.classes.names) if request.classes else ""
@@ -108,11 +114,14 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     now("look: writing pictures")
     target = _folder(context)
     page, last = str(join(target, PAGE)), context.folder.last("look")
-    before = last["files"] if last.get("page") == page else []
-    files = _write(target, drawn, seen, request, facts, before)
+    drawn, files = _write_pictures(target, seen, request)
+    _write_page(target, sections(drawn, seen, request.classes, facts, request.left_out), drawn)
+    _delete(target, set(last["files"] if last.get("page") == page else ()) - set(files))
     for name in ("attention", "components", "similarity", "classes"):
         if name in drawn[0].pictures:
             tracker.picture(name, 0, overview(drawn, name, TILE))
+    if isinstance(target, Path):
+        tracker.artifact(target / PAGE)
     heads = f"attention of {len(seen.attention[0])} heads" if seen.attention else seen.no_attention
     text = (
         f"{_images(drawn)} by {request.model.name}: {heads}; components, "
@@ -166,7 +175,7 @@ def _model(context: Context) -> EmbedderSpec:
 
 
 def _references(
-    context: Context, opened: Any
+    context: Context, decode: Decode
 ) -> tuple[tuple[tuple[Pixels, Any], ...], Classes | None, list[File]]:
     asking = context.config.look
     if not asking.reference:
@@ -178,9 +187,10 @@ def _references(
             f"look.reference names {len(files)} images, and look.mask {len(masks)} masks",
             "give one mask for each reference, in the same order",
         )
-    images, left_out = opened(files, field="look.reference")
+    _, left_out = readable(files, decode, "look.reference")
     if left_out:
         raise DataError(f"look.reference: {left_out[0]}", "name files that are images")
+    images = [(file.name, decode(file.content)) for file in files]
     pairs = [(mask.name, mask.content) for mask in masks]
     ids, classes = read_masks(pairs, asking.classes, asking.void)
     for (name, pixels), mask, file in zip(images, ids, masks, strict=True):
@@ -214,14 +224,16 @@ def _see(request: Asked, config: Config) -> Seen:
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and config.train.device != "cpu" else 0
     task = ray.remote(_look).options(num_cpus=1, num_gpus=gpus)
     now(f"look: {_images(request.images)}")
-    images = [pixels for _, pixels in request.images]
-    seen: Seen = ray.get(task.remote(request.model, question, images, bool(gpus)))
+    seen: Seen = ray.get(
+        task.remote(request.model, question, request.images, request.decode, bool(gpus))
+    )
     return seen
 
 
-def _look(spec: EmbedderSpec, question: Any, images: list[Pixels], gpu: bool) -> Seen:
+def _look(spec: EmbedderSpec, question: Any, images: list[File], decode: Decode, gpu: bool) -> Seen:
     embedder = open_embedder(spec, gpu=gpu)
-    return look(embedder.network, images, question(image_size=embedder.size))
+    pixels = (decode(file.content) for file in images)
+    return look(embedder.network, pixels, question(image_size=embedder.size))
 
 
 def _folder(context: Context) -> Place:
@@ -229,19 +241,13 @@ def _folder(context: Context) -> Place:
     return absolute_uri(out) if out else context.folder.stage("look")
 
 
-def _write(
-    target: Place,
-    drawn: list[Drawn],
-    seen: Seen,
-    request: Asked,
-    facts: dict[str, str],
-    before: list[str],
-) -> list[str]:
-    """Writes all files; those of an earlier look at the same place go."""
+def _write_pictures(target: Place, seen: Seen, request: Asked) -> tuple[list[Drawn], list[str]]:
+    """Writes the PNG files; gives small pictures for the page, and the names of the files."""
     fs, folder = resolve_uri(str(target))
     make_folder(fs, folder)
-    written = []
-    for number, one in enumerate(drawn, 1):
+    kept, written = [], []
+    images = ((file.name, request.decode(file.content)) for file in request.images)
+    for number, one in enumerate(draw(images, seen, request.classes), 1):
         contents = {one.file(number, name): png(shown) for name, shown in one.pictures.items()}
         if one.mask is not None and request.classes:
             contents[one.file(number, "mask")] = request.classes.encoded(one.mask)
@@ -249,10 +255,19 @@ def _write(
             with atomic_path(fs, f"{folder}/{name}") as local:
                 Path(local).write_bytes(content)
         written += list(contents)
-    page = sections(drawn, seen, request.classes, facts, request.left_out)
+        kept.append(one.small(request.classes))
+    return kept, written
+
+
+def _write_page(target: Place, page: Sequence[Section], drawn: Sequence[Drawn]) -> None:
+    fs, folder = resolve_uri(str(target))
     with atomic_path(fs, f"{folder}/{PAGE}") as local:
         write_report(Path(local), "Look", page, _images(drawn), limit=PAGE_BYTES)
-    for name in set(before) - set(written):
+
+
+def _delete(target: Place, names: Iterable[str]) -> None:
+    """Takes away pictures of an earlier look at the same place."""
+    fs, folder = resolve_uri(str(target))
+    for name in names:
         with suppress(FileNotFoundError):
             delete_file(fs, f"{folder}/{Path(name).name}")
-    return written

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
 
 from pipeline.errors import DataError, StorageError, one_line
 from pipeline.images.bad_image import BadImage
-from pipeline.images.decode import decode_image
 from pipeline.images.kinds import named_as_image
-from pipeline.images.value_range import FULL, ValueRange
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import file_info, list_files, resolve_uri
 from pipeline.storage.transfer import read_bytes
 from pipeline.uri import public
+
+Decode = Callable[[bytes], "np.ndarray[Any, np.dtype[np.uint8]]"]  # to [H, W, C]
 
 MOST = 64  # images: what a page can show, and a person look at
 
@@ -99,14 +100,8 @@ def spread(shards: ShardSet, count: int) -> list[File]:
     return files
 
 
-def decoded(
-    files: Sequence[File],
-    channels: int,
-    max_pixels: int,
-    field: str,
-    value_range: ValueRange = FULL,
-) -> tuple[list[tuple[str, np.ndarray]], list[str]]:  # type: ignore[type-arg]
-    """Names and pixels uint8 [H, W, C] of files; and a sentence for each that is no image.
+def readable(files: Sequence[File], decode: Decode, field: str) -> tuple[list[File], list[str]]:
+    """The files that are images, and a sentence for each other one. No pixels are kept.
 
     Raises:
         DataError: a file that was named itself is no image, or none is.
@@ -114,14 +109,14 @@ def decoded(
     good, left_out = [], []
     for file in files:
         try:
-            pixels = decode_image(file.content, channels, max_pixels, value_range)
+            decode(file.content)
         except BadImage as error:
             sentence = f"{file.name} is not read: {error.reason} ({error.detail})"
             if file.named:
                 raise DataError(f"{field}: {sentence}", "name files that are images") from error
             left_out.append(sentence)
         else:
-            good.append((file.name, pixels))
+            good.append(file)
     if not good:
         raise DataError(
             f"{field}: none of {len(files):,} images can be read; {left_out[0]}",

@@ -5,7 +5,7 @@ h x w patches, which differ from image to image; C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,14 +76,17 @@ class Seen:
     scores: list[Tensor] = field(default_factory=list)
 
 
-def look(network: nn.Module, images: Sequence[Pixels], question: Question) -> Seen:
-    """Looks at images uint8 [H, W, C] of any sizes, one after the other.
+def look(network: nn.Module, images: Iterable[Pixels], question: Question) -> Seen:
+    """Looks at images uint8 [H, W, C] of any sizes; one at a time is held in full.
 
     Raises:
         PipelineError: the network has no patches, or does not take the size; the mark lies
             outside; the block is not there.
     """
-    inputs = [_input(network, pixels, question) for pixels in images]
+    inputs, sizes = [], []
+    for pixels in images:
+        inputs.append(_input(network, pixels, question))
+        sizes.append((pixels.shape[0], pixels.shape[1]))
     maps = [patch_maps(network, x)[0] for x in inputs]
     shared = Components.fit(maps, min(3, maps[0].shape[-1]))
     in_object = torch.cat([shared.foreground(one).flatten() for one in maps])
@@ -93,8 +96,7 @@ def look(network: nn.Module, images: Sequence[Pixels], question: Question) -> Se
     else:
         seen["attention"] = [attention(network, x, question.block)[0].cpu() for x in inputs]
     if question.mark is not None:
-        size, grid = images[0].shape[:2], maps[0].shape[:2]
-        at = patch_at(*question.mark, (size[0], size[1]), (grid[0], grid[1]))
+        at = patch_at(*question.mark, sizes[0], (maps[0].shape[0], maps[0].shape[1]))
         seen["marked"] = at
         seen["similarity"] = [similarity(one, maps[0][at]).cpu() for one in maps]
     if question.references:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from pipeline.report.page import Bar, Bars, Gallery, Group, Section, Table, Text
 from pipeline.use import pictures
 from pipeline.use.looking import Seen
 from pipeline.use.masks import Classes
-from pipeline.use.segment import upsampled
+from pipeline.use.segment import pixel_classes
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -32,11 +32,30 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image with its pictures by name (keys of `CAPTIONS`), and the mask of its own size."""
+    """One image with its pictures by name (keys of `CAPTIONS`), and the mask of its own size.
+
+    Attributes:
+        name: for people.
+        pictures: by name.
+        mask: class of each pixel.
+        shares: of each class among the pixels; a small one keeps them when the mask is gone.
+    """
 
     name: str
     pictures: dict[str, Pixels]
     mask: npt.NDArray[np.int64] | None = None
+    shares: tuple[float, ...] = ()
+
+    def small(self, classes: Classes | None) -> Drawn:
+        """As it is kept for the page: small pictures, and of the mask the shares."""
+        views = {
+            name: pictures.reduced(one, 2 * TILE) if max(one.shape) > 2 * TILE else one
+            for name, one in self.pictures.items()
+        }
+        if self.mask is None or classes is None:
+            return Drawn(self.name, views)
+        shares = tuple(float((self.mask == one).mean()) for one in range(len(classes.ids)))
+        return Drawn(self.name, views, shares=shares)
 
     def file(self, number: int, picture: str) -> str:
         """Name of a PNG: `01-cat-attention.png`."""
@@ -46,11 +65,11 @@ class Drawn:
         return f"{number:02d}-{stem.strip('-')[:40] or 'image'}-{picture}.png"
 
 
-def draw(images: Sequence[tuple[str, Pixels]], seen: Seen, classes: Classes | None) -> list[Drawn]:
-    """The pictures of images uint8 [H, W, C] with their names."""
-    low = min((float(one.min()) for one in seen.similarity), default=0.0)
-    high = max((float(one.max()) for one in seen.similarity), default=0.0)
-    drawn = []
+def draw(
+    images: Iterable[tuple[str, Pixels]], seen: Seen, classes: Classes | None
+) -> Iterator[Drawn]:
+    """The pictures of images uint8 [H, W, C] with their names, one image after the other."""
+    scale = similarities(seen)
     for number, (name, pixels) in enumerate(images):
         size = pictures.shown_size(*pixels.shape[:2])
         shown = pictures.resized(pictures.rgb(pixels), size)
@@ -66,19 +85,23 @@ def draw(images: Sequence[tuple[str, Pixels]], seen: Seen, classes: Classes | No
             )
         views["components"] = pictures.patches(seen.colours[number], size)
         if seen.similarity:
-            views["similarity"] = pictures.heat(shown, seen.similarity[number], (low, high))
+            like = seen.similarity[number]
+            views["similarity"] = pictures.heat(shown, like, scale)
             if number == 0 and seen.marked:
-                grid = seen.similarity[0].shape
-                views["similarity"] = pictures.framed(
-                    views["similarity"], seen.marked, (grid[0], grid[1])
-                )
+                grid = (like.shape[0], like.shape[1])
+                views["similarity"] = pictures.framed(views["similarity"], seen.marked, grid)
         if seen.scores and classes:
             scores = seen.scores[number][None]
-            mask = upsampled(scores, (pixels.shape[0], pixels.shape[1])).argmax(1)[0].numpy()
-            large = upsampled(scores, size).argmax(1)[0].numpy()
-            views["classes"] = pictures.painted(shown, large, classes.colours())
-        drawn.append(Drawn(name, views, mask))
-    return drawn
+            mask = pixel_classes(scores, (pixels.shape[0], pixels.shape[1]))[0].numpy()
+            shown_mask = pixel_classes(scores, size)[0].numpy()
+            views["classes"] = pictures.painted(shown, shown_mask, classes.colours())
+        yield Drawn(name, views, mask)
+
+
+def similarities(seen: Seen) -> tuple[float, float]:
+    """The lowest and the highest similarity in all images."""
+    low = min((float(one.min()) for one in seen.similarity), default=0.0)
+    return low, max((float(one.max()) for one in seen.similarity), default=0.0)
 
 
 def sections(
@@ -88,9 +111,8 @@ def sections(
     facts: dict[str, str],
     left_out: Sequence[str] = (),
 ) -> list[Section]:
-    """The page: facts, what was not read, then the pictures of each image."""
-    low = min((float(one.min()) for one in seen.similarity), default=0.0)
-    high = max((float(one.max()) for one in seen.similarity), default=0.0)
+    """The page: facts, what was not read, then the pictures of each image (`small` ones)."""
+    low, high = similarities(seen)
     shares = ", ".join(f"{share:.0%}" for share in seen.shares)
     words = [
         "Attention is that of the CLS token to the patches; CLS and registers are left out."
@@ -128,11 +150,10 @@ def overview(drawn: Sequence[Drawn], picture: str, side: int) -> Pixels:
 
 
 def _legend(drawn: Sequence[Drawn], classes: Classes) -> Section:
-    masks = [one.mask for one in drawn if one.mask is not None]
     bars = []
     for number, (name, colour) in enumerate(zip(classes.names, classes.colours(), strict=True)):
-        share = float(np.mean([(mask == number).mean() for mask in masks]))
+        share = float(np.mean([one.shares[number] for one in drawn]))
         shown = "#{:02x}{:02x}{:02x}".format(*colour) if colour.any() else "var(--c6)"
         tip = f"id {classes.ids[number]}" + ", shown as the image is" * (not colour.any())
         bars.append(Bar(name, [(share, shown)], f"{share:.1%}", tip))
-    return Bars(bars, "Classes", whole=1.0, head=("class", "share of all pixels"))
+    return Bars(bars, "Classes", whole=1.0, head=("class", "share of the pixels of an image"))

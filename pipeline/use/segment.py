@@ -58,7 +58,7 @@ def segment(
     """
     reference = Reference.of(patch_maps(network, references), masks)
     scores = reference.scores(patch_maps(network, images), method, k)
-    return upsampled(scores, (images.shape[-2], images.shape[-1])).argmax(1)
+    return pixel_classes(scores, (images.shape[-2], images.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,19 @@ def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 def upsampled(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Scores of patches `[B, h, w, K]` for each pixel, bilinear: `[B, K, H, W]`."""
     return F.interpolate(scores.permute(0, 3, 1, 2), size=size, mode="bilinear")
+
+
+def pixel_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The class with the highest score at each pixel, from scores of patches `[B, h, w, K]`:
+    int64 `[B, H, W]`. Class by class, so that large images take the memory of one.
+    """
+    best = upsampled(scores[..., :1], size)[:, 0]
+    classes = torch.zeros_like(best, dtype=torch.int64)
+    for one in range(1, scores.shape[-1]):
+        score = upsampled(scores[..., one : one + 1], size)[:, 0]
+        classes[score > best] = one
+        best = torch.maximum(best, score)
+    return classes
 
 
 def patch_at(x: int, y: int, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:

@@ -61,8 +61,9 @@ def test_files_and_folders_in_order_and_what_is_left_out(tmp_path: Path, weights
             f"look.model={weights}",
         )
     )  # fmt: skip
-    assert [name for name, _ in asked.images] == ["z.png", "0.jpg", "1.jpg"]
-    assert np.array_equal(asked.images[0][1], np.asarray(Image.open(first)))
+    assert [file.name for file in asked.images] == ["z.png", "0.jpg", "1.jpg"]
+    pixels = asked.decode(asked.images[0].content)
+    assert np.array_equal(pixels, np.asarray(Image.open(first)))
     assert len(asked.left_out) == 1 and asked.left_out[0].startswith("broken.png is not read")
 
 

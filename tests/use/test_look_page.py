@@ -86,11 +86,13 @@ def seen(images: int) -> Seen:
 def test_the_page_has_all_and_escapes_names(tmp_path: Path) -> None:
     classes = Classes((0, 255), ("around", "object"), background=True)
     images = [("<b>.jpg", GREY), ("b c.png", GREY)]
-    drawn = draw(images, seen(2), classes)
-    assert list(drawn[0].pictures) == [
+    full = list(draw(images, seen(2), classes))
+    assert list(full[0].pictures) == [
         "image", "attention", "heads", "components", "similarity", "classes"
     ]  # fmt: skip
-    assert drawn[0].mask is not None and drawn[0].mask.shape == (40, 60)
+    assert full[0].mask is not None and full[0].mask.shape == (40, 60)
+    drawn = [one.small(classes) for one in full]
+    assert drawn[0].shares[1] == (full[0].mask == 1).mean()
     assert [one.file(i, "mask") for i, one in enumerate(drawn, 1)] == [
         "01-b-mask.png", "02-b-c-mask.png"
     ]  # fmt: skip
@@ -105,7 +107,7 @@ def test_the_page_has_all_and_escapes_names(tmp_path: Path) -> None:
 
 def test_without_attention_the_page_says_why(tmp_path: Path) -> None:
     plain = Seen([torch.rand(2, 2, 3)], (1.0,), 0.5, no_attention="it has no CLS token")
-    drawn = draw([("a.jpg", GREY)], plain, None)
+    drawn = list(draw([("a.jpg", GREY)], plain, None))
     assert list(drawn[0].pictures) == ["image", "components"]
     write_report(tmp_path / "look.html", "Look", sections(drawn, plain, None, {}))
     assert "There is no attention: it has no CLS token." in (tmp_path / "look.html").read_text()

@@ -16,6 +16,7 @@ from pipeline.use.segment import (
     Reference,
     class_shares,
     patch_at,
+    pixel_classes,
     segment,
     similarity,
     upsampled,
@@ -113,6 +114,13 @@ def test_upsampling_keeps_the_middle_of_each_patch() -> None:
     wide = upsampled(scores, (9, 12))
     assert wide.shape == (1, 2, 9, 12)
     torch.testing.assert_close(wide[0, :, 1::3, 1::3], scores[0].permute(2, 0, 1))
+
+
+def test_class_by_class_is_the_highest_score() -> None:
+    scores = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    expected = upsampled(scores, (20, 31)).argmax(1)
+    assert torch.equal(pixel_classes(scores, (20, 31)), expected)
+    assert (pixel_classes(torch.ones(1, 2, 2, 3), (4, 4)) == 0).all()  # the first of equals
 
 
 def test_a_pixel_belongs_to_the_patch_that_covers_it() -> None:
