@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -221,17 +222,20 @@ def _see(request: Asked, config: Config) -> Seen:
         method=asking.method,
         k=asking.k,
     )
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and config.train.device != "cpu" else 0
-    task = ray.remote(_look).options(num_cpus=1, num_gpus=gpus)
     now(f"look: {_images(request.images)}")
+    inputs = (request.model, question, request.images, request.decode)
+    if config.train.device == "cpu" or ray.cluster_resources().get("GPU", 0) < 1:
+        return _look(
+            *inputs, gpu=False
+        )  # this process has torch loaded, a task would load it again
     seen: Seen = ray.get(
-        task.remote(request.model, question, request.images, request.decode, bool(gpus))
+        ray.remote(_look).options(num_cpus=1, num_gpus=1).remote(*inputs, gpu=True)
     )
     return seen
 
 
 def _look(spec: EmbedderSpec, question: Any, images: list[File], decode: Decode, gpu: bool) -> Seen:
-    embedder = open_embedder(spec, gpu=gpu)
+    embedder = open_embedder(spec, gpu=gpu, threads=len(os.sched_getaffinity(0)))
     pixels = (decode(file.content) for file in images)
     return look(embedder.network, pixels, question(image_size=embedder.size))
 
