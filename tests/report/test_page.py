@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from pipeline.report.charts import HEIGHT, WIDTH, label, thin, ticks
-from pipeline.report.page import LIMIT_BYTES, Chart, Picture, Table, Text, render, write_report
+from pipeline.report.page import (
+    LIMIT_BYTES,
+    Chart,
+    Links,
+    Picture,
+    Table,
+    Text,
+    render,
+    write_report,
+)
 from pipeline.report.run_report import run_report, stage_curves
 from pipeline.track.journal import Journal
 
@@ -148,3 +157,9 @@ def test_a_picture_is_pixels_or_a_file_or_bytes(tmp_path: Path) -> None:
         page = render("t", [Picture(image, "title", "caption")], side=20)
         assert 'width="20" height="15"' in page and "caption" in page
     assert "no picture" in render("t", [Picture(b"nothing", "title")])
+
+
+def test_links_lead_to_other_pages_and_are_escaped() -> None:
+    page = render("Report", [Links([("search: <b>", "search/search.html?a=1&b=2")], "Pages")])
+    link = '<a href="search/search.html?a=1&amp;b=2">search: &lt;b&gt;</a>'
+    assert link in page and "<h2>Pages</h2>" in page
