@@ -51,7 +51,7 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
     with torch.inference_mode():
         expected = backbone(inputs).numpy()
     assert embeddings.shape == (3, 48)
-    assert np.abs(embeddings - expected).max() < 1e-5
+    assert np.abs(embeddings - expected).max() < 5e-5  # the pixels were normalised in float64 here
 
     page = client.get_logged_model(best.model_id)
     assert page.params == {"steps": "40", "lr": "0.001"}
