@@ -3,8 +3,8 @@
     python benchmarks/onnx_out.py runs/demo     a run with checkpoints and evaluation sets
     python benchmarks/onnx_out.py vits14        random weights of a size: error and speed alone
 
-k-NN is of all images of the run's evaluation sets, at each size by torch and by each file. Speed is
-of one thread and of a batch of 8; the kinds run in turn, and the table gives medians of ROUNDS.
+k-NN is of at most IMAGES of each evaluation set of the run, at each size by torch and by each file.
+Speed is of one thread and of a batch of 8; the kinds run in turn, and the table gives medians of ROUNDS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.train.run import evaluation_spec
 from pipeline.views.photometric import PhotometricSpec
 
-ROUNDS, BATCH = 7, 8
+ROUNDS, BATCH, IMAGES = 7, 8, 1000
 
 
 def sizes_of(native: int, patch: int) -> list[int]:
@@ -60,8 +60,10 @@ def measured(name: str, network: torch.nn.Module, patch: int, native: int, spec=
             ms, knn = speeds(network, of_size), {}
             if spec:
                 evaluator = Evaluator(replace(spec, image_size=size, half=False))
-                knn = {file.kind: evaluator.top1(SessionModule(file.path)) for file in of_size}
-                knn["torch"] = evaluator.top1(network)
+                knn = {
+                    file.kind: evaluator.top1(SessionModule(file.path), IMAGES) for file in of_size
+                }
+                knn["torch"] = evaluator.top1(network, IMAGES)
             rows = [("torch", "", "")] + [
                 (file.kind, f"{file.bytes / 2**20:.1f}", f"{file.error:.1g}") for file in of_size
             ]
