@@ -4,7 +4,7 @@
     python benchmarks/onnx_out.py vits14        random weights of a size: error and speed alone
 
 k-NN is of at most IMAGES of each evaluation set of the run, at each size by torch and by each file.
-Speed is of one thread and of a batch of 8; the kinds run in turn, and the table gives medians of ROUNDS.
+Speed is of one thread and of a batch of 8; the kinds run in turn, and the table gives medians.
 """
 
 from __future__ import annotations
