@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, check_rows, cross_entropy
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, check_rows, cross_entropy
 from pipeline.loss.target import Target, slices
 
 GLOBAL, LOCAL = 0, 1  # places of the two terms
 
 
-def dino_pieces(target: Target, local_crops: int, global_crops: int = 2) -> Iterator[Piece]:
-    """Pieces over logits rows [global crops 0 .. G-1, local crops 0 .. L-1] of B images each.
+def dino_predictions(
+    target: Target, local_crops: int, global_crops: int = 2
+) -> Iterator[Prediction]:
+    """Predictions over logits rows [global crops 0 .. G-1, local crops 0 .. L-1] of B images each.
 
     Both terms share the number of pairs as their denominator: G (G - 1) pairs of two global views,
     and G L of a local view with a global one, 2 + 2L in DINOv2 (train/ssl_meta_arch.py). A view
@@ -35,13 +37,13 @@ def dino_pieces(target: Target, local_crops: int, global_crops: int = 2) -> Iter
         targets = [target.probabilities(crop(number)) for number in range(global_crops)]
         for number in range(global_crops):
             first, *more = targets[:number] + targets[number + 1 :]
-            yield Piece(crop(number), sum(more, start=first), weight, GLOBAL)
+            yield Prediction(crop(number), sum(more, start=first), weight, GLOBAL)
         if local_crops:
             every = targets[0]
             for other in targets[1:]:
                 every.add_(other)
             for number in range(global_crops, global_crops + local_crops):
-                yield Piece(crop(number), every, weight, LOCAL)
+                yield Prediction(crop(number), every, weight, LOCAL)
 
 
 def dino_loss(
@@ -69,6 +71,6 @@ def dino_loss(
         )
     check_rows("dino_loss", logits, target, images * (global_crops + local_crops))
     sums = cross_entropy(
-        logits, lambda: dino_pieces(target, local_crops, global_crops), 2, temperature
+        logits, lambda: dino_predictions(target, local_crops, global_crops), 2, temperature
     )
     return sums[GLOBAL], sums[LOCAL]

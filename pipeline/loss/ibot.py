@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, check_rows, cross_entropy
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, check_rows, cross_entropy
 from pipeline.loss.target import Target, slices
 
 
@@ -34,13 +34,13 @@ def patch_weights(masks: Tensor, masked: Tensor) -> Tensor:
     return 1.0 / (counts[torch.div(masked, patches, rounding_mode="floor")] * views)
 
 
-def ibot_pieces(
+def ibot_predictions(
     target: Target, weights: Tensor, first_row: int = 0, term: int = 0
-) -> Iterator[Piece]:
-    """Pieces over M rows of logits, from `first_row` on."""
+) -> Iterator[Prediction]:
+    """Predictions over M rows of logits, from `first_row` on."""
     for part in slices(*target.logits.shape):
         rows = slice(first_row + part.start, first_row + part.stop)
-        yield Piece(rows, target.probabilities(part), weights[part], term)
+        yield Prediction(rows, target.probabilities(part), weights[part], term)
 
 
 def ibot_loss(
@@ -61,4 +61,4 @@ def ibot_loss(
             f"ibot_loss got weights {list(weights.shape)}, expected [{rows}], one a masked patch",
             "take them from patch_weights of the same masks",
         )
-    return cross_entropy(logits, lambda: ibot_pieces(target, weights), 1, temperature)[0]
+    return cross_entropy(logits, lambda: ibot_predictions(target, weights), 1, temperature)[0]

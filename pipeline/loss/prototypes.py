@@ -18,8 +18,8 @@ from pipeline.loss.target import Target
 STUDENT_TEMPERATURE = 0.1
 
 
-class Piece(NamedTuple):
-    """Some rows of the student's logits and what they should predict."""
+class Prediction(NamedTuple):
+    """What some rows of the student's logits should be."""
 
     rows: slice
     target: Tensor  # [n, K] fp32, sums to any positive number a row
@@ -27,7 +27,7 @@ class Piece(NamedTuple):
     term: int  # the loss term the rows belong to
 
 
-Pieces = Callable[[], Iterator[Piece]]
+Predictions = Callable[[], Iterator[Prediction]]
 
 
 def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:
@@ -46,25 +46,27 @@ def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:
 
 
 def cross_entropy(
-    logits: Tensor, pieces: Pieces, terms: int, temperature: float = STUDENT_TEMPERATURE
+    logits: Tensor, predictions: Predictions, terms: int, temperature: float = STUDENT_TEMPERATURE
 ) -> Tensor:
     """Weighted sums of `-sum_k q_k log softmax(logits / temperature)_k`, one a term: fp32
     `[terms]`.
 
-    A row of `logits` may occur in one piece only. Rows that occur in none get no gradient.
+    A row of `logits` may occur in one prediction only. Rows that occur in none get no gradient.
     """
-    sums: Tensor = _CrossEntropy.apply(logits, pieces, terms, temperature)
+    sums: Tensor = _CrossEntropy.apply(logits, predictions, terms, temperature)
     return sums
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, pieces: Pieces, terms: int, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, predictions: Predictions, terms: int, temperature: float
+    ) -> Tensor:
         sums = torch.zeros(terms, dtype=torch.float32, device=logits.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(logits) if needs_gradient else None
         spans: list[tuple[slice, int]] = []
-        for rows, target, weight, term in pieces():
+        for rows, target, weight, term in predictions():
             scaled = logits[rows].float() / temperature
             mass = target.sum(dim=1, keepdim=True)
             length = torch.logsumexp(scaled, dim=1, keepdim=True)

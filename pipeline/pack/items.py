@@ -46,10 +46,10 @@ class Item:
 
 # Items, and their extra columns in the order of the items (None: there are none).
 Read = Item | Refused | Other | Label
-Piece = tuple[Sequence[Read], pa.Table | None]
+ReadBatch = tuple[Sequence[Read], pa.Table | None]
 
 
-def read_task(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> Iterator[Piece]:
+def read_task(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> Iterator[ReadBatch]:
     """All images of a task in their order. Nothing that is wrong with the source raises.
 
     Raises:
@@ -126,7 +126,9 @@ def _read_local(path: str, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1) if about.st_size else b""
 
 
-def _read_parquet(fs: pafs.FileSystem, root: str, task: Task, reading: Reading) -> Iterator[Piece]:
+def _read_parquet(
+    fs: pafs.FileSystem, root: str, task: Task, reading: Reading
+) -> Iterator[ReadBatch]:
     path = readable(task.paths[0])
     try:
         with (
@@ -151,7 +153,7 @@ def _first_line(error: Exception) -> str:
 
 def _read_group(
     parquet: pq.ParquetFile, group: int, rows: Sequence[int], task: Task, reading: Reading
-) -> Iterator[Piece]:
+) -> Iterator[ReadBatch]:
     """The rows of a row group, from the first of two row numbers to the second."""
     path, (row, end) = readable(task.paths[0]), rows
     image, label = ("image", "label") if task.own else (reading.image_column, reading.label_column)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.images.decode import BadImage, decode_measured
@@ -23,10 +22,10 @@ from pipeline.pack.labels import Label, label_of
 from pipeline.pack.listing import Other, Refused
 from pipeline.pack.sources import Reading, Task
 from pipeline.shards.columns import image_id
+from pipeline.shards.shard_set import open_parquet
 from pipeline.storage.places import resolve_uri, retries
 from pipeline.storage.transfer import (
     atomic_path,
-    open_patiently,
     write_bytes_atomic,
     write_parquet_atomic,
 )
@@ -196,7 +195,7 @@ class _Labels:
         values = {key: label.value for key, label in self.files.items()}
         self.folders, self.class_names, self.largest = set(), set(), -1
         for path in self.runs:
-            with open_patiently(fs, f"{path}.parquet") as file, pq.ParquetFile(file) as parquet:
+            with open_parquet(fs, f"{path}.parquet", piecewise=True) as parquet:
                 table = parquet.read()
             columns: dict[str, list[Any]] = {"folder": [], "label": [], "class_name": []}
             for source in table.column("source").to_pylist():

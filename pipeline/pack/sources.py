@@ -29,6 +29,7 @@ from pipeline.shards.columns import (
     is_image_type,
     is_ours,
 )
+from pipeline.shards.shard_set import open_parquet
 from pipeline.storage.once import once
 from pipeline.storage.places import public_uri, resolve_uri
 from pipeline.storage.transfer import open_patiently
@@ -206,7 +207,9 @@ class _Tables:
         schema, (fs, _) = _join(uri, self.schemas), resolve_uri(listing.uri)
         for entry, kept in self.kept if fit else ():
             place = inside(listing.root, entry.path)
-            check_fit(readable(entry.path), partial(_opened, fs, place), kept, schema)
+            check_fit(
+                readable(entry.path), partial(open_parquet, fs, place, piecewise=True), kept, schema
+            )
         return schema
 
     def _add(
@@ -236,10 +239,6 @@ class _Tables:
         self.rows += meta.num_rows
         for groups in _row_group_runs(meta):
             self.tasks.append(Task("parquet", (entry.path,), groups, index, own))
-
-
-def _opened(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
-    return pq.ParquetFile(open_patiently(fs, path))
 
 
 def _footer(fs: pafs.FileSystem, path: str) -> tuple[pa.Schema, pq.FileMetaData] | str:

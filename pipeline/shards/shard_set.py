@@ -102,12 +102,11 @@ def open_parquet(fs: pafs.FileSystem, path: str, piecewise: bool = False) -> pq.
     Raises:
         DataError: it is not readable as parquet.
     """
-    remote = not isinstance(fs, pafs.LocalFileSystem)
+    # Arrow opens no local file whose name is not UTF-8, as files of others may have it.
+    patient = piecewise and not (isinstance(fs, pafs.LocalFileSystem) and path.isascii())
 
     def opened() -> pq.ParquetFile:
-        return pq.ParquetFile(
-            open_patiently(fs, path) if piecewise and remote else fs.open_input_file(path)
-        )
+        return pq.ParquetFile(open_patiently(fs, path) if patient else fs.open_input_file(path))
 
     try:
         return with_retries(f"reading {path}", opened)

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
-from pipeline.loss.dino import GLOBAL, LOCAL, dino_pieces
-from pipeline.loss.ibot import ibot_pieces, patch_weights
+from pipeline.loss.dino import GLOBAL, LOCAL, dino_predictions
+from pipeline.loss.ibot import ibot_predictions, patch_weights
 from pipeline.loss.koleo import koleo
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Piece, cross_entropy
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, cross_entropy
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
 from pipeline.views.batch import Views
@@ -220,14 +220,14 @@ class Objective:
         global_rows = len(views.global_views)
         cls_rows = global_rows + len(views.local_views) if self.scores_cls else 0
 
-        def dino() -> Iterator[Piece]:
+        def dino() -> Iterator[Prediction]:
             if targets.dino is not None:
-                yield from dino_pieces(targets.dino, views.local_crops, views.global_crops)
+                yield from dino_predictions(targets.dino, views.local_crops, views.global_crops)
 
-        def ibot(first_row: int) -> Iterator[Piece]:
+        def ibot(first_row: int) -> Iterator[Prediction]:
             if targets.ibot is not None:
                 weights = patch_weights(self._scored(views), masked.places[: masked.rows])
-                yield from ibot_pieces(targets.ibot, weights, first_row, PATCH)
+                yield from ibot_predictions(targets.ibot, weights, first_row, PATCH)
 
         if student.ibot is None:
             sums = cross_entropy(

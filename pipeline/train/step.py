@@ -111,7 +111,7 @@ def train_step(
     _check(micro_batches, generator)
     device = micro_batches[0].global_views.device
     parts = len(micro_batches)
-    draws = list(generator) if isinstance(generator, Sequence) else [generator] * parts
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * parts
 
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
@@ -132,7 +132,9 @@ def train_step(
         # DDP adds up the workers' gradients once a step, in the last backward.
         with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
             with autocast():
-                student = ask_student(student_forward, views, patches, objective, draws[number])
+                student = ask_student(
+                    student_forward, views, patches, objective, generators[number]
+                )
             terms = objective.losses(student, target, views, patches)
             del target  # free the logits before the backward pass needs room
             (terms.total / parts).backward()  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.curate.rows.tables import InputFile, read_table
 from pipeline.errors import DataError
@@ -23,8 +22,6 @@ from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, check_fit, is_ours, shar
 from pipeline.shards.overlap import shared_classes
 from pipeline.shards.row_group import image_array
 from pipeline.shards.shards import ShardSet
-from pipeline.storage.places import resolve_uri
-from pipeline.storage.transfer import open_patiently
 
 
 @dataclass(frozen=True)
@@ -127,12 +124,6 @@ def decided(file: InputFile, decisions: str) -> tuple[Ids, np.ndarray[Any, np.dt
     table = read_table(decisions, file.name, ["image_id", "kept"])
     ids = np.array(table.column("image_id").to_pylist(), "U32")
     return ids, table.column("kept").to_numpy(zero_copy_only=False).copy()
-
-
-def opened(file: InputFile) -> pq.ParquetFile:
-    """An input file, to be closed by the caller."""
-    fs, _ = resolve_uri(file.columns.uri)
-    return pq.ParquetFile(open_patiently(fs, file.file.path))
 
 
 def formed(

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.curate.decide.shard_form import Form, decided, formed, opened
+from pipeline.curate.decide.shard_form import Form, decided, formed
 from pipeline.curate.rows.tables import InputFile, Inputs, read_table
 from pipeline.curate.steps.steps import Account, Output, Step, Steps
 from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of
+from pipeline.shards.shard_set import open_parquet
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import file_info, resolve_uri
-from pipeline.storage.transfer import open_patiently, parquet_writer_atomic
+from pipeline.storage.transfer import parquet_writer_atomic
 from pipeline.uri import Place, join
 
 EARLIER = "earlier"  # the set of images that are there already
@@ -165,11 +166,11 @@ def _read(piece: Piece, index: int, layout: Layout) -> Iterator[pa.Table]:
     form, (low, high) = layout.form, id_range(index, layout.shards)
     if piece.sorted:
         fs, path = resolve_uri(str(join(layout.sorted, f"{piece.sorted}.parquet")))
-        with open_patiently(fs, path) as file, pq.ParquetFile(file) as parquet:
+        with open_parquet(fs, path, piecewise=True) as parquet:
             yield parquet.read_row_group(piece.group).cast(form.schema)
         return
     if piece.file.set == EARLIER:
-        with opened(piece.file) as parquet:
+        with _parquet(piece.file) as parquet:
             names = parquet.read(columns=["image_id"]).column(0).to_pylist()
         ids, kept = np.array(names, "U32"), np.ones(len(names), bool)
     else:
@@ -179,12 +180,17 @@ def _read(piece: Piece, index: int, layout: Layout) -> Iterator[pa.Table]:
         yield formed(table, ids[rows], None, piece.file, form)
 
 
+def _parquet(file: InputFile) -> pq.ParquetFile:
+    fs, _ = resolve_uri(file.columns.uri)
+    return open_parquet(fs, file.file.path, piecewise=True)
+
+
 def _kept_groups(
     file: InputFile, kept: np.ndarray[Any, np.dtype[np.bool_]]
 ) -> Iterator[tuple[pa.Table, np.ndarray[Any, np.dtype[np.int64]]]]:
     """What is kept of each row group, and the places of these rows in the file."""
     first = 0
-    with opened(file) as parquet:
+    with _parquet(file) as parquet:
         for group, count in enumerate(file.file.row_groups):
             chosen = np.flatnonzero(kept[first : first + count])
             if len(chosen):
