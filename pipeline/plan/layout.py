@@ -8,10 +8,18 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config.config import Config
 from pipeline.errors import PlacementError
-from pipeline.plan.nodes import Node, Share, decoders, left_by, missing, placed, without_feeder
+from pipeline.plan.nodes import (
+    READ_CPUS,
+    Node,
+    Share,
+    decoders,
+    left_by,
+    missing,
+    placed,
+    without_feeder,
+)
 
 DECODE_CPUS = 0.95  # of a decoder; the rest of a core finds other uses
-READ_CPUS = 0.1  # of all read tasks (data.feeder): decoders must leave them that
 FEEDER_CPUS = 1.0  # of a large node that the feeder runs on: its loop takes a part of a core
 LARGE_NODE = 16  # CPUs
 

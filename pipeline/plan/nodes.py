@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# CPUs of all read tasks, which wait for storage; more than 0, or they would run on a bare head.
+READ_CPUS = 0.1
+
 
 class Node(NamedTuple):
     """What a node of the cluster has, or has left."""

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from pipeline.driver.mailbox import Mailbox
 from pipeline.driver.ray_internals import end_split, pace_data
+from pipeline.plan.nodes import READ_CPUS
 from pipeline.stream.reader import EncodedImages, Reading, ReadTask, read_portions
 
 READ_WINDOWS = 16  # of the order in one read task
@@ -25,7 +26,6 @@ SEGMENT = 2000
 # reads waits for its turn, up to a whole task, so there is one only where the first is too slow.
 DECODERS_PER_READ = 24
 AHEAD = 1.0  # encoded bytes that wait for decoders, of those that they have been given
-READ_CPUS = 0.1  # of all read tasks, which wait for storage; more than 0: none on a bare head
 BUFFER = 4  # blocks of a task that wait to be noticed: a turn's work
 IN_FLIGHT = 2  # portions at a decoder: the next one is there when it has finished one
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from pipeline.driver.cluster import Seen, seen_nodes
+from pipeline.driver.cluster import SAY_S, Seen, seen_nodes
 from pipeline.driver.mailbox import MOVE, SAVE, STOP
 from pipeline.driver.ray_internals import free_resources
 from pipeline.errors import PlacementError, StoppedError
@@ -26,7 +26,6 @@ from pipeline.plan.nodes import Node, Share
 from pipeline.plan.plan import Plan
 from pipeline.stream.feeder import DecodeTasks
 
-SAY_S = 30.0  # between two words about what is missing
 LOOK_S = 3.0  # between two looks at the nodes while all is well
 ANSWER_S = 20.0  # a group that must shrink and gives no answer waits for data that cannot come
 SETTLE_S = 10.0  # so long new room must stay before a running group grows into it
