@@ -72,8 +72,8 @@ TABLE = [
     row("pack.pack", "errors images pack shards storage uri", others_inside="ray"),
     row("pack", "errors images shards storage uri", others="numpy PIL pyarrow",
         others_inside="skimage sklearn"),
-    row("stream", "driver errors images plan.nodes shards storage uri views", others="numpy pyarrow",
-        others_inside="ray torch"),
+    row("stream", "driver errors images plan.nodes shards storage uri views",
+        others="numpy pyarrow", others_inside="ray torch"),
     # maths: no Ray, no config
     row("loss", "errors", others="torch"),
     row("model", "errors images schedule storage views", others="torch safetensors",

@@ -2,5 +2,5 @@
 
 In: a `ShardSet`, a seed, a step. Out: chunks of crops for each worker; no image lost or twice.
 `reader` reads row groups, `decoder` cuts, `feeder` owns the data sets, `worker` takes them.
-Imports: images, shards, views, storage, driver (mailbox), errors.
+Imports: images, shards, views, storage, driver (mailbox), plan (READ_CPUS), errors.
 """
