@@ -8,7 +8,7 @@ Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,18 @@ from typing import Any
 import numpy as np
 
 from pipeline.embed import load
+from pipeline.embed.forward import (
+    Images,
+    Run,
+    check_channels,
+    described,
+    dtype_of,
+    one_by_one,
+    own_size,
+    timm_blocks,
+    tokens,
+    with_mean,
+)
 from pipeline.embed.onnx import OnnxModel
 from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, PipelineError
@@ -30,7 +42,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 OUTPUTS = ("cls", "mean", "patches", "blocks")
 BLOCKS = 4  # of the last blocks: what linear evaluation takes of a ViT (DINOv2 `eval/linear.py`)
 
-Images = np.ndarray[Any, np.dtype[np.uint8]]
 Vectors = np.ndarray[Any, Any]
 
 
@@ -205,17 +216,18 @@ class Embedder:
         self.patch_size: int | None = None
         self.registers = 0
         self.network: Any = None
-        self._run: Callable[[Images, Sequence[str], int], dict[str, Any]] = self._forward
+        self._run: Run = self._forward
         if spec.kind == DESCRIPTOR:
             from pipeline.curate.images import descriptor
 
-            self._run, self.dim, self.size = self._describe, descriptor.DIM, 2 * descriptor.SIDE
+            self._run = one_by_one(described)
+            self.dim, self.size = descriptor.DIM, 2 * descriptor.SIDE
             return
         if spec.kind == ONNX:
             path = on_this_node(spec.path, spec.digest)
             sizes = (spec.image_size, spec.mean, spec.std)
             model = OnnxModel(path, *sizes, threads=threads, gpu=gpu, name=spec.name)
-            self._run = lambda images, want, blocks: _with_mean(model.outputs(images))
+            self._run = one_by_one(lambda images: with_mean(model.outputs(images)))
             self.patch_size = model.patch_size
             self.mean, self.std = model.signature.mean, model.signature.std
             self.channels = len(self.mean)
@@ -229,12 +241,12 @@ class Embedder:
         self._device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
         self._dtype = torch.bfloat16 if spec.half else torch.float32
         self.network = network = spec.load().to(self._device).eval()
-        self._check_channels()
+        check_channels(network, spec.name, self.channels)
         if getattr(network, "has_patches", False):
             self.patch_size = int(network.patch_size)
         prefix = int(getattr(network, "prefix_tokens", 1))
         self.registers = int(getattr(network, "registers", max(0, prefix - 1)))
-        self.size = spec.image_size or _own_size(network)
+        self.size = spec.image_size or own_size(network)
         blank = np.zeros((self.size, self.size, self.channels), np.uint8)
         self.dim = self.outputs([blank])["cls"].shape[1]
 
@@ -276,16 +288,13 @@ class Embedder:
             rows, columns = self.grid
             shapes = {"patches": (rows * columns, self.dim), "blocks": (blocks, self.dim)}
             return {
-                name: np.zeros((0, *shapes.get(name, (self.dim,))), _dtype(name)) for name in want
+                name: np.zeros((0, *shapes.get(name, (self.dim,))), dtype_of(name)) for name in want
             }
         size = self.spec.batch_size
-        parts = [
-            self._run(np.stack(list(images[at : at + size])), want, blocks)
-            for at in range(0, len(images), size)
-        ]
-        joined = {}
+        batches = (np.stack(list(images[at : at + size])) for at in range(0, len(images), size))
+        outputs, joined = self._run(batches, want, blocks), {}
         for name in want:
-            vectors = np.concatenate([np.asarray(part[name], _dtype(name)) for part in parts])
+            vectors = np.asarray(outputs[name], dtype_of(name))
             if not np.isfinite(vectors).all():
                 raise DataError(
                     f"{self.spec.name} gives values that are not finite ({name})",
@@ -294,36 +303,28 @@ class Embedder:
             joined[name] = vectors
         return joined
 
-    def _forward(self, images: Images, want: Sequence[str], blocks: int) -> dict[str, Any]:
+    def _forward(
+        self, batches: Iterator[Images], want: Sequence[str], blocks: int
+    ) -> dict[str, Any]:
+        import torch
+
         from pipeline.evaluate.features import embed, inference, normalise
 
         network, dtype = self.network, self._dtype
         if set(want) == {"cls"}:  # what an evaluation does while the network is trained
             return {
-                "cls": embed(network, [images], self.mean, self.std, self._device, dtype).numpy()
+                "cls": embed(network, batches, self.mean, self.std, self._device, dtype).numpy()
             }
+        parts: dict[str, list[Any]] = {name: [] for name in want}
         with inference(network, self._device, dtype):
-            x = normalise(images, self.mean, self.std, self._device)
-            patches: Any = None
-            if "blocks" in want:
-                layers = _last_blocks(network, x, blocks)
-                patches, cls = layers[-1]
-                vectors = {"blocks": _stacked([one for _, one in layers])}
-            else:
-                features = network.forward_features(x)
-                cls, vectors = features["x_norm_clstoken"], {}
-                patches = features["x_norm_patchtokens"]
-            vectors["cls"] = cls.float().cpu().numpy()
-            if "mean" in want:
-                vectors["mean"] = patches.float().mean(1).cpu().numpy()
-            if "patches" in want:
-                vectors["patches"] = patches.half().cpu().numpy()
-        return vectors
-
-    def _describe(self, images: Images, want: Sequence[str], blocks: int) -> dict[str, Any]:
-        from pipeline.curate.images import descriptor
-
-        return {"cls": descriptor.describe_grey(descriptor.averaged(images[..., 0]))[0]}
+            for batch in batches:
+                outputs = tokens(
+                    network, normalise(batch, self.mean, self.std, self._device), want, blocks
+                )
+                for name in want:
+                    parts[name].append(outputs[name])
+            # Copied at the end: a copy waits for the device, which then has nothing to do.
+            return {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
 
     def _check_wanted(self, want: Sequence[str], blocks: int) -> None:
         for name in want:
@@ -333,20 +334,10 @@ class Embedder:
                 raise DataError(
                     f"{self.spec.name} gives no patch tokens, so it has no {name}", "ask for cls"
                 )
-            depth = len(getattr(self.network, "blocks", ()) or _timm_blocks(self.network))
+            depth = len(getattr(self.network, "blocks", ()) or timm_blocks(self.network))
             if name == "blocks" and not blocks <= depth:
                 what = f"has {depth} blocks" if depth else "gives nothing of single blocks"
                 raise DataError(f"{self.spec.name} {what}, {blocks} were asked for", "ask for cls")
-
-    def _check_channels(self) -> None:
-        embed = getattr(getattr(self.network, "module", self.network), "patch_embed", None)
-        weight = getattr(getattr(embed, "proj", None), "weight", None)
-        if weight is not None and weight.ndim == 4 and weight.shape[1] != self.channels:
-            raise DataError(
-                f"{self.spec.name} takes images of {weight.shape[1]} channels, but mean and std "
-                f"have {self.channels} numbers",
-                "give augment.mean and augment.std one for each of its channels",
-            )
 
 
 def prepared(kind: str, size: int, pixels: Images) -> Images:
@@ -358,48 +349,6 @@ def prepared(kind: str, size: int, pixels: Images) -> Images:
     from pipeline.views.crops import resize_centre_crop
 
     return resize_centre_crop(pixels, size)
-
-
-def _with_mean(outputs: dict[str, Any]) -> dict[str, Any]:
-    if "patches" in outputs:
-        outputs["mean"] = outputs["patches"].astype(np.float32).mean(1)
-    return outputs
-
-
-def _dtype(output: str) -> Any:
-    return np.float16 if output == "patches" else np.float32
-
-
-def _stacked(layers: Sequence[Any]) -> Any:
-    return np.stack([one.float().cpu().numpy() for one in layers], 1)
-
-
-def _last_blocks(network: Any, x: Any, blocks: int) -> list[tuple[Any, Any]]:
-    """Normed patch tokens [B, P, D] and CLS [B, D] of the last blocks, the last one last."""
-    if hasattr(network, "intermediate"):
-        return [
-            (maps.flatten(2).transpose(1, 2), cls) for maps, cls in network.intermediate(x, blocks)
-        ]
-    layers = network.module.forward_intermediates(
-        x, indices=blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC",
-        intermediates_only=True,
-    )  # fmt: skip
-    return [(patches, prefix[:, 0]) for patches, prefix in layers]
-
-
-def _timm_blocks(network: Any) -> Any:
-    """Blocks of a timm ViT; none for what has no CLS token in each of them."""
-    module = getattr(network, "module", None)
-    tokens = getattr(network, "has_patches", False) and getattr(network, "prefix_tokens", 0)
-    return getattr(module, "blocks", ()) if tokens else ()
-
-
-def _own_size(network: Any) -> int:
-    """The image size that a backbone's position embeddings are for, else 224."""
-    position, patch = getattr(network, "pos_embed", None), int(getattr(network, "patch_size", 0))
-    if position is None or not patch:
-        return 224
-    return int((position.shape[1] - 1) ** 0.5) * patch
 
 
 _open: dict[tuple[str, bool, int], Embedder] = {}

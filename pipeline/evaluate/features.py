@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 Images = npt.NDArray[np.uint8]
+# Batches whose features are copied together: a copy waits for the device, which is then idle.
+AT_ONCE = 16
 
 
 def embed(
@@ -36,10 +38,15 @@ def embed(
     Returns:
         float32 [N, D] on the CPU, in the order of the images.
     """
-    features = []
+    features, waiting = [], []
     with inference(backbone, device, dtype):
         for batch in images:
-            features.append(backbone(normalise(batch, mean, std, device)).float().cpu())
+            waiting.append(backbone(normalise(batch, mean, std, device)).float())
+            if len(waiting) == AT_ONCE:
+                features.append(torch.cat(waiting).cpu())
+                waiting = []
+        if waiting:
+            features.append(torch.cat(waiting).cpu())
     return torch.cat(features) if features else torch.zeros(0, int(getattr(backbone, "width", 0)))
 
 

@@ -26,7 +26,8 @@ from pipeline.curate.rows.tables import (
     vector_schema,
 )
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
-from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, Images, open_embedder
+from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, open_embedder
+from pipeline.embed.forward import Images
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.shards.row_group import RowGroup
 

@@ -1,0 +1,109 @@
+"""One batch through a model: CLS, mean of the patches, patches, CLS of the last blocks.
+
+Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DataError
+
+Images = np.ndarray[Any, np.dtype[np.uint8]]
+Run = Callable[[Iterator[Images], Sequence[str], int], dict[str, Any]]  # batches, outputs, n
+
+
+def tokens(network: Any, x: Any, want: Sequence[str], blocks: int) -> dict[str, Any]:
+    """What is wanted of a batch [B, C, S, S], float32 or float16, on its device."""
+    import torch
+
+    outputs = {}
+    if "blocks" in want:
+        layers = last_blocks(network, x, blocks)
+        patches, cls = layers[-1]
+        outputs["blocks"] = torch.stack([one.float() for _, one in layers], 1)
+    else:
+        features = network.forward_features(x)
+        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
+    outputs["cls"] = cls.float()
+    if "mean" in want:
+        outputs["mean"] = patches.float().mean(1)
+    if "patches" in want:
+        outputs["patches"] = patches.half()
+    return outputs
+
+
+def one_by_one(run: Callable[[Images], dict[str, Any]]) -> Run:
+    """Of a model that takes a batch, what takes several of them."""
+
+    def several(batches: Iterator[Images], want: Sequence[str], blocks: int) -> dict[str, Any]:
+        parts = [run(batch) for batch in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in want}
+
+    return several
+
+
+def described(images: Images) -> dict[str, Any]:
+    """Descriptors of prepared images, as `cls`."""
+    from pipeline.curate.images import descriptor
+
+    return {"cls": descriptor.describe_grey(descriptor.averaged(images[..., 0]))[0]}
+
+
+def last_blocks(network: Any, x: Any, blocks: int) -> list[tuple[Any, Any]]:
+    """Normed patch tokens [B, P, D] and CLS [B, D] of the last blocks, the last one last."""
+    if hasattr(network, "intermediate"):
+        return [
+            (maps.flatten(2).transpose(1, 2), cls) for maps, cls in network.intermediate(x, blocks)
+        ]
+    layers = network.module.forward_intermediates(
+        x, indices=blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC",
+        intermediates_only=True,
+    )  # fmt: skip
+    return [(patches, prefix[:, 0]) for patches, prefix in layers]
+
+
+def timm_blocks(network: Any) -> Any:
+    """Blocks of a timm ViT; none for what has no CLS token in each of them."""
+    module = getattr(network, "module", None)
+    tokens = getattr(network, "has_patches", False) and getattr(network, "prefix_tokens", 0)
+    return getattr(module, "blocks", ()) if tokens else ()
+
+
+def own_size(network: Any) -> int:
+    """The image size that a backbone's position embeddings are for, else 224."""
+    position, patch = getattr(network, "pos_embed", None), int(getattr(network, "patch_size", 0))
+    if position is None or not patch:
+        return 224
+    return int((position.shape[1] - 1) ** 0.5) * patch
+
+
+def with_mean(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Outputs with the mean of the patches, where there are patches."""
+    if "patches" in outputs:
+        outputs["mean"] = outputs["patches"].astype(np.float32).mean(1)
+    return outputs
+
+
+def dtype_of(output: str) -> Any:
+    """The type of an output in memory."""
+    return np.float16 if output == "patches" else np.float32
+
+
+def check_channels(network: Any, name: str, channels: int) -> None:
+    """Refuses a network whose weights take another number of channels than it is given.
+
+    Raises:
+        DataError: it does.
+    """
+    embed = getattr(getattr(network, "module", network), "patch_embed", None)
+    weight = getattr(getattr(embed, "proj", None), "weight", None)
+    if weight is not None and weight.ndim == 4 and weight.shape[1] != channels:
+        raise DataError(
+            f"{name} takes images of {weight.shape[1]} channels, but mean and std have {channels} "
+            "numbers",
+            "give augment.mean and augment.std one for each of its channels",
+        )
