@@ -24,6 +24,9 @@ class Serve(Section):
         True,
         description="false: none is asked for; it is RAYDINO_TOKEN in the environment or a new one",
     )
+    readers: Positive = Field(
+        1, description="processes that read, decode and search, each with the vectors in memory"
+    )
     replicas: Positive = Field(1, description="copies of the model, each with cpus and gpus")
     cpus: Positive = Field(1, description="CPUs of a replica, and threads of its model")
     gpus: float | None = Field(
@@ -34,7 +37,7 @@ class Serve(Section):
         5.0, description="how long the first image of a batch waits for others"
     )
     queue: Positive = Field(
-        128, description="requests for the model, waiting or running; more are refused with 503"
+        128, description="requests for the model in a reader, waiting or running; more get 503"
     )
     timeout_s: float = Field(
         30.0, gt=0, description="how long a request may take; a body that comes slower gets 408"

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.images.bad_image import BadImage
+from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import UInt8Array, image_format
 from pipeline.serve.collection import Collection
 from pipeline.serve.intake import (
@@ -263,7 +263,7 @@ class _Answers:
     def _thumbnail(self, row: int, size: int) -> bytes:
         encoded = self._encoded(row)
         try:
-            return thumbnail(encoded, size, self.site.pixels, self.site.limits.max_pixels)
+            return thumbnail(encoded, size, self.site.pixels, MAX_PIXELS)
         except BadImage as error:
             raise of_bad_image(error) from error
 
@@ -305,13 +305,13 @@ class _Answers:
         row = self._collection().row_of(request.path_params["image_id"])
         what = self._kind_of_look(request)
         async with self._queued():
-            return await self._picture(await asyncio.to_thread(self._encoded, row), what, KEPT)
+            encoded = await asyncio.to_thread(self._encoded, row)
+            return await self._picture(await self._prepared(encoded, MAX_PIXELS), what, KEPT)
 
     async def look_at_body(self, request: Request) -> Response:
         what = self._kind_of_look(request)
         async with self._queued():
-            kind = request.headers.get("content-type", "")
-            return await self._picture(image_of(kind, await self._body(request)), what, "no-store")
+            return await self._picture(await self._sent_image(request), what, "no-store")
 
     def _kind_of_look(self, request: Request) -> str:
         what, facts = str(request.path_params["what"]), self._model().facts
@@ -319,8 +319,8 @@ class _Answers:
             raise Refusal(404, f"{facts.name} draws {' and '.join(facts.looks) or 'nothing'}")
         return what
 
-    async def _picture(self, encoded: bytes, what: str, kept: str) -> Response:
-        picture = await self._model().look(await self._prepared(encoded), what)
+    async def _picture(self, image: UInt8Array, what: str, kept: str) -> Response:
+        picture = await self._model().look(image, what)
         out = io.BytesIO()
         Image.fromarray(picture).save(out, "PNG")
         return Response(out.getvalue(), media_type="image/png", headers={"Cache-Control": kept})
@@ -354,14 +354,13 @@ class _Answers:
 
     async def _sent_image(self, request: Request) -> UInt8Array:
         body = await self._body(request)
-        return await self._prepared(image_of(request.headers.get("content-type", ""), body))
+        image = image_of(request.headers.get("content-type", ""), body)
+        return await self._prepared(image, self.site.limits.max_pixels)
 
-    async def _prepared(self, encoded: bytes) -> UInt8Array:
+    async def _prepared(self, encoded: bytes, max_pixels: int) -> UInt8Array:
         """[S, S, C], as the vectors' own images were prepared."""
-        model, site = self._model(), self.site
-        return await asyncio.to_thread(
-            lambda: model.prepare(decoded(encoded, site.limits, site.pixels))
-        )
+        model, pixels = self._model(), self.site.pixels
+        return await asyncio.to_thread(lambda: model.prepare(decoded(encoded, max_pixels, pixels)))
 
 
 def _whole(text: str) -> int:

@@ -62,7 +62,7 @@ def application(settings: Serve, served: Served, token: str, replicas: Replicas)
             _batching(settings, replicas),
             name=MODEL,
             num_replicas=replicas.count,
-            max_ongoing_requests=settings.queue,
+            max_ongoing_requests=settings.queue * settings.readers,
             ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
             logging_config=QUIET,
         )
@@ -78,6 +78,7 @@ def application(settings: Serve, served: Served, token: str, replicas: Replicas)
     front = serve.deployment(
         serve.ingress(in_replica)(),
         name="site",
+        num_replicas=settings.readers,
         max_ongoing_requests=settings.queue + SLACK,
         max_queued_requests=settings.queue + SLACK,  # then Ray Serve refuses with 503 itself
         ray_actor_options={"num_cpus": 0},

@@ -102,14 +102,14 @@ def _first_file(content_type: str, body: bytes) -> bytes:
     raise Refusal(422, "the form has no file; send the image as a field with a file name")
 
 
-def decoded(image: bytes, limits: Limits, pixels: Pixels) -> UInt8Array:
-    """Pixels [H, W, C] of an image that somebody sent.
+def decoded(image: bytes, max_pixels: int, pixels: Pixels) -> UInt8Array:
+    """Pixels [H, W, C] of an image of at most so many pixels.
 
     Raises:
         Refusal: 413, 415 or 422, with the reason.
     """
     try:
-        return decode_image(image, pixels.channels, limits.max_pixels, pixels.value_range)
+        return decode_image(image, pixels.channels, max_pixels, pixels.value_range)
     except BadImage as error:
         raise of_bad_image(error) from error
 

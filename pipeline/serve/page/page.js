@@ -53,15 +53,14 @@ function say(text, isError = false) {
 
 // A thumbnail of a row, or its name where the images cannot be reached.
 function picture(row, side, name = "") {
-  if (!api.set.images) {
-    const box = document.createElement("div");
-    box.className = "lacking";
-    box.textContent = nameOf(row);
-    return box;
-  }
+  const box = document.createElement("div");
+  box.className = "lacking";
+  box.textContent = nameOf(row);
+  if (!api.set.images) return box;
   const image = document.createElement("img");
   image.className = name;
   image.decoding = "async";
+  image.addEventListener("error", () => image.replaceWith(box));
   image.alt = [row.label, nameOf(row)].filter(Boolean).join(", ");
   const size = Math.min(1024, 64 * Math.ceil((side * Math.min(window.devicePixelRatio, 2)) / 64));
   image.src = `/image/${encodeURIComponent(row.image_id)}?size=${size}`;
