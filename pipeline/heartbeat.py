@@ -55,6 +55,17 @@ class Heartbeat:
             with self._lock:
                 del self._doing[depth:]
 
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Inside, nothing is said: a server that waits for requests is not at work."""
+        with self._lock:
+            before, self._doing = self._doing, []
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._doing = before
+
     def now(self, what: str) -> None:
         """Says more exactly what is being done, since now; the word of the innermost `doing`."""
         with self._lock:
@@ -79,7 +90,7 @@ class Heartbeat:
 
 
 HEART = Heartbeat(lambda line: log.info("still       %s", line))
-doing, now = HEART.doing, HEART.now
+doing, now, idle = HEART.doing, HEART.now, HEART.idle
 
 
 class SignOfLife(logging.Filter):

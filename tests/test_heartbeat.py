@@ -36,6 +36,19 @@ def test_no_silence_of_20_s_in_an_hour_of_any_work() -> None:
     assert said[1] == (2 * SILENCE_S, f"pack, for {2 * SILENCE_S:.0f} s")
 
 
+def test_a_server_that_waits_says_nothing() -> None:
+    said: list[str] = []
+    clock = Clock()
+    heart = Heartbeat(said.append, clock=clock)
+    with heart.doing("opening"):
+        with heart.idle():
+            clock.seconds += 3600
+            heart.look()
+            assert not said
+        heart.look()
+    assert said == ["opening, for 3600 s"]
+
+
 def test_other_lines_count_and_the_innermost_work_is_named() -> None:
     said: list[str] = []
     clock = Clock()

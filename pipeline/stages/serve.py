@@ -17,7 +17,7 @@ from pipeline.config.serve import Serve
 from pipeline.driver import cluster
 from pipeline.embed.embedders import absolute_model
 from pipeline.errors import PipelineError, PlacementError
-from pipeline.heartbeat import doing
+from pipeline.heartbeat import doing, idle
 from pipeline.serve.deployment import APPLICATION, Replicas, application
 from pipeline.serve.opening import Served, checked
 from pipeline.serve.token import own_token
@@ -91,14 +91,15 @@ def _serve(settings: Serve, served: Served, token: str) -> None:
     # Past the log, which leaves secrets out of addresses, and on this console alone.
     sys.stdout.write(f"page        {_address(settings)}{f'#token={token}' if token else ''}\n")
     sys.stdout.flush()
-    while True:
-        time.sleep(LOOK_S)
-        try:
-            ray_serve.status()
-        except RayError as error:
-            raise PipelineError(
-                f"Ray does not answer any more: {_last_line(error)}", "start the job again"
-            ) from error
+    with idle():
+        while True:
+            time.sleep(LOOK_S)
+            try:
+                ray_serve.status()
+            except RayError as error:
+                raise PipelineError(
+                    f"Ray does not answer any more: {_last_line(error)}", "start the job again"
+                ) from error
 
 
 def _vectors(config: Config) -> str:
@@ -175,7 +176,8 @@ def _refuse_second() -> None:
     except ValueError:
         return
     raise PipelineError(
-        "something is served on this cluster already", "end it, or start without RAY_ADDRESS"
+        "something is served on this cluster already",
+        "end it with `serve shutdown`, or start without RAY_ADDRESS",
     )
 
 
