@@ -63,8 +63,15 @@ def serve(config: Config, dry: bool = False) -> None:
 
 
 def _serve(settings: Serve, served: Served, token: str) -> None:
-    from ray import serve as ray_serve
     from ray.exceptions import RayError
+
+    try:
+        from ray import serve as ray_serve
+    except ImportError as error:
+        raise PipelineError(
+            f"Ray Serve lacks a package: {error.name or error}",
+            "make installs it; elsewhere: pip install -c constraints.txt 'ray[serve]'",
+        ) from error
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it is set to INFO when imported
     replicas = replicas_for(settings) if served.spec else Replicas(0, 0, 0, _starts_ray())
@@ -169,7 +176,6 @@ def replicas_for(settings: Serve) -> Replicas:
 def _refuse_second() -> None:
     """A cluster has one Serve, whose address was fixed when it was started."""
     import ray
-    from ray.serve.schema import ServeStatus  # noqa: F401  # fails early where ray[serve] is not
 
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
