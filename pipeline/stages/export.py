@@ -44,10 +44,13 @@ FILES = ("model.safetensors", "config.json")
 
 
 def key(context: Context) -> str:
-    """Changes with the checkpoint, and with the formats that are written."""
+    """Changes with the checkpoint, with the formats that are written, and with the registered
+    model that they become a version of.
+    """
     saved, settings = chosen(context), context.config.export
-    onnx = [["onnx", *settings.onnx_sizes]] * settings.onnx
-    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS, *onnx])
+    name = context.config.track.register or context.config.track.model_name
+    asked = [["onnx", *settings.onnx_sizes]] * settings.onnx + [["register", name]] * bool(name)
+    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS, *asked])
 
 
 def intact(context: Context) -> bool:
