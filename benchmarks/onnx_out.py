@@ -23,7 +23,7 @@ from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.evaluate.teacher import Evaluator
 from pipeline.model.onnx_out import KINDS, OnnxFile, Pixels, SessionModule, save_onnx
-from pipeline.stages.evaluate import chosen, teacher, trained_plan
+from pipeline.stages.evaluate import chosen_in, teacher, trained_plan
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train.run import evaluation_spec
 from pipeline.views.photometric import PhotometricSpec
@@ -91,13 +91,12 @@ def main(models: list[str]) -> None:
             measured(model, spec.build().eval(), spec.patch_size, spec.image_size)
             continue
         folder = Path(model).absolute()
-        config = load(
-            [str(folder / "config.yaml"), f"run.folder={folder.parent}", f"run.name={folder.name}"]
-        )
-        run = RunFolder.of(config.run.folder, config.run.name)
-        context = Context(config, run)
-        saved = chosen(context)
+        place = [f"run.folder={folder.parent}", f"run.name={folder.name}"]
+        named = load(place)
+        run = RunFolder.of(named.run.folder, named.run.name)
+        saved = chosen_in(run, named)
         plan = trained_plan(saved)
+        context = Context(plan.config.model_copy(update={"run": named.run}), run)
         size, patch = plan.config.augment.global_size, plan.config.model.patch_size
         spec = evaluation_spec(plan, context.shards())
         measured(folder.name, teacher(saved).backbone.eval(), patch, size, spec)
