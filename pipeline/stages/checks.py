@@ -25,7 +25,7 @@ from pipeline.driver import cluster
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels
 from pipeline.heartbeat import doing
-from pipeline.stages import curate, embed, pack
+from pipeline.stages import curate, embed, pack, search
 from pipeline.stages.known_sets import KnownSet, known_set
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -55,6 +55,8 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         check_place("embed.vectors", embed.vectors_uri(config, folder))
         if config.embed.model or "pretrain" not in stages:
             embed.model_of(config, folder)
+    if "search" in stages and config.search.enabled:
+        search.check(config, folder, embeds(config, stages))
     check_tracking(config, folder)
     if {"evaluate", "export"} & set(stages) and "pretrain" not in stages:
         from pipeline.stages import evaluate  # loads torch

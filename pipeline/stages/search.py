@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.embed.vectors import VectorSet, open_vectors
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.heartbeat import now
 from pipeline.pack.listing import Refused
 from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
@@ -83,6 +83,28 @@ def describe(config: Config) -> None:
 
 
 # ---- In a whole chain.
+
+
+def check(config: Config, folder: RunFolder, embedding: bool) -> None:
+    """What can be known to be wrong before a chain starts.
+
+    Args:
+        config: the recipe.
+        folder: of the run.
+        embedding: the chain makes the vectors itself.
+
+    Raises:
+        PipelineError: there will be no such vectors, or no index of them.
+    """
+    column, outputs = config.search.vectors_column, config.embed.outputs
+    if not embedding or config.search.vectors:
+        outputs = _vectors(config, folder).outputs
+    if column not in outputs:
+        raise ConfigError(
+            f"search.vectors_column={column}, but the vectors have {', '.join(outputs)}",
+            f"embed.outputs=[{','.join((*outputs, column))}], or search.vectors_column={outputs[0]}",
+        )
+    takes_index(0, config.search.index)
 
 
 def key(context: Context) -> str:

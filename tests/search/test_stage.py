@@ -16,6 +16,7 @@ from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.vectors import VectorSet
+from pipeline.errors import PipelineError
 from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
@@ -70,6 +71,25 @@ def test_a_chain_shows_images_at_even_steps_through_the_ids(tmp_path: Path) -> N
     mark = tmp_path / "photos/vectors/_vectors.json"  # other vectors: the stage runs again
     mark.write_text(json.dumps(json.loads(mark.read_text()) | {"key": "others"}))
     assert search.key(context) != first
+
+
+def test_a_chain_that_cannot_search_is_refused_at_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, folder = scenes(tmp_path / "photos"), RunFolder.of(str(tmp_path), "other")
+    mean = "search.vectors_column=mean"
+    for arguments, embedding, words in (
+        ([], False, "there are no finished vectors"),
+        ([mean], True, "search.vectors_column=mean, but the vectors have cls"),
+        ([mean, f"search.vectors={vectors.uri}"], True, "but the vectors have cls"),
+    ):
+        with pytest.raises(PipelineError, match=words):
+            search.check(load(arguments), folder, embedding)
+    search.check(load([]), folder, True)
+    search.check(load([f"search.vectors={vectors.uri}"]), folder, False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PipelineError, match="needs faiss"):
+        search.check(load(["search.index=ivf"]), folder, True)
 
 
 def test_answers_go_into_a_run_folder_in_a_bucket(
