@@ -96,13 +96,13 @@ def check(config: Config, folder: RunFolder, embedding: bool) -> None:
     Raises:
         PipelineError: there will be no such vectors, or no index of them.
     """
-    column, outputs = config.search.vectors_column, config.embed.outputs
+    column, outputs = config.search.vectors_column, list[str](config.embed.outputs)
     if not embedding or config.search.vectors:
-        outputs = _vectors(config, folder).outputs
+        outputs = list(_vectors(config, folder).outputs)
     if column not in outputs:
         raise ConfigError(
             f"search.vectors_column={column}, but the vectors have {', '.join(outputs)}",
-            f"embed.outputs=[{','.join((*outputs, column))}], or search.vectors_column={outputs[0]}",
+            f"set embed.outputs=[{','.join([*outputs, column])}]",
         )
     takes_index(0, config.search.index)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.embed.embedders import EmbedderSpec, open_embedder
-from pipeline.embed.vectors import VectorSet, list_column, open_vectors, schema_of
+from pipeline.embed.vectors import VectorSet, open_vectors, schema_of
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
@@ -78,7 +78,9 @@ def write_table(
             images["source"].combine_chunks(),
             images["label"].combine_chunks(),
             pa.array(range(len(images)), pa.int64()),
-            list_column(vectors, schema.field("cls").type),
+            pa.FixedSizeListArray.from_arrays(
+                pa.array(np.ravel(vectors), pa.float32()), type=schema.field("cls").type
+            ),
         ],
         schema=schema,
     )
