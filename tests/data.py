@@ -68,13 +68,12 @@ def hub_table(
     return table
 
 
-def stored(table: Any, path: Path, group: int) -> ShardSet:
-    """Writes a file of parquet and opens the set of its folder; one of ours, which has no manifest
-    here, by itself.
+def written(table: Any, path: Path, group: int) -> pa.Schema:
+    """Writes a file of parquet with row groups of `group` rows; makes its folder.
 
     Args:
         table: an arrow table, or columns, or the images alone.
-        path: of the file; its folder is made.
+        path: of the file.
         group: rows of a row group.
     """
     if isinstance(table, list):
@@ -82,7 +81,13 @@ def stored(table: Any, path: Path, group: int) -> ShardSet:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = table if isinstance(table, pa.Table) else pa.table(table)
     pq.write_table(whole, path, row_group_size=group)
-    return open_shards(str(path if is_ours(whole.schema) else path.parent))
+    return whole.schema
+
+
+def stored(table: Any, path: Path, group: int) -> ShardSet:
+    """Writes it and opens the set of its folder; a shard of ours, which has no manifest, alone."""
+    ours = is_ours(written(table, path, group))
+    return open_shards(str(path if ours else path.parent))
 
 
 def packed(

@@ -3,34 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from pipeline.curate.steps import tasks
 
-def tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack and curation run their tasks here, with what they take and give pickled as for Ray."""
+
+def run_here(patch: pytest.MonkeyPatch, seed: int | None = None, sent: bool = True) -> None:
+    """Steps run their tasks in this process.
+
+    Args:
+        patch: of the test.
+        seed: of the order of the tasks; None: as they come.
+        sent: they are pickled as for Ray; False: functions of a test may be called.
+    """
     import ray
-    from ray import cloudpickle
 
-    from pipeline.curate.copies import pairs
-    from pipeline.curate.embed import embed
-    from pipeline.curate.steps import tasks as steps
+    def run(folder: str, waiting: Any, function: Any, *_: Any) -> Iterator[Any]:
+        order = list(waiting)
+        if seed is not None:
+            random.Random(seed).shuffle(order)
+        for task in order:
+            call = (task, function)
+            call = pickle.loads(pickle.dumps(call)) if sent else call
+            yield task.name, tasks._account(tasks._task(folder, *call))
+
+    patch.setattr(tasks, "_run", run)
+    patch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    patch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+
+
+@contextmanager
+def without_ray(seed: int = 1) -> Iterator[None]:
+    """Inside, steps run in this process, their tasks in a random order."""
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch, seed)
+        yield
+
+
+def tasks_here(patch: pytest.MonkeyPatch) -> None:
+    """Pack and curation run in this process, and jobs join no cluster."""
     from pipeline.driver import cluster
     from pipeline.pack import pack as packing
 
-    def run(folder: str, tasks: Any, function: Any, *_: Any) -> Any:
-        for task in tasks:
-            sent = cloudpickle.loads(cloudpickle.dumps((task, function)))
-            yield task.name, steps._account(steps._task(folder, *sent))
-
-    monkeypatch.setattr(steps, "_run", run)
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(embed, "task_resources", lambda: (0.0, 1.0))
-    monkeypatch.setattr(pairs, "_cpus_of_fit", lambda: 1.0)
-    monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(cluster, "nodes", lambda: 1)
+    run_here(patch, sent=False)
+    patch.setattr(packing, "_each", lambda function, items: map(function, items))
+    patch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
+    patch.setattr(cluster, "nodes", lambda: 1)
 
 
 class Handle:

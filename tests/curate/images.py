@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,6 @@ def scene(seed: int, height: int = 96, width: int = 120) -> np.ndarray[Any, Any]
     noise = rng.integers(0, 256, (12, 15, 3), np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.filter(ImageFilter.GaussianBlur(1)))
-
-
-def encoded(pixels: Any, form: str = "PNG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 def shard(path: Path, images: Sequence[bytes], group: int = 4, groups: Sequence[int] = ()) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -13,23 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from pipeline.curate.rows.tables import FINGERPRINT, Inputs, write_table
 from pipeline.curate.steps import tasks as running
 from pipeline.curate.steps.steps import Step
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import ShardSet, open_shards
-from tests.curate.here import run_here
-
-
-def without_ray(monkeypatch: Any) -> None:
-    """Steps run in this process, one task after the other."""
-    from pipeline.driver import cluster
-
-    run_here(monkeypatch, sent=False)
-    monkeypatch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(cluster, "nodes", lambda: 1)
+from tests.data import encoded, hub_table, noise, written
 
 
 def dies_once(folder: str, task: running.Task, function: Any) -> Any:
@@ -42,12 +30,9 @@ def dies_once(folder: str, task: running.Task, function: Any) -> Any:
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
-def picture(seed: int, size: int = 24, quality: int = 0) -> bytes:
+def picture(seed: int, quality: int = 0) -> bytes:
     """A PNG of noise, or a JPEG."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG" if quality else "PNG")
-    return stream.getvalue()
+    return encoded(noise(seed), "JPEG" if quality else "PNG")
 
 
 def hub(folder: Path, files: Sequence[Sequence[bytes]], **columns: Sequence[Any]) -> ShardSet:
@@ -55,31 +40,11 @@ def hub(folder: Path, files: Sequence[Sequence[bytes]], **columns: Sequence[Any]
     folder.mkdir(parents=True)
     first = 0
     for number, images in enumerate(files):
-        rows = [{"bytes": x, "path": f"{number}.jpg"} for x in images]
-        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        table = pa.table({"image": pa.array(rows, kind)})
-        for name, values in columns.items():
-            table = table.append_column(name, pa.array(values[first : first + len(images)]))
-        pq.write_table(table, folder / f"train-{number}.parquet", row_group_size=4)
+        rows = slice(first, first + len(images))
+        table = hub_table(images, **{name: values[rows] for name, values in columns.items()})
+        written(table, folder / f"train-{number}.parquet", 4)
         first += len(images)
     return open_shards(str(folder))
-
-
-def packed(source: Path, shards: Path, monkeypatch: Any, **options: Any) -> ShardSet:
-    """A pack of a folder, without Ray."""
-    from pipeline.pack import pack as packing
-
-    monkeypatch.setattr(packing, "_each", lambda function, items: map(function, items))
-    packing.pack(
-        str(source),
-        str(shards),
-        packing.PackPlaces(
-            bad_images=str(shards.with_name(f"{shards.name}.bad.parquet")),
-            scratch=str(shards.with_name(f"{shards.name}.work")),
-        ),
-        packing.PackOptions(**options),
-    )
-    return open_shards(str(shards))
 
 
 def fingerprints(folder: Path, inputs: Inputs, **changes: Mapping[int, Any]) -> Step:

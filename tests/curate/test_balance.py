@@ -17,7 +17,7 @@ from pipeline.curate.rows.exact import Centres, unit_half
 from pipeline.curate.rows.tables import BALANCED, read_table
 from pipeline.curate.steps.steps import Steps
 from pipeline.errors import PipelineError
-from tests.curate.here import run_here
+from tests.standins import run_here
 
 
 @pytest.fixture(autouse=True)

@@ -47,8 +47,9 @@ from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
 from pipeline.shards.columns import image_id
 from pipeline.views.crops import resize_centre_crop
-from tests.curate.here import run_here
-from tests.curate.images import encoded, inputs_of, scene, shard
+from tests.curate.images import inputs_of, scene, shard
+from tests.data import encoded
+from tests.standins import run_here
 
 DECODING = Decoding()
 

@@ -34,7 +34,6 @@ from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.steps.steps import Output, Step, Steps
 from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns, ShardFile
-from tests.curate.here import without_ray
 from tests.curate.planted import (
     Pool,
     all_views,
@@ -44,6 +43,7 @@ from tests.curate.planted import (
     visiting,
     write_pool,
 )
+from tests.standins import without_ray
 
 Array = np.ndarray[Any, Any]
 T = 0.6

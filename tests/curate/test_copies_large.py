@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.curate.here import without_ray
 from tests.curate.planted import ids_for, planted, write_pool
 from tests.curate.test_copies import by_id, edges_of, giant, labels, run
+from tests.standins import without_ray
 
 pytestmark = pytest.mark.slow
 

@@ -26,8 +26,9 @@ from pipeline.images.decode import decode_image
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
 from pipeline.views.crops import resize_centre_crop
-from tests.curate.here import run_here
-from tests.curate.images import encoded, inputs_of, result, scene, shard
+from tests.curate.images import inputs_of, result, scene, shard
+from tests.data import encoded
+from tests.standins import run_here
 
 SPEC = BackboneSpec(image_size=28, width=64, depth=2, heads=1, registers=2)
 MEAN, STD = embedders.MEAN, embedders.STD

@@ -21,9 +21,10 @@ from pipeline.curate.rows.tables import AS_IS, EXACT, FINGERPRINT, POOL, QUALITY
 from pipeline.curate.steps.steps import Steps
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
-from tests.curate.here import run_here
-from tests.curate.images import encoded, inputs_of, scene, shard
+from tests.curate.images import inputs_of, scene, shard
+from tests.data import encoded
 from tests.images.hostile import pattern, png
+from tests.standins import run_here
 
 BAD = {b"": "empty", b"no image at all": "not_an_image"}
 

@@ -16,8 +16,8 @@ from pipeline.curate.copies.equal_vectors import EQUAL
 from pipeline.curate.copies.forest import PAIRS
 from pipeline.curate.rows.tables import id_array, write_table
 from pipeline.curate.steps.steps import Step, Steps
-from tests.curate.here import without_ray
 from tests.curate.planted import ids_for
+from tests.standins import without_ray
 
 Pair = tuple[int, int, float]
 

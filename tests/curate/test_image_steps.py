@@ -16,7 +16,8 @@ from pipeline.curate.threshold.calibrate import Sampling, calibrate
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone
-from tests.curate.images import encoded, inputs_of, scene, shard
+from tests.curate.images import inputs_of, scene, shard
+from tests.data import encoded
 
 
 def all_steps(root, inputs, spec):

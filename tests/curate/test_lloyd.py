@@ -18,7 +18,7 @@ from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.rows.tables import ids_of, read_table, write_table
 from pipeline.curate.steps.steps import Steps
 from pipeline.errors import DataError, PipelineError
-from tests.curate.here import run_here
+from tests.standins import run_here
 
 
 def many_tasks(monkeypatch, group_rows=1):

@@ -16,7 +16,7 @@ from pipeline.curate.rows.groups import id_words
 from pipeline.curate.rows.read_rows import Points
 from pipeline.curate.rows.tables import RETRIEVED, read_table
 from pipeline.curate.steps.steps import Steps
-from tests.curate.here import run_here
+from tests.standins import run_here
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from pipeline.curate.choose.retrieve import retrieve
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.tables import read_table
 from pipeline.curate.steps.steps import Steps
-from tests.curate.here import run_here
+from tests.standins import run_here
 
 
 def everything(folder: Path, files: int):

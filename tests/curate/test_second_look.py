@@ -19,8 +19,9 @@ from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.images.decode import decode_image
 from pipeline.images.value_range import FULL
 from pipeline.shards.shards import open_shards
-from tests.curate.images import encoded, scene, shard
+from tests.curate.images import scene, shard
 from tests.curate.kinds import KINDS
+from tests.data import encoded
 
 LOST = 1  # of a kind
 

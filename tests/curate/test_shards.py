@@ -28,13 +28,15 @@ from pipeline.images.decode import decode, image_format
 from pipeline.shards.columns import image_id
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
-from tests.curate.piles import fingerprints, hub, packed, picture, without_ray
+from tests.curate.piles import fingerprints, hub, picture
+from tests.data import packed
 from tests.images.test_dicom import dicom
+from tests.standins import tasks_here
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
-    without_ray(monkeypatch)
+    tasks_here(monkeypatch)
 
 
 def pile(tmp_path: Path, monkeypatch) -> list:
@@ -43,7 +45,8 @@ def pile(tmp_path: Path, monkeypatch) -> list:
         place = tmp_path / "photos" / ("cat" if seed % 2 else "dog") / f"{seed}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(picture(seed))
-    pack = packed(tmp_path / "photos", tmp_path / "pack", monkeypatch, row_group_images=8)
+    packed(tmp_path / "photos", tmp_path / "pack", row_group_images=8)
+    pack = open_shards(str(tmp_path / "pack" / "shards"))
     images = [picture(100 + i, quality=i % 2) for i in range(40)]
     loose = hub(
         tmp_path / "hub",
@@ -154,7 +157,8 @@ def test_a_packed_set_in_other_pieces_gives_the_same_shards(tmp_path, monkeypatc
     for name, encoded in images.items():
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(encoded)
-    pack = packed(tmp_path / "photos", tmp_path / "pack", monkeypatch)
+    packed(tmp_path / "photos", tmp_path / "pack")
+    pack = open_shards(str(tmp_path / "pack" / "shards"))
     loose = hub(tmp_path / "hub", [list(images.values())[:9], list(images.values())[9:]])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

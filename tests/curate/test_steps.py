@@ -13,14 +13,14 @@ import pyarrow as pa
 import pytest
 
 from pipeline.curate.steps.steps import Output, Resources, Step, Steps, key_of, numbered
-from tests.curate.piles import without_ray
+from tests.standins import tasks_here
 
 SCHEMA = pa.schema([("row", pa.int64()), ("value", pa.int64())])
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ray(monkeypatch)
+    tasks_here(monkeypatch)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import save_backbone
 from pipeline.shards.shards import open_shards
-from tests.curate.images import encoded, scene, shard
+from tests.curate.images import scene, shard
+from tests.data import encoded
 
 SPEC = BackboneSpec(image_size=28, patch_size=7, width=32, depth=4, heads=2, registers=2)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)

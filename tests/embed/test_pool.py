@@ -24,7 +24,8 @@ from pipeline.embed.run import Request, embed_set
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
 from pipeline.images.decode import decode_image
-from tests.curate.images import encoded, scene, shard
+from tests.curate.images import scene, shard
+from tests.data import encoded
 
 ROOT = Path(__file__).parents[2]
 

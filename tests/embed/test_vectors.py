@@ -21,7 +21,8 @@ from pipeline.errors import DataError
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
-from tests.curate.images import encoded, scene, shard
+from tests.curate.images import scene, shard
+from tests.data import encoded
 from tests.embed.conftest import IMAGES, SPEC
 from tests.s3 import S3
 

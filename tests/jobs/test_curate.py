@@ -27,12 +27,14 @@ from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
 from pipeline.storage.run_folder import RunFolder
 from tests.curate.kinds import KINDS
-from tests.curate.piles import hub, packed, without_ray
+from tests.curate.piles import hub
+from tests.data import encoded, packed
+from tests.standins import tasks_here
 
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch):
-    without_ray(monkeypatch)
+    tasks_here(monkeypatch)
 
 
 def blobs(seed: int, size: int = 64) -> Image.Image:
@@ -40,12 +42,6 @@ def blobs(seed: int, size: int = 64) -> Image.Image:
     draw = np.random.default_rng(seed)
     coarse = draw.integers(0, 256, (9, 9, 3), np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, form, **options)
-    return stream.getvalue()
 
 
 FIXED = [
@@ -804,8 +800,9 @@ def test_the_demo_loses_what_was_planted(tmp_path, monkeypatch):
     from pipeline.pack.demo import make_demo
 
     report = make_demo(tmp_path / "photos")
-    shards = packed(tmp_path / "photos" / "train", tmp_path / "shards", monkeypatch)
-    test = packed(tmp_path / "photos" / "test", tmp_path / "test", monkeypatch)
+    for name in ("train", "test"):
+        packed(tmp_path / "photos" / name, tmp_path / name)
+    shards, test = (open_shards(str(tmp_path / name / "shards")) for name in ("train", "test"))
     given = ["configs/demo.yaml", f"run.folder={tmp_path}", "track.enabled=false"]
     given += [f"data.shards={shards.uri}", "data.source=", f"evaluate.queries={test.uri}"]
     root = Path(__file__).parents[2]

@@ -22,7 +22,8 @@ from pipeline.model.weights import save_backbone, save_huggingface
 from pipeline.shards.shards import open_shards
 from pipeline.stages import embed as stage
 from pipeline.storage.run_folder import RunFolder
-from tests.curate.images import encoded, scene, shard
+from tests.curate.images import scene, shard
+from tests.data import encoded
 from tests.jobs.conftest import Job, runner
 
 SPEC = BackboneSpec(image_size=28, patch_size=7, width=32, depth=2, heads=2, registers=1)

@@ -24,7 +24,8 @@ from pipeline.stages import search
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.transfer import read_bytes
-from tests.curate.images import encoded, scene
+from tests.curate.images import scene
+from tests.data import encoded
 from tests.s3 import S3
 from tests.search.tables import write_shard, write_vectors
 
