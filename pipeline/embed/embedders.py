@@ -31,7 +31,7 @@ from pipeline.embed.forward import (
 )
 from pipeline.embed.onnx import OnnxModel
 from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
 from pipeline.storage.run_folder import fingerprint
@@ -133,7 +133,7 @@ def embedder_of(
         opened, kind, model = None, ONNX, path
     else:
         model = absolute_model(model, folder)
-        opened, digest, known = _run(model) or _weights(model, folder)
+        opened, digest, known = load.known_run(model) or load.known_weights(model, folder)
         kind, path = BACKBONE, ""
     return EmbedderSpec(
         kind,
@@ -150,9 +150,6 @@ def embedder_of(
     )
 
 
-Known = tuple[Callable[[], Any], str, load.Preprocessing]
-
-
 def absolute_model(model: str, folder: str = "runs") -> str:
     """What `embedder_of` takes, as it can be given to a process of another folder: a path in full,
     and the folder of a run for its name.
@@ -164,35 +161,6 @@ def absolute_model(model: str, folder: str = "runs") -> str:
         if exists(*resolve_uri(named)):
             return absolute_uri(named)
     return absolute_uri(model)
-
-
-def _run(model: str) -> Known | None:
-    """The teacher of a run's chosen checkpoint; None where there is none."""
-    from pipeline.plan.resume import plan_of
-    from pipeline.train.start import checkpoint_at
-
-    saved = None if Path(model).is_file() else checkpoint_at(model)
-    if saved is None:
-        return None
-    plan = plan_of(saved.meta, saved.path)
-    augment = plan.config.augment
-    known = load.Preprocessing(
-        augment.global_size, augment.mean, augment.std, plan.value_range or FULL
-    )
-    digest = fingerprint([saved.step, saved.meta.get("plan")])
-    return partial(load.load_teacher, str(saved.path)), digest, known
-
-
-def _weights(model: str, folder: str) -> Known:
-    path = load.weights_at(model)
-    if Path(path, "config.yaml").is_file() and not Path(path, "config.json").is_file():
-        near = load.at_hand(folder)
-        raise PipelineError(
-            f"no embedder: {public(path)} is a run folder without a checkpoint or weights",
-            "pretrain it first" + f"; at hand are {near}" * bool(near),
-        )
-    known = load.preprocessing_of(path)
-    return partial(load.load_weights, path), load.digest_of(path), known
 
 
 class Embedder:

@@ -6,9 +6,9 @@ Functions of a module, so that a partial of one can be sent to a task.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.embed.onnx_files import files_of, is_onnx
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import list_files, resolve_uri
+from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import is_uri, join, public
 
 TIMM = "timm:"
@@ -202,6 +203,43 @@ def load_teacher(checkpoint: str) -> Any:
     if saved is None:
         raise DataError(f"the checkpoint {public(checkpoint)} is gone", "run the same again")
     return encoder_of(saved)[0].backbone.eval()
+
+
+# ---- What a name means: how to load it, its digest, and the images it takes.
+
+Known = tuple[Callable[[], Any], str, Preprocessing]
+
+
+def known_run(model: str) -> Known | None:
+    """The teacher of a run's chosen checkpoint; None where there is none."""
+    from pipeline.plan.resume import plan_of
+    from pipeline.train.start import checkpoint_at
+
+    saved = None if Path(model).is_file() else checkpoint_at(model)
+    if saved is None:
+        return None
+    plan = plan_of(saved.meta, saved.path)
+    augment = plan.config.augment
+    known = Preprocessing(augment.global_size, augment.mean, augment.std, plan.value_range or FULL)
+    digest = fingerprint([saved.step, saved.meta.get("plan")])
+    return partial(load_teacher, str(saved.path)), digest, known
+
+
+def known_weights(model: str, folder: str) -> Known:
+    """Weights in a file or folder.
+
+    Raises:
+        PipelineError: there are none; says which runs of a folder are at hand.
+    """
+    path = weights_at(model)
+    if Path(path, "config.yaml").is_file() and not Path(path, "config.json").is_file():
+        near = at_hand(folder)
+        raise PipelineError(
+            f"no embedder: {public(path)} is a run folder without a checkpoint or weights",
+            "pretrain it first" + f"; at hand are {near}" * bool(near),
+        )
+    known = preprocessing_of(path)
+    return partial(load_weights, path), digest_of(path), known
 
 
 # ---- timm.
