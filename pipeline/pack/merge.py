@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, starmap
 from typing import Any
 
 import numpy as np
@@ -129,36 +130,53 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
         "name": shard_name(index),
         "rows": rows.num_rows,
         "duplicates": duplicates,
-        "row_groups": [],
-        "labelled": 0,
-        "bytes": 0,
     }
-    digest = hashlib.blake2b(digest_size=16)
+    groups: Iterator[pa.Table] = iter(())
+    schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
+    schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
     if rows.num_rows:
         labels = _labels(rows, [run["names"] for run in runs], merge)
         images = _Images(scratch_fs, [run["path"] for run in runs], rows)
-        schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
-        schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
-        path = f"{folder}/{account['name']}"
-        with parquet_writer_atomic(schema, fs, path) as writer:
-            for start, end in row_groups(rows.column("size").to_numpy(), spec.row_group_images):
-                part = rows.slice(start, end - start)
-                columns = {name: part.column(name) for name in part.column_names}
-                columns["image"] = images.take(start, end)
-                columns["label"] = pa.array(labels[start:end], pa.int64())
-                columns |= {f.name: part.column(f"extra:{f.name}") for f in spec.extras}
-                table = pa.table([columns[name] for name in schema.names], schema=schema)
-                writer.write_table(table, row_group_size=end - start)
-                account["row_groups"].append(end - start)
-        for name, label in zip(rows.column("image_id").to_pylist(), labels, strict=True):
-            digest.update(f"{name} {label}\n".encode())
-        account["labelled"] = sum(label is not None for label in labels)
-        account["bytes"] = file_info(fs, path).size
-    account["digest"] = digest.hexdigest()
+
+        def group(start: int, end: int) -> pa.Table:
+            part = rows.slice(start, end - start)
+            columns = {name: part.column(name) for name in part.column_names}
+            columns["image"] = images.take(start, end)
+            columns["label"] = pa.array(labels[start:end], pa.int64())
+            columns |= {f.name: part.column(f"extra:{f.name}") for f in spec.extras}
+            return pa.table([columns[name] for name in schema.names], schema=schema)
+
+        sizes = rows.column("size").to_numpy()
+        groups = starmap(group, row_groups(sizes, spec.row_group_images))
+    account |= write_ordered(schema, fs, f"{folder}/{account['name']}", groups)
     account["retries"] = retries() - before
     stored = json.dumps(account).encode()
     write_bytes_atomic(stored, scratch_fs, f"{scratch}/shards/shard-{index:06d}.json")
     return account
+
+
+def write_ordered(
+    schema: pa.Schema, fs: pafs.FileSystem, path: str, groups: Iterator[pa.Table]
+) -> dict[str, Any]:
+    """Writes row groups that are ordered by id as one shard; no groups, no file.
+
+    Returns:
+        What the manifest says of it: `row_groups`, `labelled` rows, `bytes` and the `digest` of
+        its ids and labels.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    account: dict[str, Any] = {"row_groups": [], "labelled": 0, "bytes": 0}
+    if (first := next(groups, None)) is not None:
+        with parquet_writer_atomic(schema, fs, path) as writer:
+            for table in chain([first], groups):
+                writer.write_table(table, row_group_size=len(table))
+                account["row_groups"].append(len(table))
+                account["labelled"] += len(table) - table["label"].null_count
+                both = (table[name].to_pylist() for name in ("image_id", "label"))
+                for name, label in zip(*both, strict=True):
+                    digest.update(f"{name} {label}\n".encode())
+        account["bytes"] = file_info(fs, path).size
+    return account | {"digest": digest.hexdigest()}
 
 
 def _rows_of(fs: pafs.FileSystem, path: str, run: int, low: str, high: str) -> pa.Table:

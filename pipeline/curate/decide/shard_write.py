@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 from pipeline.curate.decide.shard_form import Form, decided, formed
 from pipeline.curate.rows.tables import InputFile, Inputs, read_table
 from pipeline.curate.steps.steps import Account, Output, Step, Steps
-from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of
+from pipeline.pack.merge import id_range, row_groups, shard_name, shard_of, write_ordered
 from pipeline.shards.shard_set import open_parquet
 from pipeline.shards.shards import ShardSet
-from pipeline.storage.places import file_info, resolve_uri
+from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import parquet_writer_atomic
 from pipeline.uri import Place, join
 
@@ -123,25 +122,18 @@ def write_shard(out: Output, pieces: Sequence[Piece], layout: Layout) -> Account
     new, again = _without(new, old)
     tables = [*new, *old]
     table = _in_order(pa.concat_tables(tables) if tables else schema.empty_table())
-    ids, labels = table["image_id"].to_pylist(), table["label"].to_pylist()
-    if len(set(ids)) != len(ids):
+    if pc.count_distinct(table["image_id"]).as_py() != len(table):
         raise RuntimeError(f"shard {index} would hold an image twice")
-    account: Account = {"name": shard_name(index), "rows": len(ids), "again": again}
-    account["row_groups"] = []
-    if ids:
-        fs, path = resolve_uri(str(join(out.folder, account["name"])))
-        sizes = pc.binary_length(table["image"]).to_numpy()
-        with parquet_writer_atomic(schema, fs, path) as writer:
-            for start, end in row_groups(sizes, layout.row_group_images):
-                writer.write_table(table.slice(start, end - start), row_group_size=end - start)
-                account["row_groups"].append(end - start)
-        account["bytes"] = file_info(fs, path).size
-    digest = hashlib.blake2b(digest_size=16)
-    for name, label in zip(ids, labels, strict=True):
-        digest.update(f"{name} {label}\n".encode())
-    account["labelled"] = sum(label is not None for label in labels)
-    account["digest"] = digest.hexdigest()
-    return account
+    sizes = pc.binary_length(table["image"]).to_numpy()
+    groups = (
+        table.slice(start, end - start)
+        for start, end in row_groups(sizes, layout.row_group_images)
+        if end > start
+    )
+    name = shard_name(index)
+    fs, path = resolve_uri(str(join(out.folder, name)))
+    account = {"name": name, "rows": len(table), "again": again}
+    return account | write_ordered(schema, fs, path, groups)
 
 
 def _without(new: list[pa.Table], old: list[pa.Table]) -> tuple[list[pa.Table], int]:
