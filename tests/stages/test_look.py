@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,25 @@ def test_a_few_of_a_set_are_spread_over_it(tmp_path: Path) -> None:
     files = spread(shards, 4)
     assert [file.content for file in files] == [b"image %d" % row for row in (2, 8, 14, 20)]
     assert len(spread(shards, 99)) == 23
+
+
+def test_the_command_line(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Files stand for themselves, short names for fields; a dry run writes nothing."""
+    first, folder = photo(tmp_path / "a b=c.png"), photo(tmp_path / "more" / "1.jpg").parent
+    arguments = [str(first), str(folder), f"model={weights}", "mark=1,2", "--dry-run"]
+    job = Path(__file__).parents[2] / "jobs" / "look.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(job), *arguments])
+    runpy.run_path(str(job), run_name="__main__")
+    said = "".join(capfd.readouterr())
+    assert f"2 images by {weights}" in said and "nothing is written" in said
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setattr("sys.argv", [str(job), *arguments, "mask=gone.png"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(job), run_name="__main__")
+    assert "give one mask for each reference" in capfd.readouterr().err
 
 
 def test_a_whole_look(tmp_path: Path, weights: Path, ray_cluster: None) -> None:
