@@ -93,7 +93,7 @@ class Answers:
             answers.append(Answer(query, values[near], places[near], best))
         return answers
 
-    def some_of_the_set(self, count: int) -> list[Query]:
+    def evenly_picked(self, count: int) -> list[Query]:
         """Images at even steps through the set's ids, which are hashes: any images, and the same
         ones each time.
         """

@@ -75,22 +75,24 @@ class Search:
         zeros: vectors without a direction, which are like nothing.
     """
 
-    def __init__(self, vectors: Vectors, column: str, index: IvfIndex | None, hold: bool) -> None:
+    def __init__(
+        self, vectors: Vectors, column: str, index: IvfIndex | None, in_memory: bool
+    ) -> None:
         self.rows, self.dim = vectors.rows, vectors.dim
         self.column, self._vectors, self._ivf = column, vectors, index
-        self._held: Floats | None = None
+        self._in_memory: Floats | None = None
         self._lengths: Doubles | None = None
         self.index: IndexFacts | None = index.facts if index else None
         self.zeros = 0
         if index is None:
             # All are read once, so that what is no number is refused now and not at some query.
-            held = np.empty((self.rows, self.dim), np.float32) if hold else None
+            table = np.empty((self.rows, self.dim), np.float32) if in_memory else None
             parts = []
             for first, block in usable_blocks(vectors, column):
                 parts.append(lengths(block))
-                if held is not None:
-                    held[first : first + len(block)] = block
-            self._held, self._lengths = held, np.concatenate(parts)
+                if table is not None:
+                    table[first : first + len(block)] = block
+            self._in_memory, self._lengths = table, np.concatenate(parts)
             self.zeros = int(np.isinf(self._lengths).sum())
 
     def find(self, vectors: Array, k: int) -> tuple[Floats, Ints]:
@@ -119,8 +121,8 @@ class Search:
             similarity, rows = self._ivf.find(queries, k)
             return similarity.astype(np.float32), rows
         best = Nearest(queries, k)
-        if self._held is not None:
-            best.see(self._held, 0, self._lengths)
+        if self._in_memory is not None:
+            best.see(self._in_memory, 0, self._lengths)
         else:
             for first, block in usable_blocks(self._vectors, self.column):
                 best.see(block, first)
@@ -128,8 +130,8 @@ class Search:
 
     def vectors_at(self, rows: Ints) -> Floats:
         """The vectors of row numbers, float32 [n, D]."""
-        if self._held is not None:
-            return self._held[rows]
+        if self._in_memory is not None:
+            return self._in_memory[rows]
         if len(rows) <= SINGLE_READS:
             parts = [self._vectors.read(self.column, slice(row, row + 1)) for row in rows]
             return usable(np.concatenate(parts))
@@ -166,9 +168,9 @@ def open_search(
             "embed images first: jobs/embed.py model=… data.source=photos/",
         )
     if takes_index(vectors.rows, index):
-        return Search(vectors, column, _index_of(vectors, column), hold=False)
+        return Search(vectors, column, _index_of(vectors, column), in_memory=False)
     size = vectors.rows * vectors.dim * 4 / 2**30
-    return Search(vectors, column, None, hold=size <= memory_gib)
+    return Search(vectors, column, None, in_memory=size <= memory_gib)
 
 
 def usable_blocks(vectors: Vectors, column: str) -> Iterator[tuple[int, Floats]]:

@@ -119,11 +119,11 @@ def intact(context: Context) -> bool:
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """A page of the neighbours of `search.images` images, see `some_of_the_set`."""
+    """A page of the neighbours of `search.images` images, see `evenly_picked`."""
     config, folder = context.config, context.folder
     vectors = _vectors(config, folder)
     answers = _opened(config, vectors)
-    queries = answers.some_of_the_set(config.search.images)
+    queries = answers.evenly_picked(config.search.images)
     answered = answers.of(queries, config.search.k, config.search.min_similarity)
     write_parquet_atomic(
         answers.table(answered),
