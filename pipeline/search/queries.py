@@ -129,7 +129,7 @@ class Asker:
         fs, path = resolve_uri(place)
         if kind == pafs.FileType.Directory and _has_vectors(fs, path):
             yield from self._vector_set(text)
-        elif kind == pafs.FileType.File and is_table(path) and self._column_of(place):
+        elif kind == pafs.FileType.File and is_table(path) and self._holds_vectors(place):
             yield from self._rows(text, open_parquet(fs, path))
         elif kind == pafs.FileType.File and not is_table(path) and not is_archive(path):
             yield self._image(text, _bytes(text, fs, path), alone=True)
@@ -179,7 +179,7 @@ class Asker:
                     elif isinstance(item, Item):
                         yield from self._usable(before + item.source, item.encoded)
 
-    def _column_of(self, place: str) -> bool:
+    def _holds_vectors(self, place: str) -> bool:
         """Whether a parquet file has the vectors that are searched, not images."""
         fs, path = resolve_uri(place)
         with open_parquet(fs, path) as file:
@@ -192,7 +192,10 @@ class Asker:
         row = 0
         for batch in file.iter_batches(BATCH, columns=[self.search.column, *["image_id"] * named]):
             values = batch.column(self.search.column)
-            ids = batch.column("image_id").to_pylist() if named else []
+            names = [f"row {row + n}" for n in range(len(batch))]
+            if named:
+                ids = batch.column("image_id").to_pylist()
+                names = [str(one or name) for one, name in zip(ids, names, strict=True)]
             flat = np.asarray(values.flatten(), np.float32)
             if len(flat) != len(batch) * self.vectors.dim:
                 raise DataError(
@@ -200,10 +203,9 @@ class Asker:
                     f"{len(batch):,} rows, expected {self.vectors.dim} in each",
                     "embed these images with the model of the set",
                 )
-            for vector in flat.reshape(len(batch), -1):
-                name = str(ids[row % BATCH]) if named else f"row {row}"
-                yield Query(name, self._row_of(name) if named else -1, vector=vector)
-                row += 1
+            for name, vector in zip(names, flat.reshape(len(batch), -1), strict=True):
+                yield Query(name, self._row_of(name), vector=vector)
+            row += len(batch)
 
     def _vector_set(self, text: str) -> Iterator[Query]:
         """Another table of vectors, which must be of the same model."""

@@ -128,6 +128,17 @@ def test_a_folder_a_table_and_vectors_at_once(
     assert not (here / "runs/ask/search/bad.parquet").exists()  # it was of another time
 
 
+def test_vectors_of_others_in_row_groups_of_any_size(made: VectorSet, here: Path) -> None:
+    vectors = made.read("cls")
+    table = pa.table({"cls": list(vectors), "image_id": [*made.ids()[:9].tolist(), *[None] * 15]})
+    pq.write_table(table, here / "theirs.parquet", row_group_size=7)
+    rows = search(made, "theirs.parquet", "search.k=1")
+    assert [row["query"] for row in rows[:9]] == made.ids()[:9].tolist()
+    assert [row["query"] for row in rows[9:]] == [f"row {n}" for n in range(9, 24)]
+    assert all(row["image_id"] != row["query"] for row in rows[:9])  # ids of the set
+    assert [row["image_id"] for row in rows[9:]] == made.ids()[9:].tolist()  # no ids: itself
+
+
 def test_decisions_and_labels_are_shown(
     made: VectorSet, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
