@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -285,6 +286,7 @@ class ImageReader:
         self._groups = [(f, g) for f, g, _ in counts]
         self._starts = np.cumsum([0, *(n for *_, n in counts)])
         self._values = lru_cache(_GROUPS)(self._read)
+        self._reading = [Lock() for _ in self._groups]  # threads that want one group read it once
 
     @cached_property
     def _column(self) -> str:
@@ -304,7 +306,9 @@ class ImageReader:
             raise KeyError(image_id)
         place = self._places[np.searchsorted(self._ids, image_id)]
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return bytes(self._values(group)[int(place - self._starts[group])])
+        with self._reading[group]:
+            values = self._values(group)
+        return bytes(values[int(place - self._starts[group])])
 
     def _read(self, group: int) -> list[memoryview]:
         file_index, row_group = self._groups[group]

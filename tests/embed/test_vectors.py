@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.run import Request, embed_set
 from pipeline.embed.units import units_of
-from pipeline.embed.vectors import VectorSet, open_vectors
+from pipeline.embed.vectors import ImageReader, VectorSet, open_vectors
 from pipeline.errors import DataError
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
@@ -79,6 +81,24 @@ def test_images_come_by_their_ids(vectors: VectorSet, pile: Path) -> None:
     shard(pile / "b.parquet", IMAGES[7:])
     with pytest.raises(DataError, match="have changed since they were embedded"):
         vectors.images()
+
+
+def test_threads_that_want_a_row_group_read_it_once(
+    vectors: VectorSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[int] = []
+    read = ImageReader._read
+
+    def slowly(reader: ImageReader, group: int) -> list[memoryview]:
+        groups.append(group)
+        time.sleep(0.05)
+        return read(reader, group)
+
+    monkeypatch.setattr(ImageReader, "_read", slowly)
+    images = vectors.images()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda image: images[image_id(image)], IMAGES)) == IMAGES
+    assert len(groups) == len(set(groups))
 
 
 def test_the_same_command_goes_on_and_ends_in_the_same_bytes(
