@@ -7,18 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.curate.report.words import name_of
+from pipeline.curate.rows.tables import DECISIONS
+from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
 from pipeline.images.bad_image import BadImage
+from pipeline.search.decisions import Decisions
 from pipeline.search.search import open_search
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import by_cluster, by_text, everything, grouped, label_texts
 from pipeline.serve.intake import Pixels, image_of
-from pipeline.serve.opening import checked
+from pipeline.serve.opening import checked, opened
 from pipeline.serve.refusal import Refusal
 from pipeline.serve.thumbnails import Cache, thumbnail
 from pipeline.serve.token import VARIABLE, Gate, own_token
@@ -220,6 +226,30 @@ def test_without_model_the_vectors_name_theirs(made: Made, caplog: Any) -> None:
     assert served.spec is not None
     assert served.spec.name == made.model
     assert served.decisions is None
+
+
+def test_decisions_of_a_curation_are_a_grouping(made: Made, tmp_path: Path) -> None:
+    """Two left out for two reasons, one that was never curated, the others kept."""
+    blurred, copy, unknown, *kept = made.ids
+    rows = [(blurred, False, "quality"), (copy, False, "duplicate"), *((i, True, "") for i in kept)]
+    columns = dict(zip(("image_id", "kept", "reason"), zip(*rows, strict=True), strict=True))
+    table = pa.table(
+        {
+            field.name: pa.array(columns.get(field.name, [None] * len(rows)), field.type)
+            for field in DECISIONS
+        }
+    )
+    folder = tmp_path / "decisions"
+    folder.mkdir()
+    pq.write_table(table, folder / "00000.parquet")
+    decisions = Decisions(str(folder))
+    some = opened(open_vectors(made.vectors), decisions)
+    groups = {g["name"]: g["count"] for g in some.groupings["decision"].summary()["groups"]}
+    assert groups[name_of("kept")] == len(kept)
+    assert groups["not curated"] == 1
+    assert len(groups) == 4
+    assert some.about(some.row_of(unknown))["decision"] == "not curated"
+    assert some.about(some.row_of(copy))["decision"] == name_of("duplicate")
 
 
 def test_tokens_are_new_or_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
