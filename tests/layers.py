@@ -129,7 +129,7 @@ TABLE = [
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
-    row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
+    row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_serve embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
     row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
         "plan report search serve shards storage stream track train uri use views", "", "yaml",

@@ -1,8 +1,8 @@
 """All that we use of Ray's private parts, and what for.
 
 Ray may change any of them between two releases. So pyproject.toml has a ceiling on Ray, and what is
-missing is one sentence (`_private`). Ray is imported where it is used: `ray.train` loads torch,
-which the feeder does without. One name more is in storage/places: an arrow type of Ray Data's.
+missing is one sentence (`private`). Ray is imported where it is used: `ray.train` loads torch,
+which the feeder does without. One more is in ray_serve, one in storage/places (an arrow type).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _wanted() -> str:
 
 
 @contextmanager
-def _private(why: str) -> Iterator[None]:
+def private(why: str) -> Iterator[None]:
     """Around look-ups of private parts: raises a `PipelineError` that says what is missing, what it
     is for and which Ray has it.
     """
@@ -73,7 +73,7 @@ class RayletEnded(Exception):
 @contextmanager
 def raylet_watched(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Inside, Ray's look-up of its own node, which waits for the raylet, ends when that ended."""
-    with _private("to see that Ray ended while it started"):
+    with private("to see that Ray ended while it started"):
         from ray._private import services
 
         plain = services.get_node
@@ -110,7 +110,7 @@ def own_process_group() -> Iterator[list[subprocess.Popen[bytes]]]:
     still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
     ends them, for which they must stay in this group.
     """
-    with _private("so that a signal to the job does not end Ray before the checkpoint"):
+    with private("so that a signal to the job does not end Ray before the checkpoint"):
         from ray._private import services, utils
 
         apart = {"start_new_session": True} if utils.detect_fate_sharing_support() else {}
@@ -134,7 +134,7 @@ def own_sigterm() -> Iterator[None]:
     """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
     behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
     """
-    with _private("so that SIGTERM leads to a checkpoint"):
+    with private("so that SIGTERM leads to a checkpoint"):
         from ray._private import utils
 
         plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
@@ -154,7 +154,7 @@ def refuses(address: str) -> bool:
     """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
     from ray.exceptions import AuthenticationError
 
-    with _private("to tell a wrong token from a cluster that is not there"):
+    with private("to tell a wrong token from a cluster that is not there"):
         from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
     host, _, port = address.rpartition(":")
@@ -170,7 +170,7 @@ def refuses(address: str) -> bool:
 
 def draining_nodes() -> set[str]:
     """Ids of the nodes that will be taken away; the public list of nodes does not tell them."""
-    with _private("to move workers off nodes that will be taken away"):
+    with private("to move workers off nodes that will be taken away"):
         from ray._private.state import state
 
         return set(state.get_draining_nodes() or ())
@@ -184,7 +184,7 @@ def free_resources() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
 
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     cpus: dict[str, float] = defaultdict(float)
-    with _private("to let a group of workers grow only into what others leave"):
+    with private("to let a group of workers grow only into what others leave"):
         from ray._private.state import state
         from ray.core.generated import gcs_pb2
 
@@ -222,7 +222,7 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
     """
     from ray.train.torch import TorchTrainer
 
-    with _private("to size and restart groups of training workers by rules of ours"):
+    with private("to size and restart groups of training workers by rules of ours"):
         from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
         from ray.train.v2._internal.execution.scaling_policy import (
             NoopDecision,
@@ -284,7 +284,7 @@ def pace_data(context: Any, ahead: float, buffer: int) -> None:
     """Sets the pace of the data sets of a `ray.data.DataContext`: encoded bytes that may wait, as a
     share of those that decoders have been given, and blocks of a task that wait to be noticed.
     """
-    with _private("to hold read tasks back and to slow the loop that schedules them"):
+    with private("to hold read tasks back and to slow the loop that schedules them"):
         from ray.data._internal.execution import backpressure_policy as rules
         from ray.data._internal.execution.execution_callback import ExecutionCallback
 
@@ -346,24 +346,5 @@ def end_split(parts: list[Any]) -> None:
     """
     import ray
 
-    with _private("to end the data of a group of workers that is gone"):
+    with private("to end the data of a group of workers that is gone"):
         ray.kill(parts[0]._coord_actor)
-
-
-# ---- Ray Serve: where the replicas of an endpoint listen.
-
-
-def serve_on_loopback() -> None:
-    """Called in a replica's constructor, after which Ray Serve opens a port for calls from other
-    replicas: on all addresses of the machine, and it reads pickles from whoever connects. On a
-    cluster that must be so, and its network is private (SECURITY.md). A laptop keeps it to itself.
-    """
-    with _private("so that the endpoint of a laptop is for this machine alone"):
-        from ray.serve._private import replica
-
-        opening = replica.add_port_to_grpc_server
-
-    def on_loopback(server: Any, address: str) -> Any:
-        return opening(server, address.replace("[::]:", "127.0.0.1:"))
-
-    replica.add_port_to_grpc_server = on_loopback

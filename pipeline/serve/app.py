@@ -18,15 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import UInt8Array, image_format
 from pipeline.serve.collection import Collection
+from pipeline.serve.guard import HANDLERS, guarded
 from pipeline.serve.intake import (
     JSON,
     Limits,
@@ -53,22 +53,10 @@ FILES = {
     "page.js": (PAGE / "page.js", "text/javascript"),
     "icon.svg": (PAGE / "icon.svg", "image/svg+xml"),
 }
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 # What a stranger's file could do as a page of ours: nothing.
 IMAGE_POLICY = "default-src 'none'; sandbox"
-HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-resource-policy": "same-origin",
-    "content-security-policy": POLICY,
-    "cache-control": "no-store",
-}
 # An image never changes under its id; it is kept by this browser only.
 KEPT = "private, max-age=86400, immutable"
-OPEN = ("/", "/healthz", "/page/")  # what holds nothing of the set
 DEFAULT_K = 20
 CACHE_BYTES = 128 * 2**20
 # Formats that browsers show; others are offered as files.
@@ -154,45 +142,9 @@ def build_app(site: Site, start: Callable[[], Awaitable[None]] | None = None) ->
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={
-            Refusal: _refused,
-            HTTPException: _no_such_address,
-            ClientDisconnect: _gone,
-            500: _failed,
-        },
+        exception_handlers=HANDLERS,
     )
-    return _guarded(app, site.gate)
-
-
-def _guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
-    """Lets in whoever has the token, and gives every answer the headers that it lacks."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-        path = str(scope["path"])
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                known = {name for name, _ in message["headers"]}
-                message["headers"] = list(message["headers"]) + [
-                    (name.encode(), value.encode())
-                    for name, value in HEADERS.items()
-                    if name.encode() not in known
-                ]
-            await send(message)
-
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        public = path in OPEN or path.startswith("/page/")
-        if public or gate.open_for(headers.get(b"authorization", ""), headers.get(b"cookie", "")):
-            await app(scope, receive, send_guarded)
-            return
-        sentence = "the token is missing or wrong; send it as `Authorization: Bearer TOKEN`"
-        refusal = Refusal(401, sentence, {"WWW-Authenticate": "Bearer"})
-        await _answer_of(refusal)(scope, receive, send_guarded)
-
-    return guarded
+    return guarded(app, site.gate)
 
 
 class _Answers:
@@ -374,31 +326,3 @@ def _format(encoded: bytes) -> str:
         return image_format(encoded)
     except BadImage:
         return ""
-
-
-def _answer_of(refusal: Refusal) -> JSONResponse:
-    return JSONResponse({"error": refusal.sentence}, refusal.status, refusal.headers)
-
-
-_Handler = Callable[[Request, Exception], Awaitable[Response]]
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _answer_of(error)
-
-
-async def _no_such_address(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    allowed = (error.headers or {}).get("Allow", "")
-    sentence = f"this address takes {allowed}" if allowed else "there is no such address"
-    return JSONResponse({"error": sentence}, error.status_code, error.headers)
-
-
-async def _gone(request: Request, error: Exception) -> Response:
-    return _answer_of(Refusal(400, "the connection ended before the body did"))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    log.error("serving %s failed", request.url.path, exc_info=error)
-    return _answer_of(Refusal(500, "the request failed; the reason is in the log of the job"))

@@ -15,7 +15,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pipeline.embed.vectors import open_vectors
-from pipeline.serve.app import POLICY, Site, build_app
+from pipeline.serve.app import Site, build_app
+from pipeline.serve.guard import POLICY
 from pipeline.serve.token import Gate
 from tests.serve.conftest import TOKEN
 from tests.serve.made import CLASSES, EVIL, Made, encoded
