@@ -159,7 +159,6 @@ class Config(Section):
             ("augment.global_size", self.augment.global_size),
             ("augment.local_size", self.augment.local_size if self.augment.local_crops else patch),
             ("evaluate.image_size", self.evaluate.image_size or patch),
-            *(("export.onnx_sizes", size) for size in self.export.onnx_sizes),
         ):
             if size % patch:
                 raise ValueError(
