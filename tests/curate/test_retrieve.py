@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from planted_vectors import ids_of_numbers, separated, written
 
 from pipeline.curate.choose import neighbours, retrieve, seed_clusters
-from pipeline.curate.choose.neighbours import IdSet, Neighbours
+from pipeline.curate.choose.neighbours import Neighbours, are_in
 from pipeline.curate.choose.seed_clusters import Retrieval
 from pipeline.curate.rows.exact import unit_half
-from pipeline.curate.rows.groups import id_words
 from pipeline.curate.rows.read_rows import Points
-from pipeline.curate.rows.tables import RETRIEVED, read_table
+from pipeline.curate.rows.tables import ID, RETRIEVED, id_array, read_table
 from pipeline.curate.steps.steps import Steps
 from tests.standins import run_here
 
@@ -66,14 +66,12 @@ def test_neighbours_are_those_of_brute_force(count, least, monkeypatch):
         np.testing.assert_array_equal(-nearest.keys[nearest.groups == seed], products[seed][mine])
 
 
-def test_images_contain():
+def test_ids_are_in_a_set():
     ids = ids_of_numbers(range(40))
     ids[3, :8] = ids[2, :8]  # equal first words
-    images = IdSet(*(np.zeros(0, np.uint64),) * 2)
-    assert not images.contain(ids).any()
-    high, low = id_words(ids[:3])
-    order = np.lexsort((low, high))
-    assert IdSet(high[order], low[order]).contain(ids).tolist() == [True] * 3 + [False] * 37
+    assert not are_in(ids, pa.chunked_array([], ID)).any()
+    few = pa.chunked_array([id_array(ids[:1]), id_array(ids[1:3])])
+    assert are_in(ids, few).tolist() == [True] * 3 + [False] * 37
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

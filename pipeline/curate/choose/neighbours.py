@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.curate.choose.first_few import Entries
 from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
-from pipeline.curate.rows.groups import id_words
 from pipeline.curate.rows.read_rows import Points, RowSet
-from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of, read_table
+from pipeline.curate.rows.tables import ID, ROW, id_array, read_table
 from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
 Array = np.ndarray[Any, Any]
@@ -41,30 +41,16 @@ ASKED = pa.schema(
 )
 
 
-@dataclass
-class IdSet:
-    """A set of image ids: their two words, sorted."""
+def all_ids(folder: str, names: Sequence[str]) -> pa.ChunkedArray:
+    """Ids of all rows of these files, whether they count or not."""
+    columns = [read_table(folder, name, ["image_id"])["image_id"].cast(ID) for name in names]
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], ID)
 
-    high: Array
-    low: Array
 
-    @classmethod
-    def read(cls, folder: str, names: Sequence[str]) -> IdSet:
-        """Those of all rows of these files."""
-        ids = [ids_of(read_table(folder, name, ["image_id"])["image_id"]) for name in names]
-        high, low = id_words(np.concatenate([np.zeros((0, 16), np.uint8), *ids]))
-        order = np.lexsort((low, high))
-        return cls(high[order], low[order])
-
-    def contain(self, ids: Array) -> Array:
-        """Which of these ids are in it, bool [n]."""
-        high, low = id_words(ids)
-        first = np.searchsorted(self.high, high, side="left")
-        last = np.searchsorted(self.high, high, side="right")
-        contained = np.zeros(len(ids), bool)
-        for at in np.flatnonzero(last > first):
-            contained[at] = low[at] in self.low[first[at] : last[at]]
-        return contained
+def are_in(ids: Array, others: pa.ChunkedArray) -> Array:
+    """Which of these ids are among others, bool [n]."""
+    among: Array = pc.is_in(id_array(ids), others).to_numpy(zero_copy_only=False)
+    return among
 
 
 @dataclass
@@ -96,11 +82,11 @@ class Neighbours:
                 fast = seeds.astype(np.float32) @ pool
                 self._look(fast, first, points, start)
             if sum(len(w.rows) for w in self._waiting) > max(10_000, len(self._nearest.rows)):
-                self._settle()
+                self._keep_nearest()
 
     def nearest(self) -> Entries:
         """Groups are numbers of seeds, keys negated similarities; by seed and rank."""
-        self._settle()
+        self._keep_nearest()
         return self._nearest
 
     def _look(self, fast: Array, first: int, points: Points, start: int) -> None:
@@ -119,7 +105,7 @@ class Neighbours:
         i, j = i[near] + first, j[near] + start
         self._waiting.append(Entries(i, -exact[near], points.ids[j], points.rows[j]))
 
-    def _settle(self) -> None:
+    def _keep_nearest(self) -> None:
         """Keeps the nearest of what was found."""
         both = Entries.joined([self._nearest, *self._waiting])
         quota = np.full(len(self._last), self.count)
@@ -178,11 +164,11 @@ def _near_task(
 ) -> None:
     """The rows of a part of the pool that are nearest to each of a block of seeds."""
     block, group = both
-    own = IdSet.read(seeds.source.folder, seeds.names)
+    own = all_ids(seeds.source.folder, seeds.names)
     search = Neighbours(seeds.source.read_all(block), count, least)
     for file in group:
         points = pool.source.read(file)
-        other = ~own.contain(points.ids)
+        other = ~are_in(points.ids, own)
         search.add(Points(points.rows[other], points.ids[other], points.vectors[other]))
     out.table(search.nearest().table())
 

@@ -25,7 +25,7 @@ from pipeline.curate.choose.balance import waterfill
 from pipeline.curate.choose.first_few import Entries, Limits
 from pipeline.curate.choose.kmeans import KMeans
 from pipeline.curate.choose.lloyd import assign
-from pipeline.curate.choose.neighbours import ASKED, IdSet
+from pipeline.curate.choose.neighbours import ASKED, all_ids, are_in
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, numbers_as_ids
 from pipeline.curate.rows.exact import Centres
 from pipeline.curate.rows.groups import firsts, id_words
@@ -130,7 +130,8 @@ def drawn_rows(name: str, drawing: Drawing, only: int | None = None) -> Entries:
     for number, one in enumerate(drawing.sets):
         if one.assigned is None or only not in (None, number) or not len(table):
             continue
-        mine = entries.take(~IdSet.read(one.assigned.folder, one.rows.names).contain(entries.ids))
+        own = all_ids(one.assigned.folder, one.rows.names)
+        mine = entries.take(~are_in(entries.ids, own))
         mine.keys = draw(drawing.seed, int(fingerprint(one.name)[:8], 16), mine.ids, RETRIEVE)
         mine.groups = number * drawing.clusters + mine.groups
         parts.append(mine)

@@ -105,6 +105,7 @@ class Samples:
         return groups
 
     def _first(self, table: pa.Table, groups: Ints) -> pa.Table:
+        """The first of each group in order; a row that came twice counts once."""
         keys = [NUMBER, *self.order]
         numbered = table.append_column(NUMBER, pa.array(groups))
         numbered = numbered.take(pc.sort_indices(numbered, [(key, "ascending") for key in keys]))
@@ -116,9 +117,8 @@ class Samples:
             if key == NUMBER:
                 starts[1:] = ~equal
         different = np.flatnonzero(np.concatenate([[True], ~equal])[: len(numbered)])
-        starts = starts[different]
-        places = np.arange(len(different))
-        places -= np.maximum.accumulate(np.where(starts, places, 0))
+        places = np.arange(len(different))  # in the table, then from the start of their group
+        places -= np.maximum.accumulate(np.where(starts[different], places, 0))
         return numbered.take(different[places < self.size]).drop_columns([NUMBER])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -171,7 +171,6 @@ class TableFiles:
         self.folders = {name: places[name] for name, files in listed.items() if files}
         self.files = {name: files for name, files in listed.items() if files}
         self.first: dict[str, int] = {}  # row of each file of decisions
-        self.rows: dict[str, int] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.folders
@@ -212,14 +211,8 @@ class TableFiles:
             table = self._rows_of("decisions", file, columns, mine)
             prints = {one["row"]: one for one in self._prints(file, mine)}
             for one in table.to_pylist():
-                more = prints.get(one["row"], {})
-                images[one["row"]] = Shown(
-                    **{k: v for k, v in one.items() if k not in ("reason", "rule", "source")},
-                    reason=one["reason"] or "",
-                    rule=one["rule"] or "",
-                    source=one["source"] or "",
-                    **_picture(more),
-                )
+                said = {name: one[name] or "" for name in ("reason", "rule", "source")}
+                images[one["row"]] = Shown(**one | said | _picture(prints.get(one["row"], {})))
         return images
 
     def _prints(self, file: str, rows: Sequence[int]) -> list[dict[str, Any]]:
