@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from pipeline.errors import PipelineError
 
 log = logging.getLogger("pipeline")
-FIRST, BELOW = (2, 55), (2, 61)  # the releases of pyproject.toml
+FIRST, BELOW = (2, 58), (2, 61)  # the releases of pyproject.toml
 START_S = 180.0  # a raylet that is neither ready nor at its end after so long is taken for ended
 TURN_S = 0.05  # of Ray Data's scheduling loop
 ANSWER_S = 5.0  # for a cluster's head to take a connection

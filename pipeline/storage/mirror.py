@@ -215,7 +215,7 @@ def _belongs(name: str) -> bool:
     if parts[0] in APART or parts[:2] == ["pretrain", "ray"]:  # records of one attempt
         return False
     # pack and curate have shards and tables in folders of their own
-    written_there = name in ("pretrain/outcome.json", "pretrain/bad_images.parquet")
+    written_there = name == "pretrain/bad_images.parquet"
     return not written_there and not (parts[0] in ("pack", "curate") and len(parts) > 2)
 
 

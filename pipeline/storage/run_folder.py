@@ -139,6 +139,9 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Inside, no other job on this machine works in the folder.
 
+        Not by filelock: before version 4 it empties what has the lock's name, and since then, on a
+        disk without locks (some NFS), it leaves a marker, which outlives a job killed elsewhere.
+
         Raises:
             PipelineError: where one does already, or the lock is no file of ours.
         """

@@ -70,7 +70,10 @@ def forget_local(folder: Path) -> None:
 
 
 class FolderLock:
-    """One sender a folder: an flock that the kernel drops when the process dies."""
+    """One sender a folder: an flock that the kernel drops when the process dies.
+
+    Not by filelock, as the lock of a run folder.
+    """
 
     def __init__(self, folder: Path, name: str = ".track.lock") -> None:
         self.path = folder / name

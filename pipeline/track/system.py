@@ -1,4 +1,8 @@
-"""CPU, memory, network and GPU of this machine, sampled beside the run."""
+"""CPU, memory, network and GPU of this machine, sampled beside the run.
+
+Not by MLflow's own sampler, which has the same names: it sends to a server at once, where these go
+to the journal first and outlive a dead server, and it loads MLflow (4 s, 160 MB) in every worker.
+"""
 
 from __future__ import annotations
 

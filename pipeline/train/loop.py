@@ -26,8 +26,10 @@ from pipeline.train.worker import Job, Worker
 HOLD_S = 120.0  # a group that wrote a checkpoint to move waits so long to be taken away
 
 
-def train_worker(job: Job) -> None:
-    """One worker of the group, from its start to its end."""
+def train_worker(job: Job) -> dict[str, Any] | None:
+    """One worker of the group, from its start to its end. Rank 0 gives the outcome of the run,
+    which Ray Train hands to the driver; None where the workers do not see one run folder.
+    """
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     plan = Plan.model_validate_json(job["plan"]).for_workers(workers)
@@ -37,12 +39,11 @@ def train_worker(job: Job) -> None:
         RemoteLines(job["feeder"]),
     )
     with beating(WORKER_SILENCE_S) if rank == 0 else nullcontext(), doing("pretrain: starting"):
-        # None: the workers do not see one run folder, which the driver is told
-        if (worker := Worker.start(job, plan, rank)) is not None:
-            _train(worker)
+        worker = Worker.start(job, plan, rank)
+        return _train(worker) if worker else None
 
 
-def _train(worker: Worker) -> None:
+def _train(worker: Worker) -> dict[str, Any] | None:
     """Steps until the last one, a request to end, or one that is not finite.
 
     A request (STOP, MOVE, or SAVE for a checkpoint alone) ends no step: it is taken up between two.
@@ -95,7 +96,7 @@ def _train(worker: Worker) -> None:
                 break
             if request == MOVE:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
-    rank_zero.finish(outcome, clock)
+    return rank_zero.finish(outcome, clock)
 
 
 def _evaluation_due(plan: Plan, step: int) -> bool:

@@ -6,7 +6,6 @@ one before it (`evaluations.py`).
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -20,8 +19,7 @@ from pipeline.driver.mailbox import MOVE, STOP, Reports
 from pipeline.errors import one_line
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
-from pipeline.storage.places import resolve_uri, retries
-from pipeline.storage.transfer import write_bytes_atomic
+from pipeline.storage.places import retries
 from pipeline.stream.bad_table import BadTable, reasons
 from pipeline.train import build, state
 from pipeline.train.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
@@ -64,8 +62,9 @@ class OtherRank:
     def picture_crops(self, batch: Batch) -> None:
         """Before the first step of a run."""
 
-    def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
-        """After the last step."""
+    def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any] | None:
+        """After the last step; gives what the driver is told."""
+        return None
 
 
 class RankZero(OtherRank):
@@ -265,8 +264,8 @@ class RankZero(OtherRank):
             crops_sheet(batch, build.photometric_spec(self.plan.config), self.plan.grid),
         )
 
-    def finish(self, outcome: dict[str, Any], clock: Clock) -> None:
-        """Waits for the evaluations under way and leaves the outcome for the driver."""
+    def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        """Waits for the evaluations under way and gives the outcome for the driver."""
         now("pretrain: the last evaluation and checkpoint")
         # Who stops a run is about to take the machine away: the checkpoint is safe, go.
         self.evaluations.collect(wait=outcome["status"] == "finished")
@@ -287,8 +286,7 @@ class RankZero(OtherRank):
         }
         self.prune(set())
         self.tracker.close()
-        place = join(self.folder, "pretrain", "outcome.json")
-        write_bytes_atomic(json.dumps(outcome, indent=1).encode(), *resolve_uri(str(place)))
+        return outcome
 
     def _saved_at(self, step: int, pauses: tuple[int, ...]) -> bool:
         """Whether what the steps made is on disk; a few more tries where it is not."""

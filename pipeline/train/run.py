@@ -22,9 +22,7 @@ from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.plan.resume import changes, plan_of
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import ShardSet
-from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.run_folder import RunFolder, atomic
-from pipeline.storage.transfer import read_json
 from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.order import layout_of
@@ -205,8 +203,6 @@ def pretrain(
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)
-    fs, outcome = resolve_uri(str(folder.at("pretrain", "outcome.json")))
-    delete_file(fs, outcome)
     tasks = DecodeTasks(plan.decode_cpus, plan.decode_tasks)
     feeder = launch_feeder(
         reading_for(plan, shards),
@@ -238,7 +234,7 @@ def pretrain(
                 reporting(feeder, tracker),
                 doing("pretrain: the workers start, or their node is busy"),
             ):
-                trainer.fit()
+                result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = getattr(error, "controller_failure", None)
             if isinstance(cause, StoppedError):
@@ -254,7 +250,7 @@ def pretrain(
             mark.unlink(missing_ok=True)
             ray.kill(evaluator)
             ray.kill(feeder)
-    return _outcome(plan, folder)
+    return _outcome(plan, folder, result.return_value)
 
 
 def _trainer(plan: Plan, job: Job, records: Path) -> Any:
@@ -298,12 +294,11 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
     )
 
 
-def _outcome(plan: Plan, folder: RunFolder) -> Outcome:
-    place = str(folder.at("pretrain", "outcome.json"))
-    left: dict[str, Any] | None = read_json(*resolve_uri(place))
+def _outcome(plan: Plan, folder: RunFolder, left: dict[str, Any] | None) -> Outcome:
+    """What rank 0 gave (`loop.train_worker`), or the error that it means."""
     if left is None:
         raise TrainError(
-            f"the workers left no {public(place)}: run.folder is not the same place on all nodes",
+            f"the workers do not all see {folder}: run.folder is not the same place on all nodes",
             "give run.folder as an absolute path of storage that driver and workers share, "
             "or as a URI",
         )

@@ -65,7 +65,7 @@ class Worker:
         """Restores the newest checkpoint, or builds what step 0 starts from.
 
         None where a worker does not see what the driver wrote into the run folder: the driver then
-        finds no outcome and says what to do.
+        gets no outcome and says what to do.
         """
         torch.set_num_threads(plan.threads)
         device = ray.train.torch.get_device()

@@ -115,7 +115,7 @@ def check_contract(s3: S3, folder: Path) -> None:
     steps = [step for step, row in rows.items() if "loss/total" in row]
     assert steps == list(range(STEPS))
     assert rows[9]["data/storage_retries"] >= 1  # the checkpoint that failed at first
-    assert json.loads(get(s3, "pretrain/outcome.json"))["status"] == "finished"
+    assert json.loads(get(s3, "pretrain/_done.json"))["result"]["status"] == "finished"
     # checkpoints: the newest ones and the best, each with both files
     folders = {name.split("/")[1] for name in found if name.startswith("checkpoints/step-")}
     assert f"step-{STEPS:08d}" in folders

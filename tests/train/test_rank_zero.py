@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -179,8 +178,7 @@ def test_a_stop_says_what_is_on_disk(
     disk = Disk(rank_zero, tmp_path, monkeypatch)
     assert not rank_zero.save(22)
     disk.full = not room
-    rank_zero.finish({"status": "stopped", "step": 22}, Timed(10, 100, 8, 1.0, 0.0))
-    left = json.loads((tmp_path / "pretrain" / "outcome.json").read_text())
+    left = rank_zero.finish({"status": "stopped", "step": 22}, Timed(10, 100, 8, 1.0, 0.0))
     assert left["status"] == "stopped" and left["step"] == disk.steps[-1] == (22 if room else 10)
     if room:
         assert not left["alarm"] and "lost_steps" not in left
