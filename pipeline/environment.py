@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import json
 import logging
 import os
 import secrets
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("pipeline")
 
@@ -101,3 +103,23 @@ def socket_folder() -> str:
             SOCKET_BYTES - len(SOCKET) - len("/rd12345678"),
         )
     return tempfile.mkdtemp(prefix="rd", dir=plain)
+
+
+def uploaded() -> bool:
+    """Whether this is a submitted job, working in a copy of the project that Ray made for it and
+    deletes some time after it.
+    """
+    return bool(_job_config().get("runtime_env", {}).get("working_dir"))
+
+
+def submission() -> dict[str, str]:
+    """The id and the metadata of a submitted job, named `ray.…`; empty for other jobs."""
+    metadata = _job_config().get("metadata", {})
+    known = {str(name).removeprefix("job_"): str(value) for name, value in metadata.items()}
+    return {f"ray.{name}": value for name, value in known.items() if name != "name"}
+
+
+def _job_config() -> dict[str, Any]:
+    """What `ray job submit` gives the processes that it starts."""
+    config: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return config

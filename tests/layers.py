@@ -87,7 +87,7 @@ TABLE = [
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
     row("train.cost train.bottleneck", "views", others="torch"),
-    row("train.step train.objective train.forward",
+    row("train.step train.objective",
         "errors loss model schedule train.objective train.step views", others="torch"),
     row("train.build train.checkpoint_files train.start train.state",
         "config errors evaluate images loss model plan schedule shards storage train uri "
@@ -129,15 +129,15 @@ TABLE = [
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
-    row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_serve embed "
+    row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
-    row("stages", "config context curate driver embed errors evaluate heartbeat images model pack "
-        "plan report search serve shards storage stream track train uri use views", "", "yaml",
-        "ray torch pyarrow"),
+    row("stages", "config context curate driver embed environment errors evaluate heartbeat images "
+        "model pack plan report search serve shards storage stream track train uri use views",
+        others="yaml", others_inside="ray torch pyarrow"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",
         "api.* config.sizes embed errors evaluate.features images loss model schedule "
-        "search.search shards.columns shards.shard_set stream.decoder stream.reader train.forward "
+        "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.objective train.step uri use views",
         "config.load log stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "stages"),

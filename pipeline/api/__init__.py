@@ -37,9 +37,8 @@ from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 from pipeline.schedule import StepValues, cosine, linear
 from pipeline.search.search import open_search
-from pipeline.train.forward import Forward, forward
 from pipeline.train.objective import Objective, ObjectiveSpec
-from pipeline.train.step import NonFinite, StepResult, train_step
+from pipeline.train.step import Forward, NonFinite, StepResult, forward, train_step
 from pipeline.use.attention import attention
 from pipeline.use.components import components
 from pipeline.use.network import patch_maps

@@ -15,16 +15,12 @@ from pydantic import Field, model_validator
 from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality, Retrieve
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
-from pipeline.config.embedding import Embed
-from pipeline.config.evaluation import Evaluate
-from pipeline.config.look import Look
+from pipeline.config.embedding import Embed, Evaluate
 from pipeline.config.network import Head, IbotHead, Model
-from pipeline.config.objective import Distill, Loss, Teacher
 from pipeline.config.run import Export, Resources, Run, Track
-from pipeline.config.search import Search
 from pipeline.config.section import Section
-from pipeline.config.serve import Serve
-from pipeline.config.training import Optim, Train
+from pipeline.config.training import Distill, Loss, Optim, Teacher, Train
+from pipeline.config.use import Look, Search, Serve
 
 # What `objective=dino` means where a recipe does not say it (Caron et al. 2021, section 3 and
 # table 8 of its appendix).

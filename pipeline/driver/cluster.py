@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import time
 import warnings
@@ -20,10 +20,10 @@ from pipeline.driver.ray_internals import (
     RayletEnded,
     check_version,
     draining_nodes,
+    gcs_client,
     own_process_group,
     own_sigterm,
     raylet_watched,
-    refuses,
 )
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import PipelineError, PlacementError
@@ -38,6 +38,7 @@ log = logging.getLogger("pipeline")
 T = TypeVar("T")
 SAY_S = 30.0  # between two words about what is missing
 TRIES = 3  # to start Ray on this machine
+ANSWER_S = 5.0  # for a cluster's head to take a connection
 ASK_S = 5.0  # between two orders: those of other jobs' data sets replace them every 20 s
 
 QUIET = {
@@ -145,7 +146,11 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         if not address:
             raise
-        if isinstance(error, AuthenticationError) or "uthenticat" in str(error) or refuses(address):
+        if (
+            isinstance(error, AuthenticationError)
+            or "uthenticat" in str(error)
+            or _refuses(address)
+        ):
             raise PipelineError(
                 f"the Ray cluster at RAY_ADDRESS={address} wants a token, which this job lacks",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE (or RAY_AUTH_TOKEN) with the "
@@ -159,6 +164,21 @@ def _connect(options: dict[str, Any], address: str | None) -> None:
         ) from None
     if not address:
         _hide_token()
+
+
+def _refuses(address: str) -> bool:
+    """Whether a cluster is at host:port and refuses us."""
+    from ray.exceptions import AuthenticationError
+
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+        gcs_client(address)
+    except AuthenticationError:
+        return True
+    except (OSError, ValueError, RuntimeError) as error:  # no address, no cluster, or another fault
+        log.debug("asking %s whether it wants a token: %s", address, error)
+    return False
 
 
 def _until_started(start: Callable[[], object]) -> None:
@@ -206,26 +226,6 @@ def _hide_token() -> None:
     with suppress(OSError, RuntimeError):  # there is none, or it is somebody else's
         token = Path.home() / ".ray" / "auth_token"
         token.chmod(token.stat().st_mode & 0o700)
-
-
-def uploaded() -> bool:
-    """Whether this is a submitted job, working in a copy of the project that Ray made for it and
-    deletes some time after it.
-    """
-    return bool(_job_config().get("runtime_env", {}).get("working_dir"))
-
-
-def submission() -> dict[str, str]:
-    """The id and the metadata of a submitted job, named `ray.…`; empty for other jobs."""
-    metadata = _job_config().get("metadata", {})
-    known = {str(name).removeprefix("job_"): str(value) for name, value in metadata.items()}
-    return {f"ray.{name}": value for name, value in known.items() if name != "name"}
-
-
-def _job_config() -> dict[str, Any]:
-    """What `ray job submit` gives the processes that it starts."""
-    config: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return config
 
 
 class Seen(NamedTuple):

@@ -1,8 +1,8 @@
 """All that we use of Ray's private parts, and what for.
 
 Ray may change any of them between two releases. So pyproject.toml has a ceiling on Ray, and what is
-missing is one sentence (`private`). Ray is imported where it is used: `ray.train` loads torch,
-which the feeder does without. One more is in ray_serve, one in storage/places (an arrow type).
+missing is one sentence (`_private`). Ray is imported where it is used: `ray.train` loads torch. One
+more name, of an arrow type, is in storage/places.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,7 +24,6 @@ log = logging.getLogger("pipeline")
 FIRST, BELOW = (2, 58), (2, 61)  # the releases of pyproject.toml
 START_S = 180.0  # a raylet that is neither ready nor at its end after so long is taken for ended
 TURN_S = 0.05  # of Ray Data's scheduling loop
-ANSWER_S = 5.0  # for a cluster's head to take a connection
 
 
 def check_version() -> None:
@@ -43,10 +41,8 @@ def _wanted() -> str:
 
 
 @contextmanager
-def private(why: str) -> Iterator[None]:
-    """Around look-ups of private parts: raises a `PipelineError` that says what is missing, what it
-    is for and which Ray has it.
-    """
+def _private(why: str) -> Iterator[None]:
+    """Around look-ups of private parts: says which is missing, what it is for, which Ray has it."""
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -58,7 +54,7 @@ def private(why: str) -> Iterator[None]:
 
 
 def _hooks(of: Any, *names: str) -> None:
-    """Looks methods up that we override: under another name ours would never be called."""
+    """Looks up what we override: under another name ours would never be called."""
     for name in names:
         getattr(of, name)
 
@@ -73,7 +69,7 @@ class RayletEnded(Exception):
 @contextmanager
 def raylet_watched(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Inside, Ray's look-up of its own node, which waits for the raylet, ends when that ended."""
-    with private("to see that Ray ended while it started"):
+    with _private("to see that Ray ended while it started"):
         from ray._private import services
 
         plain = services.get_node
@@ -110,7 +106,7 @@ def own_process_group() -> Iterator[list[subprocess.Popen[bytes]]]:
     still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
     ends them, for which they must stay in this group.
     """
-    with private("so that a signal to the job does not end Ray before the checkpoint"):
+    with _private("so that a signal to the job does not end Ray before the checkpoint"):
         from ray._private import services, utils
 
         apart = {"start_new_session": True} if utils.detect_fate_sharing_support() else {}
@@ -134,7 +130,7 @@ def own_sigterm() -> Iterator[None]:
     """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
     behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
     """
-    with private("so that SIGTERM leads to a checkpoint"):
+    with _private("so that SIGTERM leads to a checkpoint"):
         from ray._private import utils
 
         plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
@@ -150,27 +146,17 @@ def own_sigterm() -> Iterator[None]:
 # ---- What a cluster says of itself only to who asks its head.
 
 
-def refuses(address: str) -> bool:
-    """Whether a cluster is at host:port and refuses us: `ray.init` does not say so."""
-    from ray.exceptions import AuthenticationError
-
-    with private("to tell a wrong token from a cluster that is not there"):
+def gcs_client(address: str) -> Any:
+    """A client of a cluster's head: it says why it cannot connect, where `ray.init` does not."""
+    with _private("to tell a wrong token from a cluster that is not there"):
         from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-        GcsClient(address=address)
-    except AuthenticationError:
-        return True
-    except (OSError, ValueError, RuntimeError) as error:  # no address, no cluster, or another fault
-        log.debug("asking %s whether it wants a token: %s", address, error)
-    return False
+    return GcsClient(address=address)
 
 
 def draining_nodes() -> set[str]:
     """Ids of the nodes that will be taken away; the public list of nodes does not tell them."""
-    with private("to move workers off nodes that will be taken away"):
+    with _private("to move workers off nodes that will be taken away"):
         from ray._private.state import state
 
         return set(state.get_draining_nodes() or ())
@@ -184,7 +170,7 @@ def free_resources() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
 
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     cpus: dict[str, float] = defaultdict(float)
-    with private("to let a group of workers grow only into what others leave"):
+    with _private("to let a group of workers grow only into what others leave"):
         from ray._private.state import state
         from ray.core.generated import gcs_pb2
 
@@ -222,7 +208,7 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
     """
     from ray.train.torch import TorchTrainer
 
-    with private("to size and restart groups of training workers by rules of ours"):
+    with _private("to size and restart groups of training workers by rules of ours"):
         from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
         from ray.train.v2._internal.execution.scaling_policy import (
             NoopDecision,
@@ -230,11 +216,11 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
             ScalingPolicy,
         )
 
-        failures = options["run_config"].failure_config
+        scaling, failures = options["scaling_config"], options["run_config"].failure_config
         _hooks(TorchTrainer, "_initialize_and_run_controller", "_register_sigint_handler")
         _hooks(ScalingPolicy, "_get_num_workers_for_resource_request")
         _hooks(DefaultFailurePolicy(failures), "_worker_group_failures")
-        per_worker = options["scaling_config"]._resources_per_worker_not_none
+        per_worker = scaling._resources_per_worker_not_none
 
     class Sized(ScalingPolicy):  # type: ignore[misc]
         def _get_num_workers_for_resource_request(self) -> int:
@@ -264,8 +250,7 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
                 self.newest, self._worker_group_failures = step, 0
             return super().make_decision(training_failed_error)
 
-    sized = Sized(options["scaling_config"])
-    policies = {"scaling_policy": sized, "failure_policy": Counted(failures)}
+    policies = dict(scaling_policy=Sized(scaling), failure_policy=Counted(failures))
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
@@ -281,10 +266,10 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
 
 
 def pace_data(context: Any, ahead: float, buffer: int) -> None:
-    """Sets the pace of the data sets of a `ray.data.DataContext`: encoded bytes that may wait, as a
-    share of those that decoders have been given, and blocks of a task that wait to be noticed.
+    """Sets the pace of data sets: encoded bytes that may wait, of those that decoders have been
+    given, and blocks of a task that wait to be noticed.
     """
-    with private("to hold read tasks back and to slow the loop that schedules them"):
+    with _private("to hold read tasks back and to slow the loop that schedules them"):
         from ray.data._internal.execution import backpressure_policy as rules
         from ray.data._internal.execution.execution_callback import ExecutionCallback
 
@@ -301,11 +286,10 @@ def pace_data(context: Any, ahead: float, buffer: int) -> None:
 
         Ray Data lets an operator fill its share of the object store before it slows it down.
         Reading is many times faster than decoding, so that share would always be full of encoded
-        images that wait: memory touched for nothing, and the first to be spilled.
-
-        Where decoders have nothing in work they either do not run yet, then one portion that waits
-        is enough, or the next in turn is not read yet: then nothing is held back, so what was read
-        out of its turn cannot block what the order asks for.
+        images that wait: memory touched for nothing, and the first to be spilled. Where decoders
+        have nothing in work they either do not run yet, then one portion that waits is enough, or
+        the next in turn is not read yet: then nothing is held back, so what was read out of its
+        turn cannot block what the order asks for.
         """
 
         OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
@@ -325,11 +309,9 @@ def pace_data(context: Any, ahead: float, buffer: int) -> None:
             return "_Read" not in op.name or bool(super()._should_skip_backpressure(op))
 
     class Turns(ExecutionCallback):  # type: ignore[misc]
-        """20 turns a second, each of which handles all that is ready, are plenty.
-
-        While a read task waits for room, its next block counts as ready, so the wait of Ray Data's
-        scheduling loop returns at once, and the loop takes 60 % of a core for nothing (Ray 2.60,
-        seen in a profile).
+        """20 turns a second, each of which handles all that is ready, are plenty. While a read task
+        waits for room, its next block counts as ready, so the wait of Ray Data's scheduling loop
+        returns at once and takes 60 % of a core for nothing (Ray 2.60, seen in a profile).
         """
 
         def on_execution_step(self, executor: Any) -> None:
@@ -346,5 +328,23 @@ def end_split(parts: list[Any]) -> None:
     """
     import ray
 
-    with private("to end the data of a group of workers that is gone"):
+    with _private("to end the data of a group of workers that is gone"):
         ray.kill(parts[0]._coord_actor)
+
+
+# ---- Ray Serve: where the replicas of an endpoint listen.
+
+
+def serve_on_loopback() -> None:
+    """For a replica's constructor: Ray Serve then opens a port for calls, which are pickles, on all
+    addresses. A cluster needs that, in a network of its own (SECURITY.md); a laptop does not.
+    """
+    with _private("so that the endpoint of a laptop is for this machine alone"):
+        from ray.serve._private import replica
+
+        opening = replica.add_port_to_grpc_server
+
+    def on_loopback(server: Any, address: str) -> Any:
+        return opening(server, address.replace("[::]:", "127.0.0.1:"))
+
+    replica.add_port_to_grpc_server = on_loopback

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.serve import Serve
-from pipeline.driver.ray_serve import serve_on_loopback
+from pipeline.config.use import Serve
+from pipeline.driver.ray_internals import serve_on_loopback
 from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, open_embedder
 from pipeline.images.decode import UInt8Array
 from pipeline.images.value_range import FULL, from_json

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from pipeline import environment
 from pipeline.config.config import Config
 from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
@@ -210,7 +211,7 @@ def _open_pipeline(config: Config, folder: RunFolder, written: Path) -> Pipeline
 def _origin(config: Config) -> dict[str, str]:
     """Tags that say what runs, and which submitted job it is, by its id and its metadata."""
     tags = {"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())}
-    return {**cluster.submission(), **tags}
+    return {**environment.submission(), **tags}
 
 
 def _fetched(folder: RunFolder, names: Sequence[str]) -> None:

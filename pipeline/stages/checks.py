@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline import environment
 from pipeline.config.config import Config
 from pipeline.context import (
     Context,
@@ -21,7 +22,6 @@ from pipeline.context import (
 from pipeline.curate.decide.shards import check_shards
 from pipeline.curate.run_earlier import Earlier
 from pipeline.curate.sets import open_earlier, open_other_sets, opened
-from pipeline.driver import cluster
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels
 from pipeline.heartbeat import doing
@@ -94,7 +94,7 @@ def check_outputs(config: Config, stages: Sequence[str]) -> None:
     Raises:
         ConfigError: where it would: Ray deletes that directory some time after the job.
     """
-    if not cluster.uploaded():
+    if not environment.uploaded():
         return
     places = {
         "run.folder": config.run.folder,

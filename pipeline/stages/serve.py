@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.config.serve import Serve
+from pipeline.config.use import Serve
 from pipeline.driver import cluster
 from pipeline.embed.embedders import absolute_model
 from pipeline.errors import PipelineError, PlacementError

@@ -74,6 +74,55 @@ def ask_student(
     )
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass gives."""
+
+    loss: Tensor  # 0-d, with gradients: what is optimised
+    parts: dict[str, Tensor]  # the unweighted terms: dino_global, dino_local, ibot, koleo
+    cls: Tensor  # [G, B, D] the teacher's CLS tokens
+    teacher_logits: Tensor  # [G, B, K], without gradients
+    student_logits: Tensor  # [V, B, K], global views first
+
+
+def forward(
+    pair: Pair,
+    views: Views,
+    objective: Objective,
+    teacher_temperature: float = 0.04,
+    generator: torch.Generator | None = None,
+) -> Forward:
+    """Student and teacher on views, and the loss between them; nothing is moved.
+
+    A loop of one's own goes on with `loss.backward()`, its optimiser, `objective.commit()` for the
+    centres and `ema_update(pair, momentum)`; `train_step` is all of that.
+
+    Args:
+        pair: the networks.
+        views: of one micro batch.
+        objective: losses and centres; DINO needs a weight above 0 there.
+        teacher_temperature: of the targets.
+        generator: source of the student's stochastic depth.
+
+    Raises:
+        PipelineError: views without masks where iBOT has a weight.
+    """
+    patches = objective.masked(views)
+    answer, masked = ask_teacher(pair, views, patches, objective)
+    target = next(objective.targets(iter([(answer, masked)]), teacher_temperature))
+    student = ask_student(pair.student, views, patches, objective, generator)
+    terms = objective.losses(student, target, views, patches)
+    scored = objective.scores_cls
+    rows = len(views.global_views) * scored
+    return Forward(
+        terms.total,
+        terms.parts,
+        _by_view(answer.cls, views.images),
+        _by_view(answer.dino[:rows], views.images),
+        _by_view(student.dino[: rows + len(views.local_views) * scored], views.images),
+    )
+
+
 def train_step(
     student_forward: Callable[..., Encoded],
     pair: Pair,
@@ -194,3 +243,8 @@ def _agree(
         raise NonFinite([name for name, count in zip(local, broken, strict=True) if count])
     averaged = (message[1 + len(local) :] / world_size()).unbind()
     return dict(zip(local, averaged, strict=True)), stops > 0
+
+
+def _by_view(rows: Tensor, images: int) -> Tensor:
+    """`[V B, D]`, crop-major, as `[V, B, D]`."""
+    return rows.view(len(rows) // images, images, rows.shape[-1])

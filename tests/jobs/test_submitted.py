@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.driver import cluster
+from pipeline import environment
 from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.job import main
@@ -34,12 +34,12 @@ def submitted(monkeypatch: pytest.MonkeyPatch, config: object) -> None:
 
 def test_who_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert cluster.submission() == {} and not cluster.uploaded()
+    assert environment.submission() == {} and not environment.uploaded()
     submitted(monkeypatch, WITH_COPY)
-    assert cluster.submission() == {"ray.submission_id": "vits14-1", "ray.stage": "run"}
-    assert cluster.uploaded()
+    assert environment.submission() == {"ray.submission_id": "vits14-1", "ray.stage": "run"}
+    assert environment.uploaded()
     submitted(monkeypatch, {"runtime_env": {"env_vars": {}}, "metadata": {}})
-    assert not cluster.uploaded()  # the code is in the image
+    assert not environment.uploaded()  # the code is in the image
 
 
 SHARED = ["run.folder=/shared", "curate.preset=dedup"]
