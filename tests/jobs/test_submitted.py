@@ -113,10 +113,10 @@ import sys, time
 sys.path.insert(0, {root!r})
 import ray
 from pipeline import job
-from pipeline.curate.steps.steps import Task, run_step
+from pipeline.curate.steps.steps import Steps
 from pipeline.stages import pack
 
-def sleeps(folder):
+def sleeps(out, item):
     time.sleep(600)
     return {{}}
 
@@ -125,7 +125,7 @@ def say_folder():
 
 def run(context, tracker):
     say_folder()
-    return run_step(context.folder.path, "slow", {{}}, [Task("a"), Task("b")], sleeps)
+    return Steps(context.folder.path).run("slow", sleeps, {{"a": 0, "b": 1}})
 
 def init(**options):
     real_init(**options)

@@ -30,7 +30,8 @@ from pipeline.curate.choose.lloyd_tasks import (
 from pipeline.curate.rows.exact import Halves
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import list_array, read_table, write_table
-from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps, remove_steps
+from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps
+from pipeline.curate.steps.tasks import remove_steps
 from pipeline.errors import PipelineError
 from pipeline.storage.places import resolve_uri, with_retries
 from pipeline.storage.run_folder import fingerprint

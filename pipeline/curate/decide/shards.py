@@ -24,7 +24,8 @@ from pipeline.curate.decide.shard_write import (
     write_shard,
 )
 from pipeline.curate.rows.tables import AS_IS, InputFile
-from pipeline.curate.steps.steps import Step, Steps, empty_step, numbered, step_files
+from pipeline.curate.steps.steps import Step, Steps, numbered
+from pipeline.curate.steps.tasks import empty_step, step_files
 from pipeline.errors import DataError, StorageError
 from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
 from pipeline.pack.merge import shard_of

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.curate.rows.read_rows import Portion
 from pipeline.errors import DataError, one_line
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import atomic_path
@@ -101,16 +100,6 @@ def read_bucket(
 def shelves_of(bucket: np.ndarray[Any, Any]) -> list[int]:
     """Which shelves rows of these buckets are on; for accounts."""
     return [int(shelf) for shelf in np.unique(bucket // SHELF)]
-
-
-def written(
-    of: Sequence[Portion], result: Any, which: str = "shelves"
-) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names of the tasks of a shuffle, with the shelves that each wrote."""
-    return tuple(
-        (portion.name, tuple(account[which]))
-        for portion, account in zip(of, result.accounts, strict=True)
-    )
 
 
 def raw(values: np.ndarray[Any, Any]) -> pa.Array:

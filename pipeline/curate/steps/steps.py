@@ -23,16 +23,9 @@ import pyarrow.parquet as pq
 
 from pipeline.curate.rows.bucketed import read_bucket, shelves_of, write_buckets
 from pipeline.curate.rows.tables import InputFile, read_table, table_writer, write_table
-from pipeline.curate.steps.tasks import (
-    Account,
-    Resources,
-    Task,
-    empty_step,
-    finished,
-    remove_steps,
-    run_tasks,
-    step_files,
-)
+from pipeline.curate.steps.tasks import Account as Account
+from pipeline.curate.steps.tasks import Resources as Resources
+from pipeline.curate.steps.tasks import Task, finished, run_tasks
 from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place, join
 
@@ -71,11 +64,6 @@ class Step:
         # A task needs to know where buckets are; the accounts of 100,000 tasks are too much for it.
         shelves = tuple({"shelves": a["shelves"]} if "shelves" in a else {} for a in self.accounts)
         return self.__dict__ | {"accounts": shelves}
-
-    @property
-    def step(self) -> str:
-        """Its name; the old form."""
-        return self.name
 
     def at(self, sub: str = "") -> str:
         """Its folder, or one inside it."""
@@ -327,60 +315,3 @@ def _call(
     """In a worker: one task; what its function returns goes over what was counted."""
     out = Output(folder, name, resources)
     return out.account | (function(out, item, **given) or {})
-
-
-# ---- The old form, until every room has moved.
-
-
-Result = Step
-
-
-def run_step(
-    root: Place,
-    step: str,
-    settings: Any,
-    tasks: Sequence[Task],
-    function: Callable[..., Account],
-    *,
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-) -> Step:
-    """Runs tasks `function(folder, *arguments)` under a key that is made of `settings`."""
-    begin = time.monotonic()
-    folder, key = str(join(root, *step.split("/"))), step_key(step, settings, tasks)
-    accounts, reused = run_tasks(folder, step, key, tasks, function, Resources(cpus, gpus))
-    return Step(
-        step,
-        key,
-        folder,
-        tuple(accounts),
-        reused,
-        time.monotonic() - begin,
-        sum(account["_cpu_s"] for account in accounts),
-        max((account["_peak_bytes"] for account in accounts), default=0),
-        tuple(task.name for task in tasks),
-    )
-
-
-def step_key(step: str, settings: Any, tasks: Sequence[Task]) -> str:
-    """Of a step's name, settings and tasks."""
-    return fingerprint([step, settings, [task.name for task in tasks]])
-
-
-__all__ = [
-    "Account",
-    "Output",
-    "Resources",
-    "Result",
-    "Step",
-    "Steps",
-    "Task",
-    "by_file",
-    "empty_step",
-    "key_of",
-    "numbered",
-    "remove_steps",
-    "run_step",
-    "step_files",
-    "step_key",
-]
