@@ -36,11 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.copies import group_copies
+from pipeline.curate.copies.cell_items import ImageSet
 from pipeline.curate.copies.fit_cells import CellPlan, fit_cells
-from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.copies.keepers import CopyRule
 from pipeline.curate.copies.pairs import Search, find_pairs, put_in_cells
+from pipeline.curate.copies.which_are_copies import group_copies
 from pipeline.curate.decide.decide import Mix, decide, starts_of
 from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.tally import Sources, Tally

@@ -8,13 +8,13 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.curate.choose.balance import Balanced
 from pipeline.curate.choose.retrieve import Retrieved
-from pipeline.curate.copies.copies import LOOKED_EDGES
 from pipeline.curate.copies.pairs import Pairs
+from pipeline.curate.copies.which_are_copies import LOOKED_EDGES
 from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.decide.tally import Tally
 from pipeline.curate.embed.embed import Embedded
 from pipeline.curate.images.fingerprint import Decoding
-from pipeline.curate.look.looks import counted
+from pipeline.curate.look.look_at_pairs import counted
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import Inputs
 from pipeline.curate.sets import Sets

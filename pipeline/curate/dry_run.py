@@ -10,10 +10,10 @@ from pipeline.curate.copies.cells import cells_for
 from pipeline.curate.images.descriptor import DIM
 from pipeline.curate.images.fingerprint import Decoding
 from pipeline.curate.images.quality import sample_counts
+from pipeline.curate.run_choose import check_clusters
 from pipeline.curate.run_copies import false_positives
 from pipeline.curate.run_images import rules
 from pipeline.curate.sets import Sets, open_sets
-from pipeline.curate.sizes import check_clusters
 from pipeline.curate.threshold.calibrate import COMPARED
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.run_folder import RunFolder

@@ -17,13 +17,13 @@ from pipeline.config.config import Config
 from pipeline.context import result_line
 from pipeline.curate.copies.other_sets import look_up
 from pipeline.curate.copies.pairs import Index
+from pipeline.curate.earlier import Earlier, check_inputs, earlier_runs
 from pipeline.curate.embed.embed import unit_vectors
 from pipeline.curate.images.descriptor import describe, visiting
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.read import parquet_names
 from pipeline.curate.rows.tables import read_table
-from pipeline.curate.run_earlier import Earlier, check_inputs, earlier_runs
 from pipeline.embed.embedders import DESCRIPTOR, open_embedder
 from pipeline.errors import DataError, shortened
 from pipeline.images.bad_image import BadImage
@@ -37,7 +37,7 @@ from pipeline.uri import join, public
 log = logging.getLogger("pipeline.curate")
 
 SAID = 10  # images that are named
-SIDE = 320  # of an image in the picture of both, pixels
+SHOWN_SIDE = 320  # of an image in the picture of both, pixels
 GAP, LINE = 8, 18  # white between images; height of a line of text, pixels
 NEAR = 0.1  # so far below the threshold the nearest image is shown
 
@@ -166,17 +166,17 @@ def _answer(one: Earlier, row: int, similarity: float, threshold: float) -> Answ
 
 def _both(pixels: Any, answer: Answer) -> Image.Image:
     """The image that was asked for beside the one that is most like it."""
-    page = Image.new("RGB", (2 * SIDE + 3 * GAP, SIDE + 2 * GAP + 3 * LINE), "white")
+    page = Image.new("RGB", (2 * SHOWN_SIDE + 3 * GAP, SHOWN_SIDE + 2 * GAP + 3 * LINE), "white")
     other = (
         Image.open(io.BytesIO(answer.thumbnail)).convert("RGB")
         if answer.thumbnail
-        else Image.new("RGB", (SIDE, SIDE), "lightgrey")
+        else Image.new("RGB", (SHOWN_SIDE, SHOWN_SIDE), "lightgrey")
     )
     mine = Image.fromarray(np.ascontiguousarray(three_channels(pixels)))
     for place, image in enumerate((mine, other)):
-        scale = SIDE / max(image.size)
+        scale = SHOWN_SIDE / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        page.paste(image.resize(size), (GAP + place * (SIDE + GAP), GAP))
+        page.paste(image.resize(size), (GAP + place * (SHOWN_SIDE + GAP), GAP))
     draw = ImageDraw.Draw(page)
     what = answer.decision
     lines = [
@@ -186,5 +186,5 @@ def _both(pixels: Any, answer: Answer) -> Image.Image:
         shortened(answer.path or what["source"], 100),
     ]
     for number, line in enumerate(lines):
-        draw.text((GAP, SIDE + 2 * GAP + number * LINE), line, fill="black")
+        draw.text((GAP, SHOWN_SIDE + 2 * GAP + number * LINE), line, fill="black")
     return page

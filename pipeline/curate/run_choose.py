@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pipeline.config.config import Config
 from pipeline.curate.choose import retrieve as retrieving
 from pipeline.curate.choose.balance import Balanced, Sample, balanced_sample
 from pipeline.curate.choose.hierarchy import Levels, build
+from pipeline.curate.choose.lloyd import TASK_ELEMENTS
 from pipeline.curate.choose.retrieve import Retrieved
-from pipeline.curate.choose.seed_clusters import Retrieval
+from pipeline.curate.choose.seed_clusters import CLUSTER, CLUSTER_ROWS, Retrieval
 from pipeline.curate.curation import OtherSet, Seeds, Setup
 from pipeline.curate.decide.decide import list_left, starts_of
 from pipeline.curate.decide.file_rows import Known
 from pipeline.curate.embed.embed import Embedded
+from pipeline.curate.images.descriptor import DIM
 from pipeline.curate.images.equal_images import equal_images, list_kept
 from pipeline.curate.models import embedder_of
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import AS_IS, POOL, InputFile, Inputs, Vectors
 from pipeline.curate.run_images import embed_images, open_other_set
+from pipeline.curate.sets import Sets
 from pipeline.curate.steps.steps import Resources, Step
+from pipeline.embed.embedders import DESCRIPTOR, Embedder
+from pipeline.errors import ConfigError
+from pipeline.uri import public
 
 
 def what_is_left(setup: Setup, known: Known) -> Step:
@@ -107,3 +114,42 @@ def _outside(setup: Setup, name: str, content: Embedded) -> tuple[OtherSet, RowS
     own = steps.run("own", list_kept, inputs.by_name, equal=equal)
     counts = [account["rows"] for account in own.accounts]
     return other, RowSet.of(other.embedded.vectors, counts, own.folder, own.key)
+
+
+# ---- Whether the clusterings that a recipe asks for fit into tasks, told before images are read.
+
+
+WIDEST = 8192  # no vectors are wider; so few clusters always fit
+
+
+def check_clusters(config: Config, sets: Sets) -> None:
+    """Refuses more clusters than a task can hold.
+
+    Vectors have the width of their model, so a model is opened here, but only where clusters are so
+    many that it matters.
+
+    Raises:
+        ConfigError: too many clusters.
+        PipelineError: the model cannot be opened.
+    """
+    rows, asked = sets.pool.rows, {}
+    retrieval = Retrieval(**config.retrieve.model_dump(exclude={"seeds", "include"}))
+    if any(retrieval.mode_of(seeds.rows) == CLUSTER for seeds in sets.seeds.values()):
+        asked["retrieve.clusters"] = retrieval.clusters or max(1, rows // CLUSTER_ROWS)
+    if config.balance.images and config.balance.levels:
+        asked["balance.levels"] = config.balance.levels[0]
+    counts = {field: min(count, rows) for field, count in asked.items()}
+    if max(counts.values(), default=0) * WIDEST <= TASK_ELEMENTS:
+        return
+    spec = embedder_of(config, "curate.embedder", config.curate.embedder)
+    width = DIM if spec.kind == DESCRIPTOR else Embedder(spec).dim
+    for field, count in counts.items():
+        if count * width > TASK_ELEMENTS:
+            most = TASK_ELEMENTS // width
+            raise ConfigError(
+                f"{field}: {count:,} clusters of vectors of {width:,} numbers "
+                f"(curate.embedder={public(config.curate.embedder)}) do not fit into a task of "
+                f"2 GB: {most:,} do",
+                f"set {field} to at most {most} "
+                "(smaller clusters take more of them), or use an embedder with narrower vectors",
+            )

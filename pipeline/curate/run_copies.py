@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.config.config import Config
-from pipeline.curate.copies import copies, leaks, matches, pairs
-from pipeline.curate.copies.items import ImageSet
+from pipeline.curate.copies import leaks, matches, pairs, which_are_copies
+from pipeline.curate.copies.cell_items import ImageSet
 from pipeline.curate.copies.keepers import CopyRule
 from pipeline.curate.copies.pairs import Index, Pairs, Search
 from pipeline.curate.curation import Leaks, Setup, Threshold
 from pipeline.curate.decide.file_rows import Known
+from pipeline.curate.earlier import check_inputs
 from pipeline.curate.embed.embed import Embedded
 from pipeline.curate.images.descriptor import visiting
 from pipeline.curate.images.equal_images import kept_count
-from pipeline.curate.look.looks import Looking
+from pipeline.curate.look.look_at_pairs import Looking
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.copies import FAR
 from pipeline.curate.rows.tables import POOL, Inputs
-from pipeline.curate.run_earlier import check_inputs
 from pipeline.curate.run_images import embed_images, open_other_set
 from pipeline.curate.steps.steps import Step
 from pipeline.curate.threshold.calibrate import Sampling, calibrate
@@ -149,7 +149,7 @@ def group_copies(
 ) -> Step:
     """Groups of copies, with the one that stays of each: none that goes in any case."""
     dedup = setup.config.dedup
-    return copies.group_copies(
+    return which_are_copies.group_copies(
         setup.steps,
         alike,
         _image_set(setup.images, embedded),

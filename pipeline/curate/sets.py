@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.config import Config
 from pipeline.context import Context, is_shards, open_packed_shards
+from pipeline.curate.earlier import Earlier, earlier_runs
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
-from pipeline.curate.run_earlier import Earlier, earlier_runs
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.shards.overlap import shared_classes
 from pipeline.shards.set_range import difference

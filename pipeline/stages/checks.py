@@ -20,7 +20,7 @@ from pipeline.context import (
     with_packed_sets,
 )
 from pipeline.curate.decide.shards import check_shards
-from pipeline.curate.run_earlier import Earlier
+from pipeline.curate.earlier import Earlier
 from pipeline.curate.sets import open_earlier, open_other_sets, opened
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels

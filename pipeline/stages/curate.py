@@ -11,15 +11,15 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.context import DESCRIPTOR, Context, result_line
 from pipeline.curate.curation import Curation
+from pipeline.curate.earlier import Earlier, keys_of
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report import numbers, report
 from pipeline.curate.report.pictures import pictures
 from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.curate.run import curate
+from pipeline.curate.run_choose import check_clusters
 from pipeline.curate.run_decide import write_shards
-from pipeline.curate.run_earlier import Earlier, keys_of
 from pipeline.curate.sets import POOL_NAME, open_sets
-from pipeline.curate.sizes import check_clusters
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.embed.onnx_files import is_onnx
 from pipeline.errors import ConfigError, DataError, StorageError

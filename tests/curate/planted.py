@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.items import ImageSet
+from pipeline.curate.copies.cell_items import ImageSet
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.steps.steps import Step

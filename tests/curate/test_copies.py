@@ -15,7 +15,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pipeline.curate.copies import forest, join, keeper_facts
-from pipeline.curate.copies.copies import group_copies
 from pipeline.curate.copies.keepers import CopyRule
 from pipeline.curate.copies.leaks import count_leaked, find_leaks, leaks_that_hold
 from pipeline.curate.copies.matches import MATCHES, find_matches
@@ -28,7 +27,8 @@ from pipeline.curate.copies.pairs import (
     find_pairs,
     put_in_cells,
 )
-from pipeline.curate.look.looks import VERDICTS
+from pipeline.curate.copies.which_are_copies import group_copies
+from pipeline.curate.look.look_at_pairs import VERDICTS
 from pipeline.curate.rows import tables
 from pipeline.curate.rows.exact import unit_half
 from pipeline.curate.steps.steps import Output, Step, Steps

@@ -241,7 +241,7 @@ def test_equal_images_have_one_keeper(tmp_path, monkeypatch, buckets):
     """Planted: equal bytes, equal pixels in other files, as-is copies of pool images."""
     monkeypatch.setattr(equal_images, "BUCKET_ROWS", buckets)
     monkeypatch.setattr(read_rows, "FILE_GROUPS", 2)
-    monkeypatch.setattr(read_rows, "GROUP_ROWS", 10)
+    monkeypatch.setattr(read_rows, "FILE_GROUP_ROWS", 10)
     plain = [encoded(scene(n, 40, 50)) for n in range(6)]
     heavy = [encoded(scene(n, 40, 50), compress_level=0) for n in range(3)]
     shard(tmp_path / "in" / "pool.parquet", [*plain, plain[0], b"", *heavy, plain[5], plain[5]])

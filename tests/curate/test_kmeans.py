@@ -11,7 +11,7 @@ from pipeline.curate.choose import kmeans
 from pipeline.curate.choose.kmeans import KMeans, Sums, fit_local
 from pipeline.curate.rows.draws_by_id import draw, race
 from pipeline.curate.rows.exact import Centres, unit_half
-from pipeline.curate.rows.groups import firsts, id_words, not_after
+from pipeline.curate.rows.first_of_each import firsts, id_words, not_after
 
 
 def random_half(rng, n, d):

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.curate.rows import bucketed, groups, read_rows, tables
+from pipeline.curate.rows import bucketed, read_rows, tables
 from pipeline.curate.rows.exact import unit_half
+from pipeline.curate.rows.first_of_each import best, first_of_each, in_order
 from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns, ShardFile
 from tests.curate.planted import ids_for, write_pool
@@ -57,7 +58,7 @@ def test_ids_are_ordered_as_bytes() -> None:
     ids = ids_for(500)
     ids[::7] = ids[0]
     row = np.random.default_rng(0).permutation(500)
-    order = groups.in_order(ids, row)
+    order = in_order(ids, row)
     expected = sorted(range(500), key=lambda place: (bytes(ids[place]), row[place]))
     assert order.tolist() == expected
 
@@ -68,7 +69,7 @@ def test_the_first_of_each_group_is_that_of_a_loop(n: int) -> None:
     group, ids = (rng.integers(0, 3, (n, 16)).astype(np.uint8) for _ in range(2))
     group[:, 2:] = 0
     size, row = rng.integers(0, 3, n), rng.permutation(n)
-    gone, kept = groups.first_of_each(group, -size, ids, row)
+    gone, kept = first_of_each(group, -size, ids, row)
     by_group: dict[bytes, list[int]] = {}
     for place in sorted(range(n), key=lambda i: (-size[i], bytes(ids[i]), row[i])):
         by_group.setdefault(bytes(group[place]), []).append(place)
@@ -92,7 +93,7 @@ def test_the_best_of_each_is_that_of_a_loop(n: int, by: tuple[str, ...]) -> None
         key = tuple(one[name] for name in by)
         order = (-one["similarity"], *(one[c] for c in ("row", "set", "query_id")))
         expected[key] = min(expected.get(key, order), order)
-    best = groups.best(table, *by).to_pylist()
+    rows = best(table, *by).to_pylist()
     mine = {
         tuple(one[name] for name in by): (
             -one["similarity"],
@@ -100,9 +101,9 @@ def test_the_best_of_each_is_that_of_a_loop(n: int, by: tuple[str, ...]) -> None
             one["set"],
             one["query_id"],
         )
-        for one in best
+        for one in rows
     }
-    assert mine == expected and list(mine) == sorted(expected) and len(best) == len(mine)
+    assert mine == expected and list(mine) == sorted(expected) and len(rows) == len(mine)
 
 
 def test_buckets_come_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from pipeline.curate.look.looks import VERDICTS
+from pipeline.curate.look.look_at_pairs import VERDICTS
 from pipeline.curate.report.copies import read_looks
 from pipeline.curate.report.map import principal
 from pipeline.curate.report.read import Samples, TableFiles, draws, ids, value_draws

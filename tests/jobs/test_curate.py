@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from pipeline import job
 from pipeline.config.curation import Dedup
 from pipeline.config.load import load
-from pipeline.curate import sizes as curate_sizes
-from pipeline.curate.look import looks
+from pipeline.curate import run_choose
+from pipeline.curate.look import look_at_pairs
 from pipeline.curate.look.second_look import Verdict
 from pipeline.curate.report import report
 from pipeline.curate.run_decide import proportions
@@ -662,7 +662,7 @@ def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys,
     hub(tmp_path / "hub", [[encoded(blobs(i)) for i in range(9)]])
     hub(tmp_path / "seeds", [[encoded(blobs(30))]])
     given = [f"data.shards={tmp_path}/hub", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
-    monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 7)
+    monkeypatch.setattr(run_choose, "TASK_ELEMENTS", 143 * 7)
     for dry in ([], ["--dry-run"]):
         with pytest.raises(SystemExit):
             curate(tmp_path, *given, "retrieve.clusters=100000", *dry, name="many")
@@ -670,14 +670,16 @@ def test_too_many_clusters_are_refused_before_anything_is_read(tmp_path, capsys,
         assert "retrieve.clusters: 9 clusters of vectors of 143 numbers" in what  # 9 images
         assert "do not fit into a task of 2 GB: 7 do" in what and "at most 7" in hint
     assert not (tmp_path / "many" / "curate" / "steps").exists()
-    monkeypatch.setattr(curate_sizes, "TASK_ELEMENTS", 143 * 9)
+    monkeypatch.setattr(run_choose, "TASK_ELEMENTS", 143 * 9)
     curate(tmp_path, *given, "retrieve.clusters=100000", name="fits")
 
 
 def test_what_is_like_an_added_copy_only_stays(tmp_path, monkeypatch):
     """The second is like the first, which was curated before, and the third like the second."""
     same = Verdict(True, "", 0.0, (0.5, 0.5))
-    monkeypatch.setattr(looks, "second_look", lambda a, b: same)  # blends are no copies by it
+    monkeypatch.setattr(
+        look_at_pairs, "second_look", lambda a, b: same
+    )  # blends are no copies by it
     pictures = [blobs(4), Image.blend(blobs(4), blobs(5), 0.5), blobs(5)]
     hub(tmp_path / "one", [[encoded(pictures[0]), encoded(blobs(9))]])
     hub(tmp_path / "two", [[encoded(pictures[1]), encoded(pictures[2])]])

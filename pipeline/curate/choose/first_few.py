@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.rows.groups import firsts, not_after
+from pipeline.curate.rows.first_of_each import firsts, not_after
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps

@@ -26,7 +26,7 @@ from pipeline.curate.choose.lloyd import assign
 from pipeline.curate.choose.lloyd_tasks import Fitted, device_of
 from pipeline.curate.rows.draws_by_id import numbers_as_ids
 from pipeline.curate.rows.exact import Centres, Halves
-from pipeline.curate.rows.groups import firsts
+from pipeline.curate.rows.first_of_each import firsts
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.steps.steps import ONE_CPU, Account, Output, Resources, Step, Steps
 from pipeline.errors import PipelineError

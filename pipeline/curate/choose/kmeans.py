@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.curate.rows.draws_by_id import REFILL, SEEDING, race
 from pipeline.curate.rows.exact import Centres, Doubles, Halves, dots, unit_half
-from pipeline.curate.rows.groups import id_words
+from pipeline.curate.rows.first_of_each import id_words
 from pipeline.curate.rows.tables import HALF
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.curate.choose.neighbours import ASKED, ask_neighbours
 from pipeline.curate.choose.seed_clusters import CLUSTER, SAMPLE, Retrieval, ask_clusters
-from pipeline.curate.rows.groups import id_words
+from pipeline.curate.rows.first_of_each import id_words
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import RETRIEVED, id_array, ids_of, read_table
 from pipeline.curate.steps.steps import ONE_CPU, Account, Output, Resources, Step, Steps

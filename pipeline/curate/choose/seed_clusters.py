@@ -28,7 +28,7 @@ from pipeline.curate.choose.lloyd import assign
 from pipeline.curate.choose.neighbours import ASKED, all_ids, are_in
 from pipeline.curate.rows.draws_by_id import RETRIEVE, draw, numbers_as_ids
 from pipeline.curate.rows.exact import Centres
-from pipeline.curate.rows.groups import firsts, id_words
+from pipeline.curate.rows.first_of_each import firsts, id_words
 from pipeline.curate.rows.read_rows import Points, RowSet
 from pipeline.curate.rows.tables import id_array
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps

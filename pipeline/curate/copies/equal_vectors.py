@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.rows.groups import first_of_each, id_words
+from pipeline.curate.rows.first_of_each import first_of_each, id_words
 from pipeline.curate.rows.read_rows import Portion, Rows, read_rows, self_dots
 from pipeline.curate.rows.tables import ID, ROW, Vectors, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, numbered

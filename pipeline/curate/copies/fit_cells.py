@@ -23,7 +23,7 @@ from pipeline.curate.copies.equal_vectors import Distinct
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.draws_by_id import hash64
 from pipeline.curate.rows.exact import Halves, nearest_numbers, unit_half
-from pipeline.curate.rows.groups import in_order
+from pipeline.curate.rows.first_of_each import in_order
 from pipeline.curate.rows.read_rows import Portion
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.groups import group_starts, in_order
+from pipeline.curate.rows.first_of_each import group_starts, in_order
 from pipeline.curate.rows.tables import EDGES, ID, ROW, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, numbered
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.curate.copies.cell_items import Items, StoredItems, by_cell
 from pipeline.curate.copies.forest import PAIRS, PENDING, Forest
-from pipeline.curate.copies.items import Items, StoredItems, by_cell
 from pipeline.curate.rows.exact import Doubles, Ints, device, full_precision, pairs_above
-from pipeline.curate.rows.groups import best, in_order
+from pipeline.curate.rows.first_of_each import best, in_order
 from pipeline.curate.rows.read_rows import Ids
 from pipeline.curate.rows.tables import ID, ROW, id_array
 from pipeline.curate.steps.steps import Account, Output

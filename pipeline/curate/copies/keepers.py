@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.items import Visiting, visiting_of
+from pipeline.curate.copies.cell_items import Visiting, visiting_of
 from pipeline.curate.copies.keeper_facts import OnDisk, read_facts, read_vectors
 from pipeline.curate.rows.exact import Doubles, Ints
-from pipeline.curate.rows.groups import group_starts, in_order
+from pipeline.curate.rows.first_of_each import group_starts, in_order
 from pipeline.curate.rows.read_rows import Ids, Rows
 from pipeline.curate.rows.tables import COMPONENTS, ID, id_array
 from pipeline.curate.steps.steps import Account, Output, Step

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.curate.copies.cell_items import ImageSet, StoredItems
 from pipeline.curate.copies.equal_vectors import EQUAL
-from pipeline.curate.copies.items import ImageSet, StoredItems
 from pipeline.curate.copies.join import PAIRS_BETWEEN, pairs_between
 from pipeline.curate.copies.other_sets import place_others
 from pipeline.curate.copies.pairs import Index
-from pipeline.curate.look.looks import VERDICTS, Looking, look_at, pairs_with_others
-from pipeline.curate.rows.groups import best, id_words
+from pipeline.curate.look.look_at_pairs import VERDICTS, Looking, look_at, pairs_with_others
+from pipeline.curate.rows.first_of_each import best, id_words
 from pipeline.curate.rows.read_rows import file_groups
 from pipeline.curate.rows.tables import ID, LEAKS, ROW, InputFile, Inputs, ids_of
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps, by_file, numbered

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.copies.items import ImageSet, StoredItems
+from pipeline.curate.copies.cell_items import ImageSet, StoredItems
 from pipeline.curate.copies.join import pairs_between
 from pipeline.curate.copies.other_sets import place_others
 from pipeline.curate.copies.pairs import Index
-from pipeline.curate.look.looks import Looking, look_at, pairs_with_others, verdicts_of
+from pipeline.curate.look.look_at_pairs import Looking, look_at, pairs_with_others, verdicts_of
 from pipeline.curate.rows.exact import Ints
-from pipeline.curate.rows.groups import best, in_order
+from pipeline.curate.rows.first_of_each import best, in_order
 from pipeline.curate.rows.read_rows import file_groups
 from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps, numbered

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.copies.cells import Cells
-from pipeline.curate.copies.items import (
+from pipeline.curate.copies.cell_items import (
     ImageSet,
     StoredItems,
     Visiting,
@@ -20,6 +19,7 @@ from pipeline.curate.copies.items import (
     place,
     write_items,
 )
+from pipeline.curate.copies.cells import Cells
 from pipeline.curate.copies.join import pairs_between
 from pipeline.curate.copies.pairs import Index
 from pipeline.curate.rows.exact import Halves

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from pipeline.curate.copies.cell_items import ImageSet, StoredItems, write_items
 from pipeline.curate.copies.cells import buckets_for, cells_for, sample_share
 from pipeline.curate.copies.equal_vectors import find_equal
 from pipeline.curate.copies.fit_cells import CellPlan, draw_sample, fit_sample
 from pipeline.curate.copies.forest import edges_of
-from pipeline.curate.copies.items import ImageSet, StoredItems, write_items
 from pipeline.curate.copies.join import join_bucket
 from pipeline.curate.steps.steps import Resources, Step, Steps, numbered
 from pipeline.errors import DataError

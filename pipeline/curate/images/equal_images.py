@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.curate.rows.groups import first_of_each, id_words
+from pipeline.curate.rows.first_of_each import first_of_each, id_words
 from pipeline.curate.rows.read_rows import file_groups, own_rows
 from pipeline.curate.rows.tables import AS_IS, EXACT, ID, ROW, InputFile, Inputs, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, numbered

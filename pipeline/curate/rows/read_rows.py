@@ -26,7 +26,7 @@ PORTIONS = 32  # of small sets, so that all CPUs have work
 PORTION_ROWS = 4096  # of a portion of a small set, at least
 CROPS = 9  # of an image with views
 FILE_GROUPS = 256  # tasks that write tables by input file, at least where there are as many files
-GROUP_ROWS = 4_000_000  # of the files of such a task
+FILE_GROUP_ROWS = 4_000_000  # of the files of such a task
 OFF_UNIT = 0.02  # lengths may be that far from 1: rounding to half precision gives 0.001
 
 Array = np.ndarray[Any, Any]
@@ -122,7 +122,7 @@ def portions(
 def file_groups(files: Sequence[InputFile]) -> dict[str, tuple[InputFile, ...]]:
     """Neighbouring input files in groups for a task each, called after their first file."""
     rows = files[-1].end - files[0].first if files else 0
-    count = min(len(files), max(FILE_GROUPS, -(-rows // GROUP_ROWS)))
+    count = min(len(files), max(FILE_GROUPS, -(-rows // FILE_GROUP_ROWS)))
     bounds = [len(files) * i // count for i in range(count + 1)] if count else []
     return {files[a].name: tuple(files[a:b]) for a, b in pairwise(bounds) if b > a}
 

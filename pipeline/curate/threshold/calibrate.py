@@ -25,7 +25,7 @@ from pipeline.curate.images.equal_images import kept_count
 from pipeline.curate.images.fingerprint import Decoding, groups_at
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.forms import forms_at, opened_form
-from pipeline.curate.look.looks import VERSION
+from pipeline.curate.look.look_at_pairs import VERSION
 from pipeline.curate.look.second_look import Verdict, second_look
 from pipeline.curate.rows.draws_by_id import CALIBRATION, draw
 from pipeline.curate.rows.read_rows import own_rows

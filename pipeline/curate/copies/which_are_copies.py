@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.curate.copies.cell_items import ImageSet
 from pipeline.curate.copies.forest import label_rows
-from pipeline.curate.copies.items import ImageSet
 from pipeline.curate.copies.keeper_facts import FactSources, gather_facts, parts_for
 from pipeline.curate.copies.keepers import CopyRule, HowSimilar, choose_keepers
 from pipeline.curate.copies.pairs import Pairs
-from pipeline.curate.look.looks import Looking, look_at, pairs_of_rows, verdicts_of
+from pipeline.curate.look.look_at_pairs import Looking, look_at, pairs_of_rows, verdicts_of
 from pipeline.curate.rows.read_rows import file_groups
 from pipeline.curate.rows.tables import COMPONENTS, EDGES, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, by_file, numbered

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.curate.images.fingerprint import Decoding
 from pipeline.curate.look.forms import FormsOf, ids_of_file, opened_form, write_forms
 from pipeline.curate.look.second_look import second_look
-from pipeline.curate.rows.groups import in_order
+from pipeline.curate.rows.first_of_each import in_order
 from pipeline.curate.rows.tables import ID, ROW, Inputs, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps
 
