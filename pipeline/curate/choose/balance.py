@@ -227,6 +227,7 @@ def _down(sizes: Array, floors: Array, parents: Sequence[Array], target: int) ->
         count = int(above.max()) + 1 if len(above) else 0
         for per_level in (size_of, floor_of):
             per_level.append(np.bincount(above, per_level[-1], count).astype(np.int64))
+    # From the top down: a cluster's part is what its children share out among themselves.
     parts = waterfill(size_of[-1], target, floor_of[-1])
     for level in range(len(parents) - 1, -1, -1):
         above, below = parents[level], np.zeros(len(parents[level]), np.int64)

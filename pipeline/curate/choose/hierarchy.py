@@ -143,6 +143,8 @@ def build(steps: Steps, rows: RowSet, levels: Levels, resources: Resources = ONE
     for turn in range(1, levels.resampling + 1):
         if rows.rows <= fitted.clusters:
             break  # every row is a leaf
+        # Equally many rows of each cluster, so that clusters of rare things stand as firm as
+        # others; with other draws, or it would end where it began.
         near = _nearest_rows(steps.below(f"near-{turn}"), rows, fitted, assigned)
         kmeans = replace(kmeans, clusters=fitted.clusters, seed=levels.seed + turn)
         fitted = lloyd.fit(steps.below(f"leaves-{turn}"), near, kmeans, resources)

@@ -95,12 +95,12 @@ class Neighbours:
         seeds = self.seeds.vectors
         last = self._last[first : first + len(fast)] - wrong
         asked = fast >= last[:, None]
+        # At first nearly all of the pool passes, because no seed has its neighbours yet.
         if fast.shape[1] > self.count and asked.sum() > 4 * self.count * len(fast):
-            # The best of this block are enough.
             best = -np.partition(-fast, self.count - 1, axis=1)[:, self.count - 1]
             asked &= fast >= (best - 2 * wrong)[:, None]
         i, j = np.nonzero(asked)
-        exact = _dots(seeds, i + first, points.vectors, j + start)
+        exact = _dots(seeds, i + first, points.vectors, j + start)  # doubles decide
         near = exact >= self._last[i + first]
         i, j = i[near] + first, j[near] + start
         self._waiting.append(Entries(i, -exact[near], points.ids[j], points.rows[j]))

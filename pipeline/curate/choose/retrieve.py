@@ -104,8 +104,8 @@ def retrieve(
 
 def _owner_task(out: Output, _: None, pool: RowSet, asked: tuple[Asked, ...]) -> Account:
     """Gives each row of a file that was asked for to the seed that is most similar."""
-    rows = read_table(pool.source.folder, out.name, ["row"])["row"].to_numpy()
-    start, end = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    here = read_table(pool.source.folder, out.name, ["row"])["row"].to_numpy()
+    start, end = (int(here[0]), int(here[-1])) if len(here) else (0, -1)
     within = [("row", ">=", start), ("row", "<=", end)]
     tables = [one.step.every(ASKED, within) for one in asked]
     unique = {
@@ -116,12 +116,13 @@ def _owner_task(out: Output, _: None, pool: RowSet, asked: tuple[Asked, ...]) ->
     row = np.asarray(table["row"].to_numpy(), np.int64)
     query = ids_of(table["query_id"])
     high, low = id_words(query)
+    # Of each row the most similar seed first; of equals that of the first set, then of all ids.
     order = np.lexsort((low, high, of, -table["similarity"].to_numpy(), row))
-    kept, first, hits = np.unique(row[order], return_index=True, return_counts=True)
+    rows, first, hits = np.unique(row[order], return_index=True, return_counts=True)
     best = order[first]
     sets = [asked[i].set for i in of[best]]
     columns = [
-        kept,
+        rows,
         pa.array([asked[i].part for i in of[best]], pa.string()),
         pa.array(sets, pa.string()),
         id_array(query[best]),

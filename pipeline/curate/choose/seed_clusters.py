@@ -313,6 +313,7 @@ def _usual_task(out: Output, _: None, one: SeedSet, clusters: Array) -> Account:
         sample = Points(*(np.concatenate(parts) for parts in zip(*both, strict=True)))
         of = np.concatenate([np.searchsorted(clusters, leaves[mine]), of])
         quota = np.full(len(clusters), COMPARED)
+        # With equal keys the ids decide, so the sample is the same for any blocks.
         kept = firsts(of, np.zeros(len(of)), sample.ids, sample.rows, quota)
         sample, of = Points(*(part[kept] for part in sample)), of[kept]
     between: list[Array] = []

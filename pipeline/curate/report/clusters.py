@@ -85,6 +85,7 @@ def read_clusters(tables: TableFiles, seed: int) -> Clusters:
         leaves = _sums(pa.concat_tables([leaves, each]), ["leaf", "top"])
     tops = _sums(leaves, ["top"]).sort_by([("images", "descending"), ("top", "ascending")])
     top, before, after = (tops[name].to_pylist() for name in ("top", "images", "chosen"))
+    # From the largest cluster to the smallest in even steps, so that rare things are seen too.
     ranks = np.linspace(0, max(0, len(top) - 1), SHEETS).round().astype(int).tolist()
     shown = [rank for rank in dict.fromkeys(ranks) if rank < len(top)]
     rows = _sample(tables, [top[rank] for rank in shown], seed)

@@ -50,19 +50,14 @@ def leak_sections(summary: Summary) -> list[Section]:
         "images of the pile that match it best": [leak.rows for leak in sets],
         "left out for it": [rules.get(("leaks_evaluation", leak.name), 0) for leak in sets],
     }
+    if (more := removed - direct) > 0:
+        text += (
+            f" {direct:,} of them match themselves, {more:,} belong to a group of copies in which "
+            "another one does."
+        )
     sections: list[Section] = [Heading("Evaluation images in the pile", text)]
     sections.append(Table(columns, "By evaluation set"))
-    if removed > direct:
-        more = removed - direct
-        sections[0] = Heading(
-            "Evaluation images in the pile",
-            f"{text} {direct:,} of them match themselves, {more:,} belong to a group of copies "
-            "in which another one does.",
-        )
-    for leak in sets:
-        if leak.rows:
-            sections += _leak(summary, leak)
-    return sections
+    return sections + [part for leak in sets if leak.rows for part in _leak(summary, leak)]
 
 
 def _leak(summary: Summary, leak: Leaks) -> list[Section]:
@@ -78,7 +73,6 @@ def _leak(summary: Summary, leak: Leaks) -> list[Section]:
         words = "If these are different images, the threshold is too low."
         title = f"{leak.name}: the least alike that still count"
         sections.append(Gallery(groups(leak.low), title, words, flow=True, wide=False))
-    if leak.low:
         limit = summary.leak_threshold
         marks = (Mark(limit, f"threshold {similarity(limit)}"),) if limit is not None else ()
         sections.append(_histogram(leak.counts, f"{leak.name}: how alike the matches are", marks))
