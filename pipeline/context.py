@@ -199,3 +199,11 @@ def nearest(place: str | Place) -> Path | None:
 def result_line(stage: str, text: str) -> None:
     """`pack        1,000 images …`: one aligned line of a stage's result."""
     log.info("%-11s %s", stage, text)
+
+
+def size_of(size: float) -> str:
+    """`1.5 GiB`, `36.0 MiB` or `0.9 KiB`."""
+    for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 2**10:,.1f} KiB"

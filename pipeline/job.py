@@ -104,12 +104,12 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
         with doing("opening what is served"):
             serve(config, dry)
     elif dry:
-        from pipeline.stages.dry_run import dry_run
+        from pipeline.doctor.dry_run import dry_run
 
         with doing("checking what the job would do"):
             dry_run(config, stages)
     elif list(stages) == ["doctor"]:
-        from pipeline.stages.doctor import doctor
+        from pipeline.doctor.doctor import doctor
 
         with doing("looking at this machine and the shards"):
             doctor(config)

@@ -134,13 +134,15 @@ TABLE = [
     row("stages", "config context curate driver embed environment errors evaluate heartbeat images "
         "model pack plan report search serve shards storage stream track train uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
+    row("doctor", "config context curate driver embed errors evaluate heartbeat images model plan "
+        "shards stages storage stream train uri", others_inside="torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train",
         "api.* config.sizes embed errors evaluate.features images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.objective train.step uri use views",
         "config.load log stages storage", "numpy PIL torch"),
-    row("job", "config environment errors heartbeat log", "stages"),
+    row("job", "config environment errors heartbeat log", "doctor stages"),
 ]  # fmt: skip
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}
 JOBS = row("*", "job environment log errors uri stages.sync")

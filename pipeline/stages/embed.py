@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.context import Context, packed_uri, result_line, shards_uri
+from pipeline.context import Context, packed_uri, result_line, shards_uri, size_of
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.run import Report, Request, embed_set
 from pipeline.embed.vectors import open_vectors
@@ -19,7 +19,6 @@ from pipeline.images.value_range import AUTO, shown
 from pipeline.shards.set_range import other_range
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages.evaluate import chosen_in
-from pipeline.stages.surroundings import size_of
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.uri import public

@@ -8,10 +8,10 @@ import pytest
 
 from pipeline import job
 from pipeline.config.load import load
+from pipeline.doctor import doctor, surroundings
+from pipeline.doctor.doctor import Memory, Needs
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.stages import doctor, surroundings
-from pipeline.stages.doctor import Memory, Needs
 from tests.data import encoded, noise, stored
 from tests.jobs.conftest import Job
 

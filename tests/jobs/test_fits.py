@@ -11,10 +11,10 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.config.load import load
+from pipeline.doctor import fits
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.stages import fits
 from pipeline.train import build
 
 GIB = 2**30

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config.config import Config
-from pipeline.context import open_packed_shards, result_line
+from pipeline.context import open_packed_shards, result_line, size_of
+from pipeline.doctor.surroundings import disk, machine_of, shared_memory, versions
 from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan
 from pipeline.shards.shards import ShardSet
 from pipeline.stages.chain import named
-from pipeline.stages.surroundings import disk, machine_of, shared_memory, size_of, versions
 from pipeline.storage.run_folder import RunFolder
 from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.config.config import Config
-from pipeline.context import local_machine, nearest, result_line
+from pipeline.context import local_machine, nearest, result_line, size_of
 from pipeline.driver import cluster
 from pipeline.errors import PipelineError, StorageError
 from pipeline.plan.layout import Machine
@@ -124,11 +124,3 @@ def try_writing(run_folder: str, content: bytes) -> str:
             "take other storage for runs",
         )
     return path
-
-
-def size_of(size: float) -> str:
-    """`1.5 GiB`, `36.0 MiB` or `0.9 KiB`."""
-    for name, unit in (("GiB", 2**30), ("MiB", 2**20)):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size / 2**10:,.1f} KiB"

@@ -6,20 +6,21 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from pipeline.config.config import Config
-from pipeline.context import Context, packed_uri, shards_uri, with_packed_sets
+from pipeline.context import Context, packed_uri, shards_uri, size_of, with_packed_sets
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
+from pipeline.doctor import fits
+from pipeline.doctor.surroundings import machine_of, try_writing
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import embed, fits, look, search
+from pipeline.stages import embed, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, embeds, voting
 from pipeline.stages.evaluate import chosen
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
-from pipeline.stages.surroundings import machine_of, size_of, try_writing
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
