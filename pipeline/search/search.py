@@ -7,10 +7,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from pipeline.embed.vectors import open_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.search.exact import Doubles, Floats, Ints, Nearest, lengths, unit, usable
 from pipeline.search.ivf import IndexFacts, IvfIndex, built, opened, picked
@@ -141,7 +143,7 @@ class Search:
 
 
 def open_search(
-    vectors: Vectors | Array,
+    vectors: str | Path | Vectors | Array,
     column: str = "cls",
     index: Index = "auto",
     memory_gib: float = MEMORY_GIB,
@@ -149,7 +151,8 @@ def open_search(
     """Opens vectors for search; builds an index where one is wanted and none is there.
 
     Args:
-        vectors: `open_vectors(uri)`, or an array [N, D].
+        vectors: a folder of vectors, or a run that has them; `open_vectors` of one; or an array
+            [N, D].
         column: of the vectors: cls or mean.
         index: exact; ivf; auto: ivf above a million vectors.
         memory_gib: up to which exact search keeps the vectors in memory (float32); above, each
@@ -159,7 +162,9 @@ def open_search(
         ConfigError: an index is asked for, and faiss is not installed.
         DataError: no vectors, or values that are not finite.
     """
-    if isinstance(vectors, np.ndarray):
+    if isinstance(vectors, str | Path):
+        vectors = open_vectors(str(vectors))
+    elif isinstance(vectors, np.ndarray):
         vectors = ArrayVectors(vectors)
     if not vectors.rows:
         where = public(vectors.uri) or "the array"

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
+from pipeline.search import open_search
 from pipeline.stages import search
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -159,4 +160,5 @@ def test_the_page_of_the_documentation_runs(
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(block, {})
     said = capsys.readouterr().out
+    assert open_search("runs/photos").find(vectors.read()[3:4], 1)[1].tolist() == [[3]]
     assert said.startswith("(5, 10) ['" + vectors.ids()[0])  # it finds itself first
