@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +53,9 @@ def test_what_train_cannot_take(tmp_path: Path) -> None:
         api.train(tmp_path, tmp_path / "x", settings={"run.name": "y"})
     with pytest.raises(PipelineError, match=r"optim\.lrr: no such field"):
         api.train(tmp_path, tmp_path / "x", settings={"optim.lrr": 1.0})
+
+
+def test_train_does_not_share_a_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    with pytest.raises(PipelineError, match="a Ray is running in this process"):
+        api.train(tmp_path, tmp_path / "x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from pipeline import api
 from pipeline.errors import PipelineError
+from pipeline.views.crops import crop_boxes, uniforms
 
 SIZES: dict[str, Any] = {
     "image_size": 28,
@@ -300,6 +302,35 @@ def test_multi_crop_takes_files_pictures_and_tensors(tmp_path: Path) -> None:
         api.multi_crop(paths, CROPS, pass_index=1).global_views,
         api.multi_crop(paths, CROPS).global_views,
     )
+
+
+def test_a_files_crops_are_those_of_a_run_with_this_seed(tmp_path: Path) -> None:
+    """A run keys its draws by seed, pass and the hash of the file's bytes, and nothing else."""
+    path = photographs(tmp_path)[0]
+    plain = api.PhotometricSpec(0, 0, 0, 0, 0, 0, (0, 0, 0), solarize_probability=(0, 0, 0),
+                                mean=(0, 0, 0), std=(1, 1, 1))  # fmt: skip
+    views = api.multi_crop(path, CROPS, plain, seed=7, pass_index=3)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+    u = uniforms(7, 3, np.frombuffer(digest, np.uint8)[None], CROPS.draws)
+    boxes, flips = crop_boxes(u, [80], [60], CROPS)
+    image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
+    for n, view in enumerate([*views.global_views, *views.local_views]):
+        top, left, height, width = boxes[0, n].tolist()
+        cut, side = image[..., top : top + height, left : left + width], view.shape[-1]
+        resized = F.interpolate(cut, (side, side), mode="bicubic", antialias=True)[0]
+        expected = (resized.flip(2) if flips[0, n] else resized).round().clamp(0, 255) / 255
+        assert (view - expected).abs().max() < 6 / 255, n  # the kernel rounds twice
+
+
+def test_views_that_do_not_fit_are_refused() -> None:
+    whole, small = draw(2, 3, 28, 28), draw(2, 3, 14, 14)
+    for views, said in (
+        (([whole], []), "two or more global views"),
+        (([whole, small], []), "expected lists of"),
+        (([whole, whole], [small[:1]]), "are not those of 2 images"),
+    ):
+        with pytest.raises(PipelineError, match=said):
+            api.Views.of(*views)
 
 
 def test_plain_images_are_embedded_as_the_evaluation_does(tmp_path: Path) -> None:
