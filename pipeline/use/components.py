@@ -1,6 +1,6 @@
 """Principal components of patches as colours, shared by images: like parts get like colours.
 
-As in the DINOv2 paper (section 7.6, "PCA of patch features", and figure 1): a first analysis over
+As in the DINOv2 paper (qualitative results, "PCA of patch features", and figure 1): a first analysis over
 all patches of all images, whose first component is thresholded to tell the object from what is
 around it; then a second one over the patches of the object alone, whose first three components are
 red, green and blue.
