@@ -207,8 +207,6 @@ def _references(
 
 
 def _see(request: Asked, config: Config) -> Seen:
-    import ray
-
     asking = config.look
     mark = asking.mark.split(",")
     question = partial(
@@ -224,10 +222,12 @@ def _see(request: Asked, config: Config) -> Seen:
     )
     now(f"look: {_images(request.images)}")
     inputs = (request.model, question, request.images, request.decode)
-    if config.train.device == "cpu" or ray.cluster_resources().get("GPU", 0) < 1:
-        return _look(
-            *inputs, gpu=False
-        )  # this process has torch loaded, a task would load it again
+    if config.train.device == "cpu":
+        return _look(*inputs, gpu=False)
+    import ray
+
+    if ray.cluster_resources().get("GPU", 0) < 1:  # torch is loaded here, a task loads it again
+        return _look(*inputs, gpu=False)
     seen: Seen = ray.get(
         ray.remote(_look).options(num_cpus=1, num_gpus=1).remote(*inputs, gpu=True)
     )

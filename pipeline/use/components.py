@@ -1,9 +1,9 @@
 """Principal components of patches as colours, shared by images: like parts get like colours.
 
-As in the DINOv2 paper (qualitative results, "PCA of patch features", and figure 1): a first analysis over
-all patches of all images, whose first component is thresholded to tell the object from what is
-around it; then a second one over the patches of the object alone, whose first three components are
-red, green and blue.
+As in the DINOv2 paper (figure 1, and its "PCA of patch features"): a first analysis over all
+patches of all images, whose first component is thresholded to tell the object from what is around
+it; then a second one over the patches of the object alone, whose first three components are red,
+green and blue.
 
 Conventions, where the paper is silent. The threshold is 0, the mean of all patches. The sign of the
 first component is such that the patches at the images' borders are lower on the mean than those

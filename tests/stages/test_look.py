@@ -1,4 +1,4 @@
-"""The look stage: what it reads and refuses, and one whole look with Ray."""
+"""The look stage: what it reads and refuses, and whole looks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context(tmp_path: Path, *arguments: str) -> Context:
-    config = load([f"run.folder={tmp_path / 'runs'}", "run.name=look", *arguments])
+    always = (f"run.folder={tmp_path / 'runs'}", "run.name=look", "train.device=cpu")
+    config = load([*always, *arguments])
     return Context(config, RunFolder.of(config.run.folder, "look"), only=True)
 
 
@@ -168,7 +169,7 @@ def test_the_command_line(
     assert "give one mask for each reference" in capfd.readouterr().err
 
 
-def test_a_whole_look(tmp_path: Path, weights: Path, ray_cluster: None) -> None:
+def test_a_whole_look(tmp_path: Path, weights: Path) -> None:
     a, b = photo(tmp_path / "a.png"), photo(tmp_path / "b.png", (30, 60), seed=1)
     known = mask(tmp_path / "m.png")
     asked = context(
@@ -187,7 +188,7 @@ def test_a_whole_look(tmp_path: Path, weights: Path, ray_cluster: None) -> None:
     assert not look.intact(asked)
 
 
-def test_a_network_without_patches_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
+def test_a_network_without_patches_is_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm")
     convnet = TimmSpec("test_resnet", image_size=32).build()
     folder = save_foreign(convnet, tmp_path / "convnet", (0.5,) * 3, (0.5,) * 3, FULL)
