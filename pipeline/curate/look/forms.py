@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from pipeline.curate.images.fingerprint import Decoding, groups_at
 from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.second_look import form_of
-from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of
+from pipeline.curate.rows.tables import ID, ROW, InputFile
 from pipeline.curate.steps.steps import Account, Output, Step
 from pipeline.images.bad_image import BadImage
 from pipeline.images.value_range import ValueRange
@@ -83,61 +84,47 @@ class FormsOf:
         """Of the task."""
         return f"{self.set}-{self.file.name}"
 
+    def ids(self) -> pa.Array:
+        """Image ids of the file: of its fingerprints, else its own column."""
+        if self.prints:
+            return self.prints.read(self.file.name, ["image_id"])["image_id"].combine_chunks()
+        fs = resolve_uri(self.file.columns.uri)[0]
+        with open_parquet(fs, self.file.file.path, piecewise=True) as parquet:
+            assert isinstance(parquet, pq.ParquetFile) and is_ours(parquet.schema_arrow)
+            texts = parquet.read(columns=["image_id"]).column(0).to_pylist()
+        return pa.array(map(bytes.fromhex, texts), ID)
+
 
 def write_forms(
-    out: Output,
-    images: FormsOf,
-    requests: tuple[Array, Array],
-    ids: Array | None,
-    decoding: Decoding,
+    out: Output, images: FormsOf, places: Array, buckets: Array, decoding: Decoding
 ) -> Account:
-    """Writes the forms of some places of a file to the buckets that need them.
+    """Writes the forms of some images of a file to the buckets that need them.
 
     Args:
         out: where to.
         images: the file.
-        requests: places in it, and the bucket that needs each; a place may come often.
-        ids: image ids of the whole file, where the images are known by them.
+        places: in it; a place may come often.
+        buckets: that need them.
         decoding: of the images.
     """
-    place, bucket = requests
-    order = np.lexsort((bucket, place))
-    place, bucket = place[order], bucket[order]
-    each = np.unique(place)
-    bad = written = 0
-    read: dict[int, bytes] = {}
-
-    def write() -> None:
-        mine = np.isin(place, np.array(list(read), np.int64))
-        p = place[mine]
+    ids = images.ids() if images.set else None
+    each = np.unique(places)
+    forms, bad = forms_at(images.file, each, decoding), 0
+    for number in count():
+        held = dict(islice(forms, HELD))
+        if not held:
+            break
+        mine = np.flatnonzero(np.isin(places, list(held)))
+        mine = mine[np.lexsort((places[mine], buckets[mine]))]
+        at = places[mine]
         columns = [
-            p + images.file.first if ids is None else np.full(len(p), -1),
-            pa.array([images.set] * len(p), pa.string()),
-            pa.nulls(len(p), ID) if ids is None else id_array(ids[p]),
-            pa.array([read[int(one)] for one in p], pa.binary()),
+            np.full(len(at), -1) if images.set else at + images.file.first,
+            pa.array([images.set] * len(at), pa.string()),
+            pa.nulls(len(at), ID) if ids is None else ids.take(pa.array(at)),
+            pa.array([held[place] for place in at.tolist()], pa.binary()),
         ]
+        # One file for so many forms: a task holds no more of them, however large its input is.
         table = pa.table(columns, schema=FORMS)
-        out.buckets(table, bucket[mine], name=f"{images.name}-{written:05d}")
-
-    for one, form in forms_at(images.file, each, decoding):
-        read[one] = form
-        bad += not form
-        if len(read) == HELD:
-            write()
-            written += 1
-            read.clear()
-    if read:
-        write()
+        out.buckets(table, buckets[mine], name=f"{images.name}-{number:05d}")
+        bad += sum(not form for form in held.values())
     return {"rows": len(each), "unreadable": bad}
-
-
-def ids_of_file(images: FormsOf) -> Array:
-    """Image ids of a file: of its fingerprints, else its own column."""
-    file = images.file
-    if images.prints:
-        return ids_of(images.prints.read(file.name, ["image_id"])["image_id"])
-    fs = resolve_uri(file.columns.uri)[0]
-    with open_parquet(fs, file.file.path, piecewise=True) as parquet:
-        assert isinstance(parquet, pq.ParquetFile) and is_ours(parquet.schema_arrow)
-        texts = parquet.read(columns=["image_id"]).column(0).to_pylist()
-    return np.frombuffer(bytes.fromhex("".join(texts)), np.uint8).reshape(-1, 16)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.curate.images.fingerprint import Decoding
-from pipeline.curate.look.forms import FormsOf, ids_of_file, opened_form, write_forms
+from pipeline.curate.look.forms import FormsOf, opened_form, write_forms
 from pipeline.curate.look.second_look import second_look
 from pipeline.curate.rows.first_of_each import in_order
 from pipeline.curate.rows.tables import ID, ROW, Inputs, ids_of
@@ -34,8 +35,8 @@ PAIRS = pa.schema(
         ("similarity", pa.float64()),
     ]
 )
-REQUESTS = pa.schema([("row", ROW), ("bucket", pa.int64())])
-OTHERS = pa.schema([("set", pa.string()), ("image_id", ID), ("bucket", pa.int64())])
+# Images that the pairs of a bucket need: by their row, or of other sets by their id.
+REQUESTS = pa.schema([("set", pa.string()), ("row", ROW), ("image_id", ID), ("bucket", pa.int64())])
 VERDICTS = pa.schema(
     [
         *PAIRS,
@@ -146,14 +147,17 @@ def place_pairs(
     table = table.take(pa.array(_order(table)))
     bucket = np.arange(len(table)) // BUCKET_PAIRS
     out.buckets(table, bucket, sub="pairs")
-    row, other = (table.column(c).to_numpy() for c in ("row", "other"))
-    rows = np.concatenate([row, other[other >= 0]])
-    buckets = np.concatenate([bucket, bucket[other >= 0]])
-    both = np.unique(np.stack([rows, buckets], 1), axis=0)
-    out.table(pa.table([both[:, 0], both[:, 1]], schema=REQUESTS), sub="rows")
-    away = pa.array(other < 0)
-    columns = [table.column(c).filter(away) for c in ("set", "other_id")]
-    out.table(pa.table([*columns, bucket[other < 0]], schema=OTHERS), sub="others")
+    row, other, away = table["row"], table["other"], table["other_id"].is_valid()
+    bucket_of = pa.array(bucket)
+    none = pa.nulls(len(table), ID)
+    own, others = (pa.array(np.full(len(table), value)) for value in ("", -1))
+    of_others = [table["set"], others, table["other_id"], bucket_of]
+    requests = [
+        pa.table([own, row, none, bucket_of], schema=REQUESTS),
+        pa.table([own, other, none, bucket_of], schema=REQUESTS).filter(pc.invert(away)),
+        pa.table(of_others, schema=REQUESTS).filter(away),
+    ]
+    out.table(pa.concat_tables(requests), sub="requests")
     return {"rows": len(table), "buckets": int(bucket[-1]) + 1 if len(bucket) else 0}
 
 
@@ -172,39 +176,27 @@ def write_requested(
     Args:
         out: where to.
         images: a file.
-        placed: the pairs, with what they need: `rows` and `others`.
+        placed: the pairs, with the `requests` for images.
         firsts: number of the first bucket of each source among those of all.
         decoding: of the images.
     """
-    file = images.file
-    places, buckets, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], None
-    if images.set:
-        ids = _named(ids_of_file(images))
-        order = np.argsort(ids, kind="stable")
+    first = images.file.first
+    of_file: list[tuple[str, str, Any]] = [("set", "=", images.set)]
+    if not images.set:
+        of_file += [("row", ">=", first), ("row", "<", images.file.end)]
+    ids = images.ids() if images.set else None
+    places, buckets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for source in placed.tables:
-        if ids is None:
-            inside = [("row", ">=", file.first), ("row", "<", file.end)]
-            table = placed.read(source, filters=inside, sub="rows")
-            places.append(table["row"].to_numpy() - file.first)
-            buckets.append(table["bucket"].to_numpy() + firsts[source])
-            continue
-        table = placed.read(source, filters=[("set", "=", images.set)], sub="others")
-        if not len(table) or not len(ids):
-            continue
-        requested = _named(ids_of(table["image_id"]))
-        at = np.minimum(np.searchsorted(ids[order], requested), len(ids) - 1)
-        here = ids[order][at] == requested
-        places.append(order[at[here]])
-        buckets.append(table["bucket"].to_numpy()[here] + firsts[source])
-    own = None if ids is None else np.ascontiguousarray(ids).view(np.uint8).reshape(-1, 16)
-    return write_forms(
-        out, images, (np.concatenate(places), np.concatenate(buckets)), own, decoding
-    )
-
-
-def _named(ids: Any) -> Any:
-    """Ids uint8 [n, 16] as n strings of bytes, which can be ordered."""
-    return np.ascontiguousarray(ids).view("S16").ravel()
+        table = placed.read(source, filters=of_file, sub="requests")
+        if ids is not None:  # of a set of several files, the images that are in this one
+            table = table.filter(pc.is_in(table["image_id"], ids))
+            place = pc.index_in(table["image_id"], ids).to_numpy()
+        else:
+            place = table["row"].to_numpy() - first
+        places.append(place.astype(np.int64))
+        buckets.append(table["bucket"].to_numpy() + firsts[source])
+    both = np.unique(np.stack([np.concatenate(places), np.concatenate(buckets)], 1), axis=0)
+    return write_forms(out, images, both[:, 0], both[:, 1], decoding)
 
 
 def look_at_bucket(out: Output, bucket: Bucket, placed: Step, forms: Step) -> Account:

@@ -10,7 +10,6 @@ step shuffles rows.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,10 +101,7 @@ COMPONENTS = pa.schema(
         ("keeper", ROW),
         ("keeper_id", ID),
         ("similarity", pa.float64()),  # to the keeper; 1 for the keeper itself
-        (
-            "chained",
-            pa.bool_(),
-        ),  # too unlike the first keeper of its component
+        ("chained", pa.bool_()),  # too unlike the first keeper of its component
     ]
 )
 # leaks/NNNNN.parquet, rows that match an image of an evaluation set, in order; the best match
@@ -220,18 +216,13 @@ class Inputs:
 
     @property
     def by_name(self) -> dict[str, InputFile]:
-        """A task for each file."""
+        """The files, a task each."""
         return {file.name: file for file in self.files}
 
     @property
     def rows(self) -> int:
         """Images in all."""
-        return self.files[-1].first + self.files[-1].rows if self.files else 0
-
-    def place(self, row: int) -> tuple[InputFile, int]:
-        """The file of a row, and its place in it."""
-        file = self.files[bisect_right([f.first for f in self.files], row) - 1]
-        return file, row - file.first
+        return self.files[-1].end if self.files else 0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -126,9 +127,10 @@ class SampleRows:
 
 def _by_file(inputs: Inputs, rows: Sequence[int]) -> dict[str, SampleRows]:
     """Rows by the file that they are in, a task each."""
+    firsts = [file.first for file in inputs.files]
     chosen: dict[int, list[int]] = {}
     for row in sorted(rows):
-        chosen.setdefault(inputs.place(row)[0].index, []).append(row)
+        chosen.setdefault(bisect_right(firsts, row) - 1, []).append(row)
     files = [SampleRows(inputs.files[index], tuple(chosen[index])) for index in sorted(chosen)]
     return {one.file.name: one for one in files}
 
