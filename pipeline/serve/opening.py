@@ -42,6 +42,12 @@ def checked(model: str, vectors: str, decisions: str = "") -> Served:
         )
     known = open_vectors(vectors, "serve.vectors") if vectors else None
     facts = known.facts if known else {}
+    if known and (not known.rows or "cls" not in known.outputs):
+        contents = f"{known.rows:,} rows of {', '.join(known.outputs)}"
+        raise DataError(
+            f"serve.vectors={public(vectors)} has {contents}; expected cls of some images",
+            "embed images with embed.outputs=[cls]",
+        )
     try:
         spec = embedder_of(
             model or str(facts["model"]),

@@ -29,7 +29,7 @@ from pipeline.serve.refusal import Refusal
 from pipeline.serve.thumbnails import Cache, thumbnail
 from pipeline.serve.token import VARIABLE, Gate, own_token
 from pipeline.stages.serve import free_port
-from tests.serve.made import Made, save_model
+from tests.serve.made import Made, save_model, write_vectors
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=40))
@@ -277,3 +277,11 @@ def test_no_header_opens_the_gate_but_the_right_one(text: str) -> None:
     assert not gate.open_for(f"Bearer {text}", f"raydino-8000={text}")
     assert gate.open_for("Bearer the-token-of-this-test", text)
     assert gate.open_for(text, gate.cookie().partition(";")[0])
+
+
+def test_vectors_of_nothing_are_refused_at_the_start(made: Made, tmp_path: Path) -> None:
+    some = open_vectors(made.vectors)
+    facts = {name: value for name, value in some.facts.items() if name != "parts"}
+    width = np.zeros((0, some.dim), np.float32)
+    write_vectors(tmp_path / "vectors", width, [], [], [], facts)
+    refused("0 rows of cls", checked, "", str(tmp_path / "vectors"))
