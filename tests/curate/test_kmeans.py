@@ -81,6 +81,15 @@ def test_same_centroids_in_any_row_order():
     assert not np.array_equal(one.centroids, other.centroids)
 
 
+@pytest.mark.long
+def test_products_by_torch_give_the_same_centroids():
+    rng = np.random.default_rng(9)
+    vectors, ids = random_half(rng, 400, 12), ids_of_numbers(range(400))
+    here, there = (fit_local(ids, vectors, KMeans(30, 5, 4), on) for on in ("", "cpu"))
+    np.testing.assert_array_equal(here.centroids, there.centroids)
+    assert here.similarity == there.similarity
+
+
 def test_partial_sums_are_exact_however_rows_are_split():
     rng = np.random.default_rng(4)
     vectors, ids = random_half(rng, 400, 20), ids_of_numbers(range(400))

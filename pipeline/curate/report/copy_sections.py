@@ -56,7 +56,7 @@ def _looks(looks: Looks, summary: Summary) -> list[Section]:
         return [Heading("The second look", text)]
     groups = [pair(summary, (one.a, one.b), one.text) for one in looks.apart]
     title = "Looked alike, kept"
-    return [Heading("The second look", text), Gallery(groups, title, flow=True, wide=False)]
+    return [Heading("The second look", text), Gallery(groups, title, flow=True)]
 
 
 def _groups(summary: Summary, parts: Components) -> list[Section]:
