@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipeline.config.config import Config
 from pipeline.curate.curation import Curation, Decisions, Setup
 from pipeline.curate.decide import decide as deciding
@@ -21,15 +19,12 @@ def decide(setup: Setup, known: Known) -> Decisions:
     """Decides on every image: the first reason to leave it out counts."""
     images, steps, files = setup.images, setup.steps, setup.images.by_name
     listed = steps.run("sources", list_folders, files, prints=known.prints)
-    given: dict[str, Any] = {
-        "starts": starts_of(images),
-        "known": known,
-        "sources": sources_of(listed.accounts),
-    }
+    starts, sources = starts_of(images), sources_of(listed.accounts)
 
     def decided(name: str, shares: dict[str, float]) -> Step:
         mix = Mix(setup.config.run.seed, shares)
-        return steps.run(name, deciding.decide, files, version=2, mix=mix, **given)
+        return steps.run(name, deciding.decide, files, version=2, starts=starts, known=known,
+                         sources=sources, mix=mix)  # fmt: skip
 
     shares = weights(setup.config)
     if setup.config.mix.by == "proportion":  # how many a part has is known when all are decided on

@@ -706,7 +706,8 @@ def test_a_damaged_file_is_named(
 def _rerun(done: Run, where: str) -> None:
     if where.endswith("pairs"):
         out = Output(f"{done.steps.root}/x")
-        forest.forest_of_all(out, 0, step_of(done, "copies/pairs"), done.index.equal, T)
+        alike = forest.Alike(step_of(done, "copies/pairs"), done.index.equal, T)
+        forest.forest_of_all(out, 0, alike)
     else:
         done.index.items.read(0)
 

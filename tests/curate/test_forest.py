@@ -91,9 +91,8 @@ def test_shards_have_the_forest_of_kruskal(tmp_path: Path, shards: int) -> None:
     joined = step("pairs", [f"{number:05d}" for number in range(len(sources))], edges=len(pairs))
     steps = Steps(tmp_path / "run")
     with without_ray():
-        edges = forest.edges_of(
-            steps, joined, step("equals", ["00000"], copies=len(equals)), 0.4, shards
-        )
+        equal = step("equals", ["00000"], copies=len(equals))
+        edges = forest.edges_of(steps, forest.Alike(joined, equal, 0.4), shards)
     assert len(edges.tables) == shards
     turns = sum(one.name.endswith("/large") for one in steps.done)
     assert turns == 0 if shards == 1 else 3 <= turns <= 12

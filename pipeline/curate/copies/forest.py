@@ -10,6 +10,7 @@ pair joins two components.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -31,27 +32,51 @@ ENDS = pa.schema([("row", ROW), ("other", ROW)])
 LABELS = pa.schema([("row", ROW), ("label", ROW)])
 
 
-def edges_of(
-    steps: Steps, joined: Step, equal: Step, lowest: float, shards: int | None = None
-) -> Step:
+@dataclass(frozen=True)
+class Alike:
+    """Pairs that are alike, before they are a forest.
+
+    Attributes:
+        joined: those of all buckets (`join.join_bucket`).
+        equal: rows with equal vectors, which are pairs too (`equal_vectors.EQUAL`).
+        lowest: similarity that pairs must be above.
+    """
+
+    joined: Step
+    equal: Step
+    lowest: float
+
+    @property
+    def tables(self) -> dict[str, tuple[str, bool]]:
+        """All tables, numbered; a table is its name, and whether it is one of equal vectors."""
+        tables = [(name, False) for name in self.joined.tables]
+        tables += [(name, True) for name in self.equal.tables]
+        return {f"{number:05d}": table for number, table in enumerate(tables)}
+
+    def read(self, table: tuple[str, bool]) -> pa.Table:
+        """The pairs of a table, as `PAIRS`."""
+        name, is_equal = table
+        if not is_equal:
+            return self.joined.read(name, PAIRS.names)
+        columns = ["row", "stands", "similarity", "image_id", "stands_id"]
+        pairs = self.equal.read(name, columns, [("similarity", ">", self.lowest)])
+        return pairs.rename_columns(PAIRS.names).cast(PAIRS)
+
+
+def edges_of(steps: Steps, alike: Alike, shards: int | None = None) -> Step:
     """The step `edges`, with a table of `tables.EDGES` for each shard.
 
     Args:
         steps: of the curation.
-        joined: pairs of all buckets (`join.join_bucket`).
-        equal: rows with equal vectors, which are pairs too.
-        lowest: similarity that edges must be above.
+        alike: all pairs.
         shards: how many; default: by the number of pairs.
     """
-    every = int(joined.total("edges") + equal.total("copies"))
+    every = int(alike.joined.total("edges") + alike.equal.total("copies"))
     shards = shards or max(1, -(-every // SHARD_PAIRS))
-    given: dict[str, Any] = {"joined": joined, "equal": equal, "lowest": lowest}
     if shards == 1:
-        return steps.run("edges", forest_of_all, numbered(1), **given)
-    tables = [(name, False) for name in joined.tables] + [(name, True) for name in equal.tables]
-    sources = {f"{number:05d}": table for number, table in enumerate(tables)}
+        return steps.run("edges", forest_of_all, numbered(1), alike=alike)
     each = numbered(shards)
-    stars = steps.run("copies/joined/start", start_task, sources, shards=shards, **given)
+    stars = steps.run("copies/joined/start", start_task, alike.tables, alike=alike, shards=shards)
     for turn in count():
         large = steps.run(f"copies/joined/{turn:03d}/large", large_task, each, before=stars,
                           shards=shards)  # fmt: skip
@@ -59,30 +84,18 @@ def edges_of(
                           shards=shards)  # fmt: skip
         if not large.total("changed") + stars.total("changed"):
             break
-    ends = steps.run("copies/joined/ends", ends_task, sources, shards=shards, **given)
+    ends = steps.run("copies/joined/ends", ends_task, alike.tables, alike=alike, shards=shards)
     placed = steps.run("copies/joined/placed", place_task, each, stars=stars, ends=ends,
                        shards=shards)  # fmt: skip
     return steps.run("edges", forest_of_shard, each, placed=placed)
 
 
-def read_pairs(table: tuple[str, bool], joined: Step, equal: Step, lowest: float) -> pa.Table:
-    """A table of pairs above `lowest`, as `PAIRS`: its name, and whether it is one of `equal`."""
-    name, is_equal = table
-    if not is_equal:
-        return joined.read(name, PAIRS.names)
-    columns = ["row", "stands", "similarity", "image_id", "stands_id"]
-    pairs = equal.read(name, columns, [("similarity", ">", lowest)])
-    return pairs.rename_columns(PAIRS.names).cast(PAIRS)
-
-
 # ---- Stars: rounds until each row points to the smallest of its component.
 
 
-def start_task(
-    out: Output, table: tuple[str, bool], joined: Step, equal: Step, lowest: float, shards: int
-) -> None:
+def start_task(out: Output, table: tuple[str, bool], alike: Alike, shards: int) -> None:
     """The components within one table: each row with the smallest one, both ways."""
-    pairs = read_pairs(table, joined, equal, lowest)
+    pairs = alike.read(table)
     row, label = connected(pairs["a"].to_numpy(), pairs["b"].to_numpy())
     away = row != label
     _write_both(out, row[away], label[away], shards)
@@ -128,11 +141,9 @@ def _write_ends(out: Output, row: Ints, other: Ints, shards: int) -> None:
     out.buckets(pa.table([row, other], schema=ENDS), part_of(row, shards))
 
 
-def ends_task(
-    out: Output, table: tuple[str, bool], joined: Step, equal: Step, lowest: float, shards: int
-) -> None:
+def ends_task(out: Output, table: tuple[str, bool], alike: Alike, shards: int) -> None:
     """Sends each pair to the shard of its first row."""
-    pairs = read_pairs(table, joined, equal, lowest)
+    pairs = alike.read(table)
     out.buckets(pairs, part_of(pairs["a"].to_numpy(), shards))
 
 
@@ -151,10 +162,9 @@ def forest_of_shard(out: Output, shard: int, placed: Step) -> None:
     out.table(forest_of(placed.bucket(shard, PAIRS)))
 
 
-def forest_of_all(out: Output, shard: int, joined: Step, equal: Step, lowest: float) -> None:
+def forest_of_all(out: Output, shard: int, alike: Alike) -> None:
     """The forest of all pairs."""
-    tables = [(name, False) for name in joined.tables] + [(name, True) for name in equal.tables]
-    pairs = [read_pairs(table, joined, equal, lowest) for table in tables]
+    pairs = [alike.read(table) for table in alike.tables.values()]
     out.table(forest_of(pa.concat_tables([PAIRS.empty_table(), *pairs])))
 
 

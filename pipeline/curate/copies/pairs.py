@@ -15,7 +15,7 @@ from pipeline.curate.copies.cell_items import ImageSet, StoredItems, write_items
 from pipeline.curate.copies.cells import buckets_for, cells_for, sample_share
 from pipeline.curate.copies.equal_vectors import find_equal
 from pipeline.curate.copies.fit_cells import CellPlan, draw_sample, fit_sample
-from pipeline.curate.copies.forest import edges_of
+from pipeline.curate.copies.forest import Alike, edges_of
 from pipeline.curate.copies.join import join_bucket
 from pipeline.curate.steps.steps import Resources, Step, Steps, numbered
 from pipeline.errors import DataError
@@ -178,7 +178,7 @@ def find_pairs(
     joined = steps.run("copies/pairs", join_bucket, numbered(index.buckets),
                        Resources(1.0, search.gpus), stored=index.items, lowest=lowest,
                        penalty=search.penalty)  # fmt: skip
-    edges = edges_of(steps, joined, index.equal, lowest, search.shards)
+    edges = edges_of(steps, Alike(joined, index.equal, lowest), search.shards)
     index.save(steps.root, lowest)
     return Pairs(index, edges, lowest)
 

@@ -111,20 +111,20 @@ def write_forms(
     each = np.unique(places)
     forms, bad = forms_at(images.file, each, decoding), 0
     for number in count():
-        held = dict(islice(forms, HELD))
-        if not held:
+        read = dict(islice(forms, HELD))
+        if not read:
             break
-        mine = np.flatnonzero(np.isin(places, list(held)))
+        mine = np.flatnonzero(np.isin(places, list(read)))
         mine = mine[np.lexsort((places[mine], buckets[mine]))]
         at = places[mine]
         columns = [
             np.full(len(at), -1) if images.set else at + images.file.first,
             pa.array([images.set] * len(at), pa.string()),
             pa.nulls(len(at), ID) if ids is None else ids.take(pa.array(at)),
-            pa.array([held[place] for place in at.tolist()], pa.binary()),
+            pa.array([read[place] for place in at.tolist()], pa.binary()),
         ]
         # One file for so many forms: a task holds no more of them, however large its input is.
         table = pa.table(columns, schema=FORMS)
         out.buckets(table, buckets[mine], name=f"{images.name}-{number:05d}")
-        bad += sum(not form for form in held.values())
+        bad += sum(not form for form in read.values())
     return {"rows": len(each), "unreadable": bad}

@@ -108,7 +108,7 @@ def look_at(
     looking: Looking,
     sources: Mapping[str, Any],
     read: Callable[..., pa.Table],
-    **given: Any,
+    **arguments: Any,
 ) -> Looked:
     """Looks at all pairs of some tables.
 
@@ -117,11 +117,11 @@ def look_at(
         name: below which the steps are.
         looking: the images.
         sources: by unique names.
-        read: `read(source, **given)` gives the pairs of a source as `PAIRS`.
-        given: what they are read from.
+        read: `read(source, **arguments)` gives the pairs of a source as `PAIRS`.
+        arguments: what they are read from.
     """
     placed = steps.run(f"{name}/placed", place_pairs, sources, version=VERSION, read=read,
-                       given=given)  # fmt: skip
+                       arguments=arguments)  # fmt: skip
     counts = [account["buckets"] for account in placed.accounts]
     firsts = dict(zip(sources, np.cumsum([0, *counts]).tolist(), strict=False))
     forms = steps.run(f"{name}/forms", write_requested, looking.files, version=VERSION,
@@ -140,10 +140,10 @@ def look_at(
 
 
 def place_pairs(
-    out: Output, source: Any, read: Callable[..., pa.Table], given: Mapping[str, Any]
+    out: Output, source: Any, read: Callable[..., pa.Table], arguments: Mapping[str, Any]
 ) -> Account:
     """Task: the pairs of a source in buckets, and what images they need, by row."""
-    table = read(source, **given).cast(PAIRS)
+    table = read(source, **arguments).cast(PAIRS)
     table = table.take(pa.array(_order(table)))
     bucket = np.arange(len(table)) // BUCKET_PAIRS
     out.buckets(table, bucket, sub="pairs")

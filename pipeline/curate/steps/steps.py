@@ -217,9 +217,9 @@ class Steps:
         items: Mapping[str, Any],
         resources: Resources = ONE_CPU,
         version: int = 1,
-        **given: Any,
+        **arguments: Any,
     ) -> Step:
-        """Runs `function(out, item, **given)` for each item that is not finished, as Ray tasks.
+        """Runs `function(out, item, **arguments)` for each item that is not finished, as Ray tasks.
 
         Args:
             name: of the step.
@@ -228,16 +228,16 @@ class Steps:
             items: by the names of their tasks.
             resources: of a task. They are in no key: tables do not depend on them.
             version: of the function; another one runs it again.
-            given: to all tasks alike: numbers, texts, dataclasses of these, and steps.
+            arguments: of all tasks alike: numbers, texts, dataclasses of these, and steps.
 
         Raises:
             PipelineError: what a task said; the others are cancelled.
         """
         begin = time.monotonic()
         folder = str(join(self.root, *name.split("/")))
-        key = self.key(name, items, version, **given)
+        key = self.key(name, items, version, **arguments)
         tasks = [Task(task, (task, item)) for task, item in items.items()]
-        called = partial(_call, function=function, given=given, resources=resources)
+        called = partial(_call, function=function, arguments=arguments, resources=resources)
         accounts, reused = run_tasks(folder, name, key, tasks, called, resources)
         step = Step(
             f"{name}/{self.label}" if self.label else name,
@@ -254,9 +254,9 @@ class Steps:
             self.done.append(step)
         return step
 
-    def key(self, name: str, items: Mapping[str, Any], version: int = 1, **given: Any) -> str:
+    def key(self, name: str, items: Mapping[str, Any], version: int = 1, **arguments: Any) -> str:
         """Of a step: equal keys give equal tables."""
-        return fingerprint([name, version, key_of(items), key_of(given)])
+        return fingerprint([name, version, key_of(items), key_of(arguments)])
 
     def stored(self, name: str) -> Step:
         """A step of an earlier run as it is on storage; without a key where there is none."""
@@ -309,9 +309,9 @@ def _call(
     name: str,
     item: Any,
     function: Callable[..., Any],
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     resources: Resources,
 ) -> Account:
     """In a worker: one task; what its function returns goes over what was counted."""
     out = Output(folder, name, resources)
-    return out.account | (function(out, item, **given) or {})
+    return out.account | (function(out, item, **arguments) or {})
