@@ -145,8 +145,8 @@ def embedded_by_pool(
         .map_batches(
             _Decode([ray.put(list(reads))], decoding),
             **common,
+            compute=ray.data.TaskPoolStrategy(size=room.decoders),
             num_cpus=room.decoder_cpus,
-            concurrency=room.decoders,
         )
         .map_batches(
             _Embed,

@@ -118,8 +118,8 @@ def embed_set(request: Request, folder: str, bad_table: Place | None = None) -> 
         run = embedded_in_one_task if len(missing) <= FEW else embedded_by_pool
         done = sum(rows for rows, _ in finished.values())
         with doing(f"embed: {done:,} of {shards.rows:,} images"):
-            work = run(reads_of(missing), request.spec, decoding, facts, folder)
-            for unit_pace, workers in work:  # noqa: B007  (the last one counts)
+            paces = run(reads_of(missing), request.spec, decoding, facts, folder)
+            for unit_pace, workers in paces:  # noqa: B007  (all say the same of the workers)
                 pace = pace + unit_pace
                 now(f"embed: {done + pace.images:,} of {shards.rows:,} images")
     parts, bad = [], []
