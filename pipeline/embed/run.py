@@ -89,13 +89,16 @@ class Report:
         return self.embedded / max(1e-9, self.seconds)
 
 
-def embed_set(request: Request, folder: str, bad_table: Place | None = None) -> Report:
+def embed_set(
+    request: Request, folder: str, bad_table: Place | None = None, *, replaced: bool = False
+) -> Report:
     """Embeds a set, or what is missing of it; needs a Ray to be joined.
 
     Args:
         request: what to embed.
         folder: of the vectors; a path that all nodes reach, or a URI.
         bad_table: where the images go that could not be decoded; None: nowhere.
+        replaced: a table of another model there is expected, and replaced without a warning.
 
     Raises:
         PipelineError: the model or the images cannot be used, the folder holds what is not ours, or
@@ -106,7 +109,7 @@ def embed_set(request: Request, folder: str, bad_table: Place | None = None) -> 
     facts = facts_of(request)
     image_bytes = facts["image_size"] ** 2 * facts["channels"]
     units = units_of(request.shards, image_bytes)
-    finished = _finished(folder, units, facts)
+    finished = _finished(folder, units, facts, logging.INFO if replaced else logging.WARNING)
     missing = [unit for unit in units if unit.number not in finished]
     if finished and missing:
         log.info("%d of %d parts were embedded before", len(finished), len(units))
@@ -227,7 +230,7 @@ def remove_vectors(folder: str) -> None:
 
 
 def _finished(
-    folder: str, units: Sequence[Unit], facts: Facts
+    folder: str, units: Sequence[Unit], facts: Facts, level: int
 ) -> dict[int, tuple[int, list[dict[str, str]]]]:
     """Parts of this very table, by their numbers. Those of another one are taken away, and said."""
     from concurrent.futures import ThreadPoolExecutor
@@ -246,9 +249,9 @@ def _finished(
     mark = read_mark(fs, f"{path}/{MARK}")
     if mark and mark.get("key") != facts["key"]:
         delete_file(fs, f"{path}/{MARK}")
-        log.warning("%s", _changed(public(folder), mark, facts))
+        log.log(level, "%s", _changed(public(folder), mark, facts))
     elif (stale := sum(map(_is_part, names)) - len(finished)) and not mark:
-        log.warning("%s: %d parts of other settings are made anew", public(folder), stale)
+        log.log(level, "%s: %d parts of other settings are made anew", public(folder), stale)
     return finished
 
 

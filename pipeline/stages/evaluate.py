@@ -173,6 +173,7 @@ def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Table
                 what: embed_set(
                     Request(model, shards, max_pixels=spec.max_pixels),
                     str(context.folder.at("evaluate", "vectors", name, what)),
+                    replaced=True,
                 ).vectors
                 for what, shards in (("reference", spec.reference), ("queries", spec.queries))
             }
