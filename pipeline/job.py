@@ -37,8 +37,8 @@ def main(
     """
     shorthand = shorthand or {}
     prefer_utf8()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    flags = [a for a in given if a.startswith("-")]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [a for a in words if a.startswith("-")]
     if {"-h", "--help"} & set(flags):
         short = [f"{name} for {field}" for name, field in shorthand.items() if name]
         names = f"Short names here: {', '.join(short)}.\n\n" * bool(short)
@@ -54,7 +54,7 @@ def main(
                 f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
                 "options are --dry-run and --help; fields are set as section.field=value",
             )
-        config = load(spelled_out([a for a in given if not a.startswith("-")], shorthand))
+        config = load(spelled_out([a for a in words if not a.startswith("-")], shorthand))
         with beating(), doing("loading the libraries"):
             _start(config, stages, dry=bool(flags))
     except PipelineError as error:

@@ -167,14 +167,14 @@ def _public(uri: str) -> str:
     """One URI without what can be a secret; as it was where there is nothing."""
     start = _START.match(uri)
     assert start
-    name, begin, rest = (start[1] or start[2]).lower(), start[0], uri[start.end() :]
+    name, begin, address = (start[1] or start[2]).lower(), start[0], uri[start.end() :]
     if name in ON_DISK and (begin.endswith("///") or "//" not in begin):
         return uri
     scheme = SCHEMES.get(name, OTHER)
-    user, rest = _authority(rest) if not _has_plain_path(name, rest) else ("", rest)
+    user, address = _authority(address) if not _has_plain_path(name, address) else ("", address)
     if user and ":" not in user and "/" not in user and scheme.user in ("any", user):
         begin += f"{user}@"
-    body, sharp, fragment = rest.partition("#")
+    body, sharp, fragment = address.partition("#")
     place, mark, query = body.partition("?")
     host = place.partition("/")[0]
     if ":" in host and not (scheme.port and _HOST.fullmatch(host)):

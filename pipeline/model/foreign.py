@@ -245,11 +245,11 @@ def timm_by_name(
         PipelineError: timm is missing, has no such model, does not take the arguments, or gets no
             weights.
     """
-    given = dict(arguments or {}) | {"num_classes": 0}
+    options = dict(arguments or {}) | {"num_classes": 0}
     timm = _timm(name)
     for extra in ({"dynamic_img_size": True}, {}):  # only some families take it: crops differ
         try:
-            module = timm.create_model(name, pretrained=pretrained, **(extra | given))
+            module = timm.create_model(name, pretrained=pretrained, **(extra | options))
             break
         except TypeError as error:
             reason: Exception = error
@@ -263,7 +263,7 @@ def timm_by_name(
             ) from error
     else:
         raise PipelineError(
-            f"timm:{name} does not take {given}: {one_line(reason)}", "give other encoder_kwargs"
+            f"timm:{name} does not take {options}: {one_line(reason)}", "give other encoder_kwargs"
         ) from reason
     embed = getattr(module, "patch_embed", None)
     size = getattr(embed, "img_size", None) or module.pretrained_cfg["input_size"][1:]
@@ -272,9 +272,9 @@ def timm_by_name(
         name,
         image_size=int(size[0]),
         patch_size=int(patch[0]) if isinstance(patch, tuple) else TimmSpec.patch_size,
-        in_channels=int(given.get("in_chans", module.pretrained_cfg["input_size"][0])),
+        in_channels=int(options.get("in_chans", module.pretrained_cfg["input_size"][0])),
     )
-    return TimmBackbone(module, spec, extra | given)
+    return TimmBackbone(module, spec, extra | options)
 
 
 def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) -> None:
