@@ -77,7 +77,7 @@ def test_several_masks_share_their_classes() -> None:
 def test_what_is_written_is_read_again(names: dict[str, int]) -> None:
     (mask,), classes = read_masks([("m.png", file_of(IDS))], names)
     known = np.where(mask == VOID, 0, mask)
-    picture = Image.open(io.BytesIO(classes.file_of(known)))
+    picture = Image.open(io.BytesIO(classes.encoded(known)))
     assert np.array_equal(np.asarray(picture), np.asarray(classes.ids)[known])
     assert picture.mode == "P"
     colours = np.asarray(picture.convert("RGB"))
@@ -87,7 +87,7 @@ def test_what_is_written_is_read_again(names: dict[str, int]) -> None:
 def test_black_and_white_is_written_so() -> None:
     white = np.where(IDS == 3, 255, 0).astype(np.uint8)
     (mask,), classes = read_masks([("m.png", file_of(white))], {})
-    picture = Image.open(io.BytesIO(classes.file_of(mask)))
+    picture = Image.open(io.BytesIO(classes.encoded(mask)))
     assert picture.mode == "L" and np.array_equal(np.asarray(picture), white)
 
 
