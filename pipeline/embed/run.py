@@ -109,7 +109,7 @@ def embed_set(
     facts = facts_of(request)
     image_bytes = facts["image_size"] ** 2 * facts["channels"]
     units = units_of(request.shards, image_bytes)
-    finished = _finished(folder, units, facts, logging.INFO if replaced else logging.WARNING)
+    finished = _finished(folder, units, facts, logging.DEBUG if replaced else logging.WARNING)
     missing = [unit for unit in units if unit.number not in finished]
     if finished and missing:
         log.info("%d of %d parts were embedded before", len(finished), len(units))

@@ -2,7 +2,7 @@
 pushed while it runs and at its end, also where it fails.
 
 The copy has the small files: plan, config, journal, marks, pictures, tables, report, weights. What
-all nodes read and write at the URI is not in it: checkpoints, shards and the folders of pack.
+all nodes read and write at the URI is not in it: checkpoints, shards, vectors, the folders of pack.
 
 What is newer at the URI wins: a file that changed there since this copy saw it last was written by
 a job elsewhere, and one that vanished there was deleted. What changed here only is pushed.
@@ -31,7 +31,8 @@ from pipeline.uri import public
 log = logging.getLogger("pipeline")
 
 MARK = ".mirror.json"  # what was the same in both places when this copy saw it last
-APART = ("checkpoints", "shards", "curated", "source")  # folders that are not copied
+APART = ("checkpoints", "shards", "curated", "source", "vectors")  # folders that are not copied
+WRITTEN_THERE = ("pretrain/bad_images.parquet", "embed/bad.parquet")
 EVERY_S = 30.0
 AT_ONCE = 8
 
@@ -214,9 +215,9 @@ def _belongs(name: str) -> bool:
         return False
     if parts[0] in APART or parts[:2] == ["pretrain", "ray"]:  # records of one attempt
         return False
-    # pack and curate have shards and tables in folders of their own
-    written_there = name == "pretrain/bad_images.parquet"
-    return not written_there and not (parts[0] in ("pack", "curate") and len(parts) > 2)
+    # these have shards, tables and vectors in folders of their own
+    tables = parts[0] in ("pack", "curate", "evaluate") and len(parts) > 2
+    return not tables and name not in WRITTEN_THERE
 
 
 def _state(path: Path) -> Seen:

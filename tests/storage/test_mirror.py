@@ -118,6 +118,8 @@ def test_what_other_nodes_write_is_left_to_them(bucket: S3, tmp_path: Path) -> N
             "shards/part-00000.parquet",
         ),
         *("pack/work_train/plan.json", "pack/queries/part-00000.parquet", "source/train/a.png"),
+        *("vectors/part-00000.parquet", "evaluate/vectors/trained/queries/_vectors.json"),
+        "embed/bad.parquet",
         "pretrain/bad_images.parquet",
     ]
     for name in apart:
