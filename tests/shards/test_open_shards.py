@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pyarrow import fs as pafs
 from pipeline.errors import DataError
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA, IMAGE_SHARD_SCHEMA, image_id
 from pipeline.shards.row_group import read_row_group
+from pipeline.shards.shard_set import open_parquet
 from pipeline.shards.shards import open_shards
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import atomic_path, write_bytes_atomic, write_parquet_atomic
@@ -283,3 +285,20 @@ def test_files_that_count_in_different_lists_are_refused(tmp_path):
         assert "have different class names, or some have names" in mistake(tmp_path)
     parquet(tmp_path / "b.parquet", pa.array([None, -1], pa.int64()), NAMES[::-1])
     assert open_shards(str(tmp_path)).class_names == tuple(NAMES)
+
+
+def test_a_file_of_any_name_is_opened_and_one_that_is_none_is_a_sentence(tmp_path):
+    """Of others: a name that is no UTF-8, which Arrow by itself does not open; a file cut short."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.parquet")
+    data.written([b"a"], tmp_path / "a.parquet", 1)
+    (tmp_path / "a.parquet").rename(path)
+    with open_parquet(pafs.LocalFileSystem(), path, piecewise=True) as parquet:
+        assert parquet.metadata.num_rows == 1
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(Path(path).read_bytes()[:-9])
+    for piecewise in (False, True):
+        with pytest.raises(
+            DataError, match=r"cut\.parquet is not a readable parquet file"
+        ) as caught:
+            open_parquet(pafs.LocalFileSystem(), str(cut), piecewise)
+        assert "fetch it again or take it away" in caught.value.hint
