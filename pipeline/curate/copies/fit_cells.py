@@ -68,13 +68,9 @@ def fit_cells(vectors: Halves, plan: CellPlan, seed: int) -> Cells:
     cells = min(plan.cells, len(vectors))
     first_groups, places = _groups(vectors, cells, (seed, 0))
     most = max(LEAST_SPLIT, SKEW * -(-cells // len(places)))
-    parts: list[tuple[Halves, Halves]] = []
-    for number, share in enumerate(shares_by_size(np.array([len(one) for one in places]), cells)):
-        if share:
-            own = first_groups[number : number + 1]
-            parts += _split(own, vectors[places[number]], int(share), (seed, 1, number), most)
-    groups, centres = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
-    group = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[1]) for part in parts])
+    split = _shared_out(vectors, first_groups, places, cells, (seed,), most)
+    groups, centres = (np.concatenate([one[column] for one in split]) for column in (0, 1))
+    group = np.repeat(np.arange(len(split), dtype=np.int32), [len(one[1]) for one in split])
     moved, which = centres, None
     if len(moved) <= TWO_LEVELS:
         # Cells at the border of groups were fitted to half of what is around them.
@@ -112,16 +108,23 @@ def _split(
     if cells <= most:
         return [(own, kmeans(vectors, cells, seed, ITERATIONS))]
     groups, places = _groups(vectors, cells, (*seed, 0))
-    sizes = np.array([len(one) for one in places])
-    if sizes.max() > DIVIDED * len(vectors):  # it cannot be divided: nearly all are one direction
+    if max(map(len, places)) > DIVIDED * len(vectors):  # nearly all are one direction
         every = max(1, len(vectors) // (SAMPLE_EACH * most))
         return [(own, kmeans(vectors[::every], most, seed, ITERATIONS))]
-    parts: list[tuple[Halves, Halves]] = []
-    for number, share in enumerate(shares_by_size(sizes, cells)):
+    return _shared_out(vectors, groups, places, cells, seed, most)
+
+
+def _shared_out(
+    vectors: Halves, groups: Halves, places: list[Array], cells: int, seed: Sequence[int], most: int
+) -> list[tuple[Halves, Halves]]:
+    """Groups with their cells, of which each has as many as its size says."""
+    split: list[tuple[Halves, Halves]] = []
+    for number, share in enumerate(shares_by_size(np.array([len(one) for one in places]), cells)):
         if share:
-            mine = groups[number : number + 1], vectors[places[number]]
-            parts += _split(*mine, int(share), (*seed, 1, number), most)
-    return parts
+            own = groups[number : number + 1]
+            seed_of = (*seed, 1, number)
+            split += _split(own, vectors[places[number]], int(share), seed_of, most)
+    return split
 
 
 def shares_by_size(sizes: Array, total: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -293,9 +296,9 @@ def fit_sample(out: Output, dim: int, sample: Step, plan: CellPlan, seed: int) -
     vectors = np.zeros((len(place), dim), np.float16)
     begin = 0
     for name in sample.tables:  # one at a time, to where they belong: the sample is there once
-        part = unraw(sample.read(name, ["vector"])["vector"], np.float16, dim)
-        vectors[place[begin : begin + len(part)]] = part
-        begin += len(part)
+        values = unraw(sample.read(name, ["vector"])["vector"], np.float16, dim)
+        vectors[place[begin : begin + len(values)]] = values
+        begin += len(values)
     fitted = fit_cells(vectors, plan, seed)
     for table, name in fitted.tables():
         out.table(table, name)

@@ -138,20 +138,20 @@ def _write_both(out: Output, a: Ints, b: Ints, shards: int) -> None:
 
 
 def _write_ends(out: Output, row: Ints, other: Ints, shards: int) -> None:
-    out.buckets(pa.table([row, other], schema=ENDS), part_of(row, shards))
+    out.buckets(pa.table([row, other], schema=ENDS), shard_of(row, shards))
 
 
 def ends_task(out: Output, table: tuple[str, bool], alike: Alike, shards: int) -> None:
     """Sends each pair to the shard of its first row."""
     pairs = alike.read(table)
-    out.buckets(pairs, part_of(pairs["a"].to_numpy(), shards))
+    out.buckets(pairs, shard_of(pairs["a"].to_numpy(), shards))
 
 
 def place_task(out: Output, shard: int, stars: Step, ends: Step, shards: int) -> None:
     """Sends the pairs of a shard of rows to the shard of their component."""
     row, _, least = _stars(stars, shard)
     pairs = ends.bucket(shard, PAIRS)
-    out.buckets(pairs, part_of(least[np.searchsorted(row, pairs["a"].to_numpy())], shards))
+    out.buckets(pairs, shard_of(least[np.searchsorted(row, pairs["a"].to_numpy())], shards))
 
 
 # ---- Forests of tables of pairs.
@@ -212,10 +212,10 @@ def label_rows(out: Output, table: str, edges: Step, threshold: float) -> Accoun
     return {"components": len(np.unique(label))}
 
 
-def part_of(label: Ints, parts: int) -> Ints:
-    """Which task a component goes to: mixed, since labels of files are near each other."""
+def shard_of(label: Ints, shards: int) -> Ints:
+    """The shard of each component: mixed, since labels of files are near each other."""
     mixed = label.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return ((mixed >> np.uint64(32)) % np.uint64(parts)).astype(np.int64)
+    return ((mixed >> np.uint64(32)) % np.uint64(shards)).astype(np.int64)
 
 
 # ---- Maximum spanning forests: of all pairs that are copies, as few as say the same.

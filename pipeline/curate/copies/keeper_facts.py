@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.curate.copies.equal_vectors import Distinct
-from pipeline.curate.copies.forest import LABELS, part_of
+from pipeline.curate.copies.forest import LABELS, shard_of
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.exact import Ints
 from pipeline.curate.rows.read_rows import CROPS, FileSlice, Portion, Rows, read_rows
@@ -34,14 +34,14 @@ FACTS = pa.schema(
         ("stands", ROW),  # the row whose vector counts: itself, or one with the same
     ]
 )
-PART_BYTES = 2**27  # of the vectors that a task takes
+SHARD_BYTES = 2**27  # of the vectors that a task takes
 IN_MEMORY = 2**29  # bytes of the vectors that a task holds; twice while they are read
 
 
-def parts_for(rows: int, vectors: Vectors) -> int:
+def shards_for(rows: int, vectors: Vectors) -> int:
     """Tasks that choose keepers, for so many rows with copies."""
     each = vectors.dim * 2 * (1 + CROPS * vectors.views) + 100
-    return max(1, -(-rows * each // PART_BYTES))
+    return max(1, -(-rows * each // SHARD_BYTES))
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class FactSources:
 
 
 def gather_facts(
-    out: Output, portion: Portion, sources: FactSources, files: Mapping[str, InputFile], parts: int
+    out: Output, portion: Portion, sources: FactSources, files: Mapping[str, InputFile], shards: int
 ) -> Account:
     """Task: the facts about a portion's rows (`rows`), and the vectors of those that stand for
-    themselves (`vectors`), both by the part that their component goes to.
+    themselves (`vectors`), both by the shard of their component.
     """
     equal = sources.distinct.stood_for(portion)
-    facts = [_facts(sources, part, files[part.name], equal) for part in portion.slices]
+    facts = [_facts(sources, cut, files[cut.name], equal) for cut in portion.slices]
     facts = [table for table in facts if len(table)]
     if not facts:
         return {"rows": 0}
     whole = pa.concat_tables(facts).combine_chunks()
     row, label = whole["row"].to_numpy(), whole["label"].to_numpy()
-    out.buckets(whole, part_of(label, parts), sub="rows")
+    out.buckets(whole, shard_of(label, shards), sub="rows")
     own = whole["stands"].to_numpy() == row
     rows = read_rows(sources.distinct.vectors, portion, views=True)
     rows = rows.only(np.isin(rows.row, row[own]))
@@ -82,25 +82,25 @@ def gather_facts(
     if rows.crops is not None:
         vectors["crops"] = raw(rows.crops.reshape(len(rows), -1))
     labels = label[own][np.searchsorted(row[own], rows.row)]  # rows ascend
-    out.buckets(pa.table(vectors), part_of(labels, parts), sub="vectors")
+    out.buckets(pa.table(vectors), shard_of(labels, shards), sub="vectors")
     return {"rows": len(whole)}
 
 
-def _facts(sources: FactSources, part: FileSlice, file: InputFile, equal: pa.Table) -> pa.Table:
+def _facts(sources: FactSources, cut: FileSlice, file: InputFile, equal: pa.Table) -> pa.Table:
     """Of the rows of a slice of a file that are in a component, as `FACTS`."""
-    own = sources.labels.rows(part.first, part.end, LABELS)
+    own = sources.labels.rows(cut.first, cut.end, LABELS)
     if not len(own):
         return FACTS.empty_table()
     row, label = (own[name].to_numpy() for name in LABELS.names)
     columns = ["row", "image_id", "bytes", "width", "height"]
-    inside = [("row", ">=", part.first), ("row", "<", part.end)]
-    prints = sources.prints.read(part.name, columns, inside)
+    inside = [("row", ">=", cut.first), ("row", "<", cut.end)]
+    prints = sources.prints.read(cut.name, columns, inside)
     at = np.searchsorted(prints["row"].to_numpy(), row)
     area = prints["width"].to_numpy().astype(np.int64) * prints["height"].to_numpy()
     density = prints["bytes"].to_numpy() / np.maximum(area, 1)
     goes = np.zeros(len(row), bool)
     for step in sources.going:
-        goes |= np.isin(row, step.read(part.name, ["row"], inside)["row"].to_numpy())
+        goes |= np.isin(row, step.read(cut.name, ["row"], inside)["row"].to_numpy())
     facts = [
         row,
         label,
@@ -120,19 +120,19 @@ def _stands(row: Array, equal: pa.Table) -> Array:
     return np.asarray(pc.coalesce(equal["stands"].take(at), pa.array(row)).to_numpy())
 
 
-def read_facts(facts: Step, part: int) -> dict[str, Array]:
-    """The facts about the rows of a part, by name."""
-    table = facts.bucket(part, FACTS, sub="rows").combine_chunks()
+def read_facts(facts: Step, shard: int) -> dict[str, Array]:
+    """The facts about the rows of a shard, by name."""
+    table = facts.bucket(shard, FACTS, sub="rows").combine_chunks()
     return {
         name: ids_of(column) if name == "image_id" else column.to_numpy()
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
 
 
-def read_vectors(facts: Step, part: int, dim: int) -> Rows | OnDisk:
-    """The vectors of a part, on disk where one component makes it larger than parts should be."""
-    count = sum(len(table) for table in facts.buckets(part, ["row"], sub="vectors"))
-    tables = facts.buckets(part, sub="vectors")
+def read_vectors(facts: Step, shard: int, dim: int) -> Rows | OnDisk:
+    """The vectors of a shard, on disk where one component makes it larger than it should be."""
+    count = sum(len(table) for table in facts.buckets(shard, ["row"], sub="vectors"))
+    tables = facts.buckets(shard, sub="vectors")
     first = next(tables)
     width = 1 + CROPS * ("crops" in first.column_names)
     if count * width * dim * 2 > IN_MEMORY:
@@ -169,11 +169,11 @@ class OnDisk:
         rows = [np.zeros(0, np.int64)]
         for table in tables:
             rows.append(np.array(table.column("row").to_numpy()))
-            parts = [unraw(table.column("vector"), np.float16, dim)]
+            columns = [unraw(table.column("vector"), np.float16, dim)]
             self.views = "crops" in table.column_names
             if self.views:
-                parts.append(unraw(table.column("crops"), np.float16, CROPS * dim))
-            self._file.write(np.concatenate(parts, 1).tobytes())
+                columns.append(unraw(table.column("crops"), np.float16, CROPS * dim))
+            self._file.write(np.concatenate(columns, 1).tobytes())
         self._file.flush()
         self.row = np.concatenate(rows)
 

@@ -62,23 +62,23 @@ class HowSimilar:
 
 
 def choose_keepers(
-    out: Output, part: int, facts: Step, dim: int, similar: HowSimilar, rule: CopyRule
+    out: Output, shard: int, facts: Step, dim: int, similar: HowSimilar, rule: CopyRule
 ) -> Account:
-    """Task: chooses the keepers of the components of a part; writes `MEMBERS`, by row.
+    """Task: chooses the keepers of the components of a shard; writes `MEMBERS`, by row.
 
     Args:
         out: where to.
-        part: which.
+        shard: which.
         facts: about the rows (`keeper_facts.gather_facts`).
         dim: of a vector.
         similar: how rows are compared.
         rule: what is a copy, and what a chain.
     """
-    column = read_facts(facts, part)
+    column = read_facts(facts, shard)
     if not len(column["row"]):
         out.table(MEMBERS.empty_table())
         return {}
-    vectors = read_vectors(facts, part, dim)
+    vectors = read_vectors(facts, shard, dim)
     by_row = np.argsort(vectors.row)
     at = by_row[np.searchsorted(vectors.row[by_row], column["stands"])]
     order = keeper_order(

@@ -115,7 +115,7 @@ def match_bucket(
     out.table(best(hits, "row").cast(LEAKS), sub="rows")
     queries = every.select(["set", "other_id", "row", "image_id", "similarity"])
     queries = best_of_queries(queries.rename_columns(QUERIES.names))
-    out.buckets(queries, shard_of(ids_of(queries["query_id"]), shards), sub="queries")
+    out.buckets(queries, query_shard(ids_of(queries["query_id"]), shards), sub="queries")
 
 
 def best_of_queries(table: pa.Table) -> pa.Table:
@@ -124,7 +124,7 @@ def best_of_queries(table: pa.Table) -> pa.Table:
     return best(table.select(columns), "set", "query_id").select(QUERIES.names).cast(QUERIES)
 
 
-def shard_of(ids: Any, shards: int) -> Any:
+def query_shard(ids: Any, shards: int) -> Any:
     """The shard of each image of an evaluation set."""
     return (id_words(ids)[1] % np.uint64(shards)).astype(np.int64)
 
@@ -177,7 +177,7 @@ def count_leaked(out: Output, shard: int, looked: Step, shards: int) -> Account:
     for name in looked.tables:
         table = looked.read(name, ["set", "other_id"], [("same", "=", True)])
         ids = ids_of(table["other_id"])
-        mine = shard_of(ids, shards) == shard
+        mine = query_shard(ids, shards) == shard
         sets = table["set"].filter(pa.array(mine)).to_pylist()
         for one, image in zip(sets, ids[mine], strict=True):
             leaked.setdefault(one, set()).add(image.tobytes())

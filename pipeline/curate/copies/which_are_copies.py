@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.curate.copies.cell_items import ImageSet
 from pipeline.curate.copies.forest import label_rows
-from pipeline.curate.copies.keeper_facts import FactSources, gather_facts, parts_for
+from pipeline.curate.copies.keeper_facts import FactSources, gather_facts, shards_for
 from pipeline.curate.copies.keepers import CopyRule, HowSimilar, choose_keepers
 from pipeline.curate.copies.pairs import Pairs
 from pipeline.curate.look.look_at_pairs import Looking, look_at, pairs_of_rows, verdicts_of
@@ -58,12 +58,12 @@ def group_copies(
     tables = {name: name for name in edges.tables}
     labels = steps.run("copies/labels", label_rows, tables, edges=edges,
                        threshold=rule.threshold)  # fmt: skip
-    parts = parts_for(int(labels.total("rows")), images.vectors)
+    shards = shards_for(int(labels.total("rows")), images.vectors)
     sources = FactSources(images.distinct(index.equal), labels, prints, tuple(going))
     facts = steps.run("copies/gathered", gather_facts, images.portions(index.portion_rows),
-                      sources=sources, files=inputs.by_name, parts=parts)  # fmt: skip
+                      sources=sources, files=inputs.by_name, shards=shards)  # fmt: skip
     similar = HowSimilar(images.visiting, index.penalty)
-    kept = steps.run("copies/kept", choose_keepers, numbered(parts), facts=facts,
+    kept = steps.run("copies/kept", choose_keepers, numbered(shards), facts=facts,
                      dim=images.vectors.dim, similar=similar, rule=rule)  # fmt: skip
     if looking:
         kept = members_that_stay(steps, kept, edges, looking)
@@ -120,7 +120,7 @@ def _unordered(a: Any, b: Any) -> Any:
 
 
 def write_members(out: Output, names: Sequence[str], kept: Step, looked: Step) -> Account:
-    """Task: the groups of a part; a member that differs from its keeper is its own."""
+    """Task: the groups of a shard; a member that differs from its keeper is its own."""
     table = kept.read(out.name)
     apart = verdicts_of(looked, names, same=False)["row"].to_numpy()
     row = table["row"].to_numpy()

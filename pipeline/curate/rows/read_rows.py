@@ -108,15 +108,15 @@ def portions(
             continue
         for begin in range(0, file.rows, most):
             end = min(file.rows, begin + most)
-            part = FileSlice(file.name, file.first + begin, file.first + end, file.rows <= most)
+            cut = FileSlice(file.name, file.first + begin, file.first + end, file.rows <= most)
             # Slices of a file cost a reading of it each, so only what is too large is cut.
             if end - begin > room:
                 groups.append([])
                 room = rows or even
-            groups[-1].append(part)
+            groups[-1].append(cut)
             room -= end - begin
-    cut = [Portion(f"{number:05d}", tuple(slices)) for number, slices in enumerate(groups)]
-    return {portion.name: portion for portion in cut}
+    named = [Portion(f"{number:05d}", tuple(slices)) for number, slices in enumerate(groups)]
+    return {portion.name: portion for portion in named}
 
 
 def file_groups(files: Sequence[InputFile]) -> dict[str, tuple[InputFile, ...]]:
@@ -144,20 +144,20 @@ def read_rows(vectors: Vectors, portion: Portion, exact: str = "", views: bool =
     crops = views and vectors.views
     columns = ["row", "image_id", vectors.column, *["views"] * crops]
     read = []
-    for part in portion.slices:
-        table = read_table(vectors.folder, part.name, columns, part.filter)
+    for cut in portion.slices:
+        table = read_table(vectors.folder, cut.name, columns, cut.filter)
         row = table.column("row").to_numpy()
         full = matrix(table.column(vectors.column), vectors.dim)
         keep = np.ones(len(row), bool)
         if exact:
-            keep = np.isin(row, own_rows(exact, part.name, part.filter))
+            keep = np.isin(row, own_rows(exact, cut.name, cut.filter))
         wide = full.astype(np.float32)
         length = np.sqrt(np.einsum("nd,nd->n", wide, wide))
         bad = keep & ~((length == 0) | (np.abs(length - 1) < OFF_UNIT))
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             raise DataError(
-                f"{public(str(join(vectors.folder, part.name)))}.parquet: the vector of row "
+                f"{public(str(join(vectors.folder, cut.name)))}.parquet: the vector of row "
                 f"{row[first]} has length {length[first]:.3g} instead of 1",
                 "the embedder gave values that are no numbers, or the file is not one of ours",
             )
@@ -252,7 +252,7 @@ class Source:
         if not files:
             empty = np.zeros(0, np.int64)
             return Points(empty, np.zeros((0, 16), np.uint8), np.zeros((0, self.dim), HALF))
-        return Points(*(np.concatenate(parts) for parts in zip(*files, strict=True)))
+        return Points(*(np.concatenate(columns) for columns in zip(*files, strict=True)))
 
 
 @dataclass(frozen=True)
