@@ -25,9 +25,9 @@ from torchvision.transforms.v2 import functional as floats
 
 from pipeline.pack.demo import _photographs
 from pipeline.views import photometric as ph
-from pipeline.views.compiled import CompiledPhotometric
 from pipeline.views.crops import CropSpec, crop_boxes, cut_crops
 from pipeline.views.draws import uniforms
+from pipeline.views.photometric import CompiledPhotometric
 
 IMAGES, ROUNDS = 16, 7
 SPEC, CROPS = ph.PhotometricSpec(), CropSpec()

@@ -23,9 +23,8 @@ from pipeline.train.cost import (
 )
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Apply
-from pipeline.views.compiled import CompiledPhotometric
 from pipeline.views.crops import CropSpec
-from pipeline.views.photometric import PhotometricSpec, apply_photometric
+from pipeline.views.photometric import CompiledPhotometric, PhotometricSpec, apply_photometric
 
 BLUR = {
     "paper": (1.0, 0.1, 0.5),

@@ -290,3 +290,38 @@ def _rows(chosen: Tensor, x: Tensor) -> Tensor | None:
 
 _OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 _IN_PLACE = (brightness_, contrast_, saturation_, hue_)
+
+
+class CompiledPhotometric:
+    """`apply_photometric` compiled, for an accelerator; parameters are moved to the crops.
+
+    There is one graph for each shape, and compiling one takes a minute. Batches that lost bad
+    images are therefore filled up: all calls with crops of one size see as many crops.
+    """
+
+    def __init__(self, backend: str = "inductor"):
+        self._compiled = torch.compile(
+            apply_photometric, fullgraph=True, dynamic=False, backend=backend
+        )
+        self._counts: dict[torch.Size, int] = {}
+
+    def __call__(
+        self,
+        crops: Tensor,
+        params: Tensor,
+        spec: PhotometricSpec,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """See `apply_photometric`; the first call for a size of crops compiles."""
+        count, size = len(crops), crops.shape[1:]
+        if not count:
+            return apply_photometric(crops, params.to(crops.device), spec, dtype)
+        full = self._counts[size] = max(count, self._counts.get(size, 0))
+        # Contiguous, as a change of strides would compile again. The copy of the parameters does
+        # not make the host wait: the driver takes a few kilobytes at once.
+        params = params.contiguous().to(crops.device, non_blocking=True)
+        crops = crops.contiguous()
+        if count < full:
+            crops = torch.cat((crops, crops.new_zeros((full - count, *size))))
+            params = torch.cat((params, params.new_zeros((full - count, PARAMS))))
+        return self._compiled(crops, params, spec, dtype)[:count]

@@ -5,8 +5,12 @@ import torch
 
 from pipeline.train import build, worker
 from pipeline.views.batch import Batch
-from pipeline.views.compiled import CompiledPhotometric
-from pipeline.views.photometric import PARAMS, PhotometricSpec, apply_photometric
+from pipeline.views.photometric import (
+    PARAMS,
+    CompiledPhotometric,
+    PhotometricSpec,
+    apply_photometric,
+)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.views import photometric as ph
-from pipeline.views.compiled import CompiledPhotometric
+from pipeline.views.photometric import CompiledPhotometric
 
 SPEC = ph.PhotometricSpec()
 
