@@ -47,7 +47,7 @@ def find_threshold(setup: Setup, prints: Step, equal: Step, embedded: Embedded) 
     Raises:
         DataError: similarities do not mean the same as in the earlier curation.
     """
-    config, spec = setup.config, embedded.spec
+    config, spec, calibration = setup.config, embedded.spec, None
     penalty = DEFAULT_PENALTY if embedded.vectors.views else 0.0
     if setup.sets.earlier:
         latest = setup.sets.earlier[0]
@@ -58,21 +58,19 @@ def find_threshold(setup: Setup, prints: Step, equal: Step, embedded: Embedded) 
                 "use the same one, or curate everything anew without curate.against",
             )
         check_inputs(latest, spec)
-        threshold = float(latest.result["threshold"])
-        return Threshold(
-            threshold, _leak_threshold(config, threshold), float(latest.result["penalty"])
-        )
-    if config.dedup.threshold != "auto":
+        threshold, penalty = (float(latest.result[name]) for name in ("threshold", "penalty"))
+    elif config.dedup.threshold != "auto":
         threshold = float(config.dedup.threshold)
-        return Threshold(threshold, _leak_threshold(config, threshold), penalty)
-    target = false_positives(config, kept_count(equal))
-    sampling = Sampling(config.dedup.calibration_images, target, config.run.seed)
-    calibration = calibrate(
-        setup.steps, setup.images, prints, equal, embedded, sampling, setup.decoding
-    )
-    threshold = float(calibration.threshold)
-    leak_threshold = _leak_threshold(config, threshold)
-    return Threshold(threshold, leak_threshold, calibration.penalty, calibration)
+    else:
+        target = false_positives(config, kept_count(equal))
+        sampling = Sampling(config.dedup.calibration_images, target, config.run.seed)
+        calibration = calibrate(
+            setup.steps, setup.images, prints, equal, embedded, sampling, setup.decoding
+        )
+        threshold, penalty = float(calibration.threshold), calibration.penalty
+    chosen = config.leaks.threshold
+    leaks_above = threshold if chosen == "auto" else float(chosen)
+    return Threshold(threshold, leaks_above, penalty, calibration)
 
 
 def false_positives(config: Config, images: int) -> float:
@@ -83,11 +81,6 @@ def false_positives(config: Config, images: int) -> float:
     """
     share = config.dedup.false_positives
     return share if share != "auto" else min(MOST_FALSE, FALSE_PAIRS / max(1, images))
-
-
-def _leak_threshold(config: Config, threshold: float) -> float:
-    chosen = config.leaks.threshold
-    return threshold if chosen == "auto" else float(chosen)
 
 
 def match_earlier(

@@ -63,6 +63,8 @@ def find_leaks(
         name: place_others(steps, f"copies/leaks/sets/{name}", index, images, gpus)
         for name, images in sorted(sets.items())
     }
+    # A row leaks by one image only, though several may be like it. So the images of the sets are
+    # counted by themselves, each in the shard of its id.
     shards = max(1, -(-sum(images.inputs.rows for images in sets.values()) // QUERY_ROWS))
     hits = steps.run("copies/leaks/hits", match_bucket, numbered(index.buckets),
                      Resources(1.0, gpus), index=index, others=others, threshold=threshold,

@@ -135,9 +135,11 @@ def put_in_cells(steps: Steps, images: ImageSet, search: Search) -> Index:
     """Images in the buckets of their cells."""
     vectors, probes, seed = images.vectors, search.probes, search.seed
     portions, crops = images.portions(search.portion_rows), images.crops
+    # Equal vectors first: all would be in one cell, which has the square of their number of pairs.
     equal = find_equal(steps, images.distinct(), portions, images.inputs.rows)
     distinct = images.distinct(equal)
     rows = int(equal.total("rows") - equal.total("copies"))
+    # Cells are fitted on a sample, for one task holds it; each image then visits its nearest ones.
     cells = cells_for(rows, probes, vectors.dim, search.cell_images)
     sample = steps.run("copies/sample", draw_sample, portions, distinct=distinct, seed=seed,
                        share=sample_share(rows, cells, vectors.dim))  # fmt: skip
@@ -154,6 +156,7 @@ def put_in_cells(steps: Steps, images: ImageSet, search: Search) -> Index:
     stored = StoredItems(items, vectors.dim, probes, crops)
     index = Index(images.inputs.rows, buckets, search.penalty, search.portion_rows, equal, fitted,
                   stored)  # fmt: skip
+    # What an earlier run compared of the same items stays known, until it is compared anew.
     if _lowest_of(steps.root, index) is None:
         index.save(steps.root, None)
     return index

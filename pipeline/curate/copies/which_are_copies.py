@@ -53,11 +53,13 @@ def group_copies(
     """
     assert rule.threshold >= pairs.lowest, "edges below were not looked for"
     edges, index, inputs = pairs.edges, pairs.index, images.inputs
+    # A look takes 0.1 s of a core. So the edges of the forest get one, and not all pairs.
     if looking:
         edges = edges_that_hold(steps, edges, looking, rule.threshold)
     tables = {name: name for name in edges.tables}
     labels = steps.run("copies/labels", label_rows, tables, edges=edges,
                        threshold=rule.threshold)  # fmt: skip
+    # What the choice needs of each row goes to the shard of its group: groups span all files.
     shards = shards_for(int(labels.total("rows")), images.vectors)
     sources = FactSources(images.distinct(index.equal), labels, prints, tuple(going))
     facts = steps.run("copies/gathered", gather_facts, images.portions(index.portion_rows),
@@ -65,6 +67,7 @@ def group_copies(
     similar = HowSimilar(images.visiting, index.penalty)
     kept = steps.run("copies/kept", choose_keepers, numbered(shards), facts=facts,
                      dim=images.vectors.dim, similar=similar, rule=rule)  # fmt: skip
+    # Members were joined by a chain of edges, so not each of them was held against its keeper.
     if looking:
         kept = members_that_stay(steps, kept, edges, looking)
     files = file_groups(inputs.files)

@@ -62,6 +62,7 @@ def equal_images(
     """
     buckets = max(1, -(-inputs.rows // BUCKET_ROWS))
     hashes = steps.run("exact_hashes", hash_pixels, inputs.by_name, prints=prints, buckets=buckets)
+    # Marks come last: another rule reads the groups that are there.
     groups = steps.run("exact_groups", group_pixels, numbered(buckets), hashes=hashes)
     files = file_groups(inputs.files)
     return steps.run(name, write_files, files, prints=prints, marks=marks, groups=groups)

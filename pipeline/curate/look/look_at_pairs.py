@@ -122,6 +122,7 @@ def look_at(
     """
     placed = steps.run(f"{name}/placed", place_pairs, sources, version=VERSION, read=read,
                        arguments=arguments)  # fmt: skip
+    # Buckets of all sources are numbered through, for a file's forms go to buckets of any source.
     counts = [account["buckets"] for account in placed.accounts]
     firsts = dict(zip(sources, np.cumsum([0, *counts]).tolist(), strict=False))
     forms = steps.run(f"{name}/forms", write_requested, looking.files, version=VERSION,

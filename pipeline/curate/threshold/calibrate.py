@@ -100,6 +100,7 @@ def calibrate(
     drawn = steps.run("calibrate_sample", draw_rows, inputs.by_name, version=3, prints=prints,
                       equal=equal, below=below, seed=sampling.seed)  # fmt: skip
     rows = [row for _, _, row in sorted(tuple(d) for a in drawn.accounts for d in a["drawn"])]
+    # Images as they are say how alike different ones are; attacked ones, which copies are found.
     sample = _by_file(inputs, rows[: sampling.compared])
     gathered = steps.run("calibrate_gathered", gather_vectors, sample, vectors=vectors)
     resources = Resources() if spec.kind == DESCRIPTOR else task_resources()
