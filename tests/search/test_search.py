@@ -61,3 +61,11 @@ def test_zero_vectors_are_counted() -> None:
     assert index.zeros == 1
     similarity, rows = index.find(some[3:4], 3)
     assert similarity.tolist() == [[0, 0, 0]] and rows.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("rows", [[4], [9, 2, 2], list(range(20, 0, -1))])
+def test_vectors_at_rows(rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "BLOCK_ROWS", 7)
+    table = vectors(50)
+    for index in (open_search(table), open_search(table, memory_gib=1e-9)):
+        assert (index.vectors_at(np.array(rows)) == table[rows]).all()
