@@ -157,6 +157,7 @@ def train_step(
             worker.
         PipelineError: no list of micro batches, or not one generator for each of them.
     """
+    # Nine arguments and no noun for them: a loop of one's own has each by itself (docs/python.md).
     _check(micro_batches, generator)
     device = micro_batches[0].global_views.device
     parts = len(micro_batches)
