@@ -90,43 +90,65 @@ def test_paces_add_up() -> None:
     assert pace == Pace(7, 3.0, 1.0) and pace.waiting == 0.25 and Pace().waiting == 0
 
 
+SLOW = """
+import time
+import pipeline.embed.units as units
+units.UNIT_IMAGES = 10
+import pipeline.embed.pool as pool
+write = pool.write_part
+def late(*arguments):
+    time.sleep(0.3)
+    write(*arguments)
+pool.write_part = late
+"""
+HERE = """
+import sys
+from pipeline.embed import pool, run
+from pipeline.embed.embedders import embedder_of
+from pipeline.shards.shards import open_shards
+weights, images, folder, bad = sys.argv[1:]
+def facts_of(request):
+    model = run._model_facts(request.spec, request.outputs, request.blocks)
+    return {**model, **run._set_facts(request), "version": run.VERSION, "key": request.key}
+def embedded(reads, *rest):
+    yield pool._embed_all(reads, *rest, False), 1
+run.facts_of, run.embedded_by_pool, run.embedded_in_one_task = facts_of, embedded, embedded
+run.embed_set(run.Request(embedder_of(weights), open_shards(images)), folder, bad)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_ten_times_and_nothing_is_lost(weights: Path, tmp_path: Path) -> None:
-    """Kill -9 of the driver and all its processes, at ten moments of the work."""
+@pytest.mark.parametrize("where", ["one process", "a job with its Ray"])
+def test_killed_ten_times_and_nothing_is_lost(where: str, weights: Path, tmp_path: Path) -> None:
+    """Kill -9 of all processes, at ten moments of the work."""
     draw = np.random.default_rng(0)
-    images = [encoded(scene(n, 60, 80), "JPEG") for n in range(300)]
+    images = [encoded(scene(n, 60, 80), "JPEG") for n in range(400)]
     images[77] = b"broken"
-    for name in range(3):
+    for name in range(4):
         rows = images[name * 100 : name * 100 + 100]
         shard(tmp_path / "in" / f"{name}.parquet", rows, group=10)
-    slow = tmp_path / "slow"
-    slow.mkdir()
     # units of ten, and so slow that a kill falls between them
-    (slow / "sitecustomize.py").write_text(
-        "import time\n"
-        "import pipeline.embed.units as units\n"
-        "units.UNIT_IMAGES = 10\n"
-        "import pipeline.embed.pool as pool\n"
-        "write = pool.write_part\n"
-        "def late(*a):\n"
-        "    time.sleep(0.3)\n"
-        "    write(*a)\n"
-        "pool.write_part = late\n"
-    )
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment |= {"PYTHONPATH": f"{slow}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    fields = {
-        "model": weights,
-        "data.shards": tmp_path / "in",
-        "run.folder": tmp_path / "runs",
-        "track.enabled": "false",
-        "resources.cpus": 2,
-        "resources.object_store_gb": 0.2,
-    }
-    command = [sys.executable, ROOT / "jobs" / "embed.py"]
-    command += [f"{name}={value}" for name, value in fields.items()]
-    folder = tmp_path / "runs" / "embed" / "vectors"
+    environment |= {"PYTHONPATH": f"{tmp_path}/slow:{ROOT}", "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "runs" / "embed"
+    folder, bad = run / "vectors", run / "embed" / "bad.parquet"
+    if where == "one process":
+        places = [weights, tmp_path / "in", folder, bad]
+        command = [sys.executable, "-c", HERE, *map(str, places)]
+    else:
+        fields = {
+            "model": weights,
+            "data.shards": tmp_path / "in",
+            "run.folder": tmp_path / "runs",
+            "track.enabled": "false",
+            "resources.cpus": 2,
+            "resources.object_store_gb": 0.2,
+        }
+        command = [sys.executable, str(ROOT / "jobs" / "embed.py")]
+        command += [f"{name}={value}" for name, value in fields.items()]
     repeated: Counter[str] = Counter()
     for _ in range(10):
         before = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
@@ -135,21 +157,19 @@ def test_killed_ten_times_and_nothing_is_lost(weights: Path, tmp_path: Path) -> 
         while len(list(folder.glob("part-*"))) < goal and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(float(draw.uniform(0.01, 0.1)))
-        family = [process, *psutil.Process(process.pid).children(recursive=True)]
-        for one in family:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
         process.wait()
         after = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*")}
         repeated.update(name for name in before if before[name] != after.get(name))
     assert not repeated  # what was whole is never made again
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    last = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert last.returncode == 0, last.stderr
     vectors = open_vectors(str(folder))
-    assert vectors.places().tolist() == [n for n in range(300) if n != 77]
-    bad = pq.read_table(tmp_path / "runs" / "embed" / "embed" / "bad.parquet")
-    assert bad.num_rows == 1
+    assert vectors.places().tolist() == [n for n in range(400) if n != 77]
+    assert pq.read_table(bad).num_rows == 1
     assert not list(folder.glob(".*"))
-    rows = [open_embedder(embedder_of(str(weights))).prepare(decode_image(x)) for x in images[:10]]
-    expected = open_embedder(embedder_of(str(weights))).outputs(rows)["cls"]
-    np.testing.assert_array_equal(vectors.read()[:10], expected)
+    embedder = open_embedder(embedder_of(str(weights)))
+    first = [embedder.prepare(decode_image(image)) for image in images[:10]]
+    np.testing.assert_array_equal(vectors.read()[:10], embedder.outputs(first)["cls"])
