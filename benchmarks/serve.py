@@ -8,8 +8,10 @@ noise that was blurred. `bare` decodes, prepares and embeds in one thread. `mode
 prepared already. Then so many clients send images one after the other, each waiting for its answer.
 All take turns, so that a loaded machine slows all of them; the best turn of each counts.
 
-First view: a table of so many images (their pictures repeat), from opening the address in Chromium
-until every thumbnail in view is there; in the order of the shards and by cluster.
+First view: a table of so many images (their pictures repeat), in the order of the shards, by label
+and by cluster. `requests` is what the endpoint needs for the page, its rows and the thumbnails of a
+screen, asked for over six connections as browsers do. `Chromium` is from opening the address until
+every thumbnail in view is there; `--no-browser` leaves it out.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import json
 import os
 import re
 import statistics
@@ -45,7 +48,7 @@ from pipeline.serve.token import Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, CLIENTS, TOKEN = 32, (1, 8, 32), "token-of-a-benchmark"
-VIEW = (1200, 800)
+VIEW, SCREEN = (1200, 800), 80  # pixels, and the cells that fit
 
 
 def photo(seed: int, width: int = 320, height: int = 240) -> bytes:
@@ -139,7 +142,30 @@ def throughput(folder: Path, seconds: float, turns: int) -> None:
         print(f"{name:12} {rate:8.1f} {share[0]:8.2f} {share[1]:9.2f}  {wait}")
 
 
-def first_view(folder: Path, rows: int) -> None:
+async def first_answers(port: int, by: str) -> tuple[int, float]:
+    """Thumbnails of a screen, and seconds until the last one is there."""
+    import aiohttp
+
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    connections = aiohttp.TCPConnector(limit=6)  # of a browser to one host
+    async with aiohttp.ClientSession(
+        f"http://127.0.0.1:{port}", headers=headers, connector=connections
+    ) as session:
+
+        async def get(path: str) -> bytes:
+            async with session.get(path) as answer:
+                assert answer.status == 200, await answer.text()
+                return await answer.read()
+
+        begun = time.perf_counter()
+        await asyncio.gather(*map(get, ("/", "/page/page.js", "/page/wall.js", "/page/page.css")))
+        await get("/set")
+        rows = json.loads(await get(f"/rows?by={by}&start=0&count=200"))["rows"][:SCREEN]
+        await asyncio.gather(*(get(f"/image/{row['image_id']}?size=128") for row in rows))
+        return len(rows), time.perf_counter() - begun
+
+
+def first_view(folder: Path, rows: int, browser: bool) -> None:
     sys.path.insert(0, str(ROOT))  # for what the tests have
     from tests.serve.browser import chromium, serving
     from tests.serve.made import facts_of, write_shard, write_vectors
@@ -160,13 +186,19 @@ def first_view(folder: Path, rows: int) -> None:
     print(f"\n{rows:,} images: opened in {time.perf_counter() - begun:.1f} s")
     limits = Limits(10**7, 10**8, 100, 30)
     site = Site(Gate(TOKEN, 1), limits, 64, Pixels(), collection)
+    with serving(build_app(site)) as port:
+        for by in collection.groupings:
+            shown, seconds = asyncio.run(first_answers(port, by))
+            print(f"requests  by {by:8} {shown} thumbnails in {seconds:.2f} s")
+    if not browser:
+        return
     width, height = VIEW
     complete = (
         "[...document.querySelectorAll('.cell')].every(c => c.querySelector('img')?.complete)"
     )
-    with serving(build_app(site)) as port, chromium() as browser:
+    with serving(build_app(site)) as port, chromium() as started:
         for by in ("all", "label", "cluster"):
-            page = browser.new_page(viewport={"width": width, "height": height})
+            page = started.new_page(viewport={"width": width, "height": height})
             begun = time.perf_counter()
             page.goto(f"http://127.0.0.1:{port}/#token={TOKEN}")
             page.wait_for_selector(".cell")
@@ -176,7 +208,7 @@ def first_view(folder: Path, rows: int) -> None:
                 page.wait_for_selector(".group-name")
             page.wait_for_function(complete)
             seconds, shown = time.perf_counter() - begun, page.locator(".cell").count()
-            print(f"by {by:8} {shown} thumbnails in {seconds:.2f} s")
+            print(f"Chromium  by {by:8} {shown} thumbnails in {seconds:.2f} s")
             page.close()
 
 
@@ -185,12 +217,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--first-view", type=int, default=100_000, help="images; 0: left out")
+    parser.add_argument("--no-browser", action="store_true", help="the requests of a view alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.turns:
             throughput(Path(folder), options.seconds, options.turns)
         if options.first_view:
-            first_view(Path(folder), options.first_view)
+            first_view(Path(folder), options.first_view, not options.no_browser)
 
 
 if __name__ == "__main__":
