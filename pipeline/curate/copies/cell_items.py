@@ -124,9 +124,8 @@ def write_items(
     """Task: the items of a portion, in the buckets of their cells."""
     rows = distinct.read(portion, views=True)
     placed = place(rows, Cells.load(cells, distinct.vectors.dim), probes, visiting)
-    for sub, visitor in ((MEMBERS, False), (VISITORS, True)):
-        mine = placed.visitor == visitor
-        out.buckets(placed.table.filter(pa.array(mine)), placed.bucket[mine], sub=sub)
+    out.buckets(placed.table, placed.bucket, sub=MEMBERS, only=~placed.visitor)
+    out.buckets(placed.table, placed.bucket, sub=VISITORS, only=placed.visitor)
     return {"rows": len(rows), "items": placed.items}
 
 

@@ -158,16 +158,26 @@ class Output:
         """Of the task's table, piece by piece, as `tables.table_writer`."""
         return table_writer(schema, self.folder, self.name)
 
-    def buckets(self, table: pa.Table, bucket: Any, sub: str = "", name: str = "") -> None:
-        """Writes rows, which may be in any order, to the buckets of their numbers."""
-        order = np.argsort(bucket, kind="stable")
-        name = name or self.name
-        self.account["rows"] += len(table)
-        self.account["bytes"] += write_buckets(
-            self._at(sub), name, table.take(pa.array(order)), bucket[order]
-        )
+    def buckets(
+        self, table: pa.Table, bucket: Any, sub: str = "", name: str = "", only: Any = None
+    ) -> None:
+        """Writes rows, which may be in any order, to the buckets of their numbers.
+
+        Args:
+            table: the rows.
+            bucket: number of each, int64 [rows].
+            sub: folder inside that of the step.
+            name: of the files; default: that of the task.
+            only: rows that are written, bool [rows]; default: all.
+        """
+        places = np.arange(len(table)) if only is None else np.flatnonzero(only)
+        places = places[np.argsort(bucket[places], kind="stable")]
+        numbers, name = bucket[places], name or self.name
+        self.account["rows"] += len(places)
+        rows = table.take(pa.array(places))  # once, and no table beside it: vectors may be large
+        self.account["bytes"] += write_buckets(self._at(sub), name, rows, numbers)
         shelves: Shelves = self.account.setdefault("shelves", {})
-        shelves.setdefault(sub, {})[name] = shelves_of(bucket)
+        shelves.setdefault(sub, {})[name] = shelves_of(numbers)
 
     def by_file(self, table: pa.Table, files: Sequence[InputFile]) -> None:
         """Writes each of some consecutive files its part of a table that is ordered by `row`."""
