@@ -1,6 +1,7 @@
 """Values that change with the step: learning rate, weight decay, teacher momentum, temperature.
 
-`Plan.at` (plan/plan.py) asks for those of a step with the numbers of a recipe.
+`Schedules.at` computes those of one step; `Plan.schedules` (plan/plan.py) takes its numbers from
+the recipe.
 
 Pure arithmetic on Python floats; nothing here imports torch. A schedule is a function of the step
 alone, so a resumed run needs no schedule state.
@@ -22,6 +23,47 @@ class StepValues:
     teacher_temperature: float
     last_layer_lr: float
     backbone_lr: float | None = None  # where it differs from lr: 0 while the backbone is frozen
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The numbers that a run's schedules are made of; steps are optimiser steps.
+
+    Attributes:
+        steps: of the run.
+        lr: at the end of the warm-up, scaled to the batch.
+        min_lr: at the end of the run.
+        warmup_steps: in which the learning rate rises from 0.
+        weight_decay: at step 0 and at the end.
+        momentum: of the teacher, at step 0 and at the end.
+        temperature: of the teacher, at step 0 and after its warm-up.
+        temperature_warmup_steps: of that warm-up.
+        freeze_last_layer_steps: in which the head's last layer does not learn.
+        freeze_backbone_steps: in which the backbone does not learn.
+    """
+
+    steps: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: tuple[float, float]
+    momentum: tuple[float, float]
+    temperature: tuple[float, float]
+    temperature_warmup_steps: int
+    freeze_last_layer_steps: int
+    freeze_backbone_steps: int
+
+    def at(self, step: int) -> StepValues:
+        """The values of one step (RECIPE section 6)."""
+        lr = cosine(step, self.lr, self.min_lr, self.steps, warmup=self.warmup_steps)
+        return StepValues(
+            lr=lr,
+            weight_decay=cosine(step, *self.weight_decay, self.steps),
+            teacher_momentum=cosine(step, *self.momentum, self.steps),
+            teacher_temperature=linear(step, *self.temperature, self.temperature_warmup_steps),
+            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+            backbone_lr=0.0 if step < self.freeze_backbone_steps else None,
+        )
 
 
 def cosine(

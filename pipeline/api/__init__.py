@@ -1,5 +1,6 @@
-"""The pieces from Python: networks, losses, crops and the step, without Ray or config; and `train`,
-the whole chain as one call.
+"""The pieces from Python, without Ray or config. Start at `networks.py`.
+
+`train` alone needs both: it is the whole chain as one call.
 
     from pipeline import api
 

@@ -61,7 +61,8 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
     # Images are compared by vectors. Of two that are alike, a second look at their pixels says
     # whether they are copies: in `match_earlier`, `find_leaks` and `group_copies`. A copy goes if
     # it is of an image that was curated earlier, or of one of an evaluation set; of each group of
-    # copies that is left, the best image stays.
+    # copies that is left, the best image stays. `index` has the vectors in cells, so that images
+    # are compared with near ones only; later curations match their own images against it.
     comparison = None
     if config.dedup.enabled or sets.leaks or sets.earlier:
         embedded = embed_for_copies(setup, prints)
@@ -75,11 +76,12 @@ def curate(config: Config, sets: Sets, root: Place) -> Curation:
             pairs = find_pairs(setup, index, threshold)
             known = replace(known, groups=group_copies(setup, pairs, known, embedded, threshold))
         if pairs and leaks and config.leaks.scope == "components":
+            # a group of copies is a component of the graph of pairs: it goes as a whole
             known = replace(known, leaking=leaking_groups(setup, known))
         comparison = Comparison(embedded, threshold, leaks, pairs)
 
-    # Of what is left of the pool: images like those of seed sets, and a balanced sample. The
-    # recipe may ask for both, or for neither: then all of it is kept.
+    # Of what is left of the pool: images like those of seed sets, and a balanced sample. Where the
+    # recipe asks for both, an image stays that is in either; where for neither, all of it is kept.
     choice = None
     if sets.seeds or config.balance.images:
         left = what_is_left(setup, known)

@@ -22,7 +22,7 @@ from pipeline.plan.layout import (
     worker_share,
 )
 from pipeline.plan.nodes import Node, Share
-from pipeline.schedule import StepValues, cosine, linear
+from pipeline.schedule import Schedules, StepValues
 
 CHUNK_BYTES = 72 * 2**20  # of crops in one Ray Data block: 128 images at the usual sizes
 ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
@@ -69,20 +69,26 @@ class Plan(BaseModel):
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
 
-    def at(self, step: int) -> StepValues:
-        """The scheduled values of one step (RECIPE section 6)."""
+    @property
+    def schedules(self) -> Schedules:
+        """What the learning rate and the other scheduled values of a step follow from."""
         optim, teacher = self.config.optim, self.config.teacher
-        lr = cosine(step, self.lr, optim.min_lr, self.steps, warmup=self.warmup_steps)
-        return StepValues(
-            lr=lr,
-            weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, self.steps),
-            teacher_momentum=cosine(step, teacher.momentum, teacher.momentum_end, self.steps),
-            teacher_temperature=linear(
-                step, teacher.temperature, teacher.temperature_end, self.temperature_warmup_steps
-            ),
-            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
-            backbone_lr=0.0 if step < self.config.train.freeze_backbone_steps else None,
+        return Schedules(
+            steps=self.steps,
+            lr=self.lr,
+            min_lr=optim.min_lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=(optim.weight_decay, optim.weight_decay_end),
+            momentum=(teacher.momentum, teacher.momentum_end),
+            temperature=(teacher.temperature, teacher.temperature_end),
+            temperature_warmup_steps=self.temperature_warmup_steps,
+            freeze_last_layer_steps=self.freeze_last_layer_steps,
+            freeze_backbone_steps=self.config.train.freeze_backbone_steps,
         )
+
+    def at(self, step: int) -> StepValues:
+        """The scheduled values of one step."""
+        return self.schedules.at(step)
 
     def for_workers(self, workers: int) -> Plan:
         """The plan of a group of another size: the same micro batches, dealt to other hands.

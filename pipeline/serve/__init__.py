@@ -1,5 +1,5 @@
-"""A model and its vectors over HTTP: vectors, neighbours, pictures, and one page to browse.
+"""A model and its vectors over HTTP, with one page to browse. Start at `app.py`.
 
 In: what opens a model (`embed`) and its vectors (`search`). Out: an application that answers.
-Start at `app.py`, which has all addresses; `deployment.py` puts it on Ray Serve, with batches.
+`app.py` has all addresses; `deployment.py` puts it on Ray Serve, with batches.
 """

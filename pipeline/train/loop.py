@@ -50,6 +50,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
     All ranks take the same turns: what only rank 0 can know reaches the others by `train_step`
     (`result.stop`) and `worker.agreed`.
     """
+    # On every other rank `rank_zero` is an `OtherRank`: the same calls, which do nothing.
     plan, clock, rank_zero = worker.plan, worker.clock, worker.rank_zero
     outcome: dict[str, Any] = {"status": "finished"}
     window = Window()
@@ -78,9 +79,10 @@ def _train(worker: Worker) -> dict[str, Any] | None:
 
         last = step == plan.steps
         evaluate_due = _evaluation_due(plan, step)
-        # every evaluated teacher has a checkpoint, so that any of them can be the best
+        # every teacher that is evaluated from here on has a checkpoint: any can be the best
         save_due = evaluate_due or result.stop or step % plan.save_every == 0
         if save_due or step % plan.config.train.log_every == 0:
+            # All ranks gather, one writes. Before the checkpoint: a resume then misses no line.
             rank_zero.log(step, window.gathered(worker.device, plan.workers), clock)
             window = Window()
         now(f"pretrain: after step {step}")
