@@ -8,6 +8,9 @@ noise that was blurred. `bare` decodes, prepares and embeds in one thread. `mode
 prepared already. Then so many clients send images one after the other, each waiting for its answer.
 All take turns, so that a loaded machine slows all of them; the best turn of each counts.
 
+Application: the CPU that a request takes beside the model, without Ray: HTTP, token, decoding,
+preparing, JSON, with a model that answers at once, beside the CPU of the bare model.
+
 First view: a table of so many images (their pictures repeat), in the order of the shards, by label
 and by cluster. `requests` is what the endpoint needs for the page, its rows and the thumbnails of a
 screen, asked for over six connections as browsers do. `Chromium` is from opening the address until
@@ -20,6 +23,7 @@ import argparse
 import asyncio
 import io
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -42,6 +46,7 @@ from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
 from pipeline.serve.app import Site, build_app
+from pipeline.serve.deployment import facts_of
 from pipeline.serve.intake import Limits, Pixels
 from pipeline.serve.opening import checked, opened
 from pipeline.serve.token import Gate
@@ -142,6 +147,53 @@ def throughput(folder: Path, seconds: float, turns: int) -> None:
         print(f"{name:12} {rate:8.1f} {share[0]:8.2f} {share[1]:9.2f}  {wait}")
 
 
+def ask_for(seconds: float, port: int, clients: int, answered: Any) -> None:
+    """In a process of its own: images a second."""
+    photos = [photo(seed) for seed in range(64)]
+    rate, _ = asyncio.run(over_http(f"http://127.0.0.1:{port}/", photos, clients, seconds))
+    answered.put(rate * seconds)
+
+
+def application(folder: Path, seconds: float) -> None:
+    sys.path.insert(0, str(ROOT))
+    from tests.serve.browser import serving
+
+    embedder = open_embedder(embedder_of(save_model(folder / "bare")))
+    photos = [photo(seed) for seed in range(64)]
+
+    class AtOnce:
+        facts = facts_of(embedder)
+        prepare = staticmethod(embedder.prepare)
+        vector = np.zeros(embedder.dim, np.float32)
+
+        async def embed(self, image: Any, want: str) -> Any:
+            return self.vector
+
+        async def look(self, image: Any, what: str) -> Any:
+            raise NotImplementedError
+
+    begun = time.process_time()
+    images = seconds * loop(
+        lambda batch: embedder.outputs([embedder.prepare(decode_image(one)) for one in batch]),
+        photos,
+        seconds,
+    )
+    print(f"\nbare model: {1000 * (time.process_time() - begun) / images:.1f} ms of CPU an image")
+    limits = Limits(10**7, 10**8, 100, 30)
+    site = Site(Gate(TOKEN, 1), limits, 64, Pixels(), None, AtOnce())
+    spawn = multiprocessing.get_context("spawn")
+    with serving(build_app(site)) as port:
+        for clients in CLIENTS:
+            answered = spawn.Queue()
+            client = spawn.Process(target=ask_for, args=(seconds, port, clients, answered))
+            before = time.process_time()
+            client.start()
+            images = answered.get(timeout=120)
+            used = time.process_time() - before
+            client.join()
+            print(f"application, {clients} clients: {1000 * used / images:.1f} ms of CPU a request")
+
+
 async def first_answers(port: int, by: str) -> tuple[int, float]:
     """Thumbnails of a screen, and seconds until the last one is there."""
     import aiohttp
@@ -167,18 +219,18 @@ async def first_answers(port: int, by: str) -> tuple[int, float]:
 
 def first_view(folder: Path, rows: int, browser: bool) -> None:
     sys.path.insert(0, str(ROOT))  # for what the tests have
+    from tests.serve import made
     from tests.serve.browser import chromium, serving
-    from tests.serve.made import facts_of, write_shard, write_vectors
 
     photos = [photo(seed, 128, 96) for seed in range(500)]
     pictures = [photos[i % len(photos)] for i in range(rows)]
     ids = [f"{i * 0x9E3779B97F4A7C15 % 2**128:032x}" for i in range(rows)]
     sources = [f"photos/{i:06}.jpg" for i in range(rows)]
     labels = [i % 3 for i in range(rows)]
-    write_shard(folder / "shard.parquet", pictures, sources, labels, ids, rows_per_group=256)
+    made.write_shard(folder / "shard.parquet", pictures, sources, labels, ids, rows_per_group=256)
     vectors = np.random.default_rng(0).standard_normal((rows, 384)).astype(np.float32)
-    facts = facts_of(embedder_of("descriptor"), 384, str(folder / "shard.parquet"))
-    write_vectors(folder / "vectors", vectors, ids, sources, labels, facts)
+    facts = made.facts_of(embedder_of("descriptor"), 384, str(folder / "shard.parquet"))
+    made.write_vectors(folder / "vectors", vectors, ids, sources, labels, facts)
     begun = time.perf_counter()
     served = checked("", str(folder / "vectors"))
     assert served.vectors is not None
@@ -217,11 +269,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--first-view", type=int, default=100_000, help="images; 0: left out")
+    parser.add_argument("--application", action="store_true", help="CPU beside the model, no Ray")
     parser.add_argument("--no-browser", action="store_true", help="the requests of a view alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.turns:
             throughput(Path(folder), options.seconds, options.turns)
+        if options.application:
+            application(Path(folder), options.seconds)
         if options.first_view:
             first_view(Path(folder), options.first_view, not options.no_browser)
 
