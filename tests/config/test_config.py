@@ -197,6 +197,11 @@ UNREAD = [
 ]
 
 
+def test_plans_of_version_0_2_recorded_a_default_that_nothing_read() -> None:
+    load([*ON, "curate.embedder=descriptor"])
+    load(["curate.embedder=descriptor"])
+
+
 def test_curation_fields_that_nothing_would_read() -> None:
     for arguments, fields, why in UNREAD:
         said = refusal(arguments)
