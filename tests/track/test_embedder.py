@@ -53,7 +53,7 @@ def test_the_logged_model_embeds_as_the_backbone_does(tmp_path: Path, mlflow_ser
     assert embeddings.shape == (3, 48)
     assert np.abs(embeddings - expected).max() < 5e-5  # the pixels were normalised in float64 here
 
-    page = client.get_logged_model(best.model_id)
+    page = client.get_logged_model(best.source.removeprefix("models:/"))
     assert page.params == {"steps": "40", "lr": "0.001"}
     assert {metric.key: metric.value for metric in page.metrics} == {"eval/knn20_top1": 0.75}
     described = mlflow.models.get_model_info("models:/embedder-test@best")
