@@ -10,7 +10,9 @@ from pipeline.curate.report.read import parquet_names
 from pipeline.curate.report.words import COLOURS, name_of
 from pipeline.curate.rows.tables import read_table
 from pipeline.errors import DataError
-from pipeline.storage.places import absolute_uri
+from pipeline.storage.places import absolute_uri, resolve_uri
+from pipeline.storage.run_folder import fingerprint
+from pipeline.storage.transfer import read_mark
 from pipeline.uri import Place, join, parent, public
 
 
@@ -46,6 +48,12 @@ class Decisions:
                 "name the folder of a run that was curated, or leave it empty",
             )
         return None
+
+    @property
+    def key(self) -> str:
+        """Changes when the run is curated again: it is of the mark that curation writes last."""
+        curate = parent(parent(self.folder)[0])[0]
+        return fingerprint(read_mark(*resolve_uri(str(join(curate, "_done.json")))))
 
     def reasons(self) -> dict[str, str]:
         """`kept`, or the name of the reason why not, for every image of the run by its id."""

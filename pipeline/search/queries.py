@@ -6,7 +6,8 @@ the set names, once it is sure that this is the same model with the same preproc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,7 +30,7 @@ from pipeline.pack.patterns import is_pattern, split_list
 from pipeline.pack.sources import plan_tasks
 from pipeline.search.model import model_of
 from pipeline.search.search import Search
-from pipeline.shards.columns import BAD_IMAGE_SCHEMA, image_id
+from pipeline.shards.columns import BAD_IMAGE_SCHEMA, METADATA_KEY, image_id
 from pipeline.shards.shard_set import open_parquet
 from pipeline.storage.places import absolute_uri, exists, file_info, resolve_uri
 from pipeline.storage.transfer import read_bytes
@@ -45,6 +46,7 @@ SAME = (
     ("image_size", "image size"),
     ("mean", "mean"),
     ("std", "standard deviation"),
+    ("value_range", "value range"),
 )
 SHORTEST = 4  # letters of the beginning of an id
 
@@ -152,14 +154,15 @@ class Asker:
                 f"give an image file, a folder, a parquet file, or an image id of "
                 f"{public(self.vectors.uri)} (at least its first {SHORTEST} letters)",
             )
-        if len(rows) > 1:
-            names = ", ".join(str(self.ids[row]) for row in rows[:NAMED])
-            more = f" and {len(rows) - NAMED:,} more" if len(rows) > NAMED else ""
+        names = list(dict.fromkeys(str(self.ids[row]) for row in rows))
+        if len(names) > 1:  # byte-identical images have one id, and are asked for as one
+            more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             raise DataError(
-                f"{FIELD}={text}: {len(rows):,} images have ids that begin so: {names}{more}",
+                f"{FIELD}={text}: {len(names):,} images have ids that begin so: "
+                f"{', '.join(names[:NAMED])}{more}",
                 "give more letters of the id",
             )
-        return Query(str(self.ids[rows[0]]), int(rows[0]))
+        return Query(names[0], int(rows[0]))
 
     def _pile(self, text: str, place: str, kind: pafs.FileType) -> Iterator[Query]:
         """The images of a source, as packing reads it: folders, patterns, archives, parquet."""
@@ -188,6 +191,9 @@ class Asker:
         return name in schema.names and _is_list(schema.field(name).type)
 
     def _rows(self, text: str, file: Any) -> Iterator[Query]:
+        facts = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+        if "digest" in facts:  # a part of a table of ours; others do not say whose they are
+            self._same(text, facts)
         named = "image_id" in file.schema_arrow.names
         row = 0
         for batch in file.iter_batches(BATCH, columns=[self.search.column, *["image_id"] * named]):
@@ -210,17 +216,26 @@ class Asker:
     def _vector_set(self, text: str) -> Iterator[Query]:
         """Another table of vectors, which must be of the same model."""
         asked = open_vectors(text, FIELD)
-        for name, words in SAME:
-            if asked.facts[name] != self.vectors.facts[name]:
-                raise DataError(
-                    f"{FIELD}={public(text)}: these vectors are of another {words} "
-                    f"({asked.facts['model']}, {asked.facts[name]}) than those that are searched "
-                    f"({self.vectors.facts['model']}, {self.vectors.facts[name]})",
-                    "embed both with the same model",
-                )
+        self._same(text, asked.facts)
         for block, ids in asked.blocks(BATCH, self.search.column):
             for vector, name in zip(block, ids, strict=True):
                 yield Query(str(name), self._row_of(str(name)), vector=vector)
+
+    def _same(self, text: str, theirs: Mapping[str, Any]) -> None:
+        """Refuses vectors that cannot be compared with those of the set.
+
+        Raises:
+            DataError: they are of another model, or of images prepared in another way.
+        """
+        ours = self.vectors.facts
+        for name, words in SAME:
+            if theirs.get(name) != ours.get(name):
+                raise DataError(
+                    f"{FIELD}={public(text)}: these vectors are of another {words} "
+                    f"({theirs.get('model')}, {theirs.get(name)}) than those that are searched "
+                    f"({ours.get('model')}, {ours.get(name)})",
+                    "embed both with the same model, image size and data.range",
+                )
 
     # ---- Images.
 

@@ -108,9 +108,12 @@ def check(config: Config, folder: RunFolder, embedding: bool) -> None:
 
 
 def key(context: Context) -> str:
-    """Changes with the vectors and with what is asked."""
-    settings = context.config.search.model_dump(mode="json")
-    return fingerprint([_vectors(context.config, context.folder).key, settings])
+    """Changes with the vectors, the decisions that are shown on them, and what is asked."""
+    settings = context.config.search
+    vectors = _vectors(context.config, context.folder)
+    decisions = Decisions.of(vectors.uri, settings.decisions)
+    decided = decisions.key if decisions else ""
+    return fingerprint([vectors.key, decided, settings.model_dump(mode="json")])
 
 
 def intact(context: Context) -> bool:

@@ -192,6 +192,8 @@ def test_refused(made: VectorSet, here: Path) -> None:
     images = pq.read_table(made.facts["shards"]["uri"])
     other = made.facts | {"digest": "abc", "model": "runs/other"}
     write_table(here / "others", other, images, made.read("cls"))
+    ranged = made.facts | {"value_range": [0, 1023]}
+    write_table(here / "ranged", ranged, images, made.read("cls"))
     write_table(here / "none", made.facts, images.slice(0, 0), np.zeros((0, made.dim), "f4"))
     infinite = made.read("cls")
     infinite[4, 0] = np.nan
@@ -207,6 +209,8 @@ def test_refused(made: VectorSet, here: Path) -> None:
         (made.uri, "texts", "nothing is asked: search.query holds no image and no vector"),
         (made.uri, "bad", "none of 1 files is a usable image; the first: bad/x.png"),
         (made.uri, "others", "these vectors are of another model (runs/other, abc)"),
+        (made.uri, "others/part-00000.parquet", "these vectors are of another model (runs/other"),
+        (made.uri, "ranged", "these vectors are of another value range (descriptor, [0, 1023])"),
         (made.uri, "narrow/part-00000.parquet", "expected 143 in each"),
         ("others", "photo.png", "the model of the set, which cannot be opened"),
         ("nowhere", "photo.png", "search.vectors=nowhere: there are no finished vectors"),
@@ -244,6 +248,18 @@ def test_an_ambiguous_beginning_is_said(made: VectorSet, here: Path) -> None:
     with pytest.raises(PipelineError, match="3 images have ids that begin so: abcd"):
         search(alike, "abcd")
     assert len(search(alike, ids[1])) == 2
+
+
+def test_byte_identical_images_are_asked_for_by_their_id(made: VectorSet, here: Path) -> None:
+    images = pq.read_table(made.facts["shards"]["uri"]).slice(0, 3)
+    ids = images["image_id"].to_pylist()
+    images = images.set_column(0, "image_id", [[ids[0], ids[1], ids[1]]])
+    images = images.set_column(images.schema.get_field_index("source"), "source", [list("abc")])
+    twins = write_table(here / "twins", made.facts, images, made.read("cls")[[0, 1, 1]])
+    for query in (ids[1], ids[1][:8]):
+        rows = search(twins, query)
+        assert [(row["query"], row["source"]) for row in rows] == [(ids[1], "c"), (ids[1], "a")]
+        assert rows[0]["similarity"] == 1
 
 
 def test_the_command(made: VectorSet, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,12 +23,12 @@ from pipeline.model.weights import save_backbone
 from pipeline.search import open_search
 from pipeline.stages import search
 from pipeline.storage.places import resolve_uri
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import RunFolder, write_json
 from pipeline.storage.transfer import read_bytes
 from tests.curate.images import scene
 from tests.data import encoded
 from tests.s3 import S3
-from tests.search.tables import write_shard, write_vectors
+from tests.search.tables import write_decisions, write_shard, write_vectors
 
 
 class Notes:
@@ -52,8 +52,8 @@ def scenes(run: Path, count: int = 16) -> VectorSet:
 
 def test_a_chain_shows_images_at_even_steps_through_the_ids(tmp_path: Path) -> None:
     vectors = scenes(tmp_path / "photos")
-    config = load([f"run.folder={tmp_path}", "run.name=photos", "search.images=4", "search.k=3"])
-    context, notes = Context(config, RunFolder.of(str(tmp_path), "photos")), Notes()
+    arguments = [f"run.folder={tmp_path}", "run.name=photos", "search.images=4", "search.k=3"]
+    context, notes = Context(load(arguments), RunFolder.of(str(tmp_path), "photos")), Notes()
     first = search.key(context)
     result = search.run(context, notes)
     assert search.intact(context) and notes.files == ["search.html"]
@@ -72,7 +72,21 @@ def test_a_chain_shows_images_at_even_steps_through_the_ids(tmp_path: Path) -> N
 
     mark = tmp_path / "photos/vectors/_vectors.json"  # other vectors: the stage runs again
     mark.write_text(json.dumps(json.loads(mark.read_text()) | {"key": "others"}))
-    assert search.key(context) != first
+    others = search.key(context)
+    assert others != first
+
+    # curated, and curated again, here or in the run that is named: the page shows that
+    write_decisions(tmp_path / "photos", [])
+    keys = [first, others, search.key(context)]
+    write_json(tmp_path / "photos/curate/_done.json", {"key": "a", "result": {"text": ""}})
+    keys.append(search.key(context))
+    write_decisions(tmp_path / "elsewhere", [])
+    named = load([*arguments, f"search.decisions={tmp_path}/elsewhere"])
+    context = Context(named, context.folder)
+    keys.append(search.key(context))
+    write_json(tmp_path / "elsewhere/curate/_done.json", {"key": "b", "result": {"text": ""}})
+    keys.append(search.key(context))
+    assert len(set(keys)) == len(keys) and search.key(context) == keys[-1]
 
 
 def test_a_chain_that_cannot_search_is_refused_at_its_start(
