@@ -258,12 +258,12 @@ class _Answers:
         what = self._kind_of_look(request)
         async with self._queued():
             encoded = await asyncio.to_thread(self._encoded, row)
-            return await self._picture(await self._prepared(encoded, MAX_PIXELS), what, KEPT)
+            return await self._picture(await self._prepared(encoded, MAX_PIXELS), what)
 
     async def look_at_body(self, request: Request) -> Response:
         what = self._kind_of_look(request)
         async with self._queued():
-            return await self._picture(await self._sent_image(request), what, "no-store")
+            return await self._picture(await self._sent_image(request), what)
 
     def _kind_of_look(self, request: Request) -> str:
         what, facts = str(request.path_params["what"]), self._model().facts
@@ -271,11 +271,13 @@ class _Answers:
             raise Refusal(404, f"{facts.name} draws {' and '.join(facts.looks) or 'nothing'}")
         return what
 
-    async def _picture(self, image: UInt8Array, what: str, kept: str) -> Response:
+    async def _picture(self, image: UInt8Array, what: str) -> Response:
+        """Not kept, not even of an image of the set: it is the model's, which may be another."""
         picture = await self._model().look(image, what)
         out = io.BytesIO()
         Image.fromarray(picture).save(out, "PNG")
-        return Response(out.getvalue(), media_type="image/png", headers={"Cache-Control": kept})
+        headers = {"Cache-Control": "no-store"}
+        return Response(out.getvalue(), media_type="image/png", headers=headers)
 
     # ---- What several of them need.
 

@@ -96,7 +96,8 @@ def _site(settings: Serve, served: Served, token: str, handle: Any) -> Site:
     )
     facts = served.vectors.facts if served.vectors else {}
     channels = len(served.spec.mean) if served.spec else len(facts["mean"])
-    value_range = from_json(facts.get("value_range")) or FULL
+    of_model = served.spec.value_range if served.spec else FULL
+    value_range = from_json(facts.get("value_range")) or of_model
     return Site(
         gate=Gate(token, settings.port),
         limits=limits,

@@ -76,17 +76,22 @@ def read_masks(
     Args:
         files: name and content of each.
         names: id of each class that has a name.
-        void: id of pixels that belong to no class.
+        void: id of pixels that belong to no class; in files that are written, of `other` too.
 
     Returns:
         int64 [H, W] of each file, with `VOID` where it belongs to no class; and the classes.
 
     Raises:
-        DataError: a file is no mask, or the masks are empty or have one class only.
+        DataError: a file is no mask, the masks are empty or have one class only, or a class with a
+            name has the id `void`.
     """
+    if void in names.values():
+        raise DataError(
+            f"look.void={void} is the id of a class that has a name", "give look.void another id"
+        )
     raw = [_ids(name, content) for name, content in files]
     present = sorted({int(one) for ids in raw for one in np.unique(ids)} - set(names.values()))
-    if not names and set(present) <= {0, WHITE}:
+    if not names and void != 0 and set(present) <= {0, WHITE}:
         return _black_and_white(files, raw)
     unnamed = [one for one in present if one != void]
     if absent := [f"{name} ({one})" for name, one in names.items() if not _anywhere(raw, one)]:
@@ -97,7 +102,7 @@ def read_masks(
     if names:
         groups = [unnamed] * bool(unnamed) + [[one] for one in names.values()]
         labels = (*[OTHER] * bool(unnamed), *names)
-        ids = (*[VOID] * bool(unnamed), *names.values())
+        ids = (*[void] * bool(unnamed), *names.values())
     else:
         groups, labels = [[one] for one in unnamed], tuple(f"class {one}" for one in unnamed)
         ids = tuple(unnamed)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.model.onnx_out import KINDS, OPSET, OnnxFile, Pixels, at_size, save_onnx
+from pipeline.model.onnx_out import (
+    KINDS,
+    OPSET,
+    OnnxFile,
+    Pixels,
+    SessionModule,
+    at_size,
+    save_onnx,
+)
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 
@@ -110,6 +118,23 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
         }
     assert len(digests) == 1
     assert half.bytes < 0.7 * whole.bytes and small.bytes < 0.7 * whole.bytes
+
+
+@pytest.mark.parametrize("broken", ["cls", "patches"])
+def test_features_that_are_no_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def outputs(session: SessionModule, x: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            features = network.forward_features(x)
+        both = {"cls": features["x_norm_clstoken"], "patches": features["x_norm_patchtokens"]}
+        return both | {broken: both[broken] * float("nan")}
+
+    network = backbone()
+    monkeypatch.setattr(SessionModule, "outputs", outputs)
+    for kind in ("fp32", "int8"):
+        with pytest.raises(PipelineError, match=rf"{kind}-28.onnx gives other features .*nan"):
+            save_onnx(network, tmp_path / "onnx", [28], PIXELS, [kind])
 
 
 @pytest.mark.slow

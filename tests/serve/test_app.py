@@ -120,6 +120,7 @@ def test_looks_are_pictures(client: TestClient, made: Made) -> None:
         one = client.get(f"/look/{what}/{made.ids[2]}")
         assert Image.open(io.BytesIO(one.content)).size == (56, 56)
         sent = client.post(f"/look/{what}", content=made.images[made.ids[2]])
+        assert one.headers["cache-control"] == "no-store"  # another model draws another
         assert sent.content == one.content
     assert "draws" in refused(client.get(f"/look/soul/{made.ids[2]}"), 404)
 
@@ -226,6 +227,9 @@ def test_the_token_is_asked_for_everywhere_but_at_the_door(site: Site, made: Mad
     stranger.cookies.clear()
     refused(stranger.get("/set", headers={"Cookie": "raydino-8123=wrong; a=b"}), 401)
     refused(stranger.get("/set", headers={"Cookie": f"raydino-9={TOKEN}"}), 401)
+    for odd in ("a b=c", '{"x":"é"}', "x[0]=1", "=", "lonely", 'q="1;2'):  # of other ports
+        sent = f"{odd}; raydino-8123={TOKEN}; z=1".encode()
+        assert stranger.get("/set", headers={"Cookie": sent}).status_code == 200, odd
 
 
 def test_without_a_token_everybody_may_ask(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.config.use import Serve
 from pipeline.curate.report.words import name_of
 from pipeline.curate.rows.tables import DECISIONS
 from pipeline.embed.vectors import open_vectors
@@ -22,6 +24,7 @@ from pipeline.images.bad_image import BadImage
 from pipeline.search.decisions import Decisions
 from pipeline.search.search import open_search
 from pipeline.serve.collection import Collection
+from pipeline.serve.deployment import _site
 from pipeline.serve.gallery import by_cluster, by_text, everything, grouped, label_texts
 from pipeline.serve.intake import Pixels, image_of
 from pipeline.serve.opening import checked, opened
@@ -221,6 +224,18 @@ def test_mistakes_at_the_start_are_one_sentence(made: Made, tmp_path: Path) -> N
     refused("no-such-host", free_port, "no-such-host.invalid", 0)
 
 
+def test_without_vectors_images_are_decoded_as_in_training(made: Made) -> None:
+    served = checked(made.model, "")
+    assert served.spec is not None
+    assert _site(Serve(), served, "", None).pixels.value_range == "full"
+    twelve_bits = replace(served, spec=replace(served.spec, value_range=(0, 4095)))
+    assert _site(Serve(), twelve_bits, "", None).pixels.value_range == (0, 4095)
+    known = checked(made.model, made.vectors)
+    assert known.spec is not None
+    known = replace(known, spec=replace(known.spec, value_range=(0, 4095)))
+    assert _site(Serve(), known, "", None).pixels.value_range == "full"  # as the vectors' images
+
+
 def test_without_model_the_vectors_name_theirs(made: Made, caplog: Any) -> None:
     served = checked("", made.vectors)
     assert served.spec is not None
@@ -263,6 +278,8 @@ def test_tokens_are_new_or_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
         "with a blank in it here",
         "ünicode-is-none-of-it",
         "new\nline-is-no-header",
+        "semi;colons-end-a-cookie",
+        'quo"tes-are-taken-off',
     ):
         monkeypatch.setenv(VARIABLE, wrong)
         with pytest.raises(PipelineError) as error:

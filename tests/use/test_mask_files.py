@@ -55,8 +55,24 @@ def test_zero_and_one_are_two_classes() -> None:
 def test_names_by_id_and_the_others() -> None:
     (mask,), classes = read_masks([("m.png", file_of(IDS))], {"road": 3, "sky": 0}, void=11)
     assert classes.names == ("other", "road", "sky") and classes.background
+    assert classes.ids == (11, 3, 0)  # none twice, else what is written could not be told apart
     expected = {3: 1, 0: 2, 1: 0, 255: 0, 11: VOID}
     assert np.array_equal(mask, np.vectorize(expected.get)(IDS))
+
+
+def test_no_class_is_written_as_the_others() -> None:
+    (mask,), classes = read_masks([("m.png", file_of(IDS))], {"car": 255, "road": 3}, void=0)
+    assert classes.names == ("other", "car", "road") and classes.ids == (0, 255, 3)
+    written = np.asarray(Image.open(io.BytesIO(classes.encoded(np.where(mask == VOID, 0, mask)))))
+    assert np.array_equal(written, np.where(np.isin(IDS, (255, 3)), IDS, 0))
+    with pytest.raises(DataError, match=r"look\.void=255 is the id of a class that has a name"):
+        read_masks([("m.png", file_of(IDS))], {"car": 255})
+
+
+def test_black_is_no_class_where_it_was_said_so() -> None:
+    values = np.where(IDS == 3, 255, 0).astype(np.uint8)
+    with pytest.raises(DataError, match="shows class 255, expected two classes"):
+        read_masks([("m.png", file_of(values))], {}, void=0)
 
 
 def test_all_named() -> None:
