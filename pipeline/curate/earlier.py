@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.curate.copies.pairs import INDEX_STEPS
 from pipeline.curate.steps.steps import Step, Steps
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
@@ -15,7 +16,7 @@ from pipeline.storage.transfer import read_json, read_mark
 from pipeline.uri import Place, is_uri, join, public
 
 # Steps whose tables are read when images are added, or looked up.
-READ = ("fingerprint", "decisions", "copies/collapse", "copies/cells", "copies/shuffle")
+READ = ("fingerprint", "decisions", *INDEX_STEPS)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.config.config import Config
 from pipeline.context import Context, is_shards, open_packed_shards
+from pipeline.curate.copies.pairs import Index
 from pipeline.curate.earlier import Earlier, earlier_runs
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
 from pipeline.errors import ConfigError, DataError, StorageError
@@ -138,6 +139,7 @@ def open_earlier(config: Config) -> list[Earlier]:
                 "curate it again with dedup.enabled=true, or leave curate.against empty and "
                 "curate all images together",
             )
+        Index.open(one.root)  # refused now, and not after hours of decoding
     threshold = config.dedup.threshold
     if earlier and threshold != "auto" and threshold != earlier[0].result["threshold"]:
         raise ConfigError(

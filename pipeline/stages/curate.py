@@ -31,6 +31,7 @@ from pipeline.uri import Place, is_uri, public
 log = logging.getLogger("pipeline.curate")
 
 SENT_BYTES = 32 * 2**20  # of decisions that go to MLflow; larger ones stay where they are
+TABLES = 2  # form of what a curation stores; a finished one of another form is curated once more
 SECTIONS = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
 
 
@@ -58,7 +59,7 @@ def key(context: Context) -> str:
     vectors = [replace(spec, batch_size=1).settings for spec in embedders(config)]
     sets = open_sets(context)
     deep = sets.pool.columns.value_range
-    parts = [settings, sets.digests, shards, channels, columns, vectors, config.run.seed]
+    parts = [TABLES, settings, sets.digests, shards, channels, columns, vectors, config.run.seed]
     return fingerprint(parts + [deep] * (deep != FULL))
 
 

@@ -643,7 +643,12 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
     pool = write_pool(tmp_path, full, ids_for(120), [120], crops=crops)
     with without_ray():
         copies, _ = run(pool, threshold=0.7, cell_images=10, buckets=3, penalty=0.05)
-    stored = Index.open(copies.steps.root)
+        stored = Index.open(copies.steps.root)
+        decisions, against = decided(tmp_path, [True] * 119), Steps(tmp_path / "against")
+        with pytest.raises(
+            DataError, match="decisions of 119 images, and its curation compared 120"
+        ):
+            find_matches(against, stored, pool.images(), decisions, 0.7)
     for row in (3, 4, 119):
         photo = unit_half(crops[row, 3] * 1.0)
         one = look_up(stored, photo, crops[row] * 0, visiting, threshold=0.7)
@@ -655,6 +660,11 @@ def test_look_up_finds_one_image(tmp_path: Path) -> None:
         look_up(stored, nothing[:3], threshold=0.7)
     with pytest.raises(DataError, match="holds no curation"):
         Index.open(tmp_path / "nowhere")
+    shuffled = tmp_path / "run" / "copies" / "shuffle"
+    shuffled.rename(tmp_path / "aside")
+    with pytest.raises(DataError, match="lacks tables of its copies"):
+        Index.open(tmp_path / "run")
+    (tmp_path / "aside").rename(shuffled)
     place = tmp_path / "run" / STORED
     place.write_text(place.read_text().replace('"probes"', '"looks"'))
     with pytest.raises(DataError, match="by another version"):

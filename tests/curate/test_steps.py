@@ -39,6 +39,7 @@ def squares(out: Output, item: int, rule: Rule, before: Step | None = None) -> d
     table = pa.table([rows, rows * rows], schema=SCHEMA)
     out.table(table)
     out.buckets(table, rows % 3, sub="rows")
+    out.table(table, sub="requests")
     return {"even": int((rows % 2 == 0).sum())}
 
 
@@ -48,7 +49,7 @@ def run(root: Path, items: int = 3, **options: Any) -> Step:
 
 def test_a_step_is_read_by_rows_and_by_buckets(tmp_path: Path) -> None:
     step = run(tmp_path)
-    assert step.total("rows") == 60 and step.total("even") == 15  # written twice
+    assert step.total("rows") == 90 and step.total("even") == 15  # written thrice
     assert step.rows(8, 12, SCHEMA)["value"].to_pylist() == [64, 81, 100, 121]
     seen = [step.bucket(n, SCHEMA, sub="rows")["row"].to_pylist() for n in range(4)]
     assert seen == [[r for r in range(30) if r % 3 == n] for n in range(4)]

@@ -22,7 +22,7 @@ from pipeline.curate.look import look_at_pairs
 from pipeline.curate.look.second_look import Verdict
 from pipeline.curate.report import report
 from pipeline.curate.run_decide import proportions
-from pipeline.curate.steps import tasks as steps
+from pipeline.curate.steps import tasks
 from pipeline.shards.shards import open_shards
 from pipeline.stages.curate import params
 from pipeline.storage.run_folder import RunFolder
@@ -582,7 +582,7 @@ def test_an_earlier_run_that_is_half_curated_anew_is_refused(
     hub(tmp_path / "other", [[encoded(blobs(i)) for i in range(10, 14)]])
     old = f"data.shards={tmp_path}/old"
     one = curate(tmp_path, old, name="one")
-    inner = steps._run
+    inner = tasks._run
 
     def killed(folder, *rest):
         if at in folder:
@@ -590,7 +590,7 @@ def test_an_earlier_run_that_is_half_curated_anew_is_refused(
         yield from inner(folder, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(steps, "_run", killed)
+        patched.setattr(tasks, "_run", killed)
         curate(tmp_path, old, *(text.format(tmp_path) for text in changed), name="one")
     capsys.readouterr()
     given = [f"data.shards={tmp_path}/other", f"curate.against={one.path}"]
@@ -619,6 +619,14 @@ def test_images_are_added_with_the_threshold_that_is_there(tmp_path, capsys):
     assert two.last("curate")["threshold"] == 0.9  # nothing is calibrated
     shown = capsys.readouterr().out
     assert "dedup.false_positives and dedup.calibration_images change nothing" in shown
+    stored = one.path / "curate" / "steps" / "copies.json"
+    form = stored.read_text()
+    stored.write_text(form.replace('"probes"', '"looks"'))  # of another version
+    with pytest.raises(SystemExit):
+        curate(tmp_path, *new, name="early")
+    assert "was curated by another version" in said(capsys)[0]
+    assert not (tmp_path / "early" / "curate" / "steps").exists()  # before images are decoded
+    stored.write_text(form)
     none = curate(tmp_path, f"data.shards={tmp_path}/old", "dedup.enabled=false", name="none")
     with pytest.raises(SystemExit):
         curate(tmp_path, new[0], f"curate.against={none.path}", name="three")
@@ -848,14 +856,14 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
     sets += ["leaks.scope=components", f"retrieve.seeds.mine={tmp_path}/seeds", BY_COPIES]
     sets += ["retrieve.mode=sample", "balance.images=9", "balance.resampling=1"]
     sets += ["data.shard_mb=0.01"]
-    inner, ran = steps._run, []
+    inner, ran = tasks._run, []
 
     def counted(folder, tasks, *rest):
         for name, account in inner(folder, tasks, *rest):
             ran.append((folder, name))
             yield name, account
 
-    monkeypatch.setattr(steps, "_run", counted)
+    monkeypatch.setattr(tasks, "_run", counted)
     whole = curate(tmp_path, *sets, name="whole")
     assert_balanced(whole, len(images) + 6)
     clean, starts = len(ran), 0
@@ -868,7 +876,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_where_it_was(tmp_path, mon
                 raise Killed  # the account is written, the driver has not seen it
             yield name, account
 
-    monkeypatch.setattr(steps, "_run", killed)
+    monkeypatch.setattr(tasks, "_run", killed)
     run = None
     while run is None:
         starts += 1
@@ -983,9 +991,9 @@ def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
                 for path in files
                 if folder in path.parents and not any(other in path.parents for other in inner)
             }
-            tables = {Path(name) for name in steps.step_files(str(folder))}
+            tables = {Path(name) for name in tasks.step_files(str(folder))}
             assert tables <= own, (folder, tables - own)
-            steps.empty_step(str(folder), [str(path) for path in tables])
+            tasks.empty_step(str(folder), [str(path) for path in tables])
             left = {path for path in own if path.exists()}
             assert not left, (folder, left)
             emptied += 1

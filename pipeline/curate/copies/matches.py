@@ -19,6 +19,8 @@ from pipeline.curate.rows.first_of_each import best, in_order
 from pipeline.curate.rows.read_rows import file_groups
 from pipeline.curate.rows.tables import ID, ROW, InputFile, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps, numbered
+from pipeline.errors import DataError
+from pipeline.uri import public
 
 EARLIER = "earlier"  # name of the earlier images where pairs are looked at
 Array = np.ndarray[Any, Any]
@@ -71,11 +73,21 @@ def mark_kept(out: Output, rows: int, decisions: Step, equal: Step) -> Account:
     """Task: a bit for each of the `rows` of an earlier curation, whether it, or a row that it
     stands for, was kept; and of rows that were not kept themselves the kept image that they
     stand for.
+
+    Raises:
+        DataError: there is not a decision of each row.
     """
-    kept = np.zeros(rows, bool)
+    kept, decided = np.zeros(rows, bool), 0
     for name in decisions.tables:
         table = decisions.read(name, ["row", "kept"])
+        decided += len(table)
         kept[table["row"].to_numpy()] = table["kept"].to_numpy(zero_copy_only=False)
+    if decided != rows:  # images without a decision would count as not kept, and let copies in
+        raise DataError(
+            f"{public(decisions.folder)} has decisions of {decided:,} images, and its curation "
+            f"compared {rows:,}",
+            "delete its curate/_done.json and curate it again",
+        )
     count = int(kept.sum())
     instead = [INSTEAD.empty_table()]
     for name in equal.tables:

@@ -24,7 +24,7 @@ from pipeline.storage.transfer import read_json, read_mark, write_bytes_atomic
 from pipeline.uri import Place, join, public
 
 STORED = "copies.json"
-KNOWN_AS = ("copies/collapse", "copies/cells", "copies/shuffle")  # steps that an index is made of
+INDEX_STEPS = ("copies/collapse", "copies/cells", "copies/shuffle")  # that an index is made of
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Index:
         """That of an earlier run.
 
         Raises:
-            DataError: there is none, or it was written by another version.
+            DataError: there is none, it was written by another version, or its tables are not those
+                that it was written of.
         """
         fs, path = resolve_uri(str(join(root, STORED)))
         value = read_json(fs, path)
@@ -106,7 +107,12 @@ class Index:
                 f"{public(str(root))} was curated by another version: {STORED} has other fields",
                 "curate it again",
             )
-        equal, cells, items = (Steps(root).stored(name) for name in KNOWN_AS)
+        equal, cells, items = (Steps(root).stored(name) for name in INDEX_STEPS)
+        if {step.name: step.key for step in (equal, cells, items)} != value["keys"]:
+            raise DataError(
+                f"{public(str(root))} lacks tables of its copies, or has those of another start",
+                "delete its curate/_done.json and curate it again",
+            )
         stored = StoredItems(items, value["dim"], value["probes"], tuple(value["crops"]))
         numbers = {name: value[name] for name in NUMBERS}
         return cls(**numbers, equal=equal, cells=cells, items=stored)

@@ -37,7 +37,7 @@ _NAME = (
     r"([\w-]+(\.closest|\.counts|\.spare)?|[^/]+-\d{5,}(-\d{5})?)"  # sets may be called anything
 )
 _TABLE = re.compile(
-    rf"((rows|vectors|queries|pairs|others|members|visitors)/)?(b\d{{4}}/)?{_NAME}\.parquet"
+    rf"((rows|vectors|queries|pairs|requests|members|visitors)/)?(b\d{{4}}/)?{_NAME}\.parquet"
 )
 _WRITTEN = re.compile(
     rf"([\w-]+/)*((_key|_accounts|fit)\.json|_tasks/{_NAME}\.json|{_NAME}\.parquet)"
