@@ -25,7 +25,7 @@ NEIGHBOURS = pa.schema(
         pa.field("label", pa.int64()),  # null where unknown
     ]
 )
-SAME = 1 - 1e-6  # cosine of vectors that differ by rounding at most
+SAME_VECTOR = 1 - 1e-6  # cosine of vectors that differ by rounding at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Neighbour:
     @property
     def same(self) -> bool:
         """Whether its vector is that of the query: the same pixels, or what the model sees so."""
-        return self.similarity >= SAME
+        return self.similarity >= SAME_VECTOR
 
 
 @dataclass(frozen=True)

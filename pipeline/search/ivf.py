@@ -42,6 +42,7 @@ RECALL, RECALL_AT, RECALL_QUERIES = 0.95, 10, 1000
 MOST_LISTS = 0.25  # share of the lists that a query may look at
 SPARE = 8  # candidates beyond k: single precision may order them otherwise
 CANDIDATE_VALUES = 2**25  # of the candidates' vectors of all queries at once: 128 MiB
+ABANDONED_S = 600  # no other job writes a file that has not grown for so long
 SEED = 1234  # of the k-means
 
 Blocks = Callable[[], Iterator[tuple[int, Floats]]]
@@ -64,6 +65,7 @@ class IndexFacts:
         train_s: seconds of the k-means.
         add_s: seconds in which all vectors were put into lists.
         measure_s: seconds in which recall was measured, exact search included.
+        zeros: vectors without a direction.
     """
 
     vectors: str
@@ -81,6 +83,7 @@ class IndexFacts:
     train_s: float
     add_s: float
     measure_s: float
+    zeros: int
     faiss: str
 
     def text(self) -> str:
@@ -205,8 +208,10 @@ def built(blocks: Blocks, shape: tuple[int, int], place: str, column: str, key: 
     sample = picked(blocks, even_rows(rows, TRAINED_PER_LIST * lists))
     index.train(sample)
     trained = time.monotonic()
+    zeros = 0
     for first, block in blocks():
         now(f"search: vector {first:,} of {rows:,} into its list")
+        zeros += int((~block.any(axis=1)).sum())
         index.add(block)
     added = time.monotonic()
     probes, recall, queries = _probes(index, blocks, rows)
@@ -226,6 +231,7 @@ def built(blocks: Blocks, shape: tuple[int, int], place: str, column: str, key: 
         train_s=round(trained - start, 2),
         add_s=round(added - trained, 2),
         measure_s=round(time.monotonic() - added, 2),
+        zeros=zeros,
         faiss=faiss.__version__,
     )
     return IvfIndex(index, _stored(index, facts, place) if place else facts)
@@ -297,9 +303,13 @@ def _stored(index: Any, facts: IndexFacts, place: str) -> IndexFacts:
         content = json.dumps(asdict(facts), indent=1).encode()
         write_bytes_atomic(content, *resolve_uri(str(join(place, _name(facts.column)))))
         folder = path.rpartition("/")[0]
-        for old in list_files(fs, folder, recursive=False):  # of vectors that were there before
-            mine = old.base_name.startswith(f"_index_{facts.column}_")
-            if mine and old.base_name.endswith(".faiss") and old.base_name != facts.file:
+        beginning = f"_index_{facts.column}_"
+        for old in list_files(fs, folder, recursive=False):
+            name = old.base_name
+            # of vectors that were there before, or begun by a job that was killed
+            before = name.startswith(beginning) and name.endswith(".faiss") and name != facts.file
+            begun = name.startswith(f".{beginning}") and name.endswith(".tmp")
+            if before or (begun and time.time() - old.mtime.timestamp() > ABANDONED_S):
                 delete_file(fs, old.path)
     except (OSError, PipelineError, RuntimeError) as error:
         log.warning(

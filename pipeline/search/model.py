@@ -15,15 +15,12 @@ HINT = (
 )
 
 
-def model_of(
-    vectors: VectorSet, model: str = "", batch_size: int = 64, threads: int = 1
-) -> Embedder:
+def model_of(vectors: VectorSet, model: str = "", threads: int = 1) -> Embedder:
     """The embedder that a set names, opened, with the preprocessing of the set.
 
     Args:
         vectors: the set.
         model: where it is by now; "": where the set says that it was.
-        batch_size: images at once.
         threads: of torch.
 
     Raises:
@@ -35,9 +32,9 @@ def model_of(
         spec = embedder_of(
             model,
             image_size=facts["image_size"],
-            batch_size=batch_size,
             mean=facts["mean"],
             std=facts["std"],
+            half=facts.get("precision") == "bfloat16",
         )
     except (PipelineError, OSError) as error:
         raise DataError(

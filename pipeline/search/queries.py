@@ -41,7 +41,7 @@ Array = np.ndarray[Any, Any]
 BATCH = 256  # images that are in memory at once
 NAMED = 5  # ids that a sentence lists
 # what must be the same for vectors to be compared: of the facts, and in words
-SAME = (
+MUST_AGREE = (
     ("digest", "model"),
     ("image_size", "image size"),
     ("mean", "mean"),
@@ -58,7 +58,6 @@ class Reading:
     image_column: str = "image"
     max_pixels: int = MAX_PIXELS
     max_image_bytes: int = 64 * 2**20
-    batch_size: int = 64
     threads: int = 1
     model: str = ""  # where the set's model is by now; "": where the set says it was
 
@@ -228,7 +227,7 @@ class Asker:
             DataError: they are of another model, or of images prepared in another way.
         """
         ours = self.vectors.facts
-        for name, words in SAME:
+        for name, words in MUST_AGREE:
             if theirs.get(name) != ours.get(name):
                 raise DataError(
                     f"{FIELD}={public(text)}: these vectors are of another {words} "
@@ -292,8 +291,7 @@ class Asker:
         Raises:
             DataError: it is not where it was, or is another by now.
         """
-        reading = self.reading
-        return model_of(self.vectors, reading.model, reading.batch_size, reading.threads)
+        return model_of(self.vectors, self.reading.model, self.reading.threads)
 
     def _row_of(self, name: str) -> int:
         """The row of an image in the set; -1 where it is not in it."""

@@ -85,7 +85,7 @@ class Search:
         self._in_memory: Floats | None = None
         self._lengths: Doubles | None = None
         self.index: IndexFacts | None = index.facts if index else None
-        self.zeros = 0
+        self.zeros = index.facts.zeros if index else 0
         if index is None:
             # All are read once, so that what is no number is refused now and not at some query.
             table = np.empty((self.rows, self.dim), np.float32) if in_memory else None

@@ -54,6 +54,7 @@ def checked(model: str, vectors: str, decisions: str = "") -> Served:
             image_size=facts.get("image_size"),
             mean=facts.get("mean"),
             std=facts.get("std"),
+            half=facts.get("precision") == "bfloat16",
         )
     except PipelineError as error:
         if model:

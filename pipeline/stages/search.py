@@ -35,10 +35,16 @@ def look_up(config: Config) -> None:
     """Answers `search.query`: a table on the console, a page and parquet in the run folder.
 
     Raises:
-        PipelineError: nothing is asked, there are no vectors, or a query cannot be used.
+        PipelineError: nothing is asked, there are no vectors, a query cannot be used, or another
+            job works in the run folder.
     """
-    folder = RunFolder.of(config.run.folder, config.run.name)
     texts = asked_for(config.search.query)
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    with folder.locked():  # or the page would be of one job, and the parquet of another
+        _answer(config, folder, texts)
+
+
+def _answer(config: Config, folder: RunFolder, texts: list[str]) -> None:
     vectors = _vectors(config, folder)
     answers = _opened(config, vectors)
     asker = Asker(vectors, answers.ids, answers.search, _reading(config))
@@ -94,8 +100,16 @@ def check(config: Config, folder: RunFolder, embedding: bool) -> None:
         embedding: the chain makes the vectors itself.
 
     Raises:
-        PipelineError: there will be no such vectors, or no index of them.
+        PipelineError: there will be no such vectors, or no index of them; or something is asked
+            that a chain does not answer.
     """
+    for name in ("query", "model"):
+        if value := getattr(config.search, name):
+            raise ConfigError(
+                f"search.{name}={public(value)}, but a whole chain looks up no image of yours: it "
+                f"shows {config.search.images} images of its set",
+                f"leave search.{name} empty here, and ask with jobs/search.py when the run is done",
+            )
     column, outputs = config.search.vectors_column, list[str](config.embed.outputs)
     if not embedding or config.search.vectors:
         outputs = list(_vectors(config, folder).outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def test_a_stored_index_is_used_and_a_stale_one_built_again(
 ) -> None:
     monkeypatch.setattr(ivf, "RECALL_QUERIES", 50)
     vectors = clustered(10_000)
+    vectors[[4, 8000]] = 0
     first = open_search(Table(vectors, tmp_path), index="ivf")
     (file,) = tmp_path.glob("*.faiss")
     with monkeypatch.context() as patch:
@@ -91,9 +93,15 @@ def test_a_stored_index_is_used_and_a_stale_one_built_again(
         again = open_search(Table(vectors, tmp_path), index="ivf")
     for one, other in zip(again.find(vectors[:9], 5), first.find(vectors[:9], 5), strict=True):
         assert (one == other).all()
+    assert first.zeros == again.zeros == 2  # the second reads no vectors, and knows it
 
+    killed, other = (tmp_path / f"._index_cls_{n}.faiss.aa.tmp" for n in (1, 2))
+    killed.touch()
+    other.touch()  # of a job that writes now
+    os.utime(killed, (0, 0))
     changed = open_search(Table(-vectors, tmp_path, "d2"), index="ivf")
     assert "other vectors" in caplog.text
+    assert other.exists() and not killed.exists()
     assert changed.find(-vectors[:1], 1)[1].tolist() == [[0]]
 
     (file,) = tmp_path.glob("*.faiss")  # that of the vectors before is gone

@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.job import main
 from pipeline.shards.columns import image_id
 from pipeline.stages.search import look_up
+from pipeline.storage.run_folder import RunFolder
 from tests.curate.images import scene
 from tests.data import encoded
 from tests.search.tables import write_decisions, write_shard, write_table, write_vectors
@@ -260,6 +261,15 @@ def test_byte_identical_images_are_asked_for_by_their_id(made: VectorSet, here: 
         rows = search(twins, query)
         assert [(row["query"], row["source"]) for row in rows] == [(ids[1], "c"), (ids[1], "a")]
         assert rows[0]["similarity"] == 1
+
+
+def test_two_jobs_do_not_write_into_one_folder(made: VectorSet, here: Path) -> None:
+    with (
+        RunFolder.of("runs", "ask").locked(),
+        pytest.raises(PipelineError, match="another job is working in"),
+    ):
+        search(made, str(made.ids()[0]))
+    assert not (here / "runs/ask/search").exists()
 
 
 def test_the_command(made: VectorSet, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.images.decode import decode_image
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
 from pipeline.search import open_search
+from pipeline.search.model import model_of
 from pipeline.stages import search
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import RunFolder, write_json
@@ -96,6 +98,8 @@ def test_a_chain_that_cannot_search_is_refused_at_its_start(
     mean = "search.vectors_column=mean"
     for arguments, embedding, words in (
         ([], False, "there are no finished vectors"),
+        (["search.query=photo.jpg"], True, "search.query=photo.jpg, but a whole chain looks up"),
+        (["search.model=runs/moved"], True, "search.model=runs/moved, but a whole chain looks up"),
         ([mean], True, "search.vectors_column=mean, but the vectors have cls"),
         ([mean, f"search.vectors={vectors.uri}"], True, "but the vectors have cls"),
     ):
@@ -124,6 +128,17 @@ def test_answers_go_into_a_run_folder_in_a_bucket(
     assert b"data:image" in read_bytes(*resolve_uri(str(folder.at("search", "search.html"))))
     fs, path = resolve_uri(str(folder.at("search", "neighbours.parquet")))
     assert len(pq.read_table(path, filesystem=fs)) == 15
+
+
+def test_the_model_computes_as_it_did_for_the_set(tmp_path: Path) -> None:
+    spec = BackboneSpec(image_size=28, patch_size=14, width=24, depth=1, heads=2)
+    save_backbone(spec.build().eval(), spec, tmp_path / "weights")
+    write_shard(tmp_path / "shards.parquet", [encoded(scene(seed)) for seed in range(3)])
+    model = embedder_of(str(tmp_path / "weights"))
+    vectors = write_vectors(tmp_path / "vectors", tmp_path / "shards.parquet", model)
+    assert not model_of(vectors).spec.half
+    halved = replace(vectors, facts=vectors.facts | {"precision": "bfloat16"})
+    assert model_of(halved).spec.half
 
 
 @pytest.mark.slow
