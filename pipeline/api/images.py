@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.embed.embedders import Embedder
+from pipeline.embed.forward import own_size
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate import features
 from pipeline.images.decode import MAX_PIXELS, BadImage, decode_image
@@ -125,7 +126,7 @@ def prepare(
 def embed(
     network: nn.Module | Pair | Embedder,
     images: Any,
-    image_size: int = 224,
+    image_size: int | None = None,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> Tensor:
@@ -135,7 +136,7 @@ def embed(
         network: a backbone `[B, C, S, S]` to `[B, D]`; of a pair the teacher's, of an encoder its
             own. An embedder brings S, mean and std itself, and those here are not looked at.
         images: see the top of this file.
-        image_size: S.
+        image_size: S; None: what the backbone's position embeddings are for, else 224.
         mean: of each channel, for values in 0 to 1.
         std: of each channel.
 
@@ -151,12 +152,13 @@ def embed(
     encoder = network.teacher if isinstance(network, Pair) else network
     backbone = encoder.backbone if isinstance(encoder, Encoder) else encoder
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
+    side = image_size or own_size(backbone)
 
     def batches() -> Iterator[np.ndarray[Any, Any]]:
         for at in range(0, len(listed), BATCH):
             part = enumerate(listed[at : at + BATCH], at)
             pixels = [_decoded(_encoded(one), number, len(mean)) for number, one in part]
-            yield np.stack([resize_centre_crop(x, image_size) for x in pixels])
+            yield np.stack([resize_centre_crop(x, side) for x in pixels])
 
     return features.embed(backbone, batches(), mean, std, device)
 

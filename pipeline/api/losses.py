@@ -150,7 +150,8 @@ def update_teacher(
     floats move, and what counts (integers) is copied.
 
     Raises:
-        PipelineError: not the same names and shapes on both sides, or a tensor that is both.
+        PipelineError: not the same names, shapes and types on both sides, a tensor that is both, or
+            a teacher in half precision, where steps of `1 - momentum` are rounded away.
     """
     student, teacher = _named(student_params), _named(teacher_params)
     names = student | teacher
@@ -170,6 +171,14 @@ def update_teacher(
             "make the teacher with copy.deepcopy(student), or clone each tensor",
         )
     floats = [name for name, x in teacher.items() if x.is_floating_point()]
+    for name in floats:
+        ours, other = teacher[name].dtype, student[name].dtype
+        if ours != other or ours not in (torch.float32, torch.float64):
+            raise PipelineError(
+                f"{name} is {ours} in the teacher and {other} in the student, expected float32 or "
+                "float64 in both",
+                "keep both in float32, and compute in half precision with torch.autocast",
+            )
     for name in teacher.keys() - floats:
         teacher[name].copy_(student[name])
     move([student[name] for name in floats], [teacher[name] for name in floats], momentum)

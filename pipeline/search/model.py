@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
@@ -13,6 +14,11 @@ HINT = (
     "name where the model is with search.model=…, or ask for images of the set by their ids, which "
     "needs no model"
 )
+WORDS = {
+    "digest": "digest of the weights",
+    "image_size": "image size",
+    "std": "standard deviation",
+}
 
 
 def model_of(vectors: VectorSet, model: str = "", threads: int = 1) -> Embedder:
@@ -42,18 +48,29 @@ def model_of(vectors: VectorSet, model: str = "", threads: int = 1) -> Embedder:
             f"{one_line(error)}",
             HINT,
         ) from error
-    _check(model, "digest of the weights", spec.digest, facts["digest"])
+    check_model(model, facts, {"digest": spec.digest}, HINT)
     embedder = open_embedder(spec, threads=threads)
-    _check(model, "image size", embedder.size, facts["image_size"])
-    _check(model, "mean", list(embedder.mean), facts["mean"])
-    _check(model, "standard deviation", list(embedder.std), facts["std"])
+    mean, std = list(embedder.mean), list(embedder.std)
+    check_model(model, facts, {"image_size": embedder.size, "mean": mean, "std": std}, HINT)
     return embedder
 
 
-def _check(model: str, what: str, now: Any, then: Any) -> None:
-    if now != then:
-        raise DataError(
-            f"{public(model)} is not the model of the vectors: its {what} is {now or 'none'}, that "
-            f"of the vectors is {then}",
-            HINT,
-        )
+def check_model(model: str, facts: Mapping[str, Any], now: Mapping[str, Any], hint: str) -> None:
+    """Refuses a model that is not the one that made a set of vectors.
+
+    Args:
+        model: its name, for the message.
+        facts: of the vectors.
+        now: what is known of the model, under the names of the facts.
+        hint: what to do.
+
+    Raises:
+        DataError: one of `now` is another in the facts.
+    """
+    for name, value in now.items():
+        if value != facts[name]:
+            raise DataError(
+                f"{public(model)} is not the model of the vectors: its {WORDS.get(name, name)} is "
+                f"{value or 'none'}, that of the vectors is {facts[name]}",
+                hint,
+            )

@@ -22,7 +22,7 @@ from pipeline.serve.app import ModelFacts, Site, build_app
 from pipeline.serve.intake import Limits, Pixels
 from pipeline.serve.looks import drawn, looks_of
 from pipeline.serve.opening import Served, opened
-from pipeline.serve.token import Gate
+from pipeline.serve.token import Gate, is_loopback
 from pipeline.views.crops import resize_centre_crop
 
 APPLICATION, MODEL = "raydino", "model"
@@ -99,7 +99,7 @@ def _site(settings: Serve, served: Served, token: str, handle: Any) -> Site:
     of_model = served.spec.value_range if served.spec else FULL
     value_range = from_json(facts.get("value_range")) or of_model
     return Site(
-        gate=Gate(token, settings.port),
+        gate=Gate(token, settings.port, is_loopback(settings.host)),
         limits=limits,
         queue=settings.queue,
         pixels=Pixels(channels, value_range),

@@ -50,6 +50,10 @@ def guarded(app: ASGIApp, gate: Gate) -> ASGIApp:
             await send(message)
 
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if not gate.knows(headers.get(b"host", "")):
+            sentence = "without a token only localhost and loopback addresses are answered"
+            await _answer_of(Refusal(403, sentence))(scope, receive, send_guarded)
+            return
         public = path in OPEN or path.startswith("/page/")
         if public or gate.open_for(headers.get(b"authorization", ""), headers.get(b"cookie", "")):
             await app(scope, receive, send_guarded)

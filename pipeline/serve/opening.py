@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.embed.embedders import EmbedderSpec, embedder_of
+from pipeline.embed.embedders import ONNX, EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.search.decisions import Decisions
-from pipeline.search.search import EXACT_ROWS, open_search
+from pipeline.search.model import check_model
+from pipeline.search.search import EXACT_ROWS, MEMORY_GIB, open_search
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import by_cluster, by_text, everything, label_texts
 from pipeline.uri import public
@@ -61,12 +62,12 @@ def checked(model: str, vectors: str, decisions: str = "") -> Served:
             raise
         spec = None
         log.warning("model       images cannot be sent, only those of the set: %s", error.what)
-    if known and spec and facts["digest"] != spec.digest:
-        raise ConfigError(
-            f"serve.vectors={public(vectors)} are of {facts['model']}, not of serve.model={model}: "
-            "their digests differ",
-            "name the model that made the vectors, or embed the images again with this one",
-        )
+    if known and spec:
+        hint = "name the model that made the vectors, or embed the images again with this one"
+        check_model(spec.name, facts, {"digest": spec.digest}, hint)
+        prepares = open_embedder(spec) if spec.kind == ONNX else spec  # the file may say its own
+        mean, std = list(prepares.mean), list(prepares.std)
+        check_model(spec.name, facts, {"mean": mean, "std": std}, hint)
     curated = Decisions.of(known.uri, decisions, "serve.decisions") if known else None
     return Served(known, spec, curated)
 
@@ -75,7 +76,6 @@ def opened(vectors: VectorSet, decisions: Decisions | None = None) -> Collection
     """The set in memory, with the orders that its page offers."""
     ids, labels = vectors.ids(), vectors.labels()
     few = vectors.rows <= EXACT_ROWS  # above, an index is searched, and vectors stay where they are
-    held = vectors.read("cls") if few else None
     groupings = [everything(vectors.rows)]
     texts = None
     if (labels >= 0).any():
@@ -86,14 +86,13 @@ def opened(vectors: VectorSet, decisions: Decisions | None = None) -> Collection
         known = decisions.reasons()
         reasons = np.array([known.get(str(one), "not curated") for one in ids], object)
         groupings.append(by_text("decision", reasons))
-    if held is not None and vectors.rows > 1:
-        groupings.append(by_cluster(held, _bytes_of(ids)))
-    search = open_search(held if held is not None else vectors)
+    if few and vectors.rows > 1:
+        groupings.append(by_cluster(vectors.read("cls"), _bytes_of(ids)))
+    search = open_search(vectors, memory_gib=float("inf") if few else MEMORY_GIB)
 
     def vector(row: int) -> np.ndarray[Any, Any]:
-        rows = slice(row, row + 1)
-        one: np.ndarray[Any, Any] = held[rows] if held is not None else vectors.read("cls", rows)
-        return np.asarray(one[0])
+        one: np.ndarray[Any, Any] = search.vectors_at(np.array([row]))[0]
+        return one
 
     return Collection(
         ids=ids,

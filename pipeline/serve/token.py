@@ -7,9 +7,11 @@ exchanges it for a cookie that scripts cannot read and other sites cannot use.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import re
 import secrets
+from contextlib import suppress
 
 from pipeline.errors import PipelineError
 
@@ -35,16 +37,25 @@ def own_token() -> str:
     return token
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is of this machine alone."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
+
+
 class Gate:
     """Lets in whoever has the token.
 
     Args:
         token: "": everybody is let in.
         port: part of the cookie's name, since browsers share cookies between ports.
+        local: that it listens at loopback only.
     """
 
-    def __init__(self, token: str, port: int) -> None:
+    def __init__(self, token: str, port: int, local: bool = False) -> None:
         self._token = token.encode()
+        self._only_loopback = local and not token
         self._cookie = f"{_COOKIE}-{port}"
 
     def open_for(self, authorization: str, cookies: str) -> bool:
@@ -54,6 +65,15 @@ class Gate:
         kind, _, bearer = authorization.partition(" ")
         shown = bearer.strip() if kind.lower() == "bearer" else ""
         return self._equals(shown) or self._equals(self._from_cookie(cookies))
+
+    def knows(self, host: str) -> bool:
+        """Whether a request was meant for here, by its `Host`.
+
+        Without a token, loopback alone keeps strangers out. A page of theirs could let its own name
+        point to 127.0.0.1 (DNS rebinding), and then read all that browsers here can reach.
+        """
+        name = re.sub(r":[0-9]*$", "", host).removeprefix("[").removesuffix("]")
+        return not self._only_loopback or is_loopback(name)
 
     def cookie(self) -> str:
         """`Set-Cookie` for the page: for no script, for no request that another site causes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import os
 import socket
@@ -20,7 +19,7 @@ from pipeline.errors import PipelineError, PlacementError
 from pipeline.heartbeat import doing, idle
 from pipeline.serve.deployment import APPLICATION, Replicas, application
 from pipeline.serve.opening import Served, checked
-from pipeline.serve.token import own_token
+from pipeline.serve.token import is_loopback, own_token
 from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder
 
@@ -46,7 +45,7 @@ def serve(config: Config, dry: bool = False) -> None:
     vectors = absolute_uri(place) if (place := _vectors(config)) else ""
     served = checked(model, vectors, settings.decisions)
     settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
-    if not token and not _loopback(settings.host):
+    if not token and not is_loopback(settings.host):
         log.warning("token       none is asked for: whoever reaches %s sees all", settings.host)
     if dry:
         log.info("serve       %s at %s", _contents(served), _address(settings))
@@ -207,12 +206,6 @@ def _shut_down() -> None:
 
 def _starts_ray() -> bool:
     return not os.environ.get("RAY_ADDRESS")
-
-
-def _loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _last_line(error: Any) -> str:

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as DINOv2 was trained
-PACKAGES = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors")
+PACKAGES = (
+    *("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "safetensors"),
+    "simplejpeg",  # of images/jpeg.py
+)
 BATCH = 32
 
 

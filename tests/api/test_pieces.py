@@ -150,6 +150,17 @@ def test_update_teacher_of_modules_and_of_names() -> None:
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_update_teacher_refuses_half_precision(student: torch.dtype, teacher: torch.dtype) -> None:
+    before = {"w": torch.ones(3, dtype=teacher)}
+    with pytest.raises(PipelineError, match=f"w is {teacher} in the teacher and {student}"):
+        api.update_teacher({"w": torch.zeros(3, dtype=student)}, before)
+    assert before["w"].eq(1).all()
+
+
 def test_update_teacher_refuses_what_does_not_fit() -> None:
     student = nn.Linear(3, 4)
     for teacher, said in (
@@ -352,6 +363,7 @@ def test_plain_images_are_embedded_as_the_evaluation_does(tmp_path: Path) -> Non
     torch.testing.assert_close(features, expected)
     assert torch.equal(features, api.embed(pair.teacher.backbone, paths, 28))
     assert torch.equal(features[:1], api.embed(pair.teacher, paths[0], 28))
+    assert torch.equal(features, api.embed(pair, paths))  # 28 is what it was built for
     assert pair.student.training
 
 

@@ -237,6 +237,19 @@ def test_without_a_token_everybody_may_ask(site: Site) -> None:
     assert stranger.get("/set").status_code == 200
 
 
+def test_without_a_token_a_name_of_strangers_is_refused(site: Site) -> None:
+    local = build_app(replace(site, gate=Gate("", 8000, local=True)))
+    for host in ("127.0.0.1:8000", "localhost:8000", "LOCALHOST", "[::1]:8000", "127.0.0.1"):
+        assert TestClient(local).get("/set", headers={"Host": host}).status_code == 200, host
+    for host in ("evil.example:8000", "127.0.0.1.evil.example", "192.0.2.7", "localhost.x", ""):
+        for path in ("/set", "/"):
+            answer = TestClient(local).get(path, headers={"Host": host})
+            assert "loopback" in refused(answer, 403), host
+    with_token = build_app(replace(site, gate=Gate(TOKEN, 8000, local=True)))
+    headers = {"Host": "behind.a.proxy", "Authorization": f"Bearer {TOKEN}"}
+    assert TestClient(with_token).get("/set", headers=headers).status_code == 200
+
+
 def test_more_requests_than_the_queue_holds_are_refused(site: Site, made: Made) -> None:
     """The model waits until all twelve have come: four are let in, eight are not."""
 

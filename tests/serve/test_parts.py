@@ -217,7 +217,7 @@ def refused(what: str, call: Any, *arguments: Any) -> None:
 def test_mistakes_at_the_start_are_one_sentence(made: Made, tmp_path: Path) -> None:
     refused("neither serve.model nor serve.vectors", checked, "", "")
     other = save_model(tmp_path / "other", seed=1)
-    refused("digests differ", checked, other, made.vectors)
+    refused("its digest of the weights is", checked, other, made.vectors)
     refused("serve.decisions=nowhere", checked, "", made.vectors, "nowhere")
     refused("serve.vectors", checked, "", str(tmp_path))
     refused("192.0.2.77", free_port, "192.0.2.77", 0)

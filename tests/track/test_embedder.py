@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.track import ModelCard, TrackSettings, open_pipeline
+from pipeline.track.embedder import PACKAGES
 
 
 @pytest.mark.slow
@@ -127,6 +131,46 @@ def test_a_model_decodes_to_its_own_channels(tmp_path: Path, channels: int) -> N
     assert np.abs(embeddings - expected).max() < 1e-5
     with pytest.raises(PipelineError, match=f"has {channels} channels.* 3 means"):
         loaded(tmp_path, channels, [0.5, 0.5, 0.5])
+
+
+def imported(name: str, seen: dict[str, set[str]], whole: bool = False) -> None:
+    """Fills in what loading a module of ours loads, with the packages of others in each.
+
+    Args:
+        name: `pipeline.…`, of a module or of what one has.
+        seen: packages by module.
+        whole: what its functions import, too.
+    """
+    path = Path(__file__).parents[2] / name.replace(".", "/")
+    file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.is_file()), None)
+    if file is None or name in seen:
+        return
+    seen[name] = set()
+    waiting: list[ast.AST] = [ast.parse(file.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or whole:
+            waiting += ast.iter_child_nodes(node)
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for one in names:
+            parts = one.split(".")
+            if parts[0] == "pipeline":
+                for count in range(1, len(parts) + 1):  # packages are loaded before what is in them
+                    imported(".".join(parts[:count]), seen)
+            elif parts[0] not in sys.stdlib_module_names:
+                seen[name].add(parts[0])
+
+
+def test_every_package_that_the_model_code_loads_is_required() -> None:
+    seen: dict[str, set[str]] = {}
+    imported("pipeline.track.embedder", seen, whole=True)
+    assert "simplejpeg" in seen["pipeline.images.jpeg"] and "pipeline.model.vit" in seen
+    known = {name: {one.lower() for one in of} for name, of in packages_distributions().items()}
+    for module, packages in seen.items():
+        for package in packages:
+            assert known[package] & set(PACKAGES), f"{module} imports {package}"
 
 
 def test_a_registered_model_has_one_name() -> None:

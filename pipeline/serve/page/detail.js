@@ -94,6 +94,10 @@ export class Detail {
       image.alt = caption.textContent = LOOKS[kind] ?? kind;
       figure.append(image, caption);
       box.append(figure);
+      image.addEventListener("error", () => {
+        figure.remove();
+        this.api.say(`${caption.textContent} could not be drawn.`, true);
+      });
       try {
         image.src = await source(kind);
       } catch (error) {

@@ -30,6 +30,7 @@ export class Wall {
     this.chunks.clear();
     this.clear();
     this.active = 0;
+    this.opened = undefined; // of the order before
     this.element.scrollTop = 0;
     this.layout();
   }
