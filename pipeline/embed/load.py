@@ -17,7 +17,6 @@ from pipeline.embed.onnx_files import files_of, is_onnx
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import list_files, resolve_uri
-from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import is_uri, join, public
 
 TIMM = "timm:"
@@ -213,6 +212,7 @@ Known = tuple[Callable[[], Any], str, Preprocessing]
 def known_run(model: str) -> Known | None:
     """The teacher of a run's chosen checkpoint; None where there is none."""
     from pipeline.plan.resume import plan_of
+    from pipeline.train import state
     from pipeline.train.start import checkpoint_at
 
     saved = None if Path(model).is_file() else checkpoint_at(model)
@@ -221,8 +221,7 @@ def known_run(model: str) -> Known | None:
     plan = plan_of(saved.meta, saved.path)
     augment = plan.config.augment
     known = Preprocessing(augment.global_size, augment.mean, augment.std, plan.value_range or FULL)
-    digest = fingerprint([saved.step, saved.meta.get("plan")])
-    return partial(load_teacher, str(saved.path)), digest, known
+    return partial(load_teacher, str(saved.path)), state.identity(saved), known
 
 
 def known_weights(model: str, folder: str) -> Known:

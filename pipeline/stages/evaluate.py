@@ -77,9 +77,7 @@ def key(context: Context) -> str:
         for name in ("reference", "queries")
         if (uri := getattr(settings, name))
     ]
-    return fingerprint(
-        [saved.step, saved.meta.get("plan"), settings.model_dump(mode="json"), digests]
-    )
+    return fingerprint([state.identity(saved), settings.model_dump(mode="json"), digests])
 
 
 def intact(context: Context) -> bool:
@@ -153,7 +151,7 @@ def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Table
     """
     if not (spec.queries and spec.reference):
         return {}
-    trained = fingerprint([saved.step, saved.meta.get("plan")])
+    trained = state.identity(saved)
     networks = {TRAINED: (load_teacher, trained), FIRST: (first_backbone, f"{trained} at step 0")}
     tables: Tables = {}
     for name, (load, digest) in networks.items():

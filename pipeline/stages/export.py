@@ -35,7 +35,7 @@ from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
 from pipeline.train.run import evaluation_spec
-from pipeline.train.state import Saved
+from pipeline.train.state import Saved, identity
 from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
 
@@ -50,7 +50,7 @@ def key(context: Context) -> str:
     saved, settings = chosen(context), context.config.export
     name = context.config.track.register or context.config.track.model_name
     asked = [["onnx", *settings.onnx_sizes]] * settings.onnx + [["register", name]] * bool(name)
-    return fingerprint([saved.step, saved.meta.get("plan"), FORMATS, *asked])
+    return fingerprint([identity(saved), FORMATS, *asked])
 
 
 def intact(context: Context) -> bool:

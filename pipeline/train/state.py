@@ -26,6 +26,7 @@ import torch
 
 from pipeline.errors import DamagedError, DataError, StorageError, TrainError
 from pipeline.storage.places import resolve_uri
+from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import local_copy, read_json, write_bytes_atomic
 from pipeline.train import checkpoint_files
 from pipeline.train.checkpoint_files import crc32, step_of
@@ -86,6 +87,14 @@ class Saved:
                     "put it back from a copy, or remove it and use an earlier one",
                 ) from error
             yield state
+
+
+def identity(saved: Saved) -> str:
+    """Changes with a checkpoint's step, plan and bytes: what is derived from it is kept under it.
+
+    The bytes count, for training again under the same name and plan gives other weights.
+    """
+    return fingerprint([saved.step, saved.meta.get("plan"), saved.meta.get("crc32")])
 
 
 def layout(state: Any) -> str:

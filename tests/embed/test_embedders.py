@@ -173,3 +173,7 @@ def test_the_teacher_of_a_run_by_path_and_by_name(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = teacher.backbone.eval()((x - mean) / std)
     np.testing.assert_allclose(embedder.outputs(images)["cls"], expected, atol=1e-5)
+    with torch.no_grad():  # the same run trained once more
+        teacher.backbone.norm.weight.mul_(2.0)
+    state.save(tmp_path / "runs" / "b" / "checkpoints", 5, {"teacher": teacher.state_dict()}, meta)
+    assert embedder_of(str(tmp_path / "runs" / "b")).digest != specs[0].digest
