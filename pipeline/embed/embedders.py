@@ -119,7 +119,9 @@ def embedder_of(
         PipelineError: there is nothing of that kind; says which models are at hand.
     """
     if model == DESCRIPTOR:
-        return EmbedderSpec()
+        from pipeline.curate.images import descriptor
+
+        return EmbedderSpec(digest=str(descriptor.VERSION))
     opened: Callable[[], Any] | None
     usual = load.Preprocessing(None, tuple(mean or MEAN), tuple(std or STD))
     if model.startswith(load.TIMM):

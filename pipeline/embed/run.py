@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.embed.embedders import EmbedderSpec, open_embedder
@@ -44,6 +46,8 @@ class Request:
         blocks: last blocks whose CLS is kept.
         dtype: of what is stored, float32 or float16.
         max_pixels: larger images are refused.
+        max_bad_fraction: with more images that cannot be decoded there is no table. No vector
+            depends on it.
     """
 
     spec: EmbedderSpec
@@ -52,6 +56,7 @@ class Request:
     blocks: int = 4
     dtype: str = "float32"
     max_pixels: int = 200_000_000
+    max_bad_fraction: float = 1.0
 
     @property
     def key(self) -> str:
@@ -60,7 +65,7 @@ class Request:
         columns = [shards.image_column, shards.label_column, shards.reads_labels]
         ranges = [self.spec.value_range, shards.value_range or FULL]
         asked = [self.outputs, self.blocks, self.dtype, self.max_pixels]
-        return fingerprint([self.spec.settings, shards.digest, columns, ranges, asked])
+        return fingerprint([VERSION, self.spec.settings, shards.digest, columns, ranges, asked])
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def embed_set(
 
     Raises:
         PipelineError: the model or the images cannot be used, the folder holds what is not ours, or
-            not one image could be decoded.
+            too many images could not be decoded. Parts that are whole are not made again.
     """
     begin = time.monotonic()
     folder = absolute_uri(folder)
@@ -143,6 +148,7 @@ def embed_set(
         )
     if bad_table is not None:
         _write_bad(bad, bad_table)
+    _check_bad(request, bad, bad_table)
     fs, path = resolve_uri(folder)
     _sweep(folder, {name for name, _ in parts})
     mark = {**facts, "parts": parts, "bad": len(bad)}
@@ -233,8 +239,6 @@ def _finished(
     folder: str, units: Sequence[Unit], facts: Facts, level: int
 ) -> dict[int, tuple[int, list[dict[str, str]]]]:
     """Parts of this very table, by their numbers. Those of another one are taken away, and said."""
-    from concurrent.futures import ThreadPoolExecutor
-
     fs, path = resolve_uri(folder)
     names = {info.base_name for info in list_files(fs, path, recursive=False)}
     if others := sorted(n for n in names if n.endswith(".parquet") and not _is_part(n)):
@@ -252,6 +256,8 @@ def _finished(
         log.log(level, "%s", _changed(public(folder), mark, facts))
     elif (stale := sum(map(_is_part, names)) - len(finished)) and not mark:
         log.log(level, "%s: %d parts of other settings are made anew", public(folder), stale)
+    # After the mark: who opened the earlier table is told so, and never reads two models as one.
+    _delete(folder, {n for n in names if _is_part(n)} - {part_name(n) for n in finished})
     return finished
 
 
@@ -276,11 +282,31 @@ def _is_part(name: str) -> bool:
 def _sweep(folder: str, names: set[str]) -> None:
     """Takes away parts of an earlier table that had more of them, and what a kill left behind."""
     fs, path = resolve_uri(folder)
-    for info in list_files(fs, path, recursive=False):
-        name = info.base_name
-        left = name.startswith(".part-") and name.endswith(".tmp")
-        if left or (_is_part(name) and name not in names):
-            delete_file(fs, info.path)
+    there = [info.base_name for info in list_files(fs, path, recursive=False)]
+    left = {name for name in there if name.startswith(".part-") and name.endswith(".tmp")}
+    _delete(folder, left | {name for name in there if _is_part(name) and name not in names})
+
+
+def _delete(folder: str, names: Collection[str]) -> None:
+    fs, path = resolve_uri(folder)
+    with ThreadPoolExecutor(16) as pool:  # a round trip each
+        list(pool.map(lambda name: delete_file(fs, f"{path}/{name}"), names))
+
+
+def _check_bad(request: Request, bad: Sequence[dict[str, str]], table: Place | None) -> None:
+    rows, limit = request.shards.rows, request.max_bad_fraction
+    if len(bad) <= limit * rows:
+        return
+    reasons = Counter(row["reason"] for row in bad).most_common()
+    raise DataError(
+        f"{len(bad):,} of {rows:,} images of {public(request.shards.uri)} could not be decoded "
+        f"({100 * len(bad) / rows:.3g} %, allowed {100 * limit:g} %): "
+        + ", ".join(f"{count:,} {reason}" for reason, count in reasons),
+        f"they are listed in {public(table)}; "
+        * (table is not None)
+        + "look whether the model takes such images, or set data.max_bad_fraction higher and run "
+        "again: no image is embedded twice",
+    )
 
 
 def _write_bad(bad: Sequence[dict[str, str]], place: Place) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.shards.columns import METADATA_KEY
@@ -200,14 +201,26 @@ class VectorSet:
             low, high = max(start - first, 0), min(stop - first, count)
             if low < high:
                 with open_parquet(fs, f"{folder}/{name}", piecewise=True) as parquet:
+                    self._check_part(name, count, parquet)
                     table = parquet.read(columns=list(columns))
-                if len(table) != count:
-                    raise DataError(
-                        f"{public(self.uri)}/{name} has {len(table)} rows, {count} were written",
-                        "embed the images again with the same command",
-                    )
                 yield table.slice(low, high - low), first + low
             first += count
+
+    def _check_part(self, name: str, count: int, parquet: pq.ParquetFile) -> None:
+        """Refuses a part that took the place of the one which this table was opened with."""
+        about = json.loads((parquet.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+        if about.get("key") != self.key:
+            raise DataError(
+                f"{public(self.uri)}/{name} is of other vectors (of {about.get('model')}) than "
+                f"this table ({self.facts['model']}) had when it was opened",
+                "a job makes it anew: wait until that is done and open it again",
+            )
+        if parquet.metadata.num_rows != count:
+            raise DataError(
+                f"{public(self.uri)}/{name} has {parquet.metadata.num_rows} rows, {count} were "
+                "written",
+                "embed the images again with the same command",
+            )
 
     def _check(self, output: str) -> None:
         if output not in self.outputs:

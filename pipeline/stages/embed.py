@@ -84,8 +84,15 @@ def request_of(context: Context) -> Request:
     config, embed = context.config, context.config.embed
     spec = model_of(config, context.folder)
     shards = images_of(config, context.folder, spec)
-    most = config.data.max_image_pixels
-    return Request(spec, shards, embed.outputs, embed.blocks, embed.dtype, most)
+    return Request(
+        spec,
+        shards,
+        embed.outputs,
+        embed.blocks,
+        embed.dtype,
+        config.data.max_image_pixels,
+        config.data.max_bad_fraction,
+    )
 
 
 def vectors_uri(config: Config, folder: RunFolder) -> str:

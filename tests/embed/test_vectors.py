@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.embed import pool, run
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.run import Request, embed_set
 from pipeline.embed.units import units_of
@@ -144,6 +146,45 @@ def test_another_model_starts_anew_and_says_so(
     with caplog.at_level(logging.WARNING):
         embed_set(Request(**{**changed.__dict__, "dtype": "float16"}), folder)
     assert "other settings (dtype)" in caplog.text
+
+
+def test_an_open_table_never_reads_the_parts_of_another_model(
+    request_: Request, tmp_path: Path, small_units: Callable[[int], None], monkeypatch: Any
+) -> None:
+    small_units(5)
+    folder = tmp_path / "vectors"
+    asked = Request(**{**request_.__dict__, "outputs": ("cls",)})
+    table = embed_set(asked, str(folder)).vectors
+    other = Request(**{**asked.__dict__, "spec": replace(asked.spec, digest="another")})
+
+    def killed(reads: Any, *rest: Any) -> Any:
+        yield pool._embed_all(reads[:1], *rest, False), 1
+        raise KeyboardInterrupt
+
+    for name in ("embedded_in_one_task", "embedded_by_pool"):
+        monkeypatch.setattr(run, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed_set(other, str(folder))
+    assert list(content(folder)) == ["part-00000.parquet"]  # no part of the earlier table
+    with pytest.raises(DataError, match=r"part-00000\.parquet is of other vectors"):
+        table.read()
+
+
+def test_too_many_bad_images_end_it_without_a_table(
+    request_: Request, tmp_path: Path, inline: list[int]
+) -> None:
+    folder, bad = tmp_path / "vectors", tmp_path / "bad.parquet"
+    strict = Request(**{**request_.__dict__, "max_bad_fraction": 0.1})
+    with pytest.raises(
+        DataError, match=r"2 of 13 images .*15\.4 %, allowed 10 %.*1 empty"
+    ) as error:
+        embed_set(strict, str(folder), bad)
+    assert str(bad) in error.value.hint and pq.read_table(bad).num_rows == 2
+    with pytest.raises(DataError, match="no finished vectors"):
+        open_vectors(str(folder))
+    embedded = list(inline)
+    enough = Request(**{**request_.__dict__, "max_bad_fraction": 2 / 13})
+    assert embed_set(enough, str(folder), bad).vectors.rows == 11 and inline == embedded
 
 
 def test_a_shorter_set_leaves_no_part_behind(

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.load import load
-from pipeline.embed.embedders import EmbedderSpec
+from pipeline.embed.embedders import embedder_of
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import PipelineError
 from pipeline.job import main
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> VectorSet:
     """The vectors of 24 scenes in the run folder of a curated run; nobody writes there."""
     run = tmp_path_factory.mktemp("runs") / "photos"
     write_shard(run / "shards.parquet", IMAGES)
-    vectors = write_vectors(run / "vectors", run / "shards.parquet", EmbedderSpec())
+    vectors = write_vectors(run / "vectors", run / "shards.parquet", embedder_of("descriptor"))
     first, second = (str(name) for name in vectors.ids()[:2])
     decisions = [
         {"image_id": str(name), "kept": name != second, "reason": "kept", "keeper_id": None}
@@ -223,7 +223,7 @@ def test_refused(made: VectorSet, here: Path) -> None:
         assert words in error.value.what, (query, error.value.what)
         assert "\n" not in error.value.what
     with pytest.raises(
-        PipelineError, match=r"digest of the weights is none, that of the vectors is a"
+        PipelineError, match=r"digest of the weights is 1, that of the vectors is a"
     ):
         search(_renamed(here / "others", here / "x", "descriptor"), "photo.png")
     with pytest.raises(PipelineError, match="there are no decisions of a curation"):

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.config.load import load
 from pipeline.context import Context
-from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.embed.embedders import embedder_of, open_embedder
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import PipelineError
 from pipeline.images.decode import decode_image
@@ -49,7 +49,7 @@ class Notes:
 
 def scenes(run: Path, count: int = 16) -> VectorSet:
     write_shard(run / "shards.parquet", [encoded(scene(seed)) for seed in range(count)])
-    return write_vectors(run / "vectors", run / "shards.parquet", EmbedderSpec())
+    return write_vectors(run / "vectors", run / "shards.parquet", embedder_of("descriptor"))
 
 
 def test_a_chain_shows_images_at_even_steps_through_the_ids(tmp_path: Path) -> None:

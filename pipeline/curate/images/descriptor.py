@@ -25,6 +25,7 @@ from PIL import Image
 
 from pipeline.curate.rows.exact import Doubles, Halves, dots
 
+VERSION = 1  # raised where the numbers become others
 SIDE = 128  # of the grey image, pixels
 CELLS = 32  # of the averaged image
 LOW = 12  # frequencies kept in each direction
