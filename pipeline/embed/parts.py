@@ -7,6 +7,8 @@ job is killed between two files.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -68,8 +70,16 @@ def write_part(folder: str, decoded: Decoded, outputs: Outputs, facts: Facts) ->
         )
 
 
-def finished_part(folder: str, unit: Unit, key: str) -> tuple[int, list[dict[str, str]]] | None:
-    """Rows and bad images of the part of a unit; None where it is not there, or of another key."""
+@dataclass(frozen=True)
+class Part:
+    """A part on disk: vectors in it, and rows of the bad image table."""
+
+    rows: int
+    bad: Sequence[dict[str, str]] = ()
+
+
+def finished_part(folder: str, unit: Unit, key: str) -> Part | None:
+    """The part of a unit; None where it is not there, or of another key."""
     fs, path = resolve_uri(folder)
     try:
         with open_parquet(fs, f"{path}/{part_name(unit.number)}") as parquet:
@@ -85,4 +95,4 @@ def finished_part(folder: str, unit: Unit, key: str) -> tuple[int, list[dict[str
         whole = rows + len(about["bad"]) == about["rows"] == unit.rows
     except (KeyError, TypeError, ValueError):
         return None
-    return (rows, list(about["bad"])) if same and whole else None
+    return Part(rows, list(about["bad"])) if same and whole else None

@@ -6,11 +6,12 @@ so the bytes of a part do not depend on who made it, nor when.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ from pipeline.errors import DataError, PipelineError, last_line
 from pipeline.stream.rows import row_at, row_of
 
 IN_FLIGHT = 3  # units at an actor: one embedded, one written, and the next one
+BLOCKS = 10_000  # of what is to be read, at most: Ray's driver counts each; a lost one is redone
 CPUS_PER_DECODER = 8  # without a GPU: a core decodes for so many that embed, or more
 DECODING = 0.25  # without a GPU: share of the CPUs that Ray counts for decoding
 
@@ -92,12 +94,13 @@ def embedded_in_one_task(
     decoding: Decoding,
     facts: Facts,
     folder: str,
+    gpu: bool,
 ) -> Paced:
     """Embeds units one after the other. Yields what they took, and 1, the worker."""
     import ray
     from ray.exceptions import RayTaskError
 
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    gpus = 1 if gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = ray.remote(_embed_all).options(num_cpus=1, num_gpus=gpus)
     try:
         yield ray.get(task.remote(reads, spec, decoding, facts, folder, bool(gpus))), 1
@@ -130,37 +133,35 @@ def embedded_by_pool(
     decoding: Decoding,
     facts: Facts,
     folder: str,
+    gpu: bool,
 ) -> Paced:
     """Embeds units on all the cluster has. Yields what each took, and the number of actors."""
     import ray
     from ray.exceptions import RayError
 
-    _configure(ray.data.DataContext.get_current())
-    room = _room(sum(map(len, reads)))
+    room = _room(sum(map(len, reads)), gpu)
     common = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    dataset = (
-        ray.data.from_items(
-            [{"read": n} for n in range(len(reads))], override_num_blocks=len(reads)
-        )
-        .map_batches(
-            _Decode([ray.put(list(reads))], decoding),
-            **common,
-            compute=ray.data.TaskPoolStrategy(size=room.decoders),
-            num_cpus=room.decoder_cpus,
-        )
-        .map_batches(
-            _Embed,
-            fn_constructor_args=(spec, facts, folder, bool(room.actor_gpus)),
-            compute=ray.data.ActorPoolStrategy(
-                size=room.actors,
-                max_tasks_in_flight_per_actor=IN_FLIGHT,
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            **common,
-            num_cpus=room.actor_cpus,
-            num_gpus=room.actor_gpus,
-        )
+    # Each task is given its own reads: a list of all of them would be read by every task.
+    texts = [{"units": json.dumps([asdict(unit) for unit in units])} for units in reads]
+    dataset = ray.data.from_items(texts, override_num_blocks=min(len(reads), BLOCKS))
+    _configure(dataset.context)
+    dataset = dataset.map_batches(
+        _Decode(decoding),
+        **common,
+        compute=ray.data.TaskPoolStrategy(size=room.decoders),
+        num_cpus=room.decoder_cpus,
+    ).map_batches(
+        _Embed,
+        fn_constructor_args=(spec, facts, folder, bool(room.actor_gpus)),
+        compute=ray.data.ActorPoolStrategy(
+            size=room.actors,
+            max_tasks_in_flight_per_actor=IN_FLIGHT,
+            max_concurrent_calls_per_actor=2,
+            enable_true_multi_threading=True,
+        ),
+        **common,
+        num_cpus=room.actor_cpus,
+        num_gpus=room.actor_gpus,
     )
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -181,11 +182,12 @@ class Room:
     decoder_cpus: float
 
 
-def _room(units: int) -> Room:
+def _room(units: int, gpu: bool) -> Room:
     import ray
 
     resources = ray.cluster_resources()
-    return room_for(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)), units)
+    gpus = int(resources.get("GPU", 0)) if gpu else 0
+    return room_for(int(resources.get("CPU", 1)), gpus, units)
 
 
 def room_for(cpus: int, gpus: int, units: int) -> Room:
@@ -210,19 +212,18 @@ def room_for(cpus: int, gpus: int, units: int) -> Room:
 
 
 class _Decode:
-    """From numbers of reads to their units, a row each; the reads come by the object store."""
+    """From descriptions of units, a read in each row, to the decoded units, a row each."""
 
-    def __init__(self, reads: list[Any], decoding: Decoding) -> None:
-        self.reads, self.decoding = reads, decoding
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        import ray
         import torch
 
         torch.set_num_threads(1)  # decoders run side by side, one core each
-        reads = ray.get(self.reads[0])
-        for number in table.column("read").to_pylist():
-            for decoded in decoded_units(reads[number], self.decoding):
+        for text in table.column("units").to_pylist():
+            units = [Unit(**{**u, "groups": tuple(u["groups"])}) for u in json.loads(text)]
+            for decoded in decoded_units(units, self.decoding):
                 head = {name: value for name, value in decoded.__dict__.items() if name != "images"}
                 shape = {"shape": decoded.images.shape}
                 yield row_of(head | shape, {"images": decoded.images.reshape(-1)})
@@ -246,6 +247,7 @@ class _Embed:
 
 
 def _configure(context: Any) -> None:
+    """Of one dataset and what is made of it; the driver's own settings stay as they are."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # one unit, one block

@@ -267,7 +267,7 @@ def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
         raise DataError(
             f"{field}={public(uri)}: {MARK} is none of this version", "embed the images again"
         )
-    parts = tuple((str(name), int(rows)) for name, rows in facts["parts"])
+    parts = tuple((str(name), int(rows)) for name, rows in facts.pop("parts"))
     return VectorSet(place, parts, facts)
 
 

@@ -92,6 +92,7 @@ def request_of(context: Context) -> Request:
         embed.dtype,
         config.data.max_image_pixels,
         config.data.max_bad_fraction,
+        gpu=config.train.device != "cpu",
     )
 
 
@@ -126,7 +127,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     shards = request.shards
     tracker.dataset("images", shards.digest, public(shards.uri), "embedding", shards.rows)
     report = embed_set(request, uri, context.folder.at("embed", "bad.parquet"))
-    vectors, bad = report.vectors, len(report.bad)
+    vectors, bad = report.vectors, report.bad
     text = _sentence(report, uri, size_on_disk(uri))
     result_line("embed", text)
     facts = vectors.facts
@@ -152,7 +153,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 
 
 def _sentence(report: Report, uri: str, size: float) -> str:
-    vectors, bad = report.vectors, len(report.bad)
+    vectors, bad = report.vectors, report.bad
     shapes = ", ".join(f"{name} {shape}" for name, shape in shapes_of(vectors.facts).items())
     text = f"{vectors.rows:,} images by {public(vectors.facts['model'])}: {shapes}; "
     text += f"{size_of(size)} in {public(uri)}"

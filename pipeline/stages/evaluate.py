@@ -11,8 +11,9 @@ from typing import Any
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec
+from pipeline.embed.folder import remove_vectors
 from pipeline.embed.load import load_teacher
-from pipeline.embed.run import Request, embed_set, remove_vectors
+from pipeline.embed.run import Request, embed_set
 from pipeline.embed.vectors import VectorSet, labelled
 from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
@@ -153,6 +154,7 @@ def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Table
         return {}
     trained = state.identity(saved)
     networks = {TRAINED: (load_teacher, trained), FIRST: (first_backbone, f"{trained} at step 0")}
+    gpu = trained_plan(saved).device == "cuda"
     tables: Tables = {}
     for name, (load, digest) in networks.items():
         model = EmbedderSpec(
@@ -169,7 +171,7 @@ def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Table
         try:
             tables[name] = {
                 what: embed_set(
-                    Request(model, shards, max_pixels=spec.max_pixels),
+                    Request(model, shards, max_pixels=spec.max_pixels, gpu=gpu),
                     str(context.folder.at("evaluate", "vectors", name, what)),
                     replaced=True,
                 ).vectors

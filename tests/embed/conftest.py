@@ -71,7 +71,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def embedded(reads: Sequence[Sequence[Unit]], *rest: Any) -> Any:
         numbers.extend(unit.number for units in reads for unit in units)
-        yield pool._embed_all(reads, *rest, False), 1
+        yield pool._embed_all(reads, *rest[:-1], False), 1
 
     monkeypatch.setattr(run, "facts_of", facts)
     monkeypatch.setattr(run, "embedded_in_one_task", embedded)

@@ -158,7 +158,7 @@ def test_an_open_table_never_reads_the_parts_of_another_model(
     other = Request(**{**asked.__dict__, "spec": replace(asked.spec, digest="another")})
 
     def killed(reads: Any, *rest: Any) -> Any:
-        yield pool._embed_all(reads[:1], *rest, False), 1
+        yield pool._embed_all(reads[:1], *rest[:-1], False), 1
         raise KeyboardInterrupt
 
     for name in ("embedded_in_one_task", "embedded_by_pool"):
