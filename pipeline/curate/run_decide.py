@@ -79,7 +79,7 @@ def write_shards(curation: Curation, shards: Place) -> ShardSet:
         curation.known.prints.folder,
         earlier,
     )
-    written, _, again = write_curated(
+    written, again = write_curated(
         shards,
         setup.steps.root,
         selection,

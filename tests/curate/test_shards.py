@@ -22,6 +22,7 @@ from pipeline.curate.decide.shard_write import Selection
 from pipeline.curate.decide.shards import write_curated
 from pipeline.curate.decide.tally import Sources
 from pipeline.curate.rows.tables import AS_IS, POOL, Inputs
+from pipeline.curate.steps import tasks
 from pipeline.curate.steps.steps import Steps
 from pipeline.errors import DataError
 from pipeline.images.decode import decode, image_format
@@ -93,7 +94,7 @@ def curated(
 
 def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (written, _, _), result = curated(tmp_path, sets)
+    (written, _), result = curated(tmp_path, sets)
     assert written.packed and len(written.files) > 3
     opened = open_shards(str(tmp_path / "curated"))
     assert opened == written
@@ -115,7 +116,7 @@ def test_what_is_kept_is_in_the_shards_in_order_of_ids(tmp_path, monkeypatch):
 
 def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    (written, _), _ = curated(tmp_path, sets, share=1.0)
     table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert table.schema.names == [
         "image_id", "image", "width", "height", "format", "source", "label",
@@ -137,16 +138,18 @@ def test_columns_of_both_kinds_of_sets(tmp_path, monkeypatch):
 
 def test_the_digest_says_which_images_they_are(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (one, _, _), _ = curated(tmp_path, sets)
-    (again, results, _), _ = curated(tmp_path, sets)
-    assert again == one and not results  # nothing was written again
-    (less, _, _), _ = curated(tmp_path, sets, share=0.5)
+    (one, _), _ = curated(tmp_path, sets)
+    stamps = [Path(file.path).stat().st_mtime_ns for file in one.files]
+    (again, _), _ = curated(tmp_path, sets)
+    assert again == one  # and nothing was written again
+    assert [Path(file.path).stat().st_mtime_ns for file in again.files] == stamps
+    (less, _), _ = curated(tmp_path, sets, share=0.5)
     assert less.digest != one.digest and less.rows < one.rows
     manifest = json.loads((tmp_path / "curated" / "_manifest.json").read_text())
     assert manifest["images"] == less.rows and manifest["source"].startswith("curated from ")
-    (back, _, _), _ = curated(tmp_path, sets)
+    (back, _), _ = curated(tmp_path, sets)
     assert back.digest == one.digest
-    (other, _, _), _ = curated(tmp_path, sets, size=10**9)
+    (other, _), _ = curated(tmp_path, sets, size=10**9)
     assert len(other.files) == 1
     assert other.rows == back.rows and not (tmp_path / "curated" / "part-00001.parquet").exists()
 
@@ -162,48 +165,42 @@ def test_a_packed_set_in_other_pieces_gives_the_same_shards(tmp_path, monkeypatc
     loose = hub(tmp_path / "hub", [list(images.values())[:9], list(images.values())[9:]])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    (a, _, _), _ = curated(tmp_path / "a", [("pool", POOL, pack)])
-    (b, _, _), _ = curated(tmp_path / "b", [("pool", POOL, loose)])
+    (a, _), _ = curated(tmp_path / "a", [("pool", POOL, pack)])
+    (b, _), _ = curated(tmp_path / "b", [("pool", POOL, loose)])
     assert a.digest == b.digest
     assert [f.rows for f in a.files] == [f.rows for f in b.files]
 
 
 def test_a_shard_that_is_gone_is_written_again(tmp_path, monkeypatch):
     sets = pile(tmp_path, monkeypatch)
-    (one, _, _), _ = curated(tmp_path, sets)
+    (one, _), _ = curated(tmp_path, sets)
     before = {f.name: Path(f.path).read_bytes() for f in one.files}
     Path(one.files[1].path).unlink()
-    (again, _, _), _ = curated(tmp_path, sets)
+    (again, _), _ = curated(tmp_path, sets)
     assert again.digest == one.digest
     assert {f.name: Path(f.path).read_bytes() for f in again.files} == before
 
 
 def test_a_kill_between_two_shards(tmp_path, monkeypatch):
-    from pipeline.curate.decide import shards as module
-
     sets = pile(tmp_path, monkeypatch)
-    (whole, _, _), _ = curated(tmp_path, sets)
+    (whole, _), _ = curated(tmp_path, sets)
     before = {f.name: Path(f.path).read_bytes() for f in whole.files}
     (tmp_path / "again").mkdir()
-    real, calls = module.write_shard, []
+    plain, calls = tasks._task, []
 
-    def dies(out, pieces, layout):
-        calls.append(int(out.name))
-        if calls[-1] == 2:
-            raise KeyboardInterrupt
-        return real(out, pieces, layout)
+    def dies(folder, task, function):
+        if folder.endswith("/curated"):
+            calls.append(int(task.name))
+            if calls == [0, 1, 2]:
+                raise KeyboardInterrupt
+        return plain(folder, task, function)
 
-    monkeypatch.setattr(module, "write_shard", dies)
+    monkeypatch.setattr(tasks, "_task", dies)
     with pytest.raises(KeyboardInterrupt):
         curated(tmp_path / "again", sets)
     with pytest.raises(DataError, match="packing was not finished"):
         open_shards(str(tmp_path / "again" / "curated"))
-    monkeypatch.setattr(
-        module,
-        "write_shard",
-        lambda out, pieces, layout: (calls.append(int(out.name)), real(out, pieces, layout))[1],
-    )
-    (written, _, _), _ = curated(tmp_path / "again", sets)
+    (written, _), _ = curated(tmp_path / "again", sets)
     assert written.digest == whole.digest
     assert {f.name: Path(f.path).read_bytes() for f in written.files} == before
     assert calls.count(2) == 2
@@ -228,8 +225,6 @@ def test_a_folder_of_others_is_left_alone(tmp_path, monkeypatch):
 
 
 def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
-    from pipeline.curate.decide import shards as module
-
     a, b = (
         [("pool", POOL, hub(tmp_path / name, [[picture(first + i) for i in range(6)]]))]
         for name, first in (("a", 0), ("b", 50))
@@ -256,13 +251,15 @@ def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
     refused("no manifest says whose shard that is")
     (tmp_path / "aside").rename(manifest)
 
-    def meanwhile(*arguments, **layout):  # another run comes while this one writes
-        refused("another job is writing shards of curated from .*/a")
-        return write_shard(*arguments, **layout)
+    plain = tasks._task
 
-    write_shard = module.write_shard
+    def meanwhile(folder, *arguments):  # another run comes while this one writes
+        if folder == str(tmp_path / "curated"):
+            refused("another job is writing shards of curated from .*/a")
+        return plain(folder, *arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_shard", meanwhile)
+        patch.setattr(tasks, "_task", meanwhile)
         curated(tmp_path, a, share=1.0, size=10**9)
     # the same run may curate other images into it
     curated(tmp_path, b, share=1 - 1e-9)  # a key of its own for the decisions
@@ -279,7 +276,7 @@ def test_shards_of_another_curation_are_left_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_images(tmp_path, monkeypatch, count):
     sets = [("pool", POOL, hub(tmp_path / "hub", [[picture(i) for i in range(count)], []]))]
-    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    (written, _), _ = curated(tmp_path, sets, share=1.0)
     assert written.rows == count and written.packed
 
 
@@ -299,7 +296,7 @@ def test_labels_of_several_sets(tmp_path, monkeypatch):
     assert form.class_names == ("ant", "cat", "dog", "\u00e9mu")
     assert form.labels == {"a": (1, 2), "b": (3, 2), "text": (0, 3)}
     sets = [("a", POOL, a), ("b", POOL, b), ("text", POOL, text)]
-    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    (written, _), _ = curated(tmp_path, sets, share=1.0)
     rows = pa.concat_tables([pq.read_table(f.path) for f in written.files]).to_pylist()
     labels = {row["image_id"]: row["label"] for row in rows}
     expected = {0: 1, 1: 2, 2: None, 10: 3, 11: 2, 12: 2, 20: 3, 21: 0}
@@ -337,7 +334,7 @@ def test_formats_are_those_that_decoding_names(tmp_path, monkeypatch):
     assert [image_format(encoded) for encoded in images] == names
     assert image_format(five) == decode(five, channels=5)[1] == "TIFF"
     sets = [("pool", POOL, hub(tmp_path / "hub", [images]))]
-    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    (written, _), _ = curated(tmp_path, sets, share=1.0)
     table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert sorted(table.column("format").to_pylist()) == sorted(names)
 
@@ -359,6 +356,6 @@ def test_numpy_images_keep_their_format(tmp_path, monkeypatch):
     still = io.BytesIO()
     Image.new("L", (24, 24)).save(still, "WEBP")
     sets = [("pool", POOL, hub(tmp_path / "hub", [[stream.getvalue(), still.getvalue()]]))]
-    (written, _, _), _ = curated(tmp_path, sets, share=1.0)
+    (written, _), _ = curated(tmp_path, sets, share=1.0)
     table = pa.concat_tables([pq.read_table(f.path) for f in written.files])
     assert sorted(table.column("format").to_pylist()) == ["NPY", "WEBP"]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.curate.steps import tasks
 from pipeline.curate.steps.steps import Output, Resources, Step, Steps, key_of, numbered
 from tests.standins import tasks_here
 
@@ -29,6 +30,17 @@ class Rule:
 
     least: float
     names: tuple[str, ...] = ()
+
+    def many(self) -> int:
+        """How many there are."""
+        return len(self.names)
+
+
+class Called:
+    """An object that can be called."""
+
+    def __call__(self) -> None:
+        """Does nothing."""
 
 
 def squares(out: Output, item: int, rule: Rule, before: Step | None = None) -> dict[str, int]:
@@ -85,6 +97,39 @@ def test_a_step_of_another_key_leaves_no_table_and_no_foreign_file(tmp_path: Pat
     assert (tmp_path / "squares" / "notes.txt").read_text() == "mine"
 
 
+def test_a_start_that_was_killed_while_it_emptied_a_step_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, items=5)
+    plain, left = tasks.delete_file, 9
+
+    def killed(fs: Any, path: str) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        plain(fs, path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(tasks, "delete_file", killed)
+        run(tmp_path, items=2)
+    assert len(list((tmp_path / "squares").rglob("*.parquet"))) == 12  # some are gone
+    assert run(tmp_path, items=2).reused == 0
+    names = {path.name for path in (tmp_path / "squares").rglob("*.parquet")}
+    assert names == {"00000.parquet", "00001.parquet"}
+
+
+def cubes(out: Output, item: int, rule: Rule) -> None:
+    """Another function, with a table of the same name."""
+    out.table(pa.table([[item], [item**3]], schema=SCHEMA))
+
+
+def test_another_function_under_one_name_runs_again(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    other = Steps(tmp_path).run("squares", cubes, numbered(3), rule=Rule(1.0))
+    assert other.reused == 0 and other.key != first.key and other.total("rows") == 3
+
+
 def test_a_task_that_is_missing_is_run_alone(tmp_path: Path) -> None:
     whole = run(tmp_path)
     folder = tmp_path / "squares"
@@ -96,17 +141,29 @@ def test_a_task_that_is_missing_is_run_alone(tmp_path: Path) -> None:
 
 
 def test_what_no_key_can_be_made_of_is_refused(tmp_path: Path) -> None:
-    for value in (object(), {1, 2}, Path("x")):
+    least = 3
+    unnamed: list[Any] = [lambda: 3, Rule(1.0).many, Called(), np.array([Rule(1.0)])]
+
+    def closure() -> int:
+        return least
+
+    for value in (object(), {1, 2}, Path("x"), closure, max, *unnamed):
         with pytest.raises(TypeError, match="no key can be made"):
             run(tmp_path, rule=value)
     assert key_of(np.arange(3)) != key_of(np.arange(3.0)) != key_of(np.arange(4.0))
-    assert key_of(partial(max, default=1)) != key_of(partial(max, default=2))
+    assert key_of(partial(squares, item=1)) != key_of(partial(squares, item=2))
 
 
 def test_a_task_gets_a_step_without_its_accounts(tmp_path: Path) -> None:
     step = run(tmp_path)
     sent = pickle.loads(pickle.dumps(step))
-    assert sent.key == step.key and sent.total("even") == 0
+    assert sent.key == step.key and Step("a", "b", "c").total("even") == 0
+    with pytest.raises(RuntimeError, match="total even of the step squares"):
+        sent.total("even")
+    accounts = tuple({"rows": 1} for _ in range(1000))
+    narrow = replace(step, accounts=accounts, tables=tuple(numbered(1000)))
+    assert len(pickle.dumps(narrow)) < len(pickle.dumps(replace(narrow, accounts=()))) + 100
+    assert not pickle.loads(pickle.dumps(narrow)).bucket(1, SCHEMA).num_rows
     assert sent.bucket(1, SCHEMA, sub="rows").equals(step.bucket(1, SCHEMA, sub="rows"))
 
 

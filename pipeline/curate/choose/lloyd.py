@@ -76,7 +76,7 @@ def fit(steps: Steps, rows: RowSet, kmeans: KMeans, resources: Resources = ONE_C
     if not known:
         known = _fit(_Passes(steps.aside(), rows, kmeans, resources), folder)
         write_bytes_atomic(json.dumps(known).encode(), fs, f"{path}/fit.json")
-        _tidy(folder)
+    _tidy(folder)  # also after a start that was killed before it
     step = Step("k-means", key, folder, **known["cost"])
     steps.done.append(step)
     return Fitted(step, known["clusters"], dim, tuple(known["similarity"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.curate.copies.forest import LABELS, shard_of
 from pipeline.curate.rows.bucketed import raw, unraw
 from pipeline.curate.rows.exact import Ints
 from pipeline.curate.rows.read_rows import CROPS, FileSlice, Portion, Rows, read_rows
-from pipeline.curate.rows.tables import AS_IS, ID, ROW, InputFile, Vectors, id_array, ids_of
+from pipeline.curate.rows.tables import ID, ROW, Vectors, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step
 
 Array = np.ndarray[Any, Any]
@@ -62,13 +62,16 @@ class FactSources:
 
 
 def gather_facts(
-    out: Output, portion: Portion, sources: FactSources, files: Mapping[str, InputFile], shards: int
+    out: Output, portion: Portion, sources: FactSources, as_is: Sequence[str], shards: int
 ) -> Account:
     """Task: the facts about a portion's rows (`rows`), and the vectors of those that stand for
     themselves (`vectors`), both by the shard of their component.
+
+    `as_is` has the names of the files of sets that are kept as they are; few, while a table of all
+    files would be read from its pickle by each task.
     """
     equal = sources.distinct.stood_for(portion)
-    facts = [_facts(sources, cut, files[cut.name], equal) for cut in portion.slices]
+    facts = [_facts(sources, cut, cut.name in as_is, equal) for cut in portion.slices]
     facts = [table for table in facts if len(table)]
     if not facts:
         return {"rows": 0}
@@ -86,7 +89,7 @@ def gather_facts(
     return {"rows": len(whole)}
 
 
-def _facts(sources: FactSources, cut: FileSlice, file: InputFile, equal: pa.Table) -> pa.Table:
+def _facts(sources: FactSources, cut: FileSlice, as_is: bool, equal: pa.Table) -> pa.Table:
     """Of the rows of a slice of a file that are in a component, as `FACTS`."""
     own = sources.labels.rows(cut.first, cut.end, LABELS)
     if not len(own):
@@ -105,7 +108,7 @@ def _facts(sources: FactSources, cut: FileSlice, file: InputFile, equal: pa.Tabl
         row,
         label,
         id_array(ids_of(prints["image_id"])[at]),
-        np.full(len(row), file.kind == AS_IS),
+        np.full(len(row), as_is),
         area[at],
         density[at],
         goes,

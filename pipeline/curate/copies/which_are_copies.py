@@ -20,7 +20,7 @@ from pipeline.curate.copies.keepers import CopyRule, HowSimilar, choose_keepers
 from pipeline.curate.copies.pairs import Pairs
 from pipeline.curate.look.look_at_pairs import Looking, look_at, pairs_of_rows, verdicts_of
 from pipeline.curate.rows.read_rows import file_groups
-from pipeline.curate.rows.tables import COMPONENTS, EDGES, id_array, ids_of
+from pipeline.curate.rows.tables import AS_IS, COMPONENTS, EDGES, id_array, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, by_file, numbered
 
 LOOKED_EDGES = "looks/edges/looked"  # the step with the verdicts on edges
@@ -62,8 +62,9 @@ def group_copies(
     # What the choice needs of each row goes to the shard of its group: groups span all files.
     shards = shards_for(int(labels.total("rows")), images.vectors)
     sources = FactSources(images.distinct(index.equal), labels, prints, tuple(going))
+    as_is = [file.name for file in inputs.files if file.kind == AS_IS]
     facts = steps.run("copies/gathered", gather_facts, images.portions(index.portion_rows),
-                      sources=sources, files=inputs.by_name, shards=shards)  # fmt: skip
+                      sources=sources, as_is=as_is, shards=shards)  # fmt: skip
     similar = HowSimilar(images.visiting, index.penalty)
     kept = steps.run("copies/kept", choose_keepers, numbered(shards), facts=facts,
                      dim=images.vectors.dim, similar=similar, rule=rule)  # fmt: skip

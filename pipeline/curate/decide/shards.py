@@ -48,7 +48,7 @@ def write_curated(
     *,
     shard_bytes: int,
     row_group_images: int,
-) -> tuple[ShardSet, list[Step], int]:
+) -> tuple[ShardSet, int]:
     """Writes the images that are kept as image shards with a manifest; needs a joined Ray cluster.
 
     A rerun writes what is missing, and nothing where nothing changed.
@@ -61,8 +61,8 @@ def write_curated(
         row_group_images: rows of a row group, fewer where images are large.
 
     Returns:
-        The shards, the results of the steps that ran, and how many of the earlier images came again
-        (byte for byte, though nothing took them for copies).
+        The shards, and how many of the earlier images came again (byte for byte, though nothing
+        took them for copies).
 
     Raises:
         DataError: nothing is kept and nothing was there, or the folder holds something else.
@@ -79,7 +79,7 @@ def write_curated(
     about += [earlier.digest] if earlier else []
     key = fingerprint([*about, sorted(form.labels.items()), form.packed, str(shards)])
     if (curated := _finished(root, shards, key)) is not None:
-        return curated, [], selection.images - curated.rows
+        return curated, selection.images - curated.rows
 
     # The types are checked before anything is sorted or written, for that reads all values.
     check_values(every, form)
@@ -92,7 +92,8 @@ def write_curated(
     steps = Steps(folder)
     owner = Owner(source, public(root))
     with claimed(str(shards), owner, lambda: unfinished(str(shards))) as claim:
-        _make_ready(claim, root, source, key, steps.key(name, pieces, layout=layout))
+        step = steps.key(name, pieces, function=write_shard, layout=layout)
+        _make_ready(claim, root, source, key, step)
         written = steps.run(name, write_shard, pieces, layout=layout)
         again = int(written.total("again"))
         if (rows := int(written.total("rows"))) != selection.images - again:
@@ -109,7 +110,7 @@ def write_curated(
     write_bytes_atomic(json.dumps(mark).encode(), fs, f"{path}/{MADE}")
     if runs:  # as large as the images
         empty_step(runs.folder, step_files(runs.folder))
-    return curated, [*([runs] if runs else []), written], again
+    return curated, again
 
 
 def _pieces(selection: Selection, layout: Layout, runs: Step | None) -> dict[str, list[Piece]]:

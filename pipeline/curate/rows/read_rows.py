@@ -290,7 +290,7 @@ class RowSet:
                 "this is a bug: the steps were run on other inputs",
             )
         source = Source(vectors.folder, kept, vectors.dim, vectors.column)
-        key = fingerprint([vectors.key, vectors.column, kept_key])
+        key = fingerprint([vectors.key, vectors.column, list(vectors.names), kept_key])
         return cls(source, vectors.names, tuple(int(n) for n in counts), key)
 
     @property

@@ -9,6 +9,7 @@ again when its key is another one than that of the tables that are there.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -48,6 +49,7 @@ class Step:
         cpu_s: CPU time of all tasks, in this run and before.
         peak_bytes: largest resident memory that a task's process had.
         tables: names of the tasks, which most tables are called after.
+        sent: this is the copy that a task was sent: of its accounts it has where buckets are.
     """
 
     name: str
@@ -59,18 +61,21 @@ class Step:
     cpu_s: float = 0.0
     peak_bytes: int = 0
     tables: tuple[str, ...] = ()
+    sent: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A task needs to know where buckets are; the accounts of 100,000 tasks are too much for it.
         shelves = tuple({"shelves": a["shelves"]} if "shelves" in a else {} for a in self.accounts)
-        return self.__dict__ | {"accounts": shelves}
+        return self.__dict__ | {"accounts": shelves if any(shelves) else (), "sent": True}
 
     def at(self, sub: str = "") -> str:
         """Its folder, or one inside it."""
         return str(join(self.folder, sub)) if sub else self.folder
 
     def total(self, name: str) -> float:
-        """The sum of a number over the accounts."""
+        """The sum of a number over the accounts, which tasks do not have."""
+        if self.sent:
+            raise RuntimeError(f"a task asked for the total {name} of the step {self.name}")
         return float(sum(account.get(name, 0) for account in self.accounts))
 
     def read(
@@ -106,7 +111,7 @@ class Step:
         """What its tasks, or only one of them, wrote to a bucket: a table for each that wrote."""
         written = [
             table
-            for task, account in zip(self.tables, self.accounts, strict=True)
+            for task, account in zip(self.tables, self.accounts, strict=False)  # sent: maybe none
             for table in account.get("shelves", {}).get(sub, {}).items()
             if only in ("", task)
         ]
@@ -226,7 +231,7 @@ class Steps:
         function: Callable[..., Any],
         items: Mapping[str, Any],
         resources: Resources = ONE_CPU,
-        version: int = 1,
+        version: int | tuple[int, ...] = 1,
         **arguments: Any,
     ) -> Step:
         """Runs `function(out, item, **arguments)` for each item that is not finished, as Ray tasks.
@@ -237,7 +242,7 @@ class Steps:
                 must give the same tables whenever it is called.
             items: by the names of their tasks.
             resources: of a task. They are in no key: tables do not depend on them.
-            version: of the function; another one runs it again.
+            version: of the function, or also of what it calls; another one runs it again.
             arguments: of all tasks alike: numbers, texts, dataclasses of these, and steps.
 
         Raises:
@@ -245,7 +250,7 @@ class Steps:
         """
         begin = time.monotonic()
         folder = str(join(self.root, *name.split("/")))
-        key = self.key(name, items, version, **arguments)
+        key = self.key(name, items, version, function=function, **arguments)
         tasks = [Task(task, (task, item)) for task, item in items.items()]
         called = partial(_call, function=function, arguments=arguments, resources=resources)
         accounts, reused = run_tasks(folder, name, key, tasks, called, resources)
@@ -264,8 +269,14 @@ class Steps:
             self.done.append(step)
         return step
 
-    def key(self, name: str, items: Mapping[str, Any], version: int = 1, **arguments: Any) -> str:
-        """Of a step: equal keys give equal tables."""
+    def key(
+        self,
+        name: str,
+        items: Mapping[str, Any],
+        version: int | tuple[int, ...] = 1,
+        **arguments: Any,
+    ) -> str:
+        """Of a step: equal keys give equal tables. `function` is among the arguments."""
         return fingerprint([name, version, key_of(items), key_of(arguments)])
 
     def stored(self, name: str) -> Step:
@@ -290,17 +301,19 @@ def key_of(value: Any) -> Any:
         return {str(name): key_of(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
         return [key_of(one) for one in value]
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         content = blake2b(np.ascontiguousarray(value).tobytes(), digest_size=16).hexdigest()
         return [str(value.dtype), list(value.shape), content]
     if isinstance(value, pa.Schema):
         return str(value)
+    # Only what its name tells: a lambda, a closure or a method may be another under the same one.
+    named = inspect.isfunction(value) and not value.__closure__ and value.__name__ != "<lambda>"
+    if named or isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value):
         return {one.name: key_of(getattr(value, one.name)) for one in fields(value)}
     if isinstance(value, partial):
         return [key_of(value.func), key_of(value.args), key_of(value.keywords)]
-    if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"a step was given a {type(value).__name__}, of which no key can be made")
 
 

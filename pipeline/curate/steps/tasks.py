@@ -146,13 +146,16 @@ def step_files(folder: str) -> list[str]:
 
 
 def empty_step(folder: str, files: Sequence[str]) -> None:
-    """Takes away a step's accounts and some of its files; what others have put there stays."""
+    """Takes away a step's accounts and some of its files; what others have put there stays.
+
+    Accounts go first, so no task counts as finished whose files are gone. The key goes last: where
+    this is killed, the next start sees another key, or no account, and goes on with it.
+    """
     fs, path = resolve_uri(folder)
-    for name in (f"{path}/_key.json", f"{path}/_accounts.json", *files):
+    accounts = list_files(fs, f"{path}/_tasks", recursive=False)
+    tasks = [info.path for info in accounts if info.extension == "json"]
+    for name in (f"{path}/_accounts.json", *tasks, *files, f"{path}/_key.json"):
         delete_file(fs, name)
-    for info in list_files(fs, f"{path}/_tasks", recursive=False):
-        if info.extension == "json":
-            delete_file(fs, info.path)
     if isinstance(fs, pafs.LocalFileSystem):
         for place in sorted({f"{path}/_tasks", path, *(f.rpartition("/")[0] for f in files)}):
             with contextlib.suppress(OSError):  # not empty

@@ -48,6 +48,7 @@ from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec, open_embedder
 
 log = logging.getLogger("pipeline.curate")
 
+MEASURING = 2  # version of `measure`; another one calibrates again, as another second look does
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
 LONGEST = 400  # pixels: larger images are made so small before they are attacked
 FORMS = 256  # that are held for the second look
@@ -108,9 +109,9 @@ def calibrate(
     copies = steps.run("calibrate_copies", attack_rows, attacked, resources, spec=spec,
                        seed=sampling.seed, max_pixels=decoding.max_pixels)  # fmt: skip
     shown = Shown(tuple(one.file for one in sample.values()), decoding)
-    measured = steps.run("calibrate", measure, {"calibration": sampling.target}, version=VERSION,
-                         gathered=gathered, copies=copies, views=vectors.views,
-                         shown=shown)  # fmt: skip
+    measured = steps.run("calibrate", measure, {"calibration": sampling.target},
+                         version=(MEASURING, VERSION), gathered=gathered, copies=copies,
+                         views=vectors.views, shown=shown)  # fmt: skip
     calibration = Calibration.of_json(measured.accounts[0]["calibration"])
     log.info("threshold   %s", calibration.line())
     if calibration.warning:
