@@ -1,4 +1,5 @@
-"""Writes the teacher's backbone as safetensors, loads it back and compares.
+"""Writes the teacher's backbone as safetensors, with export.onnx=true as ONNX too, loads it back
+and compares.
 
 python jobs/export.py configs/cifar10.yaml
 """

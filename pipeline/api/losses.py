@@ -86,6 +86,9 @@ def dino_loss(
             "local_crops, temperature and global_crops of dino_loss go with a Target",
             "give student_temperature=… and teacher_temperature=… with the teacher's logits",
         )
+    known = ("student_temperature", "teacher_temperature", "centre")
+    if unknown := sorted(options.keys() - known):
+        raise PipelineError(f"dino_loss has no {unknown[0]}", f"there are {', '.join(known)}")
     return _between(_stacked(student), _stacked(teacher), **options)  # type: ignore[arg-type]
 
 
@@ -132,9 +135,15 @@ def update_centre(teacher: Views, centre: Tensor, momentum: float = 0.9) -> Tens
     Raises:
         PipelineError: the shapes do not fit each other.
     """
+    logits = _stacked(teacher).detach()
+    if logits.ndim not in (2, 3):
+        raise PipelineError(
+            f"update_centre got logits {list(logits.shape)}, expected [B, K] or [G, B, K]",
+            "give the teacher's logits with their axis of images",
+        )
     moving = Centre(centre.numel(), momentum)
     moving.value = centre.detach().float().reshape(-1)
-    moving.see([_stacked(teacher).detach().flatten(0, -2)])
+    moving.see([logits.flatten(0, -2)])
     return moving.use()
 
 

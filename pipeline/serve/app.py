@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -154,6 +155,7 @@ class _Answers:
         self.site = site
         self.thumbnails = Cache(CACHE_BYTES)
         self.waiting = 0
+        self.decoding = asyncio.Semaphore(os.cpu_count() or 1)  # each may take 150 MB
 
     # ---- The page, and what it is told.
 
@@ -314,7 +316,10 @@ class _Answers:
     async def _prepared(self, encoded: bytes, max_pixels: int) -> UInt8Array:
         """[S, S, C], as the vectors' own images were prepared."""
         model, pixels = self._model(), self.site.pixels
-        return await asyncio.to_thread(lambda: model.prepare(decoded(encoded, max_pixels, pixels)))
+        async with self.decoding:
+            return await asyncio.to_thread(
+                lambda: model.prepare(decoded(encoded, max_pixels, pixels))
+            )
 
 
 def _whole(text: str) -> int:

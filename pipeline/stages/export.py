@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
+    if (of_before := weights / "onnx").is_dir():
+        shutil.rmtree(of_before)  # perhaps of another checkpoint than the weights beside it
     onnx = _onnx(context, saved, backbone) if context.config.export.onnx else {}
     details = [f"* {name}: {said}" for name, said in (formats | onnx).items()]
     tracker.note("\n\n".join([text, "\n".join(details), agreed]))

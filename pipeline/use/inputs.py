@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 from pipeline.errors import DataError, StorageError, one_line
 from pipeline.images.bad_image import BadImage
 from pipeline.images.kinds import named_as_image
-from pipeline.shards.row_group import read_row_group
+from pipeline.shards.row_group import read_row_group, read_sources
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.places import file_info, list_files, resolve_uri
 from pipeline.storage.transfer import read_bytes
@@ -80,7 +80,7 @@ def spread(shards: ShardSet, count: int) -> list[File]:
     """A few images of a set: those in the middle of as many equal stretches of its order.
 
     Packed sets are in the order of a hash of the images, so these are as good as drawn, and the
-    same each time.
+    same each time. Their names are the paths that they were packed from, where the set has those.
     """
     count = min(count, shards.rows)
     wanted = (2 * np.arange(count) + 1) * shards.rows // (2 * count)
@@ -91,12 +91,14 @@ def spread(shards: ShardSet, count: int) -> list[File]:
             inside = wanted[(wanted >= first) & (wanted < first + rows)] - first
             first += rows
             table = read_row_group(shards, number, group) if len(inside) else None
+            sources = read_sources(shards.columns, file.path, group) if table else []
             for row in inside.tolist() if table else ():
                 label = int(table.labels[row])  # type: ignore[union-attr]
                 name = shards.class_names[label] if 0 <= label < len(shards.class_names) else ""
                 image_id = bytes(table.image_ids[row]).hex()  # type: ignore[union-attr]
                 content = bytes(table.images[row].as_py() or b"")  # type: ignore[union-attr]
-                files.append(File(f"{name} {image_id[:8]}".strip(), content, named=False))
+                known_as = public(sources[row]) or f"{name} {image_id[:8]}".strip()
+                files.append(File(known_as, content, named=False))
     return files
 
 

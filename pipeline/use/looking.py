@@ -77,7 +77,8 @@ class Seen:
 
 
 def look(network: nn.Module, images: Iterable[Pixels], question: Question) -> Seen:
-    """Looks at images uint8 [H, W, C] of any sizes; one at a time is held in full.
+    """Looks at images uint8 [H, W, C] of any sizes, in one pass over them; kept is of each what the
+    network takes and gives.
 
     Raises:
         PipelineError: the network has no patches, or does not take the size; the mark lies

@@ -145,7 +145,7 @@ def _ids(name: str, content: bytes) -> Ids:
                 )
             bands = picture.getbands()
             values = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name} cannot be read as a picture: {error}", EXPECTED) from error
     if "A" in bands:  # what is transparent is nothing
         values = np.where(values[..., -1:] > 0, values[..., :-1], 0)

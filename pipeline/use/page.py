@@ -23,7 +23,7 @@ TILE = 272  # pixels of a picture on the page: four side by side
 CAPTIONS = {
     "image": "",
     "attention": "mean of all heads; violet is least, yellow most, of this image",
-    "heads": "each head on its own scale",
+    "heads": "{heads}, each on its own scale",
     "components": "like colours are like parts, in all images; black is around the object",
     "similarity": "cosine with the framed patch; violet {low:.2f} to yellow {high:.2f} in all",
     "classes": "the class that each pixel's patches are most like",
@@ -113,7 +113,10 @@ def sections(
 ) -> list[Section]:
     """The page: facts, what was not read, then the pictures of each image (`small` ones)."""
     low, high = similarities(seen)
+    heads = len(seen.attention[0]) if seen.attention else 0
+    shown = f"the first {HEADS} of {heads} heads" if heads > HEADS else "all heads"
     shares = ", ".join(f"{share:.0%}" for share in seen.shares)
+    in_captions = {"low": low, "high": high, "heads": shown}
     words = [
         "Attention is that of the CLS token to the patches; CLS and registers are left out."
         if seen.attention
@@ -131,9 +134,7 @@ def sections(
         page.append(_legend(drawn, classes))
     for one in drawn:
         tiles = [
-            Tile(
-                picture, (name, CAPTIONS[name].format(low=low, high=high)), f"{name} of {one.name}"
-            )
+            Tile(picture, (name, CAPTIONS[name].format(**in_captions)), f"{name} of {one.name}")
             for name, picture in one.pictures.items()
         ]
         page.append(Gallery([Group(tiles)], one.name, tile=TILE))

@@ -128,6 +128,13 @@ def test_update_centre() -> None:
     assert torch.equal(centre, before)
 
 
+def test_logits_without_images_and_wrong_names_are_a_sentence() -> None:
+    with pytest.raises(PipelineError, match=r"update_centre got logits \[7\], expected \[B, K\]"):
+        api.update_centre(draw(7), draw(7))
+    with pytest.raises(PipelineError, match="dino_loss has no teacher_temp\n  there are student"):
+        api.dino_loss(draw(4, 7), draw(4, 7), teacher_temp=0.04)  # type: ignore[call-overload]
+
+
 def test_update_teacher_of_modules_and_of_names() -> None:
     student = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     teacher = copy.deepcopy(student).requires_grad_(False)

@@ -150,6 +150,20 @@ def test_a_few_of_a_set_are_spread_over_it(tmp_path: Path) -> None:
     assert len(spread(shards, 99)) == 23
 
 
+def test_images_of_a_set_are_called_as_they_were_packed(tmp_path: Path) -> None:
+    from pipeline.shards.columns import image_id
+    from pipeline.shards.shards import open_shards
+    from tests.serve.made import write_shard
+
+    images = [b"image %d" % row for row in range(20)]
+    sources = [f"photos/{row:02}.jpg" if row else "" for row in range(20)]
+    write_shard(tmp_path / "shard.parquet", images, sources, [1] * 20, rows_per_group=6)
+    first, *others = spread(open_shards(str(tmp_path / "shard.parquet")), 20)
+    assert first.name == f"square {image_id(images[0])[:8]}"  # class and id, where no path is known
+    assert [file.name for file in others] == sources[1:]
+    assert [file.content for file in others] == images[1:]
+
+
 def test_the_command_line(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -105,6 +105,16 @@ def test_the_page_has_all_and_escapes_names(tmp_path: Path) -> None:
     assert overview(drawn, "attention", 32).shape == (68, 68, 3)  # two pairs, one a row
 
 
+@pytest.mark.parametrize(
+    ("heads", "said"), [(16, "all heads, each"), (24, "the first 16 of 24 heads, each")]
+)
+def test_heads_that_are_left_out_are_counted(tmp_path: Path, heads: int, said: str) -> None:
+    many = Seen([torch.rand(2, 2, 3)], (1.0,), 0.5, attention=[torch.rand(heads, 2, 2)])
+    drawn = [one.small(None) for one in draw([("a.jpg", GREY)], many, None)]
+    write_report(tmp_path / "look.html", "Look", sections(drawn, many, None, {}), limit=6_000_000)
+    assert said in (tmp_path / "look.html").read_text()
+
+
 def test_without_attention_the_page_says_why(tmp_path: Path) -> None:
     plain = Seen([torch.rand(2, 2, 3)], (1.0,), 0.5, no_attention="it has no CLS token")
     drawn = list(draw([("a.jpg", GREY)], plain, None))

@@ -60,6 +60,12 @@ def test_names_by_id_and_the_others() -> None:
     assert np.array_equal(mask, np.vectorize(expected.get)(IDS))
 
 
+def test_a_mask_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)  # Pillow refuses twice as many
+    with pytest.raises(DataError, match=r"m\.png cannot be read as a picture: .*exceeds limit"):
+        read_masks([("m.png", file_of(IDS))], {})
+
+
 def test_no_class_is_written_as_the_others() -> None:
     (mask,), classes = read_masks([("m.png", file_of(IDS))], {"car": 255, "road": 3}, void=0)
     assert classes.names == ("other", "car", "road") and classes.ids == (0, 255, 3)
