@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from pipeline.search.decisions import Decision, Decisions
 from pipeline.search.exact import Floats, Ints
 from pipeline.search.ivf import even_rows
 from pipeline.search.queries import Query
+from pipeline.search.rows import Rows
 from pipeline.search.search import Search
 
 NEIGHBOURS = pa.schema(
@@ -69,7 +70,7 @@ class Answers:
         self, vectors: VectorSet, search: Search, decisions: Decisions | None = None
     ) -> None:
         self.vectors, self.search, self.decisions = vectors, search, decisions
-        self.ids, self.sources, self.labels = vectors.ids(), vectors.sources(), vectors.labels()
+        self.rows = Rows(vectors)
         self.class_names = tuple(vectors.facts.get("class_names") or ())
 
     def of(self, queries: Sequence[Query], k: int, least: float = -1.0) -> list[Answer]:
@@ -97,11 +98,11 @@ class Answers:
         """Images at even steps through the set's ids, which are hashes: any images, and the same
         ones each time.
         """
-        order = np.argsort(self.ids, kind="stable")
+        order = self.rows.order
         rows = order[even_rows(len(order), count)]
         vectors = self.search.vectors_at(rows)
         return [
-            Query(str(self.ids[row]), int(row), vector=vector)
+            Query(self.rows.id_of(row), int(row), vector=vector)
             for row, vector in zip(rows, vectors, strict=True)
         ]
 
@@ -109,43 +110,43 @@ class Answers:
         """Answers as NEIGHBOURS, a row for each neighbour."""
         counts = [len(answer.rows) for answer in answers]
         rows = np.concatenate([np.zeros(0, np.int64), *(answer.rows for answer in answers)])
-        labels = self.labels[rows]
+        labels = self.rows.labels[rows]
         names = np.repeat(np.array([one.query.name for one in answers], object), counts)
         columns = [
             pa.array(names.tolist(), pa.string()),
             pa.array(np.concatenate([[0], *(np.arange(1, n + 1) for n in counts)])[1:], pa.int32()),
-            pa.array(self.ids[rows].tolist(), pa.string()),
+            self.rows.ids_of(rows),
             pa.array(np.concatenate([[0], *(one.similarity for one in answers)])[1:], pa.float32()),
-            pa.array(self.sources[rows].tolist(), pa.string()),
+            self.rows.sources_of(rows),
             pa.array(labels, pa.int64(), mask=labels < 0),
         ]
         return pa.Table.from_arrays(columns, schema=NEIGHBOURS)
 
-    def neighbours(self, answer: Answer) -> list[Neighbour]:
-        """The neighbours of one query with all that is shown of them."""
-        decisions = self.decisions_on(answer.rows)
+    def told(self, answers: Sequence[Answer]) -> list[tuple[Answer, list[Neighbour]]]:
+        """Answers with all that is shown of their neighbours; decisions are read once for all."""
+        wanted = {self.rows.id_of(row) for answer in answers for row in answer.rows}
+        decisions = self.decisions.read(wanted) if self.decisions else {}
+        return [(answer, self._neighbours(answer, decisions)) for answer in answers]
+
+    def _neighbours(self, answer: Answer, decisions: Mapping[str, Decision]) -> list[Neighbour]:
         return [
             Neighbour(
                 rank=rank,
                 row=int(row),
-                image_id=str(self.ids[row]),
+                image_id=self.rows.id_of(row),
                 similarity=float(similarity),
-                source=str(self.sources[row]),
+                source=self.rows.source_of(row),
                 label=self.label_of(int(row)),
-                decision=decisions.get(str(self.ids[row])),
+                decision=decisions.get(self.rows.id_of(row)),
             )
             for rank, (similarity, row) in enumerate(
                 zip(answer.similarity, answer.rows, strict=True), 1
             )
         ]
 
-    def decisions_on(self, rows: Ints) -> dict[str, Decision]:
-        """Decisions by image id; none where nothing was curated."""
-        return self.decisions.read(map(str, self.ids[rows])) if self.decisions else {}
-
     def label_of(self, row: int) -> str:
         """The name of a row's label, its number without names, "" where it is unknown."""
-        label = int(self.labels[row])
+        label = int(self.rows.labels[row])
         if 0 <= label < len(self.class_names):
             return str(self.class_names[label])
         return str(label) if label >= 0 else ""

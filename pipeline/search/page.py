@@ -17,12 +17,15 @@ from pipeline.report.page import Gallery, Group, Heading, Section, Table, Text, 
 from pipeline.report.pictures import shrunk
 from pipeline.search.answers import Answer, Answers, Neighbour
 from pipeline.search.queries import Query
+from pipeline.search.rows import Rows
 
 log = logging.getLogger("pipeline.search")
 
 TILE = 144  # pixels
 QUERIES = 20  # that the page shows
 NEIGHBOURS = 100  # of each
+
+Shown = tuple[Answer, list[Neighbour]]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ class Pictures:
     value_range: ValueRange = FULL
 
     @classmethod
-    def of(cls, vectors: VectorSet, max_pixels: int = MAX_PIXELS) -> Pictures:
+    def of(cls, vectors: VectorSet, rows: Rows, max_pixels: int = MAX_PIXELS) -> Pictures:
         """From the shards that the vectors name."""
         values = from_json(vectors.facts.get("value_range")) or FULL
         try:
-            return cls(vectors.images(), "", max_pixels, values)
+            return cls(rows.images(vectors), "", max_pixels, values)
         except (PipelineError, OSError) as error:
             return cls(None, f"Without pictures of the set: {one_line(error)}", max_pixels, values)
 
@@ -70,13 +73,13 @@ class Pictures:
 
 
 def write_page(
-    path: Path, answers: Answers, shown: Sequence[Answer], pictures: Pictures, texts: Sequence[str]
+    path: Path, answers: Answers, shown: Sequence[Shown], pictures: Pictures, texts: Sequence[str]
 ) -> None:
     """Writes the page.
 
     Args:
         path: of the file.
-        answers: that gave those that are shown.
+        answers: that told those that are shown.
         shown: QUERIES of them at most.
         pictures: of the set.
         texts: what else is to be said, a sentence each; the first is the subtitle.
@@ -84,15 +87,16 @@ def write_page(
     sections: list[Section] = []
     if notes := [*texts[1:], pictures.missing] if pictures.missing else texts[1:]:
         sections.append(Text("\n\n".join(notes)))
-    for number, answer in enumerate(shown, 1):
+    for number, (answer, neighbours) in enumerate(shown, 1):
         title = _title(answers, answer.query)
         sections.append(Heading(f"{number}. {title}" if len(shown) > 1 else title))
-        sections += _sections(answers, answer, pictures)
+        sections += _sections(answers, answer, neighbours[:NEIGHBOURS], pictures)
     write_report(path, "Images that are alike", sections, texts[0])
 
 
-def _sections(answers: Answers, answer: Answer, pictures: Pictures) -> list[Section]:
-    neighbours = answers.neighbours(answer)[:NEIGHBOURS]
+def _sections(
+    answers: Answers, answer: Answer, neighbours: Sequence[Neighbour], pictures: Pictures
+) -> list[Section]:
     tiles = [_tile(one, pictures) for one in neighbours]
     groups = [
         Group([_query_tile(answers, answer.query, pictures)], "Asked for"),
@@ -114,8 +118,8 @@ def _sections(answers: Answers, answer: Answer, pictures: Pictures) -> list[Sect
 
 def _title(answers: Answers, query: Query) -> str:
     """The file's name; of an image of the set the last part of its source."""
-    known = query.row >= 0 and query.name == str(answers.ids[query.row])
-    name = str(answers.sources[query.row]) if known else query.name
+    known = query.row >= 0 and query.name == answers.rows.id_of(query.row)
+    name = answers.rows.source_of(query.row) if known else query.name
     return name.rstrip("/").rpartition("/")[2] or query.name
 
 
@@ -147,11 +151,11 @@ def _tile(one: Neighbour, pictures: Pictures) -> Tile:
 
 def _query_tile(answers: Answers, query: Query, pictures: Pictures) -> Tile:
     inside = query.row >= 0
-    own = str(answers.ids[query.row]) if inside else ""
+    own = answers.rows.id_of(query.row) if inside else ""
     picture = pictures.small(query.encoded) if query.encoded else b""
     words = [shortened(query.name, 60)]
     if inside:
-        words += ["in the set", answers.label_of(query.row), str(answers.sources[query.row])]
+        words += ["in the set", answers.label_of(query.row), answers.rows.source_of(query.row)]
     return Tile(
         picture or (pictures.of_image(own) if inside else b""),
         [word for word in words if word],

@@ -29,6 +29,7 @@ from pipeline.pack.listing import Refused, list_source
 from pipeline.pack.patterns import is_pattern, split_list
 from pipeline.pack.sources import plan_tasks
 from pipeline.search.model import model_of
+from pipeline.search.rows import Rows
 from pipeline.search.search import Search
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA, METADATA_KEY, image_id
 from pipeline.shards.shard_set import open_parquet
@@ -37,7 +38,6 @@ from pipeline.storage.transfer import read_bytes
 from pipeline.uri import public
 
 FIELD = "search.query"
-Array = np.ndarray[Any, Any]
 BATCH = 256  # images that are in memory at once
 NAMED = 5  # ids that a sentence lists
 # what must be the same for vectors to be compared: of the facts, and in words
@@ -86,7 +86,7 @@ class Asker:
 
     Args:
         vectors: the set.
-        ids: of its images, str [N].
+        rows: what it says of its rows.
         search: among them.
         reading: how images are read.
 
@@ -95,13 +95,11 @@ class Asker:
     """
 
     def __init__(
-        self, vectors: VectorSet, ids: Array, search: Search, reading: Reading | None = None
+        self, vectors: VectorSet, rows: Rows, search: Search, reading: Reading | None = None
     ) -> None:
-        self.vectors, self.ids, self.search = vectors, ids, search
+        self.vectors, self.rows, self.search = vectors, rows, search
         self.reading = reading or Reading()
         self.bad: list[Refused] = []
-        order = np.argsort(ids, kind="stable")
-        self._sorted_ids = ids[order], order
 
     def batches(self, texts: Sequence[str]) -> Iterator[list[Query]]:
         """All queries, in order, with their vectors.
@@ -138,14 +136,7 @@ class Asker:
             yield from self._pile(text, place, kind)
 
     def _id(self, text: str) -> Query:
-        rows = np.arange(0)
-        if len(text) >= SHORTEST:
-            ids, order = self._sorted_ids
-            first = int(np.searchsorted(ids, text))
-            end = first
-            while end < len(ids) and str(ids[end]).startswith(text):
-                end += 1
-            rows = order[first:end]
+        rows = self.rows.with_beginning(text) if len(text) >= SHORTEST else np.arange(0)
         if not len(rows):
             raise DataError(
                 f"{FIELD}={public(text)}: there is no such file, and no image of the set has an id "
@@ -153,7 +144,7 @@ class Asker:
                 f"give an image file, a folder, a parquet file, or an image id of "
                 f"{public(self.vectors.uri)} (at least its first {SHORTEST} letters)",
             )
-        names = list(dict.fromkeys(str(self.ids[row]) for row in rows))
+        names = list(dict.fromkeys(self.rows.id_of(int(row)) for row in rows))
         if len(names) > 1:  # byte-identical images have one id, and are asked for as one
             more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
             raise DataError(
@@ -209,7 +200,7 @@ class Asker:
                     "embed these images with the model of the set",
                 )
             for name, vector in zip(names, flat.reshape(len(batch), -1), strict=True):
-                yield Query(name, self._row_of(name), vector=vector)
+                yield Query(name, self.rows.row_of(name), vector=vector)
             row += len(batch)
 
     def _vector_set(self, text: str) -> Iterator[Query]:
@@ -218,7 +209,7 @@ class Asker:
         self._same(text, asked.facts)
         for block, ids in asked.blocks(BATCH, self.search.column):
             for vector, name in zip(block, ids, strict=True):
-                yield Query(str(name), self._row_of(str(name)), vector=vector)
+                yield Query(str(name), self.rows.row_of(str(name)), vector=vector)
 
     def _same(self, text: str, theirs: Mapping[str, Any]) -> None:
         """Refuses vectors that cannot be compared with those of the set.
@@ -245,7 +236,7 @@ class Asker:
             DataError: it is no usable image, and was asked for alone.
             BadImage: likewise, among others.
         """
-        row = self._row_of(image_id(encoded))
+        row = self.rows.row_of(image_id(encoded))
         if row >= 0:
             return Query(name, row, encoded)
         try:
@@ -292,12 +283,6 @@ class Asker:
             DataError: it is not where it was, or is another by now.
         """
         return model_of(self.vectors, self.reading.model, self.reading.threads)
-
-    def _row_of(self, name: str) -> int:
-        """The row of an image in the set; -1 where it is not in it."""
-        ids, order = self._sorted_ids
-        at = int(np.searchsorted(ids, name))
-        return int(order[at]) if at < len(ids) and ids[at] == name else -1
 
 
 def asked_for(query: str) -> list[str]:

@@ -15,9 +15,9 @@ from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import ConfigError, DataError
 from pipeline.heartbeat import now
 from pipeline.pack.listing import Refused
-from pipeline.search.answers import NEIGHBOURS, Answer, Answers, lines
+from pipeline.search.answers import NEIGHBOURS, Answer, Answers, Neighbour, lines
 from pipeline.search.decisions import Decisions
-from pipeline.search.page import QUERIES, Pictures, said_of, write_page
+from pipeline.search.page import QUERIES, Pictures, Shown, said_of, write_page
 from pipeline.search.queries import Asker, Reading, asked_for, bad_table
 from pipeline.search.search import open_search, takes_index
 from pipeline.storage.places import delete_file, resolve_uri
@@ -47,7 +47,7 @@ def look_up(config: Config) -> None:
 def _answer(config: Config, folder: RunFolder, texts: list[str]) -> None:
     vectors = _vectors(config, folder)
     answers = _opened(config, vectors)
-    asker = Asker(vectors, answers.ids, answers.search, _reading(config))
+    asker = Asker(vectors, answers.rows, answers.search, _reading(config))
     shown: list[Answer] = []
     queries = pairs = 0
     table = folder.at("search", TABLE)
@@ -59,14 +59,16 @@ def _answer(config: Config, folder: RunFolder, texts: list[str]) -> None:
             queries, pairs = queries + len(batch), pairs + len(rows)
             now(f"search: {queries:,} images asked for")
         _list_bad(asker.bad, queries, folder)
-    for answer in shown if queries <= SAID else []:
-        _say(answers, answer)
+    told = answers.told(shown)
+    for answer, neighbours in told if queries <= SAID else []:
+        _say(answer, neighbours)
     texts = [_about(answers, config)]
     if queries > len(shown):
         texts.append(f"The first {len(shown)} of {queries:,} images that were asked for.")
     if asker.bad:
         texts.append(f"{len(asker.bad):,} files are no usable images; {BAD} lists them.")
-    page = _write_page(folder, answers, shown, Pictures.of(vectors, _most(config)), texts)
+    pictures = Pictures.of(vectors, answers.rows, _most(config))
+    page = _write_page(folder, answers, told, pictures, texts)
     result_line(
         "search",
         f"{pairs:,} neighbours of {queries:,} image{'s' * (queries != 1)}: {public(table)}",
@@ -147,10 +149,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         *resolve_uri(str(folder.at("search", TABLE))),
         row_group_size=65_536,
     )
-    pictures = Pictures.of(vectors, _most(config))
+    pictures = Pictures.of(vectors, answers.rows, _most(config))
     about = _about(answers, config)
     rule = f"{len(queries)} images at even steps through the ids of the set."
-    page = _write_page(folder, answers, answered, pictures, [about, rule])
+    page = _write_page(folder, answers, answers.told(answered), pictures, [about, rule])
     text = f"neighbours of {len(queries)} images, {about}"
     if agreed := _agreement(answers, answered):
         text += f"; {agreed}"
@@ -166,8 +168,8 @@ def _agreement(answers: Answers, answered: list[Answer]) -> str:
     """How many neighbours have the label of their query; "" without labels."""
     same = pairs = 0
     for answer in answered:
-        label = answers.labels[answer.query.row]
-        others = answers.labels[answer.rows]
+        label = answers.rows.labels[answer.query.row]
+        others = answers.rows.labels[answer.rows]
         if label >= 0:
             same += int((others == label).sum())
             pairs += int((others >= 0).sum())
@@ -214,8 +216,7 @@ def _about(answers: Answers, config: Config) -> str:
     return f"{search.rows:,} images, {config.search.vectors_column} of {model}, {how}"
 
 
-def _say(answers: Answers, answer: Answer) -> None:
-    neighbours = answers.neighbours(answer)
+def _say(answer: Answer, neighbours: list[Neighbour]) -> None:
     result_line("query", public(answer.query.name))
     if said := said_of(answer, neighbours):
         result_line("", said)
@@ -253,7 +254,7 @@ def _list_bad(bad: list[Refused], queries: int, folder: RunFolder) -> None:
 def _write_page(
     folder: RunFolder,
     answers: Answers,
-    shown: list[Answer],
+    shown: list[Shown],
     pictures: Pictures,
     texts: list[str],
 ) -> str:

@@ -18,9 +18,10 @@ import pytest
 
 from pipeline.embed import pool, run
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.embed.image_reader import ImageReader
 from pipeline.embed.run import Request, embed_set
 from pipeline.embed.units import units_of
-from pipeline.embed.vectors import ImageReader, VectorSet, open_vectors
+from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import DataError
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id

@@ -20,6 +20,7 @@ from pipeline.embed.embedders import embedder_of
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import PipelineError
 from pipeline.job import main
+from pipeline.search.decisions import Decision, Decisions
 from pipeline.shards.columns import image_id
 from pipeline.stages.search import look_up
 from pipeline.storage.run_folder import RunFolder
@@ -150,6 +151,21 @@ def test_decisions_and_labels_are_shown(
     assert caplog.text.count(" kept ") == 22
     page = (here / "runs/ask/search/search.html").read_text()
     assert f"copy of {first[:12]}" in page and ">dog<" in page
+
+
+def test_decisions_are_read_once_for_all_that_is_shown(
+    made: VectorSet, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    read = Decisions.read
+
+    def counted(self: Decisions, ids: set[str]) -> dict[str, Decision]:
+        asked.append(len(ids))
+        return read(self, ids)
+
+    monkeypatch.setattr(Decisions, "read", counted)
+    search(made, ",".join(made.ids()[2:5]), "search.k=23")
+    assert asked == [24]
 
 
 def test_equal_vectors_are_said_and_least_similarity_counts(
