@@ -103,7 +103,7 @@ def check_inputs(one: Earlier, spec: EmbedderSpec) -> None:
     then, now = one.result["embedder"], spec.identity
     if then == now:
         return
-    names = ("image size", "mean", "std")
+    names = ("image size", "mean", "std", "range of values")
     pairs = zip(names, then[2:], now[2:], strict=False)
     differ = [f"{name} {b or 'its own'}, there {a or 'its own'}" for name, a, b in pairs if a != b]
     raise DataError(

@@ -9,7 +9,7 @@ Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class EmbedderSpec:
     @property
     def identity(self) -> list[Any]:
         """What must be equal for vectors to be compared, as JSON reads it back."""
-        return [self.kind, self.digest, self.image_size, list(self.mean), list(self.std)]
+        deep = [] if self.value_range == FULL else [list(self.value_range)]
+        return [self.kind, self.digest, self.image_size, list(self.mean), list(self.std), *deep]
 
     @property
     def settings(self) -> list[Any]:
@@ -131,7 +132,8 @@ def embedder_of(
     elif is_onnx(model):
         path = absolute_uri(model)
         files = files_of(path)
-        digest, known = files.digest, replace(usual, value_range=files.value_range)
+        digest = files.digest
+        known = load.Preprocessing(None, files.mean, files.std, files.value_range)
         opened, kind, model = None, ONNX, path
     else:
         model = absolute_model(model, folder)

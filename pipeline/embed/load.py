@@ -237,6 +237,12 @@ def known_weights(model: str, folder: str) -> Known:
             f"no embedder: {public(path)} is a run folder without a checkpoint or weights",
             "pretrain it first" + f"; at hand are {near}" * bool(near),
         )
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():  # before it is hashed whole
+        raise PipelineError(
+            f"no embedder: {public(path)} is a folder without a config.json, which the weights of "
+            "all three formats have",
+            "name the folder of the weights or their file; images go to data.source",
+        )
     known = preprocessing_of(path)
     return partial(load_weights, path), digest_of(path), known
 

@@ -30,12 +30,14 @@ _BLOCK = 2**24
 @dataclass(frozen=True)
 class ModelFiles:
     """A model's files: the places of the model and of what lies beside it, and a hash of all; and
-    the range of values that its metadata says.
+    mean, deviation and range of values that its metadata says, () where it does not.
     """
 
     places: tuple[str, ...]
     digest: str
     value_range: ValueRange = FULL
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def files_of(path: str) -> ModelFiles:
@@ -60,7 +62,8 @@ def files_of(path: str) -> ModelFiles:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     spread = numbers_in(metadata, "value_range", public(path)) or None
     value_range = from_json(spread, f"value_range of {public(path)}") or FULL
-    return ModelFiles(tuple(places), hashed.hexdigest(), value_range)
+    mean, std = (numbers_in(metadata, one, public(path)) for one in ("mean", "std"))
+    return ModelFiles(tuple(places), hashed.hexdigest(), value_range, mean, std)
 
 
 def on_this_node(path: str, digest: str) -> str:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.embed.embedders import EmbedderSpec, open_embedder
+from pipeline.embed.embedders import BACKBONE, EmbedderSpec, open_embedder
 from pipeline.embed.folder import finished_parts, sweep, tallied
 from pipeline.embed.pool import Pace, as_ours, embedded_by_pool, embedded_in_one_task
 from pipeline.embed.units import Decoding, reads_of, units_of
@@ -192,7 +192,7 @@ def _model_facts(spec: EmbedderSpec, outputs: Sequence[str], blocks: int) -> Fac
         "grid": list(embedder.grid),
         "registers": embedder.registers,
         "batch_size": spec.batch_size,
-        "precision": "bfloat16" if spec.half else "float32",
+        "precision": "bfloat16" if spec.half and spec.kind == BACKBONE else "float32",
     }
 
 

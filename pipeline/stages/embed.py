@@ -21,6 +21,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages.evaluate import chosen_in
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.train.start import checkpoint_at
 from pipeline.uri import public
 
 BYTES = {"float32": 4, "float16": 2}
@@ -34,7 +35,11 @@ def model_of(config: Config, folder: RunFolder) -> EmbedderSpec:
         PipelineError: there is nothing of that kind.
     """
     embed = config.embed
-    model = embed.model or str(chosen_in(folder, config).path)
+    model = embed.model
+    if not model:  # the run, not its checkpoint, which may be pruned: search opens it by this name
+        own, run = chosen_in(folder, config).path, str(folder.at())
+        named = checkpoint_at(run)
+        model = run if named and str(named.path) == str(own) else str(own)
     return embedder_of(
         model,
         image_size=embed.image_size,

@@ -123,6 +123,9 @@ def test_a_run_folder_without_a_checkpoint(weights: Path, tmp_path: Path) -> Non
     assert open_embedder(embedder_of("exported", folder=runs)).dim == 32
     with pytest.raises(PipelineError, match="there is no"):
         embedder_of("nothing", folder=runs)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(PipelineError, match=r"photos is a folder without a config\.json"):
+        embedder_of(str(tmp_path / "photos"))
 
 
 def test_what_stands_beside_weights(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_vectors_are_those_of_torch(tmp_path: Path, channels: int) -> None:
         assert (embedder.size, embedder.dim, embedder.patch_size) == (28, 48, 14)
         assert embedder.channels == channels and embedder.mean == pytest.approx(mean)
         assert embedder.spec.value_range == (0.0, 4095.0)
+        assert embedder.spec.mean == pytest.approx(mean) and len(embedder.spec.std) == channels
         out = embedder.outputs(images, ("cls", "mean", "patches"))
         assert np.abs(out["cls"] - cls.numpy()).max() < allowed
         assert np.abs(out["mean"] - patches.mean(1).numpy()).max() < allowed

@@ -66,7 +66,8 @@ def test_every_image_is_in_it_once_or_in_the_bad_table(
     assert [len(part) for part, _ in vectors.blocks(4)] == [3, 3, 4, 1]  # units, in pieces
     for name in vectors.outputs:
         assert vectors.read(name).shape == ours[name].shape
-        np.testing.assert_allclose(vectors.read(name), ours[name], atol=1e-3)
+        allowed = 4e-3 if name == "patches" else 1e-5  # float16 of values up to 4, float32
+        np.testing.assert_allclose(vectors.read(name), ours[name], atol=allowed)
     np.testing.assert_array_equal(vectors.read("cls", slice(4, 9)), vectors.read("cls")[4:9])
     assert vectors.facts["digest"] == spec.digest and vectors.facts["image_size"] == 28
     for path in Path(vectors.uri).glob("part-*.parquet"):
