@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
@@ -111,7 +111,7 @@ def _has_model(run: str) -> bool:
 
 def load_weights(path: str) -> Any:
     """The backbone in a file or folder that `model.init` takes, or a timm encoder that we exported;
-    its sizes are read off the weights.
+    its sizes are read off the weights, and it resizes position embeddings as their own model does.
 
     Raises:
         PipelineError: no weights, or not those of a DINOv2 backbone.
@@ -120,6 +120,7 @@ def load_weights(path: str) -> Any:
 
     from pipeline.model.fit import Facts, fit
     from pipeline.model.foreign_weights import load_foreign, read_spec
+    from pipeline.model.read import resizing_of
     from pipeline.model.vit import BackboneSpec
     from pipeline.model.weights import read_weights
 
@@ -142,6 +143,7 @@ def load_weights(path: str) -> Any:
         ffn=facts.ffn,
         registers=facts.registers,
         in_channels=facts.in_channels,
+        **asdict(resizing_of(path, weights)),
     )
     with torch.device("meta"):
         backbone = spec.build().eval()

@@ -46,6 +46,9 @@ def huggingface_config(spec: BackboneSpec, dtype: torch.dtype = torch.float32) -
         "apply_layernorm": True,
         "reshape_hidden_states": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        # for us: transformers passes these over, and antialiases with registers only
+        "interpolate_offset": spec.interpolate_offset,
+        "interpolate_antialias": spec.interpolate_antialias,
     }
     if spec.registers:
         config["num_register_tokens"] = spec.registers

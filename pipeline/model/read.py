@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,6 +144,40 @@ def _load_folder(folder: Path) -> State:
             raise PipelineError(f"{folder / INDEX} names {name}, which is not there", EXPECTED)
         state.update(_load_safetensors(folder / name))
     return state
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How position embeddings get the size of another image; fields as of `BackboneSpec`."""
+
+    interpolate_offset: float = 0.0
+    interpolate_antialias: bool = True
+
+
+def resizing_of(path: str | Path, weights: Weights) -> Resizing:
+    """How the model that weights are of resizes its position embeddings: as the config of an export
+    of ours says, else as the program does that reads weights of that origin. Transformers
+    antialiases with registers only; the released `.pth` files without registers were trained with
+    an offset of 0.1 and without antialiasing.
+
+    Args:
+        path: of the weights, as for `read_weights`.
+        weights: what was read.
+
+    Raises:
+        PipelineError: the config says what no network can have.
+    """
+    path = Path(path)
+    file = (path.parent if path.name == WEIGHTS else path) / CONFIG
+    config = read_json(file) if file.is_file() else {}
+    if {field.name for field in fields(Resizing)} & config.keys():
+        return spec_from(Resizing, config, file)
+    registers = "register_tokens" in weights.state
+    if weights.origin == "Hugging Face":
+        return Resizing(interpolate_antialias=registers)
+    if weights.origin.startswith("dinov2") and not registers:
+        return Resizing(interpolate_offset=0.1, interpolate_antialias=False)
+    return Resizing()
 
 
 def spec_from(kind: type[Spec], values: Mapping[str, Any], path: Path) -> Spec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.embed.load import at_hand, preprocessing_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.decode import decode_image
 from pipeline.model.vit import VisionTransformer
-from pipeline.model.weights import save_huggingface, save_timm
+from pipeline.model.weights import save_backbone, save_huggingface, save_timm
 from pipeline.views.crops import resize_centre_crop
 from tests.curate.images import scene
 from tests.embed.conftest import IMAGES, MEAN, SPEC, STD
@@ -180,3 +181,53 @@ def test_the_teacher_of_a_run_by_path_and_by_name(tmp_path: Path) -> None:
         teacher.backbone.norm.weight.mul_(2.0)
     state.save(tmp_path / "runs" / "b" / "checkpoints", 5, {"teacher": teacher.state_dict()}, meta)
     assert embedder_of(str(tmp_path / "runs" / "b")).digest != specs[0].digest
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_folders_of_others_at_another_size(registers: int, tmp_path: Path) -> None:
+    """What transformers computes away from the native size, of a folder that it wrote."""
+    transformers = pytest.importorskip("transformers")
+    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"num_register_tokens": registers} if registers else {}
+    made_of = getattr(transformers, f"{name}Config")(
+        image_size=56, patch_size=7, layerscale_value=0.7, **sizes, **more
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}Model")(made_of).eval()
+    with torch.no_grad():
+        model.embeddings.position_embeddings.normal_()
+    model.save_pretrained(tmp_path)
+    spec = embedder_of(str(tmp_path), image_size=28, mean=MEAN, std=STD)
+    ours = open_embedder(spec).outputs(pixels())["cls"]
+    with torch.no_grad():
+        theirs = model(pixel_values=normalised()).last_hidden_state[:, 0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ours", "huggingface", "pth", "pth as released"])
+def test_position_embeddings_are_resized_as_the_weights_want_it(kind: str, tmp_path: Path) -> None:
+    """Exports of ours say how; a file of the official code without registers has its settings."""
+    released = kind == "pth as released"
+    antialias = kind in ("huggingface", "pth")  # not what transformers would do without registers
+    offset = 0.1 if kind in ("ours", "pth as released") else 0.0
+    made_of = replace(
+        SPEC, image_size=56, registers=2 * (kind == "pth"), interpolate_offset=offset,
+        interpolate_antialias=antialias,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = made_of.build().eval()
+    with torch.no_grad():
+        network.pos_embed.normal_()
+    if kind == "ours":
+        path = save_backbone(network, made_of, tmp_path / "w")
+    elif kind == "huggingface":
+        path = save_huggingface(network, made_of, tmp_path / "w", MEAN, STD, 56)
+    else:
+        path = tmp_path / "w.pth"
+        torch.save(network.state_dict(), path)
+    ours = open_embedder(embedder_of(str(path), image_size=28, mean=MEAN, std=STD))
+    assert (ours.network.interpolate_offset == 0.1) == (released or kind == "ours")
+    with torch.no_grad():
+        expected = network(normalised())
+    np.testing.assert_allclose(ours.outputs(pixels())["cls"], expected, atol=1e-5)
