@@ -35,8 +35,8 @@ _PRESETS: dict[str, Values] = {
 # The paper's thresholds are those of SSCD, which comes as ONNX; other vectors are calibrated.
 _LVD142M_SSCD: Values = {"dedup": {"threshold": 0.6}, "leaks": {"threshold": 0.45}}
 
-# Plans in checkpoints hold all fields in full. This was the default until version 0.2.
-DEFAULT_OF_0_2 = ("curate", "embedder", "descriptor")
+# Plans in checkpoints may hold it, for they hold all fields in full: the default once.
+OLD_EMBEDDER_DEFAULT = ("curate", "embedder", "descriptor")
 
 SECTIONS = ("quality", "dedup", "leaks", "retrieve", "balance", "mix")
 
@@ -82,7 +82,7 @@ def _user_set(config: Config, names: str, preset: Values) -> list[str]:
         usual = type(section)(**preset.get(title, {}))
         for leaf in [field] if field else type(section).model_fields:
             value = getattr(section, leaf)
-            if value != getattr(usual, leaf) and (title, leaf, value) != DEFAULT_OF_0_2:
+            if value != getattr(usual, leaf) and (title, leaf, value) != OLD_EMBEDDER_DEFAULT:
                 fields.append(f"{title}.{leaf}")
     return fields
 

@@ -37,7 +37,7 @@ def check_version() -> None:
 
 def _wanted() -> str:
     known = ",".join(f"{sign}{a}.{b}" for sign, (a, b) in ((">=", FIRST), ("<", BELOW)))
-    return f"install one that was tested: pip install 'ray[data,train,default]{known}'"
+    return f"install one that it was written for: pip install 'ray[data,train,default]{known}'"
 
 
 @contextmanager
@@ -297,6 +297,8 @@ def pace_data(context: Any, ahead: float, buffer: int) -> None:
 
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
+            with _private("to hold read tasks back"):
+                _hooks(self, "_backpressure_capacity_ratio", "_topology")
             self._backpressure_capacity_ratio = ahead
 
         def _get_output_pressure(self, op: Any) -> float:

@@ -197,7 +197,7 @@ UNREAD = [
 ]
 
 
-def test_plans_of_version_0_2_recorded_a_default_that_nothing_read() -> None:
+def test_plans_with_the_old_default_of_the_embedder_are_read() -> None:
     load([*ON, "curate.embedder=descriptor"])
     load(["curate.embedder=descriptor"])
 

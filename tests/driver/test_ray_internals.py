@@ -150,7 +150,7 @@ def test_another_release_is_warned_of(
         assert not caplog.text
         monkeypatch.setattr(ray, "__version__", "99.1.0rc1")
         ray_internals.check_version()
-    assert "this is Ray 99.1.0rc1; install one that was tested" in caplog.text
+    assert "this is Ray 99.1.0rc1; install one that it was written for" in caplog.text
 
 
 def test_the_releases_are_those_of_the_project() -> None:

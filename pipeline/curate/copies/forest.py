@@ -75,18 +75,20 @@ def edges_of(steps: Steps, alike: Alike, shards: int | None = None) -> Step:
     shards = shards or max(1, -(-every // SHARD_PAIRS))
     if shards == 1:
         return steps.run("edges", forest_of_all, numbered(1), alike=alike)
-    each = numbered(shards)
-    stars = steps.run("copies/joined/start", start_task, alike.tables, alike=alike, shards=shards)
+    each, turns = numbered(shards), steps.aside()
+    stars = turns.run("copies/joined/start", start_task, alike.tables, alike=alike, shards=shards)
     for turn in count():
-        large = steps.run(f"copies/joined/{turn:03d}/large", large_task, each, before=stars,
+        large = turns.run(f"copies/joined/{turn:03d}/large", large_task, each, before=stars,
                           shards=shards)  # fmt: skip
-        stars = steps.run(f"copies/joined/{turn:03d}/small", small_task, each, before=large,
+        stars = turns.run(f"copies/joined/{turn:03d}/small", small_task, each, before=large,
                           shards=shards)  # fmt: skip
         if not large.total("changed") + stars.total("changed"):
             break
-    ends = steps.run("copies/joined/ends", ends_task, alike.tables, alike=alike, shards=shards)
-    placed = steps.run("copies/joined/placed", place_task, each, stars=stars, ends=ends,
+    ends = turns.run("copies/joined/ends", ends_task, alike.tables, alike=alike, shards=shards)
+    placed = turns.run("copies/joined/placed", place_task, each, stars=stars, ends=ends,
                        shards=shards)  # fmt: skip
+    # The number of turns depends on the images, and names of metrics must not.
+    steps.sum_up("copies/joined", placed, turns.done)
     return steps.run("edges", forest_of_shard, each, placed=placed)
 
 

@@ -53,7 +53,7 @@ class HowSimilar:
     """What counts for the similarity of two images.
 
     Attributes:
-        visiting: further views of an image, as in `items.Visiting`, or None.
+        visiting: further views of an image, as in `cell_items.Visiting`, or None.
         penalty: what the similarity of a crop is reduced by.
     """
 

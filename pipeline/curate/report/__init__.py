@@ -1,5 +1,5 @@
 """The report of a curation: one page, pictures and numbers for MLflow. Start at `report.py`.
 
 In: the tables of a finished curation. Out: sections for the page; no Ray.
-Imports: rows, steps, report, storage, views, errors, uri.
+Imports: choose, rows, steps, report, storage, views, errors, uri.
 """
