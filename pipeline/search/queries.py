@@ -28,6 +28,7 @@ from pipeline.pack.items import Item, read_task
 from pipeline.pack.listing import Refused, list_source
 from pipeline.pack.patterns import is_pattern, split_list
 from pipeline.pack.sources import plan_tasks
+from pipeline.search.lists import is_list, vectors_in
 from pipeline.search.model import model_of
 from pipeline.search.rows import Rows
 from pipeline.search.search import Search
@@ -178,7 +179,7 @@ class Asker:
         with open_parquet(fs, path) as file:
             schema = file.schema_arrow
         name = self.search.column
-        return name in schema.names and _is_list(schema.field(name).type)
+        return name in schema.names and is_list(schema.field(name).type)
 
     def _rows(self, text: str, file: Any) -> Iterator[Query]:
         facts = json.loads((file.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
@@ -192,14 +193,9 @@ class Asker:
             if named:
                 ids = batch.column("image_id").to_pylist()
                 names = [str(one or name) for one, name in zip(ids, names, strict=True)]
-            flat = np.asarray(values.flatten(), np.float32)
-            if len(flat) != len(batch) * self.vectors.dim:
-                raise DataError(
-                    f"{FIELD}={public(text)}: its {self.search.column} has {len(flat):,} values in "
-                    f"{len(batch):,} rows, expected {self.vectors.dim} in each",
-                    "embed these images with the model of the set",
-                )
-            for name, vector in zip(names, flat.reshape(len(batch), -1), strict=True):
+            what = f"{FIELD}={public(text)}: its {self.search.column}"
+            lists = vectors_in(values, self.vectors.dim, row, what)
+            for name, vector in zip(names, lists, strict=True):
                 yield Query(name, self.rows.row_of(name), vector=vector)
             row += len(batch)
 
@@ -332,9 +328,3 @@ def _bytes(text: str, fs: pafs.FileSystem, path: str) -> bytes:
         return read_bytes(fs, path)
     except OSError as error:
         raise DataError(f"{FIELD}={public(text)} cannot be read: {one_line(error)}") from error
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    )
