@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.embed.image_reader import ImageReader
+from pipeline.embed.moved import beside
 from pipeline.errors import DataError
 from pipeline.shards.columns import METADATA_KEY
 from pipeline.shards.shard_set import ShardSet, open_parquet
@@ -161,21 +162,30 @@ class VectorSet:
                 yield self._array(block, output), ids
 
     def shards(self) -> ShardSet:
-        """The images that the vectors are of.
+        """The images that the vectors are of: where they were, or beside the vectors, if the folder
+        of the run was moved.
 
         Raises:
             DataError: they are not there, or are others by now.
         """
         about = self.facts["shards"]
-        shards = open_shards(
-            about["uri"], about["image_column"], about["label_column"], "vectors", about["labels"]
-        )
-        if shards.digest != about["digest"]:
-            raise DataError(
-                f"the images in {public(about['uri'])} have changed since they were embedded",
-                "embed them again with the same command",
+        columns = (about["image_column"], about["label_column"], "vectors", about["labels"])
+        refused: list[DataError] = []
+        for place in (about["uri"], *beside(self.uri, about["uri"])):
+            try:
+                shards = open_shards(place, *columns)
+            except DataError as error:
+                refused.append(error)
+                continue
+            if shards.digest == about["digest"]:
+                return shards
+            refused.append(
+                DataError(
+                    f"the images in {public(place)} have changed since they were embedded",
+                    "embed them again with the same command",
+                )
             )
-        return shards
+        raise refused[0]  # of the place that the table names
 
     def images(self) -> ImageReader:
         """A reader of the encoded images by their ids.

@@ -12,7 +12,7 @@ from pipeline.embed.embedders import ONNX, EmbedderSpec, embedder_of, open_embed
 from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.search.decisions import Decisions
-from pipeline.search.model import check_model
+from pipeline.search.model import check_model, spec_of
 from pipeline.search.search import EXACT_ROWS, MEMORY_GIB, open_search
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import by_cluster, by_text, everything, label_texts
@@ -50,13 +50,7 @@ def checked(model: str, vectors: str, decisions: str = "") -> Served:
             "embed images with embed.outputs=[cls]",
         )
     try:
-        spec = embedder_of(
-            model or str(facts["model"]),
-            image_size=facts.get("image_size"),
-            mean=facts.get("mean"),
-            std=facts.get("std"),
-            half=facts.get("precision") == "bfloat16",
-        )
+        spec = spec_of(known, model) if known else embedder_of(model)
     except PipelineError as error:
         if model:
             raise

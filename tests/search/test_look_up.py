@@ -14,12 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.config.load import load
 from pipeline.embed.embedders import embedder_of
-from pipeline.embed.vectors import VectorSet
+from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import PipelineError
 from pipeline.job import main
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_backbone
 from pipeline.search.decisions import Decision, Decisions
 from pipeline.shards.columns import image_id
 from pipeline.stages.search import look_up
@@ -198,6 +201,28 @@ def test_without_the_images_the_page_says_so(
     assert "Without pictures" in caplog.text
 
 
+def test_a_run_folder_that_was_moved_has_its_pictures_and_its_model(here: Path) -> None:
+    torch.manual_seed(0)
+    shape = BackboneSpec(image_size=32, patch_size=8, width=16, depth=2, heads=2)
+    weights = save_backbone(shape.build(), shape, here / "runs/old/export/weights/s-8")
+    write_shard(here / "runs/old/shards/a.parquet", IMAGES)
+    shards = here / "runs/old/shards/a.parquet"
+    vectors = write_vectors(here / "runs/old/vectors", shards, embedder_of(str(weights)))
+    assert vectors.facts["model"].startswith(str(here / "runs/old"))
+    (here / "runs/old").rename(here / "new")
+    moved = open_vectors(str(here / "new"))
+    assert moved.shards().uri == str(here / "new/shards/a.parquet")
+    assert moved.images()[image_id(IMAGES[3])] == IMAGES[3]
+    (here / "photo.png").write_bytes(encoded(scene(40)))
+    assert len(search(moved, "photo.png")) == 20
+    write_shard(here / "new/shards/a.parquet", IMAGES[1:])  # of that name, but others
+    with pytest.raises(PipelineError, match=r"no such path.*runs/old/shards"):
+        moved.shards()
+    shutil.rmtree(here / "new/export")
+    with pytest.raises(PipelineError, match="model of the set, which cannot be opened"):
+        search(moved, "photo.png")
+
+
 def test_refused(made: VectorSet, here: Path) -> None:
     (here / "broken.png").write_bytes(b"no image")
     (here / "empty").mkdir()
@@ -252,8 +277,6 @@ def _renamed(folder: Path, target: Path, model: str) -> VectorSet:
     text = (folder / "_vectors.json").read_text().replace("runs/other", model)
     shutil.copytree(folder, target)
     (target / "_vectors.json").write_text(text)
-    from pipeline.embed.vectors import open_vectors
-
     return open_vectors(str(target))
 
 
