@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MARK = "_vectors.json"
 VERSION = 1
+NEEDED = {"parts", "key", "dim", "outputs", "blocks", "grid", "shards"}  # facts of any table
 PART_KEY = b"raydino.part"  # of one part: its unit and its bad images
 _FILES = 16  # that are read at once
 
@@ -280,7 +281,8 @@ def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
             "make them: python jobs/embed.py model=runs/<name> data.source=photos/; the same "
             "command goes on where one was stopped",
         )
-    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+    ours = isinstance(facts, dict) and facts.get("version") == VERSION
+    if not ours or not facts.keys() >= NEEDED:
         raise DataError(
             f"{field}={public(uri)}: {MARK} is none of this version", "embed the images again"
         )

@@ -210,6 +210,13 @@ def test_what_is_not_ours_stays(request_: Request, tmp_path: Path) -> None:
     assert sorted(content(tmp_path / "vectors")) == ["mine.parquet"]
 
 
+@pytest.mark.parametrize("content", ["[]", '{"version": 0}', '{"version": 1}'])
+def test_a_mark_of_others(content: str, tmp_path: Path) -> None:
+    (tmp_path / "_vectors.json").write_text(content)
+    with pytest.raises(DataError, match=r"_vectors\.json is none of this version"):
+        open_vectors(str(tmp_path))
+
+
 def test_where_nothing_can_be_decoded(spec: EmbedderSpec, tmp_path: Path) -> None:
     shard(tmp_path / "in" / "a.parquet", [b"broken", b"too"])
     with pytest.raises(DataError, match=r"no image of .* could be embedded: not_an_image"):
