@@ -978,7 +978,7 @@ def test_an_emptied_step_leaves_nothing_of_ours(tmp_path):
             BY_COPIES,
             "balance.levels=[6,3]",
         ],
-        ["retrieve.mode=cluster", "retrieve.clusters=4", "retrieve.cluster_seeds=1"],
+        ["retrieve.mode=cluster", "retrieve.clusters=4", "retrieve.cluster_seeds=1", BY_COPIES],
     ):
         run = curate(tmp_path, str(recipe), *given, "dedup.threshold=auto", name=given[0][-6:])
         root = run.path / "curate" / "steps"
