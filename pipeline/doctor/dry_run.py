@@ -108,6 +108,9 @@ def _say_embedding(
         size_of(size),
         public(place),
     )
+    known = config.embed.model or "pretrain" not in stages
+    if known and (before := embed.replaced_model(config, folder)):
+        log.warning("%s holds vectors by %s: they are replaced", public(place), before)
     needs.append(("embed.vectors" if config.embed.vectors else "run.folder", place, size))
 
 

@@ -31,7 +31,7 @@ from pipeline.embed.forward import (
 )
 from pipeline.embed.onnx import OnnxModel
 from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
-from pipeline.errors import DataError
+from pipeline.errors import DataError, one_line
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
 from pipeline.storage.run_folder import fingerprint
@@ -220,7 +220,14 @@ class Embedder:
         self.registers = int(getattr(network, "registers", max(0, prefix - 1)))
         self.size = spec.image_size or own_size(network)
         blank = np.zeros((self.size, self.size, self.channels), np.uint8)
-        self.dim = self.outputs([blank])["cls"].shape[1]
+        try:
+            self.dim = self.outputs([blank])["cls"].shape[1]
+        except (AssertionError, ValueError) as error:  # of timm
+            raise DataError(
+                f"{spec.name} takes no images of {self.size} x {self.size} pixels: "
+                f"{one_line(error)}",
+                "leave image_size out, or give one that it takes",
+            ) from error
 
     @property
     def grid(self) -> tuple[int, int]:

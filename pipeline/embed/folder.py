@@ -61,6 +61,22 @@ class Tally:
         return self.reasons.total()
 
 
+def check_folder(folder: str) -> set[str]:
+    """The names in a folder that vectors are written to.
+
+    Raises:
+        DataError: it holds what is not ours.
+    """
+    fs, path = resolve_uri(folder)
+    names = {info.base_name for info in list_files(fs, path, recursive=False)}
+    if others := sorted(n for n in names if n.endswith(".parquet") and not _is_part(n)):
+        raise DataError(
+            f"{public(folder)} holds files that are no vectors of ours, such as {others[0]}",
+            "give another folder: embed.vectors=…",
+        )
+    return names
+
+
 def finished_parts(
     folder: str, units: Sequence[Unit], facts: Facts, level: int
 ) -> dict[int, Counts]:
@@ -70,12 +86,7 @@ def finished_parts(
         DataError: the folder holds what is not ours.
     """
     fs, path = resolve_uri(folder)
-    names = {info.base_name for info in list_files(fs, path, recursive=False)}
-    if others := sorted(n for n in names if n.endswith(".parquet") and not _is_part(n)):
-        raise DataError(
-            f"{public(folder)} holds files that are no vectors of ours, such as {others[0]}",
-            "give another folder: embed.vectors=…",
-        )
+    names = check_folder(folder)
     finished = {}
     for part in _pieces([unit for unit in units if part_name(unit.number) in names]):
         for unit, known in zip(part, _read(folder, part, facts["key"]), strict=True):

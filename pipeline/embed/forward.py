@@ -105,5 +105,5 @@ def check_channels(network: Any, name: str, channels: int) -> None:
         raise DataError(
             f"{name} takes images of {weight.shape[1]} channels, but mean and std have {channels} "
             "numbers",
-            "give augment.mean and augment.std one for each of its channels",
+            "give one for each channel: augment.mean and augment.std, in Python mean= and std=",
         )

@@ -51,6 +51,11 @@ class ArrayVectors:
     key = uri = ""
 
     def __init__(self, vectors: Array) -> None:
+        if vectors.ndim != 2:
+            raise DataError(
+                f"an array of shape {list(vectors.shape)} was given to search in, expected [N, D]",
+                "give one row for each vector",
+            )
         self._vectors = vectors
         self.rows, self.dim = vectors.shape
 

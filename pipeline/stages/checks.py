@@ -22,6 +22,7 @@ from pipeline.context import (
 from pipeline.curate.decide.shards import check_shards
 from pipeline.curate.earlier import Earlier
 from pipeline.curate.sets import open_earlier, open_other_sets, opened
+from pipeline.embed.folder import check_folder
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_labels
 from pipeline.heartbeat import doing
@@ -53,6 +54,7 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         check_place("curate.shards", config.curate.shards)
     if embeds(config, stages):
         check_place("embed.vectors", embed.vectors_uri(config, folder))
+        check_folder(absolute_uri(embed.vectors_uri(config, folder)))
         if config.embed.model or "pretrain" not in stages:
             embed.model_of(config, folder)
     if "search" in stages and config.search.enabled:
@@ -177,9 +179,9 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
         sets["data.source"] = known_set(config, "data.source", config.data.source, packed)
     elif {"curate", "doctor", "embed"} & set(stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
-    elif {"pretrain", "evaluate"} & set(stages):
+    elif _compares(config, stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
-    if not {"pack", "curate", "pretrain", "evaluate"} & set(stages):
+    if not ({"pack", "curate"} & set(stages) or _compares(config, stages)):
         return sets
     for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
         if uri and packing:
@@ -187,6 +189,12 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
         elif uri:
             sets[field] = KnownSet.of(field, opened(config, field, uri))
     return sets
+
+
+def _compares(config: Config, stages: Sequence[str]) -> bool:
+    """Whether a k-NN is computed: files in ONNX are compared by theirs too."""
+    onnx = config.export.onnx and "export" in stages
+    return onnx or bool({"pretrain", "evaluate"} & set(stages))
 
 
 def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:

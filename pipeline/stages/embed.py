@@ -13,7 +13,7 @@ from pipeline.config.config import Config
 from pipeline.context import Context, packed_uri, result_line, shards_uri, size_of
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.run import Report, Request, embed_set
-from pipeline.embed.vectors import open_vectors
+from pipeline.embed.vectors import MARK, open_vectors
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import AUTO, shown
 from pipeline.shards.set_range import other_range
@@ -21,6 +21,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages.evaluate import chosen_in
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.storage.transfer import read_mark
 from pipeline.train.start import checkpoint_at
 from pipeline.uri import public
 
@@ -168,6 +169,17 @@ def _sentence(report: Report, uri: str, size: float) -> str:
         text += f"; {report.images_per_s:,.0f} images/s, "
         text += f"the model waited {100 * report.pace.waiting:.0f} % of its time for images"
     return text
+
+
+def replaced_model(config: Config, folder: RunFolder) -> str:
+    """For a dry run: the model whose vectors a job would replace by those of another one; empty
+    where it would not.
+    """
+    fs, path = resolve_uri(vectors_uri(config, folder))
+    mark = read_mark(fs, f"{path}/{MARK}")
+    if not mark or mark.get("digest") == model_of(config, folder).digest:
+        return ""
+    return public(str(mark.get("model")))
 
 
 def shapes_of(facts: dict[str, Any]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pipeline.storage.transfer import atomic_path
 from pipeline.train import state
 from pipeline.uri import Place, join, public
 from pipeline.use.inputs import Decode, File, read_files, readable, spread
-from pipeline.use.looking import Question, Seen, look
+from pipeline.use.looking import Question, Seen, check, look
 from pipeline.use.masks import Classes, read_masks
 from pipeline.use.page import Drawn, draw, overview, sections
 from pipeline.use.pictures import Pixels, png
@@ -136,8 +136,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 
 
 def describe(context: Context) -> str:
-    """What a run would do, in a line."""
+    """What a run would do, in a line; opens the model, and refuses what it cannot look at."""
     request = asked(context)
+    _opened(request.model, _question(request, context.config), request.images, gpu=False)
     return (
         f"{_images(request.images)} by {request.model.name}; page and pictures in "
         f"{public(_folder(context))}"
@@ -160,9 +161,8 @@ def _model(context: Context) -> EmbedderSpec:
             )
         name = str(chosen(context).path)
     augment = config.augment
-    spec = embedder_of(
+    spec = embedder_of(  # of its own size: an embedder takes squares of whole patches only
         name,
-        image_size=config.look.image_size,
         mean=augment.mean,
         std=augment.std,
         folder=config.run.folder,
@@ -206,7 +206,8 @@ def _references(
     return known, classes, [*files, *masks]
 
 
-def _see(request: Asked, config: Config) -> Seen:
+def _question(request: Asked, config: Config) -> partial[Question]:
+    """All but the size of images where the recipe leaves it to the model."""
     asking = config.look
     mark = asking.mark.split(",")
     question = partial(
@@ -220,6 +221,11 @@ def _see(request: Asked, config: Config) -> Seen:
         method=asking.method,
         k=asking.k,
     )
+    return partial(question, image_size=asking.image_size) if asking.image_size else question
+
+
+def _see(request: Asked, config: Config) -> Seen:
+    question = _question(request, config)
     now(f"look: {_images(request.images)}")
     inputs = (request.model, question, request.images, request.decode)
     if config.train.device == "cpu":
@@ -234,10 +240,25 @@ def _see(request: Asked, config: Config) -> Seen:
     return seen
 
 
-def _look(spec: EmbedderSpec, question: Any, images: list[File], decode: Decode, gpu: bool) -> Seen:
+def _look(
+    spec: EmbedderSpec, question: partial[Question], images: list[File], decode: Decode, gpu: bool
+) -> Seen:
+    network, complete = _opened(spec, question, images, gpu)
+    return look(network, (decode(file.content) for file in images), complete)
+
+
+def _opened(
+    spec: EmbedderSpec, question: partial[Question], images: Sequence[File], gpu: bool
+) -> tuple[Any, Question]:
+    """The network, and the question with its image size, once it is sure that they fit."""
     embedder = open_embedder(spec, gpu=gpu, threads=len(os.sched_getaffinity(0)))
-    pixels = (decode(file.content) for file in images)
-    return look(embedder.network, pixels, question(image_size=embedder.size))
+    complete = question(**{"image_size": embedder.size, **question.keywords})
+    references = [
+        (f"reference {number}", pixels.shape[0], pixels.shape[1])
+        for number, (pixels, _) in enumerate(complete.references, 1)
+    ]
+    check(embedder.network, complete, [(file.name, *file.size) for file in images], references)
+    return embedder.network, complete
 
 
 def _folder(context: Context) -> Place:

@@ -33,13 +33,8 @@ def attention(network: nn.Module, images: Tensor, block: int = -1) -> Tensor:
         PipelineError: no such block, no CLS token, no patches, or a size that does not fit.
     """
     rows, columns = grid_of(network, images)
-    blocks, prefix = _blocks(network)
-    if not -len(blocks) <= block < len(blocks):
-        raise PipelineError(
-            f"block {block} of a network with {len(blocks)} blocks",
-            f"use 0 to {len(blocks) - 1}, or -1 for the last",
-        )
-    with _Taken.inside(blocks[block]) as taken, reading(network, images), taken:
+    inside, prefix = block_of(network, block)
+    with _Taken.inside(inside) as taken, reading(network, images), taken:
         network.forward_features(images)  # type: ignore[operator]
     if len(taken.calls) != 1:
         raise PipelineError(
@@ -57,6 +52,21 @@ def without_attention(network: nn.Module) -> str:
     except PipelineError as error:
         return error.what
     return ""
+
+
+def block_of(network: nn.Module, block: int) -> tuple[nn.Module, int]:
+    """A block by its number, from 0 or from the last, and how many tokens come before the patches.
+
+    Raises:
+        PipelineError: no such block, or a network without attention to show.
+    """
+    blocks, prefix = _blocks(network)
+    if not -len(blocks) <= block < len(blocks):
+        raise PipelineError(
+            f"block {block} of a network with {len(blocks)} blocks",
+            f"use 0 to {len(blocks) - 1}, or -1 for the last",
+        )
+    return blocks[block], prefix
 
 
 def _first_row(q: Tensor, k: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,14 @@ MOST = 64  # images: what a page can show, and a person look at
 
 @dataclass(frozen=True)
 class File:
-    """An encoded image: its name for people, and whether it was named one by one."""
+    """An encoded image: its name for people, whether it was named one by one, and its height and
+    width in pixels once it was decoded.
+    """
 
     name: str
     content: bytes
     named: bool = True
+    size: tuple[int, int] = (0, 0)
 
     @property
     def digest(self) -> str:
@@ -111,14 +114,14 @@ def readable(files: Sequence[File], decode: Decode, field: str) -> tuple[list[Fi
     good, left_out = [], []
     for file in files:
         try:
-            decode(file.content)
+            height, width = decode(file.content).shape[:2]
         except BadImage as error:
             sentence = f"{file.name} is not read: {error.reason} ({error.detail})"
             if file.named:
                 raise DataError(f"{field}: {sentence}", "name files that are images") from error
             left_out.append(sentence)
         else:
-            good.append(file)
+            good.append(replace(file, size=(height, width)))
     if not good:
         raise DataError(
             f"{field}: none of {len(files):,} images can be read; {left_out[0]}",

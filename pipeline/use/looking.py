@@ -5,7 +5,7 @@ h x w patches, which differ from image to image; C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import DataError
 from pipeline.evaluate.features import normalise
-from pipeline.use.attention import attention, without_attention
+from pipeline.use.attention import attention, block_of, without_attention
 from pipeline.use.components import Components
-from pipeline.use.network import fitted, patch_maps, patch_size_of, takes_any_size
+from pipeline.use.network import (
+    fitted,
+    fitted_grid,
+    patch_maps,
+    patch_size_of,
+    takes_any_size,
+)
 from pipeline.use.segment import Method, Reference, patch_at, similarity
 from pipeline.views.crops import resized
 
 Pixels = npt.NDArray[np.uint8]
+
+MOST_PATCHES = 16_384  # of an image, 128 x 128: time and memory of attention grow with the square
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,44 @@ class Seen:
     marked: tuple[int, int] | None = None
     similarity: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+
+
+def check(
+    network: nn.Module,
+    question: Question,
+    images: Sequence[tuple[str, int, int]],
+    references: Sequence[tuple[str, int, int]] = (),
+) -> None:
+    """Refuses what `look` could not answer, from the sizes of images alone.
+
+    Args:
+        network: whose patches, blocks and sizes count.
+        question: what is asked.
+        images: name, H and W of each.
+        references: likewise.
+
+    Raises:
+        PipelineError: what is wrong, as `look`; also an image of more than MOST_PATCHES patches.
+    """
+    side, patch, free = question.image_size, patch_size_of(network), takes_any_size(network)
+    for name, height, width in (*images, *references):
+        rows, columns = fitted_grid(height, width, side, patch)
+        if not free:
+            rows = columns = side // patch
+        if rows * columns > MOST_PATCHES:
+            raise DataError(
+                f"{name} of {width} x {height} pixels becomes {columns:,} x {rows:,} patches, at "
+                f"most {MOST_PATCHES:,} are looked at",
+                f"give a look.image_size below {side}, or cut the image",
+            )
+    if not free:
+        blank = torch.zeros(1, len(question.mean), side, side)
+        patch_maps(network, blank.to(next(network.parameters()).device))  # says what it takes
+    if not without_attention(network):
+        block_of(network, question.block)
+    if question.mark is not None:
+        _, height, width = images[0]
+        patch_at(*question.mark, (height, width), fitted_grid(height, width, side, patch))
 
 
 def look(network: nn.Module, images: Iterable[Pixels], question: Question) -> Seen:

@@ -88,10 +88,15 @@ def fitted(pixels: np.ndarray[Any, Any], side: int, patch: int) -> np.ndarray[An
         side: pixels.
         patch: pixels.
     """
-    height, width = pixels.shape[:2]
+    rows, columns = fitted_grid(pixels.shape[0], pixels.shape[1], side, patch)
+    return resized(pixels, rows * patch, columns * patch)
+
+
+def fitted_grid(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of what `fitted` makes of an image of so many pixels."""
     scale = side / min(height, width)
-    to = (max(1, round(length * scale / patch)) * patch for length in (height, width))
-    return resized(pixels, *to)
+    rows, columns = (max(1, round(length * scale / patch)) for length in (height, width))
+    return rows, columns
 
 
 @contextmanager

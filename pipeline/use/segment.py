@@ -27,7 +27,15 @@ def similarity(patches: Tensor, reference: Tensor) -> Tensor:
     """Cosine of patches `[…, D]` with a patch `[D]`: `[…]`, from -1 to 1; with `[R, D]`: `[…, R]`.
 
     A patch of length 0 has the cosine 0 with all.
+
+    Raises:
+        PipelineError: another width, or more dimensions.
     """
+    if reference.dim() not in (1, 2) or reference.shape[-1:] != patches.shape[-1:]:
+        raise PipelineError(
+            f"patches {list(patches.shape)} cannot be compared with {list(reference.shape)}",
+            "give patches of the same network, [D] or [R, D]",
+        )
     others = F.normalize(reference.float(), dim=-1)
     return F.normalize(patches.float(), dim=-1) @ (others.mT if others.dim() > 1 else others)
 

@@ -73,6 +73,8 @@ def test_a_timm_model_gives_what_ours_gives(backbone: VisionTransformer, tmp_pat
         close = 4e-3 if name == "patches" else 1e-5
         np.testing.assert_allclose(theirs[name], ours[name], atol=close)
     assert spec.digest == embedder_of(f"timm:local-dir:{folder}").digest
+    with pytest.raises(DataError, match="takes no images of 30 x 30 pixels"):
+        open_embedder(embedder_of(f"timm:local-dir:{folder}", image_size=30))
     with pytest.raises(PipelineError, match="has no model 'vit_nothing'"):
         embedder_of("timm:vit_nothing")
 

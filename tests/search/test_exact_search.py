@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DataError
 from pipeline.search import exact
 from pipeline.search.exact import Nearest, usable
+from pipeline.search.search import open_search
 
 
 def brute_force(vectors: np.ndarray, queries: np.ndarray, k: int) -> list[list[int]]:
@@ -102,3 +103,8 @@ def test_what_is_no_number_is_refused() -> None:
         usable(vectors)
     large = np.full((2, 3), 1e15) * [[1], [-1]]
     assert nearest(large, large, 2, 1).similarity.tolist() == [[1, -1], [1, -1]]
+
+
+def test_an_array_that_is_no_table_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"an array of shape \[6\] was given"):
+        open_search(np.arange(6))

@@ -140,6 +140,39 @@ def test_fields(argument: str, what: str) -> None:
         load([argument])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["look.mark=9999,0"], "pixel 9999,0 of an image of 40 x 30 pixels"),
+        (["look.block=3"], "block 3 of a network with 3 blocks"),
+        (["look.image_size=20000"], r"a.png of 40 x 30 pixels becomes 3,810 x 2,857 patches"),
+        (["look.images={thin}"], r"thin.png of 3000 x 2 pixels becomes 6,000 x 4 patches"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_look_cannot_do(
+    arguments: list[str], what: str, tmp_path: Path, weights: Path
+) -> None:
+    places = {"a": photo(tmp_path / "a.png"), "thin": photo(tmp_path / "thin.png", (3000, 2))}
+    fields = [one.format(**places) for one in ["look.images={a}", *arguments]]
+    asked = context(tmp_path, f"look.model={weights}", *fields)
+    for what_it_does in (look.describe, lambda asked: look.run(asked, NullTracker())):
+        with pytest.raises(PipelineError, match=what) as error:
+            what_it_does(asked)
+        assert error.value.hint
+
+
+def test_any_image_size_becomes_whole_patches(tmp_path: Path, weights: Path) -> None:
+    """30 of 40 x 30 pixels with patches of 7: 6 x 4 patches."""
+    asked = context(
+        tmp_path, f"look.images={photo(tmp_path / 'a.png')}", f"look.model={weights}",
+        "look.image_size=30",
+    )  # fmt: skip
+    request = look.asked(asked)
+    seen = look._see(request, asked.config)
+    assert seen.attention[0].shape[1:] == (4, 6)
+    assert look.describe(asked).startswith("1 image by")
+
+
 def test_a_few_of_a_set_are_spread_over_it(tmp_path: Path) -> None:
     from pipeline.shards.shards import open_shards
     from tests.stages.shards import write_shards

@@ -159,3 +159,9 @@ def test_fitted_images_are_whole(height: int, width: int) -> None:
     for was, length in ((height, out.shape[0]), (width, out.shape[1])):
         assert abs(was * scale - length) <= 3.5
     assert out[0, 0, 0] == 0 and out[-1, -1, 0] == 200
+
+
+@pytest.mark.parametrize("shape", [(7,), (), (1, 2, 3)])
+def test_a_reference_of_another_width_is_one_sentence(shape: tuple[int, ...]) -> None:
+    with pytest.raises(PipelineError, match="cannot be compared with"):
+        similarity(torch.randn(4, 4, 3), torch.randn(shape))
