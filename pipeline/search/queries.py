@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from pipeline.embed.embedders import Embedder
-from pipeline.embed.vectors import MARK, VectorSet, open_vectors
+from pipeline.embed.vectors import MARK, PART_KEY, VectorSet, open_vectors
 from pipeline.errors import DataError, StorageError, one_line
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import MAX_PIXELS, decode_image
@@ -34,7 +34,7 @@ from pipeline.search.rows import Rows
 from pipeline.search.search import Search
 from pipeline.shards.columns import BAD_IMAGE_SCHEMA, METADATA_KEY, image_id
 from pipeline.shards.shard_set import open_parquet
-from pipeline.storage.places import absolute_uri, exists, file_info, resolve_uri
+from pipeline.storage.places import absolute_uri, exists, file_info, list_files, resolve_uri
 from pipeline.storage.transfer import read_bytes
 from pipeline.uri import public
 
@@ -129,6 +129,8 @@ class Asker:
         fs, path = resolve_uri(place)
         if kind == pafs.FileType.Directory and _has_vectors(fs, path):
             yield from self._vector_set(text)
+        elif kind == pafs.FileType.Directory and _has_parts(fs, path):
+            open_vectors(text, FIELD)  # says that they are not finished
         elif kind == pafs.FileType.File and is_table(path) and self._holds_vectors(place):
             yield from self._rows(text, open_parquet(fs, path))
         elif kind == pafs.FileType.File and not is_table(path) and not is_archive(path):
@@ -137,7 +139,7 @@ class Asker:
             yield from self._pile(text, place, kind)
 
     def _id(self, text: str) -> Query:
-        rows = self.rows.with_beginning(text) if len(text) >= SHORTEST else np.arange(0)
+        rows = self.rows.with_beginning(text.lower()) if len(text) >= SHORTEST else np.arange(0)
         if not len(rows):
             raise DataError(
                 f"{FIELD}={public(text)}: there is no such file, and no image of the set has an id "
@@ -307,6 +309,16 @@ def bad_table(bad: Sequence[Refused]) -> pa.Table:
 
 def _has_vectors(fs: pafs.FileSystem, path: str) -> bool:
     return any(exists(fs, f"{path}/{mark}") for mark in (MARK, f"vectors/{MARK}"))
+
+
+def _has_parts(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether a folder holds vectors of ours; embedding may have stopped at any of them."""
+    for folder in (path, f"{path}/vectors"):
+        for info in list_files(fs, folder, recursive=False):
+            if info.base_name.startswith("part-") and is_table(info.path):
+                with open_parquet(fs, info.path) as file:
+                    return PART_KEY in (file.schema_arrow.metadata or {})
+    return False
 
 
 def _kind(text: str) -> pafs.FileType:

@@ -66,7 +66,7 @@ def _answer(config: Config, folder: RunFolder, texts: list[str]) -> None:
     if queries > len(shown):
         texts.append(f"The first {len(shown)} of {queries:,} images that were asked for.")
     if asker.bad:
-        texts.append(f"{len(asker.bad):,} files are no usable images; {BAD} lists them.")
+        texts.append(f"Files that are no usable images: {len(asker.bad):,}; {BAD} lists them.")
     pictures = Pictures.of(vectors, answers.rows, _most(config))
     page = _write_page(folder, answers, told, pictures, texts)
     result_line(
@@ -244,7 +244,7 @@ def _list_bad(bad: list[Refused], queries: int, folder: RunFolder) -> None:
     if not queries:
         raise DataError(f"none of {len(bad):,} files is a usable image; the first: {first}")
     log.warning(
-        "search      %s files are no usable images, listed in %s; the first: %s",
+        "search      files that are no usable images: %s, listed in %s; the first: %s",
         f"{len(bad):,}",
         public(folder.at("search", BAD)),
         first,

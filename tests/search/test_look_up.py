@@ -123,7 +123,7 @@ def test_a_folder_a_table_and_vectors_at_once(
         ("asked/broken.png", "not_an_image"),
         ("photos/cat/2.png", "not_an_image"),
     ]
-    assert "2 files are no usable images" in caplog.text
+    assert "files that are no usable images: 2" in caplog.text
     assert "similarity  image_id" not in caplog.text  # too many for a console
 
     assert {row["query"] for row in search(made, "asked/deep/*.jpg")} == {"b.jpg"}
@@ -221,6 +221,18 @@ def test_a_run_folder_that_was_moved_has_its_pictures_and_its_model(here: Path) 
     shutil.rmtree(here / "new/export")
     with pytest.raises(PipelineError, match="model of the set, which cannot be opened"):
         search(moved, "photo.png")
+
+
+def test_an_id_in_capitals_and_unfinished_vectors(made: VectorSet, here: Path) -> None:
+    name = str(made.ids()[7])
+    assert {row["query"] for row in search(made, name.upper())} == {name}
+    part = pq.read_table(f"{made.uri}/part-00000.parquet")
+    (here / "stopped/vectors").mkdir(parents=True)
+    metadata = {**part.schema.metadata, b"raydino.part": b"{}"}
+    pq.write_table(part.replace_schema_metadata(metadata), "stopped/vectors/part-00000.parquet")
+    for folder in ("stopped", "stopped/vectors"):
+        with pytest.raises(PipelineError, match="there are no finished vectors"):
+            search(made, folder)
 
 
 def test_refused(made: VectorSet, here: Path) -> None:
