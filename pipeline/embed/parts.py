@@ -66,6 +66,7 @@ def write_part(folder: str, decoded: Decoded, outputs: Outputs, facts: Facts) ->
             use_dictionary=["source"],
             write_statistics=["image_id", "label", "row"],
             row_group_size=max(1, len(table)),
+            write_page_checksum=True,  # any bits are numbers: nothing else tells damaged ones
             filesystem=pafs.LocalFileSystem(),
         )
 

@@ -218,11 +218,22 @@ class VectorSet:
         for name, count in self.parts:
             low, high = max(start - first, 0), min(stop - first, count)
             if low < high:
-                with open_parquet(fs, f"{folder}/{name}", piecewise=True) as parquet:
+                with open_parquet(fs, f"{folder}/{name}", piecewise=True, verify=True) as parquet:
                     self._check_part(name, count, parquet)
-                    table = parquet.read(columns=list(columns))
+                    table = self._read_part(name, parquet, columns)
                 yield table.slice(low, high - low), first + low
             first += count
+
+    def _read_part(self, name: str, parquet: pq.ParquetFile, columns: Sequence[str]) -> pa.Table:
+        try:
+            return parquet.read(columns=list(columns))
+        except OSError as error:
+            if "crc" not in str(error).lower():
+                raise
+            raise DataError(
+                f"{public(self.uri)}/{name} is damaged: its values are not those that were written",
+                "delete that file and embed the images again with the same command",
+            ) from error
 
     def _check_part(self, name: str, count: int, parquet: pq.ParquetFile) -> None:
         """Refuses a part that took the place of the one which this table was opened with."""

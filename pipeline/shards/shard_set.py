@@ -90,7 +90,9 @@ class ShardSet:
         return open_parquet(resolve_uri(self.uri)[0], self.files[file_index].path, piecewise=True)
 
 
-def open_parquet(fs: pafs.FileSystem, path: str, piecewise: bool = False) -> pq.ParquetFile:
+def open_parquet(
+    fs: pafs.FileSystem, path: str, piecewise: bool = False, verify: bool = False
+) -> pq.ParquetFile:
     """Open one file.
 
     Args:
@@ -98,6 +100,7 @@ def open_parquet(fs: pafs.FileSystem, path: str, piecewise: bool = False) -> pq.
         path: of the file.
         piecewise: each read is tried again where it fails. Without it a reader tries the whole call
             again, which lets Arrow read several columns of a remote file at once.
+        verify: compare pages with their checksums, where the file has them; a read raises OSError.
 
     Raises:
         DataError: it is not readable as parquet.
@@ -106,7 +109,8 @@ def open_parquet(fs: pafs.FileSystem, path: str, piecewise: bool = False) -> pq.
     patient = piecewise and not (isinstance(fs, pafs.LocalFileSystem) and path.isascii())
 
     def opened() -> pq.ParquetFile:
-        return pq.ParquetFile(open_patiently(fs, path) if patient else fs.open_input_file(path))
+        source = open_patiently(fs, path) if patient else fs.open_input_file(path)
+        return pq.ParquetFile(source, page_checksum_verification=verify)
 
     try:
         return with_retries(f"reading {path}", opened)

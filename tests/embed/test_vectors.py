@@ -210,6 +210,17 @@ def test_what_is_not_ours_stays(request_: Request, tmp_path: Path) -> None:
     assert sorted(content(tmp_path / "vectors")) == ["mine.parquet"]
 
 
+def test_numbers_that_were_overwritten_are_refused(vectors: VectorSet) -> None:
+    path = Path(vectors.uri) / "part-00001.parquet"
+    values = vectors.read()[5].tobytes()  # some row of it, stored plain
+    content = bytearray(path.read_bytes())
+    at = next(i for v in vectors.read() if (i := content.find(v.tobytes())) >= 0)
+    content[at : at + len(values)] = bytes(len(values))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-00001\.parquet is damaged"):
+        vectors.read()
+
+
 @pytest.mark.parametrize("content", ["[]", '{"version": 0}', '{"version": 1}'])
 def test_a_mark_of_others(content: str, tmp_path: Path) -> None:
     (tmp_path / "_vectors.json").write_text(content)
