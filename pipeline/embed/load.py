@@ -5,6 +5,7 @@ Functions of a module, so that a partial of one can be sent to a task.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,6 +19,8 @@ from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.uri import is_uri, join, public
+
+log = logging.getLogger("pipeline.embed")
 
 TIMM = "timm:"
 EXPORTS = ("dinov2", "timm")  # what an export leaves of a ViT of ours, and of a timm encoder
@@ -168,10 +171,15 @@ def preprocessing_of(path: str) -> Preprocessing:
         size = values.get("crop_size") or values.get("size")
         size = size.get("height") or size.get("shortest_edge") if isinstance(size, dict) else size
         names = ("image_mean", "image_std")
+        asked = values.get("size")
+        if isinstance(asked, dict) and asked.get("shortest_edge"):
+            _say_other_shape(str(file))
     elif (file := folder / "config.json").is_file():
         values = read_json(file).get("pretrained_cfg") or {}
         size = (values.get("input_size") or [None])[-1]
         names = ("mean", "std")
+        if values and values.get("crop_mode", "center") != "squash":
+            _say_other_shape(str(file))
     if not values:
         return Preprocessing()
     mean, std = (values.get(name) or () for name in names)
@@ -186,6 +194,17 @@ def preprocessing_of(path: str) -> Preprocessing:
             "put the file back, or export the run again",
         ) from error
     return known
+
+
+@lru_cache
+def _say_other_shape(file: str) -> None:
+    """Says once that images of other shapes are prepared otherwise than by the file beside them."""
+    log.warning(
+        "%s keeps the shape of an image and cuts its sides off; here the whole image becomes a "
+        "square first, as in an evaluation: vectors of images that are not square differ from "
+        "those of that library",
+        public(file),
+    )
 
 
 # ---- A run of ours.

@@ -19,6 +19,7 @@ from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.load import at_hand, preprocessing_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.decode import decode_image
+from pipeline.model.formats import timm_transform
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import save_backbone, save_huggingface, save_timm
 from pipeline.views.crops import resize_centre_crop
@@ -147,6 +148,29 @@ def test_what_stands_beside_weights(tmp_path: Path) -> None:
     assert (known.image_size, known.std, known.value_range) == (56, STD, "full")
     with pytest.raises(DataError, match="no lists of numbers"):
         preprocessing_of(beside("preprocessor_config.json", image_mean=["a"], image_std=STD))
+
+
+def test_weights_that_keep_the_shape_of_an_image_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    square = {"height": 64, "width": 64}
+    squash = timm_transform(MEAN, STD, 56)
+    for number, (name, content, said) in enumerate(
+        [
+            ("preprocessor_config.json", {"size": square, "crop_size": 56}, False),
+            ("preprocessor_config.json", {"size": {"shortest_edge": 64}, "crop_size": 56}, True),
+            ("config.json", {"pretrained_cfg": squash}, False),
+            ("config.json", {"pretrained_cfg": squash | {"crop_mode": "center"}}, True),
+            ("config.json", {"width": 64}, False),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        caplog.clear()
+        preprocessing_of(str(folder))
+        preprocessing_of(str(folder))
+        assert caplog.text.count("cuts its sides off") == said, (name, content)
 
 
 @pytest.mark.long
