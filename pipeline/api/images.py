@@ -198,9 +198,9 @@ def _encoded(image: Any) -> bytes:
         return file.getvalue()
     pixels = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3:
-        found = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else ""
+        kind = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, np.ndarray) else ""
         raise PipelineError(
-            f"an image is {found or type(image).__name__}, expected a path, a picture of Pillow, "
+            f"an image is {kind or type(image).__name__}, expected a path, a picture of Pillow, "
             "or uint8 [H, W, C] or [C, H, W]",
             "convert it, e.g. (x * 255).round().to(torch.uint8)",
         )

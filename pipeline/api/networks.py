@@ -111,10 +111,10 @@ def build_student_teacher(**sizes: Unpack[FieldSizes]) -> Pair:
             f"build_student_teacher has no {unknown[0]}",
             f"did you mean {near[0]}?" if near else f"give {', '.join(known)}",
         )
-    given: Mapping[str, Any] = sizes
-    backbone = {ours: given[name] for name, ours in BACKBONE_NAMES.items() if name in given}
-    head = {ours: given[name] for name, ours in HEAD_NAMES.items() if name in given}
-    return build_pair(BackboneSpec(**backbone), HeadSpec(**head), None, given.get("seed", 0))
+    values: Mapping[str, Any] = sizes
+    backbone = {ours: values[name] for name, ours in BACKBONE_NAMES.items() if name in values}
+    head = {ours: values[name] for name, ours in HEAD_NAMES.items() if name in values}
+    return build_pair(BackboneSpec(**backbone), HeadSpec(**head), None, values.get("seed", 0))
 
 
 def student_teacher(

@@ -105,8 +105,8 @@ def train(
             f"out='{public(str(out))}') says",
             "give it once",
         )
-    given = {**fields, **(settings or {})}
-    config = load([str(recipe)] * bool(recipe) + [f"{k}={_text(v)}" for k, v in given.items()])
+    overrides = {**fields, **(settings or {})}
+    config = load([str(recipe)] * bool(recipe) + [f"{k}={_text(v)}" for k, v in overrides.items()])
     if not logging.getLogger("pipeline").handlers:
         log.configure()
     run(config, ORDER)

@@ -124,8 +124,8 @@ class Answers:
 
     def told(self, answers: Sequence[Answer]) -> list[tuple[Answer, list[Neighbour]]]:
         """Answers with all that is shown of their neighbours; decisions are read once for all."""
-        wanted = {self.rows.id_of(row) for answer in answers for row in answer.rows}
-        decisions = self.decisions.read(wanted) if self.decisions else {}
+        ids = {self.rows.id_of(row) for answer in answers for row in answer.rows}
+        decisions = self.decisions.read(ids) if self.decisions else {}
         return [(answer, self._neighbours(answer, decisions)) for answer in answers]
 
     def _neighbours(self, answer: Answer, decisions: Mapping[str, Decision]) -> list[Neighbour]:

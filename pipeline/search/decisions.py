@@ -67,11 +67,11 @@ class Decisions:
 
     def read(self, ids: Iterable[str]) -> dict[str, Decision]:
         """The decision on each image that has one, by its id."""
-        wanted = sorted(set(ids))
+        distinct = sorted(set(ids))
         known: dict[str, Decision] = {}
         columns = ["image_id", "kept", "reason", "keeper_id"]
-        for file in parquet_names(self.folder) if wanted else ():
-            table = read_table(self.folder, file, columns, [("image_id", "in", wanted)])
+        for file in parquet_names(self.folder) if distinct else ():
+            table = read_table(self.folder, file, columns, [("image_id", "in", distinct)])
             for one in table.to_pylist():
                 # byte-identical files have one id: the one that is kept says more
                 if one["kept"] or one["image_id"] not in known:

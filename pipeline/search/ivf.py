@@ -127,14 +127,14 @@ def _probed(index: Any, queries: Floats, k: int, probes: int) -> tuple[Doubles, 
     """Row -1 and similarity -inf where the lists hold less than k."""
     import faiss
 
-    wanted = min(int(index.ntotal), k + SPARE)
+    candidates = min(int(index.ntotal), k + SPARE)
     parameters = faiss.SearchParametersIVF()
     parameters.nprobe = probes
-    _, rows, vectors = index.search_and_reconstruct(unit(queries), wanted, params=parameters)
+    _, rows, vectors = index.search_and_reconstruct(unit(queries), candidates, params=parameters)
     vectors = vectors.reshape(-1, queries.shape[1])
     # as exact search does it, to the bit: recall compares the two
-    flat = dots(np.repeat(queries, wanted, axis=0), vectors)
-    flat /= np.repeat(lengths(queries), wanted) * lengths(vectors)
+    flat = dots(np.repeat(queries, candidates, axis=0), vectors)
+    flat /= np.repeat(lengths(queries), candidates) * lengths(vectors)
     flat = flat.reshape(rows.shape)
     flat[rows < 0] = -np.inf
     order = np.lexsort((rows, -flat), axis=1)[:, :k]

@@ -247,13 +247,13 @@ class _Answers:
         if media_type(request.headers.get("content-type", "")) == JSON:
             query = query_of(await self._body(request), limits, DEFAULT_K)
             row = collection.row_of(query.image_id)
-            found = await asyncio.to_thread(collection.like_row, row, query.k)
-            return JSONResponse({"query": collection.about(row), "neighbours": found})
+            nearest = await asyncio.to_thread(collection.like_row, row, query.k)
+            return JSONResponse({"query": collection.about(row), "neighbours": nearest})
         k = neighbours(request.query_params.get("k", DEFAULT_K), limits)
         async with self._queued():
             vector = await self._model().embed(await self._sent_image(request), "cls")
-        found = await asyncio.to_thread(collection.like, vector, k)
-        return JSONResponse({"query": None, "neighbours": found})
+        nearest = await asyncio.to_thread(collection.like, vector, k)
+        return JSONResponse({"query": None, "neighbours": nearest})
 
     async def look(self, request: Request) -> Response:
         row = self._collection().row_of(request.path_params["image_id"])

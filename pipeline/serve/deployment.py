@@ -175,9 +175,9 @@ def _batching(settings: Serve, replicas: Replicas) -> type:
         async def _outputs(self, requests: list[tuple[UInt8Array, str]]) -> list[Any]:
             """One forward pass for all that wait, whatever they want of it."""
             images = [image for image, _ in requests]
-            wanted = sorted({want for _, want in requests})
+            names = sorted({want for _, want in requests})
             async with self.one_at_a_time:  # the event loop stays free to collect the next batch
-                outputs = await asyncio.to_thread(self.embedder.outputs, images, wanted)
+                outputs = await asyncio.to_thread(self.embedder.outputs, images, names)
             return [outputs[want][i] for i, (_, want) in enumerate(requests)]
 
         async def look(self, image: UInt8Array, what: str) -> UInt8Array:

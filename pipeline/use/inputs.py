@@ -86,12 +86,12 @@ def spread(shards: ShardSet, count: int) -> list[File]:
     same each time. Their names are the paths that they were packed from, where the set has those.
     """
     count = min(count, shards.rows)
-    wanted = (2 * np.arange(count) + 1) * shards.rows // (2 * count)
+    picks = (2 * np.arange(count) + 1) * shards.rows // (2 * count)
     files: list[File] = []
     first = 0
     for number, file in enumerate(shards.files):
         for group, rows in enumerate(file.row_groups):
-            inside = wanted[(wanted >= first) & (wanted < first + rows)] - first
+            inside = picks[(picks >= first) & (picks < first + rows)] - first
             first += rows
             table = read_row_group(shards, number, group) if len(inside) else None
             sources = read_sources(shards.columns, file.path, group) if table else []
