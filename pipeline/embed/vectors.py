@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.embed.ids import Ids, id_bytes
 from pipeline.embed.image_reader import ImageReader
 from pipeline.embed.moved import beside
 from pipeline.errors import DataError
@@ -194,7 +195,9 @@ class VectorSet:
         Raises:
             DataError: as `shards`.
         """
-        return ImageReader(self.shards(), id_bytes(self._column("image_id")), self.places())
+        shards, table = self.shards(), self.columns("image_id", "row")
+        places = np.array(table["row"].to_numpy(), np.int64)
+        return ImageReader(shards, Ids(id_bytes(table["image_id"])), places)
 
     def columns(self, *names: str) -> pa.Table:
         """Some columns of all images, in one pass through the files, several at once."""
@@ -301,19 +304,13 @@ def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
     return VectorSet(place, parts, facts)
 
 
-def id_bytes(column: pa.ChunkedArray) -> Array:
-    """A column of image ids as S32 [n]: a quarter of what they take as text of numpy."""
-    ids = column.cast(pa.binary()).cast(pa.binary(32)).combine_chunks()
-    values = np.frombuffer(ids.buffers()[1] or b"", "S32")
-    return values[ids.offset : ids.offset + len(ids)]
-
-
 def labelled(vectors: VectorSet) -> LabelledFeatures:
     """The CLS vectors of a set in memory, with labels and ids, as an evaluation takes them."""
     import torch
 
     from pipeline.evaluate.knn import LabelledFeatures
 
-    ids = np.frombuffer(bytearray.fromhex("".join(vectors.ids())), np.uint8).reshape(-1, 16)
-    cls, labels = torch.from_numpy(vectors.read()), torch.from_numpy(vectors.labels())
-    return LabelledFeatures(cls, labels, ids)
+    table = vectors.columns("image_id", "label")
+    labels = torch.from_numpy(np.array(table["label"].fill_null(-1).to_numpy(), np.int64))
+    ids = Ids(id_bytes(table["image_id"])).digests()
+    return LabelledFeatures(torch.from_numpy(vectors.read()), labels, ids)

@@ -6,43 +6,34 @@ shards, and its source as Arrow keeps a text.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.embed.ids import LETTERS, Ids, id_bytes
 from pipeline.embed.image_reader import ImageReader
-from pipeline.embed.vectors import VectorSet, id_bytes
+from pipeline.embed.vectors import VectorSet
 
 Array = np.ndarray[Any, Any]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-ID_LETTERS = 32
 
 
-class Rows:
+class Rows(Ids):
     """Ids, sources and labels of the n rows of a set, read in one pass through its files.
 
     Attributes:
-        ids: S32 [n], hex digits; as text they would take four times as much.
         labels: int64 [n]; -1 where unknown.
         places: int64 [n], the row of each image in its shards.
     """
 
     def __init__(self, vectors: VectorSet) -> None:
         table = vectors.columns("image_id", "source", "label", "row")
-        self.ids = id_bytes(table["image_id"])
+        super().__init__(id_bytes(table["image_id"]))
         self.labels: Ints = np.array(table["label"].fill_null(-1).to_numpy(), np.int64)
         self.places: Ints = np.array(table["row"].to_numpy(), np.int64)
         # texts of more than 2 GiB in all have no place in one array of `string`
         self._sources = table["source"].cast(pa.large_string()).combine_chunks()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def id_of(self, row: int) -> str:
-        """The id of a row's image."""
-        return str(self.ids[row], "ascii")
 
     def source_of(self, row: int) -> str:
         """Where a row's image is from."""
@@ -50,33 +41,11 @@ class Rows:
 
     def ids_of(self, rows: Ints) -> pa.Array:
         """The ids of some rows, as text."""
-        return pa.array(self.ids[rows].astype(f"U{ID_LETTERS}").tolist(), pa.string())
+        return pa.array(self.ids[rows].astype(f"U{LETTERS}").tolist(), pa.string())
 
     def sources_of(self, rows: Ints) -> pa.Array:
         """The sources of some rows."""
         return self._sources.take(pa.array(rows, pa.int64())).cast(pa.string())
-
-    @cached_property
-    def order(self) -> Ints:
-        """Row numbers by rising id; rows of one id in their order."""
-        return np.argsort(self.ids, kind="stable")
-
-    def with_beginning(self, text: str) -> Ints:
-        """The rows whose ids begin so, by rising id."""
-        beginning = text.encode()
-        if len(beginning) > ID_LETTERS:
-            return self.order[:0]
-        first = end = int(np.searchsorted(self.ids, beginning, sorter=self.order))
-        while end < len(self) and bytes(self.ids[self.order[end]]).startswith(beginning):
-            end += 1
-        return self.order[first:end]
-
-    def row_of(self, image_id: str) -> int:
-        """The first row with an id; -1 where there is none."""
-        if len(image_id) != ID_LETTERS:
-            return -1
-        rows = self.with_beginning(image_id)
-        return int(rows[0]) if len(rows) else -1
 
     def images(self, vectors: VectorSet) -> ImageReader:
         """A reader of the encoded images, as `VectorSet.images`, from what is known here already.
@@ -84,4 +53,4 @@ class Rows:
         Raises:
             DataError: the images are not there, or are others by now.
         """
-        return ImageReader(vectors.shards(), self.ids, self.places, self.order)
+        return ImageReader(vectors.shards(), self, self.places)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from pipeline.embed.ids import Ids
 from pipeline.serve.gallery import Grouping
 from pipeline.serve.refusal import Refusal
 
@@ -21,8 +21,8 @@ class Collection:
     """What the page shows and a search finds.
 
     Attributes:
-        ids: text [n].
-        sources: text [n], "" where unknown.
+        ids: of all n images.
+        source: of a row, "" where unknown.
         labels: text [n], names of classes; None: no image has one.
         decisions: text [n] of a curation; None: there is none.
         groupings: by name, the first is shown at first.
@@ -32,8 +32,8 @@ class Collection:
         image: encoded bytes of a row; None where the shards cannot be reached.
     """
 
-    ids: Array
-    sources: Array
+    ids: Ids
+    source: Callable[[int], str]
     labels: Array | None
     decisions: Array | None
     groupings: Mapping[str, Grouping]
@@ -44,30 +44,20 @@ class Collection:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @cached_property
-    def _sorted(self) -> tuple[Array, Array]:
-        """Ids in order, and where each of them is: 32 bytes a row, where a dict has 150."""
-        ids = np.char.encode(self.ids.astype(str), "utf-8")
-        order = np.argsort(ids, kind="stable")
-        return ids[order], order
-
     def row_of(self, image_id: str) -> int:
         """The row of an image.
 
         Raises:
             Refusal: 404, no image has that id.
         """
-        ids, order = self._sorted
-        wanted = image_id.encode("utf-8", "replace")
-        at = int(np.searchsorted(ids, wanted)) if len(wanted) <= ids.dtype.itemsize else len(ids)
-        # numpy leaves out zero bytes at the end of a text, which would make "a\0" equal to "a"
-        if at == len(ids) or bytes(ids[at]) != wanted:
+        row = self.ids.row_of(image_id)
+        if row < 0:
             raise Refusal(404, "no image of the set has this id")
-        return int(order[at])
+        return row
 
     def about(self, row: int) -> dict[str, Any]:
         """An image in words, as JSON."""
-        said: dict[str, Any] = {"image_id": str(self.ids[row]), "source": str(self.sources[row])}
+        said: dict[str, Any] = {"image_id": self.ids.id_of(row), "source": self.source(row)}
         if self.labels is not None:
             said["label"] = str(self.labels[row])
         if self.decisions is not None:
@@ -92,7 +82,7 @@ class Collection:
     def like_row(self, row: int, k: int) -> list[dict[str, Any]]:
         """The nearest images of one of the set, which is left out itself."""
         nearest = self.like(self.vector(row), k + 1)
-        return [one for one in nearest if one["image_id"] != str(self.ids[row])][:k]
+        return [one for one in nearest if one["image_id"] != self.ids.id_of(row)][:k]
 
     def like(self, vector: Array, k: int) -> list[dict[str, Any]]:
         """The nearest images of a vector [D], by cosine, the most similar first."""

@@ -13,6 +13,7 @@ from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.search.decisions import Decisions
 from pipeline.search.model import check_model, spec_of
+from pipeline.search.rows import Rows
 from pipeline.search.search import EXACT_ROWS, MEMORY_GIB, open_search
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import by_cluster, by_text, everything, label_texts
@@ -68,20 +69,22 @@ def checked(model: str, vectors: str, decisions: str = "") -> Served:
 
 def opened(vectors: VectorSet, decisions: Decisions | None = None) -> Collection:
     """The set in memory, with the orders that its page offers."""
-    ids, labels = vectors.ids(), vectors.labels()
+    rows = Rows(vectors)
     few = vectors.rows <= EXACT_ROWS  # above, an index is searched, and vectors stay where they are
     groupings = [everything(vectors.rows)]
     texts = None
-    if (labels >= 0).any():
-        texts = label_texts(labels, vectors.facts["class_names"])
+    if (rows.labels >= 0).any():
+        texts = label_texts(rows.labels, vectors.facts["class_names"])
         groupings.append(by_text("label", texts))
     reasons = None
     if decisions is not None:
         known = decisions.reasons()
-        reasons = np.array([known.get(str(one), "not curated") for one in ids], object)
+        reasons = np.array(
+            [known.get(rows.id_of(row), "not curated") for row in range(len(rows))], object
+        )
         groupings.append(by_text("decision", reasons))
     if few and vectors.rows > 1:
-        groupings.append(by_cluster(vectors.read("cls"), _bytes_of(ids)))
+        groupings.append(by_cluster(vectors.read("cls"), rows.digests()))
     search = open_search(vectors, memory_gib=float("inf") if few else MEMORY_GIB)
 
     def vector(row: int) -> np.ndarray[Any, Any]:
@@ -89,26 +92,21 @@ def opened(vectors: VectorSet, decisions: Decisions | None = None) -> Collection
         return one
 
     return Collection(
-        ids=ids,
-        sources=vectors.sources(),
+        ids=rows,
+        source=rows.source_of,
         labels=texts,
         decisions=reasons,
         groupings={grouping.name: grouping for grouping in groupings},
         search=search.find,
         vector=vector,
-        image=_images(vectors, ids),
+        image=_images(vectors, rows),
     )
 
 
-def _images(vectors: VectorSet, ids: np.ndarray[Any, Any]) -> Any:
+def _images(vectors: VectorSet, rows: Rows) -> Any:
     try:
-        images = vectors.images()
+        images = rows.images(vectors)
     except DataError as error:
         log.warning("images      are not shown: %s", error.what)
         return None
-    return lambda row: images[str(ids[row])]
-
-
-def _bytes_of(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Ids of 32 hex digits as uint8 [n, 16]."""
-    return np.frombuffer(bytearray.fromhex("".join(ids.tolist())), np.uint8).reshape(-1, 16)
+    return lambda row: images[rows.id_of(row)]

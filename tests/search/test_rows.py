@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.embed.embedders import EmbedderSpec
-from pipeline.embed.vectors import VectorSet, id_bytes
+from pipeline.embed.ids import id_bytes
+from pipeline.embed.vectors import VectorSet
 from pipeline.search.rows import Rows
 from tests.curate.images import scene
 from tests.data import encoded

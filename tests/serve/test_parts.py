@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.config.use import Serve
 from pipeline.curate.report.words import name_of
 from pipeline.curate.rows.tables import DECISIONS
+from pipeline.embed.ids import Ids
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
 from pipeline.images.bad_image import BadImage
@@ -88,8 +89,8 @@ def test_labels_get_their_names() -> None:
 def collection(rows: int) -> Collection:
     vectors = np.eye(rows, dtype=np.float32)
     return Collection(
-        ids=np.array([f"{i * 7919 % 997:032x}" for i in range(rows)]),
-        sources=np.array([""] * rows, object),
+        ids=Ids(np.array([f"{i * 7919 % 997:032x}" for i in range(rows)], "S32")),
+        source=lambda row: "",
         labels=None,
         decisions=None,
         groupings={"all": everything(rows)},
@@ -101,8 +102,8 @@ def collection(rows: int) -> Collection:
 
 def test_rows_are_found_by_id_and_nothing_else_is() -> None:
     some = collection(50)
-    assert [some.row_of(str(one)) for one in some.ids] == list(range(50))
-    for wrong in ("", "0", "f" * 32, str(some.ids[0])[:-1], str(some.ids[0]) + "0", "é", "\0"):
+    assert [some.row_of(some.ids.id_of(row)) for row in range(50)] == list(range(50))
+    for wrong in ("", "0", "f" * 32, some.ids.id_of(0)[:-1], some.ids.id_of(0) + "0", "é", "\0"):
         with pytest.raises(Refusal):
             some.row_of(wrong)
 
@@ -111,13 +112,13 @@ def test_twins_of_an_image_never_push_its_neighbours_out() -> None:
     """More equal vectors than neighbours: the image itself may not be among the found ones."""
     vectors = np.ones((9, 4), np.float32)
     many = Collection(
-        ids=np.array([f"{i:032x}" for i in range(9)]), sources=np.array([""] * 9, object),
+        ids=Ids(np.array([f"{i:032x}" for i in range(9)], "S32")), source=lambda row: "",
         labels=None, decisions=None, groupings={}, search=open_search(vectors).find,
         vector=lambda row: vectors[row], image=None,
     )  # fmt: skip
     like = [one["image_id"] for one in many.like_row(8, 3)]
     assert len(like) == 3
-    assert str(many.ids[8]) not in like
+    assert many.ids.id_of(8) not in like
 
 
 def jpeg(width: int, height: int, mode: str = "RGB") -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.embed.ids import Ids
 from pipeline.serve.app import Site, build_app
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import everything, grouped
@@ -244,8 +245,8 @@ def many(rows: int) -> Collection:
 
     groupings = [everything(rows), grouped("parity", ["even", "odd"], numbers % 2, None)]
     return Collection(
-        ids=np.array([f"{i:032x}" for i in numbers]),
-        sources=np.array([f"{i}.png" for i in numbers], object),
+        ids=Ids(np.array([f"{i:032x}" for i in numbers], "S32")),
+        source=lambda row: f"{row}.png",
         labels=None,
         decisions=None,
         groupings={one.name: one for one in groupings},
