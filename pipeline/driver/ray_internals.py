@@ -15,7 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
@@ -80,15 +80,11 @@ def raylet_watched(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
     def get_node(*arguments: Any) -> Any:
         until = time.monotonic() + START_S
-        while True:
-            if any(map(ended, processes)):
-                raise RayletEnded
-            try:
+        while time.monotonic() < until and not any(map(ended, processes)):
+            with suppress(RuntimeError):  # it is not there yet
                 return plain(*arguments)
-            except RuntimeError:  # it is not there yet
-                if time.monotonic() > until:
-                    raise RayletEnded from None
-                time.sleep(1.0)
+            time.sleep(1.0)
+        raise RayletEnded
 
     services.get_node = get_node
     try:
