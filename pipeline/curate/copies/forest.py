@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipeline.curate.rows.exact import Doubles, Ints
 from pipeline.curate.rows.first_of_each import group_starts, in_order
+from pipeline.curate.rows.read_rows import Ids
 from pipeline.curate.rows.tables import EDGES, ID, ROW, ids_of
 from pipeline.curate.steps.steps import Account, Output, Step, Steps, numbered
 
@@ -173,17 +174,23 @@ def forest_of_all(out: Output, shard: int, alike: Alike) -> None:
 def forest_of(pairs: pa.Table) -> pa.Table:
     """`tables.EDGES` of the forest of `PAIRS`."""
     rows = np.concatenate([pairs[name].to_numpy() for name in ("a", "b")])
-    row, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     ids = np.concatenate([ids_of(pairs[name]) for name in ("a_id", "b_id")])
-    order = in_order(ids[first], row)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    node = rank[inverse]
+    node, row, _ = nodes_of(rows, ids)
     forest = Forest()
     forest.add(node[: len(pairs)], node[len(pairs) :], pairs["similarity"].to_numpy())
     a, b, similarity = forest.edges()
-    by_id = row[order]
-    return pa.table([by_id[a], by_id[b], similarity], schema=EDGES)
+    return pa.table([row[a], row[b], similarity], schema=EDGES)
+
+
+def nodes_of(rows: Ints, ids: Ids) -> tuple[Ints, Ints, Ids]:
+    """Node of each row, which may come several times; rows and ids of the nodes, in the order of
+    their ids.
+    """
+    row, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    order = in_order(ids[first], row)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[inverse], row[order], ids[first][order]
 
 
 # ---- Components of edges, each called by its smallest row, and the tasks that they go to.

@@ -15,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.curate.copies.cell_items import Items, StoredItems, by_cell
-from pipeline.curate.copies.forest import PAIRS, PENDING, Forest
+from pipeline.curate.copies.forest import PAIRS, PENDING, Forest, nodes_of
 from pipeline.curate.rows.exact import Doubles, Ints, device, full_precision, pairs_above
-from pipeline.curate.rows.first_of_each import best, in_order
-from pipeline.curate.rows.read_rows import Ids
+from pipeline.curate.rows.first_of_each import best
 from pipeline.curate.rows.tables import ID, ROW, id_array
 from pipeline.curate.steps.steps import Account, Output
 
@@ -37,7 +36,7 @@ def join_bucket(
 ) -> Account:
     """Task: joins a bucket with itself and writes the forest of its pairs above `lowest`."""
     here = stored.read(bucket)
-    node, row, ids = nodes_of(here)
+    node, row, ids = nodes_of(here.row, here.ids)
     forest = Forest()
     compared = 0
     for i, j, similarity, products in self_pairs(here, lowest, np.array(stored.crops), penalty):
@@ -57,16 +56,6 @@ def join_bucket(
         "compared": compared,
         "largest_cell": int(sizes.max(initial=0)),
     }
-
-
-def nodes_of(items: Items) -> tuple[Ints, Ints, Ids]:
-    """Node of each item; rows and ids of the nodes, which are ordered by image id."""
-    row, first, inverse = np.unique(items.row, return_index=True, return_inverse=True)
-    ids = items.ids[first]
-    order = in_order(ids, row)
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
-    return rank[inverse], row[order], ids[order]
 
 
 def self_pairs(
