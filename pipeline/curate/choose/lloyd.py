@@ -33,7 +33,7 @@ from pipeline.curate.rows.tables import list_array, read_table, write_table
 from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps
 from pipeline.curate.steps.tasks import remove_steps
 from pipeline.errors import PipelineError
-from pipeline.storage.places import resolve_uri, with_retries
+from pipeline.storage.places import list_files, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import read_mark, write_bytes_atomic
 from pipeline.uri import join
@@ -87,8 +87,7 @@ def _tidy(folder: str) -> None:
     the fits under other keys, of rows or settings that there are no more.
     """
     fs, path = resolve_uri(folder)
-    above = pafs.FileSelector(path.rpartition("/")[0])
-    for info in with_retries(f"listing {above.base_dir}", lambda: fs.get_file_info(above)):
+    for info in list_files(fs, path.rpartition("/")[0], recursive=False, folders=True):
         stale = bool(_FIT.fullmatch(info.base_name)) and info.path != path
         stale |= info.base_name in ("seeds", "means", "local")
         if stale and info.type == pafs.FileType.Directory:

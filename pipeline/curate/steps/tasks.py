@@ -121,8 +121,7 @@ def finished(folder: str) -> tuple[str, dict[str, Account]]:
     whole = read_mark(fs, f"{path}/_accounts.json")
     if whole.get("key") == key and isinstance(whole.get("accounts"), dict):
         return key, dict(whole["accounts"])
-    infos = list_files(fs, f"{path}/_tasks", recursive=False) if _is_folder(fs, path) else []
-    accounts = (read_mark(fs, info.path) for info in infos if info.extension == "json")
+    accounts = (read_mark(fs, place) for place in _account_files(fs, path))
     # A task of a driver that was killed may still end, under the key that its step had then.
     return key, {account["_name"]: account for account in accounts if account.get("_key") == key}
 
@@ -152,9 +151,8 @@ def empty_step(folder: str, files: Sequence[str]) -> None:
     this is killed, the next start sees another key, or no account, and goes on with it.
     """
     fs, path = resolve_uri(folder)
-    accounts = list_files(fs, f"{path}/_tasks", recursive=False)
-    tasks = [info.path for info in accounts if info.extension == "json"]
-    for name in (f"{path}/_accounts.json", *tasks, *files, f"{path}/_key.json"):
+    accounts = (f"{path}/_accounts.json", *_account_files(fs, path))
+    for name in (*accounts, *files, f"{path}/_key.json"):
         delete_file(fs, name)
     if isinstance(fs, pafs.LocalFileSystem):
         for place in sorted({f"{path}/_tasks", path, *(f.rpartition("/")[0] for f in files)}):
@@ -173,8 +171,10 @@ def remove_steps(fs: pafs.FileSystem, path: str) -> None:
                 Path(place).rmdir()
 
 
-def _is_folder(fs: Any, path: str) -> bool:
-    return bool(file_info(fs, f"{path}/_tasks").type == pafs.FileType.Directory)
+def _account_files(fs: pafs.FileSystem, path: str) -> list[str]:
+    """Those of single tasks; none where no task has finished."""
+    infos = list_files(fs, f"{path}/_tasks", recursive=False)
+    return [info.path for info in infos if info.extension == "json"]
 
 
 def _write(folder: str, name: str, value: Any) -> None:
