@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipeline.curate.rows.first_of_each import firsts, not_after
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import ID, ROW, id_array, ids_of
-from pipeline.curate.steps.steps import Account, Output, Step, Steps
+from pipeline.curate.steps.steps import Account, Output, Step, Steps, by_number
 
 Array = np.ndarray[Any, Any]
 
@@ -138,9 +138,9 @@ def limits(steps: Steps, rows: RowSet, quota: Array, reader: Reader) -> Limits:
         reader: gives the entries of a file: a `partial` that is given the steps that it reads.
     """
     quota = np.asarray(quota, np.int64)
-    parts = {f"{i:05d}": group for i, group in enumerate(rows.groups(GROUP_ROWS))}
+    parts = by_number(rows.groups(GROUP_ROWS))
     named = steps.run("named", _name_task, parts, quota=quota, reader=reader)
-    ranges = {f"{i:05d}": both for i, both in enumerate(_ranges(quota, len(parts)))}
+    ranges = by_number(_ranges(quota, len(parts)))
     last = steps.run("limits", _limit_task, ranges, quota=quota, named=named)
     return Limits(last, len(quota))
 

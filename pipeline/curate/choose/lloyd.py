@@ -30,7 +30,7 @@ from pipeline.curate.choose.lloyd_tasks import (
 from pipeline.curate.rows.exact import Halves
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import list_array, read_table, write_table
-from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps
+from pipeline.curate.steps.steps import ONE_CPU, Resources, Step, Steps, by_number
 from pipeline.curate.steps.tasks import remove_steps
 from pipeline.errors import PipelineError
 from pipeline.storage.places import list_files, resolve_uri
@@ -124,8 +124,7 @@ class _Passes:
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Files of the rows, as tasks go through them."""
-        groups = self.rows.groups(max(GROUP_ROWS, self.kmeans.clusters))
-        return {f"{i:05d}": group for i, group in enumerate(groups)}
+        return by_number(self.rows.groups(max(GROUP_ROWS, self.kmeans.clusters)))
 
     def at_once(self) -> tuple[Halves, list[float]]:
         """The whole fit in one task."""
@@ -164,9 +163,7 @@ class _Passes:
         dim = centroids.dim
         step = max(1, RANGE_ELEMENTS // dim)
         starts = range(0, centroids.count, step)
-        ranges = {
-            f"{i:05d}": (low, min(low + step, centroids.count)) for i, low in enumerate(starts)
-        }
+        ranges = by_number((low, min(low + step, centroids.count)) for low in starts)
         similarity: list[float] = []
         for turn in range(self.kmeans.iterations if centroids.count else 0):
             summed = self.steps.run(
@@ -199,7 +196,8 @@ def assign(
         The step, which wrote `NNNNN.parquet` (`lloyd_tasks.ASSIGNED`) for each input file, and the
         members of each cluster, int64 [k].
     """
-    groups = {f"group-{i:05d}": group for i, group in enumerate(rows.groups(GROUP_ROWS))}
+    numbered = by_number(rows.groups(GROUP_ROWS))
+    groups = {f"group-{number}": group for number, group in numbered.items()}
     step = steps.run(name, assign_task, groups, resources, rows=rows, fitted=fitted)
     counts = np.zeros(fitted.clusters, np.int64)
     for group in groups:

@@ -21,7 +21,7 @@ from pipeline.curate.choose.first_few import Entries
 from pipeline.curate.rows.exact import Doubles, Halves, dots, margin
 from pipeline.curate.rows.read_rows import Points, RowSet
 from pipeline.curate.rows.tables import ID, ROW, id_array, read_table
-from pipeline.curate.steps.steps import Account, Output, Step, Steps
+from pipeline.curate.steps.steps import Account, Output, Step, Steps, by_number
 
 Array = np.ndarray[Any, Any]
 
@@ -139,11 +139,11 @@ def ask_neighbours(
         The step that wrote what they ask for (`ASKED`, by row), and counts: `requested`, `found`
         and `seeds_short`, which have fewer neighbours than `count`.
     """
-    blocks = {f"{b:05d}": block for b, block in enumerate(seeds.groups(SEED_ROWS))}
+    blocks = by_number(seeds.groups(SEED_ROWS))
     pairs = {
-        f"{name}-{g:05d}": (block, group)
+        f"{name}-{number}": (block, group)
         for name, block in blocks.items()
-        for g, group in enumerate(pool.groups(POOL_ROWS))
+        for number, group in by_number(pool.groups(POOL_ROWS)).items()
     }
     near = steps.run("near", _near_task, pairs, pool=pool, seeds=seeds, count=count, least=least)
     asked = steps.run("asked", _merge_task, blocks, near=near, seeds=seeds, count=count)

@@ -31,7 +31,7 @@ from pipeline.curate.rows.exact import Centres
 from pipeline.curate.rows.first_of_each import firsts, id_words
 from pipeline.curate.rows.read_rows import Points, RowSet
 from pipeline.curate.rows.tables import id_array
-from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
+from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps, by_number
 from pipeline.storage.run_folder import fingerprint
 
 Array = np.ndarray[Any, Any]
@@ -194,7 +194,7 @@ def ask_clusters(
     drawing = Drawing(assigned, tuple(sets), fitted.clusters, seed)
     reader = partial(drawn_rows, drawing=drawing)
     limits = first_few.limits(steps.below("chosen"), pool, quota.ravel(), reader)
-    parts = {f"{g:05d}": group for g, group in enumerate(pool.groups(first_few.GROUP_ROWS))}
+    parts = by_number(pool.groups(first_few.GROUP_ROWS))
     asked = {}
     for number, name in enumerate(names):
         step = steps.run(

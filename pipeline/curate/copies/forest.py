@@ -21,7 +21,7 @@ from pipeline.curate.rows.exact import Doubles, Ints
 from pipeline.curate.rows.first_of_each import group_starts, in_order
 from pipeline.curate.rows.read_rows import Ids
 from pipeline.curate.rows.tables import EDGES, ID, ROW, ids_of
-from pipeline.curate.steps.steps import Account, Output, Step, Steps, numbered
+from pipeline.curate.steps.steps import Account, Output, Step, Steps, by_number, numbered
 
 SHARD_PAIRS = 2_500_000  # of a task, which holds some 430 bytes for each
 PENDING = 2_000_000  # pairs kept before they are reduced
@@ -51,8 +51,7 @@ class Alike:
     def tables(self) -> dict[str, tuple[str, bool]]:
         """All tables, numbered; a table is its name, and whether it is one of equal vectors."""
         tables = [(name, False) for name in self.joined.tables]
-        tables += [(name, True) for name in self.equal.tables]
-        return {f"{number:05d}": table for number, table in enumerate(tables)}
+        return by_number([*tables, *((name, True) for name in self.equal.tables)])
 
     def read(self, table: tuple[str, bool]) -> pa.Table:
         """The pairs of a table, as `PAIRS`."""

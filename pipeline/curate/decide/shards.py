@@ -24,7 +24,7 @@ from pipeline.curate.decide.shard_write import (
     write_shard,
 )
 from pipeline.curate.rows.tables import AS_IS, InputFile
-from pipeline.curate.steps.steps import Step, Steps, numbered
+from pipeline.curate.steps.steps import Step, Steps, by_number
 from pipeline.curate.steps.tasks import empty_step, step_files
 from pipeline.errors import DataError, StorageError
 from pipeline.pack.ledger import check_replaceable, replaceable, unfinished, write_manifest
@@ -115,7 +115,7 @@ def write_curated(
 
 def _pieces(selection: Selection, layout: Layout, runs: Step | None) -> dict[str, list[Piece]]:
     """What each shard is made of: shards hold ranges of ids, and files say which ids they hold."""
-    pieces: dict[str, list[Piece]] = {name: [] for name in numbered(layout.shards)}
+    pieces: list[list[Piece]] = [[] for _ in range(layout.shards)]
     ranges = [  # packed files are sorted by id, so a shard reads its range of each
         (file, account["low"], account["high"])
         for file, account in selection.kept_files()
@@ -124,13 +124,13 @@ def _pieces(selection: Selection, layout: Layout, runs: Step | None) -> dict[str
     ranges += _ranges(selection.earlier) if selection.earlier else []
     for file, low, high in ranges:
         for index in range(shard_of(low, layout.shards), shard_of(high, layout.shards) + 1):
-            pieces[f"{index:05d}"].append(Piece(file))
+            pieces[index].append(Piece(file))
     for account in runs.accounts if runs else ():  # others were sorted into runs before
         file = selection.inputs.files[account["file"]]
         for run in account["runs"]:
             for group, index in enumerate(run["shards"]):
-                pieces[f"{index:05d}"].append(Piece(file, run["name"], group))
-    return pieces
+                pieces[index].append(Piece(file, run["name"], group))
+    return by_number(pieces)
 
 
 def _ranges(earlier: ShardSet) -> list[tuple[InputFile, str, str]]:

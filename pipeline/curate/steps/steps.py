@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ from pipeline.curate.steps.tasks import Task, finished, run_tasks
 from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place, join
 
+T = TypeVar("T")
 ONE_CPU = Resources()
 Shelves = dict[str, dict[str, list[int]]]  # by subfolder and name of a table: where its buckets are
 
@@ -317,9 +318,14 @@ def key_of(value: Any) -> Any:
     raise TypeError(f"a step was given a {type(value).__name__}, of which no key can be made")
 
 
+def by_number(items: Iterable[T]) -> dict[str, T]:
+    """A task for each item, called after its number."""
+    return {f"{number:05d}": item for number, item in enumerate(items)}
+
+
 def numbered(count: int) -> dict[str, int]:
     """So many tasks with their numbers: buckets, shards or parts."""
-    return {f"{number:05d}": number for number in range(count)}
+    return by_number(range(count))
 
 
 def by_file(out: Output, files: Sequence[InputFile], of: Step, schema: pa.Schema) -> None:
