@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pipeline.curate.choose import first_few
 from pipeline.curate.choose.first_few import Entries, Limits
-from pipeline.curate.choose.hierarchy import Hierarchy
+from pipeline.curate.choose.hierarchy import Hierarchy, added_up
 from pipeline.curate.rows.draws_by_id import BALANCE, draw
 from pipeline.curate.rows.read_rows import RowSet
 from pipeline.curate.rows.tables import BALANCED, ids_of
@@ -222,11 +222,7 @@ def leaf_shares(
 
 def _down(sizes: Array, floors: Array, parents: Sequence[Array], target: int) -> Array:
     """Water-fills the top level, and what each cluster gets among its children."""
-    size_of, floor_of = [sizes], [floors]
-    for above in parents:
-        count = int(above.max()) + 1 if len(above) else 0
-        for per_level in (size_of, floor_of):
-            per_level.append(np.bincount(above, per_level[-1], count).astype(np.int64))
+    size_of, floor_of = added_up(sizes, parents), added_up(floors, parents)
     # From the top down: a cluster's part is what its children share out among themselves.
     parts = waterfill(size_of[-1], target, floor_of[-1])
     for level in range(len(parents) - 1, -1, -1):

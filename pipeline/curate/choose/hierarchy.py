@@ -116,11 +116,16 @@ class Hierarchy:
 
     def level_sizes(self, sizes: Array) -> list[Array]:
         """What leaves hold, added up in each level, the leaves first."""
-        levels = [np.asarray(sizes, np.int64)]
-        for parents in self.parents:
-            above = int(parents.max()) + 1 if len(parents) else 0
-            levels.append(np.bincount(parents, levels[-1], above).astype(np.int64))
-        return levels
+        return added_up(sizes, self.parents)
+
+
+def added_up(leaves: Array, parents: Sequence[Array]) -> list[Array]:
+    """Numbers of leaves, added up in each level, the leaves first; `parents` as in `Hierarchy`."""
+    levels = [np.asarray(leaves, np.int64)]
+    for above in parents:
+        clusters = int(above.max()) + 1 if len(above) else 0
+        levels.append(np.bincount(above, levels[-1], clusters).astype(np.int64))
+    return levels
 
 
 def build(steps: Steps, rows: RowSet, levels: Levels, resources: Resources = ONE_CPU) -> Hierarchy:
