@@ -77,7 +77,9 @@ def fingerprint_file(out: Output, file: InputFile, decoding: Decoding) -> Accoun
     """Task: the fingerprints of one file."""
     rows = bad = 0
     with out.writer(FINGERPRINT) as (writer, size):
-        for group, sources in groups_of(file):
+        for number in range(len(file.file.row_groups)):
+            group = read_group(file.columns, file.file.path, number)
+            sources = read_sources(file.columns, file.file.path, number)
             for at in range(0, len(group), BATCH):
                 part = range(at, min(at + BATCH, len(group)))
                 decoded = [_measured(group, row, decoding, file) for row in part]
@@ -94,15 +96,6 @@ def _measured(group: RowGroup, row: int, decoding: Decoding, file: InputFile) ->
         return measure(decoding.pixels(group.checked(row), file.columns.value_range))
     except BadImage as error:
         return error.reason
-
-
-def groups_of(file: InputFile, groups: Any = None) -> Iterator[tuple[RowGroup, list[str]]]:
-    """Row groups of an input file, all or those numbered, with the sources of their images."""
-    for number in range(len(file.file.row_groups)) if groups is None else groups:
-        yield (
-            read_group(file.columns, file.file.path, number),
-            read_sources(file.columns, file.file.path, number),
-        )
 
 
 def groups_at(

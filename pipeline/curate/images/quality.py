@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.curate.images.fingerprint import MEASURES, Decoding, groups_of
+from pipeline.curate.images.fingerprint import MEASURES, Decoding
 from pipeline.curate.images.measure import measure
 from pipeline.curate.rows.draws_by_id import DRY_RUN, draw
 from pipeline.curate.rows.tables import QUALITY, InputFile, Inputs
 from pipeline.curate.steps.steps import Account, Output, Step, Steps
 from pipeline.images.bad_image import BadImage
+from pipeline.shards.row_group import read_group
 
 ERROR = "decode"  # what `rule` says of an image that cannot be decoded
 PER_GROUP = 64  # images of a row group that a dry run measures, at most
@@ -157,18 +158,18 @@ def sample_counts(
         if len(errors) >= sample:
             break
         file, number = places[place]
-        for group, _ in groups_of(file, [number]):
-            drawn = np.argsort(draw(seed, 1, group.image_ids, DRY_RUN))
-            for row in drawn[: min(rows, sample - len(errors))]:
-                try:
-                    pixels = decoding.pixels(group.checked(int(row)), file.columns.value_range)
-                    measured = measure(pixels)
-                except BadImage:
-                    errors.append(True)
-                    measures.append([0.0] * len(_MEASURES))
-                    continue
-                errors.append(False)
-                measures.append([float(getattr(measured, name)) for name in _MEASURES])
+        group = read_group(file.columns, file.file.path, number)
+        drawn = np.argsort(draw(seed, 1, group.image_ids, DRY_RUN))
+        for row in drawn[: min(rows, sample - len(errors))]:
+            try:
+                pixels = decoding.pixels(group.checked(int(row)), file.columns.value_range)
+                measured = measure(pixels)
+            except BadImage:
+                errors.append(True)
+                measures.append([0.0] * len(_MEASURES))
+                continue
+            errors.append(False)
+            measures.append([float(getattr(measured, name)) for name in _MEASURES])
     table = np.asarray(measures, np.float64).reshape(len(measures), len(_MEASURES))
     values = _derived({name: table[:, i] for i, name in enumerate(_MEASURES)})
     bad = np.asarray(errors, bool)

@@ -181,19 +181,8 @@ class TableFiles:
             yield file, read_table(self.folders[name], file, columns)
 
     def counted(self, name: str) -> int:
-        """Rows of a table, by the ends of its files."""
-        total = 0
-        for file in self.files.get(name, ()):
-            place = str(join(self.folders[name], f"{file}.parquet"))
-            fs, path = resolve_uri(place)
-            try:
-                total += int(pq.read_metadata(path, filesystem=fs).num_rows)
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(
-                    f"{public(place)} cannot be read: {one_line(error)}",
-                    "delete its folder and run again",
-                ) from error
-        return total
+        """Rows of a table."""
+        return rows_in(self.folders[name], self.files[name]) if name in self else 0
 
     def by_file(self, rows: Iterable[int]) -> Iterator[tuple[str, list[int]]]:
         """Rows in the files of decisions that hold them; needs `first`, see `counts.py`."""
@@ -246,6 +235,26 @@ def parquet_names(folder: str) -> tuple[str, ...]:
     files = [info.base_name for info in list_files(fs, path, recursive=False)]
     kept = [name for name in files if name.endswith(".parquet") and name[0] not in "._"]
     return tuple(sorted(name.removesuffix(".parquet") for name in kept))
+
+
+def rows_in(folder: str, files: Iterable[str]) -> int:
+    """Rows of parquet files, by their ends.
+
+    Raises:
+        DataError: one is damaged or missing; names it.
+    """
+    total = 0
+    for file in files:
+        place = str(join(folder, f"{file}.parquet"))
+        fs, path = resolve_uri(place)
+        try:
+            total += int(pq.read_metadata(path, filesystem=fs).num_rows)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{public(place)} cannot be read: {one_line(error)}",
+                "delete its folder and run again",
+            ) from error
+    return total
 
 
 def pictures_of(folder: str, ids: Iterable[bytes]) -> dict[bytes, Shown]:

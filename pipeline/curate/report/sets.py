@@ -20,8 +20,9 @@ from pipeline.curate.report.read import (
     ids,
     parquet_names,
     pictures_of,
+    rows_in,
 )
-from pipeline.curate.rows.tables import ID, read_table
+from pipeline.curate.rows.tables import ID
 
 SHOWN = 8  # pairs of each kind
 SEEDS = 8  # shown of a seed set
@@ -225,9 +226,7 @@ def _matches(rows: Iterable[Mapping[str, Any]]) -> tuple[Match, ...]:
 
 
 def _images(folder: str) -> int:
-    if not folder:
-        return 0
-    return sum(read_table(folder, name, ["row"]).num_rows for name in parquet_names(folder))
+    return rows_in(folder, parquet_names(folder)) if folder else 0
 
 
 def _pictures(folder: str, matches: Iterable[Match]) -> dict[bytes, Shown]:
