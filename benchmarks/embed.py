@@ -66,7 +66,8 @@ def here(request: Request, files: list[bytes], folder: str) -> Callable[[int], t
     def seconds(number: int) -> tuple[float, float]:
         alone = bare.seconds(time.process_time)
         begin = time.process_time()
-        pool._embed_all(reads, request.spec, decoding, facts, f"{folder}/{number}", False)
+        place = f"{folder}/{number}"
+        pool._embed_all(reads, pool.Assignment(request.spec, decoding, facts, place, gpu=False))
         return alone / len(files), (time.process_time() - begin) / len(files)
 
     return seconds

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -58,15 +58,34 @@ class Pace:
         return self.wait_s / max(1e-9, self.wait_s + self.embed_s)
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What workers are told beside their units.
+
+    Attributes:
+        spec: the model.
+        decoding: of the images.
+        facts: of the table, see `run.facts_of`.
+        folder: of the table.
+        gpu: GPUs may be used; as a worker gets it, it has one.
+    """
+
+    spec: EmbedderSpec
+    decoding: Decoding
+    facts: Facts
+    folder: str
+    gpu: bool
+
+
 class Embedding:
     """The model of one worker; keeps the time between two units.
 
     Two units may be with it at once: while one is written, the next is embedded.
     """
 
-    def __init__(self, spec: EmbedderSpec, facts: Facts, folder: str, gpu: bool) -> None:
-        self.embedder = open_embedder(spec, gpu, threads=1)
-        self.facts, self.folder = facts, folder
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.embedder = open_embedder(assignment.spec, assignment.gpu, threads=1)
         self._lock, self._ended = threading.Lock(), 0.0
 
     def begin(self) -> None:
@@ -78,48 +97,34 @@ class Embedding:
         with self._lock:
             begin = time.perf_counter()
             wait_s = begin - self._ended if self._ended else 0.0
-            outputs = outputs_of(self.embedder, decoded, self.facts)
+            outputs = outputs_of(self.embedder, decoded, self.assignment.facts)
             self._ended = time.perf_counter()
             pace = Pace(decoded.unit.rows, self._ended - begin, wait_s)
-        write_part(self.folder, decoded, outputs, self.facts)
+        write_part(self.assignment.folder, decoded, outputs, self.assignment.facts)
         return pace
 
 
 # ---- One task.
 
 
-def embedded_in_one_task(
-    reads: Sequence[Sequence[Unit]],
-    spec: EmbedderSpec,
-    decoding: Decoding,
-    facts: Facts,
-    folder: str,
-    gpu: bool,
-) -> Paced:
+def embedded_in_one_task(reads: Sequence[Sequence[Unit]], assignment: Assignment) -> Paced:
     """Embeds units one after the other. Yields what they took, and 1, the worker."""
     import ray
     from ray.exceptions import RayTaskError
 
-    gpus = 1 if gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    gpus = 1 if assignment.gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = ray.remote(_embed_all).options(num_cpus=1, num_gpus=gpus)
     try:
-        yield ray.get(task.remote(reads, spec, decoding, facts, folder, bool(gpus))), 1
+        yield ray.get(task.remote(reads, replace(assignment, gpu=bool(gpus)))), 1
     except RayTaskError as error:
         raise as_ours(error) from error
 
 
-def _embed_all(
-    reads: Sequence[Sequence[Unit]],
-    spec: EmbedderSpec,
-    decoding: Decoding,
-    facts: Facts,
-    folder: str,
-    gpu: bool,
-) -> Pace:
-    embedding, pace = Embedding(spec, facts, folder, gpu), Pace()
+def _embed_all(reads: Sequence[Sequence[Unit]], assignment: Assignment) -> Pace:
+    embedding, pace = Embedding(assignment), Pace()
     embedding.begin()
     for units in reads:
-        for decoded in decoded_units(units, decoding):
+        for decoded in decoded_units(units, assignment.decoding):
             pace = pace + embedding(decoded)
     return pace
 
@@ -127,32 +132,25 @@ def _embed_all(
 # ---- A pool.
 
 
-def embedded_by_pool(
-    reads: Sequence[Sequence[Unit]],
-    spec: EmbedderSpec,
-    decoding: Decoding,
-    facts: Facts,
-    folder: str,
-    gpu: bool,
-) -> Paced:
+def embedded_by_pool(reads: Sequence[Sequence[Unit]], assignment: Assignment) -> Paced:
     """Embeds units on all the cluster has. Yields what each took, and the number of actors."""
     import ray
     from ray.exceptions import RayError
 
-    room = _room(sum(map(len, reads)), gpu)
+    room = _room(sum(map(len, reads)), assignment.gpu)
     common = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     # Each task is given its own reads: a list of all of them would be read by every task.
     texts = [{"units": json.dumps([asdict(unit) for unit in units])} for units in reads]
     dataset = ray.data.from_items(texts, override_num_blocks=min(len(reads), BLOCKS))
     _configure(dataset.context)
     dataset = dataset.map_batches(
-        _Decode(decoding),
+        _Decode(assignment.decoding),
         **common,
         compute=ray.data.TaskPoolStrategy(size=room.decoders),
         num_cpus=room.decoder_cpus,
     ).map_batches(
         _Embed,
-        fn_constructor_args=(spec, facts, folder, bool(room.actor_gpus)),
+        fn_constructor_args=(replace(assignment, gpu=bool(room.actor_gpus)),),
         compute=ray.data.ActorPoolStrategy(
             size=room.actors,
             max_tasks_in_flight_per_actor=IN_FLIGHT,
@@ -232,8 +230,8 @@ class _Decode:
 class _Embed:
     """An actor: from units to what they took."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.embedding = Embedding(*arguments)
+    def __init__(self, assignment: Assignment) -> None:
+        self.embedding = Embedding(assignment)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         import numpy as np

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec, open_embedder
 from pipeline.embed.folder import finished_parts, sweep, tallied
-from pipeline.embed.pool import Pace, as_ours, embedded_by_pool, embedded_in_one_task
+from pipeline.embed.pool import Assignment, Pace, as_ours, embedded_by_pool, embedded_in_one_task
 from pipeline.embed.units import Decoding, reads_of, units_of
 from pipeline.embed.vectors import MARK, VERSION, Facts, VectorSet, open_vectors
 from pipeline.errors import DataError
@@ -124,10 +124,11 @@ def embed_set(
         shards = request.shards
         kind, size, channels = request.spec.kind, facts["image_size"], facts["channels"]
         decoding = Decoding(shards.columns, kind, size, channels, request.max_pixels)
+        assignment = Assignment(request.spec, decoding, facts, folder, request.gpu)
         run = embedded_in_one_task if len(missing) <= FEW else embedded_by_pool
         done = sum(part.rows for part in finished.values())
         with doing(f"embed: {done:,} of {shards.rows:,} images"):
-            paces = run(reads_of(missing), request.spec, decoding, facts, folder, request.gpu)
+            paces = run(reads_of(missing), assignment)
             for unit_pace, workers in paces:  # noqa: B007  (all say the same of the workers)
                 pace = pace + unit_pace
                 now(f"embed: {done + pace.images:,} of {shards.rows:,} images")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,14 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     numbers: list[int] = []
 
     def facts(request: Request) -> Any:
-        model = run._model_facts(request.spec, request.outputs, request.blocks)
-        known = {"version": run.VERSION, "key": request.key}
-        return {**model, **run._set_facts(request), **known}
+        return run._model_facts(request.spec, request.outputs, request.blocks)
 
-    def embedded(reads: Sequence[Sequence[Unit]], *rest: Any) -> Any:
+    def embedded(reads: Sequence[Sequence[Unit]], assignment: pool.Assignment) -> Any:
         numbers.extend(unit.number for units in reads for unit in units)
-        yield pool._embed_all(reads, *rest[:-1], False), 1
+        yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
 
-    monkeypatch.setattr(run, "facts_of", facts)
+    monkeypatch.setattr(run, "_known_models", {})
+    monkeypatch.setattr(run, "_asked_of_a_task", facts)
     monkeypatch.setattr(run, "embedded_in_one_task", embedded)
     monkeypatch.setattr(run, "embedded_by_pool", embedded)
     yield numbers

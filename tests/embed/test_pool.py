@@ -106,16 +106,17 @@ pool.write_part = late
 """
 HERE = """
 import sys
+from dataclasses import replace
 from pipeline.embed import pool, run
 from pipeline.embed.embedders import embedder_of
 from pipeline.shards.shards import open_shards
 weights, images, folder, bad = sys.argv[1:]
-def facts_of(request):
-    model = run._model_facts(request.spec, request.outputs, request.blocks)
-    return {**model, **run._set_facts(request), "version": run.VERSION, "key": request.key}
-def embedded(reads, *rest):
-    yield pool._embed_all(reads, *rest[:-1], False), 1
-run.facts_of, run.embedded_by_pool, run.embedded_in_one_task = facts_of, embedded, embedded
+def facts(request):
+    return run._model_facts(request.spec, request.outputs, request.blocks)
+def embedded(reads, assignment):
+    yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
+run._asked_of_a_task = facts
+run.embedded_by_pool = run.embedded_in_one_task = embedded
 run.embed_set(run.Request(embedder_of(weights), open_shards(images)), folder, bad)
 """
 

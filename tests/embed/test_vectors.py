@@ -159,8 +159,8 @@ def test_an_open_table_never_reads_the_parts_of_another_model(
     table = embed_set(asked, str(folder)).vectors
     other = Request(**{**asked.__dict__, "spec": replace(asked.spec, digest="another")})
 
-    def killed(reads: Any, *rest: Any) -> Any:
-        yield pool._embed_all(reads[:1], *rest[:-1], False), 1
+    def killed(reads: Any, assignment: pool.Assignment) -> Any:
+        yield pool._embed_all(reads[:1], replace(assignment, gpu=False)), 1
         raise KeyboardInterrupt
 
     for name in ("embedded_in_one_task", "embedded_by_pool"):
