@@ -25,6 +25,7 @@ from pipeline.embed.forward import (
     dtype_of,
     one_by_one,
     own_size,
+    shape_of,
     timm_blocks,
     tokens,
     with_mean,
@@ -264,11 +265,8 @@ class Embedder:
         """
         self._check_wanted(want, blocks)
         if not len(images):
-            rows, columns = self.grid
-            shapes = {"patches": (rows * columns, self.dim), "blocks": (blocks, self.dim)}
-            return {
-                name: np.zeros((0, *shapes.get(name, (self.dim,))), dtype_of(name)) for name in want
-            }
+            shapes = {name: shape_of(name, self.dim, self.grid, blocks) for name in want}
+            return {name: np.zeros((0, *shape), dtype_of(name)) for name, shape in shapes.items()}
         size = self.spec.batch_size
         batches = (np.stack(list(images[at : at + size])) for at in range(0, len(images), size))
         outputs, joined = self._run(batches, want, blocks), {}

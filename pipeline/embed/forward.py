@@ -5,6 +5,7 @@ Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -91,6 +92,20 @@ def with_mean(outputs: dict[str, Any]) -> dict[str, Any]:
 def dtype_of(output: str) -> Any:
     """The type of an output in memory."""
     return np.float16 if output == "patches" else np.float32
+
+
+def shape_of(output: str, dim: int, grid: Sequence[int], blocks: int) -> tuple[int, ...]:
+    """The shape of an output of one image: [D], [P, D] or [n, D].
+
+    Args:
+        output: of `embedders.OUTPUTS`.
+        dim: D.
+        grid: rows and columns of the patches.
+        blocks: n.
+    """
+    if output == "patches":
+        return (math.prod(grid), dim)
+    return (blocks, dim) if output == "blocks" else (dim,)
 
 
 def check_channels(network: Any, name: str, channels: int) -> None:

@@ -9,6 +9,7 @@ Shapes: n images, D width, P patches, b blocks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.embed.forward import dtype_of, shape_of
 from pipeline.embed.ids import Ids, id_bytes
 from pipeline.embed.image_reader import ImageReader
 from pipeline.embed.moved import beside
@@ -53,22 +55,24 @@ def schema_of(facts: Mapping[str, Any]) -> pa.Schema:
     Args:
         facts: `outputs`, `dim`, `blocks`, `grid` and `dtype` count.
     """
-    dim, (rows, columns) = facts["dim"], facts["grid"]
-    plain = pa.float16() if facts["dtype"] == "float16" else pa.float32()
-    kinds = {
-        "cls": pa.list_(plain, dim),
-        "mean": pa.list_(plain, dim),
-        "patches": pa.list_(pa.float16(), rows * columns * dim),
-        "blocks": pa.list_(plain, facts["blocks"] * dim),
-    }
+
+    def kind(output: str) -> pa.DataType:
+        half = facts["dtype"] == "float16" or dtype_of(output) == np.float16
+        return pa.list_(pa.float16() if half else pa.float32(), math.prod(shape_in(facts, output)))
+
     fields = [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("source", pa.string(), nullable=False),
         pa.field("label", pa.int64()),  # null where unknown
         pa.field("row", pa.int64(), nullable=False),  # of the image in its shards
-        *(pa.field(name, kinds[name], nullable=False) for name in facts["outputs"]),
+        *(pa.field(name, kind(name), nullable=False) for name in facts["outputs"]),
     ]
     return pa.schema(fields, {METADATA_KEY: json.dumps(facts, ensure_ascii=False).encode()})
+
+
+def shape_in(facts: Mapping[str, Any], output: str) -> tuple[int, ...]:
+    """The shape of an output of one image in a table: [D], [P, D] or [b, D]."""
+    return shape_of(output, facts["dim"], facts["grid"], facts["blocks"])
 
 
 def list_column(vectors: Array, kind: pa.DataType) -> pa.FixedSizeListArray:
@@ -264,14 +268,11 @@ class VectorSet:
     def _array(self, table: pa.Table, output: str) -> Array:
         chunks = [chunk.flatten() for chunk in table.column(output).chunks]
         flat = np.concatenate([np.asarray(chunk) for chunk in chunks]) if chunks else np.zeros(0)
-        kind = np.float16 if output == "patches" else np.float32
-        return flat.astype(kind, copy=False).reshape(len(table), *self._none(output).shape[1:])
+        shape = shape_in(self.facts, output)
+        return flat.astype(dtype_of(output), copy=False).reshape(len(table), *shape)
 
     def _none(self, output: str) -> Array:
-        rows, columns = self.facts["grid"]
-        shapes = {"patches": (rows * columns, self.dim), "blocks": (self.facts["blocks"], self.dim)}
-        kind = np.float16 if output == "patches" else np.float32
-        return np.zeros((0, *shapes.get(output, (self.dim,))), kind)
+        return np.zeros((0, *shape_in(self.facts, output)), dtype_of(output))
 
 
 def open_vectors(uri: str, field: str = "vectors") -> VectorSet:

@@ -13,7 +13,7 @@ from pipeline.config.config import Config
 from pipeline.context import Context, packed_uri, result_line, shards_uri, size_of
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.run import Report, Request, embed_set
-from pipeline.embed.vectors import MARK, open_vectors
+from pipeline.embed.vectors import MARK, open_vectors, shape_in
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import AUTO, shown
 from pipeline.shards.set_range import other_range
@@ -184,9 +184,7 @@ def replaced_model(config: Config, folder: RunFolder) -> str:
 
 def shapes_of(facts: dict[str, Any]) -> dict[str, str]:
     """`[384]` or `[256, 384]` of each output of a table."""
-    rows, columns = facts["grid"]
-    shapes = {"patches": [rows * columns], "blocks": [facts["blocks"]]}
-    return {name: str([*shapes.get(name, []), facts["dim"]]) for name in facts["outputs"]}
+    return {name: str(list(shape_in(facts, name))) for name in facts["outputs"]}
 
 
 def size_on_disk(uri: str) -> float:
