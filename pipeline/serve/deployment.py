@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config.use import Serve
 from pipeline.driver.ray_internals import serve_on_loopback
-from pipeline.embed.embedders import DESCRIPTOR, Embedder, EmbedderSpec, open_embedder
+from pipeline.embed.embedders import Embedder, EmbedderSpec, open_embedder, prepared
 from pipeline.images.decode import UInt8Array
 from pipeline.images.value_range import FULL, from_json
 from pipeline.serve.app import ModelFacts, Site, build_app
@@ -23,7 +23,6 @@ from pipeline.serve.intake import Limits, Pixels
 from pipeline.serve.looks import drawn, looks_of
 from pipeline.serve.opening import Served, opened
 from pipeline.serve.token import Gate, is_loopback
-from pipeline.views.crops import resize_centre_crop
 
 APPLICATION, MODEL = "raydino", "model"
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # not a line for each request
@@ -123,8 +122,7 @@ class ServedModel:
     """The replicas of the model, as `app.Model`."""
 
     def __init__(self, spec: EmbedderSpec, handle: Any) -> None:
-        self._handle = handle
-        self._descriptor = open_embedder(spec) if spec.kind == DESCRIPTOR else None
+        self._handle, self._kind = handle, spec.kind
         self.facts = ModelFacts(spec.name, 0, 0)
 
     async def start(self) -> None:
@@ -133,9 +131,7 @@ class ServedModel:
 
     def prepare(self, pixels: UInt8Array) -> UInt8Array:
         """As `app.Model`; as the embedder of a replica would, whose size is known here."""
-        if self._descriptor:
-            return self._descriptor.prepare(pixels)
-        return resize_centre_crop(pixels, self.facts.size)
+        return prepared(self._kind, self.facts.size, pixels)
 
     async def embed(self, image: UInt8Array, want: str) -> np.ndarray[Any, Any]:
         """As `app.Model`."""
