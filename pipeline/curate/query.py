@@ -10,7 +10,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline.config.config import Config
@@ -20,7 +19,6 @@ from pipeline.curate.copies.pairs import Index
 from pipeline.curate.earlier import Earlier, check_inputs, earlier_runs
 from pipeline.curate.embed.embed import unit_vectors
 from pipeline.curate.images.descriptor import describe, visiting
-from pipeline.curate.images.measure import three_channels
 from pipeline.curate.models import embedder_of
 from pipeline.curate.report.read import parquet_names
 from pipeline.curate.rows.tables import read_table
@@ -28,6 +26,7 @@ from pipeline.embed.embedders import DESCRIPTOR, open_embedder
 from pipeline.errors import DataError, shortened
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import decode_image
+from pipeline.images.shown import three_channels
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder, atomic
@@ -172,7 +171,7 @@ def _both(pixels: Any, answer: Answer) -> Image.Image:
         if answer.thumbnail
         else Image.new("RGB", (SHOWN_SIDE, SHOWN_SIDE), "lightgrey")
     )
-    mine = Image.fromarray(np.ascontiguousarray(three_channels(pixels)))
+    mine = Image.fromarray(three_channels(pixels))
     for place, image in enumerate((mine, other)):
         scale = SHOWN_SIDE / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -33,6 +33,7 @@ from pipeline.embed.forward import (
 from pipeline.embed.onnx import OnnxModel
 from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, one_line
+from pipeline.images.shown import three_channels
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
 from pipeline.storage.run_folder import fingerprint
@@ -320,9 +321,9 @@ class Embedder:
 def prepared(kind: str, size: int, pixels: Images) -> Images:
     """`Embedder.prepare` where no model is open."""
     if kind == DESCRIPTOR:
-        from pipeline.curate.images import descriptor, measure
+        from pipeline.curate.images import descriptor
 
-        return descriptor.twice(measure.three_channels(pixels))[..., None]
+        return descriptor.twice(three_channels(pixels))[..., None]
     from pipeline.views.crops import resize_centre_crop
 
     return resize_centre_crop(pixels, size)

@@ -7,7 +7,6 @@ JSON or pictures; whatever is refused is `{"error": sentence}` with the status t
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -26,6 +24,7 @@ from starlette.types import ASGIApp
 
 from pipeline.images.bad_image import MAX_PIXELS, BadImage
 from pipeline.images.decode import UInt8Array, image_format
+from pipeline.images.shown import png
 from pipeline.serve.collection import Collection
 from pipeline.serve.guard import HANDLERS, guarded
 from pipeline.serve.intake import (
@@ -276,10 +275,8 @@ class _Answers:
     async def _picture(self, image: UInt8Array, what: str) -> Response:
         """Not kept, not even of an image of the set: it is the model's, which may be another."""
         picture = await self._model().look(image, what)
-        out = io.BytesIO()
-        Image.fromarray(picture).save(out, "PNG")
-        headers = {"Cache-Control": "no-store"}
-        return Response(out.getvalue(), media_type="image/png", headers=headers)
+        content = await asyncio.to_thread(png, picture)
+        return Response(content, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     # ---- What several of them need.
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.curate.images.measure import three_channels
 from pipeline.embed.embedders import Embedder
 from pipeline.errors import PipelineError
 from pipeline.images.decode import UInt8Array
+from pipeline.images.shown import three_channels
 
 ATTENTION, COMPONENTS = "attention", "components"
 LOOKS = (ATTENTION, COMPONENTS)

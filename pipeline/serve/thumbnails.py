@@ -9,8 +9,8 @@ from collections.abc import Callable, Hashable
 
 from PIL import Image
 
-from pipeline.curate.images.measure import three_channels
 from pipeline.images.decode import decode_shrunk, image_size
+from pipeline.images.shown import three_channels
 from pipeline.serve.intake import Pixels
 
 SIZES = range(16, 1025)  # pixels of the longer side that may be asked for

@@ -17,6 +17,7 @@ from pipeline.embed.embedders import BACKBONE, EmbedderSpec, embedder_of, open_e
 from pipeline.errors import ConfigError, DataError
 from pipeline.heartbeat import now
 from pipeline.images.decode import decode_image
+from pipeline.images.shown import Pixels, png
 from pipeline.report.page import Section, write_report
 from pipeline.stages.evaluate import chosen
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
@@ -28,7 +29,6 @@ from pipeline.use.inputs import Decode, File, read_files, readable, spread
 from pipeline.use.looking import Question, Seen, check, look
 from pipeline.use.masks import Classes, read_masks
 from pipeline.use.page import Drawn, draw, overview, sections
-from pipeline.use.pictures import Pixels, png
 
 log = logging.getLogger("pipeline.look")
 

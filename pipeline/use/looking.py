@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import DataError
 from pipeline.evaluate.features import normalise
+from pipeline.images.shown import Pixels
 from pipeline.use.attention import attention, block_of, without_attention
 from pipeline.use.components import Components
 from pipeline.use.network import (
@@ -27,8 +28,6 @@ from pipeline.use.network import (
 )
 from pipeline.use.segment import Method, Reference, patch_at, similarity
 from pipeline.views.crops import resized
-
-Pixels = npt.NDArray[np.uint8]
 
 MOST_PATCHES = 16_384  # of an image, 128 x 128: time and memory of attention grow with the square
 

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.images.shown import Pixels, three_channels
 from pipeline.report.page import Bar, Bars, Gallery, Group, Section, Table, Text, Tile
 from pipeline.use import pictures
 from pipeline.use.looking import Seen
 from pipeline.use.masks import Classes
 from pipeline.use.segment import pixel_classes
-
-Pixels = npt.NDArray[np.uint8]
 
 HEADS = 16  # that are shown
 TILE = 272  # pixels of a picture on the page: four side by side
@@ -72,7 +71,7 @@ def draw(
     scale = similarities(seen)
     for number, (name, pixels) in enumerate(images):
         size = pictures.shown_size(*pixels.shape[:2])
-        shown = pictures.resized(pictures.rgb(pixels), size)
+        shown = pictures.resized(three_channels(pixels), size)
         views = {"image": shown}
         mask = None
         if seen.attention:

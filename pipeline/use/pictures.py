@@ -5,7 +5,6 @@ h x w patches, H x W pixels, C channels.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-Pixels = npt.NDArray[np.uint8]
+from pipeline.images.shown import Pixels
 
 # From dark to light, so that grey prints and colour-blind eyes rank them: violet, red, yellow.
 RAMP = np.array([(10, 8, 40), (92, 24, 110), (187, 55, 84), (249, 142, 8), (252, 226, 60)])
@@ -27,12 +25,6 @@ FRAME = (255, 255, 255)
 SMALLEST = 320  # pixels of the longer side that a picture is shown with at least
 LARGEST = 1600
 GAP = 4  # white between tiles
-
-
-def rgb(pixels: npt.NDArray[Any]) -> Pixels:
-    """Pixels uint8 `[H, W, C]` with three channels: the first three, or the grey of the first."""
-    shown = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, 2)
-    return np.ascontiguousarray(shown)
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
@@ -124,13 +116,6 @@ def squared(pixels: Pixels, side: int) -> Pixels:
     top, left = (side - small.shape[0]) // 2, (side - small.shape[1]) // 2
     out[top : top + small.shape[0], left : left + small.shape[1]] = small
     return out
-
-
-def png(pixels: Pixels) -> bytes:
-    """The picture as a PNG file."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _bytes(x: Tensor) -> Pixels:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.images.shown import three_channels
 from pipeline.report.page import write_report
 from pipeline.use import pictures
 from pipeline.use.looking import Seen
@@ -28,8 +29,8 @@ def test_small_images_are_enlarged_and_large_ones_reduced(
 
 
 def test_channels_as_colours() -> None:
-    assert pictures.rgb(np.zeros((2, 3, 1), np.uint8)).shape == (2, 3, 3)
-    assert pictures.rgb(np.zeros((2, 3, 6), np.uint8)).shape == (2, 3, 3)
+    assert three_channels(np.zeros((2, 3, 1), np.uint8)).shape == (2, 3, 3)
+    assert three_channels(np.zeros((2, 3, 6), np.uint8)).shape == (2, 3, 3)
 
 
 def test_heat_ranks_from_dark_to_light() -> None:

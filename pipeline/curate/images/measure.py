@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline.curate.images.descriptor import CELLS, SIDE, square
 from pipeline.curate.rows.exact import Doubles
+from pipeline.images.shown import three_channels
 
 THUMBNAIL = 96  # longest side, pixels
 QUALITY = 80  # of its JPEG
@@ -90,13 +91,6 @@ def pixel_hash(pixels: Pixels) -> bytes:
     hashed = blake2b(np.asarray(pixels.shape, "<i8").tobytes(), digest_size=16)
     hashed.update(np.ascontiguousarray(pixels).reshape(-1).data)
     return hashed.digest()
-
-
-def three_channels(pixels: Pixels) -> Pixels:
-    """[H, W, C] as [H, W, 3]: the first three channels, or the first one three times."""
-    if pixels.shape[2] == 3:
-        return pixels
-    return np.ascontiguousarray(pixels[..., :3] if pixels.shape[2] > 3 else pixels[..., [0, 0, 0]])
 
 
 def _reduced(rgb: Pixels) -> Pixels:

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.curate.images.fingerprint import Decoding, groups_at
-from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.second_look import form_of
 from pipeline.curate.rows.tables import ID, ROW, InputFile
 from pipeline.curate.steps.steps import Account, Output, Step
 from pipeline.images.bad_image import BadImage
+from pipeline.images.shown import three_channels
 from pipeline.images.value_range import ValueRange
 from pipeline.shards.columns import is_ours
 from pipeline.shards.shards import open_parquet

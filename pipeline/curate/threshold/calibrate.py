@@ -24,7 +24,6 @@ from pipeline.curate.embed.embed import Embedded, task_resources, unit_vectors
 from pipeline.curate.images import descriptor
 from pipeline.curate.images.equal_images import kept_count
 from pipeline.curate.images.fingerprint import Decoding, groups_at
-from pipeline.curate.images.measure import three_channels
 from pipeline.curate.look.forms import forms_at, opened_form
 from pipeline.curate.look.look_at_pairs import VERSION
 from pipeline.curate.look.second_look import Verdict, second_look
@@ -45,6 +44,7 @@ from pipeline.curate.threshold.attacks import ATTACKS, attack
 from pipeline.curate.threshold.tail import Look
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec, open_embedder
+from pipeline.images.shown import three_channels
 
 log = logging.getLogger("pipeline.curate")
 
