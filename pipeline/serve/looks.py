@@ -5,8 +5,6 @@ S side of the image, h x w patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from pipeline.embed.embedders import Embedder
@@ -46,17 +44,17 @@ def drawn(embedder: Embedder, image: UInt8Array, what: str) -> UInt8Array:
     Raises:
         PipelineError: the network has no such thing.
     """
-    import torch
     from torch.nn import functional
 
     from pipeline.evaluate.features import normalise
     from pipeline.use.attention import attention
     from pipeline.use.components import Components
     from pipeline.use.network import patch_maps
+    from pipeline.use.pictures import patches
 
     network = embedder.network
     device = next(network.parameters()).device
-    x = normalise(image[None], _floats(embedder.mean), _floats(embedder.std), str(device))
+    x = normalise(image[None], embedder.mean, embedder.std, device)
     side = (embedder.size, embedder.size)
     if what == ATTENTION:
         mean = attention(network, x).mean(1, keepdim=True)  # over heads: [1, 1, h, w]
@@ -64,11 +62,5 @@ def drawn(embedder: Embedder, image: UInt8Array, what: str) -> UInt8Array:
         light = (wide / wide.max().clamp(min=1e-12)).cpu().numpy()[..., None]
         bright = three_channels(image) * (_DARK + (1 - _DARK) * light)
         return np.asarray(bright.round().clip(0, 255), np.uint8)
-    patches = patch_maps(network, x)
-    colours = Components.fit(patches).colours(patches).permute(0, 3, 1, 2)
-    large = functional.interpolate(colours.float(), side, mode="nearest")[0].permute(1, 2, 0)
-    return np.asarray((large * 255).round().to(torch.uint8).cpu().numpy())
-
-
-def _floats(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    tokens = patch_maps(network, x)
+    return patches(Components.fit(tokens).colours(tokens)[0], side)
