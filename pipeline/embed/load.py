@@ -292,11 +292,9 @@ def timm_facts(name: str) -> tuple[str, Preprocessing]:
     Raises:
         PipelineError: as `load_timm`.
     """
+    from pipeline.model.weights import tensors_digest
+
     backbone = load_timm(name)
-    hashed = blake2b(digest_size=8)
-    for key, tensor in sorted(backbone.module.state_dict().items()):
-        hashed.update(f"{key} {tuple(tensor.shape)}\0".encode())
-        hashed.update(tensor.contiguous().cpu().numpy().tobytes())
     config: Any = backbone.module.pretrained_cfg
     known = Preprocessing(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-    return hashed.hexdigest(), known
+    return tensors_digest(backbone.module), known

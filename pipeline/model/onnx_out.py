@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone
 from pipeline.model.formats import deep_key
 from pipeline.model.vit import VisionTransformer
+from pipeline.model.weights import tensors_digest
 
 OPSET = 18  # read by ONNX Runtime from 1.14 on
 KINDS = ("fp32", "fp16", "int8")
@@ -96,7 +96,7 @@ def save_onnx(
     needs_packages()
     fresh = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}")
     fresh.mkdir(parents=True)
-    digest = digest_of(backbone)
+    digest = tensors_digest(backbone)
     try:
         written = []
         for size in sizes:
@@ -176,15 +176,6 @@ def at_size(
             "leave this size out of export.onnx_sizes, and report it",
         )
     return network
-
-
-def digest_of(backbone: nn.Module) -> str:
-    """Of all tensors by name, 16 hex digits: equal for equal weights."""
-    hashed = blake2b(digest_size=8)
-    for name, tensor in sorted(backbone.state_dict().items()):
-        hashed.update(f"{name} {list(tensor.shape)}\0".encode())
-        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()
 
 
 class SessionModule(nn.Module):

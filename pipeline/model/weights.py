@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, ValueRange
@@ -39,7 +40,7 @@ from pipeline.storage.run_folder import atomic
 __all__ = [
     "Weights", "read_weights", "fit", "save_backbone", "save_huggingface", "save_timm",
     "load_backbone", "load_weights", "verify", "verify_huggingface", "verify_timm", "agreement",
-    "without_huggingface", "flatten_chunks", "CONFIG", "FORMAT", "WEIGHTS",
+    "without_huggingface", "tensors_digest", "flatten_chunks", "CONFIG", "FORMAT", "WEIGHTS",
 ]  # fmt: skip
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -197,6 +198,15 @@ def verify_timm(backbone: VisionTransformer, spec: BackboneSpec, folder: str | P
         return f"timm {timm.__version__}", model.forward_features
 
     return _same_elsewhere(again, spec, folder, outputs, everywhere=same_sizes(spec)[1])
+
+
+def tensors_digest(module: nn.Module) -> str:
+    """Of all tensors by name, 16 hex digits: equal for equal weights."""
+    hashed = blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(f"{name} {tuple(tensor.shape)}\0".encode())
+        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _state(backbone: VisionTransformer) -> dict[str, Tensor]:
