@@ -13,7 +13,7 @@ from pipeline.search.decisions import Decision, Decisions
 from pipeline.search.exact import Floats, Ints
 from pipeline.search.ivf import even_rows
 from pipeline.search.queries import Query
-from pipeline.search.rows import Rows
+from pipeline.search.rows import Rows, label_name
 from pipeline.search.search import Search
 
 NEIGHBOURS = pa.schema(
@@ -145,11 +145,8 @@ class Answers:
         ]
 
     def label_of(self, row: int) -> str:
-        """The name of a row's label, its number without names, "" where it is unknown."""
-        label = int(self.rows.labels[row])
-        if 0 <= label < len(self.class_names):
-            return str(self.class_names[label])
-        return str(label) if label >= 0 else ""
+        """See `label_name`."""
+        return label_name(int(self.rows.labels[row]), self.class_names)
 
 
 def lines(neighbours: Sequence[Neighbour]) -> Iterator[str]:

@@ -6,6 +6,7 @@ shards, and its source as Arrow keeps a text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,3 +55,10 @@ class Rows(Ids):
             DataError: the images are not there, or are others by now.
         """
         return ImageReader(vectors.shards(), self, self.places)
+
+
+def label_name(label: int, class_names: Sequence[str]) -> str:
+    """The name of a label, its number where it has none, "" where it is unknown (below 0)."""
+    if label < 0:
+        return ""
+    return str(class_names[label]) if label < len(class_names) else str(label)

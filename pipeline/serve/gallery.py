@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.curate.choose.kmeans import KMeans, fit_local
 from pipeline.curate.rows.exact import unit_half
+from pipeline.search.rows import label_name
 
 Array = np.ndarray[Any, Any]
 
@@ -83,10 +84,7 @@ def label_texts(labels: Array, class_names: Sequence[str]) -> Array:
         class_names: by label.
     """
     known, of_rows = np.unique(labels, return_inverse=True)
-    names = [
-        "no label" if i < 0 else class_names[i] if i < len(class_names) else str(i)
-        for i in known.tolist()
-    ]
+    names = [label_name(i, class_names) if i >= 0 else "no label" for i in known.tolist()]
     return np.array(names, object)[of_rows]
 
 
