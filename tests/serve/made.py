@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw
 
 from pipeline.embed.embedders import embedder_of, open_embedder
-from pipeline.embed.vectors import MARK, list_column, part_name, schema_of
 from pipeline.images.value_range import FULL
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone
-from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
+from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
+from tests import data
+from tests.search.tables import write_table
 
 # Names of classes and files come from strangers.
 EVIL = "<img src=x onerror=alert(1)>"
@@ -53,9 +52,7 @@ def encoded(label: int, seed: int, side: int = 96) -> bytes:
         brush.rectangle(box, fill=colour)
     else:
         brush.line(box, fill=colour, width=side // 8)
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+    return data.encoded(image)
 
 
 def save_model(folder: Path, seed: int = 0) -> str:
@@ -105,20 +102,9 @@ def write_shard(
     rows_per_group: int = 16,
 ) -> None:
     """One shard of ours."""
-    rows = len(images)
-    table = pa.table(
-        {
-            "image_id": ids or [image_id(one) for one in images],
-            "image": images,
-            "width": pa.array([96] * rows, pa.int32()),
-            "height": pa.array([96] * rows, pa.int32()),
-            "format": ["PNG"] * rows,
-            "source": sources,
-            "label": pa.array(labels, pa.int64()),
-        },
-        schema=IMAGE_SHARD_SCHEMA,
-    ).replace_schema_metadata(shard_metadata(CLASSES))
-    pq.write_table(table, path, row_group_size=rows_per_group)
+    columns = {"source": sources, "width": [96] * len(images), "height": [96] * len(images)}
+    columns |= {"image_id": ids} if ids else {}
+    data.written(data.own_table(images, labels, CLASSES, **columns), path, rows_per_group)
 
 
 def facts_of(spec: Any, dim: int, shard: str) -> dict[str, Any]:
@@ -157,15 +143,6 @@ def write_vectors(
     facts: dict[str, Any],
 ) -> None:
     """The folder that `embed` leaves, of one part."""
-    folder.mkdir(parents=True)
-    schema = schema_of(facts)
-    columns = {
-        "image_id": ids,
-        "source": sources,
-        "label": pa.array(labels, pa.int64()),
-        "row": pa.array(range(len(ids)), pa.int64()),
-        "cls": list_column(vectors, schema.field("cls").type),
-    }
-    pq.write_table(pa.table(columns, schema=schema), folder / part_name(0))
-    facts = {**facts, "parts": [[part_name(0), len(ids)]]}
-    (folder / MARK).write_text(json.dumps(facts))
+    rows = {"image_id": pa.array(ids, pa.string()), "source": pa.array(sources, pa.string())}
+    table = pa.table(rows | {"label": pa.array(labels, pa.int64())})
+    write_table(folder, facts, table, vectors)
