@@ -90,8 +90,8 @@ def shortened(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def last_line(error: BaseException) -> str:
-    """The last line of an error's text: with Ray's errors, the one that says what happened."""
+def last_line(error: BaseException | str) -> str:
+    """The last line of an error or a text: with Ray's errors, the one that says what happened."""
     text = public(str(error))
     for words, sentence in _NO_ROOM.items():
         if words in text:

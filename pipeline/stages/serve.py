@@ -9,13 +9,12 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.config.use import Serve
 from pipeline.driver import cluster
 from pipeline.embed.embedders import absolute_model
-from pipeline.errors import PipelineError, PlacementError
+from pipeline.errors import PipelineError, PlacementError, last_line
 from pipeline.heartbeat import doing, idle
 from pipeline.serve.deployment import APPLICATION, Replicas, application
 from pipeline.serve.opening import Served, checked
@@ -90,7 +89,7 @@ def _serve(settings: Serve, served: Served, token: str) -> None:
             )
         except (RayError, RuntimeError) as error:
             raise PipelineError(
-                f"what is served did not start: {_reason() or _last_line(error)}",
+                f"what is served did not start: {_reason() or last_line(error)}",
                 "PIPELINE_DEBUG=1 shows the whole reason",
             ) from error
     log.info("serving     %s until Ctrl-C", _contents(served))
@@ -104,7 +103,7 @@ def _serve(settings: Serve, served: Served, token: str) -> None:
                 ray_serve.status()
             except RayError as error:
                 raise PipelineError(
-                    f"Ray does not answer any more: {_last_line(error)}", "start the job again"
+                    f"Ray does not answer any more: {last_line(error)}", "start the job again"
                 ) from error
 
 
@@ -193,7 +192,7 @@ def _reason() -> str:
     application = ray_serve.status().applications[APPLICATION]
     said = [one.message for one in application.deployments.values() if one.message]
     log.debug("deployments %s", "\n".join(said))
-    return _last_line("\n".join(said)) if said else ""
+    return last_line("\n".join(said)) if said else ""
 
 
 def _shut_down() -> None:
@@ -206,7 +205,3 @@ def _shut_down() -> None:
 
 def _starts_ray() -> bool:
     return not os.environ.get("RAY_ADDRESS")
-
-
-def _last_line(error: Any) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
