@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipeline.report.page import Section, write_report
 from pipeline.stages.evaluate import chosen
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
 from pipeline.storage.run_folder import fingerprint
-from pipeline.storage.transfer import atomic_path
+from pipeline.storage.transfer import atomic_path, write_bytes_atomic
 from pipeline.train import state
 from pipeline.uri import Place, join, public
 from pipeline.use.inputs import Decode, File, read_files, readable, spread
@@ -277,8 +276,7 @@ def _write_pictures(target: Place, seen: Seen, request: Asked) -> tuple[list[Dra
         if one.mask is not None and request.classes:
             contents[one.file(number, "mask")] = request.classes.encoded(one.mask)
         for name, content in contents.items():
-            with atomic_path(fs, f"{folder}/{name}") as local:
-                Path(local).write_bytes(content)
+            write_bytes_atomic(content, fs, f"{folder}/{name}")
         written += list(contents)
         kept.append(one.small(request.classes))
     return kept, written
@@ -294,5 +292,4 @@ def _delete(target: Place, names: Iterable[str]) -> None:
     """Takes away pictures of an earlier look at the same place."""
     fs, folder = resolve_uri(str(target))
     for name in names:
-        with suppress(FileNotFoundError):
-            delete_file(fs, f"{folder}/{Path(name).name}")
+        delete_file(fs, f"{folder}/{Path(name).name}")
