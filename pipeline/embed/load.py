@@ -14,7 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from pipeline.embed.onnx_files import files_of, is_onnx
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import list_files, resolve_uri
@@ -55,14 +54,11 @@ def weights_at(path: str) -> str:
 
 
 def digest_of(path: str | Path) -> str:
-    """Of a file's content, or of all files in a folder and their names. To a `.onnx` file belong
-    the files beside it that hold its weights.
+    """Of a file's content, or of all files in a folder and their names.
 
     Raises:
         PipelineError: there is none.
     """
-    if is_onnx(path):
-        return files_of(str(path)).digest
     if is_uri(path):
         raise PipelineError(
             f"no embedder: {public(path)} holds no checkpoint of ours",

@@ -19,7 +19,7 @@ from pipeline.curate.steps.steps import Output, Steps
 from pipeline.embed import embedders, onnx_files
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.load import digest_of
-from pipeline.embed.onnx_files import external_files
+from pipeline.embed.onnx_files import external_files, files_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
@@ -250,10 +250,10 @@ def test_weights_beside_an_onnx_model_are_part_of_it(tmp_path):
     path = external(tmp_path / "m.onnx")
     assert external_files(path.read_bytes()) == ("weights/m.data",)
     assert external_files(onnx_file(tmp_path / "whole.onnx").read_bytes()) == ()
-    before = digest_of(path)
-    assert digest_of(external(tmp_path / "m.onnx")) == before
+    before = files_of(str(path)).digest
+    assert files_of(str(external(tmp_path / "m.onnx"))).digest == before
     model = path.read_bytes()
-    assert digest_of(external(tmp_path / "m.onnx", seed=1)) != before
+    assert files_of(str(external(tmp_path / "m.onnx", seed=1))).digest != before
     assert path.read_bytes() == model  # only the file beside it says the difference
     (tmp_path / "weights" / "m.data").unlink()
     with pytest.raises(PipelineError, match=r"m\.data, which holds weights of"):
