@@ -29,11 +29,10 @@ _BLOCK = 2**24
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's files: the places of the model and of what lies beside it, and a hash of all; and
-    mean, deviation and range of values that its metadata says, () where it does not.
+    """A hash of the model and of what lies beside it; and mean, deviation and range of values that
+    its metadata says, () where it does not.
     """
 
-    places: tuple[str, ...]
     digest: str
     value_range: ValueRange = FULL
     mean: tuple[float, ...] = ()
@@ -49,21 +48,17 @@ def files_of(path: str) -> ModelFiles:
     content = _content(path)
     hashed = blake2b(digest_size=8)
     hashed.update(content)
-    folder, _ = parent(path if is_uri(path) else Path(path))
     model = parsed(content, public(path))
-    places = [path]
-    for name in _external(model, public(path)):
-        places.append(str(join(folder, *PurePosixPath(name).parts)))
+    for name, place in _beside(model, path).items():
         hashed.update(f"{name}\0".encode())
-        fs, place = _there(places[-1], path)
-        with open_patiently(fs, place) as stream:
+        with open_patiently(*_there(place, path)) as stream:
             while block := stream.read(_BLOCK):
                 hashed.update(block)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     spread = numbers_in(metadata, "value_range", public(path)) or None
     value_range = from_json(spread, f"value_range of {public(path)}") or FULL
     mean, std = (numbers_in(metadata, one, public(path)) for one in ("mean", "std"))
-    return ModelFiles(tuple(places), hashed.hexdigest(), value_range, mean, std)
+    return ModelFiles(hashed.hexdigest(), value_range, mean, std)
 
 
 def on_this_node(path: str, digest: str) -> str:
@@ -75,10 +70,11 @@ def on_this_node(path: str, digest: str) -> str:
     if not _whole(folder / name):
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=folder.parent))
-        for place in files_of(path).places:
+        beside = _beside(parsed(_content(path), public(path)), path)
+        for place in (path, *beside.values()):
             target = fresh / place.partition("?")[0].removeprefix(f"{root}/")
             target.parent.mkdir(parents=True, exist_ok=True)
-            download(*resolve_uri(place), target)
+            download(*_there(place, path), target)
         with folder.with_name(f"{digest}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed
             if _whole(folder / name):  # another worker of this node was faster, and uses it
@@ -99,6 +95,13 @@ def _whole(model: Path) -> bool:
         return False
     names = external_files(model.read_bytes(), str(model))
     return all((model.parent / name).is_file() for name in names)
+
+
+def _beside(model: Any, path: str) -> dict[str, str]:
+    """The files beside the model at a path or URI: places by names."""
+    folder, _ = parent(path if is_uri(path) else Path(path))
+    names = _external(model, public(path))
+    return {name: str(join(folder, *PurePosixPath(name).parts)) for name in names}
 
 
 def _there(place: str, model: str) -> tuple[Any, str]:
