@@ -125,14 +125,17 @@ TABLE = [
         "report storage uri views", others="numpy PIL pyarrow", others_inside="umap"),
     row("search", "curate.report.* curate.rows.* embed errors heartbeat images pack report "
         "shards storage uri", others="numpy pyarrow", others_inside="faiss"),
+    row("card", "config embed errors evaluate heartbeat images model report search shards storage "
+        "uri use views", others="numpy pyarrow", others_inside="PIL ray torch"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
     row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
-    row("stages", "config context curate driver embed environment errors evaluate heartbeat images "
-        "model pack plan report search serve shards storage stream track train uri use views",
+    row("stages", "card config context curate driver embed environment errors evaluate heartbeat "
+        "images model pack plan report search serve shards storage stream track train uri use "
+        "views",
         others="yaml", others_inside="ray torch pyarrow"),
     row("doctor", "config context curate driver embed errors evaluate heartbeat images model plan "
         "shards stages storage stream train uri", others_inside="torch"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,22 +11,70 @@ from pipeline.config.section import Positive, Section
 Output = Literal["cls", "mean", "patches", "blocks"]
 
 
-class Evaluate(Section):
-    """k-NN of the teacher on labelled images."""
+ScoreGroup = Literal[
+    "knn", "logistic", "linear", "few_shot", "retrieval", "copies", "unlabelled", "dense"
+]
 
-    reference: str = Field(
-        "", description="labelled shards that vote; default: the training shards"
+
+class Evaluate(Section):
+    """How good a backbone is: scores on labelled, dense and unlabelled images, on one card."""
+
+    models: tuple[str, ...] = Field(
+        (),
+        description="runs, weights, timm:<name> or .onnx files, side by side; default: this run's "
+        "own teacher",
     )
-    queries: str = Field("", description="labelled shards that are classified; empty: health only")
+    reference: str = Field(
+        "",
+        description="images that vote: a folder, shards or vectors; default: the training shards",
+    )
+    queries: str = Field(
+        "",
+        description="images that are classified; empty: each image of the reference by the others",
+    )
+    dense: str = Field(
+        "", description="images with masks/ or depth/ beside images/, or parquet; for dense scores"
+    )
+    dense_queries: str = Field(
+        "", description="dense images that are scored; empty: a part of evaluate.dense is held out"
+    )
+    cards: tuple[str, ...] = Field(
+        (), description="card.json files or runs to compare on one page; nothing is computed"
+    )
+    scores: tuple[ScoreGroup, ...] = Field(
+        (), description="groups of scores; default: all that the sets allow"
+    )
+    decide_by: str = Field(
+        "",
+        description="score of the verdict and of the best checkpoint, e.g. logistic_top1; default: "
+        "k-NN where there are labels, else rank_me",
+    )
     k: Positive = Field(
         20, description="neighbours that vote; DINOv2 reports the best of 10 to 200"
     )
     temperature: float = Field(0.07, gt=0, description="temperature of the votes")
     image_size: Positive | None = Field(None, description="default: the global crop's size")
+    dense_size: Positive | None = Field(
+        None, description="side of images for dense scores, pixels; default: that of the others"
+    )
     during_training: Positive | None = Field(
         5000, description="images of each set used while training; the evaluate stage uses all"
     )
+    gpu_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="part of a training GPU for evaluations while training; 0: a spare GPU, else "
+        "CPUs",
+    )
     batch_size: Positive = Field(256, description="images embedded at once")
+
+    @field_validator("models", "cards", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,) if value else ()
+        return value
 
 
 class Embed(Section):
