@@ -2,14 +2,18 @@
 
 The law of the reference (DINOv2 `eval/knn.py`, after Wu et al. 2018): cosine similarity, weights
 softmax(similarity / temperature) over the largest k asked for, votes summed over the k nearest and
-not normalised again for smaller k.
+not normalised again for smaller k. So the weights of a smaller k are those of its own softmax times
+one positive number for each query, and the class that wins is the same.
+
+Neighbours are looked for once, by `nearest` in memory or over many machines by `card/nearest.py`.
+All that follows needs [Q, k] and never [Q, C]: any number of classes is fine.
 
 Shapes: N reference images, Q queries, D width, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import DataError
+from pipeline.evaluate.neighbours import Ids, Neighbours, SameImages, nearest
+from pipeline.evaluate.score import Score
 
 TEMPERATURE = 0.07  # DINOv2 eval/knn.py
-SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB in float32
+KS = (10, 20, 100, 200)  # DINOv2 eval/knn.py
+VOTES_AT_ONCE = 1 << 21  # neighbours: about 200 MiB of work
 RAW_SIDE = 16  # pixels
-
-
-Ids = npt.NDArray[np.uint8]  # [N, 16], see `data.columns.image_id`
 
 
 class Labelled(Protocol):
@@ -55,92 +59,13 @@ class LabelledFeatures:
         return LabelledFeatures(self.features[known], self.labels[known], ids)
 
 
-@dataclass(frozen=True)
-class SameImages:
-    """Places where a query and a reference row are the same image, sorted by query.
+class Asked(Protocol):
+    """Queries with labels int64 [Q], -1 where unknown, and ids uint8 [Q, 16]."""
 
-    Attributes:
-        queries: int64 [n], rows of the queries.
-        rows: int64 [n], the reference row of each.
-    """
-
-    queries: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, reference: Ids, queries: Ids) -> SameImages:
-        """The places where ids are equal."""
-        known, asked = (np.ascontiguousarray(x).view("S16").ravel() for x in (reference, queries))
-        order = np.argsort(known, kind="stable")
-        first = np.searchsorted(known, asked, "left", sorter=order)
-        counts = np.searchsorted(known, asked, "right", sorter=order) - first
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = order[np.repeat(first, counts) + within]
-        return cls(
-            torch.from_numpy(np.repeat(np.arange(len(asked)), counts)), torch.from_numpy(rows)
-        )
-
-    def within(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """The places of the queries from `start` to `end`, counted from `start`."""
-        low, high = torch.searchsorted(self.queries, torch.tensor((start, end))).tolist()
-        return self.queries[low:high] - start, self.rows[low:high]
-
-
-def nearest(
-    reference: Tensor,
-    queries: Tensor,
-    k: int,
-    *,
-    leave_one_out: bool = False,
-    same: SameImages | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Cosine similarities and row numbers of the k most similar reference rows, best first.
-
-    Args:
-        reference: [N, D], any scale; the work is done where it is.
-        queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
-        k: cut to the number of rows there are.
-        leave_one_out: queries are the reference rows, and none may find itself.
-        same: no query finds these rows: a place that has none left has similarity -inf.
-
-    Returns:
-        float32 [Q, k] and int64 [Q, k].
-
-    Raises:
-        DataError: nothing to search in, widths that differ, or leave_one_out with other rows.
-    """
-    others = len(reference) - leave_one_out
-    if others < 1 or k < 1:
-        raise DataError(f"cannot take the {k} nearest of {max(others, 0)} images")
-    if reference.shape[1] != queries.shape[1]:
-        raise DataError(
-            f"reference features have width {reference.shape[1]}, queries {queries.shape[1]}",
-            hint="embed both with the same backbone",
-        )
-    if leave_one_out and len(queries) != len(reference):
-        raise DataError(
-            f"leave_one_out needs the reference as queries: {len(queries)} for {len(reference)}"
-        )
-    k = min(k, others)
-    # In float64: with LayerScale 1e-5 the cosines of an untrained backbone differ by 1e-9, which
-    # float32 rounds away, and the accuracy before training would look like chance.
-    transposed = functional.normalize(reference.double(), dim=1).T
-    part = max(1, SIMILARITIES_AT_ONCE // len(reference))
-    values, rows = [], []
-    for start in range(0, len(queries), part):
-        block = queries[start : start + part].to(reference.device).double()
-        similarities = functional.normalize(block, dim=1) @ transposed
-        if leave_one_out:
-            similarities.diagonal(start).fill_(-torch.inf)
-        if same is not None:
-            similarities[same.within(start, start + len(block))] = -torch.inf
-        top = similarities.topk(k, dim=1)
-        values.append(top.values)
-        rows.append(top.indices)
-    if not values:
-        empty = transposed.new_zeros(0, k).float()
-        return empty, empty.long()
-    return torch.cat(values).float(), torch.cat(rows)
+    @property
+    def labels(self) -> Tensor: ...  # noqa: D102
+    @property
+    def ids(self) -> Ids | None: ...  # noqa: D102
 
 
 def knn_votes(
@@ -165,6 +90,132 @@ def knn_votes(
     weights = (similarities / temperature).softmax(1)
     empty = weights.new_zeros(len(weights), classes)
     return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks}
+
+
+def predictions(
+    neighbours: Neighbours,
+    reference_labels: Tensor,
+    k: int = 20,
+    temperature: float = TEMPERATURE,
+) -> tuple[Tensor, Tensor]:
+    """The class that wins the vote of the k nearest, and its share of the votes.
+
+    The votes of one class are added in the order of the neighbours. Of classes with equal votes the
+    lowest number wins.
+
+    Args:
+        neighbours: of each query, k or more where there are so many rows.
+        reference_labels: int64 [N], of the rows that `neighbours` names.
+        k: neighbours that vote; cut to those there are.
+        temperature: of the softmax that makes weights of similarities.
+
+    Returns:
+        int64 [Q], -1 where a query has no neighbour, and float64 [Q] from 0 to 1.
+
+    Raises:
+        DataError: a neighbour has no label.
+    """
+    answers, shares = [], []
+    width = max(1, neighbours.rows.shape[1])
+    for block in _blocks(len(neighbours.rows), max(1, VOTES_AT_ONCE // width)):
+        answer, share = _winners(neighbours, block, reference_labels, k, temperature)
+        answers.append(answer)
+        shares.append(share)
+    if not answers:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+    return torch.cat(answers), torch.cat(shares)
+
+
+def _winners(
+    neighbours: Neighbours, block: slice, reference_labels: Tensor, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    rows = neighbours.rows[block, :k]
+    there = rows >= 0
+    labels = reference_labels.to(rows.device)[rows.clamp(min=0)]
+    if bool((labels[there] < 0).any()):
+        raise DataError(
+            "some of the nearest images have no label, so they have no class to vote for",
+            "look for neighbours among labelled images only",
+        )
+    similarities = neighbours.similarities[block, :k].double()
+    similarities = similarities.masked_fill(~there, -torch.inf)
+    # Softmax of a row of -inf is not a number: such a query has no votes.
+    weights = (similarities / temperature).softmax(1).masked_fill(~there, 0)
+    # Neighbours of one class side by side, each class a group with one sum of votes. The sort is
+    # stable: within a class they stay in the order of their similarity.
+    labels, order = labels.masked_fill(~there, -1).sort(dim=1, stable=True)
+    weights = weights.gather(1, order)
+    begins = torch.ones_like(labels)
+    begins[:, 1:] = (labels[:, 1:] != labels[:, :-1]).long()
+    group = begins.cumsum(1) - 1
+    votes = torch.zeros_like(weights).scatter_add(1, group, weights)
+    class_of = torch.full_like(labels, -1).scatter(1, group, labels)
+    share, winner = _first_maximum(votes)
+    answer = class_of.gather(1, winner[:, None])[:, 0]
+    return answer.masked_fill(~there.any(1), -1), share
+
+
+def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest value of each row and its first place; `max` gives any of several on a GPU."""
+    highest = values.amax(1)
+    return highest, (values == highest[:, None]).int().argmax(1)
+
+
+def knn_scores(
+    neighbours: Neighbours,
+    reference_labels: Tensor,
+    queries: Asked,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+) -> list[Score]:
+    """Top-1 accuracy of the vote of the k nearest, for each k: `knn20_top1`.
+
+    Args:
+        neighbours: of all queries, at least max(ks) where there are so many rows. No query may have
+            itself among them.
+        reference_labels: int64 [N]; those of `neighbours` are known.
+        queries: their labels and ids. Rows without a label are not counted. A query without a
+            neighbour, or of a class that no reference image has, is counted as wrong.
+        ks: numbers of neighbours to vote.
+        temperature: of the weights.
+
+    Returns:
+        one score for each different k, in rising order, with the hit of each labelled query.
+
+    Raises:
+        DataError: no query has a label, ids are missing, or too few neighbours were looked for.
+    """
+    if queries.ids is None:
+        raise DataError("the queries have no ids, which tell one image from another")
+    _check_width(neighbours, int((reference_labels >= 0).sum()), max(ks))
+    known = queries.labels >= 0
+    if not bool(known.any()):
+        raise DataError(
+            f"none of the {len(known):,} queries has a label", "evaluate on labelled images"
+        )
+    device = neighbours.rows.device
+    asked = Neighbours(neighbours.similarities[known.to(device)], neighbours.rows[known.to(device)])
+    truth, ids = queries.labels[known].to(device), queries.ids[known.cpu().numpy()]
+    scores = []
+    for k in sorted(set(ks)):
+        answer, _ = predictions(asked, reference_labels, k, temperature)
+        scores.append(Score.of_hits(f"knn{k}_top1", (answer == truth).cpu().numpy(), ids))
+    return scores
+
+
+def _check_width(neighbours: Neighbours, voters: int, k: int) -> None:
+    """Fewer neighbours than k are all there are where a query has all voters but itself."""
+    width = neighbours.rows.shape[1]
+    if width < min(k, voters - 1):
+        raise DataError(
+            f"a vote of {k} neighbours was asked for, and only {width} were looked for",
+            f"look for {k} neighbours",
+        )
+
+
+def _blocks(rows: int, at_once: int) -> Iterator[slice]:
+    for start in range(0, rows, at_once):
+        yield slice(start, start + at_once)
 
 
 def knn_classify(
@@ -207,17 +258,13 @@ def knn_classify(
     similarities, rows = nearest(
         voters.features, asked.features, max(ks), leave_one_out=leave_one_out, same=same
     )
-    labels = voters.labels.to(rows.device)[rows]
-    correct = dict.fromkeys(ks, 0)
-    part = max(1, SIMILARITIES_AT_ONCE // classes)  # the votes are [Q, C]
-    for start in range(0, len(rows), part):
-        block = slice(start, start + part)
-        votes = knn_votes(similarities[block], labels[block], classes, ks, temperature)
-        truth = asked.labels[block].to(rows.device)
-        any_vote = similarities[block, 0].isfinite()
-        for number, vote in votes.items():
-            correct[number] += int(((vote.argmax(1) == truth) & any_vote).sum())
-    return {number: hits / len(rows) for number, hits in correct.items()}
+    neighbours = Neighbours(similarities, rows.masked_fill(similarities == -torch.inf, -1))
+    truth = asked.labels.to(rows.device)
+    hits = {
+        number: predictions(neighbours, voters.labels, number, temperature)[0] == truth
+        for number in ks
+    }
+    return {number: int(right.sum()) / len(right) for number, right in hits.items()}
 
 
 def raw_pixels(

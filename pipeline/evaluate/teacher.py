@@ -19,13 +19,8 @@ from torch import nn
 from pipeline.errors import DataError
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import (
-    LabelledFeatures,
-    SameImages,
-    knn_classify,
-    nearest,
-    raw_pixels,
-)
+from pipeline.evaluate.knn import LabelledFeatures, knn_classify, raw_pixels
+from pipeline.evaluate.neighbours import SameImages, nearest
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.images.decode import BadImage, decode_image
 from pipeline.model.pair import Encoder

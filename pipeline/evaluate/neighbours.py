@@ -1,0 +1,121 @@
+"""The nearest rows by cosine, of sets that fit into the memory of one machine.
+
+Shapes: N reference images, Q queries, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import DataError
+
+SIMILARITIES_AT_ONCE = 1 << 26  # 512 MiB in float64
+
+Ids = npt.NDArray[np.uint8]  # [N, 16], see `data.columns.image_id`
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The most similar reference rows of each query, best first.
+
+    Attributes:
+        similarities: float32 [Q, k], cosines; -inf where there were fewer rows than k.
+        rows: int64 [Q, k], numbers of rows in the reference; -1 where there were fewer.
+    """
+
+    similarities: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class SameImages:
+    """Places where a query and a reference row are the same image, sorted by query.
+
+    Attributes:
+        queries: int64 [n], rows of the queries.
+        rows: int64 [n], the reference row of each.
+    """
+
+    queries: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, reference: Ids, queries: Ids) -> SameImages:
+        """The places where ids are equal."""
+        known, asked = (np.ascontiguousarray(x).view("S16").ravel() for x in (reference, queries))
+        order = np.argsort(known, kind="stable")
+        first = np.searchsorted(known, asked, "left", sorter=order)
+        counts = np.searchsorted(known, asked, "right", sorter=order) - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = order[np.repeat(first, counts) + within]
+        return cls(
+            torch.from_numpy(np.repeat(np.arange(len(asked)), counts)), torch.from_numpy(rows)
+        )
+
+    def within(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """The places of the queries from `start` to `end`, counted from `start`."""
+        low, high = torch.searchsorted(self.queries, torch.tensor((start, end))).tolist()
+        return self.queries[low:high] - start, self.rows[low:high]
+
+
+def nearest(
+    reference: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    leave_one_out: bool = False,
+    same: SameImages | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and row numbers of the k most similar reference rows, best first.
+
+    Args:
+        reference: [N, D], any scale; the work is done where it is.
+        queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
+        k: cut to the number of rows there are.
+        leave_one_out: queries are the reference rows, and none may find itself.
+        same: no query finds these rows: a place that has none left has similarity -inf.
+
+    Returns:
+        float32 [Q, k] and int64 [Q, k].
+
+    Raises:
+        DataError: nothing to search in, widths that differ, or leave_one_out with other rows.
+    """
+    others = len(reference) - leave_one_out
+    if others < 1 or k < 1:
+        raise DataError(f"cannot take the {k} nearest of {max(others, 0)} images")
+    if reference.shape[1] != queries.shape[1]:
+        raise DataError(
+            f"reference features have width {reference.shape[1]}, queries {queries.shape[1]}",
+            hint="embed both with the same backbone",
+        )
+    if leave_one_out and len(queries) != len(reference):
+        raise DataError(
+            f"leave_one_out needs the reference as queries: {len(queries)} for {len(reference)}"
+        )
+    k = min(k, others)
+    # In float64: with LayerScale 1e-5 the cosines of an untrained backbone differ by 1e-9, which
+    # float32 rounds away, and the accuracy before training would look like chance.
+    transposed = functional.normalize(reference.double(), dim=1).T
+    part = max(1, SIMILARITIES_AT_ONCE // len(reference))
+    values, rows = [], []
+    for start in range(0, len(queries), part):
+        block = queries[start : start + part].to(reference.device).double()
+        similarities = functional.normalize(block, dim=1) @ transposed
+        if leave_one_out:
+            similarities.diagonal(start).fill_(-torch.inf)
+        if same is not None:
+            similarities[same.within(start, start + len(block))] = -torch.inf
+        top = similarities.topk(k, dim=1)
+        values.append(top.values)
+        rows.append(top.indices)
+    if not values:
+        empty = transposed.new_zeros(0, k).float()
+        return empty, empty.long()
+    return torch.cat(values).float(), torch.cat(rows)
