@@ -107,7 +107,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             if best
             else ""
         )
-        + (f"; {details['data_limit']}" if details.get("data_limit") else "")
+        + "".join(
+            f"; {details[name]}" for name in ("data_limit", "evaluations") if details.get(name)
+        )
     )
     result_line("pretrain", text)
     tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))

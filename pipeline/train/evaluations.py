@@ -1,13 +1,17 @@
 """Evaluations while training: asked for at a step, run by an actor, collected when they are there.
 
-Training waits for none but in two places: the end of the run, and a request that finds two
-unfinished ones before it, which waits for the older, so that teachers do not pile up in memory.
+No step waits for them but for the copy of the weights: what may take long, sending and the answer,
+is a thread's. Where `MAX_PENDING` are under way, the next one is skipped, and that is said. At the
+end of the run they are waited for, but not for ever.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -17,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
+from pipeline.heartbeat import now
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.pair import Backbone
 from pipeline.model.vit import BackboneSpec
@@ -25,7 +30,12 @@ from pipeline.train import build, state
 from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline.train")
-MAX_PENDING = 2
+MAX_PENDING = 2  # one at work and one in line: so many copies of the weights there are
+END_S = 600.0  # waited for at the end of a run, or END_TIMES the longest evaluation so far
+END_TIMES = 3
+HANGING_S = 7200.0  # without an answer, or HANGING_TIMES the longest: the evaluator starts again
+HANGING_TIMES = 10
+LOOK_S = 0.2
 
 
 class EvaluatorActor:
@@ -78,6 +88,43 @@ def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:
     return best if best and rooms[best] > 0 else ""
 
 
+class Request(threading.Thread):
+    """One evaluation under way: a thread that sends the weights and waits for the answer.
+
+    Both may take long: the object store may be full, the actor may be late or start again.
+
+    Args:
+        step: of the weights.
+        evaluator: the actor.
+        weights: of the backbone, a copy.
+        limit: images of each set.
+    """
+
+    def __init__(
+        self, step: int, evaluator: Any, weights: dict[str, torch.Tensor], limit: int | None
+    ) -> None:
+        super().__init__(name=f"evaluation of step {step}", daemon=True)
+        self.step, self.since = step, time.monotonic()
+        self.answer: Evaluation | Exception | None = None  # None while it is under way
+        self._evaluator, self._arguments = evaluator, (weights, limit)
+        self._reference: Any = None
+        self.start()
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            self._reference = self._evaluator.run.remote(*self._arguments)
+            self._arguments = ({}, None)  # Ray has them now
+            self.answer = ray.get(self._reference)
+        except Exception as error:  # of whatever kind: said by `collect`, and training goes on
+            self.answer = error
+
+    def forget(self) -> None:
+        """Whoever runs it need not go on, nor begin again after a restart."""
+        if self._reference is not None:
+            ray.cancel(self._reference)
+
+
 class Evaluations:
     """Rank 0's side: requests, results, the best checkpoint and the collapse alarm.
 
@@ -87,15 +134,24 @@ class Evaluations:
         tracker: takes metrics and pictures.
         folder: of the run.
         compared: which images and settings its scores are of, see `EvaluationSpec.key`.
+        counts: as `counts` was at the checkpoint that training goes on from.
     """
 
     def __init__(
-        self, plan: Plan, evaluator: Any, tracker: Any, folder: Place, compared: str
+        self,
+        plan: Plan,
+        evaluator: Any,
+        tracker: Any,
+        folder: Place,
+        compared: str,
+        counts: Mapping[str, int] | None = None,
     ) -> None:
         self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
         self.compared = compared
         self.checkpoints = join(folder, "checkpoints")
-        self.pending: list[tuple[int, Any]] = []
+        self.pending: list[Request] = []
+        self.counts = Counter(counts or {})  # skipped, failed
+        self.longest_s = 0.0
         self.newest: dict[str, float] = {}
         self.alarm_text = ""
         self.score_name = f"eval/knn{plan.config.evaluate.k}_top1"
@@ -111,37 +167,109 @@ class Evaluations:
                 self.best = None
 
     def request(self, step: int, backbone: Backbone) -> None:
-        """Asks for an evaluation of the weights as they are now."""
-        if len(self.pending) >= MAX_PENDING:
-            ray.wait([self.pending[0][1]], timeout=None)
+        """Asks for an evaluation of the weights as they are now, or skips it where others are late.
+
+        That of the last step is never skipped: no step waits for it, and the end waits so long only
+        as `finish` says.
+        """
         self.collect()
+        if len(self.pending) >= MAX_PENDING and step < self.plan.steps:
+            late = self.pending[0]
+            self.counts["skipped"] += 1
+            self.tracker.metrics(step, {"eval/skipped": self.counts["skipped"]})
+            log.warning(
+                "the evaluation of step %d is skipped (%d so far): that of step %d has no result "
+                "after %s; larger train.eval_every or smaller evaluate.during_training ask for less",
+                step,
+                self.counts["skipped"],
+                late.step,
+                _seconds(time.monotonic() - late.since),
+            )
+            return
         weights = {
-            name: value.detach().cpu().clone() for name, value in backbone.state_dict().items()
+            name: value.detach().to("cpu", copy=True)
+            for name, value in backbone.state_dict().items()
         }
         limit = self.plan.config.evaluate.during_training
-        self.pending.append((step, self.evaluator.run.remote(weights, limit)))
+        self.pending.append(Request(step, self.evaluator, weights, limit))
 
     def pending_steps(self) -> set[int]:
         """Steps whose checkpoints may yet turn out to be the best."""
-        return {step for step, _ in self.pending}
+        return {request.step for request in self.pending}
 
     def note_step(self, metrics: dict[str, float]) -> None:
         """Keeps the step's health numbers for the alarm."""
         self.newest |= {k: v for k, v in metrics.items() if k.startswith("health/")}
 
-    def collect(self, wait: bool = False, timeout: float | None = None) -> None:
-        """Records the results that are there; with `wait`, all that come within `timeout` s."""
-        while self.pending:
-            step, reference = self.pending[0]
-            ready, _ = ray.wait([reference], timeout=timeout if wait else 0)
-            if not ready:
-                return
-            self.pending.pop(0)
-            try:
-                self._record(step, ray.get(reference))
-            except ray.exceptions.RayError as error:
+    def collect(self) -> None:
+        """Records the results that are there; waits for none."""
+        while self.pending and (answer := self.pending[0].answer) is not None:
+            request = self.pending.pop(0)
+            seconds = time.monotonic() - request.since
+            if self.pending:  # the actor takes one after the other
+                self.pending[0].since = time.monotonic()
+            if isinstance(answer, Exception):
                 # Training is worth more than one evaluation: said aloud, and the next one is tried.
-                log.error("the evaluation of step %d failed: %s", step, last_line(error))
+                self.counts["failed"] += 1
+                log.error("the evaluation of step %d failed: %s", request.step, last_line(answer))
+            else:
+                self.longest_s = max(self.longest_s, seconds)
+                self._record(request.step, answer)
+        limit = max(HANGING_S, HANGING_TIMES * self.longest_s)
+        if self.pending and time.monotonic() - self.pending[0].since > limit:
+            self._start_again(limit)
+
+    def wait(self, seconds: float, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Records the results that come within so many seconds, or until it is `stopped`."""
+        end = time.monotonic() + seconds
+        self.collect()
+        while self.pending and time.monotonic() < end and not stopped():
+            time.sleep(LOOK_S)
+            self.collect()
+
+    def finish(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """At the end of a run: waits for what is under way, within a limit, and gives up the rest.
+
+        The limit is `END_S`, or `END_TIMES` the longest evaluation so far for each that is waited
+        for, where that is more.
+
+        Args:
+            stopped: whether nobody wants to wait any longer.
+        """
+        self.collect()
+        if not self.pending:
+            return
+        limit = max(END_S, END_TIMES * self.longest_s * len(self.pending))
+        now(
+            f"pretrain: the evaluation of step {self.pending[-1].step}, for at most "
+            f"{_seconds(limit)}"
+        )
+        begun = time.monotonic()
+        self.wait(limit, stopped)
+        if self.pending:
+            waited = _seconds(time.monotonic() - begun)
+            self._give_up(f"the run is done, and was kept for {waited} to wait for them")
+
+    def _start_again(self, limit: float) -> None:
+        """The evaluator hangs: what is under way is given up, and its process starts again."""
+        self._give_up(f"the evaluator gave no answer for {_seconds(limit)} and is started again")
+        # in a thread: no step waits for Ray's answer
+        threading.Thread(
+            target=ray.kill, args=(self.evaluator,), kwargs={"no_restart": False}, daemon=True
+        ).start()
+
+    def _give_up(self, why: str) -> None:
+        steps = ", ".join(str(request.step) for request in self.pending)
+        log.error("no results of the evaluations of steps %s: %s", steps, why)
+        self.counts["failed"] += len(self.pending)
+        for request in self.pending:
+            request.forget()
+        self.pending.clear()
+
+    def said(self) -> str:
+        """How many evaluations have no result; empty where all have one."""
+        counted = [f"{n} {what}" for what in ("skipped", "failed") if (n := self.counts[what])]
+        return f"evaluations: {', '.join(counted)}" if counted else ""
 
     def _record(self, step: int, evaluation: Evaluation) -> None:
         self.tracker.metrics(step, evaluation.metrics)
@@ -175,3 +303,7 @@ class Evaluations:
         if step in known and (self.best is None or score >= self.best["score"]):
             self.best = {"step": step, "score": score}
             state.mark_best(self.checkpoints, step, score, self.compared)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} minutes"

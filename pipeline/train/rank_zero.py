@@ -1,7 +1,7 @@
 """What rank 0 does beside its steps: step lines, journal, checkpoints, evaluations, pictures.
 
-Nothing of it waits for another machine, but a checkpoint for its own write and an evaluation for
-one before it (`evaluations.py`).
+Nothing of it waits for another machine, but a checkpoint for its own write. Evaluations are waited
+for before a group moves and at the end of the run, both within a limit (`evaluations.py`).
 """
 
 from __future__ import annotations
@@ -84,7 +84,12 @@ class RankZero(OtherRank):
         first_step = int(resumed["step"]) if resumed else 0
         self.tracker.resume(first_step)
         self.evaluations = Evaluations(
-            plan, job["evaluator"], self.tracker, folder, job["compared"]
+            plan,
+            job["evaluator"],
+            self.tracker,
+            folder,
+            job["compared"],
+            resumed.get("evaluations") if resumed else None,
         )
         self.mailbox = job["feeder"]
         self.requested = self.mailbox.wait_request.remote()
@@ -125,7 +130,7 @@ class RankZero(OtherRank):
             self.requested = self.mailbox.wait_request.remote()
             return ""
         if request == MOVE:
-            self.evaluations.collect(wait=True, timeout=COLLECT_S)
+            self.evaluations.wait(COLLECT_S)
             self.tracker.flush(COLLECT_S)
         current = ray.get(self.mailbox.acknowledge.remote(request, step))
         self.requested = self.mailbox.wait_request.remote()
@@ -212,6 +217,7 @@ class RankZero(OtherRank):
             "plan": plan.model_dump(mode="json"),
             "bad_images": dict(self.bad),
             "read_retries": self.read_retries,
+            "evaluations": dict(self.evaluations.counts),
             "pass": step // plan.steps_per_pass,
             "images_used_in_pass": in_pass * plan.config.optim.global_batch_size,
             "mlflow_run": self.tracker.run_id,
@@ -267,8 +273,10 @@ class RankZero(OtherRank):
     def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Waits for the evaluations under way and gives the outcome for the driver."""
         now("pretrain: the last evaluation and checkpoint")
-        # Who stops a run is about to take the machine away: the checkpoint is safe, go.
-        self.evaluations.collect(wait=outcome["status"] == "finished")
+        if outcome["status"] == "finished":
+            self.evaluations.finish(lambda: self.request() == STOP)
+        else:  # who stops a run is about to take the machine away: the checkpoint is safe, go
+            self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
         if outcome["status"] == "stopped" and not self._saved_at(outcome["step"], (STOP_TRY_S,)):
@@ -280,6 +288,7 @@ class RankZero(OtherRank):
         summary = clock.summary()
         outcome["data_limit"] = self.watch.whole(summary)
         outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
+        outcome["evaluations"] = self.evaluations.said()
         outcome |= {
             "peak_memory_gib": _peak_bytes() / 2**30,
             "alarm": "; ".join(filter(None, (self.alarm_text, self.evaluations.alarm_text))),

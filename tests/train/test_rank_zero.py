@@ -55,8 +55,11 @@ def rank_zero(tmp_path: Path) -> RankZero:
     duties.plan, duties.tracker = plan, Tracker()  # type: ignore[assignment]
     duties.evaluations = SimpleNamespace(  # type: ignore[assignment]
         note_step=lambda _: None,
-        collect=lambda **_: None,
+        collect=lambda: None,
+        wait=lambda seconds: None,
         pending_steps=set,
+        counts={},
+        said=str,
         best=None,
         alarm_text="",
     )
