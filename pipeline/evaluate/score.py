@@ -114,10 +114,19 @@ class Score:
         return _interval(self.value, self.drawn(draws, seed))
 
 
-def difference(one: Score, other: Score, draws: int = DRAWS, seed: int = 0) -> Interval:
+def difference(
+    one: Score, other: Score, draws: int = DRAWS, seed: int = 0, level: float = LEVEL
+) -> Interval:
     """By how much one model scores higher than another on the same images, with its interval.
 
     Both are computed on the same drawn images, so that what is hard for both does not widen it.
+
+    Args:
+        one: of one model.
+        other: of the other, of the same name and the same images.
+        draws: B.
+        seed: of the draws.
+        level: of the interval; of several comparisons at once each needs a higher one.
 
     Raises:
         DataError: they are other scores, or of other images.
@@ -134,11 +143,11 @@ def difference(one: Score, other: Score, draws: int = DRAWS, seed: int = 0) -> I
     sums = _drawn_sums(np.concatenate([one.terms, other.terms], 1), draws, seed)
     statistic = STATISTICS[one.statistic]
     between = statistic(sums[:, :terms]) - statistic(sums[:, terms:])
-    return _interval(one.value - other.value, between)
+    return _interval(one.value - other.value, between, level)
 
 
-def _interval(value: float, drawn: Array) -> Interval:
-    tail = 50 * (1 - LEVEL)
+def _interval(value: float, drawn: Array, level: float = LEVEL) -> Interval:
+    tail = 50 * (1 - level)
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Interval(value, float(low), float(high))
 

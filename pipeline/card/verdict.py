@@ -1,0 +1,323 @@
+"""The verdict: one or two sentences that a person can act on, by the first rule that fits.
+
+Each rule is a function of a `Case` that gives its words, or nothing where it does not fit.
+Differences are those of the same images with 95 % intervals (`evaluate.score.difference`). Two
+things are called different where the interval of their difference is on one side of 0, and alike
+where it holds 0 and is at most 0.05 to each side. Anything else is no verdict, and says how many
+images would do. docs/evaluate.md has the rules as a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.card.card import Card, Verdict
+from pipeline.card.case import Case, Facts, Gain, ModelFacts, gain
+from pipeline.card.words import SHORT, UNLABELLED, about, title_of, with_margin
+from pipeline.evaluate.score import LEVEL
+
+__all__ = ["RULES", "Facts", "ModelFacts", "verdict_of"]
+
+MIN_IMAGES = 30  # fewer do not show their own spread: ten of ten right would be 1.00 ± 0.00
+MANY_SHARED = 0.1  # of the queries in the reference: their near copies are there, too
+FEW_TO_TRAIN = 10_000  # images; a choice of ours: CIFAR-10's 50,000 are enough, 577 photos are not
+WEIGHTS = "start from released weights (model.init=…, docs/variants.md)"
+
+
+def verdict_of(card: Card, facts: Facts | None = None) -> Verdict:
+    """By the first rule that fits.
+
+    Args:
+        card: with the scores of all contenders; its own verdict is not looked at.
+        facts: what else must be known.
+
+    Returns:
+        the rule's name and its sentences. The name is "" where no verdict is allowed.
+    """
+    case = Case(card, facts or Facts())
+    for name, rule in WHOLE:
+        if text := rule(case):
+            return Verdict(name, text)
+    name, text = _of_best(case)
+    if len(case.models) == 1:
+        return Verdict(name, text)
+    rank, ranking = _ranking(case)
+    return Verdict(rank, ranking if name in GOOD else f"{ranking} {text}")
+
+
+# Rules of the card as a whole. A rule named "" gives no verdict.
+
+
+def _unscored(case: Case) -> str:
+    """No model has the score that decides, though there are labels, or it is known why."""
+    if case.models or not (case.is_labelled or case.facts.missing):
+        return ""
+    why = f": {case.facts.missing.rstrip('.')}" if case.facts.missing else ""
+    return f"No verdict: no model has the score {case.card.score}{why}."
+
+
+def _collapsed_without_labels(case: Case) -> str:
+    """Without labels, an alarm or the spread and the rank of the vectors."""
+    if case.models:
+        return ""
+    for one in (one for one in case.card.contenders if one.role == "model"):
+        if alarm := case.alarm(one):
+            return f"Collapsed: {alarm}"
+    return ""
+
+
+def _no_labels(case: Case) -> str:
+    """Nothing but label-free numbers."""
+    if case.models:
+        return ""
+    models = [one for one in case.card.contenders if one.role == "model"]
+    named = [
+        f"{title_of(name)} {one.results[name].interval.value:.3g}"
+        for one in models[:1]
+        for name in UNLABELLED
+        if name in one.results
+    ]
+    numbers = f" ({', '.join(named)} show no collapse)" if named else ""
+    return (
+        f"No verdict on quality without labels{numbers}: evaluate on a folder with one folder a "
+        "class."
+    )
+
+
+def _one_class(case: Case) -> str:
+    """All labels are the same."""
+    classes = sum(1 for row in case.card.confusion if sum(row))
+    majority = case.baseline("majority")
+    sure = majority is not None and case.interval(majority).value == 1
+    if classes == 1 or sure:
+        return "No verdict: all labelled images are of one class; give at least two classes."
+    return ""
+
+
+def _overlap(case: Case) -> str:
+    """Many queries are in the reference."""
+    queries = case.card.queries
+    if queries is None or case.facts.shared <= MANY_SHARED * queries.labelled:
+        return ""
+    return (
+        f"No verdict: {case.facts.shared:,} of {queries.labelled:,} queries are also in the "
+        "reference, so the sets do not show what new images get; take other queries, or give one "
+        "set alone."
+    )
+
+
+def _tiny(case: Case) -> str:
+    """Fewer images than an interval can be made of."""
+    if case.images >= MIN_IMAGES:
+        return ""
+    needed = max([MIN_IMAGES, *(gain.needed for _, gain in case.untelling())])
+    return (
+        f"No verdict: {case.images} labelled image{'s' * (case.images != 1)} are too few; about "
+        f"{about(max(needed, 100))} would do."
+    )
+
+
+def _labels_at_chance(case: Case) -> str:
+    """Models, colours and pixels are all no better than the most frequent class."""
+    majority = case.baseline("majority")
+    others = [one for role in ("colours", "raw_pixels") if (one := case.baseline(role))]
+    if majority is None or not others:
+        return ""
+    gains = [case.gain(majority, one) for one in [*case.models, *others]]
+    if any(one.is_better or one.is_unclear for one in gains):
+        return ""
+    values = ", ".join(case.against(one) for one in [*others, majority])
+    return (
+        f"The labels do not go with the images: {case.said()}, {values}. Look at some images with "
+        "their labels; if they are right, nothing here sees what they are of."
+    )
+
+
+# Rules of the best model.
+
+
+def _collapsed(case: Case) -> str:
+    """An alarm, and no gain over the start that would belie it."""
+    alarm = case.alarm(case.best)
+    start = case.init or case.start
+    if not alarm or (start and case.gain(start).is_better):
+        return ""
+    return f"Collapsed ({case.said()}): {alarm}"
+
+
+def _worse_than_init(case: Case) -> str:
+    """Worse than the weights that the run started from."""
+    if case.init is None or not case.gain(case.init).is_worse:
+        return ""
+    return (
+        f"Worse than what it started from ({case.pair(case.init)}): keep those weights, or train "
+        "again with a lower optim.lr."
+    )
+
+
+def _no_better_than_init(case: Case) -> str:
+    """As good as the weights that the run started from."""
+    if case.init is None or not case.gain(case.init).is_none:
+        return ""
+    return (
+        f"No better than what it started from ({case.pair(case.init)}): keep those weights, or "
+        "train longer or on more images."
+    )
+
+
+def _worse_than_step0(case: Case) -> str:
+    """Worse than the same network before training."""
+    if case.start is None or not case.gain(case.start).is_worse:
+        return ""
+    return f"Worse than untrained ({case.pair(case.start)}): {_advice(case)}."
+
+
+def _learnt_nothing(case: Case) -> str:
+    """As good as the same network before training."""
+    if case.start is None or not case.gain(case.start).is_none:
+        return ""
+    return f"Learnt nothing that shows ({case.pair(case.start)}): {_advice(case)}."
+
+
+def _no_better_than(role: str) -> Callable[[Case], str]:
+    def rule(case: Case) -> str:
+        """The best of what needs no network is as good, or better."""
+        simple = case.simple
+        if simple is None or simple.role != role:
+            return ""
+        gain = case.gain(simple)
+        if not (gain.is_worse or gain.is_none):
+            return ""
+        than = "Worse than" if gain.is_worse else "No better than"
+        pair = f"{with_margin(case.interval(case.best))} against {case.value(simple)}"
+        return f"{than} {SHORT[simple.role]} ({pair}): {_advice(case)}."
+
+    return rule
+
+
+def _cannot_tell(case: Case) -> str:
+    """A gain worth having could hide in an interval."""
+    untelling = case.untelling()
+    if not untelling:
+        return ""
+    other, gain = max(untelling, key=lambda pair: pair[1].needed)
+    return (
+        f"No verdict: {case.said()} on {case.images:,} images cannot be told from "
+        f"{SHORT[other.role]} ({case.value(other)}, difference {_difference(gain)}); about "
+        f"{about(gain.needed)} labelled images would do."
+    )
+
+
+def _better_than_init(case: Case) -> str:
+    """Better than the weights that the run started from, and than what needs no network."""
+    if case.init is None:
+        return ""
+    return (
+        f"Better than what it started from: {case.said()}, before {case.value(case.init)} "
+        f"({_difference(case.gain(case.init))}).{_warning(case)}"
+    )
+
+
+def _learnt(case: Case) -> str:
+    """Better than the same network before training, and than what needs no network."""
+    if case.start is None:
+        return ""
+    simple = f", {case.against(case.simple)}" if case.simple else ""
+    return f"Learnt: {case.said()}, {case.against(case.start)}{simple}.{_warning(case)}"
+
+
+def _above_simple(case: Case) -> str:
+    """Better than what needs no network, and no untrained network to compare with."""
+    if case.simple is None or case.simple.role == "majority":
+        return ""
+    return (
+        f"Better than {case.against(case.simple)}: {case.said()}; there is no untrained network "
+        f"to compare with.{_warning(case)}"
+    )
+
+
+def _alone(case: Case) -> str:
+    """Nothing to compare with but the most frequent class, if that."""
+    simple = f", {case.against(case.simple)}" if case.simple else ""
+    why = "of vectors alone" if case.facts.vectors_only else "without baselines"
+    return (
+        f"No verdict: {case.said()}{simple}, and a card {why} has nothing to compare with; "
+        "evaluate the model with its images."
+    )
+
+
+WHOLE: list[tuple[str, Callable[[Case], str]]] = [
+    ("", _unscored),
+    ("collapsed", _collapsed_without_labels),
+    ("", _no_labels),
+    ("", _one_class),
+    ("", _overlap),
+    ("", _tiny),
+    ("labels_at_chance", _labels_at_chance),
+]
+BEST: list[tuple[str, Callable[[Case], str]]] = [
+    ("collapsed", _collapsed),
+    ("worse_than_init", _worse_than_init),
+    ("worse_than_step0", _worse_than_step0),
+    ("no_better_than_init", _no_better_than_init),
+    ("learnt_nothing", _learnt_nothing),
+    ("no_better_than_colours", _no_better_than("colours")),
+    ("no_better_than_raw_pixels", _no_better_than("raw_pixels")),
+    ("no_better_than_majority", _no_better_than("majority")),
+    ("", _cannot_tell),
+    ("better_than_init", _better_than_init),
+    ("learnt", _learnt),
+    ("above_simple", _above_simple),
+    ("", _alone),
+]
+RULES = [*WHOLE, *BEST]
+GOOD = ("better_than_init", "learnt", "above_simple")
+
+
+def _of_best(case: Case) -> tuple[str, str]:
+    return next((name, text) for name, rule in BEST if (text := rule(case)))
+
+
+def _ranking(case: Case) -> tuple[str, str]:
+    """The best of several models, or that they cannot be told apart.
+
+    With m models there are m (m - 1) / 2 pairs, and the best is picked afterwards, so each interval
+    is one of 1 - 0.05 / pairs (Bonferroni).
+    """
+    best, *others = case.models
+    same = [one for one in others if case.score(one).images == case.score(best).images]
+    level = 1 - (1 - LEVEL) / (len(case.models) * (len(case.models) - 1) / 2)
+    gains = [(one, gain(case.score(best), case.score(one), level)) for one in same]
+    alike = [one for one, against in gains if not against.is_better]
+    worse = [one for one, against in gains if against.is_better]
+    value = case.said()
+    listed = ", ".join(f"{one.name} {case.value(one)}" for one in worse)
+    if alike:
+        names = ", ".join([best.name, *(one.name for one in alike[:-1])]) + f" and {alike[-1].name}"
+        values = " and ".join([value, *(case.value(one) for one in alike)])
+        rest = f"; behind them {listed}" if worse else ""
+        return "equal_models", (
+            f"{names} cannot be told apart on these {case.images:,} images ({values}){rest}."
+        )
+    rest = listed or "no other model was scored on the same images"
+    return "best_model", f"Best: {best.name}, {value} ({rest})."
+
+
+def _warning(case: Case) -> str:
+    alarm = case.alarm(case.best)
+    return f" But {alarm}" if alarm else ""
+
+
+def _advice(case: Case) -> str:
+    about_it = case.about_best
+    if case.init or about_it.init:
+        return "keep the weights that it started from, or train again with a lower optim.lr"
+    if 0 < about_it.training_images < FEW_TO_TRAIN:
+        return f"{about_it.training_images:,} images are too few to start from nothing; {WEIGHTS}"
+    if about_it.training_images:
+        return f"train longer (docs/faq.md), or {WEIGHTS}"
+    return "try other weights, or train from these (model.init=…, docs/variants.md)"
+
+
+def _difference(gain: Gain) -> str:
+    return with_margin(gain.interval, sign=True)
