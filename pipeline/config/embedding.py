@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from pipeline.config.section import Positive, Section
 
-Output = Literal["cls", "mean", "patches", "blocks"]
+Output = Literal["cls", "mean", "patches", "blocks", "pixels", "colours"]
 
 
 ScoreGroup = Literal[
@@ -93,7 +93,8 @@ class Embed(Section):
     outputs: tuple[Output, ...] = Field(
         ("cls",),
         min_length=1,
-        description="cls, mean (of the patches), patches (float16), blocks (CLS of the last ones)",
+        description="cls, mean (of the patches), patches (float16), blocks (CLS of the last ones), "
+        "pixels and colours (without the model)",
     )
     blocks: Positive = Field(4, description="last blocks whose CLS is kept, for linear evaluation")
     dtype: Literal["float32", "float16"] = Field(

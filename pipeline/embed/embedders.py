@@ -1,7 +1,8 @@
 """What turns images into vectors, opened in one place, described so that tasks can open it too.
 
 `embedder_of` says what a name means, `open_embedder` loads it, and the `Embedder` prepares images
-and gives their CLS vector, the mean of their patches, the patches, or the CLS of the last blocks.
+and gives their CLS vector, the mean of their patches, the patches, or the CLS of the last blocks;
+and beside them `pixels` and `colours`, which every model is measured against.
 
 Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 """
@@ -20,13 +21,14 @@ from pipeline.embed import load
 from pipeline.embed.forward import (
     Images,
     Run,
+    Unmodelled,
     check_channels,
+    check_outputs,
     described,
     dtype_of,
     one_by_one,
     own_size,
     shape_of,
-    timm_blocks,
     tokens,
     with_mean,
 )
@@ -41,7 +43,6 @@ from pipeline.uri import is_uri, join, public
 
 DESCRIPTOR, BACKBONE, ONNX = "descriptor", "backbone", "onnx"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
-OUTPUTS = ("cls", "mean", "patches", "blocks")
 BLOCKS = 4  # of the last blocks: what linear evaluation takes of a ViT (DINOv2 `eval/linear.py`)
 
 Vectors = np.ndarray[Any, Any]
@@ -190,6 +191,7 @@ class Embedder:
         self.patch_size: int | None = None
         self.registers = 0
         self.network: Any = None
+        self._gpu = gpu
         self._run: Run = self._forward
         if spec.kind == DESCRIPTOR:
             from pipeline.curate.images import descriptor
@@ -253,24 +255,30 @@ class Embedder:
 
         Args:
             images: B of them, uint8 [S, S, C]; taken `batch_size` at a time.
-            want: of OUTPUTS.
+            want: of `forward.OUTPUTS`.
             blocks: n.
 
         Returns:
             `cls` float32 [B, D]; `mean` float32 [B, D], of the patch tokens; `patches` float16
             [B, P, D]; `blocks` float32 [B, n, D], the normed CLS of the last n blocks, the last
-            one last.
+            one last; `pixels` and `colours` float32, as `evaluate/baselines.py` says.
 
         Raises:
             DataError: the model has no such output, or gives values that are no numbers.
         """
-        self._check_wanted(want, blocks)
+        check_outputs(self, want, blocks)
         if not len(images):
-            shapes = {name: shape_of(name, self.dim, self.grid, blocks) for name in want}
+            facts = (self.dim, self.grid, blocks, self.channels)
+            shapes = {name: shape_of(name, *facts) for name in want}
             return {name: np.zeros((0, *shape), dtype_of(name)) for name, shape in shapes.items()}
         size = self.spec.batch_size
         batches = (np.stack(list(images[at : at + size])) for at in range(0, len(images), size))
-        outputs, joined = self._run(batches, want, blocks), {}
+        beside = Unmodelled(want, self._gpu)
+        asked = [name for name in want if name not in beside.outputs]
+        passing = beside.passing(batches)
+        outputs = self._run(passing, asked, blocks) if asked else {}
+        outputs |= beside.vectors(passing)
+        joined = {}
         for name in want:
             vectors = np.asarray(outputs[name], dtype_of(name))
             if not np.isfinite(vectors).all():
@@ -303,19 +311,6 @@ class Embedder:
                     parts[name].append(outputs[name])
             # Copied at the end: a copy waits for the device, which then has nothing to do.
             return {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
-
-    def _check_wanted(self, want: Sequence[str], blocks: int) -> None:
-        for name in want:
-            if name not in OUTPUTS:
-                raise DataError(f"there is no output {name}", f"there are {', '.join(OUTPUTS)}")
-            if name in ("mean", "patches") and self.patch_size is None:
-                raise DataError(
-                    f"{self.spec.name} gives no patch tokens, so it has no {name}", "ask for cls"
-                )
-            depth = len(getattr(self.network, "blocks", ()) or timm_blocks(self.network))
-            if name == "blocks" and not blocks <= depth:
-                what = f"has {depth} blocks" if depth else "gives nothing of single blocks"
-                raise DataError(f"{self.spec.name} {what}, {blocks} were asked for", "ask for cls")
 
 
 def prepared(kind: str, size: int, pixels: Images) -> Images:

@@ -1,4 +1,5 @@
-"""One batch through a model: CLS, mean of the patches, patches, CLS of the last blocks.
+"""One batch through a model: CLS, mean of the patches, patches, CLS of the last blocks. And what
+needs no model: the vectors of images that a model is measured against.
 
 Shapes: B images, S side in pixels, C channels, P patches, D width, n blocks.
 """
@@ -7,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import DataError
 
+if TYPE_CHECKING:
+    from pipeline.embed.embedders import Embedder
+
 Images = np.ndarray[Any, np.dtype[np.uint8]]
+UNMODELLED = ("pixels", "colours")  # the same of every model
+OUTPUTS = ("cls", "mean", "patches", "blocks", *UNMODELLED)
 Run = Callable[[Iterator[Images], Sequence[str], int], dict[str, Any]]  # batches, outputs, n
 
 
@@ -52,6 +58,45 @@ def described(images: Images) -> dict[str, Any]:
     from pipeline.curate.images import descriptor
 
     return {"cls": descriptor.describe_grey(descriptor.averaged(images[..., 0]))[0]}
+
+
+class Unmodelled:
+    """`pixels` and `colours` of batches that pass by on their way to a model.
+
+    Attributes:
+        outputs: those wanted; the others are the model's.
+    """
+
+    def __init__(self, want: Sequence[str], gpu: bool = False) -> None:
+        self.outputs = [name for name in want if name in UNMODELLED]
+        self._gpu = gpu
+        self._parts: dict[str, list[Any]] = {name: [] for name in self.outputs}
+
+    def passing(self, batches: Iterator[Images]) -> Iterator[Images]:
+        """The same batches; the vectors of each are computed when it is asked for."""
+        if not self.outputs:
+            yield from batches
+            return
+        import torch
+
+        from pipeline.evaluate import baselines
+
+        kinds = {"pixels": baselines.pixel_vectors, "colours": baselines.colour_vectors}
+        device = "cuda" if self._gpu and torch.cuda.is_available() else "cpu"
+        for batch in batches:
+            for name in self.outputs:
+                self._parts[name].append(kinds[name](batch, device))
+            yield batch
+
+    def vectors(self, passing: Iterator[Images]) -> dict[str, Any]:
+        """float32 [B, D] of each wanted output, of all batches; those pass that did not yet."""
+        for _ in passing:
+            pass
+        if not self.outputs:
+            return {}
+        import torch
+
+        return {name: torch.cat(parts).cpu().numpy() for name, parts in self._parts.items()}
 
 
 def last_blocks(network: Any, x: Any, blocks: int) -> list[tuple[Any, Any]]:
@@ -94,18 +139,49 @@ def dtype_of(output: str) -> Any:
     return np.float16 if output == "patches" else np.float32
 
 
-def shape_of(output: str, dim: int, grid: Sequence[int], blocks: int) -> tuple[int, ...]:
-    """The shape of an output of one image: [D], [P, D] or [n, D].
+def shape_of(
+    output: str, dim: int, grid: Sequence[int], blocks: int, channels: int = 3
+) -> tuple[int, ...]:
+    """The shape of an output of one image: [D], [P, D] or [n, D]; `pixels` and `colours` have a
+    width of their own.
 
     Args:
-        output: of `embedders.OUTPUTS`.
+        output: of OUTPUTS.
         dim: D.
         grid: rows and columns of the patches.
         blocks: n.
+        channels: C.
     """
+    if output in UNMODELLED:
+        from pipeline.evaluate.baselines import colour_width, pixel_width
+
+        return (pixel_width(channels) if output == "pixels" else colour_width(channels),)
     if output == "patches":
         return (math.prod(grid), dim)
     return (blocks, dim) if output == "blocks" else (dim,)
+
+
+def check_outputs(embedder: Embedder, want: Sequence[str], blocks: int) -> None:
+    """Refuses outputs that a model does not have.
+
+    Raises:
+        DataError: it has none of that name, or not so many blocks.
+    """
+    name, network = embedder.spec.name, embedder.network
+    for output in want:
+        if output not in OUTPUTS:
+            raise DataError(f"there is no output {output}", f"there are {', '.join(OUTPUTS)}")
+        if output in ("mean", "patches") and embedder.patch_size is None:
+            raise DataError(f"{name} gives no patch tokens, so it has no {output}", "ask for cls")
+        if output in UNMODELLED and embedder.spec.kind == "descriptor":
+            raise DataError(
+                f"the descriptor takes small grey images, which have no {output}",
+                "take another model, or ask for cls",
+            )
+        depth = len(getattr(network, "blocks", ()) or timm_blocks(network))
+        if output == "blocks" and not blocks <= depth:
+            what = f"has {depth} blocks" if depth else "gives nothing of single blocks"
+            raise DataError(f"{name} {what}, {blocks} were asked for", "ask for cls")
 
 
 def check_channels(network: Any, name: str, channels: int) -> None:

@@ -40,7 +40,7 @@ class Request:
     Attributes:
         spec: the model.
         shards: the images, with the range of values that they are decoded with.
-        outputs: of `embedders.OUTPUTS`.
+        outputs: of `forward.OUTPUTS`.
         blocks: last blocks whose CLS is kept.
         dtype: of what is stored, float32 or float16.
         max_pixels: larger images are refused.

@@ -71,8 +71,8 @@ def schema_of(facts: Mapping[str, Any]) -> pa.Schema:
 
 
 def shape_in(facts: Mapping[str, Any], output: str) -> tuple[int, ...]:
-    """The shape of an output of one image in a table: [D], [P, D] or [b, D]."""
-    return shape_of(output, facts["dim"], facts["grid"], facts["blocks"])
+    """The shape of an output of one image in a table, see `forward.shape_of`."""
+    return shape_of(output, facts["dim"], facts["grid"], facts["blocks"], facts["channels"])
 
 
 def list_column(vectors: Array, kind: pa.DataType) -> pa.FixedSizeListArray:
@@ -145,8 +145,8 @@ class VectorSet:
         """Vectors of all images, or of a slice of them.
 
         Returns:
-            float32 [n, D] of `cls` and `mean`, float32 [n, b, D] of `blocks`, float16 [n, P, D] of
-            `patches`.
+            float32 [n, D] of `cls`, `mean`, `pixels` and `colours`, float32 [n, b, D] of `blocks`,
+            float16 [n, P, D] of `patches`.
 
         Raises:
             DataError: they were not asked for when the images were embedded.

@@ -21,16 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.errors import DataError
+from pipeline.evaluate.baselines import pixel_vectors, without_mean
 from pipeline.evaluate.neighbours import Ids, Neighbours, SameImages, nearest
 from pipeline.evaluate.score import Score
 
 TEMPERATURE = 0.07  # DINOv2 eval/knn.py
 KS = (10, 20, 100, 200)  # DINOv2 eval/knn.py
 VOTES_AT_ONCE = 1 << 21  # neighbours: about 200 MiB of work
-RAW_SIDE = 16  # pixels
 
 
 class Labelled(Protocol):
@@ -279,19 +278,16 @@ def raw_pixels(
     off, without which all cosines would be near 1.
     """
     (small, labels, known), (asked, truth, ids) = _downscaled(reference), _downscaled(queries)
-    mean = small.mean(0)
+    small, asked = without_mean(small, asked)
     classes = int(max(labels.max(), truth.max())) + 1
-    voters = LabelledFeatures(small - mean, labels, known)
-    return knn_classify(
-        voters, LabelledFeatures(asked - mean, truth, ids), classes, k, temperature
-    )[k]
+    voters = LabelledFeatures(small, labels, known)
+    return knn_classify(voters, LabelledFeatures(asked, truth, ids), classes, k, temperature)[k]
 
 
 def _downscaled(parts: Iterable[Labelled]) -> tuple[Tensor, Tensor, Ids]:
     small, labels, ids = [], [], []
     for part in parts:
-        pixels = torch.from_numpy(np.array(part.images)).permute(0, 3, 1, 2).float()
-        small.append(functional.adaptive_avg_pool2d(pixels, RAW_SIDE).flatten(1) / 255)
+        small.append(pixel_vectors(np.asarray(part.images)))
         labels.append(torch.from_numpy(part.labels))
         ids.append(part.ids)
     return torch.cat(small), torch.cat(labels), np.concatenate(ids)

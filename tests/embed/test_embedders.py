@@ -16,8 +16,10 @@ import torch
 from pipeline.curate.images.descriptor import describe
 from pipeline.embed import embedders
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.embed.forward import UNMODELLED
 from pipeline.embed.load import at_hand, preprocessing_of
 from pipeline.errors import DataError, PipelineError
+from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
 from pipeline.images.decode import decode_image
 from pipeline.model.formats import timm_transform
 from pipeline.model.vit import VisionTransformer
@@ -95,6 +97,23 @@ def test_batches_are_cut_from_the_front(spec: EmbedderSpec) -> None:
     for name in ALL:
         np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
     assert embedder.outputs([], ALL)["blocks"].shape == (0, 4, 32)
+
+
+def test_pixels_and_colours_are_those_of_the_prepared_images(spec: EmbedderSpec) -> None:
+    embedder = open_embedder(spec)
+    outputs = embedder.outputs(pixels(), ("colours", "cls", "pixels", "mean"))
+    images = np.stack(pixels())
+    np.testing.assert_array_equal(outputs["pixels"], pixel_vectors(images))
+    np.testing.assert_array_equal(outputs["colours"], colour_vectors(images))
+    alone = embedder.outputs(pixels(), ("cls",))  # and the model gives what it gives without them
+    np.testing.assert_allclose(outputs["cls"], alone["cls"], atol=1e-6)
+    unmodelled = embedder.outputs(pixels(), UNMODELLED)
+    assert set(unmodelled) == set(UNMODELLED)
+    np.testing.assert_array_equal(unmodelled["pixels"], outputs["pixels"])
+    none = embedder.outputs([], UNMODELLED)
+    assert {name: x.shape for name, x in none.items()} == {"pixels": (0, 768), "colours": (0, 512)}
+    with pytest.raises(DataError, match="small grey images, which have no colours"):
+        open_embedder(EmbedderSpec()).outputs([], ["cls", "colours"])
 
 
 def test_what_a_model_does_not_have_is_said(spec: EmbedderSpec, tmp_path: Path) -> None:

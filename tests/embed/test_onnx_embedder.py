@@ -10,6 +10,7 @@ import torch
 
 from pipeline.embed.embedders import embedder_of, open_embedder
 from pipeline.errors import DataError
+from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
 from pipeline.model.onnx_out import Pixels, save_onnx
 from pipeline.model.vit import BackboneSpec
 
@@ -45,5 +46,9 @@ def test_vectors_are_those_of_torch(tmp_path: Path, channels: int) -> None:
         assert np.abs(out["cls"] - cls.numpy()).max() < allowed
         assert np.abs(out["mean"] - patches.mean(1).numpy()).max() < allowed
         assert np.abs(out["patches"] - patches.numpy()).max() < max(allowed, 5e-3)
+    beside = embedder.outputs(images, ("colours", "cls", "pixels"))
+    np.testing.assert_array_equal(beside["cls"], out["cls"])
+    np.testing.assert_array_equal(beside["pixels"], pixel_vectors(np.stack(images)))
+    np.testing.assert_array_equal(beside["colours"], colour_vectors(np.stack(images)))
     with pytest.raises(DataError, match="nothing of single blocks"):
         embedder.outputs(images, ("blocks",))

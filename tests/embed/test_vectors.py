@@ -18,14 +18,17 @@ import pytest
 
 from pipeline.embed import pool, run
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.embed.forward import UNMODELLED
 from pipeline.embed.image_reader import ImageReader
 from pipeline.embed.run import Request, embed_set
 from pipeline.embed.units import units_of
 from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import DataError
+from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id
 from pipeline.shards.shards import open_shards
+from pipeline.views.crops import resize_centre_crop
 from tests.curate.images import scene, shard
 from tests.data import encoded
 from tests.embed.conftest import IMAGES, SPEC
@@ -73,6 +76,20 @@ def test_every_image_is_in_it_once_or_in_the_bad_table(
     for path in Path(vectors.uri).glob("part-*.parquet"):
         facts = json.loads(pq.read_schema(path).metadata[b"raydino"])
         assert facts["key"] == vectors.key and facts["mean"] == list(spec.mean)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pixels_and_colours_stand_beside_what_a_model_gives(
+    request_: Request, tmp_path: Path, dtype: str
+) -> None:
+    outputs = ("cls", *UNMODELLED)
+    request = replace(request_, outputs=outputs, dtype=dtype)
+    vectors = embed_set(request, str(tmp_path / "vectors")).vectors
+    images = np.stack([resize_centre_crop(decode_image(image), 28) for image in IMAGES])
+    allowed = 1e-3 if dtype == "float16" else 0
+    for name, ours in zip(UNMODELLED, (pixel_vectors, colour_vectors), strict=True):
+        assert vectors.read(name).dtype == np.float32
+        np.testing.assert_allclose(vectors.read(name), ours(images), atol=allowed)
 
 
 def test_images_come_by_their_ids(vectors: VectorSet, pile: Path) -> None:
