@@ -57,6 +57,9 @@ class Evaluate(Section):
     dense_size: Positive | None = Field(
         None, description="side of images for dense scores, pixels; default: that of the others"
     )
+    void: tuple[int, ...] = Field(
+        (255,), description="ids in masks that belong to no class, e.g. 11 or [0,255]"
+    )
     during_training: Positive | None = Field(
         5000, description="images of each set used while training; the evaluate stage uses all"
     )
@@ -74,6 +77,18 @@ class Evaluate(Section):
     def _one_or_several(cls, value: Any) -> Any:
         if isinstance(value, str):
             return (value,) if value else ()
+        return value
+
+    @field_validator("void", mode="before")
+    @classmethod
+    def _one_id_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("void")
+    @classmethod
+    def _bytes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 0 <= one <= 255 for one in value):
+            raise ValueError(f"ids in masks are 0 to 255, got {list(value)}")
         return value
 
 

@@ -1,6 +1,6 @@
 """A score with what each image adds to it: so that it has an interval, and models can be compared.
 
-Each score is a function of sums over images: hits and images for an accuracy, a confusion matrix
+Each score is a function of sums over images: hits and images for an accuracy, pixels of each class
 for a mean IoU, squared errors and pixels for an RMSE. So it can be computed again for any weights
 of the images. That is all that a bootstrap needs (Efron and Tibshirani 1993, chapter 13), and all
 that it takes to compare two models on the same images.
@@ -38,14 +38,13 @@ def root_mean(sums: Array) -> Array:
 
 
 def mean_iou(sums: Array) -> Array:
-    """Mean intersection over union of confusion matrices [..., K * K], rows the truth.
+    """Mean intersection over union, of pixels [..., 3 * K]: of each class the right ones, then
+    those of its truth, then those of the answers. (A confusion would be K * K of them.)
 
-    Classes that are neither in the truth nor predicted do not count.
+    Classes that are neither in the truth nor answered do not count.
     """
-    side = round(sums.shape[-1] ** 0.5)
-    confusion = sums.reshape(*sums.shape[:-1], side, side)
-    both = np.diagonal(confusion, axis1=-2, axis2=-1)
-    either = confusion.sum(-1) + confusion.sum(-2) - both
+    both, truth, answered = np.split(sums, 3, axis=-1)
+    either = truth + answered - both
     iou = np.divide(both, either, out=np.zeros_like(both), where=either > 0)
     return np.asarray(iou.sum(-1) / np.maximum(1, (either > 0).sum(-1)))
 

@@ -89,7 +89,7 @@ def read_masks(
         raise DataError(
             f"look.void={void} is the id of a class that has a name", "give look.void another id"
         )
-    raw = [_ids(name, content) for name, content in files]
+    raw = [mask_ids(name, content) for name, content in files]
     present = sorted({int(one) for ids in raw for one in np.unique(ids)} - set(names.values()))
     if not names and void != 0 and set(present) <= {0, WHITE}:
         return _black_and_white(files, raw)
@@ -135,7 +135,12 @@ def _black_and_white(
     return masks, Classes((0, WHITE), (AROUND, OBJECT), background=True)
 
 
-def _ids(name: str, content: bytes) -> Ids:
+def mask_ids(name: str, content: bytes) -> Ids:
+    """The ids of a mask as they are in its file, int64 [H, W], 0 to 255.
+
+    Raises:
+        DataError: it cannot be read, has colours, or was saved with a loss.
+    """
     try:
         with Image.open(io.BytesIO(content)) as picture:
             if picture.format in LOSSY:

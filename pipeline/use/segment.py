@@ -18,7 +18,7 @@ from pipeline.use.network import patch_maps
 
 VOID = 255  # pixels of a mask that belong to no class
 TEMPERATURE = 0.07  # of the votes of nearest patches, as in the k-NN of DINOv2's evaluation
-ROWS = 4096  # patches that are compared with all of the references at once
+CELLS = 1 << 26  # cosines of patches with those of the references at once, 256 MiB
 
 Method = Literal["mean", "nearest"]
 
@@ -129,17 +129,24 @@ class Reference:
         """The mean patch of each class, [K, D] of length 1; patches weigh by their share of it."""
         return F.normalize(self.shares.T @ self.tokens, dim=1)
 
-    def scores(self, patches: Tensor, method: Method = "mean", k: int = 10) -> Tensor:
+    def scores(
+        self,
+        patches: Tensor,
+        method: Method = "mean",
+        k: int = 10,
+        temperature: float = TEMPERATURE,
+    ) -> Tensor:
         """How much patches `[…, D]` are of each class, `[…, K]`; see `segment`."""
         if method == "mean":
             return similarity(patches, self.means())
-        return self._votes(F.normalize(patches.float(), dim=-1), min(k, len(self.tokens)))
+        k = min(k, len(self.tokens))
+        return self._votes(F.normalize(patches.float(), dim=-1), k, temperature)
 
-    def _votes(self, patches: Tensor, k: int) -> Tensor:
+    def _votes(self, patches: Tensor, k: int, temperature: float) -> Tensor:
         votes = []
-        for part in torch.split(patches.flatten(0, -2), ROWS):
+        for part in torch.split(patches.flatten(0, -2), max(1, CELLS // len(self.tokens))):
             cosines, nearest = (part @ self.tokens.T).topk(k, dim=1)
-            weights = torch.softmax(cosines / TEMPERATURE, 1)
+            weights = torch.softmax(cosines / temperature, 1)
             votes.append((weights[:, None] @ self.shares[nearest])[:, 0])
         return torch.cat(votes).view(*patches.shape[:-1], -1)
 
