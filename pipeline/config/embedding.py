@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Positive, Section
 
@@ -14,6 +14,17 @@ Output = Literal["cls", "mean", "patches", "blocks", "pixels", "colours"]
 ScoreGroup = Literal[
     "knn", "logistic", "linear", "few_shot", "retrieval", "copies", "unlabelled", "dense"
 ]
+
+VOTERS = (10, 20, 100, 200)  # neighbours of the k-NN on a card, beside evaluate.k
+# What can choose the best checkpoint, beside a k-NN: computed while training, higher is better.
+DECIDING = (
+    "logistic_top1",
+    "few_shot1_top1",
+    "few_shot5_top1",
+    "few_shot10_top1",
+    "retrieval_map",
+    "rank_me",
+)
 
 
 class Evaluate(Section):
@@ -66,7 +77,7 @@ class Evaluate(Section):
     gpu_share: float = Field(
         0.0,
         ge=0,
-        lt=1,
+        lt=0.5,
         description="part of a training GPU for evaluations while training; 0: a spare GPU, else "
         "CPUs",
     )
@@ -90,6 +101,16 @@ class Evaluate(Section):
         if any(not 0 <= one <= 255 for one in value):
             raise ValueError(f"ids in masks are 0 to 255, got {list(value)}")
         return value
+
+    @model_validator(mode="after")
+    def _decides(self) -> Evaluate:
+        names = [*(f"knn{k}_top1" for k in sorted({*VOTERS, self.k})), *DECIDING]
+        if self.decide_by and self.decide_by not in names:
+            raise ValueError(
+                f"evaluate.decide_by={self.decide_by} cannot choose the best checkpoint; these "
+                f"can: {', '.join(names)}"
+            )
+        return self
 
 
 class Embed(Section):

@@ -78,6 +78,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         images, digest = (curated.rows, curated.digest) if curated else (images, NOT_CURATED)
     if {"pretrain", "evaluate"} & set(stages) and config.evaluate.queries:
         _say_evaluation(config, folder, known)
+    elif "pretrain" in stages and (reference := voting(known)):
+        _say_one_set(reference)
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
@@ -140,6 +142,18 @@ def _say_evaluation(config: Config, folder: RunFolder, known: Mapping[str, Known
         )
     else:
         log.info("evaluate    no query is also in %s, byte for byte", reference.labels.place)
+
+
+def _say_one_set(reference: KnownSet) -> None:
+    """What is evaluated where no queries are named."""
+    labels = reference.labels
+    if labels.kind == "none":
+        log.info(
+            "evaluate    %s has no labels: health and rank_me, which is a weak guide", labels.place
+        )
+    else:
+        known = "" if labels.kind != "unknown" else ", if they have labels"
+        log.info("evaluate    k-NN: each image of %s by the others%s", labels.place, known)
 
 
 def _say_pack(

@@ -56,3 +56,20 @@ def check_labels(queries: Labels, reference: Labels) -> None:
     if {queries.kind, reference.kind} == {"names", "numbers"}:
         named, other = (queries, reference) if queries.kind == "names" else (reference, queries)
         raise names_against_numbers(named.place, named.names, other.place)
+
+
+def check_deciding(score: str, reference: Labels) -> None:
+    """Refuses a score that needs labels where there are none.
+
+    Args:
+        score: `evaluate.decide_by`.
+        reference: the set that votes.
+
+    Raises:
+        DataError: it has no labels.
+    """
+    if reference.kind == "none" and score not in ("", "rank_me"):
+        raise DataError(
+            f"evaluate.decide_by={score} needs labels, but {reference.place} has none",
+            "name a labelled set with evaluate.reference=…, or set evaluate.decide_by=rank_me",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config.config import Config
-from pipeline.evaluate.labels import Labels, check_labels
+from pipeline.evaluate.labels import Labels, check_deciding, check_labels
 from pipeline.shards.overlap import overlap_of
 from pipeline.shards.shards import ShardSet, open_shards
 
@@ -11,27 +11,31 @@ NamedSet = tuple[str, ShardSet]  # what a set is called, and the set
 TRAINING_SHARDS = "data.shards"
 
 
-def evaluation_sets(config: Config, shards: ShardSet) -> tuple[NamedSet, NamedSet] | None:
-    """The set that votes and the one that is classified; None without `evaluate.queries`.
+def evaluation_sets(config: Config, shards: ShardSet) -> tuple[NamedSet, NamedSet | None] | None:
+    """The set that votes and the one that is classified; None where nothing has labels.
+
+    Without `evaluate.queries` there is one set, each of whose images is classified by the others.
 
     Args:
         config: the recipe.
         shards: of the training, which vote where no reference is named.
 
     Raises:
-        DataError: a set cannot be read, or the two cannot be compared by their labels.
+        DataError: a set cannot be read, the two cannot be compared by their labels, or the score
+            that decides needs labels that are not there.
     """
     settings, data = config.evaluate, config.data
-    if not settings.queries:
-        return None
 
     def opened(field: str, uri: str) -> NamedSet:
         return field, open_shards(uri, data.image_column, data.label_column, field)
 
-    queries = opened("evaluate.queries", settings.queries)
     reference = (TRAINING_SHARDS, shards)
     if settings.reference:
         reference = opened("evaluate.reference", settings.reference)
+    if not settings.queries:
+        check_deciding(settings.decide_by, Labels.of(*reference))
+        return (reference, None) if reference[1].has_labels else None
+    queries = opened("evaluate.queries", settings.queries)
     check_labels(Labels.of(*queries), Labels.of(*reference))
     return reference, queries
 
@@ -42,5 +46,5 @@ def remarks(config: Config, shards: ShardSet) -> list[str]:
     Raises:
         PipelineError: as `evaluation_sets` says, or no class is in both sets.
     """
-    sets = evaluation_sets(config, shards)
-    return overlap_of(*sets).sentences() if sets else []
+    reference, queries = evaluation_sets(config, shards) or (None, None)
+    return overlap_of(reference, queries).sentences() if reference and queries else []

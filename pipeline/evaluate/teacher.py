@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from pipeline.errors import DataError
+from pipeline.evaluate.deciding import RANK_ME, deciding_score, why_unusable
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import LabelledFeatures, knn_classify, raw_pixels
+from pipeline.evaluate.knn import LabelledFeatures, raw_pixels
 from pipeline.evaluate.neighbours import SameImages, nearest
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.images.decode import BadImage, decode_image
@@ -39,7 +40,9 @@ CACHE_BYTES = 2**30  # of decoded images kept between evaluations
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What to evaluate on. `reference` and `queries` are None where there are no labels."""
+    """What to evaluate on. `reference` is None where there are no labels; `queries` is None there
+    too, and where each image of the reference is classified by the others.
+    """
 
     sample: ShardSet
     reference: ShardSet | None
@@ -54,6 +57,7 @@ class EvaluationSpec:
     max_pixels: int
     half: bool = False  # embed in bfloat16
     channels: int = 3  # of an image, as `mean` and `std` have
+    decide_by: str = ""  # score that chooses the best checkpoint; "": k-NN, without labels rank_me
 
     def compared(self, limit: int | None = None) -> str:
         """What a k-NN compares: `500 of 576 queries by 500 of 3,440 reference images`.
@@ -63,12 +67,14 @@ class EvaluationSpec:
         Args:
             limit: images of each set at most; None for all.
         """
-        if not (self.queries and self.reference):
-            return ""
 
         def counted(rows: int, what: str) -> str:
             return f"{f'{limit:,} of ' if limit and limit < rows else ''}{rows:,} {what}"
 
+        if not self.reference:
+            return ""
+        if not self.queries:
+            return f"each of {counted(self.reference.rows, 'images')} by the others"
         queries = counted(self.queries.rows, "queries")
         return f"{queries} by {counted(self.reference.rows, 'reference images')}"
 
@@ -78,7 +84,7 @@ class EvaluationSpec:
         Args:
             limit: as for `compared`.
         """
-        sets = [shards for shards in (self.queries, self.reference) if shards]
+        sets = [x for x in (self.queries, self.reference) if x] or [self.sample]
         sampled = limit is not None and any(limit < shards.rows for shards in sets)
         content = [
             [[s.digest, s.label_column, s.class_names, s.columns.value_range] for s in sets],
@@ -94,6 +100,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    decided_by: str = ""  # the metric by which checkpoints are compared
+    note: str = ""  # why labels were not used, although there are some
 
 
 class Evaluator:
@@ -120,7 +128,7 @@ class Evaluator:
         limit: int | None = None,
         stored: Mapping[ShardSet, LabelledFeatures] | None = None,
     ) -> Evaluation:
-        """k-NN top-1, feature health and the PCA picture of a backbone.
+        """Scores, feature health and the PCA picture of a backbone.
 
         Args:
             backbone: in any mode; it is evaluated without gradients. One without patch tokens has
@@ -130,42 +138,52 @@ class Evaluator:
         """
         spec = self.spec
         backbone = backbone.to(self.device).eval()
-        metrics: dict[str, float] = {}
-        pictures: dict[str, np.ndarray] = {}
-        if spec.reference and spec.queries:
-            shown = spec.queries
-            reference, queries = (
-                self._comparable(one, (stored or {})[one])
-                if one in (stored or {})
-                else self.features(backbone, one, limit)
-                for one in (spec.reference, shown)
-            )
-            features = queries.features
-            metrics[f"eval/knn{spec.k}_top1"] = self._top1(reference, queries)
+        metrics, pictures = dict[str, float](), dict[str, np.ndarray]()
+        if not spec.reference:
+            limit = min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
+        reference, queries = self._both(backbone, limit, stored or {})
+        note = self._unusable(queries)
+        names, score = [RANK_ME], RANK_ME
+        if spec.reference and not note:
+            score = spec.decide_by or f"knn{spec.k}_top1"
+            names = list(dict.fromkeys((f"knn{spec.k}_top1", score, RANK_ME)))
             if (picture := self._neighbours(reference, queries, limit)) is not None:
                 pictures["neighbours"] = picture
-        else:
-            shown, limit = spec.sample, min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
-            features = self.features(backbone, shown, limit).features
+        for name in names:
+            metrics[f"eval/{name}"] = deciding_score(name, reference, queries, spec.temperature)
+        features = queries.features
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
+        shown = spec.queries or spec.reference or spec.sample
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
-        return Evaluation(metrics, pictures)
+        return Evaluation(metrics, pictures, f"eval/{score}", note)
 
     def top1(self, backbone: nn.Module, limit: int | None = None) -> float | None:
         """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""
-        spec = self.spec
-        if not (spec.reference and spec.queries):
+        if not self.spec.reference:
             return None
-        sets = (self.features(backbone, shards, limit) for shards in (spec.reference, spec.queries))
-        return self._top1(*sets)
+        reference, queries = self._both(backbone, limit, {})
+        if self._unusable(queries):
+            return None
+        name = f"knn{self.spec.k}_top1"
+        return deciding_score(name, reference, queries, self.spec.temperature)
 
-    def _top1(self, reference: LabelledFeatures, queries: LabelledFeatures) -> float:
-        classes = max(int(reference.labels.max()), int(queries.labels.max())) + 1
-        k, temperature = self.spec.k, self.spec.temperature
-        return knn_classify(reference, queries, classes, k, temperature)[k]
+    def _both(
+        self, backbone: nn.Module, limit: int | None, stored: Mapping[ShardSet, LabelledFeatures]
+    ) -> tuple[LabelledFeatures, LabelledFeatures]:
+        """Features of the reference and of the queries, which may be the same."""
+        sets = [x for x in (self.spec.reference, self.spec.queries) if x] or [self.spec.sample]
+        features = [
+            self._comparable(x, stored[x]) if x in stored else self.features(backbone, x, limit)
+            for x in sets
+        ]
+        return features[0], features[-1]
+
+    def _unusable(self, queries: LabelledFeatures) -> str:
+        """Why images of one labelled set cannot be classified by the others."""
+        return "" if self.spec.queries or not self.spec.reference else why_unusable(queries.labels)
 
     def _comparable(self, shards: ShardSet, stored: LabelledFeatures) -> LabelledFeatures:
         """Features with labels that count in `classes`."""
@@ -179,8 +197,8 @@ class Evaluator:
         where the images are too many to be kept.
         """
         spec = self.spec
-        assert spec.reference and spec.queries
-        kept = [self._kept.get((x, limit)) for x in (spec.queries, spec.reference)]
+        reference_set = spec.reference or spec.sample
+        kept = [self._kept.get((x, limit)) for x in (spec.queries or reference_set, reference_set)]
         if not (kept[0] and kept[1]):
             return None
 
@@ -202,7 +220,7 @@ class Evaluator:
         return neighbours_grid(np.asarray(images(kept[0], first.tolist())), shown, correct)
 
     def raw_pixels(self, limit: int | None = None) -> float | None:
-        """k-NN top-1 of the pixels themselves, for comparison; None without labels."""
+        """k-NN top-1 of the pixels themselves, for comparison; None without queries."""
         spec = self.spec
         if not (spec.reference and spec.queries):
             return None

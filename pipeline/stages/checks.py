@@ -24,7 +24,7 @@ from pipeline.curate.earlier import Earlier
 from pipeline.curate.sets import open_earlier, open_other_sets, opened
 from pipeline.embed.folder import check_folder
 from pipeline.errors import ConfigError, PipelineError, StorageError
-from pipeline.evaluate.labels import check_labels
+from pipeline.evaluate.labels import check_deciding, check_labels
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, embed, pack, search
 from pipeline.stages.known_sets import KnownSet, known_set
@@ -81,7 +81,7 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         if config.curate.preset and not config.curate.query:
             check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
     if {"pretrain", "evaluate"} & set(stages):
-        _check_evaluation(known)
+        _check_evaluation(config, known)
     return known
 
 
@@ -203,7 +203,9 @@ def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:
     return next((known[field] for field in fields if field in known), None)
 
 
-def _check_evaluation(known: Mapping[str, KnownSet]) -> None:
+def _check_evaluation(config: Config, known: Mapping[str, KnownSet]) -> None:
     queries, reference = known.get("evaluate.queries"), voting(known)
     if queries and reference:
         check_labels(queries.labels, reference.labels)
+    elif reference:
+        check_deciding(config.evaluate.decide_by, reference.labels)

@@ -103,7 +103,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
     now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
     device = "cuda" if gpus else "cpu"
-    results, pictures = ray.get(task.remote(spec, str(saved.path), device, tables))
+    # of one set alone, a sample: this task decodes it on its own
+    limit = None if spec.queries else plan.config.evaluate.during_training
+    results, pictures = ray.get(task.remote(spec, str(saved.path), device, tables, limit))
     if FIRST in tables:  # the vectors of random weights are of no more use
         for vectors in tables[FIRST].values():
             remove_vectors(vectors.uri)
@@ -120,7 +122,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         tracker.headline(saved.step, {f"{score}_final": results[TRAINED][score]})
         beside = {FIRST: "the same network at step 0", "raw_pixels": "raw pixels"}
         text = f"kNN-{spec.k} top-1 {others[TRAINED]:.4f} at step {saved.step} "
-        text += f"({spec.compared()}); " + ", ".join(
+        text += f"({spec.compared(limit)}); " + ", ".join(
             f"{what} {others[name]:.4f}" for name, what in beside.items() if name in others
         )
         text = "; ".join([text, *noted])
@@ -139,7 +141,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         {
             "what": list(results),
             "top1": [results[name].get(score) for name in results],
-            "of": [spec.compared()] * len(results),
+            "of": [spec.compared(limit)] * len(results),
         },
     )
     numbers = {name: dict(values) for name, values in results.items()}
@@ -201,7 +203,11 @@ def _saved(checkpoint: str) -> state.Saved:
 
 
 def _evaluate(
-    spec: EvaluationSpec, checkpoint: str, device: str, tables: Tables
+    spec: EvaluationSpec,
+    checkpoint: str,
+    device: str,
+    tables: Tables,
+    limit: int | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     saved = _saved(checkpoint)
     plan = trained_plan(saved)
@@ -215,12 +221,12 @@ def _evaluate(
         vectors = tables.get(name, {})
         return {x: labelled(vectors[what]) for what, x in sets if x is not None and vectors}
 
-    trained = evaluator.run(network.backbone, stored=stored(TRAINED))
+    trained = evaluator.run(network.backbone, limit, stored=stored(TRAINED))
     temperature = plan.at(max(0, saved.step - 1)).teacher_temperature
     results = {TRAINED: trained.metrics | evaluator.target_health(network, temperature)}
     if FIRST in tables:
         first = first_backbone(checkpoint)
-        results[FIRST] = evaluator.run(first, stored=stored(FIRST)).metrics
+        results[FIRST] = evaluator.run(first, limit, stored=stored(FIRST)).metrics
     if raw is not None:
         results["raw_pixels"] = {f"eval/knn{spec.k}_top1": raw}
     return results, trained.pictures

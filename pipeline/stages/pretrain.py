@@ -102,8 +102,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             else ""
         )
         + (
-            f", best kNN {best['score']:.4f} at step {best['step']:.0f} (while training, "
-            f"{compared})"
+            f", best {best['name'].partition('/')[2]} {best['score']:.4f} at step "
+            f"{best['step']:.0f} (while training{', ' * bool(compared)}{compared})"
             if best
             else ""
         )

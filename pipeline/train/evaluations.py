@@ -153,16 +153,18 @@ class Evaluations:
         self.counts = Counter(counts or {})  # skipped, failed
         self.longest_s = 0.0
         self.newest: dict[str, float] = {}
-        self.alarm_text = ""
-        self.score_name = f"eval/knn{plan.config.evaluate.k}_top1"
-        self.best: dict[str, float] | None = None
+        self.alarm_text = self.note = ""
+        self.best: dict[str, Any] | None = None
         if (best := state.best(self.checkpoints)) is not None:
-            self.best = {"step": best[0].step, "score": best[1]}
-            if state.best_compared(self.checkpoints) != compared:
+            was, name = state.best_of(self.checkpoints)
+            name = name or f"eval/knn{plan.config.evaluate.k}_top1"  # before it was written down
+            self.best = {"step": best[0].step, "score": best[1], "name": name}
+            if was != compared:
                 log.warning(
                     "the best checkpoint so far (step %d, score %.4f) was evaluated with other "
                     "images or settings (evaluate.*): the best is chosen anew from here on",
-                    *self.best.values(),
+                    best[0].step,
+                    best[1],
                 )
                 self.best = None
 
@@ -179,7 +181,7 @@ class Evaluations:
             self.tracker.metrics(step, {"eval/skipped": self.counts["skipped"]})
             log.warning(
                 "the evaluation of step %d is skipped (%d so far): that of step %d has no result "
-                "after %s; larger train.eval_every or smaller evaluate.during_training ask for less",
+                "after %s; a larger train.eval_every or fewer evaluate.during_training asks less",
                 step,
                 self.counts["skipped"],
                 late.step,
@@ -275,15 +277,22 @@ class Evaluations:
         self.tracker.metrics(step, evaluation.metrics)
         for name, picture in evaluation.pictures.items():
             self.tracker.picture(name, step, picture)
-        score = evaluation.metrics.get(self.score_name)
+        if evaluation.note and evaluation.note != self.note:
+            log.warning(
+                "evaluation: labels are not used, %s: %s chooses the best checkpoint",
+                evaluation.note,
+                evaluation.decided_by.partition("/")[2],
+            )
+        self.note = evaluation.note
+        score = evaluation.metrics.get(evaluation.decided_by)
         shown = ", ".join(
             f"{name.partition('/')[2]} {v:.4g}" for name, v in evaluation.metrics.items()
         )
         log.info("evaluated   step %d: %s", step, shown)
         if score is not None:
-            self.tracker.headline(step, {self.score_name: score})
+            self.tracker.headline(step, {evaluation.decided_by: score})
             try:
-                self._note_best(step, score)
+                self._note_best(step, score, evaluation.decided_by)
             except OSError as error:
                 place = public(join(self.checkpoints, "best.json"))
                 log.error("%s could not be written (%s)", place, one_line(error))
@@ -298,11 +307,20 @@ class Evaluations:
             self.tracker.tags({"alarm": sentence})
         self.alarm_text = sentence or ""
 
-    def _note_best(self, step: int, score: float) -> None:
+    def _note_best(self, step: int, score: float, name: str) -> None:
+        if self.best and self.best["name"] != name:
+            log.warning(
+                "the best checkpoint so far (step %d) was chosen by %s: it is chosen anew by %s "
+                "from here on",
+                self.best["step"],
+                self.best["name"],
+                name,
+            )
+            self.best = None
         known = {saved.step for saved in state.checkpoints(self.checkpoints)}
         if step in known and (self.best is None or score >= self.best["score"]):
-            self.best = {"step": step, "score": score}
-            state.mark_best(self.checkpoints, step, score, self.compared)
+            self.best = {"step": step, "score": score, "name": name}
+            state.mark_best(self.checkpoints, step, score, self.compared, name)
 
 
 def _seconds(seconds: float) -> str:

@@ -107,14 +107,14 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
     """Which sets vote and which are asked; the training shards vote where nothing else is named.
 
     Raises:
-        PipelineError: as `evaluation_sets` says.
+        PipelineError: as `evaluation_sets` says, or the score that decides needs labels.
     """
     config = plan.config
     settings, data = config.evaluate, config.data
     shards = as_planned(plan, shards)
-    sets = evaluation_sets(config, shards)
     reference, queries = (
-        [_read_alike(config, *one, shards) for one in sets] if sets else (None, None)
+        one and _read_alike(config, *one, shards)
+        for one in evaluation_sets(config, shards) or (None, None)
     )
     return EvaluationSpec(
         sample=shards,
@@ -130,6 +130,7 @@ def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
         max_pixels=data.max_image_pixels,
         half=plan.precision == "bfloat16",
         channels=config.model.in_channels,
+        decide_by=settings.decide_by,
     )
 
 

@@ -283,14 +283,17 @@ def _best(folder: Place) -> tuple[int, float] | None:
     return step, float(score)
 
 
-def best_compared(folder: Place) -> str:
-    """Which images and settings the score of `best.json` is of, as `mark_best` wrote it; or ""."""
-    if _best(folder) is None:
-        return ""
-    return str((read_json(*resolve_uri(str(join(folder, "best.json")))) or {}).get("compared", ""))
+def best_of(folder: Place) -> tuple[str, str]:
+    """Which images and settings the score of `best.json` is of, and what the score is called, as
+    `mark_best` wrote them; or "".
+    """
+    content: dict[str, Any] = {}
+    if _best(folder) is not None:
+        content = read_json(*resolve_uri(str(join(folder, "best.json")))) or {}
+    return str(content.get("compared", "")), str(content.get("name", ""))
 
 
-def mark_best(folder: Place, step: int, score: float, compared: str = "") -> None:
+def mark_best(folder: Place, step: int, score: float, compared: str = "", name: str = "") -> None:
     """Points `best.json` at a step; the checkpoint of that step is then kept.
 
     Args:
@@ -298,9 +301,11 @@ def mark_best(folder: Place, step: int, score: float, compared: str = "") -> Non
         step: of a checkpoint.
         score: of its evaluation.
         compared: changes with the images and settings of evaluations: scores of others are unlike.
+        name: of the score; another one is not compared with it.
     """
-    content = json.dumps({"step": step, "score": score, "compared": compared}, indent=1) + "\n"
-    write_bytes_atomic(content.encode(), *resolve_uri(str(join(folder, "best.json"))))
+    content = {"step": step, "score": score, "compared": compared, "name": name}
+    text = json.dumps(content, indent=1) + "\n"
+    write_bytes_atomic(text.encode(), *resolve_uri(str(join(folder, "best.json"))))
 
 
 def prune(folder: Place, keep_last: int, protected: set[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.evaluate.deciding import why_unusable
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator, read_images
 from pipeline.model.vit import BackboneSpec
 from pipeline.shards.shards import ShardSet
 from tests.data import encoded, hub_table, stored
 
+HEALTH = {"health/feature_std", "health/effective_rank"}
 COLOURS = np.asarray([(200, 30, 30), (30, 200, 30), (30, 30, 200)])
 
 
@@ -127,9 +130,84 @@ def test_colours_are_told_apart(spec: EvaluationSpec, monkeypatch: pytest.Monkey
 def test_without_labels_health_only(spec: EvaluationSpec) -> None:
     backbone = BackboneSpec(image_size=16, patch_size=8, width=24, depth=1, heads=2).build()
     evaluation = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
-    assert set(evaluation.metrics) == {"health/feature_std", "health/effective_rank"}
+    assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
+    assert evaluation.decided_by == "eval/rank_me" and evaluation.note == ""
     height, width, _ = evaluation.pictures["patch_pca"].shape
     assert height == width
+
+
+def alone(spec: EvaluationSpec, folder: Path, named: list[tuple[str, bytes]]) -> EvaluationSpec:
+    """Of one labelled set."""
+    reference = colours(folder, named, None)
+    return replace(spec, sample=reference, reference=reference, queries=None)
+
+
+class Flat(MeanColour):
+    """Without patches, so that there is no picture of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward_features(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        return {"x_norm_patchtokens": None}
+
+
+def test_each_image_of_one_set_is_classified_by_the_others(
+    spec: EvaluationSpec, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(8)
+    named = [(NAMES[i % 3], picture(rng, i % 3)) for i in range(30)]
+    evaluation = Evaluator(alone(spec, tmp_path / "colours", named)).run(Flat())
+    assert evaluation.metrics["eval/knn5_top1"] == 1.0
+    assert evaluation.decided_by == "eval/knn5_top1"
+    assert set(evaluation.pictures) == {"neighbours"}
+    # against a plain loop, on noise: nobody votes for itself, nor does a copy of the same bytes
+    noise = [(NAMES[i % 2], picture(rng, None)) for i in range(40)]
+    noise += noise[:5]
+    one = replace(alone(spec, tmp_path / "noise", noise), k=1)
+    evaluator = Evaluator(one)
+    evaluation = evaluator.run(Flat())
+    assert one.reference is not None
+    rows = evaluator.features(Flat(), one.reference, None)
+    x = torch.nn.functional.normalize(rows.features.double(), dim=1)
+    hits = 0
+    for i in range(len(x)):
+        others = [j for j in range(len(x)) if (rows.ids[j] != rows.ids[i]).any()]  # type: ignore[index]
+        best = max(others, key=lambda j, i=i: float(x[i] @ x[j]))  # type: ignore[misc]
+        hits += int(rows.labels[best] == rows.labels[i])
+    assert evaluation.metrics["eval/knn1_top1"] == pytest.approx(hits / len(x))
+    assert 0.2 < hits / len(x) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (lambda i: "one", "all 30 labelled images are of one class"),
+        (lambda i: f"file-{i}", "only 0 of 30 labelled images have another one of their class"),
+        (lambda i: f"pair-{min(i, 18)}", "only 12 of 30 labelled images have another one"),
+    ],
+)
+def test_labels_that_say_nothing_leave_health(
+    spec: EvaluationSpec, tmp_path: Path, labels: Callable[[int], str], why: str
+) -> None:
+    rng = np.random.default_rng(9)
+    named = [(labels(i), picture(rng, i % 3)) for i in range(30)]
+    one = alone(spec, tmp_path / "set", named)
+    evaluation = Evaluator(replace(one, decide_by="knn5_top1")).run(Flat())
+    assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
+    assert evaluation.note.startswith(why) and evaluation.decided_by == "eval/rank_me"
+    assert Evaluator(one).top1(Flat()) is None
+    assert why_unusable(torch.full((30,), -1)) == "no labels"
+    assert why_unusable(torch.tensor([0, 0, 7, 7, 3, -1])) == ""
+
+
+def test_the_score_that_decides_is_computed_beside_the_usual_one(spec: EvaluationSpec) -> None:
+    for name in ("knn1_top1", "rank_me", ""):
+        evaluation = Evaluator(replace(spec, decide_by=name)).run(Flat())
+        assert evaluation.decided_by == f"eval/{name or 'knn5_top1'}"
+        scores = {"eval/knn5_top1", "eval/rank_me", evaluation.decided_by}
+        assert set(evaluation.metrics) == {*HEALTH, *scores}
 
 
 def test_a_backbone_without_patches_has_no_picture_of_them(spec: EvaluationSpec) -> None:
@@ -174,7 +252,10 @@ def test_what_a_knn_compares_is_said_with_and_without_a_limit(spec: EvaluationSp
     assert spec.compared(3) == (
         f"3 of {queries.rows} queries by 3 of {reference.rows} reference images"
     )
-    assert replace(spec, queries=None).compared() == ""
+    alone = replace(spec, queries=None)
+    assert alone.compared() == f"each of {reference.rows} images by the others"
+    assert alone.compared(3) == f"each of 3 of {reference.rows} images by the others"
+    assert replace(alone, reference=None).compared() == ""
 
 
 def test_scores_of_other_images_or_settings_have_another_key(spec: EvaluationSpec) -> None:

@@ -1,4 +1,4 @@
-"""Evaluations that are late, hang, fail or die: no step waits for them, and none is lost silently."""
+"""Evaluations that are late, hang, fail or die: no step waits, and nothing is lost unsaid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.train import evaluations as module
 from pipeline.train import state
 from pipeline.train.evaluations import Evaluations
 
-STEPS = 40
+STEPS, KNN = 40, "eval/knn20_top1"
 
 
 class Tracker:
@@ -102,7 +102,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def scored(value: float) -> Evaluation:
-    return Evaluation({"eval/knn20_top1": value})
+    return Evaluation({KNN: value}, decided_by=KNN)
 
 
 def test_steps_go_on_and_the_run_ends_where_the_evaluator_hangs(
@@ -143,7 +143,7 @@ def test_an_evaluator_that_hangs_is_started_again_and_keeps_no_checkpoints(
     evaluator.calls[2].set_result(scored(0.5))
     evaluator.calls[0].set_result(scored(0.9))  # too late: nobody knows of it any more
     evaluations.wait(30)
-    assert evaluations.best == {"step": 20, "score": 0.5}
+    assert evaluations.best == {"step": 20, "score": 0.5, "name": KNN}
 
 
 def test_a_slow_evaluator_is_not_taken_for_one_that_hangs(
@@ -176,12 +176,12 @@ def test_results_of_a_slow_evaluator_come_in_order(
     evaluator.calls[1].set_result(scored(0.8))
     evaluator.calls[2].set_result(scored(0.75))
     assert within(30, evaluations.finish)
-    assert {s: row["eval/knn20_top1"] for s, row in evaluations.tracker.rows.items()} == {
+    assert {s: row[KNN] for s, row in evaluations.tracker.rows.items()} == {
         10: 0.7,
         20: 0.8,
         30: 0.75,
     }
-    assert evaluations.best == {"step": 20, "score": 0.8} and evaluations.said() == ""
+    assert evaluations.best == {"step": 20, "score": 0.8, "name": KNN} and evaluations.said() == ""
     assert evaluations.longest_s > 0
 
 
@@ -195,7 +195,7 @@ def test_an_evaluation_that_fails_is_said_and_the_next_one_is_tried(
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert within(30, evaluations.finish)
     assert "the evaluation of step 10 failed: DataError: no image" in caplog.text
-    assert evaluations.best == {"step": 20, "score": 0.5}
+    assert evaluations.best == {"step": 20, "score": 0.5, "name": KNN}
     assert evaluations.said() == "evaluations: 1 failed"
 
 
@@ -213,3 +213,42 @@ def test_who_stops_a_run_at_its_end_does_not_wait(evaluations: Evaluations) -> N
     ask(evaluations, STEPS)
     assert within(30, lambda: evaluations.finish(stopped=lambda: True))
     assert evaluations.said() == "evaluations: 1 failed"
+
+
+def test_a_best_of_another_score_is_chosen_anew(
+    evaluator: Evaluator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = evaluations_of(evaluator, tmp_path)
+    first._record(20, scored(0.9))
+    again = evaluations_of(evaluator, tmp_path)
+    other = Evaluation({KNN: 0.95, "eval/rank_me": 0.5}, decided_by="eval/rank_me")
+    again._record(10, other)
+    assert (
+        "(step 20) was chosen by eval/knn20_top1: it is chosen anew by eval/rank_me" in caplog.text
+    )
+    assert again.best == {"step": 10, "score": 0.5, "name": "eval/rank_me"}
+    assert evaluations_of(evaluator, tmp_path).best == again.best
+
+
+def test_the_name_of_an_older_best_is_that_of_its_k_nn(
+    evaluator: Evaluator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluations_of(evaluator, tmp_path)
+    state.mark_best(tmp_path / "checkpoints", 20, 0.9)  # as it was written before
+    again = evaluations_of(evaluator, tmp_path)
+    again._record(10, scored(0.8))
+    assert again.best == {"step": 20, "score": 0.9, "name": KNN} and not caplog.records
+
+
+def test_labels_that_are_not_used_are_said_once(
+    evaluations: Evaluations, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20):
+        evaluations._record(
+            step, Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "all are of one class")
+        )
+    said = [r.getMessage() for r in caplog.records if "labels are not used" in r.getMessage()]
+    assert said == [
+        "evaluation: labels are not used, all are of one class: rank_me chooses the best checkpoint"
+    ]
+    assert evaluations.best == {"step": 20, "score": 3.0, "name": "eval/rank_me"}

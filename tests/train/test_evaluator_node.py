@@ -12,6 +12,8 @@ import torch
 from pipeline.train import state
 from pipeline.train.evaluations import Evaluations, roomiest
 
+KNN = "eval/knn20_top1"
+
 
 def node(name: str, cpus: float | None, alive: bool = True) -> dict[str, Any]:
     resources = {"memory": 1e9} | ({} if cpus is None else {"CPU": cpus})
@@ -38,10 +40,10 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
         return Evaluations(settings, None, None, tmp_path, compared)  # type: ignore[arg-type]
 
     first = evaluations("a")
-    first._note_best(10, 0.9)
+    first._note_best(10, 0.9, KNN)
     again = evaluations("a")
-    assert again.best == {"step": 10, "score": 0.9} and not caplog.records
-    again._note_best(20, 0.5)
+    assert again.best == {"step": 10, "score": 0.9, "name": KNN} and not caplog.records
+    again._note_best(20, 0.5, KNN)
     best = state.best(folder)
     assert best and (best[0].step, best[1]) == (10, 0.9)
     other = evaluations("b")
@@ -49,7 +51,7 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     assert "(step 10, score 0.9000) was evaluated with other images or settings" in caplog.text
     best = state.best(folder)  # until another is known
     assert best and best[0].step == 10
-    other._note_best(20, 0.5)
+    other._note_best(20, 0.5, KNN)
     best = state.best(folder)
     assert best and (best[0].step, best[1]) == (20, 0.5)
-    assert evaluations("b").best == {"step": 20, "score": 0.5}
+    assert evaluations("b").best == {"step": 20, "score": 0.5, "name": KNN}
