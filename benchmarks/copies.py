@@ -27,8 +27,7 @@ from scipy.fft import dctn
 from pipeline.curate.images.descriptor import MIRROR, describe_grey, square, visiting
 from pipeline.curate.look.forms import kept_form, opened_form
 from pipeline.curate.look.second_look import Verdict, form_of, second_look
-from pipeline.curate.threshold.attacks import ATTACKS
-from pipeline.curate.threshold.calibrate import attacked_copies
+from pipeline.curate.threshold.attacks import ATTACKS, attacked_copies
 from pipeline.curate.threshold.threshold import PENALTIES, Sample, measure_threshold
 from pipeline.images.decode import decode_image
 from pipeline.shards.columns import image_id

@@ -49,10 +49,25 @@ def mean_iou(sums: Array) -> Array:
     return np.asarray(iou.sum(-1) / np.maximum(1, (either > 0).sum(-1)))
 
 
+def average_precision(sums: Array) -> Array:
+    """Area under precision over recall of pairs by falling similarity, of sums [..., 2 K + 1].
+
+    K steps of similarity: right pairs in each, wrong pairs in each, and how many there are to
+    find. Right pairs that are in no step were not found.
+    """
+    steps = sums.shape[-1] // 2
+    right, wrong = sums[..., :steps], sums[..., steps : 2 * steps]
+    so_far = right.cumsum(-1)
+    all_so_far = so_far + wrong.cumsum(-1)
+    precision = np.divide(so_far, all_so_far, out=np.zeros_like(so_far), where=all_so_far > 0)
+    return np.asarray((right * precision).sum(-1) / sums[..., -1])
+
+
 STATISTICS: dict[str, Callable[[Array], Array]] = {
     "mean": mean,
     "root_mean": root_mean,
     "mean_iou": mean_iou,
+    "average_precision": average_precision,
 }
 
 

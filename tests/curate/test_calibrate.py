@@ -27,12 +27,11 @@ from pipeline.curate.steps import tasks
 from pipeline.curate.steps.steps import Output, Resources, Steps
 from pipeline.curate.threshold import calibrate as module
 from pipeline.curate.threshold import tail, threshold
-from pipeline.curate.threshold.attacks import ATTACKS, attack
+from pipeline.curate.threshold.attacks import ATTACKS, attack, attacked_copies
 from pipeline.curate.threshold.calibrate import (
     SampleRows,
     Sampling,
     attack_rows,
-    attacked_copies,
     calibrate,
 )
 from pipeline.curate.threshold.tail import all_pairs, interval, tail_threshold

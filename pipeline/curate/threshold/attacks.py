@@ -28,6 +28,7 @@ BAR = 0.12  # of the height
 TEXT = "SAMPLE TEXT example.com"
 DEGREES = 5
 SMALLEST = 8  # no copy has a side below this many pixels
+LONGEST = 400  # pixels: larger images are made so small before they are attacked
 
 
 def _jpeg(image: Image.Image, u: Strengths) -> Image.Image:
@@ -117,3 +118,20 @@ def attack(rgb: Pixels, name: str, image_id: bytes, seed: int = 0) -> Pixels:
     u = uniforms(seed, list(ATTACKS).index(name), ids, NUMBERS, STREAM)[0]
     copy: Pixels = np.asarray(ATTACKS[name](Image.fromarray(rgb), u)).copy()
     return copy
+
+
+def attacked_copies(rgb: Pixels, image_id: bytes, seed: int = 0) -> list[Pixels]:
+    """An image and its nine copies, in the order of ATTACKS; the image at most LONGEST pixels long,
+    and tiny sides enlarged to SMALLEST.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        image_id: 16 bytes, as for `attack`.
+        seed: of the run.
+    """
+    height, width = rgb.shape[:2]
+    scale = min(1.0, LONGEST / max(height, width))
+    size = (max(SMALLEST, round(width * scale)), max(SMALLEST, round(height * scale)))
+    if size != (width, height):
+        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
+    return [rgb, *(attack(rgb, name, image_id, seed) for name in ATTACKS)]

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from pipeline.curate.embed.embed import Embedded, task_resources, unit_vectors
 from pipeline.curate.images import descriptor
@@ -40,7 +39,7 @@ from pipeline.curate.rows.tables import (
     read_table,
 )
 from pipeline.curate.steps.steps import Account, Output, Resources, Step, Steps
-from pipeline.curate.threshold.attacks import ATTACKS, attack
+from pipeline.curate.threshold.attacks import ATTACKS, attacked_copies
 from pipeline.curate.threshold.tail import Look
 from pipeline.curate.threshold.threshold import Calibration, Sample, measure_threshold
 from pipeline.embed.embedders import DESCRIPTOR, EmbedderSpec, open_embedder
@@ -50,7 +49,6 @@ log = logging.getLogger("pipeline.curate")
 
 MEASURING = 2  # version of `measure`; another one calibrates again, as another second look does
 COMPARED = 5000  # images of the sample, whose pairs show how alike different images are
-LONGEST = 400  # pixels: larger images are made so small before they are attacked
 FORMS = 256  # that are held for the second look
 AT_ONCE = 32  # images that are attacked and then embedded
 
@@ -195,16 +193,6 @@ def attack_rows(
     if views:
         columns["views"] = list_array(np.concatenate(views).reshape(len(ids), -1))
     out.table(pa.table(columns))
-
-
-def attacked_copies(rgb: Any, image_id: bytes, seed: int = 0) -> list[Any]:
-    """An image and its nine copies, at most LONGEST pixels long; tiny sides are enlarged to 8."""
-    height, width = rgb.shape[:2]
-    scale = min(1.0, LONGEST / max(height, width))
-    size = (max(8, round(width * scale)), max(8, round(height * scale)))
-    if size != (width, height):
-        rgb = np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BICUBIC))
-    return [rgb, *(attack(rgb, name, image_id, seed) for name in ATTACKS)]
 
 
 def _channels(rgb: Any, channels: int) -> Any:
