@@ -122,6 +122,12 @@ class Config(Section):
                 "ibot_head has values of its own but ibot_head.separate is false: iBOT would use "
                 "head; set ibot_head.separate=true"
             )
+        if self.evaluate.gpu_share and self.resources.gpus_per_worker < 1:
+            raise ValueError(
+                f"evaluate.gpu_share={self.evaluate.gpu_share:g} takes a part of a worker's GPU, "
+                f"but with resources.gpus_per_worker={self.resources.gpus_per_worker:g} workers "
+                "share one; set one of them back"
+            )
         if self.export.onnx_sizes and not self.export.onnx:
             raise ValueError("export.onnx_sizes names sizes of ONNX, but export.onnx is false")
         if self.model.init_resize and not self.model.init:

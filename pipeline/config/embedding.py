@@ -102,6 +102,13 @@ class Evaluate(Section):
             raise ValueError(f"ids in masks are 0 to 255, got {list(value)}")
         return value
 
+    @field_validator("gpu_share")
+    @classmethod
+    def _enough(cls, value: float) -> float:
+        if 0 < value < 0.01:
+            raise ValueError(f"{value:g} of a GPU is too little; 0 is none, 0.01 the least")
+        return round(value, 4)  # Ray counts no finer
+
     @model_validator(mode="after")
     def _decides(self) -> Evaluate:
         names = [*(f"knn{k}_top1" for k in sorted({*VOTERS, self.k})), *DECIDING]

@@ -97,7 +97,7 @@ class Export(Section):
     """Which weights leave the run."""
 
     checkpoint: Literal["best", "last"] = Field(
-        "best", description="which teacher is exported: the best by kNN or the last one"
+        "best", description="which teacher is exported: the best by evaluate.decide_by, or the last"
     )
     onnx: bool = Field(
         False, description="write weights/onnx too: fp32, fp16 and int8 (needs the extra onnx)"

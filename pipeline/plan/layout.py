@@ -53,11 +53,14 @@ class Arrangement(BaseModel):
 
 
 def worker_share(config: Config, gpus: int) -> Share:
-    """What a training worker reserves on a cluster with so many GPUs."""
+    """What a training worker reserves on a cluster with so many GPUs: of each GPU that it uses, it
+    leaves `evaluate.gpu_share` to the evaluations.
+    """
     resources = config.resources
     with_gpu = gpus > 0 or config.train.device == "cuda"
     cpus = resources.cpus_per_worker or (1.0 if with_gpu else 0.25)
-    return Share(cpus, resources.gpus_per_worker if with_gpu else 0.0)
+    left = round(resources.gpus_per_worker - config.evaluate.gpu_share, 4)  # as finely as Ray does
+    return Share(cpus, left if with_gpu else 0.0)
 
 
 def feeder_share(config: Config, machine: Machine) -> float:

@@ -43,7 +43,10 @@ def room(node: Node, share: Share) -> int:
     """Workers that fit on a node."""
     rooms = [_whole(node.cpus / share.cpus)]
     if share.gpus:
-        rooms.append(_whole(node.gpus / share.gpus))
+        # a worker is on one GPU: what is left of two of them is no room
+        whole = _whole(node.gpus)
+        rest = node.gpus - whole
+        rooms.append(whole * _whole(1 / share.gpus) + _whole(rest / share.gpus))
     return max(0, min(rooms))
 
 

@@ -39,11 +39,20 @@ LOOK_S = 0.2
 
 
 class EvaluatorActor:
-    """An `Evaluator` in a process of its own; weights come by value."""
+    """An `Evaluator` in a process of its own; weights come by value.
+
+    Args:
+        spec: sets and settings.
+        backbone: what is evaluated, without its weights.
+        device: where.
+        share: of the memory of the GPU, so that a worker on the same one keeps the rest.
+    """
 
     def __init__(
-        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str
+        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str, share: float
     ) -> None:
+        if 0 < share < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(share)
         self.evaluator = Evaluator(spec, device=device)
         self.backbone = backbone
 
@@ -55,23 +64,39 @@ class EvaluatorActor:
 
 
 def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
-    """Starts the actor: on a GPU where one is free, else on CPUs beside the workers."""
-    taken = plan.sizes[-1] * plan.gpus_per_worker
-    gpus = ray.cluster_resources().get("GPU", 0) - taken if plan.device == "cuda" else 0
-    device = "cuda" if gpus >= 1 else "cpu"
-    options = {
+    """Starts the actor where `device_of` says."""
+    device, share = device_of(plan, ray.cluster_resources().get("GPU", 0))
+    options: dict[str, Any] = {
         "num_cpus": 0,
-        "num_gpus": 1 if gpus >= 1 else 0,
+        "num_gpus": share,
         "max_restarts": 3,
         "max_task_retries": 1,
     }
     if device == "cpu" and (node := roomiest(ray.nodes())):
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+    place = {0.0: "CPUs", 1.0: "a spare GPU"}.get(share, f"{share:g} of a training GPU")
+    log.info("evaluate    while training on %s", place)
     return (
         ray.remote(EvaluatorActor)
         .options(**options)
-        .remote(spec, build.encoder_spec(plan.config), device)
+        .remote(spec, build.encoder_spec(plan.config), device, share)
     )
+
+
+def device_of(plan: Plan, gpus: float) -> tuple[str, float]:
+    """Where evaluations run while training, and how much of a GPU they reserve: the part that the
+    workers leave (`evaluate.gpu_share`), else a GPU that no worker has, else CPUs beside them.
+
+    Args:
+        plan: of the run.
+        gpus: that the cluster has.
+    """
+    if plan.device == "cuda":
+        if share := plan.config.evaluate.gpu_share:
+            return "cuda", share
+        if gpus - plan.sizes[-1] * plan.gpus_per_worker >= 1:
+            return "cuda", 1.0
+    return "cpu", 0.0
 
 
 def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:

@@ -279,8 +279,8 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         resources_per_worker=per_worker,
     )
     failures = FailureConfig(max_failures=plan.config.train.max_restarts)
-    # NCCL has no two workers on one GPU
-    alone = plan.device == "cuda" and plan.gpus_per_worker == 1
+    # NCCL has no two workers on one GPU; beside an evaluator (evaluate.gpu_share) one is alone
+    alone = plan.device == "cuda" and plan.config.resources.gpus_per_worker == 1
     feeder = job["feeder"]
     return trainer(
         train_worker,
