@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.evaluate.health import rank_me
 from pipeline.evaluate.knn import TEMPERATURE, LabelledFeatures, knn_classify
+from pipeline.evaluate.unlabelled import rank_me
 
 RANK_ME = "rank_me"  # needs no labels
 FEWEST = 0.5  # of the labelled images must have another one of their class
@@ -29,7 +29,8 @@ def deciding_score(
         DataError: nothing is labelled.
     """
     if name == RANK_ME:
-        return float(rank_me(queries.features))
+        # features that are all 0 have none; the evaluation goes on, for its alarm says what that is
+        return rank_me(queries.features) if queries.features.any() else 0.0
     classes = max(int(reference.labels.max()), int(queries.labels.max())) + 1
     k = int(name.removeprefix("knn").removesuffix("_top1"))
     # where both sets are one, equal ids keep each image from voting for itself

@@ -58,24 +58,6 @@ def effective_rank(features: Tensor) -> Tensor:
     return rank
 
 
-def rank_me(features: Tensor) -> Tensor:
-    """Effective rank as published for encoders, 0-d: exp of the entropy of the singular values.
-
-    Of the features as they are, not centred (Garrido et al. 2023, "RankMe", equation 1 with its
-    1e-7). At most min(N, D), so compare at equal N.
-
-    Args:
-        features: [N, D].
-    """
-    x = features.double()
-    if not torch.isfinite(x).all():
-        return x.new_tensor(math.nan).float()
-    values = torch.linalg.svdvals(x)
-    shares = values / values.sum().clamp_min(1e-300) + 1e-7
-    rank: Tensor = torch.exp(-(shares * shares.log()).sum()).float()
-    return rank
-
-
 def teacher_entropy(targets: Tensor) -> Tensor:
     """Mean entropy of target rows, 0-d, in nats: near 0 or near log K says collapse.
 

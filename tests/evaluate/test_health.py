@@ -114,15 +114,3 @@ def test_alarm_names_only_fields_that_exist():
     ):
         section, field = path.split(".")
         assert hasattr(getattr(config.Config(), section), field)
-
-
-def test_rank_me_of_planted_directions() -> None:
-    # equation 1 of the paper by hand: singular values 3, 1 and their shares with 1e-7 added
-    x = torch.zeros(4, 3)
-    x[0, 0], x[1, 1] = 3.0, 1.0
-    shares = [0.75 + 1e-7, 0.25 + 1e-7, 1e-7]
-    expected = math.exp(-sum(p * math.log(p) for p in shares))
-    assert float(health.rank_me(x)) == pytest.approx(expected, rel=1e-6)
-    assert float(health.rank_me(torch.eye(5))) == pytest.approx(5, rel=1e-4)
-    assert float(health.rank_me(torch.ones(6, 4))) == pytest.approx(1, rel=1e-4)  # not centred: one
-    assert math.isnan(float(health.rank_me(torch.full((3, 3), math.inf))))

@@ -210,6 +210,13 @@ def test_the_score_that_decides_is_computed_beside_the_usual_one(spec: Evaluatio
         assert set(evaluation.metrics) == {*HEALTH, *scores}
 
 
+def test_a_backbone_that_gives_zeros_is_still_evaluated(spec: EvaluationSpec) -> None:
+    backbone = Flat()
+    backbone.forward = lambda x: 0 * x.mean((2, 3))  # type: ignore[method-assign]
+    evaluation = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
+    assert evaluation.metrics["eval/rank_me"] == evaluation.metrics["health/feature_std"] == 0
+
+
 def test_a_backbone_without_patches_has_no_picture_of_them(spec: EvaluationSpec) -> None:
     class WithoutPatches(MeanColour):
         def forward_features(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
