@@ -102,12 +102,12 @@ def nearest(
         )
     k = min(k, others)
     device = reference.device
-    frame = Frame.of(_array(reference[:MIDDLE_ROWS]))
-    known = frame.placed(_array(reference)).to(device)
+    frame = Frame.of(as_array(reference[:MIDDLE_ROWS]))
+    known = frame.placed(as_array(reference)).to(device)
     part = max(1, SIMILARITIES_AT_ONCE // len(reference))
     values, rows = [], []
     for start in range(0, len(queries), part):
-        block = frame.placed(_array(queries[start : start + part]), start).to(device)
+        block = frame.placed(as_array(queries[start : start + part]), start).to(device)
         own = torch.arange(len(block) if leave_one_out else 0)
         apart = (own, own + start)
         if same is not None:
@@ -122,7 +122,7 @@ def nearest(
     return torch.cat(values), torch.cat(rows)
 
 
-def _array(features: Tensor) -> npt.NDArray[Any]:
+def as_array(features: Tensor) -> npt.NDArray[Any]:
     """As numpy has it, which knows no bfloat16."""
     wide = torch.promote_types(features.dtype, torch.float32)
     return np.asarray(features.detach().cpu().to(wide).numpy())
