@@ -220,7 +220,7 @@ class _Part:
         width = max(1, int((end - first).max()))
         own = torch.full((len(self.labels), width), torch.inf, dtype=torch.float64)
         own = own.to(first.device)
-        for label in self.labels.unique().tolist():
+        for label in sorted(set(self.labels.tolist())):
             which = (self.labels == label).nonzero()[:, 0]
             rows = classes.order[int(first[which[0]]) : int(end[which[0]])]
             if len(rows):
