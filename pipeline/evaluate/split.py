@@ -1,10 +1,12 @@
-"""Which images of one labelled set are kept out of training: the same ones for every model.
+"""Which images train a classifier, which choose its settings, which are asked: the same ones for
+every model.
 
-Shapes: N images.
+Shapes: N images of the reference, Q queries.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.evaluate.knn import LabelledFeatures
 
-SHARE = 0.2  # of a class
+SHARE = 0.2  # of a class, where there is no second set
+CHOOSING_SHARE = 0.1  # of the training images, as DINOv2 eval/log_regression.py
+CHOOSING_SEED = 1
 Labels = Tensor | npt.NDArray[np.int64]
 
 
@@ -59,6 +64,117 @@ def held_out(
 def classes_of_one(labels: Labels, ids: npt.NDArray[np.uint8]) -> int:
     """How many classes have one image only, of which none can be held out."""
     return int((_Images(labels, ids).counts == 1).sum())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the images.
+
+    Attributes:
+        trained_on: images that train, those that choose not counted.
+        chosen_on: images of the reference that choose the settings.
+        asked: images that the score is of.
+        classes: of training.
+        classes_of_one: classes of which no image can choose, nor be held out.
+        unlabelled: images of both sets that have no label, so are not used.
+        asked_too: images of the reference that are also asked, so do not train.
+        unanswerable: asked images of a class without an image in training; they count as wrong.
+    """
+
+    trained_on: int
+    chosen_on: int
+    asked: int
+    classes: int
+    classes_of_one: int
+    unlabelled: int
+    asked_too: int
+    unanswerable: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """What each image is for.
+
+    Attributes:
+        training: bool [N], rows of the reference that train.
+        choosing: bool [N], rows of the reference that choose the settings; none of them trains.
+        asked: bool [Q], rows of the queries; where there are none bool [N], held out.
+        counts: of them, and of what is left out.
+    """
+
+    training: npt.NDArray[np.bool_]
+    choosing: npt.NDArray[np.bool_]
+    asked: npt.NDArray[np.bool_]
+    counts: Counts
+
+    @classmethod
+    def of(cls, reference: LabelledRows, queries: LabelledRows | None) -> Split:
+        """Splits a labelled reference, and holds out a part of it where there are no queries.
+
+        Raises:
+            DataError: no image with a label is left to train with, or to ask.
+        """
+        known = reference.labels >= 0
+        asked_set = reference if queries is None else queries
+        if queries is None:
+            asked = held_out(reference.labels, reference.ids)
+            both = asked
+        else:
+            asked = queries.labels >= 0
+            both = known & np.isin(reference.names, queries.names[asked])
+        usable = known & ~both
+        if not usable.any() or not asked.any():
+            raise DataError(
+                f"{usable.sum():,} labelled images are left to train a classifier and "
+                f"{asked.sum():,} to ask it",
+                "give images with labels, at least two of a class or a second set",
+            )
+        left = np.where(usable, reference.labels, -1)
+        choosing = held_out(left, reference.ids, CHOOSING_SHARE, CHOOSING_SEED)
+        training = usable & ~choosing
+        unlabelled = (~known).sum() + (0 if queries is None else (~asked).sum())
+        counts = Counts(
+            trained_on=int(training.sum()),
+            chosen_on=int(choosing.sum()),
+            asked=int(asked.sum()),
+            classes=len(np.unique(left[usable])),
+            classes_of_one=classes_of_one(left, reference.ids),
+            unlabelled=int(unlabelled),
+            asked_too=0 if queries is None else int(both.sum()),
+            unanswerable=int((~np.isin(asked_set.labels[asked], left[usable])).sum()),
+        )
+        return cls(training, choosing, asked, counts)
+
+    def details(self) -> dict[str, int]:
+        """The counts by name, as a card shows them."""
+        return asdict(self.counts)
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """Labels int64 [N], -1 where unknown, and ids uint8 [N, 16] of the images of a set."""
+
+    labels: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, features: LabelledFeatures) -> LabelledRows:
+        """Those of vectors.
+
+        Raises:
+            DataError: the vectors have no ids.
+        """
+        if features.ids is None:
+            raise DataError(
+                "the vectors have no image ids, so nobody knows which images are in both sets",
+                "give the ids of the images with the vectors",
+            )
+        return cls(features.labels.cpu().numpy(), features.ids)
+
+    @property
+    def names(self) -> npt.NDArray[Any]:
+        """The ids as S16 [N]."""
+        return np.ascontiguousarray(self.ids).view("S16").ravel()
 
 
 class _Images:
