@@ -127,15 +127,20 @@ TABLE = [
         "shards storage uri", others="numpy pyarrow", others_inside="faiss"),
     row("card", "config embed errors evaluate heartbeat images model report search shards storage "
         "uri use views", others="numpy pyarrow", others_inside="PIL ray torch"),
+    row("finetune.low_rank", "errors", others="torch"),
+    row("finetune.settings", "schedule"),
+    row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
+        "shards storage stream.order train.state uri views", others="numpy pyarrow torch",
+        others_inside="ray timm transformers"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
         "numpy PIL", "ray"),
     row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
-    row("stages", "card config context curate driver embed environment errors evaluate heartbeat "
-        "images model pack plan report search serve shards storage stream track train uri use "
-        "views",
+    row("stages", "card config context curate driver embed environment errors evaluate finetune "
+        "heartbeat images model pack plan report search serve shards storage stream track train "
+        "uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
     row("doctor", "config context curate driver embed errors evaluate heartbeat images model plan "
         "shards stages storage stream train uri", others_inside="torch"),

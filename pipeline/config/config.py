@@ -16,6 +16,7 @@ from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
 from pipeline.config.embedding import Embed, Evaluate
+from pipeline.config.finetuning import Finetune
 from pipeline.config.network import Head, IbotHead, Model
 from pipeline.config.run import Export, Resources, Run, Track
 from pipeline.config.section import Section
@@ -62,6 +63,7 @@ class Config(Section):
     mix: Mix = Mix()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    finetune: Finetune = Finetune()
     embed: Embed = Embed()
     search: Search = Search()
     look: Look = Look()

@@ -15,7 +15,7 @@ from pipeline.evaluate.sets import remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import embed, look, search
+from pipeline.stages import embed, finetune, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, embeds, voting
 from pipeline.stages.evaluate import chosen
@@ -89,6 +89,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
     if embeds(config, stages):
         _say_embedding(config, folder, stages, all_images, needs)
+    if "finetune" in stages and "pretrain" not in stages:
+        log.info("finetune    %s", finetune.describe(config, folder, all_images))
     if list(stages) == ["look"]:
         log.info("look        %s", look.describe(Context(config, folder, only=True)))
     fits.say_disk(needs)

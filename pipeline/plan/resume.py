@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "mix.",
     "evaluate.",
     "export.",
+    "finetune.",
     "embed.",
     "search.",
     "serve.",

@@ -22,7 +22,17 @@ from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Links, Section, Table
 from pipeline.report.run_report import run_report
-from pipeline.stages import curate, embed, evaluate, export, look, pack, pretrain, search
+from pipeline.stages import (
+    curate,
+    embed,
+    evaluate,
+    export,
+    finetune,
+    look,
+    pack,
+    pretrain,
+    search,
+)
 from pipeline.stages.checks import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
@@ -56,12 +66,14 @@ STAGES: dict[str, Stage] = {
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
+    "finetune": finetune,
     "embed": embed,
     "search": search,
     "look": look,
 }
 ORDER = tuple(STAGES)
 USES = ("embed", "search", "look")  # in a whole chain only where their section is enabled
+ALONE = ("finetune",)  # in no whole chain
 
 
 def run(config: Config, stages: Sequence[str]) -> None:
@@ -132,6 +144,8 @@ def _is_input(context: Context, name: str) -> bool:
     """
     if name == "curate":
         return not context.config.curate.preset and not context.only
+    if name in ALONE:
+        return not context.only
     if name in USES:
         config = context.config
         enabled = {
@@ -284,5 +298,9 @@ def with_absolute_weights(config: Config) -> Config:
     embed = config.embed
     vectors = {"model": absolute_model(embed.model, runs) if embed.model else ""}
     embed = embed.model_copy(update=vectors | {"vectors": full(embed.vectors)})
+    finetune = config.finetune
+    tuned = absolute_model(finetune.model, runs) if finetune.model else ""
+    finetune = finetune.model_copy(update={"model": tuned})
     sections = {"model": model, "distill": distill, "curate": curate, "embed": embed}
+    sections |= {"finetune": finetune}
     return config.model_copy(update=sections)

@@ -26,7 +26,7 @@ from pipeline.embed.folder import check_folder
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_deciding, check_labels
 from pipeline.heartbeat import doing
-from pipeline.stages import curate, embed, pack, search
+from pipeline.stages import curate, embed, finetune, pack, search
 from pipeline.stages.known_sets import KnownSet, known_set
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -59,6 +59,8 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
             embed.model_of(config, folder)
     if "search" in stages and config.search.enabled:
         search.check(config, folder, embeds(config, stages))
+    if "finetune" in stages and "pretrain" not in stages:
+        finetune.check(config, folder)
     check_tracking(config, folder)
     if {"evaluate", "export"} & set(stages) and "pretrain" not in stages:
         from pipeline.stages import evaluate  # loads torch
@@ -82,6 +84,9 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
             check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
     if {"pretrain", "evaluate"} & set(stages):
         _check_evaluation(config, known)
+    if "finetune" in stages and "pretrain" not in stages:
+        images = known.get("data.shards") or known["data.source"]
+        finetune.check_known_labels(images.labels, known.get("evaluate.queries"))
     return known
 
 
@@ -177,11 +182,11 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
     packed = packing and pack.finished(config, folder)
     if packing and config.data.source:
         sets["data.source"] = known_set(config, "data.source", config.data.source, packed)
-    elif {"curate", "doctor", "embed"} & set(stages):
+    elif {"curate", "doctor", "embed", "finetune"} & set(stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
     elif _compares(config, stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
-    if not ({"pack", "curate"} & set(stages) or _compares(config, stages)):
+    if not ({"pack", "curate", "finetune"} & set(stages) or _compares(config, stages)):
         return sets
     for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
         if uri and packing:

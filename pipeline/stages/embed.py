@@ -68,13 +68,22 @@ def images_of(config: Config, folder: RunFolder, spec: EmbedderSpec) -> ShardSet
     uri = (shards_uri if curated else packed_uri)(config, folder)
     labels = data.labels != "none"
     shards = open_shards(uri, data.image_column, data.label_column, labels=labels)
-    if data.range != AUTO:
-        return replace(shards, value_range=data.range)
+    return of_model_range(config, shards, spec)
+
+
+def of_model_range(config: Config, shards: ShardSet, spec: EmbedderSpec) -> ShardSet:
+    """A set that is decoded with the range of values that a model knows, or that the recipe names.
+
+    Raises:
+        DataError: its values are others than the model was trained with.
+    """
+    if config.data.range != AUTO:
+        return replace(shards, value_range=config.data.range)
     own = other_range(shards, spec.value_range, len(spec.mean))
     if own is not None:
         raise DataError(
-            f"{public(uri)} holds values of {shown(own)}, {spec.name} was trained with "
-            f"{shown(spec.value_range)}: its vectors of these images would mean nothing",
+            f"{public(shards.uri)} holds values of {shown(own)}, {spec.name} was trained with "
+            f"{shown(spec.value_range)}: its answers to these images would mean nothing",
             "take a model that was trained on such images, or say which values become 0 and 255: "
             "data.range=[low,high]",
         )

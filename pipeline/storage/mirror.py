@@ -32,7 +32,12 @@ log = logging.getLogger("pipeline")
 
 MARK = ".mirror.json"  # what was the same in both places when this copy saw it last
 APART = ("checkpoints", "shards", "curated", "source", "vectors")  # folders that are not copied
-WRITTEN_THERE = ("pretrain/bad_images.parquet", "embed/bad.parquet")
+RECORDS = (["pretrain", "ray"], ["finetune", "ray"], ["finetune", "checkpoints"])
+WRITTEN_THERE = (
+    "pretrain/bad_images.parquet",
+    "embed/bad.parquet",
+    "finetune/bad.parquet",
+)
 EVERY_S = 30.0
 AT_ONCE = 8
 
@@ -213,7 +218,7 @@ def _belongs(name: str) -> bool:
     parts = name.split("/")
     if any(part.startswith(".") for part in parts) or not parts[-1]:
         return False
-    if parts[0] in APART or parts[:2] == ["pretrain", "ray"]:  # records of one attempt
+    if parts[0] in APART or parts[:2] in RECORDS:  # records of one attempt
         return False
     # these have shards, tables and vectors in folders of their own
     tables = parts[0] in ("pack", "curate", "evaluate") and len(parts) > 2

@@ -399,7 +399,7 @@ def what_a_resume_gets_wrong(path: str) -> str:
         return f"{path}: said as {[*allowed, *refused]}"
     # what the curation chooses is held by the digest of the shards
     curation = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
-    later = ("evaluate", "export", "embed", "search", "look", "serve")
+    later = ("evaluate", "export", "finetune", "embed", "search", "look", "serve")
     harmless = section in ("track", "resources", *later, *curation) or path in (
         "run.folder",
         "data.source",

@@ -1,0 +1,220 @@
+"""A fine-tuned classifier on disk, as other libraries load it, each checked by loading it back.
+
+A ViT of ours becomes a folder for `AutoModelForImageClassification.from_pretrained`, a timm model
+one for `timm.create_model("local-dir:<folder>", pretrained=True)`. Beside the weights is
+`classes.txt`, a class name a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.finetune.classifier import Classifier, spec_of
+from pipeline.finetune.settings import Settings
+from pipeline.images.value_range import ValueRange
+from pipeline.model.foreign import TimmBackbone
+from pipeline.model.formats import (
+    CONFIG,
+    deep_key,
+    huggingface_config,
+    preprocessor_config,
+    timm_transform,
+    without_huggingface,
+)
+from pipeline.model.names import to_huggingface
+from pipeline.model.vit import VisionTransformer
+from pipeline.model.weights import PREPROCESSOR, TOLERANCE, write_folder
+from pipeline.storage.run_folder import atomic
+
+CLASSES = "classes.txt"
+MODELS = {
+    "dinov2": "Dinov2ForImageClassification",
+    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
+}
+
+
+def form_of(classifier: Classifier) -> str:
+    """`huggingface` or `timm`: in which form a classifier can be exported.
+
+    Raises:
+        PipelineError: in neither.
+    """
+    if isinstance(classifier.backbone, VisionTransformer):
+        if reason := without_huggingface(spec_of(classifier.backbone)):
+            raise PipelineError(
+                f"the classifier could not be exported: {reason}",
+                "fine-tune a backbone with a whole model.mlp_ratio",
+            )
+        return "huggingface"
+    _timm_classifier(classifier)
+    return "timm"
+
+
+def export(
+    classifier: Classifier,
+    class_names: tuple[str, ...],
+    settings: Settings,
+    value_range: ValueRange,
+    folder: Path,
+) -> str:
+    """Writes a merged classifier (`merge_low_rank`) and loads it back; says how they compare.
+
+    Args:
+        classifier: on the CPU, in evaluation mode.
+        class_names: by the number of the class.
+        settings: of the fine-tuning.
+        value_range: of images of more than 8 bits, that becomes 0 to 255.
+        folder: where to; made if it is not there.
+
+    Raises:
+        PipelineError: what was written is not what is in memory.
+    """
+    save = save_huggingface if form_of(classifier) == "huggingface" else save_timm
+    load = save(classifier, class_names, settings, value_range, folder)
+    with atomic(folder / CLASSES) as partial:
+        partial.write_text("".join(f"{name}\n" for name in class_names))
+    return _compared(classifier, settings, folder, load)
+
+
+Load = Callable[[], tuple[str, Callable[[Tensor], Tensor]]]
+
+
+def save_huggingface(
+    classifier: Classifier,
+    class_names: tuple[str, ...],
+    settings: Settings,
+    value_range: ValueRange,
+    folder: Path,
+) -> Load:
+    """Writes config, weights and image processor; gives what loads them. Arguments as `export`."""
+    backbone = classifier.backbone
+    assert isinstance(backbone, VisionTransformer)
+    spec = spec_of(backbone)
+    config = huggingface_config(spec)
+    kind = config["model_type"]
+    config |= {
+        "architectures": [MODELS[kind]],
+        "id2label": {str(number): name for number, name in enumerate(class_names)},
+        "label2id": {name: number for number, name in enumerate(class_names)},
+        "problem_type": "single_label_classification",
+    }
+    tensors = {f"{kind}.{n}": x for n, x in to_huggingface(_on_cpu(backbone)).items()}
+    tensors |= {f"classifier.{n}": x for n, x in _on_cpu(classifier.head).items()}
+    processor = preprocessor_config(
+        settings.mean, settings.std, settings.image_size, spec.in_channels, value_range
+    )
+    write_folder(folder, tensors, {PREPROCESSOR: processor, CONFIG: config})
+
+    def load() -> tuple[str, Callable[[Tensor], Tensor]]:
+        transformers: Any = import_module("transformers")
+        logging = transformers.utils.logging
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            auto = transformers.AutoModelForImageClassification
+            model = auto.from_pretrained(str(folder), local_files_only=True).eval()
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        version = f"transformers {transformers.__version__}"
+        return version, lambda x: model(pixel_values=x).logits
+
+    return load
+
+
+def save_timm(
+    classifier: Classifier,
+    class_names: tuple[str, ...],
+    settings: Settings,
+    value_range: ValueRange,
+    folder: Path,
+) -> Load:
+    """As `save_huggingface`, for a timm model with its own classifier in the head's place."""
+    backbone = classifier.backbone
+    assert isinstance(backbone, TimmBackbone)
+    place, _ = _timm_classifier(classifier)
+    tensors = _on_cpu(backbone.module)
+    tensors |= {f"{place}.{n}": x for n, x in _on_cpu(classifier.head).items()}
+    classes = len(class_names)
+    config = {
+        "architecture": backbone.spec.name,
+        "num_classes": classes,
+        "num_features": backbone.width,
+        "label_names": list(class_names),
+        "model_args": {**backbone.arguments, "num_classes": classes},
+        "pretrained_cfg": {
+            **timm_transform(settings.mean, settings.std, settings.image_size),
+            **deep_key(value_range),
+            "num_classes": classes,
+            "classifier": place,
+        },
+    }
+    write_folder(folder, tensors, {CONFIG: config})
+
+    def load() -> tuple[str, Callable[[Tensor], Tensor]]:
+        timm: Any = import_module("timm")
+        model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
+        return f"timm {timm.__version__}", model
+
+    return load
+
+
+def _timm_classifier(classifier: Classifier) -> tuple[str, nn.Linear]:
+    """Where a timm model has its own classifier, which must be a linear layer as our head is.
+
+    Raises:
+        PipelineError: it has another one.
+    """
+    timm: Any = import_module("timm")
+    backbone = classifier.backbone
+    assert isinstance(backbone, TimmBackbone)
+    name = backbone.spec.name
+    if name.startswith("local-dir:"):
+        raise PipelineError(
+            f"timm:{name} is a folder, whose architecture an export cannot name",
+            "give the weights' run or its exported folder without timm:, or a timm model by name",
+        )
+    head = classifier.head
+    arguments = {**backbone.arguments, "num_classes": head.out_features}
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False, **arguments)
+    for place, module in model.named_modules():
+        if module is model.get_classifier():
+            if isinstance(module, nn.Linear) and module.weight.shape == head.weight.shape:
+                return place, module
+            break
+    raise PipelineError(
+        f"timm:{name} has a classifier that is no linear layer on its features, so ours could not "
+        "be exported",
+        "choose another timm model, or a backbone of ours",
+    )
+
+
+def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().cpu() for name, x in module.state_dict().items()}
+
+
+@torch.no_grad()
+def _compared(classifier: Classifier, settings: Settings, folder: Path, load: Load) -> str:
+    """Compares logits with those of the library that loads the folder, where it is installed."""
+    try:
+        version, outputs = load()
+    except ImportError as error:
+        return f"not compared ({error})"
+    side, channels = settings.image_size, len(settings.mean)
+    pixels = torch.linspace(-2, 2, 2 * channels * side * side).view(2, channels, side, side)
+    here, there = classifier(pixels), outputs(pixels)
+    difference = (here - there).abs().max().item() if here.shape == there.shape else torch.inf
+    if not difference <= TOLERANCE * max(1.0, here.abs().max().item()):
+        raise PipelineError(
+            f"{folder} gives other logits in {version}: they differ by {difference:.2g}",
+            "install transformers 5 or later: earlier ones take the mean of registers and patches",
+        )
+    return f"equal in {version} but for {difference:.1g}" if difference else f"equal in {version}"
