@@ -102,3 +102,43 @@ def packed(
     return pack(
         str(source), shards, places, PackOptions(**options), field=field, on_progress=progress
     )
+
+
+def scene(seed: int, side: int = 96) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A made photograph of spheres on a chequered floor, and how far away each pixel is.
+
+    Rays of a pinhole camera of any height and tilt are cut with the floor and the spheres; colours
+    are those of the things by the cosine of the light, and pale in the distance.
+
+    Returns:
+        uint8 [side, side, 3], and float32 [side, side] along the axis of the camera; 0 in the sky
+        and beyond 30.
+    """
+    random = np.random.default_rng(seed)
+    height, tilt = random.uniform(0.7, 2), random.uniform(0, 0.5)
+    line = (np.arange(side) + 0.5) / side * 2 - 1
+    down, right = np.meshgrid(line, line, indexing="ij")
+    up, ahead = -down * np.cos(tilt) - 1.5 * np.sin(tilt), 1.5 * np.cos(tilt) - down * np.sin(tilt)
+    rays = np.stack([right, up, ahead], -1)  # of which 1.5 is along the axis of the camera
+    light = np.array([random.uniform(-1, 1), 1.5, -1])
+    light /= np.linalg.norm(light)
+    sky = 1000.0
+    along = np.where(up < -height / sky, -height / np.minimum(up, -1e-9), sky)
+    squares = np.floor(rays * along[..., None])[..., ::2].sum(-1, keepdims=True) % 2
+    colour = 90 + 110 * squares * random.uniform(0.5, 1, 3)
+    for _ in range(6):
+        radius = random.uniform(0.2, 0.9)
+        centre = np.array([random.uniform(-2, 2), radius - height, random.uniform(2, 8)])
+        a, b, c = (rays**2).sum(-1), rays @ centre, centre @ centre - radius**2
+        root = np.sqrt(np.maximum(b**2 - a * c, 0))
+        near = np.where(root > 0, (b - root) / a, sky)
+        normals = (rays * near[..., None] - centre) / radius
+        shade = 0.25 + 0.75 * np.clip(normals @ light, 0, 1)[..., None]
+        first = near < along
+        colour = np.where(first[..., None], 255 * random.uniform(0.2, 1, 3) * shade, colour)
+        along = np.where(first, near, along)
+    depth = 1.5 * along
+    clear = np.exp(-depth / 15)[..., None]
+    pixels = clear * colour + (1 - clear) * [170, 190, 215] + random.normal(0, 3, colour.shape)
+    known = np.where(depth < 30, depth, 0).astype(np.float32)
+    return np.clip(pixels, 0, 255).astype(np.uint8), known

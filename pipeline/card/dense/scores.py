@@ -98,7 +98,7 @@ class Known:
         tokens: float16 [n, h, w, D].
         cls: float32 [n, D].
         masks: uint8 [n, 4 h, 4 w].
-        depths: float32 [n, 4 h, 4 w].
+        depths: float32 [n, 2 h, 2 w].
         voters: float32 [T, D], before they are of length 1.
         shares: float32 [T, K].
     """
@@ -115,18 +115,19 @@ def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
     import torch
     from torch.nn import functional as F
 
+    from pipeline.evaluate.dense.depth import FITTED_AT
     from pipeline.evaluate.dense.fit import UPSAMPLING
     from pipeline.use.segment import class_shares
 
     parts: dict[str, list[Tensor]] = {name: [] for name in Known.__dataclass_fields__}
     generator = torch.Generator().manual_seed(settings.seed)
-    side, classes = UPSAMPLING * encoder.grid, len(split.class_ids)
+    grid, classes = encoder.grid, len(split.class_ids)
     voters = max(1, settings.memory_patches // len(split.rows))
 
-    def small(values: npt.NDArray[Any]) -> Tensor:
+    def small(values: npt.NDArray[Any], times: int) -> Tensor:
         # Sampled, not averaged: a mean of two classes or of two depths is neither.
         x = torch.from_numpy(values)[None, None].float()
-        return F.interpolate(x, (side, side), mode="nearest-exact")[0, 0]
+        return F.interpolate(x, (times * grid, times * grid), mode="nearest-exact")[0]
 
     batches = encoder.batches(split.reference, split.rows, split.class_ids, settings.batch_size)
     for samples, tokens, cls in batches:
@@ -134,11 +135,11 @@ def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
         parts["cls"].append(cls.float())
         for sample, one in zip(samples, tokens, strict=True):
             if sample.depth is not None:
-                parts["depths"].append(small(sample.depth)[None])
+                parts["depths"].append(small(sample.depth, FITTED_AT))
             if sample.mask is not None:
-                parts["masks"].append(small(sample.mask).to(torch.uint8)[None])
+                parts["masks"].append(small(sample.mask, UPSAMPLING).to(torch.uint8))
                 mask = torch.from_numpy(sample.mask).long()
-                shares = class_shares(mask, (encoder.grid, encoder.grid), classes).flatten(0, 1)
+                shares = class_shares(mask, (grid, grid), classes).flatten(0, 1)
                 drawn = torch.randperm(len(shares), generator=generator)[:voters]
                 parts["voters"].append(one.flatten(0, 1)[drawn].float())
                 parts["shares"].append(shares[drawn])

@@ -35,7 +35,7 @@ class DenseSettings:
 
     size: int | None = None
     reference_images: int = 2048
-    memory_patches: int = 32_768
+    memory_patches: int = 65_536
     batch_size: int = 32
     seed: int = 0
     gpu: bool = False

@@ -1,7 +1,7 @@
 """Depth from patches by two small heads, and what an image adds to their errors.
 
 Depths are in units of the files; 0 is unknown. Shapes: n images, B of them in a batch, h x w
-patches, D width, H x W where losses are computed (four times the patches).
+patches, D width, H x W where losses are computed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline.evaluate.dense.fit import UPSAMPLING, Schedule, fit, moments
 
+FITTED_AT = 2  # times the patches: of a bilinear function a quarter of the values of four times
 BINS = 256
 FLOOR = 0.1  # added to each bin before they are normalised (DINOv2 `depth/models`, "linear")
 HIDDEN = 256
@@ -32,7 +33,7 @@ class Seen:
 
     Attributes:
         tokens: [B, h, w, D].
-        cls: [B, D].
+        cls: [B, D], or of another width.
     """
 
     tokens: Tensor
@@ -72,7 +73,7 @@ class LinearDepth:
     def __init__(self, seen: Seen, span: Range, generator: torch.Generator) -> None:
         device, width = seen.tokens.device, seen.tokens.shape[-1]
         self.patch, self.cls = moments(seen.tokens), moments(seen.cls)
-        drawn = 0.01 * torch.randn(BINS, 2 * width, generator=generator)
+        drawn = 0.01 * torch.randn(BINS, width + seen.cls.shape[-1], generator=generator)
         self.weight = drawn.to(device).requires_grad_()
         self.bias = torch.zeros(BINS, device=device, requires_grad=True)
         self.bins = torch.linspace(span.low, span.high, BINS, device=device)
@@ -82,14 +83,14 @@ class LinearDepth:
         """What is fitted."""
         return [self.weight, self.bias]
 
-    def __call__(self, seen: Seen) -> Tensor:
-        """Depth float32 [B, H, W]."""
+    def __call__(self, seen: Seen, times: int = UPSAMPLING) -> Tensor:
+        """Depth float32 [B, times * h, times * w]."""
         width = seen.tokens.shape[-1]
         patches, cls = _standard(seen.tokens, self.patch), _standard(seen.cls, self.cls)
         logits = F.linear(patches, self.weight[:, :width]) + F.linear(
             cls, self.weight[:, width:], self.bias
         ).unsqueeze(1).unsqueeze(1)
-        shares = torch.relu(_upsampled(logits.permute(0, 3, 1, 2))) + FLOOR
+        shares = torch.relu(_upsampled(logits.permute(0, 3, 1, 2), times)) + FLOOR
         return torch.einsum("bkhw,k->bhw", shares, self.bins) / shares.sum(1)
 
 
@@ -106,12 +107,12 @@ class SmallDepth:
             for one in (first, torch.zeros(HIDDEN), last, torch.zeros(1))
         ]
 
-    def __call__(self, seen: Seen) -> Tensor:
-        """Depth float32 [B, H, W]."""
+    def __call__(self, seen: Seen, times: int = UPSAMPLING) -> Tensor:
+        """Depth float32 [B, times * h, times * w]."""
         first, first_bias, last, last_bias = self.weights
         hidden = torch.relu(F.linear(_standard(seen.tokens, self.patch), first, first_bias))
         share = torch.sigmoid(F.linear(hidden, last, last_bias)).permute(0, 3, 1, 2)
-        return self.span.low + (self.span.high - self.span.low) * _upsampled(share)[:, 0]
+        return self.span.low + (self.span.high - self.span.low) * _upsampled(share, times)[:, 0]
 
 
 Head = LinearDepth | SmallDepth
@@ -128,15 +129,16 @@ def fitted(
     Args:
         kind: `LinearDepth` or `SmallDepth`.
         seen: n images.
-        depths: float32 [n, H, W], 0 where unknown; H x W are four times the patches.
+        depths: float32 [n, H, W], 0 where unknown; H x W are a multiple of the patches.
         schedule: of the fit.
     """
     generator = schedule.generator()
+    times = depths.shape[-1] // seen.tokens.shape[-2]
     head = kind(seen, Range.of(depths), generator)
 
     def loss(rows: Tensor) -> Tensor:
         rows = rows.to(depths.device)
-        truth, answer = depths[rows], head(seen.rows(rows))
+        truth, answer = depths[rows], head(seen.rows(rows), times)
         return scale_loss(answer, truth) + GRADIENT_WEIGHT * gradient_loss(answer, truth)
 
     fit(head.weights, len(depths), loss, schedule, generator)
@@ -191,5 +193,5 @@ def _standard(x: Tensor, moments_: tuple[Tensor, Tensor]) -> Tensor:
     return (x.float() - moments_[0]) / moments_[1]
 
 
-def _upsampled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=UPSAMPLING, mode="bilinear")
+def _upsampled(x: Tensor, times: int) -> Tensor:
+    return F.interpolate(x, scale_factor=times, mode="bilinear")
