@@ -300,7 +300,8 @@ def _ranking(case: Case) -> tuple[str, str]:
             f"{names} cannot be told apart on these {case.images:,} images ({values}){rest}."
         )
     rest = listed or "no other model was scored on the same images"
-    return "best_model", f"Best: {best.name}, {value} ({rest})."
+    before = f"; {case.against(case.start)}" if case.start else ""
+    return "best_model", f"Best: {best.name}, {value}; {rest}{before}."
 
 
 def _warning(case: Case) -> str:

@@ -45,7 +45,8 @@ _TITLES = {
 }
 _DETAILS = {
     r"knn(\d+)_top1": "{} neighbours",
-    r"(?:retrieval|copies)_recall(\d+)": "in the first {}",
+    r"(?:retrieval|copies)_recall1": "the first",
+    r"(?:retrieval|copies)_recall(\d+)": "one of the first {}",
     r"depth_(linear|head)_\w+": "{}",
 }
 
@@ -62,7 +63,7 @@ def detail_of(score: str) -> str:
         return f"{few[1]} image{'' if few[1] == '1' else 's'} of each class"
     for name, words in _DETAILS.items():
         if match := re.fullmatch(name, score):
-            return words.format(match[1])
+            return words.format(*match.groups())
     return ""
 
 
@@ -98,3 +99,76 @@ def about(count: float) -> str:
         return f"{math.ceil(count):,}"
     unit = 10 ** (math.floor(math.log10(count)) - 1)
     return f"{math.ceil(count / unit) * unit:,}"
+
+
+# What a score says, and what it cannot say; by title.
+SAYS: dict[str, tuple[str, str]] = {
+    "k-NN": (
+        "whether images of a class lie together, with nothing trained",
+        "what a trained layer would still get out of the vectors",
+    ),
+    "logistic regression": (
+        "what one layer gets out of the vectors, found by L-BFGS",
+        "what fine-tuning of all weights would reach",
+    ),
+    "linear layer": (
+        "the published protocol: the best head of a grid of rates and blocks",
+        "how good one fixed setting is: the best of the grid is taken",
+    ),
+    "few-shot": (
+        "how far a few labelled images go",
+        "much about single draws: the value is a mean over several",
+    ),
+    "retrieval, mAP": ("whether all images of the class come first", "which ones a person wants"),
+    "retrieval, recall": (
+        "whether one image of the class is among the first",
+        "whether the others come too",
+    ),
+    "copy detection, mAP": (
+        "whether crops and edits of an image find it again",
+        "anything about classes",
+    ),
+    "copy detection, recall": (
+        "whether crops and edits of an image find it first",
+        "anything about classes",
+    ),
+    "segmentation, linear, mIoU": (
+        "what one layer on the patches knows of classes of pixels",
+        "how sharp outlines would be with a larger head",
+    ),
+    "segmentation, nearest patches, mIoU": (
+        "whether patches of a class lie together, with nothing trained",
+        "what a trained layer would still get out of the patches",
+    ),
+    "depth, RMSE": ("the error in the unit of the depths; smaller is better", "where it is made"),
+    "depth, relative error": (
+        "the error as a share of the depth; smaller is better",
+        "errors of far things, which are large in metres",
+    ),
+    "depth, share within 1.25": ("pixels that are at most 25 % off", "how far off the others are"),
+    "fine-tuned": ("what training all weights on the labels reaches", "how good the vectors were"),
+    "RankMe": (
+        "how many directions the vectors use: few is a collapse",
+        "quality: noise uses all directions; compare at equal numbers of images and equal width",
+    ),
+    "effective rank": (
+        "as RankMe, of vectors with their mean taken off",
+        "quality; compare at equal numbers of images",
+    ),
+    "spread": (
+        "0 where all vectors are equal, 1 where they point everywhere",
+        "whether they point apart for a reason",
+    ),
+    "uniformity": (
+        "how evenly the vectors fill the sphere; smaller is more even",
+        "whether like images are near one another",
+    ),
+    "alignment": (
+        "how near two crops of one image are; smaller is nearer",
+        "whether different images are apart: equal vectors have 0",
+    ),
+    "patch smoothness": (
+        "whether patches beside one another are alike",
+        "whether they follow things: one value everywhere is smooth",
+    ),
+}

@@ -1,7 +1,7 @@
-"""Charts of a page: curves, histograms, bars and points as inline SVG. No script, no font.
+"""Charts of a page: curves, histograms and points as inline SVG. No script, no font.
 
 What is here says where things lie; `sections.html.j2` writes the tags. Colours are those of the
-style sheet, so charts are readable on dark pages; bars and dots tell their numbers under a pointer.
+style sheet, so charts are readable on dark pages; dots tell their numbers under a pointer.
 """
 
 from __future__ import annotations
@@ -269,42 +269,6 @@ class Histogram:
             words = f"{label(low)} to {label(high)}: {count:,}"
             bars.append((left + 0.5, top, width, plane.floor - top, self.colours[above], words))
         return bars
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar: its parts as (value, colour of CSS), and what stands before and behind it."""
-
-    name: str
-    parts: Sequence[tuple[float, str]]
-    text: str = ""
-    tip: str = ""
-
-
-@dataclass(frozen=True)
-class Bars:
-    """Horizontal bars, as a table that reads well aloud and without styles.
-
-    Attributes:
-        whole: the value of a full bar; default: the largest.
-        head: above the names and above the words behind the bars.
-    """
-
-    bars: Sequence[Bar]
-    title: str = ""
-    text: str = ""
-    whole: float = 0.0
-    head: tuple[str, str] = ("", "")
-    wide: bool = True
-    kind = "bars"
-
-    def widths(self, bar: Bar) -> list[tuple[float, str]]:
-        """Width in percent and colour of each part; what is there at all can be seen."""
-        largest = max(sum(value for value, _ in bar.parts) for bar in self.bars)
-        whole = self.whole or largest or 1.0
-        return [
-            (max(100 * value / whole, 0.25), colour) for value, colour in bar.parts if value > 0
-        ]
 
 
 @dataclass(frozen=True)

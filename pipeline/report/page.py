@@ -12,9 +12,10 @@ r"""Pages: one look for every HTML file that we write. A page needs nothing but 
 
 Sections stand in the order given, two beside each other where they are not `wide`:
 
-* `Text`, `Table`, `Matrix` (counts that add up), `Numbers` (the few to know, large);
+* `Text`, `Table`, `Matrix` (counts that add up), `Numbers` (the few to know, large), `Code`;
+* `Statement`: what the page comes to, on top;
 * `Picture` and `Gallery` of `Group`s of `Tile`s, `Mosaic`: see `pictures.py` for what an image is;
-* `Chart` (curves), `Histogram`, `Bars`, `Points`: see `charts.py`;
+* `Chart` (curves), `Histogram`, `Points`: see `charts.py`; `Bars`: see `bars.py`;
 * `Links`: to other pages;
 * `Heading`: begins a chapter; the contents at the top lead to it.
 
@@ -32,15 +33,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.report.charts import Bar, Bars, Chart, Histogram, Mark, Points, label
+from pipeline.report.bars import Bar, Bars
+from pipeline.report.charts import Chart, Histogram, Mark, Points, label
 from pipeline.report.pictures import FULL, Gallery, Group, Mosaic, Picture, Tile
 from pipeline.track.state import atomic_write
 from pipeline.uri import public
 
 __all__ = [
-    "Bar", "Bars", "Chart", "Column", "Gallery", "Group", "Heading", "Histogram", "Links", "Mark",
-    "Matrix", "Mosaic", "Numbers", "Picture", "Points", "Section", "Table", "Text", "Tile",
-    "render", "write_report",
+    "Bar", "Bars", "Chart", "Code", "Column", "Gallery", "Group", "Heading", "Histogram", "Links",
+    "Mark", "Matrix", "Mosaic", "Numbers", "Picture", "Points", "Section", "Statement", "Table",
+    "Text", "Tile", "render", "write_report",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -77,6 +79,36 @@ class Text:
     def paragraphs(self) -> list[str]:
         """The parts between blank lines."""
         return self.text.strip().split("\n\n")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a page comes to, in one or two sentences; its sign says so without colours.
+
+    Attributes:
+        mood: "good", "bad" or "open".
+    """
+
+    text: str
+    mood: str = "open"
+    title: str = ""
+    wide: bool = True
+    kind = "statement"
+
+    @property
+    def sign(self) -> str:
+        """Before the sentence."""
+        return {"good": "✓", "bad": "✗"}.get(self.mood, "?")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to copy."""
+
+    text: str
+    title: str = ""
+    wide: bool = True
+    kind = "code"
 
 
 @dataclass(frozen=True)

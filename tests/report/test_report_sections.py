@@ -13,6 +13,7 @@ from pipeline.report.page import (
     Bar,
     Bars,
     Chart,
+    Code,
     Column,
     Gallery,
     Group,
@@ -24,6 +25,7 @@ from pipeline.report.page import (
     Numbers,
     Points,
     Section,
+    Statement,
     Text,
     Tile,
     render,
@@ -131,3 +133,28 @@ def test_a_mosaic_places_what_is_a_picture() -> None:
     tiles = [(2, 0, Tile(jpeg(90, 40), alt="a")), (0, 1, Tile(b"", alt="b", frame="gone"))]
     said = drawn(Mosaic(tiles, (24, 14)))
     assert said.count("<img") == 1 and "grid-column:3;grid-row:1" in said and "repeat(24," in said
+
+
+def test_bars_have_whiskers_where_their_intervals_are() -> None:
+    bars = Bars(
+        [
+            Bar("a", [(0.5, "red")], "0.50 ± 0.10", ends=(0.4, 0.6), group="first"),
+            Bar("b", [(0.8, "red")], "0.80", ends=(0.8, 0.8), group="first"),
+            Bar("c", [(0.9, "red")], "0.90", ends=(0.7, 1.2), group="second"),
+        ],
+        whole=1.0,
+    )
+    page = render("t", [bars])
+    assert re.findall(r'<u style="left:([\d.]+)%;width:([\d.]+)%', page) == [
+        ("40.00", "20.00"),
+        ("70.00", "30.00"),  # cut off at the end of a full bar
+    ]
+    assert page.count('scope="rowgroup"') == 2 and page.index("first") < page.index("second")
+    free = Bars([Bar("a", [(0.5, "red")], ends=(0.4, 1.0))])
+    assert "width:50.00%;background:red" in render("t", [free])  # the whisker is the longest
+
+
+def test_a_statement_has_a_sign_and_code_keeps_its_lines() -> None:
+    page = render("t", [Statement("Learnt <b>", "good"), Statement("No."), Code("a\n  b < c")])
+    assert "✓</span>Learnt &lt;b&gt;" in page and "?</span>No." in page
+    assert "<code>a\n  b &lt; c</code>" in page

@@ -1,0 +1,144 @@
+"""Where the main model errs, as sections of a page: by class, by pair of classes, by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pipeline.card.card import Card, WrongAnswer
+from pipeline.report.page import (
+    Column,
+    Gallery,
+    Group,
+    Heading,
+    Matrix,
+    Section,
+    Table,
+    Tile,
+)
+
+ImageOf = Callable[[str], Any]  # of an image id: uint8 [H, W, 3], encoded bytes, or None
+
+PAIRS = 8  # of classes that are confused most
+SAMPLES = 3  # pictures of each
+WRONG = 12  # images with their neighbours
+NEIGHBOURS = 6
+MATRIX_CLASSES = 12  # of a confusion that is shown whole
+
+
+def mistakes(card: Card, image_of: ImageOf) -> Iterator[Section]:
+    """All of them; nothing where no answers are known."""
+    if not (card.confusion or card.wrong):
+        return
+    main = next((one.name for one in card.contenders if one.role == "model"), "the model")
+    yield Heading("Mistakes", f"By the nearest neighbours of {main}.")
+    if card.confusion:
+        yield from _classes(card)
+    if pairs := _pairs(card):
+        yield Gallery(
+            [_pair(card, *pair, image_of) for pair in pairs],
+            "Classes that are taken for one another",
+            "The pairs with the most wrong answers" + _most_confident(card),
+            flow=True,
+        )
+    if card.wrong:
+        yield Gallery(
+            [_wrong(card, one, image_of) for one in card.wrong[:WRONG]],
+            "The surest wrong answers",
+            "First the image that was asked, then its nearest ones, the nearest first. ✓ has the "
+            "class of the image, ✗ another. Sure and wrong is often a wrong label.",
+        )
+
+
+def class_name(card: Card, number: int) -> str:
+    """A class by its name, or by its number where there are no names."""
+    names = card.settings.get("classes") or card.reference.class_names
+    return str(names[number]) if number < len(names) else f"class {number}"
+
+
+def _classes(card: Card) -> Iterator[Section]:
+    """Each class with its share of right answers, the worst first."""
+    counts = np.array(card.confusion, np.int64)
+    images, right = counts.sum(1), counts.diagonal()
+    asked = np.flatnonzero(images)
+    share = right[asked] / images[asked]
+    order = asked[np.lexsort((-images[asked], share))]
+    wrong = counts - np.diag(right)
+    frequent = wrong.argmax(1)
+    names = [class_name(card, number) for number in range(len(counts))]
+    yield Table(
+        {
+            "class": [names[i] for i in order],
+            "images": [int(images[i]) for i in order],
+            "right": [int(right[i]) for i in order],
+            "share": [f"{right[i] / images[i]:.2f}" for i in order],
+            "most often taken for": [
+                f"{names[frequent[i]]} ({wrong[i, frequent[i]]:,})" if wrong[i].any() else ""
+                for i in order
+            ],
+        },
+        "Classes, the worst first",
+        wide=len(counts) > MATRIX_CLASSES,
+    )
+    if len(counts) <= MATRIX_CLASSES:
+        rows = {names[i]: [int(images[i]), *map(int, counts[i])] for i in asked}
+        yield Matrix(
+            [Column("all"), *(Column(name) for name in names)],
+            rows,
+            [int(images.sum()), *map(int, counts.sum(0))],
+            corner="truth, and what was answered",
+            title="Answers of each class",
+            wide=False,
+        )
+
+
+def _pairs(card: Card) -> list[tuple[int, int, int]]:
+    """Truth, answer and count of the most frequent confusions."""
+    if card.confusion:
+        counts = np.array(card.confusion, np.int64)
+        np.fill_diagonal(counts, 0)
+        places = np.argsort(-counts, axis=None, kind="stable")[:PAIRS]
+        cells = [
+            (int(i), int(j)) for i, j in zip(*np.unravel_index(places, counts.shape), strict=True)
+        ]
+        return [(i, j, int(counts[i, j])) for i, j in cells if counts[i, j]]
+    return []
+
+
+def _most_confident(card: Card) -> str:
+    return "; pictures are of the surest ones." if card.wrong else "."
+
+
+def _pair(card: Card, truth: int, answer: int, count: int, image_of: ImageOf) -> Group:
+    of_pair = [one for one in card.wrong if (one.truth, one.answer) == (truth, answer)]
+    names = class_name(card, truth), class_name(card, answer)
+    tiles = [
+        Tile(_pixels(image_of, one.query), (f"{one.votes:.0%} sure",), alt=f"a {names[0]} image")
+        for one in of_pair[:SAMPLES]
+    ]
+    of = sum(card.confusion[truth])
+    return Group(tiles, f"{names[0]} → {names[1]}", f"{count:,} of {of:,} ({count / of:.0%})")
+
+
+def _wrong(card: Card, one: WrongAnswer, image_of: ImageOf) -> Group:
+    truth, answer = class_name(card, one.truth), class_name(card, one.answer)
+    tiles = [Tile(_pixels(image_of, one.query), (truth, "asked"), f"the image, {truth}", "query")]
+    for image, number, cosine in one.neighbours[:NEIGHBOURS]:
+        right = number == one.truth
+        name = class_name(card, number)
+        tiles.append(
+            Tile(
+                _pixels(image_of, image),
+                (f"{'✓' if right else '✗'} {name}", f"cosine {cosine:.2f}"),
+                f"a neighbour, {name}",
+                "right" if right else "wrong",
+            )
+        )
+    return Group(tiles, f"{truth}, taken for {answer}", f"{one.votes:.0%} of the votes", close=True)
+
+
+def _pixels(image_of: ImageOf, image_id: str) -> Any:
+    picture = image_of(image_id)
+    return b"" if picture is None else picture
