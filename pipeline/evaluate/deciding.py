@@ -47,7 +47,8 @@ def why_unusable(labels: torch.Tensor) -> str:
     counts = counts[counts > 0]
     labelled = int(counts.sum())
     if len(counts) < 2:
-        return f"all {labelled:,} labelled images are of one class" if labelled else "no labels"
+        one = f"all {labelled:,} labelled images are of one class"
+        return one if labelled else "no image has a label"
     others = int(counts[counts > 1].sum())
     if others < FEWEST * labelled:
         return f"only {others:,} of {labelled:,} labelled images have another one of their class"

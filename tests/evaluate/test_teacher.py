@@ -198,7 +198,7 @@ def test_labels_that_say_nothing_leave_health(
     assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
     assert evaluation.note.startswith(why) and evaluation.decided_by == "eval/rank_me"
     assert Evaluator(one).top1(Flat()) is None
-    assert why_unusable(torch.full((30,), -1)) == "no labels"
+    assert why_unusable(torch.full((30,), -1)) == "no image has a label"
     assert why_unusable(torch.tensor([0, 0, 7, 7, 3, -1])) == ""
 
 

@@ -221,6 +221,24 @@ def test_queries_that_are_in_the_training_folder_too_are_counted_before_the_pack
         assert said in shown.out + shown.err, (folder, shown)
 
 
+def test_what_is_evaluated_without_queries_is_said(
+    sets: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = [str(recipe), f"run.folder={tmp_path}/runs", "optim.global_batch_size=8"]
+    place += ["train.workers=1", "--dry-run"]
+    for folder, said in (
+        ("pile", f"k-NN: each image of data.source={sets}/pile by the others"),
+        ("plain", f"data.source={sets}/plain has no labels: health and rank_me"),
+    ):
+        job.main(list(ORDER), "doc", [*place, f"data.source={sets}/{folder}"])
+        shown = capsys.readouterr().out
+        assert said in shown, shown
+    with pytest.raises(SystemExit):
+        fields = [f"data.source={sets}/plain", "evaluate.decide_by=knn10_top1"]
+        job.main(list(ORDER), "doc", [*place, *fields])
+    assert "evaluate.decide_by=knn10_top1 needs labels, but data.source=" in capsys.readouterr().err
+
+
 def test_evaluation_sets_keep_their_labels_with_data_labels_none(
     sets: Path, recipe: Path, tmp_path: Path
 ) -> None:
