@@ -1,14 +1,74 @@
-"""The score that chooses the best checkpoint while training, and whether labels allow one."""
+"""The scores of an evaluation while training, and which of them chooses the best checkpoint."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from pipeline.errors import DataError
+from pipeline.evaluate.few_shot import few_shot_scores
 from pipeline.evaluate.knn import TEMPERATURE, LabelledFeatures, knn_classify
+from pipeline.evaluate.logistic import logistic_scores
+from pipeline.evaluate.retrieval import retrieval_scores
 from pipeline.evaluate.unlabelled import rank_me
 
 RANK_ME = "rank_me"  # needs no labels
+FEW_SHOT = "few_shot"
 FEWEST = 0.5  # of the labelled images must have another one of their class
+
+
+@dataclass(frozen=True)
+class TrainingScores:
+    """What an evaluation while training computes.
+
+    Attributes:
+        values: by the name of the score.
+        decided_by: the one by which checkpoints are compared.
+        note: why labels, or the score that was asked for, were not used; or empty.
+    """
+
+    values: dict[str, float]
+    decided_by: str
+    note: str = ""
+
+    @classmethod
+    def unlabelled(cls, features: LabelledFeatures, note: str = "") -> TrainingScores:
+        """What needs no labels."""
+        return cls({RANK_ME: deciding_score(RANK_ME, features, features)}, RANK_ME, note)
+
+
+def training_scores(
+    reference: LabelledFeatures,
+    queries: LabelledFeatures,
+    k: int,
+    decide_by: str = "",
+    temperature: float = TEMPERATURE,
+) -> TrainingScores:
+    """The k-NN, the score that decides, and `rank_me`; without labels of use, that alone.
+
+    Args:
+        reference: those that vote or are learnt from.
+        queries: those that are asked; the reference itself: each of its images by the others.
+        k: neighbours of the k-NN.
+        decide_by: the score that decides; default: the k-NN.
+        temperature: of its votes.
+
+    Raises:
+        DataError: two sets of which one has no labels.
+    """
+    if queries is reference and (why := why_unusable(queries.labels)):
+        return TrainingScores.unlabelled(queries, f"labels are not used: {why}")
+    usual = f"knn{k}_top1"
+    names = (usual, RANK_ME)
+    values = {name: deciding_score(name, reference, queries, temperature) for name in names}
+    name, note = decide_by or usual, ""
+    if name not in values:
+        try:
+            values[name] = deciding_score(name, reference, queries, temperature)
+        except DataError as error:  # it needs more images than the k-NN
+            name, note = usual, f"{name} is not computed: {error.what}"
+    return TrainingScores(values, name, note)
 
 
 def deciding_score(
@@ -20,18 +80,28 @@ def deciding_score(
     """One score by its name; all of them are better where they are higher.
 
     Args:
-        name: `knn20_top1` with any number, or `rank_me`, which is that of the queries.
+        name: `knn20_top1` with any number, `logistic_top1`, `few_shot5_top1` with any number,
+            `retrieval_map`, or `rank_me`, which is that of the queries.
         reference: those that vote or are learnt from.
         queries: those that are asked; the reference itself: each of its images by the others.
         temperature: of the votes of a k-NN.
 
     Raises:
-        DataError: nothing is labelled.
+        DataError: nothing is labelled, or nothing is left to learn from or to ask.
     """
     if name == RANK_ME:
         # features that are all 0 have none; the evaluation goes on, for its alarm says what that is
         return rank_me(queries.features) if queries.features.any() else 0.0
     classes = max(int(reference.labels.max()), int(queries.labels.max())) + 1
+    others = None if queries is reference else queries
+    if name == "logistic_top1":
+        return logistic_scores(reference, others, classes)[0].value
+    if name == "retrieval_map":
+        scores = retrieval_scores(reference, others)
+        return next(score.value for score, _ in scores if score.name == name)
+    if name.startswith(FEW_SHOT):
+        shots = int(name.removeprefix(FEW_SHOT).removesuffix("_top1"))
+        return few_shot_scores(reference, others, [shots])[0][0].value
     k = int(name.removeprefix("knn").removesuffix("_top1"))
     # where both sets are one, equal ids keep each image from voting for itself
     return knn_classify(reference, queries, classes, k, temperature)[k]

@@ -17,7 +17,12 @@ import torch
 from torch import nn
 
 from pipeline.errors import DataError
-from pipeline.evaluate.deciding import RANK_ME, deciding_score, why_unusable
+from pipeline.evaluate.deciding import (
+    TrainingScores,
+    deciding_score,
+    training_scores,
+    why_unusable,
+)
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
 from pipeline.evaluate.knn import LabelledFeatures, raw_pixels
@@ -101,7 +106,7 @@ class Evaluation:
     metrics: dict[str, float]
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     decided_by: str = ""  # the metric by which checkpoints are compared
-    note: str = ""  # why labels were not used, although there are some
+    note: str = ""  # why labels, or the score that was asked for, were not used
 
 
 class Evaluator:
@@ -138,19 +143,19 @@ class Evaluator:
         """
         spec = self.spec
         backbone = backbone.to(self.device).eval()
-        metrics, pictures = dict[str, float](), dict[str, np.ndarray]()
+        pictures: dict[str, np.ndarray] = {}
         if not spec.reference:
             limit = min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
         reference, queries = self._both(backbone, limit, stored or {})
-        note = self._unusable(queries)
-        names, score = [RANK_ME], RANK_ME
-        if spec.reference and not note:
-            score = spec.decide_by or f"knn{spec.k}_top1"
-            names = list(dict.fromkeys((f"knn{spec.k}_top1", score, RANK_ME)))
-            if (picture := self._neighbours(reference, queries, limit)) is not None:
-                pictures["neighbours"] = picture
-        for name in names:
-            metrics[f"eval/{name}"] = deciding_score(name, reference, queries, spec.temperature)
+        scores = (
+            training_scores(reference, queries, spec.k, spec.decide_by, spec.temperature)
+            if spec.reference
+            else TrainingScores.unlabelled(queries)
+        )
+        labelled = len(scores.values) > 1
+        if labelled and (picture := self._neighbours(reference, queries, limit)) is not None:
+            pictures["neighbours"] = picture
+        metrics = {f"eval/{name}": value for name, value in scores.values.items()}
         features = queries.features
         metrics["health/feature_std"] = float(feature_std(features))
         metrics["health/effective_rank"] = float(effective_rank(features))
@@ -158,14 +163,14 @@ class Evaluator:
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
-        return Evaluation(metrics, pictures, f"eval/{score}", note)
+        return Evaluation(metrics, pictures, f"eval/{scores.decided_by}", scores.note)
 
     def top1(self, backbone: nn.Module, limit: int | None = None) -> float | None:
         """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""
         if not self.spec.reference:
             return None
         reference, queries = self._both(backbone, limit, {})
-        if self._unusable(queries):
+        if queries is reference and why_unusable(queries.labels):
             return None
         name = f"knn{self.spec.k}_top1"
         return deciding_score(name, reference, queries, self.spec.temperature)
@@ -180,10 +185,6 @@ class Evaluator:
             for x in sets
         ]
         return features[0], features[-1]
-
-    def _unusable(self, queries: LabelledFeatures) -> str:
-        """Why images of one labelled set cannot be classified by the others."""
-        return "" if self.spec.queries or not self.spec.reference else why_unusable(queries.labels)
 
     def _comparable(self, shards: ShardSet, stored: LabelledFeatures) -> LabelledFeatures:
         """Features with labels that count in `classes`."""

@@ -304,7 +304,7 @@ class Evaluations:
             self.tracker.picture(name, step, picture)
         if evaluation.note and evaluation.note != self.note:
             log.warning(
-                "evaluation: labels are not used, %s: %s chooses the best checkpoint",
+                "evaluation: %s; %s chooses the best checkpoint",
                 evaluation.note,
                 evaluation.decided_by.partition("/")[2],
             )

@@ -196,18 +196,40 @@ def test_labels_that_say_nothing_leave_health(
     one = alone(spec, tmp_path / "set", named)
     evaluation = Evaluator(replace(one, decide_by="knn5_top1")).run(Flat())
     assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
-    assert evaluation.note.startswith(why) and evaluation.decided_by == "eval/rank_me"
+    assert (
+        evaluation.note.startswith(f"labels are not used: {why}")
+        and evaluation.decided_by == "eval/rank_me"
+    )
     assert Evaluator(one).top1(Flat()) is None
     assert why_unusable(torch.full((30,), -1)) == "no image has a label"
     assert why_unusable(torch.tensor([0, 0, 7, 7, 3, -1])) == ""
 
 
 def test_the_score_that_decides_is_computed_beside_the_usual_one(spec: EvaluationSpec) -> None:
-    for name in ("knn1_top1", "rank_me", ""):
+    scores = ("logistic_top1", "few_shot5_top1", "retrieval_map")
+    for name in ("knn1_top1", "rank_me", "", *scores):
         evaluation = Evaluator(replace(spec, decide_by=name)).run(Flat())
         assert evaluation.decided_by == f"eval/{name or 'knn5_top1'}"
-        scores = {"eval/knn5_top1", "eval/rank_me", evaluation.decided_by}
-        assert set(evaluation.metrics) == {*HEALTH, *scores}
+        named = {"eval/knn5_top1", "eval/rank_me", evaluation.decided_by}
+        assert set(evaluation.metrics) == {*HEALTH, *named}
+        if name in scores:
+            # one colour a class: whoever learns tells them apart, in two sets and in one
+            one = Evaluator(replace(spec, decide_by=name, queries=None)).run(Flat())
+            assert evaluation.metrics[f"eval/{name}"] == one.metrics[f"eval/{name}"] == 1.0
+
+
+def test_a_score_that_cannot_be_computed_leaves_the_usual_one(
+    spec: EvaluationSpec, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(10)
+    named = [(NAMES[i % 2], picture(rng, i % 2)) for i in range(4)]
+    both = colours(tmp_path / "both", named, None)
+    # all that could be learnt from is asked
+    spec = replace(spec, sample=both, reference=both, queries=both, decide_by="logistic_top1")
+    evaluation = Evaluator(spec).run(Flat())
+    assert evaluation.decided_by == "eval/knn5_top1"
+    assert evaluation.note.startswith("logistic_top1 is not computed: ")
+    assert set(evaluation.metrics) == {*HEALTH, "eval/knn5_top1", "eval/rank_me"}
 
 
 def test_a_backbone_that_gives_zeros_is_still_evaluated(spec: EvaluationSpec) -> None:

@@ -245,10 +245,11 @@ def test_labels_that_are_not_used_are_said_once(
 ) -> None:
     for step in (10, 20):
         evaluations._record(
-            step, Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "all are of one class")
+            step,
+            Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "labels are not used: one class"),
         )
     said = [r.getMessage() for r in caplog.records if "labels are not used" in r.getMessage()]
     assert said == [
-        "evaluation: labels are not used, all are of one class: rank_me chooses the best checkpoint"
+        "evaluation: labels are not used: one class; rank_me chooses the best checkpoint"
     ]
     assert evaluations.best == {"step": 20, "score": 3.0, "name": "eval/rank_me"}
