@@ -125,8 +125,9 @@ TABLE = [
         "report storage uri views", others="numpy PIL pyarrow", others_inside="umap"),
     row("search", "curate.report.* curate.rows.* embed errors heartbeat images pack report "
         "shards storage uri", others="numpy pyarrow", others_inside="faiss"),
-    row("card", "config embed errors evaluate heartbeat images model report search shards storage "
-        "uri use views", others="numpy pyarrow", others_inside="PIL ray torch"),
+    row("card", "config curate.threshold.* embed errors evaluate heartbeat images model report "
+        "search shards storage uri use views", others="numpy pyarrow",
+        others_inside="PIL ray torch"),
     row("finetune.low_rank", "errors", others="torch"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "

@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,26 @@ def tasks_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(packing, "_each", lambda function, items: map(function, items))
     patch.setattr(cluster, "joined", lambda _: contextlib.nullcontext())
     patch.setattr(cluster, "nodes", lambda: 1)
+
+
+def embedding_here(patch: pytest.MonkeyPatch) -> list[int]:
+    """Sets are embedded in this process, on its CPU; the numbers of the units as they come."""
+    from pipeline.embed import pool, run
+
+    numbers: list[int] = []
+
+    def facts(request: run.Request) -> Any:
+        return run._model_facts(request.spec, request.outputs, request.blocks)
+
+    def embedded(reads: Any, assignment: pool.Assignment) -> Any:
+        numbers.extend(unit.number for units in reads for unit in units)
+        yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
+
+    patch.setattr(run, "_known_models", {})
+    patch.setattr(run, "_asked_of_a_task", facts)
+    patch.setattr(run, "embedded_in_one_task", embedded)
+    patch.setattr(run, "embedded_by_pool", embedded)
+    return numbers
 
 
 class Handle:

@@ -2,6 +2,6 @@
 `run.py`.
 
 In: models, sets and settings. Out: a `Card` (`card.py`), as card.json, as a page and in MLflow.
-Imports: config, embed, errors, evaluate, heartbeat, images, model, report, search, shards, storage,
-uri, use, views.
+Imports: config, curate.threshold, embed, errors, evaluate, heartbeat, images, model, report,
+search, shards, storage, uri, use, views.
 """

@@ -8,7 +8,8 @@ import re
 from pipeline.card.card import Role
 from pipeline.evaluate.score import Interval
 
-LOWER_IS_BETTER = ("_rmse", "_rel")  # ends of names; any other score is better where it is higher
+# Ends of names; any other score is better where it is higher.
+LOWER_IS_BETTER = ("_rmse", "_rel", "alignment", "uniformity")
 UNLABELLED = (
     "rank_me", "feature_std", "effective_rank", "uniformity", "alignment", "patch_smoothness",
 )  # fmt: skip
@@ -68,7 +69,7 @@ def detail_of(score: str) -> str:
 
 
 def is_lower_better(score: str) -> bool:
-    """Whether a score is an error."""
+    """Whether less of a score is better: it is an error, or a distance."""
     return score.endswith(LOWER_IS_BETTER)
 
 

@@ -41,17 +41,17 @@ def rank_me(features: Tensor) -> float:
         features: [N, D], any scale; the work is done where they are.
 
     Returns:
-        nan where a feature is not finite.
+        0 where all features are 0, nan where one is not finite.
 
     Raises:
-        DataError: there is no feature, or all are 0.
+        DataError: there is no feature.
     """
     values = singular_values(_checked(features, 1))
     total = float(values.sum())
     if math.isnan(total):
         return math.nan
     if total == 0:
-        raise DataError("all features are 0, so they have no rank", "look at the model's weights")
+        return 0.0
     shares = values / total + RANK_EPSILON
     return float(torch.exp(-(shares * shares.log()).sum()))
 

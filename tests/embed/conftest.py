@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from pipeline.embed import pool, run
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.embed.run import Request
-from pipeline.embed.units import Unit
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import save_backbone
 from pipeline.shards.shards import open_shards
 from tests.curate.images import scene, shard
 from tests.data import encoded
+from tests.standins import embedding_here
 
 SPEC = BackboneSpec(image_size=28, patch_size=7, width=32, depth=4, heads=2, registers=2)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -63,20 +60,7 @@ def request_(spec: EmbedderSpec, pile: Path) -> Request:
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Embeds in this process; collects the numbers of the units that were embedded."""
-    numbers: list[int] = []
-
-    def facts(request: Request) -> Any:
-        return run._model_facts(request.spec, request.outputs, request.blocks)
-
-    def embedded(reads: Sequence[Sequence[Unit]], assignment: pool.Assignment) -> Any:
-        numbers.extend(unit.number for units in reads for unit in units)
-        yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
-
-    monkeypatch.setattr(run, "_known_models", {})
-    monkeypatch.setattr(run, "_asked_of_a_task", facts)
-    monkeypatch.setattr(run, "embedded_in_one_task", embedded)
-    monkeypatch.setattr(run, "embedded_by_pool", embedded)
-    yield numbers
+    yield embedding_here(monkeypatch)
 
 
 @pytest.fixture

@@ -62,8 +62,7 @@ def test_singular_values_keep_small_directions() -> None:
 
 def test_what_has_no_rank() -> None:
     assert math.isnan(rank_me(torch.tensor([[1.0, math.nan], [0.0, 1.0]])))
-    with pytest.raises(DataError, match="all features are 0"):
-        rank_me(torch.zeros(5, 3))
+    assert rank_me(torch.zeros(5, 3)) == 0
     with pytest.raises(DataError, match="0 images are too few"):
         rank_me(torch.zeros(0, 3))
 
