@@ -34,14 +34,14 @@ class Encoder:
         encode: B images uint8 [S, S, C] -> patches [B, h, w, D] and CLS [B, D].
         size: S.
         grid: h and w.
-        channels: C.
+        channels: C; 0: that of the set.
         value_range: of images of more than 8 bits.
     """
 
     encode: Encode
     size: int
     grid: int
-    channels: int = 3
+    channels: int = 0
     value_range: ValueRange = FULL
 
     def batches(

@@ -46,7 +46,10 @@ EXPECTED = (
 
 
 def open_dense_set(
-    uri: str, field: str = "evaluate.dense", void: Sequence[int] = (VOID,)
+    uri: str,
+    field: str = "evaluate.dense",
+    void: Sequence[int] = (VOID,),
+    channels: int = 3,
 ) -> DenseSet:
     """Finds the images of a set and reads each once: what is damaged, has no partner or another
     size is left out and said.
@@ -57,6 +60,7 @@ def open_dense_set(
         uri: path or URI.
         field: of the config that named it, for messages.
         void: ids in masks that belong to no class.
+        channels: C of the images.
 
     Raises:
         DataError: there is no such set, or no image of it can be used.
@@ -72,7 +76,8 @@ def open_dense_set(
         listed.folder(fs, path, targets)
     else:
         targets = listed.parquet(fs, path, uri, field)
-    listing = DenseSet(uri, targets, tuple(listed.rows), np.zeros((0, 16), np.uint8))
+    none = np.zeros((0, 16), np.uint8)
+    listing = DenseSet(uri, targets, tuple(listed.rows), none, channels=channels)
     looks: list[_Look] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(listing.rows), AT_ONCE):
@@ -105,6 +110,7 @@ def open_dense_set(
         ids=np.stack([np.frombuffer(looks[number].digest, np.uint8) for number in kept]),
         class_ids=tuple(sorted(set().union(*(looks[n].present for n in kept)) - voids)),
         void=tuple(sorted(voids)),
+        channels=channels,
         remarks=tuple(remarks),
     )
 
@@ -206,7 +212,7 @@ def _looked(dense: DenseSet, row: int, encoded: list[bytes]) -> _Look:
         look.problem = f"its {COLUMNS.get(empty[0], empty[0])} is empty or cannot be read"
         return look
     try:
-        height, width = decode_image(image).shape[:2]
+        height, width = decode_image(image, dense.channels).shape[:2]
         for target, content in zip(dense.targets, targets, strict=True):
             if target == MASKS:
                 values: np.ndarray[Any, Any] = mask_ids(name, content)

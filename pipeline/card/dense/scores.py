@@ -18,6 +18,7 @@ from pipeline.card.dense.encoder import Encoder
 from pipeline.card.dense.sets import DEPTH, MASKS, Sample
 from pipeline.card.dense.split import DenseSettings, Split
 from pipeline.evaluate.score import Score
+from pipeline.use.segment import VOID
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ NEIGHBOURS, TEMPERATURE = 30, 0.02  # Balazevic et al. 2023, "Hummingbird"
 
 Counts = npt.NDArray[np.int64]  # [K, K], rows the truth
 Errors = tuple[float, float, float, float]  # sums, of `depth_errors`
+Overlaps = npt.NDArray[np.float64]  # [3 * K], of `overlaps`
 Results = dict[str, Result]
 Segment = Callable[["Tensor"], "Tensor"]  # patches [B, h, w, D] -> scores [B, h, w, K]
 Depths = Callable[["Seen"], "Tensor"]  # -> depth [B, H, W]
@@ -113,10 +115,9 @@ class Known:
 
 def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
     import torch
-    from torch.nn import functional as F
 
     from pipeline.evaluate.dense.depth import FITTED_AT
-    from pipeline.evaluate.dense.fit import UPSAMPLING
+    from pipeline.evaluate.dense.fit import UPSAMPLING, sampled
     from pipeline.use.segment import class_shares
 
     parts: dict[str, list[Tensor]] = {name: [] for name in Known.__dataclass_fields__}
@@ -124,25 +125,21 @@ def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
     grid, classes = encoder.grid, len(split.class_ids)
     voters = max(1, settings.memory_patches // len(split.rows))
 
-    def small(values: npt.NDArray[Any], times: int) -> Tensor:
-        # Sampled, not averaged: a mean of two classes or of two depths is neither.
-        x = torch.from_numpy(values)[None, None].float()
-        return F.interpolate(x, (times * grid, times * grid), mode="nearest-exact")[0]
-
     batches = encoder.batches(split.reference, split.rows, split.class_ids, settings.batch_size)
     for samples, tokens, cls in batches:
         parts["tokens"].append(tokens.half())
         parts["cls"].append(cls.float())
         for sample, one in zip(samples, tokens, strict=True):
             if sample.depth is not None:
-                parts["depths"].append(small(sample.depth, FITTED_AT))
+                parts["depths"].append(sampled(torch.from_numpy(sample.depth), FITTED_AT * grid))
             if sample.mask is not None:
-                parts["masks"].append(small(sample.mask, UPSAMPLING).to(torch.uint8))
-                mask = torch.from_numpy(sample.mask).long()
+                mask = torch.from_numpy(sample.mask)
+                parts["masks"].append(sampled(mask, UPSAMPLING * grid, VOID).to(torch.uint8))
                 shares = class_shares(mask, (grid, grid), classes).flatten(0, 1)
-                drawn = torch.randperm(len(shares), generator=generator)[:voters]
-                parts["voters"].append(one.flatten(0, 1)[drawn].float())
-                parts["shares"].append(shares[drawn])
+                labelled = shares.sum(1).nonzero().flatten()
+                drawn = torch.randperm(len(labelled), generator=generator)[:voters]
+                parts["voters"].append(one.flatten(0, 1)[labelled[drawn]].float())
+                parts["shares"].append(shares[labelled[drawn]])
     none = torch.zeros(0)
     return Known(**{name: torch.cat(part) if part else none for name, part in parts.items()})
 
@@ -158,9 +155,8 @@ def _segmentations(
     schedule = replace(SCHEDULE, seed=settings.seed)
     patches, masks = known.tokens.to(device), known.masks.to(device)
     linear = LinearClasses.fitted(patches, masks, classes, schedule)
-    labelled = known.shares.sum(1) > 0
-    tokens = F.normalize(known.voters[labelled], dim=1).to(device)
-    memory = Reference(tokens, known.shares[labelled].to(device))
+    tokens = F.normalize(known.voters.to(device), dim=1)
+    memory = Reference(tokens, known.shares.to(device))
 
     def nearest(patches: Tensor) -> Tensor:
         return memory.scores(patches, "nearest", NEIGHBOURS, TEMPERATURE)
@@ -183,20 +179,23 @@ class _Tally:
     """What each scored image adds, by the name of the head; K classes."""
 
     classes: int
-    confusions: dict[str, list[Counts]] = field(default_factory=lambda: defaultdict(list))
+    confusions: dict[str, Counts] = field(default_factory=dict)
+    overlaps: dict[str, list[Overlaps]] = field(default_factory=lambda: defaultdict(list))
     errors: dict[str, list[Errors]] = field(default_factory=lambda: defaultdict(list))
 
     def masks(self, name: str, scores: Tensor, samples: Sequence[Sample]) -> None:
         """Scores [B, h, w, K] of the patches of samples with masks, each at its own size."""
         import torch
 
-        from pipeline.evaluate.dense.segmentation import confusion
+        from pipeline.evaluate.dense.segmentation import confusion, overlaps
         from pipeline.use.segment import pixel_classes
 
         for one, sample in zip(scores, samples, strict=True):
             truth = torch.from_numpy(sample.mask).to(one.device)
             answer = pixel_classes(one[None], (truth.shape[0], truth.shape[1]))[0]
-            self.confusions[name].append(confusion(answer, truth, self.classes))
+            counts = confusion(answer, truth, self.classes)
+            self.overlaps[name].append(overlaps(counts))
+            self.confusions[name] = counts + self.confusions.get(name, 0)
 
     def depth(self, name: str, depths: Tensor, samples: Sequence[Sample]) -> None:
         """Depths [B, H, W] of samples with depth, each brought to its own size."""
@@ -212,19 +211,19 @@ class _Tally:
 
     def results(self, split: Split, details: Mapping[str, Any]) -> Results:
         """By score name."""
-        from pipeline.evaluate.dense.segmentation import class_ious, overlaps
+        from pipeline.evaluate.dense.segmentation import class_ious
 
         results = {}
-        for name, confusions in self.confusions.items():
-            terms = np.stack([overlaps(one) for one in confusions])
+        for name, total in self.confusions.items():
+            terms = np.stack(self.overlaps[name])
             score = Score(f"segmentation_{name}_miou", terms, split.ids, "mean_iou")
-            total = np.sum(confusions, axis=0)
             ious = zip(split.class_ids, class_ious(total), strict=True)
             results[score.name] = Result.of(
                 score,
                 iou={str(one): None if np.isnan(iou) else float(iou) for one, iou in ious},
                 pixel_accuracy=float(np.trace(total) / total.sum()),
                 **details,
+                **({"without_reference": split.unseen} if split.unseen else {}),
             )
         for name, errors in self.errors.items():
             sums = np.asarray(errors)

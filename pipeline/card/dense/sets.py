@@ -60,6 +60,7 @@ class DenseSet:
         ids: uint8 [n, 16], of the images' bytes.
         class_ids: ids in the masks, in order, without those of no class.
         void: ids that belong to no class.
+        channels: C of the images, as they were looked at.
         remarks: what was left out and why, a sentence each.
     """
 
@@ -69,6 +70,7 @@ class DenseSet:
     ids: npt.NDArray[np.uint8]
     class_ids: tuple[int, ...] = ()
     void: tuple[int, ...] = (VOID,)
+    channels: int = 3
     remarks: tuple[str, ...] = ()
 
     @property
@@ -80,7 +82,7 @@ class DenseSet:
         self,
         rows: Sequence[int],
         class_ids: Sequence[int] = (),
-        channels: int = 3,
+        channels: int = 0,
         value_range: ValueRange = FULL,
     ) -> Iterator[Sample]:
         """Some of the images with their targets, decoded, in the order of `rows`.
@@ -88,12 +90,13 @@ class DenseSet:
         Args:
             rows: numbers of rows.
             class_ids: the id of each class number; default: those of this set.
-            channels: C of the images.
+            channels: C; default: as they were looked at.
             value_range: of images of more than 8 bits.
 
         Raises:
             DataError: a file cannot be read any more, or has not these channels.
         """
+        channels = channels or self.channels
         numbers = np.full(256, VOID, np.uint8)
         numbers[list(class_ids or self.class_ids)] = np.arange(len(class_ids or self.class_ids))
 

@@ -106,6 +106,11 @@ class Split:
         return self.queries.ids[self.asked]
 
     @property
+    def unseen(self) -> list[str]:
+        """Ids of classes that no mask of the reference has: their IoU is 0."""
+        return [str(one) for one in self.class_ids if one not in self.reference.class_ids]
+
+    @property
     def details(self) -> dict[str, Any]:
         """How many images a score is of, and fitted to."""
         return {"images": len(self.asked), "reference_images": len(self.rows)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 UPSAMPLING = 4  # of patches to where a loss is computed (DINOv2, section 7.4: depth)
 UNKNOWN_CLASS = 255  # of a pixel in masks of class numbers
@@ -84,6 +85,25 @@ def _share(step: int, schedule: Schedule) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, schedule.steps - warmup))
+
+
+def sampled(values: Tensor, side: int, unknown: int = 0) -> Tensor:
+    """A mask or a depth map [H, W] at a grid, float32 [1, side, side]: the pixel in the middle of
+    each cell, for a mean of two classes is neither. Where it is unknown, which it mostly is in
+    depths of few points, the first known pixel of the cell.
+
+    Args:
+        values: of each pixel.
+        side: of the grid.
+        unknown: the value of pixels that are not known.
+    """
+    x = values[None].float()
+    middle: Tensor = F.interpolate(x[None], (side, side), mode="nearest-exact")[0]
+    place = torch.arange(x.numel(), dtype=torch.float64, device=x.device).view(x.shape)
+    last = float(x.numel())
+    first = -F.adaptive_max_pool2d(-torch.where(x == unknown, last, place), (side, side))
+    known = x.flatten()[first.clamp(max=last - 1).long()]
+    return torch.where((middle == unknown) & (first < last), known, middle)
 
 
 def moments(tokens: Tensor, rows: int = 64) -> tuple[Tensor, Tensor]:

@@ -208,6 +208,16 @@ def test_sets_of_no_use_are_refused_in_one_sentence(
     assert "evaluate.dense_queries" in refusal.value.what or "parquet file" in said
 
 
+def test_images_of_other_channels_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    mask = painted(0)[1]
+    pixels = np.stack([mask * 7, mask, mask, mask, mask], -1)
+    root = write(tmp_path, {"images/a.npy": npy(pixels), "masks/a.png": encoded(mask)})
+    ((read_pixels, _, _),) = read(open_dense_set(root, channels=5))
+    assert (read_pixels == pixels).all()
+    with pytest.raises(DataError, match="the image cannot be read"):
+        open_dense_set(root)
+
+
 def test_a_place_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"evaluate\.dense: no such path: .*nowhere"):
         open_dense_set(str(tmp_path / "nowhere"))

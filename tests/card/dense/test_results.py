@@ -189,6 +189,7 @@ def test_a_class_of_the_queries_alone_counts_as_never_found(tmp_path: Path) -> N
     queries = open_dense_set(mask_set(tmp_path / "b", 4, seed=50, classes=3))
     result = pixel_results(reference, queries, SETTINGS, 16)["segmentation_linear_miou"]
     assert result.details["iou"]["2"] == 0
+    assert result.details["without_reference"] == ["2"]
 
 
 def test_sets_that_do_not_fit_are_refused(tmp_path: Path, masks: Any, depths: Any) -> None:
@@ -217,6 +218,24 @@ def test_a_seed_gives_the_same_scores_again(masks: tuple[DenseSet, DenseSet]) ->
         assert first[name].interval == again[name].interval
         assert abs(first[name].interval.value - other[name].interval.value) < 0.05
     assert first[SEGMENTATION[1]].interval != other[SEGMENTATION[1]].interval
+
+
+def test_depth_of_few_points_is_learnt_from_all_of_them(tmp_path: Path) -> None:
+    """As a laser measures it: one pixel in fifty is known."""
+    depth_set(tmp_path, 12)
+    for number in range(12):
+        path = tmp_path / f"depth/{number:03}.npy"
+        depth = np.load(path)
+        depth[np.random.default_rng(number).random(depth.shape) > 0.02] = np.nan
+        path.write_bytes(npy(depth))
+    dense = open_dense_set(str(tmp_path))
+    results, constant = (
+        pixel_results(dense, None, SETTINGS, 8),
+        constant_results(dense, None, SETTINGS),
+    )
+    assert (
+        results["depth_head_rel"].interval.value < 0.6 * constant["depth_head_rel"].interval.value
+    )
 
 
 def test_models_and_baselines_run_as_tasks(

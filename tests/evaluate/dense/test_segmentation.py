@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluate.dense.fit import UNKNOWN_CLASS, Schedule, moments
+from pipeline.evaluate.dense.fit import UNKNOWN_CLASS, Schedule, moments, sampled
 from pipeline.evaluate.dense.segmentation import LinearClasses, class_ious, confusion, overlaps
 from pipeline.evaluate.score import Score
 
@@ -72,6 +72,23 @@ def test_moments_are_those_of_numpy() -> None:
     assert mean.numpy() == pytest.approx(flat.mean(0), rel=1e-6)
     assert deviation.numpy()[:4] == pytest.approx(flat.std(0)[:4], rel=1e-6)
     assert deviation[4] == 1  # constant: not divided by 0
+
+
+@pytest.mark.parametrize("side", [3, 4, 7, 20])
+def test_a_sampled_map_is_its_middles_and_where_they_are_unknown_what_is_known(side: int) -> None:
+    random = np.random.default_rng(side)
+    values = random.integers(1, 99, (12, 10)) * (random.random((12, 10)) < 0.3)
+    small = sampled(torch.from_numpy(values), side)[0]
+    for row in range(side):
+        for column in range(side):
+            middle = values[int((row + 0.5) * 12 / side), int((column + 0.5) * 10 / side)]
+            cell = values[
+                row * 12 // side : -(-(row + 1) * 12 // side),
+                column * 10 // side : -(-(column + 1) * 10 // side),
+            ].flatten()
+            known = cell[cell > 0]
+            expected = middle or (known[0] if len(known) else 0)
+            assert small[row, column] == expected
 
 
 def planted(separation: float, images: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
