@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pipeline.card.card import Card, WrongAnswer
+from pipeline.embed.vectors import VectorSet
+from pipeline.errors import PipelineError, one_line
+from pipeline.images.decode import MAX_PIXELS
+from pipeline.images.value_range import FULL, from_json
 from pipeline.report.page import (
     Column,
     Gallery,
@@ -18,6 +23,9 @@ from pipeline.report.page import (
     Table,
     Tile,
 )
+from pipeline.search.page import Pictures
+
+log = logging.getLogger("pipeline.evaluate")
 
 ImageOf = Callable[[str], Any]  # of an image id: uint8 [H, W, 3], encoded bytes, or None
 
@@ -80,7 +88,6 @@ def _classes(card: Card) -> Iterator[Section]:
             ],
         },
         "Classes, the worst first",
-        wide=len(counts) > MATRIX_CLASSES,
     )
     if len(counts) <= MATRIX_CLASSES:
         rows = {names[i]: [int(images[i]), *map(int, counts[i])] for i in asked}
@@ -90,7 +97,6 @@ def _classes(card: Card) -> Iterator[Section]:
             [int(images.sum()), *map(int, counts.sum(0))],
             corner="truth, and what was answered",
             title="Answers of each class",
-            wide=False,
         )
 
 
@@ -142,3 +148,25 @@ def _wrong(card: Card, one: WrongAnswer, image_of: ImageOf) -> Group:
 def _pixels(image_of: ImageOf, image_id: str) -> Any:
     picture = image_of(image_id)
     return b"" if picture is None else picture
+
+
+def images_of(sets: Sequence[VectorSet], max_pixels: int = MAX_PIXELS) -> ImageOf:
+    """Small JPEGs by image id, from the shards that these vectors are of.
+
+    Args:
+        sets: of the reference and the queries.
+        max_pixels: of an image that is decoded.
+    """
+    known = []
+    for vectors in sets:
+        values = from_json(vectors.facts.get("value_range")) or FULL
+        try:
+            known.append(Pictures(vectors.images(), "", max_pixels, values))
+        except (PipelineError, OSError) as error:
+            log.warning("evaluate    the page has no pictures: %s", one_line(error))
+
+    def image_of(image_id: str) -> bytes | None:
+        holder = next((one for one in known if image_id in one.images), None)
+        return holder.of_image(image_id) if holder else None
+
+    return image_of

@@ -100,10 +100,14 @@ def subtitle_of(card: Card) -> str:
 
 def name_of(card: Card, one: Contender) -> str:
     """What a contender is called beside its bar."""
-    if one.role == "model":
-        return one.name
+    name = one.name if one.role == "model" else NAMES[one.role]
+    return f"{name} (of {one.of})" if whose(card, one) else name
+
+
+def whose(card: Card, one: Contender) -> str:
+    """The model that a baseline belongs to, where there are several models; else ""."""
     several = sum(x.role == "model" for x in card.contenders) > 1
-    return NAMES[one.role] + (f" (of {one.of})" if several and one.of else "")
+    return one.of if several else ""
 
 
 def colour_of(card: Card, one: Contender) -> str:
@@ -125,7 +129,7 @@ def deciding_bars(card: Card) -> Bars:
         _bars(card, card.score, ""),
         ", ".join(filter(None, (title, detail_of(card.score)))),
         f"Says {says}; not {cannot}." if says else "",
-        head=("", "with 95 % interval"),
+        head=("", "95 % interval"),
     )
 
 
@@ -135,9 +139,10 @@ def _bars(card: Card, score: str, group: str) -> list[Bar]:
     whole = 1.0 if max(known, default=0) <= 1 and not is_lower_better(score) else 0.0
     return [
         Bar(
-            name_of(card, one),
+            one.name if one.role == "model" else NAMES[one.role],
             [(result.interval.value, colour_of(card, one))],
             with_margin(result.interval),
+            f"of {whose(card, one)}" if whose(card, one) else "",
             ends=(result.interval.low, result.interval.high),
             group=group,
             whole=whole,

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from pipeline.card.card import Card, Result, Verdict, WrongAnswer
-from pipeline.card.mistakes import PAIRS, SAMPLES, WRONG
+from pipeline.card.mistakes import PAIRS, SAMPLES, WRONG, images_of
 from pipeline.card.page import mood_of, write_page
 from pipeline.card.picture import WIDTH, card_picture
 from pipeline.card.words import SAYS, UNLABELLED, is_lower_better, title_of, with_margin
+from pipeline.embed.embedders import EmbedderSpec
 from pipeline.evaluate.score import Interval, Score
 from tests.card.cards import IMAGES, card_of, contender, hits, ids_of
-from tests.data import noise
+from tests.data import encoded, noise
 from tests.report.test_page import Balanced
+from tests.search.tables import write_shard, write_vectors
 
 SCORES = """
     knn10_top1 knn20_top1 logistic_top1 linear_top1 few_shot1_top1 few_shot5_top1 retrieval_map
@@ -187,3 +189,20 @@ def test_the_picture_has_bars_as_long_as_their_values() -> None:
     row = next(row for row in blue if row.sum() > 50)
     assert np.flatnonzero(row)[-1] - np.flatnonzero(row)[0] == pytest.approx(0.74 * full, abs=12)
     assert grey.any()
+
+
+def test_pictures_come_from_the_shards_of_both_sets(tmp_path: Path) -> None:
+    sets = []
+    for number in range(2):
+        images = [encoded(noise(10 * number + i, 32)) for i in range(4)]
+        write_shard(tmp_path / f"{number}.parquet", images)
+        folder = tmp_path / f"vectors{number}"
+        sets.append(write_vectors(folder, tmp_path / f"{number}.parquet", EmbedderSpec()))
+    image_of = images_of(sets)
+    for vectors in sets:
+        picture = image_of(str(vectors.ids()[0]))
+        assert isinstance(picture, bytes) and picture.startswith(b"\xff\xd8")
+    assert image_of("0" * 32) is None
+    (tmp_path / "0.parquet").unlink()
+    assert images_of(sets)(str(sets[0].ids()[0])) is None  # gone, and the rest is still shown
+    assert images_of(sets)(str(sets[1].ids()[0]))

@@ -24,7 +24,7 @@ from pipeline.report.page import (
 from pipeline.report.run_report import run_report, stage_curves
 from pipeline.track.journal import Journal
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "col"}
 
 
 class Balanced(HTMLParser):
