@@ -62,6 +62,11 @@ class Placed:
     def __getitem__(self, rows: slice | Tensor) -> Placed:
         return Placed(self.offsets[rows], self.half[rows], self.zero[rows])
 
+    @property
+    def own(self) -> Tensor:
+        """What a cosine has beside its `ranking`: of the query alone, float64 [n]."""
+        return (1 - self.half).masked_fill(self.zero, 0)
+
     def to(self, device: torch.device | str) -> Placed:
         """On a device."""
         return Placed(self.offsets.to(device), self.half.to(device), self.zero.to(device))
@@ -150,10 +155,14 @@ def ranking(queries: Placed, reference: Placed) -> Tensor:
     return ranked
 
 
-def cosines(ranked: Tensor, queries: Placed) -> Tensor:
-    """Cosines of values of `ranking`, float32, any shape [Q, ...]; -inf stays."""
-    offset = (1 - queries.half).masked_fill(queries.zero, 0)
-    return (ranked + offset.reshape(-1, *[1] * (ranked.ndim - 1))).float()
+def cosines(ranked: Tensor, own: Tensor) -> Tensor:
+    """Cosines of values of `ranking`, float32 [Q, ...]; -inf stays.
+
+    Args:
+        ranked: float64 [Q, ...].
+        own: of the queries, `Placed.own`.
+    """
+    return (ranked + own.reshape(-1, *[1] * (ranked.ndim - 1))).float()
 
 
 def best(
@@ -183,11 +192,18 @@ def best(
         unsure = ~(values[:, -1] < values[:, k - 1] - 2 * margin)
     unsure |= queries.zero
     ranked = _ranked(queries, reference, rows).masked_fill(values == -torch.inf, -torch.inf)
-    ranked, rows = _sorted(ranked, rows, k)
+    ranked, rows = first_of(ranked, rows, k)
     if bool(unsure.any()):
         which = unsure.nonzero()[:, 0]
         ranked[which], rows[which] = _best_in_doubles(queries, reference, k, which, apart)
     return ranked, rows
+
+
+def first_of(ranked: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k by value, then by the lowest row, of values and rows [Q, w]."""
+    rows, order = rows.sort(dim=1)
+    ranked, best_first = ranked.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return ranked[:, :k], rows.gather(1, best_first)[:, :k]
 
 
 def _fast(queries: Placed, reference: Placed) -> tuple[Tensor, Tensor]:
@@ -231,13 +247,6 @@ def _ranked(queries: Placed, reference: Placed, rows: Tensor) -> Tensor:
         else:
             ranked[part] = torch.bmm(reference.offsets[which].double(), asked)[:, :, 0]
     return ranked - reference.half[rows]
-
-
-def _sorted(ranked: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The first k by value, then by the lowest row."""
-    rows, order = rows.sort(dim=1)
-    ranked, best_first = ranked.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return ranked[:, :k], rows.gather(1, best_first)[:, :k]
 
 
 def _best_in_doubles(

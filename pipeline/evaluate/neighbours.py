@@ -114,7 +114,7 @@ def nearest(
             twins = same.within(start, start + len(block))
             apart = (torch.cat((apart[0], twins[0])), torch.cat((apart[1], twins[1])))
         ranked, nearest_rows = best(block, known, k, (apart[0].to(device), apart[1].to(device)))
-        values.append(cosines(ranked, block))
+        values.append(cosines(ranked, block.own))
         rows.append(nearest_rows)
     if not values:
         empty = known.offsets.new_zeros(0, k)
