@@ -18,5 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 from pipeline.job import main
 
 if __name__ == "__main__":
-    short = {"model": "finetune.model", "data": "data.source", "queries": "evaluate.queries"}
-    main(["pack", "finetune"], __doc__, shorthand=short)
+    main(
+        ["pack", "finetune"],
+        __doc__,
+        shorthand={
+            "model": "finetune.model",
+            "data": "data.source",
+            "queries": "evaluate.queries",
+        },
+    )

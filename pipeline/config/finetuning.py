@@ -30,8 +30,11 @@ class Finetune(Section):
     steps: Positive | None = Field(None, le=99_999_999, description="length in steps")
     batch_size: Positive = Field(128, description="images in one step, of all workers together")
     lr: float = Field(5e-4, gt=0, description="peak learning rate, of the head; as it is")
-    layerwise_decay: float = Field(
-        0.75, gt=0, le=1, description="lr factor per block, from the head down"
+    layerwise_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="lr factor per block, from the head down; default 0.75, from scratch 1",
     )
     weight_decay: NonNegative = Field(0.05, description="of AdamW; none on vectors and norms")
     warmup: Fraction = Field(0.1, description="share of the steps with rising lr")

@@ -83,7 +83,7 @@ def of_model_range(config: Config, shards: ShardSet, spec: EmbedderSpec) -> Shar
     if own is not None:
         raise DataError(
             f"{public(shards.uri)} holds values of {shown(own)}, {spec.name} was trained with "
-            f"{shown(spec.value_range)}: its answers to these images would mean nothing",
+            f"{shown(spec.value_range)}: what it says of these images would mean nothing",
             "take a model that was trained on such images, or say which values become 0 and 255: "
             "data.range=[low,high]",
         )

@@ -33,7 +33,15 @@ from pipeline.uri import public
 log = logging.getLogger("pipeline.finetune")
 TUNED = {"all": "all weights", "head": "head only", "low_rank": "low-rank"}
 # fields of the recipe that settings do not have as they are
-RESOLVED = ("model", "epochs", "steps", "label_fraction", "image_size", "precision")
+RESOLVED = (
+    "model",
+    "epochs",
+    "steps",
+    "layerwise_decay",
+    "label_fraction",
+    "image_size",
+    "precision",
+)
 Sets = tuple[ShardSet, ShardSet | None]  # what is trained on, what is scored
 
 
@@ -242,6 +250,8 @@ def settings_of(config: Config, spec: EmbedderSpec, images: int, precision: Any)
         steps=steps_of(finetune.epochs, finetune.steps, images, finetune.batch_size),
         image_size=spec.image_size or own_size(_loaded(spec)),
         precision=precision,
+        # lower layers that were trained change little; drawn anew they have all to learn
+        layerwise_decay=finetune.layerwise_decay or (1.0 if finetune.from_scratch else 0.75),
         mean=tuple(spec.mean),
         std=tuple(spec.std),
         **finetune.model_dump(exclude=set(RESOLVED)),

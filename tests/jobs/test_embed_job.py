@@ -102,7 +102,7 @@ def test_values_that_the_model_never_saw(tmp_path: Path, weights: Path) -> None:
     folder = RunFolder.of(str(tmp_path), "r")
     fields = [f"embed.model={weights}", f"data.shards={shards}"]
     config = load(fields)
-    with pytest.raises(DataError, match="was trained with full: its vectors") as error:
+    with pytest.raises(DataError, match="was trained with full: what it says") as error:
         stage.images_of(config, folder, stage.model_of(config, folder))
     assert "data.range=[low,high]" in error.value.hint
     config = load([*fields, "data.range=[0,4095]"])
