@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_scores_of_stored_vectors_and_of_patches(asked: Asked, tmp_path: Path) -
     shape = BackboneSpec(image_size=28, patch_size=7, width=32, depth=2, heads=2, layer_scale=1.0)
     weights = save_backbone(shape.build().eval(), shape, tmp_path / "weights")
     question = asked(embedder_of(str(weights), image_size=28, batch_size=4))
-    probed = probe(question)
+    probed = pickle.loads(pickle.dumps(probe(pickle.loads(pickle.dumps(question)))))  # as by Ray
     features = torch.from_numpy(question.vectors.read())
     answers = values(probed)
     assert answers["rank_me"] == pytest.approx(rank_me(features))
