@@ -151,7 +151,9 @@ def compared(card: Card) -> Iterator[Compared]:
     for other in others:
         for name, result in first.results.items():
             back = other.results.get(name)
-            if back is not None and is_comparable(result.score, back.score):
+            if name in UNLABELLED or back is None:
+                continue
+            if is_comparable(result.score, back.score):
                 assert result.score is not None and back.score is not None
                 yield Compared(name, first, other, gain(back.score, result.score))
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.card.card import Card, WrongAnswer
-from pipeline.embed.vectors import VectorSet
+from pipeline.embed.image_reader import ImageReader
 from pipeline.errors import PipelineError, one_line
 from pipeline.images.decode import MAX_PIXELS
-from pipeline.images.value_range import FULL, from_json
+from pipeline.images.value_range import FULL
 from pipeline.report.page import (
     Column,
     Gallery,
@@ -146,27 +146,28 @@ def _wrong(card: Card, one: WrongAnswer, image_of: ImageOf) -> Group:
 
 
 def _pixels(image_of: ImageOf, image_id: str) -> Any:
-    picture = image_of(image_id)
+    try:
+        picture = image_of(image_id)
+    except (KeyError, PipelineError, OSError) as error:  # the numbers are worth a page without it
+        log.warning("evaluate    no picture of %s: %s", image_id, one_line(error))
+        return b""
     return b"" if picture is None else picture
 
 
-def images_of(sets: Sequence[VectorSet], max_pixels: int = MAX_PIXELS) -> ImageOf:
-    """Small JPEGs by image id, from the shards that these vectors are of.
+def pictures_of(readers: Sequence[ImageReader], max_pixels: int = MAX_PIXELS) -> ImageOf:
+    """Small JPEGs by image id, decoded as every stage decodes.
 
     Args:
-        sets: of the reference and the queries.
+        readers: of the images of the reference and of the queries.
         max_pixels: of an image that is decoded.
     """
-    known = []
-    for vectors in sets:
-        values = from_json(vectors.facts.get("value_range")) or FULL
-        try:
-            known.append(Pictures(vectors.images(), "", max_pixels, values))
-        except (PipelineError, OSError) as error:
-            log.warning("evaluate    the page has no pictures: %s", one_line(error))
+    known = [
+        Pictures(one, max_pixels=max_pixels, value_range=one.shards.value_range or FULL)
+        for one in readers
+    ]
 
     def image_of(image_id: str) -> bytes | None:
         holder = next((one for one in known if image_id in one.images), None)
-        return holder.of_image(image_id) if holder else None
+        return holder.small(holder.images[image_id]) if holder else None
 
     return image_of

@@ -50,7 +50,9 @@ def verdict_of(card: Card, facts: Facts | None = None) -> Verdict:
 
 def _unscored(case: Case) -> str:
     """No model has the score that decides, though there are labels, or it is known why."""
-    if case.models or not (case.is_labelled or case.facts.missing):
+    if case.models or case.card.score in UNLABELLED:
+        return ""
+    if not (case.is_labelled or case.facts.missing):
         return ""
     why = f": {case.facts.missing.rstrip('.')}" if case.facts.missing else ""
     return f"No verdict: no model has the score {case.card.score}{why}."
@@ -78,6 +80,9 @@ def _no_labels(case: Case) -> str:
         if name in one.results
     ]
     numbers = f" ({', '.join(named)} show no collapse)" if named else ""
+    if case.is_labelled:
+        what = title_of(case.card.score)
+        return f"No verdict on quality by {what}{numbers}: choose a score that uses the labels."
     return (
         f"No verdict on quality without labels{numbers}: evaluate on a folder with one folder a "
         "class."

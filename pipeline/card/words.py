@@ -126,12 +126,12 @@ SAYS: dict[str, tuple[str, str]] = {
         "whether the others come too",
     ),
     "copy detection, mAP": (
-        "whether crops and edits of an image find it again",
-        "anything about classes",
+        "whether one threshold tells changed copies of an image from other images",
+        "anything about classes; compare at equal numbers of images",
     ),
     "copy detection, recall": (
-        "whether crops and edits of an image find it first",
-        "anything about classes",
+        "whether a changed copy of an image is nearest to it",
+        "anything about classes; compare at equal numbers of images",
     ),
     "segmentation, linear, mIoU": (
         "what one layer on the patches knows of classes of pixels",
@@ -149,27 +149,27 @@ SAYS: dict[str, tuple[str, str]] = {
     "depth, share within 1.25": ("pixels that are at most 25 % off", "how far off the others are"),
     "fine-tuned": ("what training all weights on the labels reaches", "how good the vectors were"),
     "RankMe": (
-        "how many directions the vectors use: few is a collapse",
-        "quality: noise uses all directions; compare at equal numbers of images and equal width",
+        "how many directions the vectors use; few goes with poor accuracy",
+        "that many are good: noise uses all; compare at equal numbers of images",
     ),
     "effective rank": (
         "as RankMe, of vectors with their mean taken off",
-        "quality; compare at equal numbers of images",
+        "that many are good; compare at equal numbers of images",
     ),
     "spread": (
         "0 where all vectors are equal, 1 where they point everywhere",
         "whether they point apart for a reason",
     ),
     "uniformity": (
-        "how evenly the vectors fill the sphere; smaller is more even",
-        "whether like images are near one another",
+        "how evenly the vectors fill the sphere: 0 all equal, about -4 even",
+        "that what lies apart shows different things",
     ),
     "alignment": (
-        "how near two crops of one image are; smaller is nearer",
-        "whether different images are apart: equal vectors have 0",
+        "how far changed copies of an image lie from it: 0 the same, 2 at right angles",
+        "that other images are apart: equal vectors have 0 too",
     ),
     "patch smoothness": (
-        "whether patches beside one another are alike",
-        "whether they follow things: one value everywhere is smooth",
+        "by how much patches side by side are more alike than any two of the image",
+        "that borders are where things end: a blur is smooth too",
     ),
 }

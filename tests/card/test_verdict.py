@@ -169,6 +169,12 @@ SITUATIONS = {
         (model(None, numbers={"feature_std": 3e-5}, step=0),),
         card={"labelled": 0},
     ),
+    "a score that no labels decide": Planted(
+        "",
+        ["No verdict on quality by RankMe (RankMe 40 show no collapse): choose a score that uses"],
+        (model(0.7, numbers={"rank_me": 40.0}),),
+        card={"score": "rank_me"},
+    ),
     "vectors only": Planted(
         "",
         ["No verdict: k-NN 0.81 ± 0.02, the most frequent class 0.10, and a card of vectors"],
