@@ -215,6 +215,6 @@ def _compared(classifier: Classifier, settings: Settings, folder: Path, load: Lo
     if not difference <= TOLERANCE * max(1.0, here.abs().max().item()):
         raise PipelineError(
             f"{folder} gives other logits in {version}: they differ by {difference:.2g}",
-            "install transformers 5 or later: earlier ones take the mean of registers and patches",
+            "report it with the versions of torch and of this library",
         )
     return f"equal in {version} but for {difference:.1g}" if difference else f"equal in {version}"
