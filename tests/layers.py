@@ -79,7 +79,7 @@ TABLE = [
     row("model", "errors images schedule storage views", others="torch safetensors",
         others_inside="onnx onnxruntime timm transformers"),
     row("evaluate.sets", "config errors evaluate shards"),
-    row("evaluate", "errors images model shards uri views", others="numpy torch"),
+    row("evaluate", "errors images loss.collectives model shards uri views", others="numpy torch"),
     row("track.embedder", "environment errors uri", "images model views",
         "", "mlflow torch numpy pandas PIL"),
     row("track", "environment errors heartbeat log uri", "", "", "mlflow PIL psutil pynvml"),

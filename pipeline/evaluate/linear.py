@@ -72,9 +72,7 @@ def inputs_of(dim: int, blocks: int, has_mean: bool) -> tuple[Inputs, ...]:
     if blocks > 1:
         last.append((f"last {blocks} blocks", 0))
     ends = [("", cls)] + [(" + mean of patches", cls + dim)] * has_mean
-    return tuple(
-        Inputs(name + more, start, stop) for name, start in last for more, stop in ends
-    )
+    return tuple(Inputs(name + more, start, stop) for name, start in last for more, stop in ends)
 
 
 @dataclass(frozen=True)
