@@ -188,7 +188,8 @@ class Grid:
 
     def _logits(self, taken: Tensor, weights: Tensor) -> Tensor:
         """[b, R, K]."""
-        return torch.addmm(weights[-1], taken, weights[:-1]).unflatten(1, (len(RATES), -1))
+        logits = torch.addmm(weights[-1], taken, weights[:-1])
+        return logits.view(len(taken), len(RATES), self.classes)
 
 
 def train(grid: Grid, batches: Iterable[tuple[Tensor, Tensor]], schedule: Schedule) -> None:
