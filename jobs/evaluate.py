@@ -1,6 +1,14 @@
-"""Evaluates the teacher of a run: weighted k-NN on labelled shards, feature health without.
+"""Says how good a backbone is: one card with every score, baselines beside it, and a verdict.
 
-python jobs/evaluate.py configs/cifar10.yaml evaluate.queries=cifar10/test
+    python jobs/evaluate.py model=runs/photos data=labelled/ queries=test/
+    python jobs/evaluate.py models=[timm:vit_small_patch14_dinov2,runs/photos] data=labelled/
+    python jobs/evaluate.py configs/cifar10.yaml evaluate.queries=cifar10/test
+
+The first scores a run, the second two models side by side, the third the run of the recipe. Models
+are as for jobs/embed.py. data is a folder of images with a folder for each class, packed shards, or
+vectors of jobs/embed.py. Without queries each image is classified by the others; without labels
+there are scores that need none. Writes runs/<name>/evaluate/card.html and card.json; without
+run.name the run is called evaluate.
 """
 
 import sys
@@ -11,4 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 from pipeline.job import main
 
 if __name__ == "__main__":
-    main(["evaluate"], __doc__)
+    main(
+        ["pack", "evaluate"],
+        __doc__,
+        shorthand={
+            "model": "evaluate.models",
+            "models": "evaluate.models",
+            "data": "evaluate.reference",
+            "queries": "evaluate.queries",
+            "dense": "evaluate.dense",
+            "cards": "evaluate.cards",
+        },
+    )

@@ -87,3 +87,40 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self.target, name)
         return type("Method", (), {"remote": staticmethod(method)})
+
+
+def ray_here(patch: pytest.MonkeyPatch) -> None:
+    """Tasks of an evaluation run in this process, at once, with what they are told pickled."""
+    from dataclasses import replace
+
+    import ray
+
+    from pipeline.embed import pool, run
+
+    class Task:
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def options(self, **_: Any) -> Task:
+            return self
+
+        def remote(self, *arguments: Any) -> Result:
+            return Result(self.function(*pickle.loads(pickle.dumps(arguments))))
+
+    class Result:
+        def __init__(self, value: Any) -> None:
+            self.value = value
+
+    def embedded(reads: Any, assignment: Any) -> Iterator[Any]:
+        yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
+
+    def get(results: Any) -> Any:
+        return [get(x) for x in results] if isinstance(results, list) else results.value
+
+    patch.setattr(ray, "remote", Task)
+    patch.setattr(ray, "get", get)
+    patch.setattr(ray, "wait", lambda waiting, num_returns=1: (waiting[:1], waiting[1:]))
+    patch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    patch.setattr(run, "_known_models", {})
+    patch.setattr(run, "embedded_in_one_task", embedded)
+    patch.setattr(run, "embedded_by_pool", embedded)

@@ -83,7 +83,7 @@ class Evaluate(Section):
     )
     batch_size: Positive = Field(256, description="images embedded at once")
 
-    @field_validator("models", "cards", mode="before")
+    @field_validator("models", "cards", "scores", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         if isinstance(value, str):

@@ -18,7 +18,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, finetune, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, embeds, voting
-from pipeline.stages.evaluate import chosen
+from pipeline.stages.evaluation import asked_for, chosen
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
@@ -45,6 +45,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         search.describe(config)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
+    config, stages = asked_for(config, folder, stages)
     with looked_up_once():
         known = check_start(config, stages)
     for place in (folder.uri, config.run.folder) if folder.uri else ():

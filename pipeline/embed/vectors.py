@@ -27,8 +27,8 @@ from pipeline.errors import DataError
 from pipeline.shards.columns import METADATA_KEY
 from pipeline.shards.shard_set import ShardSet, open_parquet
 from pipeline.shards.shards import open_shards
-from pipeline.storage.places import absolute_uri, resolve_uri
-from pipeline.storage.transfer import read_json
+from pipeline.storage.places import absolute_uri, exists, resolve_uri
+from pipeline.storage.transfer import read_json, read_mark
 from pipeline.uri import public
 
 if TYPE_CHECKING:
@@ -303,6 +303,13 @@ def open_vectors(uri: str, field: str = "vectors") -> VectorSet:
         )
     parts = tuple((str(name), int(rows)) for name, rows in facts.pop("parts"))
     return VectorSet(place, parts, facts)
+
+
+def is_vectors(uri: str) -> bool:
+    """Whether a folder, or the run whose folder it is, holds finished vectors."""
+    fs, path = resolve_uri(absolute_uri(str(uri)))
+    marks = [f"{path}/{MARK}", f"{path}/vectors/{MARK}"]
+    return any(exists(fs, mark) and bool(read_mark(fs, mark)) for mark in marks)
 
 
 def labelled(vectors: VectorSet) -> LabelledFeatures:

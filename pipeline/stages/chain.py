@@ -20,12 +20,13 @@ from pipeline.driver.signals import ended_by_sigterm
 from pipeline.embed.embedders import absolute_model
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
-from pipeline.report.page import Links, Section, Table
+from pipeline.report.page import Links, Section, Table, Text
 from pipeline.report.run_report import run_report
 from pipeline.stages import (
     curate,
     embed,
     evaluate,
+    evaluation,
     export,
     finetune,
     look,
@@ -91,6 +92,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
         search.look_up(config)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
+    config, stages = evaluation.asked_for(config, folder, stages)
     with looked_up_once():
         check_start(config, stages)
         with ended_by_sigterm(), folder.locked():
@@ -122,6 +124,7 @@ def _run(
     while left and _skipped(context, left[0]):
         left.pop(0)
     if not left:
+        _say_verdict(context)
         return
     written = _write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
@@ -136,6 +139,13 @@ def _run(
                 log.info("stopped     after %s; the same command goes on from there", name)
                 sys.exit(128 + ENDING.number)
         _report(context)
+    _say_verdict(context)
+
+
+def _say_verdict(context: Context) -> None:
+    """The verdict of the evaluation, as the last line of a job that evaluates."""
+    if verdict := context.results.get("evaluate", {}).get("verdict"):
+        log.info("%-11s %s", "verdict", verdict)
 
 
 def _is_input(context: Context, name: str) -> bool:
@@ -237,9 +247,9 @@ def _report(context: Context) -> None:
     """`report.html` of the run folder, and the results on the page of the pipeline run."""
     known = {name: context.folder.last(name) for name in ORDER} | context.results
     lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
-    sections: list[Section] = [
-        Table({"stage": list(lines), "result": list(lines.values())}, "Results")
-    ]
+    verdict = str(known["evaluate"].get("verdict", ""))
+    sections: list[Section] = [Text(verdict, "Verdict")] * bool(verdict)
+    sections.append(Table({"stage": list(lines), "result": list(lines.values())}, "Results"))
     if pages := _pages(context, known):
         sections.append(Links(pages, "Pages"))
     name = context.config.run.name
@@ -248,7 +258,7 @@ def _report(context: Context) -> None:
     tracker = context.tracking.tracker
     tracker.artifact(report)
     last = next(reversed(lines.values()), "")
-    best = lines.get("evaluate", last)
+    best = verdict or lines.get("evaluate", last)
     rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
     tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
 
@@ -301,6 +311,8 @@ def with_absolute_weights(config: Config) -> Config:
     finetune = config.finetune
     tuned = absolute_model(finetune.model, runs) if finetune.model else ""
     finetune = finetune.model_copy(update={"model": tuned})
+    models = tuple(absolute_model(one, runs) for one in config.evaluate.models)
+    evaluate = config.evaluate.model_copy(update={"models": models})
     sections = {"model": model, "distill": distill, "curate": curate, "embed": embed}
-    sections |= {"finetune": finetune}
+    sections |= {"finetune": finetune, "evaluate": evaluate}
     return config.model_copy(update=sections)

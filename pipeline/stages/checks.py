@@ -23,6 +23,7 @@ from pipeline.curate.decide.shards import check_shards
 from pipeline.curate.earlier import Earlier
 from pipeline.curate.sets import open_earlier, open_other_sets, opened
 from pipeline.embed.folder import check_folder
+from pipeline.embed.vectors import is_vectors
 from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_deciding, check_labels
 from pipeline.heartbeat import doing
@@ -62,10 +63,14 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     if "finetune" in stages and "pretrain" not in stages:
         finetune.check(config, folder)
     check_tracking(config, folder)
-    if {"evaluate", "export"} & set(stages) and "pretrain" not in stages:
-        from pipeline.stages import evaluate  # loads torch
+    if "export" in stages and "pretrain" not in stages:
+        from pipeline.stages import evaluation  # loads torch
 
-        evaluate.chosen_in(folder, config)
+        evaluation.chosen_in(folder, config)
+    if "evaluate" in stages and (config.evaluate.models or "pretrain" not in stages):
+        from pipeline.stages import evaluation
+
+        evaluation.networks(config, folder)
     if config.export.onnx and "export" in stages:
         from pipeline.model.onnx_out import needs_packages  # loads torch
 
@@ -184,11 +189,13 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
         sets["data.source"] = known_set(config, "data.source", config.data.source, packed)
     elif {"curate", "doctor", "embed", "finetune"} & set(stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_packed_shards(config, folder))
-    elif _compares(config, stages):
+    elif _compares(config, stages) and _trains_or_votes(config, stages):
         sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
     if not ({"pack", "curate", "finetune"} & set(stages) or _compares(config, stages)):
         return sets
     for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
+        if uri and is_vectors(uri):
+            continue
         if uri and packing:
             sets[field] = known_set(config, field, uri, packed)
         elif uri:
@@ -200,6 +207,13 @@ def _compares(config: Config, stages: Sequence[str]) -> bool:
     """Whether a k-NN is computed: files in ONNX are compared by theirs too."""
     onnx = config.export.onnx and "export" in stages
     return onnx or bool({"pretrain", "evaluate"} & set(stages))
+
+
+def _trains_or_votes(config: Config, stages: Sequence[str]) -> bool:
+    """Whether the training shards are needed: not where named models are scored on named images."""
+    evaluation = config.evaluate
+    named = evaluation.models or (evaluation.reference and is_vectors(evaluation.reference))
+    return bool({"pretrain", "export"} & set(stages)) or not (named and evaluation.reference)
 
 
 def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import AUTO, shown
 from pipeline.shards.set_range import other_range
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages.evaluate import chosen_in
+from pipeline.stages.evaluation import chosen_in
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.storage.transfer import read_mark

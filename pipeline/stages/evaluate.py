@@ -1,232 +1,216 @@
-"""The evaluate stage: the trained teacher beside the network at step 0 and raw pixels."""
+"""The evaluate stage: a card with the scores of models, of what they began as, and of plain images.
+
+Alone (`jobs/evaluate.py`) it scores whatever is named, and folders of images are packed first. In a
+whole chain it scores the run's own teacher. What is scored and on what stands in `evaluation.py`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from functools import partial
-from pathlib import Path
+import re
 from typing import Any
 
-from pipeline.config.config import Config
+from pipeline.card.card import Card, Contender
+from pipeline.card.files import CARD, write_card
+from pipeline.card.request import Request
+from pipeline.card.run import evaluate
 from pipeline.context import Context, result_line
-from pipeline.embed.embedders import BACKBONE, EmbedderSpec
-from pipeline.embed.folder import remove_vectors
-from pipeline.embed.load import load_teacher
-from pipeline.embed.run import Request, embed_set
-from pipeline.embed.vectors import VectorSet, labelled
-from pipeline.errors import PipelineError, TrainError
 from pipeline.evaluate.health import alarm
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.sets import remarks
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
-from pipeline.model.pair import Encoder
-from pipeline.plan.plan import Plan
-from pipeline.plan.resume import plan_of
-from pipeline.shards.shard_set import ShardSet
-from pipeline.shards.shards import open_shards
-from pipeline.storage.run_folder import RunFolder, fingerprint
+from pipeline.stages.evaluation import chosen, is_own, request_of, teacher, trained_plan
+from pipeline.storage.places import exists, resolve_uri
+from pipeline.storage.run_folder import fingerprint
 from pipeline.train import state
 from pipeline.train.run import evaluation_spec
-from pipeline.train.start import encoder_of, starting_pair
-from pipeline.uri import is_uri, public
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.evaluate")
-TRAINED, FIRST = "trained", "step0"
-Tables = dict[str, dict[str, VectorSet]]  # by network, then by set
-
-
-def chosen(context: Context) -> state.Saved:
-    """The checkpoint that `export.checkpoint` means.
-
-    Raises:
-        TrainError: where the run has none.
-    """
-    return chosen_in(context.folder, context.config)
-
-
-def chosen_in(run: RunFolder, config: Config) -> state.Saved:
-    """As `chosen`, before a stage starts."""
-    folder = run.checkpoints
-    best = state.best(folder) if config.export.checkpoint == "best" else None
-    saved = best[0] if best else state.latest(folder)
-    if saved is None:
-        raise TrainError(
-            f"run {run.path.name} has no checkpoint in {public(folder)}",
-            "pretrain first, or name the run with run.name=…",
-        )
-    return saved
-
-
-def trained_plan(saved: state.Saved) -> Plan:
-    """The plan that a checkpoint was trained with; today's recipe may differ."""
-    return plan_of(saved.meta, saved.path)
-
-
-def teacher(saved: state.Saved) -> Encoder:
-    """The teacher of a checkpoint, heads included."""
-    return encoder_of(saved)[0]
+HEALTH = ("feature_std", "effective_rank")  # that have been `health/…` from the beginning
+SAID = ("step0", "init", "untrained", "raw_pixels", "colours", "majority")
 
 
 def key(context: Context) -> str:
-    """Changes with the checkpoint, the evaluation settings and the images of the sets."""
-    saved, settings = chosen(context), context.config.evaluate
-    data = context.config.data
-    digests = [
-        open_shards(uri, data.image_column, data.label_column, f"evaluate.{name}").digest
-        for name in ("reference", "queries")
-        if (uri := getattr(settings, name))
-    ]
-    return fingerprint([state.identity(saved), settings.model_dump(mode="json"), digests])
+    """Changes with the models, the images, and all settings that scores depend on."""
+    request = request_of(context)
+    settings = context.config.evaluate.model_dump(mode="json", exclude={"cards"})
+    sets = request.sets.each if request.sets else {}
+    digests: dict[str, list[Any]] = {
+        what: [one.digest, one.class_names] for what, one in sets.items()
+    }
+    if request.dense is not None:
+        dense = (request.dense.reference, request.dense.queries)
+        digests["dense"] = [one and one.digest for one in dense]
+    asked = [request.groups, request.max_pixels, request.scoring.seed]
+    return fingerprint([[one.identity for one in request.networks], settings, digests, asked])
 
 
 def intact(context: Context) -> bool:
-    """Its result is all that it leaves."""
-    del context
-    return True
+    """Whether the card of a finished stage is still there."""
+    return exists(*resolve_uri(str(context.folder.at("evaluate", CARD))))
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """Evaluates on the full sets; without labels, health only."""
+    """Makes the card, and tells MLflow and the console what is on it."""
+    request = request_of(context)
+    card = evaluate(request)
+    write_card(card, context.folder.at("evaluate"))
+    main, step = card.contenders[0], request.networks[0].step
+    health = _health(context) if is_own(context.config) else {}
+    numbers = numbers_of(card)
+    numbers[main.role] |= health
+    tracker.metrics(step, metrics_of(card) | health)
+    text = sentence_of(card, request)
+    if card.score in main.results:
+        tracker.headline(
+            step, {f"eval/{card.score}_final": main.results[card.score].interval.value}
+        )
+    result_line("evaluate", text)
+    if sentence := _alarm(context, numbers[main.role]):
+        log.warning("%s", sentence)
+        text = f"{text}. Alarm: {sentence}"
+    tracker.note(f"{card.verdict.text}\n\n{text}")
+    tracker.table("evaluation", table_of(card))
+    result: dict[str, Any] = {
+        "text": text,
+        "verdict": card.verdict.text,
+        "rule": card.verdict.rule,
+        "remarks": list(card.remarks),
+    }
+    if is_own(context.config):  # what the export says of these weights
+        result |= {"step": step, "trained": numbers.pop("model")}
+    return result | numbers
+
+
+# ---- What is told of a card.
+
+
+def metrics_of(card: Card) -> dict[str, float]:
+    """The scores by their names in MLflow: `eval/<score>` of the first model, with `_step0`,
+    `_raw_pixels` … of what stands beside it, and with a short form of its name of any other model.
+    """
+    models = [one.name for one in card.contenders if one.role == "model"]
+    slugs = dict(zip(models, _slugs(models), strict=True))
+    metrics: dict[str, float] = {}
+    for one in card.contenders:
+        whose = slugs.get(one.of or (one.name if one.role == "model" else ""), "")
+        ends = ["" if one.role == "model" else f"_{one.role}"]
+        if one.role == "init":  # it is the network at step 0 too
+            ends.append("_step0")
+        for name, result in one.results.items():
+            for end in ends:
+                metrics[f"eval/{name}{whose}{end}"] = result.interval.value
+            if name in HEALTH and one.role == "model" and not whose:
+                metrics[f"health/{name}"] = result.interval.value
+    return metrics
+
+
+def _slugs(names: list[str]) -> list[str]:
+    """An end for the metrics of each model: none for the first one."""
+    slugs = [""]
+    for name in names[1:]:
+        slug = "_" + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+        slugs.append(slug if slug not in slugs else f"{slug}_{len(slugs)}")
+    return slugs
+
+
+def numbers_of(card: Card) -> dict[str, dict[str, float]]:
+    """The scores of the first model and of what stands beside it, by role."""
+    main = card.contenders[0]
+    numbers: dict[str, dict[str, float]] = {}
+    for one in card.contenders:
+        if one is main or (one.role != "model" and one.of in ("", main.name)):
+            values = {f"eval/{name}": x.interval.value for name, x in one.results.items()}
+            health = {
+                f"health/{n}": x.interval.value for n, x in one.results.items() if n in HEALTH
+            }
+            numbers[one.role] = values | health
+    if "init" in numbers:
+        numbers.setdefault("step0", numbers["init"])
+    return numbers
+
+
+def sentence_of(card: Card, request: Request) -> str:
+    """The score that decides, of the first model and of all that stands beside it."""
+    main = card.contenders[0]
+    if card.score not in main.results:
+        scores = {n: x for n, x in main.results.items() if x.score is None} or main.results
+        listed = ", ".join(f"{name} {one.interval.value:.3g}" for name, one in scores.items())
+        unlabelled = ["no labels"] * (not request.labelled)
+        return "; ".join(filter(None, [*unlabelled, listed, *card.remarks]))
+    value = main.results[card.score].interval.value
+    step = request.networks[0].step
+    text = f"{_shown(card.score)} {value:.4f}{f' at step {step}' if step else ''} "
+    text += f"({compared(card)})"
+    beside = [
+        f"{_named(one)} {one.results[card.score].interval.value:.4f}"
+        for one in card.contenders[1:]
+        if card.score in one.results
+    ]
+    return "; ".join([text, *filter(None, [", ".join(beside)]), *card.remarks])
+
+
+def _named(one: Contender) -> str:
+    from pipeline.card.card import BASELINES
+
+    return one.name if one.role == "model" else BASELINES[one.role]
+
+
+def _shown(score: str) -> str:
+    match = re.fullmatch(r"knn(\d+)_top1", score)
+    return f"kNN-{match[1]} top-1" if match else score.replace("_", " ")
+
+
+def compared(card: Card) -> str:
+    """`576 queries by 3,440 reference images`."""
+    if card.queries is None:
+        return f"each of {card.reference.images:,} images by the others"
+    return f"{card.queries.images:,} queries by {card.reference.images:,} reference images"
+
+
+def table_of(card: Card) -> dict[str, list[Any]]:
+    """The score that decides, a row for each contender that has it."""
+    rows = [one for one in card.contenders if card.score in one.results]
+    intervals = [one.results[card.score].interval for one in rows]
+    return {
+        "what": [public(one.name) for one in rows],
+        "role": [one.role for one in rows],
+        "score": [card.score] * len(rows),
+        "value": [one.value for one in intervals],
+        "low": [one.low for one in intervals],
+        "high": [one.high for one in intervals],
+        "of": [compared(card)] * len(rows),
+    }
+
+
+# ---- The health of a run's own teacher, which needs its heads.
+
+
+def _health(context: Context) -> dict[str, float]:
+    """Of the run's own teacher on training images: entropy of its targets, prototypes in use."""
     import ray
 
     saved = chosen(context)
     plan = trained_plan(saved)
     current = {"evaluate": context.config.evaluate, "data": context.config.data}
     plan = plan.model_copy(update={"config": plan.config.model_copy(update=current)})
-    shards = context.shards()
-    spec = evaluation_spec(plan, shards)
-    noted = remarks(plan.config, shards)
+    spec = evaluation_spec(plan, context.shards())
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 and plan.device == "cuda" else 0
-    tables = _tables(context, saved, spec)
-    task = ray.remote(_evaluate).options(num_cpus=1, num_gpus=gpus)
-    now(f"evaluate: the teacher of step {saved.step}, the network at step 0, raw pixels")
-    device = "cuda" if gpus else "cpu"
-    # of one set alone, a sample: this task decodes it on its own
-    limit = None if spec.queries else plan.config.evaluate.during_training
-    results, pictures = ray.get(task.remote(spec, str(saved.path), device, tables, limit))
-    if FIRST in tables:  # the vectors of random weights are of no more use
-        for vectors in tables[FIRST].values():
-            remove_vectors(vectors.uri)
-    sentence = alarm(results[TRAINED], plan.config.head.prototypes)
-    tracker.metrics(saved.step, results[TRAINED])
-    score = f"eval/knn{spec.k}_top1"
-    others = {name: values[score] for name, values in results.items() if score in values}
-    for name in (FIRST, "raw_pixels"):
-        if name in others:
-            tracker.metrics(saved.step, {f"{score}_{name}": others[name]})
-    for name, picture in pictures.items():
-        tracker.picture(name, saved.step, picture)
-    if score in results[TRAINED]:
-        tracker.headline(saved.step, {f"{score}_final": results[TRAINED][score]})
-        beside = {FIRST: "the same network at step 0", "raw_pixels": "raw pixels"}
-        text = f"kNN-{spec.k} top-1 {others[TRAINED]:.4f} at step {saved.step} "
-        text += f"({spec.compared(limit)}); " + ", ".join(
-            f"{what} {others[name]:.4f}" for name, what in beside.items() if name in others
-        )
-        text = "; ".join([text, *noted])
-    else:
-        health = results[TRAINED]
-        text = "no labels; " + ", ".join(
-            f"{name.partition('/')[2]} {value:.3g}" for name, value in health.items()
-        )
-    result_line("evaluate", text)
-    if sentence:
-        log.warning("%s", sentence)
-        text = f"{text}. Alarm: {sentence}"
-    tracker.note(text)
-    tracker.table(
-        "evaluation",
-        {
-            "what": list(results),
-            "top1": [results[name].get(score) for name in results],
-            "of": [spec.compared(limit)] * len(results),
-        },
-    )
-    numbers = {name: dict(values) for name, values in results.items()}
-    return {"step": saved.step, "text": text, "remarks": noted, **numbers}
+    task = ray.remote(_measured).options(num_cpus=1, num_gpus=gpus)
+    now(f"evaluate: the targets of the teacher of step {saved.step}")
+    health: dict[str, float] = ray.get(task.remote(spec, saved, "cuda" if gpus else "cpu"))
+    return health
 
 
-def _tables(context: Context, saved: state.Saved, spec: EvaluationSpec) -> Tables:
-    """Vectors of both sets, by the teacher and by the network at step 0, of the embed stage's kind;
-    nothing without labels.
-    """
-    if not (spec.queries and spec.reference):
-        return {}
-    trained = state.identity(saved)
-    networks = {TRAINED: (load_teacher, trained), FIRST: (first_backbone, f"{trained} at step 0")}
-    gpu = trained_plan(saved).device == "cuda"
-    tables: Tables = {}
-    for name, (load, digest) in networks.items():
-        model = EmbedderSpec(
-            BACKBONE,
-            name=f"{public(saved.path)} ({name})",
-            digest=digest,
-            load=partial(load, str(saved.path)),
-            image_size=spec.image_size,
-            mean=spec.mean,
-            std=spec.std,
-            batch_size=spec.batch_size,
-            half=spec.half,
-        )
-        try:
-            tables[name] = {
-                what: embed_set(
-                    Request(model, shards, max_pixels=spec.max_pixels, gpu=gpu),
-                    str(context.folder.at("evaluate", "vectors", name, what)),
-                    replaced=True,
-                ).vectors
-                for what, shards in (("reference", spec.reference), ("queries", spec.queries))
-            }
-        except PipelineError as error:  # model.init may be gone by now; the result is still one
-            if name == TRAINED:
-                raise
-            log.warning("step 0 is not evaluated: %s", error.what)
-    return tables
-
-
-def first_backbone(checkpoint: str) -> Any:
-    """In a task: the network that a checkpoint's training began with.
-
-    Raises:
-        PipelineError: the checkpoint is gone, or the weights that it began with.
-    """
-    return starting_pair(trained_plan(_saved(checkpoint)))[0].teacher.backbone
-
-
-def _saved(checkpoint: str) -> state.Saved:
-    saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
-    if saved is None:
-        raise TrainError(f"the checkpoint {public(checkpoint)} is gone", "evaluate again")
-    return saved
-
-
-def _evaluate(
-    spec: EvaluationSpec,
-    checkpoint: str,
-    device: str,
-    tables: Tables,
-    limit: int | None = None,
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    saved = _saved(checkpoint)
-    plan = trained_plan(saved)
+def _measured(spec: EvaluationSpec, saved: state.Saved, device: str) -> dict[str, float]:
     evaluator = Evaluator(spec, len(os.sched_getaffinity(0)), device)
-    network = teacher(saved)
-    # Decodes all images once, and keeps them for the pictures where they are few.
-    raw = evaluator.raw_pixels()
+    temperature = trained_plan(saved).at(max(0, saved.step - 1)).teacher_temperature
+    return evaluator.target_health(teacher(saved), temperature)
 
-    def stored(name: str) -> dict[ShardSet, LabelledFeatures]:
-        sets = (("reference", spec.reference), ("queries", spec.queries))
-        vectors = tables.get(name, {})
-        return {x: labelled(vectors[what]) for what, x in sets if x is not None and vectors}
 
-    trained = evaluator.run(network.backbone, limit, stored=stored(TRAINED))
-    temperature = plan.at(max(0, saved.step - 1)).teacher_temperature
-    results = {TRAINED: trained.metrics | evaluator.target_health(network, temperature)}
-    if FIRST in tables:
-        first = first_backbone(checkpoint)
-        results[FIRST] = evaluator.run(first, limit, stored=stored(FIRST)).metrics
-    if raw is not None:
-        results["raw_pixels"] = {f"eval/knn{spec.k}_top1": raw}
-    return results, trained.pictures
+def _alarm(context: Context, numbers: dict[str, float]) -> str | None:
+    """A sentence where the run's own teacher has collapsed."""
+    if not is_own(context.config):
+        return None
+    return alarm(numbers, trained_plan(chosen(context)).config.head.prototypes)

@@ -30,7 +30,7 @@ from pipeline.model.weights import (
     without_huggingface,
 )
 from pipeline.plan.plan import Plan
-from pipeline.stages.evaluate import chosen, teacher, trained_plan
+from pipeline.stages.evaluation import chosen, teacher, trained_plan
 from pipeline.stages.pretrain import params
 from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard

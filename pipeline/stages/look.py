@@ -18,7 +18,7 @@ from pipeline.heartbeat import now
 from pipeline.images.decode import decode_image
 from pipeline.images.shown import Pixels, png
 from pipeline.report.page import Section, write_report
-from pipeline.stages.evaluate import chosen
+from pipeline.stages.evaluation import chosen
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import atomic_path, write_bytes_atomic

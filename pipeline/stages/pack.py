@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.context import BUILTIN, Context, is_shards, labels_of, packed_uri, result_line
+from pipeline.embed.vectors import is_vectors
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
@@ -47,13 +48,15 @@ FIELDS = {  # of the recipe that name the sources
 
 
 def named_sources(config: Config, folder: RunFolder) -> dict[str, tuple[str, str]]:
-    """What is packed: name -> (source, shards). Evaluation sets that are shards stay so."""
+    """What is packed: name -> (source, shards). Evaluation sets that are shards, or vectors, stay
+    so.
+    """
     places = {}
     if config.data.source:
         places["train"] = (config.data.source, packed_uri(config, folder))
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
-        if source and not is_shards(source):
+        if source and not is_shards(source) and not is_vectors(source):
             places[name] = (source, str(folder.at("pack", name)))
     return places
 

@@ -1,0 +1,86 @@
+"""What an evaluation is asked for: networks, sets, groups of scores and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.card.case import ModelFacts
+from pipeline.card.dense.sets import DenseSet
+from pipeline.card.dense.split import DenseSettings
+from pipeline.card.inputs.networks import Network
+from pipeline.card.inputs.sets import Sets
+from pipeline.card.scores import Scoring
+from pipeline.uri import Place
+
+NEEDS_LABELS = ("knn", "logistic", "linear", "few_shot", "retrieval")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Images with masks or depth, and how dense scores are made of them.
+
+    Attributes:
+        reference: what heads are fitted to.
+        queries: what is scored; None: a part of the reference is held out.
+        settings: of both.
+    """
+
+    reference: DenseSet
+    queries: DenseSet | None
+    settings: DenseSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, and how.
+
+    Attributes:
+        networks: models, each followed by what it began as.
+        sets: what vectors are scored on; None: only dense scores are asked for.
+        folder: of the evaluation; tables of vectors go into `vectors/` of it.
+        groups: of scores, as `evaluate.scores` names them.
+        scoring: numbers that scores depend on.
+        dense: what dense scores are of; None: there are none.
+        decide_by: the score of the verdict; "": k-NN where there are labels, else rank_me.
+        title: of the card.
+        max_pixels: larger images are refused.
+        gpu: GPUs may be used.
+        remarks: what is known already and belongs on the card.
+        facts: of models by their names, for the verdict.
+    """
+
+    networks: tuple[Network, ...]
+    sets: Sets | None
+    folder: Place
+    groups: tuple[str, ...]
+    scoring: Scoring
+    dense: Dense | None = None
+    decide_by: str = ""
+    title: str = "Evaluation"
+    max_pixels: int = 200_000_000
+    gpu: bool = True
+    remarks: tuple[str, ...] = ()
+    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels to score with."""
+        return self.sets is not None and self.sets.labelled
+
+    @property
+    def score(self) -> str:
+        """The score that decides."""
+        if self.decide_by or self.labelled:
+            return self.decide_by or f"knn{self.scoring.k}_top1"
+        if self.sets is None and self.dense is not None:
+            masks = "masks" in self.dense.reference.targets
+            return "segmentation_linear_miou" if masks else "depth_linear_rmse"
+        return "rank_me"
+
+    def has(self, group: str) -> bool:
+        """Whether a group of scores is asked for and possible."""
+        if group == "dense":
+            return self.dense is not None and group in self.groups
+        possible = self.labelled or group not in NEEDS_LABELS
+        return self.sets is not None and possible and group in self.groups

@@ -1,0 +1,289 @@
+"""Makes an evaluation card; needs a Ray to be joined. Start at `evaluate`.
+
+One pass of each network over each set gives tables of vectors. All scores are read from these: the
+nearest neighbours in blocks over Ray tasks, everything else in a task for each contender and group.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.card import scores
+from pipeline.card.card import BASELINES, Card, Contender, Result, Role, SetFacts
+from pipeline.card.dense.results import dense_baselines, dense_results
+from pipeline.card.dense.sets import DenseSet
+from pipeline.card.inputs.common import common
+from pipeline.card.inputs.entrants import Entrant, entrants_of
+from pipeline.card.inputs.networks import Network
+from pipeline.card.inputs.tables import Embedding, Tables, embedded, of_vectors, remove_baselines
+from pipeline.card.request import Request
+from pipeline.card.scores import Answers
+from pipeline.card.verdict import Facts, verdict_of
+from pipeline.errors import PipelineError
+from pipeline.heartbeat import now
+from pipeline.uri import join, public
+
+log = logging.getLogger("pipeline.evaluate")
+# What baselines are scored by too: cheap, and enough to say whether a model is any better.
+OF_NETWORKS = ("knn", "logistic", "few_shot", "retrieval", "unlabelled")
+OF_IMAGES = ("knn", "logistic", "few_shot", "retrieval")
+IN_TASKS: tuple[str, ...] = ("knn", "unlabelled")
+
+
+@dataclass
+class Growing:
+    """A contender whose results come one after the other.
+
+    Attributes:
+        contender: without results.
+        network: whose it is; None of plain images.
+        entrant: where its vectors are; None where only dense scores are asked for.
+    """
+
+    contender: Contender
+    network: Network | None = None
+    entrant: Entrant | None = None
+    results: dict[str, Result] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+
+    def add(self, group: str, results: Mapping[str, Result], seconds: float) -> None:
+        """Takes the results of a group."""
+        self.results |= results
+        self.cost[group] = round(self.cost.get(group, 0) + seconds, 2)
+
+    def finished(self) -> Contender:
+        """With all that has come."""
+        return replace(self.contender, results=self.results, cost=self.cost)
+
+
+def evaluate(request: Request) -> Card:
+    """Scores all contenders on the same images.
+
+    Raises:
+        PipelineError: a model or a set cannot be used.
+    """
+    tables, remarks = _tables(request)
+    contenders = _contenders(request, tables)
+    answers = _scores(request, contenders)
+    remarks += _dense(request, contenders)
+    _majority(request, contenders)
+    remove_baselines(tables)
+    card = _card(request, contenders, answers, remarks)
+    return replace(card, verdict=verdict_of(card, facts_of(request, card)))
+
+
+def facts_of(request: Request, card: Card) -> Facts:
+    """What the verdict needs beside the card."""
+    overlap = request.sets.overlap if request.sets else None
+    has = any(card.score in one.results for one in card.contenders if one.role == "model")
+    missing = "" if has else f"it was not computed; evaluate.scores is {', '.join(request.groups)}"
+    return Facts(
+        request.facts,
+        shared=overlap.known or 0 if overlap else 0,
+        vectors_only=bool(request.sets and request.sets.from_vectors),
+        missing=missing if request.labelled else "",
+    )
+
+
+# ---- One pass of each network over each set.
+
+
+def _tables(request: Request) -> tuple[list[Tables], list[str]]:
+    """The vectors of the images that all networks have, and what is to be said of them."""
+    said, sets = list(request.remarks), request.sets
+    if sets is None:
+        return [], said
+    said += sets.overlap.sentences() if sets.overlap else []
+    if sets.from_vectors:
+        tables = [of_vectors(request.networks[0], sets)]
+        if request.labelled and "pixels" not in tables[0].reference.outputs:
+            said.append("vectors were given, so there are no baselines of pixels and colours")
+        return tables, said
+    wanted = ("cls", "mean", "blocks") if request.has("linear") else ("cls",)
+    beside = ("pixels", "colours") if sets.labelled else ()
+    folder = join(request.folder, "vectors")
+    how = Embedding(folder, wanted, beside, request.max_pixels, request.gpu)
+    tables, left_out = embedded(request.networks, sets, how)
+    for what in sets.each:
+        same, dropped = common([one.each[what] for one in tables])
+        tables = [one.with_set(what, kept) for one, kept in zip(tables, same, strict=True)]
+        if dropped:
+            said.append(
+                f"{dropped:,} images of the {what} could not be embedded by all models and are "
+                "left out of all"
+            )
+    if bad := max(one.bad for one in tables):
+        said.append(f"{bad:,} images could not be decoded and are not scored")
+    return tables, [*said, *left_out, *_unlike(tables)]
+
+
+def _unlike(tables: Sequence[Tables]) -> list[str]:
+    """Says where models see the same images in other ways."""
+    models = [one for one in tables if one.network.role == "model"]
+    said = []
+    for what in ("image_size", "mean", "std"):
+        values = {one.network.name: one.reference.facts[what] for one in models}
+        if len({str(value) for value in values.values()}) > 1:
+            each = ", ".join(f"{name} {value}" for name, value in values.items())
+            said.append(f"models see images with their own {what}: {each}")
+    return said
+
+
+def _contenders(request: Request, tables: Sequence[Tables]) -> list[Growing]:
+    """All that are scored: networks, and plain images where there are vectors of them."""
+    if request.sets is None:
+        return [
+            Growing(Contender(one.role, one.name, one.of, facts=_facts_of(one)), one)
+            for one in request.networks
+            if one.role == "model"
+        ]
+    contenders = []
+    for entrant in entrants_of(tables, request.sets):
+        network = entrant.tables.network if entrant.is_network else None
+        facts = _facts_of(network, entrant.tables) if network else {}
+        named = Contender(entrant.role, entrant.name, entrant.of, facts=facts)
+        contenders.append(Growing(named, network, entrant))
+        if network:
+            contenders[-1].cost["embed"] = round(entrant.tables.seconds, 2)
+    return contenders
+
+
+def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:
+    known = tables.reference.facts if tables else {}
+    shown = ("digest", "image_size", "dim", "precision", "mean", "std")
+    facts = {name: known[name] for name in shown if name in known}
+    return {"digest": network.spec.digest} | facts | {"step": network.step}
+
+
+# ---- Scores.
+
+
+def _scores(request: Request, contenders: Sequence[Growing]) -> Answers:
+    """Every group of scores of every contender in a task of its own; what the first one answers."""
+    import ray
+
+    gpus = int(request.gpu and ray.cluster_resources().get("GPU", 0) >= 1)
+    task = ray.remote(scores.scored).options(num_cpus=1, num_gpus=gpus)
+    waiting: dict[Any, tuple[Growing, str]] = {}
+    for one in contenders:
+        for group in _groups_of(request, one.entrant):
+            reference = task.remote(group, one.entrant, request.scoring, bool(gpus))
+            waiting[reference] = (one, group)
+    total, answers = len(waiting), Answers()
+    while waiting:
+        now(f"evaluate: {total - len(waiting)} of {total} scores")
+        for reference in ray.wait(list(waiting), num_returns=1)[0]:
+            one, group = waiting.pop(reference)
+            scored = ray.get(reference)
+            one.add(group, scored.results, scored.seconds)
+            if group == "knn" and one is contenders[0]:
+                answers = scored.answers
+    return answers
+
+
+def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
+    """The groups of scores that a task computes of a contender."""
+    if entrant is None:
+        return []
+    groups = IN_TASKS
+    if entrant.role != "model":
+        allowed = OF_NETWORKS if entrant.is_network else OF_IMAGES
+        groups = tuple(g for g in groups if g in allowed)
+    return [group for group in groups if request.has(group)]
+
+
+def _dense(request: Request, contenders: list[Growing]) -> list[str]:
+    """Dense scores of the models, of raw pixels and of a constant; says who has none."""
+    dense = request.dense
+    if dense is None or not request.has("dense"):
+        return []
+    said = [*dense.reference.remarks, *(dense.queries.remarks if dense.queries else ())]
+    grid = 0
+    for one in [x for x in contenders if x.contender.role == "model" and x.network]:
+        assert one.network is not None
+        begin = time.monotonic()
+        now(f"evaluate: dense scores of {one.network.name}")
+        try:
+            results = dense_results(
+                one.network.spec, dense.reference, dense.queries, dense.settings
+            )
+        except PipelineError as error:  # without patches: the other scores are still a card
+            said.append(f"{one.network.name} has no dense scores: {error.what}")
+            log.warning("%s", said[-1])
+            continue
+        one.add("dense", results, time.monotonic() - begin)
+        grid = grid or max(int(r.details.get("grid", 0)) for r in results.values())
+    if not grid:
+        return said
+    begin = time.monotonic()
+    now("evaluate: dense scores of raw pixels")
+    baselines = dense_baselines(dense.reference, dense.queries, dense.settings, grid)
+    for role, results in baselines.items():
+        _baseline(contenders, role).add("dense", results, time.monotonic() - begin)
+    return said
+
+
+def _majority(request: Request, contenders: list[Growing]) -> None:
+    """The most frequent class as an answer to all that k-NN is asked."""
+    first = contenders[0]
+    accuracies = [name for name in first.results if name.startswith("knn")]
+    if accuracies and first.entrant is not None:
+        results = scores.majority(first.entrant, accuracies)
+        _baseline(contenders, "majority").add("knn", results, 0.0)
+
+
+def _baseline(contenders: list[Growing], role: Role) -> Growing:
+    """The contender of a baseline of plain images, which may be new."""
+    for one in contenders:
+        if one.contender.role == role:
+            return one
+    contenders.append(Growing(Contender(role, BASELINES[role])))
+    return contenders[-1]
+
+
+# ---- The card.
+
+
+def _card(
+    request: Request, contenders: Sequence[Growing], answers: Answers, remarks: Sequence[str]
+) -> Card:
+    reference, queries = _set_facts(request, contenders[0])
+    return Card(
+        title=request.title,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        score=request.score,
+        reference=reference,
+        queries=queries,
+        contenders=tuple(one.finished() for one in contenders),
+        remarks=tuple(dict.fromkeys(remarks)),
+        settings={
+            "k": request.scoring.k,
+            "temperature": request.scoring.temperature,
+            "seed": request.scoring.seed,
+            "classes": list(request.sets.classes.names) if request.sets else [],
+        },
+        confusion=answers.confusion,
+        wrong=answers.wrong,
+    )
+
+
+def _set_facts(request: Request, first: Growing) -> tuple[SetFacts, SetFacts | None]:
+    entrant, sets = first.entrant, request.sets
+    if entrant is None or sets is None:
+        assert request.dense is not None
+        dense = request.dense
+        return _of_dense(dense.reference), _of_dense(dense.queries) if dense.queries else None
+    known = {}
+    for what, one in sets.each.items():
+        labels = entrant.labels(entrant.tables.each[what]).labels
+        known[what] = one.facts(len(labels), int((labels >= 0).sum()))
+    return known["reference"], known.get("queries")
+
+
+def _of_dense(dense: DenseSet) -> SetFacts:
+    return SetFacts(public(dense.uri), dense.digest, len(dense.rows), len(dense.rows))

@@ -1,0 +1,169 @@
+"""The scores of one contender, group by group: what a task computes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.card.card import Result, WrongAnswer
+from pipeline.card.inputs.entrants import Entrant
+from pipeline.evaluate.baselines import majority_hits
+from pipeline.evaluate.health import effective_rank, feature_std
+from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
+from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+from pipeline.evaluate.score import Score
+from pipeline.evaluate.unlabelled import rank_me, uniformity
+
+KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`
+WRONG = 24  # most wrong answers that a card shows
+SHOWN = 5  # neighbours of each
+UNLABELLED = 25_600  # images of scores without labels (RankMe, section 3)
+MOST_CLASSES = 1000  # of a confusion
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Numbers that scores depend on.
+
+    Attributes:
+        k: neighbours that vote in the score that decides.
+        temperature: of the votes.
+        seed: of all that is drawn.
+    """
+
+    k: int = 20
+    temperature: float = 0.07
+    seed: int = 0
+
+    @property
+    def ks(self) -> list[int]:
+        """All numbers of neighbours that are scored."""
+        return sorted({self.k, *KS})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the neighbours of the main model say.
+
+    Attributes:
+        confusion: [classes, classes] counts, rows the truth; empty with over MOST_CLASSES.
+        wrong: the most confident wrong answers.
+    """
+
+    confusion: tuple[tuple[int, ...], ...] = ()
+    wrong: tuple[WrongAnswer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task gives back: results by score name, its seconds, and answers of k-NN."""
+
+    results: dict[str, Result]
+    seconds: float
+    answers: Answers = field(default_factory=Answers)
+
+
+def scored(group: str, entrant: Entrant, scoring: Scoring, gpu: bool) -> Scored:
+    """In a task: the scores of a group.
+
+    Args:
+        group: as `evaluate.scores` names it.
+        entrant: whose.
+        scoring: numbers that they depend on.
+        gpu: this task has one.
+    """
+    begin = time.monotonic()
+    reference, queries = entrant.both
+    device = "cuda" if gpu else "cpu"
+    answers = Answers()
+    if group == "knn":
+        results, answers = _knn(reference, queries, scoring, device)
+    elif group == "unlabelled":
+        results = _unlabelled((queries or reference).features[:UNLABELLED].to(device))
+    else:
+        raise ValueError(f"no group of scores {group}")
+    return Scored(results, time.monotonic() - begin, answers)
+
+
+def _unlabelled(features: Tensor) -> dict[str, Result]:
+    """What vectors say without labels. None of it is of single images, so it has no interval."""
+    scores = {
+        "rank_me": rank_me(features),
+        "feature_std": float(feature_std(features)),
+        "effective_rank": float(effective_rank(features)),
+        "uniformity": uniformity(features),
+    }
+    return {name: Result.alone(value, images=len(features)) for name, value in scores.items()}
+
+
+def _knn(
+    reference: LabelledFeatures, queries: LabelledFeatures | None, scoring: Scoring, device: str
+) -> tuple[dict[str, Result], Answers]:
+    voters, asked = reference.labelled(), (queries or reference).labelled()
+    assert voters.ids is not None and asked.ids is not None
+    features = voters.features.to(device)
+    same = SameImages.of(voters.ids, asked.ids)
+    found = Neighbours(*nearest(features, asked.features, max(scoring.ks), same=same))
+    found = Neighbours(found.similarities, found.rows.masked_fill(found.similarities.isinf(), -1))
+    scores = knn_scores(found, voters.labels, asked, scoring.ks, scoring.temperature)
+    return {score.name: Result.of(score) for score in scores}, _answers(
+        found, voters, asked, scoring
+    )
+
+
+def _answers(
+    neighbours: Neighbours, reference: LabelledFeatures, queries: LabelledFeatures, scoring: Scoring
+) -> Answers:
+    """Who is taken for whom, and the most confident wrong answers.
+
+    A query that has no neighbour is in no cell of the confusion.
+    """
+    answer, votes = predictions(neighbours, reference.labels, scoring.k, scoring.temperature)
+    truth, answered, share = queries.labels.numpy(), answer.cpu().numpy(), votes.cpu().numpy()
+    counted = (truth >= 0) & (answered >= 0)
+    classes = int(max(reference.labels.max(), queries.labels.max())) + 1
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if classes <= MOST_CLASSES:
+        cells = np.bincount(truth[counted] * classes + answered[counted], minlength=classes**2)
+        confusion = tuple(map(tuple, cells.reshape(classes, classes).tolist()))
+    wrong = np.flatnonzero(counted & (truth != answered))
+    worst = wrong[np.argsort(-share[wrong], kind="stable")][:WRONG].tolist()
+    return Answers(
+        confusion,
+        tuple(
+            WrongAnswer(
+                _hex(queries, query),
+                int(truth[query]),
+                int(answered[query]),
+                float(share[query]),
+                tuple(_voters(neighbours, reference, query)),
+            )
+            for query in worst
+        ),
+    )
+
+
+def _voters(
+    neighbours: Neighbours, reference: LabelledFeatures, query: int
+) -> Iterator[tuple[str, int, float]]:
+    rows, cosines = neighbours.rows[query].tolist(), neighbours.similarities[query].tolist()
+    for row, cosine in [pair for pair in zip(rows, cosines, strict=True) if pair[0] >= 0][:SHOWN]:
+        yield _hex(reference, row), int(reference.labels[row]), float(cosine)
+
+
+def _hex(rows: LabelledFeatures, row: int) -> str:
+    assert rows.ids is not None
+    return bytes(rows.ids[row]).hex()
+
+
+def majority(entrant: Entrant, names: Sequence[str]) -> dict[str, Result]:
+    """The most frequent class as an answer to every query, as each of the accuracies."""
+    reference = entrant.labels(entrant.tables.reference).labelled()
+    queries = entrant.labels(entrant.tables.queries or entrant.tables.reference).labelled()
+    hits = majority_hits(reference.labels.numpy(), queries.labels.numpy())
+    assert queries.ids is not None
+    return {name: Result.of(Score.of_hits(name, hits, queries.ids)) for name in names}

@@ -1,0 +1,78 @@
+"""What a run of ours began with: networks that say what its training has changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.embed.embedders import BACKBONE, EmbedderSpec
+from pipeline.embed.load import load_teacher
+from pipeline.errors import DataError
+from pipeline.uri import is_uri, public
+
+
+def checkpoint_of(spec: EmbedderSpec) -> str:
+    """The checkpoint of ours that a backbone is the teacher of; "" for all other models."""
+    load = spec.load
+    return str(load.args[0]) if isinstance(load, partial) and load.func is load_teacher else ""
+
+
+def start_of(checkpoint: str) -> str:
+    """The weights that the training of a checkpoint began with; "" for random ones.
+
+    Raises:
+        DataError: the checkpoint is gone.
+    """
+    return str(_plan(checkpoint).init)
+
+
+def computes_in_half(checkpoint: str) -> bool:
+    """Whether the training of a checkpoint computed in bfloat16.
+
+    Raises:
+        DataError: the checkpoint is gone.
+    """
+    return bool(_plan(checkpoint).precision == "bfloat16")
+
+
+def at_step_0(trained: EmbedderSpec, untrained: bool = False) -> EmbedderSpec:
+    """The network that the training of a run began with, for the same images as the trained one.
+
+    Args:
+        trained: the teacher of a checkpoint.
+        untrained: with random weights, also where the run began with others.
+    """
+    what = "untrained" if untrained else "at step 0"
+    return replace(
+        trained,
+        kind=BACKBONE,
+        name=f"{trained.name} ({what})",
+        digest=f"{trained.digest} {what}",
+        load=partial(load_first, checkpoint_of(trained), untrained),
+    )
+
+
+def load_first(checkpoint: str, untrained: bool = False) -> Any:
+    """In a task: the backbone that the training of a checkpoint began with.
+
+    Raises:
+        PipelineError: the checkpoint is gone, or the weights that it began with are.
+    """
+    from pipeline.train.start import starting_pair
+
+    plan = _plan(checkpoint)
+    if untrained:
+        plan = plan.model_copy(update={"init": ""})
+    return starting_pair(plan)[0].teacher.backbone.eval()
+
+
+def _plan(checkpoint: str) -> Any:
+    from pipeline.plan.resume import plan_of
+    from pipeline.train import state
+
+    saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
+    if saved is None:
+        raise DataError(f"the checkpoint {public(checkpoint)} is gone", "evaluate again")
+    return plan_of(saved.meta, saved.path)

@@ -1,0 +1,325 @@
+"""What a recipe asks an evaluation to score, and on what: models, sets, groups of scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+
+from pipeline.card.dense.opening import open_dense_set
+from pipeline.card.dense.sets import DenseSet
+from pipeline.card.dense.split import DenseSettings
+from pipeline.card.inputs.networks import Network, Opening, networks_of
+from pipeline.card.inputs.sets import EvaluationSet, Sets, check_sets, open_set
+from pipeline.card.request import Dense, Request
+from pipeline.card.scores import Scoring
+from pipeline.config.config import Config
+from pipeline.context import Context, open_training_shards, with_packed_sets
+from pipeline.embed.embedders import EmbedderSpec
+from pipeline.embed.vectors import VectorSet, is_vectors, open_vectors
+from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.evaluate.sets import TRAINING_SHARDS
+from pipeline.images.value_range import AUTO, shown
+from pipeline.model.pair import Encoder
+from pipeline.plan.plan import Plan
+from pipeline.plan.resume import plan_of
+from pipeline.shards.set_range import difference, other_range
+from pipeline.stages import pack
+from pipeline.storage.places import exists, resolve_uri
+from pipeline.storage.run_folder import RunFolder
+from pipeline.train import state
+from pipeline.train.start import encoder_of
+from pipeline.uri import public
+
+log = logging.getLogger("pipeline.evaluate")
+JOB = ["pack", "evaluate"]
+# In a whole chain: what costs seconds beside a training. Linear layers cost minutes.
+IN_CHAIN = ("knn", "logistic", "few_shot", "retrieval", "copies", "unlabelled", "dense")
+ALL = (*IN_CHAIN, "linear")
+ASKED_AT_MOST = 50_000  # training images that are asked one by one, where no queries are named
+UNLABELLED_AT_MOST = 25_600  # images of scores that need no labels (RankMe, section 3)
+
+
+# ---- The run's own model.
+
+
+def chosen(context: Context) -> state.Saved:
+    """The checkpoint that `export.checkpoint` means.
+
+    Raises:
+        TrainError: where the run has none.
+    """
+    return chosen_in(context.folder, context.config)
+
+
+def chosen_in(run: RunFolder, config: Config) -> state.Saved:
+    """As `chosen`, before a stage starts."""
+    folder = run.checkpoints
+    best = state.best(folder) if config.export.checkpoint == "best" else None
+    saved = best[0] if best else state.latest(folder)
+    if saved is None:
+        raise TrainError(
+            f"run {run.path.name} has no checkpoint in {public(folder)}",
+            "pretrain first, or name the run with run.name=…; jobs/evaluate.py scores any model "
+            "that is named: model=…",
+        )
+    return saved
+
+
+def trained_plan(saved: state.Saved) -> Plan:
+    """The plan that a checkpoint was trained with; today's recipe may differ."""
+    return plan_of(saved.meta, saved.path)
+
+
+def teacher(saved: state.Saved) -> Encoder:
+    """The teacher of a checkpoint, heads included."""
+    return encoder_of(saved)[0]
+
+
+# ---- What the command line means.
+
+
+def is_own(config: Config) -> bool:
+    """Whether the run's own teacher is scored: no model and no vectors are named."""
+    reference = config.evaluate.reference
+    return not config.evaluate.models and not (reference and is_vectors(reference))
+
+
+def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Config, list[str]]:
+    """The recipe and stages of `jobs/evaluate.py`, which packs evaluation sets and nothing else;
+    those of other jobs as they are.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on.
+    """
+    if list(stages) != JOB:
+        return config, list(stages)
+    source, settings = config.data.source, config.evaluate
+    if not is_own(config) and not settings.reference and not _has_shards(config, folder):
+        if not source and not settings.dense:
+            raise ConfigError(
+                "there is nothing to evaluate on",
+                "name images: data=photos/ (with a folder for each class, where there are "
+                "classes), packed shards, or vectors of jobs/embed.py",
+            )
+        settings = settings.model_copy(update={"reference": source})
+    data = config.data.model_copy(update={"source": ""})
+    config = config.model_copy(update={"data": data, "evaluate": settings})
+    known = with_packed_sets(config, folder)
+    packed_before = is_own(config) or "train" in folder.last("pack")
+    if packed_before and not pack.named_sources(known, folder):
+        return known, ["evaluate"]  # what the chain of this run packed stays as it is
+    return config, JOB if pack.named_sources(config, folder) else ["evaluate"]
+
+
+def _has_shards(config: Config, folder: RunFolder) -> bool:
+    return bool(config.data.shards) or exists(*resolve_uri(str(folder.at("shards"))))
+
+
+# ---- Models.
+
+
+def networks(config: Config, folder: RunFolder) -> list[Network]:
+    """The models that are scored, each followed by what it began as.
+
+    Raises:
+        PipelineError: there is no such model.
+    """
+    settings = config.evaluate
+    vectors = settings.reference if settings.reference and is_vectors(settings.reference) else ""
+    if vectors and settings.models:
+        raise ConfigError(
+            f"evaluate.reference={public(vectors)} holds vectors of a model, and evaluate.models "
+            f"names {', '.join(map(public, settings.models))}",
+            "leave model= out to score the model of the vectors, or give images: data=photos/",
+        )
+    if vectors:
+        return [_of_vectors(open_vectors(vectors, "evaluate.reference"))]
+    models = settings.models or (str(chosen_in(folder, config).path),)
+    augment = config.augment
+    opening = Opening(
+        settings.image_size, settings.batch_size, augment.mean, augment.std, config.run.folder
+    )
+    return networks_of(models, opening)
+
+
+def _of_vectors(vectors: VectorSet) -> Network:
+    """The model of a table of vectors, which is not opened."""
+    facts = vectors.facts
+    spec = EmbedderSpec(
+        str(facts["kind"]),
+        name=str(facts["model"]),
+        digest=str(facts["digest"]),
+        image_size=facts["image_size"],
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        half=facts["precision"] == "bfloat16",
+    )
+    return Network("model", public(spec.name), "", spec)
+
+
+# ---- Sets.
+
+
+def sets_of(config: Config, folder: RunFolder, models: Sequence[Network]) -> Sets | None:
+    """The sets that vectors are scored on; None where only dense images are named.
+
+    Raises:
+        PipelineError: a set is not there, or cannot be compared with the other or with a model.
+    """
+    settings, data = config.evaluate, config.data
+    columns = (data.image_column, data.label_column)
+    if only_dense(config, folder):
+        return None
+    if settings.reference:
+        reference = open_set("evaluate.reference", settings.reference, columns)
+    else:
+        shards = open_training_shards(config, folder)
+        reference = EvaluationSet(TRAINING_SHARDS, shards.uri, shards)
+    queries = None
+    if settings.queries:
+        queries = open_set("evaluate.queries", settings.queries, columns)
+    sets = check_sets(reference, queries)
+    if not sets.from_vectors:
+        _check_ranges(config, sets, models)
+    return _bounded(sets)
+
+
+def _bounded(sets: Sets) -> Sets:
+    """Sets of millions of images without queries are sampled: what is asked is all of them."""
+    reference = sets.reference
+    if sets.queries is not None or reference.shards is None:
+        return sets
+    own = reference.field == TRAINING_SHARDS
+    limit = (ASKED_AT_MOST if own else None) if sets.labelled else UNLABELLED_AT_MOST
+    if limit is None:
+        return sets
+    return Sets(reference.first(limit))
+
+
+def _check_ranges(config: Config, sets: Sets, models: Sequence[Network]) -> None:
+    """Refuses images whose values are others than a named model was trained with; of the run's own
+    model that is said, for its other sets are read as the training images are.
+
+    Raises:
+        DataError: they are.
+    """
+    own, asked = is_own(config), config.data.range
+    for one in sets.each.values():
+        for network in models:
+            spec, channels = network.spec, len(network.spec.mean)
+            assert one.shards is not None
+            if network.role != "model" or asked != AUTO:
+                continue
+            if own:
+                if one.field != TRAINING_SHARDS and (
+                    text := difference(
+                        f"the images of {one.field}", one.shards, spec.value_range, channels
+                    )
+                ):
+                    log.warning("%s", text)
+            elif (values := other_range(one.shards, spec.value_range, channels)) is not None:
+                raise DataError(
+                    f"{one.labels.place} holds values of {shown(values)}, {network.name} was "
+                    f"trained with {shown(spec.value_range)}: its vectors of these images would "
+                    "mean nothing",
+                    "take a model that was trained on such images, or say which values become 0 "
+                    "and 255: data.range=[low,high]",
+                )
+
+
+def only_dense(config: Config, folder: RunFolder) -> bool:
+    """Whether models are scored on dense images alone."""
+    settings = config.evaluate
+    named = settings.reference or settings.queries
+    return bool(
+        settings.dense and settings.models and not named and not _has_shards(config, folder)
+    )
+
+
+def dense_of(config: Config) -> Dense | None:
+    """What dense scores are of; None where no dense images are named.
+
+    Raises:
+        DataError: there is no such set, or none of its images can be used.
+    """
+    settings = config.evaluate
+    if not settings.dense:
+        if settings.dense_queries:
+            raise ConfigError(
+                "evaluate.dense_queries is set, but evaluate.dense is not: heads are fitted to it",
+                "name images with masks or depth: evaluate.dense=…",
+            )
+        return None
+    queries = settings.dense_queries
+    return Dense(
+        _dense_set(settings.dense, "evaluate.dense", settings.void),
+        _dense_set(queries, "evaluate.dense_queries", settings.void) if queries else None,
+        DenseSettings(
+            settings.dense_size or settings.image_size,
+            seed=config.run.seed,
+            gpu=config.train.device != "cpu",
+        ),
+    )
+
+
+@lru_cache(4)  # each image of it is read, and it is asked for with the key and with the run
+def _dense_set(uri: str, field: str, void: tuple[int, ...]) -> DenseSet:
+    return open_dense_set(uri, field, void)
+
+
+# ---- All of it.
+
+
+def groups_of(config: Config, alone: bool) -> tuple[str, ...]:
+    """The groups of scores: those named, else all that are cheap beside a training, and alone all.
+
+    Args:
+        config: the recipe.
+        alone: evaluation is the job, not the end of a whole chain.
+    """
+    return config.evaluate.scores or (ALL if alone else IN_CHAIN)
+
+
+def request_of(context: Context) -> Request:
+    """What the recipe asks for.
+
+    Raises:
+        PipelineError: models or sets are not there, or do not fit each other.
+    """
+    config, folder = context.config, context.folder
+    models = networks(config, folder)
+    sets = sets_of(config, folder, models)
+    settings = config.evaluate
+    main = models[0]
+    return Request(
+        tuple(models),
+        sets,
+        folder.at("evaluate"),
+        groups_of(config, context.only),
+        Scoring(settings.k, settings.temperature, config.run.seed),
+        dense_of(config),
+        settings.decide_by,
+        title=f"Evaluation of {main.name}",
+        max_pixels=config.data.max_image_pixels,
+        gpu=_gpu(config, folder),
+        remarks=sampled(sets),
+    )
+
+
+def _gpu(config: Config, folder: RunFolder) -> bool:
+    if is_own(config):
+        return trained_plan(chosen_in(folder, config)).device == "cuda"
+    return config.train.device != "cpu"
+
+
+def sampled(sets: Sets | None) -> tuple[str, ...]:
+    """A sentence where not all images of a set are scored."""
+    shards = sets.reference.shards if sets and not sets.queries else None
+    if sets is None or shards is None:
+        return ()
+    whole = sets.reference.whole
+    sample = (
+        f"{shards.rows:,} of {whole:,} images are scored, the first by the hashes of their bytes"
+    )
+    return (sample,) if whole else ()

@@ -1,0 +1,197 @@
+"""Whole cards of planted truth, and their scores against the network in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.card.card import Card
+from pipeline.card.inputs.common import common
+from pipeline.card.run import evaluate
+from pipeline.config.load import load
+from pipeline.context import Context
+from pipeline.embed.vectors import open_vectors
+from pipeline.errors import PipelineError
+from pipeline.evaluate.knn import knn_classify
+from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import Plan
+from pipeline.stages import evaluate as stage
+from pipeline.stages.evaluation import request_of, teacher
+from pipeline.storage.run_folder import RunFolder
+from pipeline.train import build, state
+from pipeline.train.run import evaluation_spec, plan_for
+from pipeline.train.start import starting_pair
+from tests.card.conftest import COLOURS, coloured
+from tests.data import hub_table, stored
+from tests.tiny import write_tiny
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+NAMES = list(COLOURS)
+
+
+def labelled_set(folder: Path, numbers: range, names: list[str], *broken: bytes) -> Any:
+    each = [(NAMES[n % 3], coloured(NAMES[n % 3], n)) for n in numbers]
+    images = [image for _, image in each] + list(broken)
+    labels = [names.index(name) for name, _ in each] + [0] * len(broken)
+    return stored(hub_table(images, labels, names), folder / "part.parquet", 16)
+
+
+class Trained:
+    """A run whose teacher is not its first network, and labelled sets in two orders of classes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reference = labelled_set(folder / "reference", range(60), NAMES, b"broken")
+        labelled_set(folder / "queries", range(60, 90), NAMES[::-1])
+        changes = {"queries": f"{folder}/queries", "k": 5}
+        self.recipe = write_tiny(folder / "tiny.yaml", evaluate=changes)
+        config = self.config()
+        plan = plan_for(config, self.reference, Machine(cpus=2, gpus=0, bfloat16=False))
+        network = build.pair(config).teacher
+        with torch.no_grad():
+            for value in network.backbone.parameters():
+                value.add_(0.1 * torch.randn_like(value))
+        meta = {"plan": plan.model_dump(mode="json")}
+        place = folder / "runs" / "tiny" / "checkpoints"
+        self.plan: Plan = plan
+        self.saved = state.save(place, 5, {"teacher": network.state_dict()}, meta)
+
+    def config(self, *changes: str) -> Any:
+        named = [f"data.shards={self.folder}/reference", f"run.folder={self.folder}/runs"]
+        return load([str(self.recipe), *named, *changes])
+
+    def context(self, *changes: str, name: str = "tiny", only: bool = True) -> Context:
+        folder = RunFolder.of(f"{self.folder}/runs", name)
+        return Context(self.config(*changes), folder, only=only)
+
+    def card(self, *changes: str, name: str = "tiny") -> Card:
+        return evaluate(request_of(self.context(*changes, name=name)))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Trained:
+    return Trained(tmp_path)
+
+
+def value(card: Card, role: str, score: str) -> float:
+    one = next(one for one in card.contenders if one.role == role)
+    return one.results[score].interval.value
+
+
+@pytest.mark.long
+def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
+    card = trained.card("evaluate.scores=[knn,unlabelled]")
+    spec: EvaluationSpec = evaluation_spec(trained.plan, trained.reference)
+    networks = {
+        "model": teacher(trained.saved).backbone,
+        "step0": starting_pair(trained.plan)[0].teacher.backbone,
+    }
+    for role, network in networks.items():
+        evaluator = Evaluator(spec)
+        expected = evaluator.run(network).metrics
+        reference, queries = (
+            evaluator.features(network, x, None) for x in (spec.reference, spec.queries) if x
+        )
+        knn = knn_classify(reference, queries, 3, [5, 10, 20, 100, 200])
+        for k, accuracy in knn.items():
+            assert value(card, role, f"knn{k}_top1") == pytest.approx(accuracy), (role, k)
+        for name in ("feature_std", "effective_rank"):
+            known = expected[f"health/{name}"]
+            assert value(card, role, name) == pytest.approx(known, rel=1e-4), (role, name)
+    pixels = Evaluator(spec).raw_pixels()
+    assert value(card, "raw_pixels", "knn5_top1") == pytest.approx(pixels, abs=1e-9)
+    assert value(card, "majority", "knn5_top1") == pytest.approx(1 / 3)
+    assert value(card, "colours", "knn5_top1") == 1.0  # one colour a class
+    assert (card.reference.images, card.queries and card.queries.images) == (60, 30)
+    assert "1 images could not be decoded and are not scored" in card.remarks
+    confusion = np.asarray(card.confusion)
+    assert confusion.sum() == 30
+    assert np.trace(confusion) / 30 == pytest.approx(value(card, "model", "knn5_top1"))
+    assert len(card.wrong) == 30 - np.trace(confusion)
+
+
+def test_one_labelled_set_is_scored_by_leaving_one_out(trained: Trained) -> None:
+    card = trained.card("evaluate.queries=", "evaluate.scores=knn")
+    assert card.queries is None
+    network = teacher(trained.saved).backbone
+    rows = Evaluator(evaluation_spec(trained.plan, trained.reference)).features(
+        network, trained.reference, None
+    )
+    expected = knn_classify(rows, rows, 3, [5, 200], leave_one_out=True)
+    assert value(card, "model", "knn5_top1") == pytest.approx(expected[5])
+
+
+def test_models_are_scored_side_by_side_and_a_run_beside_what_it_began_as(
+    trained: Trained,
+) -> None:
+    run = f"{trained.folder}/runs/tiny"
+    given = [f"evaluate.reference={trained.folder}/reference", "evaluate.scores=knn"]
+    card = trained.card(f"evaluate.models=[descriptor,{run}]", *given, name="other")
+    roles = [one.role for one in card.contenders]
+    assert roles == ["model", "model", "step0", "raw_pixels", "colours", "majority"]
+    assert card.contenders[2].of == card.contenders[1].name == f"{run} (step 5)"
+    own = trained.card("evaluate.scores=knn")
+    for score in ("knn5_top1", "knn20_top1"):
+        beside = card.contenders[1].results[score].interval
+        assert beside == own.contenders[0].results[score].interval, score
+    assert any("their own image_size: descriptor 256" in remark for remark in card.remarks)
+    metrics = stage.metrics_of(card)
+    slug = stage._slugs([one.name for one in card.contenders[:2]])[1]
+    assert metrics[f"eval/knn5_top1{slug}"] == own.contenders[0].results["knn5_top1"].interval.value
+    assert f"eval/knn5_top1{slug}_step0" in metrics
+    assert metrics["eval/knn5_top1_colours"] == 1.0
+
+
+def test_vectors_are_scored_without_opening_an_image(trained: Trained) -> None:
+    card = trained.card("evaluate.scores=knn")
+    tables = trained.folder / "runs/tiny/evaluate/vectors/00-model"
+    for shards in ("reference", "queries"):
+        (trained.folder / shards / "part.parquet").unlink()
+    given = [f"evaluate.{name}={tables}/{name}" for name in ("reference", "queries")]
+    again = trained.card(*given, "evaluate.scores=knn", name="vectors")
+    roles = [one.role for one in again.contenders]
+    assert roles == ["model", "raw_pixels", "colours", "majority"]  # columns of that table
+    for score, result in card.contenders[0].results.items():
+        assert again.contenders[0].results[score].interval == result.interval
+    assert again.confusion == card.confusion
+
+
+def test_what_cannot_be_compared_is_refused(trained: Trained) -> None:
+    trained.card("evaluate.scores=knn")
+    tables = trained.folder / "runs/tiny/evaluate/vectors/00-model"
+    shards = f"evaluate.queries={trained.folder}/queries"
+    cases = {
+        "holds vectors, evaluate.queries=": [f"evaluate.reference={tables}/reference", shards],
+        "holds vectors of a model": [
+            f"evaluate.reference={tables}/reference",
+            "evaluate.models=descriptor",
+        ],
+        "names one model twice": ["evaluate.models=[descriptor,descriptor]"],
+        "no embedder: there is no": ["evaluate.models=/nowhere/weights"],
+    }
+    for sentence, given in cases.items():
+        with pytest.raises(PipelineError) as error:
+            request_of(trained.context(*given, name="other"))
+        assert sentence in error.value.what, sentence
+
+
+def test_an_image_that_one_model_lacks_is_left_out_of_all(trained: Trained) -> None:
+    trained.card("evaluate.scores=knn")
+    whole = open_vectors(f"{trained.folder}/runs/tiny/evaluate/vectors/00-model/queries")
+    rows = SimpleNamespace(ids=whole.ids(), vectors=whole.read())
+    from dataclasses import replace
+
+    few = replace(whole, parts=whole.parts[:1])
+    assert common([whole, whole]) == ([whole, whole], 0)
+    (left, right), dropped = common([whole, few])
+    assert dropped == whole.rows - few.rows
+    np.testing.assert_array_equal(left.ids(), right.ids())
+    kept = np.isin(rows.ids, few.ids())
+    np.testing.assert_array_equal(left.read(), rows.vectors[kept])
+    np.testing.assert_array_equal(left.labels(), whole.labels()[kept])
