@@ -32,7 +32,7 @@ log = logging.getLogger("pipeline.evaluate")
 # What baselines are scored by too: cheap, and enough to say whether a model is any better.
 OF_NETWORKS = ("knn", "logistic", "few_shot", "retrieval", "unlabelled")
 OF_IMAGES = ("knn", "logistic", "few_shot", "retrieval")
-IN_TASKS: tuple[str, ...] = ("knn", "unlabelled")
+IN_TASKS: tuple[str, ...] = ("knn", "logistic", "few_shot", "retrieval", "unlabelled")
 
 
 @dataclass

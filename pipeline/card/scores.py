@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +13,12 @@ from torch import Tensor
 from pipeline.card.card import Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
 from pipeline.evaluate.baselines import majority_hits
+from pipeline.evaluate.few_shot import few_shot_scores
 from pipeline.evaluate.health import effective_rank, feature_std
 from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
+from pipeline.evaluate.logistic import logistic_scores
 from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+from pipeline.evaluate.retrieval import retrieval_scores
 from pipeline.evaluate.score import Score
 from pipeline.evaluate.unlabelled import rank_me, uniformity
 
@@ -79,14 +83,33 @@ def scored(group: str, entrant: Entrant, scoring: Scoring, gpu: bool) -> Scored:
     begin = time.monotonic()
     reference, queries = entrant.both
     device = "cuda" if gpu else "cpu"
+    for one in (reference, queries):
+        if one is not None and group != "knn":
+            one.features = one.features.to(device)
     answers = Answers()
     if group == "knn":
         results, answers = _knn(reference, queries, scoring, device)
+    elif group == "logistic":
+        score, details = logistic_scores(reference, queries, classes_of(reference, queries))
+        results = {score.name: Result.of(score, **details)}
+    elif group == "few_shot":
+        results = _each(few_shot_scores(reference, queries, seed=scoring.seed))
+    elif group == "retrieval":
+        results = _each(retrieval_scores(reference, queries, seed=scoring.seed))
     elif group == "unlabelled":
-        results = _unlabelled((queries or reference).features[:UNLABELLED].to(device))
+        results = _unlabelled((queries or reference).features[:UNLABELLED])
     else:
         raise ValueError(f"no group of scores {group}")
     return Scored(results, time.monotonic() - begin, answers)
+
+
+def classes_of(reference: LabelledFeatures, queries: LabelledFeatures | None) -> int:
+    """More than any label."""
+    return max(int(one.labels.max()) for one in (reference, queries or reference)) + 1
+
+
+def _each(scores: Iterable[tuple[Score, dict[str, Any]]]) -> dict[str, Result]:
+    return {score.name: Result.of(score, **details) for score, details in scores}
 
 
 def _unlabelled(features: Tensor) -> dict[str, Result]:

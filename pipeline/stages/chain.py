@@ -91,6 +91,9 @@ def run(config: Config, stages: Sequence[str]) -> None:
     if list(stages) == ["search"]:
         search.look_up(config)
         return
+    if list(stages) == evaluation.JOB and config.evaluate.cards:
+        evaluate.compare(config)
+        return
     folder = RunFolder.of(config.run.folder, config.run.name)
     config, stages = evaluation.asked_for(config, folder, stages)
     with looked_up_once():

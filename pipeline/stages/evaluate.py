@@ -9,24 +9,32 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
-from pipeline.card.card import Card, Contender
+from pipeline.card.card import VERSION, Card, Contender
+from pipeline.card.compare import PAGE as COMPARED
+from pipeline.card.compare import compare_cards
 from pipeline.card.files import CARD, write_card
+from pipeline.card.inputs.tables import images_of
+from pipeline.card.page import write_page
+from pipeline.card.picture import card_picture
 from pipeline.card.request import Request
 from pipeline.card.run import evaluate
+from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
 from pipeline.stages.evaluation import chosen, is_own, request_of, teacher, trained_plan
-from pipeline.storage.places import exists, resolve_uri
-from pipeline.storage.run_folder import fingerprint
+from pipeline.storage.mirror import mirrored
+from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train import state
 from pipeline.train.run import evaluation_spec
-from pipeline.uri import public
+from pipeline.uri import join, public
 
 log = logging.getLogger("pipeline.evaluate")
+PAGE = "card.html"
 HEALTH = ("feature_std", "effective_rank")  # that have been `health/…` from the beginning
 SAID = ("step0", "init", "untrained", "raw_pixels", "colours", "majority")
 
@@ -43,19 +51,22 @@ def key(context: Context) -> str:
         dense = (request.dense.reference, request.dense.queries)
         digests["dense"] = [one and one.digest for one in dense]
     asked = [request.groups, request.max_pixels, request.scoring.seed]
-    return fingerprint([[one.identity for one in request.networks], settings, digests, asked])
+    networks = [one.identity for one in request.networks]
+    return fingerprint([VERSION, networks, settings, digests, asked])
 
 
 def intact(context: Context) -> bool:
     """Whether the card of a finished stage is still there."""
-    return exists(*resolve_uri(str(context.folder.at("evaluate", CARD))))
+    return all((context.folder.path / "evaluate" / name).is_file() for name in (CARD, PAGE))
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Makes the card, and tells MLflow and the console what is on it."""
     request = request_of(context)
     card = evaluate(request)
-    write_card(card, context.folder.at("evaluate"))
+    folder = context.folder.path / "evaluate"
+    write_card(card, folder)
+    write_page(card, folder / PAGE, image_of(request), request.networks[0].spec.name)
     main, step = card.contenders[0], request.networks[0].step
     health = _health(context) if is_own(context.config) else {}
     numbers = numbers_of(card)
@@ -66,6 +77,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         tracker.headline(
             step, {f"eval/{card.score}_final": main.results[card.score].interval.value}
         )
+    tracker.picture("card", step, card_picture(card))
+    for name in (PAGE, CARD):
+        tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
     if sentence := _alarm(context, numbers[main.role]):
         log.warning("%s", sentence)
@@ -76,11 +90,26 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "text": text,
         "verdict": card.verdict.text,
         "rule": card.verdict.rule,
+        "page": f"evaluate/{PAGE}",
         "remarks": list(card.remarks),
     }
     if is_own(context.config):  # what the export says of these weights
         result |= {"step": step, "trained": numbers.pop("model")}
     return result | numbers
+
+
+def compare(config: Config) -> None:
+    """`jobs/evaluate.py cards=[…]`: cards that are there already, on one page; nothing is computed.
+
+    Raises:
+        PipelineError: fewer than two cards are named, or one is not there.
+    """
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    with folder.locked(), mirrored(folder, lambda names: None) as push:
+        verdict = compare_cards(config.evaluate.cards, folder.path / "evaluate")
+        push()
+    result_line("page", public(folder.at("evaluate", COMPARED)))
+    result_line("verdict", verdict)
 
 
 # ---- What is told of a card.
@@ -182,6 +211,18 @@ def table_of(card: Card) -> dict[str, list[Any]]:
         "high": [one.high for one in intervals],
         "of": [compared(card)] * len(rows),
     }
+
+
+def image_of(request: Request) -> Callable[[str], bytes | None]:
+    """The encoded image of an id, of either set; None where only vectors are there."""
+    tables, sets = join(request.folder, "vectors"), request.sets
+    readers = images_of(tables, request.networks[0], sets) if sets else []
+
+    def read(image_id: str) -> bytes | None:
+        holder = next((one for one in readers if image_id in one), None)
+        return None if holder is None else holder[image_id]
+
+    return read
 
 
 # ---- The health of a run's own teacher, which needs its heads.

@@ -11,8 +11,10 @@ from pipeline.card.inputs.networks import Network
 from pipeline.card.inputs.sets import Sets
 from pipeline.embed.embedders import BLOCKS, EmbedderSpec, open_embedder
 from pipeline.embed.folder import remove_vectors
+from pipeline.embed.ids import Ids, id_bytes
+from pipeline.embed.image_reader import ImageReader
 from pipeline.embed.run import Request, embed_set
-from pipeline.embed.vectors import VectorSet
+from pipeline.embed.vectors import VectorSet, open_vectors
 from pipeline.errors import DataError, PipelineError
 from pipeline.heartbeat import now
 from pipeline.uri import Place, join
@@ -106,12 +108,28 @@ def _embedded(
         assert one.shards is not None
         shards = replace(one.shards, value_range=network.spec.value_range)
         request = Request(network.spec, shards, outputs, max_pixels=how.max_pixels, gpu=how.gpu)
-        place = join(how.folder, f"{number:02}-{network.role}", what)
-        reports[what] = embed_set(request, str(place), replaced=True)
+        place = place_of(how.folder, number, network, what)
+        reports[what] = embed_set(request, place, replaced=True)
     vectors = {what: report.vectors for what, report in reports.items()}
     bad = sum(report.bad for report in reports.values())
     seconds = time.monotonic() - begin
     return Tables(network, vectors["reference"], vectors.get("queries"), bad, seconds)
+
+
+def place_of(folder: Place, number: int, network: Network, what: str) -> str:
+    """Where the table of a set is, by the number of the network on the card."""
+    return str(join(folder, f"{number:02}-{network.role}", what))
+
+
+def images_of(folder: Place, first: Network, sets: Sets) -> list[ImageReader]:
+    """Readers of the encoded images of the sets, by the tables of the first network."""
+    readers = []
+    for what, one in sets.each.items():
+        if one.shards is not None:
+            vectors = open_vectors(place_of(folder, 0, first, what))
+            ids = Ids(id_bytes(vectors.columns("image_id")["image_id"]))
+            readers.append(ImageReader(one.shards, ids, vectors.places()))
+    return readers
 
 
 def _outputs(spec: EmbedderSpec, wanted: Sequence[str]) -> tuple[str, ...]:
