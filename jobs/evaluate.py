@@ -27,6 +27,7 @@ if __name__ == "__main__":
             "models": "evaluate.models",
             "data": "evaluate.reference",
             "queries": "evaluate.queries",
+            "scores": "evaluate.scores",
             "dense": "evaluate.dense",
             "cards": "evaluate.cards",
         },

@@ -48,6 +48,7 @@ class Request:
         gpu: GPUs may be used.
         remarks: what is known already and belongs on the card.
         facts: of models by their names, for the verdict.
+        unusable: why labels of one set say nothing about a model; "": they do, or nobody looked.
     """
 
     networks: tuple[Network, ...]
@@ -62,6 +63,7 @@ class Request:
     gpu: bool = True
     remarks: tuple[str, ...] = ()
     facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+    unusable: str = ""
 
     @property
     def labelled(self) -> bool:
@@ -82,5 +84,5 @@ class Request:
         """Whether a group of scores is asked for and possible."""
         if group == "dense":
             return self.dense is not None and group in self.groups
-        possible = self.labelled or group not in NEEDS_LABELS
+        possible = (self.labelled and not self.unusable) or group not in NEEDS_LABELS
         return self.sets is not None and possible and group in self.groups

@@ -25,6 +25,7 @@ from pipeline.card.request import Request
 from pipeline.card.scores import Answers
 from pipeline.card.verdict import Facts, verdict_of
 from pipeline.errors import PipelineError
+from pipeline.evaluate.deciding import why_unusable
 from pipeline.heartbeat import now
 from pipeline.uri import join, public
 
@@ -69,6 +70,7 @@ def evaluate(request: Request) -> Card:
     """
     tables, remarks = _tables(request)
     contenders = _contenders(request, tables)
+    request = replace(request, unusable=_unusable(request, contenders))
     answers = _scores(request, contenders)
     remarks += _dense(request, contenders)
     _majority(request, contenders)
@@ -81,7 +83,8 @@ def facts_of(request: Request, card: Card) -> Facts:
     """What the verdict needs beside the card."""
     overlap = request.sets.overlap if request.sets else None
     has = any(card.score in one.results for one in card.contenders if one.role == "model")
-    missing = "" if has else f"it was not computed; evaluate.scores is {', '.join(request.groups)}"
+    missing = f"it was not computed; evaluate.scores is {', '.join(request.groups)}"
+    missing = "" if has else request.unusable or missing
     return Facts(
         request.facts,
         shared=overlap.known or 0 if overlap else 0,
@@ -151,6 +154,18 @@ def _contenders(request: Request, tables: Sequence[Tables]) -> list[Growing]:
         if network:
             contenders[-1].cost["embed"] = round(entrant.tables.seconds, 2)
     return contenders
+
+
+def _unusable(request: Request, contenders: Sequence[Growing]) -> str:
+    """Why images of one labelled set cannot be classified by the others: hardly any class has two.
+    That all are of one class is seen by the scores.
+    """
+    entrant, sets = contenders[0].entrant, request.sets
+    if entrant is None or sets is None or sets.queries is not None or not sets.labelled:
+        return ""
+    labels = entrant.labels(entrant.tables.reference).labels
+    known = labels[labels >= 0]
+    return why_unusable(labels) if len(known) and bool((known != known[0]).any()) else ""
 
 
 def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:

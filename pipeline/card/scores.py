@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from pipeline.card.card import Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
@@ -21,6 +20,9 @@ from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
 from pipeline.evaluate.retrieval import retrieval_scores
 from pipeline.evaluate.score import Score
 from pipeline.evaluate.unlabelled import rank_me, uniformity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`
 WRONG = 24  # most wrong answers that a card shows

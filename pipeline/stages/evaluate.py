@@ -163,10 +163,10 @@ def numbers_of(card: Card) -> dict[str, dict[str, float]]:
 def sentence_of(card: Card, request: Request) -> str:
     """The score that decides, of the first model and of all that stands beside it."""
     main = card.contenders[0]
-    if card.score not in main.results:
+    if card.score not in main.results or not request.labelled:
         scores = {n: x for n, x in main.results.items() if x.score is None} or main.results
         listed = ", ".join(f"{name} {one.interval.value:.3g}" for name, one in scores.items())
-        unlabelled = ["no labels"] * (not request.labelled)
+        unlabelled = ["no labels"] * (not request.labelled and request.sets is not None)
         return "; ".join(filter(None, [*unlabelled, listed, *card.remarks]))
     value = main.results[card.score].interval.value
     step = request.networks[0].step

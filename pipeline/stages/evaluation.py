@@ -33,7 +33,7 @@ from pipeline.uri import public
 
 log = logging.getLogger("pipeline.evaluate")
 JOB = ["pack", "evaluate"]
-# In a whole chain: what costs seconds beside a training. Linear layers cost minutes.
+# For a run's own teacher: what costs seconds beside its training. Linear layers cost minutes.
 IN_CHAIN = ("knn", "logistic", "few_shot", "retrieval", "copies", "unlabelled", "dense")
 ALL = (*IN_CHAIN, "linear")
 ASKED_AT_MOST = 50_000  # training images that are asked one by one, where no queries are named
@@ -271,14 +271,11 @@ def _dense_set(uri: str, field: str, void: tuple[int, ...]) -> DenseSet:
 # ---- All of it.
 
 
-def groups_of(config: Config, alone: bool) -> tuple[str, ...]:
-    """The groups of scores: those named, else all that are cheap beside a training, and alone all.
-
-    Args:
-        config: the recipe.
-        alone: evaluation is the job, not the end of a whole chain.
+def groups_of(config: Config) -> tuple[str, ...]:
+    """The groups of scores: those named; else for the run's own teacher what is cheap beside its
+    training, in a whole chain and after it, and for models that are named all.
     """
-    return config.evaluate.scores or (ALL if alone else IN_CHAIN)
+    return config.evaluate.scores or (IN_CHAIN if is_own(config) else ALL)
 
 
 def request_of(context: Context) -> Request:
@@ -296,7 +293,7 @@ def request_of(context: Context) -> Request:
         tuple(models),
         sets,
         folder.at("evaluate"),
-        groups_of(config, context.only),
+        groups_of(config),
         Scoring(settings.k, settings.temperature, config.run.seed),
         dense_of(config),
         settings.decide_by,
