@@ -172,7 +172,16 @@ class Case:
 
     def gain(self, other: Contender, over: Contender | None = None, level: float = LEVEL) -> Gain:
         """Of the best model, or of `over`, against another, on the same images."""
-        return gain(self.score(over or self.best), self.score(other), level)
+        one = over or self.best
+        pair = (one.role, one.name, other.role, other.name, level)
+        if pair not in self._gains:
+            self._gains[pair] = gain(self.score(one), self.score(other), level)
+        return self._gains[pair]
+
+    @cached_property
+    def _gains(self) -> dict[tuple[object, ...], Gain]:
+        """Those that were asked for: of a mean average precision one takes seconds."""
+        return {}
 
     def untelling(self) -> list[tuple[Contender, Gain]]:
         """What the best model might be better than, and the images are too few to tell."""

@@ -80,10 +80,9 @@ def page_sections(card: Card, image_of: ImageOf | None = None, model: str = "") 
 
 def mood_of(card: Card) -> str:
     """Of the verdict, for `Statement`."""
-    if card.verdict.rule in ("", "equal_models"):
+    if card.verdict.rule in ("", "equal_models") or "No verdict" in card.verdict.text:
         return "open"
-    good = card.verdict.rule in (*GOOD, "best_model") and "Worse" not in card.verdict.text
-    return "good" if good and "No better" not in card.verdict.text else "bad"
+    return "good" if card.verdict.rule in (*GOOD, "best_model") else "bad"
 
 
 def subtitle_of(card: Card) -> str:

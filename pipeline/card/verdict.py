@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.card.card import Card, Verdict
-from pipeline.card.case import Case, Facts, Gain, ModelFacts, gain
+from pipeline.card.case import Case, Facts, Gain, ModelFacts
 from pipeline.card.words import SHORT, UNLABELLED, about, title_of, with_margin
 from pipeline.evaluate.score import LEVEL
 
@@ -42,7 +42,9 @@ def verdict_of(card: Card, facts: Facts | None = None) -> Verdict:
     if len(case.models) == 1:
         return Verdict(name, text)
     rank, ranking = _ranking(case)
-    return Verdict(rank, ranking if name in GOOD else f"{ranking} {text}")
+    if name in GOOD:
+        return Verdict(rank, ranking)
+    return Verdict(name or rank, f"{ranking} {text}")  # what is wrong with the best one weighs more
 
 
 # Rules of the card as a whole. A rule named "" gives no verdict.
@@ -292,7 +294,7 @@ def _ranking(case: Case) -> tuple[str, str]:
     best, *others = case.models
     same = [one for one in others if case.score(one).images == case.score(best).images]
     level = 1 - (1 - LEVEL) / (len(case.models) * (len(case.models) - 1) / 2)
-    gains = [(one, gain(case.score(best), case.score(one), level)) for one in same]
+    gains = [(one, case.gain(one, level=level)) for one in same]
     alike = [one for one, against in gains if not against.is_better]
     worse = [one for one, against in gains if against.is_better]
     value = case.said()

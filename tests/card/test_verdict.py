@@ -142,7 +142,7 @@ SITUATIONS = {
         (model(0.74, "runs/b"), model(0.84), model(0.70, "runs/c"), STEP0, *SMALL),
     ),
     "the best of two that are worse than colours": Planted(
-        "best_model",
+        "no_better_than_colours",
         ["Best: runs/photos", "Worse than colours (0.44 ± 0.02 against 0.50)"],
         (model(0.34, "runs/b"), model(0.44), contender("step0", 0.3, of=MODEL), *SMALL),
     ),
