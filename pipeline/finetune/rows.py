@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,14 @@ class Split:
     queries_of: ShardSet
     class_names: tuple[str, ...]
     remarks: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of the ids and labels that are trained on, and of the class names."""
+        hashed = blake2b("\0".join(self.class_names).encode(), digest_size=8)
+        for part in (self.training.ids, self.training.labels):
+            hashed.update(np.ascontiguousarray(part).tobytes())
+        return hashed.hexdigest()
 
     def majority(self, ids: Array) -> float:
         """Share of queries that are of the most frequent class of the training.

@@ -139,7 +139,7 @@ def finetune(
     from pipeline.finetune.worker import finetune_worker
 
     checkpoints = folder.at("finetune", "checkpoints")
-    mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=8).remote()
+    mailbox = _mailbox()
     per_worker: dict[str, float] = {"CPU": layout.share.cpus}
     if layout.share.gpus:
         per_worker["GPU"] = layout.share.gpus
@@ -195,6 +195,16 @@ def finetune(
     if outcome["status"] == "stopped":
         outcome["signal"] = ENDING.number
     return dict(outcome)
+
+
+def _mailbox() -> Any:
+    """On the driver's node, which is the one that is not taken away."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=16, scheduling_strategy=here)
+    return actor.remote()
 
 
 def write_bad(folder: RunFolder, bad: Mapping[str, tuple[str, str]]) -> None:

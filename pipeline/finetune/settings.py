@@ -10,6 +10,12 @@ from pipeline.schedule import StepValues, cosine
 EPOCHS = 20.0  # where neither epochs nor steps are said
 CLIP = 1.0  # gradient norm; stops the odd step of a fresh head, else above what a step has
 BETAS = (0.9, 0.999)
+SHOWN = {  # what is no field of the recipe's section
+    "digest": "the weights of the model",
+    "images": "the labelled images to train on",
+    "mean": "augment.mean",
+    "std": "augment.std",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Settings:
         flip: share of mirrored images.
         precision: of matrix products.
         seed: of all that is drawn.
+        images: digest of the ids and labels that are trained on.
         mean: of each channel, for values in 0 to 1.
         std: of each channel.
     """
@@ -59,6 +66,7 @@ class Settings:
     flip: float
     precision: Literal["float32", "bfloat16"]
     seed: int
+    images: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -74,12 +82,12 @@ class Settings:
         return round(self.warmup * self.steps)
 
     def differs(self, earlier: dict[str, Any]) -> list[str]:
-        """The fields in which these are not those of a checkpoint, `name: old -> new`."""
+        """What is not as in a checkpoint, `name: old -> new`; where the model is may change."""
         mine = {n: list(x) if isinstance(x, tuple) else x for n, x in asdict(self).items()}
         return [
-            f"finetune.{name}: {earlier.get(name)} -> {value}"
+            f"{SHOWN.get(name, f'finetune.{name}')}: {earlier.get(name)} -> {value}"
             for name, value in mine.items()
-            if earlier.get(name) != value
+            if earlier.get(name) != value and name != "model"
         ]
 
 

@@ -152,7 +152,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         ),
         config.resources.wait_s,
     )
-    settings = settings_of(config, spec, len(split.training), precision)
+    settings = settings_of(config, spec, len(split.training), precision, split.digest)
     classifier = classifier_of(_loaded(spec), len(split.class_names), settings)
     form = form_of(classifier)  # before it is trained
     check_resume(settings, folder.at("finetune", "checkpoints"))
@@ -241,8 +241,10 @@ def describe(config: Config, folder: RunFolder, images: int) -> str:
     )
 
 
-def settings_of(config: Config, spec: EmbedderSpec, images: int, precision: Any) -> Settings:
-    """What follows from the recipe, the model and the number of images."""
+def settings_of(
+    config: Config, spec: EmbedderSpec, images: int, precision: Any, digest: str = ""
+) -> Settings:
+    """What follows from the recipe, the model, the number of images and their digest."""
     finetune = config.finetune
     return Settings(
         model=spec.name,
@@ -250,6 +252,7 @@ def settings_of(config: Config, spec: EmbedderSpec, images: int, precision: Any)
         steps=steps_of(finetune.epochs, finetune.steps, images, finetune.batch_size),
         image_size=spec.image_size or own_size(_loaded(spec)),
         precision=precision,
+        images=digest,
         # lower layers that were trained change little; drawn anew they have all to learn
         layerwise_decay=finetune.layerwise_decay or (1.0 if finetune.from_scratch else 0.75),
         mean=tuple(spec.mean),

@@ -41,6 +41,7 @@ SETTINGS = Settings(
     flip=0.5,
     precision="float32",
     seed=3,
+    images="",
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
 )

@@ -61,6 +61,8 @@ def test_without_queries_a_fifth_of_each_class_is_held_out(tmp_path: Path) -> No
     few = split_of(("data.shards", shards(tmp_path, 40)), None, 0.1, 0)
     assert names(few.queries.ids) == names(split.queries.ids)  # whatever the fraction
     assert np.bincount(few.training.labels).tolist() == [2, 2]
+    again = split_of(("data.shards", shards(tmp_path / "again", 40)), None, 0.1, 0)
+    assert few.digest == again.digest != split.digest  # by which a checkpoint knows its images
 
 
 def test_files_of_others_get_the_same_rows(tmp_path: Path) -> None:
