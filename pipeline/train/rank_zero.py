@@ -274,7 +274,7 @@ class RankZero(OtherRank):
         """Waits for the evaluations under way and gives the outcome for the driver."""
         now("pretrain: the last evaluation and checkpoint")
         if outcome["status"] == "finished":
-            self.evaluations.finish(lambda: self.request() == STOP)
+            self.evaluations.finish(lambda: not self.too_many_bad and self.request() == STOP)
         else:  # who stops a run is about to take the machine away: the checkpoint is safe, go
             self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
