@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.card.card import Card, Contender, Result, Verdict, WrongAnswer
+from pipeline.card.compare import compare_cards
 from pipeline.card.files import read_card, write_card
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Score, difference
 from tests.card.cards import KNN, card_of, contender, ids_of
+from tests.s3 import S3
 
 
 def rich_card(images: int = 300) -> Card:
@@ -161,3 +163,18 @@ def test_what_is_no_card_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(content | change))
         with pytest.raises(DataError, match=words):
             read_card(tmp_path)
+
+
+def test_on_an_object_store(s3: S3, tmp_path: Path) -> None:
+    s3.make("cards")
+    card = rich_card()
+    with s3.broken("PUT .*images", 503, times=1):
+        write_card(card, s3.uri("cards/run/evaluate"))
+    assert sorted(s3.objects("cards", "run")) == [
+        f"run/evaluate/{name}" for name in ("card.json", "images-2.parquet", "images.parquet")
+    ]
+    again = read_card(s3.uri("cards/run"))
+    assert same(card, again)
+    write_card(card_of(contender("model", 0.7, images=300), images=300), s3.uri("cards/other"))
+    text = compare_cards([s3.uri("cards/run"), s3.uri("cards/other")], tmp_path)
+    assert text.startswith("No verdict, for these cards cannot be compared")  # other settings
