@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGES = 256  # that are attacked: with nine copies of each a recall is known within 3 points
+FEWEST_IMAGES = 64  # within 5 points
 UNIFORMITY_IMAGES = 8192  # 34 million pairs
 
 
@@ -47,7 +48,8 @@ class Probe:
         groups: `copies`, `unlabelled` or both, as `evaluate.scores` names them.
         attacks: whether copies are made. That takes as long as embedding nine images for each of
             the sample; without, there is no copy detection and no `alignment`.
-        images: that are attacked, and whose patches are looked at.
+        images: that are attacked, and whose patches are looked at; None: 256, or for few images
+            so many that their copies are no more than the images, but 64 at least.
         max_pixels: larger images are refused.
         gpu: the task has one.
     """
@@ -58,9 +60,15 @@ class Probe:
     outputs: tuple[str, ...] = ("cls",)
     groups: tuple[str, ...] = ("copies", "unlabelled")
     attacks: bool = True
-    images: int = IMAGES
+    images: int | None = None
     max_pixels: int = MAX_PIXELS
     gpu: bool = False
+
+    @property
+    def sample(self) -> int:
+        """Images that are attacked."""
+        usual = min(IMAGES, max(FEWEST_IMAGES, self.vectors.rows // len(ATTACKS)))
+        return usual if self.images is None else self.images
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ def _attacked(asked: Probe, database: Sample, device: str) -> tuple[Attacked | N
     outputs = asked.outputs if asked.attacks else ()
     smoothness = "unlabelled" in asked.groups and "cls" in asked.outputs
     wanted = Wanted(outputs, smoothness, asked.max_pixels, device)
-    answers = attacked(embedder, asked.shards, database.first(asked.images), wanted)
+    answers = attacked(embedder, asked.shards, database.first(asked.sample), wanted)
     return answers, []
 
 

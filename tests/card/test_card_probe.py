@@ -21,6 +21,7 @@ from pipeline.curate.threshold.attacks import ATTACKS, attack, attacked_copies
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.forward import UNMODELLED
 from pipeline.embed.run import Request, embed_set
+from pipeline.embed.vectors import VectorSet
 from pipeline.errors import DataError
 from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
 from pipeline.evaluate.unlabelled import patch_smoothness, rank_me, uniformity
@@ -178,6 +179,15 @@ def test_scores_of_stored_vectors_and_of_patches(asked: Asked, tmp_path: Path) -
         list(one) for one in sorted(IDS)[:5]
     ]
     assert few["copies_map"].details["database"] == len(IMAGES)
+
+
+@pytest.mark.parametrize(("rows", "images"), [(14, 64), (600, 66), (2304, 256), (1_281_167, 256)])
+def test_few_images_are_not_attacked_for_longer_than_they_are_embedded(
+    rows: int, images: int
+) -> None:
+    table = VectorSet("somewhere", (("part-00000.parquet", rows),), {})
+    assert Probe(table).sample == images
+    assert Probe(table, images=7).sample == 7
 
 
 def test_without_images_there_are_scores_of_vectors_and_a_remark(asked: Asked) -> None:
