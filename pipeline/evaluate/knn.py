@@ -254,11 +254,10 @@ def knn_classify(
             hint="evaluate on shards with a label column",
         )
     same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
-    similarities, rows = nearest(
-        voters.features, asked.features, max(ks), leave_one_out=leave_one_out, same=same
+    neighbours = Neighbours(
+        *nearest(voters.features, asked.features, max(ks), leave_one_out=leave_one_out, same=same)
     )
-    neighbours = Neighbours(similarities, rows.masked_fill(similarities == -torch.inf, -1))
-    truth = asked.labels.to(rows.device)
+    truth = asked.labels.to(neighbours.rows.device)
     hits = {
         number: predictions(neighbours, voters.labels, number, temperature)[0] == truth
         for number in ks

@@ -80,7 +80,7 @@ def nearest(
         queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
         k: cut to the number of rows there are.
         leave_one_out: queries are the reference rows, and none may find itself.
-        same: no query finds these rows: a place that has none left has similarity -inf.
+        same: no query finds these rows: a place that has none left has similarity -inf, row -1.
 
     Returns:
         float32 [Q, k] and int64 [Q, k].
@@ -115,7 +115,7 @@ def nearest(
             apart = (torch.cat((apart[0], twins[0])), torch.cat((apart[1], twins[1])))
         ranked, nearest_rows = best(block, known, k, (apart[0].to(device), apart[1].to(device)))
         values.append(cosines(ranked, block.own))
-        rows.append(nearest_rows)
+        rows.append(nearest_rows.masked_fill(ranked == -torch.inf, -1))
     if not values:
         empty = known.offsets.new_zeros(0, k)
         return empty, empty.long()

@@ -25,8 +25,7 @@ def clusters(n, classes=7, width=6, seed=0):
 
 
 def among(reference, queries, k, **options):
-    similarities, rows = nearest(reference, queries, k, **options)
-    return Neighbours(similarities, rows.masked_fill(similarities == -torch.inf, -1))
+    return Neighbours(*nearest(reference, queries, k, **options))
 
 
 def by_loop(similarities, labels, k, temperature):
