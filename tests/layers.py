@@ -146,7 +146,7 @@ TABLE = [
     row("doctor", "config context curate driver embed errors evaluate heartbeat images model plan "
         "shards stages storage stream train uri", others_inside="torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
-    row("api api.networks api.losses api.images api.train",
+    row("api api.networks api.losses api.images api.train api.finetune",
         "api.* config.sizes embed errors evaluate.features images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.objective train.step uri use views",

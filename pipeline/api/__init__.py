@@ -1,6 +1,6 @@
 """The pieces from Python, without Ray or config. Start at `networks.py`.
 
-`train` alone needs both: it is the whole chain as one call.
+`train` and `finetune` need both: they are a whole chain as one call.
 
     from pipeline import api
 
@@ -13,6 +13,7 @@ a run is made of it.
 
 from __future__ import annotations
 
+from pipeline.api.finetune import Finetuned, finetune
 from pipeline.api.images import embed, multi_crop, prepare
 from pipeline.api.losses import dino_loss, update_centre, update_teacher
 from pipeline.api.networks import (
@@ -107,6 +108,8 @@ __all__ = [
     # training
     "train",
     "Trained",
+    "finetune",
+    "Finetuned",
     "forward",
     "Forward",
     "Views",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,33 +86,61 @@ def train(
         PipelineError: for whatever the user can mend.
         SystemExit: after Ctrl-C or SIGTERM, which end training in a checkpoint.
     """
+    from pipeline.stages import ORDER
+
+    fields = {"data.source": str(source)}
+    return Trained(*run_stages("train", ORDER, out, fields, recipe, settings or {}))
+
+
+def run_stages(
+    call: str,
+    stages: Sequence[str],
+    out: str | Path,
+    fields: Mapping[str, str],
+    recipe: str | Path,
+    settings: Mapping[str, Any],
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Runs stages as a job does; gives the run folder and the results by stage.
+
+    Args:
+        call: the name of the function, for messages.
+        stages: to run.
+        out: the run folder.
+        fields: what the call's own arguments say, by field.
+        recipe: a YAML file, or "".
+        settings: other fields.
+
+    Raises:
+        PipelineError: for whatever the user can mend.
+    """
     from pipeline import log
     from pipeline.config.load import load
-    from pipeline.stages import ORDER, run
+    from pipeline.stages import run
     from pipeline.storage.run_folder import RunFolder
 
     ray: Any = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         raise PipelineError(
-            "a Ray is running in this process, and train starts or joins its own",
-            "call ray.shutdown() first; train joins the cluster of RAY_ADDRESS",
+            f"a Ray is running in this process, and {call} starts or joins its own",
+            f"call ray.shutdown() first; {call} joins the cluster of RAY_ADDRESS",
         )
     folder, name = parent(str(out).rstrip("/"))
-    fields = {"data.source": str(source), "run.folder": str(folder), "run.name": name}
-    if twice := sorted(fields.keys() & (settings or {}).keys()):
+    fields = {**fields, "run.folder": str(folder), "run.name": name}
+    if twice := sorted(fields.keys() & settings.keys()):
+        shown = public(str(fields.get("data.source", "")))
         raise PipelineError(
-            f"{', '.join(twice)} in settings: that is what train('{public(str(source))}', "
+            f"{', '.join(twice)} in settings: that is what {call}('{shown}', "
             f"out='{public(str(out))}') says",
             "give it once",
         )
-    overrides = {**fields, **(settings or {})}
+    overrides = {**fields, **settings}
     config = load([str(recipe)] * bool(recipe) + [f"{k}={_text(v)}" for k, v in overrides.items()])
     if not logging.getLogger("pipeline").handlers:
         log.configure()
-    run(config, ORDER)
+    run(config, stages)
     done = RunFolder.of(config.run.folder, config.run.name)
-    results = {stage: done.last(stage) for stage in ORDER}
-    return Trained(done.path, {stage: result for stage, result in results.items() if result})
+    results = {stage: done.last(stage) for stage in stages}
+    return done.path, {stage: result for stage, result in results.items() if result}
 
 
 def _text(value: Any) -> str:

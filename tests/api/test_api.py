@@ -51,6 +51,8 @@ def test_a_module_without_its_width() -> None:
 def test_what_train_cannot_take(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"run\.name in settings"):
         api.train(tmp_path, tmp_path / "x", settings={"run.name": "y"})
+    with pytest.raises(PipelineError, match=r"finetune\.model in settings"):
+        api.finetune(tmp_path, tmp_path / "x", "m", settings={"finetune.model": "y"})
     with pytest.raises(PipelineError, match=r"optim\.lrr: no such field"):
         api.train(tmp_path, tmp_path / "x", settings={"optim.lrr": 1.0})
 
