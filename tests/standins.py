@@ -105,7 +105,10 @@ def ray_here(patch: pytest.MonkeyPatch) -> None:
             return self
 
         def remote(self, *arguments: Any) -> Result:
-            return Result(self.function(*pickle.loads(pickle.dumps(arguments))))
+            return Result(self.function(*pickled(arguments)))
+
+    def pickled(value: Any) -> Any:
+        return pickle.loads(pickle.dumps(value))
 
     class Result:
         def __init__(self, value: Any) -> None:
@@ -120,6 +123,7 @@ def ray_here(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ray, "remote", Task)
     patch.setattr(ray, "get", get)
     patch.setattr(ray, "wait", lambda waiting, num_returns=1: (waiting[:1], waiting[1:]))
+    patch.setattr(ray, "put", pickled)
     patch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
     patch.setattr(run, "_known_models", {})
     patch.setattr(run, "embedded_in_one_task", embedded)

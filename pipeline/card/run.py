@@ -7,59 +7,26 @@ nearest neighbours in blocks over Ray tasks, everything else in a task for each 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.card import scores
-from pipeline.card.card import BASELINES, Card, Contender, Result, Role, SetFacts
-from pipeline.card.dense.results import dense_baselines, dense_results
+from pipeline.card.card import Card, Contender, SetFacts
 from pipeline.card.dense.sets import DenseSet
 from pipeline.card.inputs.common import common
-from pipeline.card.inputs.entrants import Entrant, entrants_of
+from pipeline.card.inputs.entrants import entrants_of
 from pipeline.card.inputs.networks import Network
 from pipeline.card.inputs.tables import Embedding, Tables, embedded, of_vectors, remove_baselines
-from pipeline.card.request import Request
-from pipeline.card.scores import Answers
+from pipeline.card.scoring import tasks
+from pipeline.card.scoring.request import Request
+from pipeline.card.scoring.scores import Answers
+from pipeline.card.scoring.tasks import Growing
 from pipeline.card.verdict import Facts, verdict_of
-from pipeline.errors import PipelineError
 from pipeline.evaluate.deciding import why_unusable
-from pipeline.heartbeat import now
 from pipeline.uri import join, public
 
 log = logging.getLogger("pipeline.evaluate")
-# What baselines are scored by too: cheap, and enough to say whether a model is any better.
-OF_NETWORKS = ("knn", "logistic", "few_shot", "retrieval", "unlabelled")
-OF_IMAGES = ("knn", "logistic", "few_shot", "retrieval")
-IN_TASKS: tuple[str, ...] = ("knn", "logistic", "few_shot", "retrieval", "unlabelled")
-
-
-@dataclass
-class Growing:
-    """A contender whose results come one after the other.
-
-    Attributes:
-        contender: without results.
-        network: whose it is; None of plain images.
-        entrant: where its vectors are; None where only dense scores are asked for.
-    """
-
-    contender: Contender
-    network: Network | None = None
-    entrant: Entrant | None = None
-    results: dict[str, Result] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-
-    def add(self, group: str, results: Mapping[str, Result], seconds: float) -> None:
-        """Takes the results of a group."""
-        self.results |= results
-        self.cost[group] = round(self.cost.get(group, 0) + seconds, 2)
-
-    def finished(self) -> Contender:
-        """With all that has come."""
-        return replace(self.contender, results=self.results, cost=self.cost)
 
 
 def evaluate(request: Request) -> Card:
@@ -71,9 +38,10 @@ def evaluate(request: Request) -> Card:
     tables, remarks = _tables(request)
     contenders = _contenders(request, tables)
     request = replace(request, unusable=_unusable(request, contenders))
-    answers = _scores(request, contenders)
-    remarks += _dense(request, contenders)
-    _majority(request, contenders)
+    answers = tasks.score_neighbours(request, contenders)
+    remarks += tasks.score_vectors(request, contenders)
+    remarks += tasks.score_dense(request, contenders)
+    tasks.score_majority(request, contenders)
     remove_baselines(tables)
     card = _card(request, contenders, answers, remarks)
     return replace(card, verdict=verdict_of(card, facts_of(request, card)))
@@ -173,92 +141,6 @@ def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:
     shown = ("digest", "image_size", "dim", "precision", "mean", "std")
     facts = {name: known[name] for name in shown if name in known}
     return {"digest": network.spec.digest} | facts | {"step": network.step}
-
-
-# ---- Scores.
-
-
-def _scores(request: Request, contenders: Sequence[Growing]) -> Answers:
-    """Every group of scores of every contender in a task of its own; what the first one answers."""
-    import ray
-
-    gpus = int(request.gpu and ray.cluster_resources().get("GPU", 0) >= 1)
-    task = ray.remote(scores.scored).options(num_cpus=1, num_gpus=gpus)
-    waiting: dict[Any, tuple[Growing, str]] = {}
-    for one in contenders:
-        for group in _groups_of(request, one.entrant):
-            reference = task.remote(group, one.entrant, request.scoring, bool(gpus))
-            waiting[reference] = (one, group)
-    total, answers = len(waiting), Answers()
-    while waiting:
-        now(f"evaluate: {total - len(waiting)} of {total} scores")
-        for reference in ray.wait(list(waiting), num_returns=1)[0]:
-            one, group = waiting.pop(reference)
-            scored = ray.get(reference)
-            one.add(group, scored.results, scored.seconds)
-            if group == "knn" and one is contenders[0]:
-                answers = scored.answers
-    return answers
-
-
-def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
-    """The groups of scores that a task computes of a contender."""
-    if entrant is None:
-        return []
-    groups = IN_TASKS
-    if entrant.role != "model":
-        allowed = OF_NETWORKS if entrant.is_network else OF_IMAGES
-        groups = tuple(g for g in groups if g in allowed)
-    return [group for group in groups if request.has(group)]
-
-
-def _dense(request: Request, contenders: list[Growing]) -> list[str]:
-    """Dense scores of the models, of raw pixels and of a constant; says who has none."""
-    dense = request.dense
-    if dense is None or not request.has("dense"):
-        return []
-    said = [*dense.reference.remarks, *(dense.queries.remarks if dense.queries else ())]
-    grid = 0
-    for one in [x for x in contenders if x.contender.role == "model" and x.network]:
-        assert one.network is not None
-        begin = time.monotonic()
-        now(f"evaluate: dense scores of {one.network.name}")
-        try:
-            results = dense_results(
-                one.network.spec, dense.reference, dense.queries, dense.settings
-            )
-        except PipelineError as error:  # without patches: the other scores are still a card
-            said.append(f"{one.network.name} has no dense scores: {error.what}")
-            log.warning("%s", said[-1])
-            continue
-        one.add("dense", results, time.monotonic() - begin)
-        grid = grid or max(int(r.details.get("grid", 0)) for r in results.values())
-    if not grid:
-        return said
-    begin = time.monotonic()
-    now("evaluate: dense scores of raw pixels")
-    baselines = dense_baselines(dense.reference, dense.queries, dense.settings, grid)
-    for role, results in baselines.items():
-        _baseline(contenders, role).add("dense", results, time.monotonic() - begin)
-    return said
-
-
-def _majority(request: Request, contenders: list[Growing]) -> None:
-    """The most frequent class as an answer to all that k-NN is asked."""
-    first = contenders[0]
-    accuracies = [name for name in first.results if name.startswith("knn")]
-    if accuracies and first.entrant is not None:
-        results = scores.majority(first.entrant, accuracies)
-        _baseline(contenders, "majority").add("knn", results, 0.0)
-
-
-def _baseline(contenders: list[Growing], role: Role) -> Growing:
-    """The contender of a baseline of plain images, which may be new."""
-    for one in contenders:
-        if one.contender.role == role:
-            return one
-    contenders.append(Growing(Contender(role, BASELINES[role])))
-    return contenders[-1]
 
 
 # ---- The card.

@@ -309,8 +309,9 @@ class Embedder:
                 )
                 for name in want:
                     parts[name].append(outputs[name])
-            # Copied at the end: a copy waits for the device, which then has nothing to do.
-            return {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
+        # Copied at the end: a copy waits for the device, which then has nothing to do. Not under
+        # autocast, which joins no float16 on CPUs.
+        return {name: torch.cat(part).cpu().numpy() for name, part in parts.items()}
 
 
 def prepared(kind: str, size: int, pixels: Images) -> Images:

@@ -19,8 +19,8 @@ from pipeline.card.files import CARD, write_card
 from pipeline.card.inputs.tables import images_of
 from pipeline.card.page import write_page
 from pipeline.card.picture import card_picture
-from pipeline.card.request import Request
 from pipeline.card.run import evaluate
+from pipeline.card.scoring.request import Request
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.evaluate.health import alarm

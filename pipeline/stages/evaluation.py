@@ -11,8 +11,8 @@ from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network, Opening, networks_of
 from pipeline.card.inputs.sets import EvaluationSet, Sets, check_sets, open_set
-from pipeline.card.request import Dense, Request
-from pipeline.card.scores import Scoring
+from pipeline.card.scoring.request import Dense, Request
+from pipeline.card.scoring.scores import Scoring
 from pipeline.config.config import Config
 from pipeline.context import Context, open_training_shards, with_packed_sets
 from pipeline.embed.embedders import EmbedderSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,21 +13,15 @@ from pipeline.card.card import Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
 from pipeline.evaluate.baselines import majority_hits
 from pipeline.evaluate.few_shot import few_shot_scores
-from pipeline.evaluate.health import effective_rank, feature_std
 from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
 from pipeline.evaluate.logistic import logistic_scores
-from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+from pipeline.evaluate.neighbours import Neighbours
 from pipeline.evaluate.retrieval import retrieval_scores
 from pipeline.evaluate.score import Score
-from pipeline.evaluate.unlabelled import rank_me, uniformity
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`
 WRONG = 24  # most wrong answers that a card shows
 SHOWN = 5  # neighbours of each
-UNLABELLED = 25_600  # images of scores without labels (RankMe, section 3)
 MOST_CLASSES = 1000  # of a confusion
 
 
@@ -84,25 +78,19 @@ def scored(group: str, entrant: Entrant, scoring: Scoring, gpu: bool) -> Scored:
     """
     begin = time.monotonic()
     reference, queries = entrant.both
-    device = "cuda" if gpu else "cpu"
     for one in (reference, queries):
-        if one is not None and group != "knn":
-            one.features = one.features.to(device)
-    answers = Answers()
-    if group == "knn":
-        results, answers = _knn(reference, queries, scoring, device)
-    elif group == "logistic":
+        if one is not None:
+            one.features = one.features.to("cuda" if gpu else "cpu")
+    if group == "logistic":
         score, details = logistic_scores(reference, queries, classes_of(reference, queries))
         results = {score.name: Result.of(score, **details)}
     elif group == "few_shot":
         results = _each(few_shot_scores(reference, queries, seed=scoring.seed))
     elif group == "retrieval":
         results = _each(retrieval_scores(reference, queries, seed=scoring.seed))
-    elif group == "unlabelled":
-        results = _unlabelled((queries or reference).features[:UNLABELLED])
     else:
         raise ValueError(f"no group of scores {group}")
-    return Scored(results, time.monotonic() - begin, answers)
+    return Scored(results, time.monotonic() - begin)
 
 
 def classes_of(reference: LabelledFeatures, queries: LabelledFeatures | None) -> int:
@@ -114,30 +102,15 @@ def _each(scores: Iterable[tuple[Score, dict[str, Any]]]) -> dict[str, Result]:
     return {score.name: Result.of(score, **details) for score, details in scores}
 
 
-def _unlabelled(features: Tensor) -> dict[str, Result]:
-    """What vectors say without labels. None of it is of single images, so it has no interval."""
-    scores = {
-        "rank_me": rank_me(features),
-        "feature_std": float(feature_std(features)),
-        "effective_rank": float(effective_rank(features)),
-        "uniformity": uniformity(features),
-    }
-    return {name: Result.alone(value, images=len(features)) for name, value in scores.items()}
-
-
-def _knn(
-    reference: LabelledFeatures, queries: LabelledFeatures | None, scoring: Scoring, device: str
-) -> tuple[dict[str, Result], Answers]:
-    voters, asked = reference.labelled(), (queries or reference).labelled()
-    assert voters.ids is not None and asked.ids is not None
-    features = voters.features.to(device)
-    same = SameImages.of(voters.ids, asked.ids)
-    found = Neighbours(*nearest(features, asked.features, max(scoring.ks), same=same))
-    found = Neighbours(found.similarities, found.rows.masked_fill(found.similarities.isinf(), -1))
-    scores = knn_scores(found, voters.labels, asked, scoring.ks, scoring.temperature)
-    return {score.name: Result.of(score) for score in scores}, _answers(
-        found, voters, asked, scoring
-    )
+def of_neighbours(entrant: Entrant, found: Neighbours, scoring: Scoring) -> Scored:
+    """k-NN by the neighbours of all queries, and who is taken for whom."""
+    begin = time.monotonic()
+    reference = entrant.labels(entrant.tables.reference)
+    queries = entrant.labels(entrant.tables.queries or entrant.tables.reference)
+    scores = knn_scores(found, reference.labels, queries, scoring.ks, scoring.temperature)
+    results = {score.name: Result.of(score) for score in scores}
+    answers = _answers(found, reference, queries, scoring)
+    return Scored(results, time.monotonic() - begin, answers)
 
 
 def _answers(

@@ -10,7 +10,7 @@ from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network
 from pipeline.card.inputs.sets import Sets
-from pipeline.card.scores import Scoring
+from pipeline.card.scoring.scores import Scoring
 from pipeline.uri import Place
 
 NEEDS_LABELS = ("knn", "logistic", "linear", "few_shot", "retrieval")
