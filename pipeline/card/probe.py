@@ -47,7 +47,8 @@ class Probe:
             `pixels` and `colours` too, the baselines.
         groups: `copies`, `unlabelled` or both, as `evaluate.scores` names them.
         attacks: whether copies are made. That takes as long as embedding nine images for each of
-            the sample; without, there is no copy detection and no `alignment`.
+            the sample; without, there is no copy detection and no `alignment`, as for a network
+            that a model is only measured against.
         images: that are attacked, and whose patches are looked at; None: 256, or for few images
             so many that their copies are no more than the images, but 64 at least.
         max_pixels: larger images are refused.
@@ -118,7 +119,8 @@ def _attacked(asked: Probe, database: Sample, device: str) -> tuple[Attacked | N
     """What the model gives of the sample, and what there is to say about it."""
     if asked.spec is None or asked.shards is None:
         lacks = "copy detection, alignment and smoothness of patches"
-        return None, [f"vectors were given and no images, so there is no {lacks}"]
+        said = f"vectors were given and no images, so there is no {lacks}"
+        return None, [said] if asked.attacks else []
     embedder = open_embedder(asked.spec, asked.gpu)
     facts = asked.vectors.facts
     if (asked.spec.digest, embedder.size) != (facts["digest"], facts["image_size"]):

@@ -201,6 +201,7 @@ def test_without_images_there_are_scores_of_vectors_and_a_remark(asked: Asked) -
         "vectors were given and no images, so there is no copy detection, alignment and smoothness "
         "of patches",
     )
+    assert probe(Probe(question.vectors, attacks=False)).remarks == ()
 
 
 def test_an_image_that_cannot_be_decoded_again_is_counted(
