@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.card.card import VERSION, Card, Contender
-from pipeline.card.compare import PAGE as COMPARED
-from pipeline.card.compare import compare_cards
 from pipeline.card.files import CARD, write_card
 from pipeline.card.inputs.tables import images_of
-from pipeline.card.page import write_page
-from pipeline.card.picture import card_picture
 from pipeline.card.run import evaluate
 from pipeline.card.scoring.request import Request
+from pipeline.card.shown.compare import PAGE as COMPARED
+from pipeline.card.shown.compare import compare_cards
+from pipeline.card.shown.page import write_page
+from pipeline.card.shown.picture import card_picture
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.evaluate.health import alarm

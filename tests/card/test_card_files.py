@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.card.card import Card, Contender, Result, Verdict, WrongAnswer
-from pipeline.card.compare import compare_cards
 from pipeline.card.files import read_card, write_card
+from pipeline.card.shown.compare import compare_cards
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Score, difference
 from tests.card.cards import KNN, card_of, contender, ids_of

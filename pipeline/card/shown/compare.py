@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.card.card import Card, Contender, SetFacts, Verdict
 from pipeline.card.case import Gain, gain, is_comparable
 from pipeline.card.files import card_folder, read_card
-from pipeline.card.page import deciding_bars, group_of, mood_of, words_of
+from pipeline.card.shown.page import deciding_bars, group_of, mood_of, words_of
 from pipeline.card.verdict import verdict_of
 from pipeline.card.words import UNLABELLED, with_margin
 from pipeline.errors import ConfigError, DataError, shortened

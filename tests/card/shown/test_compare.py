@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.card.card import Card, Result, SetFacts
-from pipeline.card.compare import compare_cards, compared, differences_of, distinct, merged
 from pipeline.card.files import write_card
+from pipeline.card.shown.compare import compare_cards, compared, differences_of, distinct, merged
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Score
 from tests.card.cards import KNN, card_of, contender, hits, ids_of

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.card.card import Card, Contender
-from pipeline.card.page import group_of, name_of
+from pipeline.card.shown.page import group_of, name_of
 from pipeline.card.words import UNLABELLED, is_lower_better, title_of, with_margin
 from pipeline.images.shown import Pixels
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.card.card import Card, Contender, SetFacts
-from pipeline.card.mistakes import ImageOf, mistakes
+from pipeline.card.shown.mistakes import ImageOf, mistakes
 from pipeline.card.verdict import GOOD
 from pipeline.card.words import (
     SAYS,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline.card.card import Card, Result, Verdict, WrongAnswer
-from pipeline.card.mistakes import PAIRS, SAMPLES, WRONG, pictures_of
-from pipeline.card.page import mood_of, write_page
-from pipeline.card.picture import WIDTH, card_picture
+from pipeline.card.shown.mistakes import PAIRS, SAMPLES, WRONG, pictures_of
+from pipeline.card.shown.page import mood_of, write_page
+from pipeline.card.shown.picture import WIDTH, card_picture
 from pipeline.card.words import SAYS, UNLABELLED, is_lower_better, title_of, with_margin
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
