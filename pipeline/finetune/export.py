@@ -8,6 +8,7 @@ one for `timm.create_model("local-dir:<folder>", pretrained=True)`. Beside the w
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pipeline.finetune.classifier import Classifier, spec_of
 from pipeline.finetune.settings import Settings
 from pipeline.images.value_range import ValueRange
 from pipeline.model.foreign import TimmBackbone
+from pipeline.model.foreign_weights import OURS
 from pipeline.model.formats import (
     CONFIG,
     deep_key,
@@ -155,6 +157,7 @@ def save_timm(
             "num_classes": classes,
             "classifier": place,
         },
+        OURS: asdict(backbone.spec),  # by which the backbone comes in again
     }
     write_folder(folder, tensors, {CONFIG: config})
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pipeline import log as logs
 from pipeline.driver.mailbox import STOP, RemoteLines, Reports
-from pipeline.errors import PipelineError, TrainError
+from pipeline.errors import TrainError
 from pipeline.finetune.classifier import classifier_of
 from pipeline.finetune.images import LabelledImages, Worker
 from pipeline.finetune.loop import Trainee, answers, fit
@@ -90,10 +90,7 @@ def finetune_worker(job: dict[str, Any]) -> dict[str, Any] | None:
     worker = Worker(rank, count, max(1, job["threads"]))
     silence = beating(WORKER_SILENCE_S) if rank == 0 else nullcontext()
     with silence, doing("finetune: starting"):
-        try:
-            return _finetune(job, job["task"], worker, ray.train.torch.get_device())
-        except PipelineError as error:  # a restart would meet it again
-            return {"status": "refused", "what": error.what, "hint": error.hint}
+        return _finetune(job, job["task"], worker, ray.train.torch.get_device())
 
 
 def _finetune(
@@ -106,7 +103,10 @@ def _finetune(
     first = restored(trainee, job["checkpoints"])
     images = task.training_images(worker)
     watch = Watch(job, task, trainee, images, first)
-    done = fit(trainee, images, first, watch)
+    try:
+        done = fit(trainee, images, first, watch)
+    except TrainError as error:  # all workers meet it alike, and would again after a restart
+        return {"status": "refused", "what": error.what, "hint": error.hint}
     if done < settings.steps:
         outcome: dict[str, Any] = {"status": "stopped", "step": done}
     else:

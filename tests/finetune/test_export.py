@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.embed.load import load_weights
 from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, classifier_of, spec_of
 from pipeline.finetune.export import export, form_of
@@ -55,6 +56,10 @@ def test_transformers_gives_the_same_logits_and_pixels(
     assert "in transformers" in said
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(model(x).logits, expected, atol=1e-5, rtol=1e-5)
+    # the backbone in it is weights like any others
+    again = load_weights(str(tmp_path)).state_dict()
+    for name, tensor in network.backbone.state_dict().items():
+        assert torch.equal(again[name], tensor), name
     assert model.config.id2label == dict(enumerate(NAMES))
     assert model.config.label2id == {name: number for number, name in enumerate(NAMES)}
     assert (tmp_path / "classes.txt").read_text().split() == list(NAMES)
@@ -75,6 +80,8 @@ def test_timm_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(x), network(x), atol=1e-5, rtol=1e-5)
+    again = load_weights(str(tmp_path))
+    torch.testing.assert_close(again(x), network.backbone(x), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["label_names"] == list(NAMES) and config["num_classes"] == 3
 
