@@ -30,14 +30,15 @@ from pipeline.train.build import pair
 from tests.data import encoded, scene
 
 CAMVID = Path(__file__).parents[2] / "shared" / "data" / "camvid"
-SEEDS = (0, 1, 2)
+
 TILE = 60
 Sets = tuple[DenseSet, DenseSet]
 
 
 def camvid(folder: Path) -> Sets:
-    """Street scenes with eleven classes."""
-    return tuple(open_dense_set(str(CAMVID / part), void=(11,)) for part in ("train", "test"))  # type: ignore[return-value]
+    """Street scenes with eleven classes, in `folder`."""
+    train, test = (open_dense_set(str(folder / part), void=(11,)) for part in ("train", "test"))
+    return train, test
 
 
 def _save(folder: Path, name: str, pixels: Any, depth: Any) -> None:
@@ -95,18 +96,21 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--patch", type=int, default=8)
     parser.add_argument("--only", default="camvid,stereo,scenes")
+    parser.add_argument("--camvid", type=Path, default=CAMVID)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     makers = {"camvid": camvid, "stereo": stereo, "scenes": scenes}
     with tempfile.TemporaryDirectory() as scratch:
         for name in arguments.only.split(","):
-            sets = makers[name](Path(scratch) / name)
+            folder = arguments.camvid if name == "camvid" else Path(scratch) / name
+            sets = makers[name](folder)
             for one in sets:
                 print(f"{name}: {len(one.rows)} images; {'; '.join(one.remarks)}")
             models = contenders(arguments.run, arguments.size // arguments.patch)
             for contender, results_of in models.items():
                 began = time.process_time()
                 runs = []
-                for seed in SEEDS[: 1 if contender == "constant" else None]:
+                for seed in range(1 if contender == "constant" else arguments.seeds):
                     settings = DenseSettings(size=arguments.size, seed=seed)
                     runs.append(results_of(*sets, settings))
                 seconds = (time.process_time() - began) / len(runs)

@@ -100,7 +100,7 @@ class Known:
         tokens: float16 [n, h, w, D].
         cls: float32 [n, D].
         masks: uint8 [n, 4 h, 4 w].
-        depths: float32 [n, 2 h, 2 w].
+        depths: float32 [n, h, w].
         voters: float32 [T, D], before they are of length 1.
         shares: float32 [T, K].
     """
@@ -116,7 +116,6 @@ class Known:
 def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
     import torch
 
-    from pipeline.evaluate.dense.depth import FITTED_AT
     from pipeline.evaluate.dense.fit import UPSAMPLING, sampled
     from pipeline.use.segment import class_shares
 
@@ -131,7 +130,7 @@ def _known(encoder: Encoder, split: Split, settings: DenseSettings) -> Known:
         parts["cls"].append(cls.float())
         for sample, one in zip(samples, tokens, strict=True):
             if sample.depth is not None:
-                parts["depths"].append(sampled(torch.from_numpy(sample.depth), FITTED_AT * grid))
+                parts["depths"].append(sampled(torch.from_numpy(sample.depth), grid))
             if sample.mask is not None:
                 mask = torch.from_numpy(sample.mask)
                 parts["masks"].append(sampled(mask, UPSAMPLING * grid, VOID).to(torch.uint8))

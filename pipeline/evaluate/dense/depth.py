@@ -1,7 +1,7 @@
 """Depth from patches by two small heads, and what an image adds to their errors.
 
 Depths are in units of the files; 0 is unknown. Shapes: n images, B of them in a batch, h x w
-patches, D width, H x W where losses are computed.
+patches, D width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from pipeline.evaluate.dense.fit import UPSAMPLING, Schedule, fit, moments
 
-FITTED_AT = 2  # times the patches: of a bilinear function a quarter of the values of four times
 BINS = 256
 FLOOR = 0.1  # added to each bin before they are normalised (DINOv2 `depth/models`, "linear")
 HIDDEN = 256
@@ -129,16 +128,16 @@ def fitted(
     Args:
         kind: `LinearDepth` or `SmallDepth`.
         seen: n images.
-        depths: float32 [n, H, W], 0 where unknown; H x W are a multiple of the patches.
+        depths: float32 [n, h, w], 0 where unknown: in the middle of each patch, where the bilinear
+            scores between patches are those of the patches, for a sixteenth of the cost.
         schedule: of the fit.
     """
     generator = schedule.generator()
-    times = depths.shape[-1] // seen.tokens.shape[-2]
     head = kind(seen, Range.of(depths), generator)
 
     def loss(rows: Tensor) -> Tensor:
         rows = rows.to(depths.device)
-        truth, answer = depths[rows], head(seen.rows(rows), times)
+        truth, answer = depths[rows], head(seen.rows(rows), times=1)
         return scale_loss(answer, truth) + GRADIENT_WEIGHT * gradient_loss(answer, truth)
 
     fit(head.weights, len(depths), loss, schedule, generator)
@@ -146,7 +145,7 @@ def fitted(
 
 
 def scale_loss(answer: Tensor, truth: Tensor) -> Tensor:
-    """SigLoss (Eigen et al. 2014, with the root and weights of AdaBins) of depths [B, H, W]."""
+    """SigLoss (Eigen et al. 2014, with the root and weights of AdaBins) of depths [B, h, w]."""
     known = truth > 0
     g = torch.log(answer[known].clamp(min=EPSILON)) - torch.log(truth[known].clamp(min=EPSILON))
     if len(g) < 2:
@@ -155,7 +154,7 @@ def scale_loss(answer: Tensor, truth: Tensor) -> Tensor:
 
 
 def gradient_loss(answer: Tensor, truth: Tensor) -> Tensor:
-    """How much steps between pixels differ in logarithms, at four scales, of depths [B, H, W].
+    """How much steps between pixels differ in logarithms, at four scales, of depths [B, h, w].
 
     Li and Snavely 2018, "MegaDepth", equation 3: sums over pixels of the absolute difference of
     horizontal and vertical steps, over the known pixels.
