@@ -22,9 +22,8 @@ VARIANCE, MEAN = 1.0, 0.15  # SigLoss: sqrt(var(g) + .15 mean(g)^2), g the diffe
 GRADIENT_WEIGHT = 0.5  # DINOv2, settings of the depth heads
 SCALES = (1, 2, 4, 8)  # of the gradient loss (Li and Snavely 2018, "MegaDepth", section 4.2)
 EPSILON = 1e-3
-# The floor of the bins has the weight of 26 full ones, so that weights must grow far: on made scenes
-# the relative error is 0.62 after 300 steps, 0.32 after 1,000 (benchmarks/RESULTS.md). The reference
-# takes 38,400.
+# The floor of the bins has the weight of 26 full ones, so that weights must grow far: on made
+# scenes the relative error is 0.62 after 300 steps, 0.32 after 1,000. The reference takes 38,400.
 LINEAR = Schedule(steps=1000, batch=16, lr=1e-1, weight_decay=1e-3)
 SMALL = Schedule(steps=600, batch=16, lr=1e-2, weight_decay=1e-2)
 
