@@ -123,7 +123,8 @@ class Card:
 
         confusion: [classes, classes] counts of the main model, rows the truth; empty without
             labels.
-        wrong: the most confident wrong answers of the main model, see `WrongAnswer`.
+        wrong: wrong answers of the main model that are worth a look: the surest first, then some
+            of the most frequent ones; see `WrongAnswer`.
     """
 
     title: str

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipeline.card.card import Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
+from pipeline.card.scoring.wrong import kept_wrong
 from pipeline.evaluate.baselines import majority_hits
 from pipeline.evaluate.few_shot import few_shot_scores
 from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
@@ -20,7 +21,6 @@ from pipeline.evaluate.retrieval import retrieval_scores
 from pipeline.evaluate.score import Score
 
 KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`
-WRONG = 24  # most wrong answers that a card shows
 SHOWN = 5  # neighbours of each
 MOST_CLASSES = 1000  # of a confusion
 
@@ -51,7 +51,7 @@ class Answers:
 
     Attributes:
         confusion: [classes, classes] counts, rows the truth; empty with over MOST_CLASSES.
-        wrong: the most confident wrong answers.
+        wrong: the surest wrong answers, and samples of the most frequent ones.
     """
 
     confusion: tuple[tuple[int, ...], ...] = ()
@@ -116,7 +116,7 @@ def of_neighbours(entrant: Entrant, found: Neighbours, scoring: Scoring) -> Scor
 def _answers(
     neighbours: Neighbours, reference: LabelledFeatures, queries: LabelledFeatures, scoring: Scoring
 ) -> Answers:
-    """Who is taken for whom, and the most confident wrong answers.
+    """Who is taken for whom, and wrong answers that are worth a look.
 
     A query that has no neighbour is in no cell of the confusion.
     """
@@ -128,8 +128,6 @@ def _answers(
     if classes <= MOST_CLASSES:
         cells = np.bincount(truth[counted] * classes + answered[counted], minlength=classes**2)
         confusion = tuple(map(tuple, cells.reshape(classes, classes).tolist()))
-    wrong = np.flatnonzero(counted & (truth != answered))
-    worst = wrong[np.argsort(-share[wrong], kind="stable")][:WRONG].tolist()
     return Answers(
         confusion,
         tuple(
@@ -140,7 +138,7 @@ def _answers(
                 float(share[query]),
                 tuple(_voters(neighbours, reference, query)),
             )
-            for query in worst
+            for query in kept_wrong(truth, answered, share)
         ),
     )
 

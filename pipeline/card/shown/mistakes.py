@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.card.card import Card, WrongAnswer
+from pipeline.card.scoring.wrong import PAIRS, SAMPLES
 from pipeline.embed.image_reader import ImageReader
 from pipeline.errors import PipelineError, one_line
 from pipeline.images.decode import MAX_PIXELS
@@ -29,8 +30,6 @@ log = logging.getLogger("pipeline.evaluate")
 
 ImageOf = Callable[[str], Any]  # of an image id: uint8 [H, W, 3], encoded bytes, or None
 
-PAIRS = 8  # of classes that are confused most
-SAMPLES = 3  # pictures of each
 WRONG = 12  # images with their neighbours
 NEIGHBOURS = 6
 MATRIX_CLASSES = 12  # of a confusion that is shown whole

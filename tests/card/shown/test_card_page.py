@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pipeline.card.card import Card, Result, Verdict, WrongAnswer
-from pipeline.card.shown.mistakes import PAIRS, SAMPLES, WRONG, pictures_of
+from pipeline.card.scoring.wrong import PAIRS, SAMPLES
+from pipeline.card.shown.mistakes import WRONG, pictures_of
 from pipeline.card.shown.page import mood_of, write_page
 from pipeline.card.shown.picture import WIDTH, card_picture
 from pipeline.card.words import SAYS, UNLABELLED, is_lower_better, title_of, with_margin
