@@ -35,7 +35,7 @@ BITS = 24  # of a number in single precision
 LENGTH_BITS = 26  # products of two such vectors need 52 bits; doubles have 53
 MIDDLE_ROWS = 4096  # that say where the middle is; any point near the vectors will do
 VALUES_AT_ONCE = 1 << 22  # of vectors in doubles: 32 MiB
-NEAR_VALUES = 1 << 19  # 4 MiB, which a cache holds
+NEAR_VALUES = 1 << 18  # 2 MiB, which a cache holds
 RANKED_AT_ONCE = 1 << 24  # products in doubles: 128 MiB, and as much twice for work
 
 Doubles = npt.NDArray[np.float64]
@@ -103,7 +103,7 @@ class Frame:
         count, dim = vectors.shape
         offsets = np.empty((count, dim), np.float32)
         half, zero = np.empty(count), np.empty(count, np.bool_)
-        step = max(1, VALUES_AT_ONCE // max(1, dim))
+        step = max(1, NEAR_VALUES // max(1, dim))
         for start in range(0, count, step):
             part = slice(start, start + step)
             units, zero[part] = _units(vectors[part], self.origin, first + start)
@@ -123,7 +123,7 @@ def _units(
     vectors: npt.NDArray[Any], origin: Doubles | None, first: int = 0
 ) -> tuple[Doubles, npt.NDArray[np.bool_]]:
     """Unit vectors in doubles, and which had no direction and stay zero."""
-    wide = np.array(vectors, np.float64)
+    wide = np.array(vectors, np.float64, order="C")  # sums below are along rows
     if origin is not None:
         wide -= origin
     lengths = np.sqrt((wide * wide).sum(1))  # along the contiguous axis: pairwise, row by row

@@ -131,3 +131,15 @@ def test_values_that_are_no_numbers_are_refused():
     reference[17, 3] = np.nan
     with pytest.raises(DataError, match=r"1 rows of 30; the first is row 117"):
         Frame.of(vectors(30)).placed(reference, 100)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_bits_of_a_cpu():
+    for spread in (1.0, 4e-5):
+        frame = Frame.of(reference := vectors(5000, 384, spread=spread))
+        reference[2000:2300] = reference[:300]
+        known, asked = frame.placed(reference), frame.placed(vectors(200, 384, 1, spread))
+        there = (asked.to("cuda"), known.to("cuda"))
+        assert torch.equal(ranking(*there).cpu(), ranking(asked, known))
+        on_cpu, on_gpu = best(asked, known, 200), best(*there, 200)
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
