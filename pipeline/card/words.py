@@ -46,8 +46,7 @@ _TITLES = {
 }
 _DETAILS = {
     r"knn(\d+)_top1": "{} neighbours",
-    r"(?:retrieval|copies)_recall1": "the first",
-    r"(?:retrieval|copies)_recall(\d+)": "one of the first {}",
+    r"(?:retrieval|copies)_recall(\d+)": "at {}",
     r"depth_(linear|head)_\w+": "{}",
 }
 

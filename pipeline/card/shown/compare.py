@@ -19,6 +19,7 @@ from pipeline.card.shown.page import deciding_bars, group_of, mood_of, words_of
 from pipeline.card.verdict import verdict_of
 from pipeline.card.words import UNLABELLED, with_margin
 from pipeline.errors import ConfigError, DataError, shortened
+from pipeline.evaluate.score import Interval
 from pipeline.report.page import Heading, Section, Statement, Table, Text, write_report
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.transfer import read_bytes
@@ -46,6 +47,12 @@ class Compared:
     one: Contender
     other: Contender
     gain: Gain
+
+    @property
+    def ahead(self) -> Interval:
+        """By how much the higher one is better."""
+        one = self.gain.interval
+        return Interval(-one.value, -one.high, -one.low) if one.value < 0 else one
 
     @property
     def better(self) -> str:
@@ -204,8 +211,8 @@ def _rows(rows: Sequence[Compared]) -> Mapping[str, list[Any]]:
         "score": [group_of(x.score) for x in rows],
         rows[0].one.name: [with_margin(x.one.results[x.score].interval) for x in rows],
         rows[0].other.name: [with_margin(x.other.results[x.score].interval) for x in rows],
-        "the second is better by": [with_margin(x.gain.interval, sign=True) for x in rows],
         "better": [x.better for x in rows],
+        "by": [with_margin(x.ahead) for x in rows],
     }
 
 

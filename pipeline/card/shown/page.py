@@ -171,7 +171,9 @@ def _all_scores(card: Card) -> Iterator[Section]:
 def group_of(score: str) -> str:
     """What stands above the bars of a score."""
     lower = "smaller is better" if is_lower_better(score) else ""
-    return ", ".join(filter(None, (title_of(score), detail_of(score), lower)))
+    return ", ".join(filter(None, (title_of(score), detail_of(score), lower))).replace(
+        ", at ", " at "
+    )
 
 
 # Tables
@@ -189,7 +191,9 @@ def _unlabelled(card: Card) -> Iterator[Section]:
         columns[name_of(card, one)] = [f"{x.interval.value:.3g}" if x else "" for x in values]
     columns["says"] = [SAYS[title_of(name)][0] for name in names]
     columns["cannot say"] = [SAYS[title_of(name)][1] for name in names]
-    yield Heading("Without labels", "They show a collapse. None of them says that a model is good.")
+    yield Heading(
+        "Without labels", "They can show a collapse. None of them says that a model is good."
+    )
     yield Table(columns)
 
 
