@@ -116,6 +116,22 @@ def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
     assert len(card.wrong) == 30 - np.trace(confusion)
 
 
+def test_copies_are_looked_for_by_models_and_baselines_of_images(trained: Trained) -> None:
+    card = trained.card("evaluate.scores=[knn,copies,unlabelled]")
+    names = {one.role: set(one.results) for one in card.contenders}
+    copies, stored = {"copies_recall1", "copies_map"}, {"rank_me", "uniformity", "feature_std"}
+    assert names["model"] >= copies | stored | {"alignment", "patch_smoothness"}
+    assert names["step0"] >= stored | {"patch_smoothness"}
+    assert not names["step0"] & (copies | {"alignment"})
+    for role in ("raw_pixels", "colours"):
+        assert names[role] >= copies and not names[role] & stored
+    assert value(card, "colours", "copies_recall1") < value(card, "raw_pixels", "copies_recall1")
+    results = [one.results["copies_recall1"] for one in card.contenders if copies < names[one.role]]
+    assert len({result.score.images for result in results if result.score}) == 1
+    assert {result.details["database"] for result in results} == {30}
+    assert not any("copy detection" in remark for remark in card.remarks)
+
+
 def test_one_labelled_set_is_scored_by_leaving_one_out(trained: Trained) -> None:
     card = trained.card("evaluate.queries=", "evaluate.scores=knn")
     assert card.queries is None

@@ -122,15 +122,17 @@ def _probe(request: Request, one: Growing, gpu: bool) -> Probe | None:
         return None
     what = "queries" if request.sets.queries else "reference"
     vectors, images = one.entrant.tables.each[what], request.sets.each[what]
-    if one.contender.role != "model":
-        return Probe(vectors, groups=groups, gpu=gpu) if "unlabelled" in groups else None
     if images.shards is None:
         return Probe(vectors, groups=groups, gpu=gpu)
     spec = one.network.spec
     shards = replace(images.shards, value_range=spec.value_range)
+    asked = Probe(vectors, spec, shards, max_pixels=request.max_pixels, gpu=gpu)
+    if one.contender.role != "model":
+        if "unlabelled" not in groups:
+            return None
+        return replace(asked, groups=("unlabelled",), attacks=False)
     plain = [name for name in ("pixels", "colours") if name in vectors.outputs]
-    outputs = ("cls", *(plain if "copies" in groups else ()))
-    return Probe(vectors, spec, shards, outputs, groups, max_pixels=request.max_pixels, gpu=gpu)
+    return replace(asked, groups=groups, outputs=("cls", *(plain if "copies" in groups else ())))
 
 
 def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
