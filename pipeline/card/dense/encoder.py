@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pipeline.card.dense.sets import DenseSet, Sample
 from pipeline.embed.embedders import EmbedderSpec, open_embedder
+from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.views.crops import resized
 
@@ -77,7 +78,13 @@ def model_encoder(
     import torch
 
     spec = replace(spec, image_size=size or spec.image_size, batch_size=batch_size)
-    embedder = open_embedder(spec, gpu)
+    try:
+        embedder = open_embedder(spec, gpu)
+    except PipelineError as error:
+        if not size:
+            raise
+        hint = "it is evaluate.dense_size that says the side: give one that the model takes, a"
+        raise DataError(error.what, f"{hint} multiple of its patch size") from error
     embedder.outputs([], ("patches",))  # says where there are none
 
     def encode(images: Images) -> tuple[Tensor, Tensor]:

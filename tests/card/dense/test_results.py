@@ -210,6 +210,12 @@ def test_a_model_without_patches_is_refused(masks: tuple[DenseSet, DenseSet]) ->
         model_results(EmbedderSpec(), *masks, SETTINGS)
 
 
+def test_a_size_that_patches_do_not_divide_is_refused(masks: tuple[DenseSet, DenseSet]) -> None:
+    with pytest.raises(DataError, match="image of 30 x 30 pixels") as refusal:
+        model_results(small(), *masks, replace(SETTINGS, size=30))
+    assert "evaluate.dense_size" in refusal.value.hint
+
+
 def test_a_seed_gives_the_same_scores_again(masks: tuple[DenseSet, DenseSet]) -> None:
     few = replace(SETTINGS, memory_patches=96)
     first, again = (pixel_results(*masks, few, 8) for _ in range(2))
