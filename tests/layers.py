@@ -143,8 +143,8 @@ TABLE = [
         "heartbeat images model pack plan report search serve shards storage stream track train "
         "uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
-    row("doctor", "config context curate driver embed errors evaluate heartbeat images model plan "
-        "shards stages storage stream train uri", others_inside="torch"),
+    row("doctor", "card config context curate driver embed errors evaluate heartbeat images model "
+        "plan shards stages storage stream train uri", others_inside="torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train api.finetune",
         "api.* config.sizes embed errors evaluate.features images loss model schedule "

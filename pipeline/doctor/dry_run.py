@@ -9,6 +9,7 @@ from pipeline.config.config import Config
 from pipeline.context import Context, packed_uri, shards_uri, size_of, with_packed_sets
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.doctor import fits
+from pipeline.doctor.scored import say_cards, say_evaluation
 from pipeline.doctor.surroundings import machine_of, try_writing
 from pipeline.errors import DataError, StorageError
 from pipeline.evaluate.sets import remarks
@@ -18,7 +19,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, finetune, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
 from pipeline.stages.checks import check_start, embeds, voting
-from pipeline.stages.evaluation import asked_for, chosen
+from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
 from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
@@ -43,6 +44,9 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     config = with_absolute_weights(named(config, stages))
     if list(stages) == ["search"]:
         search.describe(config)
+        return
+    if list(stages) == JOB and config.evaluate.cards:
+        say_cards(config.evaluate.cards)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
     config, stages = asked_for(config, folder, stages)
@@ -77,7 +81,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
             needs += _curation_needs(config, folder, images, known)
         curated = _opened(shards_uri(config, folder), config)
         images, digest = (curated.rows, curated.digest) if curated else (images, NOT_CURATED)
-    if {"pretrain", "evaluate"} & set(stages) and config.evaluate.queries:
+    trains = "pretrain" in stages or ("evaluate" in stages and is_own(config))
+    if trains and config.evaluate.queries:
         _say_evaluation(config, folder, known)
     elif "pretrain" in stages and (reference := voting(known)):
         _say_one_set(reference)
@@ -85,7 +90,9 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
         log.info("pretrain    the archives were not opened: pack them first to see the plan")
-    elif {"evaluate", "export"} & set(stages):
+    elif "evaluate" in stages and stages[-1] == "evaluate":
+        say_evaluation(config, folder, known)
+    elif "export" in stages:
         saved = chosen(Context(config, folder))
         log.info("%-11s the checkpoint at step %d", stages[0], saved.step)
     if embeds(config, stages):

@@ -81,8 +81,13 @@ def teacher(saved: state.Saved) -> Encoder:
 
 def is_own(config: Config) -> bool:
     """Whether the run's own teacher is scored: no model and no vectors are named."""
+    return not config.evaluate.models and not vectors_given(config)
+
+
+def vectors_given(config: Config) -> str:
+    """Where the vectors are that are scored; "" where images are named, or nothing."""
     reference = config.evaluate.reference
-    return not config.evaluate.models and not (reference and is_vectors(reference))
+    return reference if reference and is_vectors(reference) else ""
 
 
 def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Config, list[str]]:
@@ -126,7 +131,7 @@ def networks(config: Config, folder: RunFolder) -> list[Network]:
         PipelineError: there is no such model.
     """
     settings = config.evaluate
-    vectors = settings.reference if settings.reference and is_vectors(settings.reference) else ""
+    vectors = vectors_given(config)
     if vectors and settings.models:
         raise ConfigError(
             f"evaluate.reference={public(vectors)} holds vectors of a model, and evaluate.models "

@@ -1,0 +1,147 @@
+"""The command line of `jobs/evaluate.py`, with tasks in this process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.card.files import read_card
+from tests import standins
+from tests.card.conftest import COLOURS, coloured, folder_of_classes
+
+Job = Callable[..., tuple[int, str]]
+JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Job:
+    """Runs the job in a folder of its own; gives its exit status and all that it printed."""
+    standins.tasks_here(monkeypatch)
+    standins.ray_here(monkeypatch)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        given = [f"run.folder={tmp_path}/runs", "track.enabled=false", "data.max_bad_fraction=0.1"]
+        given += arguments
+        monkeypatch.setattr(sys, "argv", [str(JOB), *given])
+        try:
+            runpy.run_path(str(JOB), run_name="__main__")
+        except SystemExit as end:
+            shown = capsys.readouterr()
+            return int(end.code or 0), shown.out + shown.err
+        shown = capsys.readouterr()
+        return 0, shown.out + shown.err
+
+    return run
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A folder for each of three colours, and what people keep beside their images."""
+    folder = folder_of_classes(tmp_path / "classes", 14)
+    (folder / "red" / "Thumbs.db").write_bytes(b"no image")
+    (folder / "blue" / "broken.png").write_bytes(coloured("blue", 99)[:60])
+    return folder
+
+
+def value(folder: Path, score: str, role: str = "model") -> float:
+    one = next(one for one in read_card(folder).contenders if one.role == role)
+    return one.results[score].interval.value
+
+
+@pytest.mark.long
+def test_a_folder_of_classes_alone(job: Job, classes: Path, tmp_path: Path) -> None:
+    given = ["model=descriptor", f"data={classes}", "evaluate.k=5"]
+    status, shown = job(*given)
+    assert status == 0, shown
+    run = tmp_path / "runs" / "evaluate"
+    card = read_card(run)
+    assert card.queries is None and card.reference.images == 42
+    assert card.reference.class_names == tuple(sorted(COLOURS))
+    assert shown.strip().splitlines()[-1] == f"verdict     {card.verdict.text}"
+    result = json.loads((run / "evaluate" / "_done.json").read_text())["result"]
+    assert result["page"] == "evaluate/card.html" and (run / result["page"]).is_file()
+    assert card.verdict.text in (run / "report.html").read_text()
+    groups = ("knn5_top1", "logistic_top1", "few_shot5_top1", "retrieval_map", "rank_me")
+    assert set(groups) <= set(card.contenders[0].results)
+    # the same again does nothing, another image does it anew
+    assert "evaluate    up to date" in job(*given)[1]
+    (classes / "red" / "new.png").write_bytes(coloured("red", 200))
+    assert "evaluate    up to date" not in job(*given)[1]
+    assert read_card(run).reference.images == 43
+
+
+def test_two_models_and_a_second_set(job: Job, classes: Path, tmp_path: Path) -> None:
+    queries = folder_of_classes(tmp_path / "queries", 4, first=50)
+    given = [f"data={classes}", f"queries={queries}", "scores=[knn,unlabelled]", "evaluate.k=5"]
+    for name in ("one", "two"):
+        status, shown = job("model=descriptor", *given, f"run.name={name}")
+        assert status == 0, shown
+    card = read_card(tmp_path / "runs" / "one")
+    assert card.queries is not None and card.queries.images == 12
+    runs = tmp_path / "runs"
+    status, shown = job(f"cards=[{runs}/one,{runs}/two]")
+    assert status == 0, shown
+    assert (runs / "evaluate" / "evaluate" / "compare.html").is_file()
+    assert shown.strip().splitlines()[-1].startswith("verdict     ")
+
+
+def test_images_without_labels(job: Job, classes: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in COLOURS:
+        for image in (classes / name).glob("?.png"):
+            shutil.copy(image, plain / f"{name}-{image.name}")
+    status, shown = job("model=descriptor", f"data={plain}", "scores=unlabelled")
+    assert status == 0, shown
+    card = read_card(tmp_path / "runs" / "evaluate")
+    assert card.score == "rank_me" and not card.reference.labelled
+    assert [one.role for one in card.contenders] == ["model"]
+    assert "without labels" in shown.strip().splitlines()[-1]
+
+
+def test_vectors_need_no_model(job: Job, classes: Path, tmp_path: Path) -> None:
+    assert job("model=descriptor", f"data={classes}", "scores=knn")[0] == 0
+    place = tmp_path / "runs/evaluate/evaluate/vectors/00-model/reference"
+    shutil.copytree(place, tmp_path / "vectors")
+    shutil.rmtree(classes)
+    status, shown = job(f"data={tmp_path}/vectors", "scores=knn", "run.name=again")
+    assert status == 0, shown
+    first, again = (value(tmp_path / "runs" / name, "knn20_top1") for name in ("evaluate", "again"))
+    assert first == again
+
+
+def test_wrong_names_are_said_in_a_sentence(job: Job, classes: Path, tmp_path: Path) -> None:
+    data = f"data={classes}"
+    wrong = {
+        "there is nothing to evaluate on": ["model=descriptor"],
+        "no embedder: there is no": ["model=/nowhere/weights", data],
+        "has no checkpoint": [data],
+        "no such path": ["model=descriptor", "data=/nowhere"],
+        "evaluate.queries": ["model=descriptor", data, "queries=/nowhere"],
+        "names one model twice": ["models=[descriptor,descriptor]", data],
+        "evaluate.scores: Input should be 'knn'": ["model=descriptor", data, "scores=kn"],
+        "one card alone": [f"cards={tmp_path}"],
+    }
+    for sentence, given in wrong.items():
+        for dry in ([], ["--dry-run"]):
+            if dry and "cards" in given[0]:
+                continue
+            status, shown = job(*given, *dry)
+            assert status == 2 and sentence in shown, (given, shown)
+            assert len(shown.strip().splitlines()) <= 3, shown
+    assert not (tmp_path / "runs" / "evaluate" / "evaluate").exists()
+
+
+def test_a_dry_run_says_who_is_scored_by_what(job: Job, classes: Path, tmp_path: Path) -> None:
+    status, shown = job("model=descriptor", f"data={classes}", "--dry-run")
+    assert status == 0, shown
+    assert "evaluate    descriptor" in shown
+    assert "scores: knn, logistic, few_shot, retrieval, copies, unlabelled, linear" in shown
+    assert "about 43 images, embedded by 1 network" in shown
+    assert not (tmp_path / "runs").exists()
