@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--only-trained", action="store_true", help="not from random weights")
-    parser.add_argument("fields", nargs="*", help="finetune.lr=… and such")
+    parser.add_argument("--fields", nargs="*", default=[], help="finetune.lr=… and such")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     spec = embedder_of(given.model)

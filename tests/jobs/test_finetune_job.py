@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from pipeline.model.weights import save_backbone
 from pipeline.shards.shards import open_shards
 from pipeline.stages import finetune as stage
 from pipeline.storage.run_folder import RunFolder
+from pipeline.track.journal import read_steps
 from tests.data import encoded, noise, own_table, written
 from tests.jobs.conftest import ROOT, Job, runner
 
@@ -158,10 +158,10 @@ def test_from_a_folder_to_a_classifier_with_a_stop_on_the_way(
         inputs = processor(picture, return_tensors="pt")
         with torch.no_grad():
             assert int(model(**inputs).logits.argmax()) == number
-    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
-    metrics = {name: value for row in rows for name, value in (row.get("values") or {}).items()}
-    assert metrics["eval/finetune_top1"] == 1.0
-    assert metrics["eval/finetune_top1_majority"] == 0.5
+    steps = read_steps(run / "metrics.jsonl", "finetune")
+    assert [step for step, row in steps.items() if "loss/finetune" in row] == list(range(400))
+    assert steps[400]["eval/finetune_top1"] == 1.0
+    assert steps[400]["eval/finetune_top1_majority"] == 0.5
 
     again = finetune("finetune", *arguments)
     assert "finetune    up to date" in again.stdout
