@@ -8,10 +8,10 @@ from functools import cached_property
 
 from pipeline.card.card import Card, Contender, Role
 from pipeline.card.words import (
-    SHORT,
     UNLABELLED,
     is_lower_better,
     rounded,
+    short_of,
     title_of,
     with_margin,
 )
@@ -220,7 +220,7 @@ class Case:
 
     def against(self, other: Contender) -> str:
         """`untrained 0.66`."""
-        return f"{SHORT[other.role]} {self.value(other)}"
+        return f"{short_of(other.role, self.card.score)} {self.value(other)}"
 
     def pair(self, other: Contender) -> str:
         """`k-NN 0.74 ± 0.02 against 0.66`."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pipeline.card.card import Card, Verdict
 from pipeline.card.case import Case, Facts, Gain, ModelFacts
-from pipeline.card.words import SHORT, UNLABELLED, about, title_of, with_margin
+from pipeline.card.words import UNLABELLED, about, short_of, title_of, with_margin
 from pipeline.evaluate.score import LEVEL
 
 __all__ = ["RULES", "Facts", "ModelFacts", "verdict_of"]
@@ -197,7 +197,7 @@ def _no_better_than(role: str) -> Callable[[Case], str]:
             return ""
         than = "Worse than" if gain.is_worse else "No better than"
         pair = f"{with_margin(case.interval(case.best))} against {case.value(simple)}"
-        return f"{than} {SHORT[simple.role]} ({pair}): {_advice(case)}."
+        return f"{than} {short_of(simple.role, case.card.score)} ({pair}): {_advice(case)}."
 
     return rule
 
@@ -208,10 +208,11 @@ def _cannot_tell(case: Case) -> str:
     if not untelling:
         return ""
     other, gain = max(untelling, key=lambda pair: pair[1].needed)
+    name = short_of(other.role, case.card.score)
     return (
-        f"No verdict: {case.said()} on {case.images:,} images cannot be told from "
-        f"{SHORT[other.role]} ({case.value(other)}, difference {_difference(gain)}); about "
-        f"{about(gain.needed)} labelled images would do."
+        f"No verdict: {case.said()} on {case.images:,} images cannot be told from {name} "
+        f"({case.value(other)}, difference {_difference(gain)}); about {about(gain.needed)} "
+        "labelled images would do."
     )
 
 

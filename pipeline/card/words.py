@@ -51,6 +51,11 @@ _DETAILS = {
 }
 
 
+def short_of(role: Role, score: str) -> str:
+    """A contender in a sentence about a score: of depths the constant answer is their mean."""
+    return "the mean depth" if role == "majority" and score.startswith("depth_") else SHORT[role]
+
+
 def title_of(score: str) -> str:
     """A score's title without its numbers: `k-NN`; an unknown name is its own title."""
     matches = (title for name, title in _TITLES.items() if re.fullmatch(name, score))

@@ -240,6 +240,8 @@ def test_an_error_is_better_where_it_is_smaller() -> None:
     assert verdict_of(card_of(*contenders, **fields)).rule == "learnt"
     contenders = error("model", 2.0, 0), error("step0", 1.0, 1)
     assert verdict_of(card_of(*contenders, **fields)).rule == "worse_than_step0"
+    contenders = error("model", 2.0, 0), error("majority", 1.0, 1)
+    assert "Worse than the mean depth (2.0" in verdict_of(card_of(*contenders, **fields)).text
     contenders = error("model", 40.0, 0), error("step0", 40.0, 1)
     assert verdict_of(card_of(*contenders, **fields)).rule == "learnt_nothing"
 

@@ -138,7 +138,7 @@ def _bars(card: Card, score: str, group: str) -> list[Bar]:
     whole = 1.0 if max(known, default=0) <= 1 and not is_lower_better(score) else 0.0
     return [
         Bar(
-            one.name if one.role == "model" else NAMES[one.role],
+            one.name if one.role == "model" else _baseline(one, score),
             [(result.interval.value, colour_of(card, one))],
             with_margin(result.interval),
             f"of {whose(card, one)}" if whose(card, one) else "",
@@ -148,6 +148,11 @@ def _bars(card: Card, score: str, group: str) -> list[Bar]:
         )
         for one, result in results
     ]
+
+
+def _baseline(one: Contender, score: str) -> str:
+    depth = one.role == "majority" and score.startswith("depth_")
+    return "mean depth" if depth else NAMES[one.role]
 
 
 def _all_scores(card: Card) -> Iterator[Section]:
