@@ -32,6 +32,22 @@ def test_an_epoch_has_every_image_once_and_each_epoch_another_order(tmp_path: Pa
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+def test_large_sets_are_shuffled_in_windows_of_row_groups_in_random_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WINDOW_IMAGES", 8)
+    labelled = images(shards(tmp_path, 24, group=4), batch_size=8)
+    firsts = set()
+    for epoch in range(4):
+        parts = [labelled.step_rows(3 * epoch + step) for step in range(3)]
+        assert sorted(np.concatenate(parts)) == list(range(24))
+        for part in parts:  # two groups a window: what is read at once is bounded
+            assert len({row // 4 for row in part.tolist()}) == 2
+            assert part.tolist() != sorted(part)
+        firsts.add(tuple(sorted({row // 4 for row in parts[0].tolist()})))
+    assert len(firsts) > 1
+
+
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_neither_workers_nor_threads_nor_memory_change_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixup: float
