@@ -149,15 +149,9 @@ def _winners(
     group = begins.cumsum(1) - 1
     votes = torch.zeros_like(weights).scatter_add(1, group, weights)
     class_of = torch.full_like(labels, -1).scatter(1, group, labels)
-    share, winner = _first_maximum(votes)
-    answer = class_of.gather(1, winner[:, None])[:, 0]
+    winner = votes.argmax(1, keepdim=True)  # the first of equals, so the lowest class
+    answer, share = class_of.gather(1, winner)[:, 0], votes.gather(1, winner)[:, 0]
     return answer.masked_fill(~there.any(1), -1), share
-
-
-def _first_maximum(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest value of each row and its first place; `max` gives any of several on a GPU."""
-    highest = values.amax(1)
-    return highest, (values == highest[:, None]).int().argmax(1)
 
 
 def knn_scores(
