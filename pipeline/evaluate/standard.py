@@ -44,6 +44,10 @@ class Standard:
         equal = deviation <= 1e-7 * mean.abs()
         return cls(mean, torch.where(equal, torch.ones_like(deviation), deviation))
 
+    def to(self, device: torch.device | str) -> Standard:
+        """The same on a device."""
+        return Standard(self.mean.to(device), self.deviation.to(device))
+
     def __call__(self, features: Tensor) -> Tensor:
         """Vectors float32 [n, D] of any [n, D]; the difference is taken in float64."""
         return ((features.double() - self.mean) / self.deviation).float()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 2 << 30
 WINDOW_BYTES = 512 << 20  # of rows that are mixed; as many are being read
+READERS = 4  # parts that are read at once
 STANDARD_ROWS = 16_384  # of which mean and deviation are taken
 
 Rows = npt.NDArray[np.int64]
@@ -87,7 +88,7 @@ class Share:
     Attributes:
         vectors: the table.
         columns: of it.
-        standard: what all numbers are relative to.
+        standard: what all numbers are relative to, on the device.
         rank: of `ranks`.
         ranks: that share the table.
         device: where batches go.
@@ -105,13 +106,13 @@ class Share:
         return parts_of(self.vectors)[self.rank :: self.ranks]
 
     def read(self, part: slice, wanted: npt.NDArray[np.bool_]) -> tuple[Tensor, Rows]:
-        """Wanted rows of a part, standardised float32 [n, F], and their numbers."""
+        """Wanted rows of a part, standardised float32 [n, F] on the device, and their numbers."""
         import torch
 
         rows = part.start + np.flatnonzero(wanted[part])
         if not len(rows):
-            return torch.zeros(0, self.columns.width), rows
-        vectors = torch.from_numpy(self.columns.read(self.vectors, part))
+            return torch.zeros(0, self.columns.width, device=self.device), rows
+        vectors = torch.from_numpy(self.columns.read(self.vectors, part)).to(self.device)
         return self.standard.of_rows(vectors, torch.from_numpy(rows - part.start)), rows
 
 
@@ -158,19 +159,21 @@ def batches(
     """
     import torch
 
-    known = torch.from_numpy(labels)
-    rest: list[Batch] = []  # fewer than a batch, of the window before
+    known = torch.from_numpy(labels).to(share.device)
+    # Fewer than a batch, of the window before.
+    left = torch.zeros(0, share.columns.width, device=share.device), known[:0]
     for epoch, windows in enumerate(_epochs(share, training, seed)):
         mixing = np.random.default_rng([seed, share.rank, epoch, 1])
         for x, rows in windows:
-            rest.append((x, known[rows].to(x.device)))
-            vectors, truth = (torch.cat(both) for both in zip(*rest, strict=True))
-            order = torch.from_numpy(mixing.permutation(len(vectors))).to(vectors.device)
-            *whole, left = torch.split(order, size)
-            whole += [left] if len(left) == size else []
-            for part in whole:
-                yield vectors[part], truth[part]
-            rest = [] if len(left) == size else [(vectors[left], truth[left])]
+            y = known[rows.to(known.device)]
+            order = torch.from_numpy(mixing.permutation(len(x))).to(x.device)
+            at = 0
+            while len(left[0]) + len(x) - at >= size:
+                part = order[at : at + size - len(left[0])]
+                yield torch.cat((left[0], x[part])), torch.cat((left[1], y[part]))
+                at += len(part)
+                left = x[:0], y[:0]
+            left = torch.cat((left[0], x[order[at:]])), torch.cat((left[1], y[order[at:]]))
 
 
 def _epochs(
@@ -218,5 +221,7 @@ def _window(
 ) -> tuple[Tensor, Tensor]:
     import torch
 
-    vectors, rows = zip(*(share.read(part, training) for part in parts), strict=True)
-    return torch.cat(vectors).to(share.device), torch.from_numpy(np.concatenate(rows))
+    with ThreadPoolExecutor(READERS) as pool:
+        read = list(pool.map(lambda part: share.read(part, training), parts))
+    vectors, rows = zip(*read, strict=True)
+    return torch.cat(vectors), torch.from_numpy(np.concatenate(rows))

@@ -182,7 +182,7 @@ def train_and_judge(assignment: Assignment, rank: int, ranks: int, device: str) 
 
     reference = assignment.reference
     columns = Columns.of(reference)
-    standard = standard_of(reference, columns, assignment.training)
+    standard = standard_of(reference, columns, assignment.training).to(device)
     share = Share(reference, columns, standard, rank, ranks, device)
     schedule = schedule_of(assignment, ranks)
     grid = Grid(columns.inputs(), assignment.classes, schedule.batch, assignment.seed, device)
@@ -224,7 +224,7 @@ def _judged(
         vectors, numbers = share.read(part, wanted)
         for at in range(0, len(numbers), most):
             rows = numbers[at : at + most]
-            x, y = vectors[at : at + most].to(share.device), truth[rows].to(share.device)
+            x, y = vectors[at : at + most], truth[rows].to(share.device)
             hits, losses = grid.judge(x, y.clamp(min=0))
             yield rows, hits & (y >= 0)[:, None], losses
 
