@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pipeline.embed.pool import as_ours
+from pipeline.errors import DataError, PipelineError, last_line
 
 T = TypeVar("T")
 WAIT_S = 120  # for all ranks to have their device
@@ -52,7 +52,10 @@ def on_ranks(
         task = ray.remote(_alone).options(num_cpus=cpus, num_gpus=int(gpu))
         return [ray.get(task.remote(function, shared, cpus, gpu))]
     except RayError as error:
-        raise as_ours(error) from error
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, PipelineError):
+            raise cause from error
+        raise DataError(f"the linear grid stopped: {last_line(error)}", "run it again") from error
 
 
 def _alone(function: Callable[[Any, int, int, str], T], given: Any, cpus: int, gpu: bool) -> T:

@@ -142,6 +142,11 @@ def parts_of(vectors: VectorSet) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends) if a < b]
 
 
+def trained_parts(vectors: VectorSet, training: npt.NDArray[np.bool_]) -> list[slice]:
+    """Those that have rows which train; ranks share these, so that each has some."""
+    return [part for part in parts_of(vectors) if training[part].any()]
+
+
 # ---- Batches.
 
 
@@ -180,7 +185,7 @@ def _epochs(
     share: Share, training: npt.NDArray[np.bool_], seed: int
 ) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """The windows of each epoch: vectors on the device, and the rows that they are."""
-    parts = [part for part in share.parts() if training[part].any()]
+    parts = trained_parts(share.vectors, training)[share.rank :: share.ranks]
     row_bytes = 4 * share.columns.width
     if sum(int(training[part].sum()) for part in parts) * row_bytes <= KEPT_BYTES:
         kept = _window(share, training, parts)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.card.linear.ranks import on_ranks, ranks_of
-from pipeline.card.linear.rows import Columns, Share, batches, standard_of
+from pipeline.card.linear.rows import Columns, Share, batches, standard_of, trained_parts
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Score
@@ -142,7 +142,8 @@ def linear_scores(
         len(known),
         seed,
     )
-    ranks = min(ranks_of(gpu, workers), len(reference.vectors.parts))
+    parts = trained_parts(reference.vectors, split.training)
+    ranks = min(ranks_of(gpu, workers), len(parts))
     with doing(f"linear grid of {split.counts.trained_on:,} images"):
         outcomes = on_ranks(train_and_judge, assignment, ranks, gpu)
     hits, more = _best(assignment, outcomes, ranks)

@@ -112,6 +112,16 @@ def test_ranks_share_the_rows_and_a_batch_is_always_full(tmp_path: Path) -> None
     assert sum(map(len, seen)) == len(set.union(*seen)) == 200
 
 
+def test_each_rank_has_rows_that_train_where_few_parts_have_any(tmp_path: Path) -> None:
+    one = table(tmp_path / "v")
+    columns, training = Columns.of(one.vectors), np.arange(200) // PART % 2 == 1  # every other part
+    for rank in range(2):
+        share = Share(one.vectors, columns, PLAIN, rank, 2)
+        x, _ = next(batches(share, one.labels, training, 100, 0))  # more than a part has
+        expected = {row.tobytes() for row in whole(one)[training]}
+        assert len(x) == 100 and {row.numpy().tobytes() for row in x} <= expected
+
+
 def test_vectors_are_standardised_by_rows_that_train(tmp_path: Path) -> None:
     one = table(tmp_path / "v")
     columns, training = Columns.of(one.vectors), np.arange(200) % 2 == 0
