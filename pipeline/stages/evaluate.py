@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 from pipeline.card.card import VERSION, Card, Contender
@@ -19,6 +18,7 @@ from pipeline.card.run import evaluate
 from pipeline.card.scoring.request import Request
 from pipeline.card.shown.compare import PAGE as COMPARED
 from pipeline.card.shown.compare import compare_cards
+from pipeline.card.shown.mistakes import ImageOf, pictures_of
 from pipeline.card.shown.page import write_page
 from pipeline.card.shown.picture import card_picture
 from pipeline.config.config import Config
@@ -213,16 +213,11 @@ def table_of(card: Card) -> dict[str, list[Any]]:
     }
 
 
-def image_of(request: Request) -> Callable[[str], bytes | None]:
-    """The encoded image of an id, of either set; None where only vectors are there."""
+def image_of(request: Request) -> ImageOf:
+    """Small pictures by image id, of either set; None where only vectors are there."""
     tables, sets = join(request.folder, "vectors"), request.sets
     readers = images_of(tables, request.networks[0], sets) if sets else []
-
-    def read(image_id: str) -> bytes | None:
-        holder = next((one for one in readers if image_id in one), None)
-        return None if holder is None else holder[image_id]
-
-    return read
+    return pictures_of(readers, request.max_pixels)
 
 
 # ---- The health of a run's own teacher, which needs its heads.
