@@ -25,6 +25,7 @@ from pipeline.card.linear import scores
 from pipeline.card.linear.scores import LabelledTable, linear_scores
 from pipeline.embed.vectors import VectorSet, list_column, part_name, schema_of
 from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.linear import Schedule
 from pipeline.evaluate.logistic import logistic_scores
 
 BLOCKS, PART = 4, 1024
@@ -85,10 +86,13 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--only", choices=["linear", "logistic"])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="of the grid; else as a score takes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scores.ranks_of = lambda gpu, workers: 1
     scores.on_ranks = lambda function, given, ranks, gpu: [function(given, 0, 1, "cpu")]
+    if args.steps:
+        scores.schedule_of = lambda given, ranks: Schedule(1024, args.steps)
     with tempfile.TemporaryDirectory() as folder:
         reference = table(Path(folder, "reference"), args.images, args, 1)
         queries = table(Path(folder, "queries"), args.queries, args, 2)
