@@ -69,7 +69,7 @@ def _started(ranks: int, gpu: bool) -> list[Any]:
     """Actors that are up; none where they did not all come up."""
     import ray
 
-    kind = ray.remote(_Rank).options(num_cpus=1, num_gpus=int(gpu))
+    kind = ray.remote(Rank).options(num_cpus=1, num_gpus=int(gpu))
     actors = [kind.remote(gpu) for _ in range(ranks)]
     up, missing = ray.wait([a.ready.remote() for a in actors], num_returns=ranks, timeout=WAIT_S)
     if not missing:
@@ -80,8 +80,8 @@ def _started(ranks: int, gpu: bool) -> list[Any]:
     return []
 
 
-class _Rank:
-    """One rank; the first one is where they meet."""
+class Rank:
+    """One rank, an actor; the first one is where they meet."""
 
     def __init__(self, gpu: bool) -> None:
         self.gpu = gpu

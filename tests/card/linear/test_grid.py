@@ -14,7 +14,7 @@ import torch
 
 from pipeline.card.linear import rows as row_module
 from pipeline.card.linear import scores
-from pipeline.card.linear.ranks import on_ranks
+from pipeline.card.linear.ranks import Rank, on_ranks
 from pipeline.card.linear.rows import Columns, Share, batches, standard_of
 from pipeline.card.linear.scores import LabelledTable, linear_scores
 from pipeline.embed.vectors import VectorSet, list_column, part_name, schema_of
@@ -192,6 +192,51 @@ def test_tables_of_two_models_are_not_mixed(tmp_path: Path, here: None) -> None:
         linear_scores(reference, table(tmp_path / "q", outputs=("cls",)))
     with pytest.raises(DataError, match="another"):
         linear_scores(reference, table(tmp_path / "o", digest="e", model="another"))
+
+
+# ---- Two ranks.
+
+
+def of_rank(rank: int, meetings: Any, outcomes: Any, assignment: scores.Assignment) -> None:
+    """What an actor does."""
+    one = Rank(gpu=False)
+    if rank == 0:
+        meeting = one.meet()
+        meetings.put(meeting)
+    else:
+        meeting = meetings.get()
+    outcomes.put((rank, one.run(scores.train_and_judge, assignment, rank, 2, meeting)))
+    outcomes.join()  # until it was read
+
+
+@pytest.mark.long
+def test_two_ranks_judge_every_image_once_and_with_the_same_grid(tmp_path: Path) -> None:
+    reference, queries = table(tmp_path / "r", 300), table(tmp_path / "q", 100, seed=1)
+    training = np.arange(300) % 10 != 0
+    assignment = scores.Assignment(
+        reference.vectors, reference.labels, training, ~training,
+        queries.vectors, queries.labels, np.arange(100) != 3, CLASSES, seed=0,
+    )  # fmt: skip
+    context = torch.multiprocessing.get_context("spawn")
+    meetings, outcomes = context.Queue(), context.JoinableQueue()
+    ranks = [
+        context.Process(target=of_rank, args=(rank, meetings, outcomes, assignment))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    both = dict(outcomes.get(timeout=120) for _ in ranks)
+    for _ in ranks:
+        outcomes.task_done()
+    for process in ranks:
+        process.join(60)
+    assert sorted(np.concatenate([both[0].rows, both[1].rows])) == [*range(3), *range(4, 100)]
+    assert min(len(both[0].rows), len(both[1].rows)) > 30
+    chosen = (both[0].hits + both[1].hits) / 30
+    assert chosen.max() > 0.9 and chosen.shape == (52,)
+    best = int(chosen.argmax())
+    for rank in both.values():  # of one grid, both are good; of two halves, neither knows the other
+        assert rank.asked_hits[:, best].mean() > 0.85
 
 
 # ---- On Ray.
