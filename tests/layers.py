@@ -146,11 +146,11 @@ TABLE = [
     row("doctor", "card config context curate driver embed errors evaluate heartbeat images model "
         "plan shards stages storage stream train uri", others_inside="torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
-    row("api api.networks api.losses api.images api.train api.finetune",
-        "api.* config.sizes embed errors evaluate.features images loss model schedule "
+    row("api api.networks api.losses api.images api.train api.finetune api.evaluate",
+        "api.* config.sizes embed errors evaluate images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.objective train.step uri use views",
-        "config.load log stages storage", "numpy PIL torch"),
+        "card config.load log stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "doctor stages"),
 ]  # fmt: skip
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

@@ -1,6 +1,6 @@
 """The pieces from Python, without Ray or config. Start at `networks.py`.
 
-`train` and `finetune` need both: they are a whole chain as one call.
+`train`, `finetune` and `evaluate` need both: they are a whole chain as one call.
 
     from pipeline import api
 
@@ -13,6 +13,7 @@ a run is made of it.
 
 from __future__ import annotations
 
+from pipeline.api.evaluate import evaluate
 from pipeline.api.finetune import Finetuned, finetune
 from pipeline.api.images import embed, multi_crop, prepare
 from pipeline.api.losses import dino_loss, update_centre, update_teacher
@@ -27,6 +28,13 @@ from pipeline.api.train import Trained, train
 from pipeline.config.sizes import SIZES
 from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
 from pipeline.embed.vectors import open_vectors
+from pipeline.evaluate.few_shot import few_shot_scores
+from pipeline.evaluate.knn import LabelledFeatures, knn_scores
+from pipeline.evaluate.logistic import logistic_scores
+from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+from pipeline.evaluate.retrieval import retrieval_scores
+from pipeline.evaluate.score import Interval, Score, difference
+from pipeline.evaluate.unlabelled import rank_me
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
@@ -105,6 +113,20 @@ __all__ = [
     "components",
     "similarity",
     "segment",
+    # how good it is
+    "evaluate",
+    "LabelledFeatures",
+    "nearest",
+    "Neighbours",
+    "SameImages",
+    "knn_scores",
+    "logistic_scores",
+    "few_shot_scores",
+    "retrieval_scores",
+    "rank_me",
+    "Score",
+    "Interval",
+    "difference",
     # training
     "train",
     "Trained",

@@ -96,7 +96,7 @@ def run_stages(
     call: str,
     stages: Sequence[str],
     out: str | Path,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Any],
     recipe: str | Path,
     settings: Mapping[str, Any],
 ) -> tuple[Path, dict[str, dict[str, Any]]]:

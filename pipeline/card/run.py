@@ -22,7 +22,7 @@ from pipeline.card.scoring import tasks
 from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Answers
 from pipeline.card.scoring.tasks import Growing
-from pipeline.card.verdict import Facts, verdict_of
+from pipeline.card.verdict import Facts, ModelFacts, verdict_of
 from pipeline.evaluate.deciding import why_unusable
 from pipeline.uri import join, public
 
@@ -53,8 +53,13 @@ def facts_of(request: Request, card: Card) -> Facts:
     has = any(card.score in one.results for one in card.contenders if one.role == "model")
     missing = f"it was not computed; evaluate.scores is {', '.join(request.groups)}"
     missing = "" if has else request.unusable or missing
+    models = {
+        one.name: ModelFacts(one.images, init=public(one.start))
+        for one in request.networks
+        if one.role == "model"
+    }
     return Facts(
-        request.facts,
+        models,
         shared=overlap.known or 0 if overlap else 0,
         vectors_only=bool(request.sets and request.sets.from_vectors),
         missing=missing if request.labelled else "",

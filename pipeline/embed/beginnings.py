@@ -28,6 +28,15 @@ def start_of(checkpoint: str) -> str:
     return str(_plan(checkpoint).init)
 
 
+def trained_on(checkpoint: str) -> int:
+    """How many images the run of a checkpoint trains on.
+
+    Raises:
+        DataError: the checkpoint is gone.
+    """
+    return int(_plan(checkpoint).images)
+
+
 def computes_in_half(checkpoint: str) -> bool:
     """Whether the training of a checkpoint computed in bfloat16.
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pipeline.card.dense.opening import open_dense_set
+from pipeline.card.dense.opening import looks_dense, open_dense_set
 from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network, Opening, networks_of
@@ -100,6 +100,12 @@ def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple
     if list(stages) != JOB:
         return config, list(stages)
     source, settings = config.data.source, config.evaluate
+    reference = settings.reference
+    if reference and not settings.dense and looks_dense(reference):
+        log.info("evaluate    %s has masks or depth: dense scores are of it", public(reference))
+        named = {"dense": reference, "dense_queries": settings.queries}
+        settings = settings.model_copy(update={**named, "reference": "", "queries": ""})
+        config = config.model_copy(update={"evaluate": settings})
     if not is_own(config) and not settings.reference and not _has_shards(config, folder):
         if not source and not settings.dense:
             raise ConfigError(

@@ -15,11 +15,12 @@ from pipeline import api
 from pipeline.model.onnx_out import Pixels, save_onnx
 from pipeline.model.weights import save_huggingface
 from pipeline.views.photometric import PhotometricSpec
+from tests.card.conftest import folder_of_classes
 from tests.tiny import write_tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["python.md", "python-use.md", "look.md"]
-STARTS_RAY = "api.train("
+STARTS_RAY = ("api.train(", "api.evaluate(")
 
 
 def blocks(page: str) -> list[str]:
@@ -49,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_code_of_the_page_runs(page: str, folder: Path) -> None:
     space: dict[str, Any] = {"api": api}
     for block in blocks(page):
-        if STARTS_RAY not in block:
+        if not any(call in block for call in STARTS_RAY):
             exec(compile(block, page, "exec"), space)
     if page == "python.md":
         scalars = space["result"].scalars
@@ -65,7 +66,7 @@ def test_the_whole_chain_of_the_page(folder: Path) -> None:
         optim={"global_batch_size": 8},
         train={"workers": 1, "eval_every": 4, "log_every": 1},
     )
-    (block,) = [one for one in blocks("python.md") if STARTS_RAY in one]
+    (block,) = [one for one in blocks("python.md") if "api.train(" in one]
     space: dict[str, Any] = {}
     exec(compile(block, "python.md", "exec"), space)
     trained, out = space["trained"], folder / "runs" / "x"
@@ -125,3 +126,16 @@ def test_everything_that_is_named_is_there() -> None:
     assert all(hasattr(api, name) for name in api.__all__)
     code = "".join(block for page in PAGES for block in blocks(page))
     assert set(re.findall(r"\bapi\.([A-Za-z_]+)", code)) <= set(api.__all__)
+
+
+@pytest.mark.jobs
+def test_the_evaluation_of_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one call scores both models; what it prints is of the card that it leaves."""
+    folder_of_classes(folder / "labelled", 12)
+    (block,) = [one for one in blocks("python-use.md") if "api.evaluate(" in one]
+    space: dict[str, Any] = {"api": api}
+    exec(compile(block, "python-use.md", "exec"), space)
+    card = space["card"]
+    assert [one.role for one in card.contenders].count("model") == 2
+    assert card.verdict.text in capsys.readouterr().out
+    assert (folder / "runs" / "labelled" / "evaluate" / "card.html").is_file()

@@ -115,6 +115,13 @@ def open_dense_set(
     )
 
 
+def looks_dense(uri: str) -> bool:
+    """Whether a folder has images/ with masks/ or depth/ beside it; no file is opened."""
+    fs, path = resolve_uri(absolute_uri(uri))
+    folders = {info.base_name for info in _folders(fs, path)}
+    return "images" in folders and bool(folders & {MASKS, DEPTH})
+
+
 @dataclass
 class _Listed:
     """Rows that have all they need by name, and names of those that have not, by reason."""

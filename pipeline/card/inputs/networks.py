@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.card.card import Role
-from pipeline.embed.beginnings import at_step_0, checkpoint_of, computes_in_half, start_of
+from pipeline.embed.beginnings import (
+    at_step_0,
+    checkpoint_of,
+    computes_in_half,
+    start_of,
+    trained_on,
+)
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.errors import ConfigError
 from pipeline.uri import parent, public
@@ -23,6 +29,8 @@ class Network:
         of: the name of the model that a baseline belongs to, else "".
         spec: how it is opened.
         step: of the checkpoint; 0 for other weights.
+        images: that it was trained on; 0: that is not known.
+        start: the weights that its training began with; "": random ones, or that is not known.
     """
 
     role: Role
@@ -30,6 +38,8 @@ class Network:
     of: str
     spec: EmbedderSpec
     step: int = 0
+    images: int = 0
+    start: str = ""
 
     @property
     def identity(self) -> list[Any]:
@@ -92,8 +102,9 @@ def _with_beginnings(model: str, spec: EmbedderSpec) -> list[Network]:
     step = int(step_name.partition("-")[2])
     run = parent(folder)[0]
     name = f"{public(_shown(model, str(run)))} (step {step:,})"
-    trained = Network("model", name, "", spec, step)
-    if not (start := start_of(checkpoint)):
+    start = start_of(checkpoint)
+    trained = Network("model", name, "", spec, step, trained_on(checkpoint), start)
+    if not start:
         return [trained, Network("step0", f"{name} at step 0", name, at_step_0(spec))]
     began = Network("init", public(start), name, at_step_0(spec))
     random = Network("untrained", f"{name} untrained", name, at_step_0(spec, untrained=True))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pipeline.card.case import ModelFacts
 from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network
@@ -47,7 +45,6 @@ class Request:
         max_pixels: larger images are refused.
         gpu: GPUs may be used.
         remarks: what is known already and belongs on the card.
-        facts: of models by their names, for the verdict.
         unusable: why labels of one set say nothing about a model; "": they do, or nobody looked.
     """
 
@@ -62,7 +59,6 @@ class Request:
     max_pixels: int = 200_000_000
     gpu: bool = True
     remarks: tuple[str, ...] = ()
-    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
     unusable: str = ""
 
     @property
