@@ -116,7 +116,6 @@ def _contenders(request: Request, tables: Sequence[Tables]) -> list[Growing]:
         return [
             Growing(Contender(one.role, one.name, one.of, facts=_facts_of(one)), one)
             for one in request.networks
-            if one.role == "model"
         ]
     contenders = []
     for entrant in entrants_of(tables, request.sets):

@@ -213,7 +213,8 @@ def _trains_or_votes(config: Config, stages: Sequence[str]) -> bool:
     """Whether the training shards are needed: not where named models are scored on named images."""
     evaluation = config.evaluate
     named = evaluation.models or (evaluation.reference and is_vectors(evaluation.reference))
-    return bool({"pretrain", "export"} & set(stages)) or not (named and evaluation.reference)
+    others = evaluation.reference or (evaluation.dense and not evaluation.queries)
+    return bool({"pretrain", "export"} & set(stages)) or not (named and others)
 
 
 def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:

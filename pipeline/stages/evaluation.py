@@ -266,11 +266,7 @@ def dense_of(config: Config) -> Dense | None:
     return Dense(
         _dense_set(settings.dense, "evaluate.dense", settings.void),
         _dense_set(queries, "evaluate.dense_queries", settings.void) if queries else None,
-        DenseSettings(
-            settings.dense_size or settings.image_size,
-            seed=config.run.seed,
-            gpu=config.train.device != "cpu",
-        ),
+        DenseSettings(settings.dense_size or settings.image_size, seed=config.run.seed),
     )
 
 

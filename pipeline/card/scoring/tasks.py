@@ -141,20 +141,19 @@ def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
 
 
 def score_dense(request: Request, contenders: list[Growing]) -> list[str]:
-    """Dense scores of the models, of raw pixels and of a constant; says who has none."""
+    """Dense scores of all networks, of raw pixels and of a constant; says who has none."""
     dense = request.dense
     if dense is None or not request.has("dense"):
         return []
     said = [*dense.reference.remarks, *(dense.queries.remarks if dense.queries else ())]
+    settings = replace(dense.settings, gpu=_gpus(request) > 0)
     grid = 0
-    for one in [x for x in contenders if x.contender.role == "model" and x.network]:
+    for one in [x for x in contenders if x.network]:
         assert one.network is not None
         begin = time.monotonic()
         now(f"evaluate: dense scores of {one.network.name}")
         try:
-            results = dense_results(
-                one.network.spec, dense.reference, dense.queries, dense.settings
-            )
+            results = dense_results(one.network.spec, dense.reference, dense.queries, settings)
         except PipelineError as error:  # without patches: the other scores are still a card
             said.append(f"{one.network.name} has no dense scores: {error.what}")
             log.warning("%s", said[-1])
@@ -165,7 +164,7 @@ def score_dense(request: Request, contenders: list[Growing]) -> list[str]:
         return said
     begin = time.monotonic()
     now("evaluate: dense scores of raw pixels")
-    baselines = dense_baselines(dense.reference, dense.queries, dense.settings, grid)
+    baselines = dense_baselines(dense.reference, dense.queries, settings, grid)
     for role, results in baselines.items():
         _baseline(contenders, role).add("dense", results, time.monotonic() - begin)
     return said
