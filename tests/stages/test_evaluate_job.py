@@ -56,7 +56,8 @@ def value(folder: Path, score: str, role: str = "model") -> float:
 
 @pytest.mark.long
 def test_a_folder_of_classes_alone(job: Job, classes: Path, tmp_path: Path) -> None:
-    given = ["model=descriptor", f"data={classes}", "evaluate.k=5"]
+    quick = "scores=[knn,logistic,few_shot,retrieval,copies,unlabelled]"
+    given = ["model=descriptor", f"data={classes}", "evaluate.k=5", quick]
     status, shown = job(*given)
     assert status == 0, shown
     run = tmp_path / "runs" / "evaluate"

@@ -12,11 +12,13 @@ from pipeline.card.card import BASELINES, Contender, Result, Role
 from pipeline.card.dense.results import dense_baselines, dense_results
 from pipeline.card.inputs.entrants import Entrant
 from pipeline.card.inputs.networks import Network
+from pipeline.card.linear.scores import LabelledTable, linear_scores
 from pipeline.card.nearest import neighbours
 from pipeline.card.probe import Probe, Probed, probe
 from pipeline.card.scoring import scores
 from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Answers
+from pipeline.embed.vectors import VectorSet
 from pipeline.errors import PipelineError
 from pipeline.heartbeat import now
 
@@ -138,6 +140,27 @@ def _probe(request: Request, one: Growing, gpu: bool) -> Probe | None:
 def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
     """The groups of scores that a task computes of a contender."""
     return [] if entrant is None else [group for group in IN_TASKS if request.has(group)]
+
+
+def score_linear(request: Request, contenders: Sequence[Growing]) -> None:
+    """The linear grid of the models, whose ranks are tasks of their own: it trains for minutes."""
+    for one in contenders if request.has("linear") else ():
+        if one.contender.role != "model" or one.entrant is None:
+            continue
+        begin = time.monotonic()
+        now(f"evaluate: linear layers on {one.contender.name}")
+        tables = one.entrant.tables
+        reference = _labelled(one.entrant, tables.reference)
+        queries = _labelled(one.entrant, tables.queries) if tables.queries else None
+        seed = request.scoring.seed
+        score, details = linear_scores(reference, queries, _gpus(request) > 0, seed=seed)
+        one.add("linear", {score.name: Result.of(score, **details)}, time.monotonic() - begin)
+
+
+def _labelled(entrant: Entrant, vectors: VectorSet) -> LabelledTable:
+    rows = entrant.labels(vectors)
+    assert rows.ids is not None
+    return LabelledTable(vectors, rows.labels.numpy(), rows.ids)
 
 
 def score_dense(request: Request, contenders: list[Growing]) -> list[str]:
