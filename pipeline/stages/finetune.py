@@ -190,7 +190,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         f"{'' if queries else 'held-out '}images; majority class {majority:.3f}"
     )
     if bad:
-        text += f"; {len(bad):,} images could not be decoded, listed in finetune/bad.parquet"
+        count = f"{len(bad):,} image{'s' * (len(bad) != 1)}"
+        text += f"; {count} could not be decoded, listed in finetune/bad.parquet"
     result_line("finetune", text)
     result_line("weights", f"{public(folder.at('finetune', form))}: {compared}")
     numbers = {"eval/finetune_top1": interval.value, "eval/finetune_top1_majority": majority}

@@ -184,7 +184,7 @@ def test_a_damaged_image_is_left_out_and_listed(
     shown = finetune("finetune", *fields)
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert "fine-tuned (low-rank)" in shown.stdout
-    assert "1 images could not be decoded, listed in finetune/bad.parquet" in shown.stdout
+    assert "1 image could not be decoded, listed in finetune/bad.parquet" in shown.stdout
     listed = pq.read_table(tmp_path / "runs" / "finetune" / "finetune" / "bad.parquet")
     assert listed.column("image_id").to_pylist() == [ids[7]]
     assert listed.column("reason").to_pylist() == ["damaged"]
