@@ -95,7 +95,7 @@ def _tables(request: Request) -> tuple[list[Tables], list[str]]:
                 "left out of all"
             )
     if bad := max(one.bad for one in tables):
-        said.append(f"{bad:,} images could not be decoded and are not scored")
+        said.append(f"not scored, for they could not be decoded: {bad:,} of the images")
     return tables, [*said, *left_out, *_unlike(tables)]
 
 

@@ -67,7 +67,12 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         from pipeline.stages import evaluation  # loads torch
 
         evaluation.chosen_in(folder, config)
-    if "evaluate" in stages and (config.evaluate.models or "pretrain" not in stages):
+    if "pretrain" in stages and config.evaluate.models:
+        raise ConfigError(
+            "evaluate.models names models, but a run that trains scores its own teacher",
+            "leave it out, and score them side by side afterwards: jobs/evaluate.py models=[…]",
+        )
+    if "evaluate" in stages and "pretrain" not in stages:
         from pipeline.stages import evaluation
 
         evaluation.networks(config, folder)

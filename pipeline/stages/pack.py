@@ -76,10 +76,23 @@ def check_places(config: Config, folder: RunFolder) -> None:
             source_places.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
             work_place = absolute_uri(str(folder.at("pack", f"work_{name}")))
-            ledger.check_source(shards, public(source))
+            _check_source(name, shards, public(source))
             mine = check_unclaimed(shards, Owner(public(source), public(work_place)))
             mine |= ledger.begun(work_place)
             ledger.check_replaceable(shards, public(source), own=mine)
+
+
+def _check_source(name: str, shards: str, source: str) -> None:
+    """Refuses shards of another source; of an evaluation set a run of another name is the way."""
+    try:
+        ledger.check_source(shards, source)
+    except StorageError:
+        raise
+    except DataError as error:
+        if name == "train":
+            raise
+        hint = "evaluate other images under another name: run.name=…"
+        raise DataError(error.what, hint) from error
 
 
 def sources(context: Context) -> dict[str, tuple[str, str]]:

@@ -109,7 +109,7 @@ def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
     assert value(card, "majority", "knn5_top1") == pytest.approx(1 / 3)
     assert value(card, "colours", "knn5_top1") == 1.0  # one colour a class
     assert (card.reference.images, card.queries and card.queries.images) == (60, 30)
-    assert "1 images could not be decoded and are not scored" in card.remarks
+    assert "not scored, for they could not be decoded: 1 of the images" in card.remarks
     confusion = np.asarray(card.confusion)
     assert confusion.sum() == 30
     assert np.trace(confusion) / 30 == pytest.approx(value(card, "model", "knn5_top1"))

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.card.files import read_card
 from tests import standins
 from tests.card.conftest import COLOURS, coloured, folder_of_classes
+from tests.data import encoded
 
 Job = Callable[..., tuple[int, str]]
 JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
@@ -137,6 +139,32 @@ def test_wrong_names_are_said_in_a_sentence(job: Job, classes: Path, tmp_path: P
             assert status == 2 and sentence in shown, (given, shown)
             assert len(shown.strip().splitlines()) <= 3, shown
     assert not (tmp_path / "runs" / "evaluate" / "evaluate").exists()
+
+
+def test_other_images_need_another_name(job: Job, classes: Path, tmp_path: Path) -> None:
+    given = ["model=descriptor", "scores=unlabelled"]
+    assert job(*given, f"data={classes}")[0] == 0
+    other = folder_of_classes(tmp_path / "other", 3, first=70)
+    status, shown = job(*given, f"data={other}")
+    assert status == 2 and "holds the shards of" in shown and "run.name=" in shown
+    assert job(*given, f"data={other}", "run.name=other")[0] == 0
+
+
+def test_a_folder_of_masks_is_scored_densely(job: Job, tmp_path: Path) -> None:
+    """Taken for what it is, and said; the descriptor has no patches, so it has no such score."""
+    for place in ("images", "masks"):
+        (tmp_path / "dense" / place).mkdir(parents=True)
+    for number in range(4):
+        image = coloured("red", number)
+        mask = encoded(np.full((18, 18), number % 2, np.uint8))
+        (tmp_path / "dense" / "images" / f"{number}.png").write_bytes(image)
+        (tmp_path / "dense" / "masks" / f"{number}.png").write_bytes(mask)
+    status, shown = job("model=descriptor", f"data={tmp_path}/dense")
+    assert status == 0, shown
+    assert "has masks or depth: dense scores are of it" in shown
+    card = read_card(tmp_path / "runs" / "evaluate")
+    assert card.score == "segmentation_linear_miou" and card.reference.images == 4
+    assert any("descriptor has no dense scores" in remark for remark in card.remarks)
 
 
 def test_a_dry_run_says_who_is_scored_by_what(job: Job, classes: Path, tmp_path: Path) -> None:
