@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from tests.data import encoded
 
 COLOURS = np.array([(200, 40, 40), (40, 200, 40), (40, 40, 200), (90, 90, 90)], np.uint8)
@@ -73,3 +75,10 @@ def depth_set(root: Path, images: int, seed: int = 0) -> str:
         files[f"images/{number:03}.png"] = encoded(pixels)
         files[f"depth/{number:03}.npy"] = npy(depth)
     return write(root, files)
+
+
+def network() -> Any:
+    """A small untrained network; tasks of Ray load it by this module's name."""
+    torch.manual_seed(0)
+    spec = BackboneSpec(width=24, depth=1, heads=2, patch_size=4, image_size=32)
+    return VisionTransformer(spec)

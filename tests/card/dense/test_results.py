@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.card.dense import (
     DenseSet,
@@ -23,8 +22,7 @@ from pipeline.card.dense.split import Split
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
 from pipeline.evaluate.score import difference
-from pipeline.model.vit import BackboneSpec, VisionTransformer
-from tests.card.dense.planted import depth_set, mask_set, npy, painted, write
+from tests.card.dense.planted import depth_set, mask_set, network, npy, painted, write
 from tests.data import encoded
 
 SETTINGS = DenseSettings(size=32, batch_size=4)
@@ -42,12 +40,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segmentation, "SCHEDULE", replace(segmentation.SCHEDULE, steps=60))
     monkeypatch.setattr(depth, "LINEAR", replace(depth.LINEAR, steps=40))
     monkeypatch.setattr(depth, "SMALL", replace(depth.SMALL, steps=60))
-
-
-def network() -> Any:
-    torch.manual_seed(0)
-    spec = BackboneSpec(width=24, depth=1, heads=2, patch_size=4, image_size=32)
-    return VisionTransformer(spec)
 
 
 def small(load: Any = network) -> EmbedderSpec:
