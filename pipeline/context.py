@@ -156,7 +156,7 @@ def with_packed_sets(config: Config, folder: RunFolder) -> Config:
     changed = {}
     for name in ("reference", "queries"):
         source, packed = getattr(config.evaluate, name), folder.at("pack", name)
-        if source and not is_shards(source) and _source_of(packed) == _place(source, folder):
+        if source and not is_shards(source) and source_of(packed) == _place(source, folder):
             changed[name] = str(packed)
     if not changed:
         return config
@@ -169,7 +169,8 @@ def _place(source: str, folder: RunFolder) -> str:
     return public(absolute_source(source))
 
 
-def _source_of(packed: Place) -> str:
+def source_of(packed: Place) -> str:
+    """What shards that pack wrote are of; "" where none are there."""
     manifest = read_mark(*resolve_uri(str(join(packed, MANIFEST))))
     return str(manifest.get("source", ""))
 

@@ -14,7 +14,7 @@ from pipeline.card.inputs.sets import EvaluationSet, Sets, check_sets, open_set
 from pipeline.card.scoring.request import Dense, Request
 from pipeline.card.scoring.scores import Scoring
 from pipeline.config.config import Config
-from pipeline.context import Context, open_training_shards, with_packed_sets
+from pipeline.context import Context, open_training_shards, source_of, with_packed_sets
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.embed.vectors import VectorSet, is_vectors, open_vectors
 from pipeline.errors import ConfigError, DataError, TrainError
@@ -183,17 +183,24 @@ def sets_of(config: Config, folder: RunFolder, models: Sequence[Network]) -> Set
     if only_dense(config, folder):
         return None
     if settings.reference:
-        reference = open_set("evaluate.reference", settings.reference, columns)
+        reference = _opened("reference", settings.reference, columns, folder)
     else:
         shards = open_training_shards(config, folder)
         reference = EvaluationSet(TRAINING_SHARDS, shards.uri, shards)
     queries = None
     if settings.queries:
-        queries = open_set("evaluate.queries", settings.queries, columns)
+        queries = _opened("queries", settings.queries, columns, folder)
     sets = check_sets(reference, queries)
     if not sets.from_vectors:
         _check_ranges(config, sets, models)
     return _bounded(sets)
+
+
+def _opened(name: str, uri: str, columns: tuple[str, str], folder: RunFolder) -> EvaluationSet:
+    """A set, called as the user named it where this run has packed it."""
+    packed = folder.at("pack", name)
+    source = source_of(packed) if uri == str(packed) else ""
+    return open_set(f"evaluate.{name}", uri, columns, source)
 
 
 def _bounded(sets: Sets) -> Sets:

@@ -65,6 +65,7 @@ def test_a_folder_of_classes_alone(job: Job, classes: Path, tmp_path: Path) -> N
     run = tmp_path / "runs" / "evaluate"
     card = read_card(run)
     assert card.queries is None and card.reference.images == 42
+    assert card.reference.name == str(classes)  # not where its shards are
     assert card.reference.class_names == tuple(sorted(COLOURS))
     assert shown.strip().splitlines()[-1] == f"verdict     {card.verdict.text}"
     result = json.loads((run / "evaluate" / "_done.json").read_text())["result"]

@@ -171,20 +171,21 @@ class Sets:
         return overlap
 
 
-def open_set(field: str, uri: str, columns: tuple[str, str]) -> EvaluationSet:
+def open_set(field: str, uri: str, columns: tuple[str, str], name: str = "") -> EvaluationSet:
     """The set at a place: vectors where there are finished ones, else shards.
 
     Args:
         field: of the config that names it.
         uri: the place.
         columns: of images and of labels, in files that are not packed.
+        name: as the user gave it; "": the place.
 
     Raises:
         DataError: neither is there.
     """
     if is_vectors(uri):
-        return EvaluationSet(field, uri, vectors=open_vectors(uri, field))
-    return EvaluationSet(field, uri, open_shards(uri, *columns, field))
+        return EvaluationSet(field, name or uri, vectors=open_vectors(uri, field))
+    return EvaluationSet(field, name or uri, open_shards(uri, *columns, field))
 
 
 def check_sets(reference: EvaluationSet, queries: EvaluationSet | None) -> Sets:
