@@ -114,13 +114,15 @@ def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple
                 "classes), packed shards, or vectors of jobs/embed.py",
             )
         settings = settings.model_copy(update={"reference": source})
+    config = config.model_copy(update={"evaluate": settings})
     data = config.data.model_copy(update={"source": ""})
-    config = config.model_copy(update={"data": data, "evaluate": settings})
-    known = with_packed_sets(config, folder)
+    packing = config.model_copy(update={"data": data})
     packed_before = is_own(config) or "train" in folder.last("pack")
-    if packed_before and not pack.named_sources(known, folder):
-        return known, ["evaluate"]  # what the chain of this run packed stays as it is
-    return config, JOB if pack.named_sources(config, folder) else ["evaluate"]
+    if packed_before and not pack.named_sources(with_packed_sets(packing, folder), folder):
+        return config, ["evaluate"]  # what the chain of this run packed stays as it is
+    if not pack.named_sources(packing, folder):
+        return config, ["evaluate"]
+    return packing, JOB
 
 
 def _has_shards(config: Config, folder: RunFolder) -> bool:
