@@ -211,3 +211,39 @@ def test_an_image_that_one_model_lacks_is_left_out_of_all(trained: Trained) -> N
     kept = np.isin(rows.ids, few.ids())
     np.testing.assert_array_equal(left.read(), rows.vectors[kept])
     np.testing.assert_array_equal(left.labels(), whole.labels()[kept])
+
+
+class Told:
+    """A tracker that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **_: self.calls.append((name, arguments))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+@pytest.mark.long
+def test_the_stage_tells_mlflow_and_leaves_what_it_says(trained: Trained) -> None:
+    context, told = trained.context(only=False), Told()
+    before = stage.key(context)
+    result = stage.run(context, told)
+    ((step, metrics),) = told.of("metrics")
+    assert step == result["step"] == 5
+    knn = {"", "_step0", "_raw_pixels", "_colours", "_majority"}
+    assert {f"eval/knn5_top1{end}" for end in knn} <= set(metrics)
+    health = ("feature_std", "effective_rank", "teacher_entropy", "prototypes_used")
+    assert {f"health/{name}" for name in health} <= set(metrics)
+    assert metrics["eval/knn5_top1"] == result["trained"]["eval/knn5_top1"]
+    assert told.of("headline") == [(5, {"eval/knn5_top1_final": metrics["eval/knn5_top1"]})]
+    assert {"trained", "step0", "raw_pixels", "colours", "majority"} <= set(result)
+    assert "linear_top1" not in " ".join(metrics)  # minutes, which a chain does not spend
+    assert [arguments[0] for arguments in told.of("picture")] == ["card"]
+    assert told.of("note")[0][0].startswith(result["verdict"])
+    assert stage.intact(context) and stage.key(context) == before
+    assert stage.key(trained.context("evaluate.k=6")) != before
+    (context.folder.path / "evaluate" / "card.html").unlink()
+    assert not stage.intact(context)
