@@ -7,7 +7,7 @@ The vectors are made: 1,000 classes, each a Gaussian around a Gaussian centre, 3
 own, so that its peak memory is its own; those that are compared run in turn. The contestants of
 k-NN (k = 200 neighbours, votes of 10, 20, 100 and 200):
 
-* ours: `evaluate.neighbours.nearest` and `knn_scores`, exact sums
+* ours: `evaluate.neighbours.nearest.nearest` and `knn_scores`, exact sums
 * plain: unit vectors in float32, a matrix product of 512 queries at a time, topk, dense votes
 * sklearn: `NearestNeighbors(algorithm="brute")` on the unit vectors, whose Euclidean distance
   orders as the cosine does; no votes
@@ -48,8 +48,9 @@ def drawn(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]
 
 
 def ours(reference: Any, queries: Any) -> float:
-    from pipeline.evaluate.knn import LabelledFeatures, knn_scores
-    from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+    from pipeline.evaluate.features import LabelledFeatures
+    from pipeline.evaluate.neighbours.knn import knn_scores
+    from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
 
     (known, labels, ids), (asked, truth, asked_ids) = reference, queries
     similarities, rows = nearest(known, asked, max(KS), same=SameImages.of(ids, asked_ids))
@@ -82,15 +83,15 @@ def sklearn(reference: Any, queries: Any) -> float:
 
 
 def retrieval(reference: Any, queries: Any) -> float:
-    from pipeline.evaluate.knn import LabelledFeatures
-    from pipeline.evaluate.retrieval import retrieval_scores
+    from pipeline.evaluate.features import LabelledFeatures
+    from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 
     return retrieval_scores(LabelledFeatures(*reference), LabelledFeatures(*queries))[0][0].value
 
 
 def few_shot(reference: Any, queries: Any) -> float:
-    from pipeline.evaluate.few_shot import few_shot_scores
-    from pipeline.evaluate.knn import LabelledFeatures
+    from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+    from pipeline.evaluate.features import LabelledFeatures
 
     return few_shot_scores(LabelledFeatures(*reference), LabelledFeatures(*queries))[1][0].value
 

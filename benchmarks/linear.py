@@ -24,9 +24,9 @@ import torch
 from pipeline.card.linear import scores
 from pipeline.card.linear.scores import LabelledTable, linear_scores
 from pipeline.embed.vectors import VectorSet, list_column, part_name, schema_of
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.linear import Schedule
-from pipeline.evaluate.logistic import logistic_scores
+from pipeline.evaluate.classifiers.linear import Schedule
+from pipeline.evaluate.classifiers.logistic import logistic_scores
+from pipeline.evaluate.features import LabelledFeatures
 
 BLOCKS, PART = 4, 1024
 NOISE = 4.0  # of a number, beside a class direction of deviation 1

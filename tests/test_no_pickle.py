@@ -198,7 +198,7 @@ def test_a_table_of_the_run_folder(mark: Path, tmp_path: Path) -> None:
 
 
 def test_an_onnx_model(mark: Path, tmp_path: Path) -> None:
-    from pipeline.embed.onnx import OnnxModel
+    from pipeline.embed.onnx.embedder import OnnxModel
 
     (tmp_path / "m.onnx").write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(PipelineError):

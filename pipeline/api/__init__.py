@@ -28,11 +28,12 @@ from pipeline.api.train import Trained, train
 from pipeline.config.sizes import SIZES
 from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
 from pipeline.embed.vectors import open_vectors
-from pipeline.evaluate.few_shot import few_shot_scores
-from pipeline.evaluate.knn import LabelledFeatures, knn_scores
-from pipeline.evaluate.logistic import logistic_scores
-from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
-from pipeline.evaluate.retrieval import retrieval_scores
+from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+from pipeline.evaluate.classifiers.logistic import logistic_scores
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours.knn import knn_scores
+from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
+from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 from pipeline.evaluate.score import Interval, Score, difference
 from pipeline.evaluate.unlabelled import rank_me
 from pipeline.loss.ibot import ibot_loss, patch_weights

@@ -1,8 +1,8 @@
 """The nearest neighbours among tables of vectors of any size: blocks over tasks, merged here.
 
 A task compares a block of the reference with a block of the queries and keeps the k best. Sums are
-exact (`evaluate/exact.py`) and of equals the lowest row comes first. So the result is the same to
-the last bit for any number of blocks, in any order, on CPUs and GPUs.
+exact (`evaluate/neighbours/exact.py`) and of equals the lowest row comes first. So the result is
+the same to the last bit for any number of blocks, in any order, on CPUs and GPUs.
 
 Memory of a task: 256 MiB for the vectors of each block, as much again for their exact form, and
 512 MiB of work; 1.5 GiB in all. The driver holds ids and labels of both sets, and 20 k bytes a
@@ -27,8 +27,8 @@ from pipeline.heartbeat import doing
 from pipeline.uri import public
 
 if TYPE_CHECKING:
-    from pipeline.evaluate.exact import Frame
-    from pipeline.evaluate.neighbours import Neighbours
+    from pipeline.evaluate.neighbours.exact import Frame
+    from pipeline.evaluate.neighbours.nearest import Neighbours
 
 BLOCK_VALUES = 1 << 26  # of the vectors of a block: 256 MiB
 FEWEST_PRODUCTS = 1 << 34  # values of vectors that are compared: a second or two of a core
@@ -153,7 +153,7 @@ def _labels_and_ids(vectors: VectorSet) -> tuple[Array, Array]:
 
 
 def _frame(reference: VectorSet, output: str, centre: bool) -> Frame:
-    from pipeline.evaluate.exact import MIDDLE_ROWS, Frame
+    from pipeline.evaluate.neighbours.exact import MIDDLE_ROWS, Frame
 
     origin = None
     if centre:
@@ -230,8 +230,8 @@ def block_best(asked: Asked, block: Block) -> tuple[Array, Array, Array]:
     """
     import torch
 
-    from pipeline.evaluate.exact import best
-    from pipeline.evaluate.neighbours import SameImages
+    from pipeline.evaluate.neighbours.exact import best
+    from pipeline.evaluate.neighbours.nearest import SameImages
 
     device = torch.device(asked.device)
     placed = _placed(asked, asked.queries, block.queries)
@@ -267,8 +267,8 @@ def _merged(
     """The best of all blocks, by value and then by row, in whatever order they end."""
     import torch
 
-    from pipeline.evaluate.exact import cosines, first_of
-    from pipeline.evaluate.neighbours import Neighbours
+    from pipeline.evaluate.neighbours.exact import cosines, first_of
+    from pipeline.evaluate.neighbours.nearest import Neighbours
 
     count, k = asked.queries.rows, asked.k
     ranked = torch.full((count, k), -torch.inf, dtype=torch.float64)

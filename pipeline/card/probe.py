@@ -19,8 +19,8 @@ from pipeline.curate.threshold.attacks import ATTACKS
 from pipeline.embed.embedders import EmbedderSpec, open_embedder
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import DataError
-from pipeline.evaluate.copies import copy_scores
 from pipeline.evaluate.health import effective_rank, feature_std
+from pipeline.evaluate.neighbours.copies import copy_scores
 from pipeline.evaluate.score import Score
 from pipeline.evaluate.unlabelled import RANK_IMAGES, alignment, rank_me, uniformity
 from pipeline.images.decode import MAX_PIXELS

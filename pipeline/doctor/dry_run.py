@@ -18,9 +18,9 @@ from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, finetune, look, search
 from pipeline.stages.chain import STAGES, named, with_absolute_weights
-from pipeline.stages.checks import check_start, embeds, voting
+from pipeline.stages.checks.known_sets import KnownSet, also_in
+from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
-from pipeline.stages.known_sets import KnownSet, also_in
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri

@@ -11,7 +11,8 @@ from pipeline.config.config import Config
 from pipeline.context import size_of
 from pipeline.embed.embedders import open_embedder
 from pipeline.embed.vectors import open_vectors
-from pipeline.stages.checks import voting
+from pipeline.stages.checks.known_sets import KnownSet
+from pipeline.stages.checks.start import voting
 from pipeline.stages.evaluation import (
     dense_of,
     groups_of,
@@ -21,7 +22,6 @@ from pipeline.stages.evaluation import (
     sets_of,
     vectors_given,
 )
-from pipeline.stages.known_sets import KnownSet
 from pipeline.storage.run_folder import RunFolder
 from pipeline.uri import public
 

@@ -32,8 +32,8 @@ from pipeline.embed.forward import (
     tokens,
     with_mean,
 )
-from pipeline.embed.onnx import OnnxModel
-from pipeline.embed.onnx_files import files_of, is_onnx, on_this_node
+from pipeline.embed.onnx.embedder import OnnxModel
+from pipeline.embed.onnx.files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, one_line
 from pipeline.images.shown import three_channels
 from pipeline.images.value_range import FULL, ValueRange

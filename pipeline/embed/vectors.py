@@ -32,7 +32,7 @@ from pipeline.storage.transfer import read_json, read_mark
 from pipeline.uri import public
 
 if TYPE_CHECKING:
-    from pipeline.evaluate.knn import LabelledFeatures
+    from pipeline.evaluate.features import LabelledFeatures
 
 MARK = "_vectors.json"
 VERSION = 1
@@ -316,7 +316,7 @@ def labelled(vectors: VectorSet) -> LabelledFeatures:
     """The CLS vectors of a set in memory, with labels and ids, as an evaluation takes them."""
     import torch
 
-    from pipeline.evaluate.knn import LabelledFeatures
+    from pipeline.evaluate.features import LabelledFeatures
 
     table = vectors.columns("image_id", "label")
     labels = torch.from_numpy(np.array(table["label"].fill_null(-1).to_numpy(), np.int64))

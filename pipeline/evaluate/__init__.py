@@ -1,5 +1,7 @@
-"""How good is a backbone: k-NN, health, pictures. Start at `teacher.py`.
+"""How good a backbone is: scores, numbers of health, pictures. Start at `teacher.py`.
 
-In: a network and shards. Out: accuracy where there are labels, and numbers of health in any case.
-Imports: model, loss (sums over workers), shards, images, views, errors, uri.
+In: a network and shards, or its features. Out: scores with what each image adds, and numbers of
+health in any case. `neighbours/` needs no training, `classifiers/` learns from labels, `dense/` is
+of patches.
+Imports: model, loss (sums over workers), shards, images, views, errors, uri; `sets.py`: config.
 """

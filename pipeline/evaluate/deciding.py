@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate.few_shot import few_shot_scores
-from pipeline.evaluate.knn import TEMPERATURE, LabelledFeatures, knn_classify
-from pipeline.evaluate.logistic import logistic_scores
-from pipeline.evaluate.retrieval import retrieval_scores
+from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+from pipeline.evaluate.classifiers.logistic import logistic_scores
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours.knn import TEMPERATURE, knn_classify
+from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 from pipeline.evaluate.unlabelled import rank_me
 
 RANK_ME = "rank_me"  # needs no labels

@@ -1,10 +1,13 @@
-"""Images to features, in batches, without gradients.
+"""Features: images to features in batches, without gradients, and features with their labels.
 
 Shapes: b images of a batch, N images in all, S side in pixels, C channels, D width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,24 @@ import torch
 from torch import Tensor, nn
 
 Images = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.uint8]  # [N, 16], see `data.columns.image_id`
 # Batches whose features are copied together: a copy waits for the device, which is then idle.
 AT_ONCE = 16
+
+
+@dataclass
+class LabelledFeatures:
+    """N images: `features` [N, D], `labels` int64 [N], -1 where unknown, `ids` where known."""
+
+    features: Tensor
+    labels: Tensor
+    ids: Ids | None = None
+
+    def labelled(self) -> LabelledFeatures:
+        """The rows that have a label."""
+        known = self.labels >= 0
+        ids = None if self.ids is None else self.ids[known.numpy()]
+        return LabelledFeatures(self.features[known], self.labels[known], ids)
 
 
 def embed(
@@ -72,3 +91,9 @@ def inference(module: nn.Module, device: torch.device | str, dtype: torch.dtype)
     finally:
         for part, training in modes:
             part.training = training
+
+
+def as_array(features: Tensor) -> npt.NDArray[Any]:
+    """As numpy has it, which knows no bfloat16."""
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return np.asarray(features.detach().cpu().to(wide).numpy())

@@ -23,10 +23,10 @@ from pipeline.evaluate.deciding import (
     training_scores,
     why_unusable,
 )
-from pipeline.evaluate.features import embed
+from pipeline.evaluate.features import LabelledFeatures, embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.knn import LabelledFeatures, raw_pixels
-from pipeline.evaluate.neighbours import SameImages, nearest
+from pipeline.evaluate.neighbours.knn import raw_pixels
+from pipeline.evaluate.neighbours.nearest import SameImages, nearest
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.images.decode import BadImage, decode_image
 from pipeline.model.pair import Encoder

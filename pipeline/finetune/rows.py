@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError
-from pipeline.evaluate.split import held_out
+from pipeline.evaluate.classifiers.split import held_out
 from pipeline.shards.classes import UNKNOWN, Classes, label_ids, listed
 from pipeline.shards.overlap import shared_classes
 from pipeline.shards.row_group import read_group

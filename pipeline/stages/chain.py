@@ -34,7 +34,7 @@ from pipeline.stages import (
     pretrain,
     search,
 )
-from pipeline.stages.checks import check_start
+from pipeline.stages.checks.start import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
 from pipeline.storage.places import absolute_uri

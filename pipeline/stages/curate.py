@@ -21,7 +21,7 @@ from pipeline.curate.run_choose import check_clusters
 from pipeline.curate.run_decide import write_shards
 from pipeline.curate.sets import POOL_NAME, open_sets
 from pipeline.embed.embedders import EmbedderSpec
-from pipeline.embed.onnx_files import is_onnx
+from pipeline.embed.onnx.files import is_onnx
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import FULL
 from pipeline.shards.shards import open_shards

@@ -24,9 +24,9 @@ from pipeline.finetune.worker import Task
 from pipeline.heartbeat import now
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.shards import open_shards
+from pipeline.stages.checks.known_sets import KnownSet
 from pipeline.stages.embed import of_model_range
 from pipeline.stages.evaluation import chosen_in
-from pipeline.stages.known_sets import KnownSet
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.uri import public
 

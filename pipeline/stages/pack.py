@@ -17,7 +17,7 @@ from pipeline.pack.listing import Listing, list_source
 from pipeline.pack.pack import PackOptions, PackPlaces, PackReport, pack
 from pipeline.pack.source_places import absolute_source
 from pipeline.shards.shards import open_shards
-from pipeline.stages.known_sets import builtin_part
+from pipeline.stages.checks.known_sets import builtin_part
 from pipeline.storage.claim import Owner, check_unclaimed
 from pipeline.storage.mirror import upload_folder
 from pipeline.storage.places import absolute_uri

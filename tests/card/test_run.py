@@ -17,7 +17,7 @@ from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
-from pipeline.evaluate.knn import knn_classify
+from pipeline.evaluate.neighbours.knn import knn_classify
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan

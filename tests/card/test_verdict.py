@@ -258,7 +258,7 @@ def test_a_baseline_of_other_images_or_of_another_model_does_not_count() -> None
 def votes_right(
     reference: Any, voting: Any, queries: Any, truth: Any, classes: int, alone: bool
 ) -> Any:
-    """k-NN as in evaluate/knn.py, in ten lines of numpy: bool [Q]."""
+    """k-NN as in evaluate/neighbours/knn.py, in ten lines of numpy: bool [Q]."""
     unit = reference / np.linalg.norm(reference, axis=1, keepdims=True)
     cosines = queries / np.linalg.norm(queries, axis=1, keepdims=True) @ unit.T
     if alone:

@@ -16,10 +16,11 @@ from pipeline.curate.embed.embed import embed, embed_file
 from pipeline.curate.images.fingerprint import Decoding, fingerprint
 from pipeline.curate.rows.tables import matrix
 from pipeline.curate.steps.steps import Output, Steps
-from pipeline.embed import embedders, onnx_files
+from pipeline.embed import embedders
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
 from pipeline.embed.load import digest_of
-from pipeline.embed.onnx_files import external_files, files_of
+from pipeline.embed.onnx import files as onnx_files
+from pipeline.embed.onnx.files import external_files, files_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image

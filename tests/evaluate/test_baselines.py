@@ -20,7 +20,8 @@ from pipeline.evaluate.baselines import (
     pixel_width,
     without_mean,
 )
-from pipeline.evaluate.knn import LabelledFeatures, knn_classify
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours.knn import knn_classify
 from pipeline.images.decode import decode_image
 from tests.data import noise
 

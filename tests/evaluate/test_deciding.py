@@ -9,7 +9,7 @@ import torch
 from pipeline.config.embedding import DECIDING, VOTERS
 from pipeline.errors import DataError
 from pipeline.evaluate.deciding import RANK_ME, deciding_score, training_scores
-from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.features import LabelledFeatures
 
 CLASSES, EACH = 3, 12
 

@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, MANIFEST, METADATA_KEY, SCHEMA_VERSION
 from pipeline.stages import chain
 from pipeline.stages.chain import ORDER
-from pipeline.stages.checks import check_start
+from pipeline.stages.checks.start import check_start
 
 NOWHERE = "/there/is/nothing"
 

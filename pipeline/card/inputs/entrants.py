@@ -12,7 +12,7 @@ from pipeline.card.inputs.sets import Sets
 from pipeline.card.inputs.tables import Tables
 from pipeline.embed.ids import Ids, id_bytes
 from pipeline.embed.vectors import VectorSet
-from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.features import LabelledFeatures
 from pipeline.shards.classes import Classes
 
 OUTPUTS: dict[Role, str] = {"raw_pixels": "pixels", "colours": "colours"}

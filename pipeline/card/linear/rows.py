@@ -23,8 +23,8 @@ from pipeline.embed.vectors import VectorSet
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.evaluate.linear import Inputs
-    from pipeline.evaluate.standard import Standard
+    from pipeline.evaluate.classifiers.linear import Inputs
+    from pipeline.evaluate.classifiers.standard import Standard
 
 KEPT_BYTES = 2 << 30
 WINDOW_BYTES = 512 << 20  # of rows that are mixed; as many are being read
@@ -69,7 +69,7 @@ class Columns:
 
     def inputs(self) -> tuple[Inputs, ...]:
         """The groups of heads."""
-        from pipeline.evaluate.linear import inputs_of
+        from pipeline.evaluate.classifiers.linear import inputs_of
 
         return inputs_of(self.dim, self.blocks, self.mean)
 
@@ -122,7 +122,7 @@ def standard_of(vectors: VectorSet, columns: Columns, training: npt.NDArray[np.b
     """
     import torch
 
-    from pipeline.evaluate.standard import Standard
+    from pipeline.evaluate.classifiers.standard import Standard
 
     every = parts_of(vectors)
     kept = [

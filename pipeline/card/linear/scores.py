@@ -26,7 +26,7 @@ from pipeline.uri import public
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.evaluate.linear import Grid, Schedule
+    from pipeline.evaluate.classifiers.linear import Grid, Schedule
 
 JUDGED_AT_ONCE = 1 << 25  # logits: 128 MiB
 Labels = npt.NDArray[np.int64]
@@ -99,7 +99,7 @@ def linear_scores(
     workers: int = 0,
     seed: int = 0,
 ) -> tuple[Score, dict[str, Any]]:
-    """Top-1 of the best head of DINOv2's grid, see `evaluate/linear.py`; needs a Ray to be joined.
+    """Top-1 of the best head of the grid (`evaluate/classifiers/linear.py`); needs a joined Ray.
 
     The grid takes what the table has: of models without patches, or of which `cls` alone was kept,
     it has fewer heads.
@@ -118,8 +118,8 @@ def linear_scores(
     Raises:
         DataError: no labelled image is left to train or to ask, or the tables are of two models.
     """
-    from pipeline.evaluate.linear import NAME
-    from pipeline.evaluate.split import LabelledRows, Split
+    from pipeline.evaluate.classifiers.linear import NAME
+    from pipeline.evaluate.classifiers.split import LabelledRows, Split
 
     asked_set = queries or reference
     _check(reference.vectors, asked_set.vectors)
@@ -179,7 +179,7 @@ def train_and_judge(assignment: Assignment, rank: int, ranks: int, device: str) 
     """Trains the grid with the other ranks, and judges this rank's part of the images."""
     import torch
 
-    from pipeline.evaluate.linear import Grid, train
+    from pipeline.evaluate.classifiers.linear import Grid, train
 
     reference = assignment.reference
     columns = Columns.of(reference)
@@ -208,7 +208,7 @@ def train_and_judge(assignment: Assignment, rank: int, ranks: int, device: str) 
 
 def schedule_of(assignment: Assignment, ranks: int) -> Schedule:
     """For the images that train."""
-    from pipeline.evaluate.linear import Schedule
+    from pipeline.evaluate.classifiers.linear import Schedule
 
     return Schedule.of(int(assignment.training.sum()), ranks)
 
@@ -236,7 +236,7 @@ def _best(
     """Hits bool [Q] of the best head, in the order of the rows, and what a card says."""
     import torch
 
-    from pipeline.evaluate.linear import RATES, Choosing, Head, details_of
+    from pipeline.evaluate.classifiers.linear import RATES, Choosing, Head, details_of
 
     choosing = Choosing(
         torch.from_numpy(np.sum([one.hits for one in outcomes], 0)),

@@ -13,11 +13,12 @@ from pipeline.card.card import Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
 from pipeline.card.scoring.wrong import kept_wrong
 from pipeline.evaluate.baselines import majority_hits
-from pipeline.evaluate.few_shot import few_shot_scores
-from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
-from pipeline.evaluate.logistic import logistic_scores
-from pipeline.evaluate.neighbours import Neighbours
-from pipeline.evaluate.retrieval import retrieval_scores
+from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+from pipeline.evaluate.classifiers.logistic import logistic_scores
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours.knn import knn_scores, predictions
+from pipeline.evaluate.neighbours.nearest import Neighbours
+from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 from pipeline.evaluate.score import Score
 
 KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`

@@ -19,8 +19,8 @@ from pipeline.card.linear.rows import Columns, Share, batches, standard_of
 from pipeline.card.linear.scores import LabelledTable, linear_scores
 from pipeline.embed.vectors import VectorSet, list_column, part_name, schema_of
 from pipeline.errors import DataError
-from pipeline.evaluate.linear import Schedule
-from pipeline.evaluate.standard import Standard
+from pipeline.evaluate.classifiers.linear import Schedule
+from pipeline.evaluate.classifiers.standard import Standard
 
 DIM, BLOCKS, CLASSES, PART = 6, 4, 3, 32
 

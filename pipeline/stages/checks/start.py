@@ -28,7 +28,7 @@ from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.evaluate.labels import check_deciding, check_labels
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, embed, finetune, pack, search
-from pipeline.stages.known_sets import KnownSet, known_set
+from pipeline.stages.checks.known_sets import KnownSet, known_set
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.settings import TrackSettings

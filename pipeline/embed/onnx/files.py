@@ -17,7 +17,7 @@ from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.embed.onnx import numbers_in
+from pipeline.embed.onnx.embedder import numbers_in
 from pipeline.errors import DataError, PipelineError
 from pipeline.images.value_range import FULL, ValueRange, from_json
 from pipeline.storage.places import file_info, resolve_uri

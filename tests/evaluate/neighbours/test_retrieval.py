@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import retrieval
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.retrieval import retrieval_scores
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours import retrieval
+from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 
 
 def images(n, classes=5, dim=6, seed=0, kinds=0):

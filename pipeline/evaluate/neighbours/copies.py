@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.neighbours import Ids, SameImages, nearest
+from pipeline.evaluate.features import Ids
+from pipeline.evaluate.neighbours.nearest import SameImages, nearest
 from pipeline.evaluate.score import Score
 
 CANDIDATES = 10  # of each copy that precision is computed of

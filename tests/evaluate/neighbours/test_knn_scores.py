@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import knn
-from pipeline.evaluate.knn import LabelledFeatures, knn_scores, predictions
-from pipeline.evaluate.neighbours import Neighbours, SameImages, nearest
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours import knn
+from pipeline.evaluate.neighbours.knn import knn_scores, predictions
+from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
 
 
 def ids_of(count, seed=0):

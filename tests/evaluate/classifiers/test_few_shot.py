@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import few_shot
-from pipeline.evaluate.few_shot import few_shot_scores
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.split import held_out
+from pipeline.evaluate.classifiers import few_shot
+from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+from pipeline.evaluate.classifiers.split import held_out
+from pipeline.evaluate.features import LabelledFeatures
 
 
 def images(n, classes=6, dim=10, seed=0, noise=1.0, spread=1.0):

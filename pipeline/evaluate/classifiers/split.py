@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.features import LabelledFeatures
 
 SHARE = 0.2  # of a class, where there is no second set
 CHOOSING_SHARE = 0.1  # of the training images, as DINOv2 eval/log_regression.py

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.exact import MIDDLE_ROWS, Frame, Placed, ranking
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.neighbours import SameImages, as_array
+from pipeline.evaluate.features import LabelledFeatures, as_array
+from pipeline.evaluate.neighbours.exact import MIDDLE_ROWS, Frame, Placed, ranking
+from pipeline.evaluate.neighbours.nearest import SameImages
 from pipeline.evaluate.score import Score
 
 QUERIES = 2000  # their 95 % interval of a mean average precision is about 0.01 wide on each side

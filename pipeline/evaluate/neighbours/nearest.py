@@ -6,19 +6,16 @@ Shapes: N reference images, Q queries, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.exact import MIDDLE_ROWS, Frame, best, cosines
+from pipeline.evaluate.features import Ids, as_array
+from pipeline.evaluate.neighbours.exact import MIDDLE_ROWS, Frame, best, cosines
 
 SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB in float32
-
-Ids = npt.NDArray[np.uint8]  # [N, 16], see `data.columns.image_id`
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,3 @@ def nearest(
         empty = known.offsets.new_zeros(0, k)
         return empty, empty.long()
     return torch.cat(values), torch.cat(rows)
-
-
-def as_array(features: Tensor) -> npt.NDArray[Any]:
-    """As numpy has it, which knows no bfloat16."""
-    wide = torch.promote_types(features.dtype, torch.float32)
-    return np.asarray(features.detach().cpu().to(wide).numpy())

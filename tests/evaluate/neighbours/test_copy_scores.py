@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import copies as module
-from pipeline.evaluate.copies import copy_scores
+from pipeline.evaluate.neighbours import copies as module
+from pipeline.evaluate.neighbours.copies import copy_scores
 from pipeline.evaluate.score import Score
 
 NAMES = ("blur", "crop", "grey")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import exact
-from pipeline.evaluate.exact import Frame, best, cosines, ranking
-from pipeline.evaluate.neighbours import nearest
+from pipeline.evaluate.neighbours import exact
+from pipeline.evaluate.neighbours.exact import Frame, best, cosines, ranking
+from pipeline.evaluate.neighbours.nearest import nearest
 
 
 def vectors(n, dim=24, seed=0, spread=1.0):

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.neighbours import as_array
+from pipeline.evaluate.classifiers.split import held_out
+from pipeline.evaluate.features import LabelledFeatures, as_array
 from pipeline.evaluate.score import Score
-from pipeline.evaluate.split import held_out
 
 SHOTS = (1, 5, 10)
 DRAWS = 5

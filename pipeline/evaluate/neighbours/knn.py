@@ -14,7 +14,6 @@ Shapes: N reference images, Q queries, D width, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.evaluate.baselines import pixel_vectors, without_mean
-from pipeline.evaluate.neighbours import Ids, Neighbours, SameImages, nearest
+from pipeline.evaluate.features import Ids, LabelledFeatures
+from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
 from pipeline.evaluate.score import Score
 
 TEMPERATURE = 0.07  # DINOv2 eval/knn.py
@@ -41,21 +41,6 @@ class Labelled(Protocol):
     def labels(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
     @property
     def ids(self) -> Ids: ...  # noqa: D102
-
-
-@dataclass
-class LabelledFeatures:
-    """N images: `features` [N, D], `labels` int64 [N], -1 where unknown, `ids` where known."""
-
-    features: Tensor
-    labels: Tensor
-    ids: Ids | None = None
-
-    def labelled(self) -> LabelledFeatures:
-        """The rows that have a label."""
-        known = self.labels >= 0
-        ids = None if self.ids is None else self.ids[known.numpy()]
-        return LabelledFeatures(self.features[known], self.labels[known], ids)
 
 
 class Asked(Protocol):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate import knn, neighbours
-from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.features import LabelledFeatures
+from pipeline.evaluate.neighbours import knn, nearest
 
 
 def by_loop(reference, labels, query, classes, k, temperature, widest):
@@ -44,7 +44,7 @@ def test_equals_the_reference(shared):
     ks = golden["nb_knn"]
     ours = classify(reference, labels, queries, truth, 5, ks, golden["T"])
     assert ours == pytest.approx(golden["top1"], abs=1e-6)
-    similarities, rows = neighbours.nearest(reference, queries, max(ks))
+    similarities, rows = nearest.nearest(reference, queries, max(ks))
     votes = knn.knn_votes(similarities, labels[rows], 5, ks, golden["T"])
     for k in ks:
         torch.testing.assert_close(votes[k], golden["probas"][k], atol=2e-6, rtol=1e-5)
@@ -52,7 +52,7 @@ def test_equals_the_reference(shared):
 
 def test_votes_equal_a_loop():
     reference, labels, queries, _ = data()
-    similarities, rows = neighbours.nearest(reference, queries, 10)
+    similarities, rows = nearest.nearest(reference, queries, 10)
     votes = knn.knn_votes(similarities, labels[rows], 4, [3, 10], 0.1)
     for k in (3, 10):
         for i, query in enumerate(queries.double()):
@@ -69,9 +69,9 @@ def test_agrees_with_scikit_learn_and_does_not_depend_on_the_chunks(monkeypatch)
     model.fit(reference.numpy(), labels.numpy())
     expected = model.score(queries.numpy(), truth.numpy())
     assert classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
-    whole = neighbours.nearest(reference, queries, 9)
-    monkeypatch.setattr(neighbours, "SIMILARITIES_AT_ONCE", 700)  # two queries at a time
-    parts = neighbours.nearest(reference, queries, 9)
+    whole = nearest.nearest(reference, queries, 9)
+    monkeypatch.setattr(nearest, "SIMILARITIES_AT_ONCE", 700)  # two queries at a time
+    parts = nearest.nearest(reference, queries, 9)
     assert torch.equal(whole[1], parts[1])
     torch.testing.assert_close(whole[0], parts[0])
     assert classify(reference, labels, queries, truth, 4, 9) == {9: pytest.approx(expected)}
@@ -79,8 +79,8 @@ def test_agrees_with_scikit_learn_and_does_not_depend_on_the_chunks(monkeypatch)
 
 def test_leave_one_out_never_finds_itself(monkeypatch):
     reference, *_ = data()
-    monkeypatch.setattr(neighbours, "SIMILARITIES_AT_ONCE", 60 * 7)
-    _, rows = neighbours.nearest(reference, reference, 59, leave_one_out=True)
+    monkeypatch.setattr(nearest, "SIMILARITIES_AT_ONCE", 60 * 7)
+    _, rows = nearest.nearest(reference, reference, 59, leave_one_out=True)
     for i, others in enumerate(rows.tolist()):
         assert sorted(others) == [j for j in range(60) if j != i]
     # Every image twice with a wrong label on the copy: only itself would be right.
@@ -103,10 +103,10 @@ def test_no_image_votes_for_one_with_its_own_id(monkeypatch):
         votes = by_loop(reference[others], labels[others], queries[i].double(), 4, 7, 0.07, 7)
         correct += int(truth[i] >= 0 and np.argmax(votes) == truth[i])
     for at_once in (1 << 26, 100):  # two queries at a time
-        monkeypatch.setattr(neighbours, "SIMILARITIES_AT_ONCE", at_once)
+        monkeypatch.setattr(nearest, "SIMILARITIES_AT_ONCE", at_once)
         top1 = classify(reference, labels, queries, truth, 4, 7, ids=(known, asked))
         assert top1 == {7: pytest.approx(correct / 11)}
-    same = neighbours.SameImages.of(known, asked)
+    same = nearest.SameImages.of(known, asked)
     pairs = [(i, j) for i in range(12) for j in range(40) if (known[j] == asked[i]).all()]
     assert sorted(zip(same.queries.tolist(), same.rows.tolist(), strict=True)) == pairs
 
@@ -135,11 +135,11 @@ def test_mistakes_are_sentences():
     with pytest.raises(DataError, match="0 labelled reference images and 6 labelled queries"):
         classify(reference, labels - 9, queries, truth, 4)
     with pytest.raises(DataError, match="width 8, queries 7"):
-        neighbours.nearest(reference, queries[:, 1:], 2)
+        nearest.nearest(reference, queries[:, 1:], 2)
     with pytest.raises(DataError, match="2 nearest of 0 images"):
-        neighbours.nearest(reference[:1], reference[:1], 2, leave_one_out=True)
+        nearest.nearest(reference[:1], reference[:1], 2, leave_one_out=True)
     with pytest.raises(DataError, match="leave_one_out needs the reference as queries: 6 for 5"):
-        neighbours.nearest(reference, queries, 2, leave_one_out=True)
+        nearest.nearest(reference, queries, 2, leave_one_out=True)
 
 
 def test_raw_pixels_tell_bright_patterns_apart_and_not_noise():

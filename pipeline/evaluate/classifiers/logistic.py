@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.evaluate.knn import LabelledFeatures
+from pipeline.evaluate.classifiers.split import LabelledRows, Split
+from pipeline.evaluate.classifiers.standard import ROWS_AT_ONCE, Standard
+from pipeline.evaluate.features import LabelledFeatures
 from pipeline.evaluate.score import Score
-from pipeline.evaluate.split import LabelledRows, Split
-from pipeline.evaluate.standard import ROWS_AT_ONCE, Standard
 
 NAME = "logistic_top1"
 PENALTIES = tuple(10.0**n for n in range(-6, 4))  # C

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import DataError
-from pipeline.evaluate.split import classes_of_one, held_out
+from pipeline.evaluate.classifiers.split import classes_of_one, held_out
 
 
 def ids_of(count: int, seed: int = 0) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.evaluate.linear import (
+from pipeline.evaluate.classifiers.linear import (
     RATES,
     Choosing,
     Grid,

@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pipeline.errors import DataError
-from pipeline.evaluate.knn import LabelledFeatures
-from pipeline.evaluate.logistic import Problem, logistic_scores
-from pipeline.evaluate.split import held_out
+from pipeline.evaluate.classifiers.logistic import Problem, logistic_scores
+from pipeline.evaluate.classifiers.split import held_out
+from pipeline.evaluate.features import LabelledFeatures
 
 
 def features(x: np.ndarray, y: np.ndarray, seed: int = 0) -> LabelledFeatures:
