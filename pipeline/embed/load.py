@@ -131,14 +131,13 @@ def load_weights(path: str) -> Any:
         raise PipelineError(
             f"{path} ({weights.origin}) holds no vision transformer", "see model.init"
         )
-    swiglu = facts.ffn == "swiglu"
     spec = BackboneSpec(
         image_size=max(1, math.isqrt(facts.patches)) * facts.patch_size,
         patch_size=facts.patch_size,
         width=facts.width,
         depth=facts.depth,
         heads=weights.heads or max(1, facts.width // 64),  # 64 wide in every ViT of DINOv2
-        mlp_ratio=facts.hidden / facts.width * (1.5 if swiglu else 1.0),
+        mlp_ratio=facts.mlp_ratio,
         ffn=facts.ffn,
         registers=facts.registers,
         in_channels=facts.in_channels,

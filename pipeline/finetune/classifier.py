@@ -119,7 +119,7 @@ def spec_of(backbone: VisionTransformer) -> BackboneSpec:
         width=facts.width,
         depth=depth,
         heads=backbone.blocks[0].attn.heads,  # type: ignore[union-attr, arg-type]
-        mlp_ratio=_mlp_ratio(facts),
+        mlp_ratio=facts.mlp_ratio,
         ffn=facts.ffn,
         registers=facts.registers,
         layer_scale=next(scale for most, scale in LAYER_SCALE if depth <= most),
@@ -127,16 +127,6 @@ def spec_of(backbone: VisionTransformer) -> BackboneSpec:
         interpolate_offset=backbone.interpolate_offset,
         interpolate_antialias=backbone.interpolate_antialias,
     )
-
-
-def _mlp_ratio(facts: Facts) -> float:
-    """That gives the hidden width; a whole one where one does, as other libraries want it."""
-    if facts.ffn != "swiglu":
-        return facts.hidden / facts.width
-    ratio = 1.5 * facts.hidden / facts.width
-    whole = round(ratio)
-    rounded_up = (int(facts.width * whole * 2 / 3) + 7) // 8 * 8  # as `SwiGlu` has it
-    return whole if rounded_up == facts.hidden else ratio
 
 
 def drawn_anew(backbone: Tunable) -> Tunable:

@@ -65,6 +65,21 @@ class Facts(NamedTuple):
             patches=max(0, size("pos_embed", 1) - 1),
         )
 
+    @property
+    def mlp_ratio(self) -> float:
+        """That gives the hidden width: a whole one where one does, for Hugging Face takes no other.
+
+        SwiGLU has 2/3 of the width that the ratio says, rounded up to a multiple of 8 (`SwiGlu`).
+        So several ratios give one width, and the plain quotient is often a broken one.
+        """
+        if self.ffn != "swiglu":
+            return self.hidden / self.width
+        ratio = 1.5 * self.hidden / self.width
+        for whole in (math.floor(ratio), math.ceil(ratio)):
+            if whole and (int(self.width * whole * 2 / 3) + 7) // 8 * 8 == self.hidden:
+                return float(whole)
+        return ratio
+
 
 def fit(backbone: VisionTransformer, weights: Weights, source: str, resize: bool = False) -> None:
     """Load weights strictly: every name and every shape must be the model's.
@@ -188,10 +203,9 @@ def _reasons(have: Facts, want: Facts, heads: int | None, wanted_heads: int) -> 
             f"set model.ffn={have.ffn}"
         )
     elif have.width == want.width and have.hidden != want.hidden:
-        ratio = have.hidden / have.width * (1.5 if have.ffn == "swiglu" else 1.0)
         out.append(
             f"the feed-forward layers are {have.hidden} wide, the model's {want.hidden}: "
-            f"set model.mlp_ratio to about {ratio:.3g}"
+            f"set model.mlp_ratio to about {have.mlp_ratio:.3g}"
         )
     for field, what in (
         ("registers", "registers"),

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
+from pipeline.model.fit import Facts
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import Weights, fit, load_backbone, read_weights, save_backbone
 from tests.model.official import draw, shapes
@@ -185,6 +186,18 @@ def test_heads_that_a_config_tells_are_checked() -> None:
 def test_ratio_of_the_feed_forward_layer() -> None:
     said = refused(BackboneSpec(**{**vars(SPEC), "mlp_ratio": 2.0}), changed())
     assert "are 96 wide, the model's 48: set model.mlp_ratio to about 4" in said
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 3.0, 4.0, 2.75])
+@pytest.mark.parametrize("width", [16, 48, 130, 384])
+def test_the_ratio_of_a_swiglu_is_read_back(width: int, ratio: float) -> None:
+    """A whole one as a whole one, of small networks too: its width is rounded up a long way."""
+    sizes = {"patch_size": 7, "width": width, "depth": 1, "heads": 2, "ffn": "swiglu"}
+    with torch.device("meta"):
+        facts = Facts.of(BackboneSpec(28, **sizes, mlp_ratio=ratio).build().state_dict())
+        again = BackboneSpec(28, **sizes, mlp_ratio=facts.mlp_ratio).build().state_dict()
+    assert Facts.of(again) == facts
+    assert facts.mlp_ratio == int(facts.mlp_ratio) or ratio != int(ratio)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
