@@ -11,22 +11,19 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
-from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
+from pipeline.evaluate.teacher import Evaluation
 from pipeline.heartbeat import now
-from pipeline.model.foreign import TimmSpec
 from pipeline.model.pair import Backbone
-from pipeline.model.vit import BackboneSpec
 from pipeline.plan.plan import Plan
-from pipeline.train import build, state
+from pipeline.train import state
+from pipeline.train.evaluator import Weights
 from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline.train")
@@ -38,81 +35,6 @@ HANGING_TIMES = 10
 LOOK_S = 0.2
 
 
-class EvaluatorActor:
-    """An `Evaluator` in a process of its own; weights come by value.
-
-    Args:
-        spec: sets and settings.
-        backbone: what is evaluated, without its weights.
-        device: where.
-        share: of the memory of the GPU, so that a worker on the same one keeps the rest.
-    """
-
-    def __init__(
-        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str, share: float
-    ) -> None:
-        if 0 < share < 1 and torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(share)
-        self.evaluator = Evaluator(spec, device=device)
-        self.backbone = backbone
-
-    def run(self, weights: dict[str, torch.Tensor], limit: int | None) -> Evaluation:
-        """Evaluates a teacher's backbone."""
-        backbone = self.backbone.build()
-        backbone.load_state_dict(weights)
-        return self.evaluator.run(backbone, limit)
-
-
-def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
-    """Starts the actor where `device_of` says."""
-    device, share = device_of(plan, ray.cluster_resources().get("GPU", 0))
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "num_gpus": share,
-        "max_restarts": 3,
-        "max_task_retries": 1,
-    }
-    if device == "cpu" and (node := roomiest(ray.nodes())):
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
-    place = {0.0: "CPUs", 1.0: "a spare GPU"}.get(share, f"{share:g} of a training GPU")
-    log.info("evaluate    while training on %s", place)
-    return (
-        ray.remote(EvaluatorActor)
-        .options(**options)
-        .remote(spec, build.encoder_spec(plan.config), device, share)
-    )
-
-
-def device_of(plan: Plan, gpus: float) -> tuple[str, float]:
-    """Where evaluations run while training, and how much of a GPU they reserve: the part that the
-    workers leave (`evaluate.gpu_share`), else a GPU that no worker has, else CPUs beside them.
-
-    Args:
-        plan: of the run.
-        gpus: that the cluster has.
-    """
-    if plan.device == "cuda":
-        if share := plan.config.evaluate.gpu_share:
-            return "cuda", share
-        if gpus - plan.sizes[-1] * plan.gpus_per_worker >= 1:
-            return "cuda", 1.0
-    return "cpu", 0.0
-
-
-def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Id of the living node with the most CPUs; empty where none has any.
-
-    An actor that reserves nothing may be put anywhere, on a head without CPUs too, whose memory the
-    whole cluster needs. Where the node is lost, the actor starts again on any other.
-
-    Args:
-        nodes: from `ray.nodes()`.
-    """
-    rooms = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in nodes if n["Alive"]}
-    best = max(rooms, key=lambda node: (rooms[node], node), default="")
-    return best if best and rooms[best] > 0 else ""
-
-
 class Request(threading.Thread):
     """One evaluation under way: a thread that sends the weights and waits for the answer.
 
@@ -121,18 +43,18 @@ class Request(threading.Thread):
     Args:
         step: of the weights.
         evaluator: the actor.
-        weights: of the backbone, a copy.
+        weights: of the backbone, a copy. Ray copies arrays outside of Python; tensors it would
+            pickle, and hold up the steps by seconds a GB, in whichever thread.
         limit: images of each set.
     """
 
-    def __init__(
-        self, step: int, evaluator: Any, weights: dict[str, torch.Tensor], limit: int | None
-    ) -> None:
+    def __init__(self, step: int, evaluator: Any, weights: Weights, limit: int | None) -> None:
         super().__init__(name=f"evaluation of step {step}", daemon=True)
         self.step, self.since = step, time.monotonic()
         self.answer: Evaluation | Exception | None = None  # None while it is under way
         self._evaluator, self._arguments = evaluator, (weights, limit)
         self._reference: Any = None
+        self._forgotten = False
         self.start()
 
     def run(self) -> None:
@@ -140,12 +62,15 @@ class Request(threading.Thread):
         try:
             self._reference = self._evaluator.run.remote(*self._arguments)
             self._arguments = ({}, None)  # Ray has them now
+            if self._forgotten:  # while they were sent
+                self.forget()
             self.answer = ray.get(self._reference)
         except Exception as error:  # of whatever kind: said by `collect`, and training goes on
             self.answer = error
 
     def forget(self) -> None:
         """Whoever runs it need not go on, nor begin again after a restart."""
+        self._forgotten = True
         if self._reference is not None:
             ray.cancel(self._reference)
 
@@ -214,7 +139,7 @@ class Evaluations:
             )
             return
         weights = {
-            name: value.detach().to("cpu", copy=True)
+            name: value.detach().to("cpu", copy=True).numpy()
             for name, value in backbone.state_dict().items()
         }
         limit = self.plan.config.evaluate.during_training

@@ -200,7 +200,7 @@ def pretrain(
     """
     import ray.train
 
-    from pipeline.train.evaluations import launch_evaluator
+    from pipeline.train.evaluator import launch_evaluator
 
     stage = folder.stage("pretrain")
     stage.mkdir(parents=True, exist_ok=True)

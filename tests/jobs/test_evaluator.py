@@ -22,6 +22,7 @@ from pipeline.evaluate.teacher import Evaluation
 from pipeline.track.journal import read_steps
 from pipeline.train import evaluations as module
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.evaluator import Weights
 from tests.data import encoded, stored
 from tests.jobs.conftest import ROOT
 from tests.tiny import STEPS
@@ -36,7 +37,7 @@ class Planted:
     def __init__(self, folder: str, hangs: list[float], dies: list[float]) -> None:
         self.folder, self.hangs, self.dies = Path(folder), hangs, dies
 
-    def run(self, weights: dict[str, torch.Tensor], limit: int | None) -> Evaluation:
+    def run(self, weights: Weights, limit: int | None) -> Evaluation:
         value = float(weights["bias"][0])
         calls = self.folder / f"{value:g}"
         before = calls.stat().st_size if calls.exists() else 0
@@ -112,7 +113,7 @@ from ray.util.placement_group import placement_group
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
-from pipeline.train.evaluations import launch_evaluator
+from pipeline.train.evaluator import launch_evaluator
 from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.shards.shards import open_shards
 
@@ -154,7 +155,7 @@ HANGING = """
 import sys, threading
 import ray
 from pipeline.job import main
-from pipeline.train import evaluations, loop
+from pipeline.train import evaluator, loop
 
 class Hanging:
     def run(self, weights, limit):
@@ -170,7 +171,7 @@ def impatient(job):
     return train_worker(job)
 
 if __name__ == "__main__":
-    evaluations.launch_evaluator = launched
+    evaluator.launch_evaluator = launched
     loop.train_worker = impatient
     main(["pack", "pretrain"], "", sys.argv[1:])
 """

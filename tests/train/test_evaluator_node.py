@@ -15,7 +15,8 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node, Share, room
 from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.train import state
-from pipeline.train.evaluations import Evaluations, device_of, roomiest
+from pipeline.train.evaluations import Evaluations
+from pipeline.train.evaluator import device_of, roomiest
 
 KNN = "eval/knn20_top1"
 

@@ -1,0 +1,100 @@
+"""The actor that evaluates while training, and where it runs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
+from pipeline.model.foreign import TimmSpec
+from pipeline.model.vit import BackboneSpec
+from pipeline.plan.plan import Plan
+from pipeline.train import build
+
+log = logging.getLogger("pipeline.train")
+
+Weights = dict[str, Any]  # arrays of numpy, by the name of the tensor
+
+
+class EvaluatorActor:
+    """An `Evaluator` in a process of its own; weights come by value, as arrays.
+
+    Args:
+        spec: sets and settings.
+        backbone: what is evaluated, without its weights.
+        device: where.
+        share: of the memory of the GPU, so that a worker on the same one keeps the rest.
+    """
+
+    def __init__(
+        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str, share: float
+    ) -> None:
+        if 0 < share < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(share)
+        self.evaluator = Evaluator(spec, device=device)
+        self.backbone = backbone
+
+    def run(self, weights: Weights, limit: int | None) -> Evaluation:
+        """Evaluates a teacher's backbone."""
+        backbone = self.backbone.build()
+        with warnings.catch_warnings():  # of arrays that cannot be written to: they are only read
+            warnings.simplefilter("ignore", UserWarning)
+            state = {name: torch.from_numpy(value) for name, value in weights.items()}
+        backbone.load_state_dict(state)
+        return self.evaluator.run(backbone, limit)
+
+
+def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
+    """Starts the actor where `device_of` says."""
+    device, share = device_of(plan, ray.cluster_resources().get("GPU", 0))
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": share,
+        "max_restarts": 3,
+        "max_task_retries": 1,
+    }
+    if device == "cpu" and (node := roomiest(ray.nodes())):
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+    place = {0.0: "CPUs", 1.0: "a spare GPU"}.get(share, f"{share:g} of a training GPU")
+    log.info("evaluate    while training on %s", place)
+    return (
+        ray.remote(EvaluatorActor)
+        .options(**options)
+        .remote(spec, build.encoder_spec(plan.config), device, share)
+    )
+
+
+def device_of(plan: Plan, gpus: float) -> tuple[str, float]:
+    """Where evaluations run while training, and how much of a GPU they reserve: the part that the
+    workers leave (`evaluate.gpu_share`), else a GPU that no worker has, else CPUs beside them.
+
+    Args:
+        plan: of the run.
+        gpus: that the cluster has.
+    """
+    if plan.device == "cuda":
+        if share := plan.config.evaluate.gpu_share:
+            return "cuda", share
+        if gpus - plan.sizes[-1] * plan.gpus_per_worker >= 1:
+            return "cuda", 1.0
+    return "cpu", 0.0
+
+
+def roomiest(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """Id of the living node with the most CPUs; empty where none has any.
+
+    An actor that reserves nothing may be put anywhere, on a head without CPUs too, whose memory the
+    whole cluster needs. Where the node is lost, the actor starts again on any other.
+
+    Args:
+        nodes: from `ray.nodes()`.
+    """
+    rooms = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in nodes if n["Alive"]}
+    best = max(rooms, key=lambda node: (rooms[node], node), default="")
+    return best if best and rooms[best] > 0 else ""
