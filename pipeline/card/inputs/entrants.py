@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.card.card import BASELINES, Role
 from pipeline.card.inputs.sets import Sets
+from pipeline.card.inputs.stored import column_of, mean_of
 from pipeline.card.inputs.tables import Tables
 from pipeline.embed.ids import Ids, id_bytes
 from pipeline.embed.vectors import VectorSet
@@ -44,38 +45,25 @@ class Entrant:
         return self.role not in OUTPUTS
 
     @property
-    def reference(self) -> LabelledFeatures:
-        """Rows of the set that votes, with all it knows, in memory."""
-        return self._rows(self.tables.reference)
-
-    @property
-    def queries(self) -> LabelledFeatures | None:
-        """Rows of the set that is asked; None: the reference is."""
-        return None if self.tables.queries is None else self._rows(self.tables.queries)
-
-    @property
     def both(self) -> tuple[LabelledFeatures, LabelledFeatures | None]:
-        """Reference and queries, without what is the same in all images of the reference: the mean
-        of raw pixels would make all cosines 1.
+        """Rows of the set that votes and of the one that is asked, where there is one. Those of a
+        large table stay in it (`stored.py`).
+
+        Pixels come without what is the same in all images of the reference: the mean would make all
+        cosines 1.
         """
-        reference, queries = self.reference, self.queries
-        if self.output == "pixels":
-            mean = reference.features.mean(0)
-            reference.features -= mean
-            if queries is not None:
-                queries.features -= mean
-        return reference, queries
+        reference, queries = self.tables.reference, self.tables.queries
+        centre = mean_of(reference, self.output) if self.output == "pixels" else None
+        rows = self._labelled(reference, column_of(reference, self.output, centre))
+        if queries is None:
+            return rows, None
+        return rows, self._labelled(queries, column_of(queries, self.output, centre))
 
     def labels(self, vectors: VectorSet) -> LabelledFeatures:
         """Labels and ids of a table, without its vectors."""
         import torch
 
         return self._labelled(vectors, torch.zeros(vectors.rows, 0))
-
-    def _rows(self, vectors: VectorSet) -> LabelledFeatures:
-        import torch
-
-        return self._labelled(vectors, torch.from_numpy(vectors.read(self.output)))
 
     def _labelled(self, vectors: VectorSet, features: object) -> LabelledFeatures:
         import torch

@@ -4,11 +4,11 @@ The classifier is the nearest class mean of SimpleShot (Wang et al. 2019, arXiv 
 vectors less the mean of the reference, scaled to unit length, then the class whose mean is nearest
 by Euclidean distance. It has nothing to tune, so a draw costs a product of queries and classes.
 
-The mean that is taken off is of all images of the reference, as theirs is of all base classes. It
-needs no labels.
+The mean that is taken off is of the images of the reference that are not asked, as theirs is of all
+base classes. It needs no labels.
 
-Memory: the features, once more as much, and under 1 GiB of work; at 1.28 M images of width 1024
-10.5 GB.
+Memory: 512 MiB of class means, and under 512 MiB of work. Features are gone through in blocks, so
+those that are read from a table (`card/inputs/stored.py`) are never in memory as a whole.
 
 Shapes: N reference images, Q queries, D width, C classes, S draws.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.evaluate.blocks import in_blocks
 from pipeline.evaluate.classifiers.split import held_out
 from pipeline.evaluate.features import LabelledFeatures, as_array
 from pipeline.evaluate.score import Score
@@ -31,6 +32,7 @@ from pipeline.evaluate.score import Score
 SHOTS = (1, 5, 10)
 DRAWS = 5
 AT_ONCE = 1 << 22  # products or values of vectors in doubles: 32 MiB
+MEANS_AT_ONCE = 1 << 26  # values of class means: 512 MiB in doubles
 
 Details = dict[str, Any]
 Doubles = npt.NDArray[np.float64]
@@ -65,21 +67,23 @@ def few_shot_scores(
     Raises:
         DataError: no image with a label is left to learn from, or to ask; no ids.
     """
-    pool, asked = _split(reference, queries)
+    pool, asked, others = _split(reference, queries)
     labels, classes = np.unique(_labels(reference)[pool], return_inverse=True)
     asked_set = reference if queries is None else queries
     assert reference.ids is not None and asked_set.ids is not None
     names = _names(reference.ids[pool])
     truth = _labels(asked_set)[asked]
-    centre = _mean(reference.features)
+    centre = _mean(reference.features, others)
     sizes = np.bincount(classes, minlength=len(labels))
     ranks = [_ranks(names, classes, [seed, draw]) for draw in range(draws)]
-    means = [
-        _class_means(reference.features, centre, pool[rank < shot], classes[rank < shot])
-        for shot in shots
-        for rank in ranks
-    ]
-    answers = labels[_nearest(asked_set.features, centre, asked, means)]  # [shots x draws, Q]
+    draws_of = [(shot, rank) for shot in shots for rank in ranks]
+    answers = np.empty((len(draws_of), len(asked)), np.int64)
+    together = max(1, MEANS_AT_ONCE // (len(labels) * max(1, len(centre))))
+    for start in range(0, len(draws_of), together):
+        some = slice(start, start + together)
+        chosen = [rank < shot for shot, rank in draws_of[some]]
+        means = _class_means(reference.features, centre, pool, classes, chosen)
+        answers[some] = labels[_nearest(asked_set.features, centre, asked, means)]
     hits = (answers == truth).reshape(len(shots), draws, len(asked))
     scores = []
     for shot, hit in zip(shots, hits, strict=True):
@@ -98,25 +102,31 @@ def few_shot_scores(
     return scores
 
 
-def _split(reference: LabelledFeatures, queries: LabelledFeatures | None) -> tuple[Rows, Rows]:
-    """Rows of the reference to draw from, and rows that are asked."""
+def _split(
+    reference: LabelledFeatures, queries: LabelledFeatures | None
+) -> tuple[Rows, Rows, Rows]:
+    """Rows of the reference to draw from, rows that are asked, and rows of the reference that show
+    no image which is asked.
+    """
     if reference.ids is None or (queries is not None and queries.ids is None):
         raise DataError("the images have no ids, which tell one image from another")
     known = _labels(reference) >= 0
     if queries is None:
         asked = held_out(reference.labels, reference.ids)
-        pool = known & ~asked
+        names = _names(reference.ids)[asked]
     else:
         asked = _labels(queries) >= 0
         assert queries.ids is not None
-        pool = known & ~np.isin(_names(reference.ids), _names(queries.ids[asked]))
+        names = _names(queries.ids[asked])
+    others = ~np.isin(_names(reference.ids), names)
+    pool = known & others
     if not (pool.any() and asked.any()):
         raise DataError(
             f"few-shot classification has {pool.sum():,} labelled images to learn from and "
             f"{asked.sum():,} others to ask",
             "give images with labels, at least two of a class or a second set",
         )
-    return np.flatnonzero(pool), np.flatnonzero(asked)
+    return np.flatnonzero(pool), np.flatnonzero(asked), np.flatnonzero(others)
 
 
 def _labels(features: LabelledFeatures) -> Rows:
@@ -137,48 +147,63 @@ def _ranks(names: npt.NDArray[Any], classes: Rows, key: Sequence[int]) -> Rows:
     return rank
 
 
-def _mean(features: Tensor) -> Doubles:
+def _mean(features: Tensor, rows: Rows) -> Doubles:
     total = np.zeros(features.shape[1])
-    step = max(1, AT_ONCE // max(1, features.shape[1]))
-    for start in range(0, len(features), step):
-        total += as_array(features[start : start + step]).astype(np.float64).sum(0)
-    return total / len(features)
+    for _, vectors in in_blocks(features, rows, AT_ONCE):
+        total += as_array(vectors).astype(np.float64).sum(0)
+    return total / len(rows)
 
 
-def _units(features: Tensor, centre: Doubles, rows: Rows) -> Doubles:
-    """Vectors of some rows less the centre, of unit length. In doubles: the features of an
-    untrained backbone differ from their mean by a small part of their length.
+def _units(vectors: Tensor, centre: Doubles) -> Tensor:
+    """Vectors less the centre, of unit length. In doubles: the features of an untrained backbone
+    differ from their mean by a small part of their length.
     """
-    wide = as_array(features[torch.from_numpy(rows).to(features.device)]).astype(np.float64)
+    wide = as_array(vectors).astype(np.float64)
     wide -= centre
     lengths = np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide / np.where(lengths > 0, lengths, 1)
+    wide /= np.where(lengths > 0, lengths, 1)
+    return torch.from_numpy(wide).to(vectors.device)
 
 
-def _class_means(features: Tensor, centre: Doubles, rows: Rows, classes: Rows) -> Tensor:
-    """Means of the unit vectors of each class, float64 [C, D]."""
-    count = int(classes.max()) + 1
-    sums = torch.zeros(count, features.shape[1], dtype=torch.float64, device=features.device)
-    numbers = torch.from_numpy(classes).to(features.device)
-    step = max(1, AT_ONCE // max(1, features.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        units = torch.from_numpy(_units(features, centre, rows[part])).to(features.device)
-        sums.index_add_(0, numbers[part], units)
-    return sums / numbers.bincount(minlength=count)[:, None]
+def _class_means(
+    features: Tensor,
+    centre: Doubles,
+    pool: Rows,
+    classes: Rows,
+    chosen: Sequence[npt.NDArray[np.bool_]],
+) -> list[Tensor]:
+    """Means of the unit vectors of each class, float64 [C, D] of each choice from the pool."""
+    count, device = int(classes.max()) + 1, features.device
+    shape = (count, features.shape[1])
+    sums = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in chosen]
+    drawn = np.flatnonzero(np.any(chosen, 0))  # places in the pool
+    for part, vectors in in_blocks(features, pool[drawn], AT_ONCE):
+        units, places = _units(vectors, centre), drawn[part]
+        for total, one in zip(sums, chosen, strict=True):
+            inside = np.flatnonzero(one[places])
+            numbers = torch.from_numpy(classes[places[inside]]).to(device)
+            total.index_add_(0, numbers, units[torch.from_numpy(inside).to(device)])
+    for total, one in zip(sums, chosen, strict=True):
+        images = np.bincount(classes[one], minlength=count)
+        total /= torch.from_numpy(images).to(device)[:, None]
+    return sums
 
 
-def _nearest(features: Tensor, centre: Doubles, rows: Rows, means: list[Tensor]) -> Rows:
+def _nearest(features: Tensor, centre: Doubles, rows: Rows, means: Sequence[Tensor]) -> Rows:
     """The class whose mean is nearest, for each of several sets of means, int64 [means, Q]; of
     equals the lowest.
     """
     answers = np.empty((len(means), len(rows)), np.int64)
     halves = [(mean * mean).sum(1) / 2 for mean in means]
-    step = max(1, AT_ONCE // max(len(means[0]), features.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        units = torch.from_numpy(_units(features, centre, rows[part])).to(features.device)
+    for part, vectors in in_blocks(features, rows, AT_ONCE):
+        units = _units(vectors, centre)
+        step = max(1, AT_ONCE // len(means[0]))
         for i, (mean, half) in enumerate(zip(means, halves, strict=True)):
             # |x - c|^2 / 2 less what depends on x alone
-            answers[i, part] = (units @ mean.T - half).argmax(1).cpu().numpy()
+            answers[i, part] = np.concatenate(
+                [
+                    (some @ mean.T - half).argmax(1).cpu().numpy()
+                    for some in torch.split(units, step)
+                ]
+            )
     return answers

@@ -44,7 +44,7 @@ def logistic_scores(
     """Top-1 of multinomial logistic regression on CLS vectors.
 
     The maths is done where the vectors are. Beside them it keeps one copy in float32, and logits of
-    256 MiB at most.
+    256 MiB at most. Vectors of a large table are read from it (`card/inputs/stored.py`).
 
     Args:
         reference: N and more rows; those with a label train, without those that are also asked.
@@ -130,9 +130,8 @@ class Problem:
     @classmethod
     def of(cls, x: Tensor, y: Tensor, classes: int) -> Problem:
         """With the axes of all of x."""
-        moments = (
-            torch.stack([part.T @ part for part in torch.split(x, ROWS_AT_ONCE)]).double().sum(0)
-        )
+        zeros = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        moments = sum(((part.T @ part).double() for part in torch.split(x, ROWS_AT_ONCE)), zeros)
         spread, axes = torch.linalg.eigh(moments / len(x))
         return cls(x, y, classes, axes, spread.clamp(min=0))
 

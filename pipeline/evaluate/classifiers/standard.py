@@ -30,16 +30,16 @@ class Standard:
 
     @classmethod
     def of(cls, features: Tensor, rows: Tensor | None = None) -> Standard:
-        """Of vectors [N, D], or of some rows of them, without a copy of all.
+        """Of vectors [N, D], or what is read like them, or of some rows, without a copy of all.
 
         In two passes: with vectors that hardly differ, the difference of two sums is round-off.
         """
         rows = torch.arange(len(features)) if rows is None else rows
         parts = torch.split(rows.to(features.device), ROWS_AT_ONCE)
-        total = torch.stack([features[part].double().sum(0) for part in parts]).sum(0)
-        mean = total / len(rows)
-        squares = torch.stack([(features[p].double() - mean).square().sum(0) for p in parts])
-        deviation = (squares.sum(0) / len(rows)).sqrt()
+        zeros = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+        mean = sum((features[part].double().sum(0) for part in parts), zeros) / len(rows)
+        squares = sum(((features[p].double() - mean).square().sum(0) for p in parts), zeros)
+        deviation = (squares / len(rows)).sqrt()
         # The numbers were stored in float32: what is smaller than its steps is no difference.
         equal = deviation <= 1e-7 * mean.abs()
         return cls(mean, torch.where(equal, torch.ones_like(deviation), deviation))
@@ -55,7 +55,8 @@ class Standard:
     def of_rows(self, features: Tensor, rows: Tensor) -> Tensor:
         """Of some rows, a few at a time."""
         parts = torch.split(rows.to(features.device), ROWS_AT_ONCE)
-        out = features.new_empty((len(rows), features.shape[1]), dtype=torch.float32)
+        shape = (len(rows), features.shape[1])
+        out = torch.empty(shape, dtype=torch.float32, device=features.device)
         at = 0
         for part in parts:
             out[at : at + len(part)] = self(features[part])

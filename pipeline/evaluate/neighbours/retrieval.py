@@ -8,8 +8,11 @@ similar share one place: the precision there counts all of them, as scikit-learn
 `average_precision_score` does. For recall they count against the query: of equally similar images
 those of other classes come first. So no score depends on the order of rows.
 
-Memory: the features, once more as much for their exact form, and under 1 GiB of work. At 1.28 M
-images of width 1024 that is 10.5 GB. Time grows with images x queries, so many queries are sampled.
+Memory: 1 GiB of work, and the reference in its exact form while that is under 2 GiB, or on a GPU
+under half of what is free. Else it is made again, block by block, twice for each part of the
+queries. A part is as many queries as have 2^25 images of their classes together: all of 2,000 with
+1,000 classes of 1,300 images. Of features that are read from a table (`card/inputs/stored.py`),
+only a block is in memory.
 
 Shapes: N reference images, q queries of a part, R images of a query's class, D width.
 """
@@ -17,7 +20,7 @@ Shapes: N reference images, q queries of a part, R images of a query's class, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.evaluate.blocks import in_blocks
 from pipeline.evaluate.features import LabelledFeatures, as_array
 from pipeline.evaluate.neighbours.exact import MIDDLE_ROWS, Frame, Placed, ranking
 from pipeline.evaluate.neighbours.nearest import SameImages
@@ -33,10 +37,13 @@ from pipeline.evaluate.score import Score
 
 QUERIES = 2000  # their 95 % interval of a mean average precision is about 0.01 wide on each side
 RECALL_AT = (1, 5, 10)
-QUERIES_AT_ONCE = 1024
-AT_ONCE = 1 << 23  # similarities, or places of images of the class: 64 MiB in doubles
+AT_ONCE = 1 << 23  # similarities: 64 MiB in doubles
+OWN_AT_ONCE = 1 << 25  # similarities of images of the queries' classes: 256 MiB
+BLOCK_VALUES = 1 << 24  # of vectors: 64 MiB
+KEPT_BYTES = 2 << 30  # of the reference in its exact form
 
 Details = dict[str, Any]
+Rows = npt.NDArray[np.int64]
 
 
 def retrieval_scores(
@@ -68,19 +75,23 @@ def retrieval_scores(
     Raises:
         DataError: no labelled images to ask or to rank, no ids, or unlike widths.
     """
-    ranked = reference.labelled()
-    asked = ranked if queries is None else queries.labelled()
-    _check(ranked, asked)
-    assert ranked.ids is not None and asked.ids is not None
-    of = len(asked.labels)
-    chosen = _sample(asked.ids, asked.labels, limit, seed)
-    asked = LabelledFeatures(asked.features[chosen], asked.labels[chosen], asked.ids[chosen])
-    precision, before, relevant = _rankings(ranked, asked)
+    asked_set = reference if queries is None else queries
+    ranked, known = _labelled(reference), _labelled(asked_set)
+    _check(reference, asked_set, len(ranked), len(known))
+    assert reference.ids is not None and asked_set.ids is not None
+    labels = asked_set.labels.cpu().numpy()
+    chosen = known[_sample(asked_set.ids[known], labels[known], limit, seed)]
+    asked = LabelledFeatures(
+        asked_set.features[torch.from_numpy(chosen)],
+        torch.from_numpy(labels[chosen]),
+        asked_set.ids[chosen],
+    )
+    precision, before, relevant = _rankings(reference, ranked, asked)
     assert asked.ids is not None
     details = {
         "queries": len(chosen),
-        "of": of,
-        "reference": len(ranked.labels),
+        "of": len(known),
+        "reference": len(ranked),
         "without_any": int((relevant == 0).sum()),
     }
     scores = [Score.of_hits("retrieval_map", precision, asked.ids)]
@@ -90,30 +101,31 @@ def retrieval_scores(
     return [(score, details) for score in scores]
 
 
-def _check(ranked: LabelledFeatures, asked: LabelledFeatures) -> None:
-    if not (len(ranked.labels) and len(asked.labels)):
+def _labelled(features: LabelledFeatures) -> Rows:
+    return np.flatnonzero(features.labels.cpu().numpy() >= 0)
+
+
+def _check(reference: LabelledFeatures, asked: LabelledFeatures, ranked: int, known: int) -> None:
+    if not (ranked and known):
         raise DataError(
-            f"retrieval has {len(ranked.labels):,} labelled reference images and "
-            f"{len(asked.labels):,} labelled queries",
+            f"retrieval has {ranked:,} labelled reference images and {known:,} labelled queries",
             "evaluate on images with labels",
         )
-    if ranked.ids is None or asked.ids is None:
+    if reference.ids is None or asked.ids is None:
         raise DataError("the images have no ids, which tell one image from another")
-    if ranked.features.shape[1] != asked.features.shape[1]:
+    if reference.features.shape[1] != asked.features.shape[1]:
         raise DataError(
-            f"reference features have width {ranked.features.shape[1]}, queries "
+            f"reference features have width {reference.features.shape[1]}, queries "
             f"{asked.features.shape[1]}",
             "embed both with the same backbone",
         )
 
 
-def _sample(
-    ids: npt.NDArray[np.uint8], labels: Tensor, limit: int, seed: int
-) -> npt.NDArray[np.int64]:
+def _sample(ids: npt.NDArray[np.uint8], labels: Rows, limit: int, seed: int) -> Rows:
     """Rows in the order of their classes, so that those of a part have few."""
     by_id = np.argsort(np.ascontiguousarray(ids).view("S16").ravel(), kind="stable")
     rows = np.random.default_rng([seed, len(ids)]).permutation(by_id)[:limit]
-    return rows[np.argsort(labels.cpu().numpy()[rows], kind="stable")]
+    return rows[np.argsort(labels[rows], kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -145,26 +157,64 @@ class _Classes:
         return first, torch.searchsorted(self.sorted_labels, label, right=True)
 
 
+@dataclass
+class _Reference:
+    """The labelled images of the reference, in blocks.
+
+    Attributes:
+        features: [n, D], of all its images.
+        rows: int64 [N], those with a label, rising.
+        frame: what their exact form is relative to.
+    """
+
+    features: Tensor
+    rows: Rows
+    frame: Frame
+    _kept: list[tuple[slice, Placed]] = field(default_factory=list)
+
+    def blocks(self) -> Iterator[tuple[slice, Placed]]:
+        """Which of the N, and their exact form, on the device of the features."""
+        if self._kept:
+            yield from self._kept
+            return
+        device = self.features.device
+        keep = 4 * len(self.rows) * self.features.shape[1] <= _room(device)
+        for part, vectors in in_blocks(self.features, self.rows, BLOCK_VALUES):
+            placed = self.frame.placed(as_array(vectors), part.start).to(device)
+            if keep:
+                self._kept.append((part, placed))
+            yield part, placed
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that the reference may take."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else KEPT_BYTES
+
+
 def _rankings(
-    ranked: LabelledFeatures, asked: LabelledFeatures
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    reference: LabelledFeatures, ranked: Rows, asked: LabelledFeatures
+) -> tuple[npt.NDArray[np.float64], Rows, Rows]:
     """Of each query: average precision, how many images of other classes come before the first of
     its own, and how many there are of its own.
+
+    Args:
+        reference: whose rows are ranked.
+        ranked: int64 [N], those with a label.
+        asked: the queries.
     """
-    assert ranked.ids is not None and asked.ids is not None
-    device = ranked.features.device
-    frame = Frame.of(as_array(ranked.features[:MIDDLE_ROWS]))
-    known = frame.placed(as_array(ranked.features)).to(device)
-    placed = frame.placed(as_array(asked.features))
-    classes = _Classes.of(ranked.labels.to(device))
+    assert reference.ids is not None and asked.ids is not None
+    device = reference.features.device
+    first = reference.features[torch.from_numpy(ranked[:MIDDLE_ROWS])]
+    frame = Frame.of(as_array(first))
+    known = _Reference(reference.features, ranked, frame)
+    placed = frame.placed(as_array(asked.features)).to(device)
+    classes = _Classes.of(reference.labels.cpu()[torch.from_numpy(ranked)].to(device))
     labels = asked.labels.to(device)
-    same = SameImages.of(ranked.ids, asked.ids)
+    same = SameImages.of(reference.ids[ranked], asked.ids)
     parts = []
     for part in _parts(classes, labels):
-        apart = same.within(part.start, part.stop)
-        part_of = _Part(
-            placed[part].to(device), labels[part], (apart[0].to(device), apart[1].to(device))
-        )
+        query, row = same.within(part.start, part.stop)
+        part_of = _Part(placed[part], labels[part], (query.to(device), row.to(device)))
         parts.append(part_of.counted(known, classes))
     precision, before, relevant = (torch.cat(x).cpu().numpy() for x in zip(*parts, strict=True))
     return precision, before, relevant
@@ -177,7 +227,7 @@ def _parts(classes: _Classes, labels: Tensor) -> Iterator[slice]:
     start, largest = 0, 1
     for i, size in enumerate(sizes):
         largest = max(largest, size)
-        if i > start and ((i + 1 - start) * largest > AT_ONCE or i - start == QUERIES_AT_ONCE):
+        if i > start and (i + 1 - start) * largest > OWN_AT_ONCE:
             yield slice(start, i)
             start, largest = i, max(1, size)
     yield slice(start, len(sizes))
@@ -191,41 +241,69 @@ class _Part:
     labels: Tensor
     apart: tuple[Tensor, Tensor]
 
-    def counted(self, known: Placed, classes: _Classes) -> tuple[Tensor, Tensor, Tensor]:
+    def counted(self, known: _Reference, classes: _Classes) -> tuple[Tensor, Tensor, Tensor]:
         """As `_rankings`."""
         own = self._own(known, classes)  # sorted; infinite where a query has fewer
         relevant = own.isfinite().sum(1)
         # Images of other classes by how many of the own class they are not below.
         others = torch.zeros(len(own), own.shape[1] + 1, dtype=torch.int64, device=own.device)
         step = max(1, AT_ONCE // len(own))
-        for start in range(0, len(known), step):
-            rows = slice(start, min(start + step, len(known)))
-            similarities = ranking(self.placed, known[rows])
-            similarities[self.labels[:, None] == classes.labels[None, rows]] = -torch.inf
-            query, row = self.apart
-            inside = (row >= rows.start) & (row < rows.stop)
-            similarities[query[inside], row[inside] - start] = -torch.inf
-            above = torch.searchsorted(own, similarities, right=True)
-            others.scatter_add_(1, above, torch.ones_like(above))
+        for block, vectors in known.blocks():
+            for start in range(block.start, block.stop, step):
+                rows = slice(start, min(start + step, block.stop))
+                inside = slice(rows.start - block.start, rows.stop - block.start)
+                similarities = ranking(self.placed, vectors[inside])
+                similarities[self.labels[:, None] == classes.labels[None, rows]] = -torch.inf
+                query, row = self._apart(rows)
+                similarities[query, row - rows.start] = -torch.inf
+                above = torch.searchsorted(own, similarities, right=True)
+                others.scatter_add_(1, above, torch.ones_like(above))
         before = others.gather(1, relevant[:, None])[:, 0]
-        as_high = others.flip(1).cumsum(1).flip(1)[:, 1:]
-        own_as_high = relevant[:, None] - torch.searchsorted(own, own.contiguous())
-        share = own_as_high.double() / (own_as_high + as_high).clamp(min=1)
-        total = share.masked_fill(~own.isfinite(), 0).sum(1)
-        return total / relevant.clamp(min=1), before, relevant
+        few = max(1, AT_ONCE // own.shape[1])
+        precision = [
+            _precision(*part)
+            for part in zip(torch.split(own, few), torch.split(others, few), strict=True)
+        ]
+        return torch.cat(precision), before, relevant
 
-    def _own(self, known: Placed, classes: _Classes) -> Tensor:
+    def _apart(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The pairs of one image whose row is among these."""
+        query, row = self.apart
+        inside = (row >= rows.start) & (row < rows.stop)
+        return query[inside], row[inside]
+
+    def _own(self, known: _Reference, classes: _Classes) -> Tensor:
         """Similarities of the images of each query's class, rising, [q, R]."""
         first, end = classes.bounds(self.labels)
         width = max(1, int((end - first).max()))
         own = torch.full((len(self.labels), width), torch.inf, dtype=torch.float64)
         own = own.to(first.device)
-        for label in sorted(set(self.labels.tolist())):
-            which = (self.labels == label).nonzero()[:, 0]
-            rows = classes.order[int(first[which[0]]) : int(end[which[0]])]
-            if len(rows):
-                own[which, : len(rows)] = ranking(self.placed[which], known[rows])
+        asked = [
+            (label, (self.labels == label).nonzero()[:, 0]) for label in torch.unique(self.labels)
+        ]
+        width = known.features.shape[1]
+        for block, vectors in known.blocks():
+            of_block = classes.labels[block]
+            for label, which in asked:
+                inside = (of_block == label).nonzero()[:, 0]
+                for rows in torch.split(inside, max(1, AT_ONCE // max(len(which), width))):
+                    places = classes.place[block.start + rows]
+                    own[which[:, None], places] = ranking(self.placed[which], vectors[rows])
         query, row = self.apart
         alike = classes.labels[row] == self.labels[query]
         own[query[alike], classes.place[row[alike]]] = torch.inf
         return own.sort(dim=1).values
+
+
+def _precision(own: Tensor, others: Tensor) -> Tensor:
+    """Average precision of each query [q].
+
+    Args:
+        own: similarities of its class [q, R], rising, infinite where there are fewer.
+        others: [q, R + 1], how many images of other classes are not below so many of these.
+    """
+    relevant = own.isfinite().sum(1)
+    as_high = others.flip(1).cumsum(1).flip(1)[:, 1:]
+    own_as_high = relevant[:, None] - torch.searchsorted(own, own.contiguous())
+    share = own_as_high.double() / (own_as_high + as_high).clamp(min=1)
+    return share.masked_fill(~own.isfinite(), 0).sum(1) / relevant.clamp(min=1)

@@ -21,6 +21,7 @@ from pipeline.embed.vectors import VectorSet, list_column, part_name, schema_of
 from pipeline.errors import DataError
 from pipeline.evaluate.classifiers.linear import Schedule
 from pipeline.evaluate.classifiers.standard import Standard
+from tests.card.linear.planted import broken
 
 DIM, BLOCKS, CLASSES, PART = 6, 4, 3, 32
 
@@ -251,12 +252,6 @@ def test_two_ranks_train_one_grid(tmp_path: Path, ray_cluster: None) -> None:
     assert one.value > 0.9 and two.value == pytest.approx(one.value, abs=0.03)
     best = [max(d["heads"], key=lambda h: h["chosen_on"]) for d in (alone, both)]
     assert best[0]["chosen_on"] == pytest.approx(best[1]["chosen_on"], abs=0.07)
-
-
-def broken(given: str, rank: int, ranks: int, device: str) -> int:
-    if rank == ranks - 1:
-        raise DataError(f"{given} {rank} of {ranks} on {device}", "mend it")
-    return rank
 
 
 def test_what_fails_on_a_rank_is_said(ray_cluster: None) -> None:

@@ -9,6 +9,7 @@ from pipeline.evaluate.classifiers import few_shot
 from pipeline.evaluate.classifiers.few_shot import few_shot_scores
 from pipeline.evaluate.classifiers.split import held_out
 from pipeline.evaluate.features import LabelledFeatures
+from tests.evaluate.reading import Read
 
 
 def images(n, classes=6, dim=10, seed=0, noise=1.0, spread=1.0):
@@ -120,6 +121,35 @@ def test_features_that_differ_little_are_told_apart():
     plain = few_shot_scores(images(300), images(100, seed=1))[2][0].value
     close = few_shot_scores(images(300, spread=4e-5), images(100, seed=1, spread=4e-5))[2][0]
     assert close.value == pytest.approx(plain, abs=0.05) and plain > 0.6
+
+
+def test_what_is_asked_says_nothing_to_what_is_learnt():
+    """The vectors of images that are asked are not in the mean, nor in a class, of one set or two:
+    whatever they are, other answers stay as they are."""
+    every, queries = images(200), images(40, seed=1)
+    out = torch.from_numpy(held_out(every.labels, every.ids))
+    queries.ids[:20] = every.ids[:20]
+    for reference, asked, rows in ((every, None, out), (every, queries, torch.arange(200) < 20)):
+        before = few_shot_scores(reference, asked)
+        strange = LabelledFeatures(every.features.clone(), every.labels, every.ids)
+        strange.features[rows.nonzero()[0]] = 1e6
+        after = few_shot_scores(strange, asked)
+        skipped = 1 if asked is None else 0  # its own answer
+        for (one, _), (other, _) in zip(before, after, strict=True):
+            assert (one.terms != other.terms).any(1).sum() <= skipped
+
+
+def test_a_large_reference_is_gone_through_in_blocks(monkeypatch):
+    every, queries = images(200), images(40, seed=1)
+    wanted = few_shot_scores(every, queries)
+    read = Read(every.features)
+    monkeypatch.setattr(few_shot, "AT_ONCE", 200)
+    monkeypatch.setattr(few_shot, "MEANS_AT_ONCE", 150)  # those of two draws
+    scores = few_shot_scores(LabelledFeatures(read, every.labels, every.ids), queries)
+    for (one, details), (other, also) in zip(wanted, scores, strict=True):
+        np.testing.assert_array_equal(one.terms, other.terms)
+        assert details == also
+    assert max(read.rows) == 20
 
 
 def test_one_class_and_equal_images():

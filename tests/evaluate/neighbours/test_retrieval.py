@@ -8,6 +8,9 @@ from pipeline.errors import DataError
 from pipeline.evaluate.features import LabelledFeatures
 from pipeline.evaluate.neighbours import retrieval
 from pipeline.evaluate.neighbours.retrieval import retrieval_scores
+from tests.evaluate.reading import Read
+
+LIMITS = ("AT_ONCE", "OWN_AT_ONCE", "BLOCK_VALUES", "KEPT_BYTES")
 
 
 def images(n, classes=5, dim=6, seed=0, kinds=0):
@@ -77,9 +80,9 @@ def test_two_sets_equal_scikit_learn(kinds, monkeypatch):
     reference.labels[10:20] = -1
     queries.labels[30:33], queries.labels[33] = -1, 17  # of 17 the reference has none
     wanted = by_loop(reference, queries, (1, 5, 10))
-    for at_once, together in ((1 << 23, 1024), (300, 3), (1, 1)):
-        monkeypatch.setattr(retrieval, "AT_ONCE", at_once)
-        monkeypatch.setattr(retrieval, "QUERIES_AT_ONCE", together)
+    for numbers in ((1 << 23, 1 << 25, 1 << 24, 1 << 30), (300, 99, 64, 1 << 30), (1, 1, 1, 0)):
+        for name, number in zip(LIMITS, numbers, strict=True):
+            monkeypatch.setattr(retrieval, name, number)
         scores = retrieval_scores(reference, queries)
         assert_equal(scores, wanted)
     details = {"queries": 37, "of": 37, "reference": 140, "without_any": 1}
@@ -124,6 +127,24 @@ def test_many_queries_are_sampled_by_their_ids():
     moved = LabelledFeatures(every.features[order], every.labels[order], every.ids[order.numpy()])
     assert by_id(retrieval_scores(moved, limit=30)) == by_id(some)
     assert by_id(retrieval_scores(every, limit=30, seed=1)).items() != by_id(some).items()
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_a_large_reference_is_never_in_memory_whole(classes, monkeypatch):
+    """Read like a tensor, in blocks of 50 rows; of two classes few queries are counted at once."""
+    every = images(400, classes=classes)
+    read = Read(every.features)
+    wanted = by_id(retrieval_scores(every, limit=20))
+    monkeypatch.setattr(retrieval, "KEPT_BYTES", 0)
+    monkeypatch.setattr(retrieval, "MIDDLE_ROWS", 50)
+    monkeypatch.setattr(retrieval, "BLOCK_VALUES", 50 * 6)
+    monkeypatch.setattr(retrieval, "OWN_AT_ONCE", 900)
+    scores = retrieval_scores(LabelledFeatures(read, every.labels, every.ids), limit=20)
+    for name, values in by_id(scores).items():
+        assert values == pytest.approx(wanted[name], abs=1e-6)
+    assert max(read.rows) == 50
+    passes = sum(read.rows) / 400
+    assert passes < (2.5 if classes == 30 else 25)
 
 
 def test_mistakes_are_sentences():
