@@ -25,7 +25,8 @@ class TrainingScores:
 
     Attributes:
         values: by the name of the score.
-        decided_by: the one by which checkpoints are compared.
+        decided_by: the one by which checkpoints are compared; "" where none is to be trusted
+            with it: without labels of use, unless `rank_me` was asked for.
         note: why labels, or the score that was asked for, were not used; or empty.
     """
 
@@ -34,9 +35,12 @@ class TrainingScores:
     note: str = ""
 
     @classmethod
-    def unlabelled(cls, features: LabelledFeatures, note: str = "") -> TrainingScores:
+    def unlabelled(
+        cls, features: LabelledFeatures, decide_by: str = "", note: str = ""
+    ) -> TrainingScores:
         """What needs no labels."""
-        return cls({RANK_ME: deciding_score(RANK_ME, features, features)}, RANK_ME, note)
+        decided_by = RANK_ME if decide_by == RANK_ME else ""
+        return cls({RANK_ME: deciding_score(RANK_ME, features, features)}, decided_by, note)
 
 
 def training_scores(
@@ -59,7 +63,7 @@ def training_scores(
         DataError: two sets of which one has no labels.
     """
     if queries is reference and (why := why_unusable(queries.labels)):
-        return TrainingScores.unlabelled(queries, f"labels are not used: {why}")
+        return TrainingScores.unlabelled(queries, decide_by, f"labels are not used: {why}")
     usual = f"knn{k}_top1"
     names = (usual, RANK_ME)
     values = {name: deciding_score(name, reference, queries, temperature) for name in names}

@@ -62,7 +62,7 @@ class EvaluationSpec:
     max_pixels: int
     half: bool = False  # embed in bfloat16
     channels: int = 3  # of an image, as `mean` and `std` have
-    decide_by: str = ""  # score that chooses the best checkpoint; "": k-NN, without labels rank_me
+    decide_by: str = ""  # score that chooses the best checkpoint; "": k-NN, without labels none
 
     def compared(self, limit: int | None = None) -> str:
         """What a k-NN compares: `500 of 576 queries by 500 of 3,440 reference images`.
@@ -105,7 +105,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
-    decided_by: str = ""  # the metric by which checkpoints are compared
+    decided_by: str = ""  # the metric by which checkpoints are compared; "": none
     note: str = ""  # why labels, or the score that was asked for, were not used
 
 
@@ -150,7 +150,7 @@ class Evaluator:
         scores = (
             training_scores(reference, queries, spec.k, spec.decide_by, spec.temperature)
             if spec.reference
-            else TrainingScores.unlabelled(queries)
+            else TrainingScores.unlabelled(queries, spec.decide_by)
         )
         labelled = len(scores.values) > 1
         if labelled and (picture := self._neighbours(reference, queries, limit)) is not None:
@@ -163,7 +163,8 @@ class Evaluator:
         first = next(self.parts(shown, limit)).images[:PCA_IMAGES]
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
-        return Evaluation(metrics, pictures, f"eval/{scores.decided_by}", scores.note)
+        decided_by = scores.decided_by and f"eval/{scores.decided_by}"
+        return Evaluation(metrics, pictures, decided_by, scores.note)
 
     def top1(self, backbone: nn.Module, limit: int | None = None) -> float | None:
         """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""

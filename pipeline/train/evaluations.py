@@ -228,11 +228,9 @@ class Evaluations:
         for name, picture in evaluation.pictures.items():
             self.tracker.picture(name, step, picture)
         if evaluation.note and evaluation.note != self.note:
-            log.warning(
-                "evaluation: %s; %s chooses the best checkpoint",
-                evaluation.note,
-                evaluation.decided_by.partition("/")[2],
-            )
+            by = evaluation.decided_by.partition("/")[2]
+            best = f"{by} chooses the best checkpoint" if by else "no checkpoint is best"
+            log.warning("evaluation: %s; %s", evaluation.note, best)
         self.note = evaluation.note
         score = evaluation.metrics.get(evaluation.decided_by)
         shown = ", ".join(

@@ -129,9 +129,12 @@ def test_colours_are_told_apart(spec: EvaluationSpec, monkeypatch: pytest.Monkey
 
 def test_without_labels_health_only(spec: EvaluationSpec) -> None:
     backbone = BackboneSpec(image_size=16, patch_size=8, width=24, depth=1, heads=2).build()
-    evaluation = Evaluator(replace(spec, reference=None, queries=None)).run(backbone)
+    plain = replace(spec, reference=None, queries=None)
+    evaluation = Evaluator(plain).run(backbone)
     assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
-    assert evaluation.decided_by == "eval/rank_me" and evaluation.note == ""
+    assert evaluation.decided_by == "" and evaluation.note == ""
+    by_name = Evaluator(replace(plain, decide_by="rank_me")).run(backbone)
+    assert by_name.metrics == evaluation.metrics and by_name.decided_by == "eval/rank_me"
     height, width, _ = evaluation.pictures["patch_pca"].shape
     assert height == width
 
@@ -196,10 +199,9 @@ def test_labels_that_say_nothing_leave_health(
     one = alone(spec, tmp_path / "set", named)
     evaluation = Evaluator(replace(one, decide_by="knn5_top1")).run(Flat())
     assert set(evaluation.metrics) == {*HEALTH, "eval/rank_me"}
-    assert (
-        evaluation.note.startswith(f"labels are not used: {why}")
-        and evaluation.decided_by == "eval/rank_me"
-    )
+    assert evaluation.note.startswith(f"labels are not used: {why}") and not evaluation.decided_by
+    by_name = Evaluator(replace(one, decide_by="rank_me")).run(Flat())
+    assert by_name.decided_by == "eval/rank_me" and by_name.note == evaluation.note
     assert Evaluator(one).top1(Flat()) is None
     assert why_unusable(torch.full((30,), -1)) == "no image has a label"
     assert why_unusable(torch.tensor([0, 0, 7, 7, 3, -1])) == ""

@@ -263,10 +263,13 @@ def test_labels_that_are_not_used_are_said_once(
     for step in (10, 20):
         evaluations._record(
             step,
-            Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "labels are not used: one class"),
+            Evaluation({"eval/rank_me": 3.0}, {}, "", "labels are not used: one class"),
         )
     said = [r.getMessage() for r in caplog.records if "labels are not used" in r.getMessage()]
-    assert said == [
-        "evaluation: labels are not used: one class; rank_me chooses the best checkpoint"
-    ]
+    assert said == ["evaluation: labels are not used: one class; no checkpoint is best"]
+    assert evaluations.best is None and state.best(evaluations.checkpoints) is None
+    evaluations._record(
+        20, Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "labels are not used: two")
+    )
+    assert "labels are not used: two; rank_me chooses the best checkpoint" in caplog.text
     assert evaluations.best == {"step": 20, "score": 3.0, "name": "eval/rank_me"}
