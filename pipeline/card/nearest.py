@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.embed.ids import Ids, id_bytes
+from pipeline.embed.pool import as_ours
 from pipeline.embed.vectors import VectorSet
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import DataError
 from pipeline.heartbeat import doing
 from pipeline.uri import public
 
@@ -213,9 +214,7 @@ def _each(
             (ended,), _ = ray.wait(list(running), num_returns=1)
             yield running.pop(ended), ray.get(ended)
     except RayTaskError as error:
-        if isinstance(error.cause, PipelineError):
-            raise error.cause from error
-        raise
+        raise as_ours(error, "the search for nearest images") from error
     finally:
         for task in running:
             ray.cancel(task)

@@ -252,9 +252,13 @@ def _configure(context: Any) -> None:
     context.issue_detectors_config.detectors = []
 
 
-def as_ours(error: Exception) -> PipelineError:
+def as_ours(error: Exception, what: str = "embedding") -> PipelineError:
     """What a task said, where it was a user's mistake; else its last line, with the traceback as
     the cause.
+
+    Args:
+        error: of Ray.
+        what: stopped.
     """
     cause: Any = getattr(error, "cause", None) or error.__cause__
     while cause is not None and not isinstance(cause, PipelineError):
@@ -262,5 +266,5 @@ def as_ours(error: Exception) -> PipelineError:
     if isinstance(cause, PipelineError):
         return cause
     return DataError(
-        f"embedding stopped: {last_line(error)}", "the same command goes on with what is missing"
+        f"{what} stopped: {last_line(error)}", "the same command goes on with what is missing"
     )

@@ -75,7 +75,7 @@ def _in_a_task(settings: DenseSettings, function: Callable[..., Results], *input
     try:
         results: Results = ray.get(task.remote(*inputs))
     except RayTaskError as error:
-        raise as_ours(error) from error
+        raise as_ours(error, "dense scores") from error
     return results
 
 

@@ -18,12 +18,14 @@ from pipeline.card.probe import Probe, Probed, probe
 from pipeline.card.scoring import scores
 from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Answers
+from pipeline.embed.pool import as_ours
 from pipeline.embed.vectors import VectorSet
 from pipeline.errors import PipelineError
 from pipeline.heartbeat import now
 
 log = logging.getLogger("pipeline.evaluate")
 IN_TASKS = ("logistic", "few_shot", "retrieval")  # of vectors, of every contender
+GROUPS = {"probe": "scores without labels", "few_shot": "few-shot scores"}  # for people
 
 
 @dataclass
@@ -89,17 +91,28 @@ def score_vectors(request: Request, contenders: Sequence[Growing]) -> list[str]:
         now(f"evaluate: {total - len(waiting)} of {total} scores")
         for reference in ray.wait(list(waiting), num_returns=1)[0]:
             one, group = waiting.pop(reference)
+            answered = _answer(reference, f"{GROUPS.get(group, group)} of {one.contender.name}")
             if group != "probe":
-                scored = ray.get(reference)
-                one.add(group, scored.results, scored.seconds)
+                one.add(group, answered.results, answered.seconds)
                 continue
-            answer, seconds = ray.get(reference)
+            answer, seconds = answered
             said += answer.remarks if one.contender.role == "model" else ()
             for other in contenders:
                 output = other.entrant.output if other.entrant else ""
                 if other is one or (other.network is None and output in answer.results):
                     other.add("probe", answer.results[output], seconds if other is one else 0.0)
     return said
+
+
+def _answer(reference: Any, what: str) -> Any:
+    """What a task gives back; where it fails, that is said of what it computed."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        raise as_ours(error, what) from error
 
 
 def _gpus(request: Request) -> int:
