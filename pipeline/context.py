@@ -19,7 +19,7 @@ from pipeline.shards.columns import MANIFEST
 from pipeline.shards.set_range import ranged
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
-from pipeline.storage.run_folder import RunFolder
+from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.storage.transfer import read_mark
 from pipeline.uri import Place, is_uri, join, public
 
@@ -155,12 +155,28 @@ def with_packed_sets(config: Config, folder: RunFolder) -> Config:
     """The config with evaluation sources replaced by the shards that pack made of them."""
     changed = {}
     for name in ("reference", "queries"):
-        source, packed = getattr(config.evaluate, name), folder.at("pack", name)
+        source = getattr(config.evaluate, name)
+        packed = packed_set(name, source, folder) if source else ""
         if source and not is_shards(source) and source_of(packed) == _place(source, folder):
             changed[name] = str(packed)
     if not changed:
         return config
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changed)})
+
+
+def packed_set(name: str, source: str, folder: RunFolder) -> Place:
+    """Where pack puts an evaluation set: `pack/reference`, or beside it where another set is there,
+    so that one run can score many.
+
+    Args:
+        name: `reference` or `queries`.
+        source: of the images.
+        folder: of the run.
+    """
+    usual, place = folder.at("pack", name), _place(source, folder)
+    if source_of(usual) in ("", place):
+        return usual
+    return folder.at("pack", f"{name}-{fingerprint([place])[:8]}")
 
 
 def _place(source: str, folder: RunFolder) -> str:

@@ -94,6 +94,10 @@ def _tables(request: Request) -> tuple[list[Tables], list[str]]:
                 f"{dropped:,} images of the {what} could not be embedded by all models and are "
                 "left out of all"
             )
+    if sets.labelled and not any("pixels" in one.reference.outputs for one in tables):
+        said.append(
+            "the descriptor sees small grey images, so there are no baselines of pixels and colours"
+        )
     if bad := max(one.bad for one in tables):
         said.append(f"not scored, for they could not be decoded: {bad:,} of the images")
     return tables, [*said, *left_out, *_unlike(tables)]

@@ -25,6 +25,29 @@ DECIDING = (
     "retrieval_map",
     "rank_me",
 )
+# What can decide a verdict, by its group, beside these: a card has it with an interval.
+IN_VERDICTS: dict[ScoreGroup, tuple[str, ...]] = {
+    "linear": ("linear_top1",),
+    "retrieval": tuple(f"retrieval_recall{k}" for k in (1, 5, 10)),
+    "copies": ("copies_recall1", "copies_map"),
+    "dense": (
+        "segmentation_linear_miou",
+        "segmentation_nearest_miou",
+        *(f"depth_{by}_{what}" for by in ("linear", "head") for what in ("rmse", "rel", "delta1")),
+    ),
+}
+NEEDS_LABELS: tuple[ScoreGroup, ...] = ("knn", "logistic", "linear", "few_shot", "retrieval")
+
+
+def group_of(score: str) -> ScoreGroup:
+    """The group that a score which may decide belongs to."""
+    for group, names in IN_VERDICTS.items():
+        if score in names:
+            return group
+    if score == "rank_me":
+        return "unlabelled"
+    groups: tuple[ScoreGroup, ...] = ("knn", "logistic", "few_shot", "retrieval")
+    return next(group for group in groups if score.startswith(group))
 
 
 class Evaluate(Section):
@@ -58,7 +81,7 @@ class Evaluate(Section):
     decide_by: str = Field(
         "",
         description="score of the verdict and of the best checkpoint, e.g. logistic_top1; default: "
-        "k-NN where there are labels, else rank_me",
+        "k-NN where there are labels; without, no checkpoint is best",
     )
     k: Positive = Field(
         20, description="neighbours that vote; DINOv2 reports the best of 10 to 200"
@@ -111,13 +134,17 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _decides(self) -> Evaluate:
-        names = [*(f"knn{k}_top1" for k in sorted({*VOTERS, self.k})), *DECIDING]
+        names = [*self.choosing(), *(name for names in IN_VERDICTS.values() for name in names)]
         if self.decide_by and self.decide_by not in names:
             raise ValueError(
-                f"evaluate.decide_by={self.decide_by} cannot choose the best checkpoint; these "
-                f"can: {', '.join(names)}"
+                f"evaluate.decide_by={self.decide_by} cannot decide; these scores can: "
+                f"{', '.join(names)}"
             )
         return self
+
+    def choosing(self) -> list[str]:
+        """Names of the scores that can choose the best checkpoint of a training."""
+        return [*(f"knn{k}_top1" for k in sorted({*VOTERS, self.k})), *DECIDING]
 
 
 class Embed(Section):

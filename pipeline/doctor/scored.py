@@ -6,8 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from pipeline.card.files import card_folder
-from pipeline.card.scoring.request import NEEDS_LABELS
 from pipeline.config.config import Config
+from pipeline.config.embedding import NEEDS_LABELS
 from pipeline.context import size_of
 from pipeline.embed.embedders import open_embedder
 from pipeline.embed.vectors import open_vectors

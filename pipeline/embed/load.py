@@ -257,7 +257,7 @@ def known_weights(model: str, folder: str) -> Known:
         raise PipelineError(
             f"no embedder: {public(path)} is a folder without a config.json, which the weights of "
             "all three formats have",
-            "name the folder of the weights or their file; images go to data.source",
+            "name the folder of the weights or their file, not one of images",
         )
     known = preprocessing_of(path)
     return partial(load_weights, path), digest_of(path), known

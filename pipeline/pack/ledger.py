@@ -90,6 +90,12 @@ def finished(scratch: str, key: str, shards: str) -> PackReport | None:
         return None
 
 
+def report_of(scratch: str) -> dict[str, Any]:
+    """What the last finished pack with this folder said, as JSON has it; empty where none did."""
+    stored = read_mark(*resolve_uri(f"{scratch}/report.json")).get("report", {})
+    return stored if isinstance(stored, dict) else {}
+
+
 def unfinished(shards: str) -> bool:
     """Whether a folder has shards and no manifest."""
     fs, folder = resolve_uri(shards)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from pipeline.card.card import VERSION, Card, Contender
-from pipeline.card.files import CARD, write_card
+from pipeline.card.files import CARD, read_card, write_card
 from pipeline.card.inputs.tables import images_of
 from pipeline.card.run import evaluate
 from pipeline.card.scoring.request import Request
@@ -23,6 +24,7 @@ from pipeline.card.shown.page import write_page
 from pipeline.card.shown.picture import card_picture
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
+from pipeline.errors import PipelineError
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
@@ -65,6 +67,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     request = request_of(context)
     card = evaluate(request)
     folder = context.folder.path / "evaluate"
+    if text := replaced(card, folder):
+        log.warning("evaluate    %s", text)
     write_card(card, folder)
     write_page(card, folder / PAGE, image_of(request), request.networks[0].spec.name)
     main, step = card.contenders[0], request.networks[0].step
@@ -113,6 +117,22 @@ def compare(config: Config) -> None:
 
 
 # ---- What is told of a card.
+
+
+def replaced(card: Card, folder: Path) -> str:
+    """A sentence on the card that one takes the place of, where that is of others; else ""."""
+    try:
+        earlier = read_card(folder)
+    except (PipelineError, OSError):  # none, or a damaged one
+        return ""
+    named = [
+        (one.contenders[0].name, one.reference.name, one.queries and one.queries.name)
+        for one in (earlier, card)
+    ]
+    if named[0] == named[1]:
+        return ""
+    model, reference, _ = named[0]
+    return f"the earlier card, of {model} on {reference}, is overwritten: run.name=… keeps both"
 
 
 def metrics_of(card: Card) -> dict[str, float]:

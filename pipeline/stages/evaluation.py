@@ -10,26 +10,28 @@ from pipeline.card.dense.opening import looks_dense, open_dense_set
 from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network, Opening, networks_of
+from pipeline.card.inputs.ranges import check_ranges
 from pipeline.card.inputs.sets import EvaluationSet, Sets, check_sets, open_set
 from pipeline.card.scoring.request import Dense, Request
 from pipeline.card.scoring.scores import Scoring
 from pipeline.config.config import Config
+from pipeline.config.embedding import group_of
 from pipeline.context import Context, open_training_shards, source_of, with_packed_sets
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.embed.vectors import VectorSet, is_vectors, open_vectors
-from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.errors import ConfigError, TrainError
 from pipeline.evaluate.sets import TRAINING_SHARDS
-from pipeline.images.value_range import AUTO, shown
+from pipeline.images.value_range import AUTO
 from pipeline.model.pair import Encoder
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
-from pipeline.shards.set_range import difference, other_range
 from pipeline.stages import pack
+from pipeline.stages.checks.known_sets import of_runs
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import state
 from pipeline.train.start import encoder_of
-from pipeline.uri import public
+from pipeline.uri import parent, public
 
 log = logging.getLogger("pipeline.evaluate")
 JOB = ["pack", "evaluate"]
@@ -60,8 +62,8 @@ def chosen_in(run: RunFolder, config: Config) -> state.Saved:
     if saved is None:
         raise TrainError(
             f"run {run.path.name} has no checkpoint in {public(folder)}",
-            "pretrain first, or name the run with run.name=…; jobs/evaluate.py scores any model "
-            "that is named: model=…",
+            "pretrain first, or name the run with run.name=…; jobs/evaluate.py and "
+            "jobs/finetune.py take any model that is named: model=…",
         )
     return saved
 
@@ -99,6 +101,7 @@ def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple
     """
     if list(stages) != JOB:
         return config, list(stages)
+    config = of_runs(config)
     source, settings = config.data.source, config.evaluate
     reference = settings.reference
     if reference and not settings.dense and looks_dense(reference):
@@ -193,15 +196,15 @@ def sets_of(config: Config, folder: RunFolder, models: Sequence[Network]) -> Set
     if settings.queries:
         queries = _opened("queries", settings.queries, columns, folder)
     sets = check_sets(reference, queries)
-    if not sets.from_vectors:
-        _check_ranges(config, sets, models)
+    if not sets.from_vectors and data.range == AUTO:
+        check_ranges(sets, models, is_own(config))
     return _bounded(sets)
 
 
 def _opened(name: str, uri: str, columns: tuple[str, str], folder: RunFolder) -> EvaluationSet:
     """A set, called as the user named it where this run has packed it."""
-    packed = folder.at("pack", name)
-    source = source_of(packed) if uri == str(packed) else ""
+    own = str(parent(uri)[0]) == str(folder.at("pack"))
+    source = source_of(uri) if own else ""
     return open_set(f"evaluate.{name}", uri, columns, source)
 
 
@@ -215,37 +218,6 @@ def _bounded(sets: Sets) -> Sets:
     if limit is None:
         return sets
     return Sets(reference.first(limit))
-
-
-def _check_ranges(config: Config, sets: Sets, models: Sequence[Network]) -> None:
-    """Refuses images whose values are others than a named model was trained with; of the run's own
-    model that is said, for its other sets are read as the training images are.
-
-    Raises:
-        DataError: they are.
-    """
-    own, asked = is_own(config), config.data.range
-    for one in sets.each.values():
-        for network in models:
-            spec, channels = network.spec, len(network.spec.mean)
-            assert one.shards is not None
-            if network.role != "model" or asked != AUTO:
-                continue
-            if own:
-                if one.field != TRAINING_SHARDS and (
-                    text := difference(
-                        f"the images of {one.field}", one.shards, spec.value_range, channels
-                    )
-                ):
-                    log.warning("%s", text)
-            elif (values := other_range(one.shards, spec.value_range, channels)) is not None:
-                raise DataError(
-                    f"{one.labels.place} holds values of {shown(values)}, {network.name} was "
-                    f"trained with {shown(spec.value_range)}: its vectors of these images would "
-                    "mean nothing",
-                    "take a model that was trained on such images, or say which values become 0 "
-                    "and 255: data.range=[low,high]",
-                )
 
 
 def only_dense(config: Config, folder: RunFolder) -> bool:
@@ -289,9 +261,15 @@ def _dense_set(uri: str, field: str, void: tuple[int, ...]) -> DenseSet:
 
 def groups_of(config: Config) -> tuple[str, ...]:
     """The groups of scores: those named; else for the run's own teacher what is cheap beside its
-    training, in a whole chain and after it, and for models that are named all.
+    training, in a whole chain and after it, and for models that are named all. The one that
+    `evaluate.decide_by` is of is always among the latter.
     """
-    return config.evaluate.scores or (IN_CHAIN if is_own(config) else ALL)
+    settings = config.evaluate
+    if settings.scores:
+        return settings.scores
+    decides = {group_of(settings.decide_by)} if settings.decide_by else set()
+    default: tuple[str, ...] = IN_CHAIN if is_own(config) else ALL
+    return (*default, *sorted(decides - set(default)))
 
 
 def request_of(context: Context) -> Request:
@@ -316,8 +294,18 @@ def request_of(context: Context) -> Request:
         title=f"Evaluation of {main.name}",
         max_pixels=config.data.max_image_pixels,
         gpu=_gpu(config, folder),
-        remarks=sampled(sets),
+        remarks=(*sampled(sets), *_unread(sets, folder)),
     )
+
+
+def _unread(sets: Sets | None, folder: RunFolder) -> list[str]:
+    """A sentence on each set that not all files of its source are in."""
+    shards = {what: one.shards for what, one in sets.each.items() if one.shards} if sets else {}
+    return [
+        f"files of the {what}: {text}"
+        for what, one in shards.items()
+        if (text := pack.unread_of(folder, one.uri))
+    ]
 
 
 def _gpu(config: Config, folder: RunFolder) -> bool:

@@ -11,7 +11,7 @@ from pipeline.context import Context, packed_uri, result_line
 from pipeline.driver import cluster
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec, embedder_of
 from pipeline.embed.forward import own_size
-from pipeline.errors import ConfigError, DataError, TrainError
+from pipeline.errors import ConfigError, DataError, PipelineError, StorageError, TrainError
 from pipeline.evaluate.labels import Labels, check_labels
 from pipeline.evaluate.score import Score
 from pipeline.finetune.classifier import Classifier, classifier_of, described
@@ -52,13 +52,19 @@ def model_of(config: Config, folder: RunFolder) -> EmbedderSpec:
         PipelineError: there is none, or it has no weights that could learn.
     """
     settings = config.finetune
-    spec = embedder_of(
-        settings.model or str(chosen_in(folder, config).path),
-        image_size=settings.image_size,
-        mean=config.augment.mean,
-        std=config.augment.std,
-        folder=config.run.folder,
-    )
+    model = settings.model or str(chosen_in(folder, config).path)
+    try:
+        spec = embedder_of(
+            model,
+            image_size=settings.image_size,
+            mean=config.augment.mean,
+            std=config.augment.std,
+            folder=config.run.folder,
+        )
+    except StorageError:
+        raise
+    except PipelineError as error:
+        raise ConfigError(f"finetune.model: {error.what}", error.hint) from error
     if spec.kind != BACKBONE:
         raise ConfigError(
             f"{spec.name} cannot be fine-tuned: torch has no weights of it that could learn",

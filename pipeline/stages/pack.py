@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.config import Config
-from pipeline.context import BUILTIN, Context, is_shards, labels_of, packed_uri, result_line
+from pipeline.context import (
+    BUILTIN,
+    Context,
+    is_shards,
+    labels_of,
+    packed_set,
+    packed_uri,
+    result_line,
+)
 from pipeline.embed.vectors import is_vectors
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.heartbeat import now
@@ -23,8 +31,9 @@ from pipeline.storage.mirror import upload_folder
 from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.storage.transfer import local_copy
-from pipeline.uri import Place, is_uri, join, public
+from pipeline.uri import Place, is_uri, join, parent, public
 
+UNREADABLE = 0.9  # of an evaluation set: with more of it bad, what is scored is not that set
 SETTINGS = (
     "image_column",
     "label_column",
@@ -57,8 +66,32 @@ def named_sources(config: Config, folder: RunFolder) -> dict[str, tuple[str, str
     for name in ("reference", "queries"):
         source = getattr(config.evaluate, name)
         if source and not is_shards(source) and not is_vectors(source):
-            places[name] = (source, str(folder.at("pack", name)))
+            places[name] = (source, str(packed_set(name, source, folder)))
     return places
+
+
+def _stem(name: str, shards: str) -> str:
+    """What the files beside the shards of a set are called by."""
+    return name if name == "train" else parent(shards)[1]
+
+
+def unread_of(folder: RunFolder, shards: str) -> str:
+    """A sentence on the files of an evaluation set that are not among its shards, or ""."""
+    home, stem = parent(shards)
+    if str(home) != str(folder.at("pack")):
+        return ""  # others packed it
+    known = ledger.report_of(str(folder.at("pack", f"work_{stem}")))
+    bad, copies = known.get("bad", {}), known.get("duplicates", 0)
+    said = []
+    if bad:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(bad.items()))
+        said.append(
+            f"{sum(bad.values()):,} of {known['images_in']:,} could not be read ({reasons}), "
+            f"listed in {public(folder.at('pack', f'bad_images_{stem}.parquet'))}"
+        )
+    if copies:
+        said.append(f"{copies:,} are byte for byte like another one, and are left out")
+    return "; ".join(said)
 
 
 def check_places(config: Config, folder: RunFolder) -> None:
@@ -75,24 +108,11 @@ def check_places(config: Config, folder: RunFolder) -> None:
             source = absolute_source(source)
             source_places.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
-            work_place = absolute_uri(str(folder.at("pack", f"work_{name}")))
-            _check_source(name, shards, public(source))
+            work_place = absolute_uri(str(folder.at("pack", f"work_{_stem(name, shards)}")))
+            ledger.check_source(shards, public(source))
             mine = check_unclaimed(shards, Owner(public(source), public(work_place)))
             mine |= ledger.begun(work_place)
             ledger.check_replaceable(shards, public(source), own=mine)
-
-
-def _check_source(name: str, shards: str, source: str) -> None:
-    """Refuses shards of another source; of an evaluation set a run of another name is the way."""
-    try:
-        ledger.check_source(shards, source)
-    except StorageError:
-        raise
-    except DataError as error:
-        if name == "train":
-            raise
-        hint = "evaluate other images under another name: run.name=…"
-        raise DataError(error.what, hint) from error
 
 
 def sources(context: Context) -> dict[str, tuple[str, str]]:
@@ -142,13 +162,18 @@ def intact(context: Context) -> bool:
 
 
 def _options(config: Config, field: str) -> PackOptions:
-    """How the source that this field names is packed."""
+    """How the source that this field names is packed.
+
+    What cannot be read of an evaluation set is counted, and said on the card: it ends no run.
+    """
     data = config.data
+    limit = data.max_bad_fraction
+    limit = limit if field == FIELDS["train"] else max(limit, UNREADABLE)
     return PackOptions(
         image_column=data.image_column,
         label_column=data.label_column,
         labels=labels_of(config, field),
-        max_bad_fraction=data.max_bad_fraction,
+        max_bad_fraction=limit,
         max_pixels=data.max_image_pixels,
         max_image_bytes=int(data.max_image_mb * 2**20),
         channels=config.model.in_channels,
@@ -165,19 +190,20 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name, (source, shards) in sources(context).items():
         now(f"pack: {name}, listing the source")
+        stem = _stem(name, shards)
         report = pack(
             source,
             shards,
             PackPlaces(
-                bad_images=str(context.folder.at("pack", f"bad_images_{name}.parquet")),
-                scratch=str(context.folder.at("pack", f"work_{name}")),
-                other_files=str(_other_files(context, name)),
+                bad_images=str(context.folder.at("pack", f"bad_images_{stem}.parquet")),
+                scratch=str(context.folder.at("pack", f"work_{stem}")),
+                other_files=str(_other_files(context, stem)),
             ),
             _options(context.config, FIELDS[name]),
             field=FIELDS[name],
             on_progress=partial(_progress, name),
         )
-        text = _text(name, report, _other_files(context, name))
+        text = _text(name, report, _other_files(context, stem))
         result_line("pack", text)
         if said := sentence(report.used_range, report.value_range):
             result_line("range", f"{name} set: {said}")
@@ -188,8 +214,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     return summary
 
 
-def _other_files(context: Context, name: str) -> Place:
-    return context.folder.at("pack", f"other_files_{name}.parquet")
+def _other_files(context: Context, stem: str) -> Place:
+    return context.folder.at("pack", f"other_files_{stem}.parquet")
 
 
 def _progress(name: str, what: str, done: int, total: int) -> None:
@@ -256,7 +282,8 @@ def _track(
     if numbers["bad_images"]:
         import pyarrow.parquet as pq
 
-        with local_copy(context.folder.at("pack", f"bad_images_{name}.parquet")) as table:
+        stem = _stem(name, shards)
+        with local_copy(context.folder.at("pack", f"bad_images_{stem}.parquet")) as table:
             tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
     if name == "train":
         tracker.headline(0, {"data/images": numbers["images"]})

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.card.files import read_card
+from pipeline.config.embedding import group_of
+from pipeline.config.load import load
+from pipeline.errors import ConfigError
+from pipeline.stages.checks.start import check_decides
+from pipeline.stages.evaluation import groups_of
 from tests import standins
 from tests.card.conftest import COLOURS, coloured, folder_of_classes
 from tests.data import encoded
@@ -28,7 +34,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     standins.ray_here(monkeypatch)
 
     def run(*arguments: str) -> tuple[int, str]:
-        given = [f"run.folder={tmp_path}/runs", "track.enabled=false", "data.max_bad_fraction=0.1"]
+        given = [f"run.folder={tmp_path}/runs", "track.enabled=false"]
         given += arguments
         monkeypatch.setattr(sys, "argv", [str(JOB), *given])
         try:
@@ -124,7 +130,7 @@ def test_wrong_names_are_said_in_a_sentence(job: Job, classes: Path, tmp_path: P
     data = f"data={classes}"
     wrong = {
         "there is nothing to evaluate on": ["model=descriptor"],
-        "no embedder: there is no": ["model=/nowhere/weights", data],
+        "evaluate.models: no embedder: there is no": ["model=/nowhere/weights", data],
         "has no checkpoint": [data],
         "no such path": ["model=descriptor", "data=/nowhere"],
         "evaluate.queries": ["model=descriptor", data, "queries=/nowhere"],
@@ -142,13 +148,86 @@ def test_wrong_names_are_said_in_a_sentence(job: Job, classes: Path, tmp_path: P
     assert not (tmp_path / "runs" / "evaluate" / "evaluate").exists()
 
 
-def test_other_images_need_another_name(job: Job, classes: Path, tmp_path: Path) -> None:
+def test_other_images_are_scored_under_the_same_name(
+    job: Job, classes: Path, tmp_path: Path
+) -> None:
+    """Each set keeps its own shards; the card is of the last one, and that is said."""
     given = ["model=descriptor", "scores=unlabelled"]
-    assert job(*given, f"data={classes}")[0] == 0
     other = folder_of_classes(tmp_path / "other", 3, first=70)
-    status, shown = job(*given, f"data={other}")
-    assert status == 2 and "holds the shards of" in shown and "run.name=" in shown
-    assert job(*given, f"data={other}", "run.name=other")[0] == 0
+    run = tmp_path / "runs" / "evaluate"
+    for folder, images, again in ((classes, 42, False), (other, 9, True), (classes, 42, True)):
+        status, shown = job(*given, f"data={folder}")
+        assert status == 0, shown
+        card = read_card(run)
+        assert (card.reference.name, card.reference.images) == (str(folder), images)
+        assert ("is overwritten: run.name=" in shown) == again, shown
+        assert len(list((run / "pack").glob("reference*/_manifest.json"))) == 1 + again
+    assert "evaluate    up to date" in job(*given, f"data={classes}")[1]
+
+
+def test_what_cannot_be_read_of_a_set_is_on_its_card(
+    job: Job, classes: Path, tmp_path: Path
+) -> None:
+    """A tenth of the images, more than `data.max_bad_fraction`; only a set of hardly any image that
+    can be read is refused.
+    """
+    for number in range(4):
+        (classes / "red" / f"cut{number}.png").write_bytes(coloured("red", number)[: 40 + number])
+    shutil.copy(classes / "red" / "1.png", classes / "red" / "same.png")
+    given = ["model=descriptor", f"data={classes}", "scores=unlabelled"]
+    status, shown = job(*given)
+    assert status == 0, shown
+    card = read_card(tmp_path / "runs" / "evaluate")
+    assert card.reference.images == 42
+    (said,) = [remark for remark in card.remarks if "could not be read" in remark]
+    assert said.startswith("files of the reference: 5 of 48 could not be read (5 truncated), ")
+    assert said.endswith("; 1 are byte for byte like another one, and are left out")
+    bad = pq.read_table(tmp_path / "runs" / "evaluate" / "pack" / "bad_images_reference.parquet")
+    assert bad.num_rows == 5
+    for number in range(400):
+        (classes / "red" / f"no{number}.png").write_bytes(b"no image %d" % number)
+    status, shown = job(*given)
+    assert status == 2 and "405 of 448 images" in shown and "allowed 90" in shown, shown
+
+
+def test_the_folder_of_a_run_means_its_vectors_or_its_images(
+    job: Job, classes: Path, tmp_path: Path
+) -> None:
+    """`data=runs/photos` of a run with both: the images for models that are named."""
+    assert job("model=descriptor", f"data={classes}", "scores=knn", "evaluate.k=5")[0] == 0
+    made, other = tmp_path / "runs" / "evaluate", tmp_path / "photos"
+    shutil.copytree(made / "pack" / "reference", other / "shards")
+    shutil.copytree(made / "evaluate" / "vectors" / "00-model" / "reference", other / "vectors")
+    shutil.rmtree(classes)
+    first = value(made, "knn5_top1")
+    for given, said in (
+        ([], "its vectors are meant"),
+        (["model=descriptor"], "its packed images are meant"),
+    ):
+        status, shown = job(*given, f"data={other}", "scores=knn", "evaluate.k=5", "run.name=b")
+        assert status == 0 and said in shown, shown
+        assert value(tmp_path / "runs" / "b", "knn5_top1") == first
+
+
+def test_any_score_of_a_card_decides_its_verdict(job: Job, classes: Path, tmp_path: Path) -> None:
+    """The best checkpoint of a training is chosen by what is computed while training alone."""
+    given = ["model=descriptor", f"data={classes}"]
+    status, shown = job(*given, "scores=copies", "evaluate.decide_by=copies_recall1")
+    assert status == 0, shown
+    card = read_card(tmp_path / "runs" / "evaluate")
+    assert card.score == "copies_recall1" and "copy detection" in card.verdict.text, card.verdict
+    assert any("no baselines of pixels and colours" in remark for remark in card.remarks)
+    wrong = {"needs images with masks or depth": ["evaluate.decide_by=depth_head_rmse"]}
+    wrong["evaluate.decide_by=linear cannot decide"] = ["evaluate.decide_by=linear"]
+    for sentence, field in wrong.items():
+        status, shown = job(*given, *field, "run.name=other")
+        assert status == 2 and sentence in shown, shown
+    for score in ("linear_top1", "copies_recall1", "retrieval_recall1"):
+        config = load([f"evaluate.decide_by={score}", "evaluate.scores=[]"])
+        with pytest.raises(ConfigError, match=f"{score} cannot choose the best checkpoint"):
+            check_decides(config, ["pack", "pretrain", "evaluate"])
+        check_decides(config, ["evaluate"])
+        assert group_of(score) in groups_of(config)
 
 
 def test_a_folder_of_masks_is_scored_densely(job: Job, tmp_path: Path) -> None:

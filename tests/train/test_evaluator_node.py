@@ -74,7 +74,7 @@ def test_ten_gpus_have_room_for_ten_workers_beside_evaluations() -> None:
         (["evaluate.gpu_share=0.1", "resources.gpus_per_worker=0.5"], "workers share one"),
         (["evaluate.gpu_share=0.5"], "less than 0.5"),
         (["evaluate.gpu_share=0.001"], "0.001 of a GPU is too little"),
-        (["evaluate.decide_by=depth_linear_rmse"], "cannot choose the best checkpoint; these"),
+        (["evaluate.decide_by=depth_linear_rms"], "cannot decide; these scores can: knn10_top1"),
         (["evaluate.decide_by=knn7_top1"], "knn10_top1, knn20_top1, knn100_top1, knn200_top1"),
     ],
 )

@@ -15,7 +15,7 @@ from pipeline.embed.beginnings import (
     trained_on,
 )
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.uri import parent, public
 
 
@@ -75,14 +75,7 @@ def networks_of(models: Sequence[str], opening: Opening) -> list[Network]:
     networks: list[Network] = []
     digests: dict[str, str] = {}
     for model in models:
-        spec = embedder_of(
-            model,
-            image_size=opening.image_size,
-            batch_size=opening.batch_size,
-            mean=opening.mean,
-            std=opening.std,
-            folder=opening.runs,
-        )
+        spec = _opened(model, opening)
         if spec.key in digests:
             raise ConfigError(
                 f"evaluate.models names one model twice: {digests[spec.key]} and {model}",
@@ -91,6 +84,22 @@ def networks_of(models: Sequence[str], opening: Opening) -> list[Network]:
         digests[spec.key] = model
         networks += _with_beginnings(model, spec)
     return networks
+
+
+def _opened(model: str, opening: Opening) -> EmbedderSpec:
+    try:
+        return embedder_of(
+            model,
+            image_size=opening.image_size,
+            batch_size=opening.batch_size,
+            mean=opening.mean,
+            std=opening.std,
+            folder=opening.runs,
+        )
+    except StorageError:
+        raise
+    except PipelineError as error:  # several models may be named
+        raise ConfigError(f"evaluate.models: {error.what}", error.hint) from error
 
 
 def _with_beginnings(model: str, spec: EmbedderSpec) -> list[Network]:

@@ -9,9 +9,8 @@ from pipeline.card.dense.split import DenseSettings
 from pipeline.card.inputs.networks import Network
 from pipeline.card.inputs.sets import Sets
 from pipeline.card.scoring.scores import Scoring
+from pipeline.config.embedding import NEEDS_LABELS
 from pipeline.uri import Place
-
-NEEDS_LABELS = ("knn", "logistic", "linear", "few_shot", "retrieval")
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.config.config import Config
 from pipeline.context import BUILTIN, labels_of
+from pipeline.embed.vectors import MARK
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.evaluate.labels import Kind, Labels
 from pipeline.images.kinds import named_as_image
 from pipeline.pack.listing import Listing, list_source
 from pipeline.pack.source_places import absolute_source, inside
 from pipeline.pack.sources import Plan, Reading, plan_tasks
-from pipeline.shards.columns import image_id
+from pipeline.shards.columns import MANIFEST, image_id
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.storage.places import resolve_uri
-from pipeline.uri import public
+from pipeline.storage.places import exists, resolve_uri
+from pipeline.uri import join, public
+
+log = logging.getLogger("pipeline.evaluate")
 
 BUILTIN_PARTS = ("train", "test")
+OF_A_RUN = {"vectors": f"vectors/{MARK}", "shards": f"shards/{MANIFEST}"}
 READ_BYTES = 2 * 2**30  # of files that a dry run reads to compare two sets: some seconds
 
 
@@ -69,6 +74,25 @@ def known_set(config: Config, field: str, uri: str, packed: bool = False) -> Kno
     if labels == "none":  # pack leaves them out
         return replace(known, labels=replace(known.labels, kind="none", names=()))
     return known
+
+
+def of_runs(config: Config) -> Config:
+    """Sets that are named as the folder of a run, as what is meant: its vectors, or where models
+    are named its packed images.
+    """
+    settings, changed = config.evaluate, {}
+    for name in ("reference", "queries"):
+        uri = getattr(settings, name)
+        if not uri or uri.startswith(BUILTIN):
+            continue
+        there = [what for what, mark in OF_A_RUN.items() if exists(*resolve_uri(f"{uri}/{mark}"))]
+        if "vectors" in there and settings.models and "shards" in there:
+            there.remove("vectors")
+        if there and not exists(*resolve_uri(f"{uri}/{MARK}")):
+            changed[name] = str(join(uri, there[0]))
+            said = "its vectors" if there[0] == "vectors" else "its packed images"
+            log.info("evaluate    evaluate.%s=%s is a run: %s are meant", name, public(uri), said)
+    return config.model_copy(update={"evaluate": settings.model_copy(update=changed)})
 
 
 def also_in(reference: KnownSet, queries: KnownSet) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pipeline import environment
 from pipeline.config.config import Config
+from pipeline.config.embedding import NEEDS_LABELS, group_of
 from pipeline.context import (
     Context,
     nearest,
@@ -72,10 +73,16 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
             "evaluate.models names models, but a run that trains scores its own teacher",
             "leave it out, and score them side by side afterwards: jobs/evaluate.py models=[…]",
         )
+    check_decides(config, stages)
     if "evaluate" in stages and "pretrain" not in stages:
         from pipeline.stages import evaluation
 
         evaluation.networks(config, folder)
+    if "evaluate" in stages and (config.evaluate.dense or config.evaluate.dense_queries):
+        from pipeline.stages import evaluation
+
+        with doing("reading the images with masks or depth"):
+            evaluation.dense_of(config)
     if config.export.onnx and "export" in stages:
         from pipeline.model.onnx_out import needs_packages  # loads torch
 
@@ -98,6 +105,28 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         images = known.get("data.shards") or known["data.source"]
         finetune.check_known_labels(images.labels, known.get("evaluate.queries"))
     return known
+
+
+def check_decides(config: Config, stages: Sequence[str]) -> None:
+    """Refuses a score that cannot choose the best checkpoint of a training, or that has no images.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    settings = config.evaluate
+    score = settings.decide_by
+    if "pretrain" in stages and score and score not in settings.choosing():
+        raise ConfigError(
+            f"evaluate.decide_by={score} cannot choose the best checkpoint, for it is not computed "
+            f"while training; these can: {', '.join(settings.choosing())}",
+            "name one of them, and score the run by any other one afterwards: jobs/evaluate.py "
+            f"evaluate.decide_by={score}",
+        )
+    if score and group_of(score) == "dense" and not settings.dense:
+        raise ConfigError(
+            f"evaluate.decide_by={score} needs images with masks or depth, and none are named",
+            "name them with evaluate.dense=…, or choose another score",
+        )
 
 
 def embeds(config: Config, stages: Sequence[str]) -> bool:
@@ -230,7 +259,8 @@ def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:
 
 def _check_evaluation(config: Config, known: Mapping[str, KnownSet]) -> None:
     queries, reference = known.get("evaluate.queries"), voting(known)
+    score = config.evaluate.decide_by
     if queries and reference:
         check_labels(queries.labels, reference.labels)
-    elif reference:
-        check_deciding(config.evaluate.decide_by, reference.labels)
+    elif reference and score and group_of(score) in NEEDS_LABELS:
+        check_deciding(score, reference.labels)
