@@ -109,7 +109,7 @@ def deciding_score(
         return few_shot_scores(reference, others, [shots])[0][0].value
     k = int(name.removeprefix("knn").removesuffix("_top1"))
     # where both sets are one, equal ids keep each image from voting for itself
-    return knn_classify(reference, queries, classes, k, temperature)[k]
+    return knn_classify(reference, queries, k, temperature)[k]
 
 
 def why_unusable(labels: torch.Tensor) -> str:

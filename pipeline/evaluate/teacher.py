@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,6 @@ from pipeline.evaluate.deciding import (
 )
 from pipeline.evaluate.features import LabelledFeatures, embed
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
-from pipeline.evaluate.neighbours.knn import raw_pixels
 from pipeline.evaluate.neighbours.nearest import SameImages, nearest
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
 from pipeline.images.decode import BadImage, decode_image
@@ -127,26 +126,20 @@ class Evaluator:
         # By the set itself: files of others may have one digest in two places.
         self._kept: dict[tuple[ShardSet, int | None], list[LabelledImages]] = {}
 
-    def run(
-        self,
-        backbone: nn.Module,
-        limit: int | None = None,
-        stored: Mapping[ShardSet, LabelledFeatures] | None = None,
-    ) -> Evaluation:
+    def run(self, backbone: nn.Module, limit: int | None = None) -> Evaluation:
         """Scores, feature health and the PCA picture of a backbone.
 
         Args:
             backbone: in any mode; it is evaluated without gradients. One without patch tokens has
                 no PCA picture.
             limit: at most so many images of each set, drawn with the seed; None for all.
-            stored: features of this backbone that are there already, with labels as in their set.
         """
         spec = self.spec
         backbone = backbone.to(self.device).eval()
         pictures: dict[str, np.ndarray] = {}
         if not spec.reference:
             limit = min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
-        reference, queries = self._both(backbone, limit, stored or {})
+        reference, queries = self._both(backbone, limit)
         scores = (
             training_scores(reference, queries, spec.k, spec.decide_by, spec.temperature)
             if spec.reference
@@ -170,27 +163,19 @@ class Evaluator:
         """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""
         if not self.spec.reference:
             return None
-        reference, queries = self._both(backbone, limit, {})
+        reference, queries = self._both(backbone, limit)
         if queries is reference and why_unusable(queries.labels):
             return None
         name = f"knn{self.spec.k}_top1"
         return deciding_score(name, reference, queries, self.spec.temperature)
 
     def _both(
-        self, backbone: nn.Module, limit: int | None, stored: Mapping[ShardSet, LabelledFeatures]
+        self, backbone: nn.Module, limit: int | None
     ) -> tuple[LabelledFeatures, LabelledFeatures]:
         """Features of the reference and of the queries, which may be the same."""
         sets = [x for x in (self.spec.reference, self.spec.queries) if x] or [self.spec.sample]
-        features = [
-            self._comparable(x, stored[x]) if x in stored else self.features(backbone, x, limit)
-            for x in sets
-        ]
+        features = [self.features(backbone, x, limit) for x in sets]
         return features[0], features[-1]
-
-    def _comparable(self, shards: ShardSet, stored: LabelledFeatures) -> LabelledFeatures:
-        """Features with labels that count in `classes`."""
-        labels = self.classes.mapped(stored.labels.numpy(), shards.class_names, shards.uri)
-        return replace(stored, labels=torch.from_numpy(labels))
 
     def _neighbours(
         self, reference: LabelledFeatures, queries: LabelledFeatures, limit: int | None
@@ -220,14 +205,6 @@ class Evaluator:
         correct = (reference.labels[rows] == queries.labels[first, None]).numpy()
         shown = np.asarray([images(kept[1], row) for row in rows.tolist()])
         return neighbours_grid(np.asarray(images(kept[0], first.tolist())), shown, correct)
-
-    def raw_pixels(self, limit: int | None = None) -> float | None:
-        """k-NN top-1 of the pixels themselves, for comparison; None without queries."""
-        spec = self.spec
-        if not (spec.reference and spec.queries):
-            return None
-        sets = (self.parts(spec.reference, limit), self.parts(spec.queries, limit))
-        return raw_pixels(*sets, k=spec.k, temperature=spec.temperature)
 
     def target_health(self, teacher: Encoder, temperature: float) -> dict[str, float]:
         """Entropy of the teacher's targets in nats, and how many prototypes they choose.

@@ -17,6 +17,8 @@ from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
+from pipeline.evaluate.baselines import pixel_vectors, without_mean
+from pipeline.evaluate.features import LabelledFeatures
 from pipeline.evaluate.neighbours.knn import knn_classify
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.plan.layout import Machine
@@ -84,6 +86,22 @@ def value(card: Card, role: str, score: str) -> float:
     return one.results[score].interval.value
 
 
+def pixel_features(spec: EvaluationSpec) -> list[LabelledFeatures]:
+    """Small pixels of reference and queries as they are decoded, less the mean of the reference."""
+    evaluator = Evaluator(spec)
+    sets = [list(evaluator.parts(x, None)) for x in (spec.reference, spec.queries) if x]
+    images = [np.concatenate([part.images for part in parts]) for parts in sets]
+    small = without_mean(*(pixel_vectors(x) for x in images))
+    return [
+        LabelledFeatures(
+            x,
+            torch.from_numpy(np.concatenate([part.labels for part in parts])),
+            np.concatenate([part.ids for part in parts]),
+        )
+        for x, parts in zip(small, sets, strict=True)
+    ]
+
+
 @pytest.mark.long
 def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
     card = trained.card("evaluate.scores=[knn,unlabelled]")
@@ -98,13 +116,13 @@ def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
         reference, queries = (
             evaluator.features(network, x, None) for x in (spec.reference, spec.queries) if x
         )
-        knn = knn_classify(reference, queries, 3, [5, 10, 20, 100, 200])
+        knn = knn_classify(reference, queries, [5, 10, 20, 100, 200])
         for k, accuracy in knn.items():
             assert value(card, role, f"knn{k}_top1") == pytest.approx(accuracy), (role, k)
         for name in ("feature_std", "effective_rank"):
             known = expected[f"health/{name}"]
             assert value(card, role, name) == pytest.approx(known, rel=1e-4), (role, name)
-    pixels = Evaluator(spec).raw_pixels()
+    pixels = knn_classify(*pixel_features(spec), 5)[5]
     assert value(card, "raw_pixels", "knn5_top1") == pytest.approx(pixels, abs=1e-9)
     assert value(card, "majority", "knn5_top1") == pytest.approx(1 / 3)
     assert value(card, "colours", "knn5_top1") == 1.0  # one colour a class
@@ -139,7 +157,7 @@ def test_one_labelled_set_is_scored_by_leaving_one_out(trained: Trained) -> None
     rows = Evaluator(evaluation_spec(trained.plan, trained.reference)).features(
         network, trained.reference, None
     )
-    expected = knn_classify(rows, rows, 3, [5, 200], leave_one_out=True)
+    expected = knn_classify(rows, rows, [5, 200])
     assert value(card, "model", "knn5_top1") == pytest.approx(expected[5])
 
 

@@ -113,6 +113,6 @@ def test_real_photos_are_told_apart_better_than_by_chance_by_both(shared: Path) 
         voters, queries = (
             LabelledFeatures(x, y) for x, y in zip(sets, (labels, truth), strict=True)
         )
-        accuracy[name] = knn_classify(voters, queries, 10, 20)[20]
+        accuracy[name] = knn_classify(voters, queries)[20]
     # 2,000 vote and 400 are asked: 0.46 and 0.41 with all 50,000 and 10,000; chance is 0.1.
     assert 0.2 < accuracy["pixels"] < 0.55 and 0.2 < accuracy["colours"] < 0.55

@@ -6,23 +6,20 @@ not normalised again for smaller k. So the weights of a smaller k are those of i
 one positive number for each query, and the class that wins is the same.
 
 Neighbours are looked for once, by `nearest` in memory or over many machines by `card/nearest.py`.
-All that follows needs [Q, k] and never [Q, C]: any number of classes is fine.
+All that follows needs [Q, k], and nothing is as wide as there are classes: any number is fine.
 
-Shapes: N reference images, Q queries, D width, C classes.
+Shapes: N reference images, Q queries, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.evaluate.baselines import pixel_vectors, without_mean
 from pipeline.evaluate.features import Ids, LabelledFeatures
 from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
 from pipeline.evaluate.score import Score
@@ -32,17 +29,6 @@ KS = (10, 20, 100, 200)  # DINOv2 eval/knn.py
 VOTES_AT_ONCE = 1 << 21  # neighbours: about 200 MiB of work
 
 
-class Labelled(Protocol):
-    """Images uint8 [N, S, S, C] with labels int64 [N], -1 where unknown, and ids uint8 [N, 16]."""
-
-    @property
-    def images(self) -> npt.NDArray[np.uint8]: ...  # noqa: D102
-    @property
-    def labels(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
-    @property
-    def ids(self) -> Ids: ...  # noqa: D102
-
-
 class Asked(Protocol):
     """Queries with labels int64 [Q], -1 where unknown, and ids uint8 [Q, 16]."""
 
@@ -50,30 +36,6 @@ class Asked(Protocol):
     def labels(self) -> Tensor: ...  # noqa: D102
     @property
     def ids(self) -> Ids | None: ...  # noqa: D102
-
-
-def knn_votes(
-    similarities: Tensor,
-    labels: Tensor,
-    classes: int,
-    ks: Sequence[int],
-    temperature: float = TEMPERATURE,
-) -> dict[int, Tensor]:
-    """Class votes from sorted neighbours.
-
-    Args:
-        similarities: [Q, max(ks)], best first.
-        labels: int64 [Q, max(ks)], the neighbours' labels.
-        classes: C.
-        ks: numbers of neighbours to vote.
-        temperature: of the softmax over all max(ks) neighbours.
-
-    Returns:
-        for each k the votes [Q, C]; those of the largest k sum to 1 over the classes.
-    """
-    weights = (similarities / temperature).softmax(1)
-    empty = weights.new_zeros(len(weights), classes)
-    return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in ks}
 
 
 def predictions(
@@ -199,11 +161,8 @@ def _blocks(rows: int, at_once: int) -> Iterator[slice]:
 def knn_classify(
     reference: LabelledFeatures,
     queries: LabelledFeatures,
-    classes: int,
     k: int | Sequence[int] = 20,
     temperature: float = TEMPERATURE,
-    *,
-    leave_one_out: bool = False,
 ) -> dict[int, float]:
     """Top-1 accuracy of the weighted vote, for each k.
 
@@ -212,11 +171,9 @@ def knn_classify(
         queries: those that are asked; rows without a label are not counted. Where both have ids,
             no image votes for one with its own id. A query that nobody is left to vote for is
             counted as wrong.
-        classes: C, more than any label.
         k: one number or several. With several, weights are taken over the largest, as the
             reference does.
         temperature: of the weights.
-        leave_one_out: queries are the reference rows, and none votes for itself.
 
     Returns:
         accuracy in [0, 1] by k.
@@ -233,39 +190,10 @@ def knn_classify(
             hint="evaluate on shards with a label column",
         )
     same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
-    neighbours = Neighbours(
-        *nearest(voters.features, asked.features, max(ks), leave_one_out=leave_one_out, same=same)
-    )
+    neighbours = Neighbours(*nearest(voters.features, asked.features, max(ks), same))
     truth = asked.labels.to(neighbours.rows.device)
     hits = {
         number: predictions(neighbours, voters.labels, number, temperature)[0] == truth
         for number in ks
     }
     return {number: int(right.sum()) / len(right) for number, right in hits.items()}
-
-
-def raw_pixels(
-    reference: Iterable[Labelled],
-    queries: Iterable[Labelled],
-    k: int = 20,
-    temperature: float = TEMPERATURE,
-) -> float:
-    """Accuracy of the same vote on the pixels themselves, the floor that features must beat.
-
-    Images, given in batches, are averaged down to 16 x 16, and the reference's mean image is taken
-    off, without which all cosines would be near 1.
-    """
-    (small, labels, known), (asked, truth, ids) = _downscaled(reference), _downscaled(queries)
-    small, asked = without_mean(small, asked)
-    classes = int(max(labels.max(), truth.max())) + 1
-    voters = LabelledFeatures(small, labels, known)
-    return knn_classify(voters, LabelledFeatures(asked, truth, ids), classes, k, temperature)[k]
-
-
-def _downscaled(parts: Iterable[Labelled]) -> tuple[Tensor, Tensor, Ids]:
-    small, labels, ids = [], [], []
-    for part in parts:
-        small.append(pixel_vectors(np.asarray(part.images)))
-        labels.append(torch.from_numpy(part.labels))
-        ids.append(part.ids)
-    return torch.cat(small), torch.cat(labels), np.concatenate(ids)

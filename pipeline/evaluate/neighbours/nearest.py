@@ -66,8 +66,6 @@ def nearest(
     reference: Tensor,
     queries: Tensor,
     k: int,
-    *,
-    leave_one_out: bool = False,
     same: SameImages | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosine similarities and row numbers of the k most similar reference rows, best first.
@@ -76,28 +74,22 @@ def nearest(
         reference: [N, D], any scale; the work is done where it is.
         queries: [Q, D]; taken a few at a time, so that [Q, N] never exists.
         k: cut to the number of rows there are.
-        leave_one_out: queries are the reference rows, and none may find itself.
         same: no query finds these rows: a place that has none left has similarity -inf, row -1.
 
     Returns:
         float32 [Q, k] and int64 [Q, k].
 
     Raises:
-        DataError: nothing to search in, widths that differ, or leave_one_out with other rows.
+        DataError: nothing to search in, or widths that differ.
     """
-    others = len(reference) - leave_one_out
-    if others < 1 or k < 1:
-        raise DataError(f"cannot take the {k} nearest of {max(others, 0)} images")
+    if not len(reference) or k < 1:
+        raise DataError(f"cannot take the {k} nearest of {len(reference)} images")
     if reference.shape[1] != queries.shape[1]:
         raise DataError(
             f"reference features have width {reference.shape[1]}, queries {queries.shape[1]}",
             hint="embed both with the same backbone",
         )
-    if leave_one_out and len(queries) != len(reference):
-        raise DataError(
-            f"leave_one_out needs the reference as queries: {len(queries)} for {len(reference)}"
-        )
-    k = min(k, others)
+    k = min(k, len(reference))
     device = reference.device
     frame = Frame.of(as_array(reference[:MIDDLE_ROWS]))
     known = frame.placed(as_array(reference)).to(device)
@@ -105,12 +97,11 @@ def nearest(
     values, rows = [], []
     for start in range(0, len(queries), part):
         block = frame.placed(as_array(queries[start : start + part]), start).to(device)
-        own = torch.arange(len(block) if leave_one_out else 0)
-        apart = (own, own + start)
+        apart = None
         if same is not None:
-            twins = same.within(start, start + len(block))
-            apart = (torch.cat((apart[0], twins[0])), torch.cat((apart[1], twins[1])))
-        ranked, nearest_rows = best(block, known, k, (apart[0].to(device), apart[1].to(device)))
+            asked, rows_apart = same.within(start, start + len(block))
+            apart = asked.to(device), rows_apart.to(device)
+        ranked, nearest_rows = best(block, known, k, apart)
         values.append(cosines(ranked, block.own))
         rows.append(nearest_rows.masked_fill(ranked == -torch.inf, -1))
     if not values:

@@ -9,7 +9,7 @@ import torch
 from pipeline.errors import DataError
 from pipeline.evaluate.neighbours import exact
 from pipeline.evaluate.neighbours.exact import Frame, best, cosines, ranking
-from pipeline.evaluate.neighbours.nearest import nearest
+from pipeline.evaluate.neighbours.nearest import SameImages, nearest
 
 
 def vectors(n, dim=24, seed=0, spread=1.0):
@@ -101,8 +101,8 @@ def test_zero_vectors_have_cosine_zero_and_queries_of_them_take_the_first_rows()
     assert rows[2].tolist() == list(range(30)) and similarities[2].tolist() == [0.0] * 30
     place = (rows == 7).nonzero()[:, 1][[0, 1, 3]]
     assert similarities[[0, 1, 3], place].abs().max() < 1e-7
-    one = torch.zeros(3, 5)
-    assert nearest(one, one, 2, leave_one_out=True)[1].tolist() == [[1, 2], [0, 2], [0, 1]]
+    one, ids = torch.zeros(3, 5), np.eye(3, 16, dtype=np.uint8)
+    assert nearest(one, one, 2, SameImages.of(ids, ids))[1].tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
 def test_an_origin_is_taken_off_first():

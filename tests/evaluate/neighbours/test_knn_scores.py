@@ -90,15 +90,19 @@ def test_agrees_with_scikit_learn_leave_one_out():
     assert 0.3 < scores[1].value < 0.95
 
 
+def votes_of_20(neighbours, labels, widest):
+    """Votes [Q, 40] of 20 neighbours, weighted by a softmax over the `widest` nearest."""
+    weights = (neighbours.similarities[:, :widest] / 0.07).softmax(1)[:, :20]
+    chosen = torch.nn.functional.one_hot(labels[neighbours.rows[:, :20]], 40)
+    return (weights[:, :, None] * chosen).sum(1)
+
+
 def test_weights_over_the_largest_k_or_over_each_k_alone_give_one_answer():
     """A run's `knn20_top1` stays what it was when k = 200 is asked for too."""
     features, labels = clusters(1000, classes=40)
     asked, truth = clusters(400, classes=40, seed=1)
     neighbours = among(features, asked, 200)
-    of_all = knn.knn_votes(neighbours.similarities, labels[neighbours.rows], 40, [20, 200])[20]
-    alone = knn.knn_votes(
-        neighbours.similarities[:, :20], labels[neighbours.rows[:, :20]], 40, [20]
-    )[20]
+    of_all, alone = (votes_of_20(neighbours, labels, widest) for widest in (200, 20))
     factor = (alone / of_all).nan_to_num(0).amax(1, keepdim=True)
     torch.testing.assert_close(of_all * factor, alone)
     assert not torch.allclose(of_all, alone)
@@ -108,7 +112,7 @@ def test_weights_over_the_largest_k_or_over_each_k_alone_give_one_answer():
         0
     ]
     reference, queries = LabelledFeatures(features, labels), LabelledFeatures(asked, truth)
-    assert knn.knn_classify(reference, queries, 40, 20) == {20: score.value}
+    assert knn.knn_classify(reference, queries, 20) == {20: score.value}
 
 
 def test_of_equal_votes_the_lowest_class_wins_and_blocks_do_not_matter(monkeypatch):
