@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 MARK = "_vectors.json"
 VERSION = 1
-NEEDED = {"parts", "key", "dim", "outputs", "blocks", "grid", "shards"}  # facts of any table
+NEEDED = {"parts", "key", "dim", "outputs", "blocks", "grid", "channels", "shards"}  # of any table
 PART_KEY = b"raydino.part"  # of one part: its unit and its bad images
 _FILES = 16  # that are read at once
 

@@ -32,7 +32,7 @@ from pipeline.track.names import metric_name, picture_key
 from tests.curate.conftest import summarised
 from tests.curate.made_up import HOSTILE, Run, calibration, write_run
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "col"}
 
 
 class Page(HTMLParser):

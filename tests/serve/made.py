@@ -123,6 +123,7 @@ def facts_of(spec: Any, dim: int, shard: str) -> dict[str, Any]:
         "dim": dim,
         "blocks": 0,
         "grid": [SIDE // PATCH, SIDE // PATCH],
+        "channels": 3,
         "dtype": "float32",
         "shards": {
             "uri": shard,
