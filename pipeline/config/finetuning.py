@@ -29,7 +29,7 @@ class Finetune(Section):
     )
     steps: Positive | None = Field(None, le=99_999_999, description="length in steps")
     batch_size: Positive = Field(128, description="images in one step, of all workers together")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate, of the head; as it is")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate, of the head, at any batch size")
     layerwise_decay: float | None = Field(
         None,
         gt=0,

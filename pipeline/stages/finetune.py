@@ -205,7 +205,13 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.headline(settings.steps, numbers)
     tracker.artifact(place / CLASSES, "classifier")
     tracker.artifact(place / "config.json", "classifier")
-    tracker.note("\n\n".join([text, *split.remarks, f"Weights: {compared}."]))
+    notes = [text, *split.remarks, f"Weights: {compared}."]
+    if not settings.from_scratch:
+        notes.append(
+            "What the pretraining is worth: the same from random weights, with "
+            "finetune.from_scratch=true under another run.name."
+        )
+    tracker.note("\n\n".join(notes))
     return {
         "text": text,
         "status": "finished",

@@ -1,8 +1,9 @@
 """Evaluations while training: asked for at a step, run by an actor, collected when they are there.
 
 No step waits for them but for the copy of the weights: what may take long, sending and the answer,
-is a thread's. Where `MAX_PENDING` are under way, the next one is skipped, and that is said. At the
-end of the run they are waited for, but not for ever.
+is a thread's. A new best score is written beside the checkpoints, as they are. Where `MAX_PENDING`
+are under way, the next one is skipped, and that is said. At the end of the run they are waited for,
+but not for ever.
 """
 
 from __future__ import annotations

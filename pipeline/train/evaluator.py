@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import ray
@@ -56,7 +57,7 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     options: dict[str, Any] = {
         "num_cpus": 0,
         "num_gpus": share,
-        "max_restarts": 3,
+        "max_restarts": 100,  # in weeks; one that never starts is given up at some time
         "max_task_retries": 1,
     }
     if device == "cpu" and (node := roomiest(ray.nodes())):
@@ -81,7 +82,10 @@ def device_of(plan: Plan, gpus: float) -> tuple[str, float]:
     if plan.device == "cuda":
         if share := plan.config.evaluate.gpu_share:
             return "cuda", share
-        if gpus - plan.sizes[-1] * plan.gpus_per_worker >= 1:
+        workers, share_of_each = plan.sizes[-1], plan.gpus_per_worker
+        # a worker takes its part from one GPU: what is left of several makes no whole one
+        taken = workers if share_of_each == 1 else ceil(workers / max(1, int(1 / share_of_each)))
+        if gpus - taken >= 1:
             return "cuda", 1.0
     return "cpu", 0.0
 

@@ -49,6 +49,11 @@ def test_evaluations_take_a_part_of_a_gpu_a_spare_one_or_cpus() -> None:
     assert device_of(plan_on(2, "train.workers=2"), 3) == ("cuda", 1.0)
     assert device_of(plan_on(2, "train.workers=1"), 2) == ("cuda", 1.0)
     assert device_of(plan_on(0, "evaluate.gpu_share=0.1"), 0) == ("cpu", 0.0)
+    # four workers on three quarters each leave four quarters, but no GPU
+    parts = plan_on(4, "train.workers=4", "resources.gpus_per_worker=0.75")
+    assert device_of(parts, 4) == ("cpu", 0.0)
+    halves = plan_on(4, "train.workers=4", "resources.gpus_per_worker=0.5")
+    assert device_of(halves, 3) == ("cuda", 1.0)
 
 
 def test_ten_gpus_have_room_for_ten_workers_beside_evaluations() -> None:
