@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from pipeline.heartbeat import SignOfLife
@@ -37,6 +39,18 @@ def configure(
     root.handlers[:] = [handler]
     sys.excepthook = _bug
     threading.excepthook = lambda bug: _bug(bug.exc_type, bug.exc_value, bug.exc_traceback)
+
+
+@contextmanager
+def only_errors(name: str) -> Iterator[None]:
+    """Inside, another library's logger says errors and nothing else."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _bug(

@@ -69,7 +69,7 @@ TABLE = [
     row("storage", "environment errors images uri", others="pyarrow"),
     row("driver", "environment errors heartbeat plan", "config", others_inside="ray"),
     row("shards", "errors images storage uri views", others="numpy pyarrow"),
-    row("pack.pack", "errors images pack shards storage uri", others_inside="ray"),
+    row("pack.pack", "errors images log pack shards storage uri", others_inside="ray"),
     row("pack", "errors images shards storage uri", others="numpy PIL pyarrow",
         others_inside="skimage sklearn"),
     row("stream", "driver errors images plan.nodes shards storage uri views",
@@ -106,8 +106,8 @@ TABLE = [
     row("curate.images.*", "curate.images.* curate.rows.* curate.steps.* images shards storage "
         "uri views", others="numpy PIL pyarrow"),
     # what makes vectors; its descriptor is what a curation sees of an image
-    row("embed", "embed errors heartbeat images shards storage stream.rows uri", "curate.images.* "
-        "evaluate model plan train views", "numpy pyarrow",
+    row("embed", "embed errors heartbeat images log shards storage stream.rows uri",
+        "curate.images.* evaluate model plan train views", "numpy pyarrow",
         "ray torch timm google onnx onnxruntime"),
     row("curate.embed.*", "curate.embed.* curate.images.* curate.rows.* curate.steps.* embed "
         "errors images shards storage uri", "", "numpy pyarrow", "ray"),

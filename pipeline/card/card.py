@@ -106,6 +106,27 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """Which classes are taken for which: of few classes all, of many the most frequent answers.
+
+    Attributes:
+        images: that were asked, of each class.
+        right: of these, of each class.
+        wrong: (truth, answer, images), the most frequent first. With many classes: the most
+            frequent wrong answer of each class, and the most frequent ones of all.
+    """
+
+    images: tuple[int, ...] = ()
+    right: tuple[int, ...] = ()
+    wrong: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all wrong answers are there."""
+        return sum(self.images) == sum(self.right) + sum(count for _, _, count in self.wrong)
+
+
+@dataclass(frozen=True)
 class Card:
     """An evaluation card.
 
@@ -120,9 +141,7 @@ class Card:
         remarks: what the sets share and lack, what was skipped and why.
         settings: all that the scores depend on beside models and images; cards with other ones are
             not compared.
-
-        confusion: [classes, classes] counts of the main model, rows the truth; empty without
-            labels.
+        confusion: of the main model; empty without labels.
         wrong: wrong answers of the main model that are worth a look: the surest first, then some
             of the most frequent ones; see `WrongAnswer`.
     """
@@ -136,7 +155,7 @@ class Card:
     verdict: Verdict = Verdict("", "")
     remarks: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    confusion: tuple[tuple[int, ...], ...] = ()
+    confusion: Confusion = field(default_factory=Confusion)
     wrong: tuple[WrongAnswer, ...] = ()
 
 

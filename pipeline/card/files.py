@@ -23,7 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from pipeline.card.card import VERSION, Card, Contender, Result, SetFacts, Verdict, WrongAnswer
+from pipeline.card.card import (
+    VERSION,
+    Card,
+    Confusion,
+    Contender,
+    Result,
+    SetFacts,
+    Verdict,
+    WrongAnswer,
+)
 from pipeline.embed.ids import id_bytes
 from pipeline.errors import DataError
 from pipeline.evaluate.score import STATISTICS, Interval, Score
@@ -275,6 +284,7 @@ def _content(card: Card) -> dict[str, Any]:
     """A card's fields as JSON has them."""
     content = {field.name: getattr(card, field.name) for field in fields(card)}
     content["verdict"] = vars(card.verdict)
+    content["confusion"] = vars(card.confusion)
     content["reference"] = vars(card.reference)
     content["queries"] = card.queries and vars(card.queries)
     content["wrong"] = [vars(one) for one in card.wrong]
@@ -295,13 +305,18 @@ def _card(content: Mapping[str, Any]) -> Card:
     values["reference"] = _set(content["reference"])
     values["queries"] = content["queries"] and _set(content["queries"])
     values["remarks"] = tuple(content["remarks"])
-    values["confusion"] = tuple(tuple(row) for row in content["confusion"])
+    values["confusion"] = _confusion(content["confusion"])
     values["wrong"] = tuple(
         WrongAnswer(**one | {"neighbours": tuple((x, c, s) for x, c, s in one["neighbours"])})
         for one in content["wrong"]
     )
     values["contenders"] = tuple(_contender(one) for one in content["contenders"])
     return Card(**values)
+
+
+def _confusion(content: Mapping[str, Any]) -> Confusion:
+    wrong = tuple((truth, answer, count) for truth, answer, count in content["wrong"])
+    return Confusion(tuple(content["images"]), tuple(content["right"]), wrong)
 
 
 def _set(content: Mapping[str, Any]) -> SetFacts:

@@ -93,7 +93,7 @@ def _no_labels(case: Case) -> str:
 
 def _one_class(case: Case) -> str:
     """All labels are the same."""
-    classes = sum(1 for row in case.card.confusion if sum(row))
+    classes = sum(1 for images in case.card.confusion.images if images)
     majority = case.baseline("majority")
     sure = majority is not None and case.interval(majority).value == 1
     if classes == 1 or sure:

@@ -21,6 +21,7 @@ from pipeline.embed.parts import outputs_of, write_part
 from pipeline.embed.units import Decoded, Decoding, Unit, decoded_units
 from pipeline.embed.vectors import Facts
 from pipeline.errors import DataError, PipelineError, last_line
+from pipeline.log import only_errors
 from pipeline.stream.rows import row_at, row_of
 
 IN_FLIGHT = 3  # units at an actor: one embedded, one written, and the next one
@@ -162,9 +163,10 @@ def embedded_by_pool(reads: Sequence[Sequence[Unit]], assignment: Assignment) ->
         num_gpus=room.actor_gpus,
     )
     try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in block.to_pylist():
-                yield Pace(row["images"], row["embed_s"], row["wait_s"]), room.actors
+        with only_errors("ray.data"):
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for row in block.to_pylist():
+                    yield Pace(row["images"], row["embed_s"], row["wait_s"]), room.actors
     except RayError as error:
         raise as_ours(error) from error
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from pipeline.errors import DataError, StorageError
 from pipeline.images.decode import MAX_PIXELS
 from pipeline.images.value_range import AUTO, FULL, Sample, ValueRange
+from pipeline.log import only_errors
 from pipeline.pack import ledger
 from pipeline.pack.bad_files import Outcome, PackReport
 from pipeline.pack.listing import list_source
@@ -324,22 +325,10 @@ def _each(
     ).map(run)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
-    with _quiet_ray_data():
+    with only_errors("ray.data"):  # its progress is told by `on_progress`
         for row in dataset.iter_rows():
             if row["error"] == "storage":
                 raise StorageError(*json.loads(row["account"]))
             if row["error"]:
                 raise OSError(row["error"])
             yield json.loads(row["account"])
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Only errors of Ray Data: the progress of a pack is told by `on_progress`."""
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

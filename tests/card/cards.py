@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.card.card import Card, Contender, Result, Role, SetFacts
+from pipeline.card.card import Card, Confusion, Contender, Result, Role, SetFacts
 from pipeline.evaluate.score import Score
 
 KNN = "knn20_top1"
@@ -42,6 +42,21 @@ def contender(
         right = hits(share, images, seed)
         results = {KNN: Result.of(Score.of_hits(KNN, right, ids_of(images)))} | results
     return Contender(role, name or role, of, results, facts)
+
+
+def confused(counts: Any) -> Confusion:
+    """Of a matrix [classes, classes], rows the truth."""
+    cells = [
+        (truth, answer, int(count))
+        for truth, row in enumerate(counts)
+        for answer, count in enumerate(row)
+        if count and truth != answer
+    ]
+    return Confusion(
+        tuple(int(sum(row)) for row in counts),
+        tuple(int(row[i]) for i, row in enumerate(counts)),
+        tuple(sorted(cells, key=lambda cell: -cell[2])),
+    )
 
 
 def card_of(

@@ -17,7 +17,7 @@ from pipeline.card.files import read_card, write_card
 from pipeline.card.shown.compare import compare_cards
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Score, difference
-from tests.card.cards import KNN, card_of, contender, ids_of
+from tests.card.cards import KNN, card_of, confused, contender, ids_of
 from tests.s3 import S3
 
 
@@ -49,7 +49,7 @@ def rich_card(images: int = 300) -> Card:
         verdict=Verdict("learnt", "Learnt."),
         remarks=("3 images could not be decoded",),
         settings={"k": [10, 20], "temperature": 0.07},
-        confusion=((5, 1, 0), (0, 7, 2), (1, 0, 9)),
+        confusion=confused(((5, 1, 0), (0, 7, 2), (1, 0, 9))),
         wrong=(WrongAnswer("0" * 32, 0, 1, 0.9, (("1" * 32, 1, 0.8),)),),
     )
 
@@ -100,7 +100,7 @@ def test_the_files_are_plain(tmp_path: Path) -> None:
     ]  # fmt: skip
     text = (tmp_path / "card.json").read_text()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert content["verdict"]["text"] == "Learnt." and "[5, 1, 0]" in text
+    assert content["verdict"]["text"] == "Learnt." and "[5, 7, 9]" in text
     table = pq.read_table(tmp_path / "images.parquet")
     assert table.column_names[0] == "image_id" and table.num_rows == 300
     assert {f"model.{KNN}", f"model2.{KNN}", f"step0.{KNN}"} <= set(table.column_names)

@@ -128,10 +128,10 @@ def test_scores_are_those_of_the_network_in_memory(trained: Trained) -> None:
     assert value(card, "colours", "knn5_top1") == 1.0  # one colour a class
     assert (card.reference.images, card.queries and card.queries.images) == (60, 30)
     assert "not scored, for they could not be decoded: 1 of the images" in card.remarks
-    confusion = np.asarray(card.confusion)
-    assert confusion.sum() == 30
-    assert np.trace(confusion) / 30 == pytest.approx(value(card, "model", "knn5_top1"))
-    assert len(card.wrong) == 30 - np.trace(confusion)
+    confusion = card.confusion
+    assert sum(confusion.images) == 30 and confusion.is_whole
+    assert sum(confusion.right) / 30 == pytest.approx(value(card, "model", "knn5_top1"))
+    assert len(card.wrong) == 30 - sum(confusion.right)
 
 
 def test_copies_are_looked_for_by_models_and_baselines_of_images(trained: Trained) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from pipeline.card.card import Result, WrongAnswer
+from pipeline.card.card import Confusion, Result, WrongAnswer
 from pipeline.card.inputs.entrants import Entrant
-from pipeline.card.scoring.wrong import kept_wrong
+from pipeline.card.scoring.wrong import confusion_of, kept_wrong
 from pipeline.evaluate.baselines import majority_hits
 from pipeline.evaluate.classifiers.few_shot import few_shot_scores
 from pipeline.evaluate.classifiers.logistic import logistic_scores
@@ -23,7 +21,6 @@ from pipeline.evaluate.score import Score
 
 KS = (10, 20, 100, 200)  # DINOv2 `eval/knn.py`
 SHOWN = 5  # neighbours of each
-MOST_CLASSES = 1000  # of a confusion
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,11 @@ class Answers:
     """What the neighbours of the main model say.
 
     Attributes:
-        confusion: [classes, classes] counts, rows the truth; empty with over MOST_CLASSES.
+        confusion: which classes are taken for which.
         wrong: the surest wrong answers, and samples of the most frequent ones.
     """
 
-    confusion: tuple[tuple[int, ...], ...] = ()
+    confusion: Confusion = field(default_factory=Confusion)
     wrong: tuple[WrongAnswer, ...] = ()
 
 
@@ -117,20 +114,12 @@ def of_neighbours(entrant: Entrant, found: Neighbours, scoring: Scoring) -> Scor
 def _answers(
     neighbours: Neighbours, reference: LabelledFeatures, queries: LabelledFeatures, scoring: Scoring
 ) -> Answers:
-    """Who is taken for whom, and wrong answers that are worth a look.
-
-    A query that has no neighbour is in no cell of the confusion.
-    """
+    """Who is taken for whom, and wrong answers that are worth a look."""
     answer, votes = predictions(neighbours, reference.labels, scoring.k, scoring.temperature)
     truth, answered, share = queries.labels.numpy(), answer.cpu().numpy(), votes.cpu().numpy()
-    counted = (truth >= 0) & (answered >= 0)
     classes = int(max(reference.labels.max(), queries.labels.max())) + 1
-    confusion: tuple[tuple[int, ...], ...] = ()
-    if classes <= MOST_CLASSES:
-        cells = np.bincount(truth[counted] * classes + answered[counted], minlength=classes**2)
-        confusion = tuple(map(tuple, cells.reshape(classes, classes).tolist()))
     return Answers(
-        confusion,
+        confusion_of(truth, answered, classes),
         tuple(
             WrongAnswer(
                 _hex(queries, query),

@@ -1,4 +1,4 @@
-"""Which wrong answers a card keeps: the surest ones, and samples of what is confused most."""
+"""What a card keeps of wrong answers: counts by class, the surest ones, samples of the others."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.card.card import Confusion
+
 SUREST = 24
 PAIRS = 8  # of truth and answer that are confused most
 SAMPLES = 3  # of each, the surest ones
+CELLS = 10_000  # pairs that are kept; of 100 classes there are no more
 
 Rows = npt.NDArray[np.int64]
 
@@ -32,3 +35,27 @@ def kept_wrong(truth: Rows, answers: Rows, share: npt.NDArray[Any]) -> list[int]
         same = (truth[wrong] == pair[0]) & (answers[wrong] == pair[1])
         kept.update(dict.fromkeys(wrong[same][:SAMPLES].tolist()))
     return list(kept)
+
+
+def confusion_of(truth: Rows, answers: Rows, classes: int) -> Confusion:
+    """Which classes are taken for which; memory grows with the queries, not with classes².
+
+    Args:
+        truth: int64 [Q], as `kept_wrong` takes it.
+        answers: int64 [Q], likewise. A query that nobody answered counts as none.
+        classes: more than any of both.
+    """
+    counted = (truth >= 0) & (answers >= 0)
+    truth, answers = truth[counted], answers[counted]
+    images = np.bincount(truth, minlength=classes)
+    right = np.bincount(truth[truth == answers], minlength=classes)
+    wrong = truth != answers
+    cells, counts = np.unique(truth[wrong] * classes + answers[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    cells, counts = cells[order], counts[order]
+    kept = np.arange(len(cells)) < CELLS
+    kept[np.unique(cells // classes, return_index=True)[1]] = True  # the first of each class
+    pairs = np.stack([cells // classes, cells % classes, counts], 1)[kept]
+    return Confusion(
+        tuple(images.tolist()), tuple(right.tolist()), tuple(map(tuple, pairs.tolist()))
+    )

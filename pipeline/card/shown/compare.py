@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.card.card import Card, Contender, SetFacts, Verdict
+from pipeline.card.card import Card, Confusion, Contender, SetFacts, Verdict
 from pipeline.card.case import Gain, gain, is_comparable
 from pipeline.card.files import card_folder, read_card
 from pipeline.card.shown.page import deciding_bars, group_of, mood_of, words_of
@@ -149,7 +149,7 @@ def merged(cards: Sequence[Card]) -> Card:
                 contenders.append(replace(one, of=of))
     order = {"model": 0, "step0": 1, "init": 1, "untrained": 1}
     ordered = sorted(contenders, key=lambda one: order.get(one.role, 2))
-    return replace(first, contenders=tuple(ordered), confusion=(), wrong=(), remarks=())
+    return replace(first, contenders=tuple(ordered), confusion=Confusion(), wrong=(), remarks=())
 
 
 def compared(card: Card) -> Iterator[Compared]:

@@ -37,13 +37,13 @@ MATRIX_CLASSES = 12  # of a confusion that is shown whole
 
 def mistakes(card: Card, image_of: ImageOf) -> Iterator[Section]:
     """All of them; nothing where no answers are known."""
-    if not (card.confusion or card.wrong):
+    if not (card.confusion.images or card.wrong):
         return
     main = next((one.name for one in card.contenders if one.role == "model"), "the model")
     yield Heading("Mistakes", f"By the nearest neighbours of {main}.")
-    if card.confusion:
+    if card.confusion.images:
         yield from _classes(card)
-    if pairs := _pairs(card):
+    if pairs := card.confusion.wrong[:PAIRS]:
         yield Gallery(
             [_pair(card, *pair, image_of) for pair in pairs],
             "Classes that are taken for one another",
@@ -67,28 +67,28 @@ def class_name(card: Card, number: int) -> str:
 
 def _classes(card: Card) -> Iterator[Section]:
     """Each class with its share of right answers, the worst first."""
-    counts = np.array(card.confusion, np.int64)
-    images, right = counts.sum(1), counts.diagonal()
+    images, right = np.array(card.confusion.images), np.array(card.confusion.right)
     asked = np.flatnonzero(images)
     share = right[asked] / images[asked]
     order = asked[np.lexsort((-images[asked], share))]
-    wrong = counts - np.diag(right)
-    frequent = wrong.argmax(1)
-    names = [class_name(card, number) for number in range(len(counts))]
+    names = [class_name(card, number) for number in range(len(images))]
+    frequent: dict[int, str] = {}
+    for truth, answer, count in card.confusion.wrong:
+        frequent.setdefault(truth, f"{names[answer]} ({count:,})")
     yield Table(
         {
             "class": [names[i] for i in order],
             "images": [int(images[i]) for i in order],
             "right": [int(right[i]) for i in order],
             "share": [f"{right[i] / images[i]:.2f}" for i in order],
-            "most often taken for": [
-                f"{names[frequent[i]]} ({wrong[i, frequent[i]]:,})" if wrong[i].any() else ""
-                for i in order
-            ],
+            "most often taken for": [frequent.get(int(i), "") for i in order],
         },
         "Classes, the worst first",
     )
-    if len(counts) <= MATRIX_CLASSES:
+    if len(names) <= MATRIX_CLASSES and card.confusion.is_whole:
+        counts = np.diag(right)
+        for truth, answer, count in card.confusion.wrong:
+            counts[truth, answer] = count
         rows = {names[i]: [int(images[i]), *map(int, counts[i])] for i in asked}
         yield Matrix(
             [Column("all"), *(Column(name) for name in names)],
@@ -97,19 +97,6 @@ def _classes(card: Card) -> Iterator[Section]:
             corner="truth, and what was answered",
             title="Answers of each class",
         )
-
-
-def _pairs(card: Card) -> list[tuple[int, int, int]]:
-    """Truth, answer and count of the most frequent confusions."""
-    if card.confusion:
-        counts = np.array(card.confusion, np.int64)
-        np.fill_diagonal(counts, 0)
-        places = np.argsort(-counts, axis=None, kind="stable")[:PAIRS]
-        cells = [
-            (int(i), int(j)) for i, j in zip(*np.unravel_index(places, counts.shape), strict=True)
-        ]
-        return [(i, j, int(counts[i, j])) for i, j in cells if counts[i, j]]
-    return []
 
 
 def _most_confident(card: Card) -> str:
@@ -123,7 +110,7 @@ def _pair(card: Card, truth: int, answer: int, count: int, image_of: ImageOf) ->
         Tile(_pixels(image_of, one.query), (f"{one.votes:.0%} sure",), alt=f"a {names[0]} image")
         for one in of_pair[:SAMPLES]
     ]
-    of = sum(card.confusion[truth])
+    of = card.confusion.images[truth]
     return Group(tiles, f"{names[0]} → {names[1]}", f"{count:,} of {of:,} ({count / of:.0%})")
 
 

@@ -19,7 +19,7 @@ from pipeline.card.words import SAYS, UNLABELLED, is_lower_better, title_of, wit
 from pipeline.embed.embedders import EmbedderSpec
 from pipeline.errors import DataError
 from pipeline.evaluate.score import Interval, Score
-from tests.card.cards import IMAGES, card_of, contender, hits, ids_of
+from tests.card.cards import IMAGES, card_of, confused, contender, hits, ids_of
 from tests.data import encoded, noise
 from tests.report.test_page import Balanced
 from tests.search.tables import write_shard, write_vectors
@@ -55,7 +55,7 @@ def shown_card(classes: int = 3, wrong: int = 40) -> Card:
         contender("step0", 0.66, of="runs/<photos>"),
         contender("colours", 0.5),
         verdict=Verdict("learnt", "Learnt: k-NN 0.74 ± 0.02, untrained 0.66."),
-        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        confusion=confused(confusion),
         wrong=answers,
         settings={"k": 20, "classes": [f"kind {i}" for i in range(classes)]},
         remarks=("3 images could not be decoded",),
@@ -99,11 +99,12 @@ def test_classes_are_counted_as_a_loop_counts_them(tmp_path: Path) -> None:
     table = page.partition("Classes, the worst first")[2].partition("</table>")[0]
     rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
     expected = []
-    for truth, row in enumerate(card.confusion):
-        others = [(count, -i) for i, count in enumerate(row) if i != truth]
-        count, taken = max(others)
-        expected.append((row[truth] / sum(row), [
-            f"kind {truth}", str(sum(row)), str(row[truth]), f"{row[truth] / sum(row):.2f}",
+    for truth, (images, right) in enumerate(
+        zip(card.confusion.images, card.confusion.right, strict=True)
+    ):
+        count, taken = max((n, -answer) for i, answer, n in card.confusion.wrong if i == truth)
+        expected.append((right / images, [
+            f"kind {truth}", str(images), str(right), f"{right / images:.2f}",
             f"kind {-taken} ({count})",
         ]))  # fmt: skip
     assert rows == [row for _, row in sorted(expected)]
