@@ -82,6 +82,11 @@ class Gain:
         return self.interval.high < 0
 
     @property
+    def is_little(self) -> bool:
+        """Better, but surely by less than is worth missing."""
+        return self.is_better and self.interval.high < TELLING * self.scale
+
+    @property
     def is_none(self) -> bool:
         """Neither, and the interval is narrow enough to say so."""
         return not (self.is_better or self.is_worse or self.is_unclear)

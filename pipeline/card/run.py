@@ -48,14 +48,22 @@ def evaluate(request: Request) -> Card:
     return replace(card, verdict=verdict_of(card, facts_of(request, card)))
 
 
-def facts_of(request: Request, card: Card) -> Facts:
-    """What the verdict needs beside the card."""
+def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
+    """What the verdict needs beside the card.
+
+    Args:
+        request: what was asked for.
+        card: with all scores.
+        alarm: the sentence of `evaluate.health.alarm` on the first model, where there is one.
+    """
     overlap = request.sets.overlap if request.sets else None
     has = any(card.score in one.results for one in card.contenders if one.role == "model")
     missing = f"it was not computed; evaluate.scores is {', '.join(request.groups)}"
     missing = "" if has else request.unusable or missing
     models = {
-        one.name: ModelFacts(one.images, init=public(one.start))
+        one.name: ModelFacts(
+            one.images, alarm if one is request.networks[0] else "", public(one.start)
+        )
         for one in request.networks
         if one.role == "model"
     }

@@ -220,17 +220,29 @@ def _better_than_init(case: Case) -> str:
     """Better than the weights that the run started from, and than what needs no network."""
     if case.init is None:
         return ""
+    gain = case.gain(case.init)
     return (
-        f"Better than what it started from: {case.said()}, before {case.value(case.init)} "
-        f"({_difference(case.gain(case.init))}).{_warning(case)}"
+        f"{'A little better' if gain.is_little else 'Better'} than what it started from: "
+        f"{case.said()}, before {case.value(case.init)} ({_difference(gain)}).{_warning(case)}"
     )
+
+
+def _learnt_little(case: Case) -> str:
+    """Surely better than the same network before training, and surely not by much."""
+    if case.start is None or not case.gain(case.start).is_little:
+        return ""
+    difference = _difference(case.gain(case.start))
+    return f"Learnt a little ({case.pair(case.start)}, {difference}): {_advice(case)}."
 
 
 def _learnt(case: Case) -> str:
     """Better than the same network before training, and than what needs no network."""
     if case.start is None:
         return ""
-    simple = f", {case.against(case.simple)}" if case.simple else ""
+    simple = ""
+    if case.simple:
+        hardly = "hardly better than " if case.gain(case.simple).is_little else ""
+        simple = f", {hardly}{case.against(case.simple)}"
     return f"Learnt: {case.said()}, {case.against(case.start)}{simple}.{_warning(case)}"
 
 
@@ -274,6 +286,7 @@ BEST: list[tuple[str, Callable[[Case], str]]] = [
     ("no_better_than_majority", _no_better_than("majority")),
     ("", _cannot_tell),
     ("better_than_init", _better_than_init),
+    ("learnt_little", _learnt_little),
     ("learnt", _learnt),
     ("above_simple", _above_simple),
     ("", _alone),

@@ -29,7 +29,7 @@ _TITLES = {
     r"few_shot(\d+)_top1": "few-shot",
     r"retrieval_map": "retrieval, mAP",
     r"retrieval_recall(\d+)": "retrieval, recall",
-    r"copies_map": "copy detection, micro AP",
+    r"copies_map": "copy detection, one threshold (micro AP)",
     r"copies_recall(\d+)": "copy detection, recall",
     r"segmentation_linear_miou": "segmentation, linear, mIoU",
     r"segmentation_nearest_miou": "segmentation, nearest patches, mIoU",
@@ -129,7 +129,7 @@ SAYS: dict[str, tuple[str, str]] = {
         "whether one image of the class is among the first",
         "whether the others come too",
     ),
-    "copy detection, micro AP": (
+    "copy detection, one threshold (micro AP)": (
         "whether one threshold tells changed copies of an image from other images",
         "anything about classes; compare at equal numbers of images",
     ),

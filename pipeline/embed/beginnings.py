@@ -1,16 +1,19 @@
-"""What a run of ours began with: networks that say what its training has changed."""
+"""What a model began with: networks that say what training has changed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec
-from pipeline.embed.load import load_teacher
+from pipeline.embed.load import load_teacher, load_timm, load_weights
 from pipeline.errors import DataError
 from pipeline.uri import is_uri, public
+
+SEED = 0  # of random weights
 
 
 def checkpoint_of(spec: EmbedderSpec) -> str:
@@ -75,6 +78,30 @@ def load_first(checkpoint: str, untrained: bool = False) -> Any:
     if untrained:
         plan = plan.model_copy(update={"init": ""})
     return starting_pair(plan)[0].teacher.backbone.eval()
+
+
+def untrained(spec: EmbedderSpec) -> EmbedderSpec | None:
+    """The network of weights, or of timm, with random weights, for the same images; None where what
+    it is made of is not known, as in ONNX.
+    """
+    load = spec.load
+    if not isinstance(load, partial) or load.func not in (load_weights, load_timm):
+        return None
+    return replace(
+        spec,
+        name=f"{spec.name} (untrained)",
+        digest=f"{spec.digest} untrained",
+        load=partial(load_random, load.func, load.args[0]),
+    )
+
+
+def load_random(load: Callable[..., Any], name: str) -> Any:
+    """In a task: what `load_weights` or `load_timm` builds, the same random weights each time."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return load(name, random=True)
 
 
 def _plan(checkpoint: str) -> Any:

@@ -108,9 +108,13 @@ def _has_model(run: str) -> bool:
 # ---- Weights.
 
 
-def load_weights(path: str) -> Any:
+def load_weights(path: str, random: bool = False) -> Any:
     """The backbone in a file or folder that `model.init` takes, or a timm encoder that we exported;
     its sizes are read off the weights, and it resizes position embeddings as their own model does.
+
+    Args:
+        path: of the weights.
+        random: the same network with random weights, from torch's global generator.
 
     Raises:
         PipelineError: no weights, or not those of a DINOv2 backbone.
@@ -124,7 +128,7 @@ def load_weights(path: str) -> Any:
     from pipeline.model.weights import read_weights
 
     if Path(path).is_dir() and read_spec(path) is not None:
-        return load_foreign(path)
+        return load_foreign(path, random)
     weights = read_weights(path)
     facts = Facts.of(weights.state)
     if not facts.width or not facts.depth or not facts.patch_size:
@@ -143,6 +147,8 @@ def load_weights(path: str) -> Any:
         in_channels=facts.in_channels,
         **asdict(resizing_of(path, weights)),
     )
+    if random:
+        return spec.build().eval()
     with torch.device("meta"):
         backbone = spec.build().eval()
     fit(backbone, weights, path)
@@ -266,18 +272,19 @@ def known_weights(model: str, folder: str) -> Known:
 # ---- timm.
 
 
-def load_timm(name: str) -> Any:
+def load_timm(name: str, random: bool = False) -> Any:
     """A timm model with its own weights, which timm fetches where this machine has them not.
 
     Args:
         name: without `timm:`; also `local-dir:<folder>`.
+        random: without these weights, as timm draws them from torch's global generator.
 
     Raises:
         PipelineError: timm is missing, has no such model, or cannot get its weights.
     """
     from pipeline.model.foreign import timm_by_name
 
-    return timm_by_name(name, pretrained=True).eval()
+    return timm_by_name(name, pretrained=not random).eval()
 
 
 @lru_cache(4)

@@ -122,8 +122,12 @@ def save_foreign(
     return write_folder(folder, state, {CONFIG: config})
 
 
-def load_foreign(folder: str | Path) -> TimmBackbone:
+def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone:
     """Read what `save_foreign` wrote; in eval mode, on the CPU.
+
+    Args:
+        folder: of the weights.
+        random: the same network with random weights, from torch's global generator.
 
     Raises:
         PipelineError: it is not such a folder, or names or shapes do not fit.
@@ -135,7 +139,8 @@ def load_foreign(folder: str | Path) -> TimmBackbone:
             f"{folder / CONFIG} is not the config of a timm encoder of ours", "export the run again"
         )
     backbone = spec_from(TimmSpec, config, folder / CONFIG).build()
-    fit_foreign(backbone, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    if not random:
+        fit_foreign(backbone, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return backbone.eval()
 
 

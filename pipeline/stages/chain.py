@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import yaml
 
 from pipeline import environment
+from pipeline.card.card import Verdict
+from pipeline.card.shown.page import mood_of
 from pipeline.config.config import Config
 from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
@@ -20,7 +22,7 @@ from pipeline.driver.signals import ended_by_sigterm
 from pipeline.embed.embedders import absolute_model
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
-from pipeline.report.page import Links, Section, Table, Text
+from pipeline.report.page import Links, Section, Statement, Table
 from pipeline.report.run_report import run_report
 from pipeline.stages import (
     curate,
@@ -251,7 +253,8 @@ def _report(context: Context) -> None:
     known = {name: context.folder.last(name) for name in ORDER} | context.results
     lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
     verdict = str(known["evaluate"].get("verdict", ""))
-    sections: list[Section] = [Text(verdict, "Verdict")] * bool(verdict)
+    rule = str(known["evaluate"].get("rule", ""))
+    sections: list[Section] = [Statement(verdict, mood_of(Verdict(rule, verdict)))] * bool(verdict)
     sections.append(Table({"stage": list(lines), "result": list(lines.values())}, "Results"))
     if pages := _pages(context, known):
         sections.append(Links(pages, "Pages"))

@@ -9,19 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.card.card import VERSION, Card, Contender
 from pipeline.card.files import CARD, read_card, write_card
 from pipeline.card.inputs.tables import images_of
-from pipeline.card.run import evaluate
+from pipeline.card.run import evaluate, facts_of
 from pipeline.card.scoring.request import Request
 from pipeline.card.shown.compare import PAGE as COMPARED
 from pipeline.card.shown.compare import compare_cards
 from pipeline.card.shown.mistakes import ImageOf, pictures_of
 from pipeline.card.shown.page import write_page
 from pipeline.card.shown.picture import card_picture
+from pipeline.card.verdict import verdict_of
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
 from pipeline.errors import PipelineError
@@ -66,15 +68,19 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     """Makes the card, and tells MLflow and the console what is on it."""
     request = request_of(context)
     card = evaluate(request)
+    health = _health(context) if is_own(context.config) else {}
+    numbers = numbers_of(card)
+    numbers["model"] |= health
+    sentence = _alarm(context, numbers["model"])
+    if sentence:
+        log.warning("%s", sentence)
+        card = replace(card, verdict=verdict_of(card, facts_of(request, card, sentence)))
     folder = context.folder.path / "evaluate"
     if text := replaced(card, folder):
         log.warning("evaluate    %s", text)
     write_card(card, folder)
     write_page(card, folder / PAGE, image_of(request), request.networks[0].spec.name)
     main, step = card.contenders[0], request.networks[0].step
-    health = _health(context) if is_own(context.config) else {}
-    numbers = numbers_of(card)
-    numbers[main.role] |= health
     tracker.metrics(step, metrics_of(card) | health)
     text = sentence_of(card, request)
     if card.score in main.results:
@@ -85,8 +91,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for name in (PAGE, CARD):
         tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
-    if sentence := _alarm(context, numbers[main.role]):
-        log.warning("%s", sentence)
+    if sentence and sentence not in card.verdict.text:
         text = f"{text}. Alarm: {sentence}"
     tracker.note(f"{card.verdict.text}\n\n{text}")
     tracker.table("evaluation", table_of(card))
@@ -265,8 +270,8 @@ def _measured(spec: EvaluationSpec, saved: state.Saved, device: str) -> dict[str
     return evaluator.target_health(teacher(saved), temperature)
 
 
-def _alarm(context: Context, numbers: dict[str, float]) -> str | None:
-    """A sentence where the run's own teacher has collapsed."""
+def _alarm(context: Context, numbers: dict[str, float]) -> str:
+    """A sentence where the run's own teacher has collapsed; else ""."""
     if not is_own(context.config):
-        return None
-    return alarm(numbers, trained_plan(chosen(context)).config.head.prototypes)
+        return ""
+    return alarm(numbers, trained_plan(chosen(context)).config.head.prototypes) or ""

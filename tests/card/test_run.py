@@ -169,7 +169,7 @@ def test_models_are_scored_side_by_side_and_a_run_beside_what_it_began_as(
     card = trained.card(f"evaluate.models=[descriptor,{run}]", *given, name="other")
     roles = [one.role for one in card.contenders]
     assert roles == ["model", "model", "step0", "raw_pixels", "colours", "majority"]
-    assert card.contenders[2].of == card.contenders[1].name == f"{run} (step 5)"
+    assert card.contenders[2].of == card.contenders[1].name == "runs/tiny (step 5)"
     own = trained.card("evaluate.scores=knn")
     for score in ("knn5_top1", "knn20_top1"):
         beside = card.contenders[1].results[score].interval

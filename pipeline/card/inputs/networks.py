@@ -13,6 +13,7 @@ from pipeline.embed.beginnings import (
     computes_in_half,
     start_of,
     trained_on,
+    untrained,
 )
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.errors import ConfigError, PipelineError, StorageError
@@ -67,14 +68,15 @@ class Opening:
 
 
 def networks_of(models: Sequence[str], opening: Opening) -> list[Network]:
-    """The models, each followed by what it began as where it is a run's.
+    """The models, each followed by what it began as: of weights by the same network with random
+    ones, where what it is made of is known.
 
     Raises:
         PipelineError: there is no such model, or two names mean the same one.
     """
     networks: list[Network] = []
     digests: dict[str, str] = {}
-    for model in models:
+    for model, shown in zip(models, short_names(models), strict=True):
         spec = _opened(model, opening)
         if spec.key in digests:
             raise ConfigError(
@@ -82,7 +84,7 @@ def networks_of(models: Sequence[str], opening: Opening) -> list[Network]:
                 "name each model once",
             )
         digests[spec.key] = model
-        networks += _with_beginnings(model, spec)
+        networks += _with_beginnings(shown, spec)
     return networks
 
 
@@ -102,24 +104,40 @@ def _opened(model: str, opening: Opening) -> EmbedderSpec:
         raise ConfigError(f"evaluate.models: {error.what}", error.hint) from error
 
 
-def _with_beginnings(model: str, spec: EmbedderSpec) -> list[Network]:
+def short_names(models: Sequence[str]) -> list[str]:
+    """What models are called on a card: `runs/photos` of a long path, a checkpoint by its run; more
+    of the path where two would be called alike.
+    """
+    parts = [public(_run_of(model)).rstrip("/").split("/") for model in models]
+    for count in range(2, max(map(len, parts), default=2) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(set(map(tuple, parts))):
+            return names
+    return ["/".join(one) for one in parts]
+
+
+def _run_of(model: str) -> str:
+    """The folder of the run, of a checkpoint."""
+    folder, name = parent(model)
+    above, where = parent(folder)
+    return str(above) if name.startswith("step-") and where == "checkpoints" else model
+
+
+def _with_beginnings(shown: str, spec: EmbedderSpec) -> list[Network]:
     checkpoint = checkpoint_of(spec)
     if not checkpoint:
-        return [Network("model", spec.name, "", spec)]
+        model = Network("model", shown, "", spec)
+        random = untrained(spec)
+        if random is None:
+            return [model]
+        return [model, Network("untrained", f"{shown} untrained", shown, random)]
     spec = replace(spec, half=computes_in_half(checkpoint))
-    folder, step_name = parent(checkpoint)
-    step = int(step_name.partition("-")[2])
-    run = parent(folder)[0]
-    name = f"{public(_shown(model, str(run)))} (step {step:,})"
+    step = int(parent(checkpoint)[1].partition("-")[2])
+    name = f"{shown} (step {step:,})"
     start = start_of(checkpoint)
     trained = Network("model", name, "", spec, step, trained_on(checkpoint), start)
     if not start:
         return [trained, Network("step0", f"{name} at step 0", name, at_step_0(spec))]
     began = Network("init", public(start), name, at_step_0(spec))
-    random = Network("untrained", f"{name} untrained", name, at_step_0(spec, untrained=True))
-    return [trained, began, random]
-
-
-def _shown(model: str, run: str) -> str:
-    """The run of a model as the user named it: a checkpoint of it is named by the run."""
-    return run if "checkpoints" in str(model) else str(model)
+    fresh = Network("untrained", f"{name} untrained", name, at_step_0(spec, untrained=True))
+    return [trained, began, fresh]

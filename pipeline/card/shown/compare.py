@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.card.card import Card, Confusion, Contender, SetFacts, Verdict
 from pipeline.card.case import Gain, gain, is_comparable
 from pipeline.card.files import card_folder, read_card
-from pipeline.card.shown.page import deciding_bars, group_of, mood_of, words_of
+from pipeline.card.shown.page import deciding_bars, group_of, mood_of, number_of, words_of
 from pipeline.card.verdict import verdict_of
 from pipeline.card.words import UNLABELLED, with_margin
 from pipeline.errors import ConfigError, DataError, shortened
@@ -175,7 +175,7 @@ def _verdict(card: Card, unlike: Sequence[str]) -> Verdict:
 def _sections(
     card: Card, cards: Sequence[Card], unlike: Sequence[str], scores: Sequence[Compared]
 ) -> list[Section]:
-    sections: list[Section] = [Statement(card.verdict.text, mood_of(card))]
+    sections: list[Section] = [Statement(card.verdict.text, mood_of(card.verdict))]
     if unlike:
         sections.append(Text("\n".join(unlike), "Why they cannot be compared"))
     elif any(card.score in one.results for one in card.contenders):
@@ -195,7 +195,7 @@ def _sections(
             columns: dict[str, list[Any]] = {"number": [group_of(name) for name in alone]}
             for one in models:
                 known = (one.results.get(name) for name in alone)
-                columns[one.name] = [f"{x.interval.value:.3g}" if x else "" for x in known]
+                columns[one.name] = [number_of(x) if x else "" for x in known]
             sections.append(Table(columns, "Without labels"))
     sections.append(Table({
         "card": [f"{number}" for number in range(1, len(cards) + 1)],

@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from pipeline.card.card import Card, Contender, SetFacts
+from pipeline.card.card import Card, Contender, Result, SetFacts, Verdict
 from pipeline.card.shown.mistakes import ImageOf, mistakes
 from pipeline.card.verdict import GOOD
 from pipeline.card.words import (
@@ -62,7 +62,7 @@ def write_page(card: Card, path: Path, image_of: ImageOf | None = None, model: s
 
 def page_sections(card: Card, image_of: ImageOf | None = None, model: str = "") -> list[Section]:
     """The page's sections in their order, as `write_page` takes them."""
-    sections: list[Section] = [Statement(card.verdict.text or "No verdict.", mood_of(card))]
+    sections: list[Section] = [Statement(card.verdict.text or "No verdict.", mood_of(card.verdict))]
     decides = [one for one in card.contenders if card.score in one.results]
     if decides:
         sections.append(deciding_bars(card))
@@ -78,11 +78,12 @@ def page_sections(card: Card, image_of: ImageOf | None = None, model: str = "") 
     return sections
 
 
-def mood_of(card: Card) -> str:
-    """Of the verdict, for `Statement`."""
-    if card.verdict.rule in ("", "equal_models") or "No verdict" in card.verdict.text:
+def mood_of(verdict: Verdict) -> str:
+    """For `Statement`."""
+    undecided = ("", "equal_models", "learnt_little")
+    if verdict.rule in undecided or "No verdict" in verdict.text:
         return "open"
-    return "good" if card.verdict.rule in (*GOOD, "best_model") else "bad"
+    return "good" if verdict.rule in (*GOOD, "best_model") else "bad"
 
 
 def subtitle_of(card: Card) -> str:
@@ -171,6 +172,16 @@ def _all_scores(card: Card) -> Iterator[Section]:
     for part in (groups[:middle], groups[middle:]):
         if part:
             yield Bars([bar for bars in part for bar in bars], wide=len(groups) == 1)
+    scored = (name for name in scores if name not in UNLABELLED)
+    titles = [title for title in dict.fromkeys(map(title_of, scored)) if title in SAYS]
+    yield Table(
+        {
+            "score": titles,
+            "says": [SAYS[title][0] for title in titles],
+            "cannot say": [SAYS[title][1] for title in titles],
+        },
+        "What each score says",
+    )
 
 
 def group_of(score: str) -> str:
@@ -193,13 +204,19 @@ def _unlabelled(card: Card) -> Iterator[Section]:
     columns: dict[str, list[Any]] = {"number": [title_of(name) for name in names]}
     for one in known:
         values = (one.results.get(name) for name in names)
-        columns[name_of(card, one)] = [f"{x.interval.value:.3g}" if x else "" for x in values]
+        columns[name_of(card, one)] = [number_of(x) if x else "" for x in values]
     columns["says"] = [SAYS[title_of(name)][0] for name in names]
     columns["cannot say"] = [SAYS[title_of(name)][1] for name in names]
     yield Heading(
         "Without labels", "They can show a collapse. None of them says that a model is good."
     )
     yield Table(columns)
+
+
+def number_of(result: Result) -> str:
+    """A number without labels, with its interval where it is a mean over images."""
+    one = result.interval
+    return with_margin(one) if one.high > one.low else f"{one.value:.3g}"
 
 
 def _made(card: Card) -> Iterator[Section]:

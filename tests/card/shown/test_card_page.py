@@ -143,12 +143,12 @@ def test_a_card_of_nothing_but_numbers_is_a_page(tmp_path: Path) -> None:
 
 def test_the_mood_is_that_of_the_verdict() -> None:
     def mood(rule: str, text: str = "") -> str:
-        return mood_of(card_of(verdict=Verdict(rule, text)))
+        return mood_of(Verdict(rule, text))
 
     assert mood("learnt") == mood("best_model", "Best: a.") == "good"
     assert mood("collapsed") == mood("no_better_than_colours") == "bad"
     assert mood("best_model", "Best: a. No verdict: b.") == "open"
-    assert mood("") == mood("equal_models") == "open"
+    assert mood("") == mood("equal_models") == mood("learnt_little") == "open"
 
 
 def test_every_score_has_a_title_and_says_what_it_can_and_cannot() -> None:
