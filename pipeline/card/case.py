@@ -211,7 +211,8 @@ class Case:
             if name in one.results and one.results[name].interval.value < limit:
                 return (
                     f"{title_of(name)} is {one.results[name].interval.value:.2g}, below {limit:g}: "
-                    "the vectors hardly tell images apart; docs/metrics.md says what to change."
+                    "the vectors hardly tell images apart; take other weights, or train again with "
+                    "a lower optim.lr or a longer optim.warmup."
                 )
         return ""
 

@@ -157,7 +157,8 @@ def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:
     known = tables.reference.facts if tables else {}
     shown = ("digest", "image_size", "dim", "precision", "mean", "std")
     facts = {name: known[name] for name in shown if name in known}
-    return {"digest": network.spec.digest} | facts | {"step": network.step}
+    step = {} if network.step is None else {"step": network.step}
+    return {"digest": network.spec.digest} | facts | step
 
 
 # ---- The card.
@@ -175,15 +176,18 @@ def _card(
         queries=queries,
         contenders=tuple(one.finished() for one in contenders),
         remarks=tuple(dict.fromkeys(remarks)),
-        settings={
-            "k": request.scoring.k,
-            "temperature": request.scoring.temperature,
-            "seed": request.scoring.seed,
-            "classes": list(request.sets.classes.names) if request.sets else [],
-        },
+        settings=_settings(request),
         confusion=answers.confusion,
         wrong=answers.wrong,
     )
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    scoring, sets = request.scoring, request.sets
+    votes = {"k": scoring.k, "temperature": scoring.temperature} if sets else {}
+    dense = {} if request.dense is None else {"dense size": request.dense.settings.size}
+    classes = list(sets.classes.names) if sets else []
+    return {**votes, "seed": scoring.seed, **dense, "classes": classes}
 
 
 def _set_facts(request: Request, first: Growing) -> tuple[SetFacts, SetFacts | None]:

@@ -86,8 +86,8 @@ def _no_labels(case: Case) -> str:
         what = title_of(case.card.score)
         return f"No verdict on quality by {what}{numbers}: choose a score that uses the labels."
     return (
-        f"No verdict on quality without labels{numbers}: evaluate on a folder with one folder a "
-        "class."
+        f"No verdict on quality without labels{numbers}: name images with labels, such as "
+        "data=photos/ with a folder for each class."
     )
 
 
@@ -108,8 +108,8 @@ def _overlap(case: Case) -> str:
         return ""
     return (
         f"No verdict: {case.facts.shared:,} of {queries.labelled:,} queries are also in the "
-        "reference, so the sets do not show what new images get; take other queries, or give one "
-        "set alone."
+        "reference, so the sets do not show what new images get; take other queries, or leave "
+        "queries out."
     )
 
 
@@ -262,7 +262,7 @@ def _alone(case: Case) -> str:
     why = "of vectors alone" if case.facts.vectors_only else "without baselines"
     return (
         f"No verdict: {case.said()}{simple}, and a card {why} has nothing to compare with; "
-        "evaluate the model with its images."
+        "name the model and the images: model=… data=photos/."
     )
 
 
@@ -337,7 +337,7 @@ def _advice(case: Case) -> str:
     if 0 < about_it.training_images < FEW_TO_TRAIN:
         return f"{about_it.training_images:,} images are too few to start from nothing; {WEIGHTS}"
     if about_it.training_images:
-        return f"train longer (docs/faq.md), or {WEIGHTS}"
+        return f"train longer (a new run.name with more optim.passes or optim.steps), or {WEIGHTS}"
     return "try other weights, or train from these (model.init=…, docs/variants.md)"
 
 

@@ -80,7 +80,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         log.warning("evaluate    %s", text)
     write_card(card, folder)
     write_page(card, folder / PAGE, image_of(request), request.networks[0].spec.name)
-    main, step = card.contenders[0], request.networks[0].step
+    # MLflow shows the values of the highest step: of models that are named they share one, so that
+    # a later evaluation in this run folder takes the place of an earlier one.
+    step = (request.networks[0].step or 0) if is_own(context.config) else 0
+    main = card.contenders[0]
     tracker.metrics(step, metrics_of(card) | health)
     text = sentence_of(card, request)
     if card.score in main.results:

@@ -9,12 +9,8 @@ from functools import lru_cache
 from pipeline.card.dense.opening import looks_dense, open_dense_set
 from pipeline.card.dense.sets import DenseSet
 from pipeline.card.dense.split import DenseSettings
-<<<<<<< HEAD
-from pipeline.card.inputs.networks import Network, Opening, networks_of
-from pipeline.card.inputs.ranges import check_ranges
-=======
 from pipeline.card.inputs.networks import Network, Opening, networks_of, short_names
->>>>>>> 514d43f (Weights and timm models stand beside their own random weights; a little gain is called little; an alarm reaches the verdict)
+from pipeline.card.inputs.ranges import check_ranges
 from pipeline.card.inputs.sets import EvaluationSet, Sets, check_sets, open_set
 from pipeline.card.scoring.request import Dense, Request
 from pipeline.card.scoring.scores import Scoring

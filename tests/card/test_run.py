@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.card.card import Card
+from pipeline.card.files import read_card
 from pipeline.card.inputs.common import common
 from pipeline.card.run import evaluate
 from pipeline.config.load import load
@@ -265,3 +266,16 @@ def test_the_stage_tells_mlflow_and_leaves_what_it_says(trained: Trained) -> Non
     assert stage.key(trained.context("evaluate.k=6")) != before
     (context.folder.path / "evaluate" / "card.html").unlink()
     assert not stage.intact(context)
+
+
+@pytest.mark.long
+def test_an_alarm_of_the_teacher_reaches_the_verdict(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = "health/teacher_entropy is 0.001 nats; start again with a lower optim.lr."
+    monkeypatch.setattr(stage, "alarm", lambda numbers, prototypes: sentence)
+    context, told = trained.context("evaluate.scores=knn"), Told()
+    result = stage.run(context, told)
+    assert sentence in result["verdict"] and sentence not in result["text"], result
+    assert read_card(context.folder.path).verdict.text == result["verdict"]
+    assert told.of("note")[0][0].count(sentence) == 1

@@ -50,7 +50,7 @@ SITUATIONS = {
     ),
     "learnt a little": Planted(
         "learnt_little",
-        ["Learnt a little (k-NN 0.68", "against 0.66", ", +0.0", "): train longer (docs/faq.md)"],
+        ["Learnt a little (k-NN 0.68", "against 0.66", ", +0.0", "): train longer (a new run.name"],
         (few(0.68, 20_000), few(0.66, 20_000, "step0"), few(0.5, 20_000, "colours")),
         Facts({"model": ModelFacts(training_images=50_000)}),
         {"images": 20_000},

@@ -111,6 +111,7 @@ def open_dense_set(
         class_ids=tuple(sorted(set().union(*(looks[n].present for n in kept)) - voids)),
         void=tuple(sorted(voids)),
         channels=channels,
+        truth=image_id(b"".join(looks[number].truth for number in kept)),
         remarks=tuple(remarks),
     )
 
@@ -203,10 +204,11 @@ def _pictures(schema: pa.Schema, column: str) -> bool:
 
 @dataclass
 class _Look:
-    """What was seen of a row: why it cannot be used, its id, the ids in its mask."""
+    """What was seen of a row: why it cannot be used, digests of its files, ids in its mask."""
 
     problem: str = ""
     digest: bytes = b""
+    truth: bytes = b""
     present: set[int] = field(default_factory=set)
 
 
@@ -214,6 +216,7 @@ def _looked(dense: DenseSet, row: int, encoded: list[bytes]) -> _Look:
     """Reads all of an image as it will be read for a model."""
     name, (image, *targets) = dense.rows[row].name, encoded
     look = _Look(digest=bytes.fromhex(image_id(image)))
+    look.truth = b"".join(bytes.fromhex(image_id(one)) for one in targets)
     if empty := [one for one, content in zip(("image", *dense.targets), encoded, strict=True)
                  if not content]:  # fmt: skip
         look.problem = f"its {COLUMNS.get(empty[0], empty[0])} is empty or cannot be read"

@@ -61,6 +61,7 @@ class DenseSet:
         class_ids: ids in the masks, in order, without those of no class.
         void: ids that belong to no class.
         channels: C of the images, as they were looked at.
+        truth: digest of the masks or depths, as the files are.
         remarks: what was left out and why, a sentence each.
     """
 
@@ -71,12 +72,13 @@ class DenseSet:
     class_ids: tuple[int, ...] = ()
     void: tuple[int, ...] = (VOID,)
     channels: int = 3
+    truth: str = ""
     remarks: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
-        """Of the images, for the card."""
-        return image_id(self.ids.tobytes())
+        """Of the images with their targets, for the card."""
+        return image_id(self.ids.tobytes() + self.truth.encode())
 
     def samples(
         self,

@@ -17,7 +17,7 @@ from pipeline.embed.beginnings import (
 )
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.errors import ConfigError, PipelineError, StorageError
-from pipeline.uri import parent, public
+from pipeline.uri import is_uri, parent, public
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Network:
         name: for people.
         of: the name of the model that a baseline belongs to, else "".
         spec: how it is opened.
-        step: of the checkpoint; 0 for other weights.
+        step: of the checkpoint; 0 before training; None for other weights.
         images: that it was trained on; 0: that is not known.
         start: the weights that its training began with; "": random ones, or that is not known.
     """
@@ -38,7 +38,7 @@ class Network:
     name: str
     of: str
     spec: EmbedderSpec
-    step: int = 0
+    step: int | None = None
     images: int = 0
     start: str = ""
 
@@ -108,7 +108,9 @@ def short_names(models: Sequence[str]) -> list[str]:
     """What models are called on a card: `runs/photos` of a long path, a checkpoint by its run; more
     of the path where two would be called alike.
     """
-    parts = [public(_run_of(model)).rstrip("/").split("/") for model in models]
+    places = [_run_of(model) for model in models]
+    places = [one.partition("?")[0] if is_uri(one) else one for one in places]
+    parts = [public(one).rstrip("/").split("/") for one in places]
     for count in range(2, max(map(len, parts), default=2) + 1):
         names = ["/".join(one[-count:]) for one in parts]
         if len(set(names)) == len(set(map(tuple, parts))):
@@ -130,14 +132,14 @@ def _with_beginnings(shown: str, spec: EmbedderSpec) -> list[Network]:
         random = untrained(spec)
         if random is None:
             return [model]
-        return [model, Network("untrained", f"{shown} untrained", shown, random)]
+        return [model, Network("untrained", f"{shown} untrained", shown, random, 0)]
     spec = replace(spec, half=computes_in_half(checkpoint))
     step = int(parent(checkpoint)[1].partition("-")[2])
     name = f"{shown} (step {step:,})"
     start = start_of(checkpoint)
     trained = Network("model", name, "", spec, step, trained_on(checkpoint), start)
     if not start:
-        return [trained, Network("step0", f"{name} at step 0", name, at_step_0(spec))]
+        return [trained, Network("step0", f"{name} at step 0", name, at_step_0(spec), 0)]
     began = Network("init", public(start), name, at_step_0(spec))
-    fresh = Network("untrained", f"{name} untrained", name, at_step_0(spec, untrained=True))
+    fresh = Network("untrained", f"{name} untrained", name, at_step_0(spec, untrained=True), 0)
     return [trained, began, fresh]

@@ -10,7 +10,7 @@ from pipeline.card.inputs.networks import Network
 from pipeline.card.inputs.sets import Sets
 from pipeline.card.scoring.scores import Scoring
 from pipeline.config.embedding import NEEDS_LABELS
-from pipeline.uri import Place
+from pipeline.uri import Place, public
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Dense:
     reference: DenseSet
     queries: DenseSet | None
     settings: DenseSettings
+
+    @property
+    def said(self) -> str:
+        """Both sets in words."""
+        whole = f"{len(self.reference.rows):,} images of {public(self.reference.uri)}"
+        if self.queries is None:
+            return f"{whole}, a part of them held out"
+        asked = f"{len(self.queries.rows):,} images of {public(self.queries.uri)}"
+        return f"{asked}, by layers fitted to {whole}"
 
 
 @dataclass(frozen=True)

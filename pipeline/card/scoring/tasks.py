@@ -182,6 +182,8 @@ def score_dense(request: Request, contenders: list[Growing]) -> list[str]:
     if dense is None or not request.has("dense"):
         return []
     said = [*dense.reference.remarks, *(dense.queries.remarks if dense.queries else ())]
+    if request.sets is not None:
+        said.insert(0, f"dense scores are of {dense.said}")
     settings = replace(dense.settings, gpu=_gpus(request) > 0)
     grid = 0
     for one in [x for x in contenders if x.network]:

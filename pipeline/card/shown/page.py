@@ -91,6 +91,8 @@ def subtitle_of(card: Card) -> str:
     day = card.made[:10]
     if card.queries is None:
         each = "each image asked of all others" if card.reference.labelled else "no labels"
+        if card.score.startswith(("segmentation_", "depth_")):
+            each = "a part of them is held out and asked"
         return f"{card.reference.name}: {card.reference.images:,} images, {each} · {day}"
     return (
         f"{card.queries.name}: {card.queries.images:,} images, asked of the "
@@ -125,11 +127,13 @@ def deciding_bars(card: Card) -> Bars:
     """The score that decides, of every contender."""
     title = title_of(card.score)
     says, cannot = SAYS.get(title, ("", ""))
+    bars = _bars(card, card.score, "")
+    whiskers = any(one.ends and one.ends[0] < one.ends[1] for one in bars)
     return Bars(
-        _bars(card, card.score, ""),
+        bars,
         ", ".join(filter(None, (title, detail_of(card.score)))),
         f"Says {says}; not {cannot}." if says else "",
-        head=("", "95 % interval"),
+        head=("", "95 % interval") if whiskers else ("", ""),
     )
 
 
@@ -244,7 +248,8 @@ def _costs(card: Card) -> Mapping[str, list[Any]]:
     kinds = list(dict.fromkeys(kind for one in spent for kind in one.cost))
     columns: dict[str, list[Any]] = {"": [name_of(card, one) for one in spent]}
     embeds = [one.cost.get("embed", 0) for one in spent]
-    columns["images/s"] = [f"{images / s:,.0f}" if s else "" for s in embeds]
+    if any(embeds):
+        columns["images/s"] = [f"{images / s:,.0f}" if s else "" for s in embeds]
     for kind in kinds:
         seconds = (one.cost.get(kind) for one in spent)
         columns[f"{kind.replace('_', ' ')}, s"] = [

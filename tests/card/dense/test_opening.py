@@ -42,6 +42,13 @@ def test_a_folder_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert depth is None
 
 
+def test_other_masks_are_another_set(tmp_path: Path) -> None:
+    one = open_dense_set(mask_set(tmp_path, 3))
+    assert open_dense_set(str(tmp_path)).digest == one.digest
+    (tmp_path / "masks/001.png").write_bytes((tmp_path / "masks/002.png").read_bytes())
+    assert open_dense_set(str(tmp_path)).digest != one.digest
+
+
 @pytest.mark.parametrize("form", ["npy", "tiff", "png"])
 def test_depth_keeps_its_values_in_each_form(tmp_path: Path, form: str) -> None:
     pixels, depth = sloped(0)
