@@ -18,6 +18,7 @@ from pipeline.evaluate.score import LEVEL
 
 __all__ = ["RULES", "Facts", "ModelFacts", "verdict_of"]
 
+COLLAPSES = ("rank_me", "feature_std", "effective_rank")  # what is low after a collapse
 MIN_IMAGES = 30  # fewer do not show their own spread: ten of ten right would be 1.00 ± 0.00
 MANY_SHARED = 0.1  # of the queries in the reference: their near copies are there, too
 FEW_TO_TRAIN = 10_000  # images; a choice of ours: CIFAR-10's 50,000 are enough, 577 photos are not
@@ -78,7 +79,7 @@ def _no_labels(case: Case) -> str:
     named = [
         f"{title_of(name)} {one.results[name].interval.value:.3g}"
         for one in models[:1]
-        for name in UNLABELLED
+        for name in COLLAPSES
         if name in one.results
     ]
     numbers = f" ({', '.join(named)} show no collapse)" if named else ""

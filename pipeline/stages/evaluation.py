@@ -39,6 +39,7 @@ JOB = ["pack", "evaluate"]
 IN_CHAIN = ("knn", "logistic", "few_shot", "retrieval", "copies", "unlabelled", "dense")
 ALL = (*IN_CHAIN, "linear")
 ASKED_AT_MOST = 50_000  # training images that are asked one by one, where no queries are named
+NAMED = 2  # models in a title
 UNLABELLED_AT_MOST = 25_600  # images of scores that need no labels (RankMe, section 3)
 
 
@@ -282,7 +283,8 @@ def request_of(context: Context) -> Request:
     models = networks(config, folder)
     sets = sets_of(config, folder, models)
     settings = config.evaluate
-    main = models[0]
+    named = [one.name for one in models if one.role == "model"]
+    whose = " and ".join(named) if len(named) <= NAMED else f"{len(named)} models"
     return Request(
         tuple(models),
         sets,
@@ -291,7 +293,7 @@ def request_of(context: Context) -> Request:
         Scoring(settings.k, settings.temperature, config.run.seed),
         dense_of(config),
         settings.decide_by,
-        title=f"Evaluation of {main.name}",
+        title=f"Evaluation of {whose}",
         max_pixels=config.data.max_image_pixels,
         gpu=_gpu(config, folder),
         remarks=(*sampled(sets), *_unread(sets, folder)),

@@ -178,14 +178,13 @@ def _all_scores(card: Card) -> Iterator[Section]:
             yield Bars([bar for bars in part for bar in bars], wide=len(groups) == 1)
     scored = (name for name in scores if name not in UNLABELLED)
     titles = [title for title in dict.fromkeys(map(title_of, scored)) if title in SAYS]
-    yield Table(
-        {
-            "score": titles,
-            "says": [SAYS[title][0] for title in titles],
-            "cannot say": [SAYS[title][1] for title in titles],
-        },
-        "What each score says",
-    )
+    if titles:
+        yield _says(titles, "What each score says")
+
+
+def _says(titles: Sequence[str], heading: str) -> Table:
+    says, cannot = zip(*(SAYS[title] for title in titles), strict=True)
+    return Table({"": titles, "says": says, "cannot say": cannot}, heading)
 
 
 def group_of(score: str) -> str:
@@ -205,16 +204,15 @@ def _unlabelled(card: Card) -> Iterator[Section]:
     names = [name for name in UNLABELLED if any(name in one.results for one in known)]
     if not names:
         return
-    columns: dict[str, list[Any]] = {"number": [title_of(name) for name in names]}
-    for one in known:
-        values = (one.results.get(name) for name in names)
-        columns[name_of(card, one)] = [number_of(x) if x else "" for x in values]
-    columns["says"] = [SAYS[title_of(name)][0] for name in names]
-    columns["cannot say"] = [SAYS[title_of(name)][1] for name in names]
+    columns: dict[str, list[Any]] = {"": [name_of(card, one) for one in known]}
+    for name in names:
+        values = (one.results.get(name) for one in known)
+        columns[title_of(name)] = [number_of(x) if x else "" for x in values]
     yield Heading(
         "Without labels", "They can show a collapse. None of them says that a model is good."
     )
     yield Table(columns)
+    yield _says([title_of(name) for name in names], "What each number says")
 
 
 def number_of(result: Result) -> str:
