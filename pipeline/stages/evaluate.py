@@ -94,6 +94,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for name in (PAGE, CARD):
         tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
+    result_line("card", public(context.folder.at("evaluate", PAGE)))
     if sentence and sentence not in card.verdict.text:
         text = f"{text}. Alarm: {sentence}"
     tracker.note(f"{card.verdict.text}\n\n{text}")

@@ -121,7 +121,10 @@ def differences_of(cards: Sequence[Card]) -> Iterator[str]:
     first = cards[0]
     for number, card in enumerate(cards[1:], 2):
         if card.score != first.score:
-            yield f"Card 1 decides by {first.score}, card {number} by {card.score}."
+            yield (
+                f"Card 1 decides by {group_of(first.score)}, card {number} by "
+                f"{group_of(card.score)}."
+            )
         for what in ("reference", "queries"):
             one, other = getattr(first, what), getattr(card, what)
             if _digest(one) != _digest(other):
