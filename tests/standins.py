@@ -105,20 +105,27 @@ def ray_here(patch: pytest.MonkeyPatch) -> None:
             return self
 
         def remote(self, *arguments: Any) -> Result:
-            return Result(self.function(*pickled(arguments)))
+            try:
+                return Result(self.function(*pickled(arguments)))
+            except Exception as error:  # said by whoever asks for the value, as with Ray
+                return Result(None, error)
 
     def pickled(value: Any) -> Any:
         return pickle.loads(pickle.dumps(value))
 
     class Result:
-        def __init__(self, value: Any) -> None:
-            self.value = value
+        def __init__(self, value: Any, error: Exception | None = None) -> None:
+            self.value, self.error = value, error
 
     def embedded(reads: Any, assignment: Any) -> Iterator[Any]:
         yield pool._embed_all(reads, replace(assignment, gpu=False)), 1
 
     def get(results: Any) -> Any:
-        return [get(x) for x in results] if isinstance(results, list) else results.value
+        if isinstance(results, list):
+            return [get(x) for x in results]
+        if results.error is not None:
+            raise results.error
+        return results.value
 
     patch.setattr(ray, "remote", Task)
     patch.setattr(ray, "get", get)

@@ -40,7 +40,7 @@ def evaluate(request: Request) -> Card:
     request = replace(request, unusable=_unusable(request, contenders))
     answers = tasks.score_neighbours(request, contenders)
     remarks += tasks.score_vectors(request, contenders)
-    tasks.score_linear(request, contenders)
+    remarks += tasks.score_linear(request, contenders)
     remarks += tasks.score_dense(request, contenders)
     tasks.score_majority(request, contenders)
     remove_baselines(tables)

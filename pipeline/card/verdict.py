@@ -120,7 +120,8 @@ def _tiny(case: Case) -> str:
         return ""
     needed = max([MIN_IMAGES, *(gain.needed for _, gain in case.untelling())])
     return (
-        f"No verdict: {case.images} labelled image{'s' * (case.images != 1)} are too few; about "
+        f"No verdict: {case.images} labelled {'image is' if case.images == 1 else 'images are'} "
+        "too few; about "
         f"{about(max(needed, 100))} would do."
     )
 

@@ -262,11 +262,14 @@ def as_ours(error: Exception, what: str = "embedding") -> PipelineError:
         error: of Ray.
         what: stopped.
     """
-    cause: Any = getattr(error, "cause", None) or error.__cause__
-    while cause is not None and not isinstance(cause, PipelineError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    if isinstance(cause, PipelineError):
-        return cause
-    return DataError(
+    return mistake_of(error) or DataError(
         f"{what} stopped: {last_line(error)}", "the same command goes on with what is missing"
     )
+
+
+def mistake_of(error: BaseException) -> PipelineError | None:
+    """The user's mistake that a task found; None where it failed for another reason."""
+    cause: Any = error
+    while cause is not None and not (isinstance(cause, PipelineError) and hasattr(cause, "what")):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return cause

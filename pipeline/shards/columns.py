@@ -98,7 +98,7 @@ def is_ours(schema: pa.Schema) -> bool:
         DataError: the file has a schema version that this code does not know.
     """
     ours = _json((schema.metadata or {}).get(METADATA_KEY))
-    if ours is None:
+    if ours is None or "schema_version" not in ours:  # a table of vectors, that has no images
         return False
     if ours.get("schema_version") != SCHEMA_VERSION:
         raise DataError(

@@ -190,6 +190,22 @@ def test_what_cannot_be_read_of_a_set_is_on_its_card(
     assert status == 2 and "405 of 448 images" in shown and "allowed 90" in shown, shown
 
 
+def test_scores_that_a_set_does_not_allow_leave_the_others(
+    job: Job, classes: Path, tmp_path: Path
+) -> None:
+    """One folder as both sets: nothing is left to learn from, yet images have other neighbours."""
+    given = ["model=descriptor", f"data={classes}", f"queries={classes}", "evaluate.k=5"]
+    status, shown = job(*given, "scores=[knn,logistic,linear,retrieval]")
+    assert status == 0, shown
+    card = read_card(tmp_path / "runs" / "evaluate")
+    assert {"knn5_top1", "retrieval_map"} <= set(card.contenders[0].results)
+    assert "logistic_top1" not in card.contenders[0].results
+    for named in ("logistic regression", "linear layer"):
+        (said,) = [x for x in card.remarks if x.startswith(f"descriptor has no {named}: ")]
+        assert "are left to train a classifier" in said, card.remarks
+    assert "queries are also in the reference" in card.verdict.text
+
+
 def test_the_folder_of_a_run_means_its_vectors_or_its_images(
     job: Job, classes: Path, tmp_path: Path
 ) -> None:
@@ -207,6 +223,8 @@ def test_the_folder_of_a_run_means_its_vectors_or_its_images(
         status, shown = job(*given, f"data={other}", "scores=knn", "evaluate.k=5", "run.name=b")
         assert status == 0 and said in shown, shown
         assert value(tmp_path / "runs" / "b", "knn5_top1") == first
+    status, shown = job("model=descriptor", f"data={made}", "run.name=c")
+    assert status == 2 and "is the folder of a run that has no shards/" in shown, shown
 
 
 def test_any_score_of_a_card_decides_its_verdict(job: Job, classes: Path, tmp_path: Path) -> None:

@@ -18,14 +18,19 @@ from pipeline.card.probe import Probe, Probed, probe
 from pipeline.card.scoring import scores
 from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Answers
-from pipeline.embed.pool import as_ours
+from pipeline.embed.pool import as_ours, mistake_of
 from pipeline.embed.vectors import VectorSet
-from pipeline.errors import PipelineError
+from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.heartbeat import now
 
 log = logging.getLogger("pipeline.evaluate")
 IN_TASKS = ("logistic", "few_shot", "retrieval")  # of vectors, of every contender
-GROUPS = {"probe": "scores without labels", "few_shot": "few-shot scores"}  # for people
+GROUPS = {  # for people
+    "probe": "scores without labels",
+    "logistic": "logistic regression",
+    "few_shot": "few-shot scores",
+    "retrieval": "retrieval scores",
+}
 
 
 @dataclass
@@ -91,7 +96,13 @@ def score_vectors(request: Request, contenders: Sequence[Growing]) -> list[str]:
         now(f"evaluate: {total - len(waiting)} of {total} scores")
         for reference in ray.wait(list(waiting), num_returns=1)[0]:
             one, group = waiting.pop(reference)
-            answered = _answer(reference, f"{GROUPS.get(group, group)} of {one.contender.name}")
+            named = GROUPS.get(group, group)
+            answered = _answer(reference, f"{named} of {one.contender.name}")
+            if isinstance(answered, DataError):
+                if one.contender.role == "model":
+                    said.append(f"{one.contender.name} has no {named}: {answered.what}")
+                    log.warning("%s", said[-1])
+                continue
             if group != "probe":
                 one.add(group, answered.results, answered.seconds)
                 continue
@@ -105,13 +116,18 @@ def score_vectors(request: Request, contenders: Sequence[Growing]) -> list[str]:
 
 
 def _answer(reference: Any, what: str) -> Any:
-    """What a task gives back; where it fails, that is said of what it computed."""
+    """What a task gives back, or why these images have no such score: the others are still a card.
+    Where it fails for another reason, that is said of what it computed.
+    """
     import ray
     from ray.exceptions import RayError
 
     try:
         return ray.get(reference)
-    except RayError as error:
+    except (RayError, DataError) as error:
+        mistake = mistake_of(error)
+        if isinstance(mistake, DataError) and not isinstance(mistake, StorageError):
+            return mistake
         raise as_ours(error, what) from error
 
 
@@ -155,8 +171,11 @@ def _groups_of(request: Request, entrant: Entrant | None) -> list[str]:
     return [] if entrant is None else [group for group in IN_TASKS if request.has(group)]
 
 
-def score_linear(request: Request, contenders: Sequence[Growing]) -> None:
-    """The linear grid of the models, whose ranks are tasks of their own: it trains for minutes."""
+def score_linear(request: Request, contenders: Sequence[Growing]) -> list[str]:
+    """The linear grid of the models, whose ranks are tasks of their own: it trains for minutes.
+    Says who has none.
+    """
+    said = list[str]()
     for one in contenders if request.has("linear") else ():
         if one.contender.role != "model" or one.entrant is None:
             continue
@@ -166,8 +185,16 @@ def score_linear(request: Request, contenders: Sequence[Growing]) -> None:
         reference = _labelled(one.entrant, tables.reference)
         queries = _labelled(one.entrant, tables.queries) if tables.queries else None
         seed = request.scoring.seed
-        score, details = linear_scores(reference, queries, _gpus(request) > 0, seed=seed)
+        try:
+            score, details = linear_scores(reference, queries, _gpus(request) > 0, seed=seed)
+        except StorageError:
+            raise
+        except DataError as error:
+            said.append(f"{one.contender.name} has no linear layer: {error.what}")
+            log.warning("%s", said[-1])
+            continue
         one.add("linear", {score.name: Result.of(score, **details)}, time.monotonic() - begin)
+    return said
 
 
 def _labelled(entrant: Entrant, vectors: VectorSet) -> LabelledTable:

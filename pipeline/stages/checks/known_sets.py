@@ -24,6 +24,7 @@ log = logging.getLogger("pipeline.evaluate")
 
 BUILTIN_PARTS = ("train", "test")
 OF_A_RUN = {"vectors": f"vectors/{MARK}", "shards": f"shards/{MANIFEST}"}
+A_RUN = ("config.yaml", "evaluate/_done.json")
 READ_BYTES = 2 * 2**30  # of files that a dry run reads to compare two sets: some seconds
 
 
@@ -79,6 +80,9 @@ def known_set(config: Config, field: str, uri: str, packed: bool = False) -> Kno
 def of_runs(config: Config) -> Config:
     """Sets that are named as the folder of a run, as what is meant: its vectors, or where models
     are named its packed images.
+
+    Raises:
+        ConfigError: a run has neither.
     """
     settings, changed = config.evaluate, {}
     for name in ("reference", "queries"):
@@ -86,6 +90,12 @@ def of_runs(config: Config) -> Config:
         if not uri or uri.startswith(BUILTIN):
             continue
         there = [what for what, mark in OF_A_RUN.items() if exists(*resolve_uri(f"{uri}/{mark}"))]
+        if not there and all(exists(*resolve_uri(f"{uri}/{mark}")) for mark in A_RUN):
+            raise ConfigError(
+                f"evaluate.{name}={public(uri)} is the folder of a run that has no shards/ and no "
+                "vectors/ of its own",
+                "name the images themselves, as that run had them: data=photos/",
+            )
         if "vectors" in there and settings.models and "shards" in there:
             there.remove("vectors")
         if there and not exists(*resolve_uri(f"{uri}/{MARK}")):
