@@ -22,7 +22,8 @@ from pipeline.uri import is_uri, join, public
 log = logging.getLogger("pipeline.embed")
 
 TIMM = "timm:"
-EXPORTS = ("dinov2", "timm")  # what an export leaves of a ViT of ours, and of a timm encoder
+# what an export leaves of a ViT of ours and of a timm encoder, and a fine-tuning of a ViT of ours
+EXPORTS = ("dinov2", "timm", "huggingface")
 _BLOCK = 2**24
 _NAMED = 8  # models that are at hand, in a sentence
 
@@ -42,9 +43,9 @@ class Preprocessing:
 
 def weights_at(path: str) -> str:
     """The file or folder of the weights: in a run folder or the folder of an export, those that an
-    export wrote there.
+    export wrote there, else those of a classifier that was fine-tuned.
     """
-    for folder in (Path(path), Path(path, "weights")):
+    for folder in (Path(path), Path(path, "weights"), Path(path, "finetune")):
         if (folder / "config.json").is_file():
             break
         for name in EXPORTS:

@@ -144,6 +144,10 @@ def test_a_run_folder_without_a_checkpoint(weights: Path, tmp_path: Path) -> Non
         embedder_of("empty", folder=runs)
     assert error.value.hint.endswith(f"at hand are {runs}/exported, {runs}/trained")
     assert open_embedder(embedder_of("exported", folder=runs)).dim == 32
+    (tmp_path / "runs" / "empty" / "finetune").mkdir()
+    (tmp_path / "runs" / "empty" / "finetune" / "huggingface").symlink_to(weights)
+    assert open_embedder(embedder_of("empty", folder=runs)).dim == 32  # of its classifier
+    assert at_hand(runs).startswith(f"{runs}/empty, ")
     with pytest.raises(PipelineError, match="there is no"):
         embedder_of("nothing", folder=runs)
     (tmp_path / "photos").mkdir()
