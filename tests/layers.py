@@ -86,7 +86,7 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
-    row("train.cost train.bottleneck", "views", others="torch"),
+    row("train.speed.cost train.speed.bottleneck", "views", others="torch"),
     row("train.step train.objective",
         "errors loss model schedule train.objective train.step views", others="torch"),
     row("train.build train.checkpoint_files train.start train.state",
@@ -131,8 +131,8 @@ TABLE = [
     row("finetune.low_rank", "errors", others="torch"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
-        "shards storage stream.order train.state uri views", others="numpy pyarrow torch",
-        others_inside="ray timm transformers"),
+        "shards storage stream.order train.speed.bottleneck train.state uri views",
+        others="numpy pyarrow torch", others_inside="ray timm transformers"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
@@ -153,6 +153,7 @@ TABLE = [
         "card config.load log stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "doctor stages"),
 ]  # fmt: skip
+MODULES, LINES, PARAMETERS = 15, 350, 7  # at most: of a folder, of a module, of a function
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}
 JOBS = row("*", "job environment log errors uri stages.sync")
 
@@ -273,6 +274,34 @@ def upward(table: Iterable[Row] = TABLE) -> list[str]:
             if room not in rooms:
                 problems.append(f"{each.modules[0]} names {name}, which stands below it")
     return problems
+
+
+def oversized(root: Path) -> list[str]:
+    """Folders and modules below `root` that are larger than one reads in one go, and functions
+    that take more than one keeps in mind; one sentence each.
+    """
+    problems = []
+    folders = [root, *sorted(x for x in root.rglob("*") if x.is_dir())]
+    for folder in folders:
+        modules = sorted(folder.glob("*.py"))
+        if len(modules) > MODULES:
+            problems.append(f"{folder.relative_to(root.parent)}: {len(modules)} modules")
+        for module in modules:
+            source, name = module.read_text(), module.relative_to(root.parent)
+            if (lines := len(source.splitlines())) > LINES:
+                problems.append(f"{name}: {lines} lines")
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    problems += _too_many(node, str(name))
+    return problems
+
+
+def _too_many(function: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> list[str]:
+    every = function.args
+    names = {x.arg for x in (*every.posonlyargs, *every.args, *every.kwonlyargs)}
+    count = len(names - {"self", "cls"})
+    place = f"{module}:{function.lineno}"
+    return [f"{place}: {function.name} has {count} parameters"] if count > PARAMETERS else []
 
 
 def _how(inside: bool) -> str:

@@ -55,6 +55,24 @@ def test_a_job_is_a_command_line_and_nothing_more() -> None:
         assert len(path.read_text().splitlines()) <= 60, path
 
 
+def test_no_folder_module_or_function_is_larger_than_a_reader_takes_in(tmp_path: Path) -> None:
+    # one step of training: networks, batch, rates and losses are nouns of their own already
+    allowed = "train_step has 9 parameters"
+    problems = [x for x in layers.oversized(PACKAGE) if allowed not in x]
+    assert not problems, "\n".join(problems)
+    room = tmp_path / "pipeline" / "room"
+    room.mkdir(parents=True)
+    for number in range(16):
+        (room / f"m{number:02d}.py").write_text("x = 1\n" * (351 if number == 3 else 350))
+    (room / "m05.py").write_text("class A:\n    def f(self, a, b, c, d, e, *, f, g, h): ...\n")
+    (room / "m06.py").write_text("class A:\n    def f(self, a, b, c, d, e, *, f, g): ...\n")
+    assert layers.oversized(tmp_path / "pipeline") == [
+        "pipeline/room: 16 modules",
+        "pipeline/room/m03.py: 351 lines",
+        "pipeline/room/m05.py:2: f has 8 parameters",
+    ]
+
+
 def test_the_table_is_the_designs() -> None:
     """Whoever widens a row meets the rules that the rows come from."""
 

@@ -17,7 +17,7 @@ from pipeline.curate.sets import Sets, open_sets
 from pipeline.curate.threshold.calibrate import COMPARED
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train.bottleneck import duration
+from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.curate")

@@ -26,8 +26,8 @@ from pipeline.stream.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.stream.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
 from pipeline.stream.reader import UNPACKED_LIMIT
 from pipeline.stream.worker import PREFETCH
-from pipeline.train.bottleneck import count, ms
 from pipeline.train.run import plan_for, stream_spec
+from pipeline.train.speed.bottleneck import count, ms
 
 log = logging.getLogger("pipeline")
 

@@ -12,8 +12,8 @@ from pipeline.context import nearest
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import placed
 from pipeline.plan.plan import Plan
-from pipeline.train.bottleneck import count
-from pipeline.train.cost import Cost, peak_flops
+from pipeline.train.speed.bottleneck import count
+from pipeline.train.speed.cost import Cost, peak_flops
 
 log = logging.getLogger("pipeline")
 GIB = 2**30

@@ -18,7 +18,7 @@ from pipeline.errors import PipelineError, StorageError
 from pipeline.plan.layout import Machine
 from pipeline.storage.places import delete_file, resolve_uri
 from pipeline.storage.transfer import read_bytes, write_bytes_atomic
-from pipeline.train.bottleneck import count
+from pipeline.train.speed.bottleneck import count
 
 log = logging.getLogger("pipeline")
 

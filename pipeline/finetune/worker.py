@@ -29,6 +29,7 @@ from pipeline.finetune.settings import Settings
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.shards.shard_set import ShardSet
 from pipeline.train import state
+from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place
 
 log = logging.getLogger("pipeline.finetune")
@@ -184,7 +185,7 @@ class Watch:
                 100 * scalars["finetune/train_top1"],
                 f"{per_s:,.0f}",
                 f" | {len(self.bad)} bad" if self.bad else "",
-                _span(step_s * (settings.steps - done)),
+                duration(step_s * (settings.steps - done)),
             )
 
     def save(self, done: int) -> None:
@@ -240,9 +241,3 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"

@@ -19,8 +19,8 @@ from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, start, state
-from pipeline.train.cost import Cost
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
+from pipeline.train.speed.cost import Cost
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations
 

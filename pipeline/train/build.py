@@ -11,7 +11,7 @@ from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
 from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
 from pipeline.model.vit import BackboneSpec
 from pipeline.plan.plan import Plan, evaluation_size
-from pipeline.train.cost import (
+from pipeline.train.speed.cost import (
     BACKWARD,
     BYTES_F32,
     LIBRARIES,

@@ -25,6 +25,7 @@ from pipeline.model.pair import Backbone
 from pipeline.plan.plan import Plan
 from pipeline.train import state
 from pipeline.train.evaluator import Weights
+from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place, join, public
 
 log = logging.getLogger("pipeline.train")
@@ -136,7 +137,7 @@ class Evaluations:
                 step,
                 self.counts["skipped"],
                 late.step,
-                _seconds(time.monotonic() - late.since),
+                duration(time.monotonic() - late.since),
             )
             return
         weights = {
@@ -195,17 +196,17 @@ class Evaluations:
         limit = max(END_S, END_TIMES * self.longest_s * len(self.pending))
         now(
             f"pretrain: the evaluation of step {self.pending[-1].step}, for at most "
-            f"{_seconds(limit)}"
+            f"{duration(limit)}"
         )
         begun = time.monotonic()
         self.wait(limit, stopped)
         if self.pending:
-            waited = _seconds(time.monotonic() - begun)
+            waited = duration(time.monotonic() - begun)
             self._give_up(f"the run is done, and was kept for {waited} to wait for them")
 
     def _start_again(self, limit: float) -> None:
         """The evaluator hangs: what is under way is given up, and its process starts again."""
-        self._give_up(f"the evaluator gave no answer for {_seconds(limit)} and is started again")
+        self._give_up(f"the evaluator gave no answer for {duration(limit)} and is started again")
         # in a thread: no step waits for Ray's answer
         threading.Thread(
             target=ray.kill, args=(self.evaluator,), kwargs={"no_restart": False}, daemon=True
@@ -270,7 +271,3 @@ class Evaluations:
         if step in known and (self.best is None or score >= self.best["score"]):
             self.best = {"step": step, "score": score, "name": name}
             state.mark_best(self.checkpoints, step, score, self.compared, name)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} minutes"

@@ -19,7 +19,7 @@ from pipeline import log as logs
 from pipeline.driver.mailbox import MOVE, STOP, RemoteLines
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.plan.plan import Plan
-from pipeline.train.bottleneck import Window
+from pipeline.train.speed.bottleneck import Window
 from pipeline.train.step import NonFinite
 from pipeline.train.worker import Job, Worker
 

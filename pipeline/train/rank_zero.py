@@ -22,8 +22,8 @@ from pipeline.plan.plan import Plan
 from pipeline.storage.places import retries
 from pipeline.stream.bad_table import BadTable, reasons
 from pipeline.train import build, state
-from pipeline.train.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.start import TrainState
 from pipeline.uri import Place, is_uri, join
 from pipeline.views.batch import Batch

@@ -21,9 +21,10 @@ from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
-from pipeline.train import build, cost, start, state
-from pipeline.train.bottleneck import Clock
+from pipeline.train import build, start, state
 from pipeline.train.rank_zero import OtherRank, RankZero
+from pipeline.train.speed import cost
+from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
 from pipeline.uri import Place, is_uri, join

@@ -16,10 +16,10 @@ from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stream.bad_table import BadTable
-from pipeline.train import bottleneck
 from pipeline.train import rank_zero as rank_zeros
-from pipeline.train.bottleneck import BottleneckWatch, Clock, Window
 from pipeline.train.rank_zero import RankZero
+from pipeline.train.speed import bottleneck
+from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window
 from pipeline.views.batch import Spent
 from tests.standins import Handle
 

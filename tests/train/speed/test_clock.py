@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.train import bottleneck
-from pipeline.train.bottleneck import Clock, duration
+from pipeline.train.speed import bottleneck
+from pipeline.train.speed.bottleneck import Clock, duration
 
 
 class Time:

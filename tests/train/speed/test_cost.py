@@ -14,7 +14,8 @@ from pipeline.config.load import load
 from pipeline.model.groups import parameter_groups
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import build, cost, state
+from pipeline.train import build, state
+from pipeline.train.speed import cost
 from pipeline.train.step import train_step
 from pipeline.views.batch import Views
 
@@ -101,7 +102,7 @@ def test_flops_and_parameters_of_a_real_step(overrides: list[str]) -> None:
 
 def test_the_published_backbone() -> None:
     """ViT-S/14 of DINOv2: its parameters by the published shapes, its forward by torch's count."""
-    golden = Path(__file__).parents[1] / "golden" / "state_dict_shapes_vits14_518.json"
+    golden = Path(__file__).parents[2] / "golden" / "state_dict_shapes_vits14_518.json"
     shapes = json.loads(golden.read_text())
     shapes = shapes.get("shapes", shapes)
     published = sum(math.prod(shape) for shape in shapes.values())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.train.bottleneck import BottleneckWatch, Feed, bottleneck, ms, per_image
+from pipeline.train.speed.bottleneck import BottleneckWatch, Feed, bottleneck, ms, per_image
 from pipeline.views.batch import Spent
 
 # wait, images/s, read, decode, crop ms, decoders
