@@ -11,10 +11,9 @@ Shapes: n images, m terms of an image.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from pipeline.card.card import (
-    VERSION,
-    Card,
-    Confusion,
-    Contender,
-    Result,
-    SetFacts,
-    Verdict,
-    WrongAnswer,
-)
+from pipeline.card.card import VERSION, Card
+from pipeline.card.json_form import card_of, content_of, readable
 from pipeline.embed.ids import id_bytes
 from pipeline.errors import DataError
-from pipeline.evaluate.score import STATISTICS, Interval, Score
+from pipeline.evaluate.score import STATISTICS, Score
 from pipeline.storage.places import delete_file, exists, list_files, resolve_uri
 from pipeline.storage.transfer import (
     atomic_path,
@@ -88,8 +79,8 @@ def write_card(card: Card, place: Place) -> None:
         _write_terms(card, columns, names, fs, f"{folder}/{file}")
         first = columns[0]
         files.append({"file": file, "images": len(_score(card, first).ids), "digest": digest})
-    content = {"kind": KIND, "version": VERSION, **_content(card), "files": files}
-    write_bytes_atomic(f"{_readable(content)}\n".encode(), fs, f"{folder}/{CARD}")
+    content = {"kind": KIND, "version": VERSION, **content_of(card), "files": files}
+    write_bytes_atomic(f"{readable(content)}\n".encode(), fs, f"{folder}/{CARD}")
 
 
 def read_card(place: Place, terms: bool = True) -> Card:
@@ -118,7 +109,7 @@ def read_card(place: Place, terms: bool = True) -> Card:
             "evaluate again, or read it with the version that wrote it",
         )
     try:
-        card = _card(content)
+        card = card_of(content)
         scores = _read_terms(content, fs, folder, shown) if terms else {}
     except (KeyError, TypeError, ValueError, IndexError, pa.ArrowException) as error:
         raise DataError(
@@ -156,9 +147,6 @@ def card_folder(place: Place) -> Place:
 
 def _folder(place: Place) -> tuple[pafs.FileSystem, str]:
     return resolve_uri(str(card_folder(place)))
-
-
-# What each image adds
 
 
 def _score(card: Card, column: _Column) -> Score:
@@ -275,89 +263,3 @@ def _terms(column: pa.Array, ones: bool) -> npt.NDArray[np.float64]:
     values = column.flatten() if width > 1 else column
     terms = values.to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
     return np.concatenate([terms, np.ones_like(terms)], 1) if ones else terms
-
-
-# All else
-
-
-def _content(card: Card) -> dict[str, Any]:
-    """A card's fields as JSON has them."""
-    content = {field.name: getattr(card, field.name) for field in fields(card)}
-    content["verdict"] = vars(card.verdict)
-    content["confusion"] = vars(card.confusion)
-    content["reference"] = vars(card.reference)
-    content["queries"] = card.queries and vars(card.queries)
-    content["wrong"] = [vars(one) for one in card.wrong]
-    content["contenders"] = [
-        vars(one) | {"results": {name: _result(x) for name, x in one.results.items()}}
-        for one in card.contenders
-    ]
-    return content
-
-
-def _result(result: Result) -> dict[str, Any]:
-    return {**vars(result.interval), "details": result.details}
-
-
-def _card(content: Mapping[str, Any]) -> Card:
-    values = {field.name: content[field.name] for field in fields(Card)}
-    values["verdict"] = Verdict(**content["verdict"])
-    values["reference"] = _set(content["reference"])
-    values["queries"] = content["queries"] and _set(content["queries"])
-    values["remarks"] = tuple(content["remarks"])
-    values["confusion"] = _confusion(content["confusion"])
-    values["wrong"] = tuple(
-        WrongAnswer(**one | {"neighbours": tuple((x, c, s) for x, c, s in one["neighbours"])})
-        for one in content["wrong"]
-    )
-    values["contenders"] = tuple(_contender(one) for one in content["contenders"])
-    return Card(**values)
-
-
-def _confusion(content: Mapping[str, Any]) -> Confusion:
-    wrong = tuple((truth, answer, count) for truth, answer, count in content["wrong"])
-    return Confusion(tuple(content["images"]), tuple(content["right"]), wrong)
-
-
-def _set(content: Mapping[str, Any]) -> SetFacts:
-    return SetFacts(**{**content, "class_names": tuple(content["class_names"])})
-
-
-def _contender(content: Mapping[str, Any]) -> Contender:
-    results = {}
-    for name, one in content["results"].items():
-        ends = (math.nan if one[end] is None else one[end] for end in ("value", "low", "high"))
-        results[name] = Result(None, Interval(*ends), one["details"])
-    return Contender(**{**content, "results": results})
-
-
-def _readable(value: Any, indent: str = "") -> str:
-    """JSON with a line for each name, and lists of plain values on one line."""
-    value = _plain(value)
-    within = indent + " "
-    if isinstance(value, dict) and value:
-        lines = (f"{within}{json.dumps(k, ensure_ascii=False)}: {_readable(v, within)}"
-                 for k, v in value.items())  # fmt: skip
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(_plain(one), dict | list) for one in value):
-        lines = (within + _readable(one, within) for one in value)
-        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    return json.dumps(list(_plains(value)) if isinstance(value, list) else value,
-                      ensure_ascii=False)  # fmt: skip
-
-
-def _plains(values: Sequence[Any]) -> Iterator[Any]:
-    return (_plain(one) for one in values)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers of numpy and torch as Python's, none where not finite."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): one for name, one in value.items()}
-    if isinstance(value, tuple | set | frozenset):
-        return list(value)
-    return value if value is None or isinstance(value, str | int | float | list) else str(value)
