@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.errors import DataError
+
 
 def in_blocks(
     features: Tensor, rows: npt.NDArray[np.int64], values: int
@@ -25,8 +27,26 @@ def in_blocks(
         features: [N, D], or what is read like it.
         rows: int64 [n], rising, so that each block lies together in a table.
         values: numbers of a block at most; one row at least.
+
+    Raises:
+        DataError: a value is no finite number.
     """
     step = max(1, values // max(1, features.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
-        yield part, features[torch.from_numpy(rows[part])]
+        yield part, finite(features[torch.from_numpy(rows[part])])
+
+
+def finite(vectors: Tensor) -> Tensor:
+    """The vectors [b, D], which must be finite: else their scores would look like any others.
+
+    Raises:
+        DataError: a value is no finite number.
+    """
+    wrong = int((~torch.isfinite(vectors).all(1)).sum())
+    if wrong:
+        raise DataError(
+            f"features hold values that are no finite numbers, {wrong:,} rows of {len(vectors):,}",
+            "embed these images again, in float32 if the model ran in half precision",
+        )
+    return vectors

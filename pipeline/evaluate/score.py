@@ -5,6 +5,10 @@ for a mean IoU, squared errors and pixels for an RMSE. So it can be computed aga
 of the images. That is all that a bootstrap needs (Efron and Tibshirani 1993, chapter 13), and all
 that it takes to compare two models on the same images.
 
+Where all images are alike a plain bootstrap has no width: of 50 right answers it would say that the
+accuracy is 1. So of shares of images, imaginary images are drawn too, half of one for each way to
+be all right and all wrong (Agresti and Min 2005 for pairs; of one model it is Jeffreys' prior).
+
 Shapes: n images, m terms of an image, B draws.
 """
 
@@ -23,13 +27,15 @@ DRAWS = 2000  # a 95 % interval then moves by about 2 % of its width from seed t
 LEVEL = 0.95
 WEIGHTS_AT_ONCE = 1 << 24  # 128 MiB of weights of images
 FEW_KINDS = 64  # different terms of images
+IMAGINARY = 0.5  # images of each kind of _EXTREMES
 
 Array = npt.NDArray[np.float64]
 
 
 def mean(sums: Array) -> Array:
-    """Of sums [..., 2] of values and of how many they are."""
-    return sums[..., 0] / sums[..., 1]
+    """Of sums [..., 2] of values and of how many they are; NaN where they are none."""
+    values, count = sums[..., 0], sums[..., 1]
+    return np.divide(values, count, out=np.full_like(values, np.nan), where=count > 0)
 
 
 def root_mean(sums: Array) -> Array:
@@ -121,7 +127,7 @@ class Score:
 
     def drawn(self, draws: int = DRAWS, seed: int = 0) -> Array:
         """The score of `draws` sets of n images drawn with replacement, [B]."""
-        return STATISTICS[self.statistic](_drawn_sums(self.terms, draws, seed))
+        return STATISTICS[self.statistic](_drawn_sums(self.terms, self.statistic, draws, seed))
 
     def interval(self, draws: int = DRAWS, seed: int = 0) -> Interval:
         """The score with its 95 % interval by the bootstrap over images."""
@@ -154,7 +160,8 @@ def difference(
             "score both models on the same sets",
         )
     terms = one.terms.shape[1]
-    sums = _drawn_sums(np.concatenate([one.terms, other.terms], 1), draws, seed)
+    both = np.concatenate([one.terms, other.terms], 1)
+    sums = _drawn_sums(both, one.statistic, draws, seed)
     statistic = STATISTICS[one.statistic]
     between = statistic(sums[:, :terms]) - statistic(sums[:, terms:])
     return _interval(one.value - other.value, between, level)
@@ -162,11 +169,14 @@ def difference(
 
 def _interval(value: float, drawn: Array, level: float = LEVEL) -> Interval:
     tail = 50 * (1 - level)
+    drawn = drawn[np.isfinite(drawn)]  # some draw may have no pixel that is known
+    if not len(drawn):
+        return Interval(value, np.nan, np.nan)
     low, high = np.percentile(drawn, [tail, 100 - tail])
     return Interval(value, float(low), float(high))
 
 
-def _drawn_sums(terms: Array, draws: int, seed: int) -> Array:
+def _drawn_sums(terms: Array, statistic: str, draws: int, seed: int) -> Array:
     """Sums of the terms [n, m] over n images drawn with replacement, [B, m].
 
     Images with the same terms are drawn as one kind: hits of millions of images are two kinds.
@@ -175,7 +185,12 @@ def _drawn_sums(terms: Array, draws: int, seed: int) -> Array:
     images = len(terms)
     kinds, counts = np.unique(terms, axis=0, return_counts=True)
     if len(kinds) <= FEW_KINDS:
-        return np.asarray(generator.multinomial(images, counts / images, size=draws) @ kinds)
+        weights = counts.astype(np.float64)
+        if statistic == "mean" and _are_shares(terms):
+            extremes = _EXTREMES[terms.shape[1]]
+            kinds = np.concatenate([kinds, extremes])
+            weights = np.concatenate([weights, np.full(len(extremes), IMAGINARY)])
+        return np.asarray(generator.multinomial(images, weights / weights.sum(), draws) @ kinds)
     at_once = max(1, WEIGHTS_AT_ONCE // images)
     sums = []
     for start in range(0, draws, at_once):
@@ -185,3 +200,16 @@ def _drawn_sums(terms: Array, draws: int, seed: int) -> Array:
         weights = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
         sums.append(weights.astype(np.float64) @ terms)
     return np.concatenate(sums)
+
+
+# Terms of images that are all right or all wrong: of one model, and of two.
+_EXTREMES = {
+    2: np.array([(hit, 1) for hit in (0.0, 1.0)]),
+    4: np.array([(hit, 1, other, 1) for hit in (0.0, 1.0) for other in (0.0, 1.0)]),
+}
+
+
+def _are_shares(terms: Array) -> bool:
+    """Whether each image adds a value from 0 to 1, and counts once."""
+    values = terms[:, ::2]
+    return bool((terms[:, 1::2] == 1).all() and (values >= 0).all() and (values <= 1).all())

@@ -83,7 +83,7 @@ def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
             assert np.array_equal(back.score.terms, result.score.terms)
             assert np.array_equal(back.score.ids, result.score.ids)
             assert back.score.value == result.score.value
-            assert difference(result.score, back.score).margin == 0
+            assert difference(result.score, back.score).value == 0
     assert again.contenders[0].results["rank_me"].interval.value == 40.5
     assert math.isnan(again.contenders[0].results["uniformity"].interval.value)
     assert again.contenders[0].facts == {"step": 1600}

@@ -224,10 +224,12 @@ class Choosing:
         )
 
     def best(self) -> int:
-        """The head with the most hits; of equal ones that with the least loss."""
-        return min(
-            range(len(self.hits)), key=lambda h: (-float(self.hits[h]), float(self.losses[h]))
-        )
+        """The head with the most hits; of equal ones that with the least loss. A head that learnt
+        so fast that its loss is no number is the last one.
+        """
+        lost = (~torch.isfinite(self.losses)).tolist()
+        hits, losses = self.hits.tolist(), self.losses.tolist()
+        return min(range(len(hits)), key=lambda h: (lost[h], -hits[h], losses[h]))
 
 
 def details_of(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.evaluate.blocks import finite
 from pipeline.evaluate.classifiers.split import LabelledRows, Split
 from pipeline.evaluate.classifiers.standard import ROWS_AT_ONCE, Standard
 from pipeline.evaluate.features import LabelledFeatures
@@ -56,7 +57,8 @@ def logistic_scores(
         counts of images as `split.Counts` has them, and `converged`.
 
     Raises:
-        DataError: no labelled image is left to train or to ask, or vectors have no ids.
+        DataError: no labelled image is left to train or to ask, vectors have no ids, or are not
+            finite.
     """
     asked_set = reference if queries is None else queries
     split = Split.of(
@@ -259,4 +261,4 @@ def _logits(x: Tensor, weights: Tensor) -> Tensor:
 def _in_blocks(x: Tensor, rows: Tensor, answers: Callable[[Tensor], Tensor]) -> Tensor:
     """Answers int64 on the CPU to rows of x, a few at a time."""
     parts = torch.split(rows.to(x.device), ROWS_AT_ONCE)
-    return torch.cat([answers(x[part]).cpu() for part in parts])
+    return torch.cat([answers(finite(x[part])).cpu() for part in parts])

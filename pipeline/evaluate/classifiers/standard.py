@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.evaluate.blocks import finite
+
 ROWS_AT_ONCE = 16_384
 
 
@@ -33,11 +35,14 @@ class Standard:
         """Of vectors [N, D], or what is read like them, or of some rows, without a copy of all.
 
         In two passes: with vectors that hardly differ, the difference of two sums is round-off.
+
+        Raises:
+            DataError: a value is no finite number.
         """
         rows = torch.arange(len(features)) if rows is None else rows
         parts = torch.split(rows.to(features.device), ROWS_AT_ONCE)
         zeros = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-        mean = sum((features[part].double().sum(0) for part in parts), zeros) / len(rows)
+        mean = sum((finite(features[part]).double().sum(0) for part in parts), zeros) / len(rows)
         squares = sum(((features[p].double() - mean).square().sum(0) for p in parts), zeros)
         deviation = (squares / len(rows)).sqrt()
         # The numbers were stored in float32: what is smaller than its steps is no difference.

@@ -210,7 +210,7 @@ def of_rank(rank: int, meetings: Any, outcomes: Any, assignment: scores.Assignme
     outcomes.join()  # until it was read
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_ranks_judge_every_image_once_and_with_the_same_grid(tmp_path: Path) -> None:
     reference, queries = table(tmp_path / "r", 300), table(tmp_path / "q", 100, seed=1)
     training = np.arange(300) % 10 != 0

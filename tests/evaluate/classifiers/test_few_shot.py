@@ -7,6 +7,7 @@ import torch
 from pipeline.errors import DataError
 from pipeline.evaluate.classifiers import few_shot
 from pipeline.evaluate.classifiers.few_shot import few_shot_scores
+from pipeline.evaluate.classifiers.logistic import logistic_scores
 from pipeline.evaluate.classifiers.split import held_out
 from pipeline.evaluate.features import LabelledFeatures
 from tests.evaluate.reading import Read
@@ -162,3 +163,14 @@ def test_one_class_and_equal_images():
     for ids, hits in lowest:
         asked = [int(every.labels[(every.ids == i).all(1)][0]) for i in ids]
         np.testing.assert_array_equal(hits, np.asarray(asked) == 0)
+
+
+@pytest.mark.parametrize("score", [few_shot_scores, lambda *sets: logistic_scores(*sets, 6)])
+def test_vectors_that_are_no_numbers_have_no_score(score):
+    every, queries = images(200), images(40, seed=1)
+    queries.features[7, 3] = torch.inf
+    with pytest.raises(DataError, match="no finite numbers, 1 rows"):
+        score(every, queries)
+    every.features[3, 3] = torch.nan
+    with pytest.raises(DataError, match="no finite numbers, 1 rows"):
+        score(every, None)

@@ -205,3 +205,9 @@ def test_two_ranks_are_one_with_the_same_batches(tmp_path: Path) -> None:
         for mine, other, expected in zip(of_shares, of_other, one.weights, strict=True):
             assert torch.equal(mine, other)
             torch.testing.assert_close(mine, expected, atol=1e-5, rtol=0)
+
+
+def test_a_head_whose_loss_is_no_number_is_not_chosen():
+    """All its answers are the first class, which may be the most frequent one."""
+    hits, losses = torch.tensor([5.0, 9.0, 5.0]), torch.tensor([1.0, torch.nan, 0.9])
+    assert Choosing(hits.double(), losses.double(), 10).best() == 2
