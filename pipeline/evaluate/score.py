@@ -185,12 +185,12 @@ def _drawn_sums(terms: Array, statistic: str, draws: int, seed: int) -> Array:
     images = len(terms)
     kinds, counts = np.unique(terms, axis=0, return_counts=True)
     if len(kinds) <= FEW_KINDS:
-        weights = counts.astype(np.float64)
+        shares = counts.astype(np.float64)
         if statistic == "mean" and _are_shares(terms):
             extremes = _EXTREMES[terms.shape[1]]
             kinds = np.concatenate([kinds, extremes])
-            weights = np.concatenate([weights, np.full(len(extremes), IMAGINARY)])
-        return np.asarray(generator.multinomial(images, weights / weights.sum(), draws) @ kinds)
+            shares = np.concatenate([shares, np.full(len(extremes), IMAGINARY)])
+        return np.asarray(generator.multinomial(images, shares / shares.sum(), draws) @ kinds)
     at_once = max(1, WEIGHTS_AT_ONCE // images)
     sums = []
     for start in range(0, draws, at_once):

@@ -64,6 +64,7 @@ def depths(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseSet, DenseSet
     )
 
 
+@pytest.mark.long
 def test_colours_that_are_classes_are_found_by_pixels_and_by_an_untrained_network(
     masks: tuple[DenseSet, DenseSet],
 ) -> None:

@@ -122,6 +122,7 @@ def smooth(images: int) -> tuple[Seen, torch.Tensor]:
     return Seen(tokens, torch.randn(images, 6, generator=random)), depths
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [LinearDepth, SmallDepth])
 def test_heads_learn_a_depth_that_patches_say(kind: type[LinearDepth] | type[SmallDepth]) -> None:
     seen, depths = smooth(24)
