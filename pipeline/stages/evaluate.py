@@ -131,7 +131,7 @@ def compare(config: Config) -> None:
 def replaced(card: Card, folder: Path) -> str:
     """A sentence on the card that one takes the place of, where that is of others; else ""."""
     try:
-        earlier = read_card(folder)
+        earlier = read_card(folder, terms=False)
     except (PipelineError, OSError):  # none, or a damaged one
         return ""
     named = [
