@@ -29,6 +29,7 @@ if __name__ == "__main__":
             "queries": "evaluate.queries",
             "scores": "evaluate.scores",
             "dense": "evaluate.dense",
+            "dense_queries": "evaluate.dense_queries",
             "cards": "evaluate.cards",
         },
     )
