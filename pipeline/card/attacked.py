@@ -76,12 +76,12 @@ def attacked(embedder: Embedder, shards: ShardSet, sample: Sample, wanted: Wante
     for numbers, images in _chunks(embedder, shards, sample, wanted.max_pixels):
         kept += numbers
         if wanted.outputs:
-            made = [
+            inputs = [
                 embedder.prepare(copy)
                 for number, pixels in zip(numbers, images, strict=True)
                 for copy in copies_of(pixels, bytes.fromhex(sample.ids[number].decode()))
             ]
-            vectors = embedder.outputs(made, wanted.outputs)
+            vectors = embedder.outputs(inputs, wanted.outputs)
             for name in wanted.outputs:
                 copies[name].append(vectors[name].reshape(len(numbers), -1, vectors[name].shape[1]))
         if smooth:

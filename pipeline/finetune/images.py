@@ -258,9 +258,9 @@ class LabelledImages:
         """
         size = self.settings.image_size
 
-        def prepared(item: tuple[int, bytes | BadImage]) -> tuple[int, Array] | None:
-            pixels = self._pixels(*item)
-            return None if pixels is None else (item[0], resize_centre_crop(pixels, size))
+        def prepared(numbered: tuple[int, bytes | BadImage]) -> tuple[int, Array] | None:
+            pixels = self._pixels(*numbered)
+            return None if pixels is None else (numbered[0], resize_centre_crop(pixels, size))
 
         waiting: list[tuple[int, Array]] = []
         with ThreadPoolExecutor(self.worker.threads) as pool:

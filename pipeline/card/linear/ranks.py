@@ -22,9 +22,9 @@ def ranks_of(gpu: bool, workers: int = 0) -> int:
 
 
 def on_ranks(
-    function: Callable[[Any, int, int, str], T], given: Any, ranks: int, gpu: bool
+    function: Callable[[Any, int, int, str], T], argument: Any, ranks: int, gpu: bool
 ) -> list[T]:
-    """What a function of (`given`, rank, ranks, device) gives back on each rank.
+    """What a function of (`argument`, rank, ranks, device) gives back on each rank.
 
     Where not all ranks have a device within two minutes, one does everything.
 
@@ -34,7 +34,7 @@ def on_ranks(
     import ray
     from ray.exceptions import RayError
 
-    shared = ray.put(given)
+    shared = ray.put(argument)
     try:
         if ranks > 1 and (actors := _started(ranks, gpu)):
             try:
@@ -58,11 +58,11 @@ def on_ranks(
         raise DataError(f"the linear grid stopped: {last_line(error)}", "run it again") from error
 
 
-def _alone(function: Callable[[Any, int, int, str], T], given: Any, cpus: int, gpu: bool) -> T:
+def _alone(function: Callable[[Any, int, int, str], T], argument: Any, cpus: int, gpu: bool) -> T:
     import torch
 
     torch.set_num_threads(cpus)
-    return function(given, 0, 1, "cuda" if gpu else "cpu")
+    return function(argument, 0, 1, "cuda" if gpu else "cpu")
 
 
 def _started(ranks: int, gpu: bool) -> list[Any]:
@@ -103,7 +103,7 @@ class Rank:
     def run(
         self,
         function: Callable[[Any, int, int, str], T],
-        given: Any,
+        argument: Any,
         rank: int,
         ranks: int,
         meeting: tuple[str, int],
@@ -119,6 +119,6 @@ class Rank:
         backend = "nccl" if self.gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
         try:
-            return function(given, rank, ranks, "cuda" if self.gpu else "cpu")
+            return function(argument, rank, ranks, "cuda" if self.gpu else "cpu")
         finally:
             dist.destroy_process_group()

@@ -100,14 +100,14 @@ def _each(scores: Iterable[tuple[Score, dict[str, Any]]]) -> dict[str, Result]:
     return {score.name: Result.of(score, **details) for score, details in scores}
 
 
-def of_neighbours(entrant: Entrant, found: Neighbours, scoring: Scoring) -> Scored:
+def of_neighbours(entrant: Entrant, neighbours: Neighbours, scoring: Scoring) -> Scored:
     """k-NN by the neighbours of all queries, and who is taken for whom."""
     begin = time.monotonic()
     reference = entrant.labels(entrant.tables.reference)
     queries = entrant.labels(entrant.tables.queries or entrant.tables.reference)
-    scores = knn_scores(found, reference.labels, queries, scoring.ks, scoring.temperature)
+    scores = knn_scores(neighbours, reference.labels, queries, scoring.ks, scoring.temperature)
     results = {score.name: Result.of(score) for score in scores}
-    answers = _answers(found, reference, queries, scoring)
+    answers = _answers(neighbours, reference, queries, scoring)
     return Scored(results, time.monotonic() - begin, answers)
 
 

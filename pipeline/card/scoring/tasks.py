@@ -69,8 +69,8 @@ def score_neighbours(request: Request, contenders: Sequence[Growing]) -> Answers
         tables, k = entrant.tables, max(request.scoring.ks)
         centre = entrant.output == "pixels"
         both = (tables.reference, tables.queries)
-        found = neighbours(*both, k, entrant.output, _gpus(request) > 0, centre)
-        scored = scores.of_neighbours(entrant, found, request.scoring)
+        nearest = neighbours(*both, k, entrant.output, _gpus(request) > 0, centre)
+        scored = scores.of_neighbours(entrant, nearest, request.scoring)
         one.add("knn", scored.results, time.monotonic() - begin)
         if one is contenders[0]:
             answers = scored.answers

@@ -165,11 +165,11 @@ class Grid:
         for group, weights, speed, gradient in zip(
             self.inputs, self.weights, self._speeds, self._gradients, strict=True
         ):
-            taken = x[:, group.start : group.stop]
-            errors = self._logits(taken, weights).softmax(2)
+            columns = x[:, group.start : group.stop]
+            errors = self._logits(columns, weights).softmax(2)
             errors[torch.arange(len(x), device=x.device), :, labels] -= 1
             flat = errors.flatten(1).div_(batch)
-            torch.mm(taken.T, flat, out=gradient[:-1])
+            torch.mm(columns.T, flat, out=gradient[:-1])
             torch.sum(flat, 0, out=gradient[-1])
             # As torch.optim.SGD: the speed is not scaled by the rate.
             speed.mul_(MOMENTUM).add_(all_sum(gradient))
@@ -186,10 +186,10 @@ class Grid:
             losses.append(functional.cross_entropy(logits.mT, truth, reduction="none"))
         return torch.cat(hits, 1), torch.cat(losses, 1)
 
-    def _logits(self, taken: Tensor, weights: Tensor) -> Tensor:
+    def _logits(self, columns: Tensor, weights: Tensor) -> Tensor:
         """[b, R, K]."""
-        logits = torch.addmm(weights[-1], taken, weights[:-1])
-        return logits.view(len(taken), len(RATES), self.classes)
+        logits = torch.addmm(weights[-1], columns, weights[:-1])
+        return logits.view(len(columns), len(RATES), self.classes)
 
 
 def train(grid: Grid, batches: Iterable[tuple[Tensor, Tensor]], schedule: Schedule) -> None:
