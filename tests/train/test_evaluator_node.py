@@ -6,17 +6,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.config.load import load
 from pipeline.errors import ConfigError
+from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node, Share, room
 from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.train import state
 from pipeline.train.evaluations import Evaluations
-from pipeline.train.evaluator import device_of, roomiest
+from pipeline.train.evaluator import EvaluatorActor, device_of, roomiest
 
 KNN = "eval/knn20_top1"
 
@@ -118,3 +120,20 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     best = state.best(folder)
     assert best and (best[0].step, best[1]) == (20, 0.5)
     assert evaluations("b").best == {"step": 20, "score": 0.5, "name": KNN}
+
+
+def test_the_network_that_is_evaluated_has_the_weights_that_were_sent(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    spec = BackboneSpec(image_size=8, patch_size=4, width=8, depth=1, heads=2)
+    sent = {name: value.numpy() for name, value in spec.build().state_dict().items()}
+    for value in sent.values():
+        value.flags.writeable = False  # as Ray gives arrays out of its store
+    actor = EvaluatorActor.__new__(EvaluatorActor)
+    actor.backbone = spec
+    actor.evaluator = SimpleNamespace(run=lambda backbone, limit: (backbone, limit))  # type: ignore[assignment]
+    backbone, limit = actor.run(sent, 7)  # type: ignore[misc]
+    assert limit == 7
+    for name, value in backbone.state_dict().items():
+        assert np.array_equal(value.numpy(), sent[name]), name
+    assert not recwarn.list
