@@ -217,7 +217,8 @@ class LabelledImages:
             if row not in held.images:
                 table, start, after = self._read(group)
                 for other in range(start, after):
-                    if held.needed[other] and other not in self._kept:
+                    # a thread of another epoch may have kept this very row a moment ago
+                    if held.needed[other] and (other == row or other not in self._kept):
                         held.images[other] = _checked(table, int(self.rows.rows[other]))
             held.needed[row] = False  # a row is in one step of an epoch, once
             encoded = held.images.pop(row)

@@ -111,6 +111,21 @@ def test_a_bad_image_weighs_nothing_and_is_counted(tmp_path: Path) -> None:
     assert np.concatenate([at for _, at in scored]).tolist() == [0, 1, 2, 4, 5, 6, 7]
 
 
+def test_a_row_that_another_epoch_keeps_meanwhile_is_still_read(tmp_path: Path) -> None:
+    """With few images steps of two epochs are prepared at once, and both decode the same rows."""
+
+    class KeptMeanwhile(dict[int, np.ndarray]):
+        def get(self, row: int, default: object = None) -> None:  # asked before it is kept
+            return None
+
+    labelled = images(shards(tmp_path))
+    expected = labelled._decoded(3, module._Held(np.ones(len(labelled.rows), bool)))
+    labelled._kept = KeptMeanwhile(labelled._kept)
+    again = labelled._decoded(3, module._Held(np.ones(len(labelled.rows), bool)))
+    assert 3 in labelled._kept and expected is not None and again is not None
+    np.testing.assert_array_equal(again, expected)
+
+
 def test_scored_images_are_those_of_the_image_processor(tmp_path: Path) -> None:
     found = shards(tmp_path)
     labelled = LabelledImages(found, rows(found).part(1, 2), settings(), Worker(threads=2), 0)
