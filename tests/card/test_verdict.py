@@ -63,7 +63,7 @@ SITUATIONS = {
     ),
     "a little better than its weights": Planted(
         "better_than_init",
-        ["A little better than what it started from: k-NN 0.880 ± 0.004, before 0.860 (+0.02"],
+        ["A little better than what it started from: k-NN 0.880 ± 0.005, before 0.860 (+0.02"],
         (few(0.88, 20_000), few(0.86, 20_000, "init"), few(0.5, 20_000, "colours")),
         card={"images": 20_000},
     ),
