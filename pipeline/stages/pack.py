@@ -109,10 +109,21 @@ def check_places(config: Config, folder: RunFolder) -> None:
             source_places.check_places(source, places, FIELDS[name])
             shards = absolute_uri(shards)
             work_place = absolute_uri(str(folder.at("pack", f"work_{_stem(name, shards)}")))
-            ledger.check_source(shards, public(source))
+            _check_source(shards, public(source), own=not fields)
             mine = check_unclaimed(shards, Owner(public(source), public(work_place)))
             mine |= ledger.begun(work_place)
             ledger.check_replaceable(shards, public(source), own=mine)
+
+
+def _check_source(shards: str, source: str, own: bool) -> None:
+    """Refuses shards of another source; in a run's own folder a run of another name is the way."""
+    try:
+        ledger.check_source(shards, source)
+    except StorageError:
+        raise
+    except DataError as error:
+        hint = "take another run.name=… for other images, or delete that folder first"
+        raise DataError(error.what, hint if own else error.hint) from error
 
 
 def sources(context: Context) -> dict[str, tuple[str, str]]:

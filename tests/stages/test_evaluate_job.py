@@ -16,9 +16,11 @@ import pytest
 from pipeline.card.files import read_card
 from pipeline.config.embedding import group_of
 from pipeline.config.load import load
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.stages.checks.start import check_decides
 from pipeline.stages.evaluation import groups_of
+from pipeline.stages.pack import check_places
+from pipeline.storage.run_folder import RunFolder
 from tests import standins
 from tests.card.conftest import COLOURS, coloured, folder_of_classes
 from tests.data import encoded
@@ -163,6 +165,20 @@ def test_other_images_are_scored_under_the_same_name(
         assert ("is overwritten: run.name=" in shown) == again, shown
         assert len(list((run / "pack").glob("reference*/_manifest.json"))) == 1 + again
     assert "evaluate    up to date" in job(*given, f"data={classes}")[1]
+
+
+def test_other_training_images_need_another_run_name(
+    job: Job, classes: Path, tmp_path: Path
+) -> None:
+    """As with a second folder under `runs/finetune`: checkpoints of the first one are there."""
+    assert job("model=descriptor", f"data={classes}", "scores=unlabelled")[0] == 0
+    run = tmp_path / "runs" / "evaluate"
+    (run / "pack" / "reference").rename(run / "shards")
+    other = folder_of_classes(tmp_path / "other", 3, first=70)
+    fields = [f"data.source={other}", f"run.folder={tmp_path}/runs", "run.name=evaluate"]
+    with pytest.raises(DataError) as error:
+        check_places(load(fields), RunFolder.of(f"{tmp_path}/runs", "evaluate"))
+    assert "holds the shards of" in error.value.what and "run.name=" in error.value.hint
 
 
 def test_what_cannot_be_read_of_a_set_is_on_its_card(
