@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline import api
 from pipeline.model.onnx_out import Pixels, save_onnx
 from pipeline.model.weights import save_huggingface
+from pipeline.track import server
 from pipeline.views.photometric import PhotometricSpec
 from tests.card.conftest import folder_of_classes
 from tests.tiny import write_tiny
@@ -29,7 +31,7 @@ def blocks(page: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What the pages find: `photos/`, and the exported weights of a run."""
     for n in range(8):
         place = tmp_path / "photos" / f"{n}.png"
@@ -43,7 +45,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.manual_seed(0)
     api.save_backbone(spec.build().eval(), spec, tmp_path / "runs" / "photos" / "weights/dinov2")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    server.stop(tmp_path / "runs" / "mlflow")  # that a call of a page started
 
 
 @pytest.mark.parametrize("page", PAGES)
