@@ -131,8 +131,8 @@ def _attacked(asked: Probe, database: Sample, device: str) -> tuple[Attacked | N
         )
     outputs = asked.outputs if asked.attacks else ()
     smoothness = "unlabelled" in asked.groups and "cls" in asked.outputs
-    wanted = Wanted(outputs, smoothness, asked.max_pixels, device)
-    answers = attacked(embedder, asked.shards, database.first(asked.sample), wanted)
+    probing = Wanted(outputs, smoothness, asked.max_pixels, device)
+    answers = attacked(embedder, asked.shards, database.first(asked.sample), probing)
     return answers, []
 
 
@@ -169,12 +169,12 @@ def _results(
 def of_features(features: Tensor) -> dict[str, Result]:
     """Scores of features [N, D] alone, N >= 2: numbers without an interval."""
     about = {"images": len(features), "dims": features.shape[1]}
-    some = features[:UNIFORMITY_IMAGES]
+    first = features[:UNIFORMITY_IMAGES]
     return {
         "rank_me": Result.alone(rank_me(features), **about, highest=min(features.shape)),
         "feature_std": Result.alone(float(feature_std(features)), **about),
         "effective_rank": Result.alone(float(effective_rank(features)), **about),
-        "uniformity": Result.alone(uniformity(some), **about | {"images": len(some)}),
+        "uniformity": Result.alone(uniformity(first), **about | {"images": len(first)}),
     }
 
 

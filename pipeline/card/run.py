@@ -89,10 +89,10 @@ def _tables(request: Request) -> tuple[list[Tables], list[str]]:
         if request.labelled and "pixels" not in tables[0].reference.outputs:
             said.append("vectors were given, so there are no baselines of pixels and colours")
         return tables, said
-    wanted = ("cls", "mean", "blocks") if request.has("linear") else ("cls",)
+    outputs = ("cls", "mean", "blocks") if request.has("linear") else ("cls",)
     beside = ("pixels", "colours") if sets.labelled else ()
     folder = join(request.folder, "vectors")
-    how = Embedding(folder, wanted, beside, request.max_pixels, request.gpu)
+    how = Embedding(folder, outputs, beside, request.max_pixels, request.gpu)
     tables, left_out = embedded(request.networks, sets, how)
     for what in sets.each:
         same, dropped = common([one.each[what] for one in tables])

@@ -318,13 +318,13 @@ def _ranking(case: Case) -> tuple[str, str]:
     if alike:
         names = ", ".join([best.name, *(one.name for one in alike[:-1])]) + f" and {alike[-1].name}"
         values = " and ".join([value, *(case.value(one) for one in alike)])
-        rest = f"; behind them {listed}" if worse else ""
+        behind = f"; behind them {listed}" if worse else ""
         return "equal_models", (
-            f"{names} cannot be told apart on these {case.images:,} images ({values}){rest}."
+            f"{names} cannot be told apart on these {case.images:,} images ({values}){behind}."
         )
-    rest = listed or "no other model was scored on the same images"
+    others_said = listed or "no other model was scored on the same images"
     before = f"; {case.against(case.start)}" if case.start else ""
-    return "best_model", f"Best: {best.name}, {value}; {rest}{before}."
+    return "best_model", f"Best: {best.name}, {value}; {others_said}{before}."
 
 
 def _warning(case: Case) -> str:

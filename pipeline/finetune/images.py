@@ -135,17 +135,17 @@ class LabelledImages:
         """The batches of steps from `first` to before `last`, prepared by threads."""
         with ThreadPoolExecutor(self.worker.threads) as pool:
             waiting: deque[tuple[int, list[Future[tuple[Array, Array]]], Array]] = deque()
-            held: dict[int, _Held] = {}
+            of_epoch: dict[int, _Held] = {}
 
             def begin(step: int) -> None:
                 epoch = step // self.steps_per_epoch
-                if epoch not in held:
-                    held[epoch] = _Held(self._epoch_rows(epoch, step))
-                    held.pop(epoch - 2, None)
+                if epoch not in of_epoch:
+                    of_epoch[epoch] = _Held(self._epoch_rows(epoch, step))
+                    of_epoch.pop(epoch - 2, None)
                 own, partners, _ = self._mine(step)
                 unique = np.unique(np.concatenate([own, partners]))
                 parts = [unique[at : at + CHUNK] for at in range(0, len(unique), CHUNK)]
-                tasks = [pool.submit(self._crops, epoch, part, held[epoch]) for part in parts]
+                tasks = [pool.submit(self._crops, epoch, part, of_epoch[epoch]) for part in parts]
                 waiting.append((step, tasks, unique))
 
             try:
@@ -184,7 +184,7 @@ class LabelledImages:
             needed[own] = needed[partners] = True
         return needed
 
-    def _crops(self, epoch: int, part: Array, held: _Held) -> tuple[Array, Array]:
+    def _crops(self, epoch: int, part: Array, epoch_images: _Held) -> tuple[Array, Array]:
         """Random crops uint8 [b, S, S, C] of some rows, and their weights."""
         settings = self.settings
         size, channels = settings.image_size, len(settings.mean)
@@ -195,7 +195,7 @@ class LabelledImages:
             flip_probability=settings.flip,
             channels=channels,
         )
-        decoded = [self._decoded(row, held) for row in part.tolist()]
+        decoded = [self._decoded(row, epoch_images) for row in part.tolist()]
         shapes = np.asarray([(1, 1) if x is None else x.shape[:2] for x in decoded])
         drawn = uniforms(settings.seed, epoch, self.rows.ids[part], spec.draws, CROP_STREAM)
         boxes, flips = crop_boxes(drawn, shapes[:, 1], shapes[:, 0], spec)
@@ -208,20 +208,20 @@ class LabelledImages:
                 crops[at] = crop[:, ::-1] if flips[at, 0] else crop
         return crops, np.asarray([x is not None for x in decoded], np.float32)
 
-    def _decoded(self, row: int, held: _Held) -> Array | None:
+    def _decoded(self, row: int, epoch_images: _Held) -> Array | None:
         """The pixels of a row [H, W, C]; None where they cannot be decoded."""
         if (kept := self._kept.get(row)) is not None:
             return kept
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         with self._group_locks[group]:
-            if row not in held.images:
+            if row not in epoch_images.images:
                 table, start, after = self._read(group)
                 for other in range(start, after):
                     # a thread of another epoch may have kept this very row a moment ago
-                    if held.needed[other] and (other == row or other not in self._kept):
-                        held.images[other] = _checked(table, int(self.rows.rows[other]))
-            held.needed[row] = False  # a row is in one step of an epoch, once
-            encoded = held.images.pop(row)
+                    if epoch_images.needed[other] and (other == row or other not in self._kept):
+                        epoch_images.images[other] = _checked(table, int(self.rows.rows[other]))
+            epoch_images.needed[row] = False  # a row is in one step of an epoch, once
+            encoded = epoch_images.images.pop(row)
         pixels = self._pixels(row, encoded)
         if pixels is not None:
             with self._lock:

@@ -45,8 +45,8 @@ def room(node: Node, share: Share) -> int:
     if share.gpus:
         # a worker is on one GPU: what is left of two of them is no room
         whole = _whole(node.gpus)
-        rest = node.gpus - whole
-        rooms.append(whole * _whole(1 / share.gpus) + _whole(rest / share.gpus))
+        fraction = node.gpus - whole
+        rooms.append(whole * _whole(1 / share.gpus) + _whole(fraction / share.gpus))
     return max(0, min(rooms))
 
 

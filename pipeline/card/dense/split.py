@@ -79,13 +79,14 @@ class Split:
         keys = [bytes(one) for one in dense.ids]
         order = sorted(range(len(keys)), key=keys.__getitem__)  # by the hash of their bytes
         if queries is None:
-            held = {key for key in keys if int.from_bytes(key[:8], "big") < HELD_OUT * 2**64}
-            asked = [row for row in order if keys[row] in held]
+            asked_keys = {key for key in keys if int.from_bytes(key[:8], "big") < HELD_OUT * 2**64}
+            asked = [row for row in order if keys[row] in asked_keys]
             if not asked and len(set(keys)) > 1:
-                held, asked = {keys[order[0]]}, [r for r in order if keys[r] == keys[order[0]]]
+                asked_keys = {keys[order[0]]}
+                asked = [row for row in order if keys[row] in asked_keys]
         else:
-            held, asked = {bytes(one) for one in queries.ids}, list(range(len(queries.rows)))
-        rows = [row for row in order if keys[row] not in held][: settings.reference_images]
+            asked_keys, asked = {bytes(one) for one in queries.ids}, list(range(len(queries.rows)))
+        rows = [row for row in order if keys[row] not in asked_keys][: settings.reference_images]
         if not rows or not asked:
             raise DataError(
                 f"{public(dense.uri)} leaves {len(rows):,} images to fit to and {len(asked):,} to "

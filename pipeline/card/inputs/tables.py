@@ -85,11 +85,11 @@ def embedded(
     said: list[str] = []
     for number, network in enumerate(networks):
         now(f"evaluate: vectors of {network.name}")
-        wanted = how.outputs if network.role == "model" else ("cls",)
+        asked_outputs = how.outputs if network.role == "model" else ("cls",)
         there = {name for one in tables for name in one.reference.outputs}
-        wanted += tuple(name for name in how.beside if name not in there)
+        asked_outputs += tuple(name for name in how.beside if name not in there)
         try:
-            outputs = _outputs(network.spec, wanted)
+            outputs = _outputs(network.spec, asked_outputs)
             tables.append(_embedded(network, number, sets, outputs, how))
         except PipelineError as error:  # model.init may be gone by now; the rest is still a card
             if network.role == "model":

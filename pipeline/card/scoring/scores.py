@@ -58,11 +58,10 @@ class Answers:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a task gives back: results by score name, its seconds, and answers of k-NN."""
+    """What a task gives back: results by score name, and its seconds."""
 
     results: dict[str, Result]
     seconds: float
-    answers: Answers = field(default_factory=Answers)
 
 
 def scored(group: str, entrant: Entrant, scoring: Scoring, gpu: bool) -> Scored:
@@ -100,15 +99,15 @@ def _each(scores: Iterable[tuple[Score, dict[str, Any]]]) -> dict[str, Result]:
     return {score.name: Result.of(score, **details) for score, details in scores}
 
 
-def of_neighbours(entrant: Entrant, neighbours: Neighbours, scoring: Scoring) -> Scored:
+def of_neighbours(
+    entrant: Entrant, neighbours: Neighbours, scoring: Scoring
+) -> tuple[dict[str, Result], Answers]:
     """k-NN by the neighbours of all queries, and who is taken for whom."""
-    begin = time.monotonic()
     reference = entrant.labels(entrant.tables.reference)
     queries = entrant.labels(entrant.tables.queries or entrant.tables.reference)
     scores = knn_scores(neighbours, reference.labels, queries, scoring.ks, scoring.temperature)
     results = {score.name: Result.of(score) for score in scores}
-    answers = _answers(neighbours, reference, queries, scoring)
-    return Scored(results, time.monotonic() - begin, answers)
+    return results, _answers(neighbours, reference, queries, scoring)
 
 
 def _answers(

@@ -70,10 +70,10 @@ def score_neighbours(request: Request, contenders: Sequence[Growing]) -> Answers
         centre = entrant.output == "pixels"
         both = (tables.reference, tables.queries)
         nearest = neighbours(*both, k, entrant.output, _gpus(request) > 0, centre)
-        scored = scores.of_neighbours(entrant, nearest, request.scoring)
-        one.add("knn", scored.results, time.monotonic() - begin)
+        results, answered = scores.of_neighbours(entrant, nearest, request.scoring)
+        one.add("knn", results, time.monotonic() - begin)
         if one is contenders[0]:
-            answers = scored.answers
+            answers = answered
     return answers
 
 
@@ -100,8 +100,7 @@ def score_vectors(request: Request, contenders: Sequence[Growing]) -> list[str]:
             answered = _answer(reference, f"{named} of {one.contender.name}")
             if isinstance(answered, DataError):
                 if one.contender.role == "model":
-                    said.append(f"{one.contender.name} has no {named}: {answered.what}")
-                    log.warning("%s", said[-1])
+                    said.append(_has_none(one.contender.name, named, answered))
                 continue
             if group != "probe":
                 one.add(group, answered.results, answered.seconds)
@@ -129,6 +128,13 @@ def _answer(reference: Any, what: str) -> Any:
         if isinstance(mistake, DataError) and not isinstance(mistake, StorageError):
             return mistake
         raise as_ours(error, what) from error
+
+
+def _has_none(name: str, scores_named: str, error: PipelineError) -> str:
+    """Warns of scores that a contender lacks; the sentence for the card."""
+    sentence = f"{name} has no {scores_named}: {error.what}"
+    log.warning("%s", sentence)
+    return sentence
 
 
 def _gpus(request: Request) -> int:
@@ -190,8 +196,7 @@ def score_linear(request: Request, contenders: Sequence[Growing]) -> list[str]:
         except StorageError:
             raise
         except DataError as error:
-            said.append(f"{one.contender.name} has no linear layer: {error.what}")
-            log.warning("%s", said[-1])
+            said.append(_has_none(one.contender.name, "linear layer", error))
             continue
         one.add("linear", {score.name: Result.of(score, **details)}, time.monotonic() - begin)
     return said
@@ -220,8 +225,7 @@ def score_dense(request: Request, contenders: list[Growing]) -> list[str]:
         try:
             results = dense_results(one.network.spec, dense.reference, dense.queries, settings)
         except PipelineError as error:  # without patches: the other scores are still a card
-            said.append(f"{one.network.name} has no dense scores: {error.what}")
-            log.warning("%s", said[-1])
+            said.append(_has_none(one.network.name, "dense scores", error))
             continue
         one.add("dense", results, time.monotonic() - begin)
         grid = grid or max(int(r.details.get("grid", 0)) for r in results.values())

@@ -80,10 +80,10 @@ def few_shot_scores(
     answers = np.empty((len(draws_of), len(asked)), np.int64)
     together = max(1, MEANS_AT_ONCE // (len(labels) * max(1, len(centre))))
     for start in range(0, len(draws_of), together):
-        some = slice(start, start + together)
-        chosen = [rank < shot for shot, rank in draws_of[some]]
+        group = slice(start, start + together)
+        chosen = [rank < shot for shot, rank in draws_of[group]]
         means = _class_means(reference.features, centre, pool, classes, chosen)
-        answers[some] = labels[_nearest(asked_set.features, centre, asked, means)]
+        answers[group] = labels[_nearest(asked_set.features, centre, asked, means)]
     hits = (answers == truth).reshape(len(shots), draws, len(asked))
     scores = []
     for shot, hit in zip(shots, hits, strict=True):
@@ -202,8 +202,8 @@ def _nearest(features: Tensor, centre: Doubles, rows: Rows, means: Sequence[Tens
             # |x - c|^2 / 2 less what depends on x alone
             answers[i, part] = np.concatenate(
                 [
-                    (some @ mean.T - half).argmax(1).cpu().numpy()
-                    for some in torch.split(units, step)
+                    (block @ mean.T - half).argmax(1).cpu().numpy()
+                    for block in torch.split(units, step)
                 ]
             )
     return answers

@@ -58,8 +58,8 @@ class Range:
         not stretch the bins.
         """
         known = depths[depths > 0]
-        some = known[:: max(1, len(known) // 1_000_000)].double()  # torch takes up to 16 million
-        low, high = torch.quantile(some, some.new_tensor([0.001, 0.999]))
+        sample = known[:: max(1, len(known) // 1_000_000)].double()  # torch takes up to 16 million
+        low, high = torch.quantile(sample, sample.new_tensor([0.001, 0.999]))
         return cls(float(low), float(high))
 
 
