@@ -86,10 +86,13 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
-    row("train.speed.cost train.speed.bottleneck", "views", others="torch"),
+    row("train.speed.*", "train.speed.* views", others="torch"),
+    row("train.parallel.*", "errors loss.collectives model train.parallel.*", others="torch"),
     row("train.step train.objective",
         "errors loss model schedule train.objective train.step views", others="torch"),
-    row("train.build train.checkpoint_files train.start train.state",
+    row("train.checkpoint.*", "errors storage train.checkpoint.* train.parallel.* uri",
+        others="numpy safetensors torch"),
+    row("train.build train.start",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
     row("train.rank_zero", "driver errors evaluate heartbeat loss model plan schedule shards "
@@ -131,7 +134,7 @@ TABLE = [
     row("finetune.low_rank", "errors", others="torch"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
-        "shards storage stream.order train.speed.bottleneck train.state uri views",
+        "shards storage stream.order train.checkpoint.* train.speed.bottleneck uri views",
         others="numpy pyarrow torch", others_inside="ray timm transformers"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),

@@ -133,7 +133,7 @@ PLANTED = [
     ("train.step", "import ray.train as t", "must not import ray"),
     ("train.rank_zero", "from pipeline.track.tracker import Tracker", "at the top of the file"),
     ("train.rank_zero", "def f():\n    from pipeline.track import sender", "pipeline.track.sender"),
-    ("train.state", "import ray", "must not import ray"),
+    ("train.checkpoint.state", "import ray", "must not import ray"),
     ("track.tracker", "import mlflow", "must not import mlflow at the top of the file"),
     ("track.tracker", "class A:\n    import mlflow", "must not import mlflow at the top"),
     ("track.sender", "def f():\n    from pipeline.config.config import Config", "pipeline.config"),

@@ -28,7 +28,7 @@ from pipeline.model.read import read_weights
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import checkpoint_files, state
+from pipeline.train.checkpoint import files, state
 from tests.data import encoded, packed
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_a_checkpoint(save: Callable[..., None], tmp_path: Path, mark: Path) -> 
     assert saved.load()["teacher"]["x"] == 0  # the control
     file = Path(saved.path) / "state.pt"
     save({"teacher": {"x": Payload(mark)}, "student": Payload(mark)}, file)
-    saved.meta["crc32"] = checkpoint_files.crc32(file)  # whoever plants a file can do that too
+    saved.meta["crc32"] = files.crc32(file)  # whoever plants a file can do that too
     with pytest.raises(DamagedError) as refused:
         saved.load()
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)

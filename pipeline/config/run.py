@@ -72,6 +72,10 @@ class Resources(Section):
     decode_tasks: Positive | None = Field(
         None, description="decode tasks at once; default: what the free CPUs allow"
     )
+    streams: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Ray Data executions that feed the workers; auto: one for each node of workers",
+    )
     feeder_cpus: float | None = Field(
         None,
         ge=0,

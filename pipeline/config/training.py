@@ -102,12 +102,37 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: GPUs where the cluster has them; cpu for very small networks"
     )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="ddp: each worker holds all weights and states; fsdp: they are split over the "
+        "workers, for networks that do not fit on one device",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute each block again in the backward pass instead of keeping what it "
+        "needs: less memory, a quarter more time",
+    )
     accumulation: Positive = Field(1, description="micro batches that a worker adds up in a step")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="autocast type; auto: bfloat16 where the hardware has it"
     )
+    residual: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the tokens between two blocks, where precision is bfloat16"
+    )
+    logits: Literal["auto", "float32"] = Field(
+        "auto", description="type of the scores of prototypes; auto: that of precision"
+    )
+    reduce: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type in which workers add up their gradients"
+    )
+    loss_kernels: Literal["auto", "eager", "triton"] = Field(
+        "auto", description="what computes losses and targets; auto: triton on GPUs"
+    )
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile the blocks; auto: on GPUs"
+    )
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last step of a trace of rank 0, e.g. [20,25]"
     )
     log_every: Positive = Field(10, description="steps between step lines and MLflow points")
     eval_every: Positive | None = Field(None, description="steps; default: a tenth of the run")

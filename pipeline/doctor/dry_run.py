@@ -25,7 +25,8 @@ from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import build, start, state
+from pipeline.train import build, start
+from pipeline.train.checkpoint import state
 from pipeline.train.run import check_resume
 from pipeline.uri import is_uri, public
 

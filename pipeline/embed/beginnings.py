@@ -106,7 +106,7 @@ def load_random(load: Callable[..., Any], name: str) -> Any:
 
 def _plan(checkpoint: str) -> Any:
     from pipeline.plan.resume import plan_of
-    from pipeline.train import state
+    from pipeline.train.checkpoint import state
 
     saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
     if saved is None:

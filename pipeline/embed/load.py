@@ -218,7 +218,7 @@ def load_teacher(checkpoint: str) -> Any:
     Raises:
         DataError: it is gone.
     """
-    from pipeline.train import state
+    from pipeline.train.checkpoint import state
     from pipeline.train.start import encoder_of
 
     saved = state.at(checkpoint if is_uri(checkpoint) else Path(checkpoint))
@@ -235,7 +235,7 @@ Known = tuple[Callable[[], Any], str, Preprocessing]
 def known_run(model: str) -> Known | None:
     """The teacher of a run's chosen checkpoint; None where there is none."""
     from pipeline.plan.resume import plan_of
-    from pipeline.train import state
+    from pipeline.train.checkpoint import state
     from pipeline.train.start import checkpoint_at
 
     saved = None if Path(model).is_file() else checkpoint_at(model)

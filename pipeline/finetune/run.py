@@ -29,7 +29,7 @@ from pipeline.shards.columns import BAD_IMAGE_SCHEMA
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.storage.transfer import write_parquet_atomic
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.uri import Place, public
 
 log = logging.getLogger("pipeline.finetune")

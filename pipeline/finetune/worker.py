@@ -28,7 +28,7 @@ from pipeline.finetune.rows import Split
 from pipeline.finetune.settings import Settings
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.shards.shard_set import ShardSet
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place
 

@@ -26,6 +26,10 @@ MAY_CHANGE = (
     "train.workers",
     "train.accumulation",
     "train.compile",
+    "train.strategy",
+    "train.activation_checkpointing",
+    "train.loss_kernels",
+    "train.profile_steps",
     # which images they chose is held by the digest of the shards
     "curate.",
     "quality.",

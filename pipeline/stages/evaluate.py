@@ -33,7 +33,7 @@ from pipeline.heartbeat import now
 from pipeline.stages.evaluation import chosen, is_own, request_of, teacher, trained_plan
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.run_folder import RunFolder, fingerprint
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.run import evaluation_spec
 from pipeline.uri import join, public
 

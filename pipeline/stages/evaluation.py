@@ -29,7 +29,7 @@ from pipeline.stages import pack
 from pipeline.stages.checks.known_sets import of_runs
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.start import encoder_of
 from pipeline.uri import parent, public
 

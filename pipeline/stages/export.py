@@ -35,8 +35,8 @@ from pipeline.stages.pretrain import params
 from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
+from pipeline.train.checkpoint.state import Saved, identity
 from pipeline.train.run import evaluation_spec
-from pipeline.train.state import Saved, identity
 from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
 

@@ -22,7 +22,7 @@ from pipeline.stages.evaluation import chosen
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import atomic_path, write_bytes_atomic
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.uri import Place, join, public
 from pipeline.use.inputs import Decode, File, read_files, readable, spread
 from pipeline.use.looking import Question, Seen, check, look

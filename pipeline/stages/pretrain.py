@@ -18,7 +18,8 @@ from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
-from pipeline.train import build, start, state
+from pipeline.train import build, start
+from pipeline.train.checkpoint import state
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
 from pipeline.uri import public

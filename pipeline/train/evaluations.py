@@ -23,7 +23,7 @@ from pipeline.evaluate.teacher import Evaluation
 from pipeline.heartbeat import now
 from pipeline.model.pair import Backbone
 from pipeline.plan.plan import Plan
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.evaluator import Weights
 from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place, join, public

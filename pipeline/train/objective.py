@@ -23,6 +23,7 @@ from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, cross_entr
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
 from pipeline.views.batch import Views
+from pipeline.views.masked import Masked
 
 PATCH = 2  # place of the iBOT term beside GLOBAL and LOCAL
 PATCH_STEPS = 32  # numbers of rows that masked patches are filled up to, of those of all patches
@@ -43,18 +44,6 @@ class ObjectiveSpec:
     sinkhorn_iterations: int = 3
     distil: bool = False  # no masks: iBOT on every patch of the global views
     clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
-
-
-class Masked(NamedTuple):
-    """The patches that iBOT scores.
-
-    Their number changes from step to step, and every new shape costs: kernels of oneDNN are kept
-    by shape, compiled ones are made anew. So `places` is filled up with the first patch to one of a
-    few lengths; what the networks say after `rows` of them is used nowhere.
-    """
-
-    places: Tensor  # int64 [M or more], flat places in [V * P]
-    rows: int  # M
 
 
 class Targets(NamedTuple):

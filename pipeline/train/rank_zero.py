@@ -21,7 +21,8 @@ from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.storage.places import retries
 from pipeline.stream.bad_table import BadTable, reasons
-from pipeline.train import build, state
+from pipeline.train import build
+from pipeline.train.checkpoint import state
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.start import TrainState

@@ -27,7 +27,8 @@ from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import DecodeTasks, launch_feeder
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
-from pipeline.train import build, state
+from pipeline.train import build
+from pipeline.train.checkpoint import state
 from pipeline.uri import public
 from pipeline.views.masks import MaskSpec
 

@@ -20,9 +20,10 @@ from pipeline.model.pair import Encoder, Pair, freeze, pair_of
 from pipeline.model.weights import read_weights
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
-from pipeline.train import build, state
+from pipeline.train import build
 from pipeline.train.build import pair
-from pipeline.train.checkpoint_files import step_of
+from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.files import step_of
 from pipeline.train.objective import Objective
 from pipeline.uri import is_uri, join, parent, public
 

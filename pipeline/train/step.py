@@ -19,8 +19,9 @@ from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
-from pipeline.train.objective import Masked, Objective, ObjectiveSpec
+from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.views.batch import Views
+from pipeline.views.masked import Masked
 
 __all__ = ["NonFinite", "Objective", "ObjectiveSpec", "StepResult", "train_step"]
 

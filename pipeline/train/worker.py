@@ -15,13 +15,14 @@ from typing import Any, TypedDict
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
-from pipeline.train import build, start, state
+from pipeline.train import build, start
+from pipeline.train.checkpoint import state
+from pipeline.train.parallel.strategy import data_parallel
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed import cost
 from pipeline.train.speed.bottleneck import Clock
@@ -89,7 +90,7 @@ class Worker:
         if tensors:
             train_state.restore(tensors)
             del tensors
-        student = _parallel(train_state.pair.student, device, plan.workers)
+        student = data_parallel(train_state.pair.student, device, plan.workers)
         dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
         now("pretrain: measuring this device")
         peak = cost.peak_flops(device.type, dtype or torch.float32, plan.threads)
@@ -153,13 +154,6 @@ def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[s
     saved, tensors = state.restored(checkpoints) if rank == 0 else (None, {})
     step = int(_from_rank_0(str(saved.step if saved else -1)))
     return (saved, tensors) if rank == 0 or step < 0 else state.restored_at(checkpoints, step)
-
-
-def _parallel(student: torch.nn.Module, device: torch.device, workers: int) -> torch.nn.Module:
-    if workers == 1:
-        return student
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(student, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: Apply) -> Views:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError, PipelineError
 from pipeline.views.crops import GLOBAL_CROPS
+from pipeline.views.masked import Masked
 from pipeline.views.photometric import PARAMS, PhotometricSpec, apply_photometric
 
 Apply = Callable[[Tensor, Tensor, PhotometricSpec, torch.dtype], Tensor]
@@ -73,6 +74,9 @@ class Views:
     # bool [G B, P], true = hidden from the student; [G B, 0] without masks
     masks: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     images: int = 0  # B; 0: half of the global views
+    # float32 [B]: 1 for an image that counts, 0 for one in the place of a bad one; None: all count
+    weights: Tensor | None = None
+    masked: Masked | None = None  # what iBOT scores, where the host knows; None: it is looked up
 
     def __post_init__(self) -> None:
         rows, local_rows = len(self.global_views), len(self.local_views)

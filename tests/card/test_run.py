@@ -27,7 +27,8 @@ from pipeline.plan.plan import Plan
 from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluation import request_of, teacher
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import build, state
+from pipeline.train import build
+from pipeline.train.checkpoint import state
 from pipeline.train.run import evaluation_spec, plan_for
 from pipeline.train.start import starting_pair
 from tests.card.conftest import COLOURS, coloured

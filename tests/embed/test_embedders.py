@@ -201,7 +201,8 @@ def test_the_teacher_of_a_run_by_path_and_by_name(tmp_path: Path) -> None:
     from pipeline.config.load import load
     from pipeline.plan.layout import Machine
     from pipeline.shards.shards import open_shards
-    from pipeline.train import build, state
+    from pipeline.train import build
+    from pipeline.train.checkpoint import state
     from pipeline.train.run import plan_for
     from tests.tiny import write_tiny
 

@@ -14,7 +14,7 @@ from pipeline.errors import ConfigError, PlacementError
 from pipeline.finetune.run import check_resume, layout_of, precision_of
 from pipeline.finetune.settings import steps_of, steps_per_epoch
 from pipeline.plan.layout import Machine
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from tests.finetune.small import SETTINGS, settings
 
 

@@ -99,7 +99,7 @@ def test_a_resume_with_another_architecture(without_ray: Job, recipe: Path, tmp_
 def write_checkpoint(recipe: Path, folder: Path, *overrides: str) -> None:
     """A checkpoint at step 5, as far as its meta data goes."""
     from pipeline.shards.shards import open_shards
-    from pipeline.train import state
+    from pipeline.train.checkpoint import state
     from pipeline.train.run import plan_for
 
     config = load([str(recipe), *overrides])

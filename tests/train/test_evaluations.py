@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 from pipeline.evaluate.teacher import Evaluation
 from pipeline.train import evaluations as module
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.evaluator import Weights
 

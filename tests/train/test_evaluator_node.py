@@ -16,7 +16,7 @@ from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node, Share, room
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.evaluator import EvaluatorActor, device_of, roomiest
 

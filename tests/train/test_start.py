@@ -15,7 +15,8 @@ from pipeline.loss.prototypes import STUDENT_TEMPERATURE
 from pipeline.model.pair import HeadSpec, build_pair, freeze
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import build, start, state
+from pipeline.train import build, start
+from pipeline.train.checkpoint import state
 from pipeline.train.objective import ObjectiveSpec
 from tests.train.small_run import HEAD, SPEC, Run, views
 

@@ -14,7 +14,8 @@ from pipeline.config.load import load
 from pipeline.model.groups import parameter_groups
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import build, state
+from pipeline.train import build
+from pipeline.train.checkpoint import state
 from pipeline.train.speed import cost
 from pipeline.train.step import train_step
 from pipeline.views.batch import Views

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.errors import DamagedError, TrainError
-from pipeline.train import checkpoint_files, state
+from pipeline.train.checkpoint import files, state
 from tests.train.small_run import Run, views
 
 META = {"config": {"run": {"seed": 0}}, "digest": "d"}
@@ -114,7 +114,7 @@ def test_a_failure_in_the_middle_leaves_the_earlier_one(
         monkeypatch.setattr(Path, "rename", half_written)
     else:
         module, name = where.split(".")
-        monkeypatch.setattr(getattr(checkpoint_files, module), name, half_written)
+        monkeypatch.setattr(getattr(files, module), name, half_written)
     with pytest.raises(OSError, match="No space"):
         state.save(tmp_path, 20, small(2), META)
     monkeypatch.undo()
@@ -400,7 +400,7 @@ def test_what_others_have_put_beside_a_checkpoint_stays(tmp_path: Path) -> None:
     state.save(tmp_path, 20, small(21), META)  # the same step again
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "step-00000005").symlink_to(tmp_path / "elsewhere")
-    for file in checkpoint_files.FILES:
+    for file in files.FILES:
         (tmp_path / "elsewhere" / file).write_bytes(
             (tmp_path / "step-00000010" / file).read_bytes()
         )

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-00001200/` with `state.pt` (tensors, loads with
 `weights_only=True`) and `meta.json` (step, what the pass has used, config, MLflow run, sizes).
-`checkpoint_files` writes it so that what can be listed is complete. It holds no per-worker state:
+`files.py` writes it so that what can be listed is complete. It holds no per-worker state:
 random numbers are keyed by (seed, step, worker) and the position in the data follows from the step,
 so any number of workers can read it.
 """
@@ -28,8 +28,8 @@ from pipeline.errors import DamagedError, DataError, StorageError, TrainError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import local_copy, read_json, write_bytes_atomic
-from pipeline.train import checkpoint_files
-from pipeline.train.checkpoint_files import crc32, step_of
+from pipeline.train.checkpoint import files
+from pipeline.train.checkpoint.files import crc32, step_of
 from pipeline.uri import Place, join, parent, public
 
 log = logging.getLogger("pipeline.train")
@@ -131,7 +131,7 @@ def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) 
     """
     meta = {**meta, "step": step, "version": VERSION, "layout": layout(state)}
     place = join(folder, _name(step))
-    return Saved(place, checkpoint_files.write(place, state, meta))
+    return Saved(place, files.write(place, state, meta))
 
 
 def checkpoints(folder: Place) -> list[Saved]:
@@ -142,7 +142,7 @@ def checkpoints(folder: Place) -> list[Saved]:
         StorageError: a remote folder cannot be read.
     """
     complete = []
-    for path, read in checkpoint_files.entries(folder):
+    for path, read in files.entries(folder):
         try:
             complete.append(_checked(path, *read()))
         except StorageError:
@@ -241,7 +241,7 @@ def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
 
 def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
     path = join(folder, _name(step))
-    meta, size = checkpoint_files.read_at(path)
+    meta, size = files.read_at(path)
     saved = _checked(path, meta, size)
     return saved, saved.load()
 
@@ -314,5 +314,5 @@ def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
         protected = protected | {marked[0]}
     for saved in checkpoints(folder)[:-keep_last]:
         if saved.step not in protected:
-            checkpoint_files.remove(saved.path)
-    checkpoint_files.sweep(folder)
+            files.remove(saved.path)
+    files.sweep(folder)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import TrainError
-from pipeline.train import state, worker
+from pipeline.train import worker
+from pipeline.train.checkpoint import state
 
 
 def held(step: int) -> dict[str, Any]:

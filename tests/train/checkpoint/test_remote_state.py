@@ -14,7 +14,7 @@ from pipeline.config.config import Config
 from pipeline.errors import PipelineError, StorageError, TrainError
 from pipeline.storage import places as storage
 from pipeline.storage import retry
-from pipeline.train import state
+from pipeline.train.checkpoint import state
 from pipeline.train.start import checkpoint_at, starting_pair
 from tests.s3 import S3
 
