@@ -20,6 +20,7 @@ from pipeline.driver.mailbox import MOVE, STOP, RemoteLines
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.plan.plan import Plan
 from pipeline.train.speed.bottleneck import Window
+from pipeline.train.speed.parts import part
 from pipeline.train.step import NonFinite
 from pipeline.train.worker import Job, Worker
 
@@ -59,7 +60,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
         rank_zero.evaluate(step)  # after a resume too: what was under way died with the workers
     while step < plan.steps:
         now(f"pretrain: waiting for the images of step {step}")
-        with clock.waiting():
+        with clock.waiting(), part("data"):
             micro_batches = worker.next_batches()
         window.add_images(micro_batches)
         if step == 0:

@@ -20,6 +20,7 @@ from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
 from pipeline.train.objective import Objective, ObjectiveSpec
+from pipeline.train.speed.parts import part
 from pipeline.views.batch import Views
 from pipeline.views.masked import Masked
 
@@ -168,7 +169,7 @@ def train_step(
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
     def teacher(views: Views, patches: Masked) -> tuple[Encoded, int]:
-        with autocast():
+        with part("teacher"), autocast():
             return ask_teacher(pair, views, patches, objective)
 
     apply_values(optimizer, values)
@@ -178,28 +179,35 @@ def train_step(
     targets = objective.targets(map(teacher, micro_batches, masked), values.teacher_temperature)
     reports: list[dict[str, Tensor]] = []
     for number, (views, patches) in enumerate(zip(micro_batches, masked, strict=True)):
-        target = next(targets)  # not by `zip`, which would hold the logits until the next turn
+        with part("targets"):
+            target = next(targets)  # not by `zip`, which would hold the logits until the next turn
         last = number == parts - 1
         # DDP adds up the workers' gradients once a step, in the last backward.
         with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
-            with autocast():
+            with part("student forward"), autocast():
                 student = ask_student(
                     student_forward, views, patches, objective, generators[number]
                 )
-            terms = objective.losses(student, target, views, patches)
+            with part("loss"):
+                terms = objective.losses(student, target, views, patches)
             del target  # free the logits before the backward pass needs room
-            (terms.total / parts).backward()  # type: ignore[no-untyped-call]
+            with part("backward"):
+                (terms.total / parts).backward()  # type: ignore[no-untyped-call]
         reports.append(
             {f"loss/{name}": x for name, x in terms.parts.items()}
             | {f"health/{name}": x for name, x in terms.health.items()}
         )
         del student, terms  # and these before the next forward pass does
     means = {name: torch.stack([each[name] for each in reports]).mean() for name in reports[0]}
-    norms = _clip(pair.student, objective.spec.clip)
-    scalars, any_stop = _agree(means, norms, stop, device)  # or raises NonFinite
-    objective.commit()
-    optimizer.step()
-    ema_update(pair, values.teacher_momentum)
+    with part("clip"):
+        norms = _clip(pair.student, objective.spec.clip)
+    with part("finite check"):
+        scalars, any_stop = _agree(means, norms, stop, device)  # or raises NonFinite
+    with part("optimizer"):
+        objective.commit()
+        optimizer.step()
+    with part("teacher update"):
+        ema_update(pair, values.teacher_momentum)
     return StepResult(scalars, any_stop)
 
 

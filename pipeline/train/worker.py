@@ -26,6 +26,7 @@ from pipeline.train.parallel.strategy import data_parallel
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed import cost
 from pipeline.train.speed.bottleneck import Clock
+from pipeline.train.speed.parts import part
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
 from pipeline.uri import Place, is_uri, join
@@ -157,7 +158,8 @@ def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[s
 
 
 def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: Apply) -> Views:
-    return batch.to(device).views(spec, photometric=colours)
+    with part("colour"):
+        return batch.to(device).views(spec, photometric=colours)
 
 
 def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:
