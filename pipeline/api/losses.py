@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.loss import dino
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, check_rows, cross_entropy
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
 from pipeline.loss.target import Centre, Target, softmax_targets
 from pipeline.model.pair import move
 
@@ -117,8 +117,8 @@ def _between(
         terms = dino.dino_loss(logits, target, local_views, student_temperature, len(teacher))
         return terms[0] + terms[1]
     check_rows("dino_loss", student, target, len(target.row))
-    every = Prediction(slice(None), target.probabilities(), 1 / len(student), 0)
-    return cross_entropy(student, lambda: iter([every]), 1, student_temperature)[0]
+    every = Span(target, torch.full_like(target.row, 1 / len(student)), (0,))
+    return cross_entropy(student, [every], 1, student_temperature)[0]
 
 
 def update_centre(teacher: Views, centre: Tensor, momentum: float = 0.9) -> Tensor:

@@ -6,44 +6,27 @@ prototypes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, check_rows, cross_entropy
-from pipeline.loss.target import Target, slices
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
+from pipeline.loss.target import Target
 
 GLOBAL, LOCAL = 0, 1  # places of the two terms
 
 
-def dino_predictions(
-    target: Target, local_crops: int, global_crops: int = 2
-) -> Iterator[Prediction]:
-    """Predictions over logits rows [global crops 0 .. G-1, local crops 0 .. L-1] of B images each.
+def dino_span(target: Target, local_crops: int, global_crops: int = 2) -> Span:
+    """Logits rows [global crops 0 .. G-1, local crops 0 .. L-1] of B images each.
 
     Both terms share the number of pairs as their denominator: G (G - 1) pairs of two global views,
-    and G L of a local view with a global one, 2 + 2L in DINOv2 (train/ssl_meta_arch.py). A view
-    meets the sum of its targets at once.
+    and G L of a local view with a global one, 2 + 2L in DINOv2 (train/ssl_meta_arch.py). All rows
+    of an image have one weight in the target; the mean is over the images that count.
     """
     images = len(target.row) // global_crops
     pairs = global_crops * (global_crops - 1 + local_crops)
-    weight = 1 / (images * pairs) if images else 0.0
-    for part in slices(images, target.logits.shape[1]):
-
-        def crop(number: int, part: slice = part) -> slice:
-            return slice(number * images + part.start, number * images + part.stop)
-
-        targets = [target.probabilities(crop(number)) for number in range(global_crops)]
-        for number in range(global_crops):
-            first, *more = targets[:number] + targets[number + 1 :]
-            yield Prediction(crop(number), sum(more, start=first), weight, GLOBAL)
-        if local_crops:
-            every = targets[0]
-            for other in targets[1:]:
-                every.add_(other)
-            for number in range(global_crops, global_crops + local_crops):
-                yield Prediction(crop(number), every, weight, LOCAL)
+    weight = target.weights()[:images]
+    terms = (GLOBAL,) * global_crops + (LOCAL,) * local_crops
+    return Span(target, weight / (weight.sum().clamp(min=1) * pairs), terms, others=True)
 
 
 def dino_loss(
@@ -70,7 +53,5 @@ def dino_loss(
             "give the target G * B rows for G >= 2 global crops (global_crops=G) of B images",
         )
     check_rows("dino_loss", logits, target, images * (global_crops + local_crops))
-    sums = cross_entropy(
-        logits, lambda: dino_predictions(target, local_crops, global_crops), 2, temperature
-    )
+    sums = cross_entropy(logits, [dino_span(target, local_crops, global_crops)], 2, temperature)
     return sums[GLOBAL], sums[LOCAL]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, check_rows, cross_entropy
-from pipeline.loss.target import Target, slices
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
+from pipeline.loss.target import Target
 
 
-def patch_weights(masks: Tensor, masked: Tensor) -> Tensor:
-    """Weight `[M]` of each masked patch: 1 / (masked patches of its view) / (all views, masked or
-    not).
+def patch_weights(masks: Tensor, masked: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weight `[M]` of each masked patch: 1 / (masked patches of its view) / (all views that count,
+    masked or not).
 
     Args:
         masks: bool `[V, P]`.
         masked: int64 `[M]`, flat places of the masked patches.
+        weights: `[V]`, 1 for a view that counts and 0 for another; None: all count.
 
     Raises:
         PipelineError: other shapes or dtypes.
@@ -30,17 +29,15 @@ def patch_weights(masks: Tensor, masked: Tensor) -> Tensor:
             "flatten images and crops into views; places are masks.flatten().nonzero().squeeze(1)",
         )
     views, patches = masks.shape
-    counts = masks.sum(dim=1).clamp(min=1)
-    return 1.0 / (counts[torch.div(masked, patches, rounding_mode="floor")] * views)
-
-
-def ibot_predictions(
-    target: Target, weights: Tensor, first_row: int = 0, term: int = 0
-) -> Iterator[Prediction]:
-    """Predictions over M rows of logits, from `first_row` on."""
-    for part in slices(*target.logits.shape):
-        rows = slice(first_row + part.start, first_row + part.stop)
-        yield Prediction(rows, target.probabilities(part), weights[part], term)
+    if weights is not None and tuple(weights.shape) != (views,):
+        raise PipelineError(
+            f"weights {list(weights.shape)} for masks of {views} views, expected [{views}]",
+            "give one weight for each view",
+        )
+    each = 1.0 / (masks.sum(dim=1).clamp(min=1) * views)
+    if weights is not None:
+        each = weights / (masks.sum(dim=1).clamp(min=1) * weights.sum().clamp(min=1))
+    return each[torch.div(masked, patches, rounding_mode="floor")]
 
 
 def ibot_loss(
@@ -61,4 +58,4 @@ def ibot_loss(
             f"ibot_loss got weights {list(weights.shape)}, expected [{rows}], one a masked patch",
             "take them from patch_weights of the same masks",
         )
-    return cross_entropy(logits, lambda: ibot_predictions(target, weights), 1, temperature)[0]
+    return cross_entropy(logits, [Span(target, weights, (0,))], 1, temperature)[0]

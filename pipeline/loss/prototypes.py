@@ -1,19 +1,20 @@
-"""Cross entropy of student logits against teacher targets, a few rows at a time.
+"""Cross entropy of student logits against teacher targets.
 
-The gradient of a cross entropy is known in closed form, so it is written in the forward pass, in
-the logits' own dtype, and no fp32 matrix `[rows, K]` is kept for the backward pass.
+The gradient of a cross entropy is known in closed form, so it is written down, in the logits' own
+dtype, and no fp32 matrix `[rows, K]` is kept for the backward pass. K prototypes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.target import Target
+from pipeline.loss.target import Target, slices
 
 STUDENT_TEMPERATURE = 0.1
 
@@ -23,11 +24,57 @@ class Prediction(NamedTuple):
 
     rows: slice
     target: Tensor  # [n, K] fp32, sums to any positive number a row
-    weight: Tensor | float  # of each row in the sum: a number or [n]
+    weight: Tensor  # [n], of each row in the sum
     term: int  # the loss term the rows belong to
 
 
-Predictions = Callable[[], Iterator[Prediction]]
+@dataclass(frozen=True)
+class Span:
+    """Rows of the student's logits that one target predicts, crop-major.
+
+    I images, C crops of each, and a target of G * I rows: row `first + c * I + i` of the logits is
+    crop c of image i, and meets the sum of the target's rows `g * I + i` of all g. A masked patch
+    is an image of one crop here.
+    """
+
+    target: Target
+    weight: Tensor  # [I] fp32, of each image in the sum; 0: its rows count in nothing
+    terms: tuple[int, ...]  # [C], the loss term of each crop
+    first: int = 0
+    others: bool = False  # crop c meets the rows of g != c only
+
+    @property
+    def crops(self) -> int:
+        """Rows of the target for each image, G."""
+        return len(self.target.row) // max(len(self.weight), 1)
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.first + len(self.terms) * len(self.weight)
+
+    def predictions(self) -> Iterator[Prediction]:
+        """The rows in parts, with their probabilities; each target is made once."""
+        images = len(self.weight)
+        for part in slices(images, self.target.logits.shape[1]):
+
+            def crop(number: int, first: int = 0, part: slice = part) -> slice:
+                start = first + number * images
+                return slice(start + part.start, start + part.stop)
+
+            each = [self.target.probabilities(crop(number)) for number in range(self.crops)]
+            every: Tensor | None = None
+            for number, term in enumerate(self.terms):
+                if self.others and number < len(each):
+                    one, *more = each[:number] + each[number + 1 :]
+                    wanted = sum(more, start=one)
+                else:
+                    if every is None:
+                        every = each[0]
+                        for other in each[1:]:
+                            every.add_(other)  # crops of their own come first
+                    wanted = every
+                yield Prediction(crop(number, self.first), wanted, self.weight[part], term)
 
 
 def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:
@@ -46,48 +93,77 @@ def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:
 
 
 def cross_entropy(
-    logits: Tensor, predictions: Predictions, terms: int, temperature: float = STUDENT_TEMPERATURE
+    logits: Tensor,
+    spans: Sequence[Span],
+    terms: int,
+    temperature: float = STUDENT_TEMPERATURE,
+    overwrite: bool = False,
 ) -> Tensor:
     """Weighted sums of `-sum_k q_k log softmax(logits / temperature)_k`, one a term: fp32
     `[terms]`.
 
-    A row of `logits` may occur in one prediction only. Rows that occur in none get no gradient.
+    Args:
+        logits: `[N, K]`. Rows that are in no span get no gradient.
+        spans: without rows in common.
+        terms: number of sums.
+        temperature: of the student.
+        overwrite: put the gradient where the logits are. Nobody may read them afterwards, and they
+            are no leaf of the graph.
     """
-    sums: Tensor = _CrossEntropy.apply(logits, predictions, terms, temperature)
+    sums: Tensor = _CrossEntropy.apply(logits, spans, terms, temperature, overwrite)
     return sums
+
+
+def between(spans: Sequence[Span], rows: int) -> Iterator[slice]:
+    """The rows of `rows` that are in no span."""
+    start = 0
+    for span in sorted(spans, key=lambda span: span.first):
+        if span.first > start:
+            yield slice(start, span.first)
+        start = max(start, span.stop)
+    if rows > start:
+        yield slice(start, rows)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, predictions: Predictions, terms: int, temperature: float
+        ctx: Any,
+        logits: Tensor,
+        spans: Sequence[Span],
+        terms: int,
+        temperature: float,
+        overwrite: bool,
     ) -> Tensor:
         sums = torch.zeros(terms, dtype=torch.float32, device=logits.device)
-        needs_gradient = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(logits) if needs_gradient else None
-        spans: list[tuple[slice, int]] = []
-        for rows, target, weight, term in predictions():
+        gradient: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            gradient = logits.detach() if overwrite else torch.empty_like(logits)
+            for rows in between(spans, len(logits)):
+                gradient[rows] = 0
+        parts: list[tuple[slice, int]] = []
+        for rows, target, weight, term in (each for span in spans for each in span.predictions()):
             scaled = logits[rows].float() / temperature
             mass = target.sum(dim=1, keepdim=True)
             length = torch.logsumexp(scaled, dim=1, keepdim=True)
             loss = (length * mass).squeeze(1) - torch.linalg.vecdot(target, scaled)
             sums[term] += (loss * weight).sum()
             if gradient is not None:
-                scale = weight / temperature
-                if isinstance(scale, Tensor):
-                    scale = scale[:, None]
                 probability = scaled.sub_(length).exp_().mul_(mass)
-                gradient[rows] = (probability.sub_(target).mul_(scale)).to(gradient.dtype)
-                spans.append((rows, term))
-        ctx.gradient, ctx.spans = gradient, spans
+                gradient[rows] = probability.sub_(target).mul_((weight / temperature)[:, None])
+                parts.append((rows, term))
+        ctx.gradient, ctx.parts = gradient, parts
         return sums
 
     @staticmethod
-    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient = ctx.gradient
         if gradient is None:
             raise RuntimeError("cross_entropy keeps its gradient for one backward pass only")
         ctx.gradient = None
-        for rows, term in ctx.spans:
-            gradient[rows] *= grad_sums[term]
-        return gradient, None, None, None
+        # Where the host knows the numbers at no cost, a factor of 1 saves a pass over the matrix.
+        factors = grad_sums.tolist() if grad_sums.device.type == "cpu" else list(grad_sums)
+        for rows, term in ctx.parts:
+            if isinstance(factors[term], Tensor) or factors[term] != 1.0:
+                gradient[rows] *= factors[term]
+        return gradient, None, None, None, None

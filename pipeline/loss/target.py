@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.collectives import all_logsumexp, all_sum, world_size
+from pipeline.loss.collectives import all_logsumexp, all_sum
 
 CHUNK = 2**24  # numbers in fp32 at once: 64 MiB
 
@@ -36,6 +36,11 @@ class Target:
     temperature: float
     prototype: Tensor  # [K] fp32
     row: Tensor  # [N] fp32
+    weight: Tensor | None = None  # [N] fp32: 1 for a row that counts, 0 for another; None: all do
+
+    def weights(self) -> Tensor:
+        """`[N]`: 1 for a row that counts, 0 for another."""
+        return torch.ones_like(self.row) if self.weight is None else self.weight
 
     def log_probabilities(self, rows: slice) -> Tensor:
         """fp32 `[n, K]` of some rows."""
@@ -47,25 +52,47 @@ class Target:
         return self.log_probabilities(rows).exp_()
 
     def entropy(self) -> Tensor:
-        """Mean entropy of the rows in nats, 0-d; near 0 or near log K says collapse."""
-        total = self.row.new_zeros(())
+        """Mean entropy of the rows that count in nats, 0-d; near 0 or near log K says collapse."""
+        total, weights = self.row.new_zeros(()), self.weights()
         for rows in slices(*self.logits.shape):
             log_q = self.log_probabilities(rows)
-            total -= (log_q.exp() * log_q).sum()
-        return total / max(len(self.row), 1)
+            total -= (log_q.exp() * log_q).sum(dim=1) @ weights[rows]
+        return total / weights.sum().clamp(min=1)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Mean logits of the rows that count, fp32 `[1, K]`, and `[1]`: 1 where there are any, else
+        0. What `Centre.see` takes of one micro batch.
+        """
+        mean = _mean(self.logits, self.weight)
+        return mean[None, :-1], mean[-1:]
 
     def prototypes_used(self) -> Tensor:
-        """Number of prototypes that are the most likely one of some row, 0-d."""
-        used = torch.zeros_like(self.prototype)
+        """Number of prototypes that are the most likely one of some row that counts, 0-d."""
+        prototypes = len(self.prototype)
+        used = self.prototype.new_zeros(prototypes + 1)  # the last place is for other rows
         for rows in slices(*self.logits.shape):
-            used.index_fill_(0, self.log_probabilities(rows).argmax(dim=1), 1.0)
-        return used.sum()
+            likeliest = self.log_probabilities(rows).argmax(dim=1)
+            if self.weight is not None:
+                likeliest = likeliest.masked_fill(self.weight[rows] == 0, prototypes)
+            used.index_fill_(0, likeliest, 1.0)
+        return used[:prototypes].sum()
+
+
+Weights = Sequence[Tensor | None]  # of each micro batch: [N], see `Target.weight`
 
 
 @torch.no_grad()
-def softmax_targets(logits: Sequence[Tensor], centre: Tensor, temperature: float) -> list[Target]:
+def softmax_targets(
+    logits: Sequence[Tensor], centre: Tensor, temperature: float, weights: Weights | None = None
+) -> list[Target]:
     """`softmax((logits - centre) / temperature)` of each micro batch (DINOv2
     loss/dino_clstoken_loss.py).
+
+    Args:
+        logits: `[N, K]` of each micro batch.
+        centre: `[K]`.
+        temperature: of the teacher.
+        weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
 
     Raises:
         PipelineError: logits that are no list of `[N, K]`, a centre that is not `[K]`, or a
@@ -78,33 +105,82 @@ def softmax_targets(logits: Sequence[Tensor], centre: Tensor, temperature: float
             f"give one of [{prototypes}], such as Centre({prototypes}).use()",
         )
     offset = -centre.float() / temperature
-    return [Target(x, temperature, offset, _row_sums(x, offset, temperature)) for x in logits]
+    rows = [_row_sums(x, offset, temperature) for x in logits]
+    return _targets(logits, temperature, offset, rows, _weights(logits, weights))
 
 
 @torch.no_grad()
 def sinkhorn_targets(
-    logits: Sequence[Tensor], temperature: float, iterations: int = 3
+    logits: Sequence[Tensor],
+    temperature: float,
+    iterations: int = 3,
+    weights: Weights | None = None,
 ) -> list[Target]:
     """Sinkhorn-Knopp over the rows of all micro batches and all workers together.
 
     Equal to alternately scaling `exp(logits / temperature)` to equal prototype and equal row sums
     (SwAV; DINOv2 loss/ibot_patch_loss.py), but on logarithms, so that large logits neither overflow
-    nor give empty rows. Every worker must call it, also one without rows.
+    nor give empty rows. Every worker must call it, also one without rows. Rows of weight 0 are as
+    if they were not there.
+
+    Args:
+        logits: `[N, K]` of each micro batch.
+        temperature: of the teacher.
+        iterations: times that prototypes and rows are scaled.
+        weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
 
     Raises:
         PipelineError: logits that are no list of `[N, K]`, or a temperature that is not above 0.
     """
     prototypes = _prototypes(logits, temperature)
+    counted = _weights(logits, weights)
     offset = logits[0].new_zeros(prototypes, dtype=torch.float32)
     rows = [x.new_zeros(len(x), dtype=torch.float32) for x in logits]
     for _ in range(iterations):
         sums = torch.stack(
-            [_column_sums(x, row, temperature) for x, row in zip(logits, rows, strict=True)]
+            [
+                _column_sums(x, _without(row, weight), temperature)
+                for x, row, weight in zip(logits, rows, counted, strict=True)
+            ]
         )
         total = all_logsumexp(torch.logsumexp(sums, dim=0))
+        # Where no row counts on any worker, targets are used by nobody, and must be finite.
+        total = torch.where(total == -math.inf, 0.0, total)
         offset = -total - math.log(prototypes)
         rows = [_row_sums(x, offset, temperature) for x in logits]
-    return [Target(x, temperature, offset, row) for x, row in zip(logits, rows, strict=True)]
+    return _targets(logits, temperature, offset, rows, counted)
+
+
+def _targets(
+    logits: Sequence[Tensor],
+    temperature: float,
+    offset: Tensor,
+    rows: Sequence[Tensor],
+    weights: Weights,
+) -> list[Target]:
+    each = zip(logits, rows, weights, strict=True)
+    return [Target(x, temperature, offset, row, weight) for x, row, weight in each]
+
+
+def _weights(logits: Sequence[Tensor], weights: Weights | None) -> Weights:
+    """One for each micro batch, `[N]` or None."""
+    each = [None] * len(logits) if weights is None else list(weights)
+    shapes = [None if weight is None else list(weight.shape) for weight in each]
+    rows = [len(x) for x in logits]
+    fits = len(shapes) == len(rows) and all(
+        shape in (None, [count]) for shape, count in zip(shapes, rows, strict=True)
+    )
+    if not fits:
+        raise PipelineError(
+            f"weights {shapes} for micro batches of {rows} rows",
+            "give one weight a row for each micro batch, or None where all rows count",
+        )
+    return each
+
+
+def _without(row: Tensor, weight: Tensor | None) -> Tensor:
+    """Offsets of rows, infinite where a row does not count: nothing of it is in a sum then."""
+    return row if weight is None else row.masked_fill(weight == 0, math.inf)
 
 
 def _prototypes(logits: Sequence[Tensor], temperature: float) -> int:
@@ -141,6 +217,22 @@ def _column_sums(logits: Tensor, row: Tensor, temperature: float) -> Tensor:
     return out
 
 
+def _mean(logits: Tensor, weight: Tensor | None) -> Tensor:
+    """fp32 `[K + 1]`: the mean of the rows that count and a 1, or zeros where there are none."""
+    if not len(logits):
+        prototypes = logits.shape[1]
+        return torch.zeros(prototypes + 1, device=logits.device)
+    if weight is None:
+        mean = logits.mean(dim=0, dtype=torch.float32)
+        return torch.cat([mean, mean.new_ones(1)])
+    count = weight.sum()
+    total = torch.zeros(logits.shape[1], device=logits.device)
+    for rows in slices(*logits.shape):
+        # no matrix product: its rounding on a GPU may be that of TF32
+        total += (weight[rows, None] * logits[rows].float()).sum(dim=0)
+    return torch.cat([total / count.clamp(min=1), (count > 0).float()[None]])
+
+
 class Centre:
     """Moving average of the teacher's mean logits, applied one step late as in the reference.
 
@@ -162,11 +254,15 @@ class Centre:
         return self.value
 
     @torch.no_grad()
-    def see(self, logits: Sequence[Tensor]) -> None:
+    def see(self, logits: Sequence[Tensor], weights: Weights | None = None) -> None:
         """Keep this step's mean: the mean over micro batches and workers of each one's mean.
 
-        The iBOT centre of the reference is such a mean of means. A part without rows does not
-        count.
+        The iBOT centre of the reference is such a mean of means. A part without rows that count
+        does not count.
+
+        Args:
+            logits: `[N, K]` of each micro batch.
+            weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
 
         Raises:
             PipelineError: logits that are no list of `[N, K]` with the K of the centre.
@@ -177,12 +273,11 @@ class Centre:
                 f"logits of {prototypes} prototypes for a centre of {len(self.value)}",
                 f"use Centre({prototypes})",
             )
-        sums = [x.mean(dim=0, dtype=torch.float32) for x in logits if len(x)]
-        device = logits[0].device
-        mean = torch.stack(sums).sum(dim=0) if sums else torch.zeros_like(self.value, device=device)
-        parts = torch.full((1,), float(len(sums)), device=device)
-        total = all_sum(torch.cat([mean, parts])) if world_size() > 1 else torch.cat([mean, parts])
-        self.value = self.value.to(device)
+        total = torch.zeros(prototypes + 1, device=logits[0].device)
+        for x, weight in zip(logits, _weights(logits, weights), strict=True):
+            total += _mean(x, weight)
+        total = all_sum(total)
+        self.value = self.value.to(total.device)
         # Nobody had a row: the pending mean is the centre itself, which changes nothing.
         self.pending = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp(min=1), self.value)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
-from pipeline.loss.dino import GLOBAL, LOCAL, dino_predictions
-from pipeline.loss.ibot import ibot_predictions, patch_weights
+from pipeline.loss.dino import GLOBAL, LOCAL, dino_span
+from pipeline.loss.ibot import patch_weights
 from pipeline.loss.koleo import koleo
-from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Prediction, cross_entropy
+from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, cross_entropy
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
 from pipeline.views.batch import Views
@@ -44,6 +43,14 @@ class ObjectiveSpec:
     sinkhorn_iterations: int = 3
     distil: bool = False  # no masks: iBOT on every patch of the global views
     clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
+
+
+class Answer(NamedTuple):
+    """What the teacher says of the global views of one micro batch, with nothing hidden."""
+
+    encoded: Encoded
+    masked: int  # M, masked patches among its rows
+    weights: Tensor | None = None  # `Views.weights`
 
 
 class Targets(NamedTuple):
@@ -83,9 +90,9 @@ class Objective:
         self.spec = spec
         self.dino_centre = Centre(dino_prototypes, spec.centre_momentum)
         self.ibot_centre = Centre(ibot_prototypes, spec.centre_momentum)
-        # of each micro batch of this step, `[1, K]`; without rows `[0, K]`
-        self._cls_means: list[Tensor] = []
-        self._patch_means: list[Tensor] = []
+        # of each micro batch of this step, `Target.mean`
+        self._cls_means: list[tuple[Tensor, Tensor]] = []
+        self._patch_means: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def for_pair(cls, spec: ObjectiveSpec, pair: Pair) -> Objective:
@@ -133,11 +140,8 @@ class Objective:
     def _scored(self, views: Views) -> Tensor:
         return torch.ones_like(views.masks) if self.spec.distil else views.masks
 
-    def targets(
-        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
-    ) -> Iterator[Targets]:
-        """Targets of a step's micro batches, in order, from the teacher's unmasked global views and
-        the number of masked patches among their rows.
+    def targets(self, teacher: Iterator[Answer], temperature: float) -> Iterator[Targets]:
+        """Targets of a step's micro batches, in order, from the teacher's answers to them.
 
         With softmax centring the teacher is asked for one micro batch at a time, so that no more
         logits are held at once. Sinkhorn balances all micro batches together and must hold them
@@ -156,36 +160,39 @@ class Objective:
         if self.spec.centring == "sinkhorn":
             return  # balances without centres
         if self.scores_cls:
-            self.dino_centre.see(self._cls_means)
+            _see(self.dino_centre, self._cls_means)
         if self.spec.ibot_weight > 0:
-            self.ibot_centre.see(self._patch_means)
+            _see(self.ibot_centre, self._patch_means)
         self._cls_means, self._patch_means = [], []
 
-    def _centred(
-        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
-    ) -> Iterator[Targets]:
-        while (encoded := next(teacher, None)) is not None:
-            cls, patch = self._split(*encoded)
-            del encoded
+    def _centred(self, teacher: Iterator[Answer], temperature: float) -> Iterator[Targets]:
+        while (answer := next(teacher, None)) is not None:
+            cls, patch, weight = self._split(answer)
+            del answer
             dino = ibot = None
             if self.scores_cls:
-                dino = _softmax(cls, self.dino_centre, temperature, self._cls_means)
+                (dino,) = softmax_targets(
+                    [cls], self.dino_centre.use().to(cls.device), temperature, [weight]
+                )
+                self._cls_means.append(dino.mean())
             if self.spec.ibot_weight > 0:
-                ibot = _softmax(patch, self.ibot_centre, temperature, self._patch_means)
+                (ibot,) = softmax_targets(
+                    [patch], self.ibot_centre.use().to(patch.device), temperature
+                )
+                self._patch_means.append(ibot.mean())
             targets = [Targets(dino, ibot)]
             del cls, patch, dino, ibot
             yield targets.pop()  # held by nobody here while it is used
 
-    def _balanced(
-        self, teacher: Iterator[tuple[Encoded, int]], temperature: float
-    ) -> Iterator[Targets]:
-        both = [self._split(encoded, masked) for encoded, masked in teacher]
-        cls, patch = [each[0] for each in both], [each[1] for each in both]
+    def _balanced(self, teacher: Iterator[Answer], temperature: float) -> Iterator[Targets]:
+        every = [self._split(answer) for answer in teacher]
+        cls, patch = [each[0] for each in every], [each[1] for each in every]
+        weights = [each[2] for each in every]
         rounds = self.spec.sinkhorn_iterations
-        nothing: list[Target | None] = [None] * len(both)
-        del both
+        nothing: list[Target | None] = [None] * len(every)
+        del every
         dino: Sequence[Target | None] = (
-            sinkhorn_targets(cls, temperature, rounds) if self.scores_cls else nothing
+            sinkhorn_targets(cls, temperature, rounds, weights) if self.scores_cls else nothing
         )
         ibot: Sequence[Target | None] = (
             sinkhorn_targets(patch, temperature, rounds) if self.spec.ibot_weight > 0 else nothing
@@ -196,36 +203,59 @@ class Objective:
         while left:  # a micro batch's logits are freed when its turn is over
             yield Targets(*left.pop(0))
 
-    def _split(self, encoded: Encoded, masked: int) -> tuple[Tensor, Tensor]:
-        """The teacher's logits of CLS tokens and masked patches, whichever head they are from."""
-        if encoded.ibot is not None:
-            return encoded.dino, encoded.ibot[:masked]
+    def _split(self, answer: Answer) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The teacher's logits of CLS tokens and masked patches, whichever head they are from, and
+        the weights of the first. Patches of images of weight 0 are not among them.
+        """
+        encoded, masked, weights = answer
         rows = len(encoded.cls) if self.scores_cls else 0
-        return encoded.dino[:rows], encoded.dino[rows : rows + masked]
+        weight = None
+        if weights is not None and rows:
+            weight = weights.repeat(rows // len(weights))
+        if encoded.ibot is not None:
+            return encoded.dino, encoded.ibot[:masked], weight
+        return encoded.dino[:rows], encoded.dino[rows : rows + masked], weight
 
-    def losses(self, student: Encoded, targets: Targets, views: Views, masked: Masked) -> Terms:
-        """The terms of one micro batch, in fp32."""
+    def losses(
+        self,
+        student: Encoded,
+        targets: Targets,
+        views: Views,
+        masked: Masked,
+        overwrite: bool = False,
+    ) -> Terms:
+        """The terms of one micro batch, in fp32.
+
+        Args:
+            student: what the student says of the views.
+            targets: of the same views.
+            views: of one micro batch. Images of weight 0 count in no term.
+            masked: the patches that were scored.
+            overwrite: put gradients where the student's logits are; nobody may read these then.
+        """
         spec = self.spec
-        global_rows = len(views.global_views)
-        cls_rows = global_rows + len(views.local_views) if self.scores_cls else 0
+        cls_rows = len(views.global_views) + len(views.local_views) if self.scores_cls else 0
+        dino, ibot = [], []
+        if targets.dino is not None:
+            dino.append(dino_span(targets.dino, views.local_crops, views.global_crops))
+        if targets.ibot is not None:
+            places, first = (
+                masked.places[: masked.rows],
+                0 if student.ibot is not None else cls_rows,
+            )
+            weights = views.weights
+            if weights is not None:
+                weights = weights.repeat(views.global_crops)
+            weights = patch_weights(self._scored(views), places, weights)
+            ibot.append(Span(targets.ibot, weights, (PATCH,), first))
 
-        def dino() -> Iterator[Prediction]:
-            if targets.dino is not None:
-                yield from dino_predictions(targets.dino, views.local_crops, views.global_crops)
-
-        def ibot(first_row: int) -> Iterator[Prediction]:
-            if targets.ibot is not None:
-                weights = patch_weights(self._scored(views), masked.places[: masked.rows])
-                yield from ibot_predictions(targets.ibot, weights, first_row, PATCH)
+        def sums_of(logits: Tensor, spans: list[Span]) -> Tensor:
+            return cross_entropy(logits, spans, 3, spec.student_temperature, overwrite)
 
         if student.ibot is None:
-            sums = cross_entropy(
-                student.dino, lambda: chain(dino(), ibot(cls_rows)), 3, spec.student_temperature
-            )
+            sums = sums_of(student.dino, dino + ibot)
         else:  # a head without rows stays in the graph: DDP waits for its gradients
-            sums = cross_entropy(student.dino, dino, 3, spec.student_temperature) + cross_entropy(
-                student.ibot, lambda: ibot(0), 3, spec.student_temperature
-            )
+            sums = sums_of(student.dino, dino) + sums_of(student.ibot, ibot)
         total = spec.dino_weight * (sums[GLOBAL] + sums[LOCAL]) + spec.ibot_weight * sums[PATCH]
         parts: dict[str, Tensor] = {}
         if spec.dino_weight > 0:
@@ -234,7 +264,8 @@ class Objective:
             parts["ibot"] = sums[PATCH].detach()
         if spec.koleo_weight > 0:
             # Each global crop by itself: two crops of one image are meant to be neighbours.
-            spread = torch.stack([koleo(x) for x in student.cls.chunk(views.global_crops)]).sum()
+            crops = student.cls.chunk(views.global_crops)
+            spread = torch.stack([koleo(x, views.weights) for x in crops]).sum()
             total = total + spec.koleo_weight * spread
             parts["koleo"] = spread.detach()
         health: dict[str, Tensor] = {}
@@ -272,7 +303,6 @@ class Objective:
             centre.load_state_dict(state[name])
 
 
-def _softmax(logits: Tensor, centre: Centre, temperature: float, means: list[Tensor]) -> Target:
-    """Centred targets of one micro batch; its mean, where it has rows, is added to `means`."""
-    means.append(logits.mean(dim=0, keepdim=True, dtype=torch.float32) if len(logits) else logits)
-    return softmax_targets([logits], centre.use().to(logits.device), temperature)[0]
+def _see(centre: Centre, means: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Gives a centre the means of a step's micro batches, see `Target.mean`."""
+    centre.see([mean for mean, _ in means], [counts for _, counts in means])

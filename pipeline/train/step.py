@@ -19,7 +19,7 @@ from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
-from pipeline.train.objective import Objective, ObjectiveSpec
+from pipeline.train.objective import Answer, Objective, ObjectiveSpec
 from pipeline.train.speed.parts import part
 from pipeline.views.batch import Views
 from pipeline.views.masked import Masked
@@ -48,14 +48,12 @@ class StepResult:
 
 
 @torch.no_grad()
-def ask_teacher(
-    pair: Pair, views: Views, patches: Masked, objective: Objective
-) -> tuple[Encoded, int]:
-    """What makes the targets, on the global views with nothing hidden, and the masked patches."""
+def ask_teacher(pair: Pair, views: Views, patches: Masked, objective: Objective) -> Answer:
+    """What makes the targets, on the global views with nothing hidden."""
     encoded: Encoded = pair.target_maker(
         views.global_views, None, None, patches.places, objective.scores_cls
     )
-    return encoded, patches.rows
+    return Answer(encoded, patches.rows, views.weights)
 
 
 def ask_student(
@@ -110,8 +108,8 @@ def forward(
         PipelineError: views without masks where iBOT has a weight.
     """
     patches = objective.masked(views)
-    answer, masked = ask_teacher(pair, views, patches, objective)
-    target = next(objective.targets(iter([(answer, masked)]), teacher_temperature))
+    answer = ask_teacher(pair, views, patches, objective)
+    target = next(objective.targets(iter([answer]), teacher_temperature))
     student = ask_student(pair.student, views, patches, objective, generator)
     terms = objective.losses(student, target, views, patches)
     scored = objective.scores_cls
@@ -119,8 +117,8 @@ def forward(
     return Forward(
         terms.total,
         terms.parts,
-        _by_view(answer.cls, views.images),
-        _by_view(answer.dino[:rows], views.images),
+        _by_view(answer.encoded.cls, views.images),
+        _by_view(answer.encoded.dino[:rows], views.images),
         _by_view(student.dino[: rows + len(views.local_views) * scored], views.images),
     )
 
@@ -168,7 +166,7 @@ def train_step(
     def autocast() -> AbstractContextManager[object]:
         return torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
-    def teacher(views: Views, patches: Masked) -> tuple[Encoded, int]:
+    def teacher(views: Views, patches: Masked) -> Answer:
         with part("teacher"), autocast():
             return ask_teacher(pair, views, patches, objective)
 
@@ -189,7 +187,7 @@ def train_step(
                     student_forward, views, patches, objective, generators[number]
                 )
             with part("loss"):
-                terms = objective.losses(student, target, views, patches)
+                terms = objective.losses(student, target, views, patches, overwrite=True)
             del target  # free the logits before the backward pass needs room
             with part("backward"):
                 (terms.total / parts).backward()  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from pipeline.loss import target as target_module
 from pipeline.loss.dino import dino_loss
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
-from pipeline.loss.prototypes import Prediction, cross_entropy
+from pipeline.loss.prototypes import Span, cross_entropy
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -142,11 +142,10 @@ def test_pieces_are_weighted_sums_of_plain_cross_entropies() -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.rand(4, 5, generator=generator)  # rows need not sum to 1
     weight = torch.rand(2, generator=generator)
-
-    def predictions() -> Iterator[Prediction]:
-        yield Prediction(slice(0, 2), q[:2], 0.3, 0)
-        yield Prediction(slice(3, 5), q[2:], weight, 1)
-
+    spans = [
+        Span(target_of(q[2:]), weight, (1,), first=3),
+        Span(target_of(q[:2]), torch.full((2,), 0.3), (0,)),
+    ]
     logits = leaf(torch.randn(6, 5, generator=generator))
     log_p = (logits / 0.5).log_softmax(dim=1)
     plain = torch.stack(
@@ -155,7 +154,7 @@ def test_pieces_are_weighted_sums_of_plain_cross_entropies() -> None:
             -(weight[:, None] * q[2:] * log_p[3:5]).sum(),
         ]
     )
-    sums = cross_entropy(logits, predictions, 2, 0.5)
+    sums = cross_entropy(logits, spans, 2, 0.5)
     torch.testing.assert_close(sums, plain)
     upstream = torch.tensor([2.0, -0.7])
     (plain_gradient,) = torch.autograd.grad(plain, logits, upstream)
@@ -166,9 +165,7 @@ def test_pieces_are_weighted_sums_of_plain_cross_entropies() -> None:
 
 def test_a_second_backward_is_refused_not_wrong() -> None:
     logits = torch.randn(2, 3, requires_grad=True)
-    sums = cross_entropy(
-        logits, lambda: iter([Prediction(slice(0, 2), torch.ones(2, 3), 1.0, 0)]), 1
-    )
+    sums = cross_entropy(logits, [Span(target_of(torch.ones(2, 3)), torch.ones(2), (0,))], 1)
     sums.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         sums.sum().backward()
