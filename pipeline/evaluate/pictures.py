@@ -39,17 +39,18 @@ def crops_sheet(batch: Batch, spec: PhotometricSpec, grid: tuple[int, int]) -> I
     Colour is applied; patches hidden by the mask are violet.
 
     Args:
-        batch: its first images are shown.
+        batch: its first images are shown, without those that could not be decoded.
         spec: the one the batch's parameters were drawn with.
         grid: patches of a global crop, (rows, columns).
     """
     columns = GLOBAL_CROPS + min(2, batch.local_crops.shape[1])
-    shown = batch.take(0, columns).to("cpu")
+    shown = batch.without_fillers().take(0, columns).to("cpu")
     views = shown.views(spec)
     hidden = views.masks.view(-1, 1, *grid)
     global_tiles = _shade(_tiles(_colours(views.global_views, spec)), hidden)
     local_tiles = _tiles(_colours(views.local_views, spec))
-    tiles = torch.cat((global_tiles, local_tiles)).reshape(-1, shown.images, 3, CELL, CELL)
+    crops = GLOBAL_CROPS + batch.local_crops.shape[1]
+    tiles = torch.cat((global_tiles, local_tiles)).reshape(crops, shown.images, 3, CELL, CELL)
     rows = tiles[:columns].transpose(0, 1)  # crop-major to a row for each image
     return _square(rows.flatten(0, 1), columns)
 

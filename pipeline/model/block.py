@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.views.copies import sent
+
 LAYER_NORM_EPS = 1e-6  # the reference; torch's own default is 1e-5
 
 Group = tuple[int, int]  # (views, tokens per view) of one crop size
@@ -37,21 +39,23 @@ def draw_subsets(
     """Draw the views that each of `branches` residual branches keeps (DINOv2 layers/block.py).
 
     Of a group of n views `max(int(n * (1 - rate)), 1)` are kept, drawn anew for every branch and
-    group, branches first. All draws are made here, so a step needs one copy to the device and the
-    blocks hold no randomness.
+    group, branches first. All draws are made here and travel in one copy, as views, of which the
+    device makes rows. The blocks hold no randomness.
     """
     source = generator.device if generator is not None else torch.device("cpu")
     kept = tuple((max(int(n * (1 - rate)), 1), tokens) for n, tokens in groups)
-    rows: list[list[Tensor]] = [[] for _ in groups]
-    for _ in range(branches):
-        for group, (views, _) in enumerate(groups):
+    picked = torch.empty(branches, sum(views for views, _ in kept), dtype=torch.long, device=source)
+    for branch in range(branches):
+        start = 0
+        for (views, _), (kept_views, _) in zip(groups, kept, strict=True):
             order = torch.randperm(views, generator=generator, device=source)
-            rows[group].append(order[: kept[group][0]])
+            picked[branch, start : start + kept_views] = order[:kept_views]
+            start += kept_views
     indices, scales, offset = [], [], 0
-    for (views, tokens), (kept_views, _), picked in zip(groups, kept, rows, strict=True):
-        chosen = torch.stack(picked).to(device, non_blocking=True)  # [branches, kept]
+    chosen = torch.split(sent(picked, device), [views for views, _ in kept], dim=1)
+    for (views, tokens), (kept_views, _), of_group in zip(groups, kept, chosen, strict=True):
         inside = torch.arange(tokens, device=device)
-        indices.append((offset + chosen[:, :, None] * tokens + inside).flatten(1))
+        indices.append((offset + of_group[:, :, None] * tokens + inside).flatten(1))
         scales.append(torch.full((kept_views * tokens, 1), views / kept_views, device=device))
         offset += views * tokens
     index, scale = torch.cat(indices, dim=1), torch.cat(scales)

@@ -78,7 +78,7 @@ def _micro_batches(
         for chunk in chunks_in(block):
             parts = step[arrived % accumulation]
             last = len(parts) + 1 == chunks
-            parts.append(Batch.from_chunk(chunk, last and not any(part.images for part in parts)))
+            parts.append(Batch.from_chunk(chunk))
             arrived += 1
             if arrived % accumulation == 0 and last:
                 yield from (Batch.concat(parts, pin) for parts in step)

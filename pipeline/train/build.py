@@ -9,8 +9,9 @@ from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
 from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
-from pipeline.model.vit import BackboneSpec
+from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.plan.plan import Plan, evaluation_size
+from pipeline.train.ahead import ViewMaker
 from pipeline.train.speed.cost import (
     BACKWARD,
     BYTES_F32,
@@ -24,6 +25,8 @@ from pipeline.train.speed.cost import (
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Apply
 from pipeline.views.crops import CropSpec
+from pipeline.views.masked import PatchFinder, usual_length
+from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import CompiledPhotometric, PhotometricSpec, apply_photometric
 
 BLUR = {
@@ -148,6 +151,42 @@ def photometric_function(plan: Plan, device: torch.device) -> Apply:
     One crop after the other is faster on a CPU than anything compiled (benchmarks/colour.py).
     """
     return CompiledPhotometric() if plan.compile and device.type != "cpu" else apply_photometric
+
+
+def mask_spec(plan: Plan) -> MaskSpec:
+    """Which patches the CPU tasks hide."""
+    loss = plan.config.loss
+    return MaskSpec(plan.grid, loss.mask_probability, loss.mask_ratio)
+
+
+def view_maker(plan: Plan, built: Pair, device: torch.device) -> ViewMaker:
+    """What makes views on the training device.
+
+    Our ViT begins with a convolution, which autocast gives its input in bfloat16: views that are in
+    it already give the same bits and take half the memory. Other networks may begin otherwise.
+    """
+    encoders = [encoder for encoder in (*built, built.frozen) if encoder]
+    ours = all(isinstance(encoder.backbone, VisionTransformer) for encoder in encoders)
+    half = ours and plan.precision == "bfloat16"
+    return ViewMaker(
+        photometric_spec(plan.config),
+        photometric_function(plan, device),
+        device,
+        torch.bfloat16 if half else torch.float32,
+        patch_finder(plan),
+    )
+
+
+def patch_finder(plan: Plan) -> PatchFinder:
+    """What finds the patches that iBOT scores; nearly every step has as many places."""
+    spec = mask_spec(plan)
+    if not plan.config.loss.ibot_weight:
+        return PatchFinder(0)
+    if plan.config.distill.teacher:
+        every = plan.micro_batch * spec.global_crops * spec.grid[0] * spec.grid[1]
+        return PatchFinder(every, every=True)
+    batch = plan.config.optim.global_batch_size
+    return PatchFinder(usual_length(plan.micro_batch, batch, spec))
 
 
 def compile_blocks(pair: Pair) -> None:

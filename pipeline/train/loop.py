@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any
 
 import ray.train
@@ -41,7 +41,10 @@ def train_worker(job: Job) -> dict[str, Any] | None:
     )
     with beating(WORKER_SILENCE_S) if rank == 0 else nullcontext(), doing("pretrain: starting"):
         worker = Worker.start(job, plan, rank)
-        return _train(worker) if worker else None
+        if worker is None:
+            return None
+        with closing(worker.images):
+            return _train(worker)
 
 
 def _train(worker: Worker) -> dict[str, Any] | None:
@@ -61,15 +64,15 @@ def _train(worker: Worker) -> dict[str, Any] | None:
     while step < plan.steps:
         now(f"pretrain: waiting for the images of step {step}")
         with clock.waiting(), part("data"):
-            micro_batches = worker.next_batches()
-        window.add_images(micro_batches)
+            images = worker.images.next()
+        window.add_images(images.batches)
         if step == 0:
-            rank_zero.picture_crops(micro_batches[0])
+            rank_zero.picture_crops(images.batches[0])
 
         compiles = ", which compiles the networks" if step == worker.first_step else ""
         now(f"pretrain: step {step}{compiles if plan.compile else ''}")
         try:
-            result = worker.step(step, micro_batches, stop=bool(rank_zero.request()))
+            result = worker.step(step, images, stop=bool(rank_zero.request()))
         except NonFinite as error:
             outcome = {"status": "non_finite", "step": step, "detail": error.what}
             rank_zero.non_finite(step, window.gathered(worker.device, plan.workers), clock)
@@ -99,6 +102,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
                 break
             if request == MOVE:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
+    worker.images.close()  # before the last evaluation and checkpoint are waited for
     return rank_zero.finish(outcome, clock)
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.errors import PipelineError
 from pipeline.loss.dino import GLOBAL, LOCAL, dino_span
@@ -22,7 +21,7 @@ from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, cross_entropy
 from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
 from pipeline.views.batch import Views
-from pipeline.views.masked import Masked
+from pipeline.views.masked import Masked, masked_patches, scored_patches
 
 PATCH = 2  # place of the iBOT term beside GLOBAL and LOCAL
 PATCH_STEPS = 32  # numbers of rows that masked patches are filled up to, of those of all patches
@@ -108,11 +107,13 @@ class Objective:
 
     def masked(self, views: Views) -> Masked:
         """The patches that iBOT scores: the masked ones, all when distilling, none where iBOT has
-        weight 0.
+        weight 0. Views that do not say it are looked at, for which the host waits.
 
         Raises:
             PipelineError: iBOT has a weight, and the views have no masks.
         """
+        if views.masked is not None:
+            return views.masked
         if not views.masks.shape[1]:
             if self.spec.ibot_weight:
                 raise PipelineError(
@@ -120,14 +121,8 @@ class Objective:
                     "give the views masks (masks_for), or ObjectiveSpec(ibot_weight=0)",
                 )
             return Masked(torch.zeros(0, dtype=torch.long, device=views.masks.device), 0)
-        flat = self._scored(views).flatten()
-        patches = len(flat)
-        if self.spec.ibot_weight == 0:
-            flat = flat[:0]
-        places = flat.nonzero().squeeze(1)
-        step = -(-patches // PATCH_STEPS)
-        length = min(patches, -(-len(places) // step) * step)
-        return Masked(F.pad(places, (0, length - len(places))), len(places))
+        scored = self._scored(views) if self.spec.ibot_weight else views.masks[:0]
+        return masked_patches(scored, multiple=-(-views.masks.numel() // PATCH_STEPS))
 
     def hidden(self, views: Views) -> Tensor | None:
         """Bool `[V, P]`, the patches hidden from the student: none when distilling, None where
@@ -138,7 +133,7 @@ class Objective:
         return torch.zeros_like(views.masks) if self.spec.distil else views.masks
 
     def _scored(self, views: Views) -> Tensor:
-        return torch.ones_like(views.masks) if self.spec.distil else views.masks
+        return scored_patches(views.masks, views.weights, self.spec.distil)
 
     def targets(self, teacher: Iterator[Answer], temperature: float) -> Iterator[Targets]:
         """Targets of a step's micro batches, in order, from the teacher's answers to them.

@@ -30,7 +30,6 @@ from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build
 from pipeline.train.checkpoint import state
 from pipeline.uri import public
-from pipeline.views.masks import MaskSpec
 
 if TYPE_CHECKING:
     from pipeline.train.worker import Job
@@ -87,7 +86,6 @@ def reading_for(plan: Plan, shards: ShardSet) -> Reading:
 def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
     """What the read and decode tasks need, with so many bytes of object store in the cluster."""
     config = plan.config
-    loss = config.loss
     return StreamSpec(
         columns=as_planned(plan, shards).columns,
         seed=config.run.seed,
@@ -95,7 +93,7 @@ def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
         steps_per_pass=plan.steps_per_pass,
         crops=build.crop_spec(config),
         photometric=build.photometric_spec(config),
-        masks=MaskSpec(plan.grid, loss.mask_probability, loss.mask_ratio),
+        masks=build.mask_spec(plan),
         chunk=plan.chunk_images,
         max_pixels=config.data.max_image_pixels,
         scaled_decode=config.data.scaled_decode,

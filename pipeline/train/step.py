@@ -2,7 +2,8 @@
 
 Order (DINOv2 train/train.py): rates, teacher targets, student forward and backward, clip each
 module, check that all is finite, centres, AdamW, teacher. Weights and centres change only after the
-check. The host waits for the device twice: to count the masked patches, and for the check.
+check. The host waits for the device once, for the check; and for views that do not say which
+patches are masked (`Views.masked`, which the stream's do) once more for each micro batch.
 """
 
 from __future__ import annotations

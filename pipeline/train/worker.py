@@ -7,7 +7,6 @@ the networks are built.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,17 +20,16 @@ from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
 from pipeline.train import build, start
+from pipeline.train.ahead import Ahead, Between, StepImages, images_of
+from pipeline.train.build import view_maker
 from pipeline.train.checkpoint import state
 from pipeline.train.parallel.strategy import data_parallel
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed import cost
 from pipeline.train.speed.bottleneck import Clock
-from pipeline.train.speed.parts import part
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
 from pipeline.uri import Place, is_uri, join
-from pipeline.views.batch import Apply, Batch, Views
-from pipeline.views.photometric import PhotometricSpec
 
 
 class Job(TypedDict):
@@ -54,11 +52,9 @@ class Worker:
     rank: int
     device: torch.device
     first_step: int  # the one that this group starts or goes on with
-    stream: Iterator[Batch]
+    images: Between | Ahead  # of the steps that are left
     state: TrainState
     student: torch.nn.Module  # that of `state`, in DDP where there are several workers
-    photometric: PhotometricSpec
-    colours: Apply
     autocast_dtype: torch.dtype | None
     clock: Clock
     rank_zero: OtherRank  # a `RankZero` on rank 0 alone
@@ -108,26 +104,20 @@ class Worker:
             rank=rank,
             device=device,
             first_step=first_step,
-            stream=stream,
+            images=images_of(stream, plan.accumulation, view_maker(plan, train_state.pair, device)),
             state=train_state,
             student=student,
-            photometric=build.photometric_spec(plan.config),
-            colours=build.photometric_function(plan, device),
             autocast_dtype=dtype,
             clock=clock,
             rank_zero=RankZero(plan, train_state, job, folder, meta) if rank == 0 else OtherRank(),
         )
 
-    def next_batches(self) -> list[Batch]:
-        """The micro batches of the next step; waits for them."""
-        return [next(self.stream) for _ in range(self.plan.accumulation)]
-
-    def step(self, step: int, micro_batches: Sequence[Batch], stop: bool) -> StepResult:
+    def step(self, step: int, images: StepImages, stop: bool) -> StepResult:
         """One update from these images; raises what `train_step` raises."""
         return train_step(
             self.student,
             self.state.pair,
-            [_views(b, self.photometric, self.device, self.colours) for b in micro_batches],
+            images.views(),
             self.state.optimizer,
             self.plan.at(step),
             self.state.objective,
@@ -155,11 +145,6 @@ def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[s
     saved, tensors = state.restored(checkpoints) if rank == 0 else (None, {})
     step = int(_from_rank_0(str(saved.step if saved else -1)))
     return (saved, tensors) if rank == 0 or step < 0 else state.restored_at(checkpoints, step)
-
-
-def _views(batch: Batch, spec: PhotometricSpec, device: torch.device, colours: Apply) -> Views:
-    with part("colour"):
-        return batch.to(device).views(spec, photometric=colours)
 
 
 def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:

@@ -155,6 +155,9 @@ class Batch:
     """One step's images on one worker, image-major as the stream makes them.
 
     Read only: the crops may lie in the object store, where a write ends the process.
+
+    An image that cannot be decoded keeps its row, so that no shape depends on it: a filler, the
+    pixels and colour numbers of another image of its chunk, with weight 0 and nothing masked.
     """
 
     image_ids: Tensor  # uint8 [B, 16]
@@ -163,8 +166,9 @@ class Batch:
     photometric: Tensor  # float32 [B, 2 + L, PARAMS]
     masks: Tensor  # bool [B, 2, P]
     labels: Tensor  # int64 [B], -1 = unknown
-    bad: tuple[BadImage, ...] = ()  # images that were dropped on the way
+    bad: tuple[BadImage, ...] = ()  # images that cannot be used
     spent: Spent = field(default_factory=lambda: Spent())  # what making them took
+    weights: Tensor | None = None  # float32 [B], 0 for a filler; None: there is none
 
     @property
     def images(self) -> int:
@@ -172,14 +176,14 @@ class Batch:
         return len(self.image_ids)
 
     @classmethod
-    def from_chunk(cls, chunk: Mapping[str, npt.NDArray[Any]], keep_one: bool = True) -> "Batch":
+    def from_chunk(cls, chunk: Mapping[str, npt.NDArray[Any]]) -> "Batch":
         """Make a batch from the arrays of the stream.
 
         Args:
             chunk: arrays named and shaped like the fields, and `valid` bool [B]. Rows that are not
-                valid are dropped and listed in `bad`, with the text columns `reason` and `detail`
-                [B] where the chunk has them. `spent` has the fields of `Spent` behind the first.
-            keep_one: where none is valid, keep one, which is black.
+                valid become fillers and are listed in `bad`, with the text columns `reason` and
+                `detail` [B] where the chunk has them. `spent` has the fields of `Spent` behind the
+                first.
 
         Raises:
             DataError: naming the array that is missing or has another dtype or shape.
@@ -189,22 +193,20 @@ class Batch:
             if name not in chunk:
                 raise DataError(f"a chunk has no {name!r} (found: {', '.join(chunk)})")
             _check(name, chunk[name], np.dtype(dtype), shape, sizes)
-        valid = chunk["valid"].copy()
-        dropped = np.flatnonzero(~valid)
-        # A worker without a batch would stop the others.
-        valid[0] |= keep_one and not valid.any()
-        kept = {name: chunk[name] if valid.all() else chunk[name][valid] for name, *_ in _COLUMNS}
+        valid = chunk["valid"]
+        tensors = {name: _tensor(chunk[name]) for name, *_ in _COLUMNS}
+        if not valid.all():
+            tensors |= _with_fillers(tensors, valid)
         bad = tuple(
             (
                 chunk["image_ids"][row].tobytes().hex(),
                 str(chunk["reason"][row]) if "reason" in chunk else "undecodable",
                 str(chunk["detail"][row]) if "detail" in chunk else "",
             )
-            for row in dropped
+            for row in np.flatnonzero(~valid)
         )
         took = chunk["spent"].tolist() if "spent" in chunk else ()
-        spent = Spent(len(chunk["valid"]), *took)
-        return cls(**{name: _tensor(array) for name, array in kept.items()}, bad=bad, spent=spent)
+        return cls(**tensors, bad=bad, spent=Spent(len(valid), *took))
 
     @classmethod
     def concat(cls, batches: Sequence["Batch"], pin: bool = False) -> "Batch":
@@ -216,8 +218,12 @@ class Batch:
         """
         if len(batches) == 1 and not pin:
             return batches[0]
+        names = [name for name, *_ in _COLUMNS]
+        if any(b.weights is not None for b in batches):
+            names.append("weights")
+            batches = [replace(b, weights=b.weights_or_ones) for b in batches]
         joined = {}
-        for name, *_ in _COLUMNS:
+        for name in names:
             parts = [getattr(b, name) for b in batches]
             shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
             joined[name] = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin)
@@ -226,6 +232,19 @@ class Batch:
         for batch in batches:
             spent = spent.plus(batch.spent)
         return cls(**joined, bad=tuple(row for b in batches for row in b.bad), spent=spent)
+
+    @property
+    def weights_or_ones(self) -> Tensor:
+        """Float32 [B]."""
+        return torch.ones(self.images) if self.weights is None else self.weights
+
+    def without_fillers(self) -> "Batch":
+        """The images that could be decoded."""
+        if self.weights is None:
+            return self
+        rows = self.weights.nonzero()[:, 0]
+        kept = {name: getattr(self, name)[rows] for name, *_ in _COLUMNS}
+        return replace(self, **kept, weights=None)
 
     def split(self, parts: int) -> list["Batch"]:
         """Cut into micro-batches of consecutive images; the first one keeps `bad` and `spent`.
@@ -241,6 +260,8 @@ class Batch:
     def take(self, start: int, stop: int) -> "Batch":
         """The images from `start` up to `stop`; `bad` and `spent` go with the first one."""
         part = {name: getattr(self, name)[start:stop] for name, *_ in _COLUMNS}
+        if self.weights is not None:
+            part["weights"] = self.weights[start:stop]
         return Batch(**part, bad=self.bad, spent=self.spent) if start == 0 else Batch(**part)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
@@ -252,7 +273,7 @@ class Batch:
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if f.name not in ("photometric", "bad", "spent")
+            if isinstance(getattr(self, f.name), Tensor) and f.name != "photometric"
         }
         return replace(self, **moved)
 
@@ -261,6 +282,7 @@ class Batch:
         spec: PhotometricSpec,
         dtype: torch.dtype = torch.float32,
         photometric: Apply = apply_photometric,
+        masked: Masked | None = None,
     ) -> Views:
         """Apply colour, blur and solarize and normalise; see `Views` for the order of the rows.
 
@@ -268,17 +290,32 @@ class Batch:
             spec: the one the parameters were drawn with.
             dtype: of the views.
             photometric: `apply_photometric` or a compiled form of it.
+            masked: what iBOT scores, where it is known.
         """
-
-        def crop_major(x: Tensor) -> Tensor:
-            return x.transpose(0, 1).flatten(0, 1)
-
         parameters = (self.photometric[:, :GLOBAL_CROPS], self.photometric[:, GLOBAL_CROPS:])
         global_views, local_views = (
             photometric(crop_major(crops), crop_major(p), spec, dtype)
             for crops, p in zip((self.global_crops, self.local_crops), parameters, strict=True)
         )
-        return Views(global_views, local_views, crop_major(self.masks), self.images)
+        masks = crop_major(self.masks)
+        return Views(global_views, local_views, masks, self.images, self.weights, masked)
+
+
+def crop_major(x: Tensor) -> Tensor:
+    """`[B, V, …]` as `[V B, …]`: all images' first crop, then all images' second."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def _with_fillers(tensors: Mapping[str, Tensor], valid: npt.NDArray[np.bool_]) -> dict[str, Tensor]:
+    """What changes where some rows are not valid: a copy, as a chunk is read only."""
+    counts = torch.from_numpy(valid.copy())
+    source = torch.where(counts, torch.arange(len(counts)), int(valid.argmax()))
+    changed = {n: tensors[n][source] for n in ("global_crops", "local_crops", "photometric")}
+    if not valid.any():  # black
+        changed["global_crops"].zero_()
+        changed["local_crops"].zero_()
+    masks = tensors["masks"] & counts[:, None, None]
+    return changed | {"masks": masks, "weights": counts.float()}
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:

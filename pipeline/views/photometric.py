@@ -51,6 +51,7 @@ from pipeline.views.colour_crop import (
     solarize_,
 )
 from pipeline.views.colour_fused import Jitter, jitter_planes
+from pipeline.views.copies import sent
 
 # Columns of the parameters.
 BRIGHTNESS = 0  # factor, 1 changes nothing
@@ -295,15 +296,14 @@ _IN_PLACE = (brightness_, contrast_, saturation_, hue_)
 class CompiledPhotometric:
     """`apply_photometric` compiled, for an accelerator; parameters are moved to the crops.
 
-    There is one graph for each shape, and compiling one takes a minute. Batches that lost bad
-    images are therefore filled up: all calls with crops of one size see as many crops.
+    There is one graph for each shape, and compiling one takes a minute: batches have as many images
+    in every step, whatever could be decoded (`Batch`).
     """
 
     def __init__(self, backend: str = "inductor"):
         self._compiled = torch.compile(
             apply_photometric, fullgraph=True, dynamic=False, backend=backend
         )
-        self._counts: dict[torch.Size, int] = {}
 
     def __call__(
         self,
@@ -313,15 +313,8 @@ class CompiledPhotometric:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """See `apply_photometric`; the first call for a size of crops compiles."""
-        count, size = len(crops), crops.shape[1:]
-        if not count:
-            return apply_photometric(crops, params.to(crops.device), spec, dtype)
-        full = self._counts[size] = max(count, self._counts.get(size, 0))
-        # Contiguous, as a change of strides would compile again. The copy of the parameters does
-        # not make the host wait: the driver takes a few kilobytes at once.
-        params = params.contiguous().to(crops.device, non_blocking=True)
-        crops = crops.contiguous()
-        if count < full:
-            crops = torch.cat((crops, crops.new_zeros((full - count, *size))))
-            params = torch.cat((params, params.new_zeros((full - count, PARAMS))))
-        return self._compiled(crops, params, spec, dtype)[:count]
+        params = sent(params.contiguous(), crops.device)
+        if not len(crops):
+            return apply_photometric(crops, params, spec, dtype)
+        # Contiguous, as a change of strides would compile again.
+        return self._compiled(crops.contiguous(), params, spec, dtype)

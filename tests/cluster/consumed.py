@@ -32,7 +32,7 @@ class Hook:
             run(module)
             module.batches = noted(module.batches)
             if "NAN_STEP" in os.environ:
-                module._views = poisoned(module._views)
+                module.view_maker = poisoned(module.view_maker)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -48,22 +48,28 @@ def noted(batches):
                     "first": request.first_step, "begin": begin}
             file.write(json.dumps(head) + "\\n")
             for batch in batches(request, **options):
-                ids = [bytes(row.numpy()).hex() for row in batch.image_ids]
-                ids += [name for name, _, _ in batch.bad]
+                ids = [bytes(row.numpy()).hex() for row in batch.image_ids]  # bad ones too
                 time.sleep(float(os.environ.get("STEP_S", "0")))  # steps of a larger network
                 file.write(json.dumps({"time": time.time(), "ids": ids}) + "\\n")
                 yield batch
     return wrapped
 
 
-def poisoned(views):
+def poisoned(view_maker):
     calls = iter(range(10**9))
 
     def wrapped(*arguments):
-        found = views(*arguments)
-        if next(calls) == int(os.environ["NAN_STEP"]) and os.environ["RANK"] == "1":
-            found.global_views[0, 0, 0, 0] = float("nan")  # one pixel of one of two workers
-        return found
+        make = view_maker(*arguments)
+
+        class Poisoned(type(make)):
+            def __call__(self, batch):
+                views = super().__call__(batch)
+                if next(calls) == int(os.environ["NAN_STEP"]) and os.environ["RANK"] == "1":
+                    views.global_views[0, 0, 0, 0] = float("nan")  # one pixel of one of two workers
+                return views
+
+        make.__class__ = Poisoned
+        return make
     return wrapped
 
 

@@ -68,33 +68,61 @@ def test_views_dtype_and_another_photometric_function():
     torch.testing.assert_close(views.global_views, batch.views(PLAIN).global_views)
 
 
-def test_invalid_rows_are_dropped_and_listed():
+FILLED = ("global_crops", "local_crops", "photometric")
+
+
+def test_invalid_rows_are_listed_and_filled_with_another_image():
     data = chunk() | {
         "valid": np.array([True, False, True]),
         "reason": np.array(["", "truncated", ""]),
         "detail": np.array(["", "ends after 12 bytes", ""], dtype=object),
     }
+    data["photometric"] += np.arange(B, dtype=np.float32)[:, None, None] / 8
     batch = Batch.from_chunk(data)
-    assert batch.images == 2 and batch.labels.tolist() == [-1, 1]
-    assert batch.global_crops[1, 0, 0, 0, 0] == 2
+    assert batch.images == B and batch.weights.tolist() == [1, 0, 1]
+    for name in FILLED:
+        ours = getattr(batch, name).numpy()
+        assert (ours[[0, 2]] == data[name][[0, 2]]).all() and (ours[1] == ours[0]).all()
+    assert batch.masks.sum(dim=(1, 2)).tolist() == [2, 0, 2] and data["masks"].all(2).sum() == 0
+    assert (batch.image_ids.numpy() == data["image_ids"]).all()
     identity = bytes(range(16, 32)).hex()
     assert batch.bad == ((identity, "truncated", "ends after 12 bytes"),)
+    views = batch.views(PLAIN)
+    assert views.weights.tolist() == [1, 0, 1] and views.global_views.shape[0] == 2 * B
+    assert batch.without_fillers().labels.tolist() == [-1, 1]
     del data["reason"], data["detail"]
     assert Batch.from_chunk(data).bad == ((identity, "undecodable", ""),)
+
+
+def test_a_chunk_of_bad_images_alone_is_black_and_each_is_listed_once():
+    data = chunk() | {"valid": np.zeros(B, bool)}
+    data["global_crops"] += 9
+    parts = [Batch.from_chunk(data), Batch.from_chunk(chunk(2))]
+    batch = Batch.concat(parts)
+    assert batch.weights.tolist() == [0] * B + [1] * 2
+    assert not batch.global_crops[:B].any() and not batch.local_crops[:B].any()
+    assert not batch.masks[:B].any() and batch.masks[B:].any()
+    assert [identity for identity, *_ in batch.bad] == [
+        bytes(range(16 * i, 16 * i + 16)).hex() for i in range(B)
+    ]
+    assert [part.weights.tolist() for part in batch.split(5)] == [[0]] * B + [[1]] * 2
+    assert [len(part.bad) for part in batch.split(5)] == [B, 0, 0, 0, 0]
+    assert batch.without_fillers().images == 2
+    assert Batch.concat([Batch.from_chunk(chunk()), Batch.from_chunk(chunk())]).weights is None
 
 
 def test_concat_and_split_are_inverse():
     first, second = chunk(2), chunk(4)
     second["valid"][0] = False
     batch = Batch.concat([Batch.from_chunk(first), Batch.from_chunk(second)])
-    assert batch.images == 5 and len(batch.bad) == 1
-    with pytest.raises(DataError, match="5 images does not divide into 2 parts"):
-        batch.split(2)
-    parts = batch.split(5)
+    assert batch.images == 6 and len(batch.bad) == 1
+    with pytest.raises(DataError, match="6 images does not divide into 4 parts"):
+        batch.split(4)
+    parts = batch.split(6)
     again = Batch.concat(parts)
-    for name in ("image_ids", "global_crops", "local_crops", "photometric", "masks", "labels"):
+    for name in (*FILLED, "image_ids", "masks", "labels", "weights"):
         assert torch.equal(getattr(again, name), getattr(batch, name))
-    assert again.bad == batch.bad and [p.images for p in parts] == [1] * 5
+    assert again.bad == batch.bad and [p.images for p in parts] == [1] * 6
 
 
 def test_moving_leaves_the_photometric_numbers_on_the_host():
@@ -138,16 +166,22 @@ def test_a_missing_array_is_named():
         Batch.from_chunk(data)
 
 
-def test_a_micro_batch_keeps_one_image_where_all_are_bad() -> None:
+def test_a_micro_batch_has_as_many_images_whatever_could_be_decoded() -> None:
     bad, good = chunk(), chunk()
     bad["valid"][:] = False
     size = len(bad["valid"])
 
-    def images(*chunks: dict[str, np.ndarray]) -> list[int]:
+    def counted(*chunks: dict[str, np.ndarray]) -> list[tuple[int, int, int]]:
         tables = [chunk_table(one | {"reason": np.zeros(size, np.int8)}) for one in chunks]
-        return [batch.images for batch in _micro_batches(iter(tables), 2, 1, False)]
+        batches = list(_micro_batches(iter(tables), 2, 1, False))
+        return [(b.images, int(b.weights_or_ones.sum()), len(b.bad)) for b in batches]
 
-    assert images(bad, good, good, bad, bad, bad, good, good) == [size, size, 1, 2 * size]
+    assert counted(bad, good, good, bad, bad, bad, good, good) == [
+        (2 * size, size, size),
+        (2 * size, size, size),
+        (2 * size, 0, 2 * size),
+        (2 * size, 2 * size, 0),
+    ]
 
 
 def test_micro_batches_hold_the_same_images_for_any_number_of_workers():
