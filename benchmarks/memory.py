@@ -22,7 +22,7 @@ from pipeline import api
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
-from pipeline.train import build
+from pipeline.train import build, estimate
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -76,7 +76,7 @@ def measure(recipe: str, batch: int, precision: str, steps: int) -> None:
             pair.student, pair, [views], optimizer, plan.at(step), objective, autocast_dtype=dtype
         )
     ended.set()
-    peak, said = peaks[-1] - before, build.estimated_cost(plan, pair).memory_bytes / MIB
+    peak, said = peaks[-1] - before, estimate.estimated_cost(plan, pair).memory_bytes / MIB
     print(f"| {recipe} | {images} | {precision} | {said:.0f} | {peak:.0f} | {said / peak:.2f} |")
 
 

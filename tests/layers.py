@@ -93,7 +93,7 @@ TABLE = [
         others="torch"),
     row("train.checkpoint.*", "errors storage train.checkpoint.* train.parallel.* uri",
         others="numpy safetensors torch"),
-    row("train.build train.start",
+    row("train.build train.estimate train.start",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
     row("train.rank_zero", "driver errors evaluate heartbeat loss model plan schedule shards "

@@ -15,7 +15,7 @@ from pipeline.config.load import load
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.plan.resume import value_at
-from pipeline.train import build
+from pipeline.train import build, estimate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -128,7 +128,7 @@ def test_the_memory_on_a_card_is_what_the_dry_run_says(
     for overrides, said, limit in (((), large[1], 70), ((small[1],), small[2], 20)):
         config = recipe(name, *overrides)
         found = plan(config, gpus)
-        cost = build.estimated_cost(found, build.pair(config))
+        cost = estimate.estimated_cost(found, build.pair(config))
         assert round(cost.memory_bytes / 2**30) == pytest.approx(int(said), abs=1)
         assert cost.memory_bytes / 2**30 < limit
 

@@ -25,7 +25,7 @@ from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import build, start
+from pipeline.train import estimate, start
 from pipeline.train.checkpoint import state
 from pipeline.train.run import check_resume
 from pipeline.uri import is_uri, public
@@ -202,7 +202,7 @@ def _say_training(
         check_resume(config, digest, folder)
     plan = start.located(plan, state.latest(folder.checkpoints))
     built = starting_pair(plan, folder)
-    cost = build.estimated_cost(plan, built)
+    cost = estimate.estimated_cost(plan, built)
     for line in describe(plan, built, cost):
         log.info("%s", line)
     fits.say_memory(plan, cost, machine)

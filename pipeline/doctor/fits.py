@@ -13,7 +13,8 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import placed
 from pipeline.plan.plan import Plan
 from pipeline.train.speed.bottleneck import count
-from pipeline.train.speed.cost import Cost, peak_flops
+from pipeline.train.speed.cost import Cost
+from pipeline.train.speed.peaks import peak_flops
 
 log = logging.getLogger("pipeline")
 GIB = 2**30
@@ -126,6 +127,9 @@ def say_disk(needs: Sequence[tuple[str, str, float]]) -> None:
 def say_time(plan: Plan, cost: Cost, machine: Machine) -> None:
     """Says how long training takes, and warns where that is more than a day."""
     seconds = seconds_of(plan, cost)
+    if not seconds:
+        log.info("time        not known: this machine has no GPU whose speed is known")
+        return
     place = "this machine" if one(machine) else "this cluster"
     log.info(
         "time        about %s of training on %s, with %s (%.1f GFLOP an image)",
@@ -150,13 +154,15 @@ def say_time(plan: Plan, cost: Cost, machine: Machine) -> None:
 
 
 def seconds_of(plan: Plan, cost: Cost) -> float:
-    """Of training, by the speed of matrix products here."""
+    """Of training, by the speed of matrix products here; 0 where it is not known."""
     import torch
 
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        return 0.0  # the GPUs are on other nodes
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     peak = peak_flops(plan.device, dtype, plan.threads) * plan.workers * EFFICIENCY[plan.device]
     images = plan.config.optim.global_batch_size * plan.steps
-    return cost.flops_per_image * images / max(peak, 1.0)
+    return cost.flops_per_image * images / peak if peak else 0.0
 
 
 def in_words(seconds: float) -> str:

@@ -18,7 +18,7 @@ from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
-from pipeline.train import build, start
+from pipeline.train import build, estimate, start
 from pipeline.train.checkpoint import state
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
@@ -97,6 +97,11 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     text = (
         f"{outcome.status} at step {outcome.step}/{run_plan.steps}"
         + (f", {details['images_per_s']:,.0f} images/s" if "images_per_s" in details else "")
+        + (
+            f", MFU {100 * details['mfu']:.1f} %"
+            if "mfu" in details and run_plan.device == "cuda"
+            else ""
+        )
         + (
             f", data wait {100 * details['data_wait_fraction']:.1f} %"
             if "data_wait_fraction" in details
@@ -192,7 +197,7 @@ def digest_shown(digest: str) -> str:
 
 def _described(plan: Plan, folder: RunFolder) -> list[str]:
     built = starting_pair(plan, folder)  # it goes with this function: training needs the memory
-    return describe(plan, built, build.estimated_cost(plan, built))
+    return describe(plan, built, estimate.estimated_cost(plan, built))
 
 
 def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import Module
 
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
-from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
+from pipeline.model.pair import HeadSpec, Pair, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.ahead import ViewMaker
-from pipeline.train.speed.cost import (
-    BACKWARD,
-    BYTES_F32,
-    LIBRARIES,
-    Cost,
-    View,
-    kept_for_backward,
-    measured_view,
-    vit_view,
-)
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Apply
 from pipeline.views.crops import CropSpec
@@ -196,113 +185,3 @@ def compile_blocks(pair: Pair) -> None:
         network = backbone.module if isinstance(backbone, ForeignBackbone) else backbone
         for block in getattr(network, "blocks", ()):
             block.compile(dynamic=None)
-
-
-def flops_per_image(plan: Plan, built: Pair) -> float:
-    """FLOPs of a step, forward and backward, for one of its images."""
-    return _flops(plan, built, _views(plan, built))
-
-
-def _flops(plan: Plan, built: Pair, views: tuple[View, View, View]) -> float:
-    """Backward costs twice the forward.
-
-    Masked patches are those of both global crops and go through the patch head, which may be the
-    same one. The teacher (or the frozen one) only runs forward on the two global crops; a frozen
-    teacher's heads are taken to be the student's.
-    """
-    dino = _parameters(built.student.dino_head)
-    dino_head = 2 * dino
-    patch_head = 2 * (_parameters(built.student.ibot_head) or dino) * _masked_patches(plan, built)
-    whole, local, target = (view.flops for view in views)
-    crops = plan.config.augment.local_crops
-    student = 2 * whole + crops * local + (2 + crops) * dino_head + patch_head
-    return 3 * student + 2 * (target + dino_head) + patch_head
-
-
-def estimated_cost(plan: Plan, built: Pair) -> Cost:
-    """Parameters, FLOPs, memory and disk of a plan.
-
-    On a CPU the memory is within 30 % of what steps take (benchmarks/memory.py); on a GPU it is
-    computed and not measured.
-    """
-    config, half = plan.config, plan.precision == "bfloat16"
-    parameters, element = _parameters(built.student), 2 if half else BYTES_F32
-    rows = 4 + config.augment.local_crops
-    patch_prototypes = (config.ibot_head if built.student.ibot_head else config.head).prototypes
-    scores = rows * config.head.prototypes + 2 * _masked_patches(plan, built) * patch_prototypes
-    # student, its gradients, two moments and the teacher
-    state = (parameters * 5 + _parameters(built.frozen)) * BYTES_F32
-    views = whole, local, _ = _views(plan, built)
-    activations: float
-    if plan.device == "cuda":
-        kept = (2 * whole.activations + config.augment.local_crops * local.activations) * element
-        activations, libraries = kept + 2 * scores * BYTES_F32, 0
-    else:
-        kept = _kept_per_image(plan, built)
-        activations, libraries = BACKWARD * (kept + scores * BYTES_F32), LIBRARIES
-        state += 2 * parameters * half  # autocast holds the weights once more
-    return Cost(
-        parameters=parameters,
-        flops_per_image=_flops(plan, built, views),
-        micro_batch=plan.micro_batch,
-        state_bytes=state,
-        activation_bytes_per_image=activations,
-        batch_bytes_per_image=plan.view_bytes * (3 + element),
-        checkpoint_bytes=parameters * BYTES_F32 * 4,
-        library_bytes=libraries,
-    )
-
-
-def _views(plan: Plan, built: Pair) -> tuple[View, View, View]:
-    """A global and a local view of the student, and a global one of what makes the targets."""
-    augment, student = plan.config.augment, built.student.backbone
-    whole = _view(student, plan.config, augment.global_size)
-    local = _view(student, plan.config, augment.local_size if augment.local_crops else 0)
-    frozen = built.frozen.backbone if built.frozen else None
-    return whole, local, _view(frozen, plan.config, augment.global_size) if frozen else whole
-
-
-def _kept_per_image(plan: Plan, built: Pair) -> float:
-    """Bytes that the student keeps for its backward pass, for each image of a micro batch."""
-    student, augment = built.student, plan.config.augment
-    patches = plan.grid[0] * plan.grid[1]
-    masked = round(_masked_patches(plan, built) / 2)
-
-    def kept(images: int) -> int:
-        masks = torch.zeros(2 * images, patches, dtype=torch.bool)
-        masks[:, :masked] = True
-        places = masks.flatten().nonzero().squeeze(1)
-
-        def forward() -> object:
-            channels = plan.config.model.in_channels
-            sides = [augment.global_size] * 2, [augment.local_size] * 2
-            views = torch.zeros(2 * images, channels, *sides[0])
-            crops = torch.zeros(augment.local_crops * images, channels, *sides[1])
-            hidden = None if built.frozen else masks
-            scores = plan.config.loss.dino_weight > 0
-            return student(views, crops if len(crops) else None, hidden, places, scores, None)
-
-        return kept_for_backward(forward, torch.bfloat16 if plan.precision == "bfloat16" else None)
-
-    # What does not grow with the images are the weights.
-    return (kept(32) - kept(16)) / 16
-
-
-def _masked_patches(plan: Plan, built: Pair) -> float:
-    """Patches that iBOT scores, of both global views of an image, on average."""
-    loss = plan.config.loss
-    share = 1.0 if built.frozen else loss.mask_probability * sum(loss.mask_ratio) / 2
-    return 2 * plan.grid[0] * plan.grid[1] * share if loss.ibot_weight else 0.0
-
-
-def _view(backbone: Backbone, config: Config, size: int) -> View:
-    if not size:
-        return View(0.0, 0.0)
-    if isinstance(backbone, ForeignBackbone):
-        return measured_view(backbone, config.model.in_channels, size)
-    tokens = (size // backbone.patch_size) ** 2 + 1 + backbone.registers
-    return vit_view(_parameters(backbone), tokens, width=backbone.width, depth=len(backbone.blocks))
-
-
-def _parameters(module: Module | None) -> int:
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0

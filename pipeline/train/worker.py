@@ -6,6 +6,7 @@ the networks are built.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,19 @@ from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
-from pipeline.train import build, start
+from pipeline.train import estimate, start
 from pipeline.train.ahead import Ahead, Between, StepImages, images_of
 from pipeline.train.build import view_maker
 from pipeline.train.checkpoint import state
 from pipeline.train.parallel.strategy import data_parallel
 from pipeline.train.rank_zero import OtherRank, RankZero
-from pipeline.train.speed import cost
 from pipeline.train.speed.bottleneck import Clock
+from pipeline.train.speed.peaks import peak_flops
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
 from pipeline.uri import Place, is_uri, join
+
+log = logging.getLogger("pipeline.train")
 
 
 class Job(TypedDict):
@@ -90,13 +93,13 @@ class Worker:
         student = data_parallel(train_state.pair.student, device, plan.workers)
         dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
         now("pretrain: measuring this device")
-        peak = cost.peak_flops(device.type, dtype or torch.float32, plan.threads)
         clock = Clock(
             first_step,
             plan.steps,
             plan.config.optim.global_batch_size,
-            build.flops_per_image(plan, train_state.pair),
-            peak * plan.workers,
+            estimate.flops_per_image(plan, train_state.pair),
+            _peak_flops(plan, device),
+            estimate.tokens_per_image(plan, train_state.pair),
         )
         meta = saved.meta if saved else None
         return cls(
@@ -129,6 +132,17 @@ class Worker:
     def agreed(self, request: str) -> str:
         """What rank 0 says, on all ranks alike."""
         return _from_rank_0(request)
+
+
+def _peak_flops(plan: Plan, device: torch.device) -> float:
+    """Of all training devices together; said where it is not known."""
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+    peak = peak_flops(device.type, dtype, plan.threads)
+    if not peak:
+        name = torch.cuda.get_device_name()
+        log.info("device      %s: its peak is not known here, so there is no perf/mfu", name)
+    sharing = int(1 / plan.gpus_per_worker) if device.type == "cuda" else 1  # workers on a device
+    return peak * plan.workers / sharing
 
 
 def _all_see(mark: str, workers: int, rank: int) -> bool:

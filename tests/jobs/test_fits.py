@@ -15,7 +15,7 @@ from pipeline.doctor import fits
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import build
+from pipeline.train import build, estimate
 
 GIB = 2**30
 
@@ -35,7 +35,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
 ) -> None:
     plan = planned(recipe, machine(64), "optim.global_batch_size=32")
     built = build.pair(plan.config)
-    cost = build.estimated_cost(plan, built)
+    cost = estimate.estimated_cost(plan, built)
     each = cost.memory_bytes + fits.PROCESS
     fits.say_memory(plan, cost, machine(2 * each / GIB / fits.ROOM * 1.01))
     assert capture() == []
@@ -49,7 +49,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
     field, _, value = next(word for word in line.split() if "=" in word).partition("=")
     assert field == "train.accumulation"
     lighter = planned(recipe, there, "optim.global_batch_size=32", f"{field}={value}")
-    less = build.estimated_cost(lighter, built).memory_bytes + fits.PROCESS
+    less = estimate.estimated_cost(lighter, built).memory_bytes + fits.PROCESS
     assert 2 * less <= fits.ROOM * there.rooms[0].memory < 2 * each
     # so little that nothing of the kind helps
     fits.say_memory(plan, cost, machine(state / GIB / 10))
@@ -60,7 +60,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
 def test_memory_counts_node_by_node(recipe: Path) -> None:
     there = machine(3, nodes=2)
     plan = planned(recipe, there, "resources.cpus_per_worker=3")
-    cost = build.estimated_cost(plan, build.pair(plan.config))
+    cost = estimate.estimated_cost(plan, build.pair(plan.config))
     assert fits.memory_of(plan, cost, there) == (
         cost.memory_bytes + fits.PROCESS,
         3 * GIB,
@@ -101,7 +101,7 @@ def test_time_is_said_in_plain_units_and_a_long_run_gets_a_word(
         assert fits.in_words(seconds) == text
     where = machine(64)
     plan = planned(recipe, where)
-    cost = build.estimated_cost(plan, build.pair(plan.config))
+    cost = estimate.estimated_cost(plan, build.pair(plan.config))
     for hours, lines in ((3, 1), (33, 2)):
         monkeypatch.setattr(fits, "seconds_of", lambda *_, hours=hours: hours * 3600.0)
         fits.say_time(plan, cost, where)

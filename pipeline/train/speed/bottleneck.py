@@ -38,6 +38,7 @@ class Clock:
         global_batch: images in a step, over all workers.
         flops_per_image: of one training step, forward and backward, student and teacher.
         peak_flops: of all training devices together; 0 where unknown (no `perf/mfu` then).
+        tokens_per_image: that enter the student's blocks; 0 where unknown (no `perf/tokens_per_s`).
     """
 
     WARMUP_STEPS = 5  # compilation, caches and the first blocks: not typical of what follows
@@ -49,9 +50,11 @@ class Clock:
         global_batch: int,
         flops_per_image: float,
         peak_flops: float,
+        tokens_per_image: int = 0,
     ) -> None:
         self.first_step, self.steps, self.global_batch = first_step, steps, global_batch
         self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.tokens_per_image = tokens_per_image
         self.done = 0
         self.settled: tuple[int, float] | None = None
         self.settled_wait = 0.0
@@ -86,19 +89,29 @@ class Clock:
             "perf/step_s": seconds / steps,
             "perf/data_wait_fraction": min(1.0, self.window_wait / seconds),
         }
+        if self.tokens_per_image:
+            metrics["perf/tokens_per_s"] = images_per_s * self.tokens_per_image
         if self.peak_flops:
-            metrics["perf/mfu"] = images_per_s * self.flops_per_image / self.peak_flops
+            metrics["perf/mfu"] = self.mfu(images_per_s)
         self.window_start, self.window_steps, self.window_wait = now, 0, 0.0
         return metrics
 
+    def mfu(self, images_per_s: float) -> float:
+        """Share of the peak that a speed comes to."""
+        return images_per_s * self.flops_per_image / self.peak_flops
+
     def summary(self) -> dict[str, float]:
-        """images/s and wait fraction of the run so far, without its first steps."""
+        """images/s, wait fraction and, where the peak is known, MFU of the run so far, without its
+        first steps.
+        """
         if self.settled is None:
             return {}
         steps, since = self.settled
         seconds = max(time.perf_counter() - since, 1e-9)
+        images_per_s = (self.done - steps) * self.global_batch / seconds
         return {
-            "images_per_s": (self.done - steps) * self.global_batch / seconds,
+            "images_per_s": images_per_s,
+            **({"mfu": self.mfu(images_per_s)} if self.peak_flops else {}),
             "data_wait_fraction": min(1.0, (self.total_wait - self.settled_wait) / seconds),
         }
 

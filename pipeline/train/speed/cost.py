@@ -1,17 +1,15 @@
-"""What a run costs before it starts: parameters, FLOPs, memory, disk."""
+"""What a run takes before it starts: parameters, memory, disk."""
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 BYTES_F32 = 4
 # Of the memory of a step on a CPU, measured: benchmarks/memory.py
@@ -19,17 +17,6 @@ LIBRARIES = (
     120 * 2**20
 )  # bytes that torch and oneDNN take with the first step, whatever it computes
 BACKWARD = 1.25  # gradients of activations and work space, as a factor on what backward needs
-# Dense bf16 peaks without sparsity, FLOP/s, from the makers' data sheets.
-PEAKS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-}
 
 
 @dataclass(frozen=True)
@@ -65,27 +52,19 @@ class Cost:
         return self.state_bytes + self.activation_bytes + self.batch_bytes + self.library_bytes
 
 
-class View(NamedTuple):
-    """One view through a backbone: forward FLOPs, and numbers that a GPU keeps for backward."""
+def vit_numbers(tokens: int, *, width: int, depth: int) -> float:
+    """Numbers that a GPU keeps for backward of a view of so many tokens (CLS and registers
+    included) in our ViT.
 
-    flops: float
-    activations: float
-
-
-def vit_view(parameters: int, tokens: int, *, width: int, depth: int) -> View:
-    """A view of so many tokens (CLS and registers included) in our ViT; FLOPs good to a
-    few percent.
-
-    Matrix products and attention; a multiply-add is 2 FLOPs.
+    Per block and token: inputs of 4 linear layers and 2 norms, GELU, attention output.
     """
-    products = 2 * parameters * tokens
-    attention = 4 * depth * tokens * tokens * width
-    # per block and token: inputs of 4 linear layers and 2 norms, GELU, attention output
-    return View(products + attention, tokens * depth * width * 17)
+    return tokens * depth * width * 17
 
 
-def measured_view(backbone: nn.Module, channels: int, size: int) -> View:
-    """One view of `size` pixels through any backbone, counted on a copy without memory."""
+def measured_numbers(backbone: nn.Module, channels: int, size: int) -> float:
+    """The same of one view of `size` pixels through any backbone, counted on a copy without
+    memory.
+    """
     numbers = 0
     probe = copy.deepcopy(backbone).requires_grad_(False).to("meta").eval()
 
@@ -96,10 +75,9 @@ def measured_view(backbone: nn.Module, channels: int, size: int) -> View:
     for module in probe.modules():
         if not list(module.children()):
             module.register_forward_hook(count)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.device("meta"):
+    with torch.device("meta"):
         probe(torch.zeros(1, channels, size, size))
-    return View(float(counter.get_total_flops()), float(numbers))
+    return float(numbers)
 
 
 def kept_for_backward(forward: Callable[[], object], dtype: torch.dtype | None) -> int:
@@ -125,20 +103,3 @@ def kept_for_backward(forward: Callable[[], object], dtype: torch.dtype | None) 
     ):
         forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def peak_flops(device: str, dtype: torch.dtype, threads: int) -> float:
-    """Peak of one training device: from its data sheet, or measured on a CPU in 0.2 s."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        return next((peak for key, peak in PEAKS.items() if key in name), 0.0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    a, b = torch.randn(2048, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    best = 0.0
-    for _ in range(12):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        best = max(best, 2 * 2048 * 1024 * 1024 / (time.perf_counter() - begin))
-    torch.set_num_threads(before)
-    return best

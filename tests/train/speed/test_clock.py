@@ -35,13 +35,14 @@ def steps(on: Clock, time: Time, count: int, wait: float, busy: float) -> None:
 
 
 def test_a_window_is_measured_and_a_new_one_begins(time: Time) -> None:
-    on = Clock(0, 100, global_batch=64, flops_per_image=1e9, peak_flops=64e9)
+    on = Clock(0, 100, 64, flops_per_image=1e9, peak_flops=64e9, tokens_per_image=730)
     steps(on, time, 10, wait=0.5, busy=1.5)
     assert on.read() == pytest.approx(
         {
             "perf/images_per_s": 32.0,
             "perf/step_s": 2.0,
             "perf/data_wait_fraction": 0.25,
+            "perf/tokens_per_s": 32.0 * 730,
             "perf/mfu": 0.5,
         }
     )
@@ -52,8 +53,18 @@ def test_a_window_is_measured_and_a_new_one_begins(time: Time) -> None:
 
 def test_without_a_known_peak_there_is_no_mfu(time: Time) -> None:
     on = Clock(0, 10, 4, 1e9, 0.0)
-    steps(on, time, 1, 0, 1)
+    steps(on, time, 9, 0, 1)
     assert "perf/mfu" not in on.read()
+    assert "mfu" not in on.summary()
+
+
+def test_the_summary_has_the_mfu_of_the_run_without_its_first_steps(time: Time) -> None:
+    on = Clock(0, 20, 8, flops_per_image=1e9, peak_flops=16e9)
+    steps(on, time, Clock.WARMUP_STEPS, 0, busy=50)
+    steps(on, time, 10, wait=0.5, busy=0.5)
+    assert on.summary() == pytest.approx(
+        {"images_per_s": 8.0, "data_wait_fraction": 0.5, "mfu": 0.5}
+    )
 
 
 def test_the_eta_is_that_of_the_whole_run_without_its_start(time: Time) -> None:

@@ -1,4 +1,4 @@
-"""The estimate of a run's cost against torch's own count of one real step, and real files."""
+"""The estimate of a run's memory against real steps and real files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.load import load
 from pipeline.model.groups import parameter_groups
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
-from pipeline.train import build
+from pipeline.train import build, estimate
 from pipeline.train.checkpoint import state
 from pipeline.train.speed import cost
 from pipeline.train.step import train_step
@@ -64,45 +63,8 @@ def views(of: Plan) -> Views:
     )
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["model.ffn=swiglu"],
-        ["model.depth=8", "model.width=64", "model.heads=2"],
-        ["augment.global_size=96"],  # 256 patches: attention weighs more
-        ["augment.local_crops=0"],
-        ["head.prototypes=8192"],
-        ["ibot_head.separate=true", "ibot_head.prototypes=4096", "ibot_head.hidden=128"],
-        ["loss.ibot_weight=0"],
-    ],
-    ids=lambda overrides: "-".join(overrides) or "small",
-)
-def test_flops_and_parameters_of_a_real_step(overrides: list[str]) -> None:
-    planned = plan(*overrides)
-    pair = build.pair(planned.config)
-    estimated = build.estimated_cost(planned, pair)
-    assert estimated.parameters == sum(p.numel() for p in pair.student.parameters())
-
-    optimizer = torch.optim.AdamW(parameter_groups(pair.student))
-    objective = build.objective(planned.config, pair)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        train_step(
-            pair.student,
-            pair,
-            [views(planned)],
-            optimizer,
-            planned.at(0),
-            objective,
-            generator=None,
-        )
-    counted = counter.get_total_flops() / IMAGES
-    assert estimated.flops_per_image == pytest.approx(counted, rel=0.03)
-
-
 def test_the_published_backbone() -> None:
-    """ViT-S/14 of DINOv2: its parameters by the published shapes, its forward by torch's count."""
+    """ViT-S/14 of DINOv2: its parameters by the published shapes."""
     golden = Path(__file__).parents[2] / "golden" / "state_dict_shapes_vits14_518.json"
     shapes = json.loads(golden.read_text())
     shapes = shapes.get("shapes", shapes)
@@ -111,21 +73,11 @@ def test_the_published_backbone() -> None:
     large = build.backbone_spec(config).build()
     assert sum(p.numel() for p in large.parameters()) == published
 
-    config = load(["augment.global_size=224", "model.drop_path=0"])
-    backbone = build.backbone_spec(config).build().eval()
-    parameters = sum(p.numel() for p in backbone.parameters())
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        backbone(torch.zeros(1, 3, 224, 224))
-    view = cost.vit_view(parameters, 16 * 16 + 5, width=384, depth=12)
-    assert view.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
-    assert cost.measured_view(backbone, 3, 224).flops == counter.get_total_flops()
-
 
 def test_a_checkpoint_has_the_size_that_was_foretold(tmp_path: Path) -> None:
     planned = plan()
     pair = build.pair(planned.config)
-    estimated = build.estimated_cost(planned, pair)
+    estimated = estimate.estimated_cost(planned, pair)
     optimizer = torch.optim.AdamW(parameter_groups(pair.student))
     objective = build.objective(planned.config, pair)
     train_step(pair.student, pair, [views(planned)], optimizer, planned.at(0), objective)
@@ -144,13 +96,15 @@ def test_a_checkpoint_has_the_size_that_was_foretold(tmp_path: Path) -> None:
 
 def test_a_micro_batch_scales_activations_but_not_the_state() -> None:
     small, large = (
-        build.estimated_cost(planned, build.pair(planned.config))
+        estimate.estimated_cost(planned, build.pair(planned.config))
         for planned in (plan(), plan("optim.global_batch_size=8"))
     )
     assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, abs=2)
     assert small.library_bytes == large.library_bytes == cost.LIBRARIES
     assert large.batch_bytes == 2 * small.batch_bytes
-    assert (large.state_bytes, large.flops_per_image) == (small.state_bytes, small.flops_per_image)
+    assert large.state_bytes == small.state_bytes
+    # but for KoLeo, which compares all images of a micro batch
+    assert large.flops_per_image == pytest.approx(small.flops_per_image, rel=1e-3)
     assert large.memory_bytes == sum(
         (large.state_bytes, large.activation_bytes, large.batch_bytes, large.library_bytes)
     )
@@ -185,7 +139,7 @@ def test_what_a_real_step_keeps_for_backward(overrides: list[str], precision: st
             autocast_dtype=dtype, generator=torch.Generator(),
         )  # fmt: skip
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    estimated = build.estimated_cost(planned, pair)
+    estimated = estimate.estimated_cost(planned, pair)
     casts = 2 * estimated.parameters * half
     ibot = planned.config.loss.ibot_weight > 0
     rows = (
@@ -200,21 +154,3 @@ def test_what_a_real_step_keeps_for_backward(overrides: list[str], precision: st
     assert all(
         p.device.type == "cpu" and p.dtype == torch.float32 for p in pair.student.parameters()
     )
-
-
-def test_the_peak_of_this_cpu_is_a_plausible_number() -> None:
-    threads = torch.get_num_threads()
-    assert 1e8 < cost.peak_flops("cpu", torch.float32, 1) < 1e14
-    assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize(
-    ("device", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12)]
-    + [("NVIDIA L40S", 362e12), ("Tesla T4", 65e12), ("NVIDIA A10G", 125e12), ("Another", 0.0)],
-)
-def test_the_peak_of_a_gpu_is_its_data_sheets(
-    device: str, peak: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
-    assert cost.peak_flops("cuda", torch.bfloat16, 1) == peak
