@@ -31,7 +31,7 @@ from pipeline.model import block
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoded, Pair
 from pipeline.plan.plan import Plan
-from pipeline.train import build
+from pipeline.train import build, estimate
 from pipeline.train.parallel.strategy import data_parallel
 from pipeline.train.step import Objective, train_step
 from pipeline.views.batch import Views
@@ -145,7 +145,7 @@ class StepCounts:
     masked: int  # patches, padding included
     whole: Counter
     loss: Counter  # targets, losses and their gradient at the logits; a part of `whole`
-    said_flops: float  # an image, by `build.flops_per_image`
+    said_flops: float  # an image, by `estimate.flops_per_image`
 
 
 def step_counts(plan: Plan) -> StepCounts:
@@ -172,7 +172,7 @@ def step_counts(plan: Plan) -> StepCounts:
         with Counter(masked) as whole:
             step()
         loss = loss_counts(plan, pair, objective, views)
-    said = build.flops_per_image(plan, pair)
+    said = estimate.flops_per_image(plan, pair)
     return StepCounts(plan.micro_batch, masked, whole, loss, said)
 
 
