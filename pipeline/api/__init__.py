@@ -36,9 +36,10 @@ from pipeline.evaluate.neighbours.nearest import Neighbours, SameImages, nearest
 from pipeline.evaluate.neighbours.retrieval import retrieval_scores
 from pipeline.evaluate.score import Interval, Score, difference
 from pipeline.evaluate.unlabelled import rank_me
+from pipeline.loss.centre import Centre
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
-from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
 from pipeline.model.fit import fit
 from pipeline.model.foreign import ModuleBackbone, TimmSpec
 from pipeline.model.groups import apply_values, parameter_groups

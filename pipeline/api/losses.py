@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.loss import dino
+from pipeline.loss.centre import Centre
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
-from pipeline.loss.target import Centre, Target, softmax_targets
+from pipeline.loss.target import Target, softmax_targets
 from pipeline.model.pair import move
 
 Views = Tensor | Sequence[Tensor]

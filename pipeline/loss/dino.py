@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.loss.form import Kernels
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
 from pipeline.loss.target import Target
 
@@ -35,6 +36,7 @@ def dino_loss(
     local_crops: int,
     temperature: float = STUDENT_TEMPERATURE,
     global_crops: int = 2,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Global and local term, 0-d fp32, of student logits `[(G + L) * B, K]` against a target of
     G * B rows.
@@ -53,5 +55,6 @@ def dino_loss(
             "give the target G * B rows for G >= 2 global crops (global_crops=G) of B images",
         )
     check_rows("dino_loss", logits, target, images * (global_crops + local_crops))
-    sums = cross_entropy(logits, [dino_span(target, local_crops, global_crops)], 2, temperature)
+    span = dino_span(target, local_crops, global_crops)
+    sums = cross_entropy(logits, [span], 2, temperature, kernels=kernels)
     return sums[GLOBAL], sums[LOCAL]

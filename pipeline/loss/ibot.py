@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.loss.form import Kernels
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, check_rows, cross_entropy
 from pipeline.loss.target import Target
 
@@ -41,7 +42,11 @@ def patch_weights(masks: Tensor, masked: Tensor, weights: Tensor | None = None) 
 
 
 def ibot_loss(
-    logits: Tensor, target: Target, weights: Tensor, temperature: float = STUDENT_TEMPERATURE
+    logits: Tensor,
+    target: Target,
+    weights: Tensor,
+    temperature: float = STUDENT_TEMPERATURE,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """`sum_i weights_i * CE(q_i, s_i)` over the masked patches, 0-d fp32 (DINOv2
     loss/ibot_patch_loss.py).
@@ -58,4 +63,5 @@ def ibot_loss(
             f"ibot_loss got weights {list(weights.shape)}, expected [{rows}], one a masked patch",
             "take them from patch_weights of the same masks",
         )
-    return cross_entropy(logits, [Span(target, weights, (0,))], 1, temperature)[0]
+    span = Span(target, weights, (0,))
+    return cross_entropy(logits, [span], 1, temperature, kernels=kernels)[0]

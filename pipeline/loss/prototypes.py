@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.loss.form import Kernels, fused
 from pipeline.loss.target import Target, slices
 
 STUDENT_TEMPERATURE = 0.1
+
+
+SECOND = "cross_entropy keeps what its gradient is made of for one backward pass only"
 
 
 class Prediction(NamedTuple):
@@ -98,6 +102,7 @@ def cross_entropy(
     terms: int,
     temperature: float = STUDENT_TEMPERATURE,
     overwrite: bool = False,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """Weighted sums of `-sum_k q_k log softmax(logits / temperature)_k`, one a term: fp32
     `[terms]`.
@@ -109,8 +114,13 @@ def cross_entropy(
         temperature: of the student.
         overwrite: put the gradient where the logits are. Nobody may read them afterwards, and they
             are no leaf of the graph.
+        kernels: what computes, see `fused`.
+
+    Raises:
+        PipelineError: Triton is asked for and cannot be had.
     """
-    sums: Tensor = _CrossEntropy.apply(logits, spans, terms, temperature, overwrite)
+    form = _Fused if fused(kernels, logits) else _CrossEntropy
+    sums: Tensor = form.apply(logits, spans, terms, temperature, overwrite)  # type: ignore[no-untyped-call]
     return sums
 
 
@@ -159,11 +169,58 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient = ctx.gradient
         if gradient is None:
-            raise RuntimeError("cross_entropy keeps its gradient for one backward pass only")
+            raise RuntimeError(SECOND)
         ctx.gradient = None
         # Where the host knows the numbers at no cost, a factor of 1 saves a pass over the matrix.
         factors = grad_sums.tolist() if grad_sums.device.type == "cpu" else list(grad_sums)
         for rows, term in ctx.parts:
             if isinstance(factors[term], Tensor) or factors[term] != 1.0:
                 gradient[rows] *= factors[term]
+        return gradient, None, None, None, None
+
+
+class _Fused(torch.autograd.Function):
+    """The same in Triton. The gradient is made in the backward pass, where its factors are known:
+    made in the forward pass it would be read and written once more. Logits and target are held
+    until then, which is less than logits and gradient; the backward pass begins with this.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        spans: Sequence[Span],
+        terms: int,
+        temperature: float,
+        overwrite: bool,
+    ) -> Tensor:
+        from pipeline.loss import row_kernels
+
+        rows = logits.detach().contiguous()
+        sums = torch.zeros(terms, dtype=torch.float32, device=logits.device)
+        kept = []
+        for span in spans:
+            of_crops, numbers = row_kernels.forward(rows, span, temperature)
+            kept.append(numbers)
+            for term in sorted(set(span.terms)):
+                first = span.terms.index(term)
+                stop = first + span.terms.count(term)
+                sums[term] += of_crops[first:stop].sum()
+        ctx.kept = (rows, list(zip(spans, kept, strict=True)), temperature, overwrite)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
+        from pipeline.loss import row_kernels
+
+        if ctx.kept is None:
+            raise RuntimeError(SECOND)
+        logits, spans, temperature, overwrite = ctx.kept
+        ctx.kept = None
+        gradient = logits if overwrite else torch.empty_like(logits)
+        for rows in between([span for span, _ in spans], len(logits)):
+            gradient[rows] = 0
+        upstream = grad_sums.contiguous()
+        for span, kept in spans:
+            row_kernels.backward(logits, gradient, span, temperature, kept, upstream)
         return gradient, None, None, None, None

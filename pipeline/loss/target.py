@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.loss.collectives import all_logsumexp, all_sum
+from pipeline.loss.collectives import all_logsumexp
+from pipeline.loss.form import Kernels, fused
 
 CHUNK = 2**24  # numbers in fp32 at once: 64 MiB
 
@@ -28,6 +30,15 @@ def slices(rows: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+class Facts(NamedTuple):
+    """What one read of the logits says of the targets made of them."""
+
+    row: Tensor  # [N] log of the sum of exponentials
+    entropy: Tensor  # [N] in nats
+    likeliest: Tensor  # int64 [N], the prototype
+    total: Tensor | None  # [K] sum of the logits of rows that count, where it was asked for
+
+
 @dataclass(frozen=True)
 class Target:
     """Teacher probabilities `[N, K]`, kept as logits and offsets."""
@@ -37,6 +48,7 @@ class Target:
     prototype: Tensor  # [K] fp32
     row: Tensor  # [N] fp32
     weight: Tensor | None = None  # [N] fp32: 1 for a row that counts, 0 for another; None: all do
+    facts: Facts | None = None  # where they are known already
 
     def weights(self) -> Tensor:
         """`[N]`: 1 for a row that counts, 0 for another."""
@@ -54,27 +66,37 @@ class Target:
     def entropy(self) -> Tensor:
         """Mean entropy of the rows that count in nats, 0-d; near 0 or near log K says collapse."""
         total, weights = self.row.new_zeros(()), self.weights()
-        for rows in slices(*self.logits.shape):
-            log_q = self.log_probabilities(rows)
-            total -= (log_q.exp() * log_q).sum(dim=1) @ weights[rows]
+        if self.facts is not None:
+            total = (self.facts.entropy * weights).sum()
+        else:
+            for rows in slices(*self.logits.shape):
+                log_q = self.log_probabilities(rows)
+                total -= ((log_q.exp() * log_q).sum(dim=1) * weights[rows]).sum()
         return total / weights.sum().clamp(min=1)
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Mean logits of the rows that count, fp32 `[1, K]`, and `[1]`: 1 where there are any, else
         0. What `Centre.see` takes of one micro batch.
         """
-        mean = _mean(self.logits, self.weight)
-        return mean[None, :-1], mean[-1:]
+        if self.facts is None or self.facts.total is None:
+            mean = mean_of(self.logits, self.weight)
+            return mean[None, :-1], mean[-1:]
+        count = self.weights().sum()
+        return (self.facts.total / count.clamp(min=1))[None], (count > 0).float()[None]
 
     def prototypes_used(self) -> Tensor:
         """Number of prototypes that are the most likely one of some row that counts, 0-d."""
         prototypes = len(self.prototype)
         used = self.prototype.new_zeros(prototypes + 1)  # the last place is for other rows
-        for rows in slices(*self.logits.shape):
-            likeliest = self.log_probabilities(rows).argmax(dim=1)
-            if self.weight is not None:
-                likeliest = likeliest.masked_fill(self.weight[rows] == 0, prototypes)
-            used.index_fill_(0, likeliest, 1.0)
+        if self.facts is not None:
+            likeliest = self.facts.likeliest
+        else:
+            parts = slices(*self.logits.shape)
+            each = [self.log_probabilities(rows).argmax(dim=1) for rows in parts]
+            likeliest = torch.cat(each) if each else torch.zeros_like(self.row, dtype=torch.long)
+        if self.weight is not None:
+            likeliest = likeliest.masked_fill(self.weight == 0, prototypes)
+        used.index_fill_(0, likeliest, 1.0)
         return used[:prototypes].sum()
 
 
@@ -83,7 +105,11 @@ Weights = Sequence[Tensor | None]  # of each micro batch: [N], see `Target.weigh
 
 @torch.no_grad()
 def softmax_targets(
-    logits: Sequence[Tensor], centre: Tensor, temperature: float, weights: Weights | None = None
+    logits: Sequence[Tensor],
+    centre: Tensor,
+    temperature: float,
+    weights: Weights | None = None,
+    kernels: Kernels = "auto",
 ) -> list[Target]:
     """`softmax((logits - centre) / temperature)` of each micro batch (DINOv2
     loss/dino_clstoken_loss.py).
@@ -93,20 +119,27 @@ def softmax_targets(
         centre: `[K]`.
         temperature: of the teacher.
         weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
+        kernels: what computes, see `fused`.
 
     Raises:
         PipelineError: logits that are no list of `[N, K]`, a centre that is not `[K]`, or a
             temperature that is not above 0.
     """
-    prototypes = _prototypes(logits, temperature)
+    prototypes = prototypes_of(logits, temperature)
     if tuple(centre.shape) != (prototypes,):
         raise PipelineError(
             f"a centre {list(centre.shape)} for logits of {prototypes} prototypes",
             f"give one of [{prototypes}], such as Centre({prototypes}).use()",
         )
     offset = -centre.float() / temperature
+    counted = weights_of(logits, weights)
+    if fused(kernels, logits[0]):
+        return [
+            _fused_target(x, temperature, offset, weight, means=True)
+            for x, weight in zip(logits, counted, strict=True)
+        ]
     rows = [_row_sums(x, offset, temperature) for x in logits]
-    return _targets(logits, temperature, offset, rows, _weights(logits, weights))
+    return _targets(logits, temperature, offset, rows, counted)
 
 
 @torch.no_grad()
@@ -115,6 +148,7 @@ def sinkhorn_targets(
     temperature: float,
     iterations: int = 3,
     weights: Weights | None = None,
+    kernels: Kernels = "auto",
 ) -> list[Target]:
     """Sinkhorn-Knopp over the rows of all micro batches and all workers together.
 
@@ -128,18 +162,20 @@ def sinkhorn_targets(
         temperature: of the teacher.
         iterations: times that prototypes and rows are scaled.
         weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
+        kernels: what computes, see `fused`.
 
     Raises:
         PipelineError: logits that are no list of `[N, K]`, or a temperature that is not above 0.
     """
-    prototypes = _prototypes(logits, temperature)
-    counted = _weights(logits, weights)
+    prototypes = prototypes_of(logits, temperature)
+    counted, triton = weights_of(logits, weights), fused(kernels, logits[0])
+    targets: list[Target] = []
     offset = logits[0].new_zeros(prototypes, dtype=torch.float32)
     rows = [x.new_zeros(len(x), dtype=torch.float32) for x in logits]
     for _ in range(iterations):
-        sums = torch.stack(
+        sums = torch.cat(
             [
-                _column_sums(x, _without(row, weight), temperature)
+                _column_sums(x, _without(row, weight), temperature, triton)
                 for x, row, weight in zip(logits, rows, counted, strict=True)
             ]
         )
@@ -147,8 +183,27 @@ def sinkhorn_targets(
         # Where no row counts on any worker, targets are used by nobody, and must be finite.
         total = torch.where(total == -math.inf, 0.0, total)
         offset = -total - math.log(prototypes)
-        rows = [_row_sums(x, offset, temperature) for x in logits]
-    return _targets(logits, temperature, offset, rows, counted)
+        if triton:
+            each = zip(logits, counted, strict=True)
+            targets = [_fused_target(x, temperature, offset, weight) for x, weight in each]
+            rows = [target.row for target in targets]
+        else:
+            rows = [_row_sums(x, offset, temperature) for x in logits]
+    return targets or _targets(logits, temperature, offset, rows, counted)
+
+
+def _fused_target(
+    logits: Tensor,
+    temperature: float,
+    offset: Tensor,
+    weight: Tensor | None,
+    means: bool = False,
+) -> Target:
+    """A target whose facts are known, `means` of the logits among them."""
+    from pipeline.loss.target_kernels import facts
+
+    seen = facts(logits, offset, temperature, weight, means)
+    return Target(logits, temperature, offset, seen.row, weight, seen)
 
 
 def _targets(
@@ -162,7 +217,7 @@ def _targets(
     return [Target(x, temperature, offset, row, weight) for x, row, weight in each]
 
 
-def _weights(logits: Sequence[Tensor], weights: Weights | None) -> Weights:
+def weights_of(logits: Sequence[Tensor], weights: Weights | None) -> Weights:
     """One for each micro batch, `[N]` or None."""
     each = [None] * len(logits) if weights is None else list(weights)
     shapes = [None if weight is None else list(weight.shape) for weight in each]
@@ -183,7 +238,7 @@ def _without(row: Tensor, weight: Tensor | None) -> Tensor:
     return row if weight is None else row.masked_fill(weight == 0, math.inf)
 
 
-def _prototypes(logits: Sequence[Tensor], temperature: float) -> int:
+def prototypes_of(logits: Sequence[Tensor], temperature: float) -> int:
     """K of logits `[N, K]` of each micro batch."""
     shapes = [list(x.shape) for x in logits]
     if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
@@ -206,18 +261,24 @@ def _row_sums(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
     return out
 
 
-def _column_sums(logits: Tensor, row: Tensor, temperature: float) -> Tensor:
-    """`log(sum_n exp(logits / temperature - row))`, `[K]`; -inf without rows."""
+def _column_sums(logits: Tensor, row: Tensor, temperature: float, triton: bool) -> Tensor:
+    """`log(sum_n exp(logits / temperature - row))`, `[parts, K]`: of one or more parts of the rows;
+    -inf without rows.
+    """
+    if triton:
+        from pipeline.loss.target_kernels import column_sums
+
+        return column_sums(logits, row, temperature)
     rows, prototypes = logits.shape
-    out = torch.full((prototypes,), -math.inf, device=logits.device)
+    out = torch.full((1, prototypes), -math.inf, device=logits.device)
     if rows:
         for columns in slices(prototypes, rows):
             scaled = (logits[:, columns].float() / temperature).sub_(row[:, None])
-            out[columns] = torch.logsumexp(scaled, dim=0)
+            out[0, columns] = torch.logsumexp(scaled, dim=0)
     return out
 
 
-def _mean(logits: Tensor, weight: Tensor | None) -> Tensor:
+def mean_of(logits: Tensor, weight: Tensor | None) -> Tensor:
     """fp32 `[K + 1]`: the mean of the rows that count and a 1, or zeros where there are none."""
     if not len(logits):
         prototypes = logits.shape[1]
@@ -231,63 +292,3 @@ def _mean(logits: Tensor, weight: Tensor | None) -> Tensor:
         # no matrix product: its rounding on a GPU may be that of TF32
         total += (weight[rows, None] * logits[rows].float()).sum(dim=0)
     return torch.cat([total / count.clamp(min=1), (count > 0).float()[None]])
-
-
-class Centre:
-    """Moving average of the teacher's mean logits, applied one step late as in the reference.
-
-    The mean of step i enters the average when step i + 1 asks for it, so the mean in between is
-    part of the state.
-    """
-
-    def __init__(self, prototypes: int, momentum: float = 0.9) -> None:
-        self.momentum = momentum
-        self.value = torch.zeros(prototypes)
-        self.pending: Tensor | None = None
-
-    @torch.no_grad()
-    def use(self) -> Tensor:
-        """Take in the pending mean and return the centre `[K]` of this step."""
-        if self.pending is not None:
-            self.value = self.value.lerp(self.pending.to(self.value.device), 1 - self.momentum)
-            self.pending = None
-        return self.value
-
-    @torch.no_grad()
-    def see(self, logits: Sequence[Tensor], weights: Weights | None = None) -> None:
-        """Keep this step's mean: the mean over micro batches and workers of each one's mean.
-
-        The iBOT centre of the reference is such a mean of means. A part without rows that count
-        does not count.
-
-        Args:
-            logits: `[N, K]` of each micro batch.
-            weights: of each micro batch: `[N]`, 1 for a row that counts and 0 for another, or None.
-
-        Raises:
-            PipelineError: logits that are no list of `[N, K]` with the K of the centre.
-        """
-        prototypes = _prototypes(logits, 1.0)
-        if prototypes != len(self.value):
-            raise PipelineError(
-                f"logits of {prototypes} prototypes for a centre of {len(self.value)}",
-                f"use Centre({prototypes})",
-            )
-        total = torch.zeros(prototypes + 1, device=logits[0].device)
-        for x, weight in zip(logits, _weights(logits, weights), strict=True):
-            total += _mean(x, weight)
-        total = all_sum(total)
-        self.value = self.value.to(total.device)
-        # Nobody had a row: the pending mean is the centre itself, which changes nothing.
-        self.pending = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp(min=1), self.value)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The centre, and the pending mean where there is one."""
-        state = {"value": self.value}
-        return state if self.pending is None else state | {"pending": self.pending}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`."""
-        self.value = state["value"].clone()
-        pending = state.get("pending")
-        self.pending = None if pending is None else pending.clone()

@@ -102,6 +102,7 @@ def objective(config: Config, built: Pair) -> Objective:
         centring=loss.centring,
         centre_momentum=loss.centre_momentum,
         distil=bool(config.distill.teacher),
+        kernels=config.train.loss_kernels,
         clip=config.optim.clip,
     )
     return Objective.for_pair(spec, built)

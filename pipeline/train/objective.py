@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.loss.centre import Centre
 from pipeline.loss.dino import GLOBAL, LOCAL, dino_span
+from pipeline.loss.form import Kernels
 from pipeline.loss.ibot import patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, cross_entropy
-from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
 from pipeline.model.pair import Encoded, Pair
 from pipeline.views.batch import Views
 from pipeline.views.masked import Masked, masked_patches, scored_patches
@@ -41,6 +43,7 @@ class ObjectiveSpec:
     centre_momentum: float = 0.9
     sinkhorn_iterations: int = 3
     distil: bool = False  # no masks: iBOT on every patch of the global views
+    kernels: Kernels = "auto"  # what computes, see `pipeline.loss.form`
     clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
 
 
@@ -166,14 +169,10 @@ class Objective:
             del answer
             dino = ibot = None
             if self.scores_cls:
-                (dino,) = softmax_targets(
-                    [cls], self.dino_centre.use().to(cls.device), temperature, [weight]
-                )
+                dino = self._softmax(self.dino_centre, cls, temperature, weight)
                 self._cls_means.append(dino.mean())
             if self.spec.ibot_weight > 0:
-                (ibot,) = softmax_targets(
-                    [patch], self.ibot_centre.use().to(patch.device), temperature
-                )
+                ibot = self._softmax(self.ibot_centre, patch, temperature)
                 self._patch_means.append(ibot.mean())
             targets = [Targets(dino, ibot)]
             del cls, patch, dino, ibot
@@ -183,20 +182,27 @@ class Objective:
         every = [self._split(answer) for answer in teacher]
         cls, patch = [each[0] for each in every], [each[1] for each in every]
         weights = [each[2] for each in every]
-        rounds = self.spec.sinkhorn_iterations
+        rounds, kernels = self.spec.sinkhorn_iterations, self.spec.kernels
         nothing: list[Target | None] = [None] * len(every)
         del every
-        dino: Sequence[Target | None] = (
-            sinkhorn_targets(cls, temperature, rounds, weights) if self.scores_cls else nothing
-        )
-        ibot: Sequence[Target | None] = (
-            sinkhorn_targets(patch, temperature, rounds) if self.spec.ibot_weight > 0 else nothing
-        )
+        dino: Sequence[Target | None] = nothing
+        ibot: Sequence[Target | None] = nothing
+        if self.scores_cls:
+            dino = sinkhorn_targets(cls, temperature, rounds, weights, kernels)
+        if self.spec.ibot_weight > 0:
+            ibot = sinkhorn_targets(patch, temperature, rounds, kernels=kernels)
         del cls, patch
         left = list(zip(dino, ibot, strict=True))
         del dino, ibot
         while left:  # a micro batch's logits are freed when its turn is over
             yield Targets(*left.pop(0))
+
+    def _softmax(
+        self, centre: Centre, logits: Tensor, temperature: float, weight: Tensor | None = None
+    ) -> Target:
+        used = centre.use().to(logits.device)
+        (target,) = softmax_targets([logits], used, temperature, [weight], self.spec.kernels)
+        return target
 
     def _split(self, answer: Answer) -> tuple[Tensor, Tensor, Tensor | None]:
         """The teacher's logits of CLS tokens and masked patches, whichever head they are from, and
@@ -245,7 +251,9 @@ class Objective:
             ibot.append(Span(targets.ibot, weights, (PATCH,), first))
 
         def sums_of(logits: Tensor, spans: list[Span]) -> Tensor:
-            return cross_entropy(logits, spans, 3, spec.student_temperature, overwrite)
+            return cross_entropy(
+                logits, spans, 3, spec.student_temperature, overwrite, spec.kernels
+            )
 
         if student.ibot is None:
             sums = sums_of(student.dino, dino + ibot)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.loss.centre import Centre
 from pipeline.loss.dino import dino_loss
 from pipeline.loss.ibot import patch_weights
 from pipeline.loss.koleo import koleo
-from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
 
 IMAGES, PROTOTYPES = 5, 13
 COUNTS = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.loss import target as module
-from pipeline.loss.target import Centre, sinkhorn_targets, softmax_targets
+from pipeline.loss.centre import Centre
+from pipeline.loss.target import sinkhorn_targets, softmax_targets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DINO = torch.load(GOLDEN / "dino_loss.pt", weights_only=True)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.loss import target as target_module
+from pipeline.loss.centre import Centre
 from pipeline.loss.dino import dino_loss
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.prototypes import Span, cross_entropy
-from pipeline.loss.target import Centre, Target, sinkhorn_targets, softmax_targets
+from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DINO = torch.load(GOLDEN / "dino_loss.pt", weights_only=True)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.loss.target import Centre, sinkhorn_targets
+from pipeline.loss.centre import Centre
+from pipeline.loss.target import sinkhorn_targets
 from pipeline.schedule import StepValues
 from pipeline.train.step import NonFinite, ObjectiveSpec, train_step
 from pipeline.views.batch import Views
