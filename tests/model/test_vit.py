@@ -157,6 +157,25 @@ def test_stochastic_depth_is_the_references(shared: Path, rate: float) -> None:
         torch.testing.assert_close(out.view_as(x1), golden["single_out"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.99])
+def test_the_draws_are_those_of_a_loop(rate: float) -> None:
+    groups = ((5, 3), (8, 2))
+    subsets = draw_subsets(groups, rate, 4, torch.Generator().manual_seed(5), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(5)
+    for subset in subsets:  # branches first
+        rows: list[int] = []
+        scale: list[float] = []
+        first = 0
+        for views, tokens in groups:
+            kept = max(int(views * (1 - rate)), 1)
+            picked = torch.randperm(views, generator=generator).tolist()[:kept]
+            rows += [first + view * tokens + token for view in picked for token in range(tokens)]
+            scale += [views / kept] * (kept * tokens)
+            first += views * tokens
+        assert subset.rows.tolist() == rows
+        assert torch.equal(subset.scale, torch.tensor(scale)[:, None])
+
+
 def test_stochastic_depth_is_deterministic_and_off_in_eval() -> None:
     model = BackboneSpec(**TINY, drop_path=0.4, layer_scale=1.0).build()
     x = randn(0, 5, 3, 28, 28)
