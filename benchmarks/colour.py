@@ -236,13 +236,15 @@ def training_step(device: torch.device, images: int) -> Callable[[], object]:
     from pipeline.model.groups import parameter_groups
     from pipeline.schedule import StepValues
     from pipeline.train import build
+    from pipeline.train.parallel.blocks import compile_blocks
     from pipeline.train.step import train_step
     from pipeline.views.batch import Views
 
     config = load([str(Path(__file__).parents[1] / "configs/vits14.yaml")])
     pair = build.pair(config).to(device)
     if device.type == "cuda":
-        build.compile_blocks(pair)
+        for encoder in pair:
+            compile_blocks(encoder.backbone)
     optimizer = torch.optim.AdamW(parameter_groups(pair.student))
     objective = build.objective(config, pair)
     values = StepValues(1e-4, 0.04, 0.99, 0.07, 1e-4)

@@ -91,7 +91,8 @@ TABLE = [
     row("train.speed.*", "train.speed.* views", others="torch"),
     row("train.parallel.*", "errors loss.collectives model train.parallel.*", others="torch"),
     row("train.step train.objective",
-        "errors loss model schedule train.objective train.speed.parts train.step views",
+        "errors loss model schedule train.objective train.parallel.* train.speed.parts train.step "
+        "views",
         others="torch"),
     row("train.checkpoint.*", "errors storage train.checkpoint.* train.parallel.* uri",
         others="numpy safetensors torch"),

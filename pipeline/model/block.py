@@ -166,12 +166,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """Packed tokens `[T, D]` to `[T, D]`; with subsets, each branch runs on its subset only."""
         if attention_subset is None:
-            x = x + self.ls1(self.attn(self.norm1(x), groups))
+            x = (x + self.ls1(self.attn(self.norm1(x), groups))).to(x.dtype)
         else:
             part = self.norm1(x[attention_subset.rows])
             x = _add(x, self.ls1(self.attn(part, attention_subset.groups)), attention_subset)
         if mlp_subset is None:
-            out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+            out: Tensor = (x + self.ls2(self.mlp(self.norm2(x)))).to(x.dtype)
             return out
         return _add(x, self.ls2(self.mlp(self.norm2(x[mlp_subset.rows]))), mlp_subset)
 

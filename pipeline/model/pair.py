@@ -5,7 +5,7 @@ distilling, a third and larger one, which does not move, makes the targets.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,7 +174,15 @@ def freeze(encoder: Encoder, student: Encoder) -> Encoder:
 @torch.no_grad()
 def ema_update(pair: Pair, momentum: float) -> None:
     """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
-    move(list(pair.student.parameters()), list(pair.teacher.parameters()), momentum)
+    student, teacher = (local_parts(list(encoder.parameters())) for encoder in pair)
+    move(student, teacher, momentum)
+
+
+def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this worker holds of each tensor, as plain tensors of the same memory: its slice where
+    tensors are split over workers, else all of it.
+    """
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 
 @torch.no_grad()

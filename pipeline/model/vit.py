@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import PipelineError
 from pipeline.model.block import LAYER_NORM_EPS, Block, Group, draw_subsets
@@ -108,6 +109,10 @@ class VisionTransformer(nn.Module):
         self.patch_size, self.width, self.registers = spec.patch_size, width, spec.registers
         self.drop_path = spec.drop_path
         self.has_patches = True
+        # Of training alone: the type of the tokens between two blocks under autocast, and whether
+        # the backward pass computes each block again instead of keeping what it needs.
+        self.residual = torch.float32
+        self.checkpointing = False
         self.interpolate_offset = spec.interpolate_offset
         self.interpolate_antialias = spec.interpolate_antialias
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -207,16 +212,28 @@ class VisionTransformer(nn.Module):
         groups = tuple((part.shape[0], part.shape[1]) for part in parts)
         flat = [part.flatten(0, 1) for part in parts]
         x = flat[0] if len(flat) == 1 else torch.cat(flat)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual)
         if self.training and self.drop_path > 0:
             subsets = draw_subsets(
                 groups, self.drop_path, 2 * len(self.blocks), generator, device=x.device
             )
             for block, first, second in zip(self.blocks, subsets[::2], subsets[1::2], strict=True):
-                x = block(x, groups, first, second)
+                x = self._run(block, x, groups, first, second)
         else:
             for block in self.blocks:
-                x = block(x, groups)
+                x = self._run(block, x, groups)
         return Packed(x, groups)
+
+    def _run(self, block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            out: Tensor = block(x, *arguments)
+            return out
+        # What is random has been drawn before: no state of a generator need be kept.
+        again: Tensor = checkpoint(
+            block, x, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
 
     def encode(
         self,

@@ -11,6 +11,7 @@ from pipeline.model.pair import HeadSpec, Pair, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.ahead import ViewMaker
+from pipeline.train.parallel.strategy import Layout
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Apply
 from pipeline.views.crops import CropSpec
@@ -179,10 +180,17 @@ def patch_finder(plan: Plan) -> PatchFinder:
     return PatchFinder(usual_length(plan.micro_batch, batch, spec))
 
 
-def compile_blocks(pair: Pair) -> None:
-    """Compiles the blocks, whose shapes do not change from step to step, one by one."""
-    for encoder in (pair.student, pair.teacher, pair.frozen):
-        backbone = encoder.backbone if encoder else None
-        network = backbone.module if isinstance(backbone, ForeignBackbone) else backbone
-        for block in getattr(network, "blocks", ()):
-            block.compile(dynamic=None)
+def layout(plan: Plan, device: torch.device) -> Layout:
+    """How the workers of a plan hold the networks and compute."""
+    train, half = plan.config.train, plan.precision == "bfloat16"
+    return Layout(
+        workers=plan.workers,
+        device=device,
+        strategy=train.strategy,
+        precision=torch.bfloat16 if half else None,
+        reduce=getattr(torch, train.reduce),
+        residual=getattr(torch, train.residual),
+        compile=plan.compile,
+        checkpointing=train.activation_checkpointing,
+    )
+

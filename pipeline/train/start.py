@@ -25,6 +25,7 @@ from pipeline.train.build import pair
 from pipeline.train.checkpoint import state
 from pipeline.train.checkpoint.files import step_of
 from pipeline.train.objective import Objective
+from pipeline.train.parallel.strategy import Layout, prepare
 from pipeline.uri import is_uri, join, parent, public
 
 
@@ -53,23 +54,26 @@ class TrainState:
         self.optimizer.load_state_dict(tensors["optimizer"])
 
 
-def train_state(plan: Plan, device: torch.device, resumed: bool) -> TrainState:
-    """What a `located` plan begins with. A run that is `resumed` no longer needs the weights it
-    started from, and restores its own next.
+def networks(plan: Plan, resumed: bool) -> Pair:
+    """The networks that a `located` plan begins with, on the CPU and equal on all workers. A run
+    that is `resumed` no longer needs the weights it started from, and restores its own next.
     """
     built = pair(plan.config) if resumed else starting_pair(plan)[0]
-    whole = with_frozen_teacher(built, plan).to(device)
-    if plan.compile:
-        build.compile_blocks(whole)
-    optim = plan.config.optim
-    groups = parameter_groups(whole.student, optim.layerwise_decay, optim.patch_embed_lr)
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=optim.betas, fused=device.type == "cuda" or None
-    )
-    objective = build.objective(plan.config, whole)
+    return with_frozen_teacher(built, plan)
+
+
+def train_state(plan: Plan, built: Pair, layout: Layout, resumed: bool) -> TrainState:
+    """What is trained, from `networks`, which are brought into the form of the layout in place."""
+    objective = build.objective(plan.config, built)
     if not resumed:
-        carry_centres(objective, whole, plan)
-    return TrainState(whole, objective, optimizer)
+        carry_centres(objective, built, plan)
+    prepare(built, layout)
+    optim = plan.config.optim
+    groups = parameter_groups(built.student, optim.layerwise_decay, optim.patch_embed_lr)
+    # Fused where each operation costs: on a GPU its start, on slices the way through DTensor.
+    fused = layout.device.type == "cuda" or layout.sharded or None
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=fused)
+    return TrainState(built, objective, optimizer)
 
 
 def located(plan: Plan, saved: state.Saved | None) -> Plan:

@@ -9,7 +9,7 @@ patches are masked (`Views.masked`, which the stream's do) once more for each mi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
 from pipeline.train.objective import Answer, Objective, ObjectiveSpec
+from pipeline.train.parallel import strategy
 from pipeline.train.speed.parts import part
 from pipeline.views.batch import Views
 from pipeline.views.masked import Masked
@@ -181,8 +182,7 @@ def train_step(
         with part("targets"):
             target = next(targets)  # not by `zip`, which would hold the logits until the next turn
         last = number == parts - 1
-        # DDP adds up the workers' gradients once a step, in the last backward.
-        with nullcontext() if last else getattr(student_forward, "no_sync", nullcontext)():
+        with strategy.adding_up(student_forward, last):
             with part("student forward"), autocast():
                 student = ask_student(
                     student_forward, views, patches, objective, generators[number]
@@ -228,10 +228,7 @@ def _check(
 
 def _clip(student: Encoder, limit: float) -> dict[str, Tensor]:
     """Limit the gradient norm of each sub-module by itself; the norms before that."""
-    norms = {
-        f"optim/grad_norm_{name}": torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
-        for name, module in student.named_children()
-    }
+    norms = {f"optim/grad_norm_{name}": x for name, x in strategy.clip(student, limit).items()}
     return {"optim/grad_norm": torch.stack(list(norms.values())).max(), **norms}
 
 

@@ -20,11 +20,11 @@ from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
-from pipeline.train import estimate, start
+from pipeline.train import build, estimate, start
 from pipeline.train.ahead import Ahead, Between, StepImages, images_of
 from pipeline.train.build import view_maker
 from pipeline.train.checkpoint import state
-from pipeline.train.parallel.strategy import data_parallel
+from pipeline.train.parallel.strategy import student_forward
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.speed.peaks import peak_flops
@@ -57,7 +57,7 @@ class Worker:
     first_step: int  # the one that this group starts or goes on with
     images: Between | Ahead  # of the steps that are left
     state: TrainState
-    student: torch.nn.Module  # that of `state`, in DDP where there are several workers
+    student: torch.nn.Module  # that of `state`, as the workers of the group call it
     autocast_dtype: torch.dtype | None
     clock: Clock
     rank_zero: OtherRank  # a `RankZero` on rank 0 alone
@@ -86,20 +86,22 @@ class Worker:
             pin=device.type == "cuda",
         )
         now("pretrain: building the networks")
-        train_state = start.train_state(plan, device, resumed=saved is not None)
+        pair = start.networks(plan, resumed=saved is not None)
+        flops = estimate.flops_per_image(plan, pair)  # while they are whole
+        layout = build.layout(plan, device)
+        train_state = start.train_state(plan, pair, layout, resumed=saved is not None)
         if tensors:
             train_state.restore(tensors)
             del tensors
-        student = data_parallel(train_state.pair.student, device, plan.workers)
-        dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
+        student = student_forward(pair, layout)
         now("pretrain: measuring this device")
         clock = Clock(
             first_step,
             plan.steps,
             plan.config.optim.global_batch_size,
-            estimate.flops_per_image(plan, train_state.pair),
+            flops,
             _peak_flops(plan, device),
-            estimate.tokens_per_image(plan, train_state.pair),
+            estimate.tokens_per_image(plan, pair),
         )
         meta = saved.meta if saved else None
         return cls(
@@ -110,7 +112,7 @@ class Worker:
             images=images_of(stream, plan.accumulation, view_maker(plan, train_state.pair, device)),
             state=train_state,
             student=student,
-            autocast_dtype=dtype,
+            autocast_dtype=layout.precision,
             clock=clock,
             rank_zero=RankZero(plan, train_state, job, folder, meta) if rank == 0 else OtherRank(),
         )

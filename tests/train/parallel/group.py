@@ -1,0 +1,141 @@
+"""Two workers over gloo that train a small network by one strategy; what each of them ends with."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.model.groups import parameter_groups
+from pipeline.model.pair import HeadSpec, Pair, build_pair
+from pipeline.schedule import StepValues
+from pipeline.train.objective import Objective, ObjectiveSpec
+from pipeline.train.parallel import strategy
+from pipeline.train.parallel.strategy import Layout
+from pipeline.train.step import train_step
+from tests.train.small_run import HEAD, OTHER_HEAD, SPEC, split, views
+
+STEPS = 12
+IMAGES = 4  # of a worker in a step
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of a group."""
+
+    strategy: Any = "ddp"
+    centring: Any = "softmax"
+    accumulation: int = 1
+    checkpointing: bool = False
+    compile: bool = False
+    ibot: HeadSpec | None = OTHER_HEAD
+    drop_path: float = 0.3
+    precision: torch.dtype | None = None
+    reduce: torch.dtype = torch.float32
+    residual: torch.dtype = torch.float32
+    steps: int = STEPS
+    options: dict[str, Any] = field(default_factory=dict)  # of the backbone
+
+    def layout(self, workers: int) -> Layout:
+        return Layout(
+            workers,
+            torch.device("cpu"),
+            self.strategy,
+            self.precision,
+            self.reduce,
+            self.residual,
+            self.compile,
+            self.checkpointing,
+        )
+
+
+def values(step: int) -> StepValues:
+    """The last layer is frozen at first, then the backbone is, then all learn."""
+    frozen_backbone = 0.0 if 2 <= step < 4 else None
+    return StepValues(1e-3, 0.04, 0.9, 0.05, 0.0 if step < 2 else 1e-3, backbone_lr=frozen_backbone)
+
+
+def build(case: Case) -> Pair:
+    return build_pair(
+        replace(SPEC, drop_path=case.drop_path, **case.options), HEAD, case.ibot, seed=0
+    )
+
+
+def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
+    """Whole weights, centres and the numbers of each step."""
+    layout = case.layout(workers)
+    pair = build(case)
+    spec = ObjectiveSpec(centring=case.centring, clip=0.5)
+    objective = Objective.for_pair(spec, pair)
+    strategy.prepare(pair, layout)
+    groups = parameter_groups(pair.student, layerwise_decay=0.8)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-4)
+    forward = strategy.student_forward(pair, layout)
+    steps = []
+    for step in range(case.steps):
+        mine = views(IMAGES, seed=100 * step + rank)
+        parts = split(mine, case.accumulation)
+        generators = [
+            torch.Generator().manual_seed(1000 * step + 10 * rank + part)
+            for part in range(case.accumulation)
+        ]
+        result = train_step(
+            forward,
+            pair,
+            parts,
+            optimizer,
+            values(step),
+            objective,
+            autocast_dtype=case.precision,
+            generator=generators,
+        )
+        steps.append({name: float(x) for name, x in result.scalars.items()})
+    moments = {
+        f"{name}.{key}": strategy.shards.whole(optimizer.state[parameter][key]).clone()
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    return {
+        "student": strategy.whole_weights(pair.student, keep=True),
+        "teacher": strategy.whole_weights(pair.teacher, keep=True),
+        "moments": moments,
+        "centres": {
+            "dino": objective.dino_centre.use(),
+            "ibot": objective.ibot_centre.use(),
+        },
+        "steps": steps,
+        "names": [group["names"] for group in optimizer.param_groups],
+        "held": sum(x.numel() for x in strategy.local_parts(list(pair.student.parameters()))),
+    }
+
+
+def _member(
+    rank: int, folder: str, workers: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    # Meeting over a file: a free port may be taken by the time it is used.
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=workers)
+    try:
+        out = [function(argument, rank, workers) for argument in arguments]
+        torch.save(out, Path(folder) / f"{rank}.pt")
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def in_group(
+    folder: Path, function: Callable[..., Any], *arguments: Any, workers: int = 2
+) -> list[list[Any]]:
+    """What `function(argument, rank, workers)` gives for each argument: a list for each rank."""
+    mp.spawn(_member, (str(folder), workers, function, arguments), nprocs=workers)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(workers)]
