@@ -212,7 +212,7 @@ class VisionTransformer(nn.Module):
         groups = tuple((part.shape[0], part.shape[1]) for part in parts)
         flat = [part.flatten(0, 1) for part in parts]
         x = flat[0] if len(flat) == 1 else torch.cat(flat)
-        if torch.is_autocast_enabled(x.device.type):
+        if self.residual != torch.float32 and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.residual)
         if self.training and self.drop_path > 0:
             subsets = draw_subsets(

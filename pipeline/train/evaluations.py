@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from torch import Tensor
 
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import Evaluation
 from pipeline.heartbeat import now
-from pipeline.model.pair import Backbone
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import state
 from pipeline.train.evaluator import Weights
@@ -120,8 +120,9 @@ class Evaluations:
                 )
                 self.best = None
 
-    def request(self, step: int, backbone: Backbone) -> None:
-        """Asks for an evaluation of the weights as they are now, or skips it where others are late.
+    def request(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Asks for an evaluation of a backbone's weights, which nobody changes any more, or skips
+        it where others are late.
 
         That of the last step is never skipped: no step waits for it, and the end waits so long only
         as `finish` says.
@@ -140,12 +141,9 @@ class Evaluations:
                 duration(time.monotonic() - late.since),
             )
             return
-        weights = {
-            name: value.detach().to("cpu", copy=True).numpy()
-            for name, value in backbone.state_dict().items()
-        }
+        arrays = {name: value.numpy() for name, value in weights.items()}
         limit = self.plan.config.evaluate.during_training
-        self.pending.append(Request(step, self.evaluator, weights, limit))
+        self.pending.append(Request(step, self.evaluator, arrays, limit))
 
     def pending_steps(self) -> set[int]:
         """Steps whose checkpoints may yet turn out to be the best."""

@@ -60,7 +60,9 @@ def _train(worker: Worker) -> dict[str, Any] | None:
     window = Window()
     step = worker.first_step
     if _evaluation_due(plan, step):
-        rank_zero.evaluate(step)  # after a resume too: what was under way died with the workers
+        rank_zero.evaluate(
+            step, worker.teacher()
+        )  # after a resume too: what was under way died with the workers
     while step < plan.steps:
         now(f"pretrain: waiting for the images of step {step}")
         with clock.waiting(), part("data"):
@@ -93,7 +95,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
         if save_due:
             rank_zero.save(step)
         if evaluate_due:
-            rank_zero.evaluate(step)
+            rank_zero.evaluate(step, worker.teacher())
         if result.stop and not last:
             # asked again: it may have been taken back, and before a move evaluations are waited for
             request = worker.agreed(rank_zero.confirmed(step))

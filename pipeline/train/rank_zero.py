@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import torch
+from torch import Tensor
 
 from pipeline.driver.mailbox import MOVE, STOP, Reports
 from pipeline.errors import one_line
@@ -57,8 +58,8 @@ class OtherRank:
         """When a checkpoint is due; whether there is one."""
         return True
 
-    def evaluate(self, step: int) -> None:
-        """When an evaluation is due."""
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """When an evaluation is due; the weights are with rank 0."""
 
     def picture_crops(self, batch: Batch) -> None:
         """Before the first step of a run."""
@@ -257,9 +258,9 @@ class RankZero(OtherRank):
         except OSError as error:
             log.error("old checkpoints could not be removed (%s); going on", one_line(error))
 
-    def evaluate(self, step: int) -> None:
-        """Asks for an evaluation of the teacher as it is now; the answer is collected later."""
-        self.evaluations.request(step, self.train_state.pair.teacher.backbone)
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Asks for an evaluation of the teacher's backbone; the answer is collected later."""
+        self.evaluations.request(step, weights)
 
     def picture_crops(self, batch: Batch) -> None:
         """The first images as the student sees them, with masks, before step 0."""

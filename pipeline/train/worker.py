@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
@@ -24,7 +25,7 @@ from pipeline.train import build, estimate, start
 from pipeline.train.ahead import Ahead, Between, StepImages, images_of
 from pipeline.train.build import view_maker
 from pipeline.train.checkpoint import state
-from pipeline.train.parallel.strategy import student_forward
+from pipeline.train.parallel.strategy import student_forward, whole_weights
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.speed.peaks import peak_flops
@@ -130,6 +131,12 @@ class Worker:
             generator=_generators(self.plan, step, self.rank),
             stop=stop,
         )
+
+    def teacher(self) -> dict[str, Tensor]:
+        """The weights of the teacher's backbone as they are now, a copy on the CPU: for rank 0, {}
+        for the others. All ranks must ask together, for each may hold a part of them.
+        """
+        return whole_weights(self.state.pair.teacher.backbone, keep=self.rank == 0)
 
     def agreed(self, request: str) -> str:
         """What rank 0 says, on all ranks alike."""

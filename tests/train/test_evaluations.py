@@ -20,6 +20,7 @@ from pipeline.train import evaluations as module
 from pipeline.train.checkpoint import state
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.evaluator import Weights
+from pipeline.train.parallel.strategy import whole_weights
 
 STEPS, KNN = 40, "eval/knn20_top1"
 
@@ -92,7 +93,7 @@ def within(seconds: float, call: Callable[[], None]) -> bool:
 
 def ask(evaluations: Evaluations, *steps: int) -> None:
     for step in steps:
-        evaluations.request(step, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+        evaluations.request(step, whole_weights(torch.nn.Linear(2, 2), keep=True))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -205,7 +206,8 @@ def test_an_evaluation_that_fails_is_said_and_the_next_one_is_tried(
 def test_weights_are_those_of_the_step(evaluations: Evaluations, evaluator: Evaluator) -> None:
     backbone = torch.nn.Linear(2, 2)
     before = backbone.weight.detach().clone()
-    evaluations.request(10, backbone)  # type: ignore[arg-type]
+    evaluations.request(10, whole_weights(backbone, keep=True))
+    assert not whole_weights(backbone, keep=False)  # as the other ranks ask
     with torch.no_grad():
         backbone.weight.zero_()  # the next step's update
     until(lambda: len(evaluator.calls) == 1)
@@ -218,7 +220,7 @@ def test_weights_are_sent_without_the_lock_that_steps_need(
     """Pickled in the stream, they would hold Python's lock for seconds a GB; beside it, Ray copies
     them outside of Python.
     """
-    evaluations.request(10, torch.nn.Linear(500, 500))  # type: ignore[arg-type]
+    evaluations.request(10, whole_weights(torch.nn.Linear(500, 500), keep=True))
     until(lambda: len(evaluator.calls) == 1)
     beside: list[pickle.PickleBuffer] = []
     stream = cloudpickle.dumps(evaluator.weights[0], 5, buffer_callback=beside.append)
