@@ -32,7 +32,7 @@ from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoded, Pair
 from pipeline.plan.plan import Plan
 from pipeline.train import build, estimate
-from pipeline.train.parallel.strategy import data_parallel
+from pipeline.train.parallel.strategy import Layout, prepare, student_forward
 from pipeline.train.step import Objective, train_step
 from pipeline.views.batch import Views
 
@@ -259,8 +259,7 @@ def graphs(recipe: str, steps: int = STEPS, images: int = 4) -> Graphs:
     """Steps with other masks and other draws of stochastic depth each."""
     plan = plan_of(recipe, images, *narrow(recipe))
     with counted_graphs() as backend:
-        pair = build.pair(plan.config)
-        build.compile_blocks(pair)
+        pair = prepare(build.pair(plan.config), Layout(1, torch.device("cpu"), compile=True))
         objective = build.objective(plan.config, pair)
         optimizer = torch.optim.AdamW(parameter_groups(pair.student), lr=0.0)
         warm = 0
@@ -283,11 +282,11 @@ def ddp_graphs(recipe: str, steps: int = 3, images: int = 2) -> int:
     fields = [f for f in narrow(recipe) if not f.startswith("model.")]
     plan = plan_of(recipe, images, "model.depth=2", *fields)
     with counted_graphs() as backend, alone():
-        pair = build.pair(plan.config)
-        build.compile_blocks(pair)
+        layout = Layout(2, torch.device("cpu"), compile=True)
+        pair = prepare(build.pair(plan.config), layout)
         objective = build.objective(plan.config, pair)
         optimizer = torch.optim.AdamW(parameter_groups(pair.student), lr=0.0)
-        student = data_parallel(pair.student, torch.device("cpu"), 2)
+        student = student_forward(pair, layout)
         for step in range(steps):
             train_step(
                 student, pair, [views_of(plan, step)], optimizer, VALUES, objective,

@@ -193,4 +193,3 @@ def layout(plan: Plan, device: torch.device) -> Layout:
         compile=plan.compile,
         checkpointing=train.activation_checkpointing,
     )
-
