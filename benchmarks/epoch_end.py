@@ -24,7 +24,8 @@ import torch
 from loader import packed, spec_of
 
 from pipeline.driver.cluster import quiet_environment
-from pipeline.stream.feeder import READ_WINDOWS, DecodeTasks, launch_feeder
+from pipeline.stream.dealer import READ_WINDOWS, DecodeTasks, RunSteps
+from pipeline.stream.feeder import launch_feeder
 from pipeline.stream.reader import reading_of
 from pipeline.stream.worker import StreamRequest, batches
 
@@ -50,7 +51,7 @@ def main() -> None:
         steps_per_pass = reading.order.steps_per_pass
         spec = spec_of(reading, options.batch)
         tasks = DecodeTasks(0.9, options.decoders)
-        feeder = launch_feeder(reading, spec, options.steps, tasks, 1, options.segment)
+        feeder = launch_feeder(reading, spec, RunSteps(options.steps, options.segment), tasks, 1)
 
         @ray.remote(num_cpus=0)
         def train() -> list[float]:

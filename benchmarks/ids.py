@@ -31,7 +31,7 @@ def portion(folder: Path) -> EncodedImages:
     ids = [list(bytes.fromhex(image_id(item))) for item in encoded]
     return EncodedImages(
         pass_index=0,
-        start=0,
+        positions=np.arange(len(encoded)),
         image_ids=np.array(ids, np.uint8),
         labels=np.full(len(encoded), -1),
         sizes=np.zeros((len(encoded), 2), np.int64),

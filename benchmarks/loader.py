@@ -205,7 +205,8 @@ def stream(
 ) -> Figures:
     import ray
 
-    from pipeline.stream.feeder import DecodeTasks, launch_feeder
+    from pipeline.stream.dealer import DecodeTasks
+    from pipeline.stream.feeder import launch_feeder
     from pipeline.stream.worker import StreamRequest, batches
 
     steps = (warm_up + images) // BATCH + 40

@@ -33,7 +33,7 @@ from pyarrow import fs as pafs
 
 from pipeline.shards.columns import SCHEMA_VERSION
 from pipeline.shards.manifest import shards_of_manifest
-from pipeline.stream.feeder import READ_WINDOWS
+from pipeline.stream.dealer import READ_WINDOWS
 from pipeline.stream.reader import reading_of
 
 GROUPS, ROWS = 40, 256

@@ -52,6 +52,8 @@ KINDS = {  # part of a process title: what it is called here
     "MapWorker": "decoder",
     "Worker": "consumer",
     "Feeder": "feeder",
+    "Dealer": "dealer",
+    "WindowReader": "window reader",
     "SplitCoordinator": "coordinator",
 }
 
@@ -175,7 +177,8 @@ def stream(
     """
     import ray
 
-    from pipeline.stream.feeder import DecodeTasks, launch_feeder
+    from pipeline.stream.dealer import DecodeTasks
+    from pipeline.stream.feeder import launch_feeder
     from pipeline.stream.worker import StreamRequest, batches
 
     spill = folder / "spill"

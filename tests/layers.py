@@ -72,7 +72,7 @@ TABLE = [
     row("pack.pack", "errors images log pack shards storage uri", others_inside="ray"),
     row("pack", "errors images shards storage uri", others="numpy PIL pyarrow",
         others_inside="skimage sklearn"),
-    row("stream", "driver errors images plan.nodes shards storage uri views",
+    row("stream", "driver errors images plan.nodes plan.streams shards storage uri views",
         others="numpy pyarrow", others_inside="ray torch"),
     # maths: no Ray, no config
     row("loss.row_kernels loss.target_kernels", "loss.prototypes loss.row_kernels loss.target",

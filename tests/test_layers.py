@@ -128,7 +128,7 @@ PLANTED = [
     ("views.crops", "from pipeline import plan as derived", "must not import pipeline.plan"),
     ("views.draws", "import torch", "must not import torch"),
     ("stream.decoder", "import torch", "must not import torch at the top of the file, only inside"),
-    ("stream.feeder", "import ray", "must not import ray at the top of the file, only inside"),
+    ("stream.dealer", "import ray", "must not import ray at the top of the file, only inside"),
     ("evaluate.neighbours.knn", "def f():\n    import mlflow", "must not import mlflow"),
     ("train.step", "import ray.train as t", "must not import ray"),
     ("train.rank_zero", "from pipeline.track.tracker import Tracker", "at the top of the file"),

@@ -87,7 +87,10 @@ def multi_crop(
     offsets = np.cumsum([0, *map(len, encoded)])
     unknown = np.full(count, -1, np.int64)
     sizes = np.zeros((count, 2), np.int64)  # read from the files
-    portion = EncodedImages(pass_index, 0, ids, unknown, sizes, offsets, b"".join(encoded), 0.0, 0)
+    places = np.arange(count)
+    portion = EncodedImages(
+        pass_index, places, ids, unknown, sizes, offsets, b"".join(encoded), 0.0, 0
+    )
     chunk = make_chunk(portion, 0, count, spec)
     for number in np.flatnonzero(~chunk["valid"]).tolist():
         _decoded(encoded[number], number, crops.channels)  # says why

@@ -21,8 +21,8 @@ from pipeline.plan.plan import Plan
 from pipeline.shards.shards import ShardSet
 from pipeline.stages.chain import named
 from pipeline.storage.run_folder import RunFolder
+from pipeline.stream.dealer import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.stream.decoder import StreamSpec
-from pipeline.stream.feeder import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.stream.probe import Contents, Sample, Spread, Timing, read_sample, time_sample
 from pipeline.stream.reader import UNPACKED_LIMIT
 from pipeline.stream.worker import PREFETCH

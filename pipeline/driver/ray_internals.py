@@ -1,14 +1,13 @@
-"""All that we use of Ray's private parts, and what for.
+"""What we use of Ray's private parts, and what for; of Ray Data's in `data_internals`.
 
 Ray may change any of them between two releases. So pyproject.toml has a ceiling on Ray, and what is
-missing is one sentence (`_private`). Ray is imported where it is used: `ray.train` loads torch. One
+missing is one sentence (`private`). Ray is imported where it is used: `ray.train` loads torch. One
 more name, of an arrow type, is in storage/places.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import subprocess
 import threading
@@ -23,7 +22,6 @@ from pipeline.errors import PipelineError
 log = logging.getLogger("pipeline")
 FIRST, BELOW = (2, 58), (2, 61)  # the releases of pyproject.toml
 START_S = 180.0  # a raylet that is neither ready nor at its end after so long is taken for ended
-TURN_S = 0.05  # of Ray Data's scheduling loop
 
 
 def check_version() -> None:
@@ -41,7 +39,7 @@ def _wanted() -> str:
 
 
 @contextmanager
-def _private(why: str) -> Iterator[None]:
+def private(why: str) -> Iterator[None]:
     """Around look-ups of private parts: says which is missing, what it is for, which Ray has it."""
     try:
         yield
@@ -53,7 +51,7 @@ def _private(why: str) -> Iterator[None]:
         ) from error
 
 
-def _hooks(of: Any, *names: str) -> None:
+def hooks(of: Any, *names: str) -> None:
     """Looks up what we override: under another name ours would never be called."""
     for name in names:
         getattr(of, name)
@@ -69,7 +67,7 @@ class RayletEnded(Exception):
 @contextmanager
 def raylet_watched(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Inside, Ray's look-up of its own node, which waits for the raylet, ends when that ended."""
-    with _private("to see that Ray ended while it started"):
+    with private("to see that Ray ended while it started"):
         from ray._private import services
 
         plain = services.get_node
@@ -102,7 +100,7 @@ def own_process_group() -> Iterator[list[subprocess.Popen[bytes]]]:
     still end with this process, as the kernel sees to it. Where it does not (macOS), Ray's reaper
     ends them, for which they must stay in this group.
     """
-    with _private("so that a signal to the job does not end Ray before the checkpoint"):
+    with private("so that a signal to the job does not end Ray before the checkpoint"):
         from ray._private import services, utils
 
         apart = {"start_new_session": True} if utils.detect_fate_sharing_support() else {}
@@ -126,7 +124,7 @@ def own_sigterm() -> Iterator[None]:
     """Inside, Ray sets no Python handler of its own, which exits with 15 and leaves its folder
     behind. The one that its core sets meanwhile, which aborts after 3 s, is replaced at the end.
     """
-    with _private("so that SIGTERM leads to a checkpoint"):
+    with private("so that SIGTERM leads to a checkpoint"):
         from ray._private import utils
 
         plain, mine = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
@@ -144,7 +142,7 @@ def own_sigterm() -> Iterator[None]:
 
 def gcs_client(address: str) -> Any:
     """A client of a cluster's head: it says why it cannot connect, where `ray.init` does not."""
-    with _private("to tell a wrong token from a cluster that is not there"):
+    with private("to tell a wrong token from a cluster that is not there"):
         from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
     return GcsClient(address=address)
@@ -152,7 +150,7 @@ def gcs_client(address: str) -> Any:
 
 def draining_nodes() -> set[str]:
     """Ids of the nodes that will be taken away; the public list of nodes does not tell them."""
-    with _private("to move workers off nodes that will be taken away"):
+    with private("to move workers off nodes that will be taken away"):
         from ray._private.state import state
 
         return set(state.get_draining_nodes() or ())
@@ -166,7 +164,7 @@ def free_resources() -> tuple[dict[str, dict[str, float]], dict[str, float]]:
 
     job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
     cpus: dict[str, float] = defaultdict(float)
-    with _private("to let a group of workers grow only into what others leave"):
+    with private("to let a group of workers grow only into what others leave"):
         from ray._private.state import state
         from ray.core.generated import gcs_pb2
 
@@ -204,7 +202,7 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
     """
     from ray.train.torch import TorchTrainer
 
-    with _private("to size and restart groups of training workers by rules of ours"):
+    with private("to size and restart groups of training workers by rules of ours"):
         from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
         from ray.train.v2._internal.execution.scaling_policy import (
             NoopDecision,
@@ -213,9 +211,9 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
         )
 
         scaling, failures = options["scaling_config"], options["run_config"].failure_config
-        _hooks(TorchTrainer, "_initialize_and_run_controller", "_register_sigint_handler")
-        _hooks(ScalingPolicy, "_get_num_workers_for_resource_request")
-        _hooks(DefaultFailurePolicy(failures), "_worker_group_failures")
+        hooks(TorchTrainer, "_initialize_and_run_controller", "_register_sigint_handler")
+        hooks(ScalingPolicy, "_get_num_workers_for_resource_request")
+        hooks(DefaultFailurePolicy(failures), "_worker_group_failures")
         per_worker = scaling._resources_per_worker_not_none
 
     class Sized(ScalingPolicy):  # type: ignore[misc]
@@ -258,78 +256,6 @@ def trainer(worker: Any, rules: GroupRules, saved: Callable[[], int], **options:
     return Trainer(worker, **options)
 
 
-# ---- Ray Data: how far reading runs ahead of decoding, and what its scheduling costs.
-
-
-def pace_data(context: Any, ahead: float, buffer: int) -> None:
-    """Sets the pace of data sets: encoded bytes that may wait, of those that decoders have been
-    given, and blocks of a task that wait to be noticed.
-    """
-    with _private("to hold read tasks back and to slow the loop that schedules them"):
-        from ray.data._internal.execution import backpressure_policy as rules
-        from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-        plain = rules.DownstreamCapacityBackpressurePolicy
-        key = rules.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
-        enabled = [*rules.ENABLED_BACKPRESSURE_POLICIES]
-        _hooks(plain, "_get_output_pressure", "_should_skip_backpressure")
-        _hooks(plain, "_get_downstream_capacity_size_bytes", "OBJECT_STORE_BUDGET_UTIL_THRESHOLD")
-        _hooks(ExecutionCallback, "on_execution_step")
-        _hooks(context, "_max_num_blocks_in_streaming_gen_buffer")
-
-    class ReadAhead(plain):  # type: ignore[misc, valid-type]
-        """Ray's own rule, for read tasks alone, from the first byte on, and with a limit of ours.
-
-        Ray Data lets an operator fill its share of the object store before it slows it down.
-        Reading is many times faster than decoding, so that share would always be full of encoded
-        images that wait: memory touched for nothing, and the first to be spilled. Where decoders
-        have nothing in work they either do not run yet, then one portion that waits is enough, or
-        the next in turn is not read yet: then nothing is held back, so what was read out of its
-        turn cannot block what the order asks for.
-        """
-
-        OBJECT_STORE_BUDGET_UTIL_THRESHOLD = 0.0
-        name = "ReadAhead"
-
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            with _private("to hold read tasks back"):
-                _hooks(self, "_backpressure_capacity_ratio", "_topology")
-            self._backpressure_capacity_ratio = ahead
-
-        def _get_output_pressure(self, op: Any) -> float:
-            idle = self._get_downstream_capacity_size_bytes(op) == 0
-            if idle and self._topology[op].output_queue:
-                return math.inf
-            return float(super()._get_output_pressure(op))
-
-        def _should_skip_backpressure(self, op: Any) -> bool:
-            return "_Read" not in op.name or bool(super()._should_skip_backpressure(op))
-
-    class Turns(ExecutionCallback):  # type: ignore[misc]
-        """20 turns a second, each of which handles all that is ready, are plenty. While a read task
-        waits for room, its next block counts as ready, so the wait of Ray Data's scheduling loop
-        returns at once and takes 60 % of a core for nothing (Ray 2.60, seen in a profile).
-        """
-
-        def on_execution_step(self, executor: Any) -> None:
-            time.sleep(TURN_S)
-
-    context.set_config(key, [*enabled, ReadAhead])
-    context.custom_execution_callback_classes.append(Turns)
-    context._max_num_blocks_in_streaming_gen_buffer = buffer
-
-
-def end_split(parts: list[Any]) -> None:
-    """Ends the execution behind the parts of `streaming_split`, which lives while workers hold one
-    of them; there is no public call for it.
-    """
-    import ray
-
-    with _private("to end the data of a group of workers that is gone"):
-        ray.kill(parts[0]._coord_actor)
-
-
 # ---- Ray Serve: where the replicas of an endpoint listen.
 
 
@@ -337,7 +263,7 @@ def serve_on_loopback() -> None:
     """For a replica's constructor: Ray Serve then opens a port for calls, which are pickles, on all
     addresses. A cluster needs that, in a network of its own (SECURITY.md); a laptop does not.
     """
-    with _private("so that the endpoint of a laptop is for this machine alone"):
+    with private("so that the endpoint of a laptop is for this machine alone"):
         from ray.serve._private import replica
 
         opening = replica.add_port_to_grpc_server

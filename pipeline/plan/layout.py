@@ -18,6 +18,7 @@ from pipeline.plan.nodes import (
     placed,
     without_feeder,
 )
+from pipeline.plan.streams import streams_for
 
 DECODE_CPUS = 0.95  # of a decoder; the rest of a core finds other uses
 FEEDER_CPUS = 1.0  # of a large node that the feeder runs on: its loop takes a part of a core
@@ -50,6 +51,7 @@ class Arrangement(BaseModel):
     decode_cpus: float
     decode_tasks: int
     threads: int
+    streams: int = 1  # Ray Data executions, see `plan.streams`
 
 
 def worker_share(config: Config, gpus: int) -> Share:
@@ -137,12 +139,15 @@ def _arranged(
     beside = [(node.cpus + node.driver * feeder_cpus, here) for node, here in taken if here]
     resources = config.resources
     decode_cpus = min(DECODE_CPUS, for_decoding)
+    decode_tasks = resources.decode_tasks or decoders(free, decode_cpus, READ_CPUS)
+    ranks = [str(place) for place, (_, here) in enumerate(taken) for _ in range(here)]
     return Arrangement(
         workers=workers,
         feeder_cpus=feeder_cpus,
         decode_cpus=decode_cpus,
-        decode_tasks=resources.decode_tasks or decoders(free, decode_cpus, READ_CPUS),
+        decode_tasks=decode_tasks,
         threads=resources.threads or max(1, min(int(cpus / here) for cpus, here in beside)),
+        streams=len(streams_for(ranks, decode_tasks, resources.streams)),
     )
 
 

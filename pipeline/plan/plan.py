@@ -65,6 +65,7 @@ class Plan(BaseModel):
     decode_cpus: float
     decode_tasks: int
     threads: int
+    streams: int = 1  # of data for the first group; a group on other nodes has others
     value_range: Literal["full"] | tuple[float, float] | None = None  # of deep images; None: full
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
@@ -252,6 +253,7 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
         decode_cpus=arrangement.decode_cpus,
         decode_tasks=arrangement.decode_tasks,
         threads=arrangement.threads,
+        streams=arrangement.streams,
     )
 
 

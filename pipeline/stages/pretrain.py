@@ -170,6 +170,23 @@ def _range(plan: Plan) -> list[str]:
     return [said + (f"; the other {left} are not used" if left else "")]
 
 
+def _streams(plan: Plan) -> list[str]:
+    """How decoders are shared out, where there is more than one stream."""
+    if plan.streams == 1:
+        return []
+    few, more = plan.decode_tasks // plan.streams, -(-plan.decode_tasks // plan.streams)
+    each = f"{few}" if few == more else f"{few} or {more}"
+    one = (
+        "one for each node with workers"
+        if plan.config.resources.streams == "auto"
+        else "resources.streams"
+    )
+    return [
+        f"streams     {plan.streams} ({one}), each with about {each} of the "
+        f"{plan.decode_tasks} decoders of {plan.decode_cpus:g} CPUs"
+    ]
+
+
 def _unused(model: Model) -> str:
     """Names the fields of our ViT that a recipe sets and a foreign encoder does not use."""
     used = ("encoder", "init", "init_resize", "patch_size", "in_channels", "drop_path")
@@ -242,6 +259,7 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         f"{plan.device}, {plan.precision} ({plan.precision_reason}), "
         f"{plan.threads} threads each, lr {plan.lr:.3g}",
         *_range(plan),
+        *_streams(plan),
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker; "
         f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
     ]

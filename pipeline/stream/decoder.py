@@ -117,7 +117,7 @@ def draw(portion: EncodedImages, first: int, last: int, spec: StreamSpec) -> Dra
     key = spec.seed, portion.pass_index, image_ids
     boxes_u = uniforms(*key, crops.draws, CROP_STREAM)
     colour_u = uniforms(*key, crops.views * PHOTOMETRIC_DRAWS, PHOTOMETRIC_STREAM)
-    step_in_pass, place = divmod(portion.start + first, spec.global_batch)
+    step_in_pass, place = divmod(int(portion.positions[first]), spec.global_batch)
     chunk: Chunk = {
         "image_ids": image_ids,
         "labels": portion.labels[first:last],

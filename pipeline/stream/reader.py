@@ -27,7 +27,7 @@ from pipeline.stream.rows import row_at, row_of
 
 UNPACKED_LIMIT = 2**30  # bytes of hub-style shards that may be shuffled without packing
 AHEAD_BYTES = 512 * 2**20  # of a window in memory beside which the next one is fetched already
-_READS_AT_ONCE = 4  # row groups of one window; storage that is far away likes several
+READS_AT_ONCE = 4  # row groups of one window; storage that is far away likes several
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def group_rows(shards: ShardSet) -> Ints:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Consecutive positions of a pass, still encoded: a portion, the work of one decode task."""
+    """Images of one pass, still encoded: a portion, the work of one decode task."""
 
     pass_index: int
-    start: int  # position in the pass of the first image
+    positions: Ints  # [n] in the pass, ascending; those of a chunk follow each other
     image_ids: np.ndarray[Any, np.dtype[np.uint8]]  # [n, 16]
     labels: Ints  # [n], -1 where there is none
     sizes: Ints  # [n, 2] height and width, 0 where the shard does not say
@@ -107,6 +107,11 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def start(self) -> int:
+        """Position in the pass of the first image."""
+        return int(self.positions[0])
 
     def image(self, i: int) -> bytes:
         """The encoded image at a place."""
@@ -125,6 +130,24 @@ class EncodedImages:
         if self.named and (self.pass_index + int(self.image_ids[i, -1])) % 2 == 0:
             check_id(encoded, self.image_ids[i].tobytes())
         return encoded
+
+    def portions(self, images: int) -> Iterator[EncodedImages]:
+        """Cuts it, in order; the encoded bytes are not copied."""
+        for first in range(0, len(self), images):
+            part = slice(first, first + images)
+            ends = self.offsets[first : first + images + 1]
+            values = {
+                name: getattr(self, name)[part]
+                for name in ("positions", "image_ids", "labels", "sizes")
+            }
+            yield replace(
+                self,
+                **values,
+                offsets=ends - ends[0],
+                encoded=memoryview(self.encoded)[ends[0] : ends[-1]],
+                read_s=self.read_s * (len(ends) - 1) / len(self),
+                retries=0 if first else self.retries,
+            )
 
     def table(self) -> pa.Table:
         """One row of a Ray Data block."""
@@ -156,7 +179,7 @@ def read_portions(
     Raises:
         DataError: a file is gone or cannot be read.
     """
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(READS_AT_ONCE) as pool:
 
         def fetch(task: ReadTask) -> tuple[list[RowGroup], float]:
             begin = time.perf_counter()
@@ -176,8 +199,9 @@ def read_portions(
             for at in range(0, len(rows), portion):
                 part = slice(at, at + portion)
                 share = read_s * len(rows[part]) / len(rows)
+                positions = np.arange(whole.start + at, whole.start + at + len(rows[part]))
                 images = encoded_images(
-                    groups, which[part], rows[part], whole.pass_index, whole.start + at
+                    groups, which[part], rows[part], whole.pass_index, positions
                 )
                 before, counted = counted, retries()
                 yield replace(images, read_s=images.read_s + share, retries=counted - before)
@@ -187,7 +211,11 @@ def read_portions(
 
 
 def encoded_images(
-    groups: Sequence[RowGroup], which: Ints, rows: Ints, pass_index: int = 0, start: int = 0
+    groups: Sequence[RowGroup],
+    which: Ints,
+    rows: Ints,
+    pass_index: int = 0,
+    positions: Ints | None = None,
 ) -> EncodedImages:
     """Copies the encoded images of some rows behind each other.
 
@@ -196,7 +224,7 @@ def encoded_images(
         which: the group of each image.
         rows: its place in that group.
         pass_index: the pass they are for.
-        start: the position in it of the first one.
+        positions: the position in it of each; None: from 0 on.
     """
     begin = time.perf_counter()
     pairs = list(zip(which.tolist(), rows.tolist(), strict=True))
@@ -209,7 +237,7 @@ def encoded_images(
     columns = {name: column(name) for name in ("image_ids", "labels", "sizes")}
     return EncodedImages(
         pass_index=pass_index,
-        start=start,
+        positions=np.arange(len(pairs)) if positions is None else positions,
         offsets=offsets,
         encoded=b"".join(values),
         read_s=time.perf_counter() - begin,

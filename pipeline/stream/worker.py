@@ -116,7 +116,8 @@ def _open(request: StreamRequest, step: int) -> _Segment:
     feeder, group_id = request.feeder, request.group_id
     if request.rank == 0:
         feeder.open.remote(group_id, step, request.workers)
-    end, part = ray.get(feeder.iterator.remote(group_id, step, request.rank))
+    node = ray.get_runtime_context().get_node_id()
+    end, part = ray.get(feeder.iterator.remote(group_id, step, request.rank, node))
     if request.rank == 0:
         # planned; the first question for data starts it
         feeder.open.remote(group_id, end, request.workers)
@@ -142,7 +143,9 @@ class _Ahead:
 
             try:
                 while after is not None and not self._used_up.is_set():
-                    decoded = request.feeder.all_decoded.remote(request.group_id, after, _ASK_S)
+                    decoded = request.feeder.all_decoded.remote(
+                        request.group_id, after, _ASK_S, request.rank
+                    )
                     if ray.get(decoded):
                         break
                 if not self._cancelled.is_set():

@@ -23,8 +23,9 @@ from pipeline.plan.resume import changes, plan_of
 from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.run_folder import RunFolder, atomic
+from pipeline.stream.dealer import DecodeTasks
 from pipeline.stream.decoder import StreamSpec
-from pipeline.stream.feeder import DecodeTasks, launch_feeder
+from pipeline.stream.feeder import launch_feeder
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build
@@ -210,6 +211,7 @@ def pretrain(
         plan.steps,
         tasks,
         plan.sizes[-1],
+        plan.config.resources.streams,
     )
     evaluation = evaluation_spec(plan, shards)
     evaluator = launch_evaluator(evaluation, plan)

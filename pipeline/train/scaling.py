@@ -24,7 +24,7 @@ from pipeline.errors import PlacementError, StoppedError
 from pipeline.plan.layout import Arrangement
 from pipeline.plan.nodes import Node, Share
 from pipeline.plan.plan import Plan
-from pipeline.stream.feeder import DecodeTasks
+from pipeline.stream.dealer import DecodeTasks
 
 LOOK_S = 3.0  # between two looks at the nodes while all is well
 ANSWER_S = 20.0  # a group that must shrink and gives no answer waits for data that cannot come

@@ -19,8 +19,9 @@ import ray
 import torch
 
 from pipeline.shards.shards import ShardColumns
+from pipeline.stream.dealer import DecodeTasks, RunSteps
 from pipeline.stream.decoder import StreamSpec, make_chunks
-from pipeline.stream.feeder import DecodeTasks, launch_feeder
+from pipeline.stream.feeder import launch_feeder
 from pipeline.stream.reader import read_portions
 from pipeline.stream.worker import StreamRequest, batches
 from pipeline.views.batch import Batch
@@ -99,8 +100,9 @@ def end(*actors: Any) -> None:
         ray.kill(actor)
 
 
-def feeder_of(source: Source, segment: int = 2000) -> Any:
-    return launch_feeder(*source, STEPS, DecodeTasks(0.8), 3, segment)
+def feeder_of(source: Source, segment: int = 2000, streams: int = 1) -> Any:
+    tasks = DecodeTasks(0.8 / streams, streams)
+    return launch_feeder(*source, RunSteps(STEPS, segment), tasks, 3, streams)
 
 
 def test_a_stopped_run_goes_on_with_other_workers_over_segment_ends(
@@ -122,6 +124,21 @@ def test_a_stopped_run_goes_on_with_other_workers_over_segment_ends(
     for begin in range(0, STEPS, per_pass):
         names = [name for step in steps[begin : begin + per_pass] for name in step]
         assert len(names) == len(set(names)) == per_pass * BATCH
+
+
+def test_several_streams_give_the_same_steps(
+    ray_cluster: None, source: Source, expected: list[Step]
+) -> None:
+    """Two for two workers, then two for three, on one feeder; 16 and 26 are segment ends."""
+    feeder = feeder_of(source, segment=1, streams=2)
+    workers = group(feeder, "a", 2)
+    steps = take(workers, 19)
+    end(*workers)
+    workers = group(feeder, "b", 3, first=10)
+    steps[10:] = take(workers, STEPS - 10)
+    assert take(workers, 1) == []
+    end(*workers, feeder)
+    assert steps == expected
 
 
 @pytest.mark.slow
@@ -204,17 +221,23 @@ def deadly(source: Source, where: str, calls: int, folder: Path) -> Source:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "calls"), [("decode", 50), ("read", 70)])
+@pytest.mark.parametrize(
+    ("where", "calls", "streams"),
+    [("decode", 50, 1), ("read", 70, 1), ("decode", 50, 2), ("read", 70, 2)],
+)
 def test_a_killed_process_of_the_stream_is_replaced(
     where: str,
     calls: int,
+    streams: int,
     ray_cluster: None,
     source: Source,
     expected: list[Step],
     tmp_path: Path,
 ) -> None:
-    """In the middle: some of its results have been handed on already."""
-    feeder = feeder_of(deadly(source, where, calls, tmp_path))
+    """In the middle: some of its results have been handed on already. Of several streams it is the
+    reader of the windows that is killed.
+    """
+    feeder = feeder_of(deadly(source, where, calls, tmp_path), streams=streams)
     workers = group(feeder, "a", 2)
     steps = take(workers, STEPS)
     end(*workers, feeder)

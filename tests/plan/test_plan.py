@@ -25,7 +25,7 @@ from pipeline.plan.plan import (
     view_bytes,
 )
 from pipeline.plan.resume import MAY_CHANGE, changes, plan_of, value_at
-from pipeline.stream import feeder
+from pipeline.stream import dealer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 IMAGENET = 1_281_167
@@ -291,7 +291,7 @@ def test_workers_leave_cpus_for_decoding() -> None:
     assert small.decode_tasks == 1 and small.decode_cpus == pytest.approx(0.75 - READ_CPUS)
     assert plan("resources.decode_tasks=7").decode_tasks == 7
     # the read tasks' share is theirs on any machine: without it nothing would ever be decoded
-    assert feeder.READ_CPUS == READ_CPUS
+    assert dealer.READ_CPUS == READ_CPUS
     for cpus in range(1, 257):
         for gpus in (0, 1, 2, 8):
             if cpus <= gpus:

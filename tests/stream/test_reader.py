@@ -63,7 +63,9 @@ def test_each_image_is_where_the_order_says(tmp_path: Path, size: int) -> None:
     assert max(map(len, dealt)) == min(size, IMAGES)  # the window of a hub set is the set
     position = 0
     for portion in dealt:
-        assert portion.pass_index * reading.order.steps_per_pass * BATCH + portion.start == position
+        begin = portion.pass_index * reading.order.steps_per_pass * BATCH
+        places = begin + portion.positions
+        assert places.tolist() == list(range(position, position + len(portion)))
         for i, label in enumerate(portion.labels.tolist()):
             assert portion.image(i) == (images[label] or b"")
             assert bytes(portion.image_ids[i]).hex() == image_id(images[label] or b"")
@@ -76,7 +78,7 @@ def test_images_are_not_copied_when_a_row_group_or_a_block_is_opened() -> None:
     array = pa.array([b"abc" * 1000, b"def"], pa.binary())
     assert image_array(pa.chunked_array([array])).buffers()[2].address == array.buffers()[2].address
     table = EncodedImages(
-        0, 0, *(np.zeros(0),) * 4, encoded=b"x" * 4096, read_s=0.0, retries=0
+        0, *(np.zeros(0),) * 5, encoded=b"x" * 4096, read_s=0.0, retries=0
     ).table()
     inside = table.column("encoded").chunk(0).buffers()[2]
     portion = EncodedImages.of(table)
@@ -140,9 +142,9 @@ def test_the_spec_of_a_task_does_not_grow_with_the_set(tmp_path: Path) -> None:
 
 
 def test_a_portion_that_is_decoded_twice_counts_once() -> None:
-    from pipeline.stream.feeder import Decoded
+    from pipeline.stream.dealer import Decoded
 
-    decoded = Decoded()
+    decoded = Decoded(20)
     for place, images in (((0, 0), 6), ((0, 6), 6), ((0, 0), 6), ((1, 0), 4)):
         decoded.note(place, images)
-    assert decoded.images == 16
+    assert decoded.missing == 4

@@ -10,8 +10,9 @@ import torch
 
 from pipeline.errors import DataError
 from pipeline.shards.shards import ShardColumns
+from pipeline.stream.dealer import DecodeTasks
 from pipeline.stream.decoder import StreamSpec
-from pipeline.stream.feeder import DecodeTasks, launch_feeder
+from pipeline.stream.feeder import launch_feeder
 from pipeline.stream.reader import Reading, reading_of
 from pipeline.stream.worker import StreamRequest, batches
 from pipeline.views.batch import Batch
