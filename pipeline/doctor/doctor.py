@@ -74,7 +74,9 @@ class Memory:
 
         A decoder makes the crops of one portion while those of the one before wait for their turn.
         """
-        readers = reads_at_once(plan.decode_tasks) * 2 * BUFFER * self.portion_encoded
+        # streams that share windows have one read task each
+        reads = plan.streams if plan.streams > 1 else reads_at_once(plan.decode_tasks)
+        readers = reads * 2 * BUFFER * self.portion_encoded
         in_work = IN_FLIGHT * self.portion_encoded
         decoders = plan.decode_tasks * ((1 + AHEAD) * in_work + 2 * self.portion_crops)
         workers = plan.workers * (plan.worker_batch * plan.view_bytes + PREFETCH * self.chunk)
