@@ -1,0 +1,267 @@
+"""The stream on many nodes, simulated: what a block costs its coordinator, and what crosses nodes.
+
+    python benchmarks/nodes.py --nodes 1,8 --steps 200
+
+Each "node" is a raylet of its own on this machine, with one decoder, one consuming worker and an
+object store of its own; images are small, so that there are many blocks. Measured in steady state,
+with one stream for all nodes and with one stream a node:
+
+    blocks/s       of all workers together; a few cores cannot show what many nodes would do
+    CPU a block    ms of CPU time of each kind of process, all of that kind together
+    between nodes  bytes that raylets sent each other, for an image (Ray's own counter), and how
+                   many of the bytes of its crops that is
+    read           row groups that were read, over those that the images taken lie in
+    memory         of all Ray processes of the simulation (proportional set size)
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import psutil
+import ray
+import torch
+from PIL import Image
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipeline.driver.cluster import quiet_environment
+from pipeline.pack.pack import PackPlaces, pack
+from pipeline.shards.shards import ShardColumns, ShardSet, open_shards
+from pipeline.stream.dealer import DecodeTasks
+from pipeline.stream.decoder import StreamSpec
+from pipeline.stream.feeder import launch_feeder
+from pipeline.stream.reader import Reading, reading_of
+from pipeline.stream.worker import StreamRequest, batches
+from pipeline.views.crops import CropSpec
+from pipeline.views.masks import MaskSpec
+from pipeline.views.photometric import PhotometricSpec
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes cannot import this file
+
+CROPS = CropSpec(global_size=64, local_size=16, local_crops=1)  # 25 KB an image
+KINDS = {  # part of a process title: what it is called here
+    "SplitCoordinator": "coordinator",
+    "Dealer": "dealer",
+    "WindowReader": "window reader",
+    "_Read": "read task",
+    "MapWorker": "decoder",
+    "Consumer": "consumer",
+    "Feeder": "feeder",
+    "raylet": "raylet",
+    "gcs_server": "gcs",
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Everything that is counted, at one moment."""
+
+    at: float
+    cpu_s: dict[str, float]  # by kind of process
+    sent: float  # bytes, by raylets
+    read: int  # row groups
+
+
+class CountedColumns(ShardColumns):
+    """Writes a byte to a file for each row group that is read."""
+
+    @property
+    def image(self) -> str:  # asked for once a row group, where it is read
+        with Path(self.uri_of_count).open("ab") as file:
+            file.write(b".")
+        return "image"
+
+    @image.setter
+    def image(self, value: str) -> None: ...
+
+
+def counted(columns: ShardColumns, count: Path) -> ShardColumns:
+    """The columns of a set, with every reading counted."""
+    same = object.__new__(CountedColumns)
+    for name in columns.__dataclass_fields__:
+        if name != "image":
+            object.__setattr__(same, name, getattr(columns, name))
+    object.__setattr__(same, "uri_of_count", str(count))
+    return same
+
+
+@ray.remote(num_cpus=0)
+class Consumer:
+    """A training worker that takes batches and does nothing with them."""
+
+    def __init__(self, request: StreamRequest, chunk: int) -> None:
+        torch.set_num_threads(1)
+        self.batches = batches(request, chunk, chunk)
+
+    def take(self, steps: int) -> int:
+        """Images of so many steps."""
+        return sum(next(self.batches).images for _ in range(steps))
+
+
+def cpu_seconds() -> tuple[dict[str, float], float]:
+    """(CPU seconds by kind, MiB of all) of this process's children."""
+    seconds: dict[str, float] = defaultdict(float)
+    memory = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error, OSError):
+            title = " ".join(process.cmdline()[:1])
+            kind = next((k for part, k in KINDS.items() if part in title), "other")
+            times = process.cpu_times()
+            seconds[kind] += times.user + times.system
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            memory += int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) / 1024  # type: ignore[index]
+    return dict(seconds), memory
+
+
+def sent_bytes() -> float:
+    """Bytes that raylets have sent to each other, by the metrics that each node exports."""
+    total = 0.0
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with suppress(OSError):
+            text = urllib.request.urlopen(url, timeout=20).read().decode()
+            for line in text.splitlines():
+                if line.startswith("ray_object_manager_bytes") and "Pushed" in line:
+                    total += float(line.split()[-1])
+    return total
+
+
+def counts(count: Path) -> Counts:
+    """Now."""
+    return Counts(time.perf_counter(), cpu_seconds()[0], sent_bytes(), count.stat().st_size)
+
+
+def shards_in(folder: Path, images: int) -> ShardSet:
+    """Packed shards of small JPEGs."""
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        low = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        stream = io.BytesIO()
+        low.resize((72, 72), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+        (folder / "images" / f"{i:05}.jpg").write_bytes(stream.getvalue())
+    places = PackPlaces(bad_images=str(folder / "bad.parquet"), scratch=str(folder / "work"))
+    pack(str(folder / "images"), str(folder / "shards"), places)
+    return open_shards(str(folder / "shards"))
+
+
+def spec_of(reading: Reading, columns: ShardColumns, chunk: int) -> StreamSpec:
+    """Small crops, which cost little to make."""
+    return StreamSpec(
+        columns=columns,
+        seed=0,
+        global_batch=reading.order.global_batch,
+        steps_per_pass=reading.order.steps_per_pass,
+        crops=CROPS,
+        photometric=PhotometricSpec(),
+        masks=MaskSpec((4, 4), 0.5, (0.1, 0.5)),
+        chunk=chunk,
+        max_pixels=10**6,
+        image_bytes=reading.shards.image_bytes,
+        store_bytes=2 * chunk * CROPS.bytes,  # one chunk a portion, as with photos
+    )
+
+
+def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: Any) -> str:
+    """One line: a number of nodes with so many streams."""
+    count = folder / f"count-{nodes}-{streams}"
+    count.touch()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20},
+        connect=False,
+    )
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        cluster.wait_for_nodes()
+        ray.init(cluster.address, logging_level="error", log_to_driver=False)
+        chunk = options.chunk
+        batch = nodes * chunk
+        window = max(1, options.window // batch) * batch
+        reading = reading_of(shards, seed=0, global_batch=batch, window=window)
+        spec = spec_of(reading, counted(shards.columns, count), chunk)
+        steps = options.warm_up + options.steps + 200
+        tasks = DecodeTasks(0.85, nodes)
+        feeder = launch_feeder(reading, spec, steps, tasks, nodes, streams)
+        places = sorted(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU"))
+        workers = [
+            Consumer.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(StreamRequest(feeder, "one", rank, nodes, 0, steps), chunk)
+            for rank, node in enumerate(places)
+        ]
+        ray.get([worker.take.remote(options.warm_up) for worker in workers])
+        time.sleep(options.settle_s)  # metrics are exported every few seconds
+        before = counts(count)
+        images = sum(ray.get([worker.take.remote(options.steps) for worker in workers]))
+        middle = time.perf_counter()
+        time.sleep(options.settle_s)
+        after = counts(count)
+        _, memory = cpu_seconds()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    blocks = images / chunk
+    cost = {
+        kind: 1000 * (seconds - before.cpu_s.get(kind, 0.0)) / blocks
+        for kind, seconds in after.cpu_s.items()
+    }
+    sent = (after.sent - before.sent) / images
+    groups = sum(len(file.row_groups) for file in shards.files)
+    read = (after.read - before.read) / (images / shards.rows * groups)
+    kinds = ", ".join(f"{k} {ms:.2f}" for k, ms in sorted(cost.items(), key=lambda x: -x[1]))
+    return (
+        f"{nodes:3} nodes, {streams} stream{'s' * (streams != 1)}: "
+        f"{blocks / (middle - before.at):7.1f} blocks/s; "
+        f"between nodes {sent / 1000:.2f} KB an image ({sent / CROPS.bytes:.0%} of its crops); "
+        f"row groups read {read:.2f} x; memory {memory / 1024:.1f} GiB\n"
+        f"    CPU ms a block: {kinds}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", default="1,8")
+    parser.add_argument("--streams", default="one,each", help="one for all, each node one")
+    parser.add_argument("--steps", type=int, default=200, help="measured")
+    parser.add_argument("--warm-up", type=int, default=60, help="steps before that")
+    parser.add_argument("--images", type=int, default=4096)
+    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--settle-s", type=float, default=12.0)
+    options = parser.parse_args()
+    quiet_environment()
+    folder = Path(tempfile.mkdtemp(prefix="rd", dir="/tmp"))
+    try:
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+        shards = shards_in(folder, options.images)
+        ray.shutdown()
+        for nodes in map(int, options.nodes.split(",")):
+            for streams in dict.fromkeys(
+                1 if which == "one" else nodes for which in options.streams.split(",")
+            ):
+                print(measured(shards, folder, nodes, streams, options), flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
