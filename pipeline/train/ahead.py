@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from queue import SimpleQueue
 
@@ -41,6 +41,8 @@ class ViewMaker:
 
     def __call__(self, batch: Batch) -> Views:
         """The views of a micro batch; the host waits for nothing."""
+        if self.device.type != "cpu":  # a bad image then asks for no other kernel of the loss
+            batch = replace(batch, weights=batch.weights_or_ones)
         with part("colour"):
             masked = self.patches(crop_major(batch.masks), batch.weights).to(self.device)
             return batch.to(self.device).views(self.spec, self.dtype, self.colours, masked)

@@ -15,6 +15,10 @@ from pipeline.model.foreign import ForeignBackbone
 from pipeline.model.pair import Backbone
 from pipeline.model.vit import VisionTransformer
 
+# Of one kind of block, before dynamo leaves the rest as it is. Ours need one. timm's have each a
+# rate of stochastic depth in theirs: three for each block, of both sizes of crops and the teacher.
+GRAPHS = 128
+
 
 def of(backbone: Backbone) -> Sequence[nn.Module]:
     """The blocks of a backbone, in order; none of one that is not a row of blocks."""
@@ -31,7 +35,7 @@ def compile_blocks(backbone: Backbone) -> None:
     """
     torch._dynamo.config.optimize_ddp = False
     for block in of(backbone):
-        block.compile(dynamic=None)
+        block.compile(dynamic=False, recompile_limit=GRAPHS)
 
 
 def set_checkpointing(backbone: Backbone) -> None:
