@@ -137,7 +137,7 @@ def test_on_a_gpu_a_forward_copies_the_draws_of_stochastic_depth_and_nothing_els
         spec, head = replace(SPEC, drop_path=0.3), HeadSpec(20, 8, 16)
         student, teacher = (build_pair(spec, head, None, 0).student for _ in range(2))
         pair = Pair(student, teacher.requires_grad_(False).eval())  # no copy: it copies the mode
-        objective = Objective.for_pair(ObjectiveSpec(centring=centring), pair)
+        objective = Objective.for_pair(ObjectiveSpec(centring=centring, kernels="eager"), pair)
         for centre in (objective.dino_centre, objective.ibot_centre):
             centre.value = centre.value.to("cuda")  # where the first step puts it
         both = Views(
