@@ -17,8 +17,10 @@ class Prototypes(nn.Module):
     trained.
     """
 
-    def __init__(self, bottleneck: int, prototypes: int) -> None:
+    def __init__(self, bottleneck: int, prototypes: int, float32: bool = False) -> None:
+        """Directions uniform, lengths 1. `float32`: logits are float32 under autocast too."""
         super().__init__()
+        self.float32 = float32
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))
         bound = 1 / math.sqrt(bottleneck)
@@ -27,7 +29,11 @@ class Prototypes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[N, bottleneck]` to `[N, K]`."""
         length = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / length))
+        weight = self.weight_v * (self.weight_g / length)
+        if not self.float32:
+            return F.linear(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), weight.float())
 
 
 class Head(nn.Module):
@@ -42,6 +48,7 @@ class Head(nn.Module):
         bottleneck: int = 256,  # 384 for the DINO head of the long recipe
         hidden: int = 2048,
         layers: int = 3,
+        float32: bool = False,  # logits under autocast too
     ) -> None:
         """Build and initialise: Linear truncated normal 0.02, bias 0, directions uniform, lengths
         1.
@@ -63,7 +70,7 @@ class Head(nn.Module):
         # One layer has the key `mlp.weight` in the reference, several have `mlp.0.weight`,
         # `mlp.2.weight` ...
         self.mlp = parts[0] if layers == 1 else nn.Sequential(*parts)
-        self.last_layer = Prototypes(bottleneck, prototypes)
+        self.last_layer = Prototypes(bottleneck, prototypes, float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `[N, D]` to logits `[N, K]`, bounded by `|weight_g|`. An empty `x` keeps every

@@ -28,10 +28,11 @@ class HeadSpec:
     bottleneck: int = 256
     hidden: int = 2048
     layers: int = 3
+    float32: bool = False  # logits are float32 under autocast too
 
     def build(self, width: int) -> Head:
         """A freshly initialised head for tokens of `width`, drawn from torch's global generator."""
-        return Head(width, self.prototypes, self.bottleneck, self.hidden, self.layers)
+        return Head(width, self.prototypes, self.bottleneck, self.hidden, self.layers, self.float32)
 
 
 class Encoded(NamedTuple):

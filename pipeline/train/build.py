@@ -67,9 +67,10 @@ def pair(config: Config) -> Pair:
     Raises:
         PipelineError: a foreign encoder does not exist or does not do what the recipe asks for.
     """
-    dino = HeadSpec(**config.head.model_dump())
+    exact = config.train.logits == "float32"
+    dino = HeadSpec(**config.head.model_dump(), float32=exact)
     ibot = config.ibot_head.model_dump(exclude={"separate"})
-    separate = HeadSpec(**ibot) if config.ibot_head.separate else None
+    separate = HeadSpec(**ibot, float32=exact) if config.ibot_head.separate else None
     built = build_pair(encoder_spec(config), dino, separate, config.run.seed)
     backbone = built.student.backbone
     if isinstance(backbone, ForeignBackbone):

@@ -56,3 +56,18 @@ def test_no_tokens_leave_every_parameter_in_the_graph() -> None:
 def test_a_head_needs_a_layer() -> None:
     with pytest.raises(PipelineError, match="0 layers"):
         Head(16, layers=0)
+
+
+def test_float32_logits_under_autocast() -> None:
+    """Only the product with the prototypes is float32; the MLP before it stays in bfloat16."""
+    torch.manual_seed(0)
+    half, exact = Head(16, 64, 8, 32), Head(16, 64, 8, 32, float32=True)
+    exact.load_state_dict(half.state_dict())
+    x = torch.randn(50, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, logits = half(x), exact(x)
+        bottleneck = torch.nn.functional.normalize(half.mlp(x).float(), dim=-1)
+    assert rounded.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    weight = half.last_layer.weight_v / half.last_layer.weight_v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(logits, bottleneck @ weight.T)
+    assert float((rounded.float() - logits).abs().max().detach()) > 1e-3
