@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config.config import Config
 from pipeline.config.load import load
+from pipeline.model.pair import Encoded, Pair
 from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
@@ -93,8 +94,42 @@ def views_of(
     if not crops:
         sides = ((2, augment.global_size), (augment.local_crops, augment.local_size))
         channels = plan.config.model.in_channels
-        crops = [torch.randn(n * images, channels, s, s, device=device) for n, s in sides]
-    return Views(crops[0], crops[1], masks_of(plan, step).to(device), images)
+        dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+        crops = [
+            torch.randn(n * images, channels, side, side, device=device, dtype=dtype)
+            for n, side in sides
+        ]
+    masks = masks_of(plan, step)
+    masked = build.patch_finder(plan)(masks, None).to(torch.device(device))
+    return Views(crops[0], crops[1], masks.to(device), images, masked=masked)
+
+
+def encodings(
+    plan: Plan, pair: Pair, views: Views, device: torch.device | str = "cpu"
+) -> tuple[Encoded, Encoded]:
+    """What teacher and student would say of views: logits of noise, as their heads give them."""
+    heads = [head for head in (pair.student.dino_head, pair.student.ibot_head) if head]
+    assert views.masked is not None
+    patches, width = len(views.masked.places), plan.config.model.dimensions[0]
+
+    def encoded(views_scored: int, learns: bool) -> Encoded:
+        counts = [views_scored, patches] if len(heads) == 2 else [views_scored + patches]
+
+        def noise(rows: int, columns: int) -> Tensor:
+            x = torch.randn(rows, columns, device=device).mul_(0.1).to(torch.bfloat16)
+            # as they come from a layer: what is no leaf may be overwritten
+            return x.requires_grad_().view_as(x) if learns else x
+
+        logits = [
+            noise(rows, len(head.last_layer.weight_g))
+            for rows, head in zip(counts, heads, strict=True)
+        ]
+        cls = noise(len(views.global_views), width)
+        return Encoded(cls, logits[0], logits[1] if len(logits) == 2 else None)
+
+    images = plan.micro_batch
+    rows = (2 + plan.config.augment.local_crops) * images
+    return encoded(2 * images, False), encoded(rows, True)
 
 
 def spec_of(plan: Plan) -> BackboneSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import counts
+import fake_device
 import torch
 from cases import VALUES, narrow, plan_of, views_of
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ SMALL = narrow("vits16_8gpu")
 def test_bytes_and_operations_of_known_ones():
     a, b = torch.zeros(8, 10), torch.zeros(8, 10)
     rows = torch.tensor([1, 2])
-    with counts.Counter() as counter:
+    with fake_device.Counter() as counter:
         c = (a + b).t()  # reads two and writes one of 320 bytes; the view is free
         c.mul_(2)  # reads and writes one
         c.copy_(b.t())  # what is overwritten is not read
@@ -27,9 +28,9 @@ def test_bytes_and_operations_of_known_ones():
 
 
 def test_a_question_of_the_host_is_a_wait():
-    with counts.as_on_a_gpu():
+    with fake_device.as_on_a_gpu():
         x = torch.zeros(3)
-        with counts.Counter(masked=5) as counter:
+        with fake_device.Counter(masked=5) as counter:
             x.tolist()
             (x + 1).nonzero()
             float(x[0])
@@ -50,8 +51,8 @@ def test_flops_of_a_step_are_those_that_torch_counts():
     real = counter.get_total_flops()
     step = counts.step_counts(plan)
     assert real * 0.98 <= step.whole.flops <= real * 1.05
-    assert 0 < step.loss.bytes < step.whole.bytes
-    assert 0 < step.loss.operations < step.whole.operations
+    assert 0 < step.fused.bytes < step.eager.bytes
+    assert step.fused.bytes < step.whole.bytes
 
 
 def test_other_masks_make_no_other_graphs():
@@ -66,3 +67,17 @@ def test_another_shape_is_seen_as_another_graph():
         for rows in (2, 2, 4):
             layer(torch.zeros(rows, 3))
     assert backend.graphs == 2
+
+
+def test_a_kernel_reads_logits_and_targets_once():
+    """Of 3 images, 2 global and 1 local crop, and 8 prototypes in 16 bits."""
+    logits, teacher = (
+        torch.zeros(9, 8, dtype=torch.bfloat16),
+        torch.zeros(6, 8, dtype=torch.bfloat16),
+    )
+    small = {name: torch.zeros(0) for name in ("row", "weight", "partial", "length", "masses")}
+    given = {"logits": logits, "target": teacher, "images": 3, "K": 8, "G": 2, **small}
+    scanned = fake_device.kernel_bytes("scan_kernel", {**given, "CROPS": 3})
+    assert scanned == 9 * 16 + 6 * 16
+    written = fake_device.kernel_bytes("gradient_kernel", {**given, "TERMS": (0, 0, 1)})
+    assert written == 9 * 16 + 6 * 16 + 9 * 16
