@@ -88,7 +88,7 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
-    row("train.speed.*", "train.speed.* views", others="torch"),
+    row("train.speed.*", "errors storage train.speed.* uri views", others="torch"),
     row("train.parallel.*", "errors loss.collectives model train.parallel.*", others="torch"),
     row("train.step train.objective",
         "errors loss model schedule train.objective train.parallel.* train.speed.parts train.step "

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config.section import Below1, Fraction, NonNegative, Positive, Range, Section
 
+PROFILED = 50  # steps at most in a trace: some ten thousand operations each
+
 
 class Loss(Section):
     """The objective (DINOv2 paper, section 4)."""
@@ -131,8 +133,10 @@ class Train(Section):
     compile: bool | Literal["auto"] = Field(
         "auto", description="torch.compile the blocks; auto: on GPUs"
     )
-    profile_steps: tuple[int, int] | None = Field(
-        None, description="first and last step of a trace of rank 0, e.g. [20,25]"
+    profile_steps: tuple[Positive, Positive] | None = Field(
+        None,
+        description="first and last step of a trace of rank 0, counted as in the step lines, "
+        "e.g. [20,25]; at most 50",
     )
     log_every: Positive = Field(10, description="steps between step lines and MLflow points")
     eval_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
@@ -151,5 +155,15 @@ class Train(Section):
             low, high = self.workers
             raise ValueError(
                 f"train.workers=[{low},{high}] is no range; did you mean [{high},{low}]?"
+            )
+        first, last = self.profile_steps or (1, 1)
+        if first > last:
+            raise ValueError(
+                f"train.profile_steps=[{first},{last}] is no range; did you mean [{last},{first}]?"
+            )
+        if last - first >= PROFILED:
+            raise ValueError(
+                f"train.profile_steps=[{first},{last}] are {last - first + 1} steps, too many for "
+                f"a trace; take at most {PROFILED}: [{first},{first + PROFILED - 1}]"
             )
         return self

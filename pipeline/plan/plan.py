@@ -203,6 +203,10 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
             f"train.freeze_backbone_steps={train.freeze_backbone_steps} freezes the backbone in "
             f"all {steps} steps"
         )
+    if train.profile_steps and train.profile_steps[1] > steps:
+        problems.append(
+            f"train.profile_steps={shown(train.profile_steps)} ends after the last step, {steps}"
+        )
     masked = int(2 * batch * config.loss.mask_probability)
     if config.loss.ibot_weight and not config.distill.teacher and not masked:
         problems.append(

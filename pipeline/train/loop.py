@@ -64,6 +64,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
             step, worker.teacher()
         )  # after a resume too: what was under way died with the workers
     while step < plan.steps:
+        worker.profile.begin(step + 1)
         now(f"pretrain: waiting for the images of step {step}")
         with clock.waiting(), part("data"):
             images = worker.images.next()
@@ -79,6 +80,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
             outcome = {"status": "non_finite", "step": step, "detail": error.what}
             rank_zero.non_finite(step, window.gathered(worker.device, plan.workers), clock)
             break
+        worker.profile.end()
         clock.tick()
         window.scalars.append(result.scalars)
         step += 1  # from here on: steps done
@@ -104,6 +106,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
                 break
             if request == MOVE:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
+    worker.profile.close()
     worker.images.close()  # before the last evaluation and checkpoint are waited for
     return rank_zero.finish(outcome, clock)
 

@@ -29,6 +29,7 @@ from pipeline.train.parallel.strategy import student_forward, whole_weights
 from pipeline.train.rank_zero import OtherRank, RankZero
 from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.speed.peaks import peak_flops
+from pipeline.train.speed.profile import Profile
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
 from pipeline.uri import Place, is_uri, join
@@ -61,6 +62,7 @@ class Worker:
     student: torch.nn.Module  # that of `state`, as the workers of the group call it
     autocast_dtype: torch.dtype | None
     clock: Clock
+    profile: Profile
     rank_zero: OtherRank  # a `RankZero` on rank 0 alone
 
     @classmethod
@@ -115,6 +117,11 @@ class Worker:
             student=student,
             autocast_dtype=layout.precision,
             clock=clock,
+            profile=Profile(
+                plan.config.train.profile_steps if rank == 0 else None,
+                first_step,
+                join(folder, "pretrain", "profile"),
+            ),
             rank_zero=RankZero(plan, train_state, job, folder, meta) if rank == 0 else OtherRank(),
         )
 

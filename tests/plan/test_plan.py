@@ -459,3 +459,18 @@ def test_a_checkpoint_without_a_plan_is_one_sentence(meta: dict[str, Any]) -> No
     with pytest.raises(TrainError, match=r"meta.json of step-7 holds no plan .*: plan") as caught:
         plan_of(meta, "step-7")
     assert caught.value.hint and "\n" not in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ("[8,11]", "ends after the last step, 10"),
+        ("[6,5]", r"did you mean \[5,6\]"),
+        ("[0,5]", "greater than 0"),
+        ("[1,51]", r"at most 50: \[1,50\]"),
+    ],
+)
+def test_steps_to_trace_must_be_steps_of_the_run(steps: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        plan(f"train.profile_steps={steps}")
+    assert plan("train.profile_steps=[9,10]").config.train.profile_steps == (9, 10)
