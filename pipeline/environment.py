@@ -22,6 +22,10 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Ray's longest socket below its folder, and how many bytes the path of a socket may have
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store_1"
 SOCKET_BYTES = 107 if sys.platform == "linux" else 103
+# What training workers on GPUs get, before CUDA starts, unless the user set it.
+# torch 2.15 reads PYTORCH_ALLOC_CONF where PYTORCH_CUDA_ALLOC_CONF is not set.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+COMPILE_PROCESSES = 32  # torch's own limit for one worker
 
 
 def prefer_utf8() -> None:
@@ -103,6 +107,34 @@ def socket_folder() -> str:
             SOCKET_BYTES - len(SOCKET) - len("/rd12345678"),
         )
     return tempfile.mkdtemp(prefix="rd", dir=plain)
+
+
+def worker_variables(device: str, compiles: bool, threads: int) -> dict[str, str]:
+    """Variables of training workers. What is set in this process goes to them as it is.
+
+    * Segments of the allocator grow where they are: memory that is given back in other sizes than
+      it is asked for next leaves no holes.
+    * Each worker of a node compiles, all at the same time, with processes of its own: as many as
+      it has CPUs, where torch would start up to 32 for each.
+
+    Args:
+        device: "cuda" or "cpu".
+        compiles: whether the networks are compiled.
+        threads: CPUs of a node for each of its workers.
+    """
+    variables: dict[str, str] = {}
+    if device == "cuda":
+        own = [name for name in ALLOCATOR if name in os.environ]
+        variables |= {name: os.environ[name] for name in own}
+        if not own:
+            variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if compiles:
+        processes = str(max(1, min(COMPILE_PROCESSES, threads)))
+        name = "TORCHINDUCTOR_COMPILE_THREADS"
+        variables[name] = os.environ.get(name, processes)
+        if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            variables["TORCHINDUCTOR_CACHE_DIR"] = folder
+    return variables
 
 
 def uploaded() -> bool:

@@ -151,7 +151,7 @@ TABLE = [
         "uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
     row("doctor", "card config context curate driver embed errors evaluate heartbeat images model "
-        "plan shards stages storage stream train uri", others_inside="torch"),
+        "plan shards stages storage stream train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train api.finetune api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "

@@ -1,4 +1,5 @@
-"""What is looked at before a run. Start at `doctor.py` (machine, shards) or `dry_run.py` (a job).
+"""What is looked at before a run. Start at `doctor.py` (machine, shards, and
+by `gpus.py` GPU nodes) or `dry_run.py` (a job).
 
 Both need no Ray, unless RAY_ADDRESS names a cluster.
 In: a config. Out: aligned lines on the console, or the error that the run would meet.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pipeline.config.config import Config
 from pipeline.context import open_packed_shards, result_line, size_of
+from pipeline.doctor.gpus import gpu_lines
 from pipeline.doctor.surroundings import disk, machine_of, shared_memory, versions
 from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
@@ -91,11 +92,14 @@ def doctor(config: Config) -> None:
     """
     config = named(config, ["doctor"])
     folder = RunFolder.of(config.run.folder, config.run.name)
-    shards = open_packed_shards(config, folder)
+    named_set = config.data.shards or config.data.source
+    shards = open_packed_shards(config, folder) if named_set else None
     result_line("doctor", versions())
     machine, store = machine_of(config)
     shared_memory(config)
     disk(config.run.folder)
+    gpu_lines(config)
+    shards = shards or open_packed_shards(config, folder)  # says how to name one
     _shards(shards)
     plan = plan_for(_plannable(config, shards.rows), shards, machine)
     spec = stream_spec(plan, shards, store)

@@ -22,7 +22,7 @@ from pipeline.plan.plan import Plan
 from pipeline.train.speed.bottleneck import Window
 from pipeline.train.speed.parts import part
 from pipeline.train.step import NonFinite
-from pipeline.train.worker import Job, Worker
+from pipeline.train.worker import Job, Worker, uncompilable_somewhere
 
 HOLD_S = 120.0  # a group that wrote a checkpoint to move waits so long to be taken away
 
@@ -40,6 +40,8 @@ def train_worker(job: Job) -> dict[str, Any] | None:
         RemoteLines(job["feeder"]),
     )
     with beating(WORKER_SILENCE_S) if rank == 0 else nullcontext(), doing("pretrain: starting"):
+        if missing := uncompilable_somewhere(plan):
+            return {"status": "no_compiler", "detail": missing}
         worker = Worker.start(job, plan, rank)
         if worker is None:
             return None

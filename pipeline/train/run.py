@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.config import Config
 from pipeline.driver import cluster
+from pipeline.driver.compiler import INSTALL, WITHOUT
 from pipeline.driver.mailbox import ENDING, console, reporting
 from pipeline.driver.signals import stop_on_signals
+from pipeline.driver.worker_group import run_config, torch_config
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.sets import evaluation_sets
 from pipeline.evaluate.teacher import EvaluationSpec
@@ -264,8 +266,7 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         records: folder for what Ray Train notes of this start.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    from ray.train import ScalingConfig
 
     from pipeline.driver.ray_internals import trainer
     from pipeline.train.loop import train_worker
@@ -279,9 +280,6 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         use_gpu=plan.device == "cuda",
         resources_per_worker=per_worker,
     )
-    failures = FailureConfig(max_failures=plan.config.train.max_restarts)
-    # NCCL has no two workers on one GPU; beside an evaluator (evaluate.gpu_share) one is alone
-    alone = plan.device == "cuda" and plan.config.resources.gpus_per_worker == 1
     feeder = job["feeder"]
     return trainer(
         train_worker,
@@ -289,10 +287,8 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         saved=lambda: ray.get(feeder.saved.remote()),
         train_loop_config=job,
         scaling_config=scaling,
-        torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
-        run_config=RunConfig(
-            name=records.name, storage_path=str(records.parent), failure_config=failures
-        ),
+        torch_config=torch_config(plan),
+        run_config=run_config(plan, records),
     )
 
 
@@ -311,6 +307,8 @@ def _outcome(plan: Plan, folder: RunFolder, left: dict[str, Any] | None) -> Outc
             "start again under another run.name with a lower optim.lr, a longer optim.warmup or "
             "train.precision=float32; the same command would meet the same step again",
         )
+    if status == "no_compiler":
+        raise TrainError(f"networks cannot be compiled: {left['detail']}", f"{INSTALL}; {WITHOUT}")
     if status == "bad_images":
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(left["bad_images"].items()))
         raise DataError(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.driver.compiler import uncompilable
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
@@ -159,6 +160,19 @@ def _peak_flops(plan: Plan, device: torch.device) -> float:
         log.info("device      %s: its peak is not known here, so there is no perf/mfu", name)
     sharing = int(1 / plan.gpus_per_worker) if device.type == "cuda" else 1  # workers on a device
     return peak * plan.workers / sharing
+
+
+def uncompilable_somewhere(plan: Plan) -> str:
+    """What keeps a worker from compiling for its GPU, the same on all ranks; empty: nothing."""
+    kernels = plan.config.train.loss_kernels != "eager"
+    if plan.device != "cuda" or not (plan.compile or kernels):
+        return ""
+    said: list[str] = [""] * plan.workers
+    own = uncompilable()
+    if not dist.is_initialized():
+        return own
+    dist.all_gather_object(said, own)
+    return next(filter(None, said), "")
 
 
 def _all_see(mark: str, workers: int, rank: int) -> bool:

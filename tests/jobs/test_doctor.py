@@ -15,7 +15,19 @@ from pipeline.plan.plan import Plan, SetFacts, resolve
 from tests.data import encoded, noise, stored
 from tests.jobs.conftest import Job
 
-LINES = ["run", "doctor", "machine", "disk", "shards", "images", "bad", "read", "decode", "cut"]
+LINES = [
+    "run",
+    "doctor",
+    "machine",
+    "disk",
+    "gpus",
+    "shards",
+    "images",
+    "bad",
+    "read",
+    "decode",
+    "cut",
+]
 LINES += ["draws", "whole", "scaled", "rate", "cpus", "memory", "store"]
 
 
