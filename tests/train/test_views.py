@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.train import build
-from pipeline.train.ahead import ViewMaker
+from pipeline.train.ahead import ViewMaker, tensors_of
 from pipeline.views.batch import Batch
 from pipeline.views.masked import PatchFinder, usual_length
 from pipeline.views.photometric import (
@@ -116,3 +116,17 @@ def test_what_is_scored_follows_from_the_plan():
     config = plan.config.model_copy(update={"distill": distil})
     every = build.patch_finder(plan.model_copy(update={"config": config}))
     assert every == PatchFinder(8 * 4, every=True)
+
+
+def test_on_an_accelerator_all_views_have_weights():
+    """So that a bad image asks for no kernel that was not there before."""
+    meta = torch.device("meta")
+
+    def colours(crops, params, spec, dtype):
+        return torch.empty(len(crops), 3, *crops.shape[1:3], dtype=dtype, device=crops.device)
+
+    views = ViewMaker(PhotometricSpec(), colours, meta, torch.bfloat16, PatchFinder(16))(batch())
+    assert views.weights is not None and views.weights.shape == (4,)
+    assert {x.device for x in tensors_of([views])} == {meta}
+    on_cpu = ViewMaker(PhotometricSpec(), colours, CPU, torch.bfloat16, PatchFinder(16))(batch())
+    assert on_cpu.weights is None
