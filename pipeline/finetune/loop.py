@@ -27,6 +27,7 @@ from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.foreign import ForeignBackbone
 from pipeline.model.groups import apply_values, parameter_groups
 from pipeline.stream.order import keyed
+from pipeline.train.checkpoint.names import divided, optimizer_state, prepare_optimizer
 
 Array = np.ndarray[Any, Any]
 SAVES = 20  # of a run, about, where it has as many epochs
@@ -94,18 +95,33 @@ class Trainee:
         every = self.classifier.state_dict()
         return {
             "classifier": {name: x for name, x in every.items() if name in learnt},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
         }
+
+    def live(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint of these names fills in place.
+
+        Raises:
+            TrainError: it holds others.
+        """
+        paths = [name.split("/") for name in names]
+        prepare_optimizer(self.optimizer, {path[1] for path in paths if path[0] == "optimizer"})
+        tensors = divided(self.state())[0]
+        if unknown := [path[1] for path in paths if "/".join(path) not in tensors]:
+            raise TrainError(
+                f"the checkpoint holds {unknown[0]}, which this network has not",
+                "give this run another name",
+            )
+        return tensors
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Nothing is left that `live` does not have."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes what `state` gave, into a trainee that was made in the same way."""
-        strict = self.classifier.load_state_dict(state["classifier"], strict=False)
-        if strict.unexpected_keys:
-            raise TrainError(
-                f"the checkpoint holds {strict.unexpected_keys[0]}, which this network has not",
-                "give this run another name",
-            )
-        self.optimizer.load_state_dict(state["optimizer"])
+        tensors = divided(state)[0]
+        for name, target in self.live(tensors).items():
+            target.copy_(tensors[name])
 
 
 def fit(trainee: Trainee, images: LabelledImages, first: int, watch: Watch) -> int:

@@ -1,7 +1,7 @@
 """One worker of a fine-tuning on Ray Train: builds the classifier, trains it, scores its part.
 
-Checkpoints are those of `train.state`, in `finetune/checkpoints` of the run folder. They hold what
-learns and the optimiser; all else is a function of the settings and the step.
+Checkpoints are those of `train.checkpoint`, in `finetune/checkpoints` of the run folder. They hold
+what learns and the optimiser; all else is a function of the settings and the step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.finetune.rows import Split
 from pipeline.finetune.settings import Settings
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.shards.shard_set import ShardSet
-from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint import restore, state
 from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place
 
@@ -223,15 +223,11 @@ class Watch:
 
 def restored(trainee: Trainee, checkpoints: Place) -> int:
     """Takes the newest checkpoint, the same on all workers; gives its step, 0 without one."""
-    saved, tensors = state.restored(checkpoints) if trainee.rank == 0 else (None, {})
-    steps = [saved.step if saved else 0]
-    if dist.is_initialized():
-        dist.broadcast_object_list(steps, src=0)
-    if steps[0] and trainee.rank:
-        saved, tensors = state.restored_at(checkpoints, steps[0])
-    if saved is not None:
-        trainee.restore(tensors)
-    return steps[0]
+    source = restore.newest(checkpoints)
+    if source is None:
+        return 0
+    source.into(trainee, trainee.device)
+    return source.step
 
 
 def gathered(value: Any) -> list[Any]:

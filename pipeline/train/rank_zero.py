@@ -1,7 +1,9 @@
 """What rank 0 does beside its steps: step lines, journal, checkpoints, evaluations, pictures.
 
-Nothing of it waits for another machine, but a checkpoint for its own write. Evaluations are waited
-for before a group moves and at the end of the run, both within a limit (`evaluations.py`).
+Nothing of it waits for another machine or a disk: checkpoints are written by a thread
+(`checkpoint/saving.py`), and only the next one, a move, a stop and the end wait for that.
+Evaluations are waited for before a group moves and at the end of the run, both within a limit
+(`evaluations.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from pipeline.storage.places import retries
 from pipeline.stream.bad_table import BadTable, reasons
 from pipeline.train import build
 from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.saving import Saving
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.other_rank import OtherRank
 from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.start import TrainState
 from pipeline.uri import Place, is_uri, join
@@ -32,41 +36,7 @@ from pipeline.views.batch import Batch
 
 log = logging.getLogger("pipeline.train")
 COLLECT_S = 10.0  # for evaluations under way when a group moves: the notice may be short
-LAST_TRIES_S = (5, 10, 15)  # pauses before the last checkpoint of a run is tried again
-STOP_TRY_S = 2  # the same of a run that is stopped: whoever stops it may not wait long
 AGAIN_S = 10.0  # between two tries of a checkpoint without which a group does not move
-
-
-class OtherRank:
-    """Every rank but 0: nothing is asked of it, and it does nothing beside its steps."""
-
-    def request(self) -> str:
-        """No request comes in here."""
-        return ""
-
-    def confirmed(self, step: int) -> str:
-        """Nor is one confirmed."""
-        return ""
-
-    def log(self, step: int, window: Window, clock: Clock) -> None:
-        """After some steps."""
-
-    def non_finite(self, step: int, window: Window, clock: Clock) -> None:
-        """After a step that was not applied."""
-
-    def save(self, step: int) -> bool:
-        """When a checkpoint is due; whether there is one."""
-        return True
-
-    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """When an evaluation is due; the weights are with rank 0."""
-
-    def picture_crops(self, batch: Batch) -> None:
-        """Before the first step of a run."""
-
-    def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any] | None:
-        """After the last step; gives what the driver is told."""
-        return None
 
 
 class RankZero(OtherRank):
@@ -79,8 +49,10 @@ class RankZero(OtherRank):
         job: Mapping[str, Any],
         folder: Place,
         resumed: dict[str, Any] | None,
+        saving: Saving,
     ) -> None:
-        self.plan, self.train_state, self.folder = plan, train_state, folder
+        super().__init__(train_state, saving)
+        self.plan, self.folder = plan, folder
         self.checkpoints = join(folder, "checkpoints")
         self.tracker = _tracker(job, folder)
         first_step = int(resumed["step"]) if resumed else 0
@@ -106,7 +78,10 @@ class RankZero(OtherRank):
             log.info("resumed     from the checkpoint at step %d", first_step)
 
     def request(self) -> str:
-        """What is asked for the end of this step: `stop`, `move`, `save` (see `Mailbox`), or ""."""
+        """What is asked for the end of this step: `stop`, `move`, `save` (see `Mailbox`), or "".
+        Asked before each step, so that the end of a checkpoint is taken up there as well.
+        """
+        self.settle()
         if self.too_many_bad:
             return STOP
         ready, _ = ray.wait([self.requested], timeout=0)
@@ -125,6 +100,7 @@ class RankZero(OtherRank):
 
         Before a move, results of evaluations that would be lost come first.
         """
+        self.settle(wait=True)
         request = self.request()
         if request == STOP:
             return STOP
@@ -191,7 +167,8 @@ class RankZero(OtherRank):
             self.tracker.tags({"data_limit": sentence})
         allowed = plan.config.data.max_bad_fraction * max(seen, plan.images)
         self.too_many_bad = self.bad.total() > allowed
-        self.evaluations.collect()
+        if not self.busy:  # a score may be that of the checkpoint which is being written
+            self.evaluations.collect()
 
     def _note(self, window: Window) -> None:
         self.bad.update(reason for _, reason, _ in window.bad)
@@ -211,8 +188,14 @@ class RankZero(OtherRank):
             self._note(window)
         self.tracker.metrics(step, {"health/nonfinite_steps": 1})
 
-    def save(self, step: int) -> bool:
-        """Writes a checkpoint; where it cannot be written, training goes on and says so."""
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self.saving is not None and self.saving.busy
+
+    def save(self, step: int) -> None:
+        """Copies a checkpoint and begins to write it; waits for the one before."""
+        self.settle(wait=True)
         plan = self.plan
         in_pass = step % plan.steps_per_pass
         meta = {
@@ -224,20 +207,27 @@ class RankZero(OtherRank):
             "images_used_in_pass": in_pass * plan.config.optim.global_batch_size,
             "mlflow_run": self.tracker.run_id,
         }
-        try:
-            state.save(self.checkpoints, step, self.train_state.state(), meta)
-        except OSError as error:
-            self._unsaved(step, one_line(error))
-            return False
-        self.saved_step = step
-        self.mailbox.note_saved.remote(step)
+        pending = self.evaluations.pending_steps()
+        assert self.saving is not None  # of rank 0
+        self.saving.begin(step, self.train_state.state(), meta, lambda: self.prune(pending))
+
+    def settle(self, wait: bool = False) -> None:
+        """Says how the last checkpoint ended, if it has; or waits for that. Where it could not be
+        written, training goes on.
+        """
+        written = self.saving.ended(wait) if self.saving is not None else None
+        if written is None:
+            return
+        if written.error:
+            self._unsaved(written.step, written.error)
+            return
+        self.saved_step = written.step
+        self.mailbox.note_saved.remote(written.step)
         if self.unsaved:
-            log.warning("checkpoint of step %d is written again", step)
+            log.warning("checkpoint of step %d is written again", written.step)
             self.tracker.tags({"alarm": ""})
         self.unsaved, self.alarm_text = 0, ""
-        self.tracker.metrics(step - 1, {"health/checkpoints_failed": 0})
-        self.prune(self.evaluations.pending_steps())
-        return True
+        self.tracker.metrics(written.step - 1, {"health/checkpoints_failed": 0})
 
     def _unsaved(self, step: int, why: str) -> None:
         """The alarm: a line, a tag, a metric. The checkpoints before it are as they were."""
@@ -274,18 +264,18 @@ class RankZero(OtherRank):
 
     def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Waits for the evaluations under way and gives the outcome for the driver."""
-        now("pretrain: the last evaluation and checkpoint")
+        now("pretrain: the last checkpoint and evaluation")
+        self.insist(outcome["status"])
         if outcome["status"] == "finished":
             self.evaluations.finish(lambda: not self.too_many_bad and self.request() == STOP)
         else:  # who stops a run is about to take the machine away: the checkpoint is safe, go
             self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        if outcome["status"] == "stopped" and not self._saved_at(outcome["step"], (STOP_TRY_S,)):
+        if outcome["status"] == "stopped" and self.unsaved:
             lost = outcome["step"] - self.saved_step
             outcome |= {"step": self.saved_step, "lost_steps": lost}
-        last = self.plan.steps
-        if outcome["status"] == "finished" and not self._saved_at(last, LAST_TRIES_S):
+        if outcome["status"] == "finished" and self.unsaved:
             outcome = {"status": "unsaved", "detail": self.alarm_text}
         summary = clock.summary()
         outcome["data_limit"] = self.watch.whole(summary)
@@ -298,14 +288,6 @@ class RankZero(OtherRank):
         self.prune(set())
         self.tracker.close()
         return outcome
-
-    def _saved_at(self, step: int, pauses: tuple[int, ...]) -> bool:
-        """Whether what the steps made is on disk; a few more tries where it is not."""
-        for pause in pauses if self.unsaved else ():
-            time.sleep(pause)
-            if self.save(step):
-                break
-        return not self.unsaved
 
 
 def _tracker(job: Mapping[str, Any], folder: Place) -> Any:

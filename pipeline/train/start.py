@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from pipeline.train import build
 from pipeline.train.build import pair
 from pipeline.train.checkpoint import state
 from pipeline.train.checkpoint.files import step_of
+from pipeline.train.checkpoint.names import divided, optimizer_state, prepare_optimizer
+from pipeline.train.checkpoint.restore import put
 from pipeline.train.objective import Objective
 from pipeline.train.parallel.strategy import Layout, prepare
 from pipeline.uri import is_uri, join, parent, public
@@ -38,20 +41,35 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
     def state(self) -> dict[str, Any]:
-        """Nested dicts of tensors and numbers, for `torch.save`."""
+        """Nested dicts of tensors, for a checkpoint: the live ones, slices where they are split."""
         return {
             "student": self.pair.student.state_dict(),
             "teacher": self.pair.teacher.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
         }
 
-    def restore(self, tensors: dict[str, Any]) -> None:
-        """Puts a checkpoint's tensors in place."""
-        self.pair.student.load_state_dict(tensors["student"])
-        self.pair.teacher.load_state_dict(tensors["teacher"])
-        self.objective.load_state_dict(tensors["objective"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
+    def live(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors that a checkpoint of these names fills in place; the optimizer's are made
+        where its first step has not made them yet.
+        """
+        paths = [name.split("/") for name in names]
+        learnt = {path[1] for path in paths if path[0] == "optimizer"}
+        prepare_optimizer(self.optimizer, learnt)
+        state = self.state()
+        del state["objective"]  # its tensors come and go from step to step
+        return divided(state)[0]
+
+    def take(self, state: dict[str, Any]) -> None:
+        """The rest of a checkpoint."""
+        self.objective.load_state_dict(state["objective"])
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Puts a whole state in place, as `Saved.load` gives it; in one process."""
+        tensors = divided(state)[0]
+        for name, target in self.live(tensors).items():
+            put(target, tensors[name])
+        self.take(state)
 
 
 def networks(plan: Plan, resumed: bool) -> Pair:
@@ -163,7 +181,7 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     saved = checkpoint_at(source) if source else None
     if saved is None:
         return
-    source_state, own = saved.load(), objective.state_dict()
+    source_state, own = saved.load("teacher", "objective"), objective.state_dict()
     tensors, centres = source_state["teacher"], source_state["objective"]
     maker = pair.target_maker
     for term in ("dino", "ibot"):

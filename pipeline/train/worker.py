@@ -25,9 +25,10 @@ from pipeline.stream.worker import StreamRequest, batches
 from pipeline.train import build, estimate, start
 from pipeline.train.ahead import Ahead, Between, StepImages, images_of
 from pipeline.train.build import view_maker
-from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint import restore, saving
+from pipeline.train.other_rank import OtherRank
 from pipeline.train.parallel.strategy import student_forward, whole_weights
-from pipeline.train.rank_zero import OtherRank, RankZero
+from pipeline.train.rank_zero import RankZero
 from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.speed.peaks import peak_flops
 from pipeline.train.speed.profile import Profile
@@ -78,8 +79,9 @@ class Worker:
         if not _all_see(job["mark"], plan.workers, rank):
             return None
         folder: Place = job["folder"] if is_uri(job["folder"]) else Path(job["folder"])
-        saved, tensors = _restored(join(folder, "checkpoints"), rank)
-        first_step = saved.step if saved else 0
+        layout = build.layout(plan, device)
+        source = restore.newest(join(folder, "checkpoints"), layout.sharded)
+        first_step = source.step if source else 0
         # another id for each group: what the feeder has for an earlier one is void
         group_id = _from_rank_0(os.urandom(8).hex())
         stream = batches(
@@ -90,13 +92,11 @@ class Worker:
             pin=device.type == "cuda",
         )
         now("pretrain: building the networks")
-        pair = start.networks(plan, resumed=saved is not None)
+        pair = start.networks(plan, resumed=source is not None)
         flops = estimate.flops_per_image(plan, pair)  # while they are whole
-        layout = build.layout(plan, device)
-        train_state = start.train_state(plan, pair, layout, resumed=saved is not None)
-        if tensors:
-            train_state.restore(tensors)
-            del tensors
+        train_state = start.train_state(plan, pair, layout, resumed=source is not None)
+        if source:
+            source.into(train_state, device)
         student = student_forward(pair, layout)
         now("pretrain: measuring this device")
         clock = Clock(
@@ -107,7 +107,9 @@ class Worker:
             _peak_flops(plan, device),
             estimate.tokens_per_image(plan, pair),
         )
-        meta = saved.meta if saved else None
+        meta = source.saved.meta if source else None
+        writers = saving.writers(layout.sharded)
+        checkpoints = saving.Saving(join(folder, "checkpoints"), writers)
         return cls(
             plan=plan,
             rank=rank,
@@ -123,7 +125,9 @@ class Worker:
                 first_step,
                 join(folder, "pretrain", "profile"),
             ),
-            rank_zero=RankZero(plan, train_state, job, folder, meta) if rank == 0 else OtherRank(),
+            rank_zero=RankZero(plan, train_state, job, folder, meta, checkpoints)
+            if rank == 0
+            else OtherRank(train_state, checkpoints if writers else None),
         )
 
     def step(self, step: int, images: StepImages, stop: bool) -> StepResult:
@@ -180,15 +184,6 @@ def _all_see(mark: str, workers: int, rank: int) -> bool:
     if dist.is_initialized():
         dist.all_gather_object(seen, seen[rank])
     return all(seen)
-
-
-def _restored(checkpoints: Place, rank: int) -> tuple[state.Saved | None, dict[str, Any]]:
-    """What rank 0 finds, on all ranks: storage may show them different checkpoints as the newest,
-    and a damaged one to some.
-    """
-    saved, tensors = state.restored(checkpoints) if rank == 0 else (None, {})
-    step = int(_from_rank_0(str(saved.step if saved else -1)))
-    return (saved, tensors) if rank == 0 or step < 0 else state.restored_at(checkpoints, step)
 
 
 def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:

@@ -1,8 +1,8 @@
-"""The two files of a checkpoint, on a disk or at a URI: written, listed and removed whole.
+"""The files of a checkpoint, on a disk or at a URI: written, listed and removed whole.
 
-On a disk a folder with both of them gets its name last. At a URI nothing can be renamed: each
-object appears whole or not at all, but two of them do not appear together. So `state.pt` goes
-first and `meta.json` last, what has a `meta.json` is complete, and it is removed first.
+On a disk a folder with all of them gets its name last. At a URI nothing can be renamed: each
+object appears whole or not at all, but several of them do not appear together. So `meta.json` goes
+last, what has a `meta.json` is complete, and it is removed first.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.storage.places import delete_file, list_files, resolve_uri
 from pipeline.storage.transfer import read_bytes, upload, write_bytes_atomic
 from pipeline.uri import Place, is_uri, join, parent
 
-PART = 2**24  # bytes that a sum is taken of at once
-FILES = ("meta.json", "state.pt")  # of a checkpoint, in the order in which they are removed
+META = "meta.json"
+# What we write into the folder of a checkpoint: of version 5, and `state.pt` of earlier ones.
+OURS = re.compile(r"meta\.json|index\.json|state\.pt|rank-[0-9]{5}\.safetensors")
 
-# Reads a checkpoint's meta.json; gives it and the bytes of its state.pt.
-Entry = Callable[[], tuple[dict[str, Any], int]]
+# Reads a checkpoint's meta.json; gives it and the bytes of its other files of ours.
+Entry = Callable[[], tuple[dict[str, Any], dict[str, int]]]
 
 
 def step_of(name: str) -> int | None:
@@ -37,68 +36,110 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def crc32(file: Path) -> int:
-    """The checksum of a whole file, which `meta.json` has beside its length."""
-    checksum = 0
-    with file.open("rb") as opened:
-        while part := opened.read(PART):
-            checksum = zlib.crc32(part, checksum)
-    return checksum
+def checksum(content: bytes) -> int:
+    """CRC-32 of bytes."""
+    return zlib.crc32(content)
 
 
-def write(place: Place, state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
-    """Writes a checkpoint at its place `…/step-…`, whole or not at all.
+def checksum_of(content: Mapping[str, Any]) -> int:
+    """One checksum for the files of a checkpoint, from what is said of each."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
-    Returns:
-        `meta` as it was written: with the length and the checksum of the tensors.
+
+# ---- Writing: `begin`, `write` as often as there are files, `complete`; or `abandon`.
+
+
+def begin(place: Place) -> None:
+    """Makes room for a checkpoint. Where there is one of this step, after a resume: on a disk it
+    stays until `complete`; at a URI it is none from here on.
 
     Raises:
-        OSError: where the disk is full or not writable; earlier checkpoints are untouched.
+        OSError: not writable.
     """
     if is_uri(place):
-        return _upload(str(place), state, meta)
-    final = Path(place)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "removed"))
+        remove(place)
+        return
+    temporary = _temporary(place)
     _discard(temporary)
-    temporary.mkdir(exist_ok=True)
-    try:
-        meta = meta | _write_state(temporary / "state.pt", state)
-        with (temporary / "meta.json").open("w") as text:
-            json.dump(meta, text, indent=1)
-            text.flush()
-            os.fsync(text.fileno())
-        if final.exists():  # the same step again, after a resume
-            _discard(aside)
-            final.rename(aside)
-        temporary.rename(final)
-        _discard(aside, final)
-    finally:
-        _discard(temporary)
-    return meta
+    temporary.mkdir(parents=True, exist_ok=True)
 
 
-def _upload(checkpoint: str, state: dict[str, Any], meta: dict[str, Any]) -> dict[str, Any]:
-    fs, path = resolve_uri(checkpoint)
+def write(place: Place, name: str, fill: Callable[[Path], None]) -> int:
+    """Writes a file of a checkpoint that has begun; any rank may.
+
+    Args:
+        place: of the checkpoint, `…/step-…`.
+        name: of the file.
+        fill: writes it at a path, and waits for the disk.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        OSError: where the disk is full or not writable.
+    """
+    if not is_uri(place):
+        folder = _temporary(place)
+        folder.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
+        fill(folder / name)
+        return (folder / name).stat().st_size
+    fs, path = resolve_uri(str(place))
     with tempfile.TemporaryDirectory(prefix="raydino-") as here:
-        file = Path(here) / "state.pt"
-        meta = meta | _write_state(file, state)
-        delete_file(fs, f"{path}/meta.json")  # the same step again, after a resume
-        upload(file, fs, f"{path}/state.pt")
-        write_bytes_atomic(json.dumps(meta, indent=1).encode(), fs, f"{path}/meta.json")
-    return meta
+        file = Path(here) / name
+        fill(file)
+        upload(file, fs, f"{path}/{name}")
+        return file.stat().st_size
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> dict[str, int]:
-    """Writes and flushes the tensors; gives the file's length and checksum."""
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # how torch reports a disk that fills up midway
-            raise OSError(str(error).splitlines()[0]) from error
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
+def write_text(place: Place, name: str, content: bytes) -> None:
+    """Writes a small file of a checkpoint that has begun."""
+
+    def fill(path: Path) -> None:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    write(place, name, fill)
+
+
+def complete(place: Place, meta: bytes) -> None:
+    """Writes `meta.json`; from here on the checkpoint is listed."""
+    if is_uri(place):
+        fs, path = resolve_uri(str(place))
+        write_bytes_atomic(meta, fs, f"{path}/{META}")
+        return
+    final, temporary = Path(place), _temporary(place)
+    write_text(place, META, meta)
+    aside = final.with_name(f".{final.name}.removed")
+    if final.exists():  # the same step again, after a resume
+        _discard(aside)
+        final.rename(aside)
+    temporary.rename(final)
+    _discard(aside, final)
+
+
+def abandon(place: Place) -> None:
+    """Removes what a write that failed has left on a disk. At a URI `sweep` does."""
+    if not is_uri(place):
+        _discard(_temporary(place))
+
+
+def _temporary(place: Place) -> Path:
+    final = Path(place)
+    return final.with_name(f".{final.name}.tmp")
+
+
+# ---- Reading and listing.
+
+
+def read(place: Place, name: str) -> bytes:
+    """A small file of a checkpoint.
+
+    Raises:
+        OSError: it could not be read.
+    """
+    return read_bytes(*resolve_uri(str(join(place, name))))
 
 
 def entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
@@ -107,24 +148,23 @@ def entries(folder: Place) -> Iterator[tuple[Place, Entry]]:
     """
     if not is_uri(folder):
         for path in sorted(Path(folder).glob("step-*")):
-            # A folder with neither file may hold what somebody has put beside a checkpoint.
-            if step_of(path.name) is not None and any((path / file).exists() for file in FILES):
+            # A folder without any may hold what somebody has put beside a checkpoint.
+            if step_of(path.name) is not None and _ours(path):
                 yield path, functools.partial(_read_local, path)
         return
     fs, root = resolve_uri(str(folder))
 
-    def read(name: str, size: int) -> tuple[dict[str, Any], int]:
-        meta: dict[str, Any] = json.loads(read_bytes(fs, f"{root}/{name}/meta.json"))
-        return meta, size
+    def read(name: str, sizes: dict[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+        meta: dict[str, Any] = json.loads(read_bytes(fs, f"{root}/{name}/{META}"))
+        return meta, sizes
 
-    for name, files in sorted(_listed(str(folder)).items()):
-        if "meta.json" in files:
-            size = files.get("state.pt", 0)
-            yield str(join(folder, name)), functools.partial(read, name, size)
+    for name, sizes in sorted(_listed(str(folder)).items()):
+        if META in sizes:
+            yield str(join(folder, name)), functools.partial(read, name, sizes)
 
 
-def read_at(place: Place) -> tuple[dict[str, Any], int]:
-    """The `meta.json` of the checkpoint at a place and the bytes of its `state.pt`.
+def read_at(place: Place) -> tuple[dict[str, Any], dict[str, int]]:
+    """The `meta.json` of the checkpoint at a place, and the bytes of its files.
 
     Raises:
         OSError: it is not there.
@@ -137,27 +177,41 @@ def read_at(place: Place) -> tuple[dict[str, Any], int]:
     return listed[place]()
 
 
-def _read_local(path: Path) -> tuple[dict[str, Any], int]:
-    return json.loads((path / "meta.json").read_text()), (path / "state.pt").stat().st_size
+def _ours(folder: Path) -> list[Path]:
+    """Our files in the folder of a checkpoint, `meta.json` first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if OURS.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.name != META, path.name))
+
+
+def _read_local(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    meta = json.loads((path / META).read_text())
+    return meta, {file.name: file.stat().st_size for file in _ours(path)}
 
 
 def _listed(folder: str) -> dict[str, dict[str, int]]:
     """Files and their bytes by checkpoint."""
     fs, root = resolve_uri(folder)
-    files: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
     for info in list_files(fs, root):
         name, _, file = str(info.path)[len(root) :].lstrip("/").partition("/")
         if step_of(name) is not None:
-            files.setdefault(name, {})[file] = info.size
-    return files
+            sizes.setdefault(name, {})[file] = info.size
+    return sizes
+
+
+# ---- Removing.
 
 
 def remove(place: Place) -> None:
     """Removes a checkpoint; a kill in between leaves nothing that is taken for one."""
     if is_uri(place):
         fs, path = resolve_uri(str(place))
-        for file in FILES:
-            delete_file(fs, f"{path}/{file}")
+        names = [info.base_name for info in list_files(fs, path, recursive=False)]
+        for name in sorted(names, key=lambda name: (name != META, name)):
+            if OURS.fullmatch(name):
+                delete_file(fs, f"{path}/{name}")
         return
     local = Path(place)
     if local.is_symlink():  # somebody keeps it elsewhere
@@ -172,11 +226,13 @@ def remove(place: Place) -> None:
 
 
 def sweep(folder: Place) -> None:
-    """Removes what uploads that were cut short have left. For the one who writes checkpoints."""
+    """Removes what uploads that were cut short have left. For the one who writes checkpoints, when
+    none is being written.
+    """
     if not is_uri(folder):
         return
-    for name, files in _listed(str(folder)).items():
-        if "meta.json" not in files and "state.pt" in files:
+    for name, sizes in _listed(str(folder)).items():
+        if META not in sizes and any(OURS.fullmatch(file) for file in sizes):
             remove(join(folder, name))
 
 
@@ -186,8 +242,8 @@ def _discard(folder: Path, heir: Path | None = None) -> None:
     """
     if folder.is_symlink() or not folder.is_dir():
         return
-    for file in FILES:
-        (folder / file).unlink(missing_ok=True)
+    for file in _ours(folder):
+        file.unlink(missing_ok=True)
     if heir is not None:
         for other in folder.iterdir():
             other.rename(heir / other.name)

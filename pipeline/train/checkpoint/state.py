@@ -1,40 +1,39 @@
 """Checkpoints: everything that a run needs to go on, written whole or not at all.
 
-A checkpoint is a folder `checkpoints/step-00001200/` with `state.pt` (tensors, loads with
-`weights_only=True`) and `meta.json` (step, what the pass has used, config, MLflow run, sizes).
-`files.py` writes it so that what can be listed is complete. It holds no per-worker state:
-random numbers are keyed by (seed, step, worker) and the position in the data follows from the step,
-so any number of workers can read it.
+A checkpoint is a folder `checkpoints/step-00001200/`: `rank-00000.safetensors` with tensors, one
+such file from each rank that wrote, `index.json` (which tensor lies where) and `meta.json` (step,
+what the pass has used, config, MLflow run, sizes and checksums). `files.py` writes it so that what
+can be listed is complete. It holds no per-worker state: random numbers are keyed by (seed, step,
+worker), the position in the data follows from the step, and tensors go by their names. So any
+number of workers can read it, whether they hold whole networks or slices. Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.errors import DamagedError, DataError, StorageError, TrainError
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import fingerprint
-from pipeline.storage.transfer import local_copy, read_json, write_bytes_atomic
-from pipeline.train.checkpoint import files
-from pipeline.train.checkpoint.files import crc32, step_of
+from pipeline.storage.transfer import read_json, write_bytes_atomic
+from pipeline.train.checkpoint import files, version4
+from pipeline.train.checkpoint.files import step_of
+from pipeline.train.checkpoint.names import nested
+from pipeline.train.checkpoint.reader import Reader, read_whole
+from pipeline.train.checkpoint.writer import INDEX, write_alone
 from pipeline.uri import Place, join, parent, public
 
 log = logging.getLogger("pipeline.train")
-VERSION = 4
-SEEN_S = 10.0  # so long a checkpoint that another node has read may take to be seen
+VERSION = 5
+EARLIER = 4  # the one before, which is read as well
 
 
 @dataclass(frozen=True)
@@ -49,44 +48,59 @@ class Saved:
         """Steps done, i.e. the next step to run."""
         return int(self.meta["step"])
 
-    def load(self) -> dict[str, Any]:
-        """The tensors, on the CPU.
+    @property
+    def earlier(self) -> bool:
+        """Whether it is of the version before this one."""
+        return bool(self.meta["version"] == EARLIER)
+
+    def load(self, *parts: str) -> dict[str, Any]:
+        """The state as nested dicts, tensors whole and on the CPU.
+
+        Args:
+            parts: first names, e.g. `teacher`, to read no others; all without any.
 
         Raises:
             DamagedError: other bytes are there than were written.
             OSError: it could not be read; another try may help.
         """
-        with self._opened() as tensors:
-            return tensors
+        with self.readable():
+            if self.earlier:
+                return version4.read(self.path, self.meta, parts)
+            reader = self.reader()
+            try:
+                numbers = {
+                    name: value
+                    for name, value in self.meta.get("numbers", {}).items()
+                    if not parts or name.startswith(tuple(f"{part}/" for part in parts))
+                }
+                return nested(read_whole(reader, parts) | numbers)
+            finally:
+                reader.close()
 
     def teacher(self) -> dict[str, Any]:
         """The teacher's tensors alone, in memory; raises what `load` raises."""
-        with self._opened(mmap=True) as tensors:
-            return {name: x.clone() for name, x in tensors["teacher"].items()}
+        teacher: dict[str, Any] = self.load("teacher")["teacher"]
+        return teacher
+
+    def reader(self) -> Reader:
+        """Reads parts of it; not of the version before."""
+        return Reader(self.path, self.meta["files"])
 
     @contextmanager
-    def _opened(self, mmap: bool = False) -> Iterator[dict[str, Any]]:
-        with local_copy(join(self.path, "state.pt")) as file:
-            try:
-                # `torch.load` compares no checksums: it would take any bytes for weights.
-                if (checksum := crc32(Path(file))) != (expected := self.meta["crc32"]):
-                    raise ValueError(f"its checksum is {checksum:08x} and was {expected:08x}")
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-                if (written := self.meta.get("layout")) not in (None, layout(state)):
-                    raise ValueError(f"it holds other tensors than were written ({written})")
-                if not isinstance(state, dict) or not isinstance(state.get("teacher", {}), dict):
-                    raise ValueError("it holds no state of a run")
-            except Exception as error:
-                unread = isinstance(error, OSError) and error.errno != errno.EINVAL  # a bad offset
-                no_memory = isinstance(error, RuntimeError) and "allocate" in str(error)
-                if unread or no_memory or isinstance(error, MemoryError):
-                    raise  # not of the file
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DamagedError(
-                    f"checkpoint {public(self.path)} is damaged ({why})",
-                    "put it back from a copy, or remove it and use an earlier one",
-                ) from error
-            yield state
+    def readable(self) -> Iterator[None]:
+        """Around reading: what is wrong with the bytes is raised as DamagedError."""
+        try:
+            yield
+        except Exception as error:
+            unread = isinstance(error, OSError) and error.errno != errno.EINVAL  # a bad offset
+            no_memory = isinstance(error, RuntimeError) and "allocate" in str(error)
+            if unread or no_memory or isinstance(error, MemoryError | DamagedError):
+                raise  # not of the file, or said already
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DamagedError(
+                f"checkpoint {public(self.path)} is damaged ({why})",
+                "put it back from a copy, or remove it and use an earlier one",
+            ) from error
 
 
 def identity(saved: Saved) -> str:
@@ -97,41 +111,20 @@ def identity(saved: Saved) -> str:
     return fingerprint([saved.step, saved.meta.get("plan"), saved.meta.get("crc32")])
 
 
-def layout(state: Any) -> str:
-    """16 hex digits of the names, shapes and types in a state, whatever the values."""
-
-    def lines(value: Any, name: str) -> Iterator[str]:
-        if isinstance(value, dict):
-            yield f"{name} dict"
-            for key, inner in value.items():
-                yield from lines(inner, f"{name}/{key}")
-        elif isinstance(value, list | tuple):
-            yield f"{name} {len(value)}"
-            for place, inner in enumerate(value):
-                yield from lines(inner, f"{name}/{place}")
-        elif isinstance(value, torch.Tensor):
-            yield f"{name} {tuple(value.shape)} {value.dtype}"
-        else:
-            yield f"{name} {type(value).__name__}"
-
-    return hashlib.blake2b("\n".join(lines(state, "")).encode(), digest_size=8).hexdigest()
-
-
-def save(folder: Place, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Saved:
-    """Writes a checkpoint atomically.
+def save(folder: Place, step: int, state: Mapping[str, Any], meta: dict[str, Any]) -> Saved:
+    """Writes a checkpoint whole or not at all, from one process, and waits for it.
 
     Args:
         folder: the run's `checkpoints` folder.
         step: steps done.
-        state: nested dicts of tensors and numbers.
-        meta: JSON values; `step`, `version`, `layout`, `bytes` and `crc32` are added.
+        state: nested dicts of tensors and numbers, or flat ones (`names.py`).
+        meta: JSON values; what else `meta.json` says is added.
 
     Raises:
         OSError: where the disk is full or not writable; earlier checkpoints are untouched.
     """
-    meta = {**meta, "step": step, "version": VERSION, "layout": layout(state)}
-    place = join(folder, _name(step))
-    return Saved(place, files.write(place, state, meta))
+    place = place_of(folder, step)
+    return Saved(place, write_alone(place, state, meta | {"step": step, "version": VERSION}))
 
 
 def checkpoints(folder: Place) -> list[Saved]:
@@ -144,10 +137,16 @@ def checkpoints(folder: Place) -> list[Saved]:
     complete = []
     for path, read in files.entries(folder):
         try:
-            complete.append(_checked(path, *read()))
+            complete.append(checked(path, *read()))
         except StorageError:
             raise
         except (OSError, ValueError, RecursionError) as error:
+            if (
+                isinstance(error, FileNotFoundError)
+                and isinstance(path, Path)
+                and not path.exists()
+            ):
+                continue  # removed since it was listed
             why = str(error).partition("\n")[0]
             log.warning(
                 "checkpoint %s is not readable (%s); using an earlier one", public(path), why
@@ -155,8 +154,8 @@ def checkpoints(folder: Place) -> list[Saved]:
     return complete
 
 
-def _checked(path: Place, meta: Any, size: int) -> Saved:
-    """A checkpoint whose `meta.json` says what we write there, of this folder and this file.
+def checked(path: Place, meta: Any, sizes: dict[str, int]) -> Saved:
+    """A checkpoint whose `meta.json` says what we write there, of this folder and these files.
 
     Raises:
         TrainError: it was written by another version.
@@ -164,7 +163,7 @@ def _checked(path: Place, meta: Any, size: int) -> Saved:
     """
     if not isinstance(meta, dict):
         raise ValueError("its meta.json holds no object")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (VERSION, EARLIER):
         raise TrainError(
             f"checkpoint {public(path)} has version {meta.get('version')}, expected {VERSION}",
             "resume it with the raydino version that wrote it, or give the run a new name",
@@ -174,9 +173,29 @@ def _checked(path: Place, meta: Any, size: int) -> Saved:
             raise ValueError(f"its meta.json has {name}={json.dumps(meta.get(name))[:40]}")
     if meta["step"] != step_of(parent(path)[1]):
         raise ValueError(f"its meta.json is of step {meta['step']}")
-    if size != meta["bytes"]:
-        raise ValueError(f"it is cut short: {size} of {meta['bytes']} bytes are there")
+    content = {version4.FILE: meta} if meta["version"] == EARLIER else meta.get("files")
+    if meta["version"] == VERSION:
+        _check_files(meta, content)
+    for name, said in content.items():  # type: ignore[union-attr]
+        if sizes.get(name) != said["bytes"]:
+            raise ValueError(
+                f"it is cut short: {sizes.get(name, 0)} of {said['bytes']} bytes "
+                f"of {name} are there"
+            )
     return Saved(path, meta)
+
+
+def _check_files(meta: dict[str, Any], content: Any) -> None:
+    if not isinstance(content, dict) or INDEX not in content:
+        raise ValueError(f"its meta.json has files={json.dumps(content)[:40]}")
+    for name, said in content.items():
+        numbers = [said.get(key) for key in ("bytes", "crc32")] if isinstance(said, dict) else []
+        if not files.OURS.fullmatch(name) or [type(x) for x in numbers] != [int, int]:
+            raise ValueError(f"its meta.json says {json.dumps(said)[:40]} of {name[:40]}")
+    if meta["crc32"] != files.checksum_of(content):
+        raise ValueError("the checksum of its meta.json is another one")
+    if meta["bytes"] != sum(said["bytes"] for said in content.values()):
+        raise ValueError(f"its meta.json says that it has {meta['bytes']} bytes")
 
 
 def at(place: Place) -> Saved | None:
@@ -215,44 +234,18 @@ def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
     return None, {}
 
 
-def restored_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
-    """The checkpoint of a step, with its tensors; waits some seconds for one that is not seen yet.
-
-    Storage that nodes share may show a new folder to one of them later than to another.
+def place_of(folder: Place, step: int) -> Place:
+    """The place of the checkpoint of a step.
 
     Raises:
-        TrainError: it cannot be read.
+        TrainError: a step that has no name.
     """
-    end = time.monotonic() + SEEN_S
-    while True:
-        try:
-            return _read_at(folder, step)
-        except (OSError, DamagedError, ValueError, KeyError) as e:
-            if time.monotonic() < end:
-                time.sleep(0.5)
-                continue
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise TrainError(
-                f"{socket.gethostname()} cannot read the checkpoint of step {step} in "
-                f"{public(folder)}, from which worker 0 goes on: {why}",
-                "run.folder must be storage that all nodes share and see alike",
-            ) from e
-
-
-def _read_at(folder: Place, step: int) -> tuple[Saved, dict[str, Any]]:
-    path = join(folder, _name(step))
-    meta, size = files.read_at(path)
-    saved = _checked(path, meta, size)
-    return saved, saved.load()
-
-
-def _name(step: int) -> str:
     name = f"step-{step:08d}"
     if step_of(name) != step:
         raise TrainError(
             f"a run has at most 99,999,999 steps, not {step:,}", "set optim.steps lower"
         )
-    return name
+    return join(folder, name)
 
 
 def best(folder: Place) -> tuple[Saved, float] | None:
