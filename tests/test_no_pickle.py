@@ -7,8 +7,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -28,8 +31,9 @@ from pipeline.model.read import read_weights
 from pipeline.shards.row_group import read_row_group
 from pipeline.shards.shards import open_shards
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train.checkpoint import files, state
+from pipeline.train.checkpoint import state, version4
 from tests.data import encoded, packed
+from tests.train.checkpoint.version4 import version4_saved
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,18 +70,54 @@ SAVERS = [torch.save, old_torch, plain]
 
 
 @pytest.mark.parametrize("save", SAVERS)
-def test_a_checkpoint(save: Callable[..., None], tmp_path: Path, mark: Path) -> None:
-    saved = state.save(tmp_path, 7, {"teacher": {"x": torch.zeros(1)}}, {"plan": {}})
+def test_a_checkpoint_of_version_4(save: Callable[..., None], tmp_path: Path, mark: Path) -> None:
+    saved = version4_saved(tmp_path, 7, {"teacher": {"x": torch.zeros(1)}})
     assert saved.load()["teacher"]["x"] == 0  # the control
     file = Path(saved.path) / "state.pt"
     save({"teacher": {"x": Payload(mark)}, "student": Payload(mark)}, file)
-    saved.meta["crc32"] = files.crc32(file)  # whoever plants a file can do that too
+    saved.meta["crc32"] = version4.crc32(file)  # whoever plants a file can do that too
     with pytest.raises(DamagedError) as refused:
         saved.load()
     assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     with pytest.raises((DamagedError, RuntimeError)):  # torch maps files of the new form only
         saved.teacher()
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("save", SAVERS)
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "index.json", "meta.json"])
+def test_a_checkpoint(save: Callable[..., None], name: str, tmp_path: Path, mark: Path) -> None:
+    """A pickle in the place of any file, under sums that fit."""
+    saved = state.save(tmp_path, 7, {"teacher": {"x": torch.zeros(1)}}, {"plan": {}})
+    assert saved.load()["teacher"]["x"] == 0  # the control
+    file = Path(saved.path) / name
+    save({"teacher": {"x": Payload(mark)}}, file)
+    content = file.read_bytes()
+    if name == "meta.json":
+        assert state.latest(tmp_path) is None
+    else:
+        length = 8 + int.from_bytes(content[:8], "little")
+        header = content[:length] if name.startswith("rank") else content
+        saved.meta["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(header)}
+        for read in (saved.load, saved.teacher):
+            with pytest.raises(DamagedError):
+                read()
+    assert not mark.exists()
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    """Neither torch's index of a checkpoint nor anything else: JSON, and what safetensors reads."""
+    saved = state.save(
+        tmp_path, 7, {"teacher": {"x": torch.zeros(1)}, "n": {"a": 1, "b": None}}, {"plan": {}}
+    )
+    for path in Path(saved.path).iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            json.loads(content)
+        else:
+            assert path.suffix == ".safetensors" and safetensors.torch.load(content)
+        assert not zipfile.is_zipfile(path)
+        assert not content.startswith(b"\x80")  # how every pickle of today begins
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "w.safetensors", "w.pkl", "w.joblib"])

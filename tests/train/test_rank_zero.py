@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,10 @@ from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stream.bad_table import BadTable
+from pipeline.train import other_rank
 from pipeline.train import rank_zero as rank_zeros
+from pipeline.train.checkpoint import state, tensor_file
+from pipeline.train.checkpoint.saving import Saving
 from pipeline.train.rank_zero import RankZero
 from pipeline.train.speed import bottleneck
 from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window
@@ -65,6 +69,7 @@ def rank_zero(tmp_path: Path) -> RankZero:
     )
     duties.bad, duties.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")
     duties.read_retries = 0.0
+    duties.saving = None
     duties.too_many_bad, duties.watch = False, BottleneckWatch(plan.decode_tasks, True)
     return duties
 
@@ -116,22 +121,36 @@ class Asked(Mailbox):
 
 
 class Disk:
-    """Checkpoints of a rank 0 that has a mailbox of its own; `full` ones cannot be written."""
+    """A disk for the checkpoints of a rank 0 that has a mailbox of its own. While it is `full`
+    nothing can be written; while it is not `ready` writes take their time.
+    """
 
     def __init__(self, rank_zero: RankZero, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.full, self.steps, self.now = True, [10], 0.0
+        self.full, self.now = True, 0.0
+        self.ready = threading.Event()
+        self.ready.set()
         self.mailbox = Asked()
-        monkeypatch.setattr(
-            rank_zeros, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=id)
-        )
+        write = tensor_file.write
+
+        def guarded(path: Path, tensors: Any) -> int:
+            assert self.ready.wait(60)
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return write(path, tensors)
+
+        monkeypatch.setattr(tensor_file, "write", guarded)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=id)
+        monkeypatch.setattr(rank_zeros, "time", clock)
+        monkeypatch.setattr(other_rank, "time", clock)
         monkeypatch.setattr(rank_zeros.ray, "wait", lambda reference, timeout: (reference, []))
         monkeypatch.setattr(rank_zeros.ray, "get", lambda reference: reference)
-        monkeypatch.setattr(rank_zeros.state, "save", self.save)
-        monkeypatch.setattr(rank_zeros.state, "prune", lambda *arguments: None)
         rank_zero.mailbox = Handle(self.mailbox)
         rank_zero.requested = self.mailbox.wait_request(0)
         rank_zero.folder, rank_zero.checkpoints = folder, folder / "checkpoints"
-        rank_zero.train_state = SimpleNamespace(state=dict)  # type: ignore[assignment]
+        held = {"student": {"w": torch.ones(2)}}
+        rank_zero.train_state = SimpleNamespace(state=lambda: held)  # type: ignore[assignment]
+        rank_zero.saving = Saving(rank_zero.checkpoints)
+        self.folder = rank_zero.checkpoints
         rank_zero.unsaved, rank_zero.alarm_text, rank_zero.saved_step, rank_zero.tried = (
             0,
             "",
@@ -139,10 +158,10 @@ class Disk:
             -rank_zeros.AGAIN_S,
         )
 
-    def save(self, place: Path, step: int, tensors: object, meta: object) -> None:
-        if self.full:
-            raise OSError("No space left on device")
-        self.steps.append(step)
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are there."""
+        return [saved.step for saved in state.checkpoints(self.folder)]
 
 
 def test_a_group_does_not_move_without_its_checkpoint(
@@ -152,13 +171,15 @@ def test_a_group_does_not_move_without_its_checkpoint(
     disk.mailbox.request("move")
     rank_zero.request()
     assert rank_zero.request() == "move"
-    assert not rank_zero.save(12) and rank_zero.confirmed(12) == ""
+    rank_zero.save(12)
+    assert rank_zero.confirmed(12) == "" and rank_zero.unsaved == 1
     assert disk.mailbox.acknowledged() == -1 and disk.mailbox.wait_request(0) == "move"
     assert rank_zero.request() == ""  # not at each step
     disk.now += rank_zeros.AGAIN_S
     assert rank_zero.request() == "move"
     disk.full = False
-    assert rank_zero.save(15) and rank_zero.confirmed(15) == "move"
+    rank_zero.save(15)
+    assert rank_zero.confirmed(15) == "move" and disk.steps == [15]
     assert disk.mailbox.acknowledged() == 15
 
 
@@ -179,15 +200,76 @@ def test_a_stop_says_what_is_on_disk(
     rank_zero: RankZero, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(rank_zero, tmp_path, monkeypatch)
-    assert not rank_zero.save(22)
+    rank_zero.save(22)
+    rank_zero.settle(wait=True)
+    assert rank_zero.unsaved == 1
     disk.full = not room
     left = rank_zero.finish({"status": "stopped", "step": 22}, Timed(10, 100, 8, 1.0, 0.0))
-    assert left["status"] == "stopped" and left["step"] == disk.steps[-1] == (22 if room else 10)
+    assert left["status"] == "stopped" and left["step"] == (22 if room else 10)
+    assert disk.steps == ([22] if room else [])
     if room:
         assert not left["alarm"] and "lost_steps" not in left
     else:
         assert left["lost_steps"] == 12
-        assert "checkpoint of step 22 could not be written (No space left" in left["alarm"]
+        assert (
+            "checkpoint of step 22 could not be written ([Errno 28] No space left" in left["alarm"]
+        )
+
+
+def test_no_step_waits_for_the_disk(
+    rank_zero: RankZero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known of a checkpoint before it is complete: nothing."""
+    disk = Disk(rank_zero, tmp_path, monkeypatch)
+    collected: list[bool] = []
+    rank_zero.evaluations.collect = lambda: collected.append(rank_zero.busy)  # type: ignore[method-assign]
+    disk.full = False
+    disk.ready.clear()
+    rank_zero.save(12)
+    weights = rank_zero.train_state.state()["student"]["w"]
+    weights += 1  # the next step moves them
+    clock = Timed(0, 100, 8, 1.0, 0.0)
+    rows = [{"loss/total": torch.tensor(9.0)}]
+    for step in (13, 14):
+        assert rank_zero.request() == ""
+        rank_zero.log(step, Window(rows, [], Spent(images=8)), clock)
+    assert rank_zero.busy and disk.steps == [] and disk.mailbox.saved() == -1
+    assert not collected  # a score of step 12 would find no checkpoint
+    assert rank_zero.saved_step == 10
+    disk.ready.set()
+    rank_zero.settle(wait=True)
+    assert disk.steps == [12] and disk.mailbox.saved() == 12 and rank_zero.saved_step == 12
+    rank_zero.log(15, Window(rows, [], Spent(images=8)), clock)
+    assert collected == [False]
+    saved = state.latest(disk.folder)
+    assert saved is not None and saved.load()["student"]["w"].tolist() == [1.0, 1.0]
+
+
+def test_the_next_checkpoint_and_the_end_wait_for_the_last(
+    rank_zero: RankZero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(rank_zero, tmp_path, monkeypatch)
+    disk.full = False
+    disk.ready.clear()
+    rank_zero.save(12)
+    threading.Timer(0.2, disk.ready.set).start()
+    rank_zero.save(13)
+    assert 12 in disk.steps
+    disk.ready.clear()
+    threading.Timer(0.2, disk.ready.set).start()
+    left = rank_zero.finish({"status": "stopped", "step": 13}, Timed(10, 100, 8, 1.0, 0.0))
+    assert left["step"] == 13 and disk.steps == [12, 13] and not left["alarm"]
+
+
+def test_a_bug_while_writing_ends_the_run(
+    rank_zero: RankZero, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what storage does wrong is an alarm."""
+    Disk(rank_zero, tmp_path, monkeypatch)
+    monkeypatch.setattr(tensor_file, "write", lambda *_: 1 / 0)
+    rank_zero.save(12)
+    with pytest.raises(ZeroDivisionError):
+        rank_zero.settle(wait=True)
 
 
 def test_workers_are_summed_in_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:

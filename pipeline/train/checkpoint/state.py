@@ -210,30 +210,6 @@ def latest(folder: Place) -> Saved | None:
     return complete[-1] if complete else None
 
 
-def restored(folder: Place) -> tuple[Saved | None, dict[str, Any]]:
-    """The newest checkpoint whose tensors can be read, with them; (None, {}) without one.
-
-    A file of the right length may still be damaged (a disk that lost its power); its checksum
-    tells. Then the one before is used, and that is said.
-
-    Raises:
-        OSError: a file could not be read; another try may help.
-        TrainError: there are checkpoints, and all of them are damaged.
-    """
-    complete = checkpoints(folder)
-    for saved in reversed(complete):
-        try:
-            return saved, saved.load()
-        except DamagedError as error:
-            log.warning("%s; using an earlier one", error.what)
-    if complete:
-        raise TrainError(
-            f"all checkpoints in {public(folder)} are damaged",
-            "put one back from a copy, or remove them to begin again",
-        )
-    return None, {}
-
-
 def place_of(folder: Place, step: int) -> Place:
     """The place of the checkpoint of a step.
 

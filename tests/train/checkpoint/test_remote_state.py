@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from pipeline.config.config import Config
@@ -18,6 +18,7 @@ from pipeline.train.checkpoint import state
 from pipeline.train.start import checkpoint_at, starting_pair
 from tests.s3 import S3
 
+FILES = ["index.json", "meta.json", "rank-00000.safetensors"]
 META = {"config": {"run": {"seed": 0}}}
 RUN = "s3://checks/runs/a"
 FOLDER = f"{RUN}/checkpoints"
@@ -47,20 +48,17 @@ def names(s3: S3) -> list[str]:
     return sorted(n for n in objects if n and not n.endswith("/"))
 
 
-def test_what_goes_in_comes_out(bucket: S3, tmp_path: Path) -> None:
+def test_what_goes_in_comes_out(bucket: S3) -> None:
     saved = state.save(FOLDER, 1200, small(2.5), META)
-    assert names(bucket) == ["step-00001200/meta.json", "step-00001200/state.pt"]
+    assert names(bucket) == [f"step-00001200/{file}" for file in FILES]
     newest = state.latest(FOLDER)
     assert newest == saved
     assert newest.path == f"{FOLDER}/step-00001200"
     assert torch.equal(newest.load()["teacher"]["w"], torch.full((3, 2), 2.5))
     assert torch.equal(newest.teacher()["w"], torch.full((3, 2), 2.5))
-    # the object is what torch itself reads
-    (tmp_path / "state.pt").write_bytes(
-        bucket.read("checks", "runs/a/checkpoints/step-00001200/state.pt")
-    )
-    again = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert torch.equal(again["teacher"]["w"], torch.full((3, 2), 2.5))
+    # the object is what safetensors itself reads
+    content = bucket.read("checks", f"runs/a/checkpoints/step-00001200/{FILES[-1]}")
+    assert torch.equal(safetensors.torch.load(content)["teacher/w"], torch.full((3, 2), 2.5))
 
 
 def test_no_checkpoint_is_none(bucket: S3) -> None:
@@ -71,7 +69,8 @@ def test_no_checkpoint_is_none(bucket: S3) -> None:
     state.prune(FOLDER, 2, set())
 
 
-WRITES = ["POST .*state.pt.uploads", "PUT .*state.pt", "POST .*state.pt.uploadId"]
+WRITES = ["POST .*rank-00000.*uploads", "PUT .*rank-00000", "POST .*rank-00000.*uploadId"]
+WRITES += ["POST .*index.json.uploads", "PUT .*index.json", "POST .*index.json.uploadId"]
 WRITES += ["POST .*meta.json.uploads", "PUT .*meta.json", "POST .*meta.json.uploadId"]
 
 
@@ -100,7 +99,7 @@ def test_one_failing_request_does_not_matter(bucket: S3, where: str) -> None:
 def test_the_same_step_again_is_the_new_one_or_none(bucket: S3) -> None:
     state.save(FOLDER, 10, small(1), META)
     state.save(FOLDER, 20, small(1), META)
-    with bucket.broken("PUT .*state.pt", 503, times=1000), pytest.raises(OSError, match="failed"):
+    with bucket.broken("PUT .*rank-00000", 503, times=1000), pytest.raises(OSError, match="failed"):
         state.save(FOLDER, 20, small(2), META)
     assert steps() == [10]  # old tensors under a new meta.json would be worse
     state.save(FOLDER, 20, small(3), META)
@@ -111,7 +110,7 @@ def test_a_cut_checkpoint_and_another_version(bucket: S3) -> None:
     state.save(FOLDER, 10, small(1), META)
     state.save(FOLDER, 20, small(2), META)
     name = "runs/a/checkpoints/step-00000020/"
-    bucket.client().put_object(Bucket="checks", Key=f"{name}state.pt", Body=b"short")
+    bucket.client().put_object(Bucket="checks", Key=f"{name}{FILES[-1]}", Body=b"short")
     assert steps() == [10]
     meta = json.loads(bucket.read("checks", f"{name}meta.json")) | {"version": 1}
     bucket.client().put_object(Bucket="checks", Key=f"{name}meta.json", Body=json.dumps(meta))
@@ -133,11 +132,14 @@ def test_the_right_ones_are_kept(bucket: S3) -> None:
 def test_a_removal_that_breaks_off_leaves_no_half_checkpoint(bucket: S3) -> None:
     for step in (10, 20):
         state.save(FOLDER, step, small(step), META)
-    with bucket.broken("^DELETE.*state.pt", 403, times=1), pytest.raises(OSError, match="refused"):
+    with (
+        bucket.broken("^DELETE.*rank-00000", 403, times=1),
+        pytest.raises(OSError, match="refused"),
+    ):
         state.prune(FOLDER, 1, set())
     assert steps() == [20]
     state.prune(FOLDER, 1, set())
-    assert names(bucket) == ["step-00000020/meta.json", "step-00000020/state.pt"]
+    assert names(bucket) == [f"step-00000020/{file}" for file in FILES]
 
 
 def test_storage_that_is_away_is_not_an_empty_folder(bucket: S3) -> None:
