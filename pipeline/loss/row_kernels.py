@@ -247,28 +247,3 @@ def backward(
         K=logits.shape[1], G=span.crops, TERMS=span.terms, OTHERS=span.others,
         ROWS=tile.rows, BLOCK=tile.block, num_warps=WARPS,
     )  # fmt: skip
-
-
-def forward_bytes(span: Span, element: int) -> int:
-    """Bytes that `forward` reads and writes for a span of logits of `element` bytes each.
-
-    Each load and store of its kernels is counted, cached or not. All but the first two terms are
-    small, or read from the cache.
-    """
-    tile, images, prototypes = layout(span), len(span.weight), span.target.logits.shape[1]
-    rows = images * len(span.terms)
-    blocks = -(-prototypes // tile.block)
-    numbers = tile.programs * prototypes  # offsets of the prototypes
-    numbers += tile.splits * rows + blocks * images * (1 + span.crops)  # weights, offsets of rows
-    numbers += 2 * 4 * tile.splits * rows + rows + 3 * rows  # partial sums, and what is kept
-    return (rows + span.crops * images) * prototypes * element + 4 * numbers
-
-
-def backward_bytes(span: Span, element: int) -> int:
-    """Bytes that `backward` reads and writes, as `forward_bytes`."""
-    tile, images, prototypes = layout(span), len(span.weight), span.target.logits.shape[1]
-    rows = images * len(span.terms)
-    blocks = -(-prototypes // tile.block)
-    numbers = tile.programs * prototypes + blocks * images * (1 + span.crops)
-    numbers += tile.splits * (3 * rows + tile.programs * len(span.terms))
-    return (2 * rows + span.crops * images) * prototypes * element + 4 * numbers

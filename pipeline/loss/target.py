@@ -170,8 +170,8 @@ def sinkhorn_targets(
     prototypes = prototypes_of(logits, temperature)
     counted, triton = weights_of(logits, weights), fused(kernels, logits[0])
     targets: list[Target] = []
-    offset = logits[0].new_zeros(prototypes, dtype=torch.float32)
-    rows = [x.new_zeros(len(x), dtype=torch.float32) for x in logits]
+    offset = torch.zeros(prototypes, device=logits[0].device)
+    rows = [torch.zeros(len(x), device=x.device) for x in logits]
     for _ in range(iterations):
         sums = torch.cat(
             [

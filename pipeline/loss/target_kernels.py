@@ -167,19 +167,3 @@ def column_sums(logits: Tensor, row: Tensor, temperature: float) -> Tensor:
         K=prototypes, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return partial
-
-
-def facts_bytes(rows: int, prototypes: int, element: int, sums: bool = False) -> int:
-    """Bytes that `facts` reads and writes where all rows count, as `forward_bytes`."""
-    programs = -(-rows // ROWS)
-    splits, _ = split(prototypes, BLOCK, programs)
-    numbers = programs * prototypes * (1 + 2 * sums)  # offsets; sums of rows, added up after
-    numbers += 2 * 4 * splits * rows + 4 * rows  # partial sums; row, entropy, likeliest
-    return rows * prototypes * element + 4 * (numbers + prototypes * sums)
-
-
-def column_bytes(rows: int, prototypes: int, element: int) -> int:
-    """Bytes that `column_sums` reads and writes, as `forward_bytes`."""
-    programs = -(-prototypes // BLOCK)
-    splits, _ = split(max(rows, 1), ROWS, programs)
-    return rows * prototypes * element + 4 * (programs * rows + splits * prototypes)
