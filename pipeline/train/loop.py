@@ -19,6 +19,7 @@ from pipeline import log as logs
 from pipeline.driver.mailbox import MOVE, STOP, RemoteLines
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.plan.plan import Plan
+from pipeline.train.parallel.garbage import Garbage
 from pipeline.train.speed.bottleneck import Window
 from pipeline.train.speed.parts import part
 from pipeline.train.step import NonFinite
@@ -45,11 +46,11 @@ def train_worker(job: Job) -> dict[str, Any] | None:
         worker = Worker.start(job, plan, rank)
         if worker is None:
             return None
-        with closing(worker.images):
-            return _train(worker)
+        with closing(worker.images), Garbage() as garbage:
+            return _train(worker, garbage)
 
 
-def _train(worker: Worker) -> dict[str, Any] | None:
+def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
     """Steps until the last one, a request to end, or one that is not finite.
 
     A request (STOP, MOVE, or SAVE for a checkpoint alone) ends no step: it is taken up between two.
@@ -62,9 +63,8 @@ def _train(worker: Worker) -> dict[str, Any] | None:
     window = Window()
     step = worker.first_step
     if _evaluation_due(plan, step):
-        rank_zero.evaluate(
-            step, worker.teacher()
-        )  # after a resume too: what was under way died with the workers
+        # after a resume too: what was under way died with the workers
+        rank_zero.evaluate(step, worker.teacher())
     while step < plan.steps:
         worker.profile.begin(step + 1)
         now(f"pretrain: waiting for the images of step {step}")
@@ -82,6 +82,7 @@ def _train(worker: Worker) -> dict[str, Any] | None:
             outcome = {"status": "non_finite", "step": step, "detail": error.what}
             rank_zero.non_finite(step, window.gathered(worker.device, plan.workers), clock)
             break
+        garbage.after_step()
         worker.profile.end()
         clock.tick()
         window.scalars.append(result.scalars)

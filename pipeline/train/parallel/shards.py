@@ -54,11 +54,32 @@ def shard(pair: Pair, policy: Policy) -> None:
             continue
         types = _types(encoder, policy)
         student = encoder is pair.student
-        heads = [head for head in (encoder.dino_head, encoder.ibot_head) if head is not None]
-        for part in (*blocks.of(encoder.backbone), *heads):
+        for part in _parts(encoder):
             fully_shard(part, mesh=mesh, mp_policy=types, reshard_after_forward=True)
         # The student's rest is needed again at the end of the backward pass; the teacher has none.
         fully_shard(encoder, mesh=mesh, mp_policy=types, reshard_after_forward=not student)
+
+
+def products_of(encoder: Encoder) -> list[nn.Parameter]:
+    """The parameters that autocast uses in its own type, and in no other."""
+    return [
+        parameter
+        for module in encoder.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for parameter in module.parameters(recurse=False)
+    ]
+
+
+def groups_of(encoder: Encoder) -> list[list[nn.Parameter]]:
+    """The parameters that are sent together: of each block, of each head, and last the rest."""
+    groups = [list(part.parameters()) for part in _parts(encoder)]
+    inside = {id(parameter) for group in groups for parameter in group}
+    return [*groups, [p for p in encoder.parameters() if id(p) not in inside]]
+
+
+def _parts(encoder: Encoder) -> list[nn.Module]:
+    heads = [head for head in (encoder.dino_head, encoder.ibot_head) if head is not None]
+    return [*blocks.of(encoder.backbone), *heads]
 
 
 def _types(encoder: Encoder, policy: Policy) -> MixedPrecisionPolicy:
@@ -67,12 +88,7 @@ def _types(encoder: Encoder, policy: Policy) -> MixedPrecisionPolicy:
     Autocast computes products in the lower type, so their weights travel in it and nothing changes.
     All else (norms, LayerScale, tokens, prototypes) is used in fp32, and travels so.
     """
-    products = {
-        id(parameter)
-        for module in encoder.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        for parameter in module.parameters(recurse=False)
-    }
+    products = {id(parameter) for parameter in products_of(encoder)}
 
     def exception(parameter: nn.Parameter) -> torch.dtype | None:
         return None if id(parameter) in products else parameter.dtype
