@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
+from pipeline.model.foreign import TimmSpec
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import HeadSpec, Pair, build_pair
+from pipeline.model.vit import BackboneSpec
 from pipeline.schedule import StepValues
 from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.train.parallel import strategy
@@ -41,6 +47,7 @@ class Case:
     residual: torch.dtype = torch.float32
     steps: int = STEPS
     options: dict[str, Any] = field(default_factory=dict)  # of the backbone
+    timm: str = ""  # a foreign backbone instead of ours
 
     def layout(self, workers: int) -> Layout:
         return Layout(
@@ -62,18 +69,22 @@ def values(step: int) -> StepValues:
 
 
 def build(case: Case) -> Pair:
-    return build_pair(
-        replace(SPEC, drop_path=case.drop_path, **case.options), HEAD, case.ibot, seed=0
-    )
+    spec: BackboneSpec | TimmSpec = replace(SPEC, drop_path=case.drop_path, **case.options)
+    if case.timm:
+        spec = TimmSpec(case.timm, image_size=28, patch_size=14, drop_path=case.drop_path)
+    return build_pair(spec, HEAD, case.ibot, seed=0)
 
 
 def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
     """Whole weights, centres and the numbers of each step."""
     layout = case.layout(workers)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     pair = build(case)
     spec = ObjectiveSpec(centring=case.centring, clip=0.5)
     objective = Objective.for_pair(spec, pair)
-    strategy.prepare(pair, layout)
+    with aot_eager():
+        strategy.prepare(pair, layout)
     groups = parameter_groups(pair.student, layerwise_decay=0.8)
     optimizer = torch.optim.AdamW(groups, lr=0.0, eps=1e-4)
     forward = strategy.student_forward(pair, layout)
@@ -111,9 +122,21 @@ def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
             "ibot": objective.ibot_centre.use(),
         },
         "steps": steps,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         "names": [group["names"] for group in optimizer.param_groups],
         "held": sum(x.numel() for x in strategy.local_parts(list(pair.student.parameters()))),
     }
+
+
+@contextmanager
+def aot_eager() -> Iterator[None]:
+    """What is compiled inside is traced, forward and backward, and run as it is."""
+    compiled = nn.Module.compile
+    with mock.patch.object(
+        nn.Module, "compile", lambda self, **options: compiled(self, backend="aot_eager", **options)
+    ):
+        yield
 
 
 def _member(
