@@ -62,8 +62,16 @@ def memory_of(plan: Plan, cost: Cost, machine: Machine) -> tuple[float, float]:
         return cost.memory_bytes, card * plan.gpus_per_worker
     dealt = placed(machine.rooms, plan.workers, plan.share) or []
     each = cost.memory_bytes + PROCESS
-    loads = [(workers * each, node.memory) for node, workers in dealt if node.memory]
-    return max(loads, key=lambda load: load[0] / load[1], default=(each, 0.0))
+
+    def copied(workers: int) -> float:
+        """Of a checkpoint: worker 0 writes it from a copy, or each worker its slices."""
+        split = plan.config.train.strategy == "fsdp"
+        return cost.checkpoint_bytes * (workers / plan.workers if split else 1)
+
+    loads = [
+        (workers * each + copied(workers), node.memory) for node, workers in dealt if node.memory
+    ]
+    return max(loads, key=lambda load: load[0] / load[1], default=(each + copied(1), 0.0))
 
 
 def lighter_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:

@@ -261,6 +261,6 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         *_range(plan),
         *_streams(plan),
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker; "
-        f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept",
+        f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept and one in memory",
     ]
     return lines

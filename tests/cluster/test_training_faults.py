@@ -180,14 +180,14 @@ def test_damaged_checkpoints_are_passed_over(
         assert job.finish() == 143, job.text
         *_, good, flipped, short = training.checkpoints(tmp_path)
         folder = tmp_path / "fault" / "checkpoints"
-        state = folder / f"step-{flipped:08d}" / "state.pt"
+        state = folder / f"step-{flipped:08d}" / "rank-00000.safetensors"
         size = state.stat().st_size
         with state.open("r+b") as file:
             file.seek(size // 2)
             byte = file.read(1)
             file.seek(size // 2)
             file.write(bytes([byte[0] ^ 0xFF]))
-        state = folder / f"step-{short:08d}" / "state.pt"
+        state = folder / f"step-{short:08d}" / "rank-00000.safetensors"
         os.truncate(state, state.stat().st_size // 2)
         at = time.time()
         job = training.start(tmp_path, shards, notes, "train.keep_last=4")

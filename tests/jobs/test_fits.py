@@ -37,20 +37,21 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
     built = build.pair(plan.config)
     cost = estimate.estimated_cost(plan, built)
     each = cost.memory_bytes + fits.PROCESS
-    fits.say_memory(plan, cost, machine(2 * each / GIB / fits.ROOM * 1.01))
+    copy = cost.checkpoint_bytes  # worker 0 writes checkpoints from one
+    fits.say_memory(plan, cost, machine((2 * each + copy) / GIB / fits.ROOM * 1.01))
     assert capture() == []
     # so little that the same workers need smaller micro batches
     state = cost.state_bytes + cost.library_bytes + fits.PROCESS
-    there = machine((2 * state + 1.2 * (each - state)) / GIB / fits.ROOM)
+    there = machine((2 * state + copy + 1.2 * (each - state)) / GIB / fits.ROOM)
     fits.say_memory(plan, cost, there)
     (line,) = capture()
-    assert f"{2 * each / GIB:.1f} GiB of memory for 2 workers" in line
+    assert f"{(2 * each + copy) / GIB:.1f} GiB of memory for 2 workers" in line
     assert f"{there.rooms[0].memory / GIB:.1f} GiB" in line
     field, _, value = next(word for word in line.split() if "=" in word).partition("=")
     assert field == "train.accumulation"
     lighter = planned(recipe, there, "optim.global_batch_size=32", f"{field}={value}")
     less = estimate.estimated_cost(lighter, built).memory_bytes + fits.PROCESS
-    assert 2 * less <= fits.ROOM * there.rooms[0].memory < 2 * each
+    assert 2 * less + copy <= fits.ROOM * there.rooms[0].memory < 2 * each + copy
     # so little that nothing of the kind helps
     fits.say_memory(plan, cost, machine(state / GIB / 10))
     (line,) = capture()
@@ -62,9 +63,13 @@ def test_memory_counts_node_by_node(recipe: Path) -> None:
     plan = planned(recipe, there, "resources.cpus_per_worker=3")
     cost = estimate.estimated_cost(plan, build.pair(plan.config))
     assert fits.memory_of(plan, cost, there) == (
-        cost.memory_bytes + fits.PROCESS,
+        cost.memory_bytes + fits.PROCESS + cost.checkpoint_bytes,
         3 * GIB,
     )  # one each
+    split = planned(recipe, there, "resources.cpus_per_worker=3", "train.strategy=fsdp")
+    assert fits.memory_of(split, cost, there)[0] == (
+        cost.memory_bytes + fits.PROCESS + cost.checkpoint_bytes / 2  # each copies its slices
+    )
     unknown = machine(0)
     assert fits.memory_of(planned(recipe, unknown), cost, unknown)[1] == 0
 

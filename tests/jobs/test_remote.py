@@ -116,13 +116,15 @@ def check_contract(s3: S3, folder: Path) -> None:
     assert steps == list(range(STEPS))
     assert rows[9]["data/storage_retries"] >= 1  # the checkpoint that failed at first
     assert json.loads(get(s3, "pretrain/_done.json"))["result"]["status"] == "finished"
-    # checkpoints: the newest ones and the best, each with both files
+    # checkpoints: the newest ones and the best, each with all files
     folders = {name.split("/")[1] for name in found if name.startswith("checkpoints/step-")}
     assert f"step-{STEPS:08d}" in folders
     assert len(folders) <= 4
     for name in folders:
         meta = json.loads(get(s3, f"checkpoints/{name}/meta.json"))
-        assert meta["bytes"] == found[f"checkpoints/{name}/state.pt"]
+        sizes = {file: said["bytes"] for file, said in meta["files"].items()}
+        assert sizes.keys() == {"index.json", "rank-00000.safetensors"}
+        assert all(found[f"checkpoints/{name}/{file}"] == size for file, size in sizes.items())
     assert json.loads(get(s3, "checkpoints/best.json"))["step"] in (0, 20, STEPS)
     bad = pq.read_table(io.BytesIO(get(s3, "pack/bad_images_train.parquet"))).to_pylist()
     assert [(row["source"], row["reason"]) for row in bad] == [("red/broken.png", "not_an_image")]

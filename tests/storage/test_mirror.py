@@ -113,7 +113,7 @@ def test_a_folder_that_was_deleted_there_begins_anew(bucket: S3, tmp_path: Path)
 def test_what_other_nodes_write_is_left_to_them(bucket: S3, tmp_path: Path) -> None:
     apart = [
         *(
-            "checkpoints/step-00000010/state.pt",
+            "checkpoints/step-00000010/rank-00000.safetensors",
             "checkpoints/best.json",
             "shards/part-00000.parquet",
         ),

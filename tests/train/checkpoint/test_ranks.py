@@ -27,7 +27,7 @@ from pipeline.train.checkpoint.names import divided, optimizer_names, prepare_op
 from pipeline.train.start import TrainState
 from tests.train.small_run import OTHER_HEAD, Run
 
-pytestmark = pytest.mark.slow  # three times new processes, each with a torch of its own
+pytestmark = pytest.mark.long  # four times new processes, each with a torch of its own
 CPU = torch.device("cpu")
 STEPS = {"plain1": 10, "ddp2": 20, "fsdp2": 30, "fsdp3": 40}
 
