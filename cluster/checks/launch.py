@@ -8,7 +8,7 @@ import re
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from cluster.checks.text import WORLD, floating, open_binds, walk
+from cluster.checks.text import WORLD, floating, open_binds, uncompilable, walk
 
 Config = dict[str, Any]
 PINNED = re.compile(
@@ -30,6 +30,7 @@ def launch_problems(document: Config) -> list[str]:
         *_head(config),
         *_groups(config),
         *_installation(config),
+        *_compilers(config),
         *_images(config),
         *(_aws_parameters(config) if config["provider"]["type"] == "aws" else []),
     ]
@@ -145,6 +146,24 @@ def _installation(config: Config) -> list[str]:
     if not any(SHARED.search(command) for command in setup):
         found.append("setup_commands: no storage that all machines share")
     return found
+
+
+def _compilers(config: Config) -> list[str]:
+    """Of the groups with GPUs; a container brings its own (`dockerfile_problems`)."""
+    common = [*config["setup_commands"], *config["worker_setup_commands"]]
+    if config["provider"]["type"] == "local":  # Ray finds out which hosts have GPUs
+        groups = {"setup_commands": common}
+    else:
+        groups = {
+            name: [*config["setup_commands"], *group.get("worker_setup_commands", common)]
+            for name, group in config["available_node_types"].items()
+            if group["resources"].get("GPU")
+        }
+    if any(value for _, value in walk(config.get("docker", {})) if isinstance(value, str)):
+        return []
+    return [
+        f"{n}: {said}" for n, given in groups.items() for said in uncompilable("\n".join(given))
+    ]
 
 
 def _images(config: Config) -> list[str]:

@@ -159,6 +159,11 @@ def _cluster(spec: Object) -> Iterator[str]:
     for name, group in {"head": head, **groups}.items():
         if not _shares(group["template"]["spec"]):
             yield f"{name}: no volume of a claim is mounted, so it shares no storage"
+        if name in gpu and not _has_shared_memory(group["template"]["spec"]):
+            yield (
+                f"{name}: no emptyDir of medium Memory at /dev/shm; a container has 64 MB there, "
+                "too little for NCCL and Ray"
+            )
     if not spec.get("rayVersion"):
         yield "rayVersion is missing; the operator needs it for token authentication"
 
@@ -172,3 +177,11 @@ def _shares(pod: Object) -> bool:
     claims = {v["name"] for v in pod.get("volumes", []) if "persistentVolumeClaim" in v}
     mounts = pod["containers"][0].get("volumeMounts", [])
     return any(mount["name"] in claims for mount in mounts)
+
+
+def _has_shared_memory(pod: Object) -> bool:
+    memory = {
+        v["name"] for v in pod.get("volumes", []) if v.get("emptyDir", {}).get("medium") == "Memory"
+    }
+    mounts = pod["containers"][0].get("volumeMounts", [])
+    return any(m["name"] in memory and m["mountPath"] == "/dev/shm" for m in mounts)

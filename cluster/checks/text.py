@@ -25,6 +25,8 @@ NO_SECRETS = {"HttpTokens"}  # `required`, of the metadata service of EC2
 EVERYWHERE = {"0.0.0.0", "::", "[::]", "*"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 WORLD = re.compile(r"(?<![\d.])0\.0\.0\.0/0|(?<![\w:])::/0")
+COMPILER = re.compile(r"\b(gcc|clang|build-essential)\b")
+HEADERS = re.compile(r"\bpython3[\d.]*-dev\b|\bPython\.h\b")
 Place = str
 
 
@@ -101,9 +103,22 @@ def floating(image: str) -> str:
 
 
 def dockerfile_problems(text: str) -> list[str]:
-    """Images that a Dockerfile starts from, without a version."""
+    """Images that a Dockerfile starts from, without a version; no compiler for GPUs."""
     images = re.findall(r"(?im)^FROM\s+(?:--\S+\s+)*(\S+)", text)
-    return [said for image in images if (said := floating(image))]
+    problems = [said for image in images if (said := floating(image))]
+    headers = any(re.match(r"(.*/)?python([:@]|$)", image) for image in images)  # those have them
+    return problems + uncompilable(text, headers)
+
+
+def uncompilable(commands: str, headers: bool = False) -> list[str]:
+    """What a machine with GPUs lacks after these commands; comments are none."""
+    commands = re.sub(r"(?m)^\s*#.*$", "", commands)
+    problems = []
+    if not COMPILER.search(commands):
+        problems.append("no C compiler, which torch.compile and Triton need on GPUs; install gcc")
+    if not headers and not HEADERS.search(commands):
+        problems.append("no Python headers, which Triton needs on GPUs; install python3-dev")
+    return problems
 
 
 def script_problems(text: str) -> list[str]:

@@ -104,6 +104,16 @@ BROKEN = [
     (CLUSTERS, "minReplicas: 0", "minReplicas: 1", r"scales from 0"),
     (CLOUDS, ", GPU: 4}", "}", r"no group with GPUs"),
     (["onprem.yaml"], "worker_ips: [REPLACE]", "worker_ips: []", r"worker_ips is empty"),
+    # what compiles on machines with GPUs
+    (CLOUDS, "python3-dev gcc g++", "python3-dev", r"^gpu: no C compiler.*install gcc"),
+    (CLOUDS, "python3-dev gcc g++", "gcc", r"^gpu: no Python headers.*install python3-dev"),
+    (["onprem.yaml"], "command -v gcc", "command -v cc", r"^setup_commands: no C compiler"),
+    (["onprem.yaml"], "/Python.h", "", r"^setup_commands: no Python headers"),
+    (["Dockerfile"], "gcc g++ libc6-dev ", "", r"^no C compiler"),
+    (["Dockerfile"], "FROM python:3.11.14-slim-bookworm", "FROM debian:12.12",
+     r"^no Python headers"),
+    (CLUSTERS, "emptyDir: {medium: Memory, sizeLimit: 60Gi}", "emptyDir: {}",
+     r"^gpu: no emptyDir of medium Memory at /dev/shm"),
     # versions, storage
     (LAUNCHED, "raydino@v0.2.0", "raydino", r"not installed at a version"),
     (LAUNCHED, "raydino@v0.2.0", "raydino@main", r"not installed at a version"),

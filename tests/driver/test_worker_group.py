@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -69,19 +68,21 @@ def test_many_cpus_for_one_worker(tmp_path: Path) -> None:
     assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "32"
 
 
-def told() -> dict[str, str]:
-    """In a training worker: what it finds, and what torch made of it."""
-    import torch
-
-    settings = str(torch._C._accelerator_getAllocatorSettings())  # type: ignore[attr-defined]
-    return {"torch": settings} | {k: os.environ[k] for k in NAMES if k in os.environ}
-
-
 def test_they_arrive_in_a_worker(ray_cluster: None, tmp_path: Path) -> None:
     """A worker of Ray Train on a CPU, with the environment of one on a GPU."""
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    def told() -> dict[str, str]:
+        """What the worker finds, and what torch made of it."""
+        import os
+
+        import torch
+
+        settings = str(torch._C._accelerator_getAllocatorSettings())  # type: ignore[attr-defined]
+        return {"torch": settings} | {k: os.environ[k] for k in names if k in os.environ}
+
+    names = list(NAMES)
     result = TorchTrainer(
         told,
         scaling_config=ScalingConfig(num_workers=1),
