@@ -127,12 +127,12 @@ class Ahead:
 
     def _run(self) -> None:
         try:
-            while self._wanted.acquire() and not self._closed:
-                batches = _step(self._stream, self._parts)
-                with self._lane.making():
+            with self._lane.making():  # joining too: memory is pinned for the device that is set
+                while self._wanted.acquire() and not self._closed:
+                    batches = _step(self._stream, self._parts)
                     views = [self._make(batch) for batch in batches]
                     self._ready.put(_Made(batches, views, self._lane.event()))
-                del batches, views  # held by nobody here while they are used
+                    del batches, views  # held by nobody here while they are used
         except BaseException as error:  # handed on by `next`
             self._ready.put(error)
         finally:
