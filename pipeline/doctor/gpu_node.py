@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.doctor.gpu_probe import MARK
-from pipeline.doctor.gpu_report import SHARED_BYTES, Gpu, NodeReport, Reduced, network
+from pipeline.doctor.gpu_report import (
+    SHARED_BYTES,
+    Gpu,
+    NodeReport,
+    Reduced,
+    driver_too_old,
+    network,
+)
 from pipeline.driver.compiler import tried
 
 SMI_S = 30.0
@@ -151,8 +158,9 @@ def with_kernel(report: NodeReport, ran: Ran) -> NodeReport:
         return replace(report, errors=(*report.errors, error))
     report = replace(report, visible=result["gpus"], apart=result["apart"])
     if result["error"]:
-        if report.compiler and report.compiler.missing:  # which says it, with what to do
-            return report
+        compiler = report.compiler.missing if report.compiler else ""
+        if compiler or driver_too_old(report.gpus[0].driver, report.cuda):
+            return report  # which says it, with what to do
         error = f"no kernel could be compiled and run: {result['error']}"
         return replace(report, errors=(*report.errors, error))
     return replace(report, kernel_s=result["seconds"])

@@ -162,6 +162,9 @@ def test_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     without = replace(bare, compiler=Compiler("", True, ""))
     (only,) = with_kernel(without, ran(error="Failed to find C compiler")).missing()
     assert only.startswith("no C compiler")  # once, by the one that says what to do
+    old = replace(bare, gpus=(replace(H100, driver="570.1"),))
+    (only,) = with_kernel(old, ran(error="Found no NVIDIA driver", gpus=0)).missing()
+    assert only.startswith("driver 570.1 is too old")
 
 
 def test_no_gpu_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
