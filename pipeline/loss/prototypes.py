@@ -59,8 +59,8 @@ class Span:
 
     def predictions(self) -> Iterator[Prediction]:
         """The rows in parts, with their probabilities; each target is made once."""
-        images = len(self.weight)
-        for part in slices(images, self.target.logits.shape[1]):
+        images, logits = len(self.weight), self.target.logits
+        for part in slices(images, logits.shape[1], logits.device):
 
             def crop(number: int, first: int = 0, part: slice = part) -> slice:
                 start = first + number * images

@@ -21,13 +21,20 @@ from pipeline.loss.collectives import all_logsumexp
 from pipeline.loss.form import Kernels, fused
 
 CHUNK = 2**24  # numbers in fp32 at once: 64 MiB
+CACHED = 2**20  # the same on a CPU: 4 MiB, which stay in its cache from one operation to the next
 
 
-def slices(rows: int, width: int) -> Iterator[slice]:
-    """Cut `rows` rows of `width` numbers into slices of at most `CHUNK` numbers."""
-    step = max(1, CHUNK // max(width, 1))
+def slices(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Cut `rows` rows of `width` numbers into slices of few enough numbers for a device."""
+    most = min(CHUNK, CACHED) if device.type == "cpu" else CHUNK
+    step = max(1, most // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def row_slices(logits: Tensor) -> Iterator[slice]:
+    """The same of the rows of a matrix."""
+    return slices(len(logits), logits.shape[1], logits.device)
 
 
 class Facts(NamedTuple):
@@ -69,7 +76,7 @@ class Target:
         if self.facts is not None:
             total = (self.facts.entropy * weights).sum()
         else:
-            for rows in slices(*self.logits.shape):
+            for rows in row_slices(self.logits):
                 log_q = self.log_probabilities(rows)
                 total -= ((log_q.exp() * log_q).sum(dim=1) * weights[rows]).sum()
         return total / weights.sum().clamp(min=1)
@@ -91,7 +98,7 @@ class Target:
         if self.facts is not None:
             likeliest = self.facts.likeliest
         else:
-            parts = slices(*self.logits.shape)
+            parts = row_slices(self.logits)
             each = [self.log_probabilities(rows).argmax(dim=1) for rows in parts]
             likeliest = torch.cat(each) if each else torch.zeros_like(self.row, dtype=torch.long)
         if self.weight is not None:
@@ -255,7 +262,7 @@ def prototypes_of(logits: Sequence[Tensor], temperature: float) -> int:
 def _row_sums(logits: Tensor, offset: Tensor, temperature: float) -> Tensor:
     """`log(sum_k exp(logits / temperature + offset))`, `[N]`."""
     out = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    for rows in slices(*logits.shape):
+    for rows in row_slices(logits):
         scaled = (logits[rows].float() / temperature).add_(offset)
         out[rows] = torch.logsumexp(scaled, dim=1)
     return out
@@ -272,7 +279,7 @@ def _column_sums(logits: Tensor, row: Tensor, temperature: float, triton: bool) 
     rows, prototypes = logits.shape
     out = torch.full((1, prototypes), -math.inf, device=logits.device)
     if rows:
-        for columns in slices(prototypes, rows):
+        for columns in slices(prototypes, rows, logits.device):
             scaled = (logits[:, columns].float() / temperature).sub_(row[:, None])
             out[0, columns] = torch.logsumexp(scaled, dim=0)
     return out
@@ -288,7 +295,7 @@ def mean_of(logits: Tensor, weight: Tensor | None) -> Tensor:
         return torch.cat([mean, mean.new_ones(1)])
     count = weight.sum()
     total = torch.zeros(logits.shape[1], device=logits.device)
-    for rows in slices(*logits.shape):
+    for rows in row_slices(logits):
         # no matrix product: its rounding on a GPU may be that of TF32
         total += (weight[rows, None] * logits[rows].float()).sum(dim=0)
     return torch.cat([total / count.clamp(min=1), (count > 0).float()[None]])
