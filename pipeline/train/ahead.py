@@ -5,8 +5,8 @@ masked patches, on a CUDA stream of its own. Its work waits for nothing of the s
 the step waits for it on the device: by an event, not by the host. At most one step's views are
 there besides those in use.
 
-On a CPU a thread would compete with the step for the same cores, so views are made between the
-steps (measured, benchmarks/RESULTS.md).
+On a CPU a thread would take the core of a decoder, so views are made between the steps
+(benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
 def test_on_a_gpu_a_forward_copies_the_draws_of_stochastic_depth_and_nothing_else(
     centring: Any, monkeypatch: pytest.MonkeyPatch
