@@ -26,6 +26,7 @@ class Seat:
 
     name: str  # its address
     call: Callable[..., Callable[[float], Any]]  # method and arguments; gives what waits for it
+    gpus: int = 0  # that Ray counts there
 
 
 def gpu_lines(config: Config) -> None:
@@ -112,9 +113,12 @@ def _reduced(wait: Callable[[float], Any], until: float) -> Reduced:
 def _answer(wait: Callable[[float], Any], until: float, seat: Seat) -> NodeReport:
     try:
         report: NodeReport = wait(_left(until))
-        return report
     except Exception as error:
         return NodeReport(seat.name, errors=(f"it does not answer: {_short(error)}",))
+    if seat.gpus and not report.gpus and not report.errors:
+        what = f"Ray counts {count(seat.gpus, 'GPU')} here, but there is no driver (install one)"
+        return replace(report, errors=(what,))
+    return report
 
 
 def _short(error: Exception) -> str:
@@ -134,7 +138,10 @@ def _seats() -> list[Seat]:
     import ray
 
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU", 0) > 0]
-    return [seat_of(n["NodeID"], n["NodeManagerAddress"]) for n in nodes]
+    return [
+        replace(seat_of(n["NodeID"], n["NodeManagerAddress"]), gpus=int(n["Resources"]["GPU"]))
+        for n in nodes
+    ]
 
 
 def seat_of(node_id: str, name: str) -> Seat:

@@ -215,6 +215,14 @@ def test_nodes_together() -> None:
     assert groups == [inside, inside, *across]
 
 
+def test_gpus_that_only_ray_knows_of() -> None:
+    seat = replace(played(NodeReport("b", GCC), Reduced(), []), gpus=2)
+    (report,) = examined([seat])
+    assert report.line().endswith(
+        "MISSING: Ray counts 2 GPUs here, but there is no driver (install one)"
+    )
+
+
 def test_the_lines_of_a_machine_without_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
