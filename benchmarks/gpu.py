@@ -104,16 +104,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     ratios = {x["recipe"]: x for x in lines if "ratio" in x}
     head = (
         "| recipe | images | first step, s | ms (least to most) | images/s | MFU | peak, GiB "
-        "| reference, images/s | ratio |"
+        "| plan, GiB | reference, images/s | ratio |"
     )
-    rows = [head, "|---" * 9 + "|"]
+    rows = [head, "|---" * 10 + "|"]
     for x in steps:
         name = f"{x['recipe']}, {x['strategy']}" if "strategy" in x else x["recipe"]
         low, high = x["spread_ms"]
         other = {} if "strategy" in x else ratios.get(x["recipe"], {})
         cells = (
             *(name, x["images"], x["first_step_s"], f"{x['step_ms']} ({low} to {high})"),
-            *(x["images_s"], x["mfu"], x.get("peak_gib", "")),
+            *(x["images_s"], x["mfu"], x.get("peak_gib", ""), x["plan_gib"]),
             *(other.get("reference_images_s", ""), other.get("ratio", "")),
         )
         rows.append("| " + " | ".join(str(x) for x in cells) + " |")

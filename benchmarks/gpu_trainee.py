@@ -80,7 +80,7 @@ class Trainee:
     layout: Layout
     state: TrainState
     student: torch.nn.Module
-    flops_per_image: float
+    expected: estimate.Cost
     views: list[Views] = field(default_factory=list)
     steps: int = 0
     first_step_s: float = 0.0
@@ -89,10 +89,10 @@ class Trainee:
     def of(cls, size: Size, recipe: str, plan: Plan, layout: Layout | None = None) -> Trainee:
         """As a worker builds it (`train/worker.py`), after its first step."""
         pair = start.networks(plan, resumed=False)
-        flops = estimate.flops_per_image(plan, pair)
+        expected = estimate.estimated_cost(plan, pair)
         layout = layout or build.layout(plan, size.device)
         state = start.train_state(plan, pair, layout, resumed=False)
-        made = cls(size, recipe, plan, layout, state, student_forward(pair, layout), flops)
+        made = cls(size, recipe, plan, layout, state, student_forward(pair, layout), expected)
         first = views_of(plan, 0, size.device)
         crops = (first.global_views, first.local_views)
         made.views = [views_of(plan, step, size.device, crops) for step in range(MASKS)]
@@ -122,6 +122,7 @@ class Trainee:
         middle, least, most = self.size.median(self.step, times)
         images = self.plan.micro_batch
         peak = peak_flops(self.size.device.type, self.layout.precision or torch.float32, 1)
+        flops_s = images / middle * self.expected.flops_per_image
         figures = {
             "recipe": self.recipe,
             "images": images,
@@ -129,9 +130,10 @@ class Trainee:
             "step_ms": round(1e3 * middle, 1),
             "spread_ms": [round(1e3 * least, 1), round(1e3 * most, 1)],
             "images_s": round(images / middle, 1),
-            "mfu": round(images / middle * self.flops_per_image / peak, 3) if peak else "unknown",
+            "mfu": round(flops_s / peak, 3) if peak else "unknown",
         }
-        return figures | memory()
+        plan_gib = round(self.expected.memory_bytes / GIB, 1)
+        return figures | memory() | {"plan_gib": plan_gib}
 
     def with_a_bad_image(self) -> Views:
         """The views of a step in which one image could not be decoded."""
