@@ -242,8 +242,8 @@ def parallel(size: Size) -> Figures:
             if name == "fsdp":
                 fields = {**layout.__dict__, "workers": 1, "strategy": "fsdp"}
                 layout = Alone(**fields)
-            trainee = Trainee.of(size, "vitl16_short", plan, layout)
-            torch._dynamo.config.optimize_ddp = name.endswith("split")
+            split = name.endswith("split")
+            trainee = Trainee.of(size, "vitl16_short", plan, layout, split)
             yield {"strategy": name, **trainee.measured(4)}
             del trainee
             gc.collect()

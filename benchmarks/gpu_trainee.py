@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from cases import RECIPES, VALUES, narrow, plan_of, views_of
+from fake_device import Counter, Fake
 
 from pipeline.plan.plan import Plan
 from pipeline.train import build, estimate, start
@@ -86,8 +87,18 @@ class Trainee:
     first_step_s: float = 0.0
 
     @classmethod
-    def of(cls, size: Size, recipe: str, plan: Plan, layout: Layout | None = None) -> Trainee:
-        """As a worker builds it (`train/worker.py`), after its first step."""
+    def of(
+        cls,
+        size: Size,
+        recipe: str,
+        plan: Plan,
+        layout: Layout | None = None,
+        split_graphs: bool = False,
+    ) -> Trainee:
+        """As a worker builds it (`train/worker.py`), after its first step.
+
+        `split_graphs`: let dynamo cut the graphs of blocks at the bounds of DDP's buckets.
+        """
         pair = start.networks(plan, resumed=False)
         expected = estimate.estimated_cost(plan, pair)
         layout = layout or build.layout(plan, size.device)
@@ -96,6 +107,7 @@ class Trainee:
         first = views_of(plan, 0, size.device)
         crops = (first.global_views, first.local_views)
         made.views = [views_of(plan, step, size.device, crops) for step in range(MASKS)]
+        torch._dynamo.config.optimize_ddp = split_graphs
         made.first_step_s = size.timed(made.step)
         return made
 
@@ -163,8 +175,9 @@ def fitting(size: Size, recipe: str) -> Trainee:
 
 
 def _fits(plan: Plan) -> bool:
-    expected = estimate.estimated_cost(plan, build.pair(plan.config)).memory_bytes
-    return expected < 0.95 * torch.cuda.mem_get_info()[1]
+    with Fake(), Counter():
+        pair = build.pair(plan.config)
+    return estimate.estimated_cost(plan, pair).memory_bytes < 0.95 * torch.cuda.mem_get_info()[1]
 
 
 def memory() -> dict[str, Any]:

@@ -31,10 +31,14 @@ MFU = {"vits16_8gpu": 0.25, "vitb14_8gpu": 0.4}
 MFU_OTHERS = 0.5
 GPUS_A_NODE = 8
 SIZES = (1, 8, 64, 256)
-# GB/s that a GPU sends and gets, from the makers' data sheets.
-NVLINK, INFINIBAND, EFA, ETHERNET = 450.0, 50.0, 12.5, 1.56
-NETWORKS = {"NVLink": NVLINK, "400 Gb/s a GPU": INFINIBAND, "800 Gb/s a node": EFA,
-            "100 Gb/s a node": ETHERNET}  # fmt: skip
+# GB/s each way, from data sheets: of a GPU inside a node; of all adapters of a node together, over
+# which its GPUs' rings are spread.
+NETWORKS = {
+    "NVLink in a node": 450.0,
+    "3,200 Gb/s a node": 400.0,
+    "400 Gb/s a node": 50.0,
+    "100 Gb/s a node": 12.5,
+}
 CORE_IMAGES_S = 210.0  # that a core reads, decodes and cuts; photos of 0.2 megapixels (loader.py)
 
 
@@ -67,17 +71,19 @@ class Asked:
 
     @property
     def ddp_bytes(self) -> float:
-        """That a GPU sends in a step: a sum of all gradients in fp32, in a ring."""
-        return 2 * (self.gpus - 1) / self.gpus * FULL * self.parameters
+        """Through a GPU inside a node, or through a node, in a step: a sum of all gradients in
+        fp32, in a ring. Of few members a little less.
+        """
+        return 2 * FULL * self.parameters
 
     @property
     def fsdp_bytes(self) -> float:
-        """That a GPU gets in a step of one micro batch: the student's weights forward and backward,
-        the teacher's forward, and a part of the gradients in fp32.
+        """The same of one micro batch: the student's weights forward and backward, the teacher's
+        forward, and the sum of the gradients in fp32.
         """
         products = numbers(products_of(self.pair.student))
         weights = HALF * products + FULL * (self.parameters - products)
-        return (self.gpus - 1) / self.gpus * (3 * weights + FULL * self.parameters)
+        return 3 * weights + FULL * self.parameters
 
 
 def asked(recipe: str, gpus: int, *fields: str) -> Asked:
@@ -90,12 +96,13 @@ def asked(recipe: str, gpus: int, *fields: str) -> Asked:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", default=list(RECIPES))
-    recipes = parser.parse_args().recipes
-    one = {recipe: asked(recipe, GPUS_A_NODE) for recipe in recipes}
-    compute(one)
-    memory(recipes)
-    network(one)
-    data(one)
+    tables = {"compute": compute, "memory": memory, "network": network, "data": data}
+    parser.add_argument("--only", choices=tables)
+    options = parser.parse_args()
+    one = {recipe: asked(recipe, GPUS_A_NODE) for recipe in options.recipes}
+    for name, table in tables.items():
+        if options.only in (None, name):
+            table(one)
 
 
 def row(*cells: object) -> None:
@@ -121,23 +128,21 @@ def compute(recipes: dict[str, Asked]) -> None:
         )
 
 
-def memory(recipes: list[str]) -> None:
-    """A GPU's memory, by strategy."""
-    header("recipe", "strategy", "blocks computed again", "GPUs", "state, GiB", "all, GiB")
-    for name in recipes:
-        for strategy, gpus, again in (
-            ("ddp", 8, False), ("ddp", 8, True), ("fsdp", 8, False), ("fsdp", 64, False),
-            ("fsdp", 256, True),
-        ):  # fmt: skip
-            fields = (
-                f"train.strategy={strategy}",
-                f"train.activation_checkpointing={str(again).lower()}",
-            )
-            x = asked(name, gpus, *fields)
-            layout = build.layout(x.plan, torch.device("cuda"))
-            state = state_bytes(x.pair, layout, x.plan.accumulation).total
-            cells = (name, strategy, "yes" if again else "no", gpus, f"{state / GIB:.1f}")
-            row(*cells, f"{x.cost.memory_bytes / GIB:.0f}")
+def memory(recipes: dict[str, Asked]) -> None:
+    """GiB of a GPU: state, all, and all where blocks are computed again in the backward pass."""
+    cases = (("ddp", 8), ("fsdp", 8), ("fsdp", 64))
+    names = [f"{strategy}, {gpus} GPUs" for strategy, gpus in cases]
+    header("recipe", "images a GPU", *names)
+    for name, x in recipes.items():
+        cells = []
+        for strategy, gpus in cases:
+            fields = f"train.strategy={strategy}", "train.activation_checkpointing=true"
+            kept, again = asked(name, gpus, fields[0]), asked(name, gpus, *fields)
+            layout = build.layout(kept.plan, torch.device("cuda"))
+            state = state_bytes(kept.pair, layout, kept.plan.accumulation).total / GIB
+            whole, least = (y.cost.memory_bytes / GIB for y in (kept, again))
+            cells.append(f"{state:.1f}, {whole:.0f}, {least:.0f}")
+        row(name, x.plan.micro_batch, *cells)
 
 
 def network(recipes: dict[str, Asked]) -> None:
