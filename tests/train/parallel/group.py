@@ -15,6 +15,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn import functional
 
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.groups import parameter_groups
@@ -71,7 +72,7 @@ def values(step: int) -> StepValues:
 def build(case: Case) -> Pair:
     spec: BackboneSpec | TimmSpec = replace(SPEC, drop_path=case.drop_path, **case.options)
     if case.timm:
-        spec = TimmSpec(case.timm, image_size=28, patch_size=14, drop_path=case.drop_path)
+        spec = TimmSpec(case.timm, image_size=32, patch_size=16, drop_path=case.drop_path)
     return build_pair(spec, HEAD, case.ibot, seed=0)
 
 
@@ -91,6 +92,12 @@ def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
     steps = []
     for step in range(case.steps):
         mine = views(IMAGES, seed=100 * step + rank)
+        if case.timm:  # whose patches have 16 pixels
+            mine = replace(
+                mine,
+                global_views=functional.interpolate(mine.global_views, (32, 32)),
+                local_views=functional.interpolate(mine.local_views, (16, 16)),
+            )
         parts = split(mine, case.accumulation)
         generators = [
             torch.Generator().manual_seed(1000 * step + 10 * rank + part)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.train.parallel.group import STEPS, Case, in_group, train
+from tests.train.parallel.group import Case, in_group, train
 
 DDP = {
     "softmax": Case(),
@@ -21,30 +21,41 @@ DDP = {
     "swiglu, no registers": Case(options={"ffn": "swiglu", "registers": 0}),
 }
 FSDP = {name: replace(case, strategy="fsdp") for name, case in DDP.items()}
-AGAIN = {  # computed again in the backward pass: the same numbers to the last bit
-    "softmax": (replace(DDP["softmax"], checkpointing=True), "ddp"),
-    "sinkhorn, accumulated": (
-        replace(FSDP["sinkhorn, accumulated"], checkpointing=True),
-        "fsdp",
-    ),
+HALF, SMALL = torch.bfloat16, {"steps": 4}
+# The others are named by what differs from the first case.
+OTHERS = {
+    "ddp, again": replace(DDP["softmax"], checkpointing=True),
+    "fsdp, again": replace(FSDP["sinkhorn, accumulated"], checkpointing=True),
+    "ddp, compiled": Case(compile=True, **SMALL),
+    "fsdp, compiled, again": Case("fsdp", compile=True, checkpointing=True, **SMALL),
+    "ddp, half": Case(precision=HALF, **SMALL),
+    "fsdp, half": Case("fsdp", precision=HALF, **SMALL),
+    "ddp, half residual": Case(precision=HALF, residual=HALF, **SMALL),
+    "fsdp, half residual": Case("fsdp", precision=HALF, residual=HALF, **SMALL),
+    "ddp, half sums": Case(reduce=HALF, **SMALL),
+    "fsdp, half sums": Case("fsdp", reduce=HALF, **SMALL),
+    "ddp, timm": Case(timm="test_vit", **SMALL),
+    "fsdp, timm, again": Case("fsdp", timm="test_vit", checkpointing=True, **SMALL),
+    "ddp, short": Case(**SMALL),
 }
 
-Runs = dict[str, list[dict[str, Any]]]
+Ranks = list[dict[str, Any]]
+
+
+@dataclass
+class Runs:
+    """What both ranks end with, by the names of the cases."""
+
+    ddp: dict[str, Ranks]
+    fsdp: dict[str, Ranks]
+    others: dict[str, Ranks]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Runs]:
-    cases = [*DDP.values(), *FSDP.values(), *(case for case, _ in AGAIN.values())]
-    out = in_group(tmp_path_factory.mktemp("group"), train, *cases)
-    by_case = list(zip(*out, strict=True))
-    names = [*DDP, *FSDP, *AGAIN]
-    parts = {"ddp": len(DDP), "fsdp": len(FSDP), "again": len(AGAIN)}
-    result, first = {}, 0
-    for part, count in parts.items():
-        each = zip(names[first : first + count], by_case[first : first + count], strict=True)
-        result[part] = {name: list(ranks) for name, ranks in each}
-        first += count
-    return result
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cases = [*DDP.values(), *FSDP.values(), *OTHERS.values()]
+    out = iter(zip(*in_group(tmp_path_factory.mktemp("group"), train, *cases), strict=True))
+    return Runs(*({name: list(next(out)) for name in names} for names in (DDP, FSDP, OTHERS)))
 
 
 def assert_close(a: Mapping[str, Any], b: Mapping[str, Any], atol: float) -> None:
@@ -55,15 +66,15 @@ def assert_close(a: Mapping[str, Any], b: Mapping[str, Any], atol: float) -> Non
                 x, b[part][name], rtol=atol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
             )
     assert a["names"] == b["names"]
-    assert len(a["steps"]) == len(b["steps"]) == STEPS
+    assert len(a["steps"]) == len(b["steps"])
     for ours, theirs in zip(a["steps"], b["steps"], strict=True):
         assert ours == pytest.approx(theirs, rel=10 * atol, abs=atol)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", DDP)
-def test_fsdp_is_ddp(runs: dict[str, Runs], name: str) -> None:
-    ddp, fsdp = runs["ddp"][name][0], runs["fsdp"][name][0]
+def test_fsdp_is_ddp(runs: Runs, name: str) -> None:
+    ddp, fsdp = runs.ddp[name][0], runs.fsdp[name][0]
     assert_close(ddp, fsdp, atol=1e-5)
     moved = max(float((x - ddp["teacher"][n]).abs().max()) for n, x in ddp["student"].items())
     assert moved > 1e-3  # what is compared has moved by more than what is allowed
@@ -71,20 +82,64 @@ def test_fsdp_is_ddp(runs: dict[str, Runs], name: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", FSDP)
-def test_ranks_of_fsdp_agree_and_hold_half_each(runs: dict[str, Runs], name: str) -> None:
-    one, other = runs["fsdp"][name]
+def test_ranks_of_fsdp_agree_and_hold_half_each(runs: Runs, name: str) -> None:
+    one, other = runs.fsdp[name]
     assert_close(one, other, atol=0)
     whole = sum(x.numel() for x in one["student"].values())
     assert one["held"] + other["held"] == whole
     assert abs(one["held"] - other["held"]) < 0.1 * whole
-    assert runs["ddp"][name][0]["held"] == whole
+    assert runs.ddp[name][0]["held"] == whole
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", AGAIN)
-def test_blocks_that_are_computed_again_change_no_bit(runs: dict[str, Runs], name: str) -> None:
-    strategy = AGAIN[name][1]
-    assert_close(runs["again"][name][0], runs[strategy][name][0], atol=0)
+def test_blocks_that_are_computed_again_change_no_bit(runs: Runs) -> None:
+    assert_close(runs.others["ddp, again"][0], runs.ddp["softmax"][0], atol=0)
+    again = runs.others["fsdp, again"][0]
+    assert_close(again, runs.fsdp["sinkhorn, accumulated"][0], atol=0)
+
+
+@pytest.mark.long
+def test_a_compiled_block_is_one_graph_in_a_group(runs: Runs) -> None:
+    """One for the teacher and one for the student, with DDP's buckets and with FSDP's hooks."""
+    for name in ("ddp, compiled", "fsdp, compiled, again"):
+        one = runs.others[name][0]
+        assert (one["graphs"], one["breaks"]) == (2, 0), name
+        assert_close(one, runs.others["ddp, short"][0], atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("ddp", "fsdp"),
+    [
+        ("ddp, half", "fsdp, half"),
+        ("ddp, half residual", "fsdp, half residual"),
+        ("ddp, timm", "fsdp, timm, again"),
+    ],
+)
+def test_weights_that_travel_in_half_are_those_that_autocast_uses(
+    runs: Runs, ddp: str, fsdp: str
+) -> None:
+    assert_close(runs.others[ddp][0], runs.others[fsdp][0], atol=1e-5)
+
+
+def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+    return max(float((x - b["moments"][n]).abs().max()) for n, x in a["moments"].items())
+
+
+@pytest.mark.long
+def test_lower_types_are_used_where_they_are_asked_for(runs: Runs) -> None:
+    """They change something, and no more than their 8 bits allow."""
+    short, half = runs.others["ddp, short"][0], runs.others["ddp, half"][0]
+    largest = max(float(x.abs().max()) for x in short["moments"].values())
+    for name, beside in (
+        ("ddp, half sums", short),
+        ("fsdp, half sums", short),
+        ("ddp, half residual", half),
+        ("fsdp, half residual", half),
+    ):
+        assert 1e-5 < distance(runs.others[name][0], beside) < 0.05 * largest, name
+        one, other = runs.others[name]
+        assert_close(one, other, atol=0)
 
 
 @pytest.mark.long
