@@ -213,6 +213,15 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
             f"loss.mask_probability={config.loss.mask_probability} of the {2 * batch} global crops "
             "of a step are none: iBOT would have nothing to predict"
         )
+    if train.strategy == "fsdp" and gpus and config.resources.gpus_per_worker < 1:
+        problems.append(
+            "train.strategy=fsdp needs a whole GPU for each worker, and resources.gpus_per_worker="
+            f"{config.resources.gpus_per_worker}"
+        )
+    if train.residual == "bfloat16" and config.model.encoder != "dinov2":
+        problems.append(
+            f"train.residual=bfloat16 is for model.encoder=dinov2, not {config.model.encoder}"
+        )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
     arrangement = arrange_largest(config, machine.rooms, sizes, per_worker, feeder_cpus)

@@ -474,3 +474,13 @@ def test_steps_to_trace_must_be_steps_of_the_run(steps: str, reason: str) -> Non
     with pytest.raises(ConfigError, match=reason):
         plan(f"train.profile_steps={steps}")
     assert plan("train.profile_steps=[9,10]").config.train.profile_steps == (9, 10)
+
+
+def test_what_large_networks_need_is_looked_at_before_a_run() -> None:
+    shared = Machine(cpus=16, gpus=1, bfloat16=True)
+    with pytest.raises(ConfigError, match="fsdp needs a whole GPU for each worker"):
+        plan("train.strategy=fsdp", "resources.gpus_per_worker=0.5", machine=shared)
+    with pytest.raises(ConfigError, match="dinov2, not timm"):
+        plan("train.residual=bfloat16", "model.encoder=timm:test_vit")
+    for strategy in ("ddp", "fsdp"):
+        assert plan(f"train.strategy={strategy}", "train.residual=bfloat16").steps == 10
