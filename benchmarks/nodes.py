@@ -2,15 +2,16 @@
 
     python benchmarks/nodes.py --nodes 1,8 --steps 200
 
-Each "node" is a raylet of its own on this machine, with one decoder, one consuming worker and an
-object store of its own; images are small, so that there are many blocks. Measured in steady state,
-with one stream for all nodes and with one stream a node:
+"Nodes" are raylets of their own on this machine (`--share` of them on one raylet, to save memory),
+each with one decoder, one consuming worker and a part of an object store. Decoders make crops of
+zeros and consumers only count, both without torch, so that many fit. Measured in steady state, with
+one stream for all nodes and with one stream a node:
 
     blocks/s       of all workers together; a few cores cannot show what many nodes would do
     CPU a block    ms of CPU time of each kind of process, all of that kind together
     between nodes  bytes that raylets sent each other, for an image (Ray's own counter), and how
-                   many of the bytes of its crops that is
-    read           row groups that were read, over those that the images taken lie in
+                   many of the bytes of its crops that is; nodes on one raylet send nothing
+    read           rows of the row groups that were read, over images taken
     memory         of all Ray processes of the simulation (proportional set size)
 """
 
@@ -26,6 +27,8 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +38,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import ray
-import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -47,15 +50,18 @@ from pipeline.shards.shards import ShardColumns, ShardSet, open_shards
 from pipeline.stream.dealer import DecodeTasks
 from pipeline.stream.decoder import StreamSpec
 from pipeline.stream.feeder import launch_feeder
-from pipeline.stream.reader import Reading, reading_of
-from pipeline.stream.worker import StreamRequest, batches
+from pipeline.stream.reader import EncodedImages, Reading, reading_of
+from pipeline.stream.rows import row_at, row_of
 from pipeline.views.crops import CropSpec
 from pipeline.views.masks import MaskSpec
 from pipeline.views.photometric import PhotometricSpec
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes cannot import this file
 
-CROPS = CropSpec(global_size=64, local_size=16, local_crops=1)  # 25 KB an image
+CROPS = CropSpec(global_size=64, local_size=16, local_crops=1)
+CROP_BYTES = 25344  # of these, an image
+CHUNK = 8  # 203 KB: smaller blocks would not go through the object store
+STORE = 80 * 2**20  # of a raylet, the least that Ray takes
 KINDS = {  # part of a process title: what it is called here
     "SplitCoordinator": "coordinator",
     "Dealer": "dealer",
@@ -102,17 +108,51 @@ def counted(columns: ShardColumns, count: Path) -> ShardColumns:
     return same
 
 
+class LightDecode:
+    """In place of `dealer._Decode`: as many chunks, as large, of zeros."""
+
+    def __init__(self, dealer: Any, spec: list[Any], first_step: int) -> None:
+        self.dealer, self.first_step = dealer, first_step
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        for row in range(table.num_rows):
+            portion = EncodedImages.of(table, row)
+            for images in portion.portions(CHUNK):
+                crops = np.zeros(len(images) * CROP_BYTES, np.uint8)
+                yield row_of({"image_ids": images.image_ids}, {"crops": crops})
+            place = portion.pass_index, portion.start
+            self.dealer.note_decoded.remote(self.first_step, place, len(portion))
+
+
+def light_decoders() -> None:
+    """In every process of the simulation, before anything else."""
+    import pipeline.stream.dealer
+
+    pipeline.stream.dealer._Decode = LightDecode  # type: ignore[assignment, misc]
+
+
 @ray.remote(num_cpus=0)
 class Consumer:
-    """A training worker that takes batches and does nothing with them."""
+    """Training workers of one raylet, which take blocks and do nothing with them."""
 
-    def __init__(self, request: StreamRequest, chunk: int) -> None:
-        torch.set_num_threads(1)
-        self.batches = batches(request, chunk, chunk)
+    def __init__(self, feeder: Any, ranks: list[int], workers: int) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        if 0 in ranks:
+            feeder.open.remote("one", 0, workers)
+        self.asked = [feeder.iterator.remote("one", 0, rank, node) for rank in ranks]
+        self.blocks: list[Any] = []
 
     def take(self, steps: int) -> int:
         """Images of so many steps."""
-        return sum(next(self.batches).images for _ in range(steps))
+        if not self.blocks:
+            options = dict(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+            self.blocks = [iter(part.iter_batches(**options)) for _, part in ray.get(self.asked)]
+
+        def one(blocks: Any) -> int:
+            return sum(len(row_at(next(blocks), 0)[0]["image_ids"]) for _ in range(steps))
+
+        with ThreadPoolExecutor(len(self.blocks)) as pool:
+            return sum(pool.map(one, self.blocks))
 
 
 def cpu_seconds() -> tuple[dict[str, float], float]:
@@ -162,7 +202,7 @@ def shards_in(folder: Path, images: int) -> ShardSet:
     return open_shards(str(folder / "shards"))
 
 
-def spec_of(reading: Reading, columns: ShardColumns, chunk: int) -> StreamSpec:
+def spec_of(reading: Reading, columns: ShardColumns) -> StreamSpec:
     """Small crops, which cost little to make."""
     return StreamSpec(
         columns=columns,
@@ -172,11 +212,28 @@ def spec_of(reading: Reading, columns: ShardColumns, chunk: int) -> StreamSpec:
         crops=CROPS,
         photometric=PhotometricSpec(),
         masks=MaskSpec((4, 4), 0.5, (0.1, 0.5)),
-        chunk=chunk,
+        chunk=CHUNK,
         max_pixels=10**6,
         image_bytes=reading.shards.image_bytes,
-        store_bytes=2 * chunk * CROPS.bytes,  # one chunk a portion, as with photos
+        store_bytes=2 * CHUNK * CROPS.bytes,  # one chunk a portion, as with photos
     )
+
+
+def consumers(feeder: Any, on_each: list[int]) -> list[Any]:
+    """One for each raylet, for as many ranks as it has CPUs."""
+    places = sorted(
+        ((n["Resources"]["CPU"], n["NodeID"]) for n in ray.nodes() if "CPU" in n["Resources"]),
+        reverse=True,
+    )
+    workers, first = [], 0
+    for (_, node), here in zip(places, on_each, strict=True):
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        ranks = list(range(first, first + here))
+        first += here
+        workers.append(
+            Consumer.options(scheduling_strategy=there).remote(feeder, ranks, sum(on_each))
+        )
+    return workers
 
 
 def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: Any) -> str:
@@ -185,29 +242,28 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
     count.touch()
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20},
+        head_node_args={"num_cpus": 0, "object_store_memory": STORE},
         connect=False,
     )
     try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        raylets = -(-nodes // options.share)
+        on_each = [nodes // raylets + (i < nodes % raylets) for i in range(raylets)]
+        for here in on_each:
+            cluster.add_node(num_cpus=here, object_store_memory=STORE * min(2, here))
         cluster.wait_for_nodes()
-        ray.init(cluster.address, logging_level="error", log_to_driver=False)
-        chunk = options.chunk
-        batch = nodes * chunk
+        ray.init(
+            cluster.address,
+            logging_level="error",
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": light_decoders},
+        )
+        batch = nodes * CHUNK
         window = max(1, options.window // batch) * batch
         reading = reading_of(shards, seed=0, global_batch=batch, window=window)
-        spec = spec_of(reading, counted(shards.columns, count), chunk)
+        spec = spec_of(reading, counted(shards.columns, count))
         steps = options.warm_up + options.steps + 200
-        tasks = DecodeTasks(0.85, nodes)
-        feeder = launch_feeder(reading, spec, steps, tasks, nodes, streams)
-        places = sorted(n["NodeID"] for n in ray.nodes() if n["Resources"].get("CPU"))
-        workers = [
-            Consumer.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-            ).remote(StreamRequest(feeder, "one", rank, nodes, 0, steps), chunk)
-            for rank, node in enumerate(places)
-        ]
+        feeder = launch_feeder(reading, spec, steps, DecodeTasks(0.85, nodes), nodes, streams)
+        workers = consumers(feeder, on_each)
         ray.get([worker.take.remote(options.warm_up) for worker in workers])
         time.sleep(options.settle_s)  # metrics are exported every few seconds
         before = counts(count)
@@ -219,7 +275,7 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
     finally:
         ray.shutdown()
         cluster.shutdown()
-    blocks = images / chunk
+    blocks = images / CHUNK
     cost = {
         kind: 1000 * (seconds - before.cpu_s.get(kind, 0.0)) / blocks
         for kind, seconds in after.cpu_s.items()
@@ -232,7 +288,7 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
         f"{nodes:3} nodes, {streams} stream{'s' * (streams != 1)}: "
         f"{blocks / (middle - before.at):7.1f} blocks/s; "
         f"between nodes {sent / 1000:.2f} KB an image ({sent / CROPS.bytes:.0%} of its crops); "
-        f"row groups read {read:.2f} x; memory {memory / 1024:.1f} GiB\n"
+        f"read {read:.2f} x; memory {memory / 1024:.1f} GiB\n"
         f"    CPU ms a block: {kinds}"
     )
 
@@ -244,7 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="measured")
     parser.add_argument("--warm-up", type=int, default=60, help="steps before that")
     parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--share", type=int, default=1, help="nodes of one raylet")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--settle-s", type=float, default=12.0)
     options = parser.parse_args()

@@ -20,7 +20,7 @@ import pyarrow as pa
 from pipeline.driver.data_internals import Limits, near, pace_data
 from pipeline.plan.nodes import READ_CPUS
 from pipeline.stream.dealing import Dealing
-from pipeline.stream.reader import EncodedImages, Reading, ReadTask, read_portions
+from pipeline.stream.reader import EncodedImages, Reading, ReadSpec, ReadTask, read_portions
 from pipeline.stream.windows import parts_of
 
 READ_WINDOWS = 16  # of the order in one read task
@@ -93,7 +93,7 @@ class _Read:
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         import ray
 
-        spec = ray.get(self.spec)
+        spec: ReadSpec = ray.get(self.spec)
         for row in table.to_pylist():
             tasks = ray.get(self.dealer.read_tasks.remote(row["first"], row["last"]))
             if not self.part.readers:
@@ -138,14 +138,19 @@ class Dealer:
 
     Args:
         reading: the shards and which of their rows make up which step.
-        spec: object reference of a `StreamSpec`, passed on as it is.
+        specs: object references of a `ReadSpec` and a `StreamSpec`, passed on as they are.
         run: what is the same for all streams of a run.
         tasks: what its decoders may take.
         part: what it takes of the windows.
     """
 
     def __init__(
-        self, reading: Reading, spec: list[Any], run: RunSteps, tasks: DecodeTasks, part: StreamPart
+        self,
+        reading: Reading,
+        specs: list[Any],
+        run: RunSteps,
+        tasks: DecodeTasks,
+        part: StreamPart,
     ) -> None:
         from ray.data import DataContext
 
@@ -163,7 +168,7 @@ class Dealer:
         pace_data(context, AHEAD, BUFFER, Limits(cpus, streams) if streams > 1 else None)
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
         self.reading, self.run, self.tasks, self.part = reading, run, tasks, part
-        self.spec = spec[0]
+        self.read_spec, self.spec = specs
         self.ready, self.planning = threading.Condition(), threading.Lock()
         self.decoded: dict[int, Decoded] = {}
 
@@ -229,7 +234,7 @@ class Dealer:
         # All streams may be on one node.
         cpus = READ_CPUS / reads / self.part.dealing.streams
         return dataset.map_batches(
-            _Read(me, self.spec, self.part), **common, num_cpus=cpus, concurrency=reads
+            _Read(me, self.read_spec, self.part), **common, num_cpus=cpus, concurrency=reads
         ).map_batches(
             _Decode,
             fn_constructor_args=(me, [self.spec], first_step),

@@ -16,7 +16,7 @@ from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.streams import Stream, streams_for
 from pipeline.stream.dealer import Dealer, DecodeTasks, RunSteps, StreamPart
 from pipeline.stream.dealing import Dealing
-from pipeline.stream.reader import Reading
+from pipeline.stream.reader import Reading, ReadSpec
 from pipeline.stream.windows import WindowReader
 
 WAIT_S = 600.0  # for the other workers of a group, and for a segment
@@ -28,7 +28,8 @@ class StreamRun:
 
     Attributes:
         reading: object reference of the `Reading`, in a list.
-        spec: the same of the `StreamSpec`: in a list the feeder does not load them.
+        read_spec: the same of the `ReadSpec`: in a list the feeder does not load them.
+        spec: the same of the `StreamSpec`.
         batch: images of a step.
         chunk: images of a block.
         steps: of the run.
@@ -36,6 +37,7 @@ class StreamRun:
     """
 
     reading: list[Any]
+    read_spec: list[Any]
     spec: list[Any]
     batch: int
     chunk: int
@@ -179,9 +181,12 @@ class Feeder(Mailbox):
             options = dict(max_concurrency=4 * count, max_restarts=-1, max_task_retries=-1)
             reader = ray.remote(WindowReader)
             readers = [
-                reader.options(num_cpus=0, **options, **near(s.node)).remote(self.run.spec, dealing)
+                reader.options(num_cpus=0, **options, **near(s.node)).remote(
+                    self.run.read_spec, dealing
+                )
                 for s in group.streams
             ]
+        specs = [*self.run.read_spec, *self.run.spec]
         for index, stream in enumerate(group.streams):
             dealer = ray.remote(Dealer).options(
                 num_cpus=0,
@@ -191,7 +196,7 @@ class Feeder(Mailbox):
             tasks = DecodeTasks(self.tasks.cpus, stream.decoders)
             part = StreamPart(dealing, index, stream.node, tuple(readers))
             group.dealers.append(
-                dealer.remote(self.run.reading[0], self.run.spec, self.run.steps, tasks, part)
+                dealer.remote(self.run.reading[0], specs, self.run.steps, tasks, part)
             )
         group.actors = [*readers, *group.dealers]
 
@@ -272,6 +277,7 @@ def launch_feeder(
     )
     run = StreamRun(
         [ray.put(reading)],
+        [ray.put(ReadSpec(spec.columns, spec.seed, spec.portion_images))],
         [ray.put(spec)],
         reading.order.global_batch,
         spec.chunk,

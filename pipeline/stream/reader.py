@@ -39,6 +39,15 @@ class ReadTask:
 
 
 @dataclass(frozen=True)
+class ReadSpec:
+    """What read tasks need of a `StreamSpec`, which loads torch where it is unpacked."""
+
+    columns: ShardColumns
+    seed: int
+    portion_images: int  # of one decode task
+
+
+@dataclass(frozen=True)
 class Reading:
     """A shard set and the order in which it is read. It stays with the one who plans."""
 

@@ -30,6 +30,7 @@ from pipeline.stream.order import slice_rows
 from pipeline.stream.reader import (
     READS_AT_ONCE,
     EncodedImages,
+    ReadSpec,
     ReadTask,
     encoded_images,
 )
@@ -160,14 +161,14 @@ class SharedWindows:
 class WindowReader:
     """The actor around `SharedWindows`: what it hands on is a block, or the error as a value."""
 
-    def __init__(self, spec: list[Any], dealing: Dealing) -> None:
+    def __init__(self, read_spec: list[Any], dealing: Dealing) -> None:
         import ray
 
         with warnings.catch_warnings(action="ignore"):  # of how Ray looks that up
             again = ray.get_runtime_context().was_current_actor_reconstructed
-        own = ray.get(spec[0])
+        spec: ReadSpec = ray.get(read_spec[0])
         patience = PATIENCE_S if again else None
-        self.windows = SharedWindows(own.columns, dealing, own.seed, patience)
+        self.windows = SharedWindows(spec.columns, dealing, spec.seed, patience)
 
     def part(self, task: ReadTask, stream: int, taken: Key) -> Any:
         """A table of one row for `EncodedImages.of`, or the `DataError` that reading ended with."""
