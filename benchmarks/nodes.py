@@ -46,6 +46,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.driver.cluster import quiet_environment
 from pipeline.pack.pack import PackPlaces, pack
+from pipeline.shards.row_group import read_group
 from pipeline.shards.shards import ShardColumns, ShardSet, open_shards
 from pipeline.stream.dealer import DecodeTasks
 from pipeline.stream.decoder import StreamSpec
@@ -86,10 +87,10 @@ class Counts:
 
 
 class CountedColumns(ShardColumns):
-    """Writes a byte to a file for each row group that is read."""
+    """Writes a byte to a file when it is asked for its column: `per_group` times a row group."""
 
     @property
-    def image(self) -> str:  # asked for once a row group, where it is read
+    def image(self) -> str:
         with Path(self.uri_of_count).open("ab") as file:
             file.write(b".")
         return "image"
@@ -188,6 +189,14 @@ def counts(count: Path) -> Counts:
     return Counts(time.perf_counter(), cpu_seconds()[0], sent_bytes(), count.stat().st_size)
 
 
+def per_group(shards: ShardSet, folder: Path) -> int:
+    """Bytes that `CountedColumns` writes for a row group."""
+    count = folder / "one"
+    count.write_bytes(b"")
+    read_group(counted(shards.columns, count), shards.files[0].path, 0)
+    return count.stat().st_size
+
+
 def shards_in(folder: Path, images: int) -> ShardSet:
     """Packed shards of small JPEGs."""
     (folder / "images").mkdir()
@@ -282,7 +291,7 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
     }
     sent = (after.sent - before.sent) / images
     groups = sum(len(file.row_groups) for file in shards.files)
-    read = (after.read - before.read) / (images / shards.rows * groups)
+    read = (after.read - before.read) / per_group(shards, folder) / groups * shards.rows / images
     kinds = ", ".join(f"{k} {ms:.2f}" for k, ms in sorted(cost.items(), key=lambda x: -x[1]))
     return (
         f"{nodes:3} nodes, {streams} stream{'s' * (streams != 1)}: "

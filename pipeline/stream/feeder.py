@@ -126,11 +126,15 @@ class Feeder(Mailbox):
         import ray
 
         with self.ready:
-            self.ready.wait_for(
+            there = self.ready.wait_for(
                 lambda: len(group.nodes) == workers or group is not self.group, WAIT_S
             )
             if group is not self.group:
                 return
+            if not there:
+                raise TimeoutError(
+                    f"{len(group.nodes)} of {workers} workers asked for data in {WAIT_S:.0f} s"
+                )
             if not group.dealers:
                 self._launch(group)
             dealers = group.dealers
@@ -214,7 +218,7 @@ class Feeder(Mailbox):
         with self.ready:
             if group_id == self.group.group_id:
                 self.group.nodes[rank] = node
-            else:
+            elif group_id not in self.replaced:
                 self.early.setdefault(group_id, {})[rank] = node
             self.ready.notify_all()
             opened = self.ready.wait_for(
