@@ -55,6 +55,13 @@ def reads_at_once(decoders: int) -> int:
     return 1 + decoders // DECODERS_PER_READ
 
 
+def windows_ahead(decoders: int) -> int:
+    """Windows that the reader of a stream with so many decoders holds: what storage that is far
+    away gives in time grows with what is asked for at once.
+    """
+    return 1 + reads_at_once(decoders)
+
+
 @dataclass
 class Decoded:
     """What is still to be decoded of a segment; a portion that is done twice counts once."""
@@ -77,6 +84,7 @@ class StreamPart:
     stream: int  # its number
     node: str  # id of the node that it runs on, if it may
     readers: tuple[Any, ...] = ()  # `WindowReader`s of all streams; none where there is one stream
+    ahead: int = 0  # parts of windows that it asks for
 
     @property
     def workers(self) -> int:
@@ -100,7 +108,8 @@ class _Read:
                 for portion in read_portions(tasks, spec.columns, spec.seed, spec.portion_images):
                     yield portion.table()
                 continue
-            for images in parts_of(tasks, self.part.dealing, self.part.readers, self.part.stream):
+            part = self.part
+            for images in parts_of(tasks, part.dealing, part.readers, part.stream, part.ahead):
                 for portion in images.portions(spec.portion_images):
                     yield portion.table()
 
@@ -211,9 +220,9 @@ class Dealer:
 
     @property
     def _steps_per_read(self) -> int:
-        """Steps of one read task."""
-        order = self.reading.order
-        return max(1, READ_WINDOWS * order.window // order.global_batch)
+        """Steps of one read task: of several streams, each takes a part of its windows."""
+        order, streams = self.reading.order, self.part.dealing.streams
+        return max(1, READ_WINDOWS * streams * order.window // order.global_batch)
 
     def _dataset(self, first_step: int, last_step: int) -> Any:
         import ray

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pipeline.driver.data_internals import end_split, near
 from pipeline.driver.mailbox import Mailbox
 from pipeline.plan.streams import Stream, streams_for
-from pipeline.stream.dealer import Dealer, DecodeTasks, RunSteps, StreamPart
+from pipeline.stream.dealer import Dealer, DecodeTasks, RunSteps, StreamPart, windows_ahead
 from pipeline.stream.dealing import Dealing
 from pipeline.stream.reader import Reading, ReadSpec
 from pipeline.stream.windows import WindowReader
@@ -186,7 +186,7 @@ class Feeder(Mailbox):
             reader = ray.remote(WindowReader)
             readers = [
                 reader.options(num_cpus=0, **options, **near(s.node)).remote(
-                    self.run.read_spec, dealing
+                    self.run.read_spec, dealing, windows_ahead(s.decoders)
                 )
                 for s in group.streams
             ]
@@ -198,7 +198,8 @@ class Feeder(Mailbox):
                 **near(stream.node),
             )
             tasks = DecodeTasks(self.tasks.cpus, stream.decoders)
-            part = StreamPart(dealing, index, stream.node, tuple(readers))
+            ahead = windows_ahead(stream.decoders)
+            part = StreamPart(dealing, index, stream.node, tuple(readers), ahead)
             group.dealers.append(
                 dealer.remote(self.run.reading[0], specs, self.run.steps, tasks, part)
             )

@@ -35,8 +35,7 @@ from pipeline.stream.reader import (
     encoded_images,
 )
 
-HELD = 2  # windows of a reader: one is handed out while the next is fetched
-ASKED = 2  # windows that a stream has asked for
+HELD = 2  # windows of a reader at least: one is handed out while the next is fetched
 PATIENCE_S = 5.0  # of a reader that started again
 
 Groups = tuple[list[RowGroup], float]  # and the seconds that fetching them took
@@ -59,7 +58,7 @@ class _Window:
 class SharedWindows:
     """Reads the windows that fall to one stream's reader, for all streams.
 
-    It holds `HELD` windows, until no stream lacks its part of them. Streams ask in the order of the
+    It holds a few windows, until no stream lacks its part of them. Streams ask in the order of the
     pass, so these are the earliest that somebody lacks. Who waits for a later one waits for workers
     that have not come so far, and what these need is here or with them.
 
@@ -67,6 +66,7 @@ class SharedWindows:
         columns: of the set.
         dealing: the streams.
         seed: of the run; it fixes the order inside a window.
+        held: windows at most.
         patience_s: seconds after which there is room in any case. For a reader that started again:
             it learns what a stream has taken before only when that one asks.
     """
@@ -76,12 +76,13 @@ class SharedWindows:
         columns: ShardColumns,
         dealing: Dealing,
         seed: int,
+        held: int = HELD,
         patience_s: float | None = None,
     ) -> None:
         self.columns, self.dealing, self.seed = columns, dealing, seed
-        self.patience_s = patience_s
-        self.fetches = ThreadPoolExecutor(HELD)
-        self.reads = ThreadPoolExecutor(READS_AT_ONCE)
+        self.most, self.patience_s = held, patience_s
+        self.fetches = ThreadPoolExecutor(held)
+        self.reads = ThreadPoolExecutor(READS_AT_ONCE * (held - 1))
         self.changed = threading.Condition()
         self.held: dict[Key, _Window] = {}
         self.taken: dict[int, Key] = {}  # the last window of each stream
@@ -136,7 +137,9 @@ class SharedWindows:
         """The first that is asked for goes first, or later ones would keep it out."""
         if key in self.held or not self.held or key < min(self.held):
             return True
-        return len(self.held) < HELD and key == min(k for k in self.waiting if k not in self.held)
+        return len(self.held) < self.most and key == min(
+            k for k in self.waiting if k not in self.held
+        )
 
     def _fetch(self, task: ReadTask) -> Groups:
         begin = time.perf_counter()
@@ -161,14 +164,14 @@ class SharedWindows:
 class WindowReader:
     """The actor around `SharedWindows`: what it hands on is a block, or the error as a value."""
 
-    def __init__(self, read_spec: list[Any], dealing: Dealing) -> None:
+    def __init__(self, read_spec: list[Any], dealing: Dealing, held: int) -> None:
         import ray
 
         with warnings.catch_warnings(action="ignore"):  # of how Ray looks that up
             again = ray.get_runtime_context().was_current_actor_reconstructed
         spec: ReadSpec = ray.get(read_spec[0])
         patience = PATIENCE_S if again else None
-        self.windows = SharedWindows(spec.columns, dealing, spec.seed, patience)
+        self.windows = SharedWindows(spec.columns, dealing, spec.seed, held, patience)
 
     def part(self, task: ReadTask, stream: int, taken: Key) -> Any:
         """A table of one row for `EncodedImages.of`, or the `DataError` that reading ended with."""
@@ -179,15 +182,20 @@ class WindowReader:
 
 
 def parts_of(
-    tasks: Sequence[ReadTask], dealing: Dealing, readers: Sequence[Any], stream: int
+    tasks: Sequence[ReadTask],
+    dealing: Dealing,
+    readers: Sequence[Any],
+    stream: int,
+    ahead: int = HELD,
 ) -> Iterator[EncodedImages]:
-    """A stream's part of each window, in order; the next one is on its way meanwhile.
+    """A stream's part of each window, in order; the next ones are on their way meanwhile.
 
     Args:
         tasks: the windows, those that the stream takes nothing of as well.
         dealing: the streams.
         readers: handles of the `WindowReader`s of all streams.
         stream: the one that takes.
+        ahead: parts that are asked for, the next one included.
 
     Raises:
         DataError: a file is gone or cannot be read.
@@ -198,7 +206,7 @@ def parts_of(
     asked: deque[tuple[Key, Any]] = deque()
     taken = NONE
     while True:
-        for task in islice(mine, ASKED - len(asked)):
+        for task in islice(mine, ahead - len(asked)):
             reader = readers[dealing.reader(task.window_slice)]
             asked.append((key_of(task), reader.part.remote(task, stream, taken)))
         if not asked:

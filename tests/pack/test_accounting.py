@@ -129,13 +129,13 @@ def test_a_stopped_run_goes_on_with_other_workers_over_segment_ends(
 def test_several_streams_give_the_same_steps(
     ray_cluster: None, source: Source, expected: list[Step]
 ) -> None:
-    """Two for two workers, then two for three, on one feeder; 16 and 26 are segment ends."""
+    """Two for two workers, then two for three, on one feeder; 37 is a segment end."""
     feeder = feeder_of(source, segment=1, streams=2)
     workers = group(feeder, "a", 2)
     steps = take(workers, 19)
     end(*workers)
-    workers = group(feeder, "b", 3, first=10)
-    steps[10:] = take(workers, STEPS - 10)
+    workers = group(feeder, "b", 3, first=5)
+    steps[5:] = take(workers, STEPS - 5)
     assert take(workers, 1) == []
     end(*workers, feeder)
     assert steps == expected
