@@ -109,7 +109,7 @@ class Source:
             with self.saved.readable():
                 read_into(self.reader, targets)
             self.bytes_read = self.reader.bytes_read
-            self.reader.close()
+            self.close()
         else:
             for name, whole in self.tensors.items():
                 put(targets[name], whole)
@@ -117,6 +117,11 @@ class Source:
             if not self.split:
                 broadcast([targets[name] for name in sorted(targets)], device)
         state.take(nested(fresh | self.numbers))
+
+    def close(self) -> None:
+        """Closes files and forgets what is held."""
+        if self.reader is not None:
+            self.reader.close()
 
     def _shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Of all tensors; with the numbers from rank 0, where others have not read."""
@@ -169,6 +174,7 @@ def _damage(source: Source) -> str:
         else:
             _patiently(source)
     except DamagedError as error:
+        source.close()
         return error.what
     return ""
 
