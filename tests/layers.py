@@ -94,8 +94,7 @@ TABLE = [
         "errors loss model schedule train.objective train.parallel.* train.speed.parts train.step "
         "views",
         others="torch"),
-    row("train.checkpoint.*", "errors storage train.checkpoint.* train.parallel.* uri",
-        others="numpy safetensors torch"),
+    row("train.checkpoint.*", "errors storage train.checkpoint.* uri", others="numpy torch"),
     row("train.build train.estimate train.start",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
