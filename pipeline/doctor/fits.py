@@ -32,7 +32,8 @@ def say_memory(plan: Plan, cost: Cost, machine: Machine) -> None:
     if not there or taken <= ROOM * there:
         return
     for change, lighter in lighter_plans(plan):
-        lighter_cost = replace(cost, micro_batch=lighter.micro_batch)
+        memory = cost.memory.of(lighter.micro_batch, lighter.accumulation)
+        lighter_cost = replace(cost, memory=memory)
         less, _ = memory_of(lighter, lighter_cost, machine)
         if less <= ROOM * there:
             way = f"{change} takes about {less / GIB:.1f} GiB"
@@ -97,6 +98,10 @@ def smaller_network(plan: Plan) -> str:
     if config.model.encoder == "dinov2":
         smaller = {"vitg": "vitl", "vitl": "vitb", "vitb": "vits"}.get(config.model.size)
         lower.insert(0, f"model.size={smaller}" if smaller else "a smaller model.width")
+    if plan.device == "cuda" and plan.workers > 1 and config.train.strategy == "ddp":
+        lower.insert(0, "train.strategy=fsdp")
+    if plan.device == "cuda" and not config.train.activation_checkpointing:
+        lower.insert(0, "train.activation_checkpointing=true")
     return f"not even one image at a time fits; take {', '.join(lower)}"
 
 

@@ -260,7 +260,9 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         f"{plan.threads} threads each, lr {plan.lr:.3g}",
         *_range(plan),
         *_streams(plan),
-        f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker; "
-        f"checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept and one in memory",
+        f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker: "
+        f"{cost.memory.line()}",
+        f"disk        checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept and "
+        "one in memory",
     ]
     return lines

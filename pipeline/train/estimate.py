@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from pipeline.config.config import Config
 from pipeline.model.foreign import ForeignBackbone
-from pipeline.model.pair import Backbone, Pair
+from pipeline.model.pair import Backbone, Encoder, Pair
+from pipeline.model.vit import VisionTransformer
 from pipeline.plan.plan import Plan
+from pipeline.train import build
+from pipeline.train.parallel import strategy
+from pipeline.train.parallel.memory import activations, state_bytes
+from pipeline.train.parallel.strategy import Layout
 from pipeline.train.speed.cost import (
     BACKWARD,
     BYTES_F32,
+    CONTEXT,
     LIBRARIES,
+    NCCL,
     Cost,
+    Memory,
     kept_for_backward,
-    measured_numbers,
-    vit_numbers,
 )
-from pipeline.train.speed.flops import Group, head_flops, measured_flops, vit_flops, vit_tokens
+from pipeline.train.speed.flops import (
+    Group,
+    head_flops,
+    kept_views,
+    measured_flops,
+    vit_flops,
+    vit_tokens,
+)
 
 
 def flops_per_image(plan: Plan, built: Pair) -> float:
@@ -80,47 +96,128 @@ def _backbone_flops(
 
 
 def estimated_cost(plan: Plan, built: Pair) -> Cost:
-    """Parameters, FLOPs, memory and disk of a plan.
+    """Parameters, FLOPs, memory and disk of a plan; `built` need not be prepared for its devices.
 
     On a CPU the memory is within 30 % of what steps take (benchmarks/memory.py); on a GPU it is
     computed and not measured.
     """
-    config, half = plan.config, plan.precision == "bfloat16"
-    parameters, element = _parameters(built.student), 2 if half else BYTES_F32
-    rows = 4 + config.augment.local_crops
-    patch_prototypes = (config.ibot_head if built.student.ibot_head else config.head).prototypes
-    scores = rows * config.head.prototypes + 2 * masked_patches(plan) * patch_prototypes
-    # student, its gradients, two moments and the teacher
-    state = (parameters * 5 + _parameters(built.frozen)) * BYTES_F32
-    activations: float
-    if plan.device == "cuda":
-        augment, backbone = config.augment, built.student.backbone
-        numbers = 2 * _numbers(backbone, config, augment.global_size)
-        if augment.local_crops:
-            numbers += augment.local_crops * _numbers(backbone, config, augment.local_size)
-        kept = numbers * element
-        activations, libraries = kept + 2 * scores * BYTES_F32, 0
-    else:
-        kept = _kept_per_image(plan, built)
-        activations, libraries = BACKWARD * (kept + scores * BYTES_F32), LIBRARIES
-        state += 2 * parameters * half  # autocast holds the weights once more
+    parameters = _numbers(built.student)
     return Cost(
         parameters=parameters,
         flops_per_image=flops_per_image(plan, built),
-        micro_batch=plan.micro_batch,
-        state_bytes=state,
-        activation_bytes_per_image=activations,
-        batch_bytes_per_image=plan.view_bytes * (3 + element),
         checkpoint_bytes=parameters * BYTES_F32 * 4,
-        library_bytes=libraries,
+        memory=memory_of(plan, built),
     )
 
 
-def _kept_per_image(plan: Plan, built: Pair) -> float:
-    """Bytes that the student keeps for its backward pass, for each image of a micro batch."""
+def lighter(plan: Plan) -> str:
+    """What takes less memory on a GPU, as fields with values, the lightest change first."""
+    train, batch = plan.config.train, plan.micro_batch
+    factor = next((n for n in range(2, batch + 1) if batch % n == 0), 0)
+    ways = [f"train.accumulation={train.accumulation * factor}"] * (factor > 0)
+    if not train.activation_checkpointing:
+        ways.append("train.activation_checkpointing=true")
+    if train.strategy == "ddp" and plan.workers > 1:
+        ways.append("train.strategy=fsdp")
+    return f"take {' or '.join(ways or ['a smaller model.size or head.prototypes'])}"
+
+
+def memory_of(plan: Plan, built: Pair) -> Memory:
+    """Memory of a worker at the peak of a step."""
+    config, cuda = plan.config, plan.device == "cuda"
+    half = plan.precision == "bfloat16"
+    layout = build.layout(plan, torch.device(plan.device))
+    state = state_bytes(built, layout, plan.accumulation)
+    backbone = built.student.backbone
+    if cuda and isinstance(backbone, VisionTransformer):
+        kept, copies, work = _on_a_gpu(plan, built.student, backbone, layout)
+        copies += state.lower
+    else:  # of a foreign network on a GPU this is what a CPU would keep
+        kept, copies = _kept(plan, built)
+        work = 0.0
+    whole, local = 2, config.augment.local_crops
+    patches = build.patch_finder(plan).length / plan.micro_batch  # with those that fill up
+    patch_prototypes = (config.ibot_head if built.student.ibot_head else config.head).prototypes
+    element = 2 if half and config.train.logits == "auto" else BYTES_F32
+    cls, patch = config.head.prototypes * (config.loss.dino_weight > 0), patches * patch_prototypes
+    logits = element * ((whole + local) * cls + patch)
+    targets = element * (whole * cls + patch)
+    if not cuda:
+        work = BACKWARD * (kept + logits + targets)
+    ours = isinstance(backbone, VisionTransformer)
+    views = plan.view_bytes * (2 if half and ours else BYTES_F32)
+    buckets = 0
+    if config.train.reduce == "bfloat16" and plan.workers > 1 and not layout.sharded:
+        buckets = strategy.bucket_bytes(built.student) // 2
+    return Memory(
+        images=plan.micro_batch,
+        accumulation=plan.accumulation,
+        weights=state.student,
+        gradients=state.gradients,
+        moments=state.moments,
+        teacher=state.teacher + state.frozen,
+        copies=copies,
+        gathered=state.gathered,
+        buckets=buckets,
+        activations=kept,
+        logits=logits,
+        targets=targets,
+        targets_at_once=config.loss.centring == "sinkhorn",
+        views=views,
+        ahead=cuda,
+        work=work,
+        libraries=0 if cuda else LIBRARIES,
+        context=(CONTEXT + NCCL * (plan.workers > 1)) if cuda else 0,
+    )
+
+
+def _on_a_gpu(
+    plan: Plan, student: Encoder, backbone: VisionTransformer, layout: Layout
+) -> tuple[float, int, float]:
+    """Bytes that our ViT keeps for its backward pass an image, copies of prototypes, and work space
+    an image; without what a compiler computes again.
+
+    A branch keeps for each of its rows what its norm is given, and in the type of precision what
+    its matrix products are given; the attention also what it gives, and the products what
+    LayerScale is given.
+    """
+    augment, train, half = plan.config.augment, plan.config.train, plan.precision == "bfloat16"
+    element = 2 if half else BYTES_F32
+    stream = 2 if half and train.residual == "bfloat16" else BYTES_F32
+    width, depth = backbone.width, len(backbone.blocks)
+    one: Any = backbone.blocks[0]
+    hidden = next(_linears(one.mlp)).out_features
+    # under stochastic depth eager sums keep what they add; a compiler does not
+    added = 2 if backbone.drop_path and not plan.compile else 1
+    attention = width * (added * stream + (1 + 3 + 2 + 1) * element)
+    # what the first layer gives, and what the second is given: with a gate that is as much
+    mlp = width * (added * stream + 2 * element) + 2 * hidden * element
+    rows = tokens = 0.0
+    for crops, side in ((2, augment.global_size), (augment.local_crops, augment.local_size)):
+        if crops:
+            views, each = crops * plan.micro_batch, vit_tokens(backbone, side)
+            tokens += crops * each
+            rows += each * kept_views(views, backbone.drop_path) / plan.micro_batch
+    block = rows * (attention + mlp)
+    blocks = activations(block, tokens * width * stream, depth, layout)
+    scored = 2 + augment.local_crops + masked_patches(plan)
+    heads = [student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
+    inside = sum(layer.in_features + layer.out_features for layer in _linears(heads[0].mlp))
+    # directions over lengths in fp32 and in the type of the products
+    prototypes = sum(head.last_layer.weight_v.numel() for head in heads) * (BYTES_F32 + 2 * half)
+    # of the widest layer both gradients, and of the stream the old one and the new one
+    work = rows * 2 * hidden * element + 2 * tokens * width * stream
+    return blocks + scored * inside * element, prototypes, work
+
+
+def _kept(plan: Plan, built: Pair) -> tuple[float, int]:
+    """Bytes that the student keeps for its backward pass: for each image of a micro batch, and
+    whatever their number.
+    """
     student, augment = built.student, plan.config.augment
     patches = plan.grid[0] * plan.grid[1]
     masked = round(masked_patches(plan) / 2)
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
 
     def kept(images: int) -> int:
         masks = torch.zeros(2 * images, patches, dtype=torch.bool)
@@ -136,18 +233,16 @@ def _kept_per_image(plan: Plan, built: Pair) -> float:
             scores = plan.config.loss.dino_weight > 0
             return student(views, crops if len(crops) else None, hidden, places, scores, None)
 
-        return kept_for_backward(forward, torch.bfloat16 if plan.precision == "bfloat16" else None)
+        return kept_for_backward(forward, dtype, student.parameters())
 
-    # What does not grow with the images are the weights.
-    return (kept(32) - kept(16)) / 16
-
-
-def _numbers(backbone: Backbone, config: Config, size: int) -> float:
-    if isinstance(backbone, ForeignBackbone):
-        return measured_numbers(backbone, config.model.in_channels, size)
-    tokens = vit_tokens(backbone, size)
-    return vit_numbers(tokens, width=backbone.width, depth=len(backbone.blocks))
+    few, many = kept(16), kept(32)
+    each = (many - few) / 16
+    return each, max(0, round(few - 16 * each))
 
 
-def _parameters(module: Module | None) -> int:
-    return sum(p.numel() for p in module.parameters()) if module is not None else 0
+def _linears(module: Module) -> Iterator[Linear]:
+    return (layer for layer in module.modules() if isinstance(layer, Linear))
+
+
+def _numbers(module: Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -110,6 +110,7 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
             if request == MOVE:
                 time.sleep(HOLD_S)  # the group is taken away meanwhile; if not, it goes on
     worker.profile.close()
+    worker.memory.close()
     worker.images.close()  # before the last evaluation and checkpoint are waited for
     return rank_zero.finish(outcome, clock)
 

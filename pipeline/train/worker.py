@@ -31,6 +31,7 @@ from pipeline.train.parallel.strategy import student_forward, whole_weights
 from pipeline.train.rank_zero import RankZero
 from pipeline.train.speed.bottleneck import Clock
 from pipeline.train.speed.peaks import peak_flops
+from pipeline.train.speed.planned import MemoryWatch
 from pipeline.train.speed.profile import Profile
 from pipeline.train.start import TrainState
 from pipeline.train.step import StepResult, train_step
@@ -65,6 +66,7 @@ class Worker:
     autocast_dtype: torch.dtype | None
     clock: Clock
     profile: Profile
+    memory: MemoryWatch
     rank_zero: OtherRank  # a `RankZero` on rank 0 alone
 
     @classmethod
@@ -92,8 +94,13 @@ class Worker:
             pin=device.type == "cuda",
         )
         now("pretrain: building the networks")
+        memory = MemoryWatch(device)
         pair = start.networks(plan, resumed=source is not None)
         flops = estimate.flops_per_image(plan, pair)  # while they are whole
+        if rank == 0:
+            cost = estimate.estimated_cost(plan, pair)
+            lighter = estimate.lighter(plan)
+            memory.plan(cost.memory, cost.checkpoint_bytes, plan.gpus_per_worker, lighter)
         train_state = start.train_state(plan, pair, layout, resumed=source is not None)
         if source:
             source.into(train_state, device)
@@ -120,6 +127,7 @@ class Worker:
             student=student,
             autocast_dtype=layout.precision,
             clock=clock,
+            memory=memory,
             profile=Profile(
                 plan.config.train.profile_steps if rank == 0 else None,
                 first_step,

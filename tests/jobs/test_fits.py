@@ -41,7 +41,7 @@ def test_memory_is_held_against_the_machine_with_values_that_fit(
     fits.say_memory(plan, cost, machine((2 * each + copy) / GIB / fits.ROOM * 1.01))
     assert capture() == []
     # so little that the same workers need smaller micro batches
-    state = cost.state_bytes + cost.library_bytes + fits.PROCESS
+    state = cost.memory.state + cost.memory.libraries + fits.PROCESS
     there = machine((2 * state + copy + 1.2 * (each - state)) / GIB / fits.ROOM)
     fits.say_memory(plan, cost, there)
     (line,) = capture()
