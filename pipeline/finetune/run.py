@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.config.config import Config
 from pipeline.driver.mailbox import ENDING, STOP, Mailbox, console, reporting
 from pipeline.driver.signals import stop_on_signals
+from pipeline.driver.worker_group import Workers, run_config, torch_config
 from pipeline.errors import (
     ConfigError,
     PipelineError,
@@ -132,8 +133,7 @@ def finetune(
     """
     import ray
     import ray.train
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+    from ray.train import ScalingConfig
 
     from pipeline.driver.ray_internals import trainer
     from pipeline.finetune.worker import finetune_worker
@@ -149,7 +149,7 @@ def finetune(
         resources_per_worker=per_worker,
     )
     records = folder.stage("finetune") / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}"
-    alone = layout.device == "cuda" and layout.share.gpus == 1
+    workers = Workers(layout.device, layout.share.gpus, layout.threads, compiles=False)
     training = trainer(
         finetune_worker,
         _Fixed(layout.workers, mailbox),
@@ -161,12 +161,8 @@ def finetune(
             "threads": layout.threads,
         },
         scaling_config=scaling,
-        torch_config=TorchConfig(backend="nccl" if alone else "gloo"),
-        run_config=RunConfig(
-            name=records.name,
-            storage_path=str(records.parent),
-            failure_config=FailureConfig(max_failures=max_restarts),
-        ),
+        torch_config=torch_config(workers),
+        run_config=run_config(workers, records, max_restarts),
     )
     with stop_on_signals(mailbox):
         try:

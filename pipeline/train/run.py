@@ -13,7 +13,7 @@ from pipeline.driver import cluster
 from pipeline.driver.compiler import INSTALL, WITHOUT
 from pipeline.driver.mailbox import ENDING, console, reporting
 from pipeline.driver.signals import stop_on_signals
-from pipeline.driver.worker_group import run_config, torch_config
+from pipeline.driver.worker_group import Workers, run_config, torch_config
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
 from pipeline.evaluate.sets import evaluation_sets
 from pipeline.evaluate.teacher import EvaluationSpec
@@ -280,6 +280,9 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         use_gpu=plan.device == "cuda",
         resources_per_worker=per_worker,
     )
+    # beside an evaluator (evaluate.gpu_share) a worker is alone on its GPU
+    gpus = plan.config.resources.gpus_per_worker
+    workers = Workers(plan.device, gpus, plan.threads, plan.compile)
     feeder = job["feeder"]
     return trainer(
         train_worker,
@@ -287,8 +290,8 @@ def _trainer(plan: Plan, job: Job, records: Path) -> Any:
         saved=lambda: ray.get(feeder.saved.remote()),
         train_loop_config=job,
         scaling_config=scaling,
-        torch_config=torch_config(plan),
-        run_config=run_config(plan, records),
+        torch_config=torch_config(workers),
+        run_config=run_config(workers, records, plan.config.train.max_restarts),
     )
 
 

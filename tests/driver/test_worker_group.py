@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pipeline.config.load import load
-from pipeline.driver.worker_group import run_config, torch_config
-from pipeline.plan.layout import Machine
-from pipeline.plan.plan import Plan, SetFacts, resolve
+from pipeline.driver.worker_group import Workers, run_config, torch_config
 
 NAMES = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_COMPILE_THREADS"]
 NAMES += ["TORCHINDUCTOR_CACHE_DIR"]
@@ -21,35 +19,30 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def plan_of(*overrides: str, cpus: int = 64, gpus: int = 8) -> Plan:
-    config = load(["optim.steps=1", *overrides])
-    machine = Machine(cpus=cpus, gpus=gpus, bfloat16=True)
-    return resolve(config, SetFacts(100_000, ""), machine=machine)
-
-
-def variables(plan: Plan, folder: Path) -> dict[str, str]:
-    found: dict[str, str] = run_config(plan, folder / "start").worker_runtime_env.get(
-        "env_vars", {}
-    )
+def variables(workers: Workers, folder: Path) -> dict[str, str]:
+    found: dict[str, str] = run_config(workers, folder, 3).worker_runtime_env.get("env_vars", {})
     return found
 
 
+GPU = Workers("cuda", 1.0, 8, compiles=True)
+CPU = Workers("cpu", 0.0, 8, compiles=False)
+
+
 def test_workers_on_gpus(tmp_path: Path) -> None:
-    plan = plan_of()
-    assert variables(plan, tmp_path) == {
+    assert variables(GPU, tmp_path) == {
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-        "TORCHINDUCTOR_COMPILE_THREADS": str(plan.threads),
+        "TORCHINDUCTOR_COMPILE_THREADS": "8",
     }
-    assert 1 < plan.threads <= 8  # 64 CPUs for 8 workers
-    assert torch_config(plan).backend == "nccl"
-    assert torch_config(plan).timeout_s == 1800
+    assert torch_config(GPU).backend == "nccl"
+    assert torch_config(GPU).timeout_s == 1800
+    assert run_config(GPU, tmp_path, 3).failure_config.max_failures == 3
 
 
-def test_workers_that_compile_nothing_or_have_no_gpu(tmp_path: Path) -> None:
-    assert set(variables(plan_of("train.compile=false"), tmp_path)) == {"PYTORCH_ALLOC_CONF"}
-    assert variables(plan_of(gpus=0), tmp_path) == {}
-    assert torch_config(plan_of(gpus=0)).backend == "gloo"
-    assert torch_config(plan_of("resources.gpus_per_worker=0.5")).backend == "gloo"
+def test_workers_that_compile_nothing_share_a_gpu_or_have_none(tmp_path: Path) -> None:
+    assert set(variables(replace(GPU, compiles=False), tmp_path)) == {"PYTORCH_ALLOC_CONF"}
+    assert variables(CPU, tmp_path) == {}
+    assert torch_config(CPU).backend == "gloo"
+    assert torch_config(replace(GPU, gpus=0.5)).backend == "gloo"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,14 +51,16 @@ def test_what_the_user_set_goes_to_the_workers(
 ) -> None:
     """The allocator has two names: with either ours stays away."""
     monkeypatch.setenv(name, "1")
-    found = variables(plan_of(), tmp_path)
+    found = variables(GPU, tmp_path)
     assert found[name] == "1"
     assert len({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & found.keys()) == 1
 
 
-def test_many_cpus_for_one_worker(tmp_path: Path) -> None:
-    found = variables(plan_of("train.workers=1", cpus=256, gpus=1), tmp_path)
-    assert found["TORCHINDUCTOR_COMPILE_THREADS"] == "32"
+@pytest.mark.parametrize(("threads", "processes"), [(1, "1"), (32, "32"), (256, "32")])
+def test_compile_processes(threads: int, processes: str, tmp_path: Path) -> None:
+    """As many as the worker has CPUs, and no more than torch itself would start."""
+    found = variables(replace(GPU, threads=threads), tmp_path)
+    assert found["TORCHINDUCTOR_COMPILE_THREADS"] == processes
 
 
 def test_they_arrive_in_a_worker(ray_cluster: None, tmp_path: Path) -> None:
@@ -86,8 +81,8 @@ def test_they_arrive_in_a_worker(ray_cluster: None, tmp_path: Path) -> None:
     result = TorchTrainer(
         told,
         scaling_config=ScalingConfig(num_workers=1),
-        torch_config=torch_config(plan_of(gpus=0)),
-        run_config=run_config(plan_of(), tmp_path / "start"),
+        torch_config=torch_config(CPU),
+        run_config=run_config(GPU, tmp_path / "start", 0),
     ).fit()
-    expected = {"torch": "expandable_segments:True"} | variables(plan_of(), tmp_path)
+    expected = {"torch": "expandable_segments:True"} | variables(GPU, tmp_path)
     assert result.return_value == expected
