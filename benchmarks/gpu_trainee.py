@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # here, so that every part begins with it
 import torch.distributed as dist
 from cases import RECIPES, VALUES, narrow, plan_of, views_of
 from fake_device import Counter, Fake
