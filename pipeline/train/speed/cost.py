@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 GIB = 2**30
 BYTES_F32 = 4
 # Of the memory of a step on a CPU, measured: benchmarks/memory.py
-LIBRARIES = 120 * 2**20  # bytes that torch and oneDNN take with the first step, whatever it does
+LIBRARIES = 60 * 2**20  # bytes that torch and oneDNN take with the first step, whatever it does
 BACKWARD = 0.25  # gradients of activations and work space, as a share of what backward needs
 # Beside what torch allocates on a GPU: CUDA's context with its kernels, and NCCL's buffers. Round
 # figures, not measured.
