@@ -85,7 +85,7 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resumed     from the checkpoint at step {resumed}" in done.stdout + done.stderr
     assert "pack        up to date" in done.stdout + done.stderr
-    check_contract(s3, tmp_path)
+    check_contract(s3, tmp_path, resumed)
 
     # a third one finds nothing to do, and starts no Ray for that
     (tmp_path / "trap" / "ray").mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
     assert (idle.stdout + idle.stderr).count("up to date") == 4
 
 
-def check_contract(s3: S3, folder: Path) -> None:
+def check_contract(s3: S3, folder: Path, stopped: int) -> None:
     """The run folder in the bucket is what the design says."""
     found = objects(s3)
     assert {"plan.yaml", "config.yaml", "metrics.jsonl", "report.html"} <= found.keys()
@@ -114,7 +114,8 @@ def check_contract(s3: S3, folder: Path) -> None:
     rows = read_steps(folder / "metrics.jsonl", "pretrain")
     steps = [step for step, row in rows.items() if "loss/total" in row]
     assert steps == list(range(STEPS))
-    assert rows[9]["data/storage_retries"] >= 1  # the checkpoint that failed at first
+    # the checkpoint that failed at first: a thread tried it again, until the next one at the latest
+    assert rows[stopped - 1]["data/storage_retries"] >= 1
     assert json.loads(get(s3, "pretrain/_done.json"))["result"]["status"] == "finished"
     # checkpoints: the newest ones and the best, each with all files
     folders = {name.split("/")[1] for name in found if name.startswith("checkpoints/step-")}
