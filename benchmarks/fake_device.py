@@ -167,6 +167,7 @@ def as_on_a_gpu() -> Iterator[None]:
         (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
         (prototypes, "fused", wanted),
         (target, "fused", wanted),
+        (target, "CACHED", target.CHUNK),  # parts of the size that a GPU takes
         (KernelInterface, "__getitem__", _counted_launch),
     )
     with ExitStack() as stack:

@@ -189,14 +189,14 @@ def train_step(
                 )
             with part("loss"):
                 terms = objective.losses(student, target, views, patches, overwrite=True)
-            del target  # free the logits before the backward pass needs room
+            del target, student  # logits are freed before the backward pass needs room
             with part("backward"):
                 (terms.total / parts).backward()  # type: ignore[no-untyped-call]
         reports.append(
             {f"loss/{name}": x for name, x in terms.parts.items()}
             | {f"health/{name}": x for name, x in terms.health.items()}
         )
-        del student, terms  # and these before the next forward pass does
+        del terms  # and this before the next forward pass does
     means = {name: torch.stack([each[name] for each in reports]).mean() for name in reports[0]}
     with part("clip"):
         norms = _clip(pair.student, objective.spec.clip)
