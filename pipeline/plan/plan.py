@@ -222,6 +222,11 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
         problems.append(
             f"train.residual=bfloat16 is for model.encoder=dinov2, not {config.model.encoder}"
         )
+    if train.loss_kernels == "triton" and not gpus and train.device != "cuda":
+        problems.append(
+            "train.loss_kernels=triton needs GPUs, and this run is on CPUs; auto takes Triton "
+            "where there are GPUs"
+        )
     if problems:
         raise ConfigError("\n".join(problems), "change them in the recipe or as a.b=value")
     arrangement = arrange_largest(config, machine.rooms, sizes, per_worker, feeder_cpus)

@@ -157,6 +157,13 @@ def params(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _residual(plan: Plan) -> list[str]:
+    """Where the type that was asked for between two blocks is not the one there."""
+    if plan.config.train.residual == "float32" or plan.precision == "bfloat16":
+        return []
+    return ["            train.residual=bfloat16 is not used: precision is float32"]
+
+
 def _range(plan: Plan) -> list[str]:
     """Which numbers of workers an elastic run may have."""
     asked = plan.config.train.workers
@@ -258,6 +265,7 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         f"workers     {plan.workers} x {plan.micro_batch} images x {plan.accumulation}, "
         f"{plan.device}, {plan.precision} ({plan.precision_reason}), "
         f"{plan.threads} threads each, lr {plan.lr:.3g}",
+        *_residual(plan),
         *_range(plan),
         *_streams(plan),
         f"memory      about {cost.memory_bytes / 2**30:.2f} GiB for the steps of a worker: "

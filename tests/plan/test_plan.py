@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
-from pipeline.errors import ConfigError, TrainError
+from pipeline.errors import ConfigError, PlacementError, TrainError
 from pipeline.plan.layout import READ_CPUS, Machine
 from pipeline.plan.plan import (
     CHUNK_BYTES,
@@ -482,5 +482,11 @@ def test_what_large_networks_need_is_looked_at_before_a_run() -> None:
         plan("train.strategy=fsdp", "resources.gpus_per_worker=0.5", machine=shared)
     with pytest.raises(ConfigError, match="dinov2, not timm"):
         plan("train.residual=bfloat16", "model.encoder=timm:test_vit")
+    for where in ([], ["train.device=cpu"]):
+        with pytest.raises(ConfigError, match=r"loss_kernels=triton needs GPUs, .* on CPUs"):
+            plan("train.loss_kernels=triton", *where)
+    with pytest.raises(PlacementError, match="GPU"):  # that they are missing is said then
+        plan("train.loss_kernels=triton", "train.device=cuda")
+    assert plan("train.loss_kernels=triton", machine=shared).device == "cuda"
     for strategy in ("ddp", "fsdp"):
         assert plan(f"train.strategy={strategy}", "train.residual=bfloat16").steps == 10

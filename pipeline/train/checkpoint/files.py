@@ -25,6 +25,7 @@ from pipeline.uri import Place, is_uri, join, parent
 META = "meta.json"
 # What we write into the folder of a checkpoint: of version 5, and `state.pt` of earlier ones.
 OURS = re.compile(r"meta\.json|index\.json|state\.pt|rank-[0-9]{5}\.safetensors")
+UNFINISHED = re.compile(r"\.step-[0-9]{8}\.(tmp|removed)")  # on a disk, on its way in or out
 
 # Reads a checkpoint's meta.json; gives it and the bytes of its other files of ours.
 Entry = Callable[[], tuple[dict[str, Any], dict[str, int]]]
@@ -226,10 +227,13 @@ def remove(place: Place) -> None:
 
 
 def sweep(folder: Place) -> None:
-    """Removes what uploads that were cut short have left. For the one who writes checkpoints, when
+    """Removes what writes that were cut short have left. For the one who writes checkpoints, when
     none is being written.
     """
     if not is_uri(folder):
+        for path in Path(folder).glob(".step-*"):  # by a kill, in the middle of a write or a move
+            if UNFINISHED.fullmatch(path.name):
+                _discard(path)
         return
     for name, sizes in _listed(str(folder)).items():
         if META not in sizes and any(OURS.fullmatch(file) for file in sizes):

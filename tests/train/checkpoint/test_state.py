@@ -175,9 +175,17 @@ def test_a_kill_in_the_middle_leaves_the_earlier_one(tmp_path: Path, call: int |
 
     killed_in(lambda: state.save(tmp_path, 20, small(2), META), patch)
     assert steps(tmp_path) == [10]
-    # the same step again clears what the kill left behind
+    left = names(tmp_path)
+    assert ".step-00000020.tmp" in left
+    (tmp_path / ".step-of-others.tmp").mkdir()
+    state.save(tmp_path, 15, small(1.5), META)
+    state.prune(tmp_path, 3, set())  # as after each save: what the kill left is not kept for good
+    assert names(tmp_path) == [".step-of-others.tmp", "step-00000010", "step-00000015"]
+    (tmp_path / ".step-of-others.tmp").rmdir()
+    killed_in(lambda: state.save(tmp_path, 20, small(2), META), patch)
+    # the same step again clears it as well
     state.save(tmp_path, 20, small(3), META)
-    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+    assert names(tmp_path) == ["step-00000010", "step-00000015", "step-00000020"]
     newest = state.latest(tmp_path)
     assert newest
     assert newest.load()["student"]["w"][0, 0] == 3
@@ -198,6 +206,9 @@ def test_a_kill_while_pruning_leaves_no_half(tmp_path: Path) -> None:
 
     killed_in(lambda: state.prune(tmp_path, 2, set()), patch)
     assert steps(tmp_path) == [20, 30]
+    assert names(tmp_path)[0] == ".step-00000010.removed"
+    state.prune(tmp_path, 2, set())
+    assert names(tmp_path) == ["step-00000020", "step-00000030"]
     for path in tmp_path.glob("step-*"):
         assert names(path) == FILES
 
