@@ -7,7 +7,7 @@ dtype, and no fp32 matrix `[rows, K]` is kept for the backward pass. K prototype
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ STUDENT_TEMPERATURE = 0.1
 
 
 SECOND = "cross_entropy keeps what its gradient is made of for one backward pass only"
+OF_GRADIENT = "the gradient of cross_entropy has no gradient of its own (create_graph=True)"
 
 
 class Prediction(NamedTuple):
@@ -56,6 +57,11 @@ class Span:
     def stop(self) -> int:
         """The row after the last one."""
         return self.first + len(self.terms) * len(self.weight)
+
+    def dense(self) -> Span:
+        """The same with rows one behind the other in memory, as kernels read them."""
+        target = replace(self.target, logits=self.target.logits.contiguous())
+        return replace(self, target=target, weight=self.weight.contiguous())
 
     def predictions(self) -> Iterator[Prediction]:
         """The rows in parts, with their probabilities; each target is made once."""
@@ -168,8 +174,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient = ctx.gradient
-        if gradient is None:
-            raise RuntimeError(SECOND)
+        if gradient is None or torch.is_grad_enabled():
+            raise RuntimeError(SECOND if gradient is None else OF_GRADIENT)
         ctx.gradient = None
         # Where the host knows the numbers at no cost, a factor of 1 saves a pass over the matrix.
         factors = grad_sums.tolist() if grad_sums.device.type == "cpu" else list(grad_sums)
@@ -199,6 +205,7 @@ class _Fused(torch.autograd.Function):
         rows = logits.detach().contiguous()
         sums = torch.zeros(terms, dtype=torch.float32, device=logits.device)
         kept = []
+        spans = [span.dense() for span in spans]
         for span in spans:
             of_crops, numbers = row_kernels.forward(rows, span, temperature)
             kept.append(numbers)
@@ -213,8 +220,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor, None, None, None, None]:
         from pipeline.loss import row_kernels
 
-        if ctx.kept is None:
-            raise RuntimeError(SECOND)
+        if ctx.kept is None or torch.is_grad_enabled():
+            raise RuntimeError(SECOND if ctx.kept is None else OF_GRADIENT)
         logits, spans, temperature, overwrite = ctx.kept
         ctx.kept = None
         gradient = logits if overwrite else torch.empty_like(logits)
@@ -223,4 +230,6 @@ class _Fused(torch.autograd.Function):
         upstream = grad_sums.contiguous()
         for span, kept in spans:
             row_kernels.backward(logits, gradient, span, temperature, kept, upstream)
+        if overwrite:  # torch does not see what kernels write: who kept the logits is to be told
+            torch.autograd.graph.increment_version(logits)
         return gradient, None, None, None, None

@@ -208,7 +208,9 @@ def forward(logits: Tensor, span: Span, temperature: float) -> tuple[Tensor, Kep
     images, crops = len(span.weight), len(span.terms)
     tile, rows = layout(span), images * crops
     partial = logits.new_empty(4, tile.splits, rows, dtype=torch.float32)
-    loss, length, mass = logits.new_empty(3, rows, dtype=torch.float32)
+    # each by itself: the rows of one matrix begin where their number puts them, and Triton makes
+    # another kernel for a pointer that is no multiple of 16 bytes
+    loss, length, mass = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     if rows:
         target = span.target
         scan_kernel[tile.programs, tile.splits](

@@ -139,11 +139,12 @@ def facts(
     splits, blocks = split(prototypes, BLOCK, programs)
     partial = logits.new_empty(4, splits, rows, dtype=torch.float32)
     added = logits.new_empty(programs * sums, prototypes, dtype=torch.float32)
-    row, entropy = logits.new_empty(2, rows, dtype=torch.float32)
+    row, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))  # aligned
     likeliest = logits.new_empty(rows, dtype=torch.int64)
+    counted = row if weight is None else weight.contiguous()
     if rows:
         facts_kernel[programs, splits](
-            logits, offset, row if weight is None else weight, partial, added, rows, blocks,
+            logits, offset, counted, partial, added, rows, blocks,
             1 / temperature, K=prototypes, SUMS=sums, WEIGHTED=weight is not None,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip

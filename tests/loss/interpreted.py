@@ -16,7 +16,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from pipeline.errors import PipelineError
 from pipeline.loss import row_kernels, target_kernels
+from pipeline.loss.dino import dino_loss
 from pipeline.loss.form import fused
+from pipeline.loss.ibot import ibot_loss
 from pipeline.loss.prototypes import Span, cross_entropy
 from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
 
@@ -108,6 +110,37 @@ def test_a_gradient_where_the_logits_were(kernels: str) -> None:
         results.append((sums.detach(), leaf.grad))
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_matrices_in_another_order_of_memory() -> None:
+    counts = torch.tensor([1.0, 9.0, 0.0, 9.0, 1.0, 9.0])[::2].repeat(2)
+    results = []
+    for dense in (True, False):
+
+        def laid(x: Tensor, dense: bool = dense) -> Tensor:
+            return x if dense else x.T.contiguous().T
+
+        (target,) = softmax_targets(
+            [laid(draw(6, 70))], draw(70, seed=1), 0.1, [counts], kernels="triton"
+        )
+        leaf = draw(9, 70, seed=2).requires_grad_()
+        terms = dino_loss(laid(leaf), target, 1, kernels="triton")
+        patch = ibot_loss(
+            laid(leaf[:6]), target, laid(draw(6, 2, seed=3))[:, 0].abs(), kernels="triton"
+        )
+        sum(terms, start=2 * patch).backward()
+        results.append([*terms, patch.detach(), leaf.grad, target.entropy()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [53, 54])
+def test_pointers_are_aligned_whatever_the_number_of_rows(rows: int) -> None:
+    span = Span(target_of(rows, 72, 20, torch.float32), torch.ones(rows), (0,))
+    _, kept = row_kernels.forward(draw(rows, 72), span, 0.2)
+    facts = target_kernels.facts(draw(rows, 72), torch.zeros(72), 0.5)
+    pointers = [x.data_ptr() for x in (*kept, facts.row, facts.entropy, facts.likeliest)]
+    assert [pointer % 16 for pointer in pointers] == [0] * 5
 
 
 def test_the_same_bits_each_time() -> None:

@@ -164,6 +164,23 @@ def test_pieces_are_weighted_sums_of_plain_cross_entropies() -> None:
     assert not ours[[2, 5]].any()
 
 
+def test_a_gradient_of_the_gradient_is_refused_not_wrong() -> None:
+    logits = leaf(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    target = target_of(torch.full((4, 3), 1 / 3))
+    (loss,) = cross_entropy(logits, [Span(target, torch.ones(4), (0,))], 1)
+    with pytest.raises(RuntimeError, match="no gradient of its own"):
+        torch.autograd.grad(loss, logits, create_graph=True)
+    torch.autograd.grad(loss, logits)
+
+
+def test_a_network_that_needs_its_logits_is_told_that_they_were_overwritten() -> None:
+    logits = leaf(torch.randn(4, 3, generator=torch.Generator().manual_seed(0))).tanh()
+    target = target_of(torch.full((4, 3), 1 / 3))
+    (loss,) = cross_entropy(logits, [Span(target, torch.ones(4), (0,))], 1, overwrite=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_second_backward_is_refused_not_wrong() -> None:
     logits = torch.randn(2, 3, requires_grad=True)
     sums = cross_entropy(logits, [Span(target_of(torch.ones(2, 3)), torch.ones(2), (0,))], 1)

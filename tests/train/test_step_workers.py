@@ -61,6 +61,9 @@ def small_runs(rank: int) -> dict[str, Any]:
     # A worker without masked patches must neither hang nor change the others' law.
     run.step(views(2, masked=rank == 0), forward=student)
     out["uneven"] = run.weights()
+    mine = of_bad_images(views(3, seed=1)) if rank else views(3)
+    for centring in ("softmax", "sinkhorn"):
+        out[f"{centring}_bad"] = one_step(centring, mine, 2)
     # Terms of weight 0 and heads without rows must not leave DDP waiting.
     for absent in ("dino", "ibot", "koleo"):
         for head in (None, OTHER_HEAD):
@@ -69,6 +72,24 @@ def small_runs(rank: int) -> dict[str, Any]:
             for seed in range(2):
                 run.step(views(2, seed, local_crops=0), views(2, seed + 9), forward=student)
     return out
+
+
+def one_step(centring: Any, batch: Views, workers: int) -> dict[str, Any]:
+    """Scalars, gradients and centres of a step, not clipped."""
+    run = Run(ObjectiveSpec(centring=centring, clip=1e9), OTHER_HEAD)
+    student = run.pair.student
+    forward = DistributedDataParallel(student) if workers > 1 else student
+    scalars = run.step(batch, forward=forward).scalars
+    return {
+        "averaged": scalars | {name: p.grad for name, p in student.named_parameters()},
+        "dino_centre": run.objective.dino_centre.use(),
+        "ibot_centre": run.objective.ibot_centre.use(),
+    }
+
+
+def of_bad_images(batch: Views) -> Views:
+    nothing = torch.zeros(batch.images)
+    return replace(batch, masks=torch.zeros_like(batch.masks), weights=nothing)
 
 
 def golden_steps(rank: int) -> dict[str, Any]:
@@ -142,6 +163,30 @@ def test_two_workers_with_accumulation_are_one_with_the_whole_batch(
         if name != "health/prototypes_used":  # counted a micro batch
             ours = a[f"{centring}_scalars"][name]
             torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+def test_a_worker_of_bad_images_alone_adds_nothing(
+    ranks: list[dict[str, Any]], centring: Any
+) -> None:
+    """Centres and targets are those of the other worker alone. Losses and gradients are means over
+    the workers: half of its own.
+    """
+    alone = one_step(centring, views(3), 1)
+    for each in ranks:
+        ours = each["small"][f"{centring}_bad"]
+        for name, x in alone["averaged"].items():
+            torch.testing.assert_close(
+                2 * ours["averaged"][name],
+                x,
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda m, n=name: f"{n} {m}",
+            )
+        for head in ("dino_centre", "ibot_centre"):
+            torch.testing.assert_close(ours[head], alone[head], rtol=1e-6, atol=1e-7)
+            assert alone[head].any() == (centring == "softmax")
 
 
 @pytest.mark.long
