@@ -57,14 +57,14 @@ def tried() -> Compiler:
     headers = (Path(_include()) / "Python.h").is_file()
     if not command or not shutil.which(command):
         return Compiler("", headers, "")
-    name = f"{Path(command).name} {_said(command, '-dumpversion')[1].split('.')[0]}".strip()
+    name = f"{Path(command).name} {_output_of(command, '-dumpversion')[1].split('.')[0]}".strip()
     if not headers:
         return Compiler(name, False, "")
     with tempfile.TemporaryDirectory(prefix="compiler") as folder:
         source, target = Path(folder, "tried.c"), Path(folder, "tried.so")
         source.write_text(SOURCE)
         options = ["-shared", "-fPIC", f"-I{_include()}", "-o", str(target)]
-        works, output = _said(command, str(source), *options)
+        works, output = _output_of(command, str(source), *options)
     return Compiler(name, headers, "" if works else _first_error(output))
 
 
@@ -82,7 +82,7 @@ def _include() -> str:
     return sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
 
 
-def _said(command: str, *arguments: str) -> tuple[bool, str]:
+def _output_of(command: str, *arguments: str) -> tuple[bool, str]:
     try:
         done = subprocess.run(
             [command, *arguments],

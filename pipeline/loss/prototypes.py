@@ -77,14 +77,14 @@ class Span:
             for number, term in enumerate(self.terms):
                 if self.others and number < len(each):
                     one, *more = each[:number] + each[number + 1 :]
-                    wanted = sum(more, start=one)
+                    target = sum(more, start=one)
                 else:
                     if every is None:
                         every = each[0]
                         for other in each[1:]:
                             every.add_(other)  # crops of their own come first
-                    wanted = every
-                yield Prediction(crop(number, self.first), wanted, self.weight[part], term)
+                    target = every
+                yield Prediction(crop(number, self.first), target, self.weight[part], term)
 
 
 def check_rows(loss: str, logits: Tensor, target: Target, rows: int) -> None:

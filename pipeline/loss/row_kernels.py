@@ -71,7 +71,7 @@ def rows_of(program, images, ROWS: tl.constexpr, CROPS: tl.constexpr):
 
 
 @triton.jit
-def wanted_of(
+def target_sum(
     target, prototype, row, weight, shared, images, crop, column, sharp,
     K: tl.constexpr, G: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +111,7 @@ def scan_kernel(
         valid = counts[:, None] & (column < K)[None, :]
         x = tl.load(source[:, None] + column[None, :], mask=valid, other=-float("inf"))
         s = x.to(tl.float32) * scale
-        q = wanted_of(
+        q = target_sum(
             target, prototype, row, weight, shared, images, crop, column, sharp, K, G, OTHERS
         )
         q = tl.where(valid, q, 0.0)
@@ -182,7 +182,7 @@ def gradient_kernel(
         valid = exists & counts[:, None]
         places = at[:, None] + column[None, :]
         x = tl.load(logits + places, mask=valid, other=-float("inf"))
-        q = wanted_of(
+        q = target_sum(
             target, prototype, row, weight, shared, images, crop, column, sharp, K, G, OTHERS
         )
         p = tl.exp(x.to(tl.float32) * scale - log[:, None])

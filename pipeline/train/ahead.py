@@ -92,8 +92,8 @@ class Ahead:
         """Of a stream of micro batches, `parts` a step; only the thread reads it from now on."""
         self._stream, self._parts, self._make = stream, parts, make
         self._lane = _CudaLane(make.device) if make.device.type == "cuda" else _HostLane()
-        self._wanted = threading.Semaphore(0)
-        self._ready: SimpleQueue[_Made | BaseException] = SimpleQueue()
+        self._requests = threading.Semaphore(0)
+        self._ready: SimpleQueue[_StepViews | BaseException] = SimpleQueue()
         self._steps, self._closed = 0, False
         self._thread = threading.Thread(target=self._run, name="next-views", daemon=True)
         self._thread.start()
@@ -108,30 +108,30 @@ class Ahead:
         """
         self._steps += 1
         if self._steps <= 2:
-            self._wanted.release()
-        made = self._ready.get()
-        if isinstance(made, BaseException):
-            self._ready.put(made)  # who asks again is told again
-            raise made
+            self._requests.release()
+        ready = self._ready.get()
+        if isinstance(ready, BaseException):
+            self._ready.put(ready)  # who asks again is told again
+            raise ready
         if self._steps >= 2:
-            self._wanted.release()
-        return StepImages(made.batches, lambda: self._lane.handed_over(made))
+            self._requests.release()
+        return StepImages(ready.batches, lambda: self._lane.handed_over(ready))
 
     def close(self) -> None:
         """Ends the thread. What it has made or is about to make is given up; these images count for
         nothing, as a run that goes on reads them again.
         """
         self._closed = True
-        self._wanted.release()
+        self._requests.release()
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         try:
             with self._lane.making():  # joining too: memory is pinned for the device that is set
-                while self._wanted.acquire() and not self._closed:
+                while self._requests.acquire() and not self._closed:
                     batches = _step(self._stream, self._parts)
                     views = [self._make(batch) for batch in batches]
-                    self._ready.put(_Made(batches, views, self._lane.event()))
+                    self._ready.put(_StepViews(batches, views, self._lane.event()))
                     del batches, views  # held by nobody here while they are used
         except BaseException as error:  # handed on by `next`
             self._ready.put(error)
@@ -140,7 +140,7 @@ class Ahead:
 
 
 @dataclass
-class _Made:
+class _StepViews:
     batches: list[Batch]
     views: list[Views]
     event: torch.cuda.Event | None  # of the last thing that was done for the views
@@ -155,9 +155,9 @@ class _HostLane:
     def event(self) -> torch.cuda.Event | None:
         return None
 
-    def handed_over(self, made: _Made) -> list[Views]:
+    def handed_over(self, ready: _StepViews) -> list[Views]:
         """The views, which nothing else holds from now on."""
-        views, made.views = made.views, []
+        views, ready.views = ready.views, []
         return views
 
 
@@ -174,14 +174,14 @@ class _CudaLane(_HostLane):
         event: torch.cuda.Event = self._stream.record_event()
         return event
 
-    def handed_over(self, made: _Made) -> list[Views]:
+    def handed_over(self, ready: _StepViews) -> list[Views]:
         """From here on work on the current stream begins when the views are there, and their memory
         is used again when that work is done.
         """
         here = torch.cuda.current_stream(self._device)
-        assert made.event is not None
-        here.wait_event(made.event)
-        views = super().handed_over(made)
+        assert ready.event is not None
+        here.wait_event(ready.event)
+        views = super().handed_over(ready)
         for tensor in tensors_of(views):
             tensor.record_stream(here)
         return views
@@ -189,8 +189,8 @@ class _CudaLane(_HostLane):
 
 def tensors_of(views: Sequence[Views]) -> list[Tensor]:
     """All tensors that views hold."""
-    held = (getattr(each, field.name) for each in views for field in fields(each))
-    flat = (x for value in held for x in (value if isinstance(value, tuple) else (value,)))
+    values = (getattr(each, field.name) for each in views for field in fields(each))
+    flat = (x for value in values for x in (value if isinstance(value, tuple) else (value,)))
     return [x for x in flat if isinstance(x, Tensor)]
 
 

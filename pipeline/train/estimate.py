@@ -15,7 +15,7 @@ from pipeline.model.vit import VisionTransformer
 from pipeline.plan.plan import Plan
 from pipeline.train import build
 from pipeline.train.parallel import strategy
-from pipeline.train.parallel.memory import activations, state_bytes
+from pipeline.train.parallel.memory import activations, numbers, state_bytes
 from pipeline.train.parallel.strategy import Layout
 from pipeline.train.speed.cost import (
     BACKWARD,
@@ -101,7 +101,7 @@ def estimated_cost(plan: Plan, built: Pair) -> Cost:
     On a CPU the memory is within 30 % of what steps take (benchmarks/memory.py); on a GPU it is
     computed and not measured.
     """
-    parameters = _numbers(built.student)
+    parameters = numbers(built.student.parameters())
     return Cost(
         parameters=parameters,
         flops_per_image=flops_per_image(plan, built),
@@ -130,11 +130,11 @@ def memory_of(plan: Plan, built: Pair) -> Memory:
     state = state_bytes(built, layout, plan.accumulation)
     backbone = built.student.backbone
     if cuda and isinstance(backbone, VisionTransformer):
-        kept, copies, work = _on_a_gpu(plan, built.student, backbone, layout)
+        kept, copies, workspace = _on_a_gpu(plan, built.student, backbone, layout)
         copies += state.lower
     else:  # of a foreign network on a GPU this is what a CPU would keep
         kept, copies = _kept(plan, built)
-        work = 0.0
+        workspace = 0.0
     whole, local = 2, config.augment.local_crops
     patches = build.patch_finder(plan).length / plan.micro_batch  # with those that fill up
     patch_prototypes = (config.ibot_head if built.student.ibot_head else config.head).prototypes
@@ -143,7 +143,7 @@ def memory_of(plan: Plan, built: Pair) -> Memory:
     logits = element * ((whole + local) * cls + patch)
     targets = element * (whole * cls + patch)
     if not cuda:
-        work = BACKWARD * (kept + logits + targets)
+        workspace = BACKWARD * (kept + logits + targets)
     ours = isinstance(backbone, VisionTransformer)
     views = plan.view_bytes * (2 if half and ours else BYTES_F32)
     buckets = 0
@@ -165,7 +165,7 @@ def memory_of(plan: Plan, built: Pair) -> Memory:
         targets_at_once=config.loss.centring == "sinkhorn",
         views=views,
         ahead=cuda,
-        work=work,
+        workspace=workspace,
         libraries=0 if cuda else LIBRARIES,
         context=(CONTEXT + NCCL * (plan.workers > 1)) if cuda else 0,
     )
@@ -206,8 +206,8 @@ def _on_a_gpu(
     # directions over lengths in fp32 and in the type of the products
     prototypes = sum(head.last_layer.weight_v.numel() for head in heads) * (BYTES_F32 + 2 * half)
     # of the widest layer both gradients, and of the stream the old one and the new one
-    work = rows * 2 * hidden * element + 2 * tokens * width * stream
-    return blocks + scored * inside * element, prototypes, work
+    workspace = rows * 2 * hidden * element + 2 * tokens * width * stream
+    return blocks + scored * inside * element, prototypes, workspace
 
 
 def _kept(plan: Plan, built: Pair) -> tuple[float, int]:
@@ -242,7 +242,3 @@ def _kept(plan: Plan, built: Pair) -> tuple[float, int]:
 
 def _linears(module: Module) -> Iterator[Linear]:
     return (layer for layer in module.modules() if isinstance(layer, Linear))
-
-
-def _numbers(module: Module) -> int:
-    return sum(p.numel() for p in module.parameters())

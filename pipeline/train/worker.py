@@ -179,12 +179,10 @@ def uncompilable_somewhere(plan: Plan) -> str:
     kernels = plan.config.train.loss_kernels != "eager"
     if plan.device != "cuda" or not (plan.compile or kernels):
         return ""
-    said: list[str] = [""] * plan.workers
-    own = uncompilable()
-    if not dist.is_initialized():
-        return own
-    dist.all_gather_object(said, own)
-    return next(filter(None, said), "")
+    reasons = [uncompilable()] * plan.workers
+    if dist.is_initialized():
+        dist.all_gather_object(reasons, reasons[0])
+    return next(filter(None, reasons), "")
 
 
 def _all_see(mark: str, workers: int, rank: int) -> bool:

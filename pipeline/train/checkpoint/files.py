@@ -182,8 +182,8 @@ def _ours(folder: Path) -> list[Path]:
     """Our files in the folder of a checkpoint, `meta.json` first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if OURS.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (path.name != META, path.name))
+    files = [path for path in folder.iterdir() if OURS.fullmatch(path.name)]
+    return sorted(files, key=lambda path: (path.name != META, path.name))
 
 
 def _read_local(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -98,13 +98,13 @@ class Reader(StorageReader):
             ValueError: other bytes are there than were written.
             OSError: they could not be read; another try may help.
         """
-        wanted: dict[Part, list[ReadItem]] = defaultdict(list)
+        items: dict[Part, list[ReadItem]] = defaultdict(list)
         for item in plan.items:
-            wanted[self.parts[item.storage_index]].append(item)
+            items[self.parts[item.storage_index]].append(item)
 
         def put(part: Part) -> None:
             content = self._part(part)
-            for item in wanted[part]:
+            for item in items[part]:
                 target = planner.resolve_tensor(item).detach()
                 source = content
                 for axis, (begin, size) in enumerate(
@@ -114,7 +114,7 @@ class Reader(StorageReader):
                 target.copy_(source)
                 planner.commit_tensor(item, target)
 
-        self._each(put, wanted)
+        self._each(put, items)
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -23,8 +23,8 @@ GRAPHS = 128
 def of(backbone: Backbone) -> Sequence[nn.Module]:
     """The blocks of a backbone, in order; none of one that is not a row of blocks."""
     network = backbone.module if isinstance(backbone, ForeignBackbone) else backbone
-    found = getattr(network, "blocks", ())
-    return list(found) if isinstance(found, nn.ModuleList | nn.Sequential) else []
+    blocks = getattr(network, "blocks", ())
+    return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
 
 
 def compile_blocks(backbone: Backbone) -> None:

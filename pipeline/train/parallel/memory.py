@@ -85,8 +85,8 @@ def numbers(parameters: Iterable[nn.Parameter]) -> int:
 
 def _whole(encoder: Encoder, half: bool) -> int:
     """Bytes of the whole weights that are there at once: the rest, and the largest groups."""
-    *groups, rest = (_travelling(encoder, group, half) for group in groups_of(encoder))
-    return rest + sum(sorted(groups)[-IN_FLIGHT:])
+    *groups, others = (_travelling(encoder, group, half) for group in groups_of(encoder))
+    return others + sum(sorted(groups)[-IN_FLIGHT:])
 
 
 def _travelling(encoder: Encoder, group: list[nn.Parameter], half: bool) -> int:

@@ -42,7 +42,7 @@ class Memory:
     targets_at_once: bool  # whether those of all micro batches are held
     views: float  # of a micro batch, on the device; all micro batches of a step are there
     ahead: bool  # whether the views of the next step are there too
-    work: float  # gradients of activations and other work space
+    workspace: float  # gradients of activations and other work space
     libraries: int  # of a CPU: what torch and oneDNN take
     context: int  # of a GPU, outside of torch's own count
 
@@ -52,7 +52,7 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """Bytes by name, the largest kinds first known by name; what is 0 is left out."""
-        held = self.images * (self.accumulation if self.targets_at_once else 1)
+        target_images = self.images * (self.accumulation if self.targets_at_once else 1)
         sizes = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -62,9 +62,9 @@ class Memory:
             "gathered weights": self.gathered,
             "buckets": self.buckets,
             "activations": self.images * self.activations,
-            "logits and targets": self.images * self.logits + held * self.targets,
+            "logits and targets": self.images * self.logits + target_images * self.targets,
             "views": self.images * self.accumulation * self.views * (1 + self.ahead),
-            "work space": self.images * self.work,
+            "work space": self.images * self.workspace,
             "libraries": self.libraries,
         }
         return {name: size for name, size in sizes.items() if size}
