@@ -84,19 +84,21 @@ class Profile:
             torch.cuda.synchronize()
         profiler.stop_trace()
         name = f"steps-{self.traced[0]}-{self.traced[-1]}"
-        with TemporaryDirectory() as temporary:
-            local = Path(temporary) / f"{name}.json.gz"
-            profiler.export_chrome_trace(str(local))
-            content = local.read_bytes()
-        del profiler
-        shares = shares_of(json.loads(gzip.decompress(content)))
         try:
+            with TemporaryDirectory() as temporary:
+                local = Path(temporary) / f"{name}.json.gz"
+                profiler.export_chrome_trace(str(local))
+                content = local.read_bytes()
+            shares = shares_of(json.loads(gzip.decompress(content)))
             self._write(f"{name}.json.gz", content)
             if shares:
                 self._write(f"{name}.md", shares.table().encode())
-        except OSError as error:
+        # a full disk cuts a trace short, which its reader notices: the run must not end by it
+        except (OSError, EOFError, ValueError, RuntimeError) as error:
             log.error("the trace could not be written (%s); going on", one_line(error))
             return
+        finally:
+            del profiler
         place = public(str(join(self.folder, f"{name}.json.gz")))
         log.info("profile     %s (ui.perfetto.dev opens it)", place)
         if shares:

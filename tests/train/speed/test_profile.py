@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import tempfile
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -159,12 +160,25 @@ def test_a_trace_goes_into_a_bucket(s3: S3, tmp_path: Path) -> None:
     assert {"steps-1-1.json.gz", "steps-1-1.md"} == {name.rpartition("/")[2] for name in names}
 
 
+@pytest.mark.parametrize("where", ["run folder", "no temporary folder", "cut short"])
 def test_what_cannot_be_written_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
-    train(Profile((1, 1), 0, tmp_path / "file"), 1, 2)
+    folder = tmp_path / "profile"
+    if where == "run folder":
+        folder.touch()
+    elif where == "no temporary folder":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:  # as a full disk leaves it
+
+        def cut(_: Any, path: str) -> None:
+            Path(path).write_bytes(gzip.compress(b'{"traceEvents": [')[:-9])
+
+        exporting = "pipeline.train.speed.profile._KinetoProfile.export_chrome_trace"
+        monkeypatch.setattr(exporting, cut)
+    train(Profile((1, 1), 0, folder), 1, 2)
     assert "could not be written" in caplog.text
+    assert not folder.is_dir()
 
 
 def test_a_gpus_time_counts_to_what_launched_it() -> None:
