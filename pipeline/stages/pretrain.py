@@ -178,16 +178,18 @@ def _range(plan: Plan) -> list[str]:
 
 
 def _streams(plan: Plan) -> list[str]:
-    """How decoders are shared out, where there is more than one stream."""
+    """How decoders are shared out, where there is more than one stream, or was to be."""
+    asked = plan.config.resources.streams
+    if asked != "auto" and asked > plan.streams:
+        return [
+            f"streams     {plan.streams} of resources.streams={asked}: each needs a worker "
+            f"and a decoder, and there are {plan.workers} and {plan.decode_tasks}"
+        ]
     if plan.streams == 1:
         return []
     few, more = plan.decode_tasks // plan.streams, -(-plan.decode_tasks // plan.streams)
     each = f"{few}" if few == more else f"{few} or {more}"
-    one = (
-        "one for each node with workers"
-        if plan.config.resources.streams == "auto"
-        else "resources.streams"
-    )
+    one = "one for each node with workers" if asked == "auto" else "resources.streams"
     return [
         f"streams     {plan.streams} ({one}), each with about {each} of the "
         f"{plan.decode_tasks} decoders of {plan.decode_cpus:g} CPUs"
