@@ -58,8 +58,11 @@ def usual_length(micro_batch: int, global_batch: int, spec: MaskSpec) -> int:
     middle, width = (low + high) / 2, high - low
     mean = masked / total * middle
     square = masked / total * (middle**2 + width**2 / 12)  # of the share of one view
-    outside = (total - views) / max(total - 1, 1)  # nothing varies in the whole batch
-    deviation = math.sqrt(views * max(square - mean**2, 0) * outside)
+    outside = (total - views) / max(total - 1, 1)  # the whole batch has each bin once
+    inside = (
+        width**2 / (12 * masked * total) if masked else 0.0
+    )  # of the share of one view in its bin
+    deviation = math.sqrt(views * (max(square - mean**2, 0) * outside + inside))
     length = patches * (views * mean + DEVIATIONS * deviation)
     return min(views * patches, _multiple(math.ceil(length), MULTIPLE))
 

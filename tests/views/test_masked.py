@@ -20,6 +20,7 @@ from pipeline.views.masks import MaskSpec, masks_for
         ((14, 14), 16, 256, 0.5, (0.1, 0.5), 0.75),  # and a sixteenth of a step
         ((16, 16), 8, 32, 0.3, (0.2, 0.8), 1.2),
         ((14, 14), 8, 8, 1.0, (0.3, 0.3), 0.1),  # every view alike
+        ((14, 14), 2, 2, 0.5, (0.1, 0.5), 0.7),  # so few views that each one's share tells
         ((2, 2), 3, 3, 0.5, (0.1, 0.5), 50),  # so few that all of them are the bound
     ],
 )
