@@ -108,6 +108,9 @@ class Trainee:
         first = views_of(plan, 0, size.device)
         crops = (first.global_views, first.local_views)
         made.views = [views_of(plan, step, size.device, crops) for step in range(MASKS)]
+        if not size.small:  # as `ViewMaker` does on a GPU
+            ones = torch.ones(first.images, device=size.device)
+            made.views = [replace(views, weights=ones) for views in made.views]
         torch._dynamo.config.optimize_ddp = split_graphs
         made.first_step_s = size.timed(made.step)
         return made

@@ -69,7 +69,10 @@ def reduce(
     best = float("inf")
     for _ in range(REPEATS):
         numbers = torch.full((NUMBERS,), rank + 1.0, device=device)
-        dist.barrier()
+        # no `dist.barrier()`: where it comes first, NCCL guesses a rank's GPU from its number
+        ready = torch.zeros(1, device=device)
+        dist.all_reduce(ready)
+        ready.item()
         begun = time.monotonic()
         dist.all_reduce(numbers)
         if not bool((numbers == expected).all()):  # which waits for the device

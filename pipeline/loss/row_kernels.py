@@ -213,16 +213,17 @@ def forward(logits: Tensor, span: Span, temperature: float) -> tuple[Tensor, Kep
     loss, length, mass = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
     if rows:
         target = span.target
-        scan_kernel[tile.programs, tile.splits](
-            logits, target.logits, target.prototype, target.row, span.weight, partial,
-            span.first, images, tile.blocks, 1 / temperature, 1 / target.temperature,
-            K=logits.shape[1], G=span.crops, CROPS=crops, OTHERS=span.others,
-            ROWS=tile.rows, BLOCK=tile.block, num_warps=WARPS,
-        )  # fmt: skip
-        join_kernel[(-(-rows // JOINED),)](
-            partial, span.weight, loss, length, mass, rows, images, tile.splits,
-            BLOCK=JOINED, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # Triton starts kernels on the current one
+            scan_kernel[tile.programs, tile.splits](
+                logits, target.logits, target.prototype, target.row, span.weight, partial,
+                span.first, images, tile.blocks, 1 / temperature, 1 / target.temperature,
+                K=logits.shape[1], G=span.crops, CROPS=crops, OTHERS=span.others,
+                ROWS=tile.rows, BLOCK=tile.block, num_warps=WARPS,
+            )  # fmt: skip
+            join_kernel[(-(-rows // JOINED),)](
+                partial, span.weight, loss, length, mass, rows, images, tile.splits,
+                BLOCK=JOINED, num_warps=4,
+            )  # fmt: skip
     return loss.view(crops, images).sum(dim=1), Kept(length, mass)
 
 
@@ -242,10 +243,11 @@ def backward(
     target, tile = span.target, layout(span)
     if not len(span.weight):
         return
-    gradient_kernel[tile.programs, tile.splits](
-        logits, gradient, target.logits, target.prototype, target.row, span.weight,
-        kept.length, kept.mass, upstream,
-        span.first, len(span.weight), tile.blocks, 1 / temperature, 1 / target.temperature,
-        K=logits.shape[1], G=span.crops, TERMS=span.terms, OTHERS=span.others,
-        ROWS=tile.rows, BLOCK=tile.block, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        gradient_kernel[tile.programs, tile.splits](
+            logits, gradient, target.logits, target.prototype, target.row, span.weight,
+            kept.length, kept.mass, upstream,
+            span.first, len(span.weight), tile.blocks, 1 / temperature, 1 / target.temperature,
+            K=logits.shape[1], G=span.crops, TERMS=span.terms, OTHERS=span.others,
+            ROWS=tile.rows, BLOCK=tile.block, num_warps=WARPS,
+        )  # fmt: skip

@@ -143,14 +143,15 @@ def facts(
     likeliest = logits.new_empty(rows, dtype=torch.int64)
     counted = row if weight is None else weight.contiguous()
     if rows:
-        facts_kernel[programs, splits](
-            logits, offset, counted, partial, added, rows, blocks,
-            1 / temperature, K=prototypes, SUMS=sums, WEIGHTED=weight is not None,
-            ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-        join_facts_kernel[(-(-rows // JOINED),)](
-            partial, row, entropy, likeliest, rows, splits, BLOCK=JOINED, num_warps=4
-        )
+        with torch.cuda.device_of(logits):  # Triton starts kernels on the current one
+            facts_kernel[programs, splits](
+                logits, offset, counted, partial, added, rows, blocks,
+                1 / temperature, K=prototypes, SUMS=sums, WEIGHTED=weight is not None,
+                ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+            join_facts_kernel[(-(-rows // JOINED),)](
+                partial, row, entropy, likeliest, rows, splits, BLOCK=JOINED, num_warps=4
+            )
     return Facts(row, entropy, likeliest, added.sum(dim=0) if sums else None)
 
 
@@ -163,8 +164,9 @@ def column_sums(logits: Tensor, row: Tensor, temperature: float) -> Tensor:
     programs = -(-prototypes // BLOCK)
     splits, blocks = split(max(rows, 1), ROWS, programs)
     partial = logits.new_empty(splits, prototypes, dtype=torch.float32)
-    column_kernel[programs, splits](
-        logits, row, partial, rows, blocks, 1 / temperature,
-        K=prototypes, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        column_kernel[programs, splits](
+            logits, row, partial, rows, blocks, 1 / temperature,
+            K=prototypes, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
     return partial

@@ -6,6 +6,7 @@ Triton is imported.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -160,6 +161,43 @@ def test_no_rows() -> None:
     sums = cross_entropy(logits, [span], 3, 0.2, kernels="triton")
     sums.sum().backward()
     assert not sums.detach().any() and logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 37])
+def test_what_kernels_write_is_aligned_whatever_the_rows(rows: int) -> None:
+    """Triton makes another kernel for a pointer that is no multiple of 16, while a run goes on."""
+    seen = target_kernels.facts(draw(rows, 70), draw(70, seed=1), 0.5, sums=True)
+    span = Span(target_of(rows, 70, 3, torch.float32), torch.ones(rows), (0,))
+    _, kept = row_kernels.forward(draw(rows, 70), span, 0.2)
+    tensors = [x for x in (*seen, *kept) if x is not None]
+    assert [x.data_ptr() % 16 for x in tensors] == [0] * 6
+    assert all(x.is_contiguous() and len(x) == rows for x in (seen.row, seen.entropy, *kept))
+
+
+def test_kernels_start_on_the_device_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one: a process may see all GPUs of its machine."""
+    inside: list[bool] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def starts(*arguments: object, **options: object) -> None:
+        started.append(bool(inside))
+
+    started: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in (row_kernels, target_kernels):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setitem(vars(module), name, defaultdict(lambda: starts))
+    span = spans_of(70, torch.float32)[0]
+    _, kept = row_kernels.forward(draw(16, 70), span, 0.2)
+    row_kernels.backward(draw(16, 70), draw(16, 70), span, 0.2, kept, torch.ones(2))
+    target_kernels.facts(draw(6, 70), draw(70), 0.5)
+    target_kernels.column_sums(draw(6, 70), draw(6), 0.5)
+    assert started == [True] * 6
 
 
 def test_rows_beyond_two_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
