@@ -2,7 +2,8 @@
 
     python benchmarks/losses.py [--rounds 6]
 
-To compare two versions of the code, run it in both trees in turn: PYTHONPATH=TREE.
+To compare two versions of the code, run it in both trees in turn: PYTHONPATH=TREE. A tree from
+before the kernels has other names, which this form does not know.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def _backbone_flops(
 def estimated_cost(plan: Plan, built: Pair) -> Cost:
     """Parameters, FLOPs, memory and disk of a plan; `built` need not be prepared for its devices.
 
-    On a CPU the memory is within 30 % of what steps take (benchmarks/memory.py); on a GPU it is
-    computed and not measured.
+    On a CPU the memory was within 16 % of what steps took in the cases that were measured
+    (benchmarks/memory.py); on a GPU it is computed and not measured.
     """
     parameters = numbers(built.student.parameters())
     return Cost(
