@@ -7,8 +7,11 @@ each with one decoder, one consuming worker and a part of an object store. Decod
 zeros and consumers only count, both without torch, so that many fit. Measured in steady state, with
 one stream for all nodes and with one stream a node:
 
-    blocks/s       of all workers together; a few cores cannot show what many nodes would do
-    CPU a block    ms of CPU time of each kind of process, all of that kind together
+    start          seconds until every worker has had its first blocks
+    blocks/s       of all workers together, when what had been made ahead is used up; a few cores
+                   cannot show what many nodes would do
+    CPU a block    ms of CPU time of each kind of process, all of that kind together; of the
+                   coordinators also what remains without their turns while nobody takes anything
     between nodes  bytes that raylets sent each other, for an image (Ray's own counter), and how
                    many of the bytes of its crops that is; nodes on one raylet send nothing
     read           rows of the row groups that were read, over images taken
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # none of these would be used
 
 import numpy as np
 import psutil
@@ -71,6 +75,9 @@ KINDS = {  # part of a process title: what it is called here
     "MapWorker": "decoder",
     "Consumer": "consumer",
     "Feeder": "feeder",
+    "Agent": "agents of nodes",
+    "StatsActor": "statistics",
+    "LocationTracker": "locations",
     "raylet": "raylet",
     "gcs_server": "gcs",
 }
@@ -245,8 +252,13 @@ def consumers(feeder: Any, on_each: list[int]) -> list[Any]:
     return workers
 
 
+def taken(workers: list[Any], steps: int) -> int:
+    """Images of so many steps, which all workers take."""
+    return sum(ray.get([worker.take.remote(steps) for worker in workers]))
+
+
 def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: Any) -> str:
-    """One line: a number of nodes with so many streams."""
+    """Lines: a number of nodes with so many streams."""
     count = folder / f"count-{nodes}-{streams}"
     count.touch()
     cluster = Cluster(
@@ -270,14 +282,24 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
         window = max(1, options.window // batch) * batch
         reading = reading_of(shards, seed=0, global_batch=batch, window=window)
         spec = spec_of(reading, counted(shards.columns, count))
-        steps = options.warm_up + options.steps + 200
+        steps = options.warm_up + 2 * options.steps + 500
         feeder = launch_feeder(reading, spec, steps, DecodeTasks(0.85, nodes), nodes, streams)
         workers = consumers(feeder, on_each)
-        ray.get([worker.take.remote(options.warm_up) for worker in workers])
+        began = time.perf_counter()
+        taken(workers, 1)
+        start = time.perf_counter() - began
+        taken(workers, options.warm_up)
         time.sleep(options.settle_s)  # metrics are exported every few seconds
+        quiet = cpu_seconds()[0]
+        waited = time.perf_counter()
+        time.sleep(options.settle_s)
         before = counts(count)
-        images = sum(ray.get([worker.take.remote(options.steps) for worker in workers]))
+        waited = before.at - waited
+        images = taken(workers, options.steps)  # much of it had been made
         middle = time.perf_counter()
+        later = taken(workers, options.steps)
+        rate = later / CHUNK / (time.perf_counter() - middle)
+        images += later
         time.sleep(options.settle_s)
         after = counts(count)
         _, memory = cpu_seconds()
@@ -285,6 +307,9 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
         ray.shutdown()
         cluster.shutdown()
     blocks = images / CHUNK
+    idle = (before.cpu_s["coordinator"] - quiet["coordinator"]) / waited  # cores
+    busy = after.cpu_s["coordinator"] - before.cpu_s["coordinator"]
+    without = 1000 * (busy - idle * (after.at - before.at)) / blocks
     cost = {
         kind: 1000 * (seconds - before.cpu_s.get(kind, 0.0)) / blocks
         for kind, seconds in after.cpu_s.items()
@@ -295,9 +320,11 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
     kinds = ", ".join(f"{k} {ms:.2f}" for k, ms in sorted(cost.items(), key=lambda x: -x[1]))
     return (
         f"{nodes:3} nodes, {streams} stream{'s' * (streams != 1)}: "
-        f"{blocks / (middle - before.at):7.1f} blocks/s; "
+        f"start {start:.0f} s; {rate:7.1f} blocks/s; "
         f"between nodes {sent / 1000:.2f} KB an image ({sent / CROPS.bytes:.0%} of its crops); "
         f"read {read:.2f} x; memory {memory / 1024:.1f} GiB\n"
+        f"    coordinators: {without:.2f} ms a block and each "
+        f"{1000 * idle / streams:.1f} ms a second\n"
         f"    CPU ms a block: {kinds}"
     )
 
@@ -305,8 +332,8 @@ def measured(shards: ShardSet, folder: Path, nodes: int, streams: Any, options: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", default="1,8")
-    parser.add_argument("--streams", default="one,each", help="one for all, each node one")
-    parser.add_argument("--steps", type=int, default=200, help="measured")
+    parser.add_argument("--streams", default="one,each", help="one, one a node, or a number")
+    parser.add_argument("--steps", type=int, default=200, help="twice so many are measured")
     parser.add_argument("--warm-up", type=int, default=60, help="steps before that")
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--share", type=int, default=1, help="nodes of one raylet")
@@ -321,7 +348,8 @@ def main() -> None:
         ray.shutdown()
         for nodes in map(int, options.nodes.split(",")):
             for streams in dict.fromkeys(
-                1 if which == "one" else nodes for which in options.streams.split(",")
+                {"one": 1, "each": nodes}.get(which) or int(which)
+                for which in options.streams.split(",")
             ):
                 print(measured(shards, folder, nodes, streams, options), flush=True)
     finally:

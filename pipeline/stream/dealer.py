@@ -66,6 +66,7 @@ def windows_ahead(decoders: int) -> int:
 class Decoded:
     """What is still to be decoded of a segment; a portion that is done twice counts once."""
 
+    last: int  # step, out
     missing: int  # images
     places: set[tuple[int, int]] = field(default_factory=set)
 
@@ -149,18 +150,9 @@ class Dealer:
         reading: the shards and which of their rows make up which step.
         specs: object references of a `ReadSpec` and a `StreamSpec`, passed on as they are.
         run: what is the same for all streams of a run.
-        tasks: what its decoders may take.
-        part: what it takes of the windows.
     """
 
-    def __init__(
-        self,
-        reading: Reading,
-        specs: list[Any],
-        run: RunSteps,
-        tasks: DecodeTasks,
-        part: StreamPart,
-    ) -> None:
+    def __init__(self, reading: Reading, specs: list[Any], run: RunSteps) -> None:
         from ray.data import DataContext
 
         from pipeline.driver.cluster import quiet_environment
@@ -172,14 +164,20 @@ class Dealer:
         context.execution_options.preserve_order = True
         context.target_max_block_size = 1  # one chunk, one block: see stream's docstring
         context.memory_usage_poll_interval_s = None  # a thread for each portion
-        cpus = tasks.at_once * tasks.cpus + READ_CPUS
-        streams = part.dealing.streams
-        pace_data(context, AHEAD, BUFFER, Limits(cpus, streams) if streams > 1 else None)
         context.issue_detectors_config.detectors = []  # they run in every turn of the loop
-        self.reading, self.run, self.tasks, self.part = reading, run, tasks, part
+        self.context = context
+        self.reading, self.run = reading, run
         self.read_spec, self.spec = specs
         self.ready, self.planning = threading.Condition(), threading.Lock()
         self.decoded: dict[int, Decoded] = {}
+
+    def serve(self, part: StreamPart, tasks: DecodeTasks) -> None:
+        """Says what it takes of the windows, and what its decoders may take; before `open`."""
+        self.part, self.tasks = part, tasks
+        streams = part.dealing.streams
+        cpus = tasks.at_once * tasks.cpus + READ_CPUS
+        limits = Limits(cpus, streams) if streams > 1 else None
+        pace_data(self.context, AHEAD, BUFFER, limits)
 
     def open(self, first_step: int) -> tuple[int, list[Any]]:
         """Plans the segment that starts at `first_step`.
@@ -193,8 +191,9 @@ class Dealer:
         parts = dataset.streaming_split(self.part.workers, equal=False)
         images = self.part.dealing.images(self.part.stream, last - first_step)
         with self.ready:
-            current = {s: d for s, d in self.decoded.items() if s >= first_step}
-            self.decoded = {**current, first_step: Decoded(images)}
+            # The one before is still in work: it is opened while that one begins.
+            current = {s: d for s, d in self.decoded.items() if d.last >= first_step}
+            self.decoded = {**current, first_step: Decoded(last, images)}
         return last, parts
 
     def note_decoded(self, first_step: int, place: tuple[int, int], images: int) -> None:

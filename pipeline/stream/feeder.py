@@ -54,6 +54,7 @@ class Group:
     streams: list[Stream] = field(default_factory=list)
     actors: list[Any] = field(default_factory=list)  # dealers and readers
     dealers: list[Any] = field(default_factory=list)
+    served: list[Any] = field(default_factory=list)  # when each knows what it serves
     opening: set[int] = field(default_factory=set)  # first steps
     segments: dict[int, tuple[int, list[list[Any]]]] = field(default_factory=dict)
     error: BaseException | None = None  # of planning a segment
@@ -74,7 +75,7 @@ class Group:
                 end_split(part)  # workers that still hold a part would keep the execution alive
         for actor in self.actors:
             ray.kill(actor)
-        self.actors, self.dealers, self.segments = [], [], {}
+        self.actors, self.dealers, self.served, self.segments = [], [], [], {}
 
 
 class Feeder(Mailbox):
@@ -87,11 +88,13 @@ class Feeder(Mailbox):
     Args:
         run: what the streams are made from.
         tasks: what all decoders together may take.
+        workers: that will ask, at most.
     """
 
-    def __init__(self, run: StreamRun, tasks: DecodeTasks) -> None:
+    def __init__(self, run: StreamRun, tasks: DecodeTasks, workers: int) -> None:
         super().__init__()
-        self.run, self.tasks = run, tasks
+        self.run, self.tasks, self.workers = run, tasks, workers
+        self.spare: tuple[str, Any] | None = None  # a node, and the dealer that waits there
         self.ready = threading.Condition()
         self.group = Group("")
         self.replaced: set[str] = set()
@@ -138,6 +141,7 @@ class Feeder(Mailbox):
             if not group.dealers:
                 self._launch(group)
             dealers = group.dealers
+        ray.get(group.served)
         opened = ray.get([dealer.open.remote(first_step) for dealer in dealers])
         with self.ready:
             if group is not self.group:
@@ -157,8 +161,42 @@ class Feeder(Mailbox):
         """
         with self.ready:
             self.tasks = tasks or self.tasks
+            self.replaced.update(self.early)  # asked, and went before they opened anything
+            self.early = {}
             self._drop("")
         self.request("")
+
+    def prepare(self) -> None:
+        """Starts the dealer of the first group where there is one node, and so one stream: what it
+        imports is there when the group asks.
+        """
+        import ray
+
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        with self.ready:
+            if self.spare is None and len(nodes) == 1 and self.run.asked in ("auto", 1):
+                self.spare = nodes[0], self._dealer(nodes[0], self.workers)
+
+    def _dealer(self, node: str, workers: int) -> Any:
+        import ray
+
+        actor = ray.remote(Dealer).options(
+            num_cpus=0, max_concurrency=2 * workers + 16, **near(node)
+        )
+        specs = [*self.run.read_spec, *self.run.spec]
+        return actor.remote(self.run.reading[0], specs, self.run.steps)
+
+    def _spare_on(self, node: str, streams: int) -> Any:
+        """The dealer that waits on a node, for its only stream; ended where it is of no use."""
+        import ray
+
+        waiting, self.spare = self.spare, None
+        if waiting is None:
+            return None
+        if waiting[0] == node and streams == 1:
+            return waiting[1]
+        ray.kill(waiting[1])
+        return None
 
     def _drop(self, group_id: str) -> None:
         """Forgets the group of workers that there is, in favour of another one."""
@@ -182,7 +220,10 @@ class Feeder(Mailbox):
         readers: list[Any] = []
         if count > 1:
             # One that is killed starts again, and is asked again: that is no failure of the group.
-            options = dict(max_concurrency=4 * count, max_restarts=-1, max_task_retries=-1)
+            # Who waits for room holds a thread, and must leave one to whom the others wait for: all
+            # that streams ask for may be here, and be asked for again after a killed read task.
+            asked = sum(windows_ahead(s.decoders) for s in group.streams)
+            options = dict(max_concurrency=2 * asked + 16, max_restarts=-1, max_task_retries=-1)
             reader = ray.remote(WindowReader)
             readers = [
                 reader.options(num_cpus=0, **options, **near(s.node)).remote(
@@ -190,19 +231,14 @@ class Feeder(Mailbox):
                 )
                 for s in group.streams
             ]
-        specs = [*self.run.read_spec, *self.run.spec]
         for index, stream in enumerate(group.streams):
-            dealer = ray.remote(Dealer).options(
-                num_cpus=0,
-                max_concurrency=2 * (stream.last - stream.first) + 16,
-                **near(stream.node),
-            )
-            tasks = DecodeTasks(self.tasks.cpus, stream.decoders)
+            dealer = self._spare_on(stream.node, count)
+            dealer = dealer or self._dealer(stream.node, stream.last - stream.first)
             ahead = windows_ahead(stream.decoders)
             part = StreamPart(dealing, index, stream.node, tuple(readers), ahead)
-            group.dealers.append(
-                dealer.remote(self.run.reading[0], specs, self.run.steps, tasks, part)
-            )
+            tasks = DecodeTasks(self.tasks.cpus, stream.decoders)
+            group.dealers.append(dealer)
+            group.served.append(dealer.serve.remote(part, tasks))
         group.actors = [*readers, *group.dealers]
 
     def iterator(
@@ -289,4 +325,6 @@ def launch_feeder(
         steps if isinstance(steps, RunSteps) else RunSteps(steps),
         streams,
     )
-    return actor.remote(run, tasks)
+    feeder = actor.remote(run, tasks, workers)
+    feeder.prepare.remote()
+    return feeder

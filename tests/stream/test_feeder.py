@@ -55,7 +55,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 
 
 def feeder_of() -> Feeder:
-    return Feeder(StreamRun([], [], [], 8, 2, RunSteps(20)), DecodeTasks(1.0, 4))
+    return Feeder(StreamRun([], [], [], 8, 2, RunSteps(20)), DecodeTasks(1.0, 4), 4)
 
 
 def asked(feeder: Feeder, group_id: str, step: int, nodes: list[str]) -> list[Any]:
@@ -120,3 +120,16 @@ def test_what_stops_a_stream_from_starting_reaches_its_workers(streams: Streams)
     streams.error = ValueError("no such set")
     with pytest.raises(ValueError, match="no such set"):
         asked(feeder, "one", 0, ["a", "b"])
+
+
+def test_workers_that_went_before_their_group_opened_wait_no_longer(streams: Streams) -> None:
+    feeder = feeder_of()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(feeder.iterator, "one", 0, 1, "a")
+        while not feeder.early:
+            assert not waiting.done()
+        feeder.release()  # their group ended before its first worker opened
+        with pytest.raises(RuntimeError, match="taken over"):
+            waiting.result(20)
+    feeder.open("one", 0, 2)  # a late word
+    assert asked(feeder, "two", 0, ["b"]) == [(5, "two 0 0")] and not feeder.early

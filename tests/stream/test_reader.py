@@ -144,7 +144,7 @@ def test_the_spec_of_a_task_does_not_grow_with_the_set(tmp_path: Path) -> None:
 def test_a_portion_that_is_decoded_twice_counts_once() -> None:
     from pipeline.stream.dealer import Decoded
 
-    decoded = Decoded(20)
+    decoded = Decoded(5, 20)
     for place, images in (((0, 0), 6), ((0, 6), 6), ((0, 0), 6), ((1, 0), 4)):
         decoded.note(place, images)
     assert decoded.missing == 4
