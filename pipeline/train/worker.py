@@ -77,6 +77,7 @@ class Worker:
         gets no outcome and says what to do.
         """
         torch.set_num_threads(plan.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: torch has it on for cuDNN
         device = ray.train.torch.get_device()
         if not _all_see(job["mark"], plan.workers, rank):
             return None

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.loss.form import fused
-from pipeline.loss.target import softmax_targets
+from pipeline.loss.dino import dino_span
+from pipeline.loss.form import Kernels, fused
+from pipeline.loss.prototypes import Span, cross_entropy
+from pipeline.loss.target import sinkhorn_targets, softmax_targets
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ INTERPRETED = ["loss/interpreted", "loss/test_terms", "loss/test_target", "loss/
 INTERPRETED += ["train/test_step_golden", "train/test_image_weights"]
 POINTERS = {"row", "prototype", "weight", "partial", "length", "masses", "upstream", "loss"}
 POINTERS |= {"sums", "entropy"}
+KERNELS: tuple[Kernels, Kernels] = ("triton", "eager")
 INTEGERS = {"first", "images", "blocks", "rows", "splits"}
 
 
@@ -44,6 +47,46 @@ def test_the_form_that_is_asked_for() -> None:
         softmax_targets([x], torch.zeros(3), 0.1, kernels="triton")
     assert error.value.what.startswith("train.loss_kernels is triton, but the logits are on cpu")
     assert "train.loss_kernels=auto" in error.value.hint
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("centring", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("prototypes", [129, 65536])
+def test_on_a_gpu_they_are_the_eager_form(
+    prototypes: int, centring: str, dtype: torch.dtype
+) -> None:
+    """On the last GPU, which is not the current one where there are several."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator, device=device)
+
+    images, patches = 5, 37
+    teacher, student = (draw(rows, prototypes).to(dtype) for rows in (10 + patches, 40 + patches))
+    weights = (torch.arange(images, device=device) != 1).float()
+    centre, each = draw(prototypes), draw(patches).abs()
+    results: list[list[torch.Tensor]] = []
+    for kernels in KERNELS:
+        logits, rows = [teacher[:10], teacher[10:]], [weights.repeat(2), None]
+        crops, hidden = (
+            softmax_targets(logits, centre, 0.07, rows, kernels)
+            if centring == "softmax"
+            else sinkhorn_targets(logits, 0.07, 3, rows, kernels)
+        )
+        leaf = student.clone().requires_grad_()
+        spans = [dino_span(crops, local_crops=6), Span(hidden, each, (2,), first=40)]
+        sums = cross_entropy(leaf, spans, 3, 0.1, kernels=kernels)
+        sums.backward(torch.tensor([1.0, 2.0, 0.5], device=device))
+        numbers = [sums.detach(), *crops.mean(), crops.entropy(), crops.prototypes_used()]
+        results.append([*numbers, hidden.entropy(), leaf.grad.float()])
+    *numbers, gradient = results[0]
+    *others, other = results[1]
+    for own, theirs in zip(numbers, others, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
+    rounding = 4 * torch.finfo(dtype).eps  # the eager form rounds the gradient twice
+    torch.testing.assert_close(gradient, other, rtol=max(rounding, 1e-3), atol=1e-6)
 
 
 def compiled(kernel: Any, constants: dict[str, Any], logits: str, arch: int, warps: int) -> Any:

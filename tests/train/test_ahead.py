@@ -18,6 +18,7 @@ from pipeline.views.batch import Batch, Views
 from pipeline.views.masked import PatchFinder
 from pipeline.views.photometric import (
     PHOTOMETRIC_DRAWS,
+    CompiledPhotometric,
     PhotometricSpec,
     apply_photometric,
     draw_photometric,
@@ -76,6 +77,11 @@ class Stream:
 def no_thread_is_left() -> Iterator[None]:
     yield
     assert not [t for t in threading.enumerate() if t.name == "next-views"]
+
+
+def batched(stream: Stream, parts: int) -> list[list[Batch]]:
+    every = list(stream)
+    return [every[i : i + parts] for i in range(0, len(every), parts)]
 
 
 def settled(condition: Any) -> None:
@@ -244,6 +250,27 @@ def test_on_a_gpu_the_step_waits_by_an_event_and_memory_is_kept_until_it_is_done
     used = [(id(x), main) for x in tensors_of(views)]
     assert len(used) >= 4 * PARTS and said == [*before, ("wait", "event"), *used]
     ahead.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_views_are_whole_however_long_a_step_computes() -> None:
+    """While the step before keeps the device, and memory that is given back is asked for again."""
+    make = maker("cuda")
+    make.colours = CompiledPhotometric()
+    expected = [[make(one) for one in two] for two in batched(Stream(8), PARTS)]
+    torch.cuda.synchronize()
+    ahead, busy = images_of(iter(Stream(8)), PARTS, make), torch.randn(4096, 4096, device="cuda")
+    sums: list[list[Tensor]] = []
+    for _ in expected:
+        views = ahead.next().views()
+        for _ in range(20):
+            busy = busy @ busy / busy.norm()
+        sums.append([x.double().sum() for x in tensors_of(views)])
+        del views  # long before the device comes to it
+    ahead.close()
+    for own, views in zip(sums, expected, strict=True):
+        theirs = [x.double().sum() for x in tensors_of(views)]
+        assert all(torch.equal(a, b) for a, b in zip(own, theirs, strict=True))
 
 
 def test_a_cpu_has_no_thread() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.model.pair import Encoded, Encoder
 from pipeline.train.step import train_step
+from pipeline.views.batch import Views
 from tests.train.reference import (
     flat,
     golden_objective,
@@ -44,46 +45,60 @@ def load(shared: Path, name: str) -> dict[str, Any]:
     return torch.load(shared / "golden" / "step" / f"{name}.pt", weights_only=True)
 
 
+def on(device: str, views: Views) -> Views:
+    tensors = (views.global_views, views.local_views, views.masks)
+    return Views(*(x.to(device) for x in tensors), views.images)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", FILES)
-def test_the_step_is_the_reference_step(shared: Path, name: str) -> None:
+def test_the_step_is_the_reference_step(
+    shared: Path, name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with the kernels of the losses; the reference ran on a CPU, so there is more
+    round-off between them.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    looser = 1 if device == "cpu" else 10
     golden = load(shared, name)
-    pair = golden_pair(golden)
+    pair = golden_pair(golden).to(device)
     objective, optimizer = golden_objective(golden, pair), golden_optimizer(golden, pair.student)
     recorder = Recorder(pair.student)
     for it, step in enumerate(golden["steps"]):
         views = golden_views(step["batch_seed"])
         assert torch.equal(views.masks, step["batch"]["collated_masks"])
+        views = on(device, views)
         generator = torch.Generator().manual_seed(step.get("torch_seed", 0))
         result = train_step(
             recorder, pair, [views], optimizer, golden_values(step), objective, generator=generator
         )
-        tolerance = 2e-5 * (1 + 3 * it)
+        tolerance = looser * 2e-5 * (1 + 3 * it)
         for key, value in logged(step["loss_dict"]).items():
             assert float(result.scalars[key]) == pytest.approx(value, rel=tolerance), (it, key)
         total = float(step["optimised_total"])
         assert float(result.scalars["loss/total"]) == pytest.approx(total, rel=tolerance)
         for module, norm in step["submodule_grad_norm_before_clip"].items():
             actual = float(result.scalars[f"optim/grad_norm_{module}"])
-            assert actual == pytest.approx(norm, rel=2e-4 * (1 + 3 * it)), (it, module)
+            assert actual == pytest.approx(norm, rel=looser * 2e-4 * (1 + 3 * it)), (it, module)
         for key, norm in flat(step["grad_norm_per_param"]).items():
-            assert recorder.norms[key] == pytest.approx(norm, rel=2e-4 * (1 + 5 * it), abs=1e-6), (
-                key
-            )
+            expected = pytest.approx(norm, rel=looser * 2e-4 * (1 + 5 * it), abs=looser * 1e-6)
+            assert recorder.norms[key] == expected, key
         for key, gradient in flat(step.get("grads_after_clip_selected", {})).items():
-            actual = pair.student.get_parameter(key).grad
-            torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6)
+            actual = pair.student.get_parameter(key).grad.cpu()
+            torch.testing.assert_close(actual, gradient, rtol=looser * 1e-3, atol=looser * 1e-6)
     for role in ("student", "teacher"):
         module: nn.Module = getattr(pair, role)
         moved, error = 0.0, 0.0
         for key, after in golden["final"][role].items():
             before = golden[f"init_{role}"][key]
-            ours = without_key_bias(key, module.get_parameter(key).detach())
+            ours = without_key_bias(key, module.get_parameter(key).detach().cpu())
             after, before = without_key_bias(key, after), without_key_bias(key, before)
             moved += float((after - before).square().sum())
             error += float((ours - after).square().sum())
-        assert error**0.5 <= 2e-3 * moved**0.5 + 1e-6, role
+        assert error**0.5 <= looser * 2e-3 * moved**0.5 + 1e-6, role
     if "centering" in name:
         for key, centre in (("dino", objective.dino_centre), ("ibot", objective.ibot_centre)):
             # The file was written after the last mean had entered; ours is still pending.
             expected = golden["final"][f"{key}_center"].flatten()
-            torch.testing.assert_close(centre.use(), expected, rtol=1e-4, atol=1e-6)
+            actual = centre.use().cpu()
+            torch.testing.assert_close(actual, expected, rtol=looser * 1e-4, atol=looser * 1e-6)

@@ -18,9 +18,12 @@ import torch
 from safetensors import safe_open
 
 from pipeline.errors import DamagedError, TrainError
+from pipeline.model.groups import parameter_groups
 from pipeline.train.checkpoint import files, reader, restore, state, tensor_file
 from pipeline.train.checkpoint.names import nested
+from pipeline.train.checkpoint.saving import Saving
 from pipeline.train.start import TrainState
+from pipeline.views.batch import Views
 from tests.train.small_run import Run, views
 
 TENSORS = "rank-00000.safetensors"
@@ -30,6 +33,11 @@ META = {"config": {"run": {"seed": 0}}, "digest": "d"}
 
 def small(value: float = 1.0) -> dict[str, Any]:
     return {"student": {"w": torch.full((3, 2), value)}, "objective": {"n": 1}}
+
+
+def on_gpu(seen: Views) -> Views:
+    tensors = (seen.global_views, seen.local_views, seen.masks)
+    return Views(*(x.cuda() for x in tensors), seen.images)
 
 
 def steps(folder: Path) -> list[int]:
@@ -44,6 +52,40 @@ def restored(folder: Path) -> tuple[state.Saved | None, dict[str, Any]]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_checkpoint_is_of_the_step_that_it_names(tmp_path: Path) -> None:
+    """And not of the next one, which changes all weights while a thread writes."""
+    run = Run()
+    run.pair.to("cuda")
+    learnt = parameter_groups(run.pair.student)
+    run.optimizer = torch.optim.AdamW(learnt, fused=True)
+    train_state = TrainState(run.pair, run.objective, run.optimizer)
+    seen = [on_gpu(views(3, seed=seed)) for seed in range(4)]
+    run.step(seen[0])
+    saving = Saving(tmp_path)
+    for step in (1, 2):  # the second one is copied to where the first one was
+        expected = {name: x.cpu() for name, x in flatten(train_state.state()).items()}
+        saving.begin(step, train_state.state(), META)
+        run.step(seen[step])
+        ended = saving.ended(wait=True)
+        assert ended is not None and not ended.error
+        back = flatten(state.latest(tmp_path).load())
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(x, back[name]) for name, x in expected.items())
+    assert all(slab.is_pinned() for slab in saving.host.slabs)
+    # and a run on this device that goes on from it takes the same step
+    other = Run()
+    other.pair.to("cuda")
+    other.optimizer = torch.optim.AdamW(parameter_groups(other.pair.student), fused=True)
+    source = restore.newest(tmp_path)
+    source.into(TrainState(other.pair, other.objective, other.optimizer), torch.device("cuda"))
+    again = other.step(seen[2]).scalars["loss/total"]
+    run_weights, other_weights = run.weights(), other.weights()
+    assert torch.isfinite(again)
+    for name, value in run_weights.items():
+        torch.testing.assert_close(value, other_weights[name], rtol=1e-5, atol=1e-6)
 
 
 def test_what_goes_in_comes_out_to_the_bit(tmp_path: Path) -> None:
