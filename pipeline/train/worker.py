@@ -98,7 +98,8 @@ class Worker:
         memory = MemoryWatch(device)
         pair = start.networks(plan, resumed=source is not None)
         flops = estimate.flops_per_image(plan, pair)  # while they are whole
-        if rank == 0:
+        # On a CPU a trace lies in the memory that is compared with the plan.
+        if rank == 0 and (device.type == "cuda" or not plan.config.train.profile_steps):
             cost = estimate.estimated_cost(plan, pair)
             lighter = estimate.lighter(plan)
             memory.plan(cost.memory, cost.checkpoint_bytes, plan.gpus_per_worker, lighter)
