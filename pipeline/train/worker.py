@@ -86,7 +86,7 @@ class Worker:
         source = restore.newest(join(folder, "checkpoints"), layout.sharded)
         first_step = source.step if source else 0
         # another id for each group: what the feeder has for an earlier one is void
-        group_id = _from_rank_0(os.urandom(8).hex())
+        group_id = restore.from_rank_0(os.urandom(8).hex())
         stream = batches(
             StreamRequest(job["feeder"], group_id, rank, plan.workers, first_step, plan.steps),
             micro_batch=plan.micro_batch,
@@ -162,7 +162,7 @@ class Worker:
 
     def agreed(self, request: str) -> str:
         """What rank 0 says, on all ranks alike."""
-        return _from_rank_0(request)
+        return restore.from_rank_0(request)
 
 
 def _peak_flops(plan: Plan, device: torch.device) -> float:
@@ -202,10 +202,3 @@ def _generators(plan: Plan, step: int, rank: int) -> list[torch.Generator]:
     seed = plan.config.run.seed
     draws = (keyed(seed, step, key, "drop_path").integers(2**63) for key in keys)
     return [torch.Generator().manual_seed(int(draw)) for draw in draws]
-
-
-def _from_rank_0(word: str) -> str:
-    words = [word]
-    if dist.is_initialized():
-        dist.broadcast_object_list(words, src=0)
-    return words[0]

@@ -147,7 +147,7 @@ class Reader(StorageReader):
         if part in self.kept:
             return self.kept.pop(part)
         tensor = self.opened[part[0]].read(part[1])
-        self.bytes_read += tensor.numel() * tensor.element_size()
+        self.bytes_read += tensor.nbytes
         return tensor
 
     @classmethod

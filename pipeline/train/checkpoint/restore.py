@@ -77,7 +77,7 @@ class Source:
         if not self.split or self.saved.earlier:
             if rank == 0 or self.split:
                 self.tensors, self.numbers = divided(self.saved.load())
-                self.bytes_read = sum(x.numel() * x.element_size() for x in self.tensors.values())
+                self.bytes_read = sum(x.nbytes for x in self.tensors.values())
             return
         with self.saved.readable():
             self.reader = self.saved.reader()
@@ -240,7 +240,7 @@ def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
     if _ranks() == 1:
         return
     for group in _groups(tensors):
-        sizes = [x.numel() * x.element_size() for x in group]
+        sizes = [x.nbytes for x in group]
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + size + (-size) % ALIGNED)
@@ -263,7 +263,7 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     size = 0
     for tensor in tensors:
         group.append(tensor)
-        size += tensor.numel() * tensor.element_size()
+        size += tensor.nbytes
         if size >= BUFFER:
             yield group
             group, size = [], 0

@@ -84,11 +84,11 @@ class HostCopy:
         self.parts, free = {}, iter(self.slabs)
         slab, used = next(free, None), 0
         for index, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
+            size = tensor.nbytes
             while slab is None or used + size > slab.numel():
                 slab, used = next(free, None), 0
                 if slab is None:
-                    left = sum(x.numel() * x.element_size() for x in tensors.values())
+                    left = sum(x.nbytes for x in tensors.values())
                     slab = _slab(max(size, min(SLAB, left + ALIGNED * len(tensors))))
                     self.slabs.append(slab)
             part = slab[used : used + size]

@@ -59,7 +59,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> int:
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     for name in order:
         tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + tensor.nbytes
         entries["__metadata__"][name] = f"{zlib.crc32(as_bytes(tensor).data):08x}"
         entries[name] = {
             "dtype": TYPES[tensor.dtype],
