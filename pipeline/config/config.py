@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.adaptation import Guard
 from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality, Retrieve
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
@@ -54,6 +55,7 @@ class Config(Section):
     teacher: Teacher = Teacher()
     train: Train = Train()
     distill: Distill = Distill()
+    guard: Guard = Guard()
     curate: Curate = Curate()
     quality: Quality = Quality()
     dedup: Dedup = Dedup()
@@ -134,6 +136,18 @@ class Config(Section):
             raise ValueError("export.onnx_sizes names sizes of ONNX, but export.onnx is false")
         if self.model.init_resize and not self.model.init:
             raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
+        guard = self.guard
+        if guard.keep and not guard.is_on(self.model.init):
+            raise ValueError(
+                "guard.keep names images, but the guard is off, so nothing is measured on them; "
+                "set guard.enabled=true or model.init"
+            )
+        scores = [name for name in self.evaluate.choosing() if name != "rank_me"]
+        if guard.score and guard.score not in scores:
+            raise ValueError(
+                f"guard.score={guard.score} cannot be compared image by image while training; "
+                f"these can: {', '.join(scores)}"
+            )
         return self
 
     @model_validator(mode="after")

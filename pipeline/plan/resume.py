@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "balance.",
     "mix.",
     "evaluate.",
+    "guard.",
     "export.",
     "finetune.",
     "embed.",
