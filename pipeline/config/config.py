@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.adaptation import Guard
+from pipeline.config.adaptation import Finetune, Guard
 from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality, Retrieve
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
 from pipeline.config.embedding import Embed, Evaluate
-from pipeline.config.finetuning import Finetune
 from pipeline.config.network import Head, IbotHead, Model
 from pipeline.config.run import Export, Resources, Run, Track
 from pipeline.config.section import Section
