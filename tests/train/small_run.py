@@ -30,7 +30,7 @@ class Run:
     ) -> None:
         self.pair = build_pair(replace(SPEC, drop_path=drop_path), HEAD, ibot, seed=0)
         self.objective = Objective.for_pair(spec or ObjectiveSpec(), self.pair)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.pair.student))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.pair.student), fused=True)
 
     def step(self, *micro: Views, forward: Any = None, **options: Any) -> StepResult:
         return train_step(
