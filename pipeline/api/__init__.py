@@ -40,8 +40,9 @@ from pipeline.loss.centre import Centre
 from pipeline.loss.ibot import ibot_loss, patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.fit import fit
-from pipeline.model.foreign import ModuleBackbone, TimmSpec
+from pipeline.model.foreign import TimmSpec
 from pipeline.model.groups import apply_values, parameter_groups
 from pipeline.model.head import Head
 from pipeline.model.pair import Encoded, Encoder, HeadSpec, Pair, ema_update, freeze, pair_of

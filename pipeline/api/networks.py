@@ -14,7 +14,8 @@ from torch import nn
 from pipeline.config.sizes import SIZES
 from pipeline.errors import PipelineError
 from pipeline.evaluate.features import inference
-from pipeline.model.foreign import ForeignBackbone, ModuleBackbone, TimmSpec, timm_by_name
+from pipeline.model.encoders.module import ModuleBackbone
+from pipeline.model.foreign import ForeignBackbone, TimmSpec, timm_by_name
 from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 

@@ -35,7 +35,9 @@ class Trained:
 
     @property
     def weights(self) -> dict[str, Path]:
-        """The exported folders by format: `dinov2`, `huggingface`, `timm`."""
+        """The exported folders by format: `dinov2`, `huggingface`, `timm`; `module` of an
+        encoder of one's own.
+        """
         formats = self.results.get("export", {}).get("formats", {})
         return {name: self.folder / "weights" / name for name in formats}
 
@@ -59,7 +61,8 @@ class Trained:
         """
         from pipeline.model.foreign_weights import load_any
 
-        place = self.weights.get("dinov2", self.weights.get("timm"))
+        names = [name for name in ("dinov2", "timm", "module") if name in self.weights]
+        place = self.weights[names[0]] if names else None
         if place is None:
             raise PipelineError(f"{self.folder} has no exported weights", "call train again")
         return load_any(place)[0].eval()

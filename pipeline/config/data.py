@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config.section import Fraction, Positive, Range, Section
+from pipeline.config.section import Fraction, NonNegative, Positive, Range, Section
+
+Hue = Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Data(Section):
@@ -86,6 +88,11 @@ class Augment(Section):
         "released code really does; none for images of few pixels",
     )
     jitter: Fraction = Field(0.8, description="probability of colour jitter, per crop")
+    jitter_strengths: tuple[NonNegative, NonNegative, NonNegative, Hue] = Field(
+        (0.4, 0.4, 0.2, 0.1),
+        description="of colour jitter: brightness, contrast, saturation (factors from 1 - x to "
+        "1 + x) and hue (turns, at most .5)",
+    )
     greyscale: Fraction = Field(0.2, description="probability of greyscale, per crop")
     solarize: Fraction = Field(0.2, description="probability of solarize, second global crop only")
     mean: tuple[float, ...] = Field(

@@ -15,9 +15,9 @@ class Model(Section):
 
     encoder: str = Field(
         "dinov2",
-        pattern="^(dinov2|timm:.+)$",
-        description="dinov2: the ViT of these fields; timm:<name>: a timm model, of which only "
-        "patch_size, in_channels and drop_path are set here",
+        pattern=r"^(dinov2|timm:.+|module:[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="dinov2: the ViT of these fields; timm:<model>, or module:<package.module>:"
+        "<factory>, which take of them patch_size, in_channels, drop_path",
     )
     init: str = Field(
         "",
@@ -68,6 +68,12 @@ class Head(Section):
     )
     hidden: Positive = Field(2048, description="hidden width of the head's MLP")
     layers: int = Field(3, ge=1, le=8, description="linear layers of the head's MLP")
+    norm: Literal["none", "batch"] = Field(
+        "none", description="batch: BatchNorm after each hidden layer of the head"
+    )
+    input_norm: Literal["none", "batch"] = Field(
+        "none", description="batch: BatchNorm on the feature that the head gets, without weights"
+    )
 
 
 class IbotHead(Head):

@@ -22,8 +22,9 @@ from pipeline.uri import is_uri, join, public
 log = logging.getLogger("pipeline.embed")
 
 TIMM = "timm:"
-# what an export leaves of a ViT of ours and of a timm encoder, and a fine-tuning of a ViT of ours
-EXPORTS = ("dinov2", "timm", "huggingface")
+# what an export leaves of a ViT of ours, of a timm encoder, of a module of one's own, and a
+# fine-tuning of a ViT of ours
+EXPORTS = ("dinov2", "timm", "huggingface", "module")
 _BLOCK = 2**24
 _NAMED = 8  # models that are at hand, in a sentence
 

@@ -1,4 +1,5 @@
-"""Backbones that are not ours: timm models, and any module that returns features or tokens.
+"""Backbones that are not ours: what they have in common, and timm models; others are in
+`encoders/module.py`.
 
 They offer what `VisionTransformer` offers to the rest: `encode` for training, `forward` and
 `forward_features` for evaluation. Views of different sizes go through them one after the other.
@@ -8,7 +9,6 @@ B views, N tokens, P patches, D width.
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,47 +86,6 @@ class ForeignBackbone(nn.Module):
         here all are the last one.
         """
         return {}, 0
-
-
-class ModuleBackbone(ForeignBackbone):
-    """Any module from Python that returns `[B, D]`, or tokens `[B, N, D]` with CLS first.
-
-    Tokens of a module whose forward takes `masks` (bool `[B, P]`) can be trained with iBOT; it
-    must hide these patches itself.
-    """
-
-    def __init__(
-        self, module: nn.Module, width: int, patch_size: int = 1, prefix_tokens: int = 1
-    ) -> None:
-        """Wrap a module.
-
-        Args:
-            module: `[B, C, H, W]` to `[B, D]` or `[B, prefix_tokens + P, D]`.
-            width: D.
-            patch_size: side of a patch in pixels, where there are tokens.
-            prefix_tokens: CLS and registers before the patches.
-        """
-        takes_masks = "masks" in inspect.signature(module.forward).parameters
-        super().__init__(module, width, patch_size, takes_masks)
-        self.prefix_tokens = prefix_tokens
-
-    def features(self, x: Tensor, masks: Tensor | None) -> Features:
-        """See `ForeignBackbone`.
-
-        Raises:
-            PipelineError: the module's output has another shape.
-        """
-        out = self.module(x, masks=masks) if self.has_patches else self.module(x)
-        shape = tuple(getattr(out, "shape", ()))
-        if len(shape) not in (2, 3) or shape[0] != len(x) or shape[-1] != self.width:
-            raise PipelineError(
-                f"the encoder returned {shape or type(out).__name__} for {tuple(x.shape)}, "
-                f"expected [{len(x)}, {self.width}] or [{len(x)}, tokens, {self.width}]",
-                "give the module's width, or wrap it so that it returns features or tokens",
-            )
-        if len(shape) == 2:
-            return out, None
-        return out[:, 0], out[:, self.prefix_tokens :]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, ValueRange
+from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
+from pipeline.model.encoders.source import PREFIX, Name, from_copy
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone, TimmSpec
 from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
+from pipeline.model.pair import Backbone, Spec
 from pipeline.model.read import read_json, spec_from
-from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import load_backbone, write_folder
+from pipeline.storage.run_folder import atomic
 
+CODE = "encoder"  # folder with the text of a module
 OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it
 
 
@@ -122,8 +127,64 @@ def save_foreign(
     return write_folder(folder, state, {CONFIG: config})
 
 
-def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone:
-    """Read what `save_foreign` wrote; in eval mode, on the CPU.
+def save_module(
+    backbone: ModuleBackbone,
+    folder: str | Path,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: ValueRange = FULL,
+) -> Path:
+    """Write the encoder of a module: `encoder/` with its text, `model.safetensors` under its own
+    names, and `config.json` with its factory, the keywords that it gets and what images it takes.
+    """
+    spec = backbone.spec
+    assert spec is not None  # of a run, always
+    folder = Path(folder)
+    shutil.rmtree(folder / CODE, ignore_errors=True)
+    for name, text in spec.files.items():
+        with atomic(folder / CODE / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    sizes = {field.name: getattr(spec, field.name) for field in fields(TimmSpec)}
+    config = {
+        "factory": spec.name,
+        "keywords": spec.taken(),
+        "num_features": backbone.width,
+        "code_digest": spec.digest,
+        "pretrained_cfg": {
+            **timm_transform(mean, std, spec.image_size),
+            **deep_key(value_range),
+        },
+        OURS: sizes | {"name": f"{PREFIX}{spec.name}"},
+    }
+    state = {name: x.detach().cpu() for name, x in backbone.module.state_dict().items()}
+    return write_folder(folder, state, {CONFIG: config})
+
+
+def _module_spec(sizes: TimmSpec, folder: Path) -> ModuleSpec:
+    """What `save_module` wrote, with the text beside it.
+
+    Raises:
+        PipelineError: the text is not there, or this machine runs no such code.
+    """
+    place = folder / CODE
+    files = {
+        path.relative_to(place).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(place.rglob("*.py"))
+    }
+    if not files:
+        raise PipelineError(
+            f"{folder} has no text of its encoder: there is nothing in {place}",
+            "copy the folder again, with all that is in it",
+        )
+    name = sizes.name.removeprefix(PREFIX)
+    from_copy(Name.of(name), files, str(place))
+    rest = asdict(sizes)
+    del rest["name"]
+    return ModuleSpec(name, **rest, files=files)
+
+
+def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone | ModuleBackbone:
+    """Read what `save_foreign` or `save_module` wrote; in eval mode, on the CPU.
 
     Args:
         folder: of the weights.
@@ -136,9 +197,12 @@ def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone:
     config = read_spec(folder)
     if config is None:
         raise PipelineError(
-            f"{folder / CONFIG} is not the config of a timm encoder of ours", "export the run again"
+            f"{folder / CONFIG} is not the config of an encoder that we exported",
+            "export the run again",
         )
-    backbone = spec_from(TimmSpec, config, folder / CONFIG).build()
+    spec = spec_from(TimmSpec, config, folder / CONFIG)
+    own = spec.name.startswith(PREFIX)
+    backbone = _module_spec(spec, folder).build() if own else spec.build()
     if not random:
         fit_foreign(backbone, read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
     return backbone.eval()
@@ -146,8 +210,8 @@ def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone:
 
 def load_any(
     folder: str | Path,
-) -> tuple[VisionTransformer | TimmBackbone, BackboneSpec | TimmSpec]:
-    """A backbone that an export wrote, ours or a timm encoder, and what it is made of.
+) -> tuple[Backbone, Spec]:
+    """A backbone that an export wrote, ours or another encoder, and what it is made of.
 
     Raises:
         PipelineError: as `load_backbone` and `load_foreign`.
@@ -155,16 +219,42 @@ def load_any(
     if read_spec(folder) is None:
         return load_backbone(folder)
     backbone = load_foreign(folder)
+    assert backbone.spec is not None  # it was made from one
     return backbone, backbone.spec
 
 
 def read_spec(folder: str | Path) -> dict[str, Any] | None:
-    """Our settings in a folder that `save_foreign` wrote, None for any other."""
+    """Our settings in a folder that `save_foreign` or `save_module` wrote, None for any other."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         return None
     spec = read_json(path).get(OURS)
     return spec if isinstance(spec, dict) else None
+
+
+@torch.no_grad()
+def verify_module(backbone: ModuleBackbone, folder: str | Path) -> str:
+    """Load the folder and compare an output to the bit.
+
+    Raises:
+        PipelineError: what was written gives other features.
+    """
+    spec = backbone.spec
+    assert spec is not None
+    image = _ramp(spec)
+    here, out = backbone.cpu().eval()(image), load_foreign(folder)(image)
+    if not torch.equal(here, out):
+        worst = float((here - out).abs().max())
+        raise PipelineError(
+            f"{folder} gives other features (up to {worst:.2g})",
+            "does its forward draw random numbers in eval mode? if not, check the disk",
+        )
+    return "equal to the bit, read back"
+
+
+def _ramp(spec: TimmSpec | ModuleSpec) -> Tensor:
+    size = spec.image_size
+    return torch.linspace(-2, 2, spec.in_channels * size * size).view(1, -1, size, size)
 
 
 @torch.no_grad()
@@ -177,8 +267,7 @@ def verify_foreign(backbone: TimmBackbone, folder: str | Path) -> str:
     import timm
 
     spec = backbone.spec
-    size = spec.image_size
-    image = torch.linspace(-2, 2, spec.in_channels * size * size).view(1, -1, size, size)
+    image = _ramp(spec)
     was = backbone.training
     here = backbone.cpu().eval()(image)
     backbone.train(was)

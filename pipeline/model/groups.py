@@ -44,7 +44,7 @@ def parameter_groups(
 
     Each has `params`, `names`, `lr_multiplier`, `weight_decay_multiplier`, `is_last_layer`,
     `is_backbone`; `apply_values` sets the rates. Layers of foreign backbones are those that they
-    name themselves; of those, vectors do not decay.
+    name themselves; of those, and of heads (BatchNorm), vectors do not decay.
     """
     backbone = getattr(student, "backbone", None)
     foreign = backbone if isinstance(backbone, ForeignBackbone) else None
@@ -61,6 +61,8 @@ def parameter_groups(
         # A head's `mlp` must not meet the backbone's rules by accident: it has no blocks, so its
         # factor is 1.
         lr, decay, is_last = multipliers(inside, depth, layerwise_decay, patch_embed_lr_multiplier)
+        if head in children[1:] and parameter.ndim < 2:
+            decay = 0.0
         if foreign and head == "backbone":
             lr = layerwise_decay ** (last - layers.get(inside, last))
             lr *= patch_embed_lr_multiplier if "patch_embed" in inside else 1.0

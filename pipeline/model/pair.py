@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.foreign import ForeignBackbone, TimmSpec
-from pipeline.model.head import Head
+from pipeline.model.head import Head, Norm, Norms
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 Backbone = VisionTransformer | ForeignBackbone
+Spec = BackboneSpec | TimmSpec | ModuleSpec  # what a backbone is built from
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,20 @@ class HeadSpec:
     hidden: int = 2048
     layers: int = 3
     float32: bool = False  # logits are float32 under autocast too
+    norm: Norm = "none"  # after each hidden layer
+    input_norm: Norm = "none"  # on the feature
 
     def build(self, width: int) -> Head:
         """A freshly initialised head for tokens of `width`, drawn from torch's global generator."""
-        return Head(width, self.prototypes, self.bottleneck, self.hidden, self.layers, self.float32)
+        return Head(
+            width,
+            self.prototypes,
+            self.bottleneck,
+            self.hidden,
+            self.layers,
+            self.float32,
+            Norms(self.norm, self.input_norm),
+        )
 
 
 class Encoded(NamedTuple):
@@ -61,6 +73,7 @@ class Encoder(nn.Module):
         masked: Tensor | None = None,
         score_cls: bool = True,
         generator: torch.Generator | None = None,
+        rows: int | None = None,
     ) -> Encoded:
         """Score CLS tokens and masked patches against the prototypes.
 
@@ -71,6 +84,7 @@ class Encoder(nn.Module):
             masked: int64 `[M]`, flat places in `[V * P]` whose patch tokens are scored; None: none.
             score_cls: False leaves the CLS tokens out of the head (a DINO weight of 0).
             generator: source of stochastic depth, used in training mode only.
+            rows: how many of `masked` count, the first, where BatchNorm looks; None: all.
         """
         if masked is None:
             masked = torch.zeros(0, dtype=torch.long, device=global_views.device)
@@ -84,9 +98,10 @@ class Encoder(nn.Module):
         views = len(global_views)
         scored = cls if score_cls else cls[:0]
         if self.ibot_head is not None:
-            return Encoded(cls[:views], self.dino_head(scored), self.ibot_head(patch))
+            return Encoded(cls[:views], self.dino_head(scored), self.ibot_head(patch, rows))
         together = chosen if score_cls else patch
-        return Encoded(cls[:views], self.dino_head(together), None)
+        filling = len(masked) - rows if rows is not None else 0
+        return Encoded(cls[:views], self.dino_head(together, len(together) - filling), None)
 
 
 @dataclass
@@ -114,15 +129,13 @@ class Pair:
         return self
 
 
-def build_pair(
-    backbone: BackboneSpec | TimmSpec | Backbone, dino: HeadSpec, ibot: HeadSpec | None, seed: int
-) -> Pair:
+def build_pair(backbone: Spec | Backbone, dino: HeadSpec, ibot: HeadSpec | None, seed: int) -> Pair:
     """Student from `seed`, teacher as its copy. `ibot=None` shares the DINO head. Leaves the global
     generator alone. A backbone that exists already is used as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = backbone.build() if isinstance(backbone, BackboneSpec | TimmSpec) else backbone
+        network = backbone.build() if isinstance(backbone, Spec) else backbone
         student = Encoder(
             network,
             dino.build(network.width),
@@ -136,7 +149,8 @@ def pair_of(student: Encoder) -> Pair:
 
     The teacher is in eval mode, but for BatchNorm: its layers normalise with the batch, as in DINO,
     because averaged weights do not fit anybody's running means. The running means that they keep
-    meanwhile are for evaluation.
+    meanwhile are for evaluation. Each worker normalises with its own micro batches, whose size does
+    not change with the number of workers; the running means that are kept are worker 0's.
     """
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     for module in teacher.modules():

@@ -69,6 +69,7 @@ class Plan(BaseModel):
     value_range: Literal["full"] | tuple[float, float] | None = None  # of deep images; None: full
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
+    encoder_files: dict[str, str] = {}  # text of model.encoder=module:…, by the file's name
 
     @property
     def schedules(self) -> Schedules:

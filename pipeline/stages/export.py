@@ -14,8 +14,14 @@ from pipeline.context import Context, result_line
 from pipeline.evaluate.teacher import Evaluator
 from pipeline.heartbeat import now
 from pipeline.images.value_range import FULL, ValueRange
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone
-from pipeline.model.foreign_weights import save_foreign, verify_foreign
+from pipeline.model.foreign_weights import (
+    save_foreign,
+    save_module,
+    verify_foreign,
+    verify_module,
+)
 from pipeline.model.formats import deep_key
 from pipeline.model.onnx_out import OnnxFile, Pixels, SessionModule, save_onnx
 from pipeline.model.vit import BackboneSpec, VisionTransformer
@@ -41,6 +47,8 @@ from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
 
 FORMATS = ("dinov2", "huggingface", "timm")
+# of an encoder of one's own
+ONLY_OURS = "not written: dinov2, huggingface and timm, which hold their own networks alone"
 FILES = ("model.safetensors", "config.json")
 
 
@@ -65,8 +73,8 @@ def intact(context: Context) -> bool:
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """Writes `weights/{dinov2,huggingface,timm}`, and `onnx` where it is asked for, each loaded
-    back and compared before it says done.
+    """Writes `weights/{dinov2,huggingface,timm}`, or `weights/timm` or `weights/module` of another
+    encoder, and `onnx` where it is asked for, each loaded back and compared before it says done.
     """
     saved = chosen(context)
     plan = trained_plan(saved)
@@ -77,6 +85,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         mean, std = config.augment.mean, config.augment.std
         folder = save_foreign(backbone, weights / "timm", mean, std, value_range)
         formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
+    elif isinstance(backbone, ModuleBackbone):
+        mean, std = config.augment.mean, config.augment.std
+        folder = save_module(backbone, weights / "module", mean, std, value_range)
+        formats, agreed = {"module": verify_module(backbone, folder)}, ONLY_OURS
     elif isinstance(backbone, VisionTransformer):
         spec = build.backbone_spec(config)
         formats = _write(backbone, spec, weights, config.augment, value_range)
@@ -88,6 +100,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
+    if agreed == ONLY_OURS:
+        result_line("", agreed)
     if (of_before := weights / "onnx").is_dir():
         shutil.rmtree(of_before)  # perhaps of another checkpoint than the weights beside it
     onnx = _onnx(context, saved, backbone) if context.config.export.onnx else {}

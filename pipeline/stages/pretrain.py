@@ -12,6 +12,7 @@ from pipeline.context import Context, result_line
 from pipeline.driver import cluster
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
+from pipeline.model.encoders.source import digest_of
 from pipeline.model.pair import Pair
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
@@ -20,6 +21,7 @@ from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, estimate, start
 from pipeline.train.checkpoint import state
+from pipeline.train.encoders.kept import encoder_files, write_encoder
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
 from pipeline.uri import public
@@ -52,7 +54,10 @@ def key(context: Context) -> str:
         path: value_at(config, path) for path, _ in field_paths() if not path.startswith(MAY_CHANGE)
     }
     deep = shards.columns.value_range
-    return fingerprint([fixed, shards.digest] + [deep] * (deep != FULL))
+    code = encoder_files(config, state.latest(context.folder.checkpoints))
+    return fingerprint(
+        [fixed, shards.digest] + [deep] * (deep != FULL) + [digest_of(code)] * bool(code)
+    )
 
 
 def intact(context: Context) -> bool:
@@ -81,6 +86,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     ):
         log.info("changed     %s", change)
     tracker.artifact(write_plan(run_plan, context.folder))
+    if (code := write_encoder(run_plan, context.folder)) is not None:
+        tracker.artifact(code)
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
     tracker.params(params(run_plan))
     for line in _described(run_plan, context.folder):
@@ -139,7 +146,7 @@ def starting_pair(plan: Plan, folder: RunFolder) -> Pair:
         built, text = start.starting_pair(plan)
         log.info("init        %s", text)
     else:
-        built = build.pair(plan.config)
+        built = build.pair(plan.config, plan.encoder_files)
     return start.with_frozen_teacher(built, plan)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
+from pipeline.model.encoders.module import ModuleSpec
+from pipeline.model.encoders.source import PREFIX, Name, read_source
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
-from pipeline.model.pair import HeadSpec, Pair, build_pair
+from pipeline.model.pair import HeadSpec, Pair, Spec, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.ahead import ViewMaker
@@ -47,22 +52,34 @@ def backbone_spec(config: Config) -> BackboneSpec:
     )
 
 
-def encoder_spec(config: Config) -> BackboneSpec | TimmSpec:
-    """Our ViT, or the timm model that `model.encoder` names."""
+def encoder_spec(config: Config, files: Mapping[str, str] | None = None) -> Spec:
+    """Our ViT, the timm model that `model.encoder` names, or what its module makes.
+
+    Args:
+        config: the recipe.
+        files: text of the module, as a plan has it; without it that of this machine.
+    """
     model = config.model
     if model.encoder == "dinov2":
         return backbone_spec(config)
-    return TimmSpec(
-        name=model.encoder.removeprefix("timm:"),
-        image_size=config.augment.global_size,
-        patch_size=model.patch_size,
-        in_channels=model.in_channels,
-        drop_path=model.drop_path,
-    )
+    sizes: dict[str, Any] = {
+        "image_size": config.augment.global_size,
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "drop_path": model.drop_path,
+    }
+    if not model.encoder.startswith(PREFIX):
+        return TimmSpec(model.encoder.removeprefix("timm:"), **sizes)
+    text = files or read_source(Name.of(model.encoder))
+    return ModuleSpec(model.encoder.removeprefix(PREFIX), **sizes, files=text)
 
 
-def pair(config: Config) -> Pair:
+def pair(config: Config, files: Mapping[str, str] | None = None) -> Pair:
     """Student and teacher with random weights: the same on every worker, from the run's seed.
+
+    Args:
+        config: the recipe.
+        files: as for `encoder_spec`.
 
     Raises:
         PipelineError: a foreign encoder does not exist or does not do what the recipe asks for.
@@ -71,7 +88,7 @@ def pair(config: Config) -> Pair:
     dino = HeadSpec(**config.head.model_dump(), float32=exact)
     ibot = config.ibot_head.model_dump(exclude={"separate"})
     separate = HeadSpec(**ibot, float32=exact) if config.ibot_head.separate else None
-    built = build_pair(encoder_spec(config), dino, separate, config.run.seed)
+    built = build_pair(encoder_spec(config, files), dino, separate, config.run.seed)
     backbone = built.student.backbone
     if isinstance(backbone, ForeignBackbone):
         augment = config.augment
@@ -83,7 +100,7 @@ def pair(config: Config) -> Pair:
             )
         if config.optim.layerwise_decay < 1 and not backbone.has_layers:
             raise PipelineError(
-                f"timm does not know the layers of {config.model.encoder}, which "
+                f"the layers of {config.model.encoder} are not known, which "
                 f"optim.layerwise_decay={config.optim.layerwise_decay} needs",
                 "set optim.layerwise_decay=1",
             )
@@ -127,7 +144,12 @@ def crop_spec(config: Config) -> CropSpec:
 def photometric_spec(config: Config) -> PhotometricSpec:
     """What the training device does to colours."""
     augment = config.augment
+    brightness, contrast, saturation, hue = augment.jitter_strengths
     return PhotometricSpec(
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
         jitter_probability=augment.jitter,
         greyscale_probability=augment.greyscale,
         blur_probability=BLUR[augment.blur],

@@ -13,8 +13,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
-from pipeline.model.foreign import TimmSpec
-from pipeline.model.vit import BackboneSpec
+from pipeline.model.pair import Spec
 from pipeline.plan.plan import Plan
 from pipeline.train import build
 
@@ -33,9 +32,7 @@ class EvaluatorActor:
         share: of the memory of the GPU, so that a worker on the same one keeps the rest.
     """
 
-    def __init__(
-        self, spec: EvaluationSpec, backbone: BackboneSpec | TimmSpec, device: str, share: float
-    ) -> None:
+    def __init__(self, spec: EvaluationSpec, backbone: Spec, device: str, share: float) -> None:
         if 0 < share < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(share)
         self.evaluator = Evaluator(spec, device=device)
@@ -67,7 +64,7 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     return (
         ray.remote(EvaluatorActor)
         .options(**options)
-        .remote(spec, build.encoder_spec(plan.config), device, share)
+        .remote(spec, build.encoder_spec(plan.config, plan.encoder_files), device, share)
     )
 
 

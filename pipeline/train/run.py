@@ -32,6 +32,7 @@ from pipeline.stream.order import layout_of
 from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build
 from pipeline.train.checkpoint import state
+from pipeline.train.encoders.kept import check_unchanged, without_text
 from pipeline.uri import public
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def check_resume(
             f"other values:\n    " + "\n    ".join(refused),
             "give this run another name (run.name=…), or put these values back to resume",
         )
+    check_unchanged(earlier, saved, folder)
     return allowed
 
 
@@ -344,5 +346,5 @@ def write_plan(plan: Plan, folder: RunFolder) -> Path:
 
     path = folder.path / "plan.yaml"
     with atomic(path) as temporary:
-        temporary.write_text(yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(without_text(plan), sort_keys=False))
     return path

@@ -27,6 +27,7 @@ from pipeline.train.checkpoint import state
 from pipeline.train.checkpoint.files import step_of
 from pipeline.train.checkpoint.names import divided, optimizer_state, prepare_optimizer
 from pipeline.train.checkpoint.restore import put
+from pipeline.train.encoders.kept import encoder_files, say_copy
 from pipeline.train.objective import Objective
 from pipeline.train.parallel.strategy import Layout, prepare
 from pipeline.uri import is_uri, join, parent, public
@@ -76,7 +77,7 @@ def networks(plan: Plan, resumed: bool) -> Pair:
     """The networks that a `located` plan begins with, on the CPU and equal on all workers. A run
     that is `resumed` no longer needs the weights it started from, and restores its own next.
     """
-    built = pair(plan.config) if resumed else starting_pair(plan)[0]
+    built = pair(plan.config, plan.encoder_files) if resumed else starting_pair(plan)[0]
     return with_frozen_teacher(built, plan)
 
 
@@ -94,15 +95,23 @@ def train_state(plan: Plan, built: Pair, layout: Layout, resumed: bool) -> Train
 
 
 def located(plan: Plan, saved: state.Saved | None) -> Plan:
-    """The plan with the very checkpoints that `model.init` and `distill.teacher` mean.
+    """The plan with the very checkpoints that `model.init` and `distill.teacher` mean, and with the
+    text of `model.encoder=module:…`.
 
     Looked up once, when the run begins: a run folder goes on changing, and all workers and all
     restarts must use the same weights. A run that goes on, from `saved`, keeps what it began with.
+
+    Raises:
+        PipelineError: there is no such module.
     """
     if saved is not None:
         earlier = plan_of(saved.meta, saved.path)
         return plan.model_copy(
-            update={"init": earlier.init, "frozen_teacher": earlier.frozen_teacher}
+            update={
+                "init": earlier.init,
+                "frozen_teacher": earlier.frozen_teacher,
+                "encoder_files": earlier.encoder_files,
+            }
         )
 
     def found(path: str) -> str:
@@ -114,6 +123,7 @@ def located(plan: Plan, saved: state.Saved | None) -> Plan:
         update={
             "init": found(config.model.init),
             "frozen_teacher": found(config.distill.teacher),
+            "encoder_files": encoder_files(config),
         }
     )
 
@@ -128,7 +138,7 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
         PipelineError: the weights are not there or do not fit, with all that is wrong.
     """
     config, source = plan.config, plan.init
-    built = pair(config)
+    built = pair(config, plan.encoder_files)
     if not source:
         return built, "random weights"
     student = built.student
@@ -212,9 +222,16 @@ def checkpoint_at(path: str) -> state.Saved | None:
 
 
 def encoder_of(saved: state.Saved) -> tuple[Encoder, Config]:
-    """The teacher of a checkpoint, heads included, and the recipe it was trained with."""
-    config = plan_of(saved.meta, saved.path).config
-    encoder = pair(config).teacher
+    """The teacher of a checkpoint, heads included, and the recipe it was trained with. An encoder
+    of a module is made from the text that the checkpoint holds.
+
+    Raises:
+        PipelineError: this machine runs no code of others, see `from_copy`.
+    """
+    plan = plan_of(saved.meta, saved.path)
+    say_copy(plan, saved)
+    config = plan.config
+    encoder = pair(config, plan.encoder_files).teacher
     encoder.load_state_dict(saved.teacher())
     return encoder, config
 

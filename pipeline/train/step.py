@@ -53,7 +53,12 @@ class StepResult:
 def ask_teacher(pair: Pair, views: Views, patches: Masked, objective: Objective) -> Answer:
     """What makes the targets, on the global views with nothing hidden."""
     encoded: Encoded = pair.target_maker(
-        views.global_views, None, None, patches.places, objective.scores_cls
+        views.global_views,
+        None,
+        None,
+        patches.places,
+        objective.scores_cls,
+        rows=patches.rows,
     )
     return Answer(encoded, patches.rows, views.weights)
 
@@ -73,6 +78,7 @@ def ask_student(
         patches.places,
         objective.scores_cls,
         generator,
+        patches.rows,
     )
 
 

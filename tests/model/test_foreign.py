@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.model.foreign import ModuleBackbone, TimmSpec, check_sizes
+from pipeline.model.encoders.module import ModuleBackbone
+from pipeline.model.foreign import TimmSpec, check_sizes
 from pipeline.model.foreign_weights import fit_foreign, load_any, save_foreign, verify_foreign
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import HeadSpec, build_pair, ema_update

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.model.foreign import ModuleBackbone, TimmSpec
+from pipeline.model.encoders.module import ModuleBackbone
+from pipeline.model.foreign import TimmSpec
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import save_huggingface
 from pipeline.use.attention import attention

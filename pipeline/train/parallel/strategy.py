@@ -84,6 +84,7 @@ def student_forward(pair: Pair, layout: Layout) -> nn.Module:
         student,
         device_ids=ids,
         gradient_as_bucket_view=True,  # no second copy of the gradients
+        broadcast_buffers=False,  # running means of BatchNorm: each worker's own, see `pair_of`
         bucket_cap_mb=bucket_bytes(student) / 2**20,
     )
     if layout.reduce == torch.bfloat16:

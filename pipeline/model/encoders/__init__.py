@@ -1,0 +1,1 @@
+"""Encoders of a module of one's own (`model.encoder=module:…`): their text, and some of ours."""

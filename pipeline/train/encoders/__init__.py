@@ -1,0 +1,1 @@
+"""What a run keeps of an encoder of one's own."""
