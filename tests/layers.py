@@ -94,7 +94,9 @@ TABLE = [
         "errors loss model schedule train.objective train.parallel.* train.speed.parts train.step "
         "views",
         others="torch"),
-    row("train.checkpoint.*", "errors storage train.checkpoint.* uri", others="numpy torch"),
+    row("train.checkpoint.*", "errors model.low_rank storage train.checkpoint.* uri",
+        others="numpy torch"),
+    row("train.tune.*", "config errors model train.parallel.* train.tune.*", others="torch"),
     row("train.build train.estimate train.start",
         "config errors evaluate images loss model plan schedule shards storage train uri "
         "views", others="torch"),
@@ -134,7 +136,6 @@ TABLE = [
     row("card", "config curate.threshold.* embed errors evaluate heartbeat images model report "
         "search shards storage uri use views", others="numpy pyarrow",
         others_inside="PIL ray torch"),
-    row("finetune.low_rank", "errors", others="torch"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream.order train.checkpoint.* train.speed.bottleneck uri views",

@@ -133,6 +133,11 @@ class Config(Section):
             )
         if self.export.onnx_sizes and not self.export.onnx:
             raise ValueError("export.onnx_sizes names sizes of ONNX, but export.onnx is false")
+        if self.train.tune != "all" and not self.model.init:
+            raise ValueError(
+                f"train.tune={self.train.tune} freezes weights, but model.init is empty: random "
+                "weights would stay random; name weights with model.init or set train.tune=all"
+            )
         if self.model.init_resize and not self.model.init:
             raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
         guard = self.guard

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Below1, Fraction, NonNegative, Positive, Range, Section
 
@@ -93,6 +95,38 @@ class Optim(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Tune:
+    """Which weights of the student's backbone learn; heads always do."""
+
+    kind: Literal["all", "last_blocks", "lora", "heads"]
+    number: int = 0  # of blocks, or the rank
+
+    @classmethod
+    def parse(cls, text: str) -> Tune:
+        """What a recipe says: `all`, `heads`, `last_blocks=2`, `lora(rank=16)`.
+
+        Raises:
+            ValueError: none of these.
+        """
+        plain = re.sub(r"\s", "", text)
+        if plain == "all" or plain == "heads":
+            return cls("all" if plain == "all" else "heads")
+        if blocks := re.fullmatch(r"last_blocks=([1-9]\d{0,3})", plain):
+            return cls("last_blocks", int(blocks[1]))
+        if rank := re.fullmatch(r"lora\(rank=([1-9]\d{0,3})\)", plain):
+            return cls("lora", int(rank[1]))
+        raise ValueError(
+            f"train.tune={text[:40]} is none of all, heads, last_blocks=N and lora(rank=R) with "
+            "N and R from 1 on; did you mean last_blocks=2 or lora(rank=16)?"
+        )
+
+    def __str__(self) -> str:
+        """As a recipe says it."""
+        forms = {"last_blocks": "last_blocks={}", "lora": "lora(rank={})"}
+        return forms.get(self.kind, self.kind).format(self.number)
+
+
 class Train(Section):
     """How the run is laid out over workers and time."""
 
@@ -145,9 +179,19 @@ class Train(Section):
     freeze_backbone_steps: int = Field(
         0, ge=0, description="steps in which only the heads learn; for fresh heads on model.init"
     )
+    tune: str = Field(
+        "all",
+        description="what learns beside the heads: all, last_blocks=2, lora(rank=16), or heads "
+        "alone; all but all need model.init",
+    )
     max_restarts: int = Field(
         3, ge=0, description="restarts of the worker group without a new checkpoint in between"
     )
+
+    @field_validator("tune")
+    @classmethod
+    def _tune(cls, text: str) -> str:
+        return str(Tune.parse(text))
 
     @model_validator(mode="after")
     def _range(self) -> Train:

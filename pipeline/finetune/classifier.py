@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.finetune.low_rank import add_low_rank
 from pipeline.finetune.settings import Settings
 from pipeline.model.fit import Facts
 from pipeline.model.foreign import TimmBackbone, timm_by_name
+from pipeline.model.low_rank import add_low_rank
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 Tunable = VisionTransformer | TimmBackbone
@@ -97,7 +97,8 @@ def classifier_of(backbone: nn.Module, classes: int, settings: Settings) -> Clas
     if hasattr(backbone, "mask_token"):
         backbone.mask_token.requires_grad_(False)
     if settings.tune == "low_rank":
-        add_low_rank(backbone, settings.rank, settings.seed)
+        field = f"finetune.rank={settings.rank}"
+        add_low_rank(backbone, settings.rank, settings.seed, field, attention_only=True)
     if isinstance(backbone, VisionTransformer):
         backbone.drop_path = settings.drop_path if settings.tune == "all" else 0.0
     elif settings.drop_path:

@@ -188,8 +188,12 @@ def freeze(encoder: Encoder, student: Encoder) -> Encoder:
 
 @torch.no_grad()
 def ema_update(pair: Pair, momentum: float) -> None:
-    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter."""
-    student, teacher = (local_parts(list(encoder.parameters())) for encoder in pair)
+    """`teacher = momentum * teacher + (1 - momentum) * student`, for every parameter that learns.
+    One that is frozen in the student is equal in the teacher, if not the same tensor.
+    """
+    both = zip(pair.student.parameters(), pair.teacher.parameters(), strict=True)
+    learnt = [(ours, theirs) for ours, theirs in both if ours.requires_grad]
+    student, teacher = (local_parts([each[i] for each in learnt]) for i in (0, 1))
     move(student, teacher, momentum)
 
 

@@ -16,12 +16,12 @@ from pipeline.evaluate.labels import Labels, check_labels
 from pipeline.evaluate.score import Score
 from pipeline.finetune.classifier import Classifier, classifier_of, described
 from pipeline.finetune.export import CLASSES, export, form_of
-from pipeline.finetune.low_rank import merge_low_rank
 from pipeline.finetune.rows import Split, split_of
 from pipeline.finetune.run import check_resume, finetune, layout_of, precision_of, write_bad
 from pipeline.finetune.settings import Settings, steps_of, steps_per_epoch
 from pipeline.finetune.worker import Task
 from pipeline.heartbeat import now
+from pipeline.model.low_rank import merge_low_rank
 from pipeline.shards.shard_set import ShardSet
 from pipeline.shards.shards import open_shards
 from pipeline.stages.checks.known_sets import KnownSet
@@ -286,7 +286,13 @@ def trained_classifier(
     if saved is None:
         raise TrainError("the checkpoint of the fine-tuning is gone", "run the same command again")
     classifier = classifier_of(_loaded(spec), classes, settings)
-    classifier.load_state_dict(saved.load()["classifier"], strict=False)
+    loaded = classifier.load_state_dict(saved.load()["classifier"], strict=False)
+    if loaded.unexpected_keys:
+        raise TrainError(
+            f"checkpoint {public(saved.path)} holds {loaded.unexpected_keys[0]}, which this "
+            "version of raydino calls otherwise",
+            "export it with the version that wrote it, or fine-tune again under another run.name",
+        )
     merge_low_rank(classifier.backbone)
     return classifier.eval()
 

@@ -24,6 +24,8 @@ from pipeline.train.checkpoint import state
 from pipeline.train.encoders.kept import encoder_files, write_encoder
 from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
+from pipeline.train.tune.choose import tuned
+from pipeline.train.tune.share import said
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations
 
@@ -147,7 +149,7 @@ def starting_pair(plan: Plan, folder: RunFolder) -> Pair:
         log.info("init        %s", text)
     else:
         built = build.pair(plan.config, plan.encoder_files)
-    return start.with_frozen_teacher(built, plan)
+    return start.with_frozen_teacher(tuned(built, plan.config), plan)
 
 
 def params(plan: Plan) -> dict[str, Any]:
@@ -217,10 +219,11 @@ def _unused(model: Model) -> str:
 
 def _model(config: Config) -> str:
     model = config.model
+    tune = "" if config.train.tune == "all" else f", {config.train.tune}"
     if model.encoder != "dinov2":
-        return model.encoder
+        return model.encoder + tune
     width, depth, _ = model.dimensions
-    return f"{model.size} {width}x{depth}/{model.patch_size}"
+    return f"{model.size} {width}x{depth}/{model.patch_size}{tune}"
 
 
 def digest_shown(digest: str) -> str:
@@ -256,6 +259,10 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
     if built.frozen:
         size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
         lines.append(f"teacher     {public(plan.frozen_teacher)}, frozen, {size:.1f} M parameters")
+    if config.train.tune != "all":
+        lines.append(f"tune        {config.train.tune}: {said(built)}")
+        if config.train.tune == "heads" and config.train.freeze_backbone_steps:
+            lines.append("            train.freeze_backbone_steps is not used: no backbone learns")
     if plan.value_range not in (None, FULL):
         lines.append(
             f"range       values {shown(plan.value_range)} of images of more than 8 bits become 0 "

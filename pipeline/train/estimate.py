@@ -29,12 +29,14 @@ from pipeline.train.speed.cost import (
 )
 from pipeline.train.speed.flops import (
     Group,
+    first_learning,
     head_flops,
     kept_views,
     measured_flops,
     vit_flops,
     vit_tokens,
 )
+from pipeline.train.tune.share import checkpoint_bytes
 
 
 def flops_per_image(plan: Plan, built: Pair) -> float:
@@ -105,7 +107,7 @@ def estimated_cost(plan: Plan, built: Pair) -> Cost:
     return Cost(
         parameters=parameters,
         flops_per_image=flops_per_image(plan, built),
-        checkpoint_bytes=parameters * BYTES_F32 * 4,
+        checkpoint_bytes=checkpoint_bytes(built),
         memory=memory_of(plan, built),
     )
 
@@ -184,7 +186,8 @@ def _on_a_gpu(
     augment, train, half = plan.config.augment, plan.config.train, plan.precision == "bfloat16"
     element = 2 if half else BYTES_F32
     stream = 2 if half and train.residual == "bfloat16" else BYTES_F32
-    width, depth = backbone.width, len(backbone.blocks)
+    # blocks before the first that learns keep nothing
+    width, depth = backbone.width, len(backbone.blocks) - first_learning(backbone)
     one: Any = backbone.blocks[0]
     hidden = next(_linears(one.mlp)).out_features
     # under stochastic depth eager sums keep what they add; a compiler does not

@@ -30,6 +30,7 @@ from pipeline.train.checkpoint.restore import put
 from pipeline.train.encoders.kept import encoder_files, say_copy
 from pipeline.train.objective import Objective
 from pipeline.train.parallel.strategy import Layout, prepare
+from pipeline.train.tune.choose import frozen_names, take_frozen, tuned
 from pipeline.uri import is_uri, join, parent, public
 
 
@@ -42,9 +43,14 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
     def state(self) -> dict[str, Any]:
-        """Nested dicts of tensors, for a checkpoint: the live ones, slices where they are split."""
+        """Nested dicts of tensors, for a checkpoint: the live ones, slices where they are split.
+        What is frozen is there once, with the teacher.
+        """
+        frozen = frozen_names(self.pair.student)
         return {
-            "student": self.pair.student.state_dict(),
+            "student": {
+                name: x for name, x in self.pair.student.state_dict().items() if name not in frozen
+            },
             "teacher": self.pair.teacher.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
@@ -64,6 +70,7 @@ class TrainState:
     def take(self, state: dict[str, Any]) -> None:
         """The rest of a checkpoint."""
         self.objective.load_state_dict(state["objective"])
+        take_frozen(self.pair)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Puts a whole state in place, as `Saved.load` gives it; in one process."""
@@ -78,7 +85,7 @@ def networks(plan: Plan, resumed: bool) -> Pair:
     that is `resumed` no longer needs the weights it started from, and restores its own next.
     """
     built = pair(plan.config, plan.encoder_files) if resumed else starting_pair(plan)[0]
-    return with_frozen_teacher(built, plan)
+    return with_frozen_teacher(tuned(built, plan.config), plan)
 
 
 def train_state(plan: Plan, built: Pair, layout: Layout, resumed: bool) -> TrainState:

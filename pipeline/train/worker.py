@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.driver.compiler import uncompilable
 from pipeline.heartbeat import now
+from pipeline.model.low_rank import merged_state
 from pipeline.plan.plan import Plan
 from pipeline.stream.order import keyed
 from pipeline.stream.worker import StreamRequest, batches
@@ -158,7 +159,7 @@ class Worker:
         """The weights of the teacher's backbone as they are now, a copy on the CPU: for rank 0, {}
         for the others. All ranks must ask together, for each may hold a part of them.
         """
-        return whole_weights(self.state.pair.teacher.backbone, keep=self.rank == 0)
+        return merged_state(whole_weights(self.state.pair.teacher.backbone, keep=self.rank == 0))
 
     def agreed(self, request: str) -> str:
         """What rank 0 says, on all ranks alike."""

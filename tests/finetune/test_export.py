@@ -16,9 +16,9 @@ from pipeline.embed.load import load_weights
 from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, classifier_of, spec_of
 from pipeline.finetune.export import export, form_of
-from pipeline.finetune.low_rank import LowRankLinear, merge_low_rank
 from pipeline.images.value_range import FULL
 from pipeline.model.foreign import timm_by_name
+from pipeline.model.low_rank import LowRankLinear, merge_low_rank
 from pipeline.views.crops import resize_centre_crop
 from tests.finetune.small import SPEC, backbone, settings
 
@@ -33,7 +33,7 @@ def learnt(network: Classifier) -> Classifier:
         network.head.bias.normal_(generator=generator)
         for part in network.modules():
             if isinstance(part, LowRankLinear):
-                part.up.normal_(generator=generator)
+                part.low_rank_up.normal_(generator=generator)
     return network.eval()
 
 

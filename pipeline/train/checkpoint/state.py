@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DamagedError, DataError, StorageError, TrainError
+from pipeline.model.low_rank import merged_state
 from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import read_json, write_bytes_atomic
@@ -78,9 +79,10 @@ class Saved:
                 reader.close()
 
     def teacher(self) -> dict[str, Any]:
-        """The teacher's tensors alone, in memory; raises what `load` raises."""
-        teacher: dict[str, Any] = self.load("teacher")["teacher"]
-        return teacher
+        """The teacher's tensors alone, in memory, with low-rank updates in the weights that they
+        are of; raises what `load` raises.
+        """
+        return dict(merged_state(self.load("teacher")["teacher"]))
 
     def reader(self) -> Reader:
         """Reads parts of it; not of the version before."""

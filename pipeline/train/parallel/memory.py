@@ -43,6 +43,10 @@ def state_bytes(pair: Pair, layout: Layout, accumulation: int) -> StateBytes:
     """
     encoders = [encoder for encoder in (*pair, pair.frozen) if encoder is not None]
     student, teacher, *frozen = (FULL * numbers(encoder.parameters()) for encoder in encoders)
+    learnt = FULL * numbers(learning(pair.student))
+    if not layout.sharded:  # of a tensor in both, each worker has a slice for each
+        ours = {id(p) for p in pair.student.parameters()}
+        teacher = FULL * numbers(p for p in pair.teacher.parameters() if id(p) not in ours)
     share = layout.workers if layout.sharded else 1
     half = layout.precision is not None
     gathered = gradients = lower = 0
@@ -52,13 +56,13 @@ def state_bytes(pair: Pair, layout: Layout, accumulation: int) -> StateBytes:
         largest = max(_travelling(pair.student, group, half) for group in groups_of(pair.student))
         sent = layout.reduce.itemsize
         gathered += largest + sent * max(numbers(group) for group in groups_of(pair.student))
-        gradients = student * sent // FULL if accumulation > 1 else 0
+        gradients = learnt * sent // FULL if accumulation > 1 else 0
     elif half:
         lower = HALF * numbers(products_of(pair.student))
     return StateBytes(
         student=student // share,
-        gradients=student // share + gradients,
-        moments=2 * student // share,
+        gradients=learnt // share + gradients,
+        moments=2 * learnt // share,
         teacher=teacher // share,
         frozen=sum(frozen) // share,
         gathered=gathered,
@@ -72,10 +76,15 @@ def activations(block: float, tokens: float, depth: int, layout: Layout) -> floa
     Args:
         block: what one block keeps.
         tokens: numbers in the tokens between two blocks.
-        depth: blocks.
+        depth: blocks that a gradient reaches.
         layout: says whether blocks are computed again; then all but one keep their input alone.
     """
-    return depth * tokens + block if layout.checkpointing else depth * block
+    return depth * tokens + min(1, depth) * block if layout.checkpointing else depth * block
+
+
+def learning(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def numbers(parameters: Iterable[nn.Parameter]) -> int:

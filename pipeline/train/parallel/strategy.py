@@ -121,7 +121,8 @@ def adding_up(forward: object, last: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def clip(student: Encoder, limit: float) -> dict[str, Tensor]:
-    """Limit the gradient norm of each child of the student by itself.
+    """Limit the gradient norm of each child of the student by itself; of one that is frozen there
+    is none.
 
     Returns:
         The norms before that, 0-d by the child's name, over all workers' slices and equal on all.
@@ -130,10 +131,12 @@ def clip(student: Encoder, limit: float) -> dict[str, Tensor]:
         return {
             name: nn.utils.clip_grad_norm_(module.parameters(), limit)
             for name, module in student.named_children()
+            if any(p.requires_grad for p in module.parameters())
         }
     gradients = {
         name: [p.grad for p in module.parameters() if p.grad is not None]
         for name, module in student.named_children()
+        if any(p.requires_grad for p in module.parameters())
     }
     local = {name: local_parts(each) for name, each in gradients.items()}
     squares = [torch.stack(torch._foreach_norm(each)).square().sum() for each in local.values()]

@@ -42,28 +42,52 @@ def vit_tokens(backbone: Any, side: int) -> int:
 
 
 def vit_flops(backbone: Any, groups: Sequence[Group], *, training: bool) -> float:
-    """Of our ViT on the groups of one micro batch: forward, and backward when training."""
-    blocks, width, patch = backbone.blocks, backbone.width, backbone.patch_size
+    """Of our ViT on the groups of one micro batch: forward, and backward when training, as far
+    down as something learns.
+    """
+    width, patch = backbone.width, backbone.patch_size
+    blocks = list(backbone.blocks)
     rate = backbone.drop_path if training else 0.0
-    times = TRAIN if training else INFER
+    back = blocks[first_learning(backbone) :] if training else []  # blocks that gradients reach
+    embedding = _weights(backbone.patch_embed)
     total = 0.0
     for views, side in groups:
         tokens = vit_tokens(backbone, side)
         patches = views * (side // patch) ** 2
-        total += 2 * patches * _weights(backbone.patch_embed) * (2 if training else 1)
+        total += 2 * patches * embedding
+        if training:
+            total += 2 * patches * _weights(backbone.patch_embed, learning=True)
         rows = kept_views(views, rate) * tokens
         # the scores, and the sum of the values by them
         attention = 2 * 2 * rows * tokens * width
-        linear = 2 * rows * sum(_weights(block.attn) + _weights(block.mlp) for block in blocks)
-        total += times * (len(blocks) * attention + linear)
+        total += (len(blocks) + 2 * len(back)) * attention
+        # forward; gradients of the tokens; gradients of the weights that learn
+        for part, learning in ((blocks, False), (back, False), (back, True)):
+            layers = [layer for block in part for layer in (block.attn, block.mlp)]
+            total += 2 * rows * sum(_weights(layer, learning) for layer in layers)
     return total
+
+
+def first_learning(backbone: Any) -> int:
+    """The first block of our ViT that a gradient reaches: 0 where something before the blocks
+    learns, their number where no block does.
+    """
+    blocks = list(backbone.blocks)
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    inside |= {id(p) for p in backbone.norm.parameters()}
+    if any(p.requires_grad for p in backbone.parameters() if id(p) not in inside):
+        return 0
+    learns = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    return learns.index(True) if any(learns) else len(blocks)
 
 
 def measured_flops(
     backbone: nn.Module, groups: Sequence[Group], channels: int, *, training: bool
 ) -> float:
     """Of any backbone, counted on a copy without memory with two views of each size."""
-    probe = copy.deepcopy(backbone).to("meta").requires_grad_(training).train(training)
+    probe = copy.deepcopy(backbone).to("meta").train(training)
+    if not training:
+        probe.requires_grad_(False)
     total = 0.0
     for views, side in groups:
         counter = FlopCounterMode(display=False)
@@ -71,7 +95,7 @@ def measured_flops(
         with counter, torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
             with torch.set_grad_enabled(training):
                 out = probe(torch.zeros(2, channels, side, side))
-            if training:
+            if out.requires_grad:
                 out.sum().backward()
         total += counter.get_total_flops() / 2 * views
     return total
@@ -82,6 +106,9 @@ def head_flops(head: nn.Module | None, rows: float, *, training: bool) -> float:
     return 2 * rows * _weights(head) * (TRAIN if training else INFER) if head else 0.0
 
 
-def _weights(module: nn.Module) -> int:
-    """Numbers in the matrices (and kernels) of a module; a column of lengths is no matrix."""
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1 and p.numel() > len(p))
+def _weights(module: nn.Module, learning: bool = False) -> int:
+    """Numbers in the matrices (and kernels) of a module; a column of lengths is no matrix. All of
+    them, or those that learn.
+    """
+    matrices = [p for p in module.parameters() if p.dim() > 1 and p.numel() > len(p)]
+    return sum(p.numel() for p in matrices if p.requires_grad or not learning)
