@@ -34,6 +34,7 @@ class ForeignBackbone(nn.Module):
         super().__init__()
         self.module = module
         self.width, self.patch_size, self.has_patches = width, patch_size, has_patches
+        self.convolutional = any(map(_is_dense, module.modules()))
 
     def features(self, x: Tensor, masks: Tensor | None) -> Features:
         """Views `[B, C, H, W]`, bool masks `[B, P]` or None, to CLS and patch tokens."""
@@ -53,7 +54,10 @@ class ForeignBackbone(nn.Module):
             PipelineError: patches are asked for and there are none.
         """
         with _keyed(generator if self.training else None, inputs[0].device):
-            encoded = [self.features(x, mask) for x, mask in zip(inputs, masks, strict=True)]
+            encoded = [
+                self.features(self._arranged(x), mask)
+                for x, mask in zip(inputs, masks, strict=True)
+            ]
         cls = torch.cat([each for each, _ in encoded])
         if not len(masked):
             return cls
@@ -75,6 +79,15 @@ class ForeignBackbone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The feature `[B, D]` of views `[B, C, H, W]`."""
         return self.features(x, None)[0]
+
+    def _arranged(self, x: Tensor) -> Tensor:
+        """Views with their channels last in memory where dense convolutions on a CPU come next:
+        their kernels are faster so, and hand the order on. In training alone: other kernels round
+        otherwise, and evaluations and exports are held against the library's own bits.
+        """
+        if self.convolutional and x.device.type == "cpu":
+            return x.contiguous(memory_format=torch.channels_last)
+        return x
 
     @property
     def has_layers(self) -> bool:
@@ -291,6 +304,13 @@ def _create(spec: TimmSpec) -> tuple[Any, dict[str, Any]]:
     raise PipelineError(
         f"timm:{spec.name} could not be built: {last}", "choose another model or model.drop_path=0"
     ) from last
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether this is a convolution over overlapping windows and all channels."""
+    if not isinstance(module, nn.Conv2d):
+        return False
+    return module.groups == 1 and module.kernel_size[0] > module.stride[0]
 
 
 @contextmanager

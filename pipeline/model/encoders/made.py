@@ -13,10 +13,11 @@ import pkgutil
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 
 from pipeline.errors import PipelineError, one_line, shortened
-from pipeline.model.encoders.source import Name, above, digest_of
+from pipeline.model.encoders.source import Name, above, digest_of, installed
 
 _LOCK = threading.RLock()
 _MODULES: dict[str, ModuleType] = {}  # by the digest of the text
@@ -38,20 +39,23 @@ def make_module(name: Name, files: Mapping[str, str]) -> ModuleType:
 
 def _made(name: Name, files: Mapping[str, str]) -> ModuleType:
     texts = {_module_of(file): (file, text) for file, text in files.items()}
-    for module in list(texts):
-        for package in above(module):
-            if package not in texts and not _importable(package):
-                texts[package] = (f"{package.replace('.', '/')}/__init__.py", "")
+    top = name.module.partition(".")[0]
+    if top not in texts and _library(top):  # one file of a library
+        here = _library(name.module)
+        if here is not None and here.read_text(encoding="utf-8") == texts[name.module][1]:
+            return _imported(name)  # twice it may not bear: some enter themselves into lists
+    else:
+        for package in {package for module in texts for package in above(module)} - texts.keys():
+            texts[package] = (f"{package.replace('.', '/')}/__init__.py", "")
     before = {each: sys.modules.pop(each) for each in texts if each in sys.modules}
     finder = _Texts(texts)
     sys.meta_path.insert(0, finder)
     try:
-        made: ModuleType = pkgutil.resolve_name(f"{name.module}:")  # the module itself
-        return made
-    except Exception as error:
+        return _imported(name)
+    except PipelineError:
         for each in texts:
             sys.modules.pop(each, None)
-        raise _unimportable(name, error) from error
+        raise
     finally:
         sys.meta_path.remove(finder)
         for each, earlier in before.items():
@@ -61,12 +65,22 @@ def _made(name: Name, files: Mapping[str, str]) -> ModuleType:
                 setattr(sys.modules[package], last, earlier)
 
 
-def _importable(package: str) -> bool:
-    """Whether a package is there to be imported: one around an installed module is."""
+def _imported(name: Name) -> ModuleType:
     try:
-        return importlib.util.find_spec(package) is not None
+        module: ModuleType = pkgutil.resolve_name(f"{name.module}:")  # the module itself
+    except Exception as error:
+        raise _unimportable(name, error) from error
+    return module
+
+
+def _library(module: str) -> Path | None:
+    """The file of a module that is installed here or of this project; None for any other."""
+    try:
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
-        return False
+        return None
+    path = Path(spec.origin) if spec is not None and spec.origin else None
+    return path if path is not None and path.suffix == ".py" and installed(path) else None
 
 
 def _unimportable(name: Name, error: Exception) -> PipelineError:

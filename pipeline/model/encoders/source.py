@@ -71,7 +71,7 @@ def read_source(name: Name) -> dict[str, str]:
         PipelineError: there is no such module, or its text cannot be kept.
     """
     root, path = _place(name)
-    if root is None or _installed(path):
+    if root is None or installed(path):
         top = path.parents[len(name.module.split(".")) - (path.name != "__init__.py")]
         return {path.relative_to(top).as_posix(): _text(path, name)}
     files: dict[str, str] = {}
@@ -91,7 +91,7 @@ def read_source(name: Name) -> dict[str, str]:
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         for imported in [*above(module), *_imports(files[key], package)]:
             other = _file(root, imported)
-            if other is not None and not _installed(other):
+            if other is not None and not installed(other):
                 waiting.append((imported, other))
     return dict(sorted(files.items()))
 
@@ -140,7 +140,7 @@ def _libraries() -> tuple[Path, ...]:
     return tuple(Path(sysconfig.get_path(name)).resolve() for name in names)
 
 
-def _installed(path: Path) -> bool:
+def installed(path: Path) -> bool:
     """Whether a file is the same on all machines of a job: of a library, or of this project."""
     file = path.resolve()
     return file.is_relative_to(PROJECT) or any(file.is_relative_to(x) for x in _libraries())
