@@ -2,6 +2,7 @@
 
 python jobs/run.py configs/demo.yaml
 python jobs/run.py configs/cifar10.yaml data.source=cifar10/train evaluate.queries=cifar10/test
+python jobs/run.py photos.yaml curate.preset=balanced balance.images=100000 rounds=2
 """
 
 import sys
@@ -12,4 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no i
 from pipeline.job import main
 
 if __name__ == "__main__":
-    main(["pack", "curate", "pretrain", "evaluate", "export", "embed", "search", "look"], __doc__)
+    main(
+        ["pack", "curate", "pretrain", "evaluate", "export", "embed", "search", "look"],
+        __doc__,
+        shorthand={"rounds": "curate.rounds"},
+    )

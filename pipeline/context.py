@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class Context:
     tracking: Any = None  # pipeline.track.driver.Pipeline, once a stage has to run
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     only: bool = False  # single stages were asked for by name
+    stages: Mapping[str, Any] = field(default_factory=dict)  # of a chain, by name
 
     @property
     def shards_uri(self) -> str:

@@ -114,7 +114,7 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
         with doing("looking at this machine and the shards"):
             doctor(config)
     else:
-        from pipeline.stages import run
+        from pipeline.rounds import run
 
         with doing("looking at the inputs"):
             run(config, stages)

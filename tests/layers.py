@@ -51,6 +51,7 @@ LOOSE = [
     "heartbeat",
     "job",
     "log",
+    "rounds",
     "schedule",
     "uri",
 ]
@@ -150,15 +151,16 @@ TABLE = [
         "heartbeat images model pack plan report search serve shards storage stream track train "
         "uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
+    row("rounds", "card config context curate errors stages storage train uri"),
     row("doctor", "card config context curate driver embed errors evaluate heartbeat images model "
-        "plan shards stages storage stream train uri", others_inside="ray torch"),
+        "plan rounds shards stages storage stream train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train api.finetune api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.objective train.step uri use views",
-        "card config.load log stages storage", "numpy PIL torch"),
-    row("job", "config environment errors heartbeat log", "doctor stages"),
+        "card config.load log rounds stages storage", "numpy PIL torch"),
+    row("job", "config environment errors heartbeat log", "doctor rounds stages"),
 ]  # fmt: skip
 MODULES, LINES, PARAMETERS = 15, 350, 7  # at most: of a folder, of a module, of a function
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

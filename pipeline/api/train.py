@@ -118,7 +118,7 @@ def run_stages(
     """
     from pipeline import log
     from pipeline.config.load import load
-    from pipeline.stages import run
+    from pipeline.rounds import run
     from pipeline.storage.run_folder import RunFolder
 
     ray: Any = sys.modules.get("ray")

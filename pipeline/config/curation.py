@@ -17,6 +17,16 @@ class Curate(Section):
         "", description="what the curate stage does; empty: the chain trains on all packed images"
     )
     shards: str = Field("", description="curated shards; default: <run folder>/curated")
+    rounds: Positive = Field(
+        1,
+        description="trainings, each on images chosen by the network of the one before; the first "
+        "on what is chosen without weights, or by embedder",
+    )
+    rounds_init: Literal["recipe", "previous"] = Field(
+        "recipe",
+        description="what later rounds start from: as the recipe says (model.init, else random "
+        "weights), or the weights of the previous round",
+    )
     copy_embedder: str = Field(
         "descriptor",
         description="vectors that find copies: descriptor (no weights), a run's folder or name, "

@@ -57,6 +57,13 @@ def problems(config: Config) -> list[str]:
 
 def _off(config: Config) -> list[str]:
     """Without a preset nothing is curated, and nothing of the curation is read."""
+    rounds = config.curate.rounds
+    if rounds > 1:
+        return [
+            f"curate.rounds={rounds} chooses images by what was trained, and curate.preset is "
+            "empty, so nothing is chosen; set curate.preset=balanced and balance.images=…, or "
+            "rounds=1"
+        ]
     set_here = [] if config.curate.query else _user_set(config, "curate", {})
     set_here += [name for name in SECTIONS if _user_set(config, name, {})]
     if not set_here:
@@ -95,6 +102,12 @@ def _missing(config: Config) -> Iterator[str]:
         yield (
             "curate.preset=lvd142m retrieves images like those of seed sets, and there is none; "
             "set retrieve.seeds.<name>=shards"
+        )
+    if curate.rounds > 1 and not (config.retrieve.seeds or config.balance.images):
+        yield (
+            f"curate.rounds={curate.rounds}, but nothing is chosen by what images show, so each "
+            "round would keep the same images; set balance.images or "
+            "retrieve.seeds.<name>=shards, or rounds=1"
         )
     sets = bool(config.leaks.sets or config.evaluate.queries)  # else nothing can leak
     if sets and config.leaks.scope == "components" and not config.dedup.enabled:
@@ -184,8 +197,13 @@ def _uses(config: Config) -> list[_Use]:
             "balance.images",
         ),
         _Use(
+            "curate.rounds_init",
+            curate.rounds > 1,
+            "there is one round, which starts as the recipe says; set curate.rounds=2",
+        ),
+        _Use(
             "curate.image_size curate.batch_size",
-            not {curate.copy_embedder, curate.embedder} <= {"", "descriptor"},
+            curate.rounds > 1 or not {curate.copy_embedder, curate.embedder} <= {"", "descriptor"},
             "the descriptor has a size of its own; set curate.embedder or curate.copy_embedder",
         ),
         *(_Use(f"mix.{part}", there, why_not) for part, there, why_not in parts),

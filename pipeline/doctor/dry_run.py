@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from pipeline import rounds
 from pipeline.config.config import Config
 from pipeline.context import Context, packed_uri, shards_uri, size_of, with_packed_sets
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.doctor import fits
+from pipeline.doctor.rounds_plan import say_rounds
 from pipeline.doctor.scored import say_cards, say_evaluation
 from pipeline.doctor.surroundings import machine_of, try_writing
 from pipeline.errors import DataError, StorageError
@@ -17,7 +19,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, finetune, look, search
-from pipeline.stages.chain import STAGES, named, with_absolute_weights
+from pipeline.stages.chain import STAGES, by_name, named, with_absolute_weights
 from pipeline.stages.checks.known_sets import KnownSet, also_in
 from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
@@ -51,6 +53,9 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
     config, stages = asked_for(config, folder, stages)
+    several = config.curate.rounds > 1 and not by_name(stages)
+    if several:
+        rounds.check(config, folder)
     with looked_up_once():
         known = check_start(config, stages)
     for place in (folder.uri, config.run.folder) if folder.uri else ():
@@ -77,6 +82,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
             log.info("%-11s %s: %s images", "evaluate", *_place_and_images(known[field]))
     digest, all_images = packed.digest if packed else NOT_PACKED, images
     if config.curate.preset and stages != ["doctor"]:
+        if several:
+            say_rounds(config, folder, machine, SetFacts(images, digest))
         if "curate" in stages:
             curation_plan(config, folder)
             needs += _curation_needs(config, folder, images, known)

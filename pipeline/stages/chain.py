@@ -79,8 +79,14 @@ USES = ("embed", "search", "look")  # in a whole chain only where their section 
 ALONE = ("finetune",)  # in no whole chain
 
 
-def run(config: Config, stages: Sequence[str]) -> None:
+def run(config: Config, stages: Sequence[str], known: Mapping[str, Stage] = STAGES) -> None:
     """Runs the named stages.
+
+    Args:
+        config: the recipe.
+        stages: names, in order.
+        known: all stages by name, in the order of the report; those of `pipeline.rounds` beside
+            the usual ones.
 
     Raises:
         PipelineError: for whatever the user can mend.
@@ -103,7 +109,8 @@ def run(config: Config, stages: Sequence[str]) -> None:
         with ended_by_sigterm(), folder.locked():
             log.info("run         %s in %s", config.run.name, folder)
             with mirrored(folder, lambda names: _fetched(folder, names)) as push:
-                _run(config, folder, stages, push)
+                context = Context(config, folder, only=by_name(stages), stages=known)
+                _run(context, stages, push)
 
 
 def _look_up(config: Config, stages: Sequence[str]) -> None:
@@ -118,10 +125,8 @@ def _look_up(config: Config, stages: Sequence[str]) -> None:
     look(config)
 
 
-def _run(
-    config: Config, folder: RunFolder, stages: Sequence[str], push: Callable[[], object]
-) -> None:
-    context = Context(config, folder, only=by_name(stages))
+def _run(context: Context, stages: Sequence[str], push: Callable[[], object]) -> None:
+    config, folder = context.config, context.folder
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
     left = [name for name in stages if not _is_input(context, name)]
@@ -131,20 +136,31 @@ def _run(
     if not left:
         _say_verdict(context)
         return
-    written = _write_config(config, folder)
+    written = write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
     hide_credentials()  # before there are workers, which get the environment
     with cluster.joined(config.resources), _open_pipeline(config, folder, written) as tracking:
         context.tracking = tracking
-        for name in left:
-            if not _skipped(context, name):  # its key may be known only now
-                _run_stage(context, name)
-            push()
-            if ENDING.number and name != left[-1]:  # it came after the last step
-                log.info("stopped     after %s; the same command goes on from there", name)
-                sys.exit(128 + ENDING.number)
+        go_through(context, left, push)
         _report(context)
     _say_verdict(context)
+
+
+def go_through(
+    context: Context, stages: Sequence[str], after: Callable[[], object] = lambda: None
+) -> None:
+    """Runs what is not finished of stages, in order, and calls `after` after each of them.
+
+    Raises:
+        SystemExit: it was asked to end.
+    """
+    for name in stages:
+        if not _skipped(context, name):  # its key may be known only now
+            _run_stage(context, name)
+        after()
+        if ENDING.number and name != stages[-1]:  # it came after the last step
+            log.info("stopped     after %s; the same command goes on from there", name)
+            sys.exit(128 + ENDING.number)
 
 
 def _say_verdict(context: Context) -> None:
@@ -174,19 +190,27 @@ def _is_input(context: Context, name: str) -> bool:
     return bool(context.config.data.shards) and not pack.sources(context)
 
 
-def _skipped(context: Context, name: str) -> bool:
-    """Skips a stage that is finished and whose inputs have not changed since."""
-    key = STAGES[name].key(context)
+def finished(context: Context, name: str) -> tuple[str, dict[str, Any]] | None:
+    """Key and result of a stage that is finished and whose inputs have not changed since."""
+    stage = context.stages[name]
+    key = stage.key(context)
     result = context.folder.done(name, key)
-    if result is None or not STAGES[name].intact(context):
+    return None if result is None or not stage.intact(context) else (key, result)
+
+
+def _skipped(context: Context, name: str) -> bool:
+    """Skips a finished stage."""
+    done = finished(context, name)
+    if done is None:
         return False
+    key, result = done
     log.info("%-11s up to date (%s), skipped", name, key[:4])
     _hand_on(context, name, result)
     return True
 
 
 def _run_stage(context: Context, name: str) -> None:
-    stage = STAGES[name]
+    stage = context.stages[name]
     key = stage.key(context)
     tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
     with doing(name):
@@ -212,7 +236,8 @@ def _hand_on(context: Context, name: str, result: dict[str, Any]) -> None:
 # ---- What is told: the config as it was run, MLflow's pipeline run, the report of the run.
 
 
-def _write_config(config: Config, folder: RunFolder) -> Path:
+def write_config(config: Config, folder: RunFolder) -> Path:
+    """Writes `config.yaml` of a run folder."""
     path = folder.path / "config.yaml"
     with atomic(path) as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -250,7 +275,7 @@ def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
 
 def _report(context: Context) -> None:
     """`report.html` of the run folder, and the results on the page of the pipeline run."""
-    known = {name: context.folder.last(name) for name in ORDER} | context.results
+    known = {name: context.folder.last(name) for name in context.stages} | context.results
     lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
     verdict = str(known["evaluate"].get("verdict", ""))
     rule = str(known["evaluate"].get("rule", ""))

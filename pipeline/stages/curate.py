@@ -48,7 +48,8 @@ def key(context: Context) -> str:
             "choose what to do: curate.preset=dedup takes away copies and junk",
         )
     settings = config.model_dump(mode="json", include=set(SECTIONS))
-    for unused in ("query", "batch_size"):  # they change no decision
+    # they change no decision: a later round's embedder is the round before
+    for unused in ("query", "batch_size", "rounds", "rounds_init"):
         del settings["curate"][unused]
     del settings["quality"]["sample"]
     data = config.data

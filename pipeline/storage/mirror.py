@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -38,6 +39,7 @@ WRITTEN_THERE = (
     "embed/bad.parquet",
     "finetune/bad.parquet",
 )
+ROUND = r"round-\d+"  # a run folder in the run folder, of an earlier round
 EVERY_S = 30.0
 AT_ONCE = 8
 
@@ -218,11 +220,13 @@ def _belongs(name: str) -> bool:
     parts = name.split("/")
     if any(part.startswith(".") for part in parts) or not parts[-1]:
         return False
+    if re.fullmatch(ROUND, parts[0]):
+        parts = parts[1:]
     if parts[0] in APART or parts[:2] in RECORDS:  # records of one attempt
         return False
     # these have shards, tables and vectors in folders of their own
     tables = parts[0] in ("pack", "curate", "evaluate") and len(parts) > 2
-    return not tables and name not in WRITTEN_THERE
+    return not tables and "/".join(parts) not in WRITTEN_THERE
 
 
 def _state(path: Path) -> Seen:

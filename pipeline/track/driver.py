@@ -42,18 +42,27 @@ class Pipeline:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         system_metrics: bool = False,
+        above: str = PIPELINE,
     ) -> Tracker:
         """Opens a stage's run, or opens it again, and returns the driver's tracker for it."""
-        self.open(stage, stage, tags, parent=PIPELINE)
-        settings = replace(self.settings, stage=stage, system_metrics=system_metrics)
+        self.open(stage, stage.rpartition("/")[2], tags, parent=above)
+        changed: dict[str, Any] = {"stage": stage, "above": above, "system_metrics": system_metrics}
+        settings = replace(self.settings, **changed)
         tracker = self._stages[stage] = Tracker(settings, self._sender)
         if params:
             tracker.params(params)
         return tracker
 
-    def worker_settings(self, stage: str, system_metrics: bool = False) -> TrackSettings:
+    def below(self, stage: str) -> Part:
+        """What a stage that consists of stages reports their runs to."""
+        return Part(self, stage)
+
+    def worker_settings(
+        self, stage: str, system_metrics: bool = False, above: str = PIPELINE
+    ) -> TrackSettings:
         """The settings for the worker that reports for a stage; they can be pickled."""
-        settings = replace(self.settings, stage=stage, system_metrics=system_metrics)
+        changed: dict[str, Any] = {"stage": stage, "above": above, "system_metrics": system_metrics}
+        settings = replace(self.settings, **changed)
         ids = self.ids
         return replace(settings, pipeline_run_id=ids.get(PIPELINE, ""), run_id=ids.get(stage, ""))
 
@@ -95,6 +104,26 @@ class Pipeline:
     ) -> None:
         stopped = kind is not None and not issubclass(kind, Exception)  # Ctrl-C, SystemExit
         self.close("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+
+class Part:
+    """The runs of the stages that one stage consists of, below its own run: `round-1/pretrain`."""
+
+    def __init__(self, pipeline: Pipeline, above: str) -> None:
+        self._pipeline, self._above = pipeline, above
+
+    def stage(self, stage: str, tags: Mapping[str, Any] | None = None) -> Tracker:
+        """As `Pipeline.stage`."""
+        return self._pipeline.stage(f"{self._above}/{stage}", tags=tags, above=self._above)
+
+    def worker_settings(self, stage: str, system_metrics: bool = False) -> TrackSettings:
+        """As `Pipeline.worker_settings`."""
+        whole = f"{self._above}/{stage}"
+        return self._pipeline.worker_settings(whole, system_metrics, self._above)
+
+    def end_stage(self, stage: str) -> None:
+        """As `Pipeline.end_stage`."""
+        self._pipeline.end_stage(f"{self._above}/{stage}")
 
 
 def open_pipeline(

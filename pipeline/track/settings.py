@@ -24,6 +24,7 @@ class TrackSettings:
         shown: what to call the run folder; "" = its path.
         key: mark of the run folder, by which its runs are found.
         pipeline_run_id, run_id: known ids; "" where the server was not there yet.
+        above: the run whose page shows this one's headline metrics.
         system_metrics: sample CPU, memory and GPU of this machine.
     """
 
@@ -36,6 +37,7 @@ class TrackSettings:
     key: str = ""
     pipeline_run_id: str = ""
     run_id: str = ""
+    above: str = PIPELINE
     system_metrics: bool = False
 
     def set_aside(self) -> None:

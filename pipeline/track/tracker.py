@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, cast
 from pipeline.track import journal
 from pipeline.track.names import MAX_PARAMS, PARAM_LIMIT, TAG_LIMIT, cut, metric_name, picture_key
 from pipeline.track.sender import Sender
-from pipeline.track.settings import PIPELINE, TrackSettings
+from pipeline.track.settings import TrackSettings
 from pipeline.track.state import atomic_write
 from pipeline.track.system import SystemMetrics
 from pipeline.uri import public
@@ -117,8 +117,10 @@ class Tracker:
 
     @harmless
     def headline(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows metrics on the pipeline run as well, whose page is the one that people open."""
-        self.journal.metrics(self.stage, step, values, to=PIPELINE)
+        """Shows metrics on the run above as well, as a rule that of the pipeline, whose page is the
+        one that people open.
+        """
+        self.journal.metrics(self.stage, step, values, to=self.settings.above)
 
     @harmless
     def params(self, values: Mapping[str, Any]) -> None:

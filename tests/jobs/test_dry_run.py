@@ -138,7 +138,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(
     def reached(config: Config, *_: object) -> None:
         raise AssertionError("the job started")
 
-    monkeypatch.setattr(chain, "_write_config", reached)
+    monkeypatch.setattr(chain, "write_config", reached)
     wrong = []
     for name, (stages, named, arguments) in cases(sets).items():
         given = [str(recipe), "run.name=dry", "track.enabled=false", f"run.folder={tmp_path}/runs"]

@@ -96,7 +96,8 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     if "curate" in stages and (config.curate.preset or len(stages) == 1):
         earlier = open_earlier(config)
         seeds, _ = open_other_sets(config, packing="pack" in stages)
-        curate.embedders(config)
+        if config.curate.rounds == 1 or len(stages) == 1:  # else it is trained before
+            curate.embedders(config)
         if config.curate.preset and not config.curate.query:
             check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
     if {"pretrain", "evaluate"} & set(stages):
