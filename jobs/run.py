@@ -2,7 +2,7 @@
 
 python jobs/run.py configs/demo.yaml
 python jobs/run.py configs/cifar10.yaml data.source=cifar10/train evaluate.queries=cifar10/test
-python jobs/run.py photos.yaml curate.preset=balanced balance.images=100000 rounds=2
+python jobs/run.py configs/vits14.yaml curate.preset=balanced balance.images=100000 rounds=2
 """
 
 import sys
