@@ -2,7 +2,8 @@
 
 The head of a ViT of ours takes CLS and the mean of the patches side by side, which is what the
 `ForImageClassification` models of transformers compute for DINOv2, with and without registers. The
-head of a timm model takes what timm's own classifier takes: CLS or pooled features.
+head of a timm model takes what timm's own classifier takes: CLS or pooled features; that of an
+encoder of one's own takes its feature.
 
 Shapes: B images, C channels, S side in pixels, D width, K classes.
 """
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.finetune.settings import Settings
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.fit import Facts
 from pipeline.model.foreign import TimmBackbone, timm_by_name
 from pipeline.model.low_rank import add_low_rank
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 
-Tunable = VisionTransformer | TimmBackbone
+Tunable = VisionTransformer | TimmBackbone | ModuleBackbone
 # LayerScale at the start by depth, where it is drawn anew (Touvron et al. 2021, CaiT, section 2).
 LAYER_SCALE = ((18, 0.1), (24, 1e-5), (10**6, 1e-6))
 
@@ -80,7 +82,7 @@ def classifier_of(backbone: nn.Module, classes: int, settings: Settings) -> Clas
     Raises:
         PipelineError: the backbone is of another kind, or does not fit the settings.
     """
-    if not isinstance(backbone, VisionTransformer | TimmBackbone):
+    if not isinstance(backbone, Tunable):
         raise PipelineError(
             f"{settings.model} cannot be fine-tuned: it is a {type(backbone).__name__}",
             "give a run, weights in one of the three formats, or timm:<name>",
@@ -103,8 +105,8 @@ def classifier_of(backbone: nn.Module, classes: int, settings: Settings) -> Clas
         backbone.drop_path = settings.drop_path if settings.tune == "all" else 0.0
     elif settings.drop_path:
         raise PipelineError(
-            f"finetune.drop_path={settings.drop_path:g} is for our own ViT, {settings.model} is a "
-            "timm model",
+            f"finetune.drop_path={settings.drop_path:g} is for our own ViT, {settings.model} is "
+            "none",
             "set finetune.drop_path=0",
         )
     return classifier
@@ -134,6 +136,9 @@ def drawn_anew(backbone: Tunable) -> Tunable:
     """The same architecture with fresh weights, from torch's global generator."""
     if isinstance(backbone, VisionTransformer):
         return spec_of(backbone).build()
+    if isinstance(backbone, ModuleBackbone):
+        assert backbone.spec is not None  # of a run or its weights, always
+        return backbone.spec.build()
     return timm_by_name(backbone.spec.name, backbone.arguments)
 
 

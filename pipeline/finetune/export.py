@@ -1,14 +1,16 @@
 """A fine-tuned classifier on disk, as other libraries load it, each checked by loading it back.
 
 A ViT of ours becomes a folder for `AutoModelForImageClassification.from_pretrained`, a timm model
-one for `timm.create_model("local-dir:<folder>", pretrained=True)`. Beside the weights is
+one for `timm.create_model("local-dir:<folder>", pretrained=True)`; an encoder of one's own one that
+`jobs/embed.py model=<folder>` loads. Beside the weights is
 `classes.txt`, a class name a line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from copy import copy
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,16 @@ from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, spec_of
 from pipeline.finetune.settings import Settings
 from pipeline.images.value_range import ValueRange
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import TimmBackbone
-from pipeline.model.foreign_weights import OURS
+from pipeline.model.foreign_weights import (
+    CLASSIFIER,
+    OURS,
+    ClassHead,
+    load_foreign,
+    read_safetensors,
+    save_module,
+)
 from pipeline.model.formats import (
     CONFIG,
     deep_key,
@@ -43,7 +53,7 @@ MODELS = {
 
 
 def form_of(classifier: Classifier) -> str:
-    """`huggingface` or `timm`: in which form a classifier can be exported.
+    """`huggingface`, `timm` or `module`: in which form a classifier can be exported.
 
     Raises:
         PipelineError: in neither.
@@ -55,6 +65,8 @@ def form_of(classifier: Classifier) -> str:
                 "fine-tune a backbone with a whole model.mlp_ratio",
             )
         return "huggingface"
+    if isinstance(classifier.backbone, ModuleBackbone):
+        return "module"
     _timm_classifier(classifier)
     return "timm"
 
@@ -78,7 +90,8 @@ def export(
     Raises:
         PipelineError: what was written is not what is in memory.
     """
-    save = save_huggingface if form_of(classifier) == "huggingface" else save_timm
+    saves = {"huggingface": save_huggingface, "timm": save_timm, "module": save_own}
+    save = saves[form_of(classifier)]
     load = save(classifier, class_names, settings, value_range, folder)
     with atomic(folder / CLASSES) as partial:
         partial.write_text("".join(f"{name}\n" for name in class_names))
@@ -165,6 +178,30 @@ def save_timm(
         timm: Any = import_module("timm")
         model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
         return f"timm {timm.__version__}", model
+
+    return load
+
+
+def save_own(
+    classifier: Classifier,
+    class_names: tuple[str, ...],
+    settings: Settings,
+    value_range: ValueRange,
+    folder: Path,
+) -> Load:
+    """As `save_huggingface`, for an encoder of one's own, which no library but this one loads."""
+    backbone = classifier.backbone
+    assert isinstance(backbone, ModuleBackbone) and backbone.spec is not None
+    sized = copy(backbone)
+    sized.spec = replace(backbone.spec, image_size=settings.image_size)
+    head = ClassHead(classifier.head.state_dict(), class_names)
+    save_module(sized, folder, settings.mean, settings.std, value_range, head)
+
+    def load() -> tuple[str, Callable[[Tensor], Tensor]]:
+        again = load_foreign(folder)
+        tensors = read_safetensors(folder)
+        weight, bias = (tensors[f"{CLASSIFIER}.{name}"] for name in ("weight", "bias"))
+        return "raydino", lambda x: again(x) @ weight.T + bias
 
     return load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeline.model.read import read_json, spec_from
 from pipeline.model.weights import load_backbone, write_folder
 from pipeline.storage.run_folder import atomic
 
+CLASSIFIER = "classifier"  # before the names of a classifier's tensors
 CODE = "encoder"  # folder with the text of a module
 OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it
 
@@ -127,15 +128,32 @@ def save_foreign(
     return write_folder(folder, state, {CONFIG: config})
 
 
+@dataclass(frozen=True)
+class ClassHead:
+    """A linear classifier: its tensors, and the classes by their number."""
+
+    tensors: Mapping[str, Tensor]
+    class_names: Sequence[str]
+
+
 def save_module(
     backbone: ModuleBackbone,
     folder: str | Path,
     mean: Sequence[float],
     std: Sequence[float],
     value_range: ValueRange = FULL,
+    head: ClassHead | None = None,
 ) -> Path:
     """Write the encoder of a module: `encoder/` with its text, `model.safetensors` under its own
     names, and `config.json` with its factory, the keywords that it gets and what images it takes.
+
+    Args:
+        backbone: made by a factory.
+        folder: where to.
+        mean: of the images that it takes, a number for each channel.
+        std: deviation, as `mean`.
+        value_range: of images of more than 8 bits.
+        head: a classifier on its features, whose tensors get the names `classifier.*`.
     """
     spec = backbone.spec
     assert spec is not None  # of a run, always
@@ -157,6 +175,9 @@ def save_module(
         OURS: sizes | {"name": f"{PREFIX}{spec.name}"},
     }
     state = {name: x.detach().cpu() for name, x in backbone.module.state_dict().items()}
+    if head is not None:
+        config["label_names"] = list(head.class_names)
+        state |= {f"{CLASSIFIER}.{name}": x.detach().cpu() for name, x in head.tensors.items()}
     return write_folder(folder, state, {CONFIG: config})
 
 

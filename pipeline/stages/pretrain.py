@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from pipeline.config.config import Config
@@ -12,8 +13,9 @@ from pipeline.context import Context, result_line
 from pipeline.driver import cluster
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.encoders.source import digest_of
-from pipeline.model.pair import Pair
+from pipeline.model.pair import Backbone, Pair
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.storage.run_folder import RunFolder, fingerprint
@@ -66,6 +68,15 @@ def intact(context: Context) -> bool:
     """Its checkpoints are looked for by the stages that read them."""
     del context
     return True
+
+
+def check_encoder(config: Config, folder: RunFolder) -> None:
+    """Makes the encoder of `model.encoder=module:…` once: what is wrong is said before any work.
+
+    Raises:
+        PipelineError: what is wrong.
+    """
+    build.pair(config, encoder_files(config, state.latest(folder.checkpoints)))
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
@@ -205,9 +216,13 @@ def _streams(plan: Plan) -> list[str]:
     ]
 
 
-def _unused(model: Model) -> str:
+def _unused(model: Model, backbone: Backbone) -> str:
     """Names the fields of our ViT that a recipe sets and a foreign encoder does not use."""
-    used = ("encoder", "init", "init_resize", "patch_size", "in_channels", "drop_path")
+    sizes: Iterable[str] = ("patch_size", "in_channels", "drop_path")
+    if isinstance(backbone, ModuleBackbone) and backbone.spec is not None:
+        patches = ("patch_size",) * backbone.has_patches
+        sizes = ("in_channels", *backbone.spec.taken(), *patches)
+    used = ("encoder", "init", "init_resize", *sizes)
     plain = Model()
     ignored = [
         f"model.{name}"
@@ -242,12 +257,12 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
     width, depth, heads = config.model.dimensions
     batch = config.optim.global_batch_size
     kept = config.train.keep_last + 1
-    ours = config.model.encoder == "dinov2"
+    ours, backbone = config.model.encoder == "dinov2", built.student.backbone
     network = (
         f"{width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
         f"{config.model.registers} registers"
         if ours
-        else f"{config.model.encoder}, {built.student.backbone.width} wide{_unused(config.model)}"
+        else f"{config.model.encoder}, {backbone.width} wide{_unused(config.model, backbone)}"
     )
     skipped = skipped_operations(config.model.in_channels)
     loss = config.loss

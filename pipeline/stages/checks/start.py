@@ -64,6 +64,10 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
     if "finetune" in stages and "pretrain" not in stages:
         finetune.check(config, folder)
     check_tracking(config, folder)
+    if "pretrain" in stages and config.model.encoder.startswith("module:"):
+        from pipeline.stages import pretrain  # loads torch
+
+        pretrain.check_encoder(config, folder)
     if "export" in stages and "pretrain" not in stages:
         from pipeline.stages import evaluation  # loads torch
 
