@@ -1,7 +1,8 @@
 """Residual networks for small images and few minutes (He et al. 2016, ResNet, section 4.2).
 
-A stem of stride 2 and three stages of one basic block each, the second and third of stride 2; so
-images of 32 pixels become 4 x 4 places. BatchNorm, and the mean over places as the feature.
+A stem of stride 2 and stages of basic blocks, all but the first of stride 2; so images of 32 pixels
+become 4 x 4 places with three stages. BatchNorm everywhere, and on the feature too, which is the
+mean over places: then KoLeo and the neighbours of an evaluation see dimensions of equal spread.
 
     model.encoder=module:pipeline.model.encoders.residual:small
 
@@ -71,11 +72,13 @@ class Residual(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.norm = nn.BatchNorm1d(widths[-1], affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         places: Tensor = self.stages(self.stem(x))
-        return places.mean((2, 3))
+        feature: Tensor = self.norm(places.float().mean((2, 3)))
+        return feature
 
 
 def small(in_channels: int = 3) -> Residual:

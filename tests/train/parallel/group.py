@@ -17,6 +17,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional
 
+from pipeline.model.encoders.module import ModuleSpec
+from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import HeadSpec, Pair, build_pair
@@ -28,6 +30,7 @@ from pipeline.train.parallel.strategy import Layout
 from pipeline.train.step import train_step
 from tests.train.small_run import HEAD, OTHER_HEAD, SPEC, split, views
 
+SMALL = "module:pipeline.model.encoders.residual:small"
 STEPS = 12
 IMAGES = 4  # of a worker in a step
 
@@ -49,6 +52,8 @@ class Case:
     steps: int = STEPS
     options: dict[str, Any] = field(default_factory=dict)  # of the backbone
     timm: str = ""  # a foreign backbone instead of ours
+    norm: Any = "none"  # in the heads and on the feature
+    residual_network: bool = False  # instead of our backbone: convolutions with BatchNorm
 
     def layout(self, workers: int) -> Layout:
         return Layout(
@@ -73,16 +78,29 @@ def build(case: Case) -> Pair:
     spec: BackboneSpec | TimmSpec = replace(SPEC, drop_path=case.drop_path, **case.options)
     if case.timm:
         spec = TimmSpec(case.timm, image_size=32, patch_size=16, drop_path=case.drop_path)
-    return build_pair(spec, HEAD, case.ibot, seed=0)
+    if case.residual_network:
+        text = read_source(Name.of(SMALL))["pipeline/model/encoders/residual.py"]
+        files = {"residual_small.py": text.replace("(64, 128, 256)", "(8, 16, 24)")}
+        network = ModuleSpec("residual_small:small", image_size=28, files=files)
+        return build_pair(network, normed(HEAD, case), None, seed=0)
+    ibot = case.ibot and normed(case.ibot, case)
+    return build_pair(spec, normed(HEAD, case), ibot, seed=0)
+
+
+def normed(head: HeadSpec, case: Case) -> HeadSpec:
+    return replace(head, norm=case.norm, input_norm=case.norm)
 
 
 def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
-    """Whole weights, centres and the numbers of each step."""
+    """Whole weights, centres and the numbers of each step. One worker alone takes the micro batches
+    of two.
+    """
     layout = case.layout(workers)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     pair = build(case)
-    spec = ObjectiveSpec(centring=case.centring, clip=0.5)
+    patches = 0.0 if case.residual_network else 1.0
+    spec = ObjectiveSpec(centring=case.centring, clip=0.5, ibot_weight=patches)
     objective = Objective.for_pair(spec, pair)
     with aot_eager():
         strategy.prepare(pair, layout)
@@ -91,18 +109,20 @@ def train(case: Case, rank: int, workers: int) -> dict[str, Any]:
     forward = strategy.student_forward(pair, layout)
     steps = []
     for step in range(case.steps):
-        mine = views(IMAGES, seed=100 * step + rank)
-        if case.timm:  # whose patches have 16 pixels
-            mine = replace(
-                mine,
-                global_views=functional.interpolate(mine.global_views, (32, 32)),
-                local_views=functional.interpolate(mine.local_views, (16, 16)),
-            )
-        parts = split(mine, case.accumulation)
-        generators = [
-            torch.Generator().manual_seed(1000 * step + 10 * rank + part)
-            for part in range(case.accumulation)
-        ]
+        parts, generators = [], []
+        for worker in [rank] if workers > 1 else [0, 1]:
+            mine = views(IMAGES, seed=100 * step + worker)
+            if case.timm:  # whose patches have 16 pixels
+                mine = replace(
+                    mine,
+                    global_views=functional.interpolate(mine.global_views, (32, 32)),
+                    local_views=functional.interpolate(mine.local_views, (16, 16)),
+                )
+            parts += split(mine, case.accumulation)
+            generators += [
+                torch.Generator().manual_seed(1000 * step + 10 * worker + part)
+                for part in range(case.accumulation)
+            ]
         result = train_step(
             forward,
             pair,

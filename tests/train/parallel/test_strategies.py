@@ -37,6 +37,10 @@ OTHERS = {
     "ddp, timm": Case(timm="test_vit", **SMALL),
     "fsdp, timm, again": Case("fsdp", timm="test_vit", checkpointing=True, **SMALL),
     "ddp, short": Case(**SMALL),
+    "ddp, norms": Case(norm="batch", drop_path=0.0, **SMALL),
+    "fsdp, norms": Case("fsdp", norm="batch", drop_path=0.0, **SMALL),
+    "ddp, residual": Case(norm="batch", residual_network=True, **SMALL),
+    "fsdp, residual": Case("fsdp", norm="batch", residual_network=True, **SMALL),
 }
 
 Ranks = list[dict[str, Any]]
@@ -120,6 +124,28 @@ def test_weights_that_travel_in_half_are_those_that_autocast_uses(
     runs: Runs, ddp: str, fsdp: str
 ) -> None:
     assert_close(runs.others[ddp][0], runs.others[fsdp][0], atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["norms", "residual"])
+def test_batch_norm_does_not_know_how_many_workers_there_are(runs: Runs, name: str) -> None:
+    """It normalises by the micro batch, so one worker with the micro batches of two does their
+    steps, and FSDP does those of DDP. Running means, which nothing is trained with, are worker 0's.
+    """
+    ddp, fsdp = (runs.others[f"{strategy}, {name}"] for strategy in ("ddp", "fsdp"))
+    assert_close(ddp[0], fsdp[0], atol=1e-5)
+    alone = train(OTHERS[f"ddp, {name}"], rank=0, workers=1)
+    running = {n for n in alone["student"] if "running" in n or "batches" in n}
+    assert any("dino_head.mlp" in n for n in running) and any("input_norm" in n for n in running)
+    moved = 0
+    for part in ("student", "teacher"):
+        for n, x in alone[part].items():
+            if n not in running:
+                torch.testing.assert_close(x, ddp[0][part][n], rtol=1e-4, atol=1e-5, msg=n)
+                torch.testing.assert_close(x, ddp[1][part][n], rtol=1e-4, atol=1e-5, msg=n)
+            elif "mean" in n:
+                moved += not torch.equal(ddp[0][part][n], ddp[1][part][n])
+    assert moved  # the means are each worker's own
 
 
 def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
