@@ -237,12 +237,14 @@ def known_run(model: str) -> Known | None:
     """The teacher of a run's chosen checkpoint; None where there is none."""
     from pipeline.plan.resume import plan_of
     from pipeline.train.checkpoint import state
+    from pipeline.train.encoders.kept import say_copy
     from pipeline.train.start import checkpoint_at
 
     saved = None if Path(model).is_file() else checkpoint_at(model)
     if saved is None:
         return None
     plan = plan_of(saved.meta, saved.path)
+    say_copy(plan, saved)
     augment = plan.config.augment
     known = Preprocessing(augment.global_size, augment.mean, augment.std, plan.value_range or FULL)
     return partial(load_teacher, str(saved.path)), state.identity(saved), known
@@ -268,7 +270,24 @@ def known_weights(model: str, folder: str) -> Known:
             "name the folder of the weights or their file, not one of images",
         )
     known = preprocessing_of(path)
+    _say_code(path)
     return partial(load_weights, path), digest_of(path), known
+
+
+def _say_code(path: str) -> None:
+    """Says here, not in tasks, that weights of an encoder of one's own come with its text.
+
+    Raises:
+        PipelineError: this machine runs no such code.
+    """
+    from pipeline.model.encoders.source import CODE, PREFIX, Name, from_copy, read_kept
+    from pipeline.model.read import read_json
+
+    config = Path(path, "config.json")
+    factory = read_json(config).get("factory") if config.is_file() else None
+    if isinstance(factory, str):
+        place = Path(path, CODE)
+        from_copy(Name.of(f"{PREFIX}{factory}"), read_kept(place), str(place))
 
 
 # ---- timm.

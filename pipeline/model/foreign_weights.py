@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
-from pipeline.model.encoders.source import PREFIX, Name, from_copy
+from pipeline.model.encoders.source import CODE, PREFIX, Name, from_copy, read_kept
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone, TimmSpec
 from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
 from pipeline.model.pair import Backbone, Spec
@@ -25,7 +25,6 @@ from pipeline.model.weights import load_backbone, write_folder
 from pipeline.storage.run_folder import atomic
 
 CLASSIFIER = "classifier"  # before the names of a classifier's tensors
-CODE = "encoder"  # folder with the text of a module
 OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it
 
 
@@ -188,10 +187,7 @@ def _module_spec(sizes: TimmSpec, folder: Path) -> ModuleSpec:
         PipelineError: the text is not there, or this machine runs no such code.
     """
     place = folder / CODE
-    files = {
-        path.relative_to(place).as_posix(): path.read_text(encoding="utf-8")
-        for path in sorted(place.rglob("*.py"))
-    }
+    files = read_kept(place)
     if not files:
         raise PipelineError(
             f"{folder} has no text of its encoder: there is nothing in {place}",

@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError, one_line, shortened
 log = logging.getLogger("pipeline.model")
 
 PREFIX = "module:"
+CODE = "encoder"  # folder of a run and of weights with the text of a module
 FILES, BYTES = 100, 2**20  # at most of one encoder
 REFUSE = "RAYDINO_ENCODER_CODE"  # "never": the code of runs and exports is not run
 PROJECT = Path(__file__).resolve().parents[2]  # the package `pipeline`
@@ -195,6 +196,14 @@ def differing(name: Name, files: Mapping[str, str]) -> list[str] | None:
     except PipelineError:
         return None
     return sorted(file for file in {*files, *here} if files.get(file) != here.get(file))
+
+
+def read_kept(folder: Path) -> dict[str, str]:
+    """The text that an export wrote into a folder, by the names of the files; {} where none is."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(folder.rglob("*.py"))
+    }
 
 
 @cache

@@ -55,7 +55,7 @@ def say_copy(plan: Plan, saved: state.Saved) -> None:
         PipelineError: this machine runs no such code.
     """
     encoder = plan.config.model.encoder
-    if encoder.startswith(PREFIX):
+    if plan.encoder_files:
         run = parent(parent(saved.path)[0])[0]
         from_copy(Name.of(encoder), plan.encoder_files, f"{public(run)}/encoder")
 
