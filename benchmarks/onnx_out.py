@@ -25,7 +25,7 @@ from pipeline.evaluate.teacher import Evaluator
 from pipeline.model.onnx_out import KINDS, OnnxFile, Pixels, SessionModule, save_onnx
 from pipeline.stages.evaluate import chosen_in, teacher, trained_plan
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train.run import evaluation_spec
+from pipeline.train.evaluator import evaluation_spec
 from pipeline.views.photometric import PhotometricSpec
 
 ROUNDS, BATCH, IMAGES = 7, 8, 1000

@@ -156,14 +156,28 @@ def memory_bytes() -> float:
 def with_packed_sets(config: Config, folder: RunFolder) -> Config:
     """The config with evaluation sources replaced by the shards that pack made of them."""
     changed = {}
-    for name in ("reference", "queries"):
-        source = getattr(config.evaluate, name)
-        packed = packed_set(name, source, folder) if source else ""
-        if source and not is_shards(source) and source_of(packed) == _place(source, folder):
+    for name, source in evaluation_sources(config).items():
+        packed = packed_set(name, source, folder)
+        if not is_shards(source) and source_of(packed) == _place(source, folder):
             changed[name] = str(packed)
     if not changed:
         return config
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=changed)})
+    guard = {name: changed.pop(name) for name in ("keep",) if name in changed}
+    sections = {
+        "evaluate": config.evaluate.model_copy(update=changed),
+        "guard": config.guard.model_copy(update=guard),
+    }
+    return config.model_copy(update=sections)
+
+
+def evaluation_sources(config: Config) -> dict[str, str]:
+    """The sets beside the training images that a recipe names, by what pack calls them."""
+    named = {
+        "reference": config.evaluate.reference,
+        "queries": config.evaluate.queries,
+        "keep": config.guard.keep,
+    }
+    return {name: source for name, source in named.items() if source}
 
 
 def packed_set(name: str, source: str, folder: RunFolder) -> Place:
@@ -171,7 +185,7 @@ def packed_set(name: str, source: str, folder: RunFolder) -> Place:
     so that one run can score many.
 
     Args:
-        name: `reference` or `queries`.
+        name: `reference`, `queries` or `keep`.
         source: of the images.
         folder: of the run.
     """

@@ -185,7 +185,7 @@ def opened(config: Config, field: str, uri: str) -> ShardSet:
     except StorageError:
         raise
     except DataError as error:
-        more = "jobs/pack.py packs it with the same arguments" if field[0] == "e" else ""
+        more = "jobs/pack.py packs it with the same arguments" if field[0] in "eg" else ""
         raise DataError(
             f"{field}={public(uri)} cannot be read as shards: {error.what}",
             "; ".join(filter(None, [more, error.hint])),

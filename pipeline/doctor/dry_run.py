@@ -14,7 +14,7 @@ from pipeline.doctor.rounds_plan import say_rounds
 from pipeline.doctor.scored import say_cards, say_evaluation
 from pipeline.doctor.surroundings import machine_of, try_writing
 from pipeline.errors import DataError, StorageError
-from pipeline.evaluate.sets import remarks
+from pipeline.evaluate.sets import KEEP, remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
@@ -77,9 +77,10 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     elif "data.shards" in known:
         images = known["data.shards"].images
         log.info("data        %s: %s images", *_place_and_images(known["data.shards"]))
-    for field in ("evaluate.queries", "evaluate.reference"):
+    for field in ("evaluate.queries", "evaluate.reference", KEEP):
         if field in known:
-            log.info("%-11s %s: %s images", "evaluate", *_place_and_images(known[field]))
+            section = field.partition(".")[0]
+            log.info("%-11s %s: %s images", section, *_place_and_images(known[field]))
     digest, all_images = packed.digest if packed else NOT_PACKED, images
     if config.curate.preset and stages != ["doctor"]:
         if several:

@@ -73,3 +73,22 @@ def check_deciding(score: str, reference: Labels) -> None:
             f"evaluate.decide_by={score} needs labels, but {reference.place} has none",
             "name a labelled set with evaluate.reference=…, or set evaluate.decide_by=rank_me",
         )
+
+
+def check_keep(keep: Labels) -> None:
+    """Refuses images of `guard.keep` without labels.
+
+    Raises:
+        DataError: they have none.
+    """
+    if keep.kind == "none":
+        raise DataError(
+            f"{keep.place} has no labels, so nobody can say what is forgotten on it",
+            "put its images into one folder for each class, name the label column with "
+            "data.label_column=…, or leave guard.keep empty",
+        )
+    if keep.kind == "names" and len(keep.names) < 2:
+        raise DataError(
+            f"all images of {keep.place} are of one class, so nothing shows what is forgotten",
+            "name images of two classes or more, or leave guard.keep empty",
+        )

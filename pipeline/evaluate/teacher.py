@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.errors import DataError
 from pipeline.evaluate.deciding import (
     TrainingScores,
     deciding_score,
@@ -24,17 +23,16 @@ from pipeline.evaluate.deciding import (
     why_unusable,
 )
 from pipeline.evaluate.features import LabelledFeatures, embed
+from pipeline.evaluate.guard.answers import Answers
+from pipeline.evaluate.guard.measure import smoothness_of, structure_of
 from pipeline.evaluate.health import effective_rank, feature_std, teacher_entropy
+from pipeline.evaluate.images import LabelledImages, read_images
+from pipeline.evaluate.neighbours.knn import knn_score
 from pipeline.evaluate.neighbours.nearest import SameImages, nearest
 from pipeline.evaluate.pictures import neighbours_grid, pca_grid
-from pipeline.images.decode import BadImage, decode_image
 from pipeline.model.pair import Encoder
 from pipeline.shards.overlap import shared_classes
-from pipeline.shards.row_group import RowGroup, read_row_group
 from pipeline.shards.shards import ShardSet
-from pipeline.views.crops import resize_centre_crop
-
-log = logging.getLogger("pipeline.evaluate")
 
 HEALTH_IMAGES = 1024  # enough for a stable rank at usual widths, seconds to embed
 PCA_IMAGES = 8  # pairs of image and map fill a 4 x 4 grid
@@ -62,6 +60,8 @@ class EvaluationSpec:
     half: bool = False  # embed in bfloat16
     channels: int = 3  # of an image, as `mean` and `std` have
     decide_by: str = ""  # score that chooses the best checkpoint; "": k-NN, without labels none
+    guard: str | None = None  # score that is compared with the start; "": as decided; None: none is
+    keep: ShardSet | None = None  # on which nothing is to be forgotten
 
     def compared(self, limit: int | None = None) -> str:
         """What a k-NN compares: `500 of 576 queries by 500 of 3,440 reference images`.
@@ -95,7 +95,20 @@ class EvaluationSpec:
             [self.image_size, self.k, self.temperature, self.mean, self.std, self.channels],
             [limit, self.seed] if sampled else [],
         ]
-        return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+        return _digest(content)
+
+    def guard_key(self, limit: int | None = None) -> str:
+        """Changes with all that the guard compares: answers with two keys are unlike.
+
+        Args:
+            limit: as for `compared`.
+        """
+        kept = [self.keep.digest, self.keep.class_names] if self.keep else []
+        return _digest([self.key(limit), self.guard, self.decide_by, self.half, limit, kept])
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,7 @@ class Evaluation:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
     decided_by: str = ""  # the metric by which checkpoints are compared; "": none
     note: str = ""  # why labels, or the score that was asked for, were not used
+    answers: Answers = field(default_factory=Answers)  # for the guard, where there is one
 
 
 class Evaluator:
@@ -141,7 +155,9 @@ class Evaluator:
             limit = min(limit or HEALTH_IMAGES, HEALTH_IMAGES)
         reference, queries = self._both(backbone, limit)
         scores = (
-            training_scores(reference, queries, spec.k, spec.decide_by, spec.temperature)
+            training_scores(
+                reference, queries, spec.k, spec.decide_by, spec.temperature, spec.guard or ""
+            )
             if spec.reference
             else TrainingScores.unlabelled(queries, spec.decide_by)
         )
@@ -157,7 +173,31 @@ class Evaluator:
         if (picture := pca_grid(backbone, first, spec.mean, spec.std)) is not None:
             pictures["patch_pca"] = picture
         decided_by = scores.decided_by and f"eval/{scores.decided_by}"
-        return Evaluation(metrics, pictures, decided_by, scores.note)
+        answers = Answers()
+        if spec.guard is not None:
+            answers = self._answers(backbone, scores, queries, limit)
+        if answers.keep is not None:
+            metrics[f"eval/keep_{answers.keep.name}"] = answers.keep.value
+        return Evaluation(metrics, pictures, decided_by, scores.note, answers)
+
+    def _answers(
+        self,
+        backbone: nn.Module,
+        scores: TrainingScores,
+        queries: LabelledFeatures,
+        limit: int | None,
+    ) -> Answers:
+        """What the guard compares: a score where there are labels, else the structure."""
+        spec, keep, structure = self.spec, None, None
+        if spec.keep is not None:
+            kept = self.features(backbone, spec.keep, limit)
+            keep = knn_score(kept, kept, spec.k, spec.temperature)
+        if scores.guarded is None:
+            shown = spec.queries or spec.reference or spec.sample
+            images = (part.images for part in self.parts(shown, limit))
+            smoothness = smoothness_of(backbone, images, spec.mean, spec.std)
+            structure = structure_of(queries, spec.k, smoothness)
+        return Answers(scores.guarded, structure, keep)
 
     def top1(self, backbone: nn.Module, limit: int | None = None) -> float | None:
         """k-NN top-1 alone, of whatever gives `[b, D]` for `[b, C, S, S]`; None without labels."""
@@ -262,65 +302,3 @@ class Evaluator:
             yield part
         if small:
             self._kept[key] = kept
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """A batch: `images` uint8 [B, S, S, C], `labels` int64 [B], -1 where unknown, `ids` uint8
-    [B, 16].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    ids: np.ndarray
-
-
-def read_images(
-    shards: ShardSet, spec: EvaluationSpec, limit: int | None
-) -> Iterator[LabelledImages]:
-    """Decodes a set, or `limit` of its rows drawn with the seed, in batches; bad rows are left out.
-
-    Raises:
-        DataError: where not one image could be decoded.
-    """
-    rows: list[tuple[np.ndarray, int, np.ndarray]] = []  # image, label, id
-    good = bad = 0
-
-    def batch() -> LabelledImages:
-        images, labels, ids = zip(*rows, strict=True)
-        return LabelledImages(np.stack(images), np.asarray(labels, np.int64), np.stack(ids))
-
-    for table, row in _rows(shards, spec.seed, limit):
-        try:
-            image = decode_image(
-                table.checked(row), spec.channels, spec.max_pixels, shards.columns.value_range
-            )
-        except BadImage:
-            bad += 1
-            continue
-        good += 1
-        small = resize_centre_crop(image, spec.image_size)
-        rows.append((small, int(table.labels[row]), table.image_ids[row]))
-        if len(rows) == spec.batch_size:
-            yield batch()
-            rows.clear()
-    if rows:
-        yield batch()
-    if bad:
-        log.warning("%d of %d images of %s could not be decoded", bad, good + bad, shards.uri)
-    if not good:
-        raise DataError(f"no image of {shards.uri} could be decoded", "pack it to see the reasons")
-
-
-def _rows(shards: ShardSet, seed: int, limit: int | None) -> Iterator[tuple[RowGroup, int]]:
-    rows = np.arange(shards.rows)
-    if limit is not None and limit < shards.rows:
-        rows = np.sort(np.random.default_rng([seed, 1]).permutation(shards.rows)[:limit])
-    first = 0
-    for file_index, file in enumerate(shards.files):
-        for group, count in enumerate(file.row_groups):
-            inside = rows[(rows >= first) & (rows < first + count)] - first
-            first += count
-            if len(inside):
-                table = read_row_group(shards, file_index, group)
-                yield from ((table, row) for row in inside.tolist())

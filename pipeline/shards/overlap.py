@@ -138,6 +138,29 @@ def overlap_of(reference: tuple[str, ShardSet], queries: tuple[str, ShardSet]) -
     return overlap
 
 
+def labels_of(shards: ShardSet) -> Labels:
+    """The labels of all rows of a set, int64 [N], -1 where unknown; reads that column alone."""
+    classes = Classes.of([shards.class_names])
+    parts = [labels for _, labels in _columns("", shards, classes, with_ids=False)]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def shared_images(one: ShardSet, other: ShardSet) -> int | None:
+    """How many images of one set are in the other too, byte for byte, from their columns of ids;
+    None where one of them is too large to compare.
+    """
+    if not (_comparable(one) and _comparable(other)):
+        return None
+    asked: list[str] = []
+    for names, _ in _columns("", one, Classes.of([one.class_names]), with_ids=True):
+        asked += names
+    wanted, known = pa.array(asked, pa.string()), set[str]()
+    for names, _ in _columns("", other, Classes.of([other.class_names]), with_ids=True):
+        there = pa.array(names, pa.string())
+        known.update(there.filter(pc.is_in(there, value_set=wanted)).to_pylist())
+    return sum(name in known for name in asked)
+
+
 def _names_of(classes: Classes, labels: Labels) -> list[str]:
     return [classes.names[i] if classes.names else str(i) for i in labels.tolist()]
 

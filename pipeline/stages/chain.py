@@ -205,6 +205,8 @@ def _skipped(context: Context, name: str) -> bool:
         return False
     key, result = done
     log.info("%-11s up to date (%s), skipped", name, key[:4])
+    if result.get("guard"):
+        log.warning("%-11s %s", "guard", result["guard"])
     _hand_on(context, name, result)
     return True
 
@@ -280,6 +282,8 @@ def _report(context: Context) -> None:
     verdict = str(known["evaluate"].get("verdict", ""))
     rule = str(known["evaluate"].get("rule", ""))
     sections: list[Section] = [Statement(verdict, mood_of(Verdict(rule, verdict)))] * bool(verdict)
+    if guard := str(known["pretrain"].get("guard", "")):
+        sections.append(Statement(guard, "bad", title="Guard"))
     sections.append(Table({"stage": list(lines), "result": list(lines.values())}, "Results"))
     if pages := _pages(context, known):
         sections.append(Links(pages, "Pages"))

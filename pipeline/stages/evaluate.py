@@ -34,7 +34,7 @@ from pipeline.stages.evaluation import chosen, is_own, request_of, teacher, trai
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train.checkpoint import state
-from pipeline.train.run import evaluation_spec
+from pipeline.train.evaluator import evaluation_spec
 from pipeline.uri import join, public
 
 log = logging.getLogger("pipeline.evaluate")

@@ -120,7 +120,8 @@ def asked_for(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple
         settings = settings.model_copy(update={"reference": source})
     config = config.model_copy(update={"evaluate": settings})
     data = config.data.model_copy(update={"source": ""})
-    packing = config.model_copy(update={"data": data})
+    guard = config.guard.model_copy(update={"keep": ""})  # for trainings alone
+    packing = config.model_copy(update={"data": data, "guard": guard})
     packed_before = is_own(config) or "train" in folder.last("pack")
     if packed_before and not pack.named_sources(with_packed_sets(packing, folder), folder):
         return config, ["evaluate"]  # what the chain of this run packed stays as it is

@@ -42,7 +42,7 @@ from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
 from pipeline.train.checkpoint.state import Saved, identity
-from pipeline.train.run import evaluation_spec
+from pipeline.train.evaluator import evaluation_spec
 from pipeline.uri import public
 from pipeline.views.crops import evaluation_resize
 

@@ -10,6 +10,7 @@ from pipeline.config.config import Config
 from pipeline.context import (
     BUILTIN,
     Context,
+    evaluation_sources,
     is_shards,
     labels_of,
     packed_set,
@@ -53,6 +54,7 @@ FIELDS = {  # of the recipe that name the sources
     "train": "data.source",
     "reference": "evaluate.reference",
     "queries": "evaluate.queries",
+    "keep": "guard.keep",
 }
 
 
@@ -63,9 +65,8 @@ def named_sources(config: Config, folder: RunFolder) -> dict[str, tuple[str, str
     places = {}
     if config.data.source:
         places["train"] = (config.data.source, packed_uri(config, folder))
-    for name in ("reference", "queries"):
-        source = getattr(config.evaluate, name)
-        if source and not is_shards(source) and not is_vectors(source):
+    for name, source in evaluation_sources(config).items():
+        if not is_shards(source) and not is_vectors(source):
             places[name] = (source, str(packed_set(name, source, folder)))
     return places
 

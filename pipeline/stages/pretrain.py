@@ -18,13 +18,16 @@ from pipeline.model.encoders.source import digest_of
 from pipeline.model.pair import Backbone, Pair
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
+from pipeline.stages.checks.guard import ended_before, remarks_on_keep
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, estimate, start
 from pipeline.train.checkpoint import state
 from pipeline.train.encoders.kept import encoder_files, write_encoder
-from pipeline.train.run import check_resume, evaluation_spec, plan_for, pretrain, write_plan
+from pipeline.train.evaluator import evaluation_spec
+from pipeline.train.guard.begin import described, is_guarded
+from pipeline.train.run import check_resume, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
 from pipeline.train.tune.choose import tuned
 from pipeline.train.tune.share import said
@@ -65,9 +68,11 @@ def key(context: Context) -> str:
 
 
 def intact(context: Context) -> bool:
-    """Its checkpoints are looked for by the stages that read them."""
-    del context
-    return True
+    """Its checkpoints are looked for by the stages that read them. A run that its guard has ended
+    goes on where the guard is turned off.
+    """
+    guarded = context.folder.last("pretrain").get("status") == "guarded"
+    return not guarded or is_guarded(context.config)
 
 
 def check_encoder(config: Config, folder: RunFolder) -> None:
@@ -80,15 +85,22 @@ def check_encoder(config: Config, folder: RunFolder) -> None:
 
 
 def run(context: Context, tracker: Any) -> dict[str, Any]:
-    """Trains or resumes. The result has status `finished` or `stopped`."""
+    """Trains or resumes. The result has status `finished`, `guarded` or `stopped`."""
+    if result := ended_before(context):
+        result_line("pretrain", result["text"])
+        tracker.note(result["text"])
+        return result
     shards = context.shards()
     run_plan = plan(context)
-    spec = evaluation_spec(run_plan, shards)  # a wrong evaluation set is said before training
+    # a wrong evaluation set is said before training
+    spec = evaluation_spec(run_plan, shards, guarded=True)
     compared = spec.compared(run_plan.config.evaluate.during_training)
     if compared:
         result_line("kNN", f"while training: {compared}")
     for remark in remarks(run_plan.config, shards):
         log.warning("evaluation: %s", remark)
+    for remark in remarks_on_keep(run_plan.config, shards):
+        log.warning("guard: %s", remark)
     for change in check_resume(
         run_plan.config,
         shards.digest,
@@ -134,7 +146,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             else ""
         )
         + "".join(
-            f"; {details[name]}" for name in ("data_limit", "evaluations") if details.get(name)
+            f"; {details[name]}"
+            for name in ("data_limit", "evaluations", "guard")
+            if details.get(name)
         )
     )
     result_line("pretrain", text)
@@ -256,7 +270,8 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
     config = plan.config
     width, depth, heads = config.model.dimensions
     batch = config.optim.global_batch_size
-    kept = config.train.keep_last + 1
+    guard = described(config)
+    kept = config.train.keep_last + 1 + bool(guard)  # the best one, and the start
     ours, backbone = config.model.encoder == "dinov2", built.student.backbone
     network = (
         f"{width} wide, {depth} deep, {heads} heads, patch {config.model.patch_size}, "
@@ -303,5 +318,6 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         f"{cost.memory.line()}",
         f"disk        checkpoints {cost.checkpoint_bytes / 2**20:,.0f} MiB each, {kept} kept and "
         "one in memory",
+        *[f"guard       {guard}"] * bool(guard),
     ]
     return lines

@@ -3,7 +3,8 @@
 No step waits for them but for the copy of the weights: what may take long, sending and the answer,
 is a thread's. A new best score is written beside the checkpoints, as they are. Where `MAX_PENDING`
 are under way, the next one is skipped, and that is said. At the end of the run they are waited for,
-but not for ever.
+but not for ever. Where there is a guard, each is compared with that of the start, which is never
+skipped and is tried again where it fails.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
 from pipeline.train.checkpoint import state
 from pipeline.train.evaluator import Weights
+from pipeline.train.guard.decision import LEFT, Compared
+from pipeline.train.guard.guard import Guard
 from pipeline.train.speed.bottleneck import duration
 from pipeline.uri import Place, join, public
 
@@ -45,16 +48,24 @@ class Request(threading.Thread):
     Args:
         step: of the weights.
         evaluator: the actor.
-        weights: of the backbone, a copy. Ray copies arrays outside of Python; tensors it would
-            pickle, and hold up the steps by seconds a GB, in whichever thread.
+        weights: of the backbone, a copy, or what gives one and may take long. Ray copies arrays
+            outside of Python; tensors it would pickle, and hold up the steps by seconds a GB, in
+            whichever thread.
         limit: images of each set.
     """
 
-    def __init__(self, step: int, evaluator: Any, weights: Weights, limit: int | None) -> None:
+    def __init__(
+        self,
+        step: int,
+        evaluator: Any,
+        weights: Weights | Callable[[], Weights],
+        limit: int | None,
+    ) -> None:
         super().__init__(name=f"evaluation of step {step}", daemon=True)
         self.step, self.since = step, time.monotonic()
         self.answer: Evaluation | Exception | None = None  # None while it is under way
-        self._evaluator, self._arguments = evaluator, (weights, limit)
+        self._evaluator = evaluator
+        self._arguments: tuple[Weights | Callable[[], Weights], int | None] = (weights, limit)
         self._reference: Any = None
         self._forgotten = False
         self.start()
@@ -62,8 +73,11 @@ class Request(threading.Thread):
     def run(self) -> None:
         """In the thread."""
         try:
-            self._reference = self._evaluator.run.remote(*self._arguments)
-            self._arguments = ({}, None)  # Ray has them now
+            weights, limit = self._arguments
+            if callable(weights):
+                weights = weights()
+            self._reference = self._evaluator.run.remote(weights, limit)
+            self._arguments, weights = ({}, None), {}  # Ray has them now
             if self._forgotten:  # while they were sent
                 self.forget()
             self.answer = ray.get(self._reference)
@@ -87,6 +101,7 @@ class Evaluations:
         folder: of the run.
         compared: which images and settings its scores are of, see `EvaluationSpec.key`.
         counts: as `counts` was at the checkpoint that training goes on from.
+        guard: compares them with the start; None: nothing is compared.
     """
 
     def __init__(
@@ -97,8 +112,10 @@ class Evaluations:
         folder: Place,
         compared: str,
         counts: Mapping[str, int] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
+        self.guard, self.late = guard, list[tuple[int, Evaluation]]()  # that wait for the start
         self.compared = compared
         self.checkpoints = join(folder, "checkpoints")
         self.pending: list[Request] = []
@@ -128,6 +145,8 @@ class Evaluations:
         as `finish` says.
         """
         self.collect()
+        if step:
+            self._ask_start()
         if len(self.pending) >= MAX_PENDING and step < self.plan.steps:
             late = self.pending[0]
             self.counts["skipped"] += 1
@@ -146,8 +165,20 @@ class Evaluations:
         self.pending.append(Request(step, self.evaluator, arrays, limit))
 
     def pending_steps(self) -> set[int]:
-        """Steps whose checkpoints may yet turn out to be the best."""
-        return {request.step for request in self.pending}
+        """Steps whose checkpoints may yet turn out to be the best. With a guard the start is one:
+        it is what everything is compared with, again where the images change.
+        """
+        steps = {request.step for request in self.pending} | {step for step, _ in self.late}
+        return steps | {0} if self.guard else steps
+
+    def _ask_start(self) -> None:
+        """Asks for the evaluation of the start, where it is missing: it failed, or died with an
+        earlier group.
+        """
+        asked = any(request.step == 0 for request in self.pending)
+        if self.guard is not None and self.guard.waits and not asked:
+            limit = self.plan.config.evaluate.during_training
+            self.pending.append(Request(0, self.evaluator, self.guard.weights, limit))
 
     def note_step(self, metrics: dict[str, float]) -> None:
         """Keeps the step's health numbers for the alarm."""
@@ -164,6 +195,7 @@ class Evaluations:
                 # Training is worth more than one evaluation: said aloud, and the next one is tried.
                 self.counts["failed"] += 1
                 log.error("the evaluation of step %d failed: %s", request.step, last_line(answer))
+                self._missed({request.step})
             else:
                 self.longest_s = max(self.longest_s, seconds)
                 self._record(request.step, answer)
@@ -216,7 +248,9 @@ class Evaluations:
         self.counts["failed"] += len(self.pending)
         for request in self.pending:
             request.forget()
+        missed = {request.step for request in self.pending}
         self.pending.clear()
+        self._missed(missed)
 
     def said(self) -> str:
         """How many evaluations have no result; empty where all have one."""
@@ -239,11 +273,7 @@ class Evaluations:
         log.info("evaluated   step %d: %s", step, shown)
         if score is not None:
             self.tracker.headline(step, {evaluation.decided_by: score})
-            try:
-                self._note_best(step, score, evaluation.decided_by)
-            except OSError as error:
-                place = public(join(self.checkpoints, "best.json"))
-                log.error("%s could not be written (%s)", place, one_line(error))
+        self._compare(step, evaluation)
         sentence = alarm(
             self.newest | evaluation.metrics,
             self.plan.config.head.prototypes,
@@ -255,7 +285,47 @@ class Evaluations:
             self.tracker.tags({"alarm": sentence})
         self.alarm_text = sentence or ""
 
-    def _note_best(self, step: int, score: float, name: str) -> None:
+    def _missed(self, steps: set[int]) -> None:
+        """Evaluations without a result: that of the start is asked for again with the next one."""
+        if self.guard is None or 0 not in steps or self.guard.start is not None:
+            return
+        self.guard.failed()
+        if not self.guard.waits:
+            self._take_late()
+
+    def _compare(self, step: int, evaluation: Evaluation) -> None:
+        """Compares with the start, once that is there, and notes the best."""
+        guard = self.guard
+        if guard is not None and step == 0 and guard.start is None and evaluation.answers:
+            guard.begin(evaluation.answers)
+        self.late.append((step, evaluation))
+        if guard is None or not guard.waits:
+            self._take_late()
+
+    def _take_late(self) -> None:
+        late, self.late = sorted(self.late, key=lambda one: one[0]), []
+        for step, evaluation in late:
+            result = Compared()
+            if self.guard is not None:
+                result = self.guard.compare(step, evaluation.answers)
+                if metrics := self.guard.metrics(result):
+                    self.tracker.metrics(step, metrics)
+            if not result.may_be_best:
+                continue
+            name, score = evaluation.decided_by, evaluation.metrics.get(evaluation.decided_by)
+            left = result.score if result.score and result.score.name == LEFT else None
+            if left and not name:
+                name, score = f"guard/{LEFT}", left.value
+            if score is None:
+                continue
+            try:
+                # without labels nothing says which is better: the newest that has not fallen
+                self._note_best(step, score, name, newest=bool(left) and name == f"guard/{LEFT}")
+            except OSError as error:
+                place = public(join(self.checkpoints, "best.json"))
+                log.error("%s could not be written (%s)", place, one_line(error))
+
+    def _note_best(self, step: int, score: float, name: str, newest: bool = False) -> None:
         if self.best and self.best["name"] != name:
             log.warning(
                 "the best checkpoint so far (step %d) was chosen by %s: it is chosen anew by %s "
@@ -266,6 +336,7 @@ class Evaluations:
             )
             self.best = None
         known = {saved.step for saved in state.checkpoints(self.checkpoints)}
-        if step in known and (self.best is None or score >= self.best["score"]):
+        best = self.best
+        if step in known and (best is None or newest or score >= best["score"]):
             self.best = {"step": step, "score": score, "name": name}
             state.mark_best(self.checkpoints, step, score, self.compared, name)

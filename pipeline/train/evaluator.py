@@ -1,21 +1,25 @@
-"""The actor that evaluates while training, and where it runs."""
+"""The actor that evaluates while training: on which sets, and where it runs."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
-import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.config.config import Config
+from pipeline.evaluate.sets import evaluation_sets, keep_set
 from pipeline.evaluate.teacher import Evaluation, EvaluationSpec, Evaluator
 from pipeline.model.pair import Spec
 from pipeline.plan.plan import Plan
+from pipeline.shards.set_range import difference, ranged
+from pipeline.shards.shards import ShardSet
 from pipeline.train import build
+from pipeline.train.guard.begin import is_guarded
 
 log = logging.getLogger("pipeline.train")
 
@@ -48,8 +52,73 @@ class EvaluatorActor:
         return self.evaluator.run(backbone, limit)
 
 
+def in_range(config: Config, shards: ShardSet) -> ShardSet:
+    """The set with the range of values that a recipe asks for."""
+    return ranged(shards, config.data.range, config.model.in_channels)
+
+
+def as_planned(plan: Plan, shards: ShardSet) -> ShardSet:
+    """The set with the range of values that a plan decodes with."""
+    if plan.value_range is None:
+        return in_range(plan.config, shards)
+    return replace(shards, value_range=plan.value_range)
+
+
+def evaluation_spec(plan: Plan, shards: ShardSet, guarded: bool = False) -> EvaluationSpec:
+    """Which sets vote and which are asked; the training shards vote where nothing else is named.
+
+    Args:
+        plan: of the run.
+        shards: of the training.
+        guarded: with what the guard of the recipe compares, where it has one.
+
+    Raises:
+        PipelineError: as `evaluation_sets` says, or the score that decides needs labels.
+    """
+    config = plan.config
+    settings, data = config.evaluate, config.data
+    shards = as_planned(plan, shards)
+    reference, queries = (
+        one and _read_alike(config, *one, shards)
+        for one in evaluation_sets(config, shards) or (None, None)
+    )
+    guarded = guarded and is_guarded(config)
+    keep = keep_set(config) if guarded else None
+    return EvaluationSpec(
+        sample=shards,
+        reference=reference,
+        queries=queries,
+        image_size=plan.evaluation_size,
+        k=settings.k,
+        temperature=settings.temperature,
+        mean=config.augment.mean,
+        std=config.augment.std,
+        batch_size=settings.batch_size,
+        seed=config.run.seed,
+        max_pixels=data.max_image_pixels,
+        half=plan.precision == "bfloat16",
+        channels=config.model.in_channels,
+        decide_by=settings.decide_by,
+        guard=config.guard.score if guarded else None,
+        keep=keep and _read_alike(config, *keep, shards),
+    )
+
+
+def _read_alike(config: Config, field: str, shards: ShardSet, training: ShardSet) -> ShardSet:
+    """A set with the range of values of the training images; said where its own is another."""
+    if shards is training:
+        return shards
+    mapped, channels = training.columns.value_range, config.model.in_channels
+    if text := difference(f"the images of {field}", shards, mapped, channels):
+        log.warning("%s", text)
+    return replace(shards, value_range=training.value_range)
+
+
 def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     """Starts the actor where `device_of` says."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     device, share = device_of(plan, ray.cluster_resources().get("GPU", 0))
     options: dict[str, Any] = {
         "num_cpus": 0,

@@ -19,6 +19,7 @@ from pipeline import log as logs
 from pipeline.driver.mailbox import MOVE, STOP, RemoteLines
 from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.plan.plan import Plan
+from pipeline.train.guard.begin import is_guarded
 from pipeline.train.parallel.garbage import Garbage
 from pipeline.train.speed.bottleneck import Window
 from pipeline.train.speed.parts import part
@@ -62,6 +63,8 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
     outcome: dict[str, Any] = {"status": "finished"}
     window = Window()
     step = worker.first_step
+    if not worker.resumed and is_guarded(plan.config):
+        rank_zero.save(step)  # the start may be the best
     if _evaluation_due(plan, step):
         # after a resume too: what was under way died with the workers
         rank_zero.evaluate(step, worker.teacher())

@@ -28,6 +28,9 @@ from pipeline.train import build
 from pipeline.train.checkpoint import state
 from pipeline.train.checkpoint.saving import Saving
 from pipeline.train.evaluations import Evaluations
+from pipeline.train.guard.begin import guard_of
+from pipeline.train.guard.end import guarded
+from pipeline.train.guard.guard import Guard
 from pipeline.train.other_rank import OtherRank
 from pipeline.train.speed.bottleneck import BottleneckWatch, Clock, Window, ms, per_image
 from pipeline.train.start import TrainState
@@ -41,6 +44,8 @@ AGAIN_S = 10.0  # between two tries of a checkpoint without which a group does n
 
 class RankZero(OtherRank):
     """Rank 0's other duties: step lines, journal, checkpoints, evaluations, pictures."""
+
+    guard: Guard | None = None  # where the recipe has one
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class RankZero(OtherRank):
         self.tracker = _tracker(job, folder)
         first_step = int(resumed["step"]) if resumed else 0
         self.tracker.resume(first_step)
+        self.guard = guard_of(plan, self.checkpoints, job["guard_key"])
         self.evaluations = Evaluations(
             plan,
             job["evaluator"],
@@ -64,6 +70,7 @@ class RankZero(OtherRank):
             folder,
             job["compared"],
             resumed.get("evaluations") if resumed else None,
+            self.guard,
         )
         self.mailbox = job["feeder"]
         self.requested = self.mailbox.wait_request.remote()
@@ -82,7 +89,7 @@ class RankZero(OtherRank):
         Asked before each step, so that the end of a checkpoint is taken up there as well.
         """
         self.settle()
-        if self.too_many_bad:
+        if self.too_many_bad or self._guarded:
             return STOP
         ready, _ = ray.wait([self.requested], timeout=0)
         if not ready:
@@ -93,6 +100,11 @@ class RankZero(OtherRank):
             self.requested = self.mailbox.wait_request.remote()
             return ""
         return request
+
+    @property
+    def _guarded(self) -> bool:
+        """Whether the guard has ended the training."""
+        return self.guard is not None and self.guard.ended is not None
 
     def confirmed(self, step: int) -> str:
         """What the group does now that a request has its checkpoint; "" if it was taken back,
@@ -227,7 +239,7 @@ class RankZero(OtherRank):
             log.warning("checkpoint of step %d is written again", written.step)
             self.tracker.tags({"alarm": ""})
         self.unsaved, self.alarm_text = 0, ""
-        self.tracker.metrics(written.step - 1, {"health/checkpoints_failed": 0})
+        self.tracker.metrics(max(0, written.step - 1), {"health/checkpoints_failed": 0})
 
     def _unsaved(self, step: int, why: str) -> None:
         """The alarm: a line, a tag, a metric. The checkpoints before it are as they were."""
@@ -238,7 +250,7 @@ class RankZero(OtherRank):
             f"{self.unsaved} in a row; a restart would begin at the last one before"
         )
         log.error("%s", self.alarm_text)
-        self.tracker.metrics(step - 1, {"health/checkpoints_failed": self.unsaved})
+        self.tracker.metrics(max(0, step - 1), {"health/checkpoints_failed": self.unsaved})
         self.tracker.tags({"alarm": self.alarm_text})
 
     def prune(self, protected: set[int]) -> None:
@@ -266,12 +278,14 @@ class RankZero(OtherRank):
         """Waits for the evaluations under way and gives the outcome for the driver."""
         now("pretrain: the last checkpoint and evaluation")
         self.insist(outcome["status"])
-        if outcome["status"] == "finished":
+        if outcome["status"] == "finished" or (outcome["status"] == "non_finite" and self.guard):
             self.evaluations.finish(lambda: not self.too_many_bad and self.request() == STOP)
         else:  # who stops a run is about to take the machine away: the checkpoint is safe, go
             self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
+        best = self.evaluations.best
+        outcome = guarded(outcome, self.guard, self.plan, best, self.tracker)
         if outcome["status"] == "stopped" and self.unsaved:
             lost = outcome["step"] - self.saved_step
             outcome |= {"step": self.saved_step, "lost_steps": lost}
@@ -279,13 +293,14 @@ class RankZero(OtherRank):
             outcome = {"status": "unsaved", "detail": self.alarm_text}
         summary = clock.summary()
         outcome["data_limit"] = self.watch.whole(summary)
-        outcome |= summary | {"best": self.evaluations.best, "bad_images": dict(self.bad)}
+        outcome |= summary | {"best": best, "bad_images": dict(self.bad)}
         outcome["evaluations"] = self.evaluations.said()
         outcome |= {
             "peak_memory_gib": _peak_bytes() / 2**30,
             "alarm": "; ".join(filter(None, (self.alarm_text, self.evaluations.alarm_text))),
         }
-        self.prune(set())
+        over = outcome["status"] in ("finished", "guarded")
+        self.prune(set() if over or self.guard is None else {0})
         self.tracker.close()
         return outcome
 

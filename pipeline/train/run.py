@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,11 @@ from pipeline.driver.mailbox import ENDING, console, reporting
 from pipeline.driver.signals import stop_on_signals
 from pipeline.driver.worker_group import Workers, run_config, torch_config
 from pipeline.errors import DataError, PipelineError, StoppedError, TrainError, last_line
-from pipeline.evaluate.sets import evaluation_sets
-from pipeline.evaluate.teacher import EvaluationSpec
 from pipeline.heartbeat import doing
 from pipeline.images.value_range import FULL, ValueRange, shown
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
 from pipeline.plan.resume import changes, plan_of
-from pipeline.shards.set_range import difference, ranged
 from pipeline.shards.shards import ShardSet
 from pipeline.storage.run_folder import RunFolder, atomic
 from pipeline.stream.dealer import DecodeTasks
@@ -33,6 +30,7 @@ from pipeline.stream.reader import Reading, group_rows, reading_of
 from pipeline.train import build
 from pipeline.train.checkpoint import state
 from pipeline.train.encoders.kept import check_unchanged, without_text
+from pipeline.train.evaluator import as_planned, evaluation_spec, in_range
 from pipeline.uri import public
 
 if TYPE_CHECKING:
@@ -43,7 +41,9 @@ log = logging.getLogger("pipeline.train")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training run ended: `finished`, or `stopped` at a step because it was asked to."""
+    """How a training run ended: `finished`, `guarded` where its guard ended it, or `stopped` at a
+    step because it was asked to.
+    """
 
     status: str
     step: int
@@ -60,21 +60,10 @@ def plan_for(config: Config, shards: ShardSet, machine: Machine) -> Plan:
             class_names=shards.class_names,
             image_bytes=shards.image_bytes,
             layout=layout_of(group_rows(shards)),
-            value_range=_ranged(config, shards).value_range,
+            value_range=in_range(config, shards).value_range,
         ),
         machine=machine,
     )
-
-
-def _ranged(config: Config, shards: ShardSet) -> ShardSet:
-    return ranged(shards, config.data.range, config.model.in_channels)
-
-
-def as_planned(plan: Plan, shards: ShardSet) -> ShardSet:
-    """The set with the range of values that a plan decodes with."""
-    if plan.value_range is None:
-        return _ranged(plan.config, shards)
-    return replace(shards, value_range=plan.value_range)
 
 
 def reading_for(plan: Plan, shards: ShardSet) -> Reading:
@@ -104,47 +93,6 @@ def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
         image_bytes=shards.image_bytes,
         store_bytes=store / plan.decode_tasks,
     )
-
-
-def evaluation_spec(plan: Plan, shards: ShardSet) -> EvaluationSpec:
-    """Which sets vote and which are asked; the training shards vote where nothing else is named.
-
-    Raises:
-        PipelineError: as `evaluation_sets` says, or the score that decides needs labels.
-    """
-    config = plan.config
-    settings, data = config.evaluate, config.data
-    shards = as_planned(plan, shards)
-    reference, queries = (
-        one and _read_alike(config, *one, shards)
-        for one in evaluation_sets(config, shards) or (None, None)
-    )
-    return EvaluationSpec(
-        sample=shards,
-        reference=reference,
-        queries=queries,
-        image_size=plan.evaluation_size,
-        k=settings.k,
-        temperature=settings.temperature,
-        mean=config.augment.mean,
-        std=config.augment.std,
-        batch_size=settings.batch_size,
-        seed=config.run.seed,
-        max_pixels=data.max_image_pixels,
-        half=plan.precision == "bfloat16",
-        channels=config.model.in_channels,
-        decide_by=settings.decide_by,
-    )
-
-
-def _read_alike(config: Config, field: str, shards: ShardSet, training: ShardSet) -> ShardSet:
-    """A set with the range of values of the training images; said where its own is another."""
-    if shards is training:
-        return shards
-    mapped, channels = training.columns.value_range, config.model.in_channels
-    if text := difference(f"the images of {field}", shards, mapped, channels):
-        log.warning("%s", text)
-    return replace(shards, value_range=training.value_range)
 
 
 def check_resume(
@@ -217,7 +165,7 @@ def pretrain(
         plan.sizes[-1],
         plan.config.resources.streams,
     )
-    evaluation = evaluation_spec(plan, shards)
+    evaluation = evaluation_spec(plan, shards, guarded=True)
     evaluator = launch_evaluator(evaluation, plan)
     # What the driver writes here must be seen by the workers, or checkpoints would go astray.
     mark = stage / f".shared-{os.urandom(6).hex()}"
@@ -229,6 +177,7 @@ def pretrain(
         "feeder": feeder,
         "evaluator": evaluator,
         "compared": evaluation.key(plan.config.evaluate.during_training),
+        "guard_key": evaluation.guard_key(plan.config.evaluate.during_training),
         "track": track,
     }
     # Ray Train's own records are of this start alone; what resumes a run is in `checkpoints`.

@@ -50,6 +50,7 @@ class Job(TypedDict):
     feeder: Any  # actor handle of the `Feeder`, which is the mailbox as well
     evaluator: Any  # actor handle of the `EvaluatorActor`
     compared: str  # `EvaluationSpec.key`: scores of another one are not compared
+    guard_key: str  # `EvaluationSpec.guard_key`: the same of what a guard compares
     track: Any  # settings from which rank 0 makes its tracker
 
 
@@ -61,6 +62,7 @@ class Worker:
     rank: int
     device: torch.device
     first_step: int  # the one that this group starts or goes on with
+    resumed: bool  # from a checkpoint
     images: Between | Ahead  # of the steps that are left
     state: TrainState
     student: torch.nn.Module  # that of `state`, as the workers of the group call it
@@ -125,6 +127,7 @@ class Worker:
             rank=rank,
             device=device,
             first_step=first_step,
+            resumed=source is not None,
             images=images_of(stream, plan.accumulation, view_maker(plan, train_state.pair, device)),
             state=train_state,
             student=student,

@@ -29,7 +29,8 @@ from pipeline.stages.evaluation import request_of, teacher
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build
 from pipeline.train.checkpoint import state
-from pipeline.train.run import evaluation_spec, plan_for
+from pipeline.train.evaluator import evaluation_spec
+from pipeline.train.run import plan_for
 from pipeline.train.start import starting_pair
 from tests.card.conftest import COLOURS, coloured
 from tests.data import hub_table, stored

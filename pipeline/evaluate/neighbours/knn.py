@@ -197,3 +197,24 @@ def knn_classify(
         for number in ks
     }
     return {number: int(right.sum()) / len(right) for number, right in hits.items()}
+
+
+def knn_score(
+    reference: LabelledFeatures, queries: LabelledFeatures, k: int, temperature: float = TEMPERATURE
+) -> Score:
+    """As `knn_classify` of one k, with the hit of each labelled query.
+
+    Raises:
+        DataError: no labelled reference or query, queries without ids, or what `nearest` refuses.
+    """
+    voters, asked = reference.labelled(), queries.labelled()
+    if not (len(voters.labels) and len(asked.labels)):
+        raise DataError(
+            f"k-NN has {len(voters.labels)} labelled reference images and "
+            f"{len(asked.labels)} labelled queries",
+            hint="evaluate on shards with a label column",
+        )
+    # where both sets are one, equal ids keep each image from voting for itself
+    same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
+    neighbours = Neighbours(*nearest(voters.features, asked.features, k, same))
+    return knn_scores(neighbours, voters.labels, asked, [k], temperature)[0]

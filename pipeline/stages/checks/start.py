@@ -14,6 +14,7 @@ from pipeline.config.config import Config
 from pipeline.config.embedding import NEEDS_LABELS, group_of
 from pipeline.context import (
     Context,
+    evaluation_sources,
     nearest,
     open_packed_shards,
     open_training_shards,
@@ -26,7 +27,8 @@ from pipeline.curate.sets import open_earlier, open_other_sets, opened
 from pipeline.embed.folder import check_folder
 from pipeline.embed.vectors import is_vectors
 from pipeline.errors import ConfigError, PipelineError, StorageError
-from pipeline.evaluate.labels import check_deciding, check_labels
+from pipeline.evaluate.labels import check_deciding, check_keep, check_labels
+from pipeline.evaluate.sets import KEEP
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, embed, finetune, pack, search
 from pipeline.stages.checks.known_sets import KnownSet, known_set
@@ -34,8 +36,6 @@ from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.settings import TrackSettings
 from pipeline.uri import is_uri
-
-EVALUATION = ("reference", "queries")
 
 
 def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
@@ -106,6 +106,8 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
             check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
     if {"pretrain", "evaluate"} & set(stages):
         _check_evaluation(config, known)
+    if KEEP in known:
+        check_keep(known[KEEP].labels)
     if "finetune" in stages and "pretrain" not in stages:
         images = known.get("data.shards") or known["data.source"]
         finetune.check_known_labels(images.labels, known.get("evaluate.queries"))
@@ -232,12 +234,15 @@ def _known_sets(config: Config, folder: RunFolder, stages: Sequence[str]) -> dic
         sets["data.shards"] = KnownSet.of("data.shards", open_training_shards(config, folder))
     if not ({"pack", "curate", "finetune"} & set(stages) or _compares(config, stages)):
         return sets
-    for field, uri in ((f"evaluate.{name}", getattr(config.evaluate, name)) for name in EVALUATION):
-        if uri and is_vectors(uri):
+    for name, uri in evaluation_sources(config).items():
+        field = pack.FIELDS[name]
+        if field == KEEP and not {"pack", "pretrain"} & set(stages):
             continue
-        if uri and packing:
+        if field != KEEP and is_vectors(uri):
+            continue
+        if packing:
             sets[field] = known_set(config, field, uri, packed)
-        elif uri:
+        else:
             sets[field] = KnownSet.of(field, opened(config, field, uri))
     return sets
 
