@@ -19,7 +19,6 @@ from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
 from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
-from pipeline.embed.embedders import absolute_model
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.report.page import Links, Section, Statement, Table
@@ -36,10 +35,10 @@ from pipeline.stages import (
     pretrain,
     search,
 )
+from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
-from pipeline.storage.places import absolute_uri
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
 from pipeline.track.driver import Pipeline, open_pipeline
 from pipeline.track.endpoint import hide_credentials
@@ -322,32 +321,3 @@ def named(config: Config, stages: Sequence[str]) -> Config:
 def by_name(stages: Sequence[str]) -> bool:
     """Whether single stages were asked for, not the whole chain."""
     return "pretrain" not in stages or len(stages) == 1
-
-
-def with_absolute_weights(config: Config) -> Config:
-    """The config with full paths of the weights it starts from: workers run in other folders."""
-
-    def full(path: str) -> str:
-        return absolute_uri(path) if path else path
-
-    model = config.model.model_copy(update={"init": full(config.model.init)})
-    distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
-    curate = config.curate
-    runs = config.run.folder
-    embedders = {
-        "copy_embedder": absolute_model(curate.copy_embedder, runs),
-        "embedder": curate.embedder and absolute_model(curate.embedder, runs),
-    }
-    places = {"against": full(curate.against), "shards": full(curate.shards)}
-    curate = curate.model_copy(update=embedders | places)
-    embed = config.embed
-    vectors = {"model": absolute_model(embed.model, runs) if embed.model else ""}
-    embed = embed.model_copy(update=vectors | {"vectors": full(embed.vectors)})
-    finetune = config.finetune
-    tuned = absolute_model(finetune.model, runs) if finetune.model else ""
-    finetune = finetune.model_copy(update={"model": tuned})
-    models = tuple(absolute_model(one, runs) for one in config.evaluate.models)
-    evaluate = config.evaluate.model_copy(update={"models": models})
-    sections = {"model": model, "distill": distill, "curate": curate, "embed": embed}
-    sections |= {"finetune": finetune, "evaluate": evaluate}
-    return config.model_copy(update=sections)

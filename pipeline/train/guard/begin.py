@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.evaluate.guard.measure import IMAGES, SMOOTH_IMAGES
+from pipeline.model.low_rank import merged_state
 from pipeline.plan.plan import Plan
 from pipeline.train import start
 from pipeline.train.checkpoint import state
@@ -43,11 +44,12 @@ def weights_at_start(plan: Plan, checkpoints: Place) -> dict[str, Any]:
     """
     saved = state.at(state.place_of(checkpoints, 0))
     if saved is None:
-        tensors = start.starting_pair(plan)[0].teacher.backbone.state_dict()
+        tensors = dict(start.starting_pair(plan)[0].teacher.backbone.state_dict())
     else:
         head = "backbone."
         teacher = saved.teacher()
-        tensors = {k.removeprefix(head): v for k, v in teacher.items() if k.startswith(head)}
+        own = {k.removeprefix(head): v for k, v in teacher.items() if k.startswith(head)}
+        tensors = merged_state(own)
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
