@@ -52,7 +52,7 @@ def run(config: Config, stages: Sequence[str]) -> None:
     if config.curate.rounds == 1 or config.curate.query:
         chain.run(config, stages)
         return
-    config = chain.with_absolute_weights(chain.named(config, stages))
+    config = with_absolute_weights(chain.named(config, stages))
     folder = RunFolder.of(config.run.folder, config.run.name)
     last = config_of(config, folder, config.curate.rounds)
     if chain.by_name(stages):

@@ -19,8 +19,9 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import embed, finetune, look, search
-from pipeline.stages.chain import STAGES, by_name, named, with_absolute_weights
+from pipeline.stages.chain import STAGES, by_name, named
 from pipeline.stages.checks.known_sets import KnownSet, also_in
+from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
 from pipeline.stages.pretrain import describe, starting_pair
