@@ -30,6 +30,7 @@ from pipeline.curate.decide.shards import MARK
 from pipeline.curate.sets import open_earlier, open_other_sets
 from pipeline.errors import ConfigError, DataError, StorageError, TrainError
 from pipeline.stages import chain, curate, evaluate, evaluation
+from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_curated
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train.checkpoint import state
