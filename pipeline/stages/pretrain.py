@@ -34,6 +34,7 @@ from pipeline.train.tune.share import said
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations
 
+FEW = 20_000  # images, below which a network from nothing learns little of what they show
 log = logging.getLogger("pipeline.train")
 
 
@@ -230,6 +231,18 @@ def _streams(plan: Plan) -> list[str]:
     ]
 
 
+def _expected(plan: Plan) -> list[str]:
+    """What so few images can teach a network that begins with random weights."""
+    if plan.images >= FEW or plan.init or plan.frozen_teacher:
+        return []
+    return [
+        f"expect      {plan.images:,} images, each seen {plan.steps / plan.steps_per_pass:.0f} "
+        "times, teach colours, textures and parts: the verdict says whether that beats a colour "
+        "histogram",
+        "            released weights, if you can get some, give more from so few: jobs/adapt.py",
+    ]
+
+
 def _unused(model: Model, backbone: Backbone) -> str:
     """Names the fields of our ViT that a recipe sets and a foreign encoder does not use."""
     sizes: Iterable[str] = ("patch_size", "in_channels", "drop_path")
@@ -308,6 +321,7 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         f"{plan.steps_per_pass} steps a pass, {plan.dropped_per_pass} left out of each pass",
         f"steps       {plan.steps:,} x {batch} = {plan.steps * batch:,} images, "
         f"{plan.steps / plan.steps_per_pass:.2f} passes, warm-up {plan.warmup_steps}",
+        *_expected(plan),
         f"workers     {plan.workers} x {plan.micro_batch} images x {plan.accumulation}, "
         f"{plan.device}, {plan.precision} ({plan.precision_reason}), "
         f"{plan.threads} threads each, lr {plan.lr:.3g}",

@@ -84,3 +84,10 @@ class Residual(nn.Module):
 def small(in_channels: int = 3) -> Residual:
     """1.2 million parameters, D = 256: for images of 32 to 64 pixels."""
     return Residual((64, 128, 256), in_channels)
+
+
+def photos(in_channels: int = 3) -> Residual:
+    """1.3 million parameters, D = 256: for images of 64 to 128 pixels. Its stem makes a quarter of
+    their side, so an image of 96 pixels costs what one of 48 costs with `small`.
+    """
+    return Residual((64, 128, 256), in_channels, strides=2)

@@ -13,6 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.encoders.residual import Block, small
 from pipeline.model.encoders.source import Name, read_source
+from pipeline.model.encoders.stemmed import vit
 from pipeline.model.foreign_weights import load_any, save_module, verify_module
 from pipeline.model.pair import HeadSpec, build_pair
 
@@ -193,3 +194,19 @@ def test_channels_last_in_memory_changes_nothing_but_the_order(
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, backbone(x), rtol=1e-5, atol=1e-6)
     assert seen[1].is_contiguous()
+
+
+def test_the_small_vit_sees_places_and_other_sizes() -> None:
+    torch.manual_seed(0)
+    network = vit().eval()
+    assert 1.9e6 < sum(p.numel() for p in network.parameters()) < 2.1e6
+    x = torch.randn(2, 3, 32, 32)
+    seen, tokens = network(x), network.stem(x)
+    assert seen.shape == (2, 192) and tokens.shape == (2, 192, 4, 4)
+    shuffled = tokens.flatten(2)[..., torch.randperm(16)].unflatten(2, (4, 4))
+    network.stem = nn.Identity()
+    assert not torch.allclose(network(shuffled), seen, atol=1e-3)
+    with torch.no_grad():  # without positions it knows a set of patches
+        network.position.zero_()
+    torch.testing.assert_close(network(tokens), network(shuffled), rtol=1e-4, atol=1e-5)
+    assert network(torch.randn(2, 192, 6, 6)).shape == (2, 192)
