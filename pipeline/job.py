@@ -25,6 +25,8 @@ def main(
     doc: str,
     arguments: Sequence[str] | None = None,
     shorthand: Mapping[str, str] | None = None,
+    words: Sequence[str] = (),
+    recipe: str = "",
 ) -> None:
     """Runs stages with the process's arguments; exits 2 on a user's mistake.
 
@@ -34,11 +36,13 @@ def main(
         arguments: default: `sys.argv[1:]`.
         shorthand: short names of this job for fields, `{"model": "embed.model"}`; under `""` the
             list field that takes what is neither a recipe nor `name=value`.
+        words: fields that take such words instead, one each, in this order.
+        recipe: that is read where none is named.
     """
     shorthand = shorthand or {}
     prefer_utf8()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    flags = [a for a in words if a.startswith("-")]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [a for a in given if a.startswith("-")]
     if {"-h", "--help"} & set(flags):
         short = [f"{name} for {field}" for name, field in shorthand.items() if name]
         names = f"Short names here: {', '.join(short)}.\n\n" * bool(short)
@@ -54,7 +58,10 @@ def main(
                 f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
                 "options are --dry-run and --help; fields are set as section.field=value",
             )
-        config = load(spelled_out([a for a in words if not a.startswith("-")], shorthand))
+        spelled = spelled_out([a for a in given if not a.startswith("-")], shorthand, words)
+        if recipe and not any(_is_recipe(one) for one in spelled):
+            spelled = [recipe, *spelled]
+        config = load(spelled)
         with beating(), doing("loading the libraries"):
             _start(config, stages, dry=bool(flags))
     except PipelineError as error:
@@ -71,12 +78,18 @@ def main(
         sys.exit(130)  # 128 + SIGINT
 
 
-def spelled_out(arguments: Sequence[str], shorthand: Mapping[str, str]) -> list[str]:
+def spelled_out(
+    arguments: Sequence[str], shorthand: Mapping[str, str], words: Sequence[str] = ()
+) -> list[str]:
     """Arguments with the short names of a job as the fields that they stand for.
 
     Args:
         arguments: recipe, `name=value`, and what a job takes besides (images to look at).
         shorthand: as for `main`.
+        words: as for `main`.
+
+    Raises:
+        PipelineError: more words than this job takes.
     """
     loose: list[str] = []
     fields = []
@@ -85,16 +98,34 @@ def spelled_out(arguments: Sequence[str], shorthand: Mapping[str, str]) -> list[
         if equals and name in shorthand:
             fields.append(f"{shorthand[name]}={value}")
         elif (
-            "" in shorthand
-            and not argument.endswith((".yaml", ".yml"))
+            ("" in shorthand or words)
+            and not _is_recipe(argument)
             and not (equals and "/" not in name)
         ):
             loose.append(argument)
         else:
             fields.append(argument)
+    if words:
+        return [*fields, *_in_order(loose, words, fields)]
     if loose:  # a JSON list is a YAML one, whatever is in the names
         fields.append(f"{shorthand['']}={json.dumps(loose)}")
     return fields
+
+
+def _in_order(loose: Sequence[str], words: Sequence[str], fields: Sequence[str]) -> list[str]:
+    """Words as the fields that they stand for; a field that is set by its name takes none."""
+    named = {field.partition("=")[0] for field in fields}
+    free = [field for field in words if field not in named]
+    if len(loose) > len(free):
+        raise PipelineError(
+            f"{loose[len(free)]} is one word too many",
+            f"words are, in this order, {', '.join(words)}; everything else is name=value",
+        )
+    return [f"{field}={word}" for field, word in zip(free, loose, strict=False)]
+
+
+def _is_recipe(argument: str) -> bool:
+    return "=" not in argument and argument.endswith((".yaml", ".yml"))
 
 
 def _start(config: Config, stages: Sequence[str], dry: bool) -> None:

@@ -1,4 +1,4 @@
-"""What starts from given weights: the guard of an adaptation, and a classifier."""
+"""What starts from given weights: an adaptation, its guard, and a classifier."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.section import Below1, Fraction, NonNegative, Positive, Range, Section
+
+
+class Adapt(Section):
+    """A recipe for weights that exist and images that they do not know yet."""
+
+    enabled: bool = Field(
+        False,
+        description="derive what the recipe leaves open from the weights in model.init and from "
+        "the number of images; jobs/adapt.py does",
+    )
+    card: bool = Field(
+        True, description="score the weights as they are before training, on the same images"
+    )
 
 
 class Guard(Section):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.adaptation import Finetune, Guard
+from pipeline.config.adaptation import Adapt, Finetune, Guard
 from pipeline.config.curation import Balance, Curate, Dedup, Leaks, Mix, Quality, Retrieve
 from pipeline.config.curation_rules import preset_values, problems
 from pipeline.config.data import Augment, Data
@@ -54,7 +54,7 @@ class Config(Section):
     teacher: Teacher = Teacher()
     train: Train = Train()
     distill: Distill = Distill()
-    guard: Guard = Guard()
+from pipeline.config.adaptation import Adapt, Finetune, Guard
     curate: Curate = Curate()
     quality: Quality = Quality()
     dedup: Dedup = Dedup()
@@ -163,6 +163,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _channels(self) -> Config:
         channels = self.model.in_channels
+        if self._waits_for("in_channels"):
+            return self
         for name in ("mean", "std"):
             values = getattr(self.augment, name)
             if len(values) != channels:
@@ -175,6 +177,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _patches(self) -> Config:
         patch = self.model.patch_size
+        if self._waits_for("patch_size"):
+            return self
         if self.model.encoder != "dinov2" and not self.loss.ibot_weight:
             return self  # an encoder that may have no patches: it says itself what it takes
         for name, size in (
@@ -188,3 +192,7 @@ class Config(Section):
                     f"the nearest is {max(1, round(size / patch)) * patch}"
                 )
         return self
+
+    def _waits_for(self, name: str) -> bool:
+        """Whether a field of the model is yet to be read off the weights (`adapt.enabled`)."""
+        return self.adapt.enabled and name not in self.model.model_fields_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -57,6 +57,20 @@ def load(arguments: Sequence[str]) -> Config:
         if isinstance(run, dict) and run.get("name") in (None, ""):
             run["name"] = Path(recipes[0]).stem
     problems += _misread(values)
+    return checked(values, problems)
+
+
+def checked(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
+    """The config of values by section.
+
+    Args:
+        values: of fields; others have their defaults.
+        problems: found before, told with the others.
+
+    Raises:
+        ConfigError: with every problem, one a line.
+    """
+    problems = list(problems)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "train.loss_kernels",
     "train.profile_steps",
     # which images they chose is held by the digest of the shards
+    "adapt.",
     "curate.",
     "quality.",
     "dedup.",
