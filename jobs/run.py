@@ -14,7 +14,7 @@ from pipeline.job import main
 
 if __name__ == "__main__":
     main(
-        ["pack", "curate", "pretrain", "evaluate", "export", "embed", "search", "look"],
+        ["pack", "curate", "adapt", "pretrain", "evaluate", "export", "embed", "search", "look"],
         __doc__,
         shorthand={"rounds": "curate.rounds"},
     )

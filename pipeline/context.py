@@ -41,6 +41,7 @@ class Context:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     only: bool = False  # single stages were asked for by name
     stages: Mapping[str, Any] = field(default_factory=dict)  # of a chain, by name
+    asked: Config | None = None  # the recipe before anything was derived from weights and images
 
     @property
     def shards_uri(self) -> str:

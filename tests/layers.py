@@ -137,6 +137,7 @@ TABLE = [
     row("card", "config curate.threshold.* embed errors evaluate heartbeat images model report "
         "search shards storage uri use views", others="numpy pyarrow",
         others_inside="PIL ray torch"),
+    row("adapt", "adapt card config embed errors evaluate uri", "model plan train", "yaml"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream.order train.checkpoint.* train.speed.bottleneck uri views",
@@ -147,13 +148,13 @@ TABLE = [
         "numpy PIL", "ray"),
     row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
-    row("stages", "card config context curate driver embed environment errors evaluate finetune "
-        "heartbeat images model pack plan report search serve shards storage stream track train "
-        "uri use views",
+    row("stages", "adapt card config context curate driver embed environment errors evaluate "
+        "finetune heartbeat images model pack plan report search serve shards storage stream track "
+        "train uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
     row("rounds", "card config context curate errors stages storage train uri"),
-    row("doctor", "card config context curate driver embed errors evaluate heartbeat images model "
-        "plan rounds shards stages storage stream train uri", others_inside="ray torch"),
+    row("doctor", "adapt card config context curate driver embed errors evaluate heartbeat images "
+        "model plan rounds shards stages storage stream train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.train api.finetune api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "

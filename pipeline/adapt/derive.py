@@ -82,8 +82,10 @@ def facts_alone(config: Config, facts: Facts) -> Recipe:
 def _batch(images: int) -> tuple[int, str]:
     """Images a step: a power of two."""
     most = 1024 if images >= MANY else 256 if images >= SOME else 128
-    batch = max(2, min(most, 2 ** int(math.log2(max(2, images / 8)))))
-    return batch, f"at least eight steps in a pass over {images:,} images, at most {most} a step"
+    batch = min(most, max(16, 2 ** int(math.log2(max(2, images / 8)))))
+    if batch > images:
+        return max(1, images), "all images are one step"
+    return batch, f"an eighth of {images:,} images or less, 16 to {most}"
 
 
 def _length(lines: Derivation, images: int, batch: int, gpu: bool) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config.config import Config
 from pipeline.embed.load import (
+    EXPORTS,
     TIMM,
     Preprocessing,
     load_weights,
@@ -96,7 +97,7 @@ def _facts(init: str, encoder: str) -> Facts:
             f"model.init={public(path)} holds no checkpoint of ours",
             "at a URI, name a run folder or a folder checkpoints/step-…; download other weights",
         )
-    known = preprocessing_of(path) if Path(path).exists() else Preprocessing()
+    known = _preprocessing(path)
     if encoder.startswith(TIMM):
         return _of_timm(encoder, path, known)
     if name := _architecture(path):
@@ -105,6 +106,21 @@ def _facts(init: str, encoder: str) -> Facts:
         except PipelineError:  # another kind of network than ours
             return _of_timm(f"{TIMM}{name}", path, known)
     return _of_vit(path, known)
+
+
+def _preprocessing(path: str) -> Preprocessing:
+    """What is written beside the weights; beside those of an export of ours in DINOv2's form
+    nothing is, and its other forms say it.
+    """
+    place = Path(path)
+    if not place.exists():
+        return Preprocessing()
+    known = preprocessing_of(path)
+    if known.mean or place.name != EXPORTS[0]:
+        return known
+    beside = [place.parent / name for name in EXPORTS[1:]]
+    said = [preprocessing_of(str(one)) for one in beside if one.is_dir()]
+    return next((one for one in said if one.mean), known)
 
 
 def _architecture(path: str) -> str:
@@ -230,8 +246,9 @@ def _patches(backbone: Any) -> int:
 
 def _depth(backbone: Any) -> int:
     blocks = getattr(backbone, "blocks", None)
-    attends = blocks is not None and len(blocks) and hasattr(blocks[0], "attn")
-    return len(blocks) if attends else 0
+    if blocks is None or not len(blocks) or not hasattr(blocks[0], "attn"):
+        return 0
+    return len(blocks)
 
 
 def _has_layers(backbone: Any) -> bool:

@@ -10,7 +10,6 @@ import yaml
 
 from pipeline.config.config import Config
 from pipeline.config.load import checked
-from pipeline.errors import one_line
 
 Whose = Literal["weights", "images", "yours"]
 
@@ -111,7 +110,7 @@ def written(recipe: Recipe, config: Config) -> str:
         lines.append(f"{section}:" if fields else f"{section}: {{}}")
         for name, value in fields.items():
             reason = reasons.get(f"{section}.{name}", "")
-            lines.append(f"  {name}: {_flow(value)}" + f"  # {one_line(reason)}" * bool(reason))
+            lines.append(f"  {name}: {_flow(value)}" + f"  # {reason}" * bool(reason))
     return "\n".join(lines) + "\n"
 
 

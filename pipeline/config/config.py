@@ -54,7 +54,8 @@ class Config(Section):
     teacher: Teacher = Teacher()
     train: Train = Train()
     distill: Distill = Distill()
-from pipeline.config.adaptation import Adapt, Finetune, Guard
+    adapt: Adapt = Adapt()
+    guard: Guard = Guard()
     curate: Curate = Curate()
     quality: Quality = Quality()
     dedup: Dedup = Dedup()

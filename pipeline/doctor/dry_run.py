@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipeline import rounds
 from pipeline.config.config import Config
@@ -18,7 +19,7 @@ from pipeline.evaluate.sets import KEEP, remarks
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.shards.shards import ShardSet, open_shards
-from pipeline.stages import embed, finetune, look, search
+from pipeline.stages import adapt, embed, finetune, look, search
 from pipeline.stages.chain import STAGES, by_name, named
 from pipeline.stages.checks.known_sets import KnownSet, also_in
 from pipeline.stages.checks.places import with_absolute_weights
@@ -53,6 +54,7 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         say_cards(config.evaluate.cards)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
+    config, asked = adapt.begun(config, folder, stages)
     config, stages = asked_for(config, folder, stages)
     several = config.curate.rounds > 1 and not by_name(stages)
     if several:
@@ -96,6 +98,8 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         _say_evaluation(config, folder, known)
     elif "pretrain" in stages and (reference := voting(known)):
         _say_one_set(reference)
+    if "adapt" in stages and asked is not None and images:
+        config = _adapted(asked, config, folder, machine, images)
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
@@ -220,6 +224,21 @@ def _say_training(
     if not is_uri(str(folder.at())):
         needs.append(("run.folder", str(folder.at()), checkpoints))
     fits.say_time(plan, cost, machine)
+
+
+def _adapted(
+    asked: Config, config: Config, folder: RunFolder, machine: Machine, images: int
+) -> Config:
+    """The recipe that the job would derive, printed with its reasons."""
+    gpu = bool(machine.gpus) and asked.train.device != "cpu"
+    facts, recipe = adapt.recipe_for(asked, images, gpu, folder)
+    planned = recipe.applied(asked)
+    plan = resolve(planned, SetFacts(images, NOT_PACKED), machine=machine)
+    if line := adapt.lighter(asked, plan):
+        recipe = replace(recipe, lines=(*recipe.lines, line))
+    adapt.say(facts, recipe, images)
+    evaluation = {"evaluate": config.evaluate}
+    return recipe.applied(asked).model_copy(update=evaluation)
 
 
 def _about(images: int) -> str:

@@ -72,9 +72,21 @@ def load_first(checkpoint: str, untrained: bool = False) -> Any:
     Raises:
         PipelineError: the checkpoint is gone, or the weights that it began with are.
     """
+    return load_planned(_plan(checkpoint), untrained)
+
+
+def load_planned(plan: Any, untrained: bool = False) -> Any:
+    """In a task: the backbone that the training of a plan begins with.
+
+    Args:
+        plan: a `pipeline.plan.plan.Plan`, with the place of its weights in `init`.
+        untrained: with random weights, also where the plan begins with others.
+
+    Raises:
+        PipelineError: the weights are gone.
+    """
     from pipeline.train.start import starting_pair
 
-    plan = _plan(checkpoint)
     if untrained:
         plan = plan.model_copy(update={"init": ""})
     return starting_pair(plan)[0].teacher.backbone.eval()

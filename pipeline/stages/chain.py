@@ -24,6 +24,7 @@ from pipeline.heartbeat import doing
 from pipeline.report.page import Links, Section, Statement, Table
 from pipeline.report.run_report import run_report
 from pipeline.stages import (
+    adapt,
     curate,
     embed,
     evaluate,
@@ -65,6 +66,7 @@ class Stage(Protocol):
 STAGES: dict[str, Stage] = {
     "pack": pack,
     "curate": curate,
+    "adapt": adapt,
     "pretrain": pretrain,
     "evaluate": evaluate,
     "export": export,
@@ -102,13 +104,14 @@ def run(config: Config, stages: Sequence[str], known: Mapping[str, Stage] = STAG
         evaluate.compare(config)
         return
     folder = RunFolder.of(config.run.folder, config.run.name)
+    config, asked = adapt.begun(config, folder, stages)
     config, stages = evaluation.asked_for(config, folder, stages)
     with looked_up_once():
         check_start(config, stages)
         with ended_by_sigterm(), folder.locked():
             log.info("run         %s in %s", config.run.name, folder)
             with mirrored(folder, lambda names: _fetched(folder, names)) as push:
-                context = Context(config, folder, only=by_name(stages), stages=known)
+                context = Context(config, folder, only=by_name(stages), stages=known, asked=asked)
                 _run(context, stages, push)
 
 
@@ -156,6 +159,8 @@ def go_through(
     for name in stages:
         if not _skipped(context, name):  # its key may be known only now
             _run_stage(context, name)
+        if name == "adapt":
+            write_config(context.config, context.folder)
         after()
         if ENDING.number and name != stages[-1]:  # it came after the last step
             log.info("stopped     after %s; the same command goes on from there", name)
@@ -163,7 +168,14 @@ def go_through(
 
 
 def _say_verdict(context: Context) -> None:
-    """The verdict of the evaluation, as the last line of a job that evaluates."""
+    """The verdict of the evaluation, as the last line of a job that evaluates; before it what an
+    adaptation has changed.
+    """
+    if comparison := adapt.before_and_after(context):
+        for what, text in comparison.lines:
+            log.info("%-11s %s", what, text)
+        if comparison.warning:
+            log.warning("%s", comparison.warning)
     if verdict := context.results.get("evaluate", {}).get("verdict"):
         log.info("%-11s %s", "verdict", verdict)
 
@@ -172,6 +184,8 @@ def _is_input(context: Context, name: str) -> bool:
     """Whether a stage has nothing to do: its output is an input of the recipe, or a whole run is
     not asked for it.
     """
+    if name == "adapt":
+        return not context.config.adapt.enabled
     if name == "curate":
         return not context.config.curate.preset and not context.only
     if name in ALONE:
@@ -232,6 +246,8 @@ def _hand_on(context: Context, name: str, result: dict[str, Any]) -> None:
     if name == "pack":
         forget()  # lists of millions of files
     context.config = with_packed_sets(context.config, context.folder)
+    if name == "adapt":
+        context.config = adapt.derived(context, result)
 
 
 # ---- What is told: the config as it was run, MLflow's pipeline run, the report of the run.
@@ -281,6 +297,8 @@ def _report(context: Context) -> None:
     verdict = str(known["evaluate"].get("verdict", ""))
     rule = str(known["evaluate"].get("rule", ""))
     sections: list[Section] = [Statement(verdict, mood_of(Verdict(rule, verdict)))] * bool(verdict)
+    if (comparison := adapt.before_and_after(context)) and comparison.rows:
+        sections.append(Table(comparison.table, "Before and after"))
     if guard := str(known["pretrain"].get("guard", "")):
         sections.append(Statement(guard, "bad", title="Guard"))
     sections.append(Table({"stage": list(lines), "result": list(lines.values())}, "Results"))

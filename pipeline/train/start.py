@@ -14,7 +14,7 @@ from pipeline.config.config import Config
 from pipeline.errors import PipelineError
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.fit import Weights, fit
-from pipeline.model.foreign import ForeignBackbone
+from pipeline.model.foreign import ForeignBackbone, timm_by_name
 from pipeline.model.foreign_weights import fit_foreign, read_safetensors
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Encoder, Pair, freeze, pair_of
@@ -32,6 +32,8 @@ from pipeline.train.objective import Objective
 from pipeline.train.parallel.strategy import Layout, prepare
 from pipeline.train.tune.choose import frozen_names, take_frozen, tuned
 from pipeline.uri import is_uri, join, parent, public
+
+TIMM = "timm:"  # before the name of a model whose weights timm has
 
 
 @dataclass
@@ -150,6 +152,10 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
         return built, "random weights"
     student = built.student
     network, resize = student.backbone, config.model.init_resize
+    if source.startswith(TIMM) and isinstance(network, ForeignBackbone):
+        named = timm_by_name(source.removeprefix(TIMM), pretrained=True)
+        text = fit_foreign(network, named.state_dict(), source, resize)
+        return pair_of(student), f"{source} ({text}), heads are new"
     saved = checkpoint_at(source)
     if saved is None and is_uri(source):
         raise PipelineError(
