@@ -23,6 +23,7 @@ from pipeline.embed.load import (
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.uri import is_uri, public
 
+PREFIX = "module:"
 LOCAL_DIR = "local-dir:"  # timm's word for a folder
 # What a run of ours goes on with: it was trained so, and its heads fit nothing else.
 OF_A_RUN = {
@@ -168,11 +169,15 @@ def _of_run(init: str) -> Facts | None:
 
 def _of_vit(path: str, known: Preprocessing) -> Facts:
     """Weights of a vision transformer of DINOv2's kind."""
+    from pipeline.model.encoders.module import ModuleBackbone
     from pipeline.model.fit import Facts as Shapes
+    from pipeline.model.foreign import TimmBackbone
 
     backbone = load_weights(path)
-    if hasattr(backbone, "spec") and hasattr(backbone, "module"):  # an exported encoder of timm
+    if isinstance(backbone, TimmBackbone):  # that we exported
         return _of_timm(f"{TIMM}{backbone.spec.name}", path, known)
+    if isinstance(backbone, ModuleBackbone):
+        return _of_module(backbone, path, known)
     shapes = Shapes.of(backbone.state_dict())
     values = {
         "model.encoder": "dinov2",
@@ -198,6 +203,29 @@ def _of_vit(path: str, known: Preprocessing) -> Facts:
         width=shapes.width,
         depth=shapes.depth,
         has_layers=True,
+        has_heads=False,
+        parameters=_parameters(backbone),
+    )
+
+
+def _of_module(backbone: Any, path: str, known: Preprocessing) -> Facts:
+    """An exported encoder of somebody's own module."""
+    spec, patches = backbone.spec, _patches(backbone)
+    values = {
+        "model.encoder": f"{PREFIX}{spec.name}",
+        "model.patch_size": spec.patch_size,
+        "model.in_channels": spec.in_channels,
+    }
+    return Facts(
+        init=path,
+        what=f"{PREFIX}{spec.name}, {'patches of ' + str(patches) if patches else 'no patches'}",
+        values=values | _normalisation(known),
+        image_size=known.image_size or spec.image_size,
+        own_grid=None,
+        patch_size=patches,
+        width=backbone.width,
+        depth=_depth(backbone.module),
+        has_layers=False,
         has_heads=False,
         parameters=_parameters(backbone),
     )

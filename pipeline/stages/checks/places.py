@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.config import Config
 from pipeline.embed.embedders import absolute_model
+from pipeline.embed.load import TIMM
 from pipeline.storage.places import absolute_uri
 
 
@@ -11,7 +12,7 @@ def with_absolute_weights(config: Config) -> Config:
     """The config with full paths of the weights it starts from: workers run in other folders."""
 
     def full(path: str) -> str:
-        return absolute_uri(path) if path else path
+        return absolute_uri(path) if path and not path.startswith(TIMM) else path
 
     model = config.model.model_copy(update={"init": full(config.model.init)})
     distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})

@@ -29,8 +29,8 @@ def convolution_backward(
     networks.
     """
     transposed, wanted = bool(others[4]), others[7]
-    once: int = conv_flop_count(list(x), list(weight), list(grad), transposed)
-    return once * sum(wanted[:2])
+    once = int(conv_flop_count(list(x), list(weight), list(grad), transposed))
+    return once * int(sum(wanted[:2]))
 
 
 CORRECTED = {torch.ops.aten.convolution_backward: convolution_backward}
