@@ -15,7 +15,9 @@ from pipeline.adapt.facts import Facts
 from pipeline.adapt.recipe import Line, Recipe, Whose, is_set
 from pipeline.config.config import Config
 
-RATE = 2e-3  # of pretraining, for 1,024 images a step (configs/vits14.yaml)
+# Of pretraining, for 1,024 images a step: of transformers as in configs/vits14.yaml, of convolutional
+# networks as in configs/cifar10.yaml, where 128 images have 3e-3.
+RATE, RATE_OF_CONVOLUTIONS = 2e-3, 8e-3
 PART_OF_RATE = 0.1
 USUAL_SIDE = 224  # pixels; DINOv2 trains most of its steps at this size
 LOCAL = 98 / 224  # side of a local crop over that of a global one
@@ -59,13 +61,13 @@ def derive(config: Config, facts: Facts, images: int, gpu: bool) -> Recipe:
     take = lines.take
     for field, value in facts.values.items():
         take(field, value, "read off the weights", "weights")
-    side = _views(lines, facts, gpu)
+    _views(lines, facts, gpu)
     batch = take("optim.global_batch_size", *_batch(images))
     steps = _length(lines, images, batch, gpu)
     _heads(lines, facts, images, steps)
     _rates(lines, facts, images, steps)
     _teacher(lines, steps)
-    _network(lines, facts, images, side)
+    _network(lines, facts, images)
     take("train.eval_every", max(1, math.ceil(steps / 10)), "ten times, for the guard to compare")
     take("train.save_every", max(1, math.ceil(steps / 10)), "as often: any of them may be the best")
     return Recipe(tuple(lines.lines))
@@ -104,8 +106,8 @@ def _length(lines: Derivation, images: int, batch: int, gpu: bool) -> int:
     return int(lines.take("optim.steps", steps, why))
 
 
-def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
-    """Sizes of crops and what is done to their colours; the side of a global crop."""
+def _views(lines: Derivation, facts: Facts, gpu: bool) -> None:
+    """Sizes of crops and what is done to their colours."""
     take, patch = lines.take, facts.patch_size or 1
     own = facts.image_size or USUAL_SIDE
     side, why = own, f"the weights' own {own} pixels"
@@ -117,7 +119,7 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
         why = f"position embeddings are for {facts.own_grid} pixels"
         take("model.init_resize", True, why, "weights")
     if facts.has_heads:
-        return side
+        return
     small = side <= SMALL_SIDE
     unit = patch if facts.patch_size else 32 if not small else 4
     local = max(1, round(side * LOCAL / unit)) * unit
@@ -130,7 +132,6 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
     if small:
         take("augment.blur", "none", f"it would erase most of {side} pixels", "weights")
         take("augment.solarize", 0.0, f"it would erase most of {side} pixels", "weights")
-    return side
 
 
 def _heads(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
@@ -144,6 +145,12 @@ def _heads(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
     if images < SOME * 2:
         take("head.hidden", 512, "a small head learns in few steps")
         take("head.bottleneck", 64, "a small head learns in few steps")
+    if not facts.patch_size:
+        take(
+            "head.norm",
+            "batch",
+            "with it convolutional networks learnt more (configs/cifar10.yaml)",
+        )
     frozen = min(1000, max(1, steps // 10))
     why = "fresh heads learn alone first, so that they do not disturb the backbone"
     take("train.freeze_backbone_steps", frozen, why)
@@ -152,8 +159,9 @@ def _heads(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
 def _rates(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
     """The learning rate of each part, its ramp, and weight decay."""
     take = lines.take
-    rate = PART_OF_RATE * RATE
-    take("optim.lr", rate, f"a tenth of {RATE:g}, that of pretraining, x sqrt(batch / 1024)")
+    rate = RATE if facts.patch_size else RATE_OF_CONVOLUTIONS
+    why = f"a tenth of {rate:g}, that of pretraining, x sqrt(batch / 1024)"
+    take("optim.lr", PART_OF_RATE * rate, why)
     take("optim.warmup", 0.2, "a long ramp, most of it after the backbone is let go")
     if facts.has_layers:
         why = "first layers, which fit any image, move least"
@@ -178,7 +186,7 @@ def _teacher(lines: Derivation, steps: int) -> None:
         take("teacher.temperature_end", 0.04, "a short run keeps sharp targets from the start on")
 
 
-def _network(lines: Derivation, facts: Facts, images: int, side: int) -> None:
+def _network(lines: Derivation, facts: Facts, images: int) -> None:
     """What of the objective this network can do, and how much of it is trained."""
     take = lines.take
     if not facts.has_heads:
@@ -189,4 +197,6 @@ def _network(lines: Derivation, facts: Facts, images: int, side: int) -> None:
             take("loss.mask_probability", 0.0, why, "weights")
     drop = 0.1 if facts.depth >= 12 and images >= FEW else 0.0
     take("model.drop_path", drop, "every block is needed to keep what the weights know")
-    del side
+    if facts.depth > BLOCKS_TUNED and images < FEW and not facts.has_heads:
+        why = f"below {FEW:,} images the first blocks stay as they are"
+        take("train.tune", f"last_blocks={BLOCKS_TUNED}", why)
