@@ -25,6 +25,10 @@ def all_logsumexp(x: Tensor) -> Tensor:
     """`log(sum(exp(x)))` over the workers, element by element, without overflow."""
     if world_size() == 1:
         return x
+    if x.device.type == "cpu":  # few workers: one message of all numbers is faster than two sums
+        every = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(every, x.contiguous())
+        return torch.logsumexp(torch.stack(every), dim=0)
     largest = x.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     # -inf on every worker (nobody has a row) must stay -inf and not become NaN.

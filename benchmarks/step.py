@@ -1,0 +1,233 @@
+"""What a training step of the product costs on a CPU, against a plain loop of the same network.
+
+    python benchmarks/step.py SHARDS [--network vit residual] [--rounds N] [--steps N]
+
+SHARDS is a folder that `jobs/pack.py configs/cifar10.yaml` has filled. `ours` is `jobs/pretrain.py`
+with two workers, through Ray Train and Ray Data: the CPU seconds of ALL processes of the run in a
+window of steps, divided by the steps. The plain loop (`plain_step.py`) is one process of one thread
+with the same network, batch, crops and colours, whose losses and update are written in plain torch.
+Both begin with encoded images in parquet files. They run in turn, so that a slow moment of a shared
+machine meets both; wall time is not looked at. Evaluation and checkpoints lie outside the window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTLED, TRACED = 60, 10  # steps before the window; steps of the trace after it
+# The recipe of each network, beside that of configs/cifar10.yaml.
+NETWORKS: dict[str, list[str]] = {
+    "vit": [],
+    "residual": [
+        "model.encoder=module:pipeline.model.encoders.residual:small",
+        "head.norm=batch",
+        "head.input_norm=batch",
+        "loss.ibot_weight=0",
+        "loss.mask_probability=0",
+        "augment.local_crops=0",
+        "augment.global_scale=[0.3,1.0]",
+        "augment.jitter=0.8",
+        "augment.greyscale=0.2",
+        "optim.global_batch_size=128",
+        "optim.lr=3e-3",
+        "teacher.momentum=0.99",
+    ],
+}
+
+
+def recipe(network: str, *more: str) -> list[str]:
+    """The recipe file and the fields of a network."""
+    return [str(ROOT / "configs" / "cifar10.yaml"), *NETWORKS[network], *more]
+
+
+def kind_of(process: psutil.Process) -> str:
+    """What a process of a run is, from its command line."""
+    line = " ".join(process.cmdline())
+    names = {
+        "TrainWorker": "training workers",
+        "RayTrainWorker": "training workers",
+        "MapWorker(MapBatches(_Decode": "decoders",
+        "MapWorker": "decoders",
+        "_Decode": "decoders",
+        "_Read": "reading",
+        "SplitCoordinator": "split coordinator",
+        "Dealer": "dealer",
+        "Feeder": "feeder",
+        "Evaluator": "evaluator",
+        "TrainController": "train controller",
+        "raylet/raylet": "raylet",
+        "gcs_server": "gcs",
+        "jobs/pretrain.py": "driver",
+        "mlflow": "MLflow",
+    }
+    return next((kind for part, kind in names.items() if part in line), "other of Ray")
+
+
+class Meter:
+    """CPU seconds of a process and all its descendants, by kind of process."""
+
+    def __init__(self, root: int) -> None:
+        self.root = psutil.Process(root)
+        self.seconds: dict[tuple[int, float], float] = {}
+        self.kinds: dict[tuple[int, float], str] = {}
+
+    def read(self) -> None:
+        """Looks at all processes; what a process that ended since used until then stays."""
+        for process in [self.root, *self.root.children(recursive=True)]:
+            try:
+                times, key = process.cpu_times(), (process.pid, process.create_time())
+                self.kinds[key] = kind_of(process)
+                self.seconds[key] = times.user + times.system
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+
+    def now(self) -> dict[tuple[int, float], float]:
+        """The seconds of each process so far."""
+        self.read()
+        return dict(self.seconds)
+
+    def between(
+        self, before: dict[tuple[int, float], float], after: dict[tuple[int, float], float]
+    ) -> dict[str, float]:
+        """CPU seconds by kind."""
+        kinds: dict[str, float] = defaultdict(float)
+        for key, seconds in after.items():
+            kinds[self.kinds[key]] += seconds - before.get(key, 0.0)
+        return dict(kinds)
+
+
+def last_step(metrics: Path) -> int:
+    """Steps that a run has logged."""
+    if not metrics.exists():
+        return 0
+    steps = [0]
+    for line in metrics.read_text().splitlines():
+        if line.endswith("}") and '"loss/total"' in line:
+            steps.append(json.loads(line)["step"] + 1)
+    return max(steps)
+
+
+def ours(shards: str, network: str, steps: int, fields: list[str]) -> tuple[dict[str, float], str]:
+    """CPU milliseconds a step by kind of process, and the parts of a step of rank 0's trace."""
+    first, last = SETTLED, SETTLED + steps
+    with tempfile.TemporaryDirectory() as folder:
+        end = last + 5 + TRACED
+        settings = [
+            f"data.shards={shards}",
+            "data.source=",
+            "evaluate.queries=",
+            "evaluate.during_training=64",
+            f"run.folder={folder}",
+            "run.name=step",
+            "track.enabled=false",
+            f"optim.steps={end}",
+            f"train.eval_every={end}",
+            f"train.save_every={end}",
+            "train.log_every=10",
+            f"train.profile_steps=[{end - TRACED + 1},{end}]",
+        ]
+        command = [sys.executable, "jobs/pretrain.py", *recipe(network, *settings, *fields)]
+        output = Path(folder) / "output"
+        with output.open("w") as out:
+            run = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+            meter = Meter(run.pid)
+            metrics = Path(folder) / "step" / "metrics.jsonl"
+
+            def at(step: int) -> tuple[dict[tuple[int, float], float], int]:
+                while (done := last_step(metrics)) < step:
+                    if run.poll() is not None:
+                        raise SystemExit(output.read_text())
+                    meter.read()
+                    time.sleep(0.2)
+                return meter.now(), done
+
+            (before, start), (after, stop) = at(first), at(last)
+            if run.wait():
+                raise SystemExit(output.read_text())
+        kinds = meter.between(before, after)
+        per_step = {kind: 1000 * s / (stop - start) for kind, s in kinds.items()}
+        (table,) = (Path(folder) / "step" / "pretrain" / "profile").glob("*.md")
+        return per_step, table.read_text()
+
+
+def plain(shards: str, network: str, steps: int, decoded: bool) -> float:
+    """CPU milliseconds a step of the plain loop.
+
+    Args:
+        shards: the folder.
+        network: of `NETWORKS`.
+        steps: that count.
+        decoded: whether images are decoded before the clock starts.
+    """
+    command = [sys.executable, "benchmarks/plain_step.py", shards, network, str(steps)]
+    command += ["decoded"] * decoded
+    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return float(out.stdout.split()[-1])
+
+
+def spread(values: list[float], form: Callable[[float], str]) -> str:
+    """Median (smallest to largest)."""
+    return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+def compare(shards: str, network: str, rounds: int, steps: int, fields: list[str]) -> None:
+    """Prints both in turn, their ratio, and where the CPU time of ours goes."""
+    ways: dict[str, Callable[[], float]] = {
+        "plain loop": lambda: plain(shards, network, steps, False),
+        "plain loop, images decoded before": lambda: plain(shards, network, steps, True),
+    }
+    taken: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, list[float]] = defaultdict(list)
+    table = ""
+    for number in range(rounds):
+        for name, way in ways.items():
+            taken[name].append(way())
+        by_kind, table = ours(shards, network, steps, fields)
+        for kind, ms in by_kind.items():
+            kinds[kind].append(ms)
+        taken["ours"].append(sum(by_kind.values()))
+        row = ", ".join(f"{name} {values[-1]:.0f}" for name, values in taken.items())
+        print(f"{network} round {number + 1}: CPU ms a step: {row}", flush=True)
+    print(f"\n{network}, {rounds} rounds of {steps} steps, CPU ms a step, median (min to max):")
+    for name, values in taken.items():
+        ratio = [a / b for a, b in zip(taken["ours"], values, strict=True)]
+        line = f"{name:36} {spread(values, lambda x: f'{x:.0f}')}"
+        print(line + f"; ours / it {spread(ratio, lambda x: f'{x:.2f}')}" * (name != "ours"))
+    print("\nof ours, by process:")
+    for kind, values in sorted(kinds.items(), key=lambda item: -statistics.median(item[1])):
+        print(f"{kind:36} {spread(values, lambda x: f'{x:.1f}')}")
+    print(f"\ninside worker 0, traced:\n{table}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shards")
+    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--fields", nargs="*", default=[], help="others of ours, a.b=value")
+    arguments = parser.parse_args()
+    for network in arguments.network:
+        compare(
+            str(Path(arguments.shards).resolve()),
+            network,
+            arguments.rounds,
+            arguments.steps,
+            arguments.fields,
+        )
+
+
+if __name__ == "__main__":
+    main()
