@@ -29,6 +29,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stream.decoder import make_chunk
 from pipeline.stream.reader import read_portions
 from pipeline.train import build
+from pipeline.train.parallel.strategy import prepare
 from pipeline.train.run import plan_for as planned
 from pipeline.train.run import reading_for, stream_spec
 from pipeline.views.batch import Batch, Views
@@ -125,6 +126,7 @@ def main(shards_folder: str, network: str, steps: int, decoded: bool) -> float:
     shards = open_shards(shards_folder)
     plan = plan_for(network, shards, SETTLED + steps)
     pair = build.pair(plan.config)
+    prepare(pair, build.layout(plan, torch.device("cpu")))  # channels last, where it is for us
     make = build.view_maker(plan, pair, torch.device("cpu"))
     loop = PlainLoop(plan, pair)
     images = batches(plan, shards, SETTLED + steps)

@@ -29,20 +29,21 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTLED, TRACED = 60, 10  # steps before the window; steps of the trace after it
 # The recipe of each network, beside that of configs/cifar10.yaml.
 NETWORKS: dict[str, list[str]] = {
-    "vit": [],
-    "residual": [
-        "model.encoder=module:pipeline.model.encoders.residual:small",
-        "head.norm=batch",
-        "head.input_norm=batch",
-        "loss.ibot_weight=0",
-        "loss.mask_probability=0",
-        "augment.local_crops=0",
-        "augment.global_scale=[0.3,1.0]",
-        "augment.jitter=0.8",
-        "augment.greyscale=0.2",
-        "optim.global_batch_size=128",
-        "optim.lr=3e-3",
-        "teacher.momentum=0.99",
+    "residual": [],
+    "vit": [
+        "model.encoder=dinov2",
+        "model.width=192",
+        "model.depth=6",
+        "model.heads=3",
+        "model.patch_size=8",
+        "model.registers=1",
+        "head.norm=none",
+        "loss.ibot_weight=1",
+        "loss.mask_probability=0.5",
+        "augment.local_crops=4",
+        "augment.local_size=16",
+        "optim.global_batch_size=64",
+        "optim.lr=1e-3",
     ],
 }
 
@@ -57,10 +58,9 @@ def kind_of(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
     names = {
         "TrainWorker": "training workers",
-        "RayTrainWorker": "training workers",
-        "MapWorker(MapBatches(_Decode": "decoders",
-        "MapWorker": "decoders",
         "_Decode": "decoders",
+        "_MapWorker": "decoders",
+        "MapWorker": "decoders",
         "_Read": "reading",
         "SplitCoordinator": "split coordinator",
         "Dealer": "dealer",
@@ -70,9 +70,12 @@ def kind_of(process: psutil.Process) -> str:
         "raylet/raylet": "raylet",
         "gcs_server": "gcs",
         "jobs/pretrain.py": "driver",
-        "mlflow": "MLflow",
+        "dashboard": "dashboard agents",
+        "agent": "dashboard agents",
+        "log_monitor": "log monitor",
     }
-    return next((kind for part, kind in names.items() if part in line), "other of Ray")
+    other = f"other: {Path(line.split()[-1]).name if '.py' in line else line[:40]}"
+    return next((kind for part, kind in names.items() if part in line), other)
 
 
 class Meter:
@@ -153,11 +156,15 @@ def ours(shards: str, network: str, steps: int, fields: list[str]) -> tuple[dict
                     time.sleep(0.2)
                 return meter.now(), done
 
-            (before, start), (after, stop) = at(first), at(last)
+            before, start = at(first)
+            begin = time.monotonic()
+            after, stop = at(last)
+            seconds = time.monotonic() - begin
             if run.wait():
                 raise SystemExit(output.read_text())
         kinds = meter.between(before, after)
         per_step = {kind: 1000 * s / (stop - start) for kind, s in kinds.items()}
+        print(f"{stop - start} steps in {seconds:.0f} s of wall time", flush=True)
         (table,) = (Path(folder) / "step" / "pretrain" / "profile").glob("*.md")
         return per_step, table.read_text()
 

@@ -2,7 +2,7 @@
 FSDP.
 
 DDP: each worker holds all weights, gradients and moments, and adds up gradients in the last
-backward pass of a step; CPU workers of one machine do the same through shared memory. FSDP (PyTorch's FSDP2): each holds a slice of every tensor, and a block's
+backward pass of a step. FSDP (PyTorch's FSDP2): each holds a slice of every tensor, and a block's
 whole weights while the block computes. Both do the same mathematics: `tests/train/parallel` holds
 them against each other.
 """
@@ -20,8 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loss.collectives import all_sum
 from pipeline.model.pair import Encoder, Pair, local_parts
-from pipeline.train.parallel import blocks, shards, shared_memory
-from pipeline.train.speed.parts import part
+from pipeline.train.parallel import blocks, shards
 
 BUCKET_BYTES = 25 * 2**20  # at least: torch's own size of what DDP adds up at once
 BUCKET_LIMIT = 128 * 2**20
@@ -75,22 +74,15 @@ def student_forward(pair: Pair, layout: Layout) -> nn.Module:
 
     DDP sends rank 0's weights to all when it is made: load a checkpoint before. `static_graph`
     stays off: it spares a search for unused parameters that is off anyway, as every parameter has a
-    gradient in every step (`Head`, `VisionTransformer.tokens`). Buffers, such as the running means
-    of BatchNorm, are not sent: each worker has its own, of its own images, and those of rank 0 are
-    saved. CPU workers on one machine add up through shared memory instead, where it has room.
+    gradient in every step (`Head`, `VisionTransformer.tokens`).
     """
     student = pair.student
     if layout.sharded or layout.workers == 1:
         return student
-    if layout.device.type == "cpu" and layout.reduce == torch.float32:
-        rooms = shared_memory.mapped(student, layout.workers)
-        if rooms is not None:
-            return shared_memory.SharedGradients(student, rooms, layout.workers)
     ids = [layout.device.index] if layout.device.type == "cuda" else None
     wrapped = DistributedDataParallel(
         student,
         device_ids=ids,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,  # no second copy of the gradients
         broadcast_buffers=False,  # running means of BatchNorm: each worker's own, see `pair_of`
         bucket_cap_mb=bucket_bytes(student) / 2**20,
@@ -118,12 +110,6 @@ def adding_up(forward: object, last: bool) -> Iterator[None]:
     """Around forward and backward of a micro batch: workers add up gradients in the `last` one of a
     step only. Before it a worker holds the sum of its own, with FSDP too.
     """
-    if isinstance(forward, shared_memory.SharedGradients):
-        yield
-        if last:
-            with part("reduce"):
-                forward.add_up()
-        return
     if shards.is_sharded(forward):
         shards.set_adding_up(forward, last)
     elif not last and hasattr(forward, "no_sync"):  # DDP, or what a loop of one's own wraps

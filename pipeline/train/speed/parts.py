@@ -15,7 +15,6 @@ Part = Literal[
     "student forward",
     "loss",
     "backward",  # with the sum of the gradients over the workers, where there are several
-    "reduce",  # that sum through shared memory, on CPUs of one machine
     "clip",
     "finite check",  # with the sum of the scalars over the workers
     "optimizer",
