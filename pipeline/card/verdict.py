@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from pipeline.card.card import Card, Verdict
 from pipeline.card.case import Case, Facts, Gain, ModelFacts
+from pipeline.card.started import kept_init, no_better_than_init, worse_than_init
 from pipeline.card.words import UNLABELLED, about, short_of, title_of, with_margin
 from pipeline.evaluate.score import LEVEL
 
@@ -154,26 +155,6 @@ def _collapsed(case: Case) -> str:
     return f"Collapsed ({case.said()}): {alarm}"
 
 
-def _worse_than_init(case: Case) -> str:
-    """Worse than the weights that the run started from."""
-    if case.init is None or not case.gain(case.init).is_worse:
-        return ""
-    return (
-        f"Worse than what it started from ({case.pair(case.init)}): keep those weights, or train "
-        "again with a lower optim.lr."
-    )
-
-
-def _no_better_than_init(case: Case) -> str:
-    """As good as the weights that the run started from."""
-    if case.init is None or not case.gain(case.init).is_none:
-        return ""
-    return (
-        f"No better than what it started from ({case.pair(case.init)}): keep those weights, or "
-        "train longer or on more images."
-    )
-
-
 def _worse_than_step0(case: Case) -> str:
     """Worse than the same network before training."""
     if case.start is None or not case.gain(case.start).is_worse:
@@ -279,9 +260,10 @@ WHOLE: list[tuple[str, Callable[[Case], str]]] = [
 ]
 BEST: list[tuple[str, Callable[[Case], str]]] = [
     ("collapsed", _collapsed),
-    ("worse_than_init", _worse_than_init),
+    ("kept_init", kept_init),
+    ("worse_than_init", worse_than_init),
     ("worse_than_step0", _worse_than_step0),
-    ("no_better_than_init", _no_better_than_init),
+    ("no_better_than_init", no_better_than_init),
     ("learnt_nothing", _learnt_nothing),
     ("no_better_than_colours", _no_better_than("colours")),
     ("no_better_than_raw_pixels", _no_better_than("raw_pixels")),

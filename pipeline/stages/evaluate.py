@@ -199,7 +199,7 @@ def sentence_of(card: Card, request: Request) -> str:
         return "; ".join(filter(None, [*unlabelled, listed, *card.remarks]))
     value = main.results[card.score].interval.value
     step = request.networks[0].step
-    text = f"{_shown(card.score)} {value:.4f}{f' at step {step}' if step else ''} "
+    text = f"{_shown(card.score)} {value:.4f}{f' at step {step}' if step is not None else ''} "
     text += f"({compared(card)})"
     beside = [
         f"{_named(one)} {one.results[card.score].interval.value:.4f}"

@@ -100,6 +100,12 @@ SITUATIONS = {
         ["Worse than untrained (k-NN 0.40 ± 0.02 against 0.66)"],
         (model(0.40), STEP0, contender("colours", 0.3)),
     ),
+    "its guard kept the weights": Planted(
+        "kept_init",
+        ["Kept the weights it started from (k-NN 0.78 ± 0.02)", "lower optim.lr"],
+        (model(0.78, step=0), contender("init", 0.78, of=MODEL), *SMALL),
+        about(init="dinov2.pth"),
+    ),
     "worse than its weights": Planted(
         "worse_than_init",
         ["Worse than what it started from (k-NN 0.71 ± 0.02 against 0.78)", "lower optim.lr"],
