@@ -8,6 +8,7 @@ them with the teacher alone (`frozen_names`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ def tuned(pair: Pair, config: Config) -> Pair:
 
 def last_blocks(backbone: Backbone, count: int) -> list[nn.Parameter]:
     """The parameters of the last blocks and of what comes after them. Blocks of a timm model are
-    the layers that timm knows.
+    the layers that timm knows, of a module of one's own the row `blocks` or `stages` in it.
 
     Raises:
         PipelineError: no blocks are known, or there are fewer.
@@ -75,7 +76,7 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Parameter]:
         numbers = sorted({layers[name] for name, p in named.items() if p.ndim > 1} - {0})
         _check(len(numbers), count)
         return [p for name, p in named.items() if layers.get(name, 0) >= numbers[-count]]
-    rows = blocks.of(backbone)
+    rows = blocks.of(backbone) or _stages(backbone)
     _check(len(rows), count)
     first = next(rows[-count].parameters())
     every = list(backbone.parameters())
@@ -83,11 +84,18 @@ def last_blocks(backbone: Backbone, count: int) -> list[nn.Parameter]:
     return every[begin:]
 
 
+def _stages(backbone: Backbone) -> Sequence[nn.Module]:
+    """What a module of one's own calls `stages`, where it is a row of modules."""
+    stages = getattr(getattr(backbone, "module", None), "stages", ())
+    return list(stages) if isinstance(stages, nn.ModuleList | nn.Sequential) else []
+
+
 def _check(known: int, count: int) -> None:
     if not known:
         raise PipelineError(
             f"train.tune=last_blocks={count}: no blocks of this encoder are known",
-            "set train.tune=lora(rank=8), train.tune=heads or train.tune=all",
+            "give the module a row of blocks (nn.Sequential) called blocks, or set "
+            "train.tune=lora(rank=8), train.tune=heads or train.tune=all",
         )
     if count > known:
         raise PipelineError(

@@ -13,7 +13,7 @@ from torch import nn
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.model.foreign import ModuleBackbone
+from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.groups import parameter_groups
 from pipeline.model.low_rank import merge_low_rank
 from pipeline.model.pair import HeadSpec, Pair, build_pair
@@ -185,6 +185,16 @@ def test_what_reads_a_checkpoint_gets_plain_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(plain.backbone(x), teacher.backbone(x), atol=1e-5, rtol=1e-5)
     merge_low_rank(teacher.backbone)
     torch.testing.assert_close(plain.backbone(x), teacher.backbone(x), atol=1e-6, rtol=1e-6)
+
+
+def test_the_last_blocks_of_the_residual_network_of_ours() -> None:
+    fields = ["loss.ibot_weight=0", "loss.mask_probability=0"]
+    encoder = "model.encoder=module:pipeline.model.encoders.residual:small"
+    backbone = pair_of("last_blocks=1", encoder, "optim.layerwise_decay=1", *fields).student
+    names = learnt(backbone.backbone)
+    assert names and all(n.startswith("module.stages.2.") for n in names)
+    low = pair_of("lora(rank=4)", encoder, "optim.layerwise_decay=1", *fields).student.backbone
+    assert "module.stages.0.conv1.low_rank_up" in learnt(low)
 
 
 class Blocks(nn.Module):
