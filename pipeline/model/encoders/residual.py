@@ -77,7 +77,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         places: Tensor = self.stages(self.stem(x))
-        feature: Tensor = self.norm(places.float().mean((2, 3)))
+        # under autocast too in the type of the statistics
+        mean = places.mean((2, 3), dtype=self.norm.running_mean.dtype)  # type: ignore[union-attr]
+        feature: Tensor = self.norm(mean)
         return feature
 
 

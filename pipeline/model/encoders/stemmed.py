@@ -72,7 +72,9 @@ class StemmedVit(nn.Module):
         x = x.reshape(views * tokens, width)
         for block in self.blocks:
             x = block(x, ((views, tokens),))
-        mean = self.norm(x).view(views, tokens, width).float().mean(1)
+        patches = self.norm(x).view(views, tokens, width)
+        # under autocast too in the type of the statistics
+        mean = patches.mean(1, dtype=self.feature.running_mean.dtype)  # type: ignore[union-attr]
         feature: Tensor = self.feature(mean)
         return feature
 

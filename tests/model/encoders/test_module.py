@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,16 @@ def test_the_small_network_has_the_size_that_its_recipe_names() -> None:
     assert made.width == 256 and made.convolutional and not made.has_patches
     assert 1.2e6 < sum(p.numel() for p in small().parameters()) < 1.25e6
     assert made(torch.zeros(2, 3, 48, 48)).shape == (2, 256)
+
+
+@pytest.mark.parametrize("make", [small, vit])
+def test_networks_of_ours_compute_in_every_type(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, x = make(), torch.randn(8, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x).dtype == torch.float32  # of the feature's statistics
+    for dtype in (torch.float32, torch.float16):  # of an export
+        assert network.eval().to(dtype)(x.to(dtype)).dtype == dtype
 
 
 def test_channels_last_in_memory_changes_nothing_but_the_order(
