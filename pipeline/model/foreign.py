@@ -26,14 +26,15 @@ Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B
 class ForeignBackbone(nn.Module):
     """What timm models and free modules have in common; see the sub-classes.
 
-    `has_patches` says whether there are patch tokens for iBOT; without them a run trains with DINO
-    and KoLeo only.
+    `has_patches` says whether there are patch tokens, `takes_masks` whether some can be hidden, which
+    iBOT needs; without that a run trains with DINO and KoLeo only.
     """
 
     def __init__(self, module: nn.Module, width: int, patch_size: int, has_patches: bool) -> None:
         super().__init__()
         self.module = module
         self.width, self.patch_size, self.has_patches = width, patch_size, has_patches
+        self.takes_masks = has_patches
         self.convolutional = any(map(_is_dense, module.modules()))
 
     def features(self, x: Tensor, masks: Tensor | None) -> Features:
@@ -61,7 +62,7 @@ class ForeignBackbone(nn.Module):
         cls = torch.cat([each for each, _ in encoded])
         if not len(masked):
             return cls
-        patches = encoded[0][1] if self.has_patches else None
+        patches = encoded[0][1] if self.takes_masks else None
         if patches is None:
             raise PipelineError(
                 "iBOT needs patch tokens that can be hidden, and this encoder has none",
@@ -141,7 +142,7 @@ class TimmBackbone(ForeignBackbone):
         self.prefix_tokens = int(getattr(module, "num_prefix_tokens", 0))
         self._masks: Tensor | None = None
         if self.stride and self._gives_tokens():
-            self.has_patches = True
+            self.has_patches = self.takes_masks = True
             self.mask_token = nn.Parameter(torch.zeros(1, width))
             embed.register_forward_hook(self._hide)  # type: ignore[union-attr]
 

@@ -93,7 +93,7 @@ def pair(config: Config, files: Mapping[str, str] | None = None) -> Pair:
     if isinstance(backbone, ForeignBackbone):
         augment = config.augment
         masked = config.loss.ibot_weight or config.loss.mask_probability
-        if masked and not backbone.has_patches:
+        if masked and not (backbone.has_patches and backbone.takes_masks):
             raise PipelineError(
                 f"{config.model.encoder} has no patch tokens to hide, which iBOT needs",
                 "set loss.ibot_weight=0 and loss.mask_probability=0",

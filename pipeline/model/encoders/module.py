@@ -41,7 +41,7 @@ class ModuleBackbone(ForeignBackbone):
             prefix_tokens: CLS and registers before the patches.
         """
         takes_masks = "masks" in inspect.signature(module.forward).parameters
-        super().__init__(module, width, patch_size, takes_masks)
+        super().__init__(module, width, patch_size, has_patches=takes_masks)
         self.prefix_tokens = prefix_tokens
         self.spec: ModuleSpec | None = None  # of the factory that made it, if one did
 
@@ -51,7 +51,7 @@ class ModuleBackbone(ForeignBackbone):
         Raises:
             PipelineError: the module's output has another shape.
         """
-        out = self.module(x, masks=masks) if self.has_patches else self.module(x)
+        out = self.module(x, masks=masks) if self.takes_masks else self.module(x)
         shape = tuple(getattr(out, "shape", ()))
         if len(shape) not in (2, 3) or shape[0] != len(x) or shape[-1] != self.width:
             raise PipelineError(
@@ -156,12 +156,13 @@ class ModuleSpec:
                 "nn.Module",
                 "return the network itself",
             )
-        backbone = ModuleBackbone(module, self._width(module), self.patch_size)
-        backbone.spec = self
+        width, tokens = self._output(module)
+        backbone = ModuleBackbone(module, width, self.patch_size)
+        backbone.has_patches, backbone.spec = tokens, self
         return backbone
 
-    def _width(self, module: nn.Module) -> int:
-        """D, of an output of the right shape.
+    def _output(self, module: nn.Module) -> tuple[int, bool]:
+        """D of an output of the right shape, and whether it is tokens.
 
         Raises:
             PipelineError: the module takes no images of the recipe, or gives another shape.
@@ -182,7 +183,7 @@ class ModuleSpec:
         tokens, shape = 1 + side * side, list(getattr(out, "shape", ()))
         right = isinstance(out, Tensor) and out.is_floating_point() and shape[:1] == [PROBED]
         if right and (len(shape) == 2 or (len(shape) == 3 and shape[1] == tokens)):
-            return int(shape[-1])
+            return int(shape[-1]), len(shape) == 3
         got = shape if isinstance(out, Tensor) else type(out).__name__
         raise PipelineError(
             f"model.encoder=module:{self.name} returned {got} for images {shown}, expected "

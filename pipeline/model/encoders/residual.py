@@ -41,18 +41,20 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """`[B, C, S, S]` to the feature `[B, D]`, D the last of `widths`."""
+    """`[B, C, S, S]` to the feature `[B, D]`, D the last of `widths`; or to tokens, the feature and
+    the places of the last stage row by row.
+    """
 
     def __init__(
-        self, widths: Sequence[int], in_channels: int = 3, blocks: int = 1, strides: int = 1
+        self, widths: Sequence[int], in_channels: int = 3, strides: int = 1, tokens: bool = False
     ) -> None:
         """Random weights, from torch's global generator.
 
         Args:
             widths: of the stages; the stem has the first.
             in_channels: C.
-            blocks: of each stage.
             strides: convolutions of stride 2 in the stem; each halves the side.
+            tokens: whether it gives the places too.
         """
         super().__init__()
         stem: list[nn.Module] = []
@@ -67,12 +69,12 @@ class Residual(nn.Module):
         stages: list[nn.Module] = []
         for number, (before, after) in enumerate(pairwise([widths[0], *widths])):
             stages.append(Block(before, after, 2 if number else 1))
-            stages += [Block(after, after, 1) for _ in range(blocks - 1)]
         self.stages = nn.Sequential(*stages)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.norm = nn.BatchNorm1d(widths[-1], affine=False)
+        self.tokens = tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -80,12 +82,21 @@ class Residual(nn.Module):
         # under autocast too in the type of the statistics
         mean = places.mean((2, 3), dtype=self.norm.running_mean.dtype)  # type: ignore[union-attr]
         feature: Tensor = self.norm(mean)
-        return feature
+        if not self.tokens:
+            return feature
+        return torch.cat([feature[:, None], places.flatten(2).mT.to(feature.dtype)], 1)
 
 
 def small(in_channels: int = 3) -> Residual:
     """1.2 million parameters, D = 256: for images of 32 to 64 pixels."""
     return Residual((64, 128, 256), in_channels)
+
+
+def small_map(in_channels: int = 3) -> Residual:
+    """As `small`, with patches of 8 pixels (model.patch_size=8) for pictures of what it sees; none
+    can be hidden, so iBOT has no use for them.
+    """
+    return Residual((64, 128, 256), in_channels, tokens=True)
 
 
 def photos(in_channels: int = 3) -> Residual:

@@ -207,6 +207,26 @@ def test_channels_last_in_memory_changes_nothing_but_the_order(
     assert seen[1].is_contiguous()
 
 
+def test_places_are_patches_that_cannot_be_hidden() -> None:
+    name = Name.of("module:pipeline.model.encoders.residual:small_map")
+    made = ModuleSpec("pipeline.model.encoders.residual:small_map", 32, 8, files=read_source(name))
+    torch.manual_seed(0)
+    backbone, plain = made.build().eval(), small().eval()
+    plain.load_state_dict(backbone.module.state_dict())
+    assert backbone.has_patches and not backbone.takes_masks
+    x = torch.randn(2, 3, 32, 32)
+    out = backbone.forward_features(x)
+    assert out["x_norm_patchtokens"].shape == (2, 16, 256)
+    torch.testing.assert_close(backbone(x), plain(x))
+    last_row = x.clone()
+    last_row[:, :, 31, 31] += 1  # seen in the last place, not in the first
+    other = backbone.forward_features(last_row)["x_norm_patchtokens"]
+    assert torch.equal(other[:, 0], out["x_norm_patchtokens"][:, 0])
+    assert not torch.equal(other[:, 15], out["x_norm_patchtokens"][:, 15])
+    with pytest.raises(PipelineError, match="patch tokens that can be hidden"):
+        backbone.encode([x], [None], torch.tensor([3]))
+
+
 def test_the_small_vit_sees_places_and_other_sizes() -> None:
     torch.manual_seed(0)
     network = vit().eval()
