@@ -26,8 +26,8 @@ Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B
 class ForeignBackbone(nn.Module):
     """What timm models and free modules have in common; see the sub-classes.
 
-    `has_patches` says whether there are patch tokens, `takes_masks` whether some can be hidden, which
-    iBOT needs; without that a run trains with DINO and KoLeo only.
+    `has_patches` says whether there are patch tokens, `takes_masks` whether some can be hidden,
+    which iBOT needs; without that a run trains with DINO and KoLeo only.
     """
 
     def __init__(self, module: nn.Module, width: int, patch_size: int, has_patches: bool) -> None:
