@@ -9,6 +9,7 @@ them against each other.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from pipeline.model.pair import Encoder, Pair, local_parts
 from pipeline.train.parallel import blocks, shards
 
 BUCKET_BYTES = 25 * 2**20  # at least: torch's own size of what DDP adds up at once
+# DDP's argument for buffers that rank 0 sends before each forward pass; torch 2.15 calls it otherwise
+_NAMES = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNCED = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
 BUCKET_LIMIT = 128 * 2**20
 
 
@@ -84,7 +88,8 @@ def student_forward(pair: Pair, layout: Layout) -> nn.Module:
         student,
         device_ids=ids,
         gradient_as_bucket_view=True,  # no second copy of the gradients
-        broadcast_buffers=False,  # running means of BatchNorm: each worker's own, see `pair_of`
+        # running means of BatchNorm: each worker's own, see `pair_of`
+        **{_SYNCED: False},
         bucket_cap_mb=bucket_bytes(student) / 2**20,
     )
     if layout.reduce == torch.bfloat16:
