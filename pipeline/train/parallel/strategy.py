@@ -24,10 +24,10 @@ from pipeline.model.pair import Encoder, Pair, local_parts
 from pipeline.train.parallel import blocks, shards
 
 BUCKET_BYTES = 25 * 2**20  # at least: torch's own size of what DDP adds up at once
-# DDP's argument for buffers that rank 0 sends before each forward pass; torch 2.15 calls it otherwise
+BUCKET_LIMIT = 128 * 2**20
+# What DDP calls buffers that rank 0 sends to all before each forward pass: torch 2.15 renamed it.
 _NAMES = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNCED = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
-BUCKET_LIMIT = 128 * 2**20
 
 
 @dataclass(frozen=True)
