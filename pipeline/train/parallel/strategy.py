@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,13 @@ def student_forward(pair: Pair, layout: Layout) -> nn.Module:
     if layout.sharded or layout.workers == 1:
         return student
     ids = [layout.device.index] if layout.device.type == "cuda" else None
+    # running means of BatchNorm are each worker's own, see `pair_of`
+    own_buffers: dict[str, Any] = {_SYNCED: False}
     wrapped = DistributedDataParallel(
         student,
         device_ids=ids,
         gradient_as_bucket_view=True,  # no second copy of the gradients
-        # running means of BatchNorm: each worker's own, see `pair_of`
-        **{_SYNCED: False},
+        **own_buffers,
         bucket_cap_mb=bucket_bytes(student) / 2**20,
     )
     if layout.reduce == torch.bfloat16:
