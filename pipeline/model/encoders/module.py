@@ -53,10 +53,11 @@ class ModuleBackbone(ForeignBackbone):
         """
         out = self.module(x, masks=masks) if self.takes_masks else self.module(x)
         shape = tuple(getattr(out, "shape", ()))
-        if len(shape) not in (2, 3) or shape[0] != len(x) or shape[-1] != self.width:
+        count = x.shape[0]  # not `len`, which fixes the number of images of an export
+        if len(shape) not in (2, 3) or shape[0] != count or shape[-1] != self.width:
             raise PipelineError(
                 f"the encoder returned {shape or type(out).__name__} for {tuple(x.shape)}, "
-                f"expected [{len(x)}, {self.width}] or [{len(x)}, tokens, {self.width}]",
+                f"expected [{count}, {self.width}] or [{count}, tokens, {self.width}]",
                 "give the module's width, or wrap it so that it returns features or tokens",
             )
         if len(shape) == 2:
