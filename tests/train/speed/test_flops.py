@@ -146,3 +146,18 @@ def test_views_that_stochastic_depth_keeps() -> None:
         for rate in (0.1, 0.3, 0.9):
             (subset,) = draw_subsets([(views, 3)], rate, 1, None, torch.device("cpu"))
             assert len(subset.rows) == 3 * flops.kept_views(views, rate)
+
+
+def test_a_depthwise_convolution_costs_three_times_its_forward_pass() -> None:
+    """Not as many times as it has groups, which is torch's own count of its backward pass."""
+    channels, side = 16, 8
+    layer = torch.nn.Sequential(
+        torch.nn.Conv2d(3, channels, 1),
+        torch.nn.Conv2d(channels, channels, 3, 1, 1, groups=channels),
+    )
+    first, depthwise = 2 * 3 * channels * side**2, 2 * 9 * channels * side**2
+    groups = [flops.Group(1, side)]
+    assert flops.measured_flops(layer, groups, 3, training=False) == first + depthwise
+    # images need no gradient, so the first layer has one product less
+    trained = 2 * first + 3 * depthwise
+    assert flops.measured_flops(layer, groups, 3, training=True) == trained
