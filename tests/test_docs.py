@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.load import field_paths, load
 from pipeline.errors import PipelineError
@@ -39,12 +40,12 @@ def commands(block: str) -> Iterator[list[str]]:
             yield words
 
 
-def shorthand_of(job: Path) -> dict[str, str]:
-    """The short names that a job gives to `main`."""
+def given_to_main(job: Path, name: str) -> Any:
+    """What a job gives to `main` under a name, e.g. its short names; None where it does not."""
     for node in ast.walk(ast.parse(job.read_text())):
-        if isinstance(node, ast.keyword) and node.arg == "shorthand":
-            return dict(ast.literal_eval(node.value))
-    return {}
+        if isinstance(node, ast.keyword) and node.arg == name:
+            return ast.literal_eval(node.value)
+    return None
 
 
 def wrong(words: list[str]) -> str:
@@ -65,7 +66,8 @@ def wrong(words: list[str]) -> str:
     if stem in OPTIONS:  # it takes folders, no fields
         return ""
     given = [w for w in rest if not w.startswith("-") and w not in ("&", "&&", ";")]
-    given = spelled_out(given, shorthand_of(ROOT / name))
+    short, taken = (given_to_main(ROOT / name, what) for what in ("shorthand", "words"))
+    given = spelled_out(given, short or {}, taken or ())
     recipes = [w for w in given if "=" not in w]
     for recipe in recipes:
         if not (ROOT / recipe).is_file():

