@@ -18,7 +18,9 @@ from pipeline.config.config import Config
 # Of pretraining, for 1,024 images a step: of transformers as in configs/vits14.yaml, of
 # convolutional networks as in configs/cifar10.yaml, where 128 images have 3e-3.
 RATE, RATE_OF_CONVOLUTIONS = 2e-3, 8e-3
-PART_OF_RATE = 0.1
+# A tenth as published for transformers. A convolutional network with BatchNorm learnt next to
+# nothing at a tenth, and forgot nothing at a third (docs/adapt.md).
+PART_OF_RATE, PART_OF_CONVOLUTIONS = 0.1, 1 / 3
 USUAL_SIDE = 224  # pixels; DINOv2 trains most of its steps at this size
 LOCAL = 98 / 224  # side of a local crop over that of a global one
 SMALL_SIDE = 64  # pixels: below it blur and solarize erase most of an image
@@ -61,9 +63,9 @@ def derive(config: Config, facts: Facts, images: int, gpu: bool) -> Recipe:
     take = lines.take
     for field, value in facts.values.items():
         take(field, value, "read off the weights", "weights")
-    _views(lines, facts, gpu)
+    small = _views(lines, facts, gpu) <= SMALL_SIDE
     batch = take("optim.global_batch_size", *_batch(images))
-    steps = _length(lines, images, batch, gpu)
+    steps = _length(lines, images, batch, 1.0 if gpu else 0.5 if small else 0.25)
     _heads(lines, facts, images, steps)
     _rates(lines, facts, images, steps)
     _teacher(lines, steps)
@@ -90,24 +92,28 @@ def _batch(images: int) -> tuple[int, str]:
     return batch, f"an eighth of {images:,} images or less, 16 to {most}"
 
 
-def _length(lines: Derivation, images: int, batch: int, gpu: bool) -> int:
-    """Steps of the run, as the user set them in whatever way, or by the number of images."""
+def _length(lines: Derivation, images: int, batch: int, part: float) -> int:
+    """Steps of the run, as the user set them in whatever way, or by the number of images; without a
+    GPU a part of that.
+    """
     config = lines.config
     a_pass = max(1, images // batch)
     if is_set(config, "optim.passes"):
         passes = float(config.optim.passes or 1)
-        lines.take("optim.passes", passes, "")
+        lines.take("optim.passes", passes, "as you set it")
         return max(1, round(passes * a_pass))
     passes = min(100.0, 100 * (600 / max(1, images)) ** 0.4)
     why = f"{passes:.0f} passes: few images are seen more often, many need fewer"
-    if not gpu:
-        passes, why = passes / 4, f"{passes / 4:.3g} passes, a quarter of what a GPU would get"
+    if part < 1:
+        passes *= part
+        share = "half" if part == 0.5 else "a quarter"
+        why = f"{passes:.3g} passes, {share} of what a GPU would get"
     steps = max(100, round(passes * a_pass))
     return int(lines.take("optim.steps", steps, why))
 
 
-def _views(lines: Derivation, facts: Facts, gpu: bool) -> None:
-    """Sizes of crops and what is done to their colours."""
+def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
+    """Sizes of crops and what is done to their colours; the side of a global crop."""
     take, patch = lines.take, facts.patch_size or 1
     own = facts.image_size or USUAL_SIDE
     side, why = own, f"the weights' own {own} pixels"
@@ -119,7 +125,7 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> None:
         why = f"position embeddings are for {facts.own_grid} pixels"
         take("model.init_resize", True, why, "weights")
     if facts.has_heads:
-        return
+        return side
     small = side <= SMALL_SIDE
     unit = patch if facts.patch_size else 32 if not small else 4
     local = max(1, round(side * LOCAL / unit)) * unit
@@ -132,6 +138,7 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> None:
     if small:
         take("augment.blur", "none", f"it would erase most of {side} pixels", "weights")
         take("augment.solarize", 0.0, f"it would erase most of {side} pixels", "weights")
+    return side
 
 
 def _heads(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
@@ -159,9 +166,12 @@ def _heads(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
 def _rates(lines: Derivation, facts: Facts, images: int, steps: int) -> None:
     """The learning rate of each part, its ramp, and weight decay."""
     take = lines.take
-    rate = RATE if facts.patch_size else RATE_OF_CONVOLUTIONS
-    why = f"a tenth of {rate:g}, that of pretraining, x sqrt(batch / 1024)"
-    take("optim.lr", PART_OF_RATE * rate, why)
+    if facts.patch_size:
+        why = f"a tenth of {RATE:g}, that of pretraining, x sqrt(batch / 1024)"
+        take("optim.lr", PART_OF_RATE * RATE, why)
+    else:
+        why = f"a third of {RATE_OF_CONVOLUTIONS:g}, that of pretraining, x sqrt(batch / 1024)"
+        take("optim.lr", round(PART_OF_CONVOLUTIONS * RATE_OF_CONVOLUTIONS, 5), why)
     take("optim.warmup", 0.2, "a long ramp, most of it after the backbone is let go")
     if facts.has_layers:
         why = "first layers, which fit any image, move least"

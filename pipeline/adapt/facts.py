@@ -18,9 +18,11 @@ from pipeline.embed.load import (
     Preprocessing,
     load_weights,
     preprocessing_of,
+    timm_facts,
     weights_at,
 )
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.storage.places import absolute_uri
 from pipeline.uri import is_uri, public
 
 PREFIX = "module:"
@@ -88,8 +90,10 @@ def facts_of(config: Config) -> Facts:
 @lru_cache(2)  # asked for by the start, the stage and its key
 def _facts(init: str, encoder: str) -> Facts:
     if init.startswith(TIMM) and LOCAL_DIR not in init:
-        return _of_timm(init, init, Preprocessing())
-    init = init.removeprefix(TIMM).removeprefix(LOCAL_DIR)
+        _, known = timm_facts(init.removeprefix(TIMM))  # it has the weights, or says why not
+        return _of_timm(init, init, known)
+    if init.startswith(TIMM):
+        init = absolute_uri(init.removeprefix(TIMM).removeprefix(LOCAL_DIR))
     if facts := _of_run(init):
         return facts
     path = weights_at(init)

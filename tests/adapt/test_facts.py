@@ -111,6 +111,7 @@ def test_a_timm_folder_of_another_kind_and_a_loose_file(tmp_path: Path) -> None:
     assert facts.values["model.encoder"] == "timm:vit_tiny_patch16_224"  # it has no LayerScale
     assert facts.values["augment.std"] == [0.25] * 3
     assert (facts.patch_size, facts.depth, facts.image_size) == (16, 12, 32)
+    assert facts_of(asked(f"timm:local-dir:{tmp_path}")) == facts
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "loose.safetensors")
     with pytest.raises(PipelineError):
         facts_of(asked(tmp_path / "loose.safetensors"))
