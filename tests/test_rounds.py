@@ -72,6 +72,23 @@ def test_later_rounds_start_from_the_weights_before_where_asked_to(tmp_path: Pat
     assert [rounds.config_of(config, folder, n).model.init for n in (1, 2)] == ["w", before]
 
 
+def test_rounds_of_a_remote_run_are_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYDINO_HOME", str(tmp_path))
+    more = [*RECIPES["balance"], "curate.rounds=2", "run.folder=s3://bucket/runs?region=x"]
+    config, _ = recipe(tmp_path, *more)
+    folder = RunFolder.of(config.run.folder, config.run.name)
+    first = rounds.folder_of(folder, 1)
+    assert first.path == folder.path / "round-1"
+    assert str(first.checkpoints) == "s3://bucket/runs/mine/round-1/checkpoints?region=x"
+    last = rounds.config_of(config, folder, 2)
+    assert last.curate.embedder == "s3://bucket/runs/mine/round-1?region=x"
+    assert (
+        rounds.config_of(config, folder, 1).data.shards == "s3://bucket/runs/mine/shards?region=x"
+    )
+
+
 def test_rounds_stand_between_pack_and_curate_and_are_compared_after_the_evaluation(
     tmp_path: Path,
 ) -> None:
