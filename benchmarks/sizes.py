@@ -38,7 +38,7 @@ from PIL import Image
 
 from pipeline.driver.cluster import quiet_environment
 from pipeline.pack.merge import ROW_GROUP_BYTES
-from pipeline.plan.plan import chunk_of, window_of
+from pipeline.plan.portions import chunk_of, window_of
 from pipeline.shards.columns import IMAGE_SHARD_SCHEMA, image_id, shard_metadata
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.storage.places import resolve_uri

@@ -91,9 +91,11 @@ TABLE = [
         others="numpy PIL pyarrow torch"),
     row("train.speed.*", "errors storage train.speed.* uri views", others="torch"),
     row("train.parallel.*", "errors loss.collectives model train.parallel.*", others="torch"),
+    row("train.distil.features", "errors loss model", others="torch"),
+    row("train.distil.source", "images model"),
     row("train.step train.objective",
-        "errors loss model schedule train.objective train.parallel.* train.speed.parts train.step "
-        "views",
+        "errors loss model schedule train.distil.features train.objective train.parallel.* "
+        "train.speed.parts train.step views",
         others="torch"),
     row("train.checkpoint.*", "errors model.low_rank storage train.checkpoint.* uri",
         others="numpy torch"),

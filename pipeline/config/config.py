@@ -30,7 +30,8 @@ DINO: dict[str, dict[str, Any]] = {
     "teacher": {"momentum": 0.996},
     "augment": {"global_scale": (0.4, 1.0), "local_scale": (0.05, 0.4)},
 }
-# Distillation hides nothing and drops nothing (DINOv2 paper, section 5).
+# Distillation hides nothing and drops nothing (DINOv2 paper, section 5), unless our own objective
+# stands beside it.
 DISTILLATION: dict[str, dict[str, Any]] = {
     "loss": {"mask_probability": 0.0},
     "model": {"drop_path": 0.0},
@@ -84,7 +85,7 @@ class Config(Section):
         preset = preset_values(*(str(curate.get(n, "")) for n in ("preset", "copy_embedder")))
         for applies, defaults in (
             (values.get("objective") == "dino", DINO),
-            (sections.get("distill", {}).get("teacher"), DISTILLATION),
+            (_alone(sections.get("distill", {})), DISTILLATION),
             (True, preset),
         ):
             for name, fields in defaults.items() if applies else ():
@@ -95,7 +96,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _terms(self) -> Config:
-        loss = self.loss
+        loss, alone = self.loss, self.distill.alone
         if self.objective == "dino" and (loss.ibot_weight or loss.koleo_weight):
             raise ValueError(
                 f"objective=dino has no iBOT and no KoLeo, but loss.ibot_weight={loss.ibot_weight} "
@@ -103,11 +104,17 @@ class Config(Section):
             )
         if self.objective == "dino" and loss.mask_probability:
             raise ValueError("objective=dino hides nothing; set loss.mask_probability=0")
-        if self.objective == "dino" and self.distill.teacher:
-            raise ValueError("objective=dino has no frozen teacher; leave distill.teacher empty")
-        if self.distill.teacher and loss.mask_probability:
-            raise ValueError("distillation hides nothing; set loss.mask_probability=0")
-        if loss.ibot_weight and not loss.mask_probability and not self.distill.teacher:
+        if self.objective == "dino" and alone:
+            raise ValueError(
+                "objective=dino is our own objective, and a frozen teacher stands in its place; "
+                "set distill.objective=true for both, or leave distill.teacher empty"
+            )
+        if alone and loss.mask_probability:
+            raise ValueError(
+                "distillation hides nothing; set loss.mask_probability=0 (or "
+                "distill.objective=true, for iBOT beside it)"
+            )
+        if loss.ibot_weight and not loss.mask_probability and not alone:
             raise ValueError(
                 "loss.ibot_weight is not 0 but loss.mask_probability is: iBOT needs masks"
             )
@@ -180,7 +187,8 @@ class Config(Section):
         patch = self.model.patch_size
         if self._waits_for("patch_size"):
             return self
-        if self.model.encoder != "dinov2" and not self.loss.ibot_weight:
+        features = self.distill.alone and self.distill.loss != "targets"
+        if self.model.encoder != "dinov2" and (features or not self.loss.ibot_weight):
             return self  # an encoder that may have no patches: it says itself what it takes
         for name, size in (
             ("augment.global_size", self.augment.global_size),
@@ -197,3 +205,8 @@ class Config(Section):
     def _waits_for(self, name: str) -> bool:
         """Whether a field of the model is yet to be read off the weights (`adapt.enabled`)."""
         return self.adapt.enabled and name not in self.model.model_fields_set
+
+
+def _alone(distill: dict[str, Any]) -> bool:
+    """`Distill.alone` of a section that is not checked yet."""
+    return bool(distill.get("teacher")) and distill.get("objective") in (None, False, "false")

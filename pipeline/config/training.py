@@ -49,11 +49,62 @@ class Teacher(Section):
 
 
 class Distill(Section):
-    """Learning from a frozen, larger teacher (DINOv2 paper, section 5)."""
+    """Learning from a frozen teacher: its targets over prototypes (DINOv2 paper, section 5), or its
+    features (AM-RADIO, arXiv:2312.06709).
+    """
 
     teacher: str = Field(
-        "", description="run folder or checkpoint of the frozen teacher; empty: self-distillation"
+        "",
+        description="frozen teacher: any model of jobs/embed.py (a run, weights, timm:<name>, "
+        ".onnx); empty: self-distillation",
     )
+    loss: Literal["auto", "targets", "cosine", "smooth_l1"] = Field(
+        "auto",
+        description="targets: over the teacher's prototypes; cosine, smooth_l1: to its features; "
+        "auto: targets where its heads fit this recipe, else cosine",
+    )
+    cls_weight: NonNegative = Field(1.0, description="weight of the features of CLS")
+    patch_weight: NonNegative = Field(
+        1.0, description="weight of the features of patches, where both networks have them"
+    )
+    objective: bool = Field(
+        False, description="our own objective (heads, masks, local crops) beside the features"
+    )
+    image_size: Positive | None = Field(
+        None, description="side of the images whose features are learnt; default: the teacher's own"
+    )
+
+    @property
+    def alone(self) -> bool:
+        """Whether a frozen teacher stands in the place of our own objective."""
+        return bool(self.teacher) and not self.objective
+
+    @model_validator(mode="after")
+    def _fits(self) -> Distill:
+        own = {n: getattr(self, n) for n in Distill.model_fields if n not in ("teacher", "loss")}
+        changed = [f"distill.{n}" for n in own if own[n] != Distill.model_fields[n].default]
+        if not self.teacher and (changed or self.loss != "auto"):
+            names = ", ".join(changed + ["distill.loss"] * (self.loss != "auto"))
+            raise ValueError(
+                f"distill.teacher is empty, so {names} would do nothing; name a teacher"
+            )
+        if self.loss == "targets" and self.objective:
+            raise ValueError(
+                "distill.loss=targets trains the heads for the teacher's prototypes, and "
+                "distill.objective=true for our own; take distill.loss=cosine, or "
+                "distill.objective=false"
+            )
+        if self.loss == "targets" and changed:
+            raise ValueError(
+                f"distill.loss=targets learns no features, so {', '.join(changed)} would do "
+                "nothing; take distill.loss=cosine, or leave it out"
+            )
+        if not self.cls_weight and not self.patch_weight:
+            raise ValueError(
+                "distill.cls_weight and distill.patch_weight are both 0: nothing would be learnt "
+                "of the teacher"
+            )
+        return self
 
 
 class Optim(Section):

@@ -25,12 +25,11 @@ from pipeline.stages.checks.known_sets import KnownSet, also_in
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
-from pipeline.stages.pretrain import describe, starting_pair
+from pipeline.stages.pretrain import describe, located, starting_pair
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
-from pipeline.train import estimate, start
-from pipeline.train.checkpoint import state
+from pipeline.train import estimate
 from pipeline.train.run import check_resume
 from pipeline.uri import is_uri, public
 
@@ -213,7 +212,7 @@ def _say_training(
     plan = resolve(config, SetFacts(images, digest), machine=machine)
     if digest not in (NOT_PACKED, NOT_CURATED):
         check_resume(config, digest, folder)
-    plan = start.located(plan, state.latest(folder.checkpoints))
+    plan = located(plan, folder)
     built = starting_pair(plan, folder)
     cost = estimate.estimated_cost(plan, built)
     for line in describe(plan, built, cost):

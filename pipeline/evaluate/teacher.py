@@ -250,7 +250,10 @@ class Evaluator:
         """Entropy of the teacher's targets in nats, and how many prototypes they choose.
 
         On the health sample, centred by its own mean: the centre that training would arrive at.
+        None of them without heads.
         """
+        if teacher.dino_head is None:
+            return {}
         features = self.features(teacher.backbone, self.spec.sample, HEALTH_IMAGES).features
         head = teacher.dino_head.to(self.device).eval()
         with torch.no_grad():

@@ -50,7 +50,8 @@ def parameter_groups(
     foreign = backbone if isinstance(backbone, ForeignBackbone) else None
     layers, last = foreign.layers() if foreign else ({}, 0)
     named = list(student.named_parameters())
-    children = ("backbone", "dino_head", "ibot_head")
+    heads = ("dino_head", "ibot_head", "adapter")
+    children = ("backbone", *heads)
     depth = len({n.split("blocks.")[1].split(".")[0] for n, _ in named if "blocks." in n})
     groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for name, parameter in named:
@@ -67,7 +68,7 @@ def parameter_groups(
             lr = layerwise_decay ** (last - layers.get(inside, last))
             lr *= patch_embed_lr_multiplier if "patch_embed" in inside else 1.0
             decay, is_last = (0.0 if parameter.ndim < 2 else decay), False
-        key = (lr, decay, is_last, head not in ("dino_head", "ibot_head"))
+        key = (lr, decay, is_last, head not in heads)
         group = groups.setdefault(
             key,
             {

@@ -1,5 +1,6 @@
 """Student and teacher: two encoders of one shape, the second the moving average of the first. When
-distilling, a third and larger one, which does not move, makes the targets.
+distilling, a third network, which does not move, makes the targets: an encoder with heads, or any
+network by its features.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.model.encoders.frozen import Adapter, FeatureTeacher
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.foreign import ForeignBackbone, TimmSpec
 from pipeline.model.head import Head, Norm, Norms
@@ -51,19 +53,30 @@ class Encoded(NamedTuple):
     """What one forward gives to the losses. V views, K prototypes, M masked patches."""
 
     cls: Tensor  # [V, D] normed CLS tokens of the global views, before the head
-    # [rows, K] logits: global CLS, local CLS, and with a shared head the masked patches after them.
+    # [rows, K] logits: global CLS, local CLS, and with a shared head the masked patches after them;
+    # [0, 0] without heads.
     dino: Tensor
     ibot: Tensor | None  # [M, K'] logits of the masked patches from a head of their own
+    # What the student's adapter makes of global views: [V, D] and [V * P, D]
+    adapted_cls: Tensor | None = None
+    adapted_patches: Tensor | None = None
 
 
 class Encoder(nn.Module):
-    """Backbone and heads under one forward, so that DDP sees one call a micro batch."""
+    """Backbone, heads and adapter under one forward, so that DDP sees one call a micro batch."""
 
-    def __init__(self, backbone: Backbone, dino_head: Head, ibot_head: Head | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        dino_head: Head | None,
+        ibot_head: Head | None,
+        adapter: Adapter | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
+        self.adapter = adapter
 
     def forward(
         self,
@@ -75,7 +88,8 @@ class Encoder(nn.Module):
         generator: torch.Generator | None = None,
         rows: int | None = None,
     ) -> Encoded:
-        """Score CLS tokens and masked patches against the prototypes.
+        """Score CLS tokens and masked patches against the prototypes. In training mode an adapter
+        is asked too: for all tokens of global views, hidden patches included.
 
         Args:
             global_views: `[V, C, S, S]`.
@@ -88,20 +102,42 @@ class Encoder(nn.Module):
         """
         if masked is None:
             masked = torch.zeros(0, dtype=torch.long, device=global_views.device)
+        places = len(masked)
+        adapter = self.adapter if self.training else None
+        if adapter is not None and adapter.patch is not None:
+            height, width = self.grid(global_views)
+            every = torch.arange(len(global_views) * height * width, device=masked.device)
+            masked = torch.cat([masked, every])
         inputs, hidden = [global_views], [masks]
         if local_views is not None and len(local_views):
             inputs.append(local_views)
             hidden.append(None)
         chosen = self.backbone.encode(inputs, hidden, masked, generator)
         count = len(chosen) - len(masked)
-        cls, patch = chosen[:count], chosen[count:]
+        cls, patch = chosen[:count], chosen[count : count + places]
         views = len(global_views)
+        adapted: list[Tensor | None] = [None, None]
+        if adapter is not None:
+            tokens = (cls[:views], chosen[count + places :])
+            layers = (adapter.cls, adapter.patch)
+            adapted = [
+                None if each is None else each(x) for each, x in zip(layers, tokens, strict=True)
+            ]
+        if self.dino_head is None:
+            return Encoded(cls[:views], cls.new_zeros(0, 0), None, *adapted)
         scored = cls if score_cls else cls[:0]
         if self.ibot_head is not None:
-            return Encoded(cls[:views], self.dino_head(scored), self.ibot_head(patch, rows))
-        together = chosen if score_cls else patch
-        filling = len(masked) - rows if rows is not None else 0
-        return Encoded(cls[:views], self.dino_head(together, len(together) - filling), None)
+            ibot = self.ibot_head(patch, rows)
+            return Encoded(cls[:views], self.dino_head(scored), ibot, *adapted)
+        together = chosen[: count + places] if score_cls else patch
+        filling = places - rows if rows is not None else 0
+        dino = self.dino_head(together, len(together) - filling)
+        return Encoded(cls[:views], dino, None, *adapted)
+
+    def grid(self, views: Tensor) -> tuple[int, int]:
+        """Rows and columns of the patches of views `[V, C, H, W]`."""
+        rows, columns = (side // self.backbone.patch_size for side in views.shape[-2:])
+        return rows, columns
 
 
 @dataclass
@@ -111,6 +147,7 @@ class Pair:
     student: Encoder
     teacher: Encoder  # the moving average of the student
     frozen: Encoder | None = None  # makes the targets instead of the teacher, when distilling
+    feature_teacher: FeatureTeacher | None = None  # whose features are learnt, when distilling
 
     def __iter__(self) -> Iterator[Encoder]:
         """`student, teacher = pair`."""
@@ -123,22 +160,24 @@ class Pair:
 
     def to(self, device: torch.device | str) -> Pair:
         """Move all, in place."""
-        for encoder in (self.student, self.teacher, self.frozen):
-            if encoder is not None:
-                encoder.to(device)
+        for network in (self.student, self.teacher, self.frozen, self.feature_teacher):
+            if network is not None:
+                network.to(device)
         return self
 
 
-def build_pair(backbone: Spec | Backbone, dino: HeadSpec, ibot: HeadSpec | None, seed: int) -> Pair:
-    """Student from `seed`, teacher as its copy. `ibot=None` shares the DINO head. Leaves the global
-    generator alone. A backbone that exists already is used as it is.
+def build_pair(
+    backbone: Spec | Backbone, dino: HeadSpec | None, ibot: HeadSpec | None, seed: int
+) -> Pair:
+    """Student from `seed`, teacher as its copy. `ibot=None` shares the DINO head, `dino=None` makes
+    no heads. Leaves the global generator alone. A backbone that exists already is used as it is.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = backbone.build() if isinstance(backbone, Spec) else backbone
         student = Encoder(
             network,
-            dino.build(network.width),
+            dino.build(network.width) if dino is not None else None,
             ibot.build(network.width) if ibot is not None else None,
         )
     return pair_of(student)

@@ -22,11 +22,8 @@ from pipeline.plan.layout import (
     worker_share,
 )
 from pipeline.plan.nodes import Node, Share
+from pipeline.plan.portions import chunk_of, window_of
 from pipeline.schedule import Schedules, StepValues
-
-CHUNK_BYTES = 72 * 2**20  # of crops in one Ray Data block: 128 images at the usual sizes
-ENCODED_BYTES = 16 * 2**20  # of encoded images that make one block of crops, where they are large
-WINDOW_BYTES = 128 * 2**20  # of encoded images in one shuffle window: a read task holds two
 
 
 class Plan(BaseModel):
@@ -70,6 +67,9 @@ class Plan(BaseModel):
     init: str = ""  # the very checkpoint or file that model.init meant when the run began
     frozen_teacher: str = ""  # the same of distill.teacher
     encoder_files: dict[str, str] = {}  # text of model.encoder=module:…, by the file's name
+    teacher_digest: str = ""  # of its weights, where its features are learnt
+    distil_loss: Literal["", "targets", "cosine", "smooth_l1"] = ""  # that distill.loss means
+    distil_reason: str = ""  # why auto did not mean targets
 
     @property
     def schedules(self) -> Schedules:
@@ -108,6 +108,21 @@ class Plan(BaseModel):
         )
 
     @property
+    def learns_features(self) -> bool:
+        """Whether the student learns the features of a frozen teacher."""
+        return self.distil_loss in ("cosine", "smooth_l1")
+
+    @property
+    def headless(self) -> bool:
+        """Whether it learns these alone: no heads, no local crops."""
+        return self.learns_features and not self.config.distill.objective
+
+    @property
+    def local_crops(self) -> int:
+        """Local crops of an image that are cut."""
+        return 0 if self.headless else self.config.augment.local_crops
+
+    @property
     def share(self) -> Share:
         """What a training worker reserves."""
         return Share(self.cpus_per_worker, self.gpus_per_worker)
@@ -141,7 +156,7 @@ class Plan(BaseModel):
     @property
     def view_bytes(self) -> int:
         """Bytes of the uint8 crops of one image."""
-        return view_bytes(self.config)
+        return view_bytes(self.config, self.local_crops)
 
     @property
     def evaluation_size(self) -> int:
@@ -209,7 +224,7 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
             f"train.profile_steps={shown(train.profile_steps)} ends after the last step, {steps}"
         )
     masked = int(2 * batch * config.loss.mask_probability)
-    if config.loss.ibot_weight and not config.distill.teacher and not masked:
+    if config.loss.ibot_weight and not config.distill.alone and not masked:
         problems.append(
             f"loss.mask_probability={config.loss.mask_probability} of the {2 * batch} global crops "
             "of a step are none: iBOT would have nothing to predict"
@@ -236,7 +251,9 @@ def resolve(config: Config, data: SetFacts, machine: Machine) -> Plan:
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     precision, reason = _precision(config, machine, device)
     window = window_of(config.data.shuffle_images, batch, data.image_bytes)
-    chunk = chunk_of(math.gcd(share, window), view_bytes(config), data.image_bytes)
+    chunk = chunk_of(
+        math.gcd(share, window), view_bytes(config, config.augment.local_crops), data.image_bytes
+    )
     accumulation = parts // arrangement.workers
     scale = math.sqrt(batch / 1024) if optim.lr_scaling == "sqrt_1024" else 1.0
     return Plan(
@@ -281,12 +298,11 @@ def evaluation_size(config: Config) -> int:
     return config.evaluate.image_size or config.augment.global_size
 
 
-def view_bytes(config: Config) -> int:
+def view_bytes(config: Config, local_crops: int) -> int:
     """Bytes of the uint8 crops of one image."""
     augment = config.augment
-    return config.model.in_channels * (
-        2 * augment.global_size**2 + augment.local_crops * augment.local_size**2
-    )
+    pixels = 2 * augment.global_size**2 + local_crops * augment.local_size**2
+    return config.model.in_channels * pixels
 
 
 def _precision(
@@ -298,36 +314,3 @@ def _precision(
     if device == "cuda" or machine.bfloat16:
         return "bfloat16", f"the {device} has it"
     return "float32", f"no fast bfloat16 on this {device}"
-
-
-def window_of(rows: int, batch: int, image_bytes: float) -> int:
-    """Images that are shuffled together: about `rows`, fewer where they are large.
-
-    The order of rows must not depend on the workers, so it is a multiple or a divisor of the global
-    batch.
-
-    Args:
-        rows: wanted.
-        batch: the global batch.
-        image_bytes: mean size of an encoded image; 0 where it is not known.
-    """
-    if image_bytes:
-        rows = max(1, min(rows, int(WINDOW_BYTES // image_bytes)))
-    return max(1, rows // batch) * batch if batch <= rows else divisor(batch, rows)
-
-
-def chunk_of(share: int, crop_bytes: int, image_bytes: float) -> int:
-    """Images of one block of crops: it divides `share` and is small on both sides of the decoding.
-
-    Args:
-        share: what it must divide: images of a worker's step, of a window.
-        crop_bytes: crops of one image.
-        image_bytes: mean size of an encoded image; 0 where it is not known.
-    """
-    encoded = int(ENCODED_BYTES // image_bytes) if image_bytes else share
-    return divisor(share, max(1, min(CHUNK_BYTES // crop_bytes, encoded)))
-
-
-def divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is not above `limit`."""
-    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)

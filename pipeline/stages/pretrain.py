@@ -11,6 +11,7 @@ from pipeline.config.load import field_paths
 from pipeline.config.network import Model
 from pipeline.context import Context, result_line
 from pipeline.driver import cluster
+from pipeline.embed.teacher import TeacherSource, teacher_of
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.encoders.module import ModuleBackbone
@@ -24,6 +25,7 @@ from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
 from pipeline.train import build, estimate, start
 from pipeline.train.checkpoint import state
+from pipeline.train.distil.lines import objective_line, teacher_lines
 from pipeline.train.encoders.kept import encoder_files, write_encoder
 from pipeline.train.evaluator import evaluation_spec
 from pipeline.train.guard.begin import described, is_guarded
@@ -44,7 +46,27 @@ def plan(context: Context) -> Plan:
     planned = cluster.with_room(
         lambda machine: plan_for(config, shards, machine), config.resources.wait_s
     )
-    return start.located(planned, state.latest(context.folder.checkpoints))
+    return located(planned, context.folder)
+
+
+def located(planned: Plan, folder: RunFolder) -> Plan:
+    """The plan with the very weights that it starts from and that its teacher has.
+
+    Raises:
+        PipelineError: there is no such teacher, or it has changed since the run began.
+    """
+    begun = start.located(planned, state.latest(folder.checkpoints))
+    source = teacher_source(begun)
+    return begun.model_copy(update={"teacher_digest": source.digest}) if source else begun
+
+
+def teacher_source(plan: Plan) -> TeacherSource | None:
+    """What opens the teacher whose features are learnt; None where a plan names none."""
+    if not plan.learns_features:
+        return None
+    settings, run = plan.config.distill, plan.config.run
+    place, digest = plan.frozen_teacher, plan.teacher_digest
+    return teacher_of(place, settings.image_size, run.folder, digest)
 
 
 def key(context: Context) -> str:
@@ -124,6 +146,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         context.folder,
         context.tracking.worker_settings("pretrain", context.config.track.system_metrics),
         tracker,
+        teacher_source(run_plan),
     )
     details = outcome.details
     best = details.get("best")
@@ -174,8 +197,8 @@ def starting_pair(plan: Plan, folder: RunFolder) -> Pair:
         built, text = start.starting_pair(plan)
         log.info("init        %s", text)
     else:
-        built = build.pair(plan.config, plan.encoder_files)
-    return start.with_frozen_teacher(tuned(built, plan.config), plan)
+        built = build.pair(plan.config, plan.encoder_files, not plan.headless)
+    return start.with_frozen_teacher(tuned(built, plan.config), plan, teacher_source(plan))
 
 
 def params(plan: Plan) -> dict[str, Any]:
@@ -293,15 +316,12 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         else f"{config.model.encoder}, {backbone.width} wide{_unused(config.model, backbone)}"
     )
     skipped = skipped_operations(config.model.in_channels)
-    loss = config.loss
+    beside = "an adapter" if plan.headless else "heads"
     lines = [
-        f"model       {network}; {cost.parameters / 1e6:.1f} M parameters with heads",
-        f"objective   {config.objective}: DINO {loss.dino_weight:g}, iBOT {loss.ibot_weight:g}, "
-        f"KoLeo {loss.koleo_weight:g}; {loss.centring} centring",
+        f"model       {network}; {cost.parameters / 1e6:.1f} M parameters with {beside}",
+        f"objective   {objective_line(plan)}",
+        *teacher_lines(plan, built),
     ]
-    if built.frozen:
-        size = sum(p.numel() for p in built.frozen.parameters()) / 1e6
-        lines.append(f"teacher     {public(plan.frozen_teacher)}, frozen, {size:.1f} M parameters")
     if config.train.tune != "all":
         lines.append(f"tune        {config.train.tune}: {said(built)}")
         if config.train.tune == "heads" and config.train.freeze_backbone_steps:

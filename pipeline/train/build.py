@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
+from pipeline.loss.features import FeatureLoss
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.encoders.source import PREFIX, Name, read_source
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, check_sizes
@@ -16,6 +17,7 @@ from pipeline.model.pair import HeadSpec, Pair, Spec, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.train.ahead import ViewMaker
+from pipeline.train.distil.features import FeatureSpec
 from pipeline.train.parallel.strategy import Layout
 from pipeline.train.step import Objective, ObjectiveSpec
 from pipeline.views.batch import Apply
@@ -74,12 +76,13 @@ def encoder_spec(config: Config, files: Mapping[str, str] | None = None) -> Spec
     return ModuleSpec(model.encoder.removeprefix(PREFIX), **sizes, files=text)
 
 
-def pair(config: Config, files: Mapping[str, str] | None = None) -> Pair:
+def pair(config: Config, files: Mapping[str, str] | None = None, heads: bool = True) -> Pair:
     """Student and teacher with random weights: the same on every worker, from the run's seed.
 
     Args:
         config: the recipe.
         files: as for `encoder_spec`.
+        heads: False where nothing but features is learnt.
 
     Raises:
         PipelineError: a foreign encoder does not exist or does not do what the recipe asks for.
@@ -88,11 +91,12 @@ def pair(config: Config, files: Mapping[str, str] | None = None) -> Pair:
     dino = HeadSpec(**config.head.model_dump(), float32=exact)
     ibot = config.ibot_head.model_dump(exclude={"separate"})
     separate = HeadSpec(**ibot, float32=exact) if config.ibot_head.separate else None
-    built = build_pair(encoder_spec(config, files), dino, separate, config.run.seed)
+    dino_head, ibot_head = (shape if heads else None for shape in (dino, separate))
+    built = build_pair(encoder_spec(config, files), dino_head, ibot_head, config.run.seed)
     backbone = built.student.backbone
     if isinstance(backbone, ForeignBackbone):
         augment = config.augment
-        masked = config.loss.ibot_weight or config.loss.mask_probability
+        masked = heads and (config.loss.ibot_weight or config.loss.mask_probability)
         if masked and not (backbone.has_patches and backbone.takes_masks):
             raise PipelineError(
                 f"{config.model.encoder} has no patch tokens to hide, which iBOT needs",
@@ -105,35 +109,50 @@ def pair(config: Config, files: Mapping[str, str] | None = None) -> Pair:
                 "set optim.layerwise_decay=1",
             )
         sizes = {augment.global_size, evaluation_size(config)}
-        sizes |= {augment.local_size} if augment.local_crops else set()
+        sizes |= {augment.local_size} if augment.local_crops and heads else set()
         check_sizes(backbone, config.model.in_channels, sorted(sizes))
     return built
 
 
-def objective(config: Config, built: Pair) -> Objective:
-    """The losses with their centres."""
+def feature_spec(plan: Plan) -> FeatureSpec:
+    """How features of a frozen teacher are learnt; of a plan that does."""
+    settings = plan.config.distill
+    form: FeatureLoss = "smooth_l1" if plan.distil_loss == "smooth_l1" else "cosine"
+    return FeatureSpec(form, settings.cls_weight, settings.patch_weight)
+
+
+def objective(config: Config, built: Pair, features: FeatureSpec | None = None) -> Objective:
+    """The losses with their centres.
+
+    Args:
+        config: the recipe.
+        built: a pair without heads learns features alone.
+        features: how, where the pair has a teacher of features.
+    """
     loss = config.loss
+    heads = built.student.dino_head is not None
     spec = ObjectiveSpec(
-        dino_weight=loss.dino_weight,
-        ibot_weight=loss.ibot_weight,
-        koleo_weight=loss.koleo_weight,
+        dino_weight=loss.dino_weight * heads,
+        ibot_weight=loss.ibot_weight * heads,
+        koleo_weight=loss.koleo_weight * heads,
         student_temperature=loss.student_temperature,
         centring=loss.centring,
         centre_momentum=loss.centre_momentum,
-        distil=bool(config.distill.teacher),
+        distil=config.distill.alone,
         kernels=config.train.loss_kernels,
         clip=config.optim.clip,
+        features=features,
     )
     return Objective.for_pair(spec, built)
 
 
-def crop_spec(config: Config) -> CropSpec:
+def crop_spec(plan: Plan) -> CropSpec:
     """What the CPU tasks cut."""
-    augment = config.augment
+    config, augment = plan.config, plan.config.augment
     return CropSpec(
         global_size=augment.global_size,
         local_size=augment.local_size,
-        local_crops=augment.local_crops,
+        local_crops=plan.local_crops,
         global_scale=augment.global_scale,
         local_scale=augment.local_scale,
         flip_probability=augment.flip,
@@ -177,11 +196,12 @@ def view_maker(plan: Plan, built: Pair, device: torch.device) -> ViewMaker:
     """What makes views on the training device.
 
     Our ViT begins with a convolution, which autocast gives its input in bfloat16: views that are in
-    it already give the same bits and take half the memory. Other networks may begin otherwise.
+    it already give the same bits and take half the memory. Other networks may begin otherwise, and
+    a teacher of features normalises them anew.
     """
     encoders = [encoder for encoder in (*built, built.frozen) if encoder]
     ours = all(isinstance(encoder.backbone, VisionTransformer) for encoder in encoders)
-    half = ours and plan.precision == "bfloat16"
+    half = ours and plan.precision == "bfloat16" and built.feature_teacher is None
     return ViewMaker(
         photometric_spec(plan.config),
         photometric_function(plan, device),
@@ -194,9 +214,9 @@ def view_maker(plan: Plan, built: Pair, device: torch.device) -> ViewMaker:
 def patch_finder(plan: Plan) -> PatchFinder:
     """What finds the patches that iBOT scores; nearly every step has as many places."""
     spec = mask_spec(plan)
-    if not plan.config.loss.ibot_weight:
+    if not plan.config.loss.ibot_weight or plan.headless:
         return PatchFinder(0)
-    if plan.config.distill.teacher:
+    if plan.config.distill.alone:
         every = plan.micro_batch * spec.global_crops * spec.grid[0] * spec.grid[1]
         return PatchFinder(every, every=True)
     batch = plan.config.optim.global_batch_size

@@ -46,23 +46,41 @@ def flops_per_image(plan: Plan, built: Pair) -> float:
     the frozen one): the global views. Heads: CLS tokens and the patches that iBOT scores.
     """
     config, images = plan.config, plan.micro_batch
-    loss, local_crops = config.loss, config.augment.local_crops
+    loss, local_crops = config.loss, plan.local_crops
     whole = Group(2 * images, config.augment.global_size)
     local = Group(local_crops * images, config.augment.local_size)
     masked = images * masked_patches(plan)
     total = 0.0
-    for encoder, groups, training in (
-        (built.student, [whole, local] if local_crops else [whole], True),
-        (built.target_maker, [whole], False),
-    ):
+    asked = [(built.student, [whole, local] if local_crops else [whole], True)]
+    if not plan.headless:
+        asked.append((built.target_maker, [whole], False))
+    for encoder, groups, training in asked:
         total += _backbone_flops(encoder.backbone, groups, config, training)
         cls = sum(group.views for group in groups) if loss.dino_weight else 0
         patch_head = encoder.ibot_head or encoder.dino_head
         total += head_flops(encoder.dino_head, cls, training=training)
         total += head_flops(patch_head, masked, training=training)
-    if loss.koleo_weight and images > 1:  # the similarities of each of both global crops
+    total += feature_flops(built, images, config)
+    if loss.koleo_weight and images > 1 and not plan.headless:  # similarities of each global crop
         total += 2 * 2 * images * images * built.student.backbone.width
     return total / images
+
+
+def feature_flops(built: Pair, images: int, config: Config) -> float:
+    """Of a teacher of features on the global views of a micro batch, and of the adapter to it.
+    What torch does not run is not counted.
+    """
+    teacher, adapter = built.feature_teacher, built.student.adapter
+    if teacher is None or adapter is None:
+        return 0.0
+    views = 2 * images
+    side = config.augment.global_size // built.student.backbone.patch_size
+    total = head_flops(adapter.cls, views, training=True)
+    total += head_flops(adapter.patch, views * side * side, training=True)
+    network: Any = teacher.network
+    if teacher.outside:
+        return total
+    return total + _backbone_flops(network, [Group(views, teacher.size)], config, training=False)
 
 
 def tokens_per_image(plan: Plan, built: Pair) -> int:
@@ -72,16 +90,16 @@ def tokens_per_image(plan: Plan, built: Pair) -> int:
     backbone, augment = built.student.backbone, plan.config.augment
     if isinstance(backbone, ForeignBackbone):
         return 0
-    local = vit_tokens(backbone, augment.local_size) if augment.local_crops else 0
-    return 2 * vit_tokens(backbone, augment.global_size) + augment.local_crops * local
+    local = vit_tokens(backbone, augment.local_size) if plan.local_crops else 0
+    return 2 * vit_tokens(backbone, augment.global_size) + plan.local_crops * local
 
 
 def masked_patches(plan: Plan) -> float:
     """Patches that iBOT scores, of both global views of an image, on average."""
     loss, patches = plan.config.loss, plan.grid[0] * plan.grid[1]
-    if not loss.ibot_weight:
+    if not loss.ibot_weight or plan.headless:
         return 0.0
-    if plan.config.distill.teacher:
+    if plan.config.distill.alone:
         return 2.0 * patches
     views = 2 * plan.config.optim.global_batch_size
     # of each masked view a whole number of patches, rounded down: half of one less on average
@@ -137,13 +155,20 @@ def memory_of(plan: Plan, built: Pair) -> Memory:
     else:  # of a foreign network on a GPU this is what a CPU would keep
         kept, copies = _kept(plan, built)
         workspace = 0.0
-    whole, local = 2, config.augment.local_crops
+    whole, local = 2, plan.local_crops
     patches = build.patch_finder(plan).length / plan.micro_batch  # with those that fill up
     patch_prototypes = (config.ibot_head if built.student.ibot_head else config.head).prototypes
     element = 2 if half and config.train.logits == "auto" else BYTES_F32
-    cls, patch = config.head.prototypes * (config.loss.dino_weight > 0), patches * patch_prototypes
+    scored = config.loss.dino_weight > 0 and not plan.headless
+    cls, patch = config.head.prototypes * scored, patches * patch_prototypes
     logits = element * ((whole + local) * cls + patch)
     targets = element * (whole * cls + patch)
+    if (teacher := built.feature_teacher) is not None and (adapter := built.student.adapter):
+        side = config.augment.global_size // backbone.patch_size
+        learnt = whole * teacher.width * (adapter.cls is not None)
+        learnt += whole * side * side * teacher.patch_width * (adapter.patch is not None)
+        targets += BYTES_F32 * learnt
+        logits += (element + 2 * BYTES_F32) * learnt  # and what their loss keeps in fp32
     if not cuda:
         workspace = BACKWARD * (kept + logits + targets)
     ours = isinstance(backbone, VisionTransformer)
@@ -196,16 +221,17 @@ def _on_a_gpu(
     # what the first layer gives, and what the second is given: with a gate that is as much
     mlp = width * (added * stream + 2 * element) + 2 * hidden * element
     rows = tokens = 0.0
-    for crops, side in ((2, augment.global_size), (augment.local_crops, augment.local_size)):
+    for crops, side in ((2, augment.global_size), (plan.local_crops, augment.local_size)):
         if crops:
             views, each = crops * plan.micro_batch, vit_tokens(backbone, side)
             tokens += crops * each
             rows += each * kept_views(views, backbone.drop_path) / plan.micro_batch
     block = rows * (attention + mlp)
     blocks = activations(block, tokens * width * stream, depth, layout)
-    scored = 2 + augment.local_crops + masked_patches(plan)
-    heads = [student.dino_head, *([student.ibot_head] if student.ibot_head else [])]
-    inside = sum(layer.in_features + layer.out_features for layer in _linears(heads[0].mlp))
+    scored = 2 + plan.local_crops + masked_patches(plan)
+    heads = [head for head in (student.dino_head, student.ibot_head) if head is not None]
+    first = _linears(heads[0].mlp) if heads else ()
+    inside = sum(layer.in_features + layer.out_features for layer in first)
     # directions over lengths in fp32 and in the type of the products
     prototypes = sum(head.last_layer.weight_v.numel() for head in heads) * (BYTES_F32 + 2 * half)
     # of the widest layer both gradients, and of the stream the old one and the new one
@@ -231,10 +257,11 @@ def _kept(plan: Plan, built: Pair) -> tuple[float, int]:
             channels = plan.config.model.in_channels
             sides = [augment.global_size] * 2, [augment.local_size] * 2
             views = torch.zeros(2 * images, channels, *sides[0])
-            crops = torch.zeros(augment.local_crops * images, channels, *sides[1])
-            hidden = None if built.frozen else masks
+            crops = torch.zeros(plan.local_crops * images, channels, *sides[1])
+            hidden = None if built.frozen or plan.headless else masks
             scores = plan.config.loss.dino_weight > 0
-            return student(views, crops if len(crops) else None, hidden, places, scores, None)
+            some = crops if len(crops) else None
+            return student(views, some, hidden, places, scores, None)
 
         return kept_for_backward(forward, dtype, student.parameters())
 

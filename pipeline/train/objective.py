@@ -1,5 +1,5 @@
-"""What is optimised: the weighted sum of DINO, iBOT and KoLeo, and the state the teacher's targets
-need.
+"""What is optimised: the weighted sum of DINO, iBOT, KoLeo and the features of another network, and
+the state the teacher's targets need.
 
 B images, V = G * B global views, L local crops, M masked patches, K prototypes.
 """
@@ -21,7 +21,9 @@ from pipeline.loss.ibot import patch_weights
 from pipeline.loss.koleo import koleo
 from pipeline.loss.prototypes import STUDENT_TEMPERATURE, Span, cross_entropy
 from pipeline.loss.target import Target, sinkhorn_targets, softmax_targets
+from pipeline.model.encoders.frozen import Features
 from pipeline.model.pair import Encoded, Pair
+from pipeline.train.distil.features import FeatureObjective, FeatureSpec, FeatureTargets
 from pipeline.views.batch import Views
 from pipeline.views.masked import Masked, masked_patches, scored_patches
 
@@ -44,15 +46,17 @@ class ObjectiveSpec:
     sinkhorn_iterations: int = 3
     distil: bool = False  # no masks: iBOT on every patch of the global views
     kernels: Kernels = "auto"  # what computes, see `pipeline.loss.form`
-    clip: float = 3.0  # gradient norm limit of each of backbone, dino_head, ibot_head
+    clip: float = 3.0  # gradient norm limit of each of backbone, heads and adapter
+    features: FeatureSpec | None = None  # of a teacher of features, where the pair has one
 
 
 class Answer(NamedTuple):
     """What the teacher says of the global views of one micro batch, with nothing hidden."""
 
-    encoded: Encoded
+    encoded: Encoded | None  # None where no network has heads
     masked: int  # M, masked patches among its rows
     weights: Tensor | None = None  # `Views.weights`
+    features: Features | None = None  # of the teacher of features, where there is one
 
 
 class Targets(NamedTuple):
@@ -60,6 +64,7 @@ class Targets(NamedTuple):
 
     dino: Target | None  # V rows
     ibot: Target | None  # M rows
+    features: FeatureTargets | None = None
 
 
 class Terms(NamedTuple):
@@ -75,7 +80,13 @@ class Terms(NamedTuple):
 class Objective:
     """Makes targets and losses, and holds the two centres, which `commit` moves."""
 
-    def __init__(self, spec: ObjectiveSpec, dino_prototypes: int, ibot_prototypes: int) -> None:
+    def __init__(
+        self,
+        spec: ObjectiveSpec,
+        dino_prototypes: int,
+        ibot_prototypes: int,
+        features: FeatureObjective | None = None,
+    ) -> None:
         """Start with centres at 0.
 
         Raises:
@@ -84,29 +95,42 @@ class Objective:
         weights = (spec.dino_weight, spec.ibot_weight, spec.koleo_weight)
         if spec.centring not in ("softmax", "sinkhorn"):
             raise PipelineError(f"unknown centring {spec.centring!r}", "use softmax or sinkhorn")
-        if min(weights) < 0 or max(weights) == 0:
-            raise PipelineError(
-                f"loss weights dino, ibot, koleo are {weights}",
-                "use weights >= 0, at least one > 0",
-            )
+        if min(weights) < 0 or not (any(weights) or features):
+            what = f"loss weights dino, ibot, koleo are {weights}"
+            raise PipelineError(what, "use weights >= 0, at least one > 0")
         self.spec = spec
         self.dino_centre = Centre(dino_prototypes, spec.centre_momentum)
         self.ibot_centre = Centre(ibot_prototypes, spec.centre_momentum)
+        self.features = features
         # of each micro batch of this step, `Target.mean`
         self._cls_means: list[tuple[Tensor, Tensor]] = []
         self._patch_means: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def for_pair(cls, spec: ObjectiveSpec, pair: Pair) -> Objective:
-        """An objective with the numbers of prototypes of a pair's heads."""
+        """An objective with the numbers of prototypes of a pair's heads, and for its adapter.
+
+        Raises:
+            PipelineError: a term has a weight and the pair has not what it needs.
+        """
         dino = pair.teacher.dino_head
         ibot = pair.teacher.ibot_head or dino
-        return cls(spec, len(dino.last_layer.weight_g), len(ibot.last_layer.weight_g))
+        if dino is None and (spec.dino_weight or spec.ibot_weight):
+            what = f"the pair has no heads, but weights of DINO and iBOT in {spec}"
+            raise PipelineError(what, "set them to 0, or build the pair with heads")
+        prototypes = [len(head.last_layer.weight_g) if head else 0 for head in (dino, ibot)]
+        learnt = FeatureObjective.for_pair(spec.features, pair)
+        return cls(spec, prototypes[0], prototypes[1], learnt)
 
     @property
     def scores_cls(self) -> bool:
         """Whether CLS tokens go through the head."""
         return self.spec.dino_weight > 0
+
+    @property
+    def of_features_alone(self) -> bool:
+        """Whether nothing is learnt but another network's features of the global views."""
+        return not (self.spec.dino_weight or self.spec.ibot_weight or self.spec.koleo_weight)
 
     def masked(self, views: Views) -> Masked:
         """The patches that iBOT scores: the masked ones, all when distilling, none where iBOT has
@@ -147,14 +171,18 @@ class Objective:
         over the workers.
         """
         self._cls_means, self._patch_means = [], []
-        if self.spec.centring == "sinkhorn":
-            return self._balanced(teacher, temperature)
-        return self._centred(teacher, temperature)
+        make = self._balanced if self.spec.centring == "sinkhorn" else self._centred
+        if not self.features:
+            return make(teacher, temperature)
+        both = self.features.beside(teacher, lambda answers: make(answers, temperature))
+        return (of_heads._replace(features=learnt) for of_heads, learnt in both)
 
     def commit(self) -> None:
         """Gives the centres the means of this step's logits. A step that was not finite must not
         call it: its logits would stay in the centres.
         """
+        if self.features is not None:
+            self.features.commit()
         if self.spec.centring == "sinkhorn":
             return  # balances without centres
         if self.scores_cls:
@@ -208,7 +236,9 @@ class Objective:
         """The teacher's logits of CLS tokens and masked patches, whichever head they are from, and
         the weights of the first. Patches of images of weight 0 are not among them.
         """
-        encoded, masked, weights = answer
+        encoded, masked, weights, _ = answer
+        if encoded is None:
+            return torch.zeros(0, 0), torch.zeros(0, 0), None
         rows = len(encoded.cls) if self.scores_cls else 0
         weight = None
         if weights is not None and rows:
@@ -255,7 +285,9 @@ class Objective:
                 logits, spans, 3, spec.student_temperature, overwrite, spec.kernels
             )
 
-        if student.ibot is None:
+        if not student.dino.shape[1]:  # no heads
+            sums = torch.zeros(3, device=student.cls.device)
+        elif student.ibot is None:
             sums = sums_of(student.dino, dino + ibot)
         else:  # a head without rows stays in the graph: DDP waits for its gradients
             sums = sums_of(student.dino, dino) + sums_of(student.ibot, ibot)
@@ -271,6 +303,9 @@ class Objective:
             spread = torch.stack([koleo(x, views.weights) for x in crops]).sum()
             total = total + spec.koleo_weight * spread
             parts["koleo"] = spread.detach()
+        if self.features is not None and targets.features is not None:
+            learnt, terms = self.features.losses(student, targets.features, views.weights)
+            total, parts = total + learnt, parts | terms
         health: dict[str, Tensor] = {}
         if targets.dino is not None:
             with torch.no_grad():
@@ -286,8 +321,10 @@ class Objective:
         return Terms(total, {"total": total.detach(), **parts}, health)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both centres with their pending means: nested dicts of tensors."""
-        return {"dino": self.dino_centre.state_dict(), "ibot": self.ibot_centre.state_dict()}
+        """Both centres with their pending means, and the features': nested dicts of tensors."""
+        state = {"dino": self.dino_centre.state_dict(), "ibot": self.ibot_centre.state_dict()}
+        learnt = self.features
+        return state if learnt is None else state | {"features": learnt.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
@@ -304,6 +341,8 @@ class Objective:
                     "set the head's prototypes as in the checkpoint",
                 )
             centre.load_state_dict(state[name])
+        if self.features is not None:
+            self.features.load_state_dict(state.get("features", {}))
 
 
 def _see(centre: Centre, means: Sequence[tuple[Tensor, Tensor]]) -> None:

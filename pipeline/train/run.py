@@ -34,6 +34,7 @@ from pipeline.train.evaluator import as_planned, evaluation_spec, in_range
 from pipeline.uri import public
 
 if TYPE_CHECKING:
+    from pipeline.train.distil.source import Source
     from pipeline.train.worker import Job
 
 log = logging.getLogger("pipeline.train")
@@ -84,7 +85,7 @@ def stream_spec(plan: Plan, shards: ShardSet, store: float) -> StreamSpec:
         seed=config.run.seed,
         global_batch=config.optim.global_batch_size,
         steps_per_pass=plan.steps_per_pass,
-        crops=build.crop_spec(config),
+        crops=build.crop_spec(plan),
         photometric=build.photometric_spec(config),
         masks=build.mask_spec(plan),
         chunk=plan.chunk_images,
@@ -135,7 +136,12 @@ def check_resume(
 
 
 def pretrain(
-    plan: Plan, shards: ShardSet, folder: RunFolder, track: Any, tracker: Any = None
+    plan: Plan,
+    shards: ShardSet,
+    folder: RunFolder,
+    track: Any,
+    tracker: Any = None,
+    teacher: Source | None = None,
 ) -> Outcome:
     """Trains, or goes on training, until the plan's last step or a request to stop.
 
@@ -146,6 +152,7 @@ def pretrain(
         track: settings from which rank 0 makes its tracker.
         tracker: the driver's tracker of this stage; takes rank 0's reports where the run folder is
             remote.
+        teacher: opens the network whose features are learnt, where the plan names one.
 
     Raises:
         TrainError: where a loss or gradient is not finite, or the workers failed too often.
@@ -179,6 +186,7 @@ def pretrain(
         "compared": evaluation.key(plan.config.evaluate.during_training),
         "guard_key": evaluation.guard_key(plan.config.evaluate.during_training),
         "track": track,
+        "teacher": teacher,
     }
     # Ray Train's own records are of this start alone; what resumes a run is in `checkpoints`.
     trainer = _trainer(plan, job, stage / "ray" / f"{os.getpid()}-{os.urandom(3).hex()}")

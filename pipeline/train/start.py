@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.config.config import Config
 from pipeline.errors import PipelineError
-from pipeline.images.value_range import FULL, shown
+from pipeline.images.value_range import FULL, ValueRange, shown
 from pipeline.model.fit import Weights, fit
 from pipeline.model.foreign import ForeignBackbone, timm_by_name
 from pipeline.model.foreign_weights import fit_foreign, read_safetensors
@@ -27,6 +27,9 @@ from pipeline.train.checkpoint import state
 from pipeline.train.checkpoint.files import step_of
 from pipeline.train.checkpoint.names import divided, optimizer_state, prepare_optimizer
 from pipeline.train.checkpoint.restore import put
+from pipeline.train.distil.choice import chosen, normalisation
+from pipeline.train.distil.features import attach
+from pipeline.train.distil.source import Source
 from pipeline.train.encoders.kept import encoder_files, say_copy
 from pipeline.train.objective import Objective
 from pipeline.train.parallel.strategy import Layout, prepare
@@ -34,6 +37,11 @@ from pipeline.train.tune.choose import frozen_names, take_frozen, tuned
 from pipeline.uri import is_uri, join, parent, public
 
 TIMM = "timm:"  # before the name of a model whose weights timm has
+# of a plan: what a run looks up when it begins, and keeps
+KEPT = (
+    *("init", "encoder_files"),
+    *("frozen_teacher", "teacher_digest", "distil_loss", "distil_reason"),
+)
 
 
 @dataclass
@@ -82,17 +90,24 @@ class TrainState:
         self.take(state)
 
 
-def networks(plan: Plan, resumed: bool) -> Pair:
+def networks(plan: Plan, resumed: bool, source: Source | None = None) -> Pair:
     """The networks that a `located` plan begins with, on the CPU and equal on all workers. A run
-    that is `resumed` no longer needs the weights it started from, and restores its own next.
+    that is `resumed` no longer needs the weights it started from, and restores its own next. The
+    `source` is that of a teacher whose features are learnt.
     """
-    built = pair(plan.config, plan.encoder_files) if resumed else starting_pair(plan)[0]
-    return with_frozen_teacher(tuned(built, plan.config), plan)
+    built = random_pair(plan) if resumed else starting_pair(plan)[0]
+    return with_frozen_teacher(tuned(built, plan.config), plan, source)
+
+
+def random_pair(plan: Plan) -> Pair:
+    """The networks of a plan with random weights, without heads where it needs none."""
+    return pair(plan.config, plan.encoder_files, not plan.headless)
 
 
 def train_state(plan: Plan, built: Pair, layout: Layout, resumed: bool) -> TrainState:
     """What is trained, from `networks`, which are brought into the form of the layout in place."""
-    objective = build.objective(plan.config, built)
+    features = build.feature_spec(plan) if plan.learns_features else None
+    objective = build.objective(plan.config, built, features)
     if not resumed:
         carry_centres(objective, built, plan)
     prepare(built, layout)
@@ -115,23 +130,24 @@ def located(plan: Plan, saved: state.Saved | None) -> Plan:
     """
     if saved is not None:
         earlier = plan_of(saved.meta, saved.path)
-        return plan.model_copy(
-            update={
-                "init": earlier.init,
-                "frozen_teacher": earlier.frozen_teacher,
-                "encoder_files": earlier.encoder_files,
-            }
-        )
-
-    def found(path: str) -> str:
-        checkpoint = checkpoint_at(path) if path else None
-        return str(checkpoint.path) if checkpoint else path
+        update = {name: getattr(earlier, name) for name in KEPT}
+        if earlier.frozen_teacher and not earlier.distil_loss:  # of a version with targets alone
+            update["distil_loss"] = "targets"
+        return plan.model_copy(update=update)
 
     config = plan.config
+    init, teacher = (
+        checkpoint_at(path) if path else None
+        for path in (config.model.init, config.distill.teacher)
+    )
+    trained = plan_of(teacher.meta, teacher.path) if teacher else None
+    learnt, reason = chosen(config, trained)
     return plan.model_copy(
         update={
-            "init": found(config.model.init),
-            "frozen_teacher": found(config.distill.teacher),
+            "init": str(init.path) if init else config.model.init,
+            "frozen_teacher": str(teacher.path) if teacher else config.distill.teacher,
+            "distil_loss": learnt,
+            "distil_reason": reason,
             "encoder_files": encoder_files(config),
         }
     )
@@ -147,7 +163,7 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
         PipelineError: the weights are not there or do not fit, with all that is wrong.
     """
     config, source = plan.config, plan.init
-    built = pair(config, plan.encoder_files)
+    built = random_pair(plan)
     if not source:
         return built, "random weights"
     student = built.student
@@ -199,9 +215,9 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     teacher, else of `model.init`. Trained heads need them from the first step on; the centre of a
     head that is new stays 0.
     """
-    source = plan.frozen_teacher or plan.init
-    saved = checkpoint_at(source) if source else None
-    if saved is None:
+    source = plan.init if plan.learns_features else plan.frozen_teacher or plan.init
+    saved = checkpoint_at(source) if source and not plan.headless else None
+    if saved is None or plan_of(saved.meta, saved.path).headless:
         return
     source_state, own = saved.load("teacher", "objective"), objective.state_dict()
     tensors, centres = source_state["teacher"], source_state["objective"]
@@ -235,44 +251,51 @@ def checkpoint_at(path: str) -> state.Saved | None:
 
 
 def encoder_of(saved: state.Saved) -> tuple[Encoder, Config]:
-    """The teacher of a checkpoint, heads included, and the recipe it was trained with. An encoder
-    of a module is made from the text that the checkpoint holds.
+    """The teacher of a checkpoint, with heads where it has some, and the recipe it was trained
+    with. An encoder of a module is made from the text that the checkpoint holds.
 
     Raises:
         PipelineError: this machine runs no code of others, see `from_copy`.
     """
     plan = plan_of(saved.meta, saved.path)
     say_copy(plan, saved)
-    config = plan.config
-    encoder = pair(config, plan.encoder_files).teacher
-    encoder.load_state_dict(saved.teacher())
-    return encoder, config
+    encoder = random_pair(plan).teacher
+    tensors = saved.teacher()
+    encoder.load_state_dict({k: x for k, x in tensors.items() if not k.startswith("adapter.")})
+    return encoder, plan.config
 
 
-def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
+def with_frozen_teacher(built: Pair, plan: Plan, source: Source | None = None) -> Pair:
     """The pair with the frozen teacher of a `located` plan, where there is one.
 
+    Args:
+        built: student and teacher; without heads where features alone are learnt.
+        plan: located.
+        source: opens the teacher, where its features are learnt.
+
     Raises:
-        PipelineError: no checkpoint there, or targets that do not fit the student's heads.
+        PipelineError: no checkpoint there, targets that do not fit the student's heads, or a
+            network that does not fit the student's images.
     """
-    config, source = plan.config, plan.frozen_teacher
-    if not source:
+    config, place = plan.config, plan.frozen_teacher
+    if not place:
         return built
-    saved = checkpoint_at(source)
+    if plan.learns_features:
+        assert source is not None
+        check_range(plan, source.value_range, source.trained)
+        mean, std, _ = normalisation(config)
+        teacher = source.open(mean, std, plan.device, plan.threads)
+        return attach(built, teacher, build.feature_spec(plan), config.run.seed)
+    saved = checkpoint_at(place)
     if saved is None:
         raise PipelineError(
-            f"distill.teacher={public(source)} holds no checkpoint of ours",
-            "name a run folder (runs/<name>) or a folder checkpoints/step-…; exported weights have "
-            "no heads, and without heads there are no targets",
+            f"distill.teacher={public(place)} holds no checkpoint of ours, and "
+            "distill.loss=targets needs its heads",
+            "name a run folder (runs/<name>) or a folder checkpoints/step-…; exported and released "
+            "weights have no heads: learn their features with distill.loss=cosine",
         )
     encoder, theirs = encoder_of(saved)
-    was = Plan.model_validate(saved.meta["plan"]).value_range or FULL
-    if was != (plan.value_range or FULL):
-        raise PipelineError(
-            f"the frozen teacher was trained with data.range={shown(was)}, the student's images "
-            f"are read with {shown(plan.value_range or FULL)}",
-            f"set data.range={shown(was)}",
-        )
+    check_range(plan, Plan.model_validate(saved.meta["plan"]).value_range or FULL, True)
     untrained = [
         name
         for name in ("dino_weight", "ibot_weight")
@@ -283,7 +306,7 @@ def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
             f"the frozen teacher was trained with loss.{untrained[0]}=0: its targets mean nothing",
             f"set loss.{untrained[0]}=0 here too",
         )
-    seen, ours = ((c.augment.mean, c.augment.std, c.model.in_channels) for c in (theirs, config))
+    seen, ours = normalisation(theirs), normalisation(config)
     if seen != ours:
         raise PipelineError(
             f"the frozen teacher was trained with mean, std, channels {seen}, "
@@ -292,3 +315,23 @@ def with_frozen_teacher(built: Pair, plan: Plan) -> Pair:
         )
     built.frozen = freeze(encoder, built.student)
     return built
+
+
+def check_range(plan: Plan, was: ValueRange, trained: bool) -> None:
+    """Refuses a teacher that saw other values of deep images than the student will.
+
+    Args:
+        plan: of the student.
+        was: range of values that became 0 to 255 for the teacher.
+        trained: whether it is known; released weights, which know of 8 bits alone, take any.
+
+    Raises:
+        PipelineError: the two differ.
+    """
+    ours = plan.value_range or FULL
+    if was != ours and (trained or was != FULL):
+        raise PipelineError(
+            f"the frozen teacher was trained with data.range={shown(was)}, the student's images "
+            f"are read with {shown(ours)}",
+            f"set data.range={shown(was)}",
+        )

@@ -20,6 +20,7 @@ from pipeline.loss.collectives import all_sum, world_size
 from pipeline.model.groups import apply_values
 from pipeline.model.pair import Encoded, Encoder, Pair, ema_update
 from pipeline.schedule import StepValues
+from pipeline.train.distil.features import follow_statistics
 from pipeline.train.objective import Answer, Objective, ObjectiveSpec
 from pipeline.train.parallel import strategy
 from pipeline.train.speed.parts import part
@@ -52,15 +53,20 @@ class StepResult:
 @torch.no_grad()
 def ask_teacher(pair: Pair, views: Views, patches: Masked, objective: Objective) -> Answer:
     """What makes the targets, on the global views with nothing hidden."""
-    encoded: Encoded = pair.target_maker(
-        views.global_views,
-        None,
-        None,
-        patches.places,
-        objective.scores_cls,
-        rows=patches.rows,
-    )
-    return Answer(encoded, patches.rows, views.weights)
+    encoded = features = None
+    if pair.target_maker.dino_head is not None:
+        encoded = pair.target_maker(
+            views.global_views,
+            None,
+            None,
+            patches.places,
+            objective.scores_cls,
+            rows=patches.rows,
+        )
+    if pair.feature_teacher is not None and objective.features is not None:
+        grid = pair.student.grid(views.global_views) if objective.features.patches else None
+        features = pair.feature_teacher(views.global_views, grid)
+    return Answer(encoded, patches.rows, views.weights, features)
 
 
 def ask_student(
@@ -70,10 +76,10 @@ def ask_student(
     objective: Objective,
     generator: torch.Generator | None = None,
 ) -> Encoded:
-    """The student on all views, masked."""
+    """The student on all views that a term is of, masked."""
     return student(
         views.global_views,
-        views.local_views if len(views.local_views) else None,
+        views.local_views if len(views.local_views) and not objective.of_features_alone else None,
         objective.hidden(views),
         patches.places,
         objective.scores_cls,
@@ -84,11 +90,11 @@ def ask_student(
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward pass gives."""
+    """What a forward pass gives; K is 0 without heads."""
 
     loss: Tensor  # 0-d, with gradients: what is optimised
-    parts: dict[str, Tensor]  # the unweighted terms: dino_global, dino_local, ibot, koleo
-    cls: Tensor  # [G, B, D] the teacher's CLS tokens
+    parts: dict[str, Tensor]  # the unweighted terms: dino_global, dino_local, ibot, koleo, distil_*
+    cls: Tensor  # [G, B, D] the teacher's CLS tokens; without heads, of the teacher of features
     teacher_logits: Tensor  # [G, B, K], without gradients
     student_logits: Tensor  # [V, B, K], global views first
 
@@ -122,11 +128,14 @@ def forward(
     terms = objective.losses(student, target, views, patches)
     scored = objective.scores_cls
     rows = len(views.global_views) * scored
+    said = answer.encoded or answer.features
+    assert said is not None
+    logits = student.dino[:0] if answer.encoded is None else answer.encoded.dino[:rows]
     return Forward(
         terms.total,
         terms.parts,
-        _by_view(answer.encoded.cls, views.images),
-        _by_view(answer.encoded.dino[:rows], views.images),
+        _by_view(said.cls, views.images),
+        _by_view(logits.detach(), views.images),
         _by_view(student.dino[: rows + len(views.local_views) * scored], views.images),
     )
 
@@ -213,6 +222,8 @@ def train_step(
         optimizer.step()
     with part("teacher update"):
         ema_update(pair, values.teacher_momentum)
+        if pair.teacher.dino_head is None:
+            follow_statistics(pair, values.teacher_momentum)
     return StepResult(scalars, any_stop)
 
 

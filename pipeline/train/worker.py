@@ -27,6 +27,7 @@ from pipeline.train import build, estimate, start
 from pipeline.train.ahead import Ahead, Between, StepImages, images_of
 from pipeline.train.build import view_maker
 from pipeline.train.checkpoint import restore, saving
+from pipeline.train.distil.source import Source
 from pipeline.train.other_rank import OtherRank
 from pipeline.train.parallel.strategy import student_forward, whole_weights
 from pipeline.train.rank_zero import RankZero
@@ -52,6 +53,7 @@ class Job(TypedDict):
     compared: str  # `EvaluationSpec.key`: scores of another one are not compared
     guard_key: str  # `EvaluationSpec.guard_key`: the same of what a guard compares
     track: Any  # settings from which rank 0 makes its tracker
+    teacher: Source | None  # of a network whose features are learnt
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Worker:
         )
         now("pretrain: building the networks")
         memory = MemoryWatch(device)
-        pair = start.networks(plan, resumed=source is not None)
+        pair = start.networks(plan, source is not None, job["teacher"])
         flops = estimate.flops_per_image(plan, pair)  # while they are whole
         # On a CPU a trace lies in the memory that is compared with the plan.
         if rank == 0 and (device.type == "cuda" or not plan.config.train.profile_steps):

@@ -99,8 +99,29 @@ APART = [
     (["model.in_channels=1"], "augment.mean has 3 numbers, but model.in_channels=1"),
     (["objective=dino", "loss.ibot_weight=1"], "objective=dino has no iBOT"),
     (["objective=dino", "loss.mask_probability=0.5"], "objective=dino hides nothing"),
-    (["objective=dino", "distill.teacher=runs/x"], "objective=dino has no frozen teacher"),
+    (["objective=dino", "distill.teacher=runs/x"], "objective=dino is our own objective"),
     (["distill.teacher=x", "loss.mask_probability=0.5"], "distillation hides nothing"),
+    (
+        ["distill.teacher=x", "distill.objective=true", "loss.mask_probability=0"],
+        "loss.ibot_weight is not 0 but loss.mask_probability is",
+    ),
+    (["distill.loss=cosine"], "distill.teacher is empty, so distill.loss would do nothing"),
+    (
+        ["distill.cls_weight=2", "distill.objective=true"],
+        "distill.teacher is empty, so distill.cls_weight, distill.objective would do nothing",
+    ),
+    (
+        ["distill.teacher=x", "distill.loss=targets", "distill.objective=true"],
+        "distill.loss=targets trains the heads for the teacher's prototypes",
+    ),
+    (
+        ["distill.teacher=x", "distill.loss=targets", "distill.patch_weight=2"],
+        "distill.loss=targets learns no features, so distill.patch_weight would do nothing",
+    ),
+    (
+        ["distill.teacher=x", "distill.cls_weight=0", "distill.patch_weight=0"],
+        "distill.cls_weight and distill.patch_weight are both 0",
+    ),
     (["loss.mask_ratio=[0.5,0.1]"], "loss: mask_ratio must be low, high"),
     (["loss.mask_probability=0"], "loss.ibot_weight is not 0 but loss.mask_probability is"),
     (["optim.passes=2", "optim.steps=10"], "optim: give either passes or steps, not both"),

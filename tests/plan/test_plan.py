@@ -15,15 +15,8 @@ from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
 from pipeline.errors import ConfigError, PlacementError, TrainError
 from pipeline.plan.layout import READ_CPUS, Machine
-from pipeline.plan.plan import (
-    CHUNK_BYTES,
-    ENCODED_BYTES,
-    WINDOW_BYTES,
-    Plan,
-    SetFacts,
-    resolve,
-    view_bytes,
-)
+from pipeline.plan.plan import Plan, SetFacts, resolve, view_bytes
+from pipeline.plan.portions import CHUNK_BYTES, ENCODED_BYTES, WINDOW_BYTES
 from pipeline.plan.resume import MAY_CHANGE, changes, plan_of, value_at
 from pipeline.stream import dealer
 
@@ -269,7 +262,7 @@ def test_the_bytes_of_an_image_are_those_of_its_crops() -> None:
     boxes = np.tile(np.array([0, 0, 20, 20]), (5, 1))
     crops = cut_crops(image, boxes, np.zeros(5, bool), spec)
     config = load(["augment.global_size=28", "augment.local_size=14", "augment.local_crops=3"])
-    assert view_bytes(config) == sum(part.nbytes for part in crops)
+    assert view_bytes(config, 3) == sum(part.nbytes for part in crops)
 
 
 def test_cadence_and_threads() -> None:

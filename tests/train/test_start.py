@@ -113,7 +113,7 @@ def test_centres_come_with_the_heads(tmp_path: Path) -> None:
 
 def test_a_teacher_without_ibot_has_no_targets_for_patches(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "dino", "objective=dino")
-    plan = planned(f"distill.teacher={folder}")
+    plan = planned(f"distill.teacher={folder}", "distill.loss=targets")
     with pytest.raises(PipelineError, match=r"trained with loss\.ibot_weight=0"):
         start.with_frozen_teacher(build.pair(plan.config), plan)
     plan = planned(f"distill.teacher={folder}", "loss.ibot_weight=0")
@@ -181,13 +181,13 @@ def test_the_frozen_teacher_is_the_checkpoints(tmp_path: Path) -> None:
 )
 def test_a_frozen_teacher_that_does_not_fit(tmp_path: Path, override: str, what: str) -> None:
     folder = run_folder(tmp_path / "large")
-    plan = planned(f"distill.teacher={folder}", override)
+    plan = planned(f"distill.teacher={folder}", "distill.loss=targets", override)
     with pytest.raises(PipelineError, match=what):
         start.with_frozen_teacher(build.pair(plan.config), plan)
 
 
 def test_exported_weights_have_no_heads_to_distil_from(tmp_path: Path) -> None:
-    plan = planned(f"distill.teacher={tmp_path}")
+    plan = planned(f"distill.teacher={tmp_path}", "distill.loss=targets")
     with pytest.raises(PipelineError, match="holds no checkpoint of ours") as caught:
         start.with_frozen_teacher(build.pair(plan.config), plan)
     assert "no heads" in caught.value.hint

@@ -114,7 +114,18 @@ class OnnxModel:
         self.patch_size = int(patch) if patch.isdigit() and "patches" in self._names else None
         self.dim = self.outputs(np.zeros((1, side, side, channels), np.uint8))["cls"].shape[1]
 
-    def outputs(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Array]:
+    @property
+    def device(self) -> str:
+        """Where onnxruntime computes: `cuda` or `cpu`."""
+        return "cuda" if "CUDA" in self._session.get_providers()[0] else "cpu"
+
+    def of_values(self, values: np.ndarray[Any, np.dtype[np.float32]]) -> dict[str, Array]:
+        """The same as `outputs`, of values 0 to 1, float32 [b, S, S, C]."""
+        if self.signature.kind == np.uint8:
+            return self.outputs(np.rint(values.clip(0, 1) * 255).astype(np.uint8))
+        return self.outputs(values)
+
+    def outputs(self, images: Array) -> dict[str, Array]:
         """uint8 [b, S, S, C] to `cls` float32 [b, D], and `patches` [b, P, D] where it has them."""
         fixed = self.signature.batch
         if not fixed:
@@ -131,7 +142,8 @@ class OnnxModel:
         x = images
         if signature.kind != np.uint8:
             centre, scale = (np.asarray(v, np.float32) for v in (signature.mean, signature.std))
-            x = ((x.astype(np.float32) / 255 - centre) / scale).astype(signature.kind)
+            values = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x
+            x = ((values - centre) / scale).astype(signature.kind)
         if not signature.channels_last:
             x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
         try:

@@ -85,6 +85,13 @@ def on_this_node(path: str, digest: str) -> str:
     return str(folder / name)
 
 
+def size_of(model: str) -> int:
+    """Bytes of a local model with the files beside it."""
+    file = Path(model)
+    beside = external_files(file.read_bytes(), model)
+    return sum(one.stat().st_size for one in (file, *(file.parent / name for name in beside)))
+
+
 def is_onnx(place: str | Path) -> bool:
     """Whether a path or URI names a model in ONNX."""
     return str(place).partition("?")[0].endswith(".onnx")

@@ -15,9 +15,10 @@ def with_absolute_weights(config: Config) -> Config:
         return absolute_uri(path) if path and not path.startswith(TIMM) else path
 
     model = config.model.model_copy(update={"init": full(config.model.init)})
-    distill = config.distill.model_copy(update={"teacher": full(config.distill.teacher)})
-    curate = config.curate
     runs = config.run.folder
+    teacher = config.distill.teacher and absolute_model(config.distill.teacher, runs)
+    distill = config.distill.model_copy(update={"teacher": teacher})
+    curate = config.curate
     embedders = {
         "copy_embedder": absolute_model(curate.copy_embedder, runs),
         "embedder": curate.embedder and absolute_model(curate.embedder, runs),

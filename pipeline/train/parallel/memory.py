@@ -25,7 +25,7 @@ class StateBytes:
     gradients: int  # what is kept of them until the update
     moments: int  # AdamW's two
     teacher: int
-    frozen: int  # the frozen teacher
+    frozen: int  # the frozen teacher; one of features is whole on each worker
     gathered: int  # FSDP: whole weights and whole gradients of what is at work
     lower: int  # copies of weights in bfloat16, which autocast keeps for the backward pass
 
@@ -64,7 +64,8 @@ def state_bytes(pair: Pair, layout: Layout, accumulation: int) -> StateBytes:
         gradients=learnt // share + gradients,
         moments=2 * learnt // share,
         teacher=teacher // share,
-        frozen=sum(frozen) // share,
+        frozen=sum(frozen) // share
+        + (pair.feature_teacher.weight_bytes if pair.feature_teacher else 0),
         gathered=gathered,
         lower=lower,
     )

@@ -78,8 +78,8 @@ def groups_of(encoder: Encoder) -> list[list[nn.Parameter]]:
 
 
 def _parts(encoder: Encoder) -> list[nn.Module]:
-    heads = [head for head in (encoder.dino_head, encoder.ibot_head) if head is not None]
-    return [*blocks.of(encoder.backbone), *heads]
+    heads = (encoder.dino_head, encoder.ibot_head, encoder.adapter)
+    return [*blocks.of(encoder.backbone), *(head for head in heads if head is not None)]
 
 
 def _types(encoder: Encoder, policy: Policy) -> MixedPrecisionPolicy:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loss.collectives import all_sum
-from pipeline.model.pair import Encoder, Pair, local_parts
+from pipeline.model.pair import Backbone, Encoder, Pair, local_parts
 from pipeline.train.parallel import blocks, shards
 
 BUCKET_BYTES = 25 * 2**20  # at least: torch's own size of what DDP adds up at once
@@ -67,6 +67,10 @@ def prepare(pair: Pair, layout: Layout) -> Pair:
             blocks.set_checkpointing(encoder.backbone)
         if layout.compile:
             blocks.compile_blocks(encoder.backbone)
+    # A teacher of features is whole on each worker, whatever the strategy.
+    network = pair.feature_teacher and pair.feature_teacher.network
+    if layout.compile and isinstance(network, Backbone):
+        blocks.compile_blocks(network)
     if layout.sharded:
         policy = shards.Policy(layout.device, layout.workers, layout.precision, layout.reduce)
         shards.shard(pair, policy)
