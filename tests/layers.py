@@ -159,10 +159,10 @@ TABLE = [
     row("doctor", "adapt card config context curate driver embed errors evaluate heartbeat images "
         "model plan rounds shards stages storage stream train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
-    row("api api.networks api.losses api.images api.train api.finetune api.evaluate",
+    row("api api.networks api.losses api.images api.distil api.train api.finetune api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
-        "train.objective train.step uri use views",
+        "train.distil.features train.objective train.step uri use views",
         "card config.load log rounds stages storage", "numpy PIL torch"),
     row("job", "config environment errors heartbeat log", "doctor rounds stages"),
 ]  # fmt: skip

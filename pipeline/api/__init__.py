@@ -13,6 +13,7 @@ a run is made of it.
 
 from __future__ import annotations
 
+from pipeline.api.distil import distilled_student, feature_teacher
 from pipeline.api.evaluate import evaluate
 from pipeline.api.finetune import Finetuned, finetune
 from pipeline.api.images import embed, multi_crop, prepare
@@ -50,6 +51,7 @@ from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import load_backbone, read_weights, save_backbone
 from pipeline.schedule import StepValues, cosine, linear
 from pipeline.search.search import open_search
+from pipeline.train.distil.features import FeatureSpec
 from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.train.step import Forward, NonFinite, StepResult, forward, train_step
 from pipeline.use.attention import attention
@@ -82,6 +84,10 @@ __all__ = [
     "freeze",
     "ema_update",
     "update_teacher",
+    # a frozen network whose features are learnt
+    "feature_teacher",
+    "distilled_student",
+    "FeatureSpec",
     # weights
     "load_backbone",
     "save_backbone",

@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluate.features import inference
 from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import ForeignBackbone, TimmSpec, timm_by_name
-from pipeline.model.pair import Backbone, HeadSpec, Pair, build_pair
+from pipeline.model.pair import Backbone, HeadSpec, Pair, Spec, build_pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 
 PROBE = 224  # side of the image that tells a module's width
@@ -145,6 +145,20 @@ def student_teacher(
     Raises:
         PipelineError: no such model, or a module whose width is not to be found.
     """
+    network = network_of(backbone, seed, width, encoder_kwargs, pretrained)
+    return build_pair(network, head or HeadSpec(), ibot_head, seed)
+
+
+def network_of(
+    backbone: str | BackboneSpec | TimmSpec | Backbone | nn.Module,
+    seed: int = 0,
+    width: int | None = None,
+    encoder_kwargs: Mapping[str, Any] | None = None,
+    pretrained: bool = False,
+) -> Spec | Backbone:
+    """The backbone that `student_teacher` is given, as `build_pair` takes it; raises what it
+    raises.
+    """
     named = isinstance(backbone, str) and not _size_of(backbone)
     if not named and (encoder_kwargs or pretrained):
         raise PipelineError(
@@ -162,7 +176,7 @@ def student_teacher(
             )
     elif not isinstance(backbone, BackboneSpec | TimmSpec | VisionTransformer | ForeignBackbone):
         backbone = ModuleBackbone(backbone, _width(backbone) if width is None else width)
-    return build_pair(backbone, head or HeadSpec(), ibot_head, seed)
+    return backbone
 
 
 def _width(module: nn.Module) -> int:

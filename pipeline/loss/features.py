@@ -22,7 +22,7 @@ from pipeline.loss.collectives import all_sum
 
 FeatureLoss = Literal["cosine", "smooth_l1"]
 FORMS: tuple[FeatureLoss, ...] = ("cosine", "smooth_l1")
-# of the mean deviation: what hardly ever changes is no signal, and is not blown up to be one
+# of the median: what hardly ever changes is no signal, and is not blown up to be one
 LEAST_DEVIATION = 0.01
 
 
@@ -106,8 +106,7 @@ class Standard:
     def apply(self, rows: Tensor) -> Tensor:
         """Rows `[N, D]` with mean 0 and deviation 1 in each number, fp32."""
         deviation = (self.squares / self.count.clamp(min=1)).clamp(min=0).sqrt()
-        least = LEAST_DEVIATION * deviation.square().mean().sqrt()
-        deviation = deviation.clamp(min=least)
+        deviation = deviation.clamp(min=LEAST_DEVIATION * deviation.median())
         scale = torch.where(deviation > 0, 1 / deviation, torch.ones_like(deviation))
         mean, scale = (x.to(rows.device, torch.float32) for x in (self.mean, scale))
         return (rows.float() - mean) * scale

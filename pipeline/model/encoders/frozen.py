@@ -144,7 +144,7 @@ class FeatureTeacher(nn.Module):
         try:
             with torch.no_grad():
                 out = self._ask(torch.zeros(1, len(mean), size, size))
-        except (RuntimeError, AssertionError, ValueError) as error:
+        except (RuntimeError, AssertionError, ValueError, PipelineError) as error:
             raise PipelineError(
                 f"the teacher {name} takes no images of {size} x {size} pixels: {one_line(error)}",
                 "set distill.image_size to a size that it takes, or leave it out",
