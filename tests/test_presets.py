@@ -170,6 +170,14 @@ def test_distillation_fits_the_teacher_it_names() -> None:
     assert plan(config, 1).lr == 1e-3
 
 
+def test_distillation_from_any_network_is_the_same_student() -> None:
+    config, other = recipe("distill_any"), recipe("distill")
+    assert config.distill.loss == "cosine" and config.distill.alone
+    same = other.optim.model_copy(update={"freeze_last_layer": config.optim.freeze_last_layer})
+    assert (config.model, config.optim) == (other.model, same)
+    assert config.teacher.momentum == other.teacher.momentum
+
+
 @pytest.mark.parametrize(("batch", "rate"), [(1024, 2e-3), (512, 1e-3)])
 def test_plain_dino(batch: int, rate: float) -> None:
     config = recipe("dino_vits16", f"optim.global_batch_size={batch}", f"optim.lr={rate}")

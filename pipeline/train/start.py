@@ -243,6 +243,8 @@ def checkpoint_at(path: str) -> state.Saved | None:
     """The checkpoint that a run folder (the best one, else the last) or a checkpoint's path means;
     None where the path is neither.
     """
+    if not is_uri(path) and Path(path).is_file():
+        return None  # weights
     place = path if is_uri(path) else Path(path)
     if step_of(parent(place)[1]) is not None and (saved := state.at(place)):
         return saved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,42 @@ def test_the_distillation_recipe(
     assert config["width"] == 16
     again = runner(cluster_environment)("run", *command)
     assert again.returncode == 0 and "pretrain    up to date" in again.stdout
+
+
+def test_the_recipe_for_any_teacher(
+    first: Path, images: Path, cluster_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """From exported weights, without heads, with two workers; and on from a checkpoint."""
+    weights = first / "weights" / "timm"
+    command = [
+        str(ROOT / "configs" / "distill_any.yaml"),
+        *SMALL,
+        *("model.width=16", "model.depth=1", "model.heads=1", "augment.global_size=24"),
+        *("distill.image_size=16", f"distill.teacher={weights}", f"data.shards={first}/shards"),
+        *(f"run.folder={tmp_path}", "run.name=tiny", "train.save_every=4"),
+    ]
+    shown = runner(cluster_environment)("run", *command)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert f"teacher     {weights}, frozen" in shown.stdout
+    assert "cosine to its features" in shown.stdout
+    assert "CLS 1 (16 to 32 wide), patches 1 (4 x 4 resampled to 6 x 6)" in shown.stdout
+    assert "no heads are built" in shown.stdout and "resized from 24 to 16 pixels" in shown.stdout
+    rows = journal(tmp_path)
+    assert list(rows) == list(range(8))
+    for row in rows.values():
+        total = row["loss/distil_cls"] + row["loss/distil_patch"]
+        assert row["loss/total"] == pytest.approx(total, 1e-5)
+        assert "loss/ibot" not in row and "loss/dino_global" not in row
+    config = json.loads((tmp_path / "tiny" / "weights" / "dinov2" / "config.json").read_text())
+    assert config["width"] == 16
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step-00000008")
+    (tmp_path / "tiny" / "pretrain" / "_done.json").unlink()
+    again = runner(cluster_environment)("run", *command)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "from the checkpoint at step 4" in again.stdout
+    once_more = journal(tmp_path)
+    for step in range(4, 8):
+        assert once_more[step]["loss/total"] == pytest.approx(rows[step]["loss/total"], 1e-5)
 
 
 @pytest.mark.parametrize(
