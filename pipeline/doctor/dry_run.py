@@ -24,8 +24,9 @@ from pipeline.stages.chain import STAGES, by_name, named
 from pipeline.stages.checks.known_sets import KnownSet, also_in
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start, embeds, voting
+from pipeline.stages.checks.teacher import located
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
-from pipeline.stages.pretrain import describe, located, starting_pair
+from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder

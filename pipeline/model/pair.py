@@ -116,13 +116,9 @@ class Encoder(nn.Module):
         count = len(chosen) - len(masked)
         cls, patch = chosen[:count], chosen[count : count + places]
         views = len(global_views)
-        adapted: list[Tensor | None] = [None, None]
-        if adapter is not None:
-            tokens = (cls[:views], chosen[count + places :])
-            layers = (adapter.cls, adapter.patch)
-            adapted = [
-                None if each is None else each(x) for each, x in zip(layers, tokens, strict=True)
-            ]
+        adapted: tuple[Tensor | None, Tensor | None] = (None, None)
+        if adapter is not None:  # by its own forward, for which FSDP waits
+            adapted = adapter(cls[:views], chosen[count + places :])
         if self.dino_head is None:
             return Encoded(cls[:views], cls.new_zeros(0, 0), None, *adapted)
         scored = cls if score_cls else cls[:0]

@@ -11,7 +11,6 @@ from pipeline.config.load import field_paths
 from pipeline.config.network import Model
 from pipeline.context import Context, result_line
 from pipeline.driver import cluster
-from pipeline.embed.teacher import TeacherSource, teacher_of
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.encoders.module import ModuleBackbone
@@ -20,6 +19,7 @@ from pipeline.model.pair import Backbone, Pair
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.stages.checks.guard import ended_before, remarks_on_keep
+from pipeline.stages.checks.teacher import located, teacher_source
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
@@ -47,26 +47,6 @@ def plan(context: Context) -> Plan:
         lambda machine: plan_for(config, shards, machine), config.resources.wait_s
     )
     return located(planned, context.folder)
-
-
-def located(planned: Plan, folder: RunFolder) -> Plan:
-    """The plan with the very weights that it starts from and that its teacher has.
-
-    Raises:
-        PipelineError: there is no such teacher, or it has changed since the run began.
-    """
-    begun = start.located(planned, state.latest(folder.checkpoints))
-    source = teacher_source(begun)
-    return begun.model_copy(update={"teacher_digest": source.digest}) if source else begun
-
-
-def teacher_source(plan: Plan) -> TeacherSource | None:
-    """What opens the teacher whose features are learnt; None where a plan names none."""
-    if not plan.learns_features:
-        return None
-    settings, run = plan.config.distill, plan.config.run
-    place, digest = plan.frozen_teacher, plan.teacher_digest
-    return teacher_of(place, settings.image_size, run.folder, digest)
 
 
 def key(context: Context) -> str:

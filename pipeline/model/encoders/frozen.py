@@ -44,6 +44,13 @@ class Adapter(nn.Module):
         self.cls = _projection(width, cls_width) if cls_width else None
         self.patch = _projection(width, patch_width) if patch_width else None
 
+    def forward(self, cls: Tensor, patches: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """CLS `[V, d]` and patches `[N, d]` to the teacher's widths; None where it is not asked."""
+        return (
+            None if self.cls is None else self.cls(cls),
+            None if self.patch is None else self.patch(patches),
+        )
+
 
 def _projection(width: int, wanted: int) -> nn.Sequential:
     linear = nn.Linear(width, wanted)
