@@ -276,6 +276,6 @@ def _measured(spec: EvaluationSpec, saved: state.Saved, device: str) -> dict[str
 
 def _alarm(context: Context, numbers: dict[str, float]) -> str:
     """A sentence where the run's own teacher has collapsed; else ""."""
-    if not is_own(context.config):
+    if not is_own(context.config) or chosen(context).step == 0:  # its heads are new
         return ""
     return alarm(numbers, trained_plan(chosen(context)).config.head.prototypes) or ""
