@@ -76,11 +76,9 @@ def derive(config: Config, facts: Facts, images: int, gpu: bool) -> Recipe:
 
 
 def facts_alone(config: Config, facts: Facts) -> Recipe:
-    """What is known before the images are: the fields that are read off the weights."""
-    lines = Derivation(config)
-    for field, value in facts.values.items():
-        lines.take(field, value, "read off the weights", "weights")
-    return Recipe(tuple(lines.lines))
+    """What is known before the images are: the fields that follow from the weights."""
+    recipe = derive(config, facts, images=1, gpu=True)
+    return Recipe(tuple(line for line in recipe.lines if line.whose == "weights"))
 
 
 def _batch(images: int) -> tuple[int, str]:

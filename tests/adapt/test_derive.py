@@ -7,7 +7,7 @@ import math
 import pytest
 import yaml
 
-from pipeline.adapt.derive import derive
+from pipeline.adapt.derive import derive, facts_alone
 from pipeline.adapt.facts import Facts
 from pipeline.adapt.recipe import Recipe, written
 from pipeline.config.config import Config
@@ -153,3 +153,14 @@ def test_values_that_do_not_fit_are_refused_with_their_fields() -> None:
     config = asked("augment.global_size=100")
     with pytest.raises(ConfigError, match=r"augment\.global_size=100 is not a multiple"):
         derive(config, VIT, 577, True).applied(config)
+
+
+def test_what_the_weights_say_is_known_before_the_images_are() -> None:
+    """A job's first checks build the network, which must not be asked for what it cannot do."""
+    alone = {line.field for line in facts_alone(asked(), CONVNET).lines}
+    assert {"model.encoder", "loss.ibot_weight", "loss.mask_probability"} <= alone
+    assert "optim.steps" not in alone and "head.prototypes" not in alone
+    for images in SIZES:
+        whole = values(derive(asked(), CONVNET, images, True))
+        known = values(facts_alone(asked(), CONVNET))
+        assert {field: whole[field] for field in known} == known
