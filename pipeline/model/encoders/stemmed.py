@@ -3,8 +3,9 @@ see better", section 4), whose feature is the mean over its patches.
 
     model.encoder=module:pipeline.model.encoders.stemmed:vit
 
-It needs fewer passes than one that cuts its patches out by a single linear layer. There is no CLS
-token and no masking: it trains with DINO and KoLeo.
+It needs fewer passes than one that cuts its patches out by a single linear layer. The stem is one
+convolution, then residual blocks, all of stride 2. There is no CLS token and no masking: it trains
+with DINO and KoLeo.
 
 B images, C channels, S side in pixels, P patches, D width.
 """
@@ -13,21 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.model.block import LAYER_NORM_EPS, Block
+from pipeline.model.encoders import residual
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes; each convolution of the stem halves the side."""
+    """Sizes; each stage of the stem halves the side."""
 
-    stem: Sequence[int] = (48, 96, 192)  # widths
+    stem: Sequence[int] = (64, 128, 192)  # widths
     width: int = 192
-    depth: int = 4
+    depth: int = 2
     heads: int = 3
 
 
@@ -39,15 +42,18 @@ class StemmedVit(nn.Module):
         interpolated for others.
         """
         super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in zip([in_channels, *shape.stem], shape.stem, strict=False):
-            layers += [
-                nn.Conv2d(before, after, 3, 2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
-            nn.init.kaiming_normal_(layers[-3].weight, mode="fan_out")  # type: ignore[arg-type]
-        self.stem = nn.Sequential(*layers, nn.Conv2d(shape.stem[-1], shape.width, 1))
+        first, *others = shape.stem
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, first, 3, 2, padding=1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU(),
+        ]
+        layers += [residual.Block(before, after, 2) for before, after in pairwise([first, *others])]
+        self.stem = nn.Sequential(*layers)
+        for module in self.stem.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.stem.append(nn.Conv2d(shape.stem[-1], shape.width, 1))
         side = -(-image_size // 2 ** len(shape.stem))
         self.position = nn.Parameter(torch.zeros(1, shape.width, side, side))
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -80,5 +86,5 @@ class StemmedVit(nn.Module):
 
 
 def vit(in_channels: int = 3, image_size: int = 32) -> StemmedVit:
-    """2.0 million parameters, D = 192, patches of 8 pixels: for images of 32 to 64 pixels."""
+    """1.7 million parameters, D = 192, patches of 8 pixels: for images of 32 to 64 pixels."""
     return StemmedVit(Shape(), in_channels, image_size)
