@@ -147,7 +147,7 @@ def test_a_changed_text_is_not_resumed_and_its_own_is_used_elsewhere(
         run = place.folder / "runs" / "tiny"
         for name, arguments in {
             "evaluate": [f"model={run}", f"data={images}/test"],
-            "embed": [f"model={run}/weights", f"data={images}/test", "vectors=vectors"],
+            "embed": [f"model={run}/weights", f"data.source={images}/test", "run.name=e"],
             "finetune": [f"model={run}", f"data={images}/train", "finetune.epochs=1", "run.name=f"],
         }.items():
             shown = place.job(name, *arguments, "track.uri=none", "data.max_bad_fraction=0.1")
