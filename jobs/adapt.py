@@ -30,4 +30,5 @@ if __name__ == "__main__":
         },
         words=("model.init", "data.source"),
         recipe="configs/adapt.yaml",
+        implied=("adapt.enabled=true",),
     )

@@ -27,6 +27,7 @@ def main(
     shorthand: Mapping[str, str] | None = None,
     words: Sequence[str] = (),
     recipe: str = "",
+    implied: Sequence[str] = (),
 ) -> None:
     """Runs stages with the process's arguments; exits 2 on a user's mistake.
 
@@ -38,6 +39,8 @@ def main(
             list field that takes what is neither a recipe nor `name=value`.
         words: fields that take such words instead, one each, in this order.
         recipe: that is read where none is named.
+        implied: `name=value` that this job means whatever a recipe says; the command line may say
+            otherwise.
     """
     shorthand = shorthand or {}
     prefer_utf8()
@@ -61,7 +64,7 @@ def main(
         spelled = spelled_out([a for a in given if not a.startswith("-")], shorthand, words)
         if recipe and not any(_is_recipe(one) for one in spelled):
             spelled = [recipe, *spelled]
-        config = load(spelled)
+        config = load([*implied, *spelled])
         with beating(), doing("loading the libraries"):
             _start(config, stages, dry=bool(flags))
     except PipelineError as error:

@@ -106,20 +106,21 @@ def _unlabelled(one: Contender) -> str:
 
 def _unlike(before: Card | None, after: Card, init: Contender | None) -> str:
     """Why the card before training is not of the same images, seen in the same way."""
-    if before is None or init is None:
+    if before is None:
         return ""
     digests = [
         (one.reference.digest, one.queries.digest if one.queries else "") for one in (before, after)
     ]
     if digests[0] != digests[1]:
-        return "the card before training is of other images; what it started from is scored anew"
+        anew = "what it started from is scored anew" if init else "before and after are not alike"
+        return f"the card before training is of other images; {anew}"
     was = before.contenders[0]
     for name in SEEN:
-        seen = [_plain(one.facts.get(name)) for one in (was, init)]
+        seen = [_plain(one.facts.get(name)) for one in (was, init or after.contenders[0])]
         if seen[0] != seen[1]:
             return f"the card before training has {name} {seen[0]}, the one after it {seen[1]}"
     score = after.score
-    if score in was.results and score in init.results:
+    if init is not None and score in was.results and score in init.results:
         values = [one.results[score].interval.value for one in (was, init)]
         if not math.isclose(*values, rel_tol=0, abs_tol=SAME):
             return (

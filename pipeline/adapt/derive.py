@@ -46,6 +46,9 @@ class Derivation:
             yours = getattr(getattr(self.config, section), name)
             yours = list(yours) if isinstance(yours, tuple) else yours
             value, reason, whose = yours, "as you set it", "yours"
+        for line in self.lines:
+            if line.field == field:  # the weights have said it
+                return line.value
         self.lines.append(Line(field, value, reason, whose))
         return value
 
@@ -115,7 +118,7 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
     take, patch = lines.take, facts.patch_size or 1
     own = facts.image_size or USUAL_SIDE
     side, why = own, f"the weights' own {own} pixels"
-    if own > 256:
+    if own > 256 and not facts.has_heads:
         side = max(1, round(USUAL_SIDE / patch)) * patch
         why = f"the weights are for {own}; most of DINOv2's training is at {USUAL_SIDE}"
     side = int(take("augment.global_size", side, why, "weights"))

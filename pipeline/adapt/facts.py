@@ -37,6 +37,7 @@ OF_A_RUN = {
     "augment": None,
     "loss": ("centring", "ibot_weight", "koleo_weight", "mask_probability", "mask_ratio"),
 }  # fmt: skip
+OF_A_STUDENT = ("model",)  # of features: there are no heads that the others belong to
 
 
 @dataclass(frozen=True)
@@ -144,21 +145,27 @@ def _of_run(init: str) -> Facts | None:
     saved = None if Path(init).is_file() else checkpoint_at(init)
     if saved is None:
         return None
-    config = plan_of(saved.meta, saved.path).config
+    plan = plan_of(saved.meta, saved.path)
+    config, trained = plan.config, not plan.headless  # a student of features alone has no heads
     backbone = encoder_of(saved)[0].backbone
     values: dict[str, Any] = {}
     for section, names in OF_A_RUN.items():
+        if not trained and section not in OF_A_STUDENT:
+            continue
         fields = getattr(config, section).model_dump(mode="json")
         values |= {
             f"{section}.{name}": value
             for name, value in fields.items()
             if (names is None or name in names) and value is not None
         }
+    if not trained:
+        augment = config.augment
+        values |= {"augment.mean": list(augment.mean), "augment.std": list(augment.std)}
     side = config.augment.global_size
     patches = _patches(backbone)
     return Facts(
         init=init,
-        what=f"a run of ours with its heads, step {saved.step:,}",
+        what=f"a run of ours {'with its' if trained else 'without'} heads, step {saved.step:,}",
         values=values,
         image_size=side,
         own_grid=side if patches else None,
@@ -166,7 +173,7 @@ def _of_run(init: str) -> Facts | None:
         width=backbone.width,
         depth=_depth(backbone),
         has_layers=_has_layers(backbone),
-        has_heads=True,
+        has_heads=trained,
         parameters=_parameters(backbone),
     )
 
@@ -273,7 +280,8 @@ def _normalisation(known: Preprocessing) -> dict[str, Any]:
 
 def _patches(backbone: Any) -> int:
     """Side of a patch where there are tokens that can be hidden, else 0."""
-    return int(backbone.patch_size) if getattr(backbone, "has_patches", True) else 0
+    hidden = getattr(backbone, "has_patches", True) and getattr(backbone, "takes_masks", True)
+    return int(backbone.patch_size) if hidden else 0
 
 
 def _depth(backbone: Any) -> int:

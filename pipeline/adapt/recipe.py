@@ -38,16 +38,20 @@ class Recipe:
     lines: tuple[Line, ...]
 
     def applied(self, config: Config) -> Config:
-        """The config with all derived values; what it sets itself stays.
+        """The config with all derived values; what it sets itself stays, and null leaves open.
 
         Raises:
             ConfigError: user's and derived values do not fit each other.
         """
         values = set_values(config)
         for line in self.lines:
+            if line.field == "optim.steps" and is_set(config, "optim.passes"):
+                continue  # the user says the length in another way
             if line.whose != "yours":
                 section, _, name = line.field.partition(".")
-                values.setdefault(section, {}).setdefault(name, line.value)
+                fields = values.setdefault(section, {})
+                if fields.get(name) is None:
+                    fields[name] = line.value
         return checked(values)
 
     def value(self, field: str) -> Any:
@@ -57,6 +61,10 @@ class Recipe:
             KeyError: it says nothing.
         """
         return {line.field: line.value for line in self.lines}[field]
+
+    def with_line(self, line: Line) -> Recipe:
+        """The recipe with one more line, in the place of an earlier one of the same field."""
+        return Recipe((*(one for one in self.lines if one.field != line.field), line))
 
     def said(self) -> list[str]:
         """For the console: the weights' facts in one line, then a line for each choice."""
@@ -84,9 +92,9 @@ def set_values(config: Config) -> dict[str, Any]:
 
 
 def is_set(config: Config, field: str) -> bool:
-    """Whether the user has set a field (`section.name`)."""
+    """Whether the user has set a field (`section.name`) to something; null leaves it open."""
     section, _, name = field.partition(".")
-    return name in set_values(config).get(section, {})
+    return set_values(config).get(section, {}).get(name) is not None
 
 
 def written(recipe: Recipe, config: Config) -> str:

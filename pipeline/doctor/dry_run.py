@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from pipeline import rounds
 from pipeline.config.config import Config
@@ -235,7 +234,7 @@ def _adapted(
     planned = recipe.applied(asked)
     plan = resolve(planned, SetFacts(images, NOT_PACKED), machine=machine)
     if line := adapt.lighter(asked, plan):
-        recipe = replace(recipe, lines=(*recipe.lines, line))
+        recipe = recipe.with_line(line)
     adapt.say(facts, recipe, images)
     evaluation = {"evaluate": config.evaluate}
     return recipe.applied(asked).model_copy(update=evaluation)

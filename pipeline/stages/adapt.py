@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -101,9 +101,13 @@ def recipe_for(asked: Config, images: int, gpu: bool, folder: RunFolder) -> tupl
     if not rows or state.latest(folder.checkpoints) is None:
         return facts, recipe
     earlier = Recipe.from_json(rows)
-    kept = [line for line in earlier.lines if not is_set(asked, line.field)]
-    yours = [line for line in recipe.lines if line.whose == "yours"]
-    return facts, Recipe((*kept, *yours))
+    kept = [
+        line for line in earlier.lines if line.whose != "yours" and not is_set(asked, line.field)
+    ]
+    names = {line.field for line in kept}
+    yours = {line.field for line in (*earlier.lines, *recipe.lines) if line.whose == "yours"}
+    new = [line for line in recipe.lines if line.field in yours - names]
+    return facts, Recipe((*kept, *new))
 
 
 def key(context: Context) -> str:
@@ -135,9 +139,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     gpu = _has_gpus(asked)
     facts, recipe = recipe_for(asked, shards.rows, gpu, folder)
     config = with_packed_sets(recipe.applied(asked), folder)
+    pretrain.key(replace(context, config=config))  # refuses other weights than a run began with
     plan = pretrain.plan(replace(context, config=config))
     if line := lighter(asked, plan):
-        recipe = Recipe((*recipe.lines, line))
+        recipe = recipe.with_line(line)
         config = with_packed_sets(recipe.applied(asked), folder)
         plan = pretrain.plan(replace(context, config=config))
     say(facts, recipe, shards.rows)
@@ -221,9 +226,14 @@ def _has_gpus(config: Config) -> bool:
 # ---- Before and after.
 
 
-def before_and_after(context: Context) -> Comparison | None:
-    """The two cards of this run side by side; None where nothing was adapted or scored."""
-    if "adapt" not in context.results or "evaluate" not in context.results:
+def before_and_after(context: Context, results: Mapping[str, Any]) -> Comparison | None:
+    """The two cards of this run side by side; None where nothing was adapted or scored.
+
+    Args:
+        context: of the job.
+        results: of stages by name, whose cards count.
+    """
+    if not (results.get("adapt") and results.get("evaluate")):
         return None
     place = context.folder.path
     before = None

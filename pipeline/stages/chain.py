@@ -171,7 +171,7 @@ def _say_verdict(context: Context) -> None:
     """The verdict of the evaluation, as the last line of a job that evaluates; before it what an
     adaptation has changed.
     """
-    if comparison := adapt.before_and_after(context):
+    if comparison := adapt.before_and_after(context, context.results):
         for what, text in comparison.lines:
             log.info("%-11s %s", what, text)
         if comparison.warning:
@@ -297,7 +297,7 @@ def _report(context: Context) -> None:
     verdict = str(known["evaluate"].get("verdict", ""))
     rule = str(known["evaluate"].get("rule", ""))
     sections: list[Section] = [Statement(verdict, mood_of(Verdict(rule, verdict)))] * bool(verdict)
-    if (comparison := adapt.before_and_after(context)) and comparison.rows:
+    if (comparison := adapt.before_and_after(context, known)) and comparison.rows:
         sections.append(Table(comparison.table, "Before and after"))
     if guard := str(known["pretrain"].get("guard", "")):
         sections.append(Statement(guard, "bad", title="Guard"))

@@ -9,7 +9,7 @@ import yaml
 
 from pipeline.adapt.derive import derive, facts_alone
 from pipeline.adapt.facts import Facts
-from pipeline.adapt.recipe import Recipe, written
+from pipeline.adapt.recipe import Line, Recipe, written
 from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load
 from pipeline.errors import ConfigError
@@ -101,6 +101,29 @@ def test_heads_that_come_along_learn_from_the_first_step() -> None:
     assert recipe["train.freeze_backbone_steps"] == 0
     assert recipe["head.prototypes"] == 512
     assert "loss.centring" not in recipe
+
+
+def test_crops_of_a_run_of_ours_stay_whatever_their_size() -> None:
+    run = Facts(**{**vars(VIT), "has_heads": True, "values": {"augment.global_size": 518}})
+    recipe = derive(asked(), run, 10_000, True)
+    sizes = [line.value for line in recipe.lines if line.field == "augment.global_size"]
+    assert sizes == [518] and "model.init_resize" not in values(recipe)
+
+
+def test_null_leaves_a_field_open() -> None:
+    plain = derive(asked(), VIT, 10_000, True).applied(asked()).model_dump()
+    for field in ("optim.steps=null", "optim.passes=null"):
+        config = asked(field)
+        assert derive(config, VIT, 10_000, True).applied(config).model_dump() == plain
+
+
+def test_a_recipe_that_was_derived_before_takes_passes() -> None:
+    recipe = derive(asked(), VIT, 10_000, True)
+    applied = recipe.applied(asked("optim.passes=3"))
+    assert applied.optim.passes == 3 and applied.optim.steps is None
+    again = recipe.with_line(Line("optim.steps", 7, "fewer", "images"))
+    assert values(again)["optim.steps"] == again.applied(asked()).optim.steps == 7
+    assert len(again.lines) == len(recipe.lines)
 
 
 def test_a_users_value_stays_and_is_said_to_be_theirs() -> None:

@@ -10,14 +10,18 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.adapt import facts as facts_module
+from pipeline.adapt.derive import derive
 from pipeline.adapt.facts import facts_of
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import PipelineError
+from pipeline.model.encoders.module import ModuleSpec
+from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.foreign import TimmSpec
-from pipeline.model.foreign_weights import save_foreign
+from pipeline.model.foreign_weights import save_foreign, save_module
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface, save_timm
+from pipeline.train import build
 
 SPEC = BackboneSpec(
     image_size=56,
@@ -117,6 +121,19 @@ def test_a_timm_folder_of_another_kind_and_a_loose_file(tmp_path: Path) -> None:
         facts_of(asked(tmp_path / "loose.safetensors"))
     named = facts_of(asked(tmp_path / "loose.safetensors", "model.encoder=timm:resnet10t"))
     assert named.patch_size == 0
+
+
+def test_places_that_cannot_be_hidden_are_no_patches_to_hide(tmp_path: Path) -> None:
+    name = "pipeline.model.encoders.residual:small_map"
+    files = read_source(Name.of(f"module:{name}"))
+    backbone = ModuleSpec(name, 32, 8, files=files).build()
+    assert backbone.has_patches and not backbone.takes_masks
+    facts = facts_of(asked(save_module(backbone, tmp_path / "module", MEAN[:3], STD[:3])))
+    assert facts.patch_size == 0 and facts.values["model.patch_size"] == 8
+    recipe = derive(asked("/w"), facts, 10_000, True)
+    assert recipe.value("loss.ibot_weight") == 0 and recipe.value("head.norm") == "batch"
+    assert recipe.value("optim.lr") == 0.00267  # that of convolutional networks
+    build.pair(recipe.applied(asked("/w")))
 
 
 def test_nothing_to_adapt_is_said() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.adapt.facts import facts_of
 from pipeline.config.config import Config
+from pipeline.config.load import load
 from pipeline.embed.teacher import TeacherSource, teacher_of
 from pipeline.errors import PipelineError
 from pipeline.model.encoders.frozen import FeatureTeacher
@@ -223,6 +225,8 @@ def test_a_run_without_heads_is_a_teacher_and_a_start(tmp_path: Path) -> None:
     assert third.distil_loss == "cosine" and third.distil_reason == "it was trained without heads"
     pair, text = start.starting_pair(planned(f"model.init={tmp_path / 'second'}"))
     assert "without heads" in text and pair.student.dino_head is not None
+    facts = facts_of(load([f"model.init={tmp_path / 'second'}", "adapt.enabled=true"]))
+    assert not facts.has_heads and "head.prototypes" not in facts.values  # fresh ones are derived
     again = start.train_state(plan, built(plan), Layout(1, torch.device("cpu")), resumed=True)
     again.restore(state.latest(tmp_path / "second" / "checkpoints").load())  # type: ignore[union-attr]
     for name, x in made.pair.student.state_dict().items():
