@@ -102,7 +102,11 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
-        log.info("pretrain    the archives were not opened: pack them first to see the plan")
+        source = known.get("data.source")
+        hidden = "the archives were not opened"
+        if source is not None and source.files == ():
+            hidden = "no file there is named as an image, and none was opened"
+        log.info("pretrain    %s: pack first to see the plan", hidden)
     elif "evaluate" in stages and stages[-1] == "evaluate":
         say_evaluation(config, folder, known)
     elif "export" in stages:

@@ -25,9 +25,10 @@ from pipeline.config.config import Config
 from pipeline.context import Context, memory_bytes, result_line, with_packed_sets
 from pipeline.embed.beginnings import load_planned
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, TrainError
 from pipeline.images.value_range import FULL
 from pipeline.plan.plan import Plan
+from pipeline.plan.resume import plan_of
 from pipeline.stages import evaluate as evaluation_stage
 from pipeline.stages import pretrain
 from pipeline.stages.evaluation import dense_of, groups_of, sampled, sets_of
@@ -53,7 +54,8 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
         (the config, the one that the user wrote; None where nothing is adapted).
 
     Raises:
-        PipelineError: there are no weights, or nothing was derived yet that this job needs.
+        PipelineError: there are no weights, or others than the run began with, or nothing was
+            derived yet that this job needs.
     """
     if not config.adapt.enabled:
         return config, None
@@ -74,9 +76,22 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
             "run jobs/adapt.py with the same arguments, which packs, derives and trains",
         )
     facts = facts_of(config)
+    _check_began_with(facts.init, folder)
     model = config.model.model_copy(update={"init": facts.init})
     asked = config.model_copy(update={"model": model})
     return facts_alone(asked, facts).applied(asked), asked
+
+
+def _check_began_with(init: str, folder: RunFolder) -> None:
+    """Refuses other weights than those of a run's checkpoint before its images are packed anew."""
+    saved = state.latest(folder.checkpoints)
+    began = plan_of(saved.meta, saved.path).config.model.init if saved else init
+    if began != init:
+        raise TrainError(
+            f"run {folder.path.name} began with {public(began) or 'random weights'}, and "
+            f"{public(init)} is to be adapted",
+            "take another run.name=…, or name the weights that the run began with",
+        )
 
 
 def derived(context: Context, result: dict[str, Any]) -> Config:

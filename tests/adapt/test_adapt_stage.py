@@ -1,0 +1,63 @@
+"""What the adapt stage knows of a run that has begun: its weights and its recipe stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.adapt.derive import derive
+from pipeline.config.config import Config
+from pipeline.config.load import load
+from pipeline.errors import TrainError
+from pipeline.model.vit import BackboneSpec
+from pipeline.plan.layout import Machine
+from pipeline.plan.plan import SetFacts, resolve
+from pipeline.stages import adapt
+from pipeline.storage.run_folder import RunFolder
+from pipeline.train.checkpoint import state
+
+STAGES = ["pack", "curate", "adapt", "pretrain", "evaluate", "export"]
+SPEC = BackboneSpec(image_size=28, patch_size=14, width=64, depth=2, heads=1)
+
+
+def asked(tmp_path: Path, weights: str, *fields: str) -> Config:
+    place = tmp_path / weights
+    if not place.exists():
+        torch.save(SPEC.build().state_dict(), place)
+    return load([f"model.init={place}", "adapt.enabled=true", "run.name=a", *fields])
+
+
+def begin(tmp_path: Path, config: Config) -> RunFolder:
+    """A run that has trained some steps with the recipe for 600 images."""
+    folder = RunFolder.of(str(tmp_path), "a")
+    facts, recipe = adapt.recipe_for(config, 600, False, folder)
+    assert recipe == derive(config, facts, 600, False)
+    plan = resolve(
+        recipe.applied(config), SetFacts(600, "d"), Machine(cpus=2, gpus=0, bfloat16=False)
+    )
+    state.save(folder.path / "checkpoints", 5, {}, {"plan": plan.model_dump(mode="json")})
+    folder.mark_done("adapt", "key", {"recipe": recipe.to_json()})
+    return folder
+
+
+def test_other_weights_are_refused_before_anything_is_packed(tmp_path: Path) -> None:
+    first = asked(tmp_path, "first.pth")
+    folder = begin(tmp_path, first)
+    config, _ = adapt.begun(first, folder, STAGES)
+    assert config.model.width == 64
+    with pytest.raises(TrainError, match=r"run a began with .*first\.pth, and .*second\.pth"):
+        adapt.begun(asked(tmp_path, "second.pth"), folder, STAGES)
+
+
+def test_a_run_that_goes_on_keeps_what_was_derived(tmp_path: Path) -> None:
+    first = asked(tmp_path, "first.pth", "optim.lr=0.5")
+    folder = begin(tmp_path, first)
+    _, again = adapt.recipe_for(first, 10_000, True, folder)  # another machine, more images
+    assert again.applied(first) == derive(first, adapt.facts_of(first), 600, False).applied(first)
+    without = asked(tmp_path, "first.pth")  # the rate is the user's no more
+    lines = adapt.recipe_for(without, 600, False, folder)[1].lines
+    assert [line.value for line in lines if line.field == "optim.lr"] == [2e-4]
+    mine = asked(tmp_path, "first.pth", "optim.lr=0.5", "train.eval_every=3")
+    assert adapt.recipe_for(mine, 600, False, folder)[1].applied(mine).train.eval_every == 3
