@@ -146,6 +146,13 @@ class Config(Section):
                 f"train.tune={self.train.tune} freezes weights, but model.init is empty: random "
                 "weights would stay random; name weights with model.init or set train.tune=all"
             )
+        if self.train.tune == "heads" and self.distill.alone and self.distill.loss != "targets":
+            raise ValueError(
+                f"train.tune=heads freezes the backbone, and distill.loss={self.distill.loss} may "
+                "learn features, for which no heads are built, so nothing that is kept would "
+                "learn; set distill.objective=true, distill.loss=targets or "
+                "train.tune=last_blocks=2"
+            )
         if self.model.init_resize and not self.model.init:
             raise ValueError("model.init_resize=true, but model.init is empty: nothing to resize")
         guard = self.guard

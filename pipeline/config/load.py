@@ -171,6 +171,8 @@ def _assign(values: dict[str, Any], path: str, text: str) -> None:
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
+            if path in _annotations():
+                return  # the field is right; `checked` says that its section was given a value
             raise ConfigError(f"{_shown(path)}: no such field{_suggestion(path)}")
         node = child
     node[leaf] = value

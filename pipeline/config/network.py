@@ -75,6 +75,15 @@ class Head(Section):
         "none", description="batch: BatchNorm on the feature that the head gets, without weights"
     )
 
+    @model_validator(mode="after")
+    def _hidden_layers(self) -> Head:
+        if self.norm == "batch" and self.layers == 1:
+            raise ValueError(
+                "norm=batch puts BatchNorm after each hidden layer, and a head of layers=1 has "
+                "none; set layers=2 or more, or input_norm=batch"
+            )
+        return self
+
 
 class IbotHead(Head):
     """iBOT's head; shared with DINO unless `separate`."""

@@ -79,10 +79,15 @@ class Distill(Section):
         """Whether a frozen teacher stands in the place of our own objective."""
         return bool(self.teacher) and not self.objective
 
+    @property
+    def changed(self) -> list[str]:
+        """The fields of features that are not their defaults."""
+        own = {n: getattr(self, n) for n in Distill.model_fields if n not in ("teacher", "loss")}
+        return [f"distill.{n}" for n in own if own[n] != Distill.model_fields[n].default]
+
     @model_validator(mode="after")
     def _fits(self) -> Distill:
-        own = {n: getattr(self, n) for n in Distill.model_fields if n not in ("teacher", "loss")}
-        changed = [f"distill.{n}" for n in own if own[n] != Distill.model_fields[n].default]
+        changed = self.changed
         if not self.teacher and (changed or self.loss != "auto"):
             names = ", ".join(changed + ["distill.loss"] * (self.loss != "auto"))
             raise ValueError(

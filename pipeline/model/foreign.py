@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError, one_line, shortened
 from pipeline.model.vit import check_masks
 
+NOT_HIDDEN = "iBOT needs patch tokens that can be hidden, and this encoder has none"
+NO_IBOT = "set loss.ibot_weight=0 and loss.mask_probability=0"
 Features = tuple[Tensor, Tensor | None]  # CLS or pooled [B, D], patch tokens [B, P, D] if any
 
 
@@ -62,12 +64,9 @@ class ForeignBackbone(nn.Module):
         cls = torch.cat([each for each, _ in encoded])
         if not len(masked):
             return cls
-        patches = encoded[0][1] if self.takes_masks else None
+        patches = encoded[0][1] if self.has_patches else None
         if patches is None:
-            raise PipelineError(
-                "iBOT needs patch tokens that can be hidden, and this encoder has none",
-                "set loss.ibot_weight=0 and loss.mask_probability=0",
-            )
+            raise PipelineError(NOT_HIDDEN, NO_IBOT)
         if masks[0] is not None:
             check_masks(masks[0], patches)
         return torch.cat([cls, patches.flatten(0, 1).index_select(0, masked)])

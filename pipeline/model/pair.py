@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.model.encoders.frozen import Adapter, FeatureTeacher
 from pipeline.model.encoders.module import ModuleSpec
-from pipeline.model.foreign import ForeignBackbone, TimmSpec
+from pipeline.model.foreign import NO_IBOT, NOT_HIDDEN, ForeignBackbone, TimmSpec
 from pipeline.model.head import Head, Norm, Norms
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 
@@ -99,10 +99,15 @@ class Encoder(nn.Module):
             score_cls: False leaves the CLS tokens out of the head (a DINO weight of 0).
             generator: source of stochastic depth, used in training mode only.
             rows: how many of `masked` count, the first, where BatchNorm looks; None: all.
+
+        Raises:
+            PipelineError: patches are scored that the backbone cannot hide.
         """
         if masked is None:
             masked = torch.zeros(0, dtype=torch.long, device=global_views.device)
         places = len(masked)
+        if places and not self.backbone.takes_masks:
+            raise PipelineError(NOT_HIDDEN, NO_IBOT)
         adapter = self.adapter if self.training else None
         if adapter is not None and adapter.patch is not None:
             height, width = self.grid(global_views)

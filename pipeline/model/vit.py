@@ -108,7 +108,7 @@ class VisionTransformer(nn.Module):
         width, side = spec.width, spec.image_size // spec.patch_size
         self.patch_size, self.width, self.registers = spec.patch_size, width, spec.registers
         self.drop_path = spec.drop_path
-        self.has_patches = True
+        self.has_patches = self.takes_masks = True
         # Of training alone: the type of the tokens between two blocks under autocast, and whether
         # the backward pass computes each block again instead of keeping what it needs.
         self.residual = torch.float32

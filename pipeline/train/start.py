@@ -202,11 +202,13 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
             continue
         shapes = {k: v.shape for k, v in head.state_dict().items()}
         fits = shapes == {k: v.shape for k, v in head_tensors.items()}
-        (kept if fits else fresh).append(name)
         if fits:
+            kept.append(name)
             head.load_state_dict(head_tensors)
+        else:
+            fresh.append(f"{name} of another shape, new" if head_tensors else f"{name} new")
     heads = f"with {' and '.join(kept)}" if kept else "without heads"
-    new = f"; {' and '.join(fresh)} of another shape, new" if fresh else ""
+    new = f"; {' and '.join(fresh)}" if fresh else ""
     return pair_of(student), f"{public(saved.path)}, {heads}{new}{dropped}"
 
 

@@ -103,12 +103,21 @@ MISTAKES = [
     ("optim={lr:1}", "optim: give its fields one by one, e.g. optim.<field>=value"),
     ("optim=5", "optim: is a section, give its fields as optim.<field>=value"),
     ("run.seed.x=5", "run.seed: "),
+    (
+        "data=images data.max_bad_fraction=.1",
+        "data: is a section, give its fields as data.<field>=value",
+    ),
+    ("head.norm=batch head.layers=1", "head: norm=batch puts BatchNorm after each hidden layer"),
+    (
+        "train.tune=heads model.init=x distill.teacher=y distill.loss=cosine",
+        "train.tune=heads freezes the backbone, and distill.loss=cosine may learn features",
+    ),
 ]
 
 
 def test_one_mistake_is_one_sentence() -> None:
     for argument, sentence in MISTAKES:
-        lines = problems(argument)
+        lines = problems(*argument.split(" "))
         assert len(lines) == 1, f"{argument}: {lines}"
         assert lines[0].startswith(sentence), f"{argument}: {lines}"
 

@@ -6,6 +6,7 @@ their own folders. What the text does not hold is imported as always.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -13,6 +14,7 @@ import pkgutil
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, ModuleType
 
@@ -51,7 +53,13 @@ def _made(name: Name, files: Mapping[str, str]) -> ModuleType:
     finder = _Texts(texts)
     sys.meta_path.insert(0, finder)
     try:
-        return _imported(name)
+        module = _imported(name)
+        for each in texts.keys() - sys.modules.keys():
+            # for imports inside functions, which come when the text is no longer looked at; one
+            # that fails here fails there too, if it is ever called
+            with suppress(Exception):
+                importlib.import_module(each)
+        return module
     except PipelineError:
         for each in texts:
             sys.modules.pop(each, None)

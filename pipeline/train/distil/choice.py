@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pipeline.config.config import Config
+from pipeline.errors import ConfigError
 from pipeline.plan.plan import Plan
 
 Learnt = Literal["", "targets", "cosine", "smooth_l1"]
@@ -18,6 +19,9 @@ def chosen(config: Config, teacher: Plan | None) -> tuple[Learnt, str]:
     Args:
         config: the recipe.
         teacher: the plan that it was trained with; None: it is no checkpoint of ours.
+
+    Raises:
+        ConfigError: `auto` means targets, and there are fields of features alone.
     """
     distill = config.distill
     if not distill.teacher:
@@ -29,7 +33,16 @@ def chosen(config: Config, teacher: Plan | None) -> tuple[Learnt, str]:
     reason = (
         "no checkpoint of ours, so without heads" if teacher is None else misfit(config, teacher)
     )
-    return ("cosine", reason) if reason else ("targets", "")
+    if reason:
+        return "cosine", reason
+    if unread := distill.changed:
+        raise ConfigError(
+            f"distill.loss=auto means targets here, for the teacher's heads fit, so "
+            f"{', '.join(unread)} would do nothing",
+            "set distill.loss=cosine to learn its features, or leave "
+            f"{'them' if len(unread) > 1 else 'it'} out",
+        )
+    return "targets", ""
 
 
 def misfit(config: Config, teacher: Plan) -> str:

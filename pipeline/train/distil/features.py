@@ -108,6 +108,7 @@ class FeatureObjective:
             for name, layers in (("cls", adapter.cls), ("patches", adapter.patch))
             if layers is not None
         }
+        self._begun = False  # whether a step before this one counted; asked until it is so
         self._measures: dict[str, list[Tensor]] = {}  # of each micro batch of this step
 
     @classmethod
@@ -169,7 +170,8 @@ class FeatureObjective:
         the step counts: both sum over the workers.
         """
         self._measures = {name: [] for name in self.standards}
-        if all(float(each.count) > 0 for each in self.standards.values()):
+        self._begun = self._begun or all(float(x.count) > 0 for x in self.standards.values())
+        if self._begun:
             yield from (self._target(self._measured(*answer), self.standards) for answer in answers)
             return
         held = [self._measured(*answer) for answer in answers]
@@ -240,6 +242,7 @@ class FeatureObjective:
                 f"{' and '.join(self.standards)}",
                 "set distill.cls_weight and distill.patch_weight as the run began",
             )
+        self._begun = False  # asked again: the state may be that of step 0
         for name, each in self.standards.items():
             each.load_state_dict(state[name])
 

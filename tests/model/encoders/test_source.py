@@ -64,6 +64,25 @@ def test_a_module_is_made_of_text_alone(nets: Path, monkeypatch: pytest.MonkeyPa
     assert (changed.small(), module.small()) == (45, 9)
 
 
+def test_what_a_function_imports_is_of_the_text_too(
+    nets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (nets / "nets" / "late.py").write_text(
+        "def small():\n    from nets.parts import TWO\n    return TWO\n\n"
+        "def never():\n    import nets.other\n"
+    )
+    name = Name("nets.late", "small")
+    files = read_source(name)
+    assert files.keys() == {"nets/__init__.py", "nets/late.py", "nets/other.py", "nets/parts.py"}
+    empty = nets / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    module = make_module(name, files)
+    assert module.small() == 2
+    with pytest.raises(ImportError):
+        module.never()
+
+
 def test_modules_that_were_imported_stay_as_they_are(
     nets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,8 @@ def test_auto_means_targets_where_the_heads_fit(tmp_path: Path) -> None:
         line = objective_line(plan)
         assert ("no heads are built" in line) is plan.headless
         assert plan.local_crops == (0 if plan.headless else 2)
+    with pytest.raises(PipelineError, match=r"auto means targets here.*distill\.image_size would"):
+        planned(f"distill.teacher={folder}", "distill.image_size=28")
 
 
 def test_no_waste_without_heads(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.model.encoders.frozen import FeatureTeacher, resampled
-from pipeline.model.encoders.module import ModuleBackbone
+from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
+from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import Backbone, Pair, build_pair, pair_of
 from pipeline.model.vit import BackboneSpec
@@ -276,6 +277,16 @@ def test_without_patches_the_features_of_the_image_are_learnt() -> None:
     no_patches = FeatureTeacher(ModuleBackbone(Small(), 12), "x", 28, (MEAN, STD), (MEAN, STD))
     with pytest.raises(PipelineError, match=r"and the teacher x has no patches"):
         attach(build_pair(SPEC, None, None, 0), no_patches, FeatureSpec(cls_weight=0))
+
+
+def test_patches_that_cannot_be_hidden_are_learnt_too() -> None:
+    name = "pipeline.model.encoders.residual:small_map"
+    files = read_source(Name.of(name))
+    backbone = ModuleSpec(name, image_size=28, patch_size=7, files=files).build()
+    pair = attach(build_pair(backbone, None, None, 0), teacher(), FeatureSpec())
+    assert not backbone.takes_masks
+    said = pair.student(torch.randn(2, 3, 28, 28))
+    assert said.adapted_patches is not None and said.adapted_patches.shape == (2 * 16, 36)
 
 
 def test_statistics_of_batchnorm_follow_like_the_weights() -> None:
