@@ -9,8 +9,7 @@ one for `timm.create_model("local-dir:<folder>", pretrained=True)`; an encoder o
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -191,11 +190,10 @@ def save_own(
 ) -> Load:
     """As `save_huggingface`, for an encoder of one's own, which no library but this one loads."""
     backbone = classifier.backbone
-    assert isinstance(backbone, ModuleBackbone) and backbone.spec is not None
-    sized = copy(backbone)
-    sized.spec = replace(backbone.spec, image_size=settings.image_size)
+    assert isinstance(backbone, ModuleBackbone)
+    images = settings.mean, settings.std, value_range
     head = ClassHead(classifier.head.state_dict(), class_names)
-    save_module(sized, folder, settings.mean, settings.std, value_range, head)
+    save_module(backbone, folder, *images, head, settings.image_size)
 
     def load() -> tuple[str, Callable[[Tensor], Tensor]]:
         again = load_foreign(folder)

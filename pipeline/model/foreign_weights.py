@@ -142,6 +142,7 @@ def save_module(
     std: Sequence[float],
     value_range: ValueRange = FULL,
     head: ClassHead | None = None,
+    image_size: int | None = None,
 ) -> Path:
     """Write the encoder of a module: `encoder/` with its text, `model.safetensors` under its own
     names, and `config.json` with its factory, the keywords that it gets and what images it takes.
@@ -153,6 +154,8 @@ def save_module(
         std: deviation, as `mean`.
         value_range: of images of more than 8 bits.
         head: a classifier on its features, whose tensors get the names `classifier.*`.
+        image_size: side of the images that it takes, pixels; default: that of its factory, which
+            gets the same keywords again whatever stands here.
     """
     spec = backbone.spec
     assert spec is not None  # of a run, always
@@ -168,7 +171,7 @@ def save_module(
         "num_features": backbone.width,
         "code_digest": spec.digest,
         "pretrained_cfg": {
-            **timm_transform(mean, std, spec.image_size),
+            **timm_transform(mean, std, image_size or spec.image_size),
             **deep_key(value_range),
         },
         OURS: sizes | {"name": f"{PREFIX}{spec.name}"},

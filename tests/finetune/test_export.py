@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.embed.load import load_weights
+from pipeline.embed.load import load_weights, preprocessing_of
 from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, classifier_of, spec_of
 from pipeline.finetune.export import export, form_of
 from pipeline.images.value_range import FULL
+from pipeline.model.encoders.module import ModuleSpec
+from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.foreign import timm_by_name
 from pipeline.model.low_rank import LowRankLinear, merge_low_rank
 from pipeline.views.crops import resize_centre_crop
@@ -84,6 +86,17 @@ def test_timm_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(again(x), network.backbone(x), atol=1e-5, rtol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["label_names"] == list(NAMES) and config["num_classes"] == 3
+
+
+def test_an_encoder_of_ones_own_at_another_image_size(tmp_path: Path) -> None:
+    name = "pipeline.model.encoders.stemmed:vit"  # its positions are those of 32 pixels
+    own = ModuleSpec(name, image_size=32, files=read_source(Name.of(name))).build()
+    given = settings(model="runs/own", image_size=40)
+    network = learnt(classifier_of(own, 3, given))
+    export(network, NAMES, given, FULL, tmp_path)
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_weights(str(tmp_path))(x), network.backbone(x))
+    assert preprocessing_of(str(tmp_path)).image_size == 40
 
 
 def test_what_cannot_be_exported_is_refused() -> None:

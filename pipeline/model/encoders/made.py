@@ -6,7 +6,6 @@ their own folders. What the text does not hold is imported as always.
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -58,7 +57,7 @@ def _made(name: Name, files: Mapping[str, str]) -> ModuleType:
             # for imports inside functions, which come when the text is no longer looked at; one
             # that fails here fails there too, if it is ever called
             with suppress(Exception):
-                importlib.import_module(each)
+                pkgutil.resolve_name(f"{each}:")
         return module
     except PipelineError:
         for each in texts:
