@@ -173,7 +173,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             "steps": plan.steps,
             "batch": config.optim.global_batch_size,
             "lr": f"{plan.lr:.3g}",
-            "tuned": f"{facts.parameters / 1e6:.1f} M",
+            "parameters": f"{facts.parameters / 1e6:.1f} M",
         }
     )
     tracker.table("recipe", _table(recipe))

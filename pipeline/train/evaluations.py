@@ -221,8 +221,13 @@ class Evaluations:
             stopped: whether nobody wants to wait any longer.
         """
         self.collect()
-        if not self.pending:
-            return
+        if self.pending:
+            self._wait_for_last(stopped)
+        if self.late:
+            log.error("the start could not be evaluated: the guard has compared nothing")
+            self._take_late()
+
+    def _wait_for_last(self, stopped: Callable[[], bool]) -> None:
         limit = max(END_S, END_TIMES * self.longest_s * len(self.pending))
         now(
             f"pretrain: the evaluation of step {self.pending[-1].step}, for at most "

@@ -164,6 +164,18 @@ def test_without_its_start_the_rest_goes_on_as_without_a_guard(tmp_path: Path) -
     assert evaluations.guard is not None and not evaluations.guard.waits
 
 
+def test_a_run_that_ends_before_its_start_is_known_keeps_the_best_all_the_same(
+    tmp_path: Path,
+) -> None:
+    error = RuntimeError("lost")
+    evaluations = evaluations_of(tmp_path, Evaluator(error, error, scored(0.6)))
+    run(evaluations, 0, STEPS)
+    assert evaluations.best is None and evaluations.guard is not None and evaluations.guard.waits
+    evaluations.finish()
+    assert evaluations.best == {"step": STEPS, "score": 0.6, "name": KNN}
+    assert not evaluations.late
+
+
 def test_after_a_restart_the_start_is_not_asked_again_unless_the_images_changed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
