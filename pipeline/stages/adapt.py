@@ -68,6 +68,7 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
     if "adapt" not in stages:
         rows = folder.last("adapt").get("recipe")
         if rows:
+            config = _with_weights(config, folder)
             return Recipe.from_json(rows).applied(config), config
         if "pretrain" not in stages:
             return config, None
@@ -80,6 +81,15 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
     model = config.model.model_copy(update={"init": facts.init})
     asked = config.model_copy(update={"model": model})
     return facts_alone(asked, facts).applied(asked), asked
+
+
+def _with_weights(config: Config, folder: RunFolder) -> Config:
+    """The recipe with the weights that the run began with, where a later job names none."""
+    saved = None if config.model.init else state.latest(folder.checkpoints)
+    if saved is None:
+        return config
+    init = plan_of(saved.meta, saved.path).config.model.init
+    return config.model_copy(update={"model": config.model.model_copy(update={"init": init})})
 
 
 def _check_began_with(init: str, folder: RunFolder) -> None:

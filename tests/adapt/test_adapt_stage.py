@@ -19,7 +19,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.train.checkpoint import state
 
 STAGES = ["pack", "curate", "adapt", "pretrain", "evaluate", "export"]
-SPEC = BackboneSpec(image_size=28, patch_size=14, width=64, depth=2, heads=1)
+SPEC = BackboneSpec(image_size=28, patch_size=14, width=64, depth=5, heads=1)
 
 
 def asked(tmp_path: Path, weights: str, *fields: str) -> Config:
@@ -61,3 +61,12 @@ def test_a_run_that_goes_on_keeps_what_was_derived(tmp_path: Path) -> None:
     assert [line.value for line in lines if line.field == "optim.lr"] == [2e-4]
     mine = asked(tmp_path, "first.pth", "optim.lr=0.5", "train.eval_every=3")
     assert adapt.recipe_for(mine, 600, False, folder)[1].applied(mine).train.eval_every == 3
+
+
+def test_a_later_job_need_not_name_the_weights(tmp_path: Path) -> None:
+    first = asked(tmp_path, "first.pth")
+    folder = begin(tmp_path, first)
+    later = load(["adapt.enabled=true", "run.name=a"])
+    config, _ = adapt.begun(later, folder, ["export"])
+    assert config.model.init == first.model.init and config.model.width == 64
+    assert config == adapt.begun(first, folder, ["export"])[0]
