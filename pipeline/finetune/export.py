@@ -64,7 +64,14 @@ def form_of(classifier: Classifier) -> str:
                 "fine-tune a backbone with a whole model.mlp_ratio",
             )
         return "huggingface"
-    if isinstance(classifier.backbone, ModuleBackbone):
+    if isinstance(own := classifier.backbone, ModuleBackbone):
+        names = {f"{CLASSIFIER}.{name}" for name in classifier.head.state_dict()}
+        if taken := sorted(names & own.module.state_dict().keys()):
+            raise PipelineError(
+                f"the classifier could not be exported: the encoder has tensors called "
+                f"{', '.join(taken)} itself",
+                "give that layer of the encoder another name than classifier",
+            )
         return "module"
     _timm_classifier(classifier)
     return "timm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from pipeline.embed.load import load_weights, preprocessing_of
 from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, classifier_of, spec_of
 from pipeline.finetune.export import export, form_of
 from pipeline.images.value_range import FULL
-from pipeline.model.encoders.module import ModuleSpec
+from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
 from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.foreign import timm_by_name
 from pipeline.model.low_rank import LowRankLinear, merge_low_rank
@@ -97,6 +99,13 @@ def test_an_encoder_of_ones_own_at_another_image_size(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     assert torch.equal(load_weights(str(tmp_path))(x), network.backbone(x))
     assert preprocessing_of(str(tmp_path)).image_size == 40
+
+
+def test_an_encoder_with_a_classifier_of_its_own_is_refused() -> None:
+    layers = OrderedDict(flat=nn.Flatten(), classifier=nn.Linear(192, 8))
+    own = ModuleBackbone(nn.Sequential(layers), 8)
+    with pytest.raises(PipelineError, match=r"tensors called classifier\.bias, classifier\.weight"):
+        form_of(classifier_of(own, 3, settings(model="runs/own", image_size=8)))
 
 
 def test_what_cannot_be_exported_is_refused() -> None:

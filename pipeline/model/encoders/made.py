@@ -56,7 +56,7 @@ def _made(name: Name, files: Mapping[str, str]) -> ModuleType:
         for each in texts.keys() - sys.modules.keys():
             # for imports inside functions, which come when the text is no longer looked at; one
             # that fails here fails there too, if it is ever called
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):
                 pkgutil.resolve_name(f"{each}:")
         return module
     except PipelineError:
