@@ -9,6 +9,7 @@ and images give the same recipe on the next call.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from pipeline.adapt.facts import Facts
@@ -65,7 +66,9 @@ def derive(config: Config, facts: Facts, images: int, gpu: bool) -> Recipe:
     lines = Derivation(config)
     take = lines.take
     for field, value in facts.values.items():
-        take(field, value, "read off the weights", "weights")
+        yours = take(field, value, "read off the weights", "weights")
+        if field.startswith("head.") and yours != value:
+            facts = replace(facts, has_heads=False)  # those of another shape are new ones
     small = _views(lines, facts, gpu) <= SMALL_SIDE
     batch = take("optim.global_batch_size", *_batch(images))
     steps = _length(lines, images, batch, 1.0 if gpu else 0.5 if small else 0.25)

@@ -103,6 +103,15 @@ def test_heads_that_come_along_learn_from_the_first_step() -> None:
     assert "loss.centring" not in recipe
 
 
+def test_heads_of_another_shape_are_new_and_learn_alone_first() -> None:
+    run = Facts(**{**vars(VIT), "has_heads": True, "values": {"head.prototypes": 512}})
+    recipe = values(derive(asked("head.prototypes=64"), run, 10_000, True))
+    assert recipe["head.prototypes"] == 64
+    assert recipe["train.freeze_backbone_steps"] > 0  # type: ignore[operator]
+    same = values(derive(asked("head.prototypes=512"), run, 10_000, True))
+    assert same["train.freeze_backbone_steps"] == 0
+
+
 def test_crops_of_a_run_of_ours_stay_whatever_their_size() -> None:
     run = Facts(**{**vars(VIT), "has_heads": True, "values": {"augment.global_size": 518}})
     recipe = derive(asked(), run, 10_000, True)
