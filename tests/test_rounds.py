@@ -94,8 +94,8 @@ def test_rounds_stand_between_pack_and_curate_and_are_compared_after_the_evaluat
 ) -> None:
     config, _ = recipe(tmp_path, *RECIPES["balance"], "curate.rounds=3")
     names = list(rounds.stages_of(config))
-    assert names[:7] == [
-        "pack", "round-1", "round-2", "curate", "pretrain", "evaluate", "rounds",
+    assert names[:8] == [
+        "pack", "round-1", "round-2", "curate", "adapt", "pretrain", "evaluate", "rounds",
     ]  # fmt: skip
 
 

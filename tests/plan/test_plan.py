@@ -392,8 +392,10 @@ def what_a_resume_gets_wrong(path: str) -> str:
         return f"{path}: said as {[*allowed, *refused]}"
     # what the curation chooses is held by the digest of the shards
     curation = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
+    # what an adaptation derived stands in other sections; a guard ends a run and teaches nothing
+    beside = ("adapt", "guard")
     later = ("evaluate", "export", "finetune", "embed", "search", "look", "serve")
-    harmless = section in ("track", "resources", *later, *curation) or path in (
+    harmless = section in ("track", "resources", *beside, *later, *curation) or path in (
         "run.folder",
         "data.source",
         "data.shards",

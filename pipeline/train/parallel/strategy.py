@@ -139,7 +139,7 @@ def clip(student: Encoder, limit: float) -> dict[str, Tensor]:
     """
     if not shards.is_sharded(student):
         return {
-            name: _clip_one(list(module.parameters()), limit)
+            name: nn.utils.clip_grad_norm_(module.parameters(), limit)
             for name, module in student.named_children()
             if any(p.requires_grad for p in module.parameters())
         }
@@ -155,18 +155,6 @@ def clip(student: Encoder, limit: float) -> dict[str, Tensor]:
         # as `clip_grad_norm_` does, without a wait for the norm
         torch._foreach_mul_(each, (limit / (norm + 1e-6)).clamp(max=1.0))
     return dict(zip(local, norms.unbind(), strict=True))
-
-
-def _clip_one(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """`clip_grad_norm_`, without its pass over gradients that it would multiply by 1, where the
-    host knows the norm.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    # not `>`: a norm that is NaN is multiplied too, as it is there
-    if norm.device.type != "cpu" or not float(norm) + 1e-6 <= limit:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
 
 
 def whole_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:

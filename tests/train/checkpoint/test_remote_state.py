@@ -151,7 +151,9 @@ def test_storage_that_is_away_is_not_an_empty_folder(bucket: S3) -> None:
 
 
 def test_weights_in_a_bucket_are_no_checkpoint(bucket: S3) -> None:
-    plan = SimpleNamespace(config=Config(), init="s3://K:S@checks/weights")
+    plan = SimpleNamespace(
+        config=Config(), init="s3://K:S@checks/weights", encoder_files={}, headless=False
+    )
     with pytest.raises(PipelineError, match=r"model\.init=s3://checks/weights holds no checkpoint"):
         starting_pair(plan)  # type: ignore[arg-type]
 
