@@ -85,6 +85,7 @@ def test_a_dry_run_says_the_recipe_and_leaves_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.timeout(900)  # two jobs, on a machine that may be busy
 def test_before_and_after_and_the_same_recipe_again(
     weights: Path, images: Path, tmp_path: Path, alone: Job
 ) -> None:
