@@ -123,7 +123,7 @@ def test_a_compiled_block_is_one_graph_in_a_group(runs: Runs) -> None:
 def test_weights_that_travel_in_half_are_those_that_autocast_uses(
     runs: Runs, ddp: str, fsdp: str
 ) -> None:
-    # sums in half differ in order, and AdamW divides small gradients by their size: 1.05e-5 was seen
+    # sums in half differ in order, and AdamW divides small gradients by their size: 1.05e-5 seen
     assert_close(runs.others[ddp][0], runs.others[fsdp][0], atol=3e-5)
 
 
