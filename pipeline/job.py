@@ -44,8 +44,8 @@ def main(
     """
     shorthand = shorthand or {}
     prefer_utf8()
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    flags = [a for a in given if a.startswith("-")]
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [a for a in typed if a.startswith("-")]
     if {"-h", "--help"} & set(flags):
         short = [f"{name} for {field}" for name, field in shorthand.items() if name]
         names = f"Short names here: {', '.join(short)}.\n\n" * bool(short)
@@ -61,7 +61,7 @@ def main(
                 f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
                 "options are --dry-run and --help; fields are set as section.field=value",
             )
-        spelled = spelled_out([a for a in given if not a.startswith("-")], shorthand, words)
+        spelled = spelled_out([a for a in typed if not a.startswith("-")], shorthand, words)
         if recipe and not any(_is_recipe(one) for one in spelled):
             spelled = [recipe, *spelled]
         config = load([*implied, *spelled])

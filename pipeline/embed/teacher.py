@@ -56,7 +56,7 @@ class TeacherSource:
         """
         from pipeline.model.encoders.frozen import FeatureTeacher, OutsideNetwork
 
-        spec, given = self.spec, (mean, std)
+        spec, views = self.spec, (mean, std)
         here = embedder_of(self.model, image_size=spec.image_size).digest
         if here != spec.digest:
             raise PipelineError(
@@ -73,12 +73,12 @@ class TeacherSource:
             network = OutsideNetwork(model.of_values, model.device, size_of(path))
             # the model normalises by itself: it is given values 0 to 1
             plain = tuple(0.0 for _ in taken[0]), tuple(1.0 for _ in taken[0])
-            return FeatureTeacher(network, spec.name, model.signature.size, plain, given)
+            return FeatureTeacher(network, spec.name, model.signature.size, plain, views)
         assert spec.load is not None
         backbone = spec.load().float()
         check_channels(backbone, spec.name, len(spec.mean))
         size = spec.image_size or own_size(backbone)
-        return FeatureTeacher(backbone, spec.name, size, (spec.mean, spec.std), given)
+        return FeatureTeacher(backbone, spec.name, size, (spec.mean, spec.std), views)
 
 
 def teacher_of(

@@ -198,9 +198,7 @@ def _module_spec(sizes: TimmSpec, folder: Path) -> ModuleSpec:
         )
     name = sizes.name.removeprefix(PREFIX)
     from_copy(Name.of(name), files, str(place))
-    rest = asdict(sizes)
-    del rest["name"]
-    return ModuleSpec(name, **rest, files=files)
+    return ModuleSpec(**asdict(sizes) | {"name": name, "files": files})
 
 
 def load_foreign(folder: str | Path, random: bool = False) -> TimmBackbone | ModuleBackbone:

@@ -154,10 +154,10 @@ def shared_images(one: ShardSet, other: ShardSet) -> int | None:
     asked: list[str] = []
     for names, _ in _columns("", one, Classes.of([one.class_names]), with_ids=True):
         asked += names
-    wanted, known = pa.array(asked, pa.string()), set[str]()
+    ids, known = pa.array(asked, pa.string()), set[str]()
     for names, _ in _columns("", other, Classes.of([other.class_names]), with_ids=True):
         there = pa.array(names, pa.string())
-        known.update(there.filter(pc.is_in(there, value_set=wanted)).to_pylist())
+        known.update(there.filter(pc.is_in(there, value_set=ids)).to_pylist())
     return sum(name in known for name in asked)
 
 

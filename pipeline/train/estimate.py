@@ -260,8 +260,8 @@ def _kept(plan: Plan, built: Pair) -> tuple[float, int]:
             crops = torch.zeros(plan.local_crops * images, channels, *sides[1])
             hidden = None if built.frozen or plan.headless else masks
             scores = plan.config.loss.dino_weight > 0
-            some = crops if len(crops) else None
-            return student(views, some, hidden, places, scores, None)
+            local_views = crops if len(crops) else None
+            return student(views, local_views, hidden, places, scores, None)
 
         return kept_for_backward(forward, dtype, student.parameters())
 

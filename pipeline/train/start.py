@@ -187,7 +187,7 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
             text = f"{weights.origin}{weights.note and f', {weights.note}'}"
         return pair_of(student), f"{source} ({text}), heads are new"
     teacher = saved.teacher()
-    tensors = _part(teacher, "backbone")
+    tensors = part_of(teacher, "backbone")
     if isinstance(network, ForeignBackbone):
         fit_foreign(network, tensors, str(saved.path), resize)
     else:
@@ -196,7 +196,7 @@ def starting_pair(plan: Plan) -> tuple[Pair, str]:
     fresh: list[str] = []
     dropped = ""
     for name in ("dino_head", "ibot_head"):
-        head, head_tensors = getattr(student, name), _part(teacher, name)
+        head, head_tensors = getattr(student, name), part_of(teacher, name)
         if head is None:
             dropped = f"; its {name} is left out" if head_tensors else ""
             continue
@@ -226,9 +226,9 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     maker = pair.target_maker
     for term in ("dino", "ibot"):
         # the head that scores this term, here and there: iBOT may have one of its own
-        theirs = "ibot_head" if term == "ibot" and _part(tensors, "ibot_head") else "dino_head"
+        theirs = "ibot_head" if term == "ibot" and part_of(tensors, "ibot_head") else "dino_head"
         ours = "ibot_head" if term == "ibot" and maker.ibot_head is not None else "dino_head"
-        head = _part(tensors, theirs)
+        head = part_of(tensors, theirs)
         own_head = getattr(maker, ours).state_dict()
         if theirs == ours and all(
             name in head and torch.equal(x.cpu(), head[name]) for name, x in own_head.items()
@@ -237,7 +237,8 @@ def carry_centres(objective: Objective, pair: Pair, plan: Plan) -> None:
     objective.load_state_dict(own)
 
 
-def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def part_of(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one child of an encoder (`backbone`, `dino_head` …), by its own names."""
     return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
 

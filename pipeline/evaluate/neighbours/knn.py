@@ -182,15 +182,7 @@ def knn_classify(
         DataError: no labelled reference or query, or what `nearest` refuses.
     """
     ks = [k] if isinstance(k, int) else list(k)
-    voters, asked = reference.labelled(), queries.labelled()
-    if not (len(voters.labels) and len(asked.labels)):
-        raise DataError(
-            f"k-NN has {len(voters.labels)} labelled reference images and "
-            f"{len(asked.labels)} labelled queries",
-            hint="evaluate on shards with a label column",
-        )
-    same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
-    neighbours = Neighbours(*nearest(voters.features, asked.features, max(ks), same))
+    voters, asked, neighbours = _searched(reference, queries, max(ks))
     truth = asked.labels.to(neighbours.rows.device)
     hits = {
         number: predictions(neighbours, voters.labels, number, temperature)[0] == truth
@@ -207,6 +199,14 @@ def knn_score(
     Raises:
         DataError: no labelled reference or query, queries without ids, or what `nearest` refuses.
     """
+    voters, asked, neighbours = _searched(reference, queries, k)
+    return knn_scores(neighbours, voters.labels, asked, [k], temperature)[0]
+
+
+def _searched(
+    reference: LabelledFeatures, queries: LabelledFeatures, k: int
+) -> tuple[LabelledFeatures, LabelledFeatures, Neighbours]:
+    """The labelled images that vote and that are asked, and the k nearest of these among those."""
     voters, asked = reference.labelled(), queries.labelled()
     if not (len(voters.labels) and len(asked.labels)):
         raise DataError(
@@ -216,5 +216,4 @@ def knn_score(
         )
     # where both sets are one, equal ids keep each image from voting for itself
     same = None if voters.ids is None or asked.ids is None else SameImages.of(voters.ids, asked.ids)
-    neighbours = Neighbours(*nearest(voters.features, asked.features, k, same))
-    return knn_scores(neighbours, voters.labels, asked, [k], temperature)[0]
+    return voters, asked, Neighbours(*nearest(voters.features, asked.features, k, same))

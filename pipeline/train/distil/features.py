@@ -174,10 +174,10 @@ class FeatureObjective:
         if self._begun:
             yield from (self._target(self._measured(*answer), self.standards) for answer in answers)
             return
-        held = [self._measured(*answer) for answer in answers]
+        features = [self._measured(*answer) for answer in answers]
         own = self._joined()
-        while held:
-            yield self._target(held.pop(0), own)
+        while features:
+            yield self._target(features.pop(0), own)
 
     def commit(self) -> None:
         """Takes this step's features into means and deviations."""
@@ -194,8 +194,8 @@ class FeatureObjective:
         return features
 
     def _target(self, features: Features, standards: dict[str, Standard]) -> FeatureTargets:
-        made = {name: x.apply(_rows(features, name)) for name, x in standards.items()}
-        return FeatureTargets(made.get("cls"), made.get("patches"))
+        rows = {name: x.apply(_rows(features, name)) for name, x in standards.items()}
+        return FeatureTargets(rows.get("cls"), rows.get("patches"))
 
     def losses(
         self, student: Encoded, targets: FeatureTargets, weights: Tensor | None

@@ -46,10 +46,7 @@ def weights_at_start(plan: Plan, checkpoints: Place) -> dict[str, Any]:
     if saved is None:
         tensors = dict(start.starting_pair(plan)[0].teacher.backbone.state_dict())
     else:
-        head = "backbone."
-        teacher = saved.teacher()
-        own = {k.removeprefix(head): v for k, v in teacher.items() if k.startswith(head)}
-        tensors = merged_state(own)
+        tensors = merged_state(start.part_of(saved.teacher(), "backbone"))
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

@@ -137,16 +137,19 @@ def clip(student: Encoder, limit: float) -> dict[str, Tensor]:
     Returns:
         The norms before that, 0-d by the child's name, over all workers' slices and equal on all.
     """
-    if not shards.is_sharded(student):
-        return {
-            name: nn.utils.clip_grad_norm_(module.parameters(), limit)
-            for name, module in student.named_children()
-            if any(p.requires_grad for p in module.parameters())
-        }
-    gradients = {
-        name: [p.grad for p in module.parameters() if p.grad is not None]
+    children = {
+        name: list(module.parameters())
         for name, module in student.named_children()
         if any(p.requires_grad for p in module.parameters())
+    }
+    if not shards.is_sharded(student):
+        return {
+            name: nn.utils.clip_grad_norm_(parameters, limit)
+            for name, parameters in children.items()
+        }
+    gradients = {
+        name: [p.grad for p in parameters if p.grad is not None]
+        for name, parameters in children.items()
     }
     local = {name: local_parts(each) for name, each in gradients.items()}
     squares = [torch.stack(torch._foreach_norm(each)).square().sum() for each in local.values()]

@@ -28,9 +28,9 @@ def convolution_backward(
     for. torch's own count leaves out that channels are in groups: 40 times too many for depthwise
     networks.
     """
-    transposed, wanted = bool(others[4]), others[7]
+    transposed, gradients = bool(others[4]), others[7]
     once = int(conv_flop_count(list(x), list(weight), list(grad), transposed))
-    return once * int(sum(wanted[:2]))
+    return once * int(sum(gradients[:2]))
 
 
 CORRECTED = {torch.ops.aten.convolution_backward: convolution_backward}
