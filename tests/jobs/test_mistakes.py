@@ -224,7 +224,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pipeline.stages.run", broken)
+    monkeypatch.setattr("pipeline.rounds.run", broken)
     with pytest.raises(ZeroDivisionError):
         job.main(["pack"], "doc", [])
 

@@ -62,17 +62,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(*({name: list(next(out)) for name in names} for names in (DDP, FSDP, OTHERS)))
 
 
-def assert_close(a: Mapping[str, Any], b: Mapping[str, Any], atol: float) -> None:
-    for part in ("student", "teacher", "moments", "centres"):
+def assert_close(
+    a: Mapping[str, Any], b: Mapping[str, Any], atol: float, half: bool = False
+) -> None:
+    """With `half`, sums of what was computed in half may differ by the 8 bits that it has."""
+    sums = 2**-8 * largest_moment(a) if half else atol
+    allowed = {"student": atol, "teacher": atol, "moments": sums, "centres": sums}
+    for part, tolerance in allowed.items():
         assert a[part].keys() == b[part].keys()
         for name, x in a[part].items():
             torch.testing.assert_close(
-                x, b[part][name], rtol=atol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+                x, b[part][name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
     assert a["names"] == b["names"]
     assert len(a["steps"]) == len(b["steps"])
+    relative = 2**-7 if half else 10 * atol
     for ours, theirs in zip(a["steps"], b["steps"], strict=True):
-        assert ours == pytest.approx(theirs, rel=10 * atol, abs=atol)
+        assert ours == pytest.approx(theirs, rel=relative, abs=atol)
+
+
+def largest_moment(a: Mapping[str, Any]) -> float:
+    return max(float(x.abs().max()) for x in a["moments"].values())
 
 
 @pytest.mark.long
@@ -123,8 +133,10 @@ def test_a_compiled_block_is_one_graph_in_a_group(runs: Runs) -> None:
 def test_weights_that_travel_in_half_are_those_that_autocast_uses(
     runs: Runs, ddp: str, fsdp: str
 ) -> None:
-    # sums in half differ in order, and AdamW divides small gradients by their size: 1.05e-5 seen
-    assert_close(runs.others[ddp][0], runs.others[fsdp][0], atol=3e-5)
+    """How sums in half are ordered depends on the processor: moments are 1e-5 apart without AMX,
+    6e-5 with it.
+    """
+    assert_close(runs.others[ddp][0], runs.others[fsdp][0], atol=3e-5, half=True)
 
 
 @pytest.mark.long
@@ -157,7 +169,7 @@ def distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 def test_lower_types_are_used_where_they_are_asked_for(runs: Runs) -> None:
     """They change something, and no more than their 8 bits allow."""
     short, half = runs.others["ddp, short"][0], runs.others["ddp, half"][0]
-    largest = max(float(x.abs().max()) for x in short["moments"].values())
+    largest = largest_moment(short)
     for name, beside in (
         ("ddp, half sums", short),
         ("fsdp, half sums", short),
