@@ -137,6 +137,11 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
 
         with doing("opening what is served"):
             serve(config, dry)
+    elif list(stages) == ["start"]:
+        from pipeline.start.start import start
+
+        with doing("looking at the images"):
+            start(config, dry)
     elif dry:
         from pipeline.doctor.dry_run import dry_run
 

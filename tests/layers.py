@@ -158,13 +158,16 @@ TABLE = [
     row("rounds", "card config context curate errors stages storage train uri"),
     row("doctor", "adapt card config context curate driver embed errors evaluate heartbeat images "
         "model plan rounds shards stages storage stream train uri", others_inside="ray torch"),
+    row("start", "adapt.recipe config context doctor driver.cluster errors heartbeat images "
+        "model.pair pack plan stages storage train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
-    row("api api.networks api.losses api.images api.distil api.train api.finetune api.evaluate",
+    row("api api.networks api.losses api.images api.distil api.start api.train api.finetune "
+        "api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.distil.features train.objective train.step uri use views",
-        "card config.load log rounds stages storage", "numpy PIL torch"),
-    row("job", "config environment errors heartbeat log", "doctor rounds stages"),
+        "card config.load log rounds stages start storage", "numpy PIL torch"),
+    row("job", "config environment errors heartbeat log", "doctor rounds stages start"),
 ]  # fmt: skip
 MODULES, LINES, PARAMETERS = 15, 350, 7  # at most: of a folder, of a module, of a function
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}

@@ -113,12 +113,12 @@ def written(recipe: Recipe, config: Config) -> str:
     ]
     for section, fields in values.items():
         if not isinstance(fields, dict):
-            lines.append(f"{section}: {_flow(fields)}")
+            lines.append(f"{section}: {flow(fields)}")
             continue
         lines.append(f"{section}:" if fields else f"{section}: {{}}")
         for name, value in fields.items():
             reason = reasons.get(f"{section}.{name}", "")
-            lines.append(f"  {name}: {_flow(value)}" + f"  # {reason}" * bool(reason))
+            lines.append(f"  {name}: {flow(value)}" + f"  # {reason}" * bool(reason))
     return "\n".join(lines) + "\n"
 
 
@@ -133,6 +133,7 @@ def _assigned(line: Line) -> str:
     return f"{line.field}={value}"
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """A value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.strip().removesuffix("...").strip()

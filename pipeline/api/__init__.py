@@ -25,6 +25,7 @@ from pipeline.api.networks import (
     student_teacher,
     with_head,
 )
+from pipeline.api.start import start
 from pipeline.api.train import Trained, train
 from pipeline.config.sizes import SIZES
 from pipeline.embed.embedders import Embedder, embedder_of, open_embedder
@@ -137,6 +138,7 @@ __all__ = [
     "Interval",
     "difference",
     # training
+    "start",
     "train",
     "Trained",
     "finetune",

@@ -137,7 +137,9 @@ def run_stages(
             "give it once",
         )
     overrides = {**fields, **settings}
-    config = load([str(recipe)] * bool(recipe) + [f"{k}={_text(v)}" for k, v in overrides.items()])
+    config = load(
+        [str(recipe)] * bool(recipe) + [f"{k}={settings_text(v)}" for k, v in overrides.items()]
+    )
     if not logging.getLogger("pipeline").handlers:
         log.configure()
     run(config, stages)
@@ -146,6 +148,6 @@ def run_stages(
     return done.path, {stage: result for stage, result in results.items() if result}
 
 
-def _text(value: Any) -> str:
+def settings_text(value: Any) -> str:
     """A value as the command line has it."""
     return str(value) if isinstance(value, str | Path) else json.dumps(value)

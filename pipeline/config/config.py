@@ -21,7 +21,7 @@ from pipeline.config.network import Head, IbotHead, Model
 from pipeline.config.run import Export, Resources, Run, Track
 from pipeline.config.section import Section
 from pipeline.config.training import Distill, Loss, Optim, Teacher, Train
-from pipeline.config.use import Look, Search, Serve
+from pipeline.config.use import Look, Search, Serve, Start
 
 # What `objective=dino` means where a recipe does not say it (Caron et al. 2021, section 3 and
 # table 8 of its appendix).
@@ -71,6 +71,7 @@ class Config(Section):
     search: Search = Search()
     look: Look = Look()
     serve: Serve = Serve()
+    start: Start = Start()
     track: Track = Track()
     resources: Resources = Resources()
 

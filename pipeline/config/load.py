@@ -19,7 +19,9 @@ from pipeline.uri import public
 
 log = logging.getLogger("pipeline")
 CURATION = ("curate", *curation_rules.SECTIONS)
-ROOT = Path(__file__).resolve().parents[2]  # of the project, whose recipes are in configs/
+ROOT = Path(__file__).resolve().parents[2]  # of a clone, whose recipes are in configs/
+PACKED = Path(__file__).resolve().parents[1] / "configs"  # where an installed package has them
+RECIPES = PACKED if PACKED.is_dir() else ROOT / "configs"
 
 
 def load(arguments: Sequence[str]) -> Config:
@@ -97,11 +99,14 @@ def read_recipe(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # no right to read it, a name too long, or with a NUL
         raise ConfigError(f"the recipe {shown} cannot be read: {_reason(error)}") from None
     if content is None:
-        near = difflib.get_close_matches(
-            file.name, [p.name for p in (ROOT / "configs").glob("*.yaml")]
+        names = [p.name if file.suffix else p.stem for p in RECIPES.glob("*.yaml")]
+        near = difflib.get_close_matches(file.name, names)
+        place = "configs" if Path("configs").is_dir() else RECIPES
+        hint = (
+            f"did you mean {place}/{near[0].removesuffix('.yaml')}.yaml?"
+            if near
+            else f"recipes are in {place}/*.yaml"
         )
-        place = "configs" if Path("configs").is_dir() else ROOT / "configs"
-        hint = f"did you mean {place}/{near[0]}?" if near else f"recipes are in {place}/*.yaml"
         raise ConfigError(f"no recipe at {shown} (an override is written a.b=value)", hint)
     text = recipe_yaml.decoded(content, shown)
     try:
@@ -121,9 +126,12 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def recipe_at(path: str) -> Path:
-    """The file of a recipe: in the current folder, or where the project has one of that name."""
-    ours = ROOT / path
-    if Path(path).is_file() or not ours.is_file():
+    """The file of a recipe: in the current folder, or where the project has one of that name, which
+    is `demo`, `demo.yaml` or `configs/demo.yaml`.
+    """
+    name = path.removeprefix("configs/")
+    ours = RECIPES / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if Path(path).is_file() or "/" in name or not ours.is_file():
         return Path(path)
     log.info("recipe      %s", ours)
     return ours

@@ -12,6 +12,20 @@ from pipeline.config.section import NonNegative, Positive, Section
 Id = Annotated[int, Field(ge=0, le=255)]
 
 
+class Start(Section):
+    """What jobs/start.py writes a recipe for."""
+
+    recipe: str = Field("", description="file to write; default: the folder's name and .yaml")
+    gpu_gb: float | None = Field(
+        None,
+        gt=0,
+        description="for one GPU of this size, as sold, wherever; default: the machine's",
+    )
+    hours: float | None = Field(
+        None, gt=0, description="longest training to plan; default: 8 on CPUs, 24 on GPUs"
+    )
+
+
 class Look(Section):
     """Attention, components, similarity and masks of a few images."""
 

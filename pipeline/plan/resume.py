@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "embed.",
     "search.",
     "serve.",
+    "start.",
     "look.",
     "track.",
     "resources.",

@@ -1,0 +1,46 @@
+"""The recipe that fits a folder and a machine as one call: what `python jobs/start.py` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.api.train import settings_text
+
+if TYPE_CHECKING:
+    from pipeline.start.start import Started
+
+
+def start(
+    source: str | Path,
+    recipe: str | Path = "",
+    weights: str | Path = "",
+    settings: Mapping[str, Any] | None = None,
+) -> Started:
+    """Looks at images and machine, and writes the recipe that fits: `python jobs/start.py source`.
+
+    `api.train(source, out, recipe=start(source).recipe)` runs it.
+
+    Args:
+        source: images, as `data.source`: a folder, archives, parquet, a URI.
+        recipe: the file to write; default: the folder's name and `.yaml`, here.
+        weights: to begin from, as `model.init`; default: none.
+        settings: other fields by their names, e.g. `{"start.gpu_gb": 24, "optim.passes": 50}`;
+            they stand in the recipe as they are given.
+
+    Raises:
+        PipelineError: there are no images, or too few for random weights; the file is there and
+            was written by somebody else.
+    """
+    from pipeline import log
+    from pipeline.config.load import load
+    from pipeline.start.start import start as begin
+
+    fields = {"data.source": source, "start.recipe": recipe, "model.init": weights}
+    named = {name: value for name, value in fields.items() if str(value)} | dict(settings or {})
+    config = load([f"{name}={settings_text(value)}" for name, value in named.items()])
+    if not logging.getLogger("pipeline").handlers:
+        log.configure()
+    return begin(config)

@@ -1,0 +1,173 @@
+"""What a place of images holds, by its list of files and the headers of a sample."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from statistics import median
+
+from pipeline.config.config import Config
+from pipeline.context import BUILTIN
+from pipeline.errors import DataError
+from pipeline.images.bad_image import BadImage
+from pipeline.images.decode import image_format, image_size
+from pipeline.images.kinds import claims_images
+from pipeline.pack.listing import list_source
+from pipeline.pack.source_places import absolute_source
+from pipeline.stages.checks.known_sets import known_set
+from pipeline.uri import is_uri
+
+SAMPLE = 32  # images whose headers are read
+TRAINING = ("train", "training")
+# Of the sets beside it the first: a score that chooses a checkpoint leaves the test set unseen
+HELD_OUT = ("val", "valid", "validation", "test", "testing", "eval")
+FEW_OF_A_CLASS = 4  # images of a folder on average, below which folders are no classes
+# Folders by date, and those that cameras make (DCIM/100CANON)
+NO_CLASS = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|\d{1,2}|\d{3}[A-Z_]{3,5}|DCIM", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A place of images, before anything is packed.
+
+    Attributes:
+        source: what is trained on, as `data.source`.
+        queries: the held-out set beside it; "" where there is none.
+        images: files and rows; 0 where archives hide them.
+        size: bytes.
+        classes: names of the folders that are classes; none where there are no labels.
+        no_classes: why folders that are there are taken for no classes; "" where it is not so.
+        labels_elsewhere: labels are in columns or archives: whether there are any shows later.
+        others: files that are left alone, as (name, why).
+        sides: shorter sides of a sample, pixels.
+        megapixels: of the same.
+        formats: of the same, with their numbers.
+        bad: names of the sample that are no readable images, with the reason.
+    """
+
+    source: str
+    queries: str
+    images: int
+    size: int
+    classes: tuple[str, ...] = ()
+    no_classes: str = ""
+    labels_elsewhere: bool = False
+    others: tuple[tuple[str, str], ...] = ()
+    sides: tuple[int, ...] = ()
+    megapixels: tuple[float, ...] = ()
+    formats: dict[str, int] = field(default_factory=dict)
+    bad: tuple[str, ...] = ()
+
+    @property
+    def side(self) -> int:
+        """The median shorter side, pixels; 0 where no header was read."""
+        return round(median(self.sides)) if self.sides else 0
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels, as far as it is known."""
+        return bool(self.classes) or self.labels_elsewhere
+
+
+def look(config: Config) -> Folder:
+    """Lists `data.source` and reads the headers of a sample of it.
+
+    Raises:
+        PipelineError: nothing is there, or nothing that can be packed.
+    """
+    named = config.data.source
+    source, queries = _split(config)
+    changed = {"data": config.data.model_copy(update={"source": source})}
+    config = config.model_copy(update=changed)
+    known = known_set(config, "data.source", source)
+    if queries and not config.evaluate.queries:
+        asked = known_set(config, "evaluate.queries", queries)
+        if asked.labels.kind == "none" or known.labels.kind == "none":
+            queries = ""
+    classes, why = _classes(known.labels.names, known.images)
+    if known.labels.kind != "names":
+        classes, why = (), ""
+    paths = [path for path, _ in known.files or ()]
+    sides, megapixels, formats, bad = _sample(paths)
+    if paths and bad and not sides:
+        raise DataError(
+            f"{named} has {len(paths):,} files named as images, and none of {len(bad)} that were "
+            f"tried is one: {bad[0]}",
+            "check data.source, and look at these files",
+        )
+    return Folder(
+        source=source,
+        queries=queries,
+        images=known.images,
+        size=known.size,
+        classes=classes,
+        no_classes=why,
+        labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
+        others=_others(source, config.data.follow_links),
+        sides=sides,
+        megapixels=megapixels,
+        formats=formats,
+        bad=bad,
+    )
+
+
+def _split(config: Config) -> tuple[str, str]:
+    """Training images and held-out ones, where a folder has `train/` and `val/` or `test/`."""
+    source, queries = config.data.source, config.evaluate.queries
+    if source.startswith(BUILTIN) or is_uri(source) or queries or not Path(source).is_dir():
+        return source, queries
+    names = {path.name.lower(): path.name for path in Path(source).iterdir() if path.is_dir()}
+    training = next((names[name] for name in TRAINING if name in names), "")
+    held_out = next((names[name] for name in HELD_OUT if name in names), "")
+    if not training:
+        return source, ""
+    home = source.rstrip("/")
+    return f"{home}/{training}", f"{home}/{held_out}" if held_out else ""
+
+
+def _classes(names: tuple[str, ...], images: int) -> tuple[tuple[str, ...], str]:
+    """The names, or none of them and why."""
+    if not names:
+        return (), ""
+    if images and images < FEW_OF_A_CLASS * len(names):
+        each = images / len(names)
+        return (), f"{len(names):,} folders with {each:.1f} images each are no classes"
+    if all(NO_CLASS.fullmatch(name) for name in names):
+        return (), f"folders such as {names[0]} are dates, numbers or a camera's, no classes"
+    return names, ""
+
+
+def _others(source: str, follow_links: bool) -> tuple[tuple[str, str], ...]:
+    if source.startswith(BUILTIN):
+        return ()
+    listing = list_source(absolute_source(source), follow_links=follow_links)
+    kept = [(one.source, one.reason) for one in listing.others]
+    kept += [(one.source, one.reason) for one in listing.refused]
+    # pack opens these, and takes what begins like an image
+    names = [one.path for one in listing.entries if not claims_images(one.path)]
+    kept += [(name, "no_image") for name in names]
+    return tuple((PurePosixPath(name).name, reason) for name, reason in kept)
+
+
+def _sample(
+    paths: list[str],
+) -> tuple[tuple[int, ...], tuple[float, ...], dict[str, int], tuple[str, ...]]:
+    """Shorter sides, megapixels, formats and bad files of a sample that is spread over a list."""
+    sides, megapixels, bad = [], [], []
+    formats: Counter[str] = Counter()
+    step = max(1, len(paths) // SAMPLE)
+    for path in paths[::step][:SAMPLE]:
+        try:
+            encoded = Path(path).read_bytes()
+            height, width = image_size(encoded)
+        except BadImage as error:
+            bad.append(f"{Path(path).name} ({error.reason})")
+        except OSError as error:
+            bad.append(f"{Path(path).name} ({error.strerror})")
+        else:
+            sides.append(min(height, width))
+            megapixels.append(height * width / 1e6)
+            formats[image_format(encoded)] += 1
+    return tuple(sides), tuple(megapixels), dict(formats.most_common()), tuple(bad)

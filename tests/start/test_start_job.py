@@ -1,0 +1,246 @@
+"""jobs/start.py: what it sees in a folder, which recipe it takes, and that the recipe loads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline import job
+from pipeline.config.config import Config
+from pipeline.config.load import load
+from pipeline.errors import DataError
+from pipeline.plan.layout import Machine
+from pipeline.plan.nodes import Node
+from pipeline.plan.plan import SetFacts, resolve
+from pipeline.plan.resume import value_at
+from pipeline.start import folder as images
+from pipeline.start import machine, weights
+from pipeline.start.choose import FOR_A_VIT, choose
+from pipeline.start.fitted import fitted
+from pipeline.start.folder import Folder
+from pipeline.start.machine import GB, Surroundings
+from pipeline.start.memory import ROOM, planned
+from pipeline.start.written import MARK, place_of, write
+from pipeline.train import estimate
+
+SHORT = {"recipe": "start.recipe", "weights": "model.init", "gpu_gb": "start.gpu_gb"}
+WORDS = ("data.source", "model.init")
+
+
+def picture(path: Path, side: int, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """120 images in two folders, a README, a hidden file and a broken picture."""
+    home = tmp_path / "My photos.v2"
+    for number in range(120):
+        picture(home / ("cat", "dog")[number % 2] / f"{number}.png", 100, number)
+    (home / "README.md").write_text("notes")
+    (home / "cat" / ".DS_Store").write_bytes(b"x")
+    return home
+
+
+def ran(*words: str) -> None:
+    job.main(["start"], "doc", [*words, "track.enabled=false"], SHORT, WORDS)
+
+
+def here(cpus: int = 2, gb: float = 0.0) -> Surroundings:
+    """A machine, as `machine.look` would give it; its speed is not tried."""
+    gpus = int(gb > 0)
+    found = Machine(cpus=cpus, gpus=gpus, bfloat16=True, nodes=(Node(cpus, gpus, driver=True),))
+    return Surroundings(found, "a machine", "", gb * GB, "", 8e9, None, False)
+
+
+def pile(number: int, side: int = 400) -> Folder:
+    return Folder("photos/", "", number, number * 10**5, sides=(side,), megapixels=(0.2,))
+
+
+def config(*fields: str) -> Config:
+    return load(["data.source=photos/", *fields])
+
+
+def test_the_written_recipe_loads_says_why_and_dry_runs(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    ran(str(photos))
+    shown = capsys.readouterr().out
+    assert "120 images" in shown and "2 folders: cat, dog" in shown
+    assert re.search(r"left alone +2 other files: .*README.md", shown)
+    path = tmp_path / "My-photos.yaml"
+    assert f"python jobs/run.py {path.name} --dry-run" in shown
+    text = path.read_text()
+    assert text.startswith(MARK)
+    for line in text.splitlines():  # each value has its reason
+        if re.match(r"  \w+: ", line):
+            assert re.search(r"  # \S+", line), line
+    recipe = load([str(path)])
+    assert recipe.run.name == "My-photos" and recipe.data.source == str(photos)
+    assert recipe.optim.global_batch_size == 16  # the largest power of two in a quarter of 120
+    job.main(["pack", "pretrain"], "doc", [str(path), f"run.folder={tmp_path}/runs", "--dry-run"])
+    assert re.search(r"^time +about", capsys.readouterr().out, re.M)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_start_writes_nothing(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran(str(photos), "--dry-run")
+    shown = capsys.readouterr().out
+    assert "would write My-photos.yaml" in shown and re.search(r"^time +about", shown, re.M)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["My photos.v2"]
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "photos.yaml"
+    assert write(path, f"{MARK}: one\n") == ""
+    assert write(path, f"{MARK}: one\n") == "the same as before"
+    assert "photos.yaml.before" in write(path, f"{MARK}: two\n")
+    assert (tmp_path / "photos.yaml.before").read_text() == f"{MARK}: one\n"
+    path.write_text("mine: 1\n")
+    with pytest.raises(Exception, match="was not written by jobs/start"):
+        write(path, f"{MARK}: three\n")
+    assert path.read_text() == "mine: 1\n"
+
+
+def test_names_of_recipes() -> None:
+    for source, name in (
+        ("photos/", "photos.yaml"),
+        ("/data/My photos.v2", "My-photos.yaml"),
+        ("s3://bucket/set*", "set.yaml"),
+        ("builtin:photos", "photos.yaml"),
+        ("../a,b", "a.yaml"),
+    ):
+        assert place_of(load([f"data.source={source}"])) == Path(name), source
+    assert place_of(load(["data.source=a", "start.recipe=deep/b"])) == Path("deep/b.yaml")
+
+
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    for split, number in (("Train", 12), ("val", 4), ("test", 4)):
+        for i in range(number):
+            picture(tmp_path / split / f"k{i % 2}" / f"{i}.png", 40, i)
+    found = images.look(load([f"data.source={tmp_path}"]))
+    assert found.source == f"{tmp_path}/Train" and found.queries == f"{tmp_path}/val"
+    assert found.classes == ("k0", "k1") and found.images == 12 and found.side == 40
+    assert found.formats == {"PNG": 12}
+    for number in range(8):  # by date: folders, but no classes
+        picture(tmp_path / "dates" / f"2024-0{1 + number % 2}" / f"{number}.png", 40, number)
+        picture(tmp_path / "each" / f"k{number}" / "a.png", 40, number)
+    assert "dates" in images.look(load([f"data.source={tmp_path}/dates"])).no_classes
+    assert "1.0 images each" in images.look(load([f"data.source={tmp_path}/each"])).no_classes
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="none of 1 that were tried"):
+        images.look(load([f"data.source={tmp_path}/broken"]))
+
+
+def test_which_recipe() -> None:
+    for number, around, fields, name in (
+        (577, here(), [], "small"),
+        (577, here(gb=24), [], "small"),
+        (FOR_A_VIT, here(gb=24), [], "vits14"),
+        (FOR_A_VIT, here(gb=24), ["train.device=cpu"], "small"),
+        (40, here(), ["model.init=weights.pth"], "adapt"),
+        (0, here(), [], "small"),
+    ):
+        choice = choose(config(*fields), pile(number), around)
+        assert choice.name == name, (number, fields)
+    with pytest.raises(DataError, match="too few for anything but adaptation"):
+        choose(config(), pile(99), here(gb=80))
+    tiny = choose(config(), pile(50_000, side=32), here(gb=80))
+    assert tiny.name == "small" and tiny.config.augment.global_size == 32
+    assert choose(config(), pile(3_000), here()).config.curate.preset == "dedup"
+
+
+def test_what_the_user_sets_stays() -> None:
+    fields = ["optim.lr=0.0123", "optim.passes=7", "head.prototypes=333", "train.accumulation=8"]
+    choice = fitted(choose(config(*fields), pile(20_000), here(gb=24)), pile(20_000), here(gb=24))
+    for field in fields:
+        name, _, value = field.partition("=")
+        assert value_at(choice.choice.config, name) == float(value), name
+    reasons = {one.field: one.reason for one in choice.choice.recipe.lines}
+    assert reasons["optim.lr"] == "as you set it"
+
+
+@pytest.mark.parametrize("gb", [8, 24, 48, 80])
+def test_a_step_fits_the_gpu_and_twice_the_images_would_not(gb: int) -> None:
+    folder, around = pile(1_281_167), here(cpus=8, gb=gb)
+    made = fitted(choose(config(), folder, around), folder, around)
+    recipe = made.choice.config
+    plan, built = planned(recipe, around.machine, folder.images)
+    memory = estimate.estimated_cost(plan, built).memory
+    assert plan.device == "cuda" and plan.micro_batch * plan.accumulation == 1024
+    assert memory.total <= ROOM * gb * GB
+    assert plan.micro_batch >= 32
+    if plan.micro_batch < 1024:
+        twice = memory.of(2 * plan.micro_batch, plan.accumulation // 2).total
+        assert twice > ROOM * gb * GB
+    assert resolve(recipe, SetFacts(folder.images, ""), around.machine).lr == 2e-3
+
+
+def test_a_long_training_is_shortened_to_the_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.doctor.fits.peak_flops", lambda *_: 1e11)
+    around = here()
+    around = Surroundings(**{**around.__dict__, "here": True})
+    folder = pile(50_000)
+    for asked, hours in (([], 8.0), (["start.hours=2"], 2.0)):
+        made = fitted(choose(config(*asked), folder, around), folder, around)
+        assert made.seconds == pytest.approx(3600 * hours, rel=0.05)
+        reason = made.choice.recipe.with_line
+        assert reason and f"about {hours:g} hours" in next(
+            one.reason for one in made.choice.recipe.lines if one.field == "optim.passes"
+        )
+    whole = fitted(choose(config("optim.passes=200"), folder, around), folder, around)
+    assert whole.seconds > 9 * 3600  # who says how long it is, is believed
+
+
+def test_weights_in_caches_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert weights.at_hand() == []
+    hub = tmp_path / ".cache" / "torch" / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    (hub / "dinov2_vits14_pretrain.pth").touch()
+    (hub / "resnet50.pth").touch()
+    snapshot = tmp_path / ".cache/huggingface/hub/models--timm--vit_small/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    assert weights.at_hand() == [str(hub / "dinov2_vits14_pretrain.pth")]
+    (snapshot / "model.safetensors").touch()
+    assert weights.at_hand()[1:] == [str(snapshot)]
+
+
+def test_a_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = machine.look(config("start.gpu_gb=24"))
+    assert found.gpu_bytes == 24e9 and found.machine.gpus == 1 and not found.here
+    assert "22 GiB" in found.line()
+
+
+def test_the_call_from_python(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import api
+
+    monkeypatch.chdir(tmp_path)
+    started = api.start(photos, settings={"optim.passes": 3})
+    assert started.choice == "small" and started.recipe == Path("My-photos.yaml")
+    assert yaml.safe_load(started.recipe.read_text())["optim"]["passes"] == 3
+    assert started.reasons["optim.passes"] == "as you set it"
