@@ -145,6 +145,7 @@ TABLE = [
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream.order train.checkpoint.* train.speed.bottleneck uri views",
         others="numpy pyarrow torch", others_inside="ray timm transformers"),
+    row("run_report", "card config errors report storage track uri", others_inside="numpy PIL"),
     # what runs: config in, files out
     row("context", "config driver errors pack plan shards storage uri", others_inside="torch"),
     row("curate", "config context curate.* embed errors images shards storage train uri", "",
@@ -152,8 +153,8 @@ TABLE = [
     row("serve", "config curate.choose.* curate.images.* curate.rows.* driver.ray_internals embed "
         "errors images search uri views", "evaluate use", "numpy PIL starlette", "ray torch"),
     row("stages", "adapt card config context curate driver embed environment errors evaluate "
-        "finetune heartbeat images model pack plan report search serve shards storage stream track "
-        "train uri use views",
+        "finetune heartbeat images model pack plan report run_report search serve shards storage "
+        "stream track train uri use views",
         others="yaml", others_inside="ray torch pyarrow"),
     row("rounds", "card config context curate errors stages storage train uri"),
     row("doctor", "adapt card config context curate driver embed errors evaluate heartbeat images "

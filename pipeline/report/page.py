@@ -17,7 +17,8 @@ Sections stand in the order given, two beside each other where they are not `wid
 * `Picture` and `Gallery` of `Group`s of `Tile`s, `Mosaic`: see `pictures.py` for what an image is;
 * `Chart` (curves), `Histogram`, `Points`: see `charts.py`; `Bars`: see `bars.py`;
 * `Links`: to other pages;
-* `Heading`: begins a chapter; the contents at the top lead to it.
+* `Heading`: begins a chapter; the contents at the top lead to it;
+* `Fold`: sections behind one line, for what few readers need; paper leaves it out.
 
 All words are escaped. Tags are in `sections.html.j2`, a macro for each kind of section; the frame
 is `page.html.j2`. A page that needs more, such as a form, is a template of its own that extends it:
@@ -27,7 +28,7 @@ is `page.html.j2`. A page that needs more, such as a form, is a template of its 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,14 +41,17 @@ from pipeline.track.state import atomic_write
 from pipeline.uri import public
 
 __all__ = [
-    "Bar", "Bars", "Chart", "Code", "Column", "Gallery", "Group", "Heading", "Histogram", "Links",
-    "Mark", "Matrix", "Mosaic", "Numbers", "Picture", "Points", "Section", "Statement", "Table",
-    "Text", "Tile", "render", "write_report",
+    "Bar", "Bars", "Chart", "Code", "Column", "Fold", "Gallery", "Group", "Heading", "Histogram",
+    "Links", "Mark", "Matrix", "Mosaic", "Numbers", "Picture", "Points", "Section", "Statement",
+    "Table", "Text", "Tile", "render", "write_report",
 ]  # fmt: skip
 
 HERE = Path(__file__).parent
 LIMIT_BYTES = 2_000_000
 TABLE_ROWS = 200
+DIGEST = re.compile(r"\b[0-9a-f]{32}\b")
+UNIT = r"±\s[\d,.]+|%|s|min|h|d|[KMGT]?B|\d+\s(?:s|min)"
+NUMBER = re.compile(rf"[+<>\u2212-]?\s?\d[\d,.]*(?:\s(?:{UNIT}))*|–")  # a cell that is one
 SIDES = (FULL, 900, 600, 400, 250, 120)  # pixels of large pictures, until the page fits
 
 
@@ -87,11 +91,13 @@ class Statement:
 
     Attributes:
         mood: "good", "bad" or "open".
+        note: below it, smaller.
     """
 
     text: str
     mood: str = "open"
     title: str = ""
+    note: str = ""
     wide: bool = True
     kind = "statement"
 
@@ -103,7 +109,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to copy."""
+    """Lines to copy, with a button that does it; without scripts they can still be selected."""
 
     text: str
     title: str = ""
@@ -118,12 +124,27 @@ class Table:
     columns: Mapping[str, Sequence[Any]]
     title: str = ""
     wide: bool = True
+    note: str = ""
     kind = "table"
 
-    def rows(self) -> list[list[tuple[bool, str]]]:
-        """Of each cell whether it is a number, and its words."""
+    def head(self) -> list[tuple[bool, str]]:
+        """Of each column whether all of it are numbers, which stand on the right, and its name."""
+        cells = {name: [_cell(value) for value in values] for name, values in self.columns.items()}
+        return [
+            (any(words for _, words in each) and all(n or not words for n, words in each), name)
+            for name, each in cells.items()
+        ]
+
+    def rows(self) -> list[list[tuple[bool, str, str]]]:
+        """Of each cell whether its column is of numbers, its words, and the whole of what they
+        shorten ("" where they do not).
+        """
+        numbers = [number for number, _ in self.head()]
         rows = list(zip(*self.columns.values(), strict=True))[:TABLE_ROWS]
-        return [[_cell(value) for value in row] for row in rows]
+        return [
+            [(number, *_shortened(value)) for number, value in zip(numbers, row, strict=True)]
+            for row in rows
+        ]
 
     def more(self) -> int:
         """Rows that are not shown."""
@@ -131,11 +152,19 @@ class Table:
 
 
 def _cell(value: Any) -> tuple[bool, str]:
+    """Whether it is a number, and its words."""
     if hasattr(value, "item"):  # a number of numpy or torch
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return False, str(value)
+        return bool(NUMBER.fullmatch(str(value))), str(value)
     return True, f"{value:,}" if isinstance(value, int) else label(value)
+
+
+def _shortened(value: Any) -> tuple[str, str]:
+    """The words of a cell, of digests the first digits; then the whole where that is more."""
+    words = _cell(value)[1]
+    short = DIGEST.sub(lambda digest: f"{digest[0][:8]}…", words)
+    return short, words if short != words else ""
 
 
 @dataclass(frozen=True)
@@ -155,12 +184,30 @@ class Heading:
 
 @dataclass(frozen=True)
 class Links:
-    """Other pages: (words, address), one a line."""
+    """Other pages: (words, address), beside one another."""
 
     links: Sequence[tuple[str, str]]
     title: str = ""
     wide: bool = True
+    note: str = ""
     kind = "links"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Sections behind one line that opens them.
+
+    Attributes:
+        sections: shown when it is open; they have no chapters of their own.
+        title: the line.
+        text: in the line, softer: what is inside.
+    """
+
+    sections: Sequence[Section]
+    title: str = ""
+    text: str = ""
+    wide: bool = True
+    kind = "fold"
 
 
 @dataclass(frozen=True)
@@ -214,7 +261,7 @@ def write_report(
     limit: int = LIMIT_BYTES,
 ) -> None:
     """Writes a page of at most `limit` bytes: its pictures get smaller until it fits."""
-    pictures = any(isinstance(one, Picture | Gallery | Mosaic) for one in sections)
+    pictures = any(isinstance(one, Picture | Gallery | Mosaic) for one in _flat(sections))
     for side in SIDES if pictures else SIDES[:1]:
         page = render(title, sections, subtitle, side=side).encode()
         if len(page) <= limit:
@@ -247,10 +294,19 @@ def render(
         "sections": sections,
         "side": side,
         "headings": [one for one in sections if isinstance(one, Heading)],
+        "copies": any(isinstance(one, Code) for one in _flat(sections)),
         "css": _css(),
     }
     # Words of users, such as a data set's URL, may hold a secret; no page does.
     return public(page.render(**known, **(values or {})))
+
+
+def _flat(sections: Sequence[Section]) -> Iterator[Section]:
+    """All of them, also those that are folded."""
+    for one in sections:
+        yield one
+        if isinstance(one, Fold):
+            yield from _flat(one.sections)
 
 
 @lru_cache

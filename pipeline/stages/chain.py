@@ -12,8 +12,6 @@ from typing import Any, Protocol
 import yaml
 
 from pipeline import environment
-from pipeline.card.card import Verdict
-from pipeline.card.shown.page import mood_of
 from pipeline.config.config import Config
 from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
@@ -21,8 +19,8 @@ from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
-from pipeline.report.page import Links, Section, Statement, Table
-from pipeline.report.run_report import run_report
+from pipeline.run_report.facts import RunFacts
+from pipeline.run_report.write import write_run_report
 from pipeline.stages import (
     adapt,
     curate,
@@ -294,35 +292,16 @@ def _report(context: Context) -> None:
     """`report.html` of the run folder, and the results on the page of the pipeline run."""
     known = {name: context.folder.last(name) for name in context.stages} | context.results
     lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
-    verdict = str(known["evaluate"].get("verdict", ""))
-    rule = str(known["evaluate"].get("rule", ""))
-    sections: list[Section] = [Statement(verdict, mood_of(Verdict(rule, verdict)))] * bool(verdict)
-    if (comparison := adapt.before_and_after(context, known)) and comparison.rows:
-        sections.append(Table(comparison.table, "Before and after"))
-    if guard := str(known["pretrain"].get("guard", "")):
-        sections.append(Statement(guard, "bad", title="Guard"))
-    sections.append(Table({"stage": list(lines), "result": list(lines.values())}, "Results"))
-    if pages := _pages(context, known):
-        sections.append(Links(pages, "Pages"))
-    name = context.config.run.name
-    report = run_report(context.folder.path, name, context.config.data.source, sections)
+    comparison = adapt.before_and_after(context, known)
+    change = comparison.table if comparison and comparison.rows else {}
+    report = write_run_report(RunFacts.of(context.config, context.folder, known, change))
     log.info("report      %s", public(context.folder.at(report.name)))
     tracker = context.tracking.tracker
     tracker.artifact(report)
     last = next(reversed(lines.values()), "")
-    best = verdict or lines.get("evaluate", last)
+    best = str(known["evaluate"].get("verdict", "")) or lines.get("evaluate", last)
     rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
     tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
-
-
-def _pages(context: Context, results: Mapping[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    """Pages that stages have written, each by its stage, as links in the run's folder."""
-    home = f"{context.folder.at()}/"
-    pages = {name: str(result["page"]) for name, result in results.items() if "page" in result}
-    return [
-        (f"{name}: {page.rpartition('/')[2]}", public(page.removeprefix(home)))
-        for name, page in pages.items()
-    ]
 
 
 # ---- The config as stages get it.

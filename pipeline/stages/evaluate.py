@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.card.card import VERSION, Card, Contender
+from pipeline.card.examples.gathered import examples_of
+from pipeline.card.examples.kept import write_examples
 from pipeline.card.files import CARD, read_card, write_card
 from pipeline.card.inputs.tables import images_of
 from pipeline.card.run import evaluate, facts_of
@@ -26,6 +28,7 @@ from pipeline.card.shown.picture import card_picture
 from pipeline.card.verdict import verdict_of
 from pipeline.config.config import Config
 from pipeline.context import Context, result_line
+from pipeline.embed.image_reader import ImageReader
 from pipeline.errors import PipelineError
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
@@ -79,7 +82,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     if text := replaced(card, folder):
         log.warning("evaluate    %s", text)
     write_card(card, folder)
-    write_page(card, folder / PAGE, image_of(request), request.networks[0].spec.name)
+    readers = readers_of(request)
+    pictures = pictures_of(readers, request.max_pixels)
+    write_page(card, folder / PAGE, pictures, request.networks[0].spec.name)
+    write_examples(examples_of(request, pictures, readers), folder)
     # MLflow shows the values of the highest step: of models that are named they share one, so that
     # a later evaluation in this run folder takes the place of an earlier one.
     step = (request.networks[0].step or 0) if is_own(context.config) else 0
@@ -244,9 +250,13 @@ def table_of(card: Card) -> dict[str, list[Any]]:
 
 def image_of(request: Request) -> ImageOf:
     """Small pictures by image id, of either set; None where only vectors are there."""
+    return pictures_of(readers_of(request), request.max_pixels)
+
+
+def readers_of(request: Request) -> list[ImageReader]:
+    """Readers of the encoded images of the sets; none where only vectors are there."""
     tables, sets = join(request.folder, "vectors"), request.sets
-    readers = images_of(tables, request.networks[0], sets) if sets else []
-    return pictures_of(readers, request.max_pixels)
+    return images_of(tables, request.networks[0], sets) if sets else []
 
 
 # ---- The health of a run's own teacher, which needs its heads.

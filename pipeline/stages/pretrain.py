@@ -11,6 +11,7 @@ from pipeline.config.load import field_paths
 from pipeline.config.network import Model
 from pipeline.context import Context, result_line
 from pipeline.driver import cluster
+from pipeline.driver.machine import machine
 from pipeline.evaluate.sets import remarks
 from pipeline.images.value_range import FULL, shown
 from pipeline.model.encoders.module import ModuleBackbone
@@ -162,6 +163,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "status": outcome.status,
         "step": outcome.step,
         "steps": run_plan.steps,
+        "machine": machine(),
         **details,
     }
 

@@ -21,8 +21,6 @@ from pipeline.report.page import (
     render,
     write_report,
 )
-from pipeline.report.run_report import run_report, stage_curves
-from pipeline.track.journal import Journal
 
 VOID = {"meta", "img", "br", "col"}
 
@@ -103,38 +101,6 @@ def test_thinning_keeps_the_ends_of_each_bucket() -> None:
     kept = thin(rows, lambda point: math.isfinite(point[1]))
     assert len(kept) <= 402 and (4321.0, 99.0) in kept
     assert kept == sorted(kept)
-
-
-def test_a_run_report_shows_what_is_in_the_folder(tmp_path: Path) -> None:
-    from pipeline.track.tracker import Tracker, TrackSettings
-
-    settings = TrackSettings(run_folder=str(tmp_path), stage="pretrain", uri="none")
-    tracker = Tracker(settings)
-    for step in range(50):
-        tracker.metrics(step, {"loss/total": 10 / (1 + step), "loss/koleo": 0.1, "optim/lr": 1e-3})
-    for step in (10, 49):
-        tracker.metrics(step, {"eval/knn20_top1": 0.4, "health/prototypes_used": 4000.0})
-        tracker.metrics(step, {"health/teacher_entropy": 7.0})
-    tracker.metrics(49, {"data/images": 3})  # one point is no curve
-    tracker.picture("crops", 0, np.zeros((20, 30, 3), np.uint8))
-    tracker.picture("crops", 40, np.full((20, 30, 3), 255, np.uint8))
-    tracker.table("neighbours", {"id": ["a"], "cosine": [0.5]})
-    tracker.close()
-    titles = [chart.title for chart in stage_curves(tmp_path, "pretrain")]
-    assert titles == ["pretrain: eval"] + ["pretrain: loss"] * 2 + ["pretrain: health"] * 2 + [
-        "pretrain: optim"
-    ]
-    page = run_report(tmp_path, "demo").read_text()
-    Balanced(page)
-    assert "step 40" in page and "step 0<" not in page and "pretrain: neighbours" in page
-
-
-def test_the_journal_of_a_report_is_only_read(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "metrics.jsonl")
-    journal.metrics("pack", 0, {"data/images": 3})
-    before = journal.path.read_bytes()
-    run_report(tmp_path, "demo")
-    assert journal.path.read_bytes() == before
 
 
 def test_a_template_of_ones_own_extends_the_page(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Numbers, sizes, times and names of metrics as a report says them."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.card.words import detail_of, title_of
+
+STAGES = {
+    "pack": "packing",
+    "curate": "curation",
+    "adapt": "recipe, scores before",
+    "pretrain": "training",
+    "evaluate": "evaluation",
+    "export": "weights",
+    "finetune": "fine-tuning",
+    "embed": "vectors",
+    "search": "search page",
+    "look": "pictures of patches",
+}
+GROUPS = {
+    "eval": "Scores",
+    "loss": "Losses",
+    "health": "Health",
+    "optim": "Optimiser",
+    "perf": "Speed",
+    "data": "Data",
+    "guard": "Guard",
+}
+SMALL = {"lr": "learning rate", "kl": "KL", "mfu": "MFU", "grad": "gradient"}
+
+
+def stage_name(name: str) -> str:
+    """`training` of `pretrain`; `training, round 1` of `round-1/pretrain`."""
+    above, _, stage = name.rpartition("/")
+    said = STAGES.get(stage, stage.replace("-", " "))
+    return f"{said}, {above.replace('-', ' ')}" if above else said
+
+
+def metric_name(name: str) -> str:
+    """`k-NN, 20 neighbours` of `eval/knn20_top1`, `gradient norm` of `optim/grad_norm`."""
+    last = name.rpartition("/")[2]
+    if title_of(last) != last.replace("_", " "):
+        return ", ".join(filter(None, (title_of(last), detail_of(last))))
+    unit = ""
+    for end, said in (("_s", " (s)"), ("_ms", " (ms)"), ("_gib", " (GiB)"), ("_per_s", " per s")):
+        if last.endswith(end):
+            last, unit = last.removesuffix(end), said
+    words = re.sub(r"^(\w+)_fraction$", r"share of \1", last).split("_")
+    return " ".join(SMALL.get(word, word) for word in words) + unit
+
+
+def bytes_of(number: float) -> str:
+    """`12 MB`, `1.5 GB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def time_of(seconds: float) -> str:
+    """`4.2 s`, `38 s`, `6 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400:,} d {whole % 86_400 // 3600} h"
+
+
+def images(number: int) -> str:
+    """`1 image`, `12,345 images`."""
+    return f"{number:,} image" + "s" * (number != 1)
+
+
+def speed(number: float) -> str:
+    """Images a second: `0.4`, `39`, `2,410`."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

@@ -1,0 +1,63 @@
+"""Writes `report.html` of a run folder, in the order in which people ask.
+
+What came out; how it learnt; what it takes for alike and what it sees; what went in and what it
+cost; how to go on. Everything else is folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.report.page import Heading, Section, write_report
+from pipeline.run_report.curves import learning
+from pipeline.run_report.details import details
+from pipeline.run_report.examples import look_sections, neighbour_sections
+from pipeline.run_report.facts import RunFacts
+from pipeline.run_report.inputs import cost_sections, curation_sections, data_sections
+from pipeline.run_report.result import result_sections
+from pipeline.run_report.use import page_links, use_sections
+from pipeline.run_report.words import images
+
+FILE = "report.html"
+LIMIT_BYTES = 3_000_000
+
+
+def write_run_report(facts: RunFacts) -> Path:
+    """Writes the page and gives its path."""
+    path = facts.path / FILE
+    name = facts.config.run.name
+    write_report(path, name, list(sections(facts)), subtitle(facts), LIMIT_BYTES)
+    return path
+
+
+def subtitle(facts: RunFacts) -> str:
+    """Images, steps and day in a line."""
+    parts = []
+    if trained := facts.training_images():
+        parts.append(f"trained on {images(trained)}")
+    if steps := int(facts.result("pretrain").get("step") or 0):
+        parts.append(f"{steps:,} steps of {facts.config.optim.global_batch_size:,}")
+    parts.append(f"{datetime.now(UTC):%-d %B %Y}")
+    return " · ".join(parts)
+
+
+def sections(facts: RunFacts) -> Iterator[Section]:
+    """The whole page in its order."""
+    yield from result_sections(facts)
+    yield from page_links(facts)
+    curves = list(learning(facts))
+    if curves:
+        yield Heading("Learning", "Each point is of the teacher, whose weights are the result.")
+        yield from curves
+    yield from neighbour_sections(facts)
+    yield from look_sections(facts)
+    yield from curation_sections(facts)
+    yield from data_sections(facts)
+    yield from cost_sections(facts)
+    yield from use_sections(facts)
+    folded = list(details(facts))
+    if folded:
+        yield Heading("Details", "For those who want to know.")
+        yield from folded
