@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import yaml
 
 from pipeline import environment
+from pipeline.card.card import Verdict
+from pipeline.card.files import CARD, read_card
 from pipeline.config.config import Config
 from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
@@ -36,6 +38,7 @@ from pipeline.stages import (
 )
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start
+from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
@@ -266,6 +269,7 @@ def _open_pipeline(config: Config, folder: RunFolder, written: Path) -> Pipeline
         shown=str(folder) if folder.uri else "",
         experiment=config.track.experiment or config.run.name,
         uri=config.track.uri if config.track.enabled else "none",
+        score=f"eval/{config.evaluate.decide_by or f'knn{config.evaluate.k}_top1'}",
     )
     return open_pipeline(
         settings,
@@ -274,13 +278,14 @@ def _open_pipeline(config: Config, folder: RunFolder, written: Path) -> Pipeline
         nodes=1 if folder.uri else cluster.nodes(),
         config=written,
         tags=_origin(config),
+        recipe=pipeline_page.changed_fields(config),
     )
 
 
 def _origin(config: Config) -> dict[str, str]:
     """Tags that say what runs, and which submitted job it is, by its id and its metadata."""
-    tags = {"recipe": config.run.name, "config.hash": fingerprint(config.model_dump())}
-    return {**environment.submission(), **tags}
+    tags = {"config.hash": fingerprint(config.model_dump())}
+    return {**environment.submission(), **tags, **pipeline_page.tags_of(config)}
 
 
 def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
@@ -298,10 +303,11 @@ def _report(context: Context) -> None:
     log.info("report      %s", public(context.folder.at(report.name)))
     tracker = context.tracking.tracker
     tracker.artifact(report)
-    last = next(reversed(lines.values()), "")
-    best = str(known["evaluate"].get("verdict", "")) or lines.get("evaluate", last)
-    rows = "\n".join(f"| {stage} | {text} |" for stage, text in lines.items())
-    tracker.note(f"{best}\n\n| stage | result |\n| --- | --- |\n{rows}")
+    evaluated = known["evaluate"]
+    said = Verdict(str(evaluated.get("rule", "")), str(evaluated.get("verdict", "")))
+    folder = context.folder.path / "evaluate"
+    card = read_card(folder, terms=False) if (folder / CARD).is_file() else None
+    tracker.note(pipeline_page.note(card, lines, said))
 
 
 # ---- The config as stages get it.

@@ -25,6 +25,7 @@ from pipeline.embed.onnx.files import is_onnx
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import FULL
 from pipeline.shards.shards import open_shards
+from pipeline.stages.tracked import captions, pipeline_page
 from pipeline.storage.run_folder import fingerprint
 from pipeline.uri import Place, is_uri, public
 
@@ -123,6 +124,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     _guard(context, curation)
     shards = write_shards(curation, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
+    name = pipeline_page.name_of_images(config)
+    context.tracking.tracker.dataset(
+        name, shards.digest, public(context.shards_uri), "training", shards.rows
+    )
     tracker.tags({"images.manifest": shards.digest, "shards": public(context.shards_uri)})
     return {
         "text": tally.line(),
@@ -234,7 +239,7 @@ def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> No
     tracker.metrics(0, numbers.metrics(summary))
     tracker.headline(0, {"curate/kept": summary.kept})
     for name, pixels in pictures(summary).items():
-        tracker.picture(name, 0, pixels)
+        tracker.picture(name, 0, pixels, captions.CURATION.get(name, ""))
     for name, columns in numbers.tables(summary).items():
         tracker.table(name, columns)
     tracker.note(numbers.note(summary))

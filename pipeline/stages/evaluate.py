@@ -34,6 +34,7 @@ from pipeline.evaluate.health import alarm
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.heartbeat import now
 from pipeline.stages.evaluation import chosen, is_own, request_of, teacher, trained_plan
+from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.train.checkpoint import state
@@ -97,13 +98,18 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             step, {f"eval/{card.score}_final": main.results[card.score].interval.value}
         )
     tracker.picture("card", step, card_picture(card))
+    for one in (tracker, context.tracking.tracker):
+        one.tags(pipeline_page.verdict_tags(card))
+        for name, digest, images in pipeline_page.datasets_of(card):
+            one.dataset(name, digest, name, "evaluation", images)
     for name in (PAGE, CARD):
         tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
     result_line("card", public(context.folder.at("evaluate", PAGE)))
     if sentence and sentence not in card.verdict.text:
         text = f"{text}. Alarm: {sentence}"
-    tracker.note(f"{card.verdict.text}\n\n{text}")
+    parts = [card.verdict.text, pipeline_page.score_table(card), text]
+    tracker.note("\n\n".join(filter(None, parts)))
     tracker.table("evaluation", table_of(card))
     result: dict[str, Any] = {
         "text": text,
@@ -113,7 +119,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "remarks": list(card.remarks),
     }
     if is_own(context.config):  # what the export says of these weights
+        asked = card.queries or card.reference
         result |= {"step": step, "trained": numbers.pop("model")}
+        result |= {"data": [public(asked.name), asked.digest]}
     return result | numbers
 
 

@@ -38,6 +38,7 @@ from pipeline.model.weights import (
 from pipeline.plan.plan import Plan
 from pipeline.stages.evaluation import chosen, teacher, trained_plan
 from pipeline.stages.pretrain import params
+from pipeline.stages.tracked import model_page
 from pipeline.storage.run_folder import fingerprint, write_json
 from pipeline.track import ModelCard
 from pipeline.train import build
@@ -110,16 +111,20 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.artifact(folder / "config.json", "weights")
     now("export: logging the model")
     track = context.config.track
+    verdict, rule = model_page.facts(evaluated if scores else {})
     card = ModelCard(
         name=track.register or track.model_name,
         score=score,
-        note=text,
+        note=" ".join(filter(None, [verdict, text])),
         image_size=config.augment.global_size,
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
         metrics=scores,
         params={**params(plan), "step": saved.step, "weights": ", ".join(formats)},
+        page=model_page.page(plan, backbone.width, verdict, formats),
+        tags=model_page.tags(plan, context.config.run.name, rule),
+        data=evaluated.get("data", ("", "")),
     )
     tracker.model(folder, card)
     size = sum((weights / name / "model.safetensors").stat().st_size for name in formats)

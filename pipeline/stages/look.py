@@ -19,6 +19,7 @@ from pipeline.images.decode import decode_image
 from pipeline.images.shown import Pixels, png
 from pipeline.report.page import Section, write_report
 from pipeline.stages.evaluation import chosen
+from pipeline.stages.tracked import captions
 from pipeline.storage.places import absolute_uri, delete_file, exists, make_folder, resolve_uri
 from pipeline.storage.run_folder import fingerprint
 from pipeline.storage.transfer import atomic_path, write_bytes_atomic
@@ -119,7 +120,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     _delete(target, set(last["files"] if last.get("page") == page else ()) - set(files))
     for name in ("attention", "components", "similarity", "classes"):
         if name in drawn[0].pictures:
-            tracker.picture(name, 0, overview(drawn, name, TILE))
+            tracker.picture(name, 0, overview(drawn, name, TILE), captions.LOOK[name])
     if isinstance(target, Path):
         tracker.artifact(target / PAGE)
     heads = f"attention of {len(seen.attention[0])} heads" if seen.attention else seen.no_attention

@@ -21,6 +21,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.stages.checks.guard import ended_before, remarks_on_keep
 from pipeline.stages.checks.teacher import located, teacher_source
+from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
 from pipeline.stream.reader import group_rows
@@ -119,6 +120,10 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         tracker.artifact(code)
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
     tracker.params(params(run_plan))
+    whole = context.tracking.tracker
+    whole.params(pipeline_page.parameters(run_plan))
+    name = pipeline_page.name_of_images(context.config)
+    whole.dataset(name, shards.digest, public(context.shards_uri), "training", shards.rows)
     for line in _described(run_plan, context.folder):
         log.info("%s", line)
     outcome = pretrain(
@@ -157,6 +162,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         )
     )
     result_line("pretrain", text)
+    if outcome.status == "guarded":
+        for one in (tracker, whole):
+            one.tags({"status": "guarded"})
     tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))
     return {
         "text": text,

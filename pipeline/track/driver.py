@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,8 @@ from pipeline.track.journal import FILE_NAME, Journal
 from pipeline.track.names import TAG_LIMIT, cut
 from pipeline.track.sender import Sender
 from pipeline.track.settings import PIPELINE, TrackSettings
-from pipeline.track.tracker import Status, Tracker
+from pipeline.track.tracker import NullTracker, Status, Tracker
+from pipeline.uri import public
 
 log = logging.getLogger("pipeline.track")
 
@@ -76,6 +79,7 @@ class Pipeline:
     ) -> None:
         """Writes the line that makes a run, or continues it."""
         spec = {"name": title, "pipeline": self._name, "experiment": self.settings.experiment}
+        spec |= {"score": self.settings.score} if self.settings.score else {}
         if parent:
             spec["parent"] = parent
         kept = {k: cut(str(v), TAG_LIMIT) for k, v in {**_origin(), **(tags or {})}.items()}
@@ -111,6 +115,7 @@ class Part:
 
     def __init__(self, pipeline: Pipeline, above: str) -> None:
         self._pipeline, self._above = pipeline, above
+        self.tracker = NullTracker()  # the page of the pipeline is that of its own stages
 
     def stage(self, stage: str, tags: Mapping[str, Any] | None = None) -> Tracker:
         """As `Pipeline.stage`."""
@@ -133,6 +138,7 @@ def open_pipeline(
     nodes: int = 1,
     tags: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
+    recipe: Mapping[str, Any] | None = None,
     wait: float = 30.0,
 ) -> Pipeline:
     """Opens the pipeline run of a run folder, or continues it.
@@ -146,6 +152,7 @@ def open_pipeline(
         nodes: nodes of the Ray cluster; with several of them no local server is started.
         tags: further tags, e.g. recipe and config.hash.
         config: file with the full config, sent as an artifact.
+        recipe: what of it is not as it is by default.
         wait: seconds to wait for a server that is given.
 
     Raises:
@@ -166,6 +173,8 @@ def open_pipeline(
     pipeline.open(PIPELINE, name, tags)
     if config:
         pipeline.tracker.artifact(config)
+    if recipe:
+        pipeline.tracker.recipe(recipe)
     if sender is not None:
         sender.start()
         if isinstance(sender.endpoint, Remote):
@@ -175,9 +184,18 @@ def open_pipeline(
 
 
 def _origin() -> dict[str, str]:
-    """Tags that say where the run comes from."""
-    tags = {"ray.job_id": os.environ.get("RAY_JOB_ID", "")}
+    """Tags that say where the run comes from; those of MLflow fill its field `Source`."""
     root = Path(__file__).parents[2]
+    script = Path(sys.argv[0])
+    inside = script.absolute().is_relative_to(root)
+    name = str(script.absolute().relative_to(root)) if inside else script.name
+    tags = {
+        "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
+        "mlflow.source.name": name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.project.entryPoint": script.stem,
+        "command": public(shlex.join([name, *map(public, sys.argv[1:])])),
+    }
     if (root / ".git").exists():  # not in a Ray working directory, nor once installed
         command = ["git", "-C", str(root), "rev-parse", "--verify", "HEAD"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):

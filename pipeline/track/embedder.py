@@ -23,6 +23,11 @@ PACKAGES = (
     "simplejpeg",  # of images/jpeg.py
 )
 BATCH = 32
+DIGEST_LIMIT = 36  # characters; MLflow refuses more
+ABOUT = (
+    "Image encoders, a version for each export. Alias `best` is the one with the highest k-NN: "
+    '`mlflow.pyfunc.load_model("models:/{name}@best")`.'
+)
 
 
 def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) -> str:
@@ -32,8 +37,7 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         client: MlflowClient.
         run_id: the run that made it.
         weights: folder with safetensors and config.json.
-        spec: name (registered model, may be empty), score, note, and image_size, mean, std,
-            value_range, metrics, params.
+        spec: the fields of `tracker.ModelCard`.
     """
     import mlflow.pyfunc
     from mlflow.entities import LoggedModelOutput
@@ -58,6 +62,8 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         name="embedder",
         source_run_id=run_id,
         params={name: str(value) for name, value in spec.get("params", {}).items()},
+        tags={name: str(value) for name, value in spec.get("tags", {}).items()},
+        model_type="image encoder",
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on type hints and examples, in colour
@@ -81,10 +87,16 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         client.log_model_artifacts(logged.model_id, path)
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    images, digest = spec.get("data") or ("", "")
+    of_images = {"dataset_name": images, "dataset_digest": digest[:DIGEST_LIMIT]} if images else {}
     for name, value in spec.get("metrics", {}).items():
-        client.log_metric(run_id, name, value, model_id=logged.model_id)
+        client.log_metric(run_id, name, value, model_id=logged.model_id, **of_images)
+    address = f"models:/{logged.model_id}"
     if spec.get("name"):
-        _register(client, run_id, logged.model_id, spec)
+        address = f"models:/{spec['name']}/{_register(client, run_id, logged.model_id, spec)}"
+    if page := spec.get("page"):
+        text = {"mlflow.note.content": page.replace("MODEL_URI", address)}
+        client.set_logged_model_tags(logged.model_id, text)
     return str(logged.model_id)
 
 
@@ -103,21 +115,23 @@ def _example(side: int, channels: int) -> Any:
     return pd.DataFrame({"image": [file.getvalue()]})
 
 
-def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> None:
+def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> str:
+    """Makes a version of the registered model, and gives its number."""
     from mlflow.exceptions import MlflowException
 
     name, score = spec["name"], spec.get("score")
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=ABOUT.format(name=name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    tags = {name: str(value) for name, value in spec.get("tags", {}).items()}
     version = client.create_model_version(
         name,
         source=f"models:/{model_id}",
         run_id=run_id,
         description=spec.get("note", ""),
-        tags={} if score is None else {"score": str(score)},
+        tags=tags | ({} if score is None else {"score": str(score)}),
         model_id=model_id,
     ).version
     try:
@@ -126,6 +140,7 @@ def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> 
         best = None
     if best is None or (score is not None and score > float(best.tags.get("score", "-inf"))):
         client.set_registered_model_alias(name, "best", version)
+    return str(version)
 
 
 def _pins(weights: Path) -> list[str]:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import PipelineError
 from pipeline.track import server
 from pipeline.track.client import GivenUpError
+from pipeline.track.pages.charts import KEY
 from pipeline.uri import has_secret, public_address, split_user
 
 log = logging.getLogger("pipeline.track")
@@ -200,7 +201,7 @@ def links(uri: str, experiment: str, experiment_id: str, run_id: str) -> list[st
     """The lines that a job prints: server, this run, charts of the experiment.
 
     The query part opens MLflow's page for model training; without it a new browser shows the one
-    for language models.
+    for language models. That of the charts arranges them as `pages.charts` says.
     """
     if uri.startswith(("sqlite", "file")):
         look = f"mlflow ui --backend-store-uri {uri}"
@@ -211,5 +212,5 @@ def links(uri: str, experiment: str, experiment_id: str, run_id: str) -> list[st
     return [
         f"tracking   {uri}  experiment {experiment}",
         f"run        {page}/{run_id}?{kind}",
-        f"charts     {page}?{kind}&compareRunsMode=CHART",
+        f"charts     {page}?{kind}&compareRunsMode=CHART&viewStateShareKey={KEY}",
     ]

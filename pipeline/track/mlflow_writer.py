@@ -15,7 +15,15 @@ from urllib.parse import urlsplit
 from pipeline.track import journal
 from pipeline.track.client import explain, is_final, patient, quiet_mlflow
 from pipeline.track.journal import Event, kind
-from pipeline.track.names import DIGEST_LIMIT, METRICS_PER_BATCH, PARAM_LIMIT, cut
+from pipeline.track.names import (
+    DIGEST_LIMIT,
+    METRICS_PER_BATCH,
+    PARAM_LIMIT,
+    PARAMS_PER_BATCH,
+    cut,
+)
+from pipeline.track.pages import charts, pictures
+from pipeline.track.pages.zeros import Point, Zeros, points_of, voided
 from pipeline.track.runs import Runs
 from pipeline.track.server import artifact_folder
 from pipeline.track.state import Known
@@ -39,15 +47,20 @@ class Writer:
         from mlflow import MlflowClient
 
         self.client, self.uri = MlflowClient(uri), uri
+        self.known = known
         self.runs = Runs(self.client, known, key, artifact_folder(uri))
         self.folder = folder
         self._said: set[str] = set()
         self._checked = False
 
-    def apply(self, events: Sequence[Event]) -> None:
+    def apply(self, events: Sequence[Event], end: int) -> None:
         """Applies lines in order: any number of metrics, or a single other one.
 
         What the server refuses for good is said once and left out.
+
+        Args:
+            events: the lines.
+            end: offset in the journal after the last of them.
 
         Raises:
             Exception: the server did not take them now; the same call may be made again.
@@ -58,8 +71,12 @@ class Writer:
                 by_run.setdefault(event.get("to") or event["run"], []).append(event)
             else:
                 self._try(event, self._other, event)
+                if "resume" in event:
+                    voided(self.known.zeros, self.folder / journal.FILE_NAME, event, end)
+        held = {run: self.known.zeros.get(run, Zeros()).copy() for run in by_run}
         for run, rows in by_run.items():
-            self._try(rows[0], self._metrics, run, rows)
+            self._try(rows[0], self._metrics, run, points_of(held[run], rows))
+        self.known.zeros |= held  # once the server has them all: a second try holds back the same
 
     def _try(self, event: Event, call: Callable[..., None], *arguments: Any) -> None:
         run = event.get("to") or event["run"]
@@ -111,13 +128,12 @@ class Writer:
                 "that is on its disk too; start it with --artifacts-destination"
             )
 
-    def _metrics(self, run: str, rows: list[Event]) -> None:
+    def _metrics(self, run: str, of_rows: list[Point]) -> None:
         from mlflow.entities import Metric
 
         points = [
-            Metric(name, math.nan if value is None else value, row["ts"], row["step"])
-            for row in rows
-            for name, value in row[kind(row)].items()
+            Metric(name, math.nan if value is None else value, ms, step)
+            for name, value, ms, step in of_rows
         ]
         run_id = self.runs.id(run)
         for i in range(0, len(points), METRICS_PER_BATCH):
@@ -128,11 +144,24 @@ class Writer:
         name = kind(event)
         if name == "open":
             self.runs.open(event)
+            self._view(event)
         elif (handler := getattr(self, f"_{name}", None)) is not None:
             with patient(name in FILES):
                 handler(self.runs.id(event["run"]), event[name], event)
             if name in FILES:
                 self._check_place(event["run"])
+
+    def _view(self, event: Event) -> None:
+        """The experiment's charts as the printed link opens them, and what the experiment is."""
+        if event["open"].get("parent"):
+            return
+        experiment = self.client.get_experiment(self.known.experiment_id)
+        tags = {charts.TAG: charts.view(event["open"].get("score") or charts.SCORE)}
+        if not experiment.tags.get("mlflow.note.content"):  # or what the user wrote
+            tags["mlflow.note.content"] = charts.NOTE
+        for name, value in tags.items():
+            if experiment.tags.get(name) != value:
+                self.client.set_experiment_tag(experiment.experiment_id, name, value)
 
     def _params(self, run_id: str, params: dict[str, str], _: Event) -> None:
         from mlflow.entities import Param
@@ -140,8 +169,8 @@ class Writer:
         params = {name: cut(value, PARAM_LIMIT) for name, value in params.items()}
         there = self.client.get_run(run_id).data.params
         new = [Param(name, value) for name, value in params.items() if name not in there]
-        if new:
-            self.client.log_batch(run_id, params=new)
+        for i in range(0, len(new), PARAMS_PER_BATCH):
+            self.client.log_batch(run_id, params=new[i : i + PARAMS_PER_BATCH])
         changed = [f"{k}: {there[k]} -> {v}" for k, v in params.items() if there.get(k, v) != v]
         if changed:  # MLflow refuses to change a param
             self.runs.tags(run_id, {"config.changed": "; ".join(changed)})
@@ -167,12 +196,10 @@ class Writer:
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
     def _picture(self, run_id: str, spec: dict[str, Any], event: Event) -> None:
-        from PIL import Image
-
-        with Image.open(self.folder / spec["file"]) as picture:
-            picture.load()
+        shown = pictures.shown(self.folder / spec["file"], event["step"], spec.get("caption", ""))
+        for key, (picture, step) in shown.items():
             self.client.log_image(
-                run_id, picture, key=spec["key"], step=event["step"], timestamp=event["ts"]
+                run_id, picture, key=key or spec["key"], step=step, timestamp=event["ts"]
             )
 
     def _artifact(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
@@ -192,9 +219,13 @@ class Writer:
             self.runs.tags(run_id, {tag: json.dumps([*tables, entry])})
 
     def _model(self, run_id: str, spec: dict[str, Any], _: Event) -> None:
+        from mlflow.entities import LoggedModelOutput
+
         from pipeline.track.embedder import send_model
 
-        send_model(self.client, run_id, self.folder / spec["folder"], spec)
+        model = send_model(self.client, run_id, self.folder / spec["folder"], spec)
+        if above := spec.get("above"):
+            self.client.log_outputs(self.runs.id(above), [LoggedModelOutput(model, step=0)])
 
     def _resume(self, run_id: str, step: int, event: Event) -> None:
         from mlflow.entities import Metric
@@ -204,6 +235,9 @@ class Writer:
         self.runs.tags(run_id, {"attempt": event["attempt"]})
 
     def _end(self, run_id: str, status: str, event: Event) -> None:
+        said = self.client.get_run(run_id).data.tags.get("status")
+        if status != "FINISHED" or said in (None, "running"):  # not where it is `guarded`
+            self.runs.tags(run_id, {"status": status.lower()})
         self.client.set_terminated(run_id, status, event["ts"])
 
 

@@ -14,6 +14,7 @@ TAG_LIMIT = 8_000
 DIGEST_LIMIT = 36
 METRICS_PER_BATCH = 1_000
 TAGS_PER_BATCH = 100
+PARAMS_PER_BATCH = 100
 
 # The run page prints every param above every picture and pushes it out of its card.
 MAX_PARAMS = 8

@@ -45,19 +45,18 @@ class Runs:
         if run in self.known.runs:
             try:
                 if self._is_deleted(self.known.runs[run]):
-                    self._say_deleted(spec["pipeline"])
-                    del self.known.runs[run]
+                    self._forget(run, spec["pipeline"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self._say_deleted(spec["pipeline"])  # for good, or with the whole database
-                del self.known.runs[run]
+                self._forget(run, spec["pipeline"])  # for good, or with the whole database
         if run not in self.known.runs:
             run_id = self._find({"pipeline.key": self.key, "pipeline.stage": run})
             if run_id is not None:
                 self.known.runs[run] = run_id
         tags = {"pipeline.name": spec["pipeline"], "pipeline.stage": run}
         tags |= {"pipeline.key": self.key, "stage": run, "attempt": str(event["attempt"])}
+        tags |= {"status": "running"}
         tags |= spec.get("tags", {})
         if parent := spec.get("parent"):  # which may be another one than before
             tags["mlflow.parentRunId"] = self.id(parent)
@@ -83,6 +82,11 @@ class Runs:
         if info.lifecycle_stage == "deleted" or info.experiment_id == self.known.experiment_id:
             return bool(info.lifecycle_stage == "deleted")
         return bool(self.client.get_experiment(info.experiment_id).lifecycle_stage == "deleted")
+
+    def _forget(self, run: str, pipeline: str) -> None:
+        self._say_deleted(pipeline)
+        del self.known.runs[run]
+        self.known.zeros.pop(run, None)  # its curves begin anew
 
     def _say_deleted(self, pipeline: str) -> None:
         if not self._told:

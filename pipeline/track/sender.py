@@ -151,7 +151,7 @@ class Sender(threading.Thread):
             self.known.uri = uri
             self._writer = Writer(uri, self.known, self.state.key, self.folder)
         for batch, end in units(self.path, self.known.sent):
-            self._writer.apply(batch)
+            self._writer.apply(batch, end)
             self.known.sent = end
             self.state.save()
             if self._given_up:

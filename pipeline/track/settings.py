@@ -26,6 +26,7 @@ class TrackSettings:
         pipeline_run_id, run_id: known ids; "" where the server was not there yet.
         above: the run whose page shows this one's headline metrics.
         system_metrics: sample CPU, memory and GPU of this machine.
+        score: metric that decides, first of the charts; "" = the k-NN.
     """
 
     run_folder: str
@@ -39,6 +40,7 @@ class TrackSettings:
     run_id: str = ""
     above: str = PIPELINE
     system_metrics: bool = False
+    score: str = ""
 
     def set_aside(self) -> None:
         """Renames the journal that another run of the same name left on this machine."""

@@ -8,18 +8,30 @@ import os
 import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pipeline.track.pages.zeros import Zeros
 
 FILE_NAME = "track.json"
 
 
 @dataclass
 class Known:
-    """One MLflow server: the ids it gave us and the journal bytes that it acknowledged."""
+    """One MLflow server: the ids it gave us, the journal bytes that it acknowledged, and which
+    zeros of them are held back, by run.
+    """
 
     uri: str = ""
     experiment_id: str = ""
     runs: dict[str, str] = field(default_factory=dict)
     sent: int = 0
+    zeros: dict[str, Zeros] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> Known:
+        """As it stands in track.json."""
+        zeros = {run: Zeros(**one) for run, one in raw.get("zeros", {}).items()}
+        return cls(**{**raw, "zeros": zeros})
 
 
 class State:
@@ -36,7 +48,7 @@ class State:
         if self.path.exists():
             raw = json.loads(self.path.read_text())
             self.key = raw["key"]
-            self.servers = {name: Known(**known) for name, known in raw["servers"].items()}
+            self.servers = {name: Known.of(known) for name, known in raw["servers"].items()}
         elif not key:
             self.key = uuid.uuid4().hex
         if not self.path.exists():

@@ -65,6 +65,9 @@ class ModelCard:
         value_range: of images of more than 8 bits, that becomes 0 to 255.
         metrics: by name, for the model's page.
         params: likewise.
+        page: what the model's page says, markdown; `MODEL_URI` stands for its address.
+        tags: to find it by.
+        data: name and digest of the images that the metrics are of.
     """
 
     name: str = ""
@@ -76,6 +79,9 @@ class ModelCard:
     value_range: Any = "full"
     metrics: Mapping[str, float] = field(default_factory=dict)
     params: Mapping[str, Any] = field(default_factory=dict)
+    page: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    data: tuple[str, str] = ("", "")
 
 
 class Tracker:
@@ -131,6 +137,16 @@ class Tracker:
         self._write(params={metric_name(k): cut(public(str(v)), PARAM_LIMIT) for k, v in kept})
 
     @harmless
+    def recipe(self, values: Mapping[str, Any]) -> None:
+        """Sets what a recipe changes, as params `yaml/<field>`, which stand behind the short ones.
+
+        For the pipeline's run, whose pictures are in its report: two of them are compared by it.
+        """
+        self._write(
+            params={f"yaml/{k}": cut(public(str(v)), PARAM_LIMIT) for k, v in values.items()}
+        )
+
+    @harmless
     def tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags."""
         self._write(tags={metric_name(k): cut(str(v), TAG_LIMIT) for k, v in values.items()})
@@ -149,8 +165,12 @@ class Tracker:
         self._write(dataset={**spec, "context": context, "images": images})
 
     @harmless
-    def picture(self, key: str, step: int, pixels: Any) -> None:
-        """Keeps a picture, uint8 [H,W,3], as PNG and shows it at `pictures/<key>` and `step`."""
+    def picture(self, key: str, step: int, pixels: Any, caption: str = "") -> None:
+        """Keeps a picture, uint8 [H,W,3], as PNG and shows it at `pictures/<key>` and `step`.
+
+        MLflow shows it with its step and the caption below, and from the second step on beside the
+        first one, at `first and last step/<key>`.
+        """
         from PIL import Image
 
         key = picture_key(key)
@@ -158,7 +178,7 @@ class Tracker:
         data = io.BytesIO()
         Image.fromarray(pixels).save(data, "PNG", compress_level=1)
         atomic_write(self.folder / file, data.getvalue())
-        self._write(step=int(step), picture={"key": key, "file": file})
+        self._write(step=int(step), picture={"key": key, "file": file, "caption": caption})
 
     @harmless
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -185,7 +205,8 @@ class Tracker:
             weights: folder with safetensors and config.json.
             card: what is known of them.
         """
-        self._write(model={"folder": self._spooled(Path(weights)), **asdict(card)})
+        model = {"folder": self._spooled(Path(weights)), "above": self.settings.above}
+        self._write(model=model | asdict(card))
 
     @harmless
     def line(self, event: Mapping[str, Any]) -> None:

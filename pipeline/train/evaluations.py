@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
+from pipeline.evaluate.pictures import CAPTIONS
 from pipeline.evaluate.teacher import Evaluation
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
@@ -265,7 +266,7 @@ class Evaluations:
     def _record(self, step: int, evaluation: Evaluation) -> None:
         self.tracker.metrics(step, evaluation.metrics)
         for name, picture in evaluation.pictures.items():
-            self.tracker.picture(name, step, picture)
+            self.tracker.picture(name, step, picture, CAPTIONS.get(name, ""))
         if evaluation.note and evaluation.note != self.note:
             by = evaluation.decided_by.partition("/")[2]
             best = f"{by} chooses the best checkpoint" if by else "no checkpoint is best"
@@ -276,8 +277,10 @@ class Evaluations:
             f"{name.partition('/')[2]} {v:.4g}" for name, v in evaluation.metrics.items()
         )
         log.info("evaluated   step %d: %s", step, shown)
-        if score is not None:
-            self.tracker.headline(step, {evaluation.decided_by: score})
+        decides = ("health/", evaluation.decided_by or "health/")
+        self.tracker.headline(
+            step, {k: v for k, v in evaluation.metrics.items() if k.startswith(decides)}
+        )
         self._compare(step, evaluation)
         sentence = alarm(
             self.newest | evaluation.metrics,
@@ -315,6 +318,8 @@ class Evaluations:
                 result = self.guard.compare(step, evaluation.answers)
                 if metrics := self.guard.metrics(result):
                     self.tracker.metrics(step, metrics)
+                    gains = {k: v for k, v in metrics.items() if k.startswith("guard/gain")}
+                    self.tracker.headline(step, gains)
             if not result.may_be_best:
                 continue
             name, score = evaluation.decided_by, evaluation.metrics.get(evaluation.decided_by)

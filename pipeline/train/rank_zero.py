@@ -142,9 +142,10 @@ class RankZero(OtherRank):
         seen = step * plan.config.optim.global_batch_size
         timing = clock.read()
         newest = rows[-1] | _scheduled(plan, step - 1) | timing
+        # straight lines, which stay in the journal: no curve to look at
+        progress = {"data/images_seen": seen, "data/pass": step / plan.steps_per_pass}
+        self.tracker.metrics(step - 1, progress, send=False)
         newest |= {
-            "data/images_seen": seen,
-            "data/pass": step / plan.steps_per_pass,
             "data/bad_images": self.bad.total(),
             "data/storage_retries": retries(),  # of checkpoints and tables, in this process
             "data/read_retries": self.read_retries,
@@ -157,7 +158,8 @@ class RankZero(OtherRank):
         if torch.cuda.is_available():
             newest["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.tracker.metrics(step - 1, newest)
-        self.tracker.headline(step - 1, {"loss/total": newest["loss/total"]})
+        shown = ("loss/total", "health/teacher_entropy")
+        self.tracker.headline(step - 1, {name: newest[name] for name in shown if name in newest})
         self.evaluations.note_step(newest)
         if step % plan.config.train.log_every == 0 or step == plan.steps:
             width = len(str(plan.steps))
@@ -266,13 +268,10 @@ class RankZero(OtherRank):
 
     def picture_crops(self, batch: Batch) -> None:
         """The first images as the student sees them, with masks, before step 0."""
-        from pipeline.evaluate.pictures import crops_sheet
+        from pipeline.evaluate.pictures import CAPTIONS, crops_sheet
 
-        self.tracker.picture(
-            "crops",
-            0,
-            crops_sheet(batch, build.photometric_spec(self.plan.config), self.plan.grid),
-        )
+        sheet = crops_sheet(batch, build.photometric_spec(self.plan.config), self.plan.grid)
+        self.tracker.picture("crops", 0, sheet, CAPTIONS["crops"])
 
     def finish(self, outcome: dict[str, Any], clock: Clock) -> dict[str, Any]:
         """Waits for the evaluations under way and gives the outcome for the driver."""

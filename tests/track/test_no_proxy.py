@@ -66,7 +66,7 @@ def test_one_warning_with_the_cause_and_what_to_set(
     client: Any = Client(place, error)
     writer.client = writer.runs.client = client
     for event in EVENTS:
-        writer.apply([event])
+        writer.apply([event], 0)
     assert client.files == ([] if error else ["a.html", "b.json", "c.html"])
     about_place = [line for line in caplog.messages if "artifact proxy" in line]
     assert len(about_place) == bool(said)
