@@ -119,7 +119,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     if (code := write_encoder(run_plan, context.folder)) is not None:
         tracker.artifact(code)
     tracker.dataset("train", shards.digest, public(context.shards_uri), "training", shards.rows)
-    tracker.params(params(run_plan))
+    # MLflow prints them above every picture: the others are on the page of the whole
+    tracker.params({"workers": run_plan.workers, "precision": run_plan.precision})
     whole = context.tracking.tracker
     whole.params(pipeline_page.parameters(run_plan))
     name = pipeline_page.name_of_images(context.config)
@@ -192,7 +193,7 @@ def starting_pair(plan: Plan, folder: RunFolder) -> Pair:
 
 
 def params(plan: Plan) -> dict[str, Any]:
-    """At most eight short ones; MLflow prints them above every picture."""
+    """What a model's page says of its training."""
     return {
         "model": _model(plan.config),
         "images": plan.images,

@@ -38,7 +38,10 @@ def quiet_mlflow() -> None:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # MLflow sets its own level when it is imported, so what it says is filtered where it is said.
-    for name in ("mlflow.models.signature", "mlflow.utils.environment", "mlflow.store.db.utils"):
+    for name in (
+        *("mlflow.models.signature", "mlflow.utils.environment", "mlflow.store.db.utils"),
+        "mlflow.pyfunc",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("mlflow", "urllib3.connectionpool"):
         if logging.getLogger(name).level == logging.NOTSET:

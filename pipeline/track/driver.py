@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
 import shlex
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.environment import name_user
 from pipeline.heartbeat import doing
 from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, Database, LocalServer, Remote
 from pipeline.track.journal import FILE_NAME, Journal
@@ -185,12 +187,14 @@ def open_pipeline(
 
 def _origin() -> dict[str, str]:
     """Tags that say where the run comes from; those of MLflow fill its field `Source`."""
+    name_user()
     root = Path(__file__).parents[2]
     script = Path(sys.argv[0])
     inside = script.absolute().is_relative_to(root)
     name = str(script.absolute().relative_to(root)) if inside else script.name
     tags = {
         "ray.job_id": os.environ.get("RAY_JOB_ID", ""),
+        "mlflow.user": getpass.getuser(),
         "mlflow.source.name": name,
         "mlflow.source.type": "LOCAL",
         "mlflow.project.entryPoint": script.stem,

@@ -272,15 +272,13 @@ class Evaluations:
             best = f"{by} chooses the best checkpoint" if by else "no checkpoint is best"
             log.warning("evaluation: %s; %s", evaluation.note, best)
         self.note = evaluation.note
-        score = evaluation.metrics.get(evaluation.decided_by)
         shown = ", ".join(
             f"{name.partition('/')[2]} {v:.4g}" for name, v in evaluation.metrics.items()
         )
         log.info("evaluated   step %d: %s", step, shown)
         decides = ("health/", evaluation.decided_by or "health/")
-        self.tracker.headline(
-            step, {k: v for k, v in evaluation.metrics.items() if k.startswith(decides)}
-        )
+        tops = {k: v for k, v in evaluation.metrics.items() if k.startswith(decides)}
+        self.tracker.headline(step, tops)
         self._compare(step, evaluation)
         sentence = alarm(
             self.newest | evaluation.metrics,

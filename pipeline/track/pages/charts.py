@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 NOTE = """Runs of one recipe. Each has its stages below it; its page has the verdict and the scores.
@@ -28,20 +27,27 @@ NOTE = """Runs of one recipe. Each has its stages below it; its page has the ver
 KEY = "raydino"
 TAG = f"mlflow.sharedViewState.{KEY}"
 SCORE = "eval/knn20_top1"
-# In this order; the closed ones are opened by a click. Names of sections are those that MLflow
-# gives them, the part of a metric's name before the last `/`, so that it puts new metrics there.
-OPEN = ("eval", "loss", "health", "first and last step", "guard")
-CLOSED = ("pictures", "optim", "curate", "embed", "data", "perf", "Model metrics", "System metrics")
-METRICS = (
-    *("loss/total", "health/effective_rank", "health/feature_std", "health/teacher_entropy"),
-    *("curate/kept", "data/images"),
-)
-PICTURES = ("neighbours", "patch_pca")
-COLUMNS = (
-    *("attributes.`Dataset`", "attributes.`Models`", "attributes.`Source`"),
-    *("params.`network`", "params.`images`", "params.`steps`"),
-    *("tags.`status`", "tags.`verdict`"),
-)
+# In this order. They are called as MLflow calls them, by the part of a metric's name before the
+# last `/`. A section that is named here is shown without charts, too; so these are those that a run
+# always has, and MLflow puts others behind them.
+SECTIONS = ("eval", "loss", "health")
+METRICS = ("loss/total", "health/effective_rank", "health/feature_std", "health/teacher_entropy")
+# Of the table of runs, with their widths in pixels; they fit into a window of 1,280.
+COLUMNS = {
+    "attributes.`Run Name`": 150,
+    "metrics.`{score}_final`": 110,
+    "attributes.`Description`": 300,
+    "tags.`status`": 90,
+    "params.`network`": 110,
+    "params.`images`": 80,
+    "params.`steps`": 80,
+    "runDateAndNestInfo": 130,
+    "duration": 80,
+    "attributes.`Dataset`": 160,
+    "attributes.`Models`": 160,
+    "attributes.`Source`": 100,
+}
+ALWAYS = ("attributes.`Run Name`", "runDateAndNestInfo", "duration")  # no choice of the reader's
 
 
 def view(score: str = SCORE) -> str:
@@ -54,20 +60,14 @@ def view(score: str = SCORE) -> str:
         {
             "uuid": _id(name),
             "name": name,
-            "display": name in OPEN,
+            "display": True,
             "isReordered": True,  # or MLflow sorts what it adds
             "deleted": False,
             "isGenerated": True,
         }
-        for name in (*OPEN, *CLOSED)
+        for name in SECTIONS
     ]
-    charts = [
-        _line(score),
-        _bar(f"{score}_final"),
-        *[_line(name) for name in METRICS[:4]],
-        *[_picture(f"first and last step/{name}") for name in PICTURES],
-        *[_bar(name) for name in METRICS[4:]],
-    ]
+    columns = {name.format(score=score): width for name, width in COLUMNS.items()}
     shown: dict[str, Any] = {
         "searchFilter": "",
         "orderByKey": "attributes.start_time",
@@ -76,8 +76,10 @@ def view(score: str = SCORE) -> str:
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
-        "selectedColumns": [*_columns(score)],
-        "compareRunCharts": charts,
+        "selectedColumns": [name for name in columns if name not in ALWAYS],
+        "columnOrder": list(columns),
+        "columnWidths": columns,
+        "compareRunCharts": [_line(score), _bar(f"{score}_final"), *map(_line, METRICS)],
         "compareRunSections": sections,
         "isAccordionReordered": True,
         "hideEmptyCharts": True,
@@ -88,10 +90,6 @@ def view(score: str = SCORE) -> str:
         },
     }
     return json.dumps(shown, separators=(",", ":"))
-
-
-def _columns(score: str) -> Sequence[str]:
-    return (*COLUMNS[-2:], f"metrics.`{score}_final`", "metrics.`loss/total`", *COLUMNS[:-2])
 
 
 def _id(name: str) -> str:
@@ -133,9 +131,5 @@ def _line(metric: str) -> dict[str, Any]:
 
 
 def _bar(metric: str) -> dict[str, Any]:
-    return _card("BAR", metric, metricKey=metric)
-
-
-def _picture(key: str) -> dict[str, Any]:
-    """Without the run's parameters, which MLflow else prints above each picture."""
-    return _card("IMAGE", key, imageKeys=[key], step=0, showRunParams=False)
+    # not as one of MLflow's own, which become lines where the step is not 0
+    return _card("BAR", metric, metricKey=metric) | {"isGenerated": False}
