@@ -64,7 +64,10 @@ def look_sections(facts: RunFacts) -> Iterator[Section]:
         "colours of the two networks have nothing to do with each other."
     )
     if "attention" in kinds:
-        text += " Attention is that of the CLS token, the mean of all heads: yellow is most."
+        text += (
+            " Attention is that of the CLS token, the mean of all heads: yellow is most, on one "
+            "scale before and after."
+        )
     else:
         text += " This encoder has no CLS token with an attention that could be shown."
     yield Heading("What it sees", "Patches of the same images before training, and after it.")

@@ -117,7 +117,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         result_line("", line)
     summary = _summary(curation)
     page = context.folder.stage("curate") / "report.html"
-    report.write(page, summary, f"Curation of {config.run.name}", tally.line())
+    report.write(page, summary, f"Curation of {config.run.name}")
     log.info("report      %s", public(context.folder.at("curate", "report.html")))
     tracker.params(params(config, tally.rows, threshold.copies if threshold else None))
     _track(tracker, curation, summary, page)

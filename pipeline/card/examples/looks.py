@@ -85,7 +85,7 @@ def looks_of(
     for n in range(len(decoded)):
         kinds = {"components": (_squares(was.colours[n]), _squares(now.colours[n]))}
         if was.attention is not None and now.attention is not None:
-            kinds["attention"] = (_heat(was, n), _heat(now, n))
+            kinds["attention"] = _heats(now.images[n], was.attention[n], now.attention[n])
         drawn.append(kinds)
     shown = tuple(png(_shown(now.images[n])) for n in range(len(decoded)))
     return Looks(shown, tuple(drawn), now.remark)
@@ -113,9 +113,12 @@ def _squares(colours: Tensor) -> bytes:
     return png(pictures.patches(colours, (SIDE, SIDE)))
 
 
-def _heat(seen: _Seen, number: int) -> bytes:
-    assert seen.attention is not None
-    return png(pictures.heat(_shown(seen.images[number]), seen.attention[number]))
+def _heats(image: Pixels, before: Tensor, after: Tensor) -> Pair:
+    """Both on one scale, so that an even map stays even."""
+    low = min(float(one.min()) for one in (before, after))
+    high = max(float(one.max()) for one in (before, after))
+    first, second = (pictures.heat(_shown(image), one, (low, high)) for one in (before, after))
+    return png(first), png(second)
 
 
 def _shown(pixels: Pixels) -> Pixels:

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.curate.report.copies import BIN, Band, Component, Components, Edges, Looks
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.tiles import component_group, pair
-from pipeline.curate.report.words import COLOURS, images, share, similarity
+from pipeline.curate.report.words import COLOURS, images, listed, share, similarity
 from pipeline.report.page import (
     Bar,
     Bars,
@@ -19,7 +19,10 @@ from pipeline.report.page import (
     Mark,
     Numbers,
     Section,
+    Text,
 )
+
+BARS = 4  # fewer are a sentence, not a chart
 
 FRAME = (
     "A green frame marks an image that stays; below the others, how alike they are to it. That may "
@@ -69,17 +72,7 @@ def _groups(summary: Summary, parts: Components) -> list[Section]:
     )
     if not parts.count:
         return [Heading("Copies", text)]
-    sizes = Chart(
-        {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
-        "Groups by size",
-        "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
-        "placeholders, logos, or a threshold that is too low.",
-        x_label="images in a group",
-        y_label="groups",
-        x_log=True,
-        y_log=True,
-        stems=True,
-    )
+    sizes = _sizes(parts)
 
     def gallery(components: Sequence[Component], title: str, about: str) -> Section:
         return Gallery(
@@ -99,6 +92,27 @@ def _groups(summary: Summary, parts: Components) -> list[Section]:
         )
         sections.append(gallery(parts.chains, "Suspected chains", about))
     return sections
+
+
+def _sizes(parts: Components) -> Section:
+    """How many groups there are of each size; of few sizes a sentence."""
+    if len(parts.sizes) < BARS:
+        said = [
+            f"{n:,} group{'s' * (n != 1)} of {size:,} images" for size, n in parts.sizes.items()
+        ]
+        return Text(f"There {'is' if sum(parts.sizes.values()) == 1 else 'are'} {listed(said)}.",
+                    "Groups by size")  # fmt: skip
+    return Chart(
+        {"groups": [(float(size), float(n)) for size, n in parts.sizes.items()]},
+        "Groups by size",
+        "Both axes are logarithmic. Most groups should be pairs; a few huge ones mean "
+        "placeholders, logos, or a threshold that is too low.",
+        x_label="images in a group",
+        y_label="groups",
+        x_log=True,
+        y_log=True,
+        stems=True,
+    )
 
 
 def _pairs(summary: Summary, edges: Edges) -> list[Section]:
@@ -122,6 +136,12 @@ def _pairs(summary: Summary, edges: Edges) -> list[Section]:
 
 def _similarities(summary: Summary, edges: Edges) -> Section:
     assert summary.threshold is not None
+    if sum(bool(count) for count in edges.counts) < BARS:
+        return Text(
+            f"{edges.above:,} pairs lie above the threshold of {similarity(summary.threshold)}, "
+            f"{edges.count - edges.above:,} below it.",
+            "How alike the compared pairs are",
+        )
     middle = max(1, sorted(edges.counts)[len(edges.counts) // 2])
     return Histogram(
         edges.bins,
@@ -177,7 +197,10 @@ def threshold_sections(summary: Summary) -> list[Section]:
     line = (_line(float(known["threshold"])),)
     curve = [(float(t), float(r), float(f)) for t, r, f in known["curve"]]
     positive = [f for _, _, f in curve if f > 0]
-    if curve:
+    if curve and len({r for _, r, _ in curve}) == 1 and not positive:
+        said = f"At every threshold {share(curve[0][1], 1)} of the copies are found and no pair of "
+        sections.append(Text(f"{said}different images is taken for copies."))
+    elif curve:
         sections += [
             Chart(
                 {"recall": [(t, 100 * r) for t, r, _ in curve]},

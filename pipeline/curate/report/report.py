@@ -15,7 +15,7 @@ said of copies and of other sets is in `copy_sections` and `set_sections`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.curate.report.copy_sections import copy_sections
@@ -50,6 +50,7 @@ from pipeline.report.page import (
     Matrix,
     Numbers,
     Section,
+    Text,
     write_report,
 )
 
@@ -168,14 +169,18 @@ def _where(summary: Summary) -> list[Section]:
             name_of(reason),
             ((counts[reason], COLOURS[reason]),),
             f"{counts[reason]:,} ({share(counts[reason], total)})",
-            f"{WORDS[reason].meaning} [{reason}]",
+            WORDS[reason].meaning,
         )
         for reason in ("kept", *REMOVED)
         if counts[reason]
     ]
     meanings = Bars(reasons, "Reasons, and what they mean", whole=total, head=("reason", "images"))
     head = Heading("What was left out, and why", "Every image that went in has one reason.")
-    return [head, funnel, meanings, _sources(summary)]
+    if summary.kept == total:  # nothing to chart
+        return [head, Text(f"All {images(total)} stay.")]
+    took = sum(bool(stage.removed) for stage in summary.stages)
+    sources = [_sources(summary)] if len(summary.counts.by_source) > 1 else []
+    return [head, *([funnel] if took > 1 else []), meanings, *sources]
 
 
 def _sources(summary: Summary) -> Section:
@@ -190,7 +195,8 @@ def _sources(summary: Summary) -> Section:
         return [sum(of.values()), *(of.get(r, 0) for r in ("kept", *used, *unknown))]
 
     by_size = sorted(summary.counts.by_source.items(), key=lambda kv: (-sum(kv[1].values()), kv[0]))
-    rows = {source or "(unknown)": line(of) for source, of in by_size[:SOURCES]}
+    above = _above(list(summary.counts.by_source))
+    rows = {source.removeprefix(above) or "(unknown)": line(of) for source, of in by_size[:SOURCES]}
     if len(by_size) > SOURCES:
         smaller = [line(of) for _, of in by_size[SOURCES:]]
         rows[f"{len(smaller):,} smaller sources"] = [
@@ -207,6 +213,13 @@ def _sources(summary: Summary) -> Section:
     )
 
 
+def _above(sources: Sequence[str]) -> str:
+    """The input that all sources are folders of, which need not be said of each: `pool/`."""
+    inputs = {source.partition("/")[0] for source in sources}
+    whole = all(source.partition("/")[2] for source in sources)
+    return f"{inputs.pop()}/" if len(inputs) == 1 and whole else ""
+
+
 def _rules(summary: Summary) -> list[Section]:
     counts = summary.counts
     groups = []
@@ -221,11 +234,10 @@ def _rules(summary: Summary) -> list[Section]:
             one = summary.shown.get(row)
             value = one.score if one else None
             words = f"{value:.3g}" if value is not None else _error(one.error if one else "")
-            name = (one.path.rpartition("/")[2] if one else "") if value is None else ""
-            tiles.append(tile(summary, row, name, first=words))
+            tiles.append(tile(summary, row, first=words))
         if reason == "undecodable":
             tiles = tiles[:UNREADABLE]
-        about = f"{rule} ({said}); below each picture what was measured" if said else ""
+        about = f"Below each: {said}. The limit is quality.{rule}." if said else ""
         groups.append((reason, Group(tiles, title, about)))
     groups.sort(key=lambda kv: QUALITY.index(kv[0]))
     sections: list[Section] = []

@@ -10,12 +10,22 @@ from pipeline.curate.report.map import GRID
 from pipeline.curate.report.sets import BINS, Leaks, Match, Retrieved
 from pipeline.curate.report.summary import Summary
 from pipeline.curate.report.tiles import GONE, KEEP, match_group, other, tile
-from pipeline.curate.report.words import COLOURS, images, name_of, seconds, share, similarity, size
+from pipeline.curate.report.words import (
+    COLOURS,
+    images,
+    listed,
+    name_of,
+    seconds,
+    share,
+    similarity,
+    size,
+)
 from pipeline.curate.rows.tables import REASONS
 from pipeline.report.page import (
     Bar,
     Bars,
     Chart,
+    Fold,
     Gallery,
     Group,
     Heading,
@@ -25,7 +35,11 @@ from pipeline.report.page import (
     Points,
     Section,
     Table,
+    Text,
 )
+
+BARS = 4  # fewer are a sentence, not a chart
+LONGEST = 6  # steps that are shown
 
 
 def leak_sections(summary: Summary) -> list[Section]:
@@ -42,6 +56,10 @@ def leak_sections(summary: Summary) -> list[Section]:
     )
     rules = summary.counts.by_rule
     sets = summary.leaks
+    if not any(leak.leaked or leak.rows for leak in sets):
+        named = [f"{leak.name} ({images(leak.images)})" if leak.images else leak.name
+                 for leak in sets]  # fmt: skip
+        return [Heading("Evaluation images in the pile", f"{text} Looked for: {listed(named)}.")]
     columns: Mapping[str, Sequence[Any]] = {
         "evaluation set": [leak.name for leak in sets],
         "its images": [leak.images or "–" for leak in sets],
@@ -110,9 +128,7 @@ def seed_sections(summary: Summary) -> list[Section]:
         for row in sample
     ]
     if rows:
-        left = Group(
-            [tile(summary, row, first=f"{summary.shown[row].image_id[:8]}…") for row in rows]
-        )
+        left = Group([tile(summary, row) for row in rows])
         sections.append(Gallery([left], "Left out: like no seed image", "By chance.", wide=False))
     return sections
 
@@ -134,6 +150,10 @@ def _seeds(summary: Summary, one: Retrieved) -> list[Section]:
 
 def _histogram(counts: tuple[int, ...], title: str, marks: tuple[Mark, ...]) -> Section:
     used = [i for i, n in enumerate(counts) if n]
+    if len(used) < BARS:
+        low, high = -1 + 2 * used[0] / BINS, -1 + 2 * (used[-1] + 1) / BINS
+        what = f"All {images(sum(counts))} have a similarity"
+        return Text(f"{what} of {low:.2f} to {high:.2f}.", title, wide=False)
     first, last = max(0, used[0] - 2), min(BINS, used[-1] + 3)
     step = 2 / BINS
     ends = [round(-1 + step * i, 9) for i in range(first, last + 1)]
@@ -196,6 +216,12 @@ def cluster_sections(summary: Summary) -> list[Section]:
 
 
 def _ranks(name: str, level: Level) -> Section:
+    if level.clusters < BARS:
+        return Text(
+            f"Images before: {listed([f'{n:,}' for n in level.before.tolist()])}; "
+            f"after: {listed([f'{n:,}' for n in level.after.tolist()] or ['none'])}.",
+            f"Sizes of the {name}",
+        )
     return Chart(
         {"before": ranked(level.before), "after": ranked(level.after)},
         f"Sizes of the {name}",
@@ -274,9 +300,18 @@ def cost_sections(summary: Summary) -> list[Section]:
         f"{sum(s.reused for s in steps):,} of {sum(len(s.accounts) for s in steps):,} tasks were "
         "finished before and used again."
     )
-    bars = [Bar(s.name, ((s.cpu_s, "var(--c0)"),), seconds(s.cpu_s)) for s in steps]
+    longest = sorted(steps, key=lambda s: -s.cpu_s)[:LONGEST]
+    bars = [Bar(_step(s.name), ((s.cpu_s, "var(--c0)"),), seconds(s.cpu_s)) for s in longest]
+    if left := steps[LONGEST:]:
+        spent = cpu - sum(s.cpu_s for s in longest)
+        bars.append(Bar(f"{len(left):,} other steps", ((spent, "var(--c6)"),), seconds(spent)))
     return [
         Heading("What it cost", text),
-        Bars(bars, "CPU time of each step"),
-        Table(columns, "Steps"),
+        Bars(bars, "CPU time, the longest steps"),
+        Fold([Table(columns)], "All steps", "time, memory and bytes of each"),
     ]
+
+
+def _step(name: str) -> str:
+    """`looks, edges, looked` of `looks/edges/looked`."""
+    return name.replace("/", ", ").replace("_", " ")

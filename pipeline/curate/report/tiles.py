@@ -6,7 +6,7 @@ from pipeline.curate.report.copies import Component, Member
 from pipeline.curate.report.read import Shown
 from pipeline.curate.report.sets import Match
 from pipeline.curate.report.summary import Summary
-from pipeline.curate.report.words import COLOURS, name_of, similarity, size
+from pipeline.curate.report.words import COLOURS, file_name, name_of, similarity, size
 from pipeline.report.page import Group, Tile
 
 KEEP, GONE, ASK, CHAIN = "keep", "gone", "ask", "chain"
@@ -19,7 +19,7 @@ def tile(
     first: str | None = None,
     frame: str = "",
 ) -> Tile:
-    """A row of the pile: what became of it, then more lines.
+    """A row of the pile: what became of it, then more lines, then its file's name.
 
     Args:
         summary: its `shown` holds the row.
@@ -32,7 +32,7 @@ def tile(
     words = name_of(one.reason) if first is None else first
     return Tile(
         image=one.thumbnail,
-        lines=tuple(line for line in (words, *more) if line),
+        lines=tuple(line for line in (words, *more, file_name(one.path)) if line),
         alt=f"image {one.image_id[:8]}… from {one.source or 'an unknown source'}: {words}",
         frame=frame,
         tip=_tip(one),
@@ -45,7 +45,7 @@ def other(one: Shown | None, query: bytes, words: str) -> Tile:
     shown = one or Shown(row=-1, image_id=query.hex())
     return Tile(
         image=shown.thumbnail,
-        lines=(words, f"{query.hex()[:8]}…"),
+        lines=(words, file_name(shown.path) or f"{query.hex()[:8]}…"),
         alt=f"{words}, image {query.hex()[:8]}…",
         frame=ASK,
         tip=_tip(shown),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.curate.rows.tables import REASONS
 
+NAME = 26  # letters of a file's name below its picture
 REMOVED = tuple(reason for reason in REASONS if reason != "kept")
 # Where images go, in the order of precedence of their reasons.
 STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -151,6 +152,12 @@ def similarity(number: float) -> str:
 def listed(parts: list[str]) -> str:
     """A, b and c."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def file_name(path: str) -> str:
+    """The last part of a path, cut in its middle where it is long; "" of none."""
+    name = path.rstrip("/").rpartition("/")[2]
+    return name if len(name) <= NAME else f"{name[: NAME - 11]}…{name[-10:]}"
 
 
 def largest(counts: Mapping[str, int]) -> list[tuple[str, int]]:
