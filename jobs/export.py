@@ -1,7 +1,6 @@
-"""Writes the teacher's backbone as safetensors, with export.onnx=true as ONNX too, loads it back
-and compares.
+"""Writes the teacher's backbone as safetensors, loads it back and compares.
 
-python jobs/export.py configs/cifar10.yaml
+`python jobs/export.py --help` says how it is typed; pipeline/commands/ has it.
 """
 
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no installed package
 
-from pipeline.job import main
+from pipeline.job import command
 
 if __name__ == "__main__":
-    main(["export"], __doc__)
+    command("export")

@@ -1,7 +1,6 @@
 """Trains a DINOv2 backbone on image shards; the same command again resumes.
 
-python jobs/pretrain.py configs/cifar10.yaml data.shards=shards/ optim.lr=1e-3
-python jobs/pretrain.py configs/cifar10.yaml data.shards=shards/ --dry-run
+`python jobs/pretrain.py --help` says how it is typed; pipeline/commands/ has it.
 """
 
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no installed package
 
-from pipeline.job import main
+from pipeline.job import command
 
 if __name__ == "__main__":
-    main(["pretrain"], __doc__)
+    command("pretrain")

@@ -1,23 +1,53 @@
-"""The command line of all jobs: recipe, overrides, --help, --dry-run, one-sentence errors."""
+"""The command line of all jobs: recipe, overrides, --help, --dry-run, one-sentence errors.
+
+`python jobs/NAME.py` and, where the package is installed, `raydino NAME` are the same command.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 
 from pipeline import log
+from pipeline.commands.command import Command
+from pipeline.commands.help import everything, index, nearest_command, screen, section
+from pipeline.commands.table import COMMANDS
 from pipeline.config.config import Config
-from pipeline.config.load import describe, load
+from pipeline.config.load import load
 from pipeline.environment import prefer_utf8
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.heartbeat import beating, doing
 
-PLACES = (
-    "Relative paths, in a recipe too, count from the folder where the job is started. "
-    "A recipe that is\nnot there is looked for in the project's own folder."
-)
+SYNC = "sync"
+AGAIN = "--again"
+
+
+def command(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command of the table with the process's arguments; exits 2 on a user's mistake.
+
+    Args:
+        name: in `pipeline.commands.table`.
+        arguments: default: `sys.argv[1:]`.
+    """
+    _run(COMMANDS[name], list(sys.argv[1:] if arguments is None else arguments))
+
+
+def raydino() -> None:
+    """The command `raydino`: its first word names one of the table."""
+    prefer_utf8()
+    log.say_as_command()
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        command(name, arguments)
+    elif name in ("-h", "--help"):
+        _print(index(_version()))
+    elif name == "--version":
+        _print(_version())
+    else:
+        _guarded(lambda: _unknown(name))
 
 
 def main(
@@ -29,56 +59,101 @@ def main(
     recipe: str = "",
     implied: Sequence[str] = (),
 ) -> None:
-    """Runs stages with the process's arguments; exits 2 on a user's mistake.
+    """Runs stages as a command that is not in the table; `Command` says what each argument is."""
+    made = Command(
+        stages[-1],
+        tuple(stages),
+        doc.strip(),
+        shorthand=shorthand or {},
+        words=tuple(words),
+        recipe=recipe,
+        implied=tuple(implied),
+    )
+    _run(made, list(sys.argv[1:] if arguments is None else arguments))
 
-    Args:
-        stages: names in `pipeline.stages.ORDER`, or `doctor` or `serve` alone.
-        doc: what `--help` says first.
-        arguments: default: `sys.argv[1:]`.
-        shorthand: short names of this job for fields, `{"model": "embed.model"}`; under `""` the
-            list field that takes what is neither a recipe nor `name=value`.
-        words: fields that take such words instead, one each, in this order.
-        recipe: that is read where none is named.
-        implied: `name=value` that this job means whatever a recipe says; the command line may say
-            otherwise.
-    """
-    shorthand = shorthand or {}
+
+def _run(asked: Command, typed: list[str]) -> None:
     prefer_utf8()
-    typed = list(sys.argv[1:] if arguments is None else arguments)
     flags = [a for a in typed if a.startswith("-")]
-    if {"-h", "--help"} & set(flags):
-        short = [f"{name} for {field}" for name, field in shorthand.items() if name]
-        names = f"Short names here: {', '.join(short)}.\n\n" * bool(short)
-        _print(
-            f"{doc.strip()}\n\n{PLACES}\n\n{names}"
-            f"Fields (section.field=value) [default]:{describe()}"
-        )
+    if text := [flag for flag in flags if flag == "-h" or flag.partition("=")[0] == "--help"]:
+        _guarded(lambda: _print(_help(asked, text[0].partition("=")[2])))
         return
     log.configure()
+    words = [a for a in typed if not a.startswith("-")]
+    _guarded(lambda: _do(asked, flags, words))
+
+
+def _help(asked: Command, what: str) -> str:
+    if not what:
+        return screen(asked)
+    return everything(asked) if what == "all" else section(what)
+
+
+def _do(asked: Command, flags: Sequence[str], typed: Sequence[str]) -> None:
+    """Reads the config and starts the stages."""
+    options = asked.flags or ("--dry-run",)
+    if unknown := [flag for flag in flags if flag not in options]:
+        raise PipelineError(
+            f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
+            f"options are {', '.join(options)} and --help; fields are set as section.field=value",
+        )
+    if asked.stages == (SYNC,):
+        _sync(typed, again=AGAIN in flags)
+        return
+    spelled = spelled_out(typed, asked.shorthand, asked.words)
+    if asked.recipe and not any(_is_recipe(one) for one in spelled):
+        spelled = [asked.recipe, *spelled]
+    config = load([*asked.implied, *spelled])
+    with beating(), doing("loading the libraries"):
+        _start(config, asked.stages, dry=bool(flags))
+
+
+def _guarded(run: Callable[[], object]) -> None:
+    """Says a user's mistake in one sentence and exits."""
+    debug = os.environ.get("PIPELINE_DEBUG")
     try:
-        if unknown := [flag for flag in flags if flag != "--dry-run"]:
-            raise PipelineError(
-                f"unknown option {unknown[0].partition('=')[0]}" + "=…" * ("=" in unknown[0]),
-                "options are --dry-run and --help; fields are set as section.field=value",
-            )
-        spelled = spelled_out([a for a in typed if not a.startswith("-")], shorthand, words)
-        if recipe and not any(_is_recipe(one) for one in spelled):
-            spelled = [recipe, *spelled]
-        config = load([*implied, *spelled])
-        with beating(), doing("loading the libraries"):
-            _start(config, stages, dry=bool(flags))
+        run()
     except PipelineError as error:
-        if os.environ.get("PIPELINE_DEBUG"):
+        if debug:
             raise
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error.what}\n" + (f"  {error.hint}\n" if error.hint else ""))
+        said = f"error: {error.what}\n" + (f"  {error.hint}\n" if error.hint else "")
+        sys.stderr.write(log.as_typed(said))
         sys.exit(2)
     except KeyboardInterrupt:
-        if os.environ.get("PIPELINE_DEBUG"):
+        if debug:
             raise
         sys.stdout.flush()
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint\n")
         sys.exit(130)  # 128 + SIGINT
+
+
+def _unknown(name: str) -> None:
+    near = nearest_command(name)
+    hint = f"did you mean raydino {near}?" if near else "raydino --help lists them"
+    raise ConfigError(f"no command {name}", hint)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("raydino")
+    except metadata.PackageNotFoundError:  # a clone that is not installed
+        return "(from a clone)"
+
+
+def _sync(folders: Sequence[str], again: bool) -> None:
+    """Sends what the journals of runs still hold.
+
+    Raises:
+        PipelineError: no folder is named, or it is none of a run, or the server refuses.
+    """
+    if not folders:
+        raise PipelineError("no run is named", "python jobs/sync.py runs/<name>")
+    from pipeline.stages.sync import sync_run
+    from pipeline.uri import public
+
+    for folder in folders:
+        _print(f"{public(folder)}: {sync_run(folder, again=again)} sent")
 
 
 def spelled_out(
@@ -160,4 +235,4 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(log.as_typed(text) + "\n")

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 from pipeline.heartbeat import SignOfLife
 from pipeline.uri import public
+
+_JOB = re.compile(r"(?:python )?\bjobs/([a-z]+)\.py")
+
+
+@dataclass
+class Typed:
+    """How commands are written in what is said: `python jobs/run.py` or `raydino run`."""
+
+    as_command: bool = False
+
+
+TYPED = Typed()
+
+
+def say_as_command() -> None:
+    """From now on commands are said as `raydino run`, since that is how this one was typed."""
+    TYPED.as_command = True
+
+
+def as_typed(text: str) -> str:
+    """A text with the commands in it as the user types them."""
+    return _JOB.sub(r"raydino \1", text) if TYPED.as_command else text
 
 
 def configure(
@@ -64,7 +88,7 @@ class _Formatter(logging.Formatter):
     """Lines without the keys that a URI may hold: whoever logs a place need not think of them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return public(super().format(record))
+        return as_typed(public(super().format(record)))
 
 
 class _LineFormatter(_Formatter):

@@ -62,6 +62,7 @@ TABLE = [
     # what a recipe says, and what follows from it; no torch, no Ray
     row("config", "errors uri", others="pydantic yaml"),
     row("plan", "config errors schedule", others="pydantic"),
+    row("commands", "config errors"),
     # images and views: pure functions of bytes, pixels and keys
     row("images", "errors", others="numpy PIL simplejpeg",
         others_inside="torch torchvision pydicom pillow_heif"),
@@ -158,7 +159,8 @@ TABLE = [
         others="yaml", others_inside="ray torch pyarrow"),
     row("rounds", "card config context curate errors stages storage train uri"),
     row("doctor", "adapt card config context curate driver embed errors evaluate heartbeat images "
-        "model plan rounds shards stages storage stream train uri", others_inside="ray torch"),
+        "model plan rounds shards stages storage stream track.server train uri",
+        others_inside="packaging psutil ray torch"),
     row("start", "adapt.recipe config context doctor driver.cluster errors heartbeat images "
         "model.pair pack plan stages storage train uri", others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
@@ -168,11 +170,12 @@ TABLE = [
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.distil.features train.objective train.step uri use views",
         "card config.load log rounds stages start storage", "numpy PIL torch"),
-    row("job", "config environment errors heartbeat log", "doctor rounds stages start"),
+    row("job", "commands config environment errors heartbeat log",
+        "doctor rounds stages start uri"),
 ]  # fmt: skip
 MODULES, LINES, PARAMETERS = 15, 350, 7  # at most: of a folder, of a module, of a function
 PACKAGES = {name.removesuffix(".*") for r in TABLE for name in r.modules if name.endswith(".*")}
-JOBS = row("*", "job environment log errors uri stages.sync")
+JOBS = row("*", "job")
 
 
 @dataclass(frozen=True)

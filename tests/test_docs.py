@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands.table import COMMANDS
 from pipeline.config.load import field_paths, load
 from pipeline.errors import PipelineError
 from pipeline.job import spelled_out
@@ -41,11 +41,8 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def given_to_main(job: Path, name: str) -> Any:
-    """What a job gives to `main` under a name, e.g. its short names; None where it does not."""
-    for node in ast.walk(ast.parse(job.read_text())):
-        if isinstance(node, ast.keyword) and node.arg == name:
-            return ast.literal_eval(node.value)
-    return None
+    """What the command of a job has under a name, e.g. its short names."""
+    return getattr(COMMANDS[job.stem], name)
 
 
 def wrong(words: list[str]) -> str:
@@ -161,7 +158,7 @@ def of_all_documents(faults: Callable[[Path], list[str]]) -> list[str]:
 
 def test_what_help_shows_works() -> None:
     for path in JOBS:
-        text = path.read_text().split('"""')[1]
+        text = "\n".join(COMMANDS[path.stem].examples)
         shown = re.findall(r"^ *(python jobs/.*?)(?:   .*)?$", text, re.MULTILINE)
         assert shown, path
         assert not [f"{line}: {said}" for line in shown if (said := wrong(shlex.split(line)))]

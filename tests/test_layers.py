@@ -224,7 +224,10 @@ def test_help_answers_at_once(path: Path, record_property: pytest.RecordProperty
 
 def test_help_of_the_chain_lists_the_fields() -> None:
     shown = subprocess.run(
-        [sys.executable, ROOT / "jobs" / "run.py", "-h"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "jobs" / "run.py", "--help=all"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for section in ("data", "optim", "resources"):
         assert f"\n{section}\n" in shown.stdout

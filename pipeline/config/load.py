@@ -147,12 +147,14 @@ def field_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[t
             yield f"{prefix}{name}", field
 
 
-def describe() -> str:
-    """All fields with default and meaning, for `--help`."""
+def describe(only: str = "") -> str:
+    """All fields with default and meaning, or those of one section; "" where there is none."""
     lines = []
     section = ""
     for path, field in field_paths():
         head, _, name = path.rpartition(".")
+        if only and head != only:
+            continue
         if head != section:
             section = head
             lines.append(f"\n{section}")

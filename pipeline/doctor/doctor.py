@@ -7,20 +7,24 @@ cluster, which is then asked what it has.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config.config import Config
 from pipeline.context import open_packed_shards, result_line, size_of
+from pipeline.doctor.checkup import checkup
 from pipeline.doctor.gpus import gpu_lines
 from pipeline.doctor.surroundings import disk, machine_of, shared_memory, versions
+from pipeline.errors import PipelineError
 from pipeline.heartbeat import now
 from pipeline.images.value_range import sentence
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan
 from pipeline.shards.shards import ShardSet
 from pipeline.stages.chain import named
+from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.stream.dealer import AHEAD, BUFFER, IN_FLIGHT, reads_at_once
 from pipeline.stream.decoder import StreamSpec
@@ -93,13 +97,15 @@ def doctor(config: Config) -> None:
     config = named(config, ["doctor"])
     folder = RunFolder.of(config.run.folder, config.run.name)
     named_set = config.data.shards or config.data.source
-    shards = open_packed_shards(config, folder) if named_set else None
+    if not named_set and not exists(*resolve_uri(str(folder.at("shards")))):
+        _without_shards(config)
+        return
+    shards = open_packed_shards(config, folder)
     result_line("doctor", versions())
     machine, store = machine_of(config)
     shared_memory(config)
     disk(config.run.folder)
     gpu_lines(config)
-    shards = shards or open_packed_shards(config, folder)  # says how to name one
     _shards(shards)
     plan = plan_for(_plannable(config, shards.rows), shards, machine)
     spec = stream_spec(plan, shards, store)
@@ -115,6 +121,22 @@ def doctor(config: Config) -> None:
     _prediction(plan, machine, Needs.of(timing.whole.median, plan.decode_tasks))
     window = plan.window_images if shards.packed else shards.rows
     _memory(plan, spec, Memory.of(plan, spec, sample.image_bytes, window), store)
+
+
+def _without_shards(config: Config) -> None:
+    """What this machine has, and where there are GPUs whether they work.
+
+    Raises:
+        PipelineError: something is missing without which no run works.
+    """
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("RAY_ADDRESS"):
+        gpu_lines(config)
+    if not checkup(config):
+        raise PipelineError(
+            "this machine is not ready for a run", "do what the lines with MISSING say"
+        )
 
 
 def _shards(shards: ShardSet) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pipeline import job
 from pipeline.config.load import load
-from pipeline.doctor import doctor, surroundings
+from pipeline.doctor import checkup, doctor, surroundings
 from pipeline.doctor.doctor import Memory, Needs
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
@@ -108,7 +109,6 @@ def test_as_a_job_that_needs_no_ray(without_ray: Job, shards: Path, tmp_path: Pa
 
 MISTAKES = [
     (["data.shards=/not/there"], "no such path: /not/there", "data.shards"),
-    ([], "no images: neither data.shards nor data.source is set", "data.source="),
     (["data.source=photos"], "photos is not packed yet", "jobs/pack.py"),
     (["--fast"], "unknown option --fast", "options are --dry-run and --help"),
     (["data.shard=x"], "data.shard: no such field", "--help"),
@@ -140,6 +140,38 @@ def test_mistakes(
     assert len(lines) == 2
     assert what in lines[0]
     assert hint in lines[1]
+
+
+def test_without_arguments_it_says_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    job.main(["doctor"], "doc", [f"run.folder={tmp_path}"])
+    lines = capsys.readouterr().out.splitlines()
+    marks = {line.split()[1]: line.split()[0] for line in lines}
+    asked = {"Python", "packages", "torch", "CPUs", "memory", "disk", "Ray", "MLflow", "extras"}
+    assert asked <= set(marks)
+    assert set(marks.values()) <= {"ok", "warning", "verdict"}
+    assert lines[-1].startswith("verdict ") and "jobs/start.py" in lines[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_said_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(checkup, "FREE_DISK", 1e18)
+    monkeypatch.setattr(checkup, "_unfit", lambda: ["ray is 2.0, not >=2.58"])
+    with pytest.raises(SystemExit) as ended:
+        job.main(["doctor"], "doc", [f"run.folder={tmp_path}"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().out
+    assert "MISSING  packages     ray is 2.0, not >=2.58: python -m pip install" in shown
+    assert re.search("warning  disk .* make room", shown)
+    assert re.search("warning  MLflow .* does not answer: start it", shown)
+    assert "no run works here yet: see packages" in shown
 
 
 def test_little_shared_memory_is_said(

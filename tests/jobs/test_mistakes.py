@@ -62,8 +62,8 @@ def test_a_folder_of_other_files(alone: Job, tmp_path: Path) -> None:
     (tmp_path / "notes" / "readme.txt").write_text("no picture")
     place = [f"data.source={tmp_path}/notes", f"run.folder={tmp_path}", "track.enabled=false"]
     shown = alone("pack", *place)
-    what = f"no image under {tmp_path}/notes could be read: 1 not_an_image"
-    assert_said(shown, what, "bad_images_train.parquet")
+    what = f"no image under {tmp_path}/notes could be read: 1 other file left alone"
+    assert_said(shown, what, "other_files_train.parquet")
 
 
 def test_shards_without_an_image_column(without_ray: Job, recipe: Path, tmp_path: Path) -> None:

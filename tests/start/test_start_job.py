@@ -68,6 +68,7 @@ def config(*fields: str) -> Config:
     return load(["data.source=photos/", *fields])
 
 
+@pytest.mark.long
 def test_the_written_recipe_loads_says_why_and_dry_runs(
     photos: Path,
     tmp_path: Path,
@@ -95,6 +96,7 @@ def test_the_written_recipe_loads_says_why_and_dry_runs(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_dry_start_writes_nothing(
     photos: Path,
     tmp_path: Path,
@@ -179,6 +181,7 @@ def test_what_the_user_sets_stays() -> None:
     assert reasons["optim.lr"] == "as you set it"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gb", [8, 24, 48, 80])
 def test_a_step_fits_the_gpu_and_twice_the_images_would_not(gb: int) -> None:
     folder, around = pile(1_281_167), here(cpus=8, gb=gb)
@@ -195,6 +198,7 @@ def test_a_step_fits_the_gpu_and_twice_the_images_would_not(gb: int) -> None:
     assert resolve(recipe, SetFacts(folder.images, ""), around.machine).lr == 2e-3
 
 
+@pytest.mark.long
 def test_a_long_training_is_shortened_to_the_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.doctor.fits.peak_flops", lambda *_: 1e11)
     around = here()
