@@ -1,4 +1,4 @@
-"""The machine of a job in words: processors, accelerators, memory."""
+"""The machine of a job in words: processors and accelerators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ TYPE = "accelerator_type:"  # how Ray calls a kind of GPU among its resources
 
 
 def machine() -> str:
-    """Of the cluster that is joined: `2 CPU cores, 24 GB of memory`."""
+    """Of the cluster that is joined: `8 × H100, 96 CPU cores, 2 nodes`."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -19,15 +19,13 @@ def words_of(resources: Mapping[str, float], nodes: int = 1) -> str:
     """What a cluster has, in words.
 
     Args:
-        resources: as Ray counts them; memory in bytes.
+        resources: as Ray counts them.
         nodes: that are alive.
     """
     cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     kinds = [name.removeprefix(TYPE) for name in resources if name.startswith(TYPE)]
     parts = [f"{gpus} × {', '.join(kinds) or 'GPU'}"] if gpus else []
     parts.append(f"{cores:,} CPU core" + "s" * (cores != 1))
-    if memory := resources.get("memory", 0):
-        parts.append(f"{memory / 1e9:,.0f} GB of memory")
     if nodes > 1:
         parts.append(f"{nodes:,} nodes")
     return ", ".join(parts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipeline.report.page import Chart, Fold, Mark, Section, Text
 from pipeline.run_report.facts import RunFacts, Steps
-from pipeline.run_report.words import GROUPS, metric_name, stage_name
+from pipeline.run_report.words import GROUPS, metric_name, stage_name, unit_of
 
 FIRST = ("eval", "loss", "health", "optim", "perf", "data")
 HEALTHY = ("eval/rank_me", "health/effective_rank", "health/feature_std")
@@ -125,14 +125,15 @@ def all_curves(facts: RunFacts) -> Fold | None:
 
 
 def _charts(stage: str, series: Series) -> Iterator[Chart]:
-    groups: dict[str, Series] = {}
+    groups: dict[tuple[str, str], Series] = {}
     for name, rows in series.items():
-        groups.setdefault(name.rpartition("/")[0], {})[name] = rows
-    order = sorted(groups, key=lambda g: (FIRST.index(g) if g in FIRST else len(FIRST), g))
-    for group in order:
+        groups.setdefault((name.rpartition("/")[0], unit_of(name)), {})[name] = rows
+    ranks = {group: rank for rank, group in enumerate(FIRST)}
+    for key in sorted(groups, key=lambda key: (ranks.get(key[0], len(FIRST)), *key)):
+        group = key[0]
         title = GROUPS.get(group, group.replace("_", " ").replace("/", ", ") or "Metrics")
         title = title if stage == "pretrain" else f"{title}: {stage_name(stage)}"
-        for part in by_size(groups[group]):
+        for part in by_size(groups[key]):
             yield Chart({metric_name(name): rows for name, rows in part.items()}, title, last=True)
 
 

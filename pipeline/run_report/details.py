@@ -35,7 +35,7 @@ def details(facts: RunFacts) -> Iterator[Section]:
         table = Table({"stage": names, "result": list(said.values())})
         yield Fold([table], "What each stage said", "one sentence each")
     if tables := list(_tables(facts)):
-        yield Fold(tables, "Tables", "files that could not be used, the recipe")
+        yield Fold(tables, "Tables", ", ".join(one.title.lower() for one in tables))
     there = [(name, name) for name in FILES if (facts.path / name).is_file()]
     if there:
         yield Fold([Links(there)], "Files", "the recipe, the plan, the journal")

@@ -8,7 +8,7 @@ from pipeline.card.examples.kept import Asked, Look, Neighbour
 from pipeline.report.page import Gallery, Group, Heading, Section, Text, Tile
 from pipeline.run_report.facts import RunFacts
 
-TILE = 112  # pixels
+TILE = 128  # pixels
 SIGNS = {True: ("✓", "right"), False: ("✗", "wrong"), None: ("", "")}
 
 

@@ -106,15 +106,17 @@ class RunFacts:
         took.pop("pipeline", None)
         return took
 
+    def datasets(self, stage: str) -> dict[str, Mapping[str, Any]]:
+        """What a stage said last of each set that it read, by the name of the set."""
+        events = journal.read(self.path / journal.FILE_NAME, having=b'"dataset"')
+        sets = (
+            event["dataset"] for _, event in events if event["run"] == stage and "dataset" in event
+        )
+        return {str(one["name"]): one for one in sets}
+
     def training_images(self) -> int:
         """How many were trained on; 0 where nothing was."""
-        events = journal.read(self.path / journal.FILE_NAME, having=b'"dataset"')
-        counts = [
-            int(event["dataset"].get("images", 0))
-            for _, event in events
-            if event["run"] == "pretrain" and "dataset" in event
-        ]
-        return counts[-1] if counts else 0
+        return int(self.datasets("pretrain").get("train", {}).get("images", 0))
 
     def mlflow(self) -> str:
         """The page of the run on its MLflow server; "" where no address is known."""

@@ -13,6 +13,7 @@ from pipeline.uri import public
 COPIES = ("duplicate_bytes", "duplicate_near")
 POOR = ("undecodable", "too_small", "aspect", "flat")
 CHOICE = ("not_retrieved", "balanced_out")
+BUILTIN = "photographs that come with scikit-image and scikit-learn"
 REPORT = "curate/report.html"
 NOT_CURATED = (
     "Nothing was curated: the network was trained on all packed images. curate.preset=dedup takes "
@@ -56,7 +57,8 @@ def data_sections(facts: RunFacts) -> Iterator[Section]:
     """The sets with their sizes, where they are from, and what was left out of them."""
     packs = facts.result("pack")
     packed = {name: packs[name] for name in SETS if isinstance(packs.get(name), dict)}
-    rows = [_packed(facts, name, one) for name, one in packed.items()]
+    sources = {name: str(one["source"]) for name, one in facts.datasets("pack").items()}
+    rows = [_packed(facts, name, one, sources.get(name, "")) for name, one in packed.items()]
     trained = facts.training_images()
     if not rows and facts.card:
         sets = [("reference", facts.card.reference), ("test", facts.card.queries)]
@@ -77,7 +79,7 @@ def data_sections(facts: RunFacts) -> Iterator[Section]:
         yield Table({name: values for name, values in columns.items() if any(map(str, values))})
 
 
-def _packed(facts: RunFacts, name: str, one: Mapping[str, Any]) -> list[Any]:
+def _packed(facts: RunFacts, name: str, one: Mapping[str, Any], source: str) -> list[Any]:
     left = [
         f"{int(number):,} {what.removesuffix('s') if number == 1 else what}"
         for number, what in (
@@ -87,28 +89,19 @@ def _packed(facts: RunFacts, name: str, one: Mapping[str, Any]) -> list[Any]:
         )
         if number
     ]
-    config = facts.config
-    source = {
-        "train": config.data.source,
-        "queries": config.evaluate.queries,
-        "reference": config.evaluate.reference,
-        "keep": config.guard.keep,
-    }.get(name, "")
     return [
         SETS.get(name, name),
         int(one.get("images", 0)),
         one.get("classes") or "",
         bytes_of(float(one.get("bytes", 0))),
         ", ".join(left) or "nothing",
-        _from(source),
+        BUILTIN if source.startswith(f"{facts.folder.at('source')}/") else _from(source),
     ]
 
 
 def _from(source: str) -> str:
     """The last parts of a path: what people call it."""
     shown = public(source).rstrip("/")
-    if shown.startswith("builtin:"):
-        return "photographs that come with scikit-image and scikit-learn"
     parts = shown.split("/")
     return "/".join(parts[-3:]) if len(parts) > 4 else shown
 
@@ -119,7 +112,7 @@ def cost_sections(facts: RunFacts) -> Iterator[Section]:
     if not took:
         return
     done = facts.result("pretrain")
-    numbers = [(time_of(sum(took.values())), "in all")]
+    numbers = [(time_of(sum(took.values())), "in all stages")]
     if per_second := float(done.get("images_per_s") or 0):
         numbers.append((speed(per_second), "images a second while training"))
     seen = int(done.get("step") or 0) * facts.config.optim.global_batch_size

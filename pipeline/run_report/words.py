@@ -27,6 +27,7 @@ GROUPS = {
     "data": "Data",
     "guard": "Guard",
 }
+UNITS = (("_per_s", " per s"), ("_ms", " (ms)"), ("_gib", " (GiB)"), ("_s", " (s)"))
 SMALL = {"lr": "learning rate", "kl": "KL", "mfu": "MFU", "grad": "gradient"}
 
 
@@ -42,12 +43,15 @@ def metric_name(name: str) -> str:
     last = name.rpartition("/")[2]
     if title_of(last) != last.replace("_", " "):
         return ", ".join(filter(None, (title_of(last), detail_of(last))))
-    unit = ""
-    for end, said in (("_s", " (s)"), ("_ms", " (ms)"), ("_gib", " (GiB)"), ("_per_s", " per s")):
-        if last.endswith(end):
-            last, unit = last.removesuffix(end), said
+    unit = unit_of(last)
+    last = next((last.removesuffix(end) for end, said in UNITS if unit and said == unit), last)
     words = re.sub(r"^(\w+)_fraction$", r"share of \1", last).split("_")
     return " ".join(SMALL.get(word, word) for word in words) + unit
+
+
+def unit_of(metric: str) -> str:
+    """What a metric is measured in, by the end of its name; "" where it has none."""
+    return next((said for end, said in UNITS if metric.endswith(end)), "")
 
 
 def bytes_of(number: float) -> str:

@@ -49,7 +49,7 @@ def sections(facts: RunFacts) -> Iterator[Section]:
     yield from page_links(facts)
     curves = list(learning(facts))
     if curves:
-        yield Heading("Learning", "Each point is of the teacher, whose weights are the result.")
+        yield Heading("Learning", "The score is that of the teacher, whose weights are the result.")
         yield from curves
     yield from neighbour_sections(facts)
     yield from look_sections(facts)

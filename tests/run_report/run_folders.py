@@ -88,6 +88,8 @@ def write_run(
                 tracker.dataset("train", HASH, "curated", "training", 900)
                 _train(tracker, card is None or card.reference.labelled > 0)
             if stage == "pack":
+                tracker.dataset("train", HASH, "/data/leaves/train", "packing", 1000)
+                tracker.dataset("queries", HASH, "/data/leaves/test", "packing", 200)
                 tracker.table("bad_images_train", {"source": ["x.jpg"], "image_id": [HASH]})
             tracking.end_stage(stage)
     if card is not None:
@@ -110,7 +112,7 @@ def write_run(
         },
         "pretrain": {
             "text": "finished", "step": STEPS, "steps": STEPS, "images_per_s": 1234.5,
-            "peak_memory_gib": 2.0, "machine": "2 CPU cores, 8 GB of memory",
+            "peak_memory_gib": 2.0, "machine": "2 CPU cores",
             "best": {"name": "eval/knn20_top1", "score": 0.8, "step": STEPS},
         },
         "evaluate": {"text": "0.8", "page": "evaluate/card.html", "step": STEPS},

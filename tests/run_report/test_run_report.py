@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -210,6 +211,20 @@ def test_lines_to_copy_load_the_weights(tmp_path: Path) -> None:
     assert text.count('<button class="copy"') == 2 and "navigator.clipboard" in text
     for snippet in page.code.split("import timm")[:1]:
         compile(snippet, "snippet", "exec")
+
+
+def test_the_run_in_mlflow_is_linked_where_its_address_is_known(tmp_path: Path) -> None:
+    facts = write_run(tmp_path, usual_card())
+    assert facts.mlflow() == ""
+    known = {"uri": "http://host:5000", "experiment_id": "3", "runs": {"pipeline": HASH}, "sent": 1}
+    text = json.dumps({"key": "k", "servers": {"http://host:5000": known}})
+    (facts.path / "track.json").write_text(text)
+    links = [one["href"] for one in Page(write_run_report(facts).read_text()).all("a")]
+    address = f"http://host:5000/#/experiments/3/runs/{HASH}?workflowType=machine_learning"
+    assert address in links
+    local = text.replace("http://host:5000", "sqlite:////a/b.db")
+    (facts.path / "track.json").write_text(local)
+    assert facts.mlflow() == ""
 
 
 def test_flat_curves_are_told_apart_from_moving_ones() -> None:
