@@ -30,7 +30,7 @@ RIGHT = (0, 158, 115)
 WRONG = (213, 94, 0)
 HIDDEN = (92, 46, 190)  # violet, rare in photos
 HIDDEN_OPACITY = 0.75  # what is hidden can still be guessed by the reader
-CAPTIONS = {  # by the picture's name; printed below it
+CAPTIONS = {  # by the picture's name; printed above it
     "crops": "What the student sees: a row for each image, two global crops and two local ones. "
     "Violet patches are hidden from it.",
     "neighbours": "A row for each query, which stands first; then its nearest images, best first. "

@@ -278,7 +278,6 @@ def _open_pipeline(config: Config, folder: RunFolder, written: Path) -> Pipeline
         nodes=1 if folder.uri else cluster.nodes(),
         config=written,
         tags=_origin(config),
-        recipe=pipeline_page.changed_fields(config),
     )
 
 
@@ -308,6 +307,7 @@ def _report(context: Context) -> None:
     folder = context.folder.path / "evaluate"
     card = read_card(folder, terms=False) if (folder / CARD).is_file() else None
     tracker.note(pipeline_page.note(card, lines, said))
+    tracker.recipe(pipeline_page.changed_fields(context.config))
 
 
 # ---- The config as stages get it.

@@ -100,8 +100,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tracker.picture("card", step, card_picture(card))
     for one in (tracker, context.tracking.tracker):
         one.tags(pipeline_page.verdict_tags(card))
-        for name, digest, images in pipeline_page.datasets_of(card):
-            one.dataset(name, digest, name, "evaluation", images)
+        for each in pipeline_page.datasets_of(card):
+            name, source = pipeline_page.short_name(each.name), public(each.name)
+            one.dataset(name, each.digest, source, "evaluation", each.images)
     for name in (PAGE, CARD):
         tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
@@ -119,9 +120,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         "remarks": list(card.remarks),
     }
     if is_own(context.config):  # what the export says of these weights
-        asked = card.queries or card.reference
+        asked = pipeline_page.datasets_of(card)[0]
         result |= {"step": step, "trained": numbers.pop("model")}
-        result |= {"data": [public(asked.name), asked.digest]}
+        result |= {"data": [pipeline_page.short_name(asked.name), asked.digest]}
     return result | numbers
 
 

@@ -122,7 +122,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     # MLflow prints them above every picture: the others are on the page of the whole
     tracker.params({"workers": run_plan.workers, "precision": run_plan.precision})
     whole = context.tracking.tracker
+    # MLflow shows them in the order in which they come
     whole.params(pipeline_page.parameters(run_plan))
+    whole.recipe(pipeline_page.changed_fields(context.config))
     name = pipeline_page.name_of_images(context.config)
     whole.dataset(name, shards.digest, public(context.shards_uri), "training", shards.rows)
     for line in _described(run_plan, context.folder):

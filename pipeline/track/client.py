@@ -41,6 +41,7 @@ def quiet_mlflow() -> None:
     for name in (
         *("mlflow.models.signature", "mlflow.utils.environment", "mlflow.store.db.utils"),
         "mlflow.pyfunc",
+        "mlflow.store.model_registry.abstract_store",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("mlflow", "urllib3.connectionpool"):

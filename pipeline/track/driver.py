@@ -140,7 +140,6 @@ def open_pipeline(
     nodes: int = 1,
     tags: Mapping[str, Any] | None = None,
     config: str | Path | None = None,
-    recipe: Mapping[str, Any] | None = None,
     wait: float = 30.0,
 ) -> Pipeline:
     """Opens the pipeline run of a run folder, or continues it.
@@ -154,7 +153,6 @@ def open_pipeline(
         nodes: nodes of the Ray cluster; with several of them no local server is started.
         tags: further tags, e.g. recipe and config.hash.
         config: file with the full config, sent as an artifact.
-        recipe: what of it is not as it is by default.
         wait: seconds to wait for a server that is given.
 
     Raises:
@@ -175,8 +173,6 @@ def open_pipeline(
     pipeline.open(PIPELINE, name, tags)
     if config:
         pipeline.tracker.artifact(config)
-    if recipe:
-        pipeline.tracker.recipe(recipe)
     if sender is not None:
         sender.start()
         if isinstance(sender.endpoint, Remote):

@@ -24,6 +24,9 @@ PACKAGES = (
 )
 BATCH = 32
 DIGEST_LIMIT = 36  # characters; MLflow refuses more
+ORIGIN = (  # tags of a run from which the model's page has `Created by` and `Logged from`
+    *("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit"),
+)
 ABOUT = (
     "Image encoders, a version for each export. Alias `best` is the one with the highest k-NN: "
     '`mlflow.pyfunc.load_model("models:/{name}@best")`.'
@@ -56,13 +59,15 @@ def send_model(client: Any, run_id: str, weights: Path, spec: dict[str, Any]) ->
         "std": list(spec.get("std") or STD),
         "value_range": spec.get("value_range", "full"),
     }
-    experiment = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
+    experiment = run.info.experiment_id
+    origin = {name: run.data.tags[name] for name in ORIGIN if name in run.data.tags}
     logged = client.create_logged_model(
         experiment,
         name="embedder",
         source_run_id=run_id,
         params={name: str(value) for name, value in spec.get("params", {}).items()},
-        tags={name: str(value) for name, value in spec.get("tags", {}).items()},
+        tags=origin | {name: str(value) for name, value in spec.get("tags", {}).items()},
         model_type="image encoder",
     )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -168,7 +168,7 @@ class Tracker:
     def picture(self, key: str, step: int, pixels: Any, caption: str = "") -> None:
         """Keeps a picture, uint8 [H,W,3], as PNG and shows it at `pictures/<key>` and `step`.
 
-        MLflow shows it with its step and the caption below, and from the second step on beside the
+        MLflow shows it with its step and the caption above, and from the second step on beside the
         first one, at `first and last step/<key>`.
         """
         from PIL import Image

@@ -1,4 +1,4 @@
-"""What the pictures of a curation and of `look` show, in words that MLflow prints below them."""
+"""What the pictures of a curation and of `look` show, in words that MLflow shows above them."""
 
 CURATION = {
     "removed": "Images that curation took away, a row for each reason.",

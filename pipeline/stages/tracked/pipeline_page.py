@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.card.card import BASELINES, Card, Verdict
+from pipeline.card.card import BASELINES, Card, SetFacts, Verdict
 from pipeline.card.shown.page import mood_of
 from pipeline.card.words import title_of, with_margin
 from pipeline.config.config import Config
 from pipeline.config.load import field_paths
+from pipeline.config.network import Model
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import value_at
 from pipeline.uri import public
@@ -25,17 +26,15 @@ NOT_COMPARED = ("run.", "track.", "resources.")
 
 def name_of_images(config: Config) -> str:
     """What the training images are called: as the user names them."""
-    name = public(config.data.source or config.data.shards)
+    name = short_name(config.data.source or config.data.shards)
     return f"{name} (curated)" if config.curate.preset else name
 
 
 def parameters(plan: Plan) -> dict[str, Any]:
     """The eight that a person asks for first."""
     config = plan.config
-    model = config.model
-    network = model.encoder if model.encoder != "dinov2" else f"ViT-{model.size}/{model.patch_size}"
     return {
-        "network": network,
+        "network": _network(config.model),
         "image size": config.augment.global_size,
         "steps": plan.steps,
         "batch": config.optim.global_batch_size,
@@ -44,6 +43,15 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "curation": config.curate.preset or "none",
         "seed": config.run.seed,
     }
+
+
+def _network(model: Model) -> str:
+    """`ViT-S/14`; by width and depth where they are not those of the size; or its encoder."""
+    if model.encoder != "dinov2":
+        return model.encoder.rpartition(":")[2]
+    width, depth, _ = model.dimensions
+    usual = model.width is None and model.depth is None and model.heads is None
+    return f"ViT{f'-{model.size[-1].upper()}' if usual else f' {width}x{depth}'}/{model.patch_size}"
 
 
 def changed_fields(config: Config) -> dict[str, str]:
@@ -79,10 +87,15 @@ def verdict_tags(card: Card) -> dict[str, str]:
     }
 
 
-def datasets_of(card: Card) -> list[tuple[str, str, int]]:
-    """Name, digest and number of images of the sets that scores are of."""
-    sets = [one for one in (card.reference, card.queries) if one is not None]
-    return [(public(one.name), one.digest, one.images) for one in sets]
+def datasets_of(card: Card) -> list[SetFacts]:
+    """The sets that scores are of, the one that is asked first."""
+    return [one for one in (card.queries, card.reference) if one is not None]
+
+
+def short_name(name: str) -> str:
+    """A set as MLflow has room for it: of a path in full the last two parts."""
+    parts = public(name).rstrip("/").split("/")
+    return "/".join(parts[-2:]) if len(parts) > 3 else public(name)
 
 
 def note(card: Card | None, results: Mapping[str, str], verdict: Verdict) -> str:

@@ -14,7 +14,7 @@ import json
 import uuid
 from typing import Any
 
-NOTE = """Runs of one recipe. Each has its stages below it; its page has the verdict and the scores.
+NOTE = """Each run has its stages below it; its page has the verdict, scores, data and the model.
 
 **Charts in a readable order:** the link `charts` that a job prints; it ends with
 `compareRunsMode=CHART&viewStateShareKey=raydino`.
@@ -35,12 +35,12 @@ METRICS = ("loss/total", "health/effective_rank", "health/feature_std", "health/
 # Of the table of runs, with their widths in pixels; they fit into a window of 1,280.
 COLUMNS = {
     "attributes.`Run Name`": 150,
-    "metrics.`{score}_final`": 110,
-    "attributes.`Description`": 300,
-    "tags.`status`": 90,
-    "params.`network`": 110,
-    "params.`images`": 80,
-    "params.`steps`": 80,
+    "metrics.`{score}_final`": 150,
+    "attributes.`Description`": 270,
+    "tags.`status`": 80,
+    "params.`network`": 100,
+    "params.`images`": 70,
+    "params.`steps`": 70,
     "runDateAndNestInfo": 130,
     "duration": 80,
     "attributes.`Dataset`": 160,

@@ -1,8 +1,9 @@
-"""Pictures as MLflow shows them: with what they are and their step below, and beside the first one.
+"""Pictures as MLflow shows them: below what they are and their step, and beside the first one.
 
 A card of MLflow shows the picture of step 0 until somebody moves its slider, and prints nothing
 about it. So words go into the picture; and the newest picture stands beside the first one under a
-key of its own, whose only step is 0, which the card shows without being asked.
+key of its own, whose only step is 0, which the card shows without being asked. A card is square and
+cuts what is at its bottom, so words stand above.
 """
 
 from __future__ import annotations
@@ -46,29 +47,29 @@ def shown(file: Path, step: int, caption: str) -> dict[str, tuple[Image.Image, i
 
 
 def with_caption(picture: Image.Image, text: str) -> Image.Image:
-    """The picture with a line of text below it, or as it is without one."""
+    """The picture below a few lines of text, or as it is without one."""
     return side_by_side([picture], [""], text) if text else picture
 
 
 def side_by_side(pictures: list[Image.Image], titles: list[str], caption: str) -> Image.Image:
-    """Pictures in a row, each below its title, with a caption under them."""
+    """Pictures in a row, each below its title, all below a caption; at least as high as wide."""
     from PIL import Image, ImageDraw, ImageFont
 
-    height = max(one.height for one in pictures)
     width = sum(one.width for one in pictures) + GAP * (len(pictures) - 1)
     font = ImageFont.load_default(max(SMALLEST, int(SIZE_SHARE * width)))
     line = int(sum(font.getbbox("Hg")[1::2]) * 1.05)
-    top = line + GAP // 2 if any(titles) else 0
     lines = _wrapped(caption, width - GAP, font) if caption else []
-    bottom = len(lines) * line + GAP if lines else 0
-    sheet = Image.new("RGB", (width, top + height + bottom), PAPER)
+    top = len(lines) * line + GAP
+    below = top + (line + GAP // 2 if any(titles) else 0)
+    height = max(width, below + max(one.height for one in pictures))
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw, left = ImageDraw.Draw(sheet), 0
-    for one, title in zip(pictures, titles, strict=True):
-        draw.text((left + GAP // 2, 2), title, INK, font)
-        sheet.paste(one, (left, top))
-        left += one.width + GAP
     for number, words in enumerate(lines):
-        draw.text((GAP // 2, top + height + GAP // 2 + number * line), words, INK, font)
+        draw.text((GAP // 2, GAP // 3 + number * line), words, INK, font)
+    for one, title in zip(pictures, titles, strict=True):
+        draw.text((left + GAP // 2, top), title, INK, font)
+        sheet.paste(one, (left, below))
+        left += one.width + GAP
     return sheet
 
 
