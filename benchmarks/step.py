@@ -31,6 +31,7 @@ SETTLED, TRACED = 60, 10  # steps before the window; steps of the trace after it
 NETWORKS: dict[str, list[str]] = {
     "residual": [],
     "vit": [
+        "evaluate.image_size=32",
         "model.encoder=dinov2",
         "model.width=192",
         "model.depth=6",

@@ -25,6 +25,14 @@ SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 # What training workers on GPUs get, before CUDA starts, unless the user set it.
 # torch 2.15 reads PYTORCH_ALLOC_CONF where PYTORCH_CUDA_ALLOC_CONF is not set.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# What training workers on CPUs get, unless the user set it: the largest sizes that glibc allows.
+KEPT_MEMORY = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",  # large pages where the system gives them on request
+        "glibc.malloc.mmap_threshold=33554432",
+        "glibc.malloc.trim_threshold=17179869184",
+    )
+)
 COMPILE_PROCESSES = 32  # torch's own limit for one worker
 
 
@@ -114,6 +122,8 @@ def worker_variables(device: str, compiles: bool, threads: int) -> dict[str, str
 
     * Segments of the allocator grow where they are: memory that is given back in other sizes than
       it is asked for next leaves no holes.
+    * On CPUs, memory of a step that is freed stays with the process, in large pages: else each step
+      gets its activations from the system again, page by page. glibc reads it, others ignore it.
     * Each worker of a node compiles, all at the same time, with processes of its own: as many as
       it has CPUs, where torch would start up to 32 for each.
 
@@ -128,6 +138,8 @@ def worker_variables(device: str, compiles: bool, threads: int) -> dict[str, str
         variables |= {name: os.environ[name] for name in own}
         if not own:
             variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    else:
+        variables["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", KEPT_MEMORY)
     if compiles:
         processes = str(max(1, min(COMPILE_PROCESSES, threads)))
         name = "TORCHINDUCTOR_COMPILE_THREADS"
