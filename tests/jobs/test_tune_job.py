@@ -1,4 +1,4 @@
-"""`train.tune` in whole jobs: what is frozen stays, and a run that is stopped ends with the same bits."""
+"""`train.tune` in whole jobs: what is frozen stays, and a stopped run ends with the same bits."""
 
 from __future__ import annotations
 
