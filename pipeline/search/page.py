@@ -13,7 +13,17 @@ from pipeline.errors import PipelineError, one_line, shortened
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import MAX_PIXELS, decode_image, decode_shrunk
 from pipeline.images.value_range import FULL, ValueRange, from_json
-from pipeline.report.page import Gallery, Group, Heading, Section, Table, Text, Tile, write_report
+from pipeline.report.page import (
+    Fold,
+    Gallery,
+    Group,
+    Heading,
+    Section,
+    Table,
+    Text,
+    Tile,
+    write_report,
+)
 from pipeline.report.pictures import shrunk
 from pipeline.search.answers import Answer, Answers, Neighbour
 from pipeline.search.queries import Query
@@ -24,6 +34,13 @@ log = logging.getLogger("pipeline.search")
 TILE = 144  # pixels
 QUERIES = 20  # that the page shows
 NEIGHBOURS = 100  # of each
+
+KEPT = "kept"  # what most images of a curated set are, so not said of each
+SIGNS = {  # sign, frame, words
+    True: ("✓", "right", ", the same label"),
+    False: ("✗", "wrong", ", another label"),
+    None: ("", "", ""),
+}
 
 Shown = tuple[Answer, list[Neighbour]]
 
@@ -97,11 +114,11 @@ def write_page(
 def _sections(
     answers: Answers, answer: Answer, neighbours: Sequence[Neighbour], pictures: Pictures
 ) -> list[Section]:
-    tiles = [_tile(one, pictures) for one in neighbours]
-    groups = [
-        Group([_query_tile(answers, answer.query, pictures)], "Asked for"),
-        Group(tiles, "Nearest first", text=said_of(answer, neighbours)),
-    ]
+    query = answer.query
+    label = answers.label_of(query.row) if query.row >= 0 else ""
+    tiles = [_query_tile(answers, query, label, pictures)]
+    tiles += [_tile(one, label, pictures) for one in neighbours]
+    said = said_of(answer, neighbours)
     columns: dict[str, list[Any]] = {
         "rank": [one.rank for one in neighbours],
         "similarity": [f"{one.similarity:.4f}" for one in neighbours],
@@ -110,10 +127,11 @@ def _sections(
         "label": [one.label for one in neighbours],
         "decision": [one.decision.text if one.decision else "" for one in neighbours],
     }
-    return [
-        Gallery(groups, tile=TILE),
-        Table({name: values for name, values in columns.items() if any(map(str, values))}),
-    ]
+    table = Table({name: values for name, values in columns.items() if any(map(str, values))})
+    gallery = Gallery([Group(tiles, text=said, close=True)], tile=TILE)
+    return (
+        [gallery, Fold([table], "As a table", "ids, sources, labels")] if neighbours else [gallery]
+    )
 
 
 def _title(answers: Answers, query: Query) -> str:
@@ -136,30 +154,37 @@ def said_of(answer: Answer, neighbours: Sequence[Neighbour]) -> str:
     return ""
 
 
-def _tile(one: Neighbour, pictures: Pictures) -> Tile:
+def _tile(one: Neighbour, asked: str, pictures: Pictures) -> Tile:
+    """A neighbour; with labels whether it has the one of the image that was asked for."""
+    right = one.label == asked if one.label and asked else None
+    sign, frame, said = SIGNS[right]
+    decision = one.decision.text if one.decision and one.decision.text != KEPT else ""
     similarity = f"{one.similarity:.3f}" + ", same vector" * one.same
-    words = [similarity, one.label, one.decision.text if one.decision else ""]
-    words.append(shortened(one.source, 60))
+    words = [f"{sign} {one.label}".strip(), similarity, decision, _file(one.source)]
     return Tile(
         pictures.of_image(one.image_id),
         [word for word in words if word],
-        alt=f"neighbour {one.rank}: {one.source}",
+        alt=f"neighbour {one.rank}: {one.source}{said}",
+        frame=frame,
         tip=f"{one.source}\n{one.image_id}",
-        colour=one.decision.colour if one.decision else "",
+        colour=one.decision.colour if decision and one.decision else "",
     )
 
 
-def _query_tile(answers: Answers, query: Query, pictures: Pictures) -> Tile:
+def _file(source: str) -> str:
+    """The last part of a path."""
+    return shortened(source.rstrip("/").rpartition("/")[2], 40)
+
+
+def _query_tile(answers: Answers, query: Query, label: str, pictures: Pictures) -> Tile:
     inside = query.row >= 0
     own = answers.rows.id_of(query.row) if inside else ""
     picture = pictures.small(query.encoded) if query.encoded else b""
-    words = [shortened(query.name, 60)]
-    if inside:
-        words += ["in the set", answers.label_of(query.row), answers.rows.source_of(query.row)]
+    words = [label, "asked for", shortened(_title(answers, query), 40), "in the set" * inside]
     return Tile(
         picture or (pictures.of_image(own) if inside else b""),
         [word for word in words if word],
-        alt=f"asked for: {query.name}",
-        frame="ask",
+        alt=f"asked for: {_title(answers, query)}",
+        frame="query",
         tip=own or query.name,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -84,6 +85,12 @@ def test_an_image_of_the_set_by_the_beginning_of_its_id(
     assert "similarity  image_id" in caplog.text and "label  decision" in caplog.text
     page = (here / "runs/ask/search/search.html").read_text()
     assert page.count("data:image/jpeg") == 6 and "24 images, cls of descriptor, exact" in page
+    own = dict(zip(made.ids().tolist(), made.labels().tolist(), strict=True))
+    right = [own[row["image_id"]] == own[name] for row in rows]
+    frames = re.findall(r'<figure class="tile (\w+)"', page)
+    assert frames == ["query", *("right" if one else "wrong" for one in right)]
+    assert page.count("<b>✓ ") == sum(right) and page.count("<b>✗ ") == 5 - sum(right)
+    assert name not in re.sub(r"<details.*?</details>|title=\"[^\"]*\"", "", page, flags=re.S)
 
 
 def test_a_file_is_embedded_by_the_model_of_the_set(made: VectorSet, here: Path) -> None:
