@@ -1,13 +1,16 @@
-"""Tries recipes on CIFAR-10 in a plain loop over `pipeline.api`, one core, minutes a run.
+"""Tries recipes on CIFAR-10, or on the demo's tiles, in a plain loop over `pipeline.api`, one core.
 
     python benchmarks/recipe_search.py --cifar cifar10/ --run "" --run "temperature=.02 batch=256"
+    python benchmarks/recipe_search.py --demo 1 --run "images=12800 batch=64 size=48 eval_sizes=48"
 
 Each `--run` changes fields of `Recipe`, and prints one line: changes, images, core-seconds, k-NN.
 A run ends after `seconds` of processor time (evaluation is not counted) or, where `images` is
 given, after so many images: schedules follow what part of that is over. Runs are compared on 5,000
 images of the training split that nothing is trained on; 5,000 others of it vote. `test=1` asks the
 10,000 test images instead, with all 50,000 voting: for the recipe that was chosen, once.
-docs/experiments.md lists what came out.
+With `--demo SEED` all tiles vote, and the test tiles are asked. The demo itself has seed 0: choose
+a recipe by other seeds, which hold out other parts of the photographs. What needs no network is
+printed first. docs/experiments.md lists what came out.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import api
+from pipeline.evaluate.baselines import colour_vectors, pixel_vectors, without_mean
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.neighbours.knn import knn_classify
+from pipeline.pack.demo import make_demo
 from pipeline.train import objective as objective_module
 from pipeline.views.batch import crop_major
 from pipeline.views.crops import crop_boxes, cut_crops, empty_crops, resize_centre_crop
@@ -77,7 +83,7 @@ class Recipe:
     locals: int = 0
     local_size: int = 16
     jitter: float = 0.8  # probability
-    strength: float = 1.0  # times DINOv2's .4, .4, .2, .1
+    strengths: str = ".4-.4-.2-.1"  # of brightness, contrast, saturation, hue
     grey: float = 0.2
     solarize: float = 0.0
     eval_sizes: str = "32"  # the student, and the curve, at the first alone
@@ -110,16 +116,31 @@ class Recipe:
 
 
 class Images:
-    """A split in memory: uint8 [N, 32, 32, 3] and labels, in an order that mixes the classes."""
+    """A set in memory: uint8 [N, S, S, 3] and labels, in an order that mixes the classes."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        tables = [pq.read_table(path) for path in sorted(folder.glob(f"{split}*.parquet"))]
-        rows = [row for table in tables for row in table.to_pylist()]
-        files = [io.BytesIO(row["image"]["bytes"]) for row in rows]
-        decoded = [np.array(Image.open(file).convert("RGB")) for file in files]
-        order = np.random.default_rng(0).permutation(len(rows))
+    def __init__(self, files: list[bytes], labels: list[int]) -> None:
+        decoded = [np.array(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+        order = np.random.default_rng(0).permutation(len(files))
         self.pixels = np.stack(decoded)[order]
-        self.labels = torch.tensor([r["label"] for r in rows])[torch.from_numpy(order)]
+        self.labels = torch.tensor(labels)[torch.from_numpy(order)]
+
+
+def cifar(folder: Path, split: str) -> Images:
+    tables = [pq.read_table(path) for path in sorted(folder.glob(f"{split}*.parquet"))]
+    rows = [row for table in tables for row in table.to_pylist()]
+    return Images([row["image"]["bytes"] for row in rows], [row["label"] for row in rows])
+
+
+def demo(seed: int) -> list[Images]:
+    """The demo's tiles and its test tiles, without what is planted among them."""
+    sets = []
+    with tempfile.TemporaryDirectory() as folder:
+        report = make_demo(Path(folder) / "demo", seed)
+        for part in ("train", "test"):
+            paths = sorted((Path(folder) / "demo" / part).glob("*/tile_*.jpg"))
+            labels = [report.class_names.index(path.parent.name) for path in paths]
+            sets.append(Images([path.read_bytes() for path in paths], labels))
+    return sets
 
 
 def crops_of(pixels: np.ndarray, rng: np.random.Generator, r: Recipe, size: int) -> list[Tensor]:
@@ -137,11 +158,12 @@ def crops_of(pixels: np.ndarray, rng: np.random.Generator, r: Recipe, size: int)
             global_scale=(r.scale, 1.0),
             local_scale=(0.05, r.scale),
         )
+        brightness, contrast, saturation, hue = (float(x) for x in r.strengths.split("-"))
         colour = api.PhotometricSpec(
-            brightness=0.4 * r.strength,
-            contrast=0.4 * r.strength,
-            saturation=0.2 * r.strength,
-            hue=0.1 * r.strength,
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            hue=hue,
             jitter_probability=r.jitter,
             greyscale_probability=r.grey,
             blur_probability=(0, 0, 0),
@@ -229,6 +251,22 @@ def knn(net: nn.Module, sets: list[tuple[np.ndarray, Tensor]], side: int) -> flo
     return knn_classify(*features, 20)[20]
 
 
+def without_network(train_set: Images, test_set: Images, side: int) -> str:
+    """k-NN of small pixels and of colours at the side that networks are evaluated at."""
+    vectors = []
+    for one in (train_set, test_set):
+        small = np.stack([resize_centre_crop(image, side) for image in one.pixels])
+        vectors.append([pixel_vectors(small), colour_vectors(small)])
+    pixels = without_mean(vectors[0][0], vectors[1][0])
+    colours = (vectors[0][1], vectors[1][1])
+    labels = (train_set.labels, test_set.labels)
+    said = []
+    for name, pair in (("raw pixels", pixels), ("colours", colours)):
+        sets = [api.LabelledFeatures(x, y) for x, y in zip(pair, labels, strict=True)]
+        said.append(f"{name} {knn_classify(*sets, 20)[20]:.4f}")
+    return ", ".join(said)
+
+
 def train(r: Recipe, train_set: Images, test_set: Images) -> str:
     pair = pair_for(r)
     objective_module.koleo = SPREADS[r.spread]
@@ -304,13 +342,23 @@ SPREADS = {"koleo": api.koleo, "uniformity": uniformity, "coding": coding_rate}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cifar", type=Path, required=True, help="folder of the parquet files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cifar", type=Path, help="folder of the parquet files")
+    what.add_argument("--demo", type=int, metavar="SEED", help="the demo's tiles of this seed")
     parser.add_argument("--run", action="append", required=True, help="name=value changes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    splits = [Images(arguments.cifar, split) for split in ("train", "test")]
+    test = "test=1 " if arguments.cifar is None else ""
+    if arguments.cifar is None:
+        splits = demo(arguments.demo)
+    else:
+        splits = [cifar(arguments.cifar, split) for split in ("train", "test")]
     for changes in arguments.run:
-        print(f"{changes or 'base'}: {train(Recipe.of(changes), *splits)}", flush=True)
+        recipe = Recipe.of(test + changes)
+        if test:
+            side = int(recipe.eval_sizes.split("-")[0])
+            print(f"without a network, at {side}: {without_network(*splits, side)}", flush=True)
+        print(f"{changes or 'base'}: {train(recipe, *splits)}", flush=True)
 
 
 if __name__ == "__main__":

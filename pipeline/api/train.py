@@ -52,6 +52,12 @@ class Trained:
         """The page about the run."""
         return self.folder / "report.html"
 
+    @property
+    def verdict(self) -> str:
+        """The sentence of the evaluation card on whether anything was learnt; "" without a card."""
+        card = self.folder / "evaluate" / "card.json"
+        return str(json.loads(card.read_text())["verdict"]["text"]) if card.is_file() else ""
+
     @cached_property
     def backbone(self) -> Backbone:
         """The exported backbone, in eval mode on the CPU: `[B, C, S, S]` to `[B, D]`.

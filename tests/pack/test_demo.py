@@ -51,12 +51,14 @@ def test_counts(demo_set):
         ("train", "tile"): 3456,
         ("train", "near"): 60,
         ("train", "copy"): 12,
+        ("train", "leak"): 12,
         ("train", "flat"): 24,
         ("train", "broken"): 10,
         ("test", "tile"): 576,
     }
-    assert (report.train, report.test, report.broken) == (3552, 576, 10)
-    assert (report.near_duplicates, report.copies, report.flat) == (60, 12, 24)
+    assert (report.train, report.test, report.broken) == (3564, 576, 10)
+    assert (report.near_duplicates, report.copies, report.leaks, report.flat) == (60, 12, 12, 24)
+    assert demo.DEMO_IMAGES == report.train + report.broken
     assert len(report.class_names) == 16
     for part, each in (("train", 216), ("test", 36)):
         tiles = Counter(n.split("/")[1] for n in contents if n.startswith(part) and "/tile_" in n)
@@ -68,13 +70,26 @@ def test_no_pixel_of_a_photograph_is_in_both_parts(demo_set):
     painted = defaultdict(lambda: np.zeros((2, 1500, 1500), bool))
     for name in files(folder):
         part, photo, tile = name.split("/")
-        if not tile.startswith(("broken", "flat")):
+        if not tile.startswith(("broken", "flat", "leak")):
             left, top, side = box(tile)
             painted[photo][int(part == "test"), top : top + side, left : left + side] = True
     assert set(painted) == set(report.class_names)
     for photo, (train, test) in painted.items():
         assert not (train & test).any(), photo
         assert train.sum() > test.sum() > 0
+
+
+def test_no_two_training_tiles_show_nearly_the_same(demo_set):
+    folder, report = demo_set
+    for photo in report.class_names:
+        names = [path.name for path in (folder / "train" / photo).glob("tile_*.jpg")]
+        boxes = np.array([box(name) for name in names])
+        left, top, side = boxes.T
+        width = np.minimum.outer(left + side, left + side) - np.maximum.outer(left, left)
+        height = np.minimum.outer(top + side, top + side) - np.maximum.outer(top, top)
+        both = np.maximum(width, 0) * np.maximum(height, 0)
+        shared = both / (np.add.outer(side**2, side**2) - both)
+        assert np.triu(shared, 1).max() <= 0.6, photo
 
 
 def test_tiles_are_what_their_names_say(demo_set):
@@ -100,12 +115,17 @@ def test_planted_duplicates_and_broken_files(demo_set):
     for name, content in contents.items():
         kind = name.split("/")[2].split("_")[0]
         original = contents.get(name.replace("/near_", "/").replace("/copy_", "/"), b"")
+        if kind == "leak":
+            original = contents[name.replace("train/", "test/").replace("/leak_", "/")]
         if kind == "copy":
             assert content == original
-        elif kind == "near":
+        elif kind in ("near", "leak"):
             assert content != original
-            difference = decode_rgb(content).astype(int) - decode_rgb(original)
-            assert 0 < np.abs(difference).mean() < 12
+            # the same to the eye: patterns agree whatever light and contrast are
+            a, b = decode_rgb(content).mean(2), decode_rgb(original).mean(2)
+            assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.9
+            quarters = [b[y : y + 48, x : x + 48].std() for y in (0, 48) for x in (0, 48)]
+            assert min(quarters) > 14  # something in every corner
         elif kind == "broken":
             with pytest.raises(BadImage):
                 decode_rgb(content)
@@ -150,12 +170,12 @@ def test_something_else_is_not_overwritten(tmp_path, monkeypatch):
 def test_packed_it_gives_what_was_planted(demo_set, tmp_path, tasks_here):
     folder, demo_report = demo_set
     report = packed(folder / "train", tmp_path)
-    assert (report.images_packed, report.duplicates) == (3540, 12)
+    assert (report.images_packed, report.duplicates) == (3552, 12)
     assert report.bad == {"empty": 1, "not_an_image": 3, "too_large": 1, "truncated": 4}
     assert sum(report.others.values()) == 1  # notes.txt claims to be no image
     assert report.class_names == demo_report.class_names
     shards = open_shards(str(tmp_path / "shards"))
-    assert (shards.rows, shards.has_labels) == (3540, True)
+    assert (shards.rows, shards.has_labels) == (3552, True)
 
 
 def test_a_nearest_neighbour_on_raw_pixels_is_better_than_chance_and_not_perfect(demo_set):
