@@ -66,7 +66,7 @@ def test_fine_textures_are_no_noise():
 @pytest.mark.long
 def test_the_demos_flat_tiles_all_go_and_its_photographs_stay(tmp_path):
     make_demo(tmp_path / "demo")
-    rules = Rules(min_sharpness=1.0)  # as in its recipe
+    rules = Rules(min_sharpness=0.0)  # as in its recipe
 
     def found(pattern):
         files = sorted((tmp_path / "demo").rglob(pattern))
@@ -75,4 +75,4 @@ def test_the_demos_flat_tiles_all_go_and_its_photographs_stay(tmp_path):
 
     planted, tiles = found("train/*/flat_*.jpg"), found("train/*/tile_*.jpg")
     assert len(planted) == FLAT_TILES == planted.sum()
-    assert len(tiles) > 400 and tiles.sum() <= 1
+    assert len(tiles) > 400 and not tiles.any()
