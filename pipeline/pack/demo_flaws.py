@@ -76,8 +76,8 @@ def _saved_small(image: Image.Image) -> bytes:
 
 
 def _shrunk(image: Image.Image) -> bytes:
-    half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    return jpeg(half.resize(image.size, Image.Resampling.BICUBIC))
+    small = image.resize((image.width * 2 // 3, image.height * 2 // 3), Image.Resampling.BICUBIC)
+    return jpeg(small.resize(image.size, Image.Resampling.BICUBIC))
 
 
 def _brighter(image: Image.Image) -> bytes:
