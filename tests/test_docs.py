@@ -23,9 +23,7 @@ FLAGS = {"--help", "--help=all", "-h", "--dry-run"}
 OPTIONS = {"sync": {"--again"}}
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 ENDINGS = {"yaml", "py", "md", "json", "jsonl", "html", "safetensors", "pt", "parquet", "svg"}
-WRITTEN = {
-    "photos.yaml"
-}  # recipes that a command of the documentation writes: jobs/start.py photos/
+WRITTEN = {"photos.yaml"}  # a recipe that `jobs/start.py photos/` writes
 TEXT = {".md", ".py", ".yaml", ".toml", ".txt", ".sh", ""}
 
 
