@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms import functional as pillow
 from torchvision.transforms.v2 import functional as floats
 
-from pipeline.pack.demo import _photographs
+from pipeline.pack.demo.tiles import _photographs
 from pipeline.views import photometric as ph
 from pipeline.views.crops import CropSpec, crop_boxes, cut_crops
 from pipeline.views.draws import uniforms

@@ -35,7 +35,7 @@ from pipeline import api
 from pipeline.evaluate.baselines import colour_vectors, pixel_vectors, without_mean
 from pipeline.evaluate.features import embed
 from pipeline.evaluate.neighbours.knn import knn_classify
-from pipeline.pack.demo import make_demo
+from pipeline.pack.demo.tiles import make_demo
 from pipeline.train import objective as objective_module
 from pipeline.views.batch import crop_major
 from pipeline.views.crops import crop_boxes, cut_crops, empty_crops, resize_centre_crop

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pipeline.model.groups import parameter_groups
 from pipeline.model.pair import HeadSpec, build_pair
 from pipeline.model.vit import BackboneSpec
-from pipeline.pack.demo import _cut, _photographs, _test_blocks, _train_boxes
+from pipeline.pack.demo.tiles import _cut, _photographs, _test_blocks, _train_boxes
 from pipeline.schedule import StepValues
 from pipeline.train.objective import Objective, ObjectiveSpec
 from pipeline.train.parallel.strategy import Layout, prepare

@@ -239,7 +239,7 @@ def _unfold(source: str, context: Context) -> str:
     if not source.startswith(BUILTIN):
         return source
     part = builtin_part(source)
-    from pipeline.pack.demo import DEMO_MARK, make_demo
+    from pipeline.pack.demo.tiles import DEMO_MARK, make_demo
 
     local = Path(make_demo(context.folder.path / "source").folder)
     place = context.folder.at("source")

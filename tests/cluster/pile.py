@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.pack.demo import make_demo
+from pipeline.pack.demo.tiles import make_demo
 from tests.tiny import write_tiny
 
 CLASSES = ("astronaut", "coffee", "gravel", "retina")

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.pack.demo import make_demo
+from pipeline.pack.demo.tiles import make_demo
 from pipeline.track import server
 from pipeline.track.journal import read_steps
 from tests.cluster.figures import record

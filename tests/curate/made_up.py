@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from pipeline.curate.rows import tables
 from pipeline.curate.steps import steps
-from pipeline.pack import demo
+from pipeline.pack.demo import tiles as demo
 
 HOSTILE = "web/<script>alert('1')</script>\"&'"
 THRESHOLD, LOWEST, GUARD = 0.9, 0.8, 0.06

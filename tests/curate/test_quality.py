@@ -9,7 +9,8 @@ from PIL import Image
 from pipeline.curate.images import quality
 from pipeline.curate.images.measure import measure
 from pipeline.curate.images.quality import Rules, marks
-from pipeline.pack.demo import FLAT_TILES, make_demo
+from pipeline.pack.demo.flaws import FLAT_TILES
+from pipeline.pack.demo.tiles import make_demo
 from tests.curate.graphics import EMPTY, GRAPHICS, empty, graphic
 
 EACH = 50

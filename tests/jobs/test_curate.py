@@ -807,7 +807,7 @@ def test_presets_warn_about_vectors_that_they_are_not_for(tmp_path, capsys):
 
 
 def test_the_demo_loses_what_was_planted(tmp_path, monkeypatch):
-    from pipeline.pack.demo import make_demo
+    from pipeline.pack.demo.tiles import make_demo
 
     report = make_demo(tmp_path / "photos")
     for name in ("train", "test"):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.images.decode import BadImage, decode_rgb
-from pipeline.pack import demo
-from pipeline.pack.demo import make_demo
+from pipeline.pack.demo import tiles as demo
+from pipeline.pack.demo.tiles import make_demo
 from pipeline.shards.shards import open_shards
 from tests.data import packed
 

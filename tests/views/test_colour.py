@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.pack.demo import _photographs
+from pipeline.pack.demo.tiles import _photographs
 from pipeline.views import photometric as ph
 
 functional = pytest.importorskip("torchvision.transforms.v2.functional")

@@ -145,7 +145,7 @@ def builtin_part(source: str) -> str:
 
 
 def _builtin(field: str, uri: str) -> KnownSet:
-    from pipeline.pack.demo import DEMO_BYTES, DEMO_IMAGES
+    from pipeline.pack.demo.tiles import DEMO_BYTES, DEMO_IMAGES
 
     builtin_part(uri)
     return KnownSet(Labels(f"{field}={uri}", "names"), DEMO_IMAGES, DEMO_BYTES)

@@ -1,7 +1,7 @@
 """A small labelled set of real images without any download, with planted flaws.
 
 Tiles of photographs that come with scikit-image and scikit-learn; among them copies, leaked test
-tiles, flat tiles and broken files for the other stages to find (`demo_flaws.py`).
+tiles, flat tiles and broken files for the other stages to find (`flaws.py`).
 
 The class of a tile is its photograph. Training and test tiles come from different parts of it: four
 blocks are kept for the test, and no training tile touches them. Tiles are cut at three scales.
@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import DataError
-from pipeline.pack.demo_flaws import SIDE, flaws, jpeg
+from pipeline.pack.demo.flaws import SIDE, flaws, jpeg
 
 TRAIN_TILES, TEST_BLOCKS = 216, 4  # per photograph
 DEMO_IMAGES, DEMO_BYTES = 3574, 10_000_000  # files of the training part, for estimates
