@@ -185,7 +185,7 @@ def _origin() -> dict[str, str]:
     """Tags that say where the run comes from; those of MLflow fill its field `Source`."""
     name_user()
     root = Path(__file__).parents[2]
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0] or "python")
     inside = script.absolute().is_relative_to(root)
     name = str(script.absolute().relative_to(root)) if inside else script.name
     tags = {
