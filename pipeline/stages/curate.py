@@ -34,6 +34,7 @@ log = logging.getLogger("pipeline.curate")
 SENT_BYTES = 32 * 2**20  # of decisions that go to MLflow; larger ones stay where they are
 TABLES = 2  # form of what a curation stores; a finished one of another form is curated once more
 SECTIONS = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
+COSTS = ("curate/seconds/", "curate/cpu_s/", "curate/peak_bytes/")  # of each step
 
 
 def key(context: Context) -> str:
@@ -236,7 +237,10 @@ def _summary(curation: Curation) -> Summary:
 
 
 def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> None:
-    tracker.metrics(0, numbers.metrics(summary))
+    values = numbers.metrics(summary)
+    costs = {name: value for name, value in values.items() if name.startswith(COSTS)}
+    tracker.metrics(0, costs, send=False)  # MLflow has them as a table; here a bar for each step
+    tracker.metrics(0, {name: value for name, value in values.items() if name not in costs})
     tracker.headline(0, {"curate/kept": summary.kept})
     for name, pixels in pictures(summary).items():
         tracker.picture(name, 0, pixels, captions.CURATION.get(name, ""))

@@ -131,6 +131,7 @@ def _register(client: Any, run_id: str, model_id: str, spec: dict[str, Any]) -> 
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = {name: str(value) for name, value in spec.get("tags", {}).items()}
+    tags.pop("images.manifest", None)  # the model's page has it; the table of versions is narrow
     version = client.create_model_version(
         name,
         source=f"models:/{model_id}",
