@@ -54,7 +54,7 @@ SCHEMES = {
 OTHER = _scheme(port=True)
 ON_DISK = ("file", "sqlite")  # what follows is a path
 # of the links into MLflow that we print
-LINK = frozenset(("workflowType", "compareRunsMode"))
+LINK = frozenset(("workflowType", "compareRunsMode", "viewStateShareKey"))
 HIDDEN = "…"
 _START = re.compile(  # with a slash too few as well
     rf"([A-Za-z][A-Za-z0-9+.-]*)://+|\b({'|'.join((*SCHEMES, *ON_DISK))}):/", re.IGNORECASE

@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline.track import ModelCard, TrackSettings, links, open_pipeline
 from pipeline.track.pages import charts, pictures
+from pipeline.uri import public
 from tests.serve.browser import chromium
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,12 @@ def test_the_view_names_metrics_that_are_documented() -> None:
     assert "metrics.`eval/rank_me_final`" in charts.view("eval/rank_me")
     assert len(charts.view()) < 5_000  # the oldest limit of a tag of an experiment
     assert charts.view() == charts.view()  # the tag is written only where it changes
+
+
+def test_the_links_are_printed_whole() -> None:
+    for line in links("http://10.0.0.4:5000", "photos", "1", "8be11f0f"):
+        assert public(line) == line
+    assert line.endswith(f"viewStateShareKey={charts.KEY}")
 
 
 def test_the_installed_mlflow_opens_shared_views_and_knows_each_part() -> None:
