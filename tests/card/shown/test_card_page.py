@@ -67,7 +67,8 @@ def page_of(card: Card, path: Path, image_of: Any = None) -> str:
     assert path.stat().st_size < 2_000_000
     page = path.read_text()
     Balanced(page)
-    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
+    assert not re.search(r"https?://|@import|url\(|<script src|<link", page)
+    assert page.count("<script>") == page.count('<button class="copy"') <= 1  # of the lines to copy
     assert not re.search(r"\b[0-9a-f]{32}\b", page)
     return page
 

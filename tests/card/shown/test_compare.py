@@ -37,7 +37,7 @@ def test_a_planted_difference_is_told(tmp_path: Path) -> None:
     text = compare_cards(places, tmp_path / "out")
     assert text.startswith("Best: runs/b, k-NN 0.80 ± 0.02; runs/a 0.70")
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert text in page and "<td>runs/b</td><td>0.10 ± 0.03</td>" in page
+    assert text in page and '<td>runs/b</td><td class="number">0.10 ± 0.03</td>' in page
     assert "runs/a and runs/b" in page
     assert page.count("colours") == 1  # once, for both
 
