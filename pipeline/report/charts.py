@@ -85,14 +85,23 @@ def _decades(low: float, high: float, count: int) -> list[float]:
     return sorted(d * m for d in decades for m in (1, 2, 5) if d * m <= decades[-1])
 
 
-def label(value: float) -> str:
+def label(value: float, digits: int = 4) -> str:
     """A short number: 0.25, 1,500, 125k, 3e-06."""
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:,.4g}M"
+        return f"{value / 1e6:,.{digits}g}M"
     if size >= 1e4:
-        return f"{value / 1e3:,.4g}k"
-    return f"{value:,.4g}" if size >= 1e-3 or not size else f"{value:.2g}"
+        return f"{value / 1e3:,.{digits}g}k"
+    return f"{value:,.{digits}g}" if size >= 1e-3 or not size else f"{value:.{digits - 2}g}"
+
+
+def labels(values: Sequence[float]) -> list[str]:
+    """Short numbers that differ where the values do: 1.5440, 1.5442 …"""
+    for digits in range(4, 9):
+        words = [label(value, digits) for value in values]
+        if len(set(words)) == len(set(values)):
+            break
+    return words
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,13 @@ class Plane:
 
     def across(self) -> list[tuple[float, str]]:
         """Ticks of x: place and label."""
-        return [(self.at(x, self.y.low)[0], label(x)) for x in self.x.ticks]
+        places = (self.at(x, self.y.low)[0] for x in self.x.ticks)
+        return list(zip(places, labels(self.x.ticks), strict=True))
 
     def up(self) -> list[tuple[float, str]]:
         """Ticks of y: place and label."""
-        return [(self.at(self.x.low, y)[1], label(y)) for y in self.y.ticks]
+        places = (self.at(self.x.low, y)[1] for y in self.y.ticks)
+        return list(zip(places, labels(self.y.ticks), strict=True))
 
     def lines(self) -> list[tuple[float, bool, str]]:
         """Marks: place, whether their words are to the left of it, words."""

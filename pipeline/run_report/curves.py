@@ -12,6 +12,7 @@ from pipeline.run_report.facts import RunFacts, Steps
 from pipeline.run_report.words import GROUPS, metric_name, stage_name, unit_of
 
 FIRST = ("eval", "loss", "health", "optim", "perf", "data")
+SCORE = re.compile(r"(^|/)(knn\d+_top1|segmentation_\w+_miou)$")
 HEALTHY = ("eval/rank_me", "health/effective_rank", "health/feature_std")
 
 Series = dict[str, list[tuple[float, float]]]
@@ -49,11 +50,8 @@ class Curves:
 def learning(facts: RunFacts) -> Iterator[Section]:
     """The score while training and the loss; without labels the rank of the vectors."""
     curves = Curves.of(facts.steps("pretrain"))
-    scores = {
-        name: rows
-        for name, rows in curves.moving.items()
-        if re.search(r"(^|/)(knn\d+_top1|segmentation_\w+_miou)$", name)
-    }
+    scores = {name: rows for name, rows in curves.moving.items() if SCORE.search(name)}
+    flat = {name: value for name, value in curves.flat.items() if SCORE.search(name)}
     marks = _kept(facts)
     if scores:
         name = _deciding(facts, list(scores))
@@ -64,6 +62,10 @@ def learning(facts: RunFacts) -> Iterator[Section]:
             y_label="share right" if "knn" in name else "",
             marks=marks,
         )
+    elif flat:
+        name = _deciding(facts, list(flat))
+        said = f"{flat[name]:.3g} at every evaluation, so there is no curve."
+        yield Text(said, f"{metric_name(name)}, while training", wide=False)
     else:
         for name in HEALTHY:
             if name in curves.moving:

@@ -26,6 +26,8 @@ def details(facts: RunFacts) -> Iterator[Section]:
         remarks = [f"{one.rstrip('.')}." for one in facts.card.remarks]
         note = " ".join([*remarks, "Whole pages with mistakes: see the link to all scores."])
         yield Fold([Table(table.columns, note=note)], "All scores", "with 95 % intervals")
+    if facts.change:
+        yield Fold([Table(facts.change)], "Before and after", "all scores")
     if fold := all_curves(facts):
         yield fold
     if pictures := list(_pictures(facts)):

@@ -29,6 +29,7 @@ NAMES = {
 }
 SAME_IMAGES = "The same images for both; differences with 95 % intervals."
 NO_LABELS = "They can show a collapse. None of them says that a model is good."
+CHANGES = 7  # rows of before and after that are not folded
 MODEL, OTHER = "var(--c0)", "var(--c6)"
 
 
@@ -44,7 +45,7 @@ def result_sections(facts: RunFacts) -> Iterator[Section]:
     if card is not None:
         yield from _scores(card)
     if facts.change:
-        yield Table(facts.change, "Before and after", note=SAME_IMAGES)
+        yield Table(chosen_rows(facts), "Before and after", note=SAME_IMAGES)
 
 
 def _scores(card: Card) -> Iterator[Section]:
@@ -55,6 +56,20 @@ def _scores(card: Card) -> Iterator[Section]:
         yield three_bars(card)
     elif rows := label_free(card):
         yield Table(rows, "What can be said without labels", note=NO_LABELS)
+
+
+def chosen_rows(facts: RunFacts) -> dict[str, list[Any]]:
+    """Of what an adaptation changed one row of each kind of score, the one that decides first; all
+    of them are folded.
+    """
+    names = [str(name) for name in facts.change["score"]]
+    score = facts.card.score if facts.card else ""
+    decides = ", ".join(filter(None, (title_of(score), detail_of(score))))
+    first = [name for name in names if name == decides]
+    kinds = dict.fromkeys(name.partition(",")[0] for name in (*first, *names))
+    kept = [next(n for n in (*first, *names) if n.partition(",")[0] == kind) for kind in kinds]
+    places = [names.index(name) for name in kept][:CHANGES]
+    return {column: [values[i] for i in places] for column, values in facts.change.items()}
 
 
 def compared(card: Card) -> list[Contender]:
@@ -127,7 +142,8 @@ def _tip(card: Card, one: Contender) -> str:
     if one.role == "step0":
         return "the same network at step 0"
     if one.role in ("init", "untrained"):
-        return one.name if one.role == "init" else "the same network, never trained"
+        place = "/".join(one.name.rstrip("/").split("/")[-2:])
+        return place if one.role == "init" else "the same network, never trained"
     other = next((x for x in card.contenders if x.role in SIMPLE and x.role != one.role), None)
     if other is None or card.score not in other.results:
         return "no network"

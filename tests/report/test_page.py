@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.report.charts import HEIGHT, WIDTH, label, thin, ticks
+from pipeline.report.charts import HEIGHT, WIDTH, label, labels, thin, ticks
 from pipeline.report.page import (
     LIMIT_BYTES,
     Chart,
@@ -93,6 +93,12 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
     assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
     assert len({label(tick) for tick in marks}) == len(marks)
+
+
+def test_labels_of_near_ticks_differ() -> None:
+    near = [1.5440, 1.5442, 1.5444]
+    assert labels(near) == ["1.544", "1.5442", "1.5444"]
+    assert labels([0.0, 0.5, 1.0]) == ["0", "0.5", "1"] and labels([5.0, 5.0]) == ["5", "5"]
 
 
 def test_thinning_keeps_the_ends_of_each_bucket() -> None:

@@ -16,7 +16,7 @@ from pipeline.card.files import read_card
 from pipeline.card.verdict import verdict_of
 from pipeline.run_report.curves import Curves, by_size
 from pipeline.run_report.details import trimmed
-from pipeline.run_report.result import compared, three_bars
+from pipeline.run_report.result import chosen_rows, compared, three_bars
 from pipeline.run_report.words import bytes_of, metric_name, stage_name, time_of
 from pipeline.run_report.write import LIMIT_BYTES, write_run_report
 from tests.card.cards import card_of, contender
@@ -190,8 +190,12 @@ def test_a_guarded_and_an_adapted_run_say_so(tmp_path: Path) -> None:
     sentence = "Ended at step 20: k-NN fell below the start."
     done = {"text": "x", "step": 20, "guard": sentence}
     facts = write_run(tmp_path, card, pretrain=done)
-    change = {"score": ["k-NN"], "before": ["0.50 ± 0.02"], "after": ["0.80 ± 0.02"]}
-    page = Page(write_run_report(replace(facts, change=change)).read_text())
+    scores = ["k-NN, 10 neighbours", "k-NN, 20 neighbours", "retrieval, mAP", "RankMe"]
+    change = {"score": scores, "before": ["0.50 ± 0.02"] * 4, "after": ["0.80 ± 0.02"] * 4}
+    facts = replace(facts, change=change)
+    assert chosen_rows(facts)["score"] == [scores[1], scores[2], scores[3]]
+    page = Page(write_run_report(facts).read_text())
+    assert scores[0] in page.folded
     assert "Better than what it started from" in page.statement and sentence in page.statement
     assert page.titles.index("The guard ended the training") < page.titles.index("Before and after")
     assert "started from" in page.outside and "dinov2_vits14" in page.outside
