@@ -9,8 +9,8 @@ given, after so many images: schedules follow what part of that is over. Runs ar
 images of the training split that nothing is trained on; 5,000 others of it vote. `test=1` asks the
 10,000 test images instead, with all 50,000 voting: for the recipe that was chosen, once.
 With `--demo SEED` all tiles vote, and the test tiles are asked. The demo itself has seed 0: choose
-a recipe by other seeds, which hold out other parts of the photographs. What needs no network is
-printed first. docs/experiments.md lists what came out.
+a recipe by other seeds, which hold out other parts of the photographs. The untrained network and
+what needs none are printed first. docs/experiments.md lists what came out.
 """
 
 from __future__ import annotations
@@ -357,7 +357,9 @@ def main() -> None:
         recipe = Recipe.of(test + changes)
         if test:
             side = int(recipe.eval_sizes.split("-")[0])
-            print(f"without a network, at {side}: {without_network(*splits, side)}", flush=True)
+            sets = [(split.pixels, split.labels) for split in splits]
+            start = knn(pair_for(recipe).teacher.backbone, sets, side)
+            print(f"at {side}: untrained {start:.4f}, {without_network(*splits, side)}", flush=True)
         print(f"{changes or 'base'}: {train(recipe, *splits)}", flush=True)
 
 
