@@ -28,7 +28,7 @@ def test_its_outputs_are_there_and_small() -> None:
 def test_its_cells_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     notebook = json.loads(NOTEBOOK.read_text())
-    names = run(notebook, {'"optim.steps": 200': '"optim.steps": 6'})
+    names = run(notebook, {'"optim.steps": 100': '"optim.steps": 6'})
     assert names["trained"].verdict and names["trained"].report.is_file()
     assert names["features"].shape == (len(names["paths"]), names["embedder"].dim)
     assert (names["similarity"][:, 0] > 0.5).all() and names["rows"].shape == (3, 7)
