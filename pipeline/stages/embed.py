@@ -229,7 +229,11 @@ def expected(config: Config, folder: RunFolder, training: bool) -> tuple[str, in
     """
     model = config.model
     if training and not config.embed.model:
-        width = model.dimensions[0] if model.encoder == "dinov2" else 768  # of most timm models
+        width = model.dimensions[0]
+        if model.encoder != "dinov2":
+            from pipeline.train import build
+
+            width = build.pair(config, heads=False).student.backbone.width
         side = (config.embed.image_size or config.augment.global_size) // model.patch_size
         return "the teacher of this run", width, side**2
     embedder = open_embedder(model_of(config, folder))
