@@ -4,6 +4,7 @@
         ...
 
 Every line that is logged counts as a sign of life. `beating` has a thread that looks every second.
+On a terminal `live` shows it all the time, in one line that is written over.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger("pipeline")
-SILENCE_S = 15.0  # of a driver; with the pause of the thread, 20 s are never reached
-WORKER_SILENCE_S = 11.0  # less, so that a worker, which knows more, speaks before the driver
+PROGRESS = logging.INFO + 1  # level of lines that the next one makes old
+SILENCE_S = 18.0  # of a driver; with the pause of the thread, 20 s are never reached
+WORKER_SILENCE_S = 14.0  # less, so that a worker, which knows more, speaks before the driver
+FIRST_S = 3.0  # of a driver that has just begun: who has typed a command looks for an answer
 LOOK_S = 1.0
 JUST_BEGUN_S = 2.0  # a step that has just begun is not said to last
 
@@ -41,6 +44,11 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._doing: list[tuple[str, float]] = []
         self._spoken = clock()
+        self.left_s: float | None = None  # of what is being done, where that is known
+        self.rest: Callable[[float | None], str] | None = None  # a word on all that is left
+        self.live: Callable[[str, float], None] | None = (
+            None  # takes what is done, and for how long
+        )
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -66,9 +74,15 @@ class Heartbeat:
             with self._lock:
                 self._doing = before
 
-    def now(self, what: str) -> None:
-        """Says more exactly what is being done, since now; the word of the innermost `doing`."""
+    def now(self, what: str, left_s: float | None = None) -> None:
+        """Says more exactly what is being done, since now; the word of the innermost `doing`.
+
+        Args:
+            what: is being done.
+            left_s: seconds until that is over, where they are known.
+        """
         with self._lock:
+            self.left_s = left_s
             if self._doing:
                 self._doing[-1] = (what, self._clock())
 
@@ -81,15 +95,35 @@ class Heartbeat:
         """Says what is being done, where nothing has been said for so long."""
         with self._lock:
             now = self._clock()
-            if not self._doing or now - self._spoken < self.silence_s:
-                return
-            what, begun = self._doing[-1]
-            self._spoken = now
+            if not self._doing:
+                what, begun = "", now
+            else:
+                what, begun = self._doing[-1]
+            due = bool(what) and now - self._spoken >= self.silence_s and self.live is None
+            if due:
+                self._spoken = now
         lasts = now - begun
-        self._say(f"{what}, for {lasts:.0f} s" if lasts >= JUST_BEGUN_S else what)
+        if self.live is not None:
+            self.live(what, lasts)
+        if due:
+            self._say(f"{what}, for {lasts:.0f} s" if lasts >= JUST_BEGUN_S else what)
+
+    def first_after(self, seconds: float) -> None:
+        """The next line is due after so many seconds, however long the silence may be later."""
+        with self._lock:
+            self._spoken = self._clock() - self.silence_s + seconds
+
+    def with_rest(self, line: str, left_s: float | None) -> str:
+        """A line with a word on all that is left behind it, in the process that knows."""
+        return line if self.rest is None else line + self.rest(left_s)
 
 
-HEART = Heartbeat(lambda line: log.info("still       %s", line))
+def _said(line: str) -> None:
+    text = HEART.with_rest(f"still       {line}", HEART.left_s)
+    log.log(PROGRESS, "%s", text, extra={"left_s": HEART.left_s})
+
+
+HEART = Heartbeat(_said)
 doing, now, idle = HEART.doing, HEART.now, HEART.idle
 
 
@@ -103,11 +137,16 @@ class SignOfLife(logging.Filter):
 
 
 @contextmanager
-def beating(silence_s: float = SILENCE_S) -> Iterator[None]:
-    """Inside, a thread looks whether a line is due."""
+def beating(silence_s: float = SILENCE_S, first_s: float | None = None) -> Iterator[None]:
+    """Inside, a thread looks whether a line is due.
+
+    Args:
+        silence_s: after which one is.
+        first_s: after which the first one is; default: the same.
+    """
     finished = threading.Event()
     HEART.silence_s = silence_s
-    HEART.spoke()
+    HEART.first_after(silence_s if first_s is None else first_s)
 
     def run() -> None:
         while not finished.wait(LOOK_S):

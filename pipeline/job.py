@@ -19,7 +19,8 @@ from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.environment import prefer_utf8
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.heartbeat import beating, doing
+from pipeline.heartbeat import FIRST_S, beating, doing
+from pipeline.live import terminal
 
 SYNC = "sync"
 AGAIN = "--again"
@@ -104,7 +105,7 @@ def _do(asked: Command, flags: Sequence[str], typed: Sequence[str]) -> None:
     if asked.recipe and not any(_is_recipe(one) for one in spelled):
         spelled = [asked.recipe, *spelled]
     config = load([*asked.implied, *spelled])
-    with beating(), doing("loading the libraries"):
+    with terminal(), beating(first_s=FIRST_S), doing("loading the libraries"):
         _start(config, asked.stages, dry=bool(flags))
 
 

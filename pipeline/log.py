@@ -61,8 +61,14 @@ def configure(
         handler.setFormatter(_Formatter(f"{prefix} %(message)s" if prefix else None))
     handler.addFilter(SignOfLife())
     root.handlers[:] = [handler]
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it says what it is about to try
     sys.excepthook = _bug
     threading.excepthook = lambda bug: _bug(bug.exc_type, bug.exc_value, bug.exc_traceback)
+
+
+def line_formatter() -> logging.Formatter:
+    """Of one line a record, as `configure` has it."""
+    return _LineFormatter("")
 
 
 @contextmanager

@@ -50,6 +50,7 @@ LOOSE = [
     "errors",
     "heartbeat",
     "job",
+    "live",
     "log",
     "rounds",
     "schedule",
@@ -59,6 +60,7 @@ TABLE = [
     # the ground floor: what everything may use
     row("schedule uri environment heartbeat __init__"),
     row("errors log", "uri heartbeat"),
+    row("live", "heartbeat log", others_inside="rich"),
     # what a recipe says, and what follows from it; no torch, no Ray
     row("config", "errors uri", others="pydantic yaml"),
     row("plan", "config errors schedule", others="pydantic"),
@@ -90,7 +92,7 @@ TABLE = [
     row("report", "track uri", others_inside="PIL jinja2"),
     row("use", "errors evaluate images model report shards storage uri views",
         others="numpy PIL pyarrow torch"),
-    row("train.speed.*", "errors storage train.speed.* uri views", others="torch"),
+    row("train.speed.*", "errors plan.plan storage train.speed.* uri views", others="torch"),
     row("train.parallel.*", "errors loss.collectives model train.parallel.*", others="torch"),
     row("train.distil.features", "errors loss model", others="torch"),
     row("train.distil.source", "images model"),
@@ -170,7 +172,7 @@ TABLE = [
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.distil.features train.objective train.step uri use views",
         "card config.load log rounds stages start storage", "numpy PIL torch"),
-    row("job", "commands config environment errors heartbeat log",
+    row("job", "commands config environment errors heartbeat live log",
         "doctor rounds stages start uri"),
 ]  # fmt: skip
 MODULES, LINES, PARAMETERS = 15, 350, 7  # at most: of a folder, of a module, of a function

@@ -90,3 +90,31 @@ def test_lines_of_the_log_are_signs_of_life(
     shown = capsys.readouterr().out.splitlines()
     assert 1 <= len(shown) <= 3
     assert shown[0].startswith("still       waiting for Godot")
+
+
+def test_who_has_just_begun_speaks_soon() -> None:
+    said: list[tuple[float, str]] = []
+    clock = Clock()
+    heart = Heartbeat(lambda line: said.append((clock.seconds, line)), clock=clock)
+    heart.first_after(heartbeat.FIRST_S)
+    with heart.doing("loading the libraries"):
+        while clock.seconds < 60:
+            clock.seconds += LOOK_S
+            heart.look()
+    assert said[0][0] <= 5
+    assert 15 < said[1][0] - said[0][0] < 20
+
+
+def test_a_line_of_progress_has_a_word_on_all_that_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.configure()
+    monkeypatch.setattr(heartbeat.HEART, "rest", lambda left: f" | all {(left or 0) + 60:.0f} s")
+    with heartbeat.doing("training"):
+        heartbeat.now("step 3 of 9", left_s=5.0)
+        heartbeat._said("step 3 of 9")
+        heartbeat.now("counting")
+        heartbeat._said("counting")
+    assert capsys.readouterr().out == (
+        "still       step 3 of 9 | all 65 s\nstill       counting | all 60 s\n"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +14,15 @@ from pipeline.plan.nodes import placed
 from pipeline.plan.plan import Plan
 from pipeline.train.speed.bottleneck import count
 from pipeline.train.speed.cost import Cost
-from pipeline.train.speed.peaks import peak_flops
+from pipeline.train.speed.lasts import HOUR_S, in_words, seconds_of
+
+__all__ = ["in_words", "say_disk", "say_memory", "say_time", "seconds_of"]
 
 log = logging.getLogger("pipeline")
 GIB = 2**30
-HOUR_S = 3600.0
 PROCESS = 0.3 * GIB  # of a worker on a CPU, before it has a network
 ROOM = 0.8  # of the memory for training workers; driver, decoders and evaluation need the rest
 LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
-# Share of the peak of matrix products that a whole step reaches
-EFFICIENCY = {"cuda": 0.35, "cpu": 0.15}
 
 
 def say_memory(plan: Plan, cost: Cost, machine: Machine) -> None:
@@ -164,24 +163,3 @@ def say_time(plan: Plan, cost: Cost, machine: Machine) -> None:
             value,
             gpus,
         )
-
-
-def seconds_of(plan: Plan, cost: Cost) -> float:
-    """Of training, by the speed of matrix products here; 0 where it is not known."""
-    import torch
-
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        return 0.0  # the GPUs are on other nodes
-    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-    peak = peak_flops(plan.device, dtype, plan.threads) * plan.workers * EFFICIENCY[plan.device]
-    images = plan.config.optim.global_batch_size * plan.steps
-    return cost.flops_per_image * images / peak if peak else 0.0
-
-
-def in_words(seconds: float) -> str:
-    """`40 seconds`, `12 minutes`, `33 hours` or `5 days`."""
-    units: Mapping[str, float] = {"day": 24 * HOUR_S, "hour": HOUR_S, "minute": 60.0, "second": 1.0}
-    for unit, size in units.items():
-        if seconds >= 2 * size:
-            return count(round(seconds / size), unit)
-    return count(max(1, round(seconds)), "second")

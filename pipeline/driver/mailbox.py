@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from pipeline.heartbeat import HEART, PROGRESS
 
 T = TypeVar("T")
 STOP, MOVE, SAVE = "stop", "move", "save"
@@ -27,6 +29,14 @@ class Ending:
 
 
 ENDING = Ending()
+
+
+class Said(NamedTuple):
+    """A line of a worker's log."""
+
+    level: int
+    line: str
+    left_s: float | None = None  # seconds until the stage is over, where they are known
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._request, self._saved, self._acknowledged = "", -1, -1
-        self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[Said] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
 
     def stop(self) -> None:
@@ -99,11 +109,11 @@ class Mailbox:
         with self._changed:
             return self._saved
 
-    def say(self, level: int, line: str) -> None:
-        """A worker's log line for the driver's console."""
-        self._lines.put((level, line))
+    def say(self, level: int, line: str, left_s: float | None = None) -> None:
+        """A worker's log line for the driver's console, and seconds until its stage is over."""
+        self._lines.put(Said(level, line, left_s))
 
-    def listen(self, timeout: float = 2.0) -> list[tuple[int, str]]:
+    def listen(self, timeout: float = 2.0) -> list[Said]:
         """The lines said since the last call; waits up to `timeout` seconds for one."""
         return _taken(self._lines, timeout)
 
@@ -135,7 +145,8 @@ class RemoteLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Hands the line on; does not wait."""
-        self.mailbox.say.remote(record.levelno, self.format(record))
+        left_s = getattr(record, "left_s", None)
+        self.mailbox.say.remote(record.levelno, self.format(record), left_s)
 
 
 class Reports:
@@ -208,9 +219,10 @@ class InOrder:
 def console(mailbox: Any, log: logging.Logger) -> Iterator[None]:
     """Inside, lines that workers say appear in the driver's log as they come."""
 
-    def say(lines: list[tuple[int, str]]) -> None:
-        for level, line in lines:
-            log.log(level, "%s", line)
+    def say(lines: list[Said]) -> None:
+        for level, line, left_s in lines:
+            text = HEART.with_rest(line, left_s) if level == PROGRESS else line
+            log.log(level, "%s", text)
 
     with _pumped(mailbox.listen, say):
         yield

@@ -26,7 +26,7 @@ from pipeline.finetune.images import LabelledImages, Worker
 from pipeline.finetune.loop import Trainee, answers, fit
 from pipeline.finetune.rows import Split
 from pipeline.finetune.settings import Settings
-from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
+from pipeline.heartbeat import PROGRESS, WORKER_SILENCE_S, beating, doing, now
 from pipeline.shards.shard_set import ShardSet
 from pipeline.train.checkpoint import restore, state
 from pipeline.train.speed.bottleneck import duration
@@ -168,7 +168,7 @@ class Watch:
         self.last_scalars = scalars
         if not self.rank_zero:
             return
-        now(f"finetune: step {done}")
+        now(f"finetune: step {done} of {self.task.settings.steps}")
         settings = self.task.settings
         due = done % self.task.log_every == 0 or done == settings.steps
         step_s = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
@@ -176,7 +176,8 @@ class Watch:
         timing = {"perf/images_per_s": per_s, "data/bad_images": len(self.bad)}
         self.reports.send("metrics", done - 1, scalars | timing, send=due)
         if due:
-            log.info(
+            log.log(
+                PROGRESS,
                 "step %s/%d %5.1f%% | loss %.3f | right %.1f%% | %s img/s%s | eta %s",
                 str(done).zfill(len(str(settings.steps))),
                 settings.steps,

@@ -36,8 +36,11 @@ from pipeline.stages import (
     pretrain,
     search,
 )
+from pipeline.stages.checks.known_sets import KnownSet
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start
+from pipeline.stages.console.closing import say_verdict
+from pipeline.stages.console.outlook import Outlook, looking_ahead
 from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.mirror import mirrored
 from pipeline.storage.once import forget, looked_up_once
@@ -108,12 +111,12 @@ def run(config: Config, stages: Sequence[str], known: Mapping[str, Stage] = STAG
     config, asked = adapt.begun(config, folder, stages)
     config, stages = evaluation.asked_for(config, folder, stages)
     with looked_up_once():
-        check_start(config, stages)
+        sets = check_start(config, stages)
         with ended_by_sigterm(), folder.locked():
             log.info("run         %s in %s", config.run.name, folder)
             with mirrored(folder, lambda names: _fetched(folder, names)) as push:
                 context = Context(config, folder, only=by_name(stages), stages=known, asked=asked)
-                _run(context, stages, push)
+                _run(context, stages, push, sets)
 
 
 def _look_up(config: Config, stages: Sequence[str]) -> None:
@@ -128,7 +131,12 @@ def _look_up(config: Config, stages: Sequence[str]) -> None:
     look(config)
 
 
-def _run(context: Context, stages: Sequence[str], push: Callable[[], object]) -> None:
+def _run(
+    context: Context,
+    stages: Sequence[str],
+    push: Callable[[], object],
+    sets: Mapping[str, KnownSet],
+) -> None:
     config, folder = context.config, context.folder
     if "pack" not in stages:  # what an earlier job packed
         context.config = with_packed_sets(config, folder)
@@ -137,48 +145,50 @@ def _run(context: Context, stages: Sequence[str], push: Callable[[], object]) ->
     while left and _skipped(context, left[0]):
         left.pop(0)
     if not left:
-        _say_verdict(context)
+        say_verdict(context)
         return
     written = write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
     hide_credentials()  # before there are workers, which get the environment
     with cluster.joined(config.resources), _open_pipeline(config, folder, written) as tracking:
         context.tracking = tracking
-        go_through(context, left, push)
+        with looking_ahead(context, left, sets) as outlook:
+            go_through(context, left, push, outlook)
         _report(context)
-    _say_verdict(context)
+    say_verdict(context, tracking.page)
 
 
 def go_through(
-    context: Context, stages: Sequence[str], after: Callable[[], object] = lambda: None
+    context: Context,
+    stages: Sequence[str],
+    after: Callable[[], object] = lambda: None,
+    outlook: Outlook | None = None,
 ) -> None:
     """Runs what is not finished of stages, in order, and calls `after` after each of them.
+
+    Args:
+        context: of the job.
+        stages: names, in order.
+        after: is called after each of them.
+        outlook: is told when a stage begins and ends; the stages of a round have none.
 
     Raises:
         SystemExit: it was asked to end.
     """
+    outlook = outlook or Outlook({})
     for name in stages:
-        if not _skipped(context, name):  # its key may be known only now
+        if _skipped(context, name):  # its key may be known only now
+            outlook.skip(name)
+        else:
+            outlook.begin(name)
             _run_stage(context, name)
+            outlook.end()
         if name == "adapt":
             write_config(context.config, context.folder)
         after()
         if ENDING.number and name != stages[-1]:  # it came after the last step
             log.info("stopped     after %s; the same command goes on from there", name)
             sys.exit(128 + ENDING.number)
-
-
-def _say_verdict(context: Context) -> None:
-    """The verdict of the evaluation, as the last line of a job that evaluates; before it what an
-    adaptation has changed.
-    """
-    if comparison := adapt.before_and_after(context, context.results):
-        for what, text in comparison.lines:
-            log.info("%-11s %s", what, text)
-        if comparison.warning:
-            log.warning("%s", comparison.warning)
-    if verdict := context.results.get("evaluate", {}).get("verdict"):
-        log.info("%-11s %s", "verdict", verdict)
 
 
 def _is_input(context: Context, name: str) -> bool:
@@ -299,7 +309,8 @@ def _report(context: Context) -> None:
     comparison = adapt.before_and_after(context, known)
     change = comparison.table if comparison and comparison.rows else {}
     report = write_run_report(RunFacts.of(context.config, context.folder, known, change))
-    log.info("report      %s", public(context.folder.at(report.name)))
+    if context.only:  # a whole run says it at its end
+        log.info("report      %s", public(context.folder.at(report.name)))
     tracker = context.tracking.tracker
     tracker.artifact(report)
     evaluated = known["evaluate"]

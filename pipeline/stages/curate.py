@@ -114,12 +114,13 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     tally, compared = curation.decisions.tally, curation.comparison
     threshold = compared.threshold if compared else None
     result_line("curate", tally.line())
-    for line in tally.lines():
+    for line in tally.lines() if context.only else ():  # the report has them
         result_line("", line)
     summary = _summary(curation)
     page = context.folder.stage("curate") / "report.html"
     report.write(page, summary, f"Curation of {config.run.name}")
-    log.info("report      %s", public(context.folder.at("curate", "report.html")))
+    if context.only:
+        log.info("report      %s", public(context.folder.at("curate", "report.html")))
     tracker.params(params(config, tally.rows, threshold.copies if threshold else None))
     _track(tracker, curation, summary, page)
     _guard(context, curation)

@@ -106,7 +106,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     for name in (PAGE, CARD):
         tracker.artifact(folder / name, "evaluate")
     result_line("evaluate", text)
-    result_line("card", public(context.folder.at("evaluate", PAGE)))
+    if context.only:  # a whole run names its report at its end, which leads there
+        result_line("card", public(context.folder.at("evaluate", PAGE)))
     if sentence and sentence not in card.verdict.text:
         text = f"{text}. Alarm: {sentence}"
     parts = [card.verdict.text, pipeline_page.score_table(card), text]

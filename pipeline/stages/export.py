@@ -101,7 +101,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
     result_line("export", text)
-    if agreed == ONLY_OURS:
+    if agreed == ONLY_OURS and context.only:
         result_line("", agreed)
     if (of_before := weights / "onnx").is_dir():
         shutil.rmtree(of_before)  # perhaps of another checkpoint than the weights beside it

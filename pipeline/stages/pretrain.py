@@ -21,6 +21,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.stages.checks.guard import ended_before, remarks_on_keep
 from pipeline.stages.checks.teacher import located, teacher_source
+from pipeline.stages.console.brief import brief, trained
 from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.run_folder import RunFolder, fingerprint
 from pipeline.stream.order import layout_of
@@ -127,7 +128,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     whole.recipe(pipeline_page.changed_fields(context.config))
     name = pipeline_page.name_of_images(context.config)
     whole.dataset(name, shards.digest, public(context.shards_uri), "training", shards.rows)
-    for line in _described(run_plan, context.folder):
+    lines = _described(run_plan, context.folder)
+    for line in lines if context.only else brief(lines):
         log.info("%s", line)
     outcome = pretrain(
         run_plan,
@@ -138,32 +140,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         teacher_source(run_plan),
     )
     details = outcome.details
-    best = details.get("best")
-    text = (
-        f"{outcome.status} at step {outcome.step}/{run_plan.steps}"
-        + (f", {details['images_per_s']:,.0f} images/s" if "images_per_s" in details else "")
-        + (
-            f", MFU {100 * details['mfu']:.1f} %"
-            if "mfu" in details and run_plan.device == "cuda"
-            else ""
-        )
-        + (
-            f", data wait {100 * details['data_wait_fraction']:.1f} %"
-            if "data_wait_fraction" in details
-            else ""
-        )
-        + (
-            f", best {best['name'].partition('/')[2]} {best['score']:.4f} at step "
-            f"{best['step']:.0f} (while training{', ' * bool(compared)}{compared})"
-            if best
-            else ""
-        )
-        + "".join(
-            f"; {details[name]}"
-            for name in ("data_limit", "evaluations", "guard")
-            if details.get(name)
-        )
-    )
+    text = trained(outcome, run_plan, compared)
     result_line("pretrain", text)
     if outcome.status == "guarded":
         for one in (tracker, whole):

@@ -157,7 +157,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     if agreed := _agreement(answers, answered):
         text += f"; {agreed}"
     result_line("search", text)
-    result_line("page", page)
+    if context.only:  # a whole run says it at its end
+        result_line("page", page)
     tracker.artifact(folder.stage("search") / PAGE)
     tracker.note(text)
     index = answers.search.index

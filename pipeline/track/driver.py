@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.environment import name_user
 from pipeline.heartbeat import doing
-from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, Database, LocalServer, Remote
+from pipeline.track.endpoint import JOURNAL_ONLY, LOCAL, Database, LocalServer, Remote, links
 from pipeline.track.journal import FILE_NAME, Journal
 from pipeline.track.names import TAG_LIMIT, cut
 from pipeline.track.sender import Sender
@@ -75,6 +75,16 @@ class Pipeline:
     def ids(self) -> dict[str, str]:
         """MLflow run ids by stage, as far as the server has given them."""
         return dict(self._sender.known.runs) if self._sender else {}
+
+    @property
+    def page(self) -> str:
+        """Address of the pipeline run; "" while the server has not given it one."""
+        known = self._sender.known if self._sender else None
+        if known is None:
+            return ""
+        experiment = self.settings.experiment
+        lines = links(known.uri, experiment, known.experiment_id, self.ids.get(PIPELINE, ""))
+        return next((x.partition(" ")[2].strip() for x in lines if x.startswith("run ")), "")
 
     def open(
         self, run: str, title: str, tags: Mapping[str, Any] | None = None, parent: str = ""

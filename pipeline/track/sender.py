@@ -195,7 +195,8 @@ class Sender(threading.Thread):
             return
         self._greeted = run_id
         for line in links(known.uri, experiment, known.experiment_id, run_id):
-            log.info("%s", line)
+            # one is enough, and leads to the others; a whole run says it again at its end
+            log.log(logging.DEBUG if line.startswith("charts") else logging.INFO, "%s", line)
 
     def _back(self) -> None:
         log.warning("MLflow at %s answers again after %d tries", self.known.uri, self._failures)

@@ -129,7 +129,8 @@ def launch_evaluator(spec: EvaluationSpec, plan: Plan) -> Any:
     if device == "cpu" and (node := roomiest(ray.nodes())):
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
     place = {0.0: "CPUs", 1.0: "a spare GPU"}.get(share, f"{share:g} of a training GPU")
-    log.info("evaluate    while training on %s", place)
+    usual = device == "cpu" and plan.device == "cpu"
+    log.log(logging.DEBUG if usual else logging.INFO, "evaluate    while training on %s", place)
     return (
         ray.remote(EvaluatorActor)
         .options(**options)

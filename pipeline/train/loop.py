@@ -21,7 +21,7 @@ from pipeline.heartbeat import WORKER_SILENCE_S, beating, doing, now
 from pipeline.plan.plan import Plan
 from pipeline.train.guard.begin import is_guarded
 from pipeline.train.parallel.garbage import Garbage
-from pipeline.train.speed.bottleneck import Window
+from pipeline.train.speed.bottleneck import Window, duration
 from pipeline.train.speed.parts import part
 from pipeline.train.step import NonFinite
 from pipeline.train.worker import Job, Worker, uncompilable_somewhere
@@ -78,7 +78,10 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
             rank_zero.picture_crops(images.batches[0])
 
         compiles = ", which compiles the networks" if step == worker.first_step else ""
-        now(f"pretrain: step {step}{compiles if plan.compile else ''}")
+        left_s = clock.left_s()
+        eta = f", eta {duration(left_s)}" if left_s is not None else ""
+        what = f"pretrain: step {step} of {plan.steps}{compiles if plan.compile else ''}{eta}"
+        now(what, left_s)
         try:
             result = worker.step(step, images, stop=bool(rank_zero.request()))
         except NonFinite as error:
@@ -99,7 +102,7 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
             # All ranks gather, one writes. Before the checkpoint: a resume then misses no line.
             rank_zero.log(step, window.gathered(worker.device, plan.workers), clock)
             window = Window()
-        now(f"pretrain: after step {step}")
+        now(f"pretrain: after step {step} of {plan.steps}", left_s)
         if save_due:
             rank_zero.save(step)
         if evaluate_due:

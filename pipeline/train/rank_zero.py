@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.driver.mailbox import MOVE, STOP, Reports
 from pipeline.errors import one_line
-from pipeline.heartbeat import now
+from pipeline.heartbeat import PROGRESS, now
 from pipeline.plan.plan import Plan
 from pipeline.storage.places import retries
 from pipeline.stream.bad_table import BadTable, reasons
@@ -163,7 +163,8 @@ class RankZero(OtherRank):
         self.evaluations.note_step(newest)
         if step % plan.config.train.log_every == 0 or step == plan.steps:
             width = len(str(plan.steps))
-            log.info(
+            log.log(
+                PROGRESS,
                 "step %s/%d %5.1f%% | loss %.3f | %s img/s | wait %.0f%% | decode %s ms%s | eta %s",
                 str(step).zfill(width),
                 plan.steps,
@@ -174,6 +175,7 @@ class RankZero(OtherRank):
                 ms(newest["perf/decode_ms"] + newest["perf/crop_ms"]),
                 f" | {counts} bad" if (counts := reasons(self.bad)) else "",
                 clock.eta(),
+                extra={"left_s": clock.left_s()},
             )
         settled = clock.done - len(rows) >= clock.WARMUP_STEPS
         if settled and (sentence := self.watch.window(window.spent, timing)):

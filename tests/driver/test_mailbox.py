@@ -25,7 +25,7 @@ def test_lines_keep_their_order_and_level() -> None:
     mailbox = Mailbox()
     mailbox.say(logging.INFO, "one")
     mailbox.say(logging.WARNING, "two")
-    assert mailbox.listen(0) == [(logging.INFO, "one"), (logging.WARNING, "two")]
+    assert mailbox.listen(0) == [(logging.INFO, "one", None), (logging.WARNING, "two", None)]
     assert mailbox.listen(0) == []
 
 

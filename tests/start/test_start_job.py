@@ -200,7 +200,7 @@ def test_a_step_fits_the_gpu_and_twice_the_images_would_not(gb: int) -> None:
 
 @pytest.mark.long
 def test_a_long_training_is_shortened_to_the_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.doctor.fits.peak_flops", lambda *_: 1e11)
+    monkeypatch.setattr("pipeline.train.speed.lasts.peak_flops", lambda *_: 1e11)
     around = here()
     around = Surroundings(**{**around.__dict__, "here": True})
     folder = pile(50_000)

@@ -31,7 +31,7 @@ class Feeder(Mailbox):
 
     @property
     def said(self) -> list[str]:
-        return [line for _, line in self.listen(0)]
+        return [line for _, line, _ in self.listen(0)]
 
 
 class Policy:

@@ -116,12 +116,19 @@ class Clock:
         }
 
     def eta(self) -> str:
-        """Time to the end of the whole run, from the mean step after the first few."""
+        """Time to the end of the whole run, in words."""
+        left = self.left_s()
+        return "--" if left is None else duration(left)
+
+    def left_s(self) -> float | None:
+        """Seconds to the end of the whole run, from the mean step after the first few; None before
+        them.
+        """
         if self.settled is None or self.done <= self.settled[0]:
-            return "--"
+            return None
         steps, since = self.settled
         per_step = (time.perf_counter() - since) / (self.done - steps)
-        return duration((self.steps - self.first_step - self.done) * per_step)
+        return (self.steps - self.first_step - self.done) * per_step
 
 
 def duration(seconds: float) -> str:

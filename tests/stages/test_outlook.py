@@ -1,0 +1,67 @@
+"""What is left of a chain: guesses that stages correct, against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.load import load
+from pipeline.plan.layout import Machine
+from pipeline.plan.nodes import Node
+from pipeline.stages.console import outlook
+from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Outlook, outlook_of
+
+MACHINE = Machine(cpus=2, gpus=0, bfloat16=True, nodes=(Node(2, driver=True),))
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_what_is_left_is_the_rest_of_this_stage_and_all_to_come() -> None:
+    clock = Clock()
+    ahead = Outlook({"pack": 10.0, "pretrain": 100.0, "evaluate": 20.0}, clock)
+    assert ahead.left() == 130
+    ahead.begin("pack")
+    clock.seconds = 4
+    assert ahead.left() == 126
+    clock.seconds = 20  # twice as long as expected
+    assert ahead.left() == 120
+    ahead.end()
+    # the evaluation will take twice as long as well; training has a measure of its own
+    assert ahead.left() == 140
+    ahead.begin("pretrain")
+    assert ahead.left(50.0) == 90
+    assert ahead.said(50.0) == " | all 1m 30s"
+    clock.seconds = 400
+    ahead.end()
+    assert ahead.left() == 40  # how long training took says nothing of the evaluation
+    ahead.skip("evaluate")
+    assert ahead.left() == 0
+
+
+def test_where_a_stage_is_not_known_nothing_is_said_until_it_says_itself() -> None:
+    ahead = Outlook({"pretrain": None, "export": 5.0})
+    ahead.begin("pretrain")
+    assert ahead.left() is None and ahead.said() == "" and ahead.line() == ""
+    assert ahead.left(60.0) == 65
+    ahead.end()
+    assert ahead.left() == 5
+
+
+def test_the_guess_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlook, "flops_per_s", lambda plan: 1e11)
+    monkeypatch.setattr(outlook, "seconds_of", lambda plan, cost: 600.0)
+    config = load(["configs/small.yaml", "data.source=photos/"])
+    stages = ["pack", "pretrain", "evaluate"]
+    ahead = outlook_of(config, stages, 1000, 100, MACHINE)
+    assert ahead.expected["pack"] == pytest.approx(FIXED["pack"] + 1100 * AN_IMAGE["pack"])
+    assert ahead.expected["pretrain"] == 600 + FIXED["pretrain"]
+    assert ahead.line().startswith("about 11 minutes in all (pretrain 10m 30s, evaluate ")
+    unknown = outlook_of(config, stages, 0, 0, MACHINE)
+    assert set(unknown.expected.values()) == {None}
+    # more images a step than there are: the stage says that, here nothing is known
+    few = outlook_of(config, stages, 10, 0, MACHINE)
+    assert few.expected["pretrain"] is None
