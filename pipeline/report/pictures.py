@@ -136,9 +136,11 @@ def embedded(image: Any, size: int, quality: int = 80, enlarge: bool = False) ->
     jpeg, width, height = shrunk(image, size, quality)
     if not jpeg:
         return Embedded("", width, height)
-    times = max(1, size // max(width, height)) if enlarge else 1
     url = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-    return Embedded(url, times * width, times * height, times > 1)
+    times = size / max(width, height) if enlarge else 1.0
+    if times >= 2:  # whole times, so that its pixels stay squares
+        return Embedded(url, int(times) * width, int(times) * height, True)
+    return Embedded(url, round(max(times, 1.0) * width), round(max(times, 1.0) * height))
 
 
 def shrunk(image: Any, size: int, quality: int = 80) -> tuple[bytes, int, int]:
