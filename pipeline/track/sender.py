@@ -194,9 +194,9 @@ class Sender(threading.Thread):
         if run_id == self._greeted:  # a journal has a line for each start of the job
             return
         self._greeted = run_id
-        for line in links(known.uri, experiment, known.experiment_id, run_id):
-            # one is enough, and leads to the others; a whole run says it again at its end
-            log.log(logging.DEBUG if line.startswith("charts") else logging.INFO, "%s", line)
+        lines = links(known.uri, experiment, known.experiment_id, run_id)
+        for line in lines[1:] or lines:  # the address of the server is in the others
+            log.info("%s", line)
 
     def _back(self) -> None:
         log.warning("MLflow at %s answers again after %d tries", self.known.uri, self._failures)
