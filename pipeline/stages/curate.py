@@ -123,6 +123,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         log.info("report      %s", public(context.folder.at("curate", "report.html")))
     tracker.params(params(config, tally.rows, threshold.copies if threshold else None))
     _track(tracker, curation, summary, page)
+    if context.only:  # else the pipeline's page begins with what the training came to
+        tracker.headline(0, {"curate/kept": summary.kept})
     _guard(context, curation)
     shards = write_shards(curation, context.shards_uri)
     tracker.dataset("curated", shards.digest, public(context.shards_uri), "curated", shards.rows)
@@ -242,7 +244,6 @@ def _track(tracker: Any, curation: Curation, summary: Summary, page: Path) -> No
     costs = {name: value for name, value in values.items() if name.startswith(COSTS)}
     tracker.metrics(0, costs, send=False)  # MLflow has them as a table; here a bar for each step
     tracker.metrics(0, {name: value for name, value in values.items() if name not in costs})
-    tracker.headline(0, {"curate/kept": summary.kept})
     for name, pixels in pictures(summary).items():
         tracker.picture(name, 0, pixels, captions.CURATION.get(name, ""))
     for name, columns in numbers.tables(summary).items():

@@ -298,7 +298,8 @@ def _track(
         with local_copy(context.folder.at("pack", f"bad_images_{stem}.parquet")) as table:
             tracker.table(f"bad_images_{name}", pq.read_table(table).slice(0, 500).to_pydict())
     if name == "train":
-        tracker.headline(0, {"data/images": numbers["images"]})
+        if context.only:  # else the pipeline's page begins with what the training came to
+            tracker.headline(0, {"data/images": numbers["images"]})
         tracker.tags({"images.manifest": report.digest, "shards": public(shards)})
         tracker.note(
             f"{report.images_packed:,} images packed of {report.images_in:,}: "
