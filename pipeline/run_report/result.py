@@ -59,16 +59,18 @@ def _scores(card: Card) -> Iterator[Section]:
 
 
 def chosen_rows(facts: RunFacts) -> dict[str, list[Any]]:
-    """Of what an adaptation changed one row of each kind of score, the one that decides first; all
-    of them are folded.
+    """Of what an adaptation changed one row of each kind of score, the one that decides first; with
+    labels only scores that use them. All rows are folded.
     """
-    names = [str(name) for name in facts.change["score"]]
+    every = [str(name) for name in facts.change["score"]]
     score = facts.card.score if facts.card else ""
+    without = {title_of(name) for name in UNLABELLED} if score not in UNLABELLED else set()
+    names = [name for name in every if name not in without]
     decides = ", ".join(filter(None, (title_of(score), detail_of(score))))
     first = [name for name in names if name == decides]
     kinds = dict.fromkeys(name.partition(",")[0] for name in (*first, *names))
     kept = [next(n for n in (*first, *names) if n.partition(",")[0] == kind) for kind in kinds]
-    places = [names.index(name) for name in kept][:CHANGES]
+    places = [every.index(name) for name in kept][:CHANGES]
     return {column: [values[i] for i in places] for column, values in facts.change.items()}
 
 
