@@ -152,9 +152,22 @@ class Writer:
                 self._check_place(event["run"])
 
     def _view(self, event: Event) -> None:
-        """The experiment's charts as the printed link opens them, and what the experiment is."""
+        """The experiment's charts as the printed link opens them, and what the experiment is.
+
+        Who may make runs may not always change an experiment: that is said once, and runs go on.
+        """
+        from mlflow.exceptions import MlflowException
+
         if event["open"].get("parent"):
             return
+        try:
+            self._set_view(event)
+        except MlflowException as error:
+            if error.error_code != "PERMISSION_DENIED" and not is_final(error):
+                raise
+            self._say(f"charts stand as MLflow arranges them, not in our order: {explain(error)}")
+
+    def _set_view(self, event: Event) -> None:
         experiment = self.client.get_experiment(self.known.experiment_id)
         tags = {charts.TAG: charts.view(event["open"].get("score") or charts.SCORE)}
         if not experiment.tags.get("mlflow.note.content"):  # or what the user wrote

@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from pipeline.track import ModelCard, TrackSettings, links, open_pipeline
+from pipeline.track.mlflow_writer import Writer
 from pipeline.track.pages import charts, pictures
+from pipeline.track.state import Known
 from pipeline.uri import public
 from tests.serve.browser import chromium
 
@@ -154,6 +156,27 @@ def test_a_note_of_the_users_stays(tmp_path: Path, mlflow_server: Any) -> None:
         pipeline.stage("pretrain")
     tags = client.get_experiment(experiment).tags
     assert tags["mlflow.note.content"] == "Mine." and charts.TAG in tags
+
+
+def test_who_may_not_arrange_charts_still_has_runs(caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
+
+    class Client:
+        code = PERMISSION_DENIED
+
+        def get_experiment(self, name: str) -> Any:
+            raise MlflowException("no", error_code=self.code)
+
+    writer = Writer.__new__(Writer)
+    writer.client, writer.known, writer._said = Client(), Known(), set()
+    event = {"run": "pipeline", "open": {"name": "a"}}
+    writer._view(event)
+    writer._view(event)
+    assert caplog.text.count("not in our order") == 1
+    Client.code = TEMPORARILY_UNAVAILABLE  # is tried again, as all that the server did not take
+    with pytest.raises(MlflowException):
+        writer._view(event)
 
 
 @pytest.mark.slow
