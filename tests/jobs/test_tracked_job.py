@@ -80,7 +80,7 @@ def test_the_page_of_the_pipeline(folder: Path, images: Path, mlflow_server: Any
     assert not [name for name in params if name.startswith(("yaml/run.", "yaml/track."))]
     verdict = json.loads((folder / "evaluate" / "card.json").read_text())["verdict"]
     note = tags["mlflow.note.content"]
-    assert note.startswith(verdict["text"]) and "| what |" in note and "| pretrain |" in note
+    assert note.startswith(verdict["text"]) and "| what" in note and "* **pretrain** " in note
     assert tags["status"] == "finished" and tags["has_labels"] == "true"
     assert (
         tags["verdict"] in ("good", "bad", "open") and tags["mlflow.source.name"] == "jobs/run.py"

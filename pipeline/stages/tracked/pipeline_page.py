@@ -19,6 +19,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import value_at
 from pipeline.uri import public
 
+APART = "\u00a0\u00a0"  # MLflow draws columns of a table without a gap
 # Where a run goes and what it may take of a machine is no part of what is compared; the seed and
 # the sizes stand among the eight.
 NOT_COMPARED = ("run.", "track.", "resources.")
@@ -110,8 +111,7 @@ def note(card: Card | None, results: Mapping[str, str], verdict: Verdict) -> str
     parts = [verdict.text or results.get("evaluate", last)]
     if card is not None and (table := score_table(card)):
         parts.append(table)
-    rows = [f"| {stage} | {_cell(text)} |" for stage, text in results.items()]
-    parts.append("\n".join(["| stage | result |", "| --- | --- |", *rows]))
+    parts.append("\n".join(f"* **{stage}** {_line(text)}" for stage, text in results.items()))
     parts.append("Pictures and curves on one page: *Artifacts*, `report.html`.")
     return "\n\n".join(parts)
 
@@ -121,12 +121,13 @@ def score_table(card: Card) -> str:
     shown = [one for one in card.contenders if card.score in one.results]
     if not shown:
         return ""
-    rows = [f"| what | {title_of(card.score)} |", "| --- | ---: |"]
+    rows = [f"| what{APART} | {title_of(card.score)} |", "| :--- | ---: |"]
     for one in shown:
-        name = f"**{_cell(one.name)}**" if one.role == "model" else BASELINES[one.role]
-        rows.append(f"| {name} | {with_margin(one.results[card.score].interval)} |")
+        cell = _line(one.name).replace("|", "\\|")
+        name = f"**{cell}**" if one.role == "model" else BASELINES[one.role]
+        rows.append(f"| {name}{APART} | {with_margin(one.results[card.score].interval)} |")
     return "\n".join(rows)
 
 
-def _cell(text: str) -> str:
-    return public(text).replace("|", "\\|").replace("\n", " ")
+def _line(text: str) -> str:
+    return public(text).replace("\n", " ")
