@@ -12,6 +12,11 @@ from pipeline.run_report.facts import RunFacts, Steps
 from pipeline.run_report.words import GROUPS, metric_name, stage_name, unit_of
 
 FIRST = ("eval", "loss", "health", "optim", "perf", "data")
+BOTH_CHANGE = "Student and teacher both change, so it need not fall."
+NO_LABELS = (
+    "Without labels nothing says how good the vectors are. A rank that falls towards 1 is a "
+    "collapse."
+)
 SCORE = re.compile(r"(^|/)(knn\d+_top1|segmentation_\w+_miou)$")
 HEALTHY = ("eval/rank_me", "health/effective_rank", "health/feature_std")
 
@@ -50,35 +55,31 @@ class Curves:
 def learning(facts: RunFacts) -> Iterator[Section]:
     """The score while training and the loss; without labels the rank of the vectors."""
     curves = Curves.of(facts.steps("pretrain"))
-    scores = {name: rows for name, rows in curves.moving.items() if SCORE.search(name)}
-    flat = {name: value for name, value in curves.flat.items() if SCORE.search(name)}
     marks = _kept(facts)
-    if scores:
-        name = _deciding(facts, list(scores))
-        yield Chart(
-            {metric_name(name): scores[name]},
-            f"{metric_name(name)}, while training",
-            _limited(facts),
-            y_label="share right" if "knn" in name else "",
-            marks=marks,
-        )
+    yield from _scores(facts, curves, marks)
+    losses = [name for name in curves.moving if name.rpartition("/")[2] == "total"]
+    if losses:
+        series, grey = {"loss": curves.moving[losses[0]]}, {"loss": "var(--c6)"}
+        yield Chart(series, "Loss", BOTH_CHANGE, marks=marks, colours=grey)
+
+
+def _scores(facts: RunFacts, curves: Curves, marks: tuple[Mark, ...]) -> Iterator[Section]:
+    """The curve of the score that chose the checkpoint; without labels that of the rank."""
+    moving = {name: rows for name, rows in curves.moving.items() if SCORE.search(name)}
+    flat = {name: value for name, value in curves.flat.items() if SCORE.search(name)}
+    if moving:
+        name = _deciding(facts, list(moving))
+        title, share = f"{metric_name(name)}, while training", "share right" * ("knn" in name)
+        series = {metric_name(name): moving[name]}
+        yield Chart(series, title, _limited(facts), y_label=share, marks=marks)
     elif flat:
         name = _deciding(facts, list(flat))
         said = f"{flat[name]:.3g} at every evaluation, so there is no curve."
         yield Text(said, f"{metric_name(name)}, while training", wide=False)
-    else:
-        for name in HEALTHY:
-            if name in curves.moving:
-                said = "Without labels nothing says how good the vectors are. A rank that falls "
-                said += "towards 1 is a collapse."
-                yield Chart({name: curves.moving[name]}, metric_name(name)[:1].upper()
-                            + metric_name(name)[1:], said, marks=marks)  # fmt: skip
-                break
-    losses = [name for name in curves.moving if name.rpartition("/")[2] == "total"]
-    if losses:
-        said = "It is one of two networks that both change, so it need not fall."
-        yield Chart({"loss": curves.moving[losses[0]]}, "Loss", said, y_label="", marks=marks,
-                    colours={"loss": "var(--c6)"})  # fmt: skip
+    elif there := [name for name in HEALTHY if name in curves.moving]:
+        title = metric_name(there[0])
+        title = title[:1].upper() + title[1:]
+        yield Chart({title: curves.moving[there[0]]}, title, NO_LABELS, marks=marks)
 
 
 def _deciding(facts: RunFacts, names: list[str]) -> str:
@@ -101,8 +102,10 @@ def _limited(facts: RunFacts) -> str:
     sets = [one.images for one in (card.reference, card.queries) if one] if card else []
     if limit is None or not any(number > limit for number in sets):
         return ""
-    return f"At most {limit:,} images of each set are asked while training, so values differ from \
-those of the bars."
+    return (
+        f"At most {limit:,} images of each set are asked while training, so values differ from "
+        "those of the bars."
+    )
 
 
 def all_curves(facts: RunFacts) -> Fold | None:

@@ -77,11 +77,10 @@ def _pictures(facts: RunFacts) -> Iterator[Picture]:
 
 def trimmed(path: Path) -> Any:
     """A picture without the white around it."""
+    import numpy as np
     from PIL import Image, ImageChops
 
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     box = ImageChops.invert(image).getbbox()
-    import numpy as np
-
     return np.asarray(image.crop(box) if box else image)
