@@ -236,4 +236,8 @@ def _start(config: Config, stages: Sequence[str], dry: bool) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(log.as_typed(text) + "\n")
+    try:
+        sys.stdout.write(log.as_typed(text) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        log.nobody_reads()

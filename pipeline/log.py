@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -55,7 +55,7 @@ def configure(
     root.setLevel(level)
     root.propagate = False
     if handler is None:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = _Lines(sys.stdout)
         handler.setFormatter(_LineFormatter(prefix))
     else:
         handler.setFormatter(_Formatter(f"{prefix} %(message)s" if prefix else None))
@@ -88,6 +88,23 @@ def _bug(
 ) -> None:
     """Shows an error that nobody expected, without the keys that a URI in it may hold."""
     sys.stderr.write(public("".join(traceback.format_exception(kind, error, trace))))
+
+
+def nobody_reads() -> None:
+    """Whoever read stdout has gone (`| head`): the job goes on, and what it says goes nowhere."""
+    with suppress(OSError, ValueError):  # a stdout without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+    """Lines to a stream, whose reader may leave."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A reader that has gone is no error of ours."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            nobody_reads()
+        else:
+            super().handleError(record)
 
 
 class _Formatter(logging.Formatter):

@@ -164,7 +164,8 @@ TABLE = [
         "model plan rounds shards stages storage stream track.server train uri",
         others_inside="packaging psutil ray torch"),
     row("start", "adapt.recipe config context doctor driver.cluster errors heartbeat images "
-        "model.pair pack plan stages storage train uri", others_inside="ray torch"),
+        "model.pair pack plan shards.row_group stages storage train uri",
+        others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.distil api.start api.train api.finetune "
         "api.evaluate",

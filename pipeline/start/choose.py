@@ -149,7 +149,7 @@ def _images(lines: Lines, folder: Folder) -> None:
 def _what(folder: Folder) -> str:
     number = f"{folder.images:,} images" if folder.images else "archives"
     if folder.classes:
-        return f"{number} in {len(folder.classes)} folders: classes, for the evaluation alone"
+        return f"{number} of {len(folder.classes)} classes, for the evaluation alone"
     return number if folder.labels_elsewhere else f"{number}, no classes"
 
 

@@ -56,7 +56,13 @@ def fitted(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
     lasts = _lasts(found)
     length = any(_yours(choice, field) for field in ("optim.steps", "optim.passes"))
     if lasts > hours * HOUR_S and not length:
-        found = _planned(_shorter(found, hours * HOUR_S / lasts, hours), folder, around)
+        long = found  # the speed is tried once: on a busy machine it is another one each time
+        found = _planned(
+            _shorter(found, hours * HOUR_S / lasts, hours), folder, replace(around, here=False)
+        )
+        assert long.plan is not None and found.plan is not None
+        seconds = long.seconds * found.plan.steps / long.plan.steps
+        found = replace(found, seconds=seconds)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from statistics import median
@@ -13,10 +14,11 @@ from pipeline.context import BUILTIN
 from pipeline.errors import DataError
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import image_format, image_size
-from pipeline.images.kinds import claims_images
+from pipeline.images.kinds import HEAD, begins_like_an_image, claims_images
 from pipeline.pack.listing import list_source
 from pipeline.pack.source_places import absolute_source
-from pipeline.stages.checks.known_sets import known_set
+from pipeline.shards.row_group import read_row_group
+from pipeline.stages.checks.known_sets import KnownSet, known_set
 from pipeline.uri import is_uri
 
 SAMPLE = 32  # images whose headers are read
@@ -89,12 +91,17 @@ def look(config: Config) -> Folder:
     classes, why = _classes(known.labels.names, known.images)
     if known.labels.kind != "names":
         classes, why = (), ""
-    paths = [path for path, _ in known.files or ()]
-    sides, megapixels, formats, bad = _sample(paths)
-    if paths and bad and not sides:
+    others = _others(source, config.data.follow_links)
+    if _is_without_images(known, source, config.data.follow_links):
         raise DataError(
-            f"{named} has {len(paths):,} files named as images, and none of {len(bad)} that were "
-            f"tried is one: {bad[0]}",
+            f"no image in {named}, but {len(others):,} other files such as {others[0][0]}",
+            "name a folder of images, archives or parquet",
+        )
+    sample = _sample(known)
+    if sample.bad and not sample.sides:
+        raise DataError(
+            f"{named} has {known.images:,} images by their names, and none of {len(sample.bad)} "
+            f"that were tried is one: {sample.bad[0]}",
             "check data.source, and look at these files",
         )
     return Folder(
@@ -105,11 +112,11 @@ def look(config: Config) -> Folder:
         classes=classes,
         no_classes=why,
         labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
-        others=_others(source, config.data.follow_links),
-        sides=sides,
-        megapixels=megapixels,
-        formats=formats,
-        bad=bad,
+        others=others,
+        sides=sample.sides,
+        megapixels=sample.megapixels,
+        formats=sample.formats,
+        bad=sample.bad,
     )
 
 
@@ -151,23 +158,64 @@ def _others(source: str, follow_links: bool) -> tuple[tuple[str, str], ...]:
     return tuple((PurePosixPath(name).name, reason) for name, reason in kept)
 
 
-def _sample(
-    paths: list[str],
-) -> tuple[tuple[int, ...], tuple[float, ...], dict[str, int], tuple[str, ...]]:
-    """Shorter sides, megapixels, formats and bad files of a sample that is spread over a list."""
+@dataclass(frozen=True)
+class Sample:
+    """What the headers of some images say; as in `Folder`."""
+
+    sides: tuple[int, ...]
+    megapixels: tuple[float, ...]
+    formats: dict[str, int]
+    bad: tuple[str, ...]
+
+
+def _sample(known: KnownSet) -> Sample:
+    """Of files that are spread over the list, or of the first rows of a table."""
     sides, megapixels, bad = [], [], []
     formats: Counter[str] = Counter()
-    step = max(1, len(paths) // SAMPLE)
-    for path in paths[::step][:SAMPLE]:
+    for name, encoded in _encoded(known):
         try:
-            encoded = Path(path).read_bytes()
+            if isinstance(encoded, OSError):
+                raise BadImage("unreadable", str(encoded))
             height, width = image_size(encoded)
         except BadImage as error:
-            bad.append(f"{Path(path).name} ({error.reason})")
-        except OSError as error:
-            bad.append(f"{Path(path).name} ({error.strerror})")
+            bad.append(f"{name} ({error.reason})")
         else:
             sides.append(min(height, width))
             megapixels.append(height * width / 1e6)
             formats[image_format(encoded)] += 1
-    return tuple(sides), tuple(megapixels), dict(formats.most_common()), tuple(bad)
+    return Sample(tuple(sides), tuple(megapixels), dict(formats.most_common()), tuple(bad))
+
+
+def _encoded(known: KnownSet) -> Iterator[tuple[str, bytes | OSError]]:
+    """Some images, each with its name."""
+    paths = [path for path, _ in known.files or ()]
+    step = max(1, len(paths) // SAMPLE)
+    for path in paths[::step][:SAMPLE]:
+        try:
+            yield Path(path).name, Path(path).read_bytes()
+        except OSError as error:
+            yield Path(path).name, error
+    if known.shards is not None and known.shards.rows:
+        file = next(i for i, shard in enumerate(known.shards.files) if shard.rows)
+        group = read_row_group(known.shards, file, 0)
+        for number, encoded in enumerate(group.encoded[:SAMPLE]):
+            yield f"row {number}", bytes(encoded)
+
+
+def _is_without_images(known: KnownSet, source: str, follow_links: bool) -> bool:
+    """Whether a list of files holds none that is named as an image, and none of some that are not
+    begins like one.
+    """
+    if known.images or known.files != () or known.labels.kind == "unknown":
+        return False
+    if source.startswith(BUILTIN) or is_uri(source):
+        return False
+    listing = list_source(absolute_source(source), follow_links=follow_links)
+    for entry in listing.entries[:SAMPLE]:
+        try:
+            with (Path(listing.root) / entry.path).open("rb") as file:
+                if begins_like_an_image(file.read(HEAD)):
+                    return False
+        except OSError:
+            continue
+    return True

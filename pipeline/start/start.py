@@ -102,7 +102,7 @@ def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     if folder.classes:
         names = ", ".join(folder.classes[:NAMED])
         more = ", …" * (len(folder.classes) > NAMED)
-        lines.append(("labels", f"{count(len(folder.classes), 'folder')}: {names}{more}"))
+        lines.append(("labels", f"{len(folder.classes):,} classes: {names}{more}"))
     elif folder.labels_elsewhere:
         lines.append(("labels", "in columns or archives, if there are any"))
     else:

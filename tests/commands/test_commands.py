@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ from pipeline.stages.chain import ORDER
 ROOT = Path(__file__).parents[2]
 SCREEN = 24  # lines of a terminal
 FIELDS = {path for path, _ in field_paths()}
+
+
+TALK = """log.configure()
+for number in range(20000):
+    logging.getLogger("pipeline").info("line %d of many", number)"""
 
 
 @pytest.fixture(autouse=True)
@@ -127,3 +134,30 @@ def test_no_name_on_an_index_is_suggested_that_is_not_ours() -> None:
         if path.is_file():
             text = path.read_text().replace("`pip install raydino`", "")
             assert "pip install raydino" not in text and "pip install 'raydino" not in text, path
+
+
+def test_extras_that_are_named_are_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named: set[str] = set()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("pipeline/**/*.py")]:
+        for group in re.findall(r"['\"`]\.\[([a-z,]+)\]|extra[s]? `([a-z]+)`", path.read_text()):
+            named |= {name for names in group for name in names.split(",") if name}
+    assert {"onnx", "search", "serve"} <= named <= set(extras)
+
+
+@pytest.mark.parametrize("script", ["job.command('run', ['--help=all'])", TALK])
+def test_a_reader_that_leaves_is_no_error(script: str) -> None:
+    """`python jobs/run.py --help=all | head -1`, and the same of a job's log."""
+    code = f"import logging, sys\nfrom pipeline import job, log\n{script}\n"
+    code += "print('done', file=sys.stderr)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as talker:
+        assert talker.stdout is not None and talker.stderr is not None
+        talker.stdout.readline()
+        talker.stdout.close()
+        assert talker.stderr.read() == "done\n"
+        assert talker.wait(60) == 0

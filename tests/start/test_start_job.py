@@ -6,14 +6,19 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
 from pipeline import job
+from pipeline.commands.table import COMMANDS
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import DataError
+from pipeline.model.pair import BackboneSpec
+from pipeline.model.weights import save_huggingface
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
@@ -79,7 +84,7 @@ def test_the_written_recipe_loads_says_why_and_dry_runs(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     ran(str(photos))
     shown = capsys.readouterr().out
-    assert "120 images" in shown and "2 folders: cat, dog" in shown
+    assert "120 images" in shown and "2 classes: cat, dog" in shown
     assert re.search(r"left alone +2 other files: .*README.md", shown)
     path = tmp_path / "My-photos.yaml"
     assert f"python jobs/run.py {path.name} --dry-run" in shown
@@ -151,6 +156,14 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     (tmp_path / "broken" / "a.jpg").write_bytes(b"nothing")
     with pytest.raises(DataError, match="none of 1 that were tried"):
         images.look(load([f"data.source={tmp_path}/broken"]))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("nothing")
+    with pytest.raises(DataError, match=r"no image in .*notes, but 1 other files such as README"):
+        images.look(load([f"data.source={tmp_path}/notes"]))
+    table = pa.table({"image": [(tmp_path / "val/k0/0.png").read_bytes()] * 3, "label": [0, 1, 0]})
+    pq.write_table(table, tmp_path / "hub.parquet")
+    found = images.look(load([f"data.source={tmp_path}/hub.parquet"]))
+    assert found.images == 3 and found.labelled and found.side == 40
 
 
 def test_which_recipe() -> None:
@@ -207,10 +220,8 @@ def test_a_long_training_is_shortened_to_the_hours(monkeypatch: pytest.MonkeyPat
     for asked, hours in (([], 8.0), (["start.hours=2"], 2.0)):
         made = fitted(choose(config(*asked), folder, around), folder, around)
         assert made.seconds == pytest.approx(3600 * hours, rel=0.05)
-        reason = made.choice.recipe.with_line
-        assert reason and f"about {hours:g} hours" in next(
-            one.reason for one in made.choice.recipe.lines if one.field == "optim.passes"
-        )
+        reasons = {one.field: one.reason for one in made.choice.recipe.lines}
+        assert f"about {hours:g} hours" in reasons["optim.passes"]
     whole = fitted(choose(config("optim.passes=200"), folder, around), folder, around)
     assert whole.seconds > 9 * 3600  # who says how long it is, is believed
 
@@ -248,3 +259,31 @@ def test_the_call_from_python(
     assert started.choice == "small" and started.recipe == Path("My-photos.yaml")
     assert yaml.safe_load(started.recipe.read_text())["optim"]["passes"] == 3
     assert started.reasons["optim.passes"] == "as you set it"
+
+
+@pytest.mark.long
+def test_weights_make_an_adaptation(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = BackboneSpec(image_size=28, patch_size=7, width=32, depth=2, heads=2)
+    held = save_huggingface(spec.build(), spec, tmp_path / "held", (0.5,) * 3, (0.2,) * 3, 28)
+    ran(str(photos), str(held), "recipe=adapted")
+    assert "adapt: you name weights" in capsys.readouterr().out
+    recipe = load([str(tmp_path / "adapted.yaml")])
+    assert recipe.adapt.enabled and recipe.model.init == str(held)
+    stages = list(COMMANDS["run"].stages)
+    job.main(stages, "doc", ["adapted.yaml", f"run.folder={tmp_path}/runs", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "a ViT 32 x 2, patches of 7" in shown and re.search(r"^time +about", shown, re.M)
+    monkeypatch.setattr(images, "SAMPLE", 2)
+    for path in sorted(photos.rglob("*.png"))[20:]:
+        path.unlink()
+    with pytest.raises(SystemExit):
+        ran(str(photos), "recipe=few")
+    assert "too few for anything but adaptation" in capsys.readouterr().err
+    ran(str(photos), str(held), "recipe=few")  # with weights they are enough
+    assert (tmp_path / "few.yaml").is_file()
