@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, MARGIN = 1440, 1010, 40
+COLOURS = 160  # of the PNG, which stays below 200 KB
 TILE, GAP = 84, 6
 INK, GREY, PALE = (28, 32, 38), (110, 116, 124), (226, 229, 233)
 RIGHT, WRONG, OURS, OTHER = (33, 136, 86), (196, 62, 52), (36, 99, 176), (168, 176, 186)
@@ -158,15 +159,15 @@ def main() -> None:
     arguments = parser.parse_args()
     card = json.loads((arguments.run / "evaluate" / "card.json").read_text())
     canvas = Canvas.new()
-    for number, line in enumerate(textwrap.wrap(card["verdict"]["text"], 78)):
-        canvas.text(MARGIN, 34 + 40 * number, line, 34)
-    top = 160
+    lines = textwrap.wrap(card["verdict"]["text"], 84)
+    for number, line in enumerate(lines):
+        canvas.text(MARGIN, 30 + 40 * number, line, 33)
+    top = 56 + 40 * len(lines)
     bars(canvas, card, top)
     neighbours(canvas, arguments.run, 580, top)
-    curation(canvas, arguments.run, 690)
-    canvas.image.crop((0, 0, WIDTH, 690 + 76 + TILE + MARGIN)).quantize(
-        128, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE
-    ).save(arguments.picture, optimize=True)
+    curation(canvas, arguments.run, top + 480)
+    page = canvas.image.crop((0, 0, WIDTH, top + 480 + 76 + TILE + MARGIN))
+    page.quantize(COLOURS).save(arguments.picture, optimize=True)
     print(f"{arguments.picture}: {arguments.picture.stat().st_size / 1024:.0f} KiB")
 
 
