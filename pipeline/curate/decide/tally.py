@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pipeline.curate.rows.tables import PARTS, REASONS, InputFile, Inputs
 from pipeline.curate.steps.steps import Account, Output, Step
 
-SAID_SOURCES = 12  # in the log; the report has them all
+SAID_SOURCES = 3  # in the log; the report has them all
 FEW = 50  # folders that are told apart in a set; with more of them nobody would read the table
 
 
