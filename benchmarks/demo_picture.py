@@ -108,7 +108,8 @@ def vectors(folder: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 def neighbours(canvas: Canvas, run: Path, left: int, top: int, rows: int = 4, k: int = 8) -> None:
     """Test tiles, evenly spread over the classes, and the training tiles most like them."""
-    canvas.text(left, top, "Held-out tiles as another camera sees them, and what is most like them", 22)
+    title = "Held-out tiles as another camera sees them, and what is most like them"
+    canvas.text(left, top, title, 22)
     made = run / "evaluate" / "vectors" / "00-model"
     ids, labels, features = vectors(made / "reference")
     asked, wanted, queries = vectors(made / "queries")
