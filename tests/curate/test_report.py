@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.curate.report import report
 from pipeline.curate.report.numbers import metrics, note, tables
-from pipeline.curate.report.pictures import pictures
+from pipeline.curate.report.pictures import CELL, GAP, Cell, Line, pictures, square
 from pipeline.curate.report.report import sections, sentence, write
 from pipeline.curate.report.summary import Facts, Summary, summarise
 from pipeline.curate.report.words import (
@@ -261,6 +261,26 @@ def test_grids_are_square_and_show_the_images(run: Run, summary: Summary) -> Non
     with Image.open(io.BytesIO(run.rows[first.row].thumbnail)) as image:
         grown = np.asarray(image.convert("RGB").resize((102, 102))).astype(float)
     assert abs(inner.mean() - grown.mean()) < 25
+
+
+@pytest.mark.parametrize(
+    "lengths, columns, white",
+    [([1], 2, 0.5), ([3], 3, 0.5), ([2, 2], 3, 0.4), ([6] * 7, 7, 0), ([20] * 9, 9, 0)],
+)
+def test_grids_of_a_few_pictures_are_small(lengths: list[int], columns: int, white: float) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (50, 50), "red").save(stream, "JPEG")
+    lines = [Line("name", [Cell(stream.getvalue())] * n) for n in lengths]
+    pixels = square(lines)
+    assert pixels.shape == (columns * CELL + (columns - 1) * GAP,) * 2 + (3,)
+    step = CELL + GAP
+    cells = [
+        pixels[y * step + CELL // 2, x * step + CELL // 2]
+        for y in range(columns)
+        for x in range(1, columns)
+    ]
+    shown = sum(int(cell[0]) > 200 and int(cell[1]) < 90 for cell in cells)
+    assert shown == min(sum(lengths), len(cells)) and shown >= (1 - white) * len(cells)
 
 
 def test_metrics_are_the_counts(run: Run, summary: Summary) -> None:

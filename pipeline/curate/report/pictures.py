@@ -1,7 +1,7 @@
 """Pictures of a curation for MLflow: square grids, a row for each thing, its name first.
 
 uint8 [H, H, 3], white between the tiles. MLflow shows pictures in square cards, so a grid that is
-not square would be small.
+not square would be small, and so would be one picture on a large white square.
 """
 
 from __future__ import annotations
@@ -66,15 +66,31 @@ def pictures(summary: Summary) -> dict[str, Pixels]:
 
 
 def square(lines: Sequence[Line]) -> Pixels:
-    """The grid: as many rows as columns at least, so white at the end of a few."""
-    count = max(COLUMNS, len(lines))
+    """The grid, with as few columns as rows need: of a few pictures a small one without much white.
+
+    Pictures of a line that has no more room go on below it. Of a line that is longer than the
+    widest grid the first ones are shown.
+    """
+    widest = max(COLUMNS, len(lines))
+    count = next(
+        (n for n in range(2, widest) if sum(_rows(line, n) for line in lines) <= n), widest
+    )
     side = count * CELL + (count - 1) * GAP
     sheet = Image.new("RGB", (side, side), (255, 255, 255))
-    for y, line in enumerate(lines):
-        sheet.paste(_words(line.name), (0, y * (CELL + GAP)))
-        for x, cell in enumerate(line.cells[: count - 1]):
-            sheet.paste(_cell(cell), ((x + 1) * (CELL + GAP), y * (CELL + GAP)))
+    top = 0
+    for line in lines:
+        rows = _rows(line, count) if count < widest else 1
+        sheet.paste(_words(line.name), (0, top * (CELL + GAP)))
+        for number, cell in enumerate(line.cells[: rows * (count - 1)]):
+            down, across = divmod(number, count - 1)
+            sheet.paste(_cell(cell), ((across + 1) * (CELL + GAP), (top + down) * (CELL + GAP)))
+        top += rows
     return np.asarray(sheet)
+
+
+def _rows(line: Line, columns: int) -> int:
+    """That a line takes in a grid of so many columns, the first of which is for its name."""
+    return max(1, -(-len(line.cells) // (columns - 1)))
 
 
 def _cell(cell: Cell) -> Image.Image:
