@@ -38,7 +38,7 @@ def curation_sections(facts: RunFacts) -> Iterator[Section]:
 
     numbers = [
         (f"{whole:,}", "images in"),
-        (f"{kept:,}", f"kept ({kept / whole:.1%})" if whole else "kept"),
+        (f"{kept:,}", f"kept ({100 * kept / whole:.1f}\u00a0%)" if whole else "kept"),
         (f"{count(COPIES):,}", "copies of another image"),
         (f"{count(POOR):,}", "fail a quality rule"),
         (f"{count(('leaks_evaluation',)):,}", "copies of test images"),

@@ -38,6 +38,8 @@ def page_links(facts: RunFacts) -> Iterator[Section]:
         if stage == "curate" and (facts.path / "curate" / "report.html").is_file():
             page = "curate/report.html"
         words = TITLES.get(stage, stage_name(stage).capitalize())
+        if stage == "evaluate" and not (facts.card and facts.card.confusion.images):
+            words = "All scores"
         if page and words not in [known for known, _ in links]:
             links.append((words, public(page.removeprefix(home))))
     if address := facts.mlflow():
