@@ -44,6 +44,11 @@ def kinds(annotation: object) -> set[object]:
 NUMBERS = [p for p, f in FIELDS.items() if kinds(f.annotation) & {int, float}]
 
 
+def test_models_that_are_named_say_themselves_which_sizes_they_take() -> None:
+    config = load(["evaluate.models=[timm:resnet10t]", "evaluate.image_size=50"])
+    assert config.evaluate.image_size == 50
+
+
 def test_the_default_is_a_valid_config() -> None:
     assert Config() == Config.model_validate(Config().model_dump(mode="json"))
 
