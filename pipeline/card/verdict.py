@@ -318,7 +318,9 @@ def _advice(case: Case) -> str:
     about_it = case.about_best
     if case.init and (gain := case.gain(case.init)).is_better:
         before = f"{case.value(case.init)} ({_difference(gain)})"
-        return f"better than what it started from, {before}; train longer, or start from other weights"
+        return (
+            f"better than what it started from, {before}; train longer, or start from other weights"
+        )
     if case.init or about_it.init:
         return "keep the weights that it started from, or train again with a lower optim.lr"
     if 0 < about_it.training_images < FEW_TO_TRAIN:

@@ -120,7 +120,10 @@ SITUATIONS = {
     ),
     "better than its weights, and no better than pixels": Planted(
         "no_better_than_raw_pixels",
-        ["(0.50 ± 0.02 against 0.50): better than what it started from, 0.40 (+0.10", "train longer"],
+        [
+            "(0.50 ± 0.02 against 0.50): better than what it started from, 0.40 (+0.10",
+            "train longer",
+        ],
         (model(0.50), contender("init", 0.40, of=MODEL), contender("raw_pixels", 0.5)),
         about(init="dinov2.pth"),
     ),
