@@ -195,3 +195,16 @@ def test_examples_agree_with_the_card(tmp_path: Path) -> None:
         named = tables[1].ids()[rows[0]].tolist()
         close = np.diff(cosines[0]) < -1e-5
         assert named[0] == expected[0][0] or not close[0]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_without_labels_neighbours_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    trained = Trained(tmp_path)
+    request = request_of(trained.context("evaluate.queries=", "data.labels=none"))
+    assert not request.labelled
+    evaluate(request)
+    examples = examples_of(request, image_of(request), readers_of(request))
+    assert len(examples.asked) == 6 and len(examples.looks) == 4
+    for one in examples.asked:
+        assert one.image.label == "" and one.image.picture
+        assert {near.right for near in one.neighbours} == {None}
