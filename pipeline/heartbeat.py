@@ -18,7 +18,7 @@ from contextlib import contextmanager
 log = logging.getLogger("pipeline")
 PROGRESS = logging.INFO + 1  # level of lines that the next one makes old
 SILENCE_S = 18.0  # of a driver; with the pause of the thread, 20 s are never reached
-WORKER_SILENCE_S = 14.0  # less, so that a worker, which knows more, speaks before the driver
+WORKER_SILENCE_S = 15.0  # less, so that a worker, which knows more, speaks before the driver
 FIRST_S = 3.0  # of a driver that has just begun: who has typed a command looks for an answer
 LOOK_S = 1.0
 JUST_BEGUN_S = 2.0  # a step that has just begun is not said to last

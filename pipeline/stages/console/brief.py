@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pipeline.plan.plan import Plan
 from pipeline.train.run import Outcome
 
-LEFT_OUT = ("objective", "memory", "disk", "expect")  # first words
+LEFT_OUT = ("objective", "data", "memory", "disk", "expect")  # first words
 
 
 def brief(lines: Iterable[str]) -> list[str]:

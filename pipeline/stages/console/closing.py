@@ -14,8 +14,7 @@ from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline")
 WEIGHTS = ("huggingface", "dinov2", "timm", "module")  # the one that is named: the first there is
-PAGES = {"curate": ("curation", "curate/report.html"), "search": ("search", "search/search.html"),
-         "look": ("look", "look/look.html")}  # fmt: skip
+PAGES = {"curate": ("curation", "curate/report.html"), "search": ("search", "search/search.html")}
 
 
 def say_verdict(context: Context, page: str = "") -> None:
