@@ -21,7 +21,8 @@ def start(
 ) -> Started:
     """Looks at images and machine, and writes the recipe that fits: `python jobs/start.py source`.
 
-    `api.train(source, out, recipe=start(source).recipe)` runs it.
+    `started = start("photos/")`, then `train(started.source, out, recipe=started.recipe)` runs it.
+    Where `photos/` has `train/` and `val/`, the source is `photos/train`: `val/` stays unseen.
 
     Args:
         source: images, as `data.source`: a folder, archives, parquet, a URI.

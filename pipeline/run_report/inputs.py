@@ -112,22 +112,22 @@ def cost_sections(facts: RunFacts) -> Iterator[Section]:
     if not took:
         return
     done = facts.result("pretrain")
-    numbers = [(time_of(sum(took.values())), "in all stages")]
+    # the stages inside of a round are part of its time
+    shown = {name: seconds for name, seconds in took.items() if "/" not in name}
+    numbers = [(time_of(sum(shown.values())), "in all stages")]
     if per_second := float(done.get("images_per_s") or 0):
         numbers.append((speed(per_second), "images a second while training"))
     seen = int(done.get("step") or 0) * facts.config.optim.global_batch_size
     if seen:
         numbers.append((f"{seen:,}", "images seen in training"))
     if memory := float(done.get("peak_memory_gib") or 0):
-        where = "a GPU" if facts.config.train.device == "cuda" else "a training process"
-        numbers.append((bytes_of(memory * 2**30), f"of memory in {where} at most"))
+        numbers.append((bytes_of(memory * 2**30), "of memory in a training process at most"))
     if size := float(facts.result("export").get("bytes") or 0):
         numbers.append((bytes_of(size), "of weights"))
     machine = str(done.get("machine", ""))
     yield Heading("Cost", f"Trained on a machine with {machine}." if machine else "")
     yield Numbers(numbers)
-    shown = [(name, seconds) for name, seconds in took.items() if "/" not in name]
     yield Bars(
-        [Bar(stage_name(name), [(s, "var(--c0)")], time_of(s)) for name, s in shown],
+        [Bar(stage_name(name), [(s, "var(--c0)")], time_of(s)) for name, s in shown.items()],
         "Time of each stage",
     )

@@ -59,7 +59,7 @@ def use_sections(facts: RunFacts) -> Iterator[Section]:
         ("huggingface", HUGGINGFACE, "With transformers"),
         ("timm", TIMM, "With timm"),
     ):
-        if name in formats:
+        if name in formats and not facts.folder.uri:  # other programs read folders, no URIs
             folder = public(facts.folder.at("weights", name))
             yield Code(text.format(folder=folder), title)
             break

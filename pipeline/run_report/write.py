@@ -6,7 +6,7 @@ cost; how to go on. Everything else is folded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,9 +19,20 @@ from pipeline.run_report.inputs import cost_sections, curation_sections, data_se
 from pipeline.run_report.result import result_sections
 from pipeline.run_report.use import page_links, use_sections
 from pipeline.run_report.words import images
+from pipeline.storage.run_folder import DONE, RunFolder
 
 FILE = "report.html"
 LIMIT_BYTES = 3_000_000
+
+
+def has_report(folder: RunFolder, stages: Iterable[str]) -> bool:
+    """Whether the page is there, and none of these stages has finished since it was written."""
+    page = folder.path / FILE
+    if not page.is_file():
+        return False
+    marks = (folder.stage(name) / DONE for name in stages)
+    written = page.stat().st_mtime_ns
+    return all(one.stat().st_mtime_ns <= written for one in marks if one.is_file())
 
 
 def write_run_report(facts: RunFacts) -> Path:

@@ -13,7 +13,6 @@ import yaml
 
 from pipeline import environment
 from pipeline.card.card import Verdict
-from pipeline.card.files import CARD, read_card
 from pipeline.config.config import Config
 from pipeline.context import Context, with_packed_sets
 from pipeline.driver import cluster
@@ -22,7 +21,7 @@ from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import doing
 from pipeline.run_report.facts import RunFacts
-from pipeline.run_report.write import write_run_report
+from pipeline.run_report.write import has_report, write_run_report
 from pipeline.stages import (
     adapt,
     curate,
@@ -145,6 +144,8 @@ def _run(
     while left and _skipped(context, left[0]):
         left.pop(0)
     if not left:
+        if not has_report(context.folder, context.stages):  # a job was killed before it
+            _write_report(context)
         say_verdict(context)
         return
     written = write_config(config, folder)
@@ -302,22 +303,26 @@ def _fetched(folder: RunFolder, names: Sequence[str]) -> None:
         forget_local(folder.path)
 
 
-def _report(context: Context) -> None:
-    """`report.html` of the run folder, and the results on the page of the pipeline run."""
+def _write_report(context: Context) -> tuple[Path, RunFacts]:
+    """Writes `report.html` of the run folder; gives its path and what it was made of."""
     known = {name: context.folder.last(name) for name in context.stages} | context.results
-    lines = {name: str(result["text"]) for name, result in known.items() if "text" in result}
     comparison = adapt.before_and_after(context, known)
     change = comparison.table if comparison and comparison.rows else {}
-    report = write_run_report(RunFacts.of(context.config, context.folder, known, change))
+    facts = RunFacts.of(context.config, context.folder, known, change)
+    return write_run_report(facts), facts
+
+
+def _report(context: Context) -> None:
+    """`report.html`, and the results on the page of the pipeline run."""
+    report, facts = _write_report(context)
     if context.only:  # a whole run says it at its end
         log.info("report      %s", public(context.folder.at(report.name)))
     tracker = context.tracking.tracker
     tracker.artifact(report)
-    evaluated = known["evaluate"]
+    lines = {name: str(one["text"]) for name, one in facts.results.items() if "text" in one}
+    evaluated = facts.result("evaluate")
     said = Verdict(str(evaluated.get("rule", "")), str(evaluated.get("verdict", "")))
-    folder = context.folder.path / "evaluate"
-    card = read_card(folder, terms=False) if (folder / CARD).is_file() else None
-    tracker.note(pipeline_page.note(card, lines, said))
+    tracker.note(pipeline_page.note(facts.card, lines, said))
     tracker.recipe(pipeline_page.changed_fields(context.config))
 
 

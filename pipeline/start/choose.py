@@ -140,7 +140,7 @@ def _images(lines: Lines, folder: Folder) -> None:
         take("evaluate.queries", folder.queries, why)
     if folder.no_classes:
         take("data.labels", "none", folder.no_classes)
-    if folder.images < FEW_FILES:
+    if 0 < folder.images < FEW_FILES:
         take("data.max_bad_fraction", 0.1, "broken files are listed and left out, up to a tenth")
     if not folder.labelled and folder.images >= PILE:
         take("curate.preset", "dedup", "a pile without classes: copies, blanks and junk go first")
@@ -173,7 +173,8 @@ def _small(lines: Lines, folder: Folder) -> None:
     base = int(lines.by_field["optim.global_batch_size"].value)
     batch = min(base, 2 ** int(math.log2(folder.images / 4))) if folder.images else base
     if batch != base:
-        take("optim.global_batch_size", batch, f"a pass over {folder.images:,} images has 4 steps")
+        why = f"a pass over {folder.images:,} images has 4 steps or more"
+        take("optim.global_batch_size", batch, why)
 
 
 def _vit(lines: Lines, folder: Folder) -> None:
@@ -189,7 +190,8 @@ def _vit(lines: Lines, folder: Folder) -> None:
     take("optim.passes", passes, why)
     if folder.images < LARGE_STEPS:
         prototypes = 2 ** round(math.log2(max(2048, folder.images / 4)))
-        take("head.prototypes", prototypes, "one for about 4 images; 65,536 are for a million")
+        why = "one for 4 images, 2,048 at least; 65,536 are for a million"
+        take("head.prototypes", prototypes, why)
     else:
         value = lines.by_field["head.prototypes"].value
         take("head.prototypes", value, "as configs/vits14.yaml: for a million images")

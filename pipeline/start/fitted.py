@@ -51,19 +51,19 @@ def fitted(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
     gpu = bool(around.machine.gpus) and choice.config.train.device != "cpu"
     if gpu:
         choice = _for_memory(choice, folder, around)
-    found = _planned(choice, folder, around)
+    recipe = _planned(choice, folder, around)
     hours = choice.config.start.hours or HOURS["cuda" if gpu else "cpu"]
-    lasts = _lasts(found)
+    lasts = _lasts(recipe)
     length = any(_yours(choice, field) for field in ("optim.steps", "optim.passes"))
     if lasts > hours * HOUR_S and not length:
-        long = found  # the speed is tried once: on a busy machine it is another one each time
-        found = _planned(
-            _shorter(found, hours * HOUR_S / lasts, hours), folder, replace(around, here=False)
+        long = recipe  # the speed is tried once: on a busy machine it is another one each time
+        recipe = _planned(
+            _shorter(long, hours * HOUR_S / lasts, hours), folder, replace(around, here=False)
         )
-        assert long.plan is not None and found.plan is not None
-        seconds = long.seconds * found.plan.steps / long.plan.steps
-        found = replace(found, seconds=seconds)
-    return found
+        assert long.plan is not None and recipe.plan is not None
+        seconds = long.seconds * recipe.plan.steps / long.plan.steps
+        recipe = replace(recipe, seconds=seconds)
+    return recipe
 
 
 def _planned(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
@@ -75,16 +75,16 @@ def _planned(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
     return Fitted(choice, plan, cost, seconds, seen * megapixels * DECODE_S)
 
 
-def _lasts(found: Fitted) -> float:
+def _lasts(recipe: Fitted) -> float:
     """Seconds: of the training, or of the decoding on all CPUs where that is longer."""
-    plan = found.plan
+    plan = recipe.plan
     assert plan is not None
-    return max(found.seconds, found.decode_s / max(1, plan.decode_tasks))
+    return max(recipe.seconds, recipe.decode_s / max(1, plan.decode_tasks))
 
 
-def _shorter(found: Fitted, part: float, hours: float) -> Choice:
+def _shorter(recipe: Fitted, part: float, hours: float) -> Choice:
     """The choice with fewer passes, so that it takes a part of the time."""
-    plan, choice = found.plan, found.choice
+    plan, choice = recipe.plan, recipe.choice
     assert plan is not None
     passes = part * plan.steps / plan.steps_per_pass
     value = float(f"{passes:.2g}") if passes < 10 else int(passes)

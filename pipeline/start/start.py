@@ -34,6 +34,7 @@ class Started:
 
     Attributes:
         recipe: the file; not there after a dry run.
+        source: what is trained on: `train/` of a folder that has one.
         choice: adapt, small or vits14.
         why: in a sentence.
         reasons: of each value that was chosen, by field.
@@ -41,6 +42,7 @@ class Started:
     """
 
     recipe: Path
+    source: str
     choice: str
     why: str
     reasons: dict[str, str]
@@ -72,11 +74,11 @@ def start(config: Config, dry: bool = False) -> Started:
         if not config.model.init:
             _say_weights(config)
         now("planning")
-        made = fitted(choose(config, folder, around), folder, around)
-        choice = made.choice
+        recipe = fitted(choose(config, folder, around), folder, around)
+        choice = recipe.choice
         result_line("recipe", f"{choice.name}: {choice.why}")
-        if made.plan is not None and not dry:
-            _say_time(made, folder)
+        if recipe.plan is not None and not dry:
+            _say_time(recipe, folder)
         path = place_of(config)
         if dry:
             result_line("would write", str(path))
@@ -88,10 +90,10 @@ def start(config: Config, dry: bool = False) -> Started:
             said = write(path, text_of(choice, facts))
             load([str(path)])  # what is written can be read
             result_line("wrote", f"{path}, each value with its reason" + f" ({said})" * bool(said))
-    result_line("dry run", f"python jobs/run.py {path} --dry-run")
-    result_line("run", f"python jobs/run.py {path}")
+            result_line("dry run", f"python jobs/run.py {path} --dry-run")
+            result_line("run", f"python jobs/run.py {path}")
     reasons = {line.field: line.reason for line in choice.recipe.lines}
-    return Started(path, choice.name, choice.why, reasons, made.seconds)
+    return Started(path, folder.source, choice.name, choice.why, reasons, recipe.seconds)
 
 
 def folder_lines(folder: Folder) -> list[tuple[str, str]]:
@@ -140,23 +142,23 @@ def _say_weights(config: Config) -> None:
         result_line("", f"python jobs/start.py {config.data.source} {place}")
 
 
-def _say_time(made: Fitted, folder: Folder) -> None:
-    plan, cost = made.plan, made.cost
+def _say_time(recipe: Fitted, folder: Folder) -> None:
+    plan, cost = recipe.plan, recipe.cost
     assert plan is not None and cost is not None
     seen = plan.steps * plan.config.optim.global_batch_size
     passes = plan.steps / plan.steps_per_pass
     result_line("length", f"{plan.steps:,} steps, {seen:,} images seen, each {passes:.3g} times")
-    if made.seconds:
+    if recipe.seconds:
         result_line(
             "time",
-            f"about {fits.in_words(made.seconds)} of training on this machine, a guess from its "
+            f"about {fits.in_words(recipe.seconds)} of training on this machine, a guess from its "
             "speed of matrix products; the run says better after some steps",
         )
     else:
         result_line("time", "not known: these GPUs are not here, or their speed is not known")
     average = sum(folder.megapixels) / max(1, len(folder.megapixels))
     if average > LARGE:
-        each = made.decode_s / max(1, plan.decode_tasks)
+        each = recipe.decode_s / max(1, plan.decode_tasks)
         log.warning(
             "photos of %.0f megapixels: decoding them again and again takes about %s on %s; shrink "
             "them to 512 pixels first, if that is longer than the training",

@@ -23,12 +23,12 @@ def at_hand() -> list[str]:
         os.environ.get("HF_HUB_CACHE")
         or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
     )
-    found = sorted((torch_home / "hub" / "checkpoints").glob(HUB))
+    places = sorted((torch_home / "hub" / "checkpoints").glob(HUB))
     for pattern in REPOSITORIES:
         for repository in sorted(hub.glob(pattern)):
             snapshots = sorted((repository / "snapshots").glob("*"), key=_changed)
-            found += [one for one in snapshots[-1:] if any((one / x).is_file() for x in FILES)]
-    return sorted(map(str, found), key=lambda place: "dinov2" not in place)[:MOST]
+            places += [one for one in snapshots[-1:] if any((one / x).is_file() for x in FILES)]
+    return sorted(map(str, places), key=lambda place: "dinov2" not in place)[:MOST]
 
 
 def _changed(path: Path) -> float:

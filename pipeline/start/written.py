@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,10 +65,17 @@ def place_of(config: Config) -> Path:
     return Path(f"{stem.strip('-') or 'images'}.yaml")
 
 
+def _free(path: Path) -> Path:
+    """A name beside it that nothing has: `photos.yaml.before`, `photos.yaml.before-2`, …"""
+    names = (f"{path.name}.before{f'-{n}' * (n > 1)}" for n in count(1))
+    return next(one for name in names if not (one := path.with_name(name)).exists())
+
+
 def write(path: Path, text: str) -> str:
     """Writes the file. Returns what became of one that was there, in words.
 
-    One of an earlier start is kept beside it; one of somebody else's is not touched.
+    One of an earlier start is kept beside it, with what was changed in it since; one of somebody
+    else's is not touched.
 
     Raises:
         ConfigError: such a file is there.
@@ -83,7 +91,7 @@ def write(path: Path, text: str) -> str:
                 f"{path} is there and was not written by jobs/start.py",
                 "name another file: recipe=NAME.yaml",
             )
-        kept = path.with_name(f"{path.name}.before")
+        kept = _free(path)
         path.replace(kept)
         said = f"the earlier one is now {kept}"
     try:

@@ -18,6 +18,7 @@ from pipeline.errors import PipelineError
 from pipeline.uri import Place, is_uri, join, public
 
 log = logging.getLogger("pipeline")
+DONE = "_done.json"  # in the folder of a stage that is finished
 
 
 @contextmanager
@@ -127,7 +128,7 @@ class RunFolder:
     def _mark(self, stage: str) -> dict[str, Any]:
         """What a stage's mark says; nothing where it is not ours or cut short."""
         try:
-            content = json.loads((self.stage(stage) / "_done.json").read_text())
+            content = json.loads((self.stage(stage) / DONE).read_text())
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return {}
         except (ValueError, RecursionError):
@@ -184,7 +185,7 @@ class RunFolder:
 
     def mark_done(self, stage: str, key: str, result: dict[str, Any]) -> None:
         """Says that a stage is finished; a rerun with the same key does nothing."""
-        write_json(self.stage(stage) / "_done.json", {"key": key, "result": result})
+        write_json(self.stage(stage) / DONE, {"key": key, "result": result})
 
 
 def _not_a_name(name: str, remote: bool) -> str:

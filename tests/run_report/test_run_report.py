@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.card.files import read_card
+from pipeline.card.files import CARD, EVALUATE, read_card
 from pipeline.card.verdict import verdict_of
 from pipeline.run_report.curves import Curves, by_size
 from pipeline.run_report.details import trimmed
+from pipeline.run_report.facts import RunFacts
 from pipeline.run_report.result import chosen_rows, compared, three_bars
 from pipeline.run_report.words import bytes_of, metric_name, stage_name, time_of
-from pipeline.run_report.write import LIMIT_BYTES, write_run_report
+from pipeline.run_report.write import LIMIT_BYTES, has_report, write_run_report
 from tests.card.cards import card_of, contender
 from tests.run_report.run_folders import (
     HASH,
@@ -215,6 +217,51 @@ def test_lines_to_copy_load_the_weights(tmp_path: Path) -> None:
     assert text.count('<button class="copy"') == 2 and "navigator.clipboard" in text
     for snippet in page.code.split("import timm")[:1]:
         compile(snippet, "snippet", "exec")
+
+
+def test_weights_at_a_uri_are_loaded_by_this_package_alone(tmp_path: Path) -> None:
+    facts = write_run(tmp_path, usual_card())
+    facts = replace(facts, folder=replace(facts.folder, uri="s3://bucket/runs/leaves"))
+    code = Page(write_run_report(facts).read_text()).code
+    assert "api.embedder_of('s3://bucket/runs/leaves')" in code and "timm" not in code
+
+
+def test_time_of_stages_inside_of_a_round_counts_once(tmp_path: Path) -> None:
+    facts = write_run(tmp_path, usual_card())
+    rows = [
+        {"run": "round-1", "open": {}, "attempt": 1, "ts": 1_000},
+        {"run": "round-1/pretrain", "open": {}, "attempt": 1, "ts": 2_000},
+        {"run": "round-1/pretrain", "end": "FINISHED", "ts": 7_202_000},
+        {"run": "round-1", "end": "FINISHED", "ts": 7_203_000},
+    ]
+    with (facts.path / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    assert facts.seconds()["round-1"] == 7202 and facts.seconds()["round-1/pretrain"] == 7200
+    outside = Page(write_run_report(facts).read_text()).outside
+    assert "2 h 0 minin all stages" in outside and "4 h" not in outside
+
+
+def test_a_damaged_card_is_said_and_the_rest_of_the_page_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = write_run(tmp_path, usual_card())
+    (facts.path / EVALUATE / CARD).write_text("{")
+    with caplog.at_level("WARNING", logger="pipeline"):
+        again = RunFacts.of(facts.config, facts.folder, facts.results)
+    assert again.card is None and "without the card" in caplog.text
+    assert "Curation" in Page(write_run_report(again).read_text()).titles
+
+
+def test_a_page_is_missed_where_it_is_gone_or_older_than_a_stage(tmp_path: Path) -> None:
+    facts = write_run(tmp_path, usual_card())
+    assert not has_report(facts.folder, ["pack", "export"])
+    facts.folder.mark_done("pack", "key", {})
+    write_run_report(facts)
+    assert has_report(facts.folder, ["pack", "export"])
+    facts.folder.mark_done("export", "key", {})
+    stamp = (facts.path / "report.html").stat().st_mtime_ns + 10**9
+    os.utime(facts.path / "export" / "_done.json", ns=(stamp, stamp))
+    assert has_report(facts.folder, ["pack"]) and not has_report(facts.folder, ["pack", "export"])
 
 
 def test_the_run_in_mlflow_is_linked_where_its_address_is_known(tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def test_a_dry_start_writes_nothing(
     monkeypatch.chdir(tmp_path)
     ran(str(photos), "--dry-run")
     shown = capsys.readouterr().out
-    assert "would write My-photos.yaml" in shown and re.search(r"^time +about", shown, re.M)
+    assert "would write My-photos.yaml" in shown and "jobs/run.py My-photos" not in shown
+    assert re.search(r"^time +about", shown, re.M)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["My photos.v2"]
 
 
@@ -121,9 +122,11 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert write(path, f"{MARK}: one\n") == "the same as before"
     assert "photos.yaml.before" in write(path, f"{MARK}: two\n")
     assert (tmp_path / "photos.yaml.before").read_text() == f"{MARK}: one\n"
+    assert "photos.yaml.before-2" in write(path, f"{MARK}: three\n")
+    assert (tmp_path / "photos.yaml.before").read_text() == f"{MARK}: one\n"
     path.write_text("mine: 1\n")
     with pytest.raises(Exception, match="was not written by jobs/start"):
-        write(path, f"{MARK}: three\n")
+        write(path, f"{MARK}: four\n")
     assert path.read_text() == "mine: 1\n"
 
 
@@ -259,6 +262,7 @@ def test_the_call_from_python(
     assert started.choice == "small" and started.recipe == Path("My-photos.yaml")
     assert yaml.safe_load(started.recipe.read_text())["optim"]["passes"] == 3
     assert started.reasons["optim.passes"] == "as you set it"
+    assert started.source == yaml.safe_load(started.recipe.read_text())["data"]["source"]
 
 
 @pytest.mark.long

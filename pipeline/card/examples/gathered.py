@@ -95,10 +95,26 @@ def _looks(
     if begun is None or not answered:
         return Looks(), ""
     ids = [one.query.image_id for one in answered[:LOOKED]]
-    images = [next(x[one] for x in readers if one in x) for one in ids]
+    try:
+        images = [_encoded(one, readers) for one in ids]
+    except (KeyError, PipelineError, OSError) as error:  # the scores are there without pictures
+        log.warning("evaluate    no pictures of patches: %s", error)
+        return Looks(remark="the images cannot be read"), begun.name
     now("evaluate: what the model sees in a few images")
     gpus = int(request.gpu and ray.cluster_resources().get("GPU", 0) >= 1)
     task = ray.remote(looks_of).options(num_cpus=1, num_gpus=gpus)
     specs = begun.spec, first.spec
     looks: Looks = ray.get(task.remote(*specs, images, request.max_pixels, bool(gpus)))
     return looks, begun.name
+
+
+def _encoded(image_id: str, readers: Sequence[ImageReader]) -> bytes:
+    """An image as it is stored.
+
+    Raises:
+        KeyError: no reader has it.
+    """
+    for reader in readers:
+        if image_id in reader:
+            return reader[image_id]
+    raise KeyError(f"image {image_id[:8]}… is in neither set")

@@ -182,6 +182,9 @@ def test_examples_agree_with_the_card(tmp_path: Path) -> None:
             assert near.right == (near.image.label == one.image.label)
     assert all({"components", "attention"} == set(one.pictures) for one in examples.looks)
     assert examples.before.endswith("at step 0") and not examples.remarks
+    gone = examples_of(request, image_of(request), [])
+    assert gone.asked == examples.asked and gone.looks == ()
+    assert gone.remarks == ("the images cannot be read",)
     # the neighbours of wrong answers are those that the card has
     tables = [open_vectors(str(tmp_path / "runs/tiny/evaluate/vectors/00-model" / what))
               for what in ("queries", "reference")]  # fmt: skip
