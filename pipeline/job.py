@@ -61,7 +61,7 @@ def main(
     implied: Sequence[str] = (),
 ) -> None:
     """Runs stages as a command that is not in the table; `Command` says what each argument is."""
-    made = Command(
+    asked = Command(
         stages[-1],
         tuple(stages),
         doc.strip(),
@@ -70,7 +70,7 @@ def main(
         recipe=recipe,
         implied=tuple(implied),
     )
-    _run(made, list(sys.argv[1:] if arguments is None else arguments))
+    _run(asked, list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(asked: Command, typed: list[str]) -> None:

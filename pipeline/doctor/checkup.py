@@ -89,7 +89,7 @@ def _unfit() -> list[str]:
     try:
         required = metadata.requires("raydino") or []
     except metadata.PackageNotFoundError:  # a clone that is not installed
-        required = [f"{name}" for name in surroundings.PACKAGES]
+        required = list(surroundings.PACKAGES)
     from packaging.requirements import Requirement
 
     problems = []
@@ -186,9 +186,9 @@ def _services(config: Config) -> Iterator[Line]:
     if address:
         try:
             with cluster.joined(config.resources):
-                found, nodes = cluster.machine(), cluster.nodes()
-            text = f"{ray}; cluster at {address}: {nodes} nodes, {found.cpus} CPUs, "
-            yield Line("Ray", f"{text}{found.gpus} GPUs")
+                machine, nodes = cluster.machine(), cluster.nodes()
+            text = f"{ray}; cluster at {address}: {nodes} nodes, {machine.cpus} CPUs, "
+            yield Line("Ray", f"{text}{machine.gpus} GPUs")
         except PipelineError as error:
             yield Line("Ray", f"{ray}; {error.what}", error.hint, stops=True)
     else:

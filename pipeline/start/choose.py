@@ -19,7 +19,7 @@ from pipeline.start.machine import Surroundings
 from pipeline.start.reasons import REASONS
 
 FEWEST = 100  # images, below which random weights learn nothing that is worth a run
-FOR_A_VIT = 5_000  # images; a ViT has less built in than a convolutional network (ViT, table 6)
+FOR_A_VIT = 5_000  # images; a ViT has less built in than a convolutional network (ViT, section 3.1)
 PILE = 2_000  # unlabelled images, among which copies are likely
 SMALL_SIDE = 64  # pixels of the shorter side, below which crops of 96 enlarge most images
 VECTORS = 500_000  # images; the vectors of more are made when they are asked for

@@ -66,10 +66,10 @@ def nearest_of(
     return [
         Answered(
             _row(own, int(pick)),
-            tuple(_row(known, int(one)) for one in found if one >= 0),
-            tuple(float(one) for one, row in zip(values, found, strict=True) if row >= 0),
+            tuple(_row(known, int(one)) for one in numbers if one >= 0),
+            tuple(float(one) for one, row in zip(values, numbers, strict=True) if row >= 0),
         )
-        for pick, found, values in zip(picks, rows, cosines, strict=True)
+        for pick, numbers, values in zip(picks, rows, cosines, strict=True)
     ]
 
 
