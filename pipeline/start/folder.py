@@ -121,14 +121,18 @@ def look(config: Config) -> Folder:
 
 
 def _split(config: Config) -> tuple[str, str]:
-    """Training images and held-out ones, where a folder has `train/` and `val/` or `test/`."""
+    """Training images and held-out ones, where a folder has `train/` and `val/` or `test/`.
+
+    A `train/` among other folders is no part of a set but a class: pictures of trains.
+    """
     source, queries = config.data.source, config.evaluate.queries
     if source.startswith(BUILTIN) or is_uri(source) or queries or not Path(source).is_dir():
         return source, queries
     names = {path.name.lower(): path.name for path in Path(source).iterdir() if path.is_dir()}
     training = next((names[name] for name in TRAINING if name in names), "")
     held_out = next((names[name] for name in HELD_OUT if name in names), "")
-    if not training:
+    others = [name for name in names.values() if name != training and not name.startswith(".")]
+    if not training or (others and not held_out):
         return source, ""
     home = source.rstrip("/")
     return f"{home}/{training}", f"{home}/{held_out}" if held_out else ""

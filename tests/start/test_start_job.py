@@ -169,6 +169,15 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert found.images == 3 and found.labelled and found.side == 40
 
 
+def test_a_class_that_is_called_train_is_no_training_set(tmp_path: Path) -> None:
+    for name in ("train", "bus", "car"):
+        for number in range(6):
+            picture(tmp_path / name / f"{number}.png", 32, number)
+    looked_at = images.look(config(f"data.source={tmp_path}"))
+    assert looked_at.source == str(tmp_path) and looked_at.images == 18
+    assert looked_at.classes == ("bus", "car", "train") and looked_at.queries == ""
+
+
 def test_which_recipe() -> None:
     for number, around, fields, name in (
         (577, here(), [], "small"),
