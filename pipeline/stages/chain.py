@@ -79,6 +79,7 @@ STAGES: dict[str, Stage] = {
     "look": look,
 }
 ORDER = tuple(STAGES)
+GUARDED = "guarded"  # status of a training that its guard has ended
 USES = ("embed", "search", "look")  # in a whole chain only where their section is enabled
 ALONE = ("finetune",)  # in no whole chain
 
@@ -242,6 +243,8 @@ def _run_stage(context: Context, name: str) -> None:
     tracker = context.tracking.stage(name, tags={"stage": name, "config.hash": key})
     with doing(name):
         result = stage.run(context, tracker)
+    if result.get("status") == GUARDED:
+        tracker.tags({"status": GUARDED})
     if result.get("status") == "stopped":
         if result.get("lost_steps"):
             log.error("lost        what came after step %s: %s", result["step"], result["alarm"])
@@ -324,6 +327,8 @@ def _report(context: Context) -> None:
     said = Verdict(str(evaluated.get("rule", "")), str(evaluated.get("verdict", "")))
     tracker.note(pipeline_page.note(facts.card, lines, said))
     tracker.recipe(pipeline_page.changed_fields(context.config))
+    if facts.result("pretrain").get("status") == GUARDED:  # now, or in an earlier start
+        tracker.tags({"status": GUARDED})
 
 
 # ---- The config as stages get it.

@@ -142,9 +142,6 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     details = outcome.details
     text = trained(outcome, run_plan, compared)
     result_line("pretrain", text)
-    if outcome.status == "guarded":
-        for one in (tracker, whole):
-            one.tags({"status": "guarded"})
     tracker.note(text + (f"\n\n**Alarm:** {details['alarm']}" if details.get("alarm") else ""))
     return {
         "text": text,

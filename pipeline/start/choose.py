@@ -96,7 +96,7 @@ def choose(config: Config, folder: Folder, around: Surroundings) -> Choice:
     lines = Lines(config)
     gpu = bool(around.machine.gpus) and config.train.device != "cpu"
     if config.model.init:
-        name, why = "adapt", "you name weights: they know more than so many images teach"
+        name, why = "adapt", "you name weights: training goes on from them"
         _images(lines, folder)
         lines.take("model.init", config.model.init, "the weights to begin with")
         lines.take("adapt.enabled", True, "rates, batch, length and heads follow from the weights")
@@ -128,7 +128,7 @@ def _why_small(folder: Folder, gpu: bool) -> str:
     if not gpu:
         return f"{folder.images:,} images and no GPU: a small residual network learns in hours"
     if folder.images < FOR_A_VIT:
-        return f"below {FOR_A_VIT:,} images a residual network learns more than a ViT"
+        return f"below {FOR_A_VIT:,} images a residual network is safer (a rule of thumb)"
     return f"images of {folder.side} pixels have few patches for a ViT"
 
 

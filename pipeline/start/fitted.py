@@ -107,7 +107,7 @@ def _for_memory(choice: Choice, folder: Folder, around: Surroundings) -> Choice:
     why = f"{way.micro_batch} images at once take {size}; computed, not measured"
     lines = [Line("train.accumulation", way.accumulation, why, "images")]
     if way.checkpointing:
-        why = "activations are computed again: less memory, about a third more time"
+        why = "activations are computed again: less memory, a quarter more time"
         lines.append(Line("train.activation_checkpointing", True, why, "images"))
     return _changed(choice, *lines)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.card.files import CARD, EVALUATE
 from pipeline.config.load import load
 from pipeline.context import Context
+from pipeline.stages import chain
 from pipeline.stages.console.brief import brief
 from pipeline.stages.console.closing import closing, say_verdict
 from pipeline.storage.run_folder import RunFolder
+from tests.run_report.run_folders import journal, usual_card, write_run
 
 
 @pytest.fixture
@@ -67,3 +72,42 @@ def test_without_vectors_they_are_what_comes_next(context: Context) -> None:
 def test_a_run_says_less_of_its_plan_than_a_dry_run() -> None:
     lines = ["model  a", "objective  b", "expect  c", "       d", "steps  e", "       f"]
     assert brief(lines) == ["model  a", "steps  e", "       f"]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Context:
+    """A run that its guard ended in an earlier start, with the marks of all its stages."""
+    done = {"text": "x", "step": 20, "status": "guarded", "guard": "Ended at step 20."}
+    facts = write_run(tmp_path, usual_card(), pretrain=done)
+    for name, result in facts.results.items():
+        facts.folder.mark_done(name, "key", dict(result))
+    return Context(facts.config, facts.folder, stages=chain.STAGES)
+
+
+def told(context: Context) -> list[dict[str, Any]]:
+    """What the report tells the page of the pipeline's run: its lines of the journal."""
+    path = context.folder.path
+    before = (path / "metrics.jsonl").stat().st_size
+    with journal(path) as context.tracking:
+        chain._report(context)
+    lines = (path / "metrics.jsonl").read_bytes()[before:].splitlines()
+    events = [json.loads(line) for line in lines]
+    return [event for event in events if event["run"] == "pipeline"]
+
+
+def test_a_guarded_run_is_said_to_be_so_after_a_restart_too(finished: Context) -> None:
+    events = told(finished)
+    assert {"status": "guarded"} in [event.get("tags") for event in events]
+    (note,) = (event["note"] for event in events if "note" in event)
+    assert usual_card().verdict.text in str(note) or "| what" in str(note)
+    assert (finished.folder.path / "report.html").is_file()
+
+
+def test_a_damaged_card_does_not_end_a_run_that_is_finished(
+    finished: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    (finished.folder.path / EVALUATE / CARD).write_text("{")
+    with caplog.at_level("WARNING", logger="pipeline"):
+        told(finished)
+    assert "without the card" in caplog.text
+    assert (finished.folder.path / "report.html").is_file()
