@@ -262,9 +262,9 @@ def before_and_after(context: Context, results: Mapping[str, Any]) -> Comparison
         return None
     place = context.folder.path
     before = None
-    if (place / "adapt" / CARD).is_file():
-        before = read_card(place / "adapt")
     try:
+        if (place / "adapt" / CARD).is_file():
+            before = read_card(place / "adapt")
         after = read_card(place / "evaluate")
     except PipelineError as error:
         log.warning("before and after cannot be told: %s", error.what)

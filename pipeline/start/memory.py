@@ -75,10 +75,10 @@ def _pieces(plan: Plan) -> Iterator[tuple[int, int]]:
 
 
 def planned(config: Config, machine: Machine, images: int) -> tuple[Plan, Pair]:
-    """The plan on a machine, and its networks.
+    """The plan on a machine, and its networks, on GPUs without weights.
 
     Raises:
         PipelineError: the recipe does not fit the images or the machine.
     """
     plan = resolve(config, SetFacts(images, "not packed yet"), machine=machine)
-    return plan, build.pair(plan.config)
+    return plan, build.for_estimate(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,6 +113,18 @@ def pair(config: Config, files: Mapping[str, str] | None = None, heads: bool = T
         sizes |= {augment.local_size} if augment.local_crops and heads else set()
         check_sizes(backbone, config.model.in_channels, sorted(sizes))
     return built
+
+
+def for_estimate(plan: Plan) -> Pair:
+    """The networks of a plan, for its cost: on GPUs a ViT of ours has shapes alone, which take no
+    time and no memory. On CPUs networks are small, and an estimate runs a part of them.
+
+    Raises:
+        PipelineError: as `pair`.
+    """
+    shapes = plan.device == "cuda" and plan.config.model.encoder == "dinov2"
+    with torch.device("meta") if shapes else nullcontext():
+        return pair(plan.config)
 
 
 def feature_spec(plan: Plan) -> FeatureSpec:

@@ -7,8 +7,10 @@ import pytest
 from pipeline.config.load import load
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
+from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.console import outlook
 from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Outlook, outlook_of
+from pipeline.train import build, estimate
 
 MACHINE = Machine(cpus=2, gpus=0, bfloat16=True, nodes=(Node(2, driver=True),))
 
@@ -65,3 +67,17 @@ def test_the_guess_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     # more images a step than there are: the stage says that, here nothing is known
     few = outlook_of(config, stages, 10, 0, MACHINE)
     assert few.expected["pretrain"] is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "device"), [("vits14", 1, "meta"), ("small", 1, "cpu"), ("small", 0, "cpu")]
+)
+def test_an_estimate_on_gpus_needs_no_weights(recipe: str, gpus: int, device: str) -> None:
+    config = load([f"configs/{recipe}.yaml", "data.source=photos/"])
+    nodes = (Node(2, gpus, driver=True),)
+    machine = Machine(cpus=2, gpus=gpus, bfloat16=True, nodes=nodes)
+    plan = resolve(config, SetFacts(50_000, ""), machine=machine)
+    shapes = build.for_estimate(plan)
+    assert {one.device.type for one in shapes.student.parameters()} == {device}
+    expected = estimate.estimated_cost(plan, build.pair(plan.config))
+    assert estimate.estimated_cost(plan, shapes) == expected

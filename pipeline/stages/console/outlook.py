@@ -140,7 +140,7 @@ def _training(config: Config, images: int, machine: Machine) -> tuple[float | No
         return None, 0.0
     try:
         plan = resolve(config, SetFacts(images, ""), machine=machine)
-        cost = estimate.estimated_cost(plan, build.pair(config))
+        cost = estimate.estimated_cost(plan, build.for_estimate(plan))
     except PipelineError as error:
         log.debug("no guess of the time: %s", error)  # the stage says it, where it still holds
         return None, 0.0
