@@ -36,6 +36,7 @@ clean:  ## removes the environment; runs/ holds trained weights and stays
 
 # uv where it is there, pip where it is not
 $(STAMP): pyproject.toml constraints.txt
+	@echo "making the environment in $(VENV): some gigabytes, for minutes without a word"
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv venv --quiet --allow-existing --python '>=3.11,<3.14' $(VENV) && \
 	  uv pip install --quiet --python $(PYTHON) -c constraints.txt -e '.[dev,compat]'; \

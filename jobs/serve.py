@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a job needs no installed package
 
-from pipeline.job import command
+from pipeline.entry import command
 
 if __name__ == "__main__":
     command("serve")

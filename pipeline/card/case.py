@@ -33,11 +33,13 @@ class ModelFacts:
         training_images: that it was trained on by us; 0 where that is unknown.
         alarm: the sentence of `evaluate.health.alarm`, where it has one.
         init: the weights that its run started from, as they were named; "" where from nothing.
+        passes: over these images; 0 where that is unknown.
     """
 
     training_images: int = 0
     alarm: str = ""
     init: str = ""
+    passes: float = 0.0
 
 
 @dataclass(frozen=True)

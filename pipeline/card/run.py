@@ -62,7 +62,10 @@ def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
     missing = "" if has else request.unusable or missing
     models = {
         one.name: ModelFacts(
-            one.images, alarm if one is request.networks[0] else "", public(one.start)
+            one.images,
+            alarm if one is request.networks[0] else "",
+            public(one.start),
+            one.passes,
         )
         for one in request.networks
         if one.role == "model"

@@ -23,7 +23,10 @@ COLLAPSES = ("rank_me", "feature_std", "effective_rank")  # what is low after a 
 MIN_IMAGES = 30  # fewer do not show their own spread: ten of ten right would be 1.00 ± 0.00
 MANY_SHARED = 0.1  # of the queries in the reference: their near copies are there, too
 FEW_TO_TRAIN = 10_000  # images; a choice of ours: CIFAR-10's 50,000 are enough, 577 photos are not
-WEIGHTS = "start from released weights (model.init=…, docs/variants.md)"
+MANY_PASSES = (
+    20  # over so few images; a choice of ours: configs/small.yaml goes over them 200 times
+)
+WEIGHTS = "start from released weights (jobs/adapt.py, docs/adapt.md)"
 
 
 def verdict_of(card: Card, facts: Facts | None = None) -> Verdict:
@@ -323,11 +326,16 @@ def _advice(case: Case) -> str:
         )
     if case.init or about_it.init:
         return "keep the weights that it started from, or train again with a lower optim.lr"
+    if 0 < about_it.training_images < FEW_TO_TRAIN and 0 < about_it.passes < MANY_PASSES:
+        return (
+            f"{about_it.passes:.2g} passes over {about_it.training_images:,} images are few; train "
+            "longer (a new run.name with more optim.passes or optim.steps)"
+        )
     if 0 < about_it.training_images < FEW_TO_TRAIN:
         return f"{about_it.training_images:,} images are too few to start from nothing; {WEIGHTS}"
     if about_it.training_images:
         return f"train longer (a new run.name with more optim.passes or optim.steps), or {WEIGHTS}"
-    return "try other weights, or train from these (model.init=…, docs/variants.md)"
+    return "try other weights, or train from these (jobs/adapt.py, docs/adapt.md)"
 
 
 def _difference(gain: Gain) -> str:

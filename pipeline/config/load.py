@@ -82,7 +82,9 @@ def checked(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Config:
             messages.setdefault(path, []).append(message)
         problems += [f"{path}: " * bool(path) + ", or: ".join(m) for path, m in messages.items()]
     if problems:
-        raise ConfigError("\n".join(problems), "python jobs/<stage>.py --help lists every field")
+        raise ConfigError(
+            "\n".join(problems), "python jobs/<stage>.py --help=all lists every field"
+        )
     return config
 
 
@@ -99,15 +101,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # no right to read it, a name too long, or with a NUL
         raise ConfigError(f"the recipe {shown} cannot be read: {_reason(error)}") from None
     if content is None:
-        names = [p.name if file.suffix else p.stem for p in RECIPES.glob("*.yaml")]
-        near = difflib.get_close_matches(file.name, names)
-        place = "configs" if Path("configs").is_dir() else RECIPES
-        hint = (
-            f"did you mean {place}/{near[0].removesuffix('.yaml')}.yaml?"
-            if near
-            else f"recipes are in {place}/*.yaml"
+        raise ConfigError(
+            f"no recipe at {shown} (an override is written a.b=value)", _instead(file)
         )
-        raise ConfigError(f"no recipe at {shown} (an override is written a.b=value)", hint)
     text = recipe_yaml.decoded(content, shown)
     try:
         values = recipe_yaml.parsed(text, _is_text)
@@ -123,6 +119,18 @@ def read_recipe(path: str) -> dict[str, Any]:
         name: {} if value is None and name in _sections() else value
         for name, value in values.items()
     }
+
+
+def _instead(file: Path) -> str:
+    """What somebody meant who named a recipe that is not there."""
+    if file.is_dir():
+        return f"that is a folder; python jobs/start.py {file} writes a recipe for its images"
+    place = Path("configs") if Path("configs").is_dir() else RECIPES
+    for folder, recipes in ((file.parent, file.parent), (place, RECIPES)):
+        names = [one.name if file.suffix else one.stem for one in recipes.glob("*.yaml")]
+        if near := difflib.get_close_matches(file.name, names):
+            return f"did you mean {folder / near[0].removesuffix('.yaml')}.yaml?"
+    return f"recipes are in {place}/*.yaml"
 
 
 def recipe_at(path: str) -> Path:

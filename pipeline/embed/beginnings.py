@@ -40,6 +40,16 @@ def trained_on(checkpoint: str) -> int:
     return int(_plan(checkpoint).images)
 
 
+def passes_over(checkpoint: str) -> float:
+    """How many times the run of a checkpoint goes over its images.
+
+    Raises:
+        DataError: the checkpoint is gone.
+    """
+    plan = _plan(checkpoint)
+    return float(plan.steps * plan.config.optim.global_batch_size / max(plan.images, 1))
+
+
 def computes_in_half(checkpoint: str) -> bool:
     """Whether the training of a checkpoint computed in bfloat16.
 

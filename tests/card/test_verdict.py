@@ -84,6 +84,12 @@ SITUATIONS = {
         (model(0.69), contender("step0", 0.5, of=MODEL), contender("colours", 0.69)),
         about(training_images=577),
     ),
+    "no better than colours, few images and few passes": Planted(
+        "no_better_than_colours",
+        ["(0.69 ± 0.02 against 0.69): 1.5 passes over 577 images are few; train longer"],
+        (model(0.69), contender("step0", 0.5, of=MODEL), contender("colours", 0.69)),
+        about(training_images=577, passes=1.5),
+    ),
     "worse than pixels": Planted(
         "no_better_than_raw_pixels",
         ["Worse than raw pixels (0.60 ± 0.02 against 0.80)", "train longer"],

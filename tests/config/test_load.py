@@ -186,6 +186,14 @@ def test_a_missing_recipe_is_named_with_its_neighbour(
         load(["optim.lr"])
     assert "an override is written a.b=value" in caught.value.what
     assert caught.value.hint == "recipes are in configs/*.yaml"
+    (tmp_path / "photos.yaml").write_text("")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        load(["foto.yaml"])
+    assert caught.value.hint == "did you mean photos.yaml?"
+    with pytest.raises(ConfigError) as caught:
+        load(["photos"])
+    assert "python jobs/start.py photos writes a recipe" in caught.value.hint
 
 
 NO_MAPPINGS = [

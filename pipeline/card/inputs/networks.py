@@ -31,6 +31,7 @@ class Network:
         spec: how it is opened.
         step: of the checkpoint; 0 before training; None for other weights.
         images: that it was trained on; 0: that is not known.
+        passes: over these images; 0: that is not known.
         start: the weights that its training began with; "": random ones, or that is not known.
     """
 
@@ -41,6 +42,7 @@ class Network:
     step: int | None = None
     images: int = 0
     start: str = ""
+    passes: float = 0.0
 
     @property
     def identity(self) -> list[Any]:
@@ -137,7 +139,8 @@ def _with_beginnings(shown: str, spec: EmbedderSpec) -> list[Network]:
     step = int(parent(checkpoint)[1].partition("-")[2])
     name = f"{shown} (step {step:,})"
     start = start_of(checkpoint)
-    trained = Network("model", name, "", spec, step, trained_on(checkpoint), start)
+    images, passes = trained_on(checkpoint), passes_over(checkpoint)
+    trained = Network("model", name, "", spec, step, images, start, passes)
     if not start:
         return [trained, Network("step0", f"{name} at step 0", name, at_step_0(spec), 0)]
     began = Network("init", public(start), name, at_step_0(spec))
