@@ -1,4 +1,4 @@
-"""Where a job file enters: it says in a sentence that packages are missing, and runs the command."""
+"""Where a job file enters: says in a sentence that packages are missing, or runs the command."""
 
 from __future__ import annotations
 

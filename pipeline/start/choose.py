@@ -126,7 +126,10 @@ def _why_small(folder: Folder, gpu: bool) -> str:
     if not folder.images:
         return "archives hide the number of images: the smallest recipe that learns something"
     if not gpu:
-        return f"{folder.images:,} images and no GPU: a small residual network learns in minutes to hours"
+        return (
+            f"{folder.images:,} images and no GPU: a small residual network learns in minutes to "
+            "hours"
+        )
     if folder.images < FOR_A_VIT:
         return f"below {FOR_A_VIT:,} images a residual network is safer (a rule of thumb)"
     return f"images of {folder.side} pixels have few patches for a ViT"

@@ -12,6 +12,7 @@ from pipeline.embed.beginnings import (
     checkpoint_of,
     computes_in_half,
     start_of,
+    passes_over,
     trained_on,
     untrained,
 )
