@@ -11,8 +11,8 @@ from pipeline.embed.beginnings import (
     at_step_0,
     checkpoint_of,
     computes_in_half,
-    start_of,
     passes_over,
+    start_of,
     trained_on,
     untrained,
 )
