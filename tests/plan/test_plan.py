@@ -393,7 +393,7 @@ def what_a_resume_gets_wrong(path: str) -> str:
     # what the curation chooses is held by the digest of the shards
     curation = ("curate", "quality", "dedup", "leaks", "retrieve", "balance", "mix")
     # what an adaptation derived stands in other sections; a guard ends a run and teaches nothing
-    beside = ("adapt", "guard")
+    beside = ("adapt", "guard", "start")
     later = ("evaluate", "export", "finetune", "embed", "search", "look", "serve")
     harmless = section in ("track", "resources", *beside, *later, *curation) or path in (
         "run.folder",
