@@ -4,6 +4,7 @@ resumes, and is used from the run folder when it has changed or gone.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def test_the_chain_ends_with_weights_and_the_text(place: Place, trained: str) ->
     assert saved is not None and plan_of(saved.meta, saved.path).encoder_files == FILES
     assert (run / "weights" / "module" / "encoder" / "nets" / "cnn.py").is_file()
     assert (run / "weights" / "onnx" / "fp32-16.onnx").is_file()
-    assert "not written: dinov2, huggingface and timm" in trained
+    exported = json.loads((run / "export" / "_done.json").read_text())["result"]
+    assert "module, loaded back and equal" in exported["text"]
     assert "module:nets.cnn:small, 12 wide (not used: model.width" in trained
 
 
