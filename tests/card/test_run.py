@@ -73,7 +73,8 @@ class Trained:
 
     def context(self, *changes: str, name: str = "tiny", only: bool = True) -> Context:
         folder = RunFolder.of(f"{self.folder}/runs", name)
-        return Context(self.config(*changes), folder, only=only)
+        tracking = SimpleNamespace(tracker=Told())
+        return Context(self.config(*changes), folder, tracking=tracking, only=only)
 
     def card(self, *changes: str, name: str = "tiny") -> Card:
         return evaluate(request_of(self.context(*changes, name=name)))

@@ -10,7 +10,7 @@ import pytest
 from tests.serve.browser import chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it holds this thread's event loop: one at a time
 def browser() -> Iterator[Any]:
     with chromium() as started:
         yield started

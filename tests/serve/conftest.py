@@ -64,7 +64,7 @@ def client(site: Site) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # it holds this thread's event loop: one at a time
 def browser() -> Iterator[Any]:
     with chromium() as started:
         yield started
