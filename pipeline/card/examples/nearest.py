@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.embed.vectors import VectorSet
+from pipeline.search.exact import Doubles, Floats, Ints, Nearest
 
 ROWS = 32_768  # of a block of vectors
 FIRST = 65_536  # rows that images are picked from
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def nearest_of(
     picks = picked(labels, count)
     if not len(picks):
         return []
-    asked = _unit(table.read(output, slice(0, size))[picks])
+    asked = _single(table.read(output, slice(0, size))[picks])
     ids = table.ids()[picks]
     rows, cosines = search(reference, asked, ids.tolist(), k, output)
     known = reference.columns("image_id", "source", "label")
@@ -95,30 +92,25 @@ def picked(labels: Ints, count: int) -> Ints:
 
 def search(
     reference: VectorSet, asked: Floats, ids: Sequence[str], k: int, output: str = "cls"
-) -> tuple[Ints, Floats]:
-    """Rows [q, k] of the reference nearest to unit vectors [q, D], and cosines; -1 where there are
+) -> tuple[Ints, Doubles]:
+    """Rows [q, k] of the reference nearest to vectors [q, D], and cosines; -1 where there are
     fewer. Rows with the id of who asks are left out; of equal ones the first row comes first.
     """
-    best = np.full((len(asked), k), -np.inf, np.float32)
-    rows = np.full((len(asked), k), -1, np.int64)
+    nearest = Nearest(asked, k + 1)  # who asks may be among them, once
+    own = np.full((len(asked), 1), -1, np.int64)
     first = 0
     for vectors, block_ids in reference.blocks(ROWS, output):
-        cosines = asked @ _unit(vectors).T
-        cosines[np.asarray(ids)[:, None] == block_ids[None]] = -np.inf
-        both = np.concatenate([best, cosines], 1)
-        numbers = np.broadcast_to(np.arange(first, first + len(vectors)), cosines.shape)
-        places = np.concatenate([rows, numbers], 1)
-        order = np.argsort(-both, 1, kind="stable")[:, :k]
-        best = np.take_along_axis(both, order, 1)
-        rows = np.take_along_axis(places, order, 1)
+        nearest.see(_single(vectors), first)
+        who, where = np.nonzero(np.asarray(ids)[:, None] == block_ids[None])
+        own[who, 0] = first + where
         first += len(vectors)
-    return np.where(np.isfinite(best), rows, -1), best
+    others = np.argsort((nearest.rows == own) & (own >= 0), 1, kind="stable")[:, :k]
+    rows = np.take_along_axis(nearest.rows, others, 1)
+    return rows, np.take_along_axis(nearest.similarity, others, 1)
 
 
-def _unit(vectors: Any) -> Floats:
-    flat = np.asarray(vectors, np.float32).reshape(len(vectors), -1)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    return np.asarray(flat / np.maximum(norms, 1e-12), np.float32)
+def _single(vectors: Any) -> Floats:
+    return np.ascontiguousarray(vectors, np.float32).reshape(len(vectors), -1)
 
 
 def _row(table: Any, number: int) -> Row:
