@@ -54,15 +54,6 @@ def unit_of(metric: str) -> str:
     return next((said for end, said in UNITS if metric.endswith(end)), "")
 
 
-def bytes_of(number: float) -> str:
-    """`12 MB`, `1.5 GB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB"
-
-
 def time_of(seconds: float) -> str:
     """`4.2 s`, `38 s`, `6 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds < 9.95:

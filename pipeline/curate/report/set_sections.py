@@ -18,7 +18,6 @@ from pipeline.curate.report.words import (
     seconds,
     share,
     similarity,
-    size,
 )
 from pipeline.curate.rows.tables import REASONS
 from pipeline.report.page import (
@@ -37,6 +36,7 @@ from pipeline.report.page import (
     Table,
     Text,
 )
+from pipeline.report.units import bytes_of
 
 BARS = 4  # fewer are a sentence, not a chart
 LONGEST = 6  # steps that are shown
@@ -289,8 +289,8 @@ def cost_sections(summary: Summary) -> list[Section]:
         "CPU time": [seconds(s.cpu_s) for s in steps],
         "rows": [int(s.total("rows")) for s in steps],
         "rows/s of CPU": [f"{s.total('rows') / s.cpu_s:,.0f}" if s.cpu_s else "–" for s in steps],
-        "written": [size(s.total("bytes")) for s in steps],
-        "peak memory": [size(s.peak_bytes) if s.peak_bytes else "–" for s in steps],
+        "written": [bytes_of(s.total("bytes")) for s in steps],
+        "peak memory": [bytes_of(s.peak_bytes) if s.peak_bytes else "–" for s in steps],
         "tasks": [len(s.accounts) for s in steps],
         "reused": [s.reused for s in steps],
     }

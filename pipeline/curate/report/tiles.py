@@ -6,8 +6,9 @@ from pipeline.curate.report.copies import Component, Member
 from pipeline.curate.report.read import Shown
 from pipeline.curate.report.sets import Match
 from pipeline.curate.report.summary import Summary
-from pipeline.curate.report.words import COLOURS, file_name, name_of, similarity, size
+from pipeline.curate.report.words import COLOURS, file_name, name_of, similarity
 from pipeline.report.page import Group, Tile
+from pipeline.report.units import bytes_of
 
 KEEP, GONE, ASK, CHAIN = "keep", "gone", "ask", "chain"
 
@@ -97,7 +98,7 @@ def _like(summary: Summary, member: Member) -> str:
 def _tip(one: Shown) -> str:
     parts = [one.path or one.source, one.image_id]
     if one.width:
-        parts.append(f"{one.width:,} x {one.height:,} pixels, {size(one.encoded_bytes)}")
+        parts.append(f"{one.width:,} x {one.height:,} pixels, {bytes_of(one.encoded_bytes)}")
     if one.error:
         parts.append(one.error)
     return "\n".join(part for part in parts if part)

@@ -122,15 +122,6 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.1f}\u00a0%" if percent < 99.95 and percent else f"{percent:.0f}\u00a0%"
 
 
-def size(number: float) -> str:
-    """1.2 GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB"
-
-
 def seconds(number: float) -> str:
     """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
     if number < 10:
