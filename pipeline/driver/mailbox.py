@@ -216,10 +216,19 @@ class InOrder:
 
 
 @contextmanager
-def console(mailbox: Any, log: logging.Logger) -> Iterator[None]:
-    """Inside, lines that workers say appear in the driver's log as they come."""
+def console(mailbox: Any, log: logging.Logger, silence: str) -> Iterator[None]:
+    """Inside, lines that workers say appear in the driver's log as they come.
+
+    Args:
+        mailbox: where the workers leave them.
+        log: of the driver.
+        silence: what is said after the first of them, where the workers say nothing for long.
+    """
 
     def say(lines: list[Said]) -> None:
+        if lines:
+            known = [left_s for *_, left_s in lines if left_s is not None]
+            HEART.now(silence, known[-1] if known else HEART.left_s)
         for level, line, left_s in lines:
             text = HEART.with_rest(line, left_s) if level == PROGRESS else line
             log.log(level, "%s", text)

@@ -167,9 +167,9 @@ def finetune(
     with stop_on_signals(mailbox):
         try:
             with (
-                console(mailbox, log),
-                reporting(mailbox, tracker),
                 doing("finetune: the workers start, or their node is busy"),
+                console(mailbox, log, "finetune: no word from the workers"),
+                reporting(mailbox, tracker),
             ):
                 outcome = training.fit().return_value
         except ray.train.TrainingFailedError as error:

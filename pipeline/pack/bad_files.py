@@ -42,6 +42,7 @@ class PackReport:
     others: dict[str, int] = dataclasses.field(default_factory=dict)
     value_range: ValueRange = FULL  # of deep images, that becomes 0 to 255
     used_range: ValueRange | None = None  # of the values that they have; None: there are none
+    disagreeing: int = 0  # of the duplicates, those of another class than the image that was packed
 
 
 @dataclass(frozen=True)

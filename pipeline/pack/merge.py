@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 
 from pipeline.errors import DataError
 from pipeline.images.value_range import FULL, ValueRange
+from pipeline.pack import duplicates
 from pipeline.pack.sorted_runs import PackSpec
 from pipeline.pack.sources import Plan
 from pipeline.shards.classes import Classes
@@ -124,18 +125,18 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     runs = json.loads(read_bytes(scratch_fs, f"{scratch}/runs.json"))
     low, high = id_range(index, merge.shards)
     parts = [_rows_of(scratch_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
-    rows, duplicates = _unique(pa.concat_tables(parts))
-    account: dict[str, Any] = {
-        "index": index,
-        "name": shard_name(index),
-        "rows": rows.num_rows,
-        "duplicates": duplicates,
-    }
+    every, packed = _by_id(pa.concat_tables(parts))
+    every_label = _labels(every, [run["names"] for run in runs], merge)
+    classes = [_class_name(label, merge) for label in every_label]
+    kept = [row for row, other in enumerate(packed) if row == other]
+    rows = every.take(pa.array(kept, pa.int64())).combine_chunks()
+    account: dict[str, Any] = {"index": index, "name": shard_name(index), "rows": rows.num_rows}
+    account |= duplicates.write_part(index, every, packed, classes, spec.scratch)
     groups: Iterator[pa.Table] = iter(())
     schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
     schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
     if rows.num_rows:
-        labels = _labels(rows, [run["names"] for run in runs], merge)
+        labels = [every_label[row] for row in kept]
         images = _Images(scratch_fs, [run["path"] for run in runs], rows)
 
         def group(start: int, end: int) -> pa.Table:
@@ -198,15 +199,24 @@ def _rows_of(fs: pafs.FileSystem, path: str, run: int, low: str, high: str) -> p
     return table.append_column("run", pa.array(np.full(table.num_rows, run, np.int32)))
 
 
-def _unique(table: pa.Table) -> tuple[pa.Table, int]:
-    """Rows by id; of equal ids the one with the smallest source (then the first in the source)."""
+def _by_id(table: pa.Table) -> tuple[pa.Table, list[int]]:
+    """Rows by id, then source (then place in the source), and for each row the first of its id."""
     if not table.num_rows:
-        return table, 0
+        return table, []
     keys = [(name, "ascending") for name in ("image_id", "source", "run", "offset")]
     table = table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
-    ids = table.column("image_id").to_pylist()
-    first = [k == 0 or ids[k - 1] != ids[k] for k in range(len(ids))]
-    return table.filter(pa.array(first)).combine_chunks(), first.count(False)
+    packed: list[int] = []
+    before = None
+    for row, name in enumerate(table.column("image_id").to_pylist()):
+        packed.append(packed[-1] if name == before else row)
+        before = name
+    return table, packed
+
+
+def _class_name(label: int | None, merge: Merge) -> str | None:
+    if label is None:
+        return None
+    return merge.class_names[label] if merge.class_names else str(label)
 
 
 def _labels(rows: pa.Table, names: list[int], merge: Merge) -> list[int | None]:

@@ -24,7 +24,7 @@ from pipeline.errors import DataError, StorageError
 from pipeline.images.decode import MAX_PIXELS
 from pipeline.images.value_range import AUTO, FULL, Sample, ValueRange
 from pipeline.log import only_errors
-from pipeline.pack import ledger
+from pipeline.pack import duplicates, ledger
 from pipeline.pack.bad_files import Outcome, PackReport
 from pipeline.pack.listing import list_source
 from pipeline.pack.merge import Merge, merge_of, write_shard
@@ -134,17 +134,22 @@ class PackPlaces:
         scratch: folder for intermediate files, as large as the images; emptied at the end.
         other_files: the table (parquet) of files that are no images and were left alone; default:
             `other_files.parquet` beside `bad_images`.
+        duplicates: the table of images that are byte for byte like one that was packed; default:
+            `duplicates.parquet` beside `bad_images`.
     """
 
     bad_images: str
     scratch: str
     other_files: str = ""
+    duplicates: str = ""
 
     def absolute(self) -> PackPlaces:
-        """The same from any working directory, with the default filled in."""
+        """The same from any working directory, with the defaults filled in."""
         bad_images = absolute_uri(self.bad_images)
-        others = self.other_files or str(join(parent(bad_images)[0], "other_files.parquet"))
-        return PackPlaces(bad_images, absolute_uri(self.scratch), others)
+        beside = parent(bad_images)[0]
+        others = self.other_files or str(join(beside, "other_files.parquet"))
+        copies = self.duplicates or str(join(beside, "duplicates.parquet"))
+        return PackPlaces(bad_images, absolute_uri(self.scratch), others, copies)
 
 
 @_storage_errors()
@@ -224,13 +229,14 @@ def pack(
         written = _write_all(merge, read, spec, on_progress)
         claim.check()
         ledger.drop(claim, stale, written)
+        duplicates.write_duplicates(places.duplicates, scratch, written)
         digest = ledger.write_manifest(
             shards, source, merge.class_names, written, value_range, used
         )
         report = PackReport(
             images_in=outcome.images_in,
             images_packed=sum(account["rows"] for account in written),
-            duplicates=sum(account["duplicates"] for account in [*read, *written]),
+            duplicates=sum(account["duplicates"] for account in written),
             bad=dict(sorted(Counter(item.reason for item in outcome.bad).items())),
             bytes=sum(account["bytes"] for account in written),
             shards=sum(account["rows"] > 0 for account in written),
@@ -241,6 +247,7 @@ def pack(
             others=dict(sorted(Counter(item.reason for item in outcome.others).items())),
             value_range=value_range,
             used_range=used,
+            disagreeing=sum(account["disagreeing"] for account in written),
         )
         if report.images_in != report.images_packed + report.duplicates + len(outcome.bad):
             raise RuntimeError(f"images were lost or counted twice: {report}")

@@ -44,7 +44,7 @@ INDEX_SCHEMA = pa.schema(
         pa.field("class_name", pa.string()),  # class by a label column or file that holds names
     ]
 )
-INDEX_VERSION = 3  # a pack that was begun with other runs or tasks begins anew
+INDEX_VERSION = 4  # a pack that was begun with other runs or tasks begins anew
 _INDEX_ROW_GROUP = 512
 
 
@@ -96,7 +96,7 @@ class _Run:
 def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     """Read a task, write its runs, and return (and store, last) its account.
 
-    The account: `images` = kept + duplicates + len(bad); what was left alone; runs with their
+    The account: `images` = rows of its runs + len(bad); what was left alone; runs with their
     bytes; folders, class names and largest label seen in good images.
     """
     before = retries()
@@ -106,7 +106,6 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
     account: dict[str, Any] = {
         "index": index,
         "images": 0,
-        "duplicates": 0,
         "names": task.names,
         "runs": [],
         "bad": [],
@@ -120,9 +119,8 @@ def write_runs(index: int, task: Task, spec: PackSpec) -> dict[str, Any]:
         nonlocal run
         if run.rows:
             path = f"{name}-{len(account['runs']):04d}"
-            rows, size, duplicates = _write_run(run, spec.extras, scratch_fs, path)
+            rows, size = _write_run(run, spec.extras, scratch_fs, path)
             account["runs"].append({"path": path, "rows": rows, "bytes": size, "names": task.names})
-            account["duplicates"] += duplicates
             labels.runs.append(path)
         run = _Run()
 
@@ -245,26 +243,26 @@ def _verify(item: Item | Refused, spec: PackSpec) -> _Row | Refused:
 
 def _write_run(
     run: _Run, extra_schema: pa.Schema, fs: pafs.FileSystem, path: str
-) -> tuple[int, int, int]:
-    """Sort by (id, source), keep the first of each id; returns rows, bytes, duplicates."""
+) -> tuple[int, int]:
+    """Sort by (id, source), write the bytes of equal images once; returns rows and bytes."""
     order = sorted(range(len(run.rows)), key=lambda i: run.rows[i][:2])
-    keep = [i for k, i in enumerate(order) if k == 0 or run.rows[order[k - 1]][0] != run.rows[i][0]]
-    offset = 0
+    written, begin, end = "", 0, 0  # id of the last image written, and where its bytes lie
     index: list[list[Any]] = [[] for _ in INDEX_SCHEMA]
     with atomic_path(fs, f"{path}.bin") as temporary, Path(temporary).open("wb") as stream:
-        for i in keep:
+        for i in order:
             name, source, encoded, *about, _ = run.rows[i]
-            stream.write(encoded)
-            values = (name, source, offset, len(encoded), *about)
+            if name != written:
+                stream.write(encoded)
+                written, begin, end = name, end, end + len(encoded)
+            values = (name, source, begin, len(encoded), *about)
             for column, value in zip(index, values, strict=True):
                 column.append(value)
-            offset += len(encoded)
     arrays = [pa.array(v, f.type) for v, f in zip(index, INDEX_SCHEMA, strict=True)]
     table = pa.table(arrays, schema=INDEX_SCHEMA)
     if extra_schema:
-        extras = pa.concat_tables(run.extras).take(keep)
+        extras = pa.concat_tables(run.extras).take(order)
         for field_ in extra_schema:
             # A prefix, for an extra column may have the name of one of the index.
             table = table.append_column(f"extra:{field_.name}", extras.column(field_.name))
     write_parquet_atomic(table, fs, f"{path}.parquet", _INDEX_ROW_GROUP)
-    return len(keep), offset, len(order) - len(keep)
+    return len(order), end

@@ -85,6 +85,7 @@ def _packed(facts: RunFacts, name: str, one: Mapping[str, Any], source: str) -> 
         f"{int(number):,} {what.removesuffix('s') if number == 1 else what}"
         for number, what in (
             (one.get("duplicates", 0), "identical files"),
+            (one.get("disagreeing", 0), "of them labelled as another class"),
             (one.get("bad_images", 0), "broken"),
             (one.get("other_files", 0), "other files"),
         )

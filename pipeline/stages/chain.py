@@ -19,7 +19,7 @@ from pipeline.driver import cluster
 from pipeline.driver.mailbox import ENDING
 from pipeline.driver.signals import ended_by_sigterm
 from pipeline.errors import ConfigError
-from pipeline.heartbeat import doing
+from pipeline.heartbeat import doing, now
 from pipeline.run_report.facts import RunFacts
 from pipeline.run_report.write import has_report, write_run_report
 from pipeline.stages import (
@@ -157,6 +157,7 @@ def _run(
         with looking_ahead(context, left, sets) as outlook:
             go_through(context, left, push, outlook)
         _report(context)
+    now("ending the job")
     say_verdict(context, tracking.page)
 
 

@@ -210,6 +210,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
                 bad_images=str(context.folder.at("pack", f"bad_images_{stem}.parquet")),
                 scratch=str(context.folder.at("pack", f"work_{stem}")),
                 other_files=str(_other_files(context, stem)),
+                duplicates=str(context.folder.at("pack", f"duplicates_{stem}.parquet")),
             ),
             _options(context.config, FIELDS[name]),
             field=FIELDS[name],
@@ -253,6 +254,7 @@ def _numbers(report: PackReport) -> dict[str, Any]:
         "images_in": report.images_in,
         "images": report.images_packed,
         "duplicates": report.duplicates,
+        "disagreeing": report.disagreeing,
         "bad_images": sum(report.bad.values()),
         "bytes": report.bytes,
         "storage_retries": report.retries,
@@ -275,9 +277,10 @@ def _text(name: str, report: PackReport, other_files: Place) -> str:
             f"; {count} other file{'s' * (count != 1)} left alone ({kinds}), "
             f"listed in {public(other_files)}"
         )
+    other_class = f" ({report.disagreeing:,} in another class)" if report.disagreeing else ""
     return (
         f"{name}: {report.images_in:,} in = {report.images_packed:,} packed + "
-        f"{report.duplicates:,} byte duplicates + {sum(report.bad.values()):,} bad"
+        f"{report.duplicates:,} byte duplicates{other_class} + {sum(report.bad.values()):,} bad"
         f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s{others}"
     )
 

@@ -205,12 +205,12 @@ def links(uri: str, experiment: str, experiment_id: str, run_id: str) -> list[st
     """
     if uri.startswith(("sqlite", "file")):
         look = f"mlflow ui --backend-store-uri {uri}"
-        return [f"tracking   {uri}  experiment {experiment}; to look at it: {look}"]
+        return [f"tracking    {uri}  experiment {experiment}; to look at it: {look}"]
     if not (uri and experiment_id and run_id):
-        return [f"tracking   {uri or 'MLflow is starting'}  experiment {experiment}"]
+        return [f"tracking    {uri or 'MLflow is starting'}  experiment {experiment}"]
     kind, page = "workflowType=machine_learning", f"{uri}/#/experiments/{experiment_id}/runs"
     return [
-        f"tracking   {uri}  experiment {experiment}",
-        f"run        {page}/{run_id}?{kind}",
-        f"charts     {page}?{kind}&compareRunsMode=CHART&viewStateShareKey={KEY}",
+        f"tracking    {uri}  experiment {experiment}",
+        f"mlflow      {page}/{run_id}?{kind}",
+        f"charts      {page}?{kind}&compareRunsMode=CHART&viewStateShareKey={KEY}",
     ]

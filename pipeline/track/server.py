@@ -124,7 +124,7 @@ def start(folder: Path, first_port: int = FIRST_PORT) -> Running:
         created = psutil.Process(pid).create_time()
         server = Running(pid, created, port, f"http://{HOST}:{port}")
         atomic_write(folder / "server.json", json.dumps(asdict(server)).encode())
-        log.info("tracking   starting MLflow at %s (data in %s)", server.uri, folder)
+        log.info("tracking    starting MLflow at %s (data in %s)", server.uri, folder)
         return server
     finally:
         lock.release()

@@ -193,9 +193,9 @@ def pretrain(
     with stop_on_signals(feeder):
         try:
             with (
-                console(feeder, log),
-                reporting(feeder, tracker),
                 doing("pretrain: the workers start, or their node is busy"),
+                console(feeder, log, "pretrain: no word from the workers"),
+                reporting(feeder, tracker),
             ):
                 result = trainer.fit()
         except ray.train.TrainingFailedError as error:

@@ -19,6 +19,7 @@ from pipeline.driver.mailbox import (
     console,
     reporting,
 )
+from pipeline.heartbeat import HEART, doing
 
 
 def test_lines_keep_their_order_and_level() -> None:
@@ -84,16 +85,23 @@ def test_a_workers_log_reaches_the_drivers(ray_cluster: None) -> None:
         log.info("step %d", 1)
         log.error("step %d", 2)
 
-    with console(actor, driver):
+    with doing("work: the workers start"), console(actor, driver, "work: no word"):
+        assert innermost() == "work: the workers start"
         ray.get(work.remote(actor))
         ray.get(actor.listen.remote(0.0))  # whatever is said before is in the queue by now
         deadline = time.monotonic() + 10
         ray.get(work.remote(actor))
         while len(seen) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert innermost() == "work: no word"
     ray.kill(actor)
     assert (logging.INFO, "step 1") in seen
     assert (logging.ERROR, "step 2") in seen
+
+
+def innermost() -> str:
+    """What the heartbeat would say."""
+    return HEART._doing[-1][0]
 
 
 class Recorder:

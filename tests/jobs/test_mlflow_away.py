@@ -188,7 +188,7 @@ def test_gone_at_the_end(mlflow_server: TestServer, train: Any, tmp_path: Path) 
     # a second time there is nothing; once more from the beginning nothing doubles
     assert "nothing sent" in synced(mlflow_server, folder)
     again = synced(mlflow_server, folder, "--again")
-    assert again.count("run        http") == 1  # the links, once
+    assert again.count("mlflow      http") == 1  # the links, once
     assert points(mlflow_server, "end") == there
     assert {k: r.info.run_id for k, r in mlflow_server.runs("away", "end").items()} == {
         k: r.info.run_id for k, r in runs.items()

@@ -78,7 +78,7 @@ def plant(root: Path, classes=("ant", "bee", "cow"), each=9) -> dict[str, bytes]
 # ---- folders
 
 
-def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, tasks_here):
+def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, tasks_here, caplog):
     root, out = tmp_path / "photos", tmp_path / "out"
     good = plant(root)
     copies = {"bee/a_copy.jpg": good["ant/000.jpeg"], "cow/z_copy.png": good["cow/001.png"]}
@@ -103,6 +103,13 @@ def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, tasks_here)
     assert bad_of(out) == want_bad
     assert report.bad == Counter(want_bad.values())
     assert report.class_names == ("ant", "bee", "cow")
+    listed = pq.read_table(out / "duplicates.parquet").drop(["image_id"]).to_pylist()
+    assert sorted(tuple(row.values()) for row in listed) == [
+        ("bee/a_copy.jpg", "bee", "ant/000.jpeg", "ant"),
+        ("cow/z_copy.png", "cow", "cow/001.png", "cow"),
+    ]
+    assert report.disagreeing == 1
+    assert "bee/a_copy.jpg and ant/000.jpeg" in caplog.text
 
     table = table_of(out)
     assert table.schema.equals(IMAGE_SHARD_SCHEMA)

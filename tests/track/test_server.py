@@ -207,7 +207,7 @@ def test_without_a_server_the_journal_has_everything(tmp_path: Path) -> None:
 
 
 def test_links_before_the_run_is_made() -> None:
-    assert links("", "exp", "", "") == ["tracking   MLflow is starting  experiment exp"]
+    assert links("", "exp", "", "") == ["tracking    MLflow is starting  experiment exp"]
 
 
 def test_the_server_is_on_loopback_only(mlflow_server: Any) -> None:
