@@ -1,4 +1,4 @@
-"""Adapts released weights to your images, and measures what that did: before, after, verdict.
+"""Adapts released weights to your images, and measures what that did.
 
 `python jobs/adapt.py --help` says how it is typed; pipeline/commands/ has it.
 """

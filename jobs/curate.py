@@ -1,4 +1,4 @@
-"""Chooses the images that are worth training on, and says of each other one why it is not.
+"""Chooses the images worth training on, and says of each other one why it is not.
 
 `python jobs/curate.py --help` says how it is typed; pipeline/commands/ has it.
 """

@@ -1,4 +1,4 @@
-"""Says what this machine has and lacks; with shards, how many images a second it can feed.
+"""Says what this machine has and lacks; with shards, how fast it feeds images.
 
 `python jobs/doctor.py --help` says how it is typed; pipeline/commands/ has it.
 """

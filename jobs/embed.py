@@ -1,4 +1,4 @@
-"""Makes a table of vectors of images, by a run, weights, a timm model, ONNX or the descriptor.
+"""Makes a table of vectors of images, by a run, weights, timm, ONNX or pixels.
 
 `python jobs/embed.py --help` says how it is typed; pipeline/commands/ has it.
 """

@@ -1,4 +1,4 @@
-"""Says how good a backbone is: one card with every score, baselines beside it, and a verdict.
+"""Says how good a backbone is: a card of scores beside baselines, and a verdict.
 
 `python jobs/evaluate.py --help` says how it is typed; pipeline/commands/ has it.
 """

@@ -1,4 +1,4 @@
-"""Fine-tunes a backbone into a classifier of labelled images, scores it and exports it.
+"""Fine-tunes a backbone into a classifier of labelled images, and exports it.
 
 `python jobs/finetune.py --help` says how it is typed; pipeline/commands/ has it.
 """

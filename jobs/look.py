@@ -1,4 +1,4 @@
-"""Looks at images through a backbone: attention, parts, similarity, masks from one example.
+"""Looks at images through a backbone: attention, parts, similarity, masks.
 
 `python jobs/look.py --help` says how it is typed; pipeline/commands/ has it.
 """

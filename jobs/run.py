@@ -1,4 +1,4 @@
-"""Runs the whole chain, from images to weights and a verdict; skips finished stages.
+"""Runs the whole chain, from images to weights and a verdict; skips what is done.
 
 `python jobs/run.py --help` says how it is typed; pipeline/commands/ has it.
 """

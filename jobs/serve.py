@@ -1,4 +1,4 @@
-"""Serves a model and its vectors: a page to browse and search, and an endpoint for programs.
+"""Serves a model and its vectors: a page to search, an endpoint for programs.
 
 `python jobs/serve.py --help` says how it is typed; pipeline/commands/ has it.
 """

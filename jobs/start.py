@@ -1,4 +1,4 @@
-"""Looks at a folder of images and the machine, and writes the recipe that fits, with reasons.
+"""Looks at images and machine, and writes the recipe that fits, with reasons.
 
 `python jobs/start.py --help` says how it is typed; pipeline/commands/ has it.
 """

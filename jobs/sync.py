@@ -1,4 +1,4 @@
-"""Sends to MLflow what the journal of a run still holds, after the server was away.
+"""Sends to MLflow what a run's journal still holds after the server was away.
 
 `python jobs/sync.py --help` says how it is typed; pipeline/commands/ has it.
 """

@@ -12,7 +12,7 @@ TRAINING = (
 START = Command(
     "start",
     ("start",),
-    "Looks at a folder of images and the machine, and writes the recipe that fits, with reasons.",
+    "Looks at images and machine, and writes the recipe that fits, with reasons.",
     (
         "python jobs/start.py photos/",
         "python jobs/start.py photos/ weights.safetensors     adapts these weights",
@@ -40,7 +40,7 @@ has. Any field that you set stands in the recipe as you give it.
 RUN = Command(
     "run",
     ("pack", "curate", "adapt", "pretrain", "evaluate", "export", "embed", "search", "look"),
-    "Runs the whole chain, from images to weights and a verdict; skips finished stages.",
+    "Runs the whole chain, from images to weights and a verdict; skips what is done.",
     (
         "python jobs/run.py configs/demo.yaml",
         "python jobs/run.py configs/small.yaml data.source=photos/ run.name=photos --dry-run",
@@ -56,7 +56,7 @@ command again goes on where the last one stopped. Writes runs/<name>/: report.ht
 ADAPT = Command(
     "adapt",
     ("pack", "curate", "adapt", "pretrain", "evaluate", "export"),
-    "Adapts released weights to your images, and measures what that did: before, after, verdict.",
+    "Adapts released weights to your images, and measures what that did.",
     (
         "python jobs/adapt.py weights.safetensors photos/",
         "python jobs/adapt.py timm:vit_small_patch14_dinov2 photos/ queries=val/ run.name=leaves",
@@ -97,7 +97,7 @@ URI. Bad images are listed in runs/<name>/pack/bad_images_train.parquet with the
 CURATE = Command(
     "curate",
     ("curate",),
-    "Chooses the images that are worth training on, and says of each other one why it is not.",
+    "Chooses the images worth training on, and says of each other one why it is not.",
     (
         "python jobs/curate.py configs/curate.yaml data.shards=shards/",
         "python jobs/curate.py configs/curate.yaml data.shards=shards/ --dry-run",
@@ -130,7 +130,7 @@ Writes runs/<name>/checkpoints and metrics.jsonl. Ctrl-C or SIGTERM end it in a 
 EVALUATE = Command(
     "evaluate",
     ("pack", "evaluate"),
-    "Says how good a backbone is: one card with every score, baselines beside it, and a verdict.",
+    "Says how good a backbone is: a card of scores beside baselines, and a verdict.",
     (
         "python jobs/evaluate.py model=runs/photos data=labelled/ queries=test/",
         "python jobs/evaluate.py models=[timm:vit_small_patch14_dinov2,runs/photos] data=labelled/",

@@ -62,7 +62,7 @@ def index(version: str) -> str:
     lines = [
         f"raydino {version}: images in, a DINOv2 backbone out.",
         "",
-        *(f"  raydino {one.name:<9} {_cut(one.what, WIDTH - 20)}" for one in COMMANDS.values()),
+        *(f"  raydino {one.name:<9} {one.what}" for one in COMMANDS.values()),
         "",
         "raydino start photos/ is where to begin; raydino run demo needs no images of yours.",
         "raydino COMMAND --help says more.",

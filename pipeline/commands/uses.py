@@ -7,7 +7,7 @@ from pipeline.commands.command import Command
 FINETUNE = Command(
     "finetune",
     ("pack", "finetune"),
-    "Fine-tunes a backbone into a classifier of labelled images, scores it and exports it.",
+    "Fine-tunes a backbone into a classifier of labelled images, and exports it.",
     (
         "python jobs/finetune.py model=runs/photos data=photos/ queries=val/",
         "python jobs/finetune.py model=timm:vit_small_patch16_224 data=photos/ finetune.tune=head",
@@ -27,7 +27,7 @@ Without model= the run's own teacher is taken. The same command goes on after a 
 EMBED = Command(
     "embed",
     ("pack", "embed"),
-    "Makes a table of vectors of images, by a run, weights, a timm model, ONNX or the descriptor.",
+    "Makes a table of vectors of images, by a run, weights, timm, ONNX or pixels.",
     (
         "python jobs/embed.py model=runs/photos data.source=photos/",
         "python jobs/embed.py model=runs/photos/weights/huggingface data.shards=shards/ --dry-run",
@@ -73,7 +73,7 @@ parquet of images or vectors. Writes search.html and neighbours.parquet into run
 LOOK = Command(
     "look",
     ("look",),
-    "Looks at images through a backbone: attention, parts, similarity, masks from one example.",
+    "Looks at images through a backbone: attention, parts, similarity, masks.",
     (
         "python jobs/look.py photo.jpg more/ model=runs/photos",
         "python jobs/look.py street.jpg model=runs/photos mark=120,80",
@@ -104,7 +104,7 @@ Words are image files and folders. Writes look.html and PNGs.
 SERVE = Command(
     "serve",
     ("serve",),
-    "Serves a model and its vectors: a page to browse and search, and an endpoint for programs.",
+    "Serves a model and its vectors: a page to search, an endpoint for programs.",
     (
         "python jobs/serve.py model=runs/photos vectors=runs/photos/vectors",
         "python jobs/serve.py vectors=runs/photos/vectors port=0",
@@ -128,7 +128,7 @@ It prints an address with a token, for this machine alone. Ctrl-C ends it. It ne
 DOCTOR = Command(
     "doctor",
     ("doctor",),
-    "Says what this machine has and lacks; with shards, how many images a second it can feed.",
+    "Says what this machine has and lacks; with shards, how fast it feeds images.",
     (
         "python jobs/doctor.py",
         "python jobs/doctor.py configs/vits14.yaml data.shards=shards/",
@@ -144,7 +144,7 @@ minutes. With shards it times reading and decoding. It writes nothing that stays
 SYNC = Command(
     "sync",
     ("sync",),
-    "Sends to MLflow what the journal of a run still holds, after the server was away.",
+    "Sends to MLflow what a run's journal still holds after the server was away.",
     (
         "python jobs/sync.py runs/<name>             the rest",
         "python jobs/sync.py s3://bucket/runs/<name> likewise, of a run folder at a URI",

@@ -235,6 +235,7 @@ Known = tuple[Callable[[], Any], str, Preprocessing]
 
 def known_run(model: str) -> Known | None:
     """The teacher of a run's chosen checkpoint; None where there is none."""
+    from pipeline.plan.plan import evaluation_size
     from pipeline.plan.resume import plan_of
     from pipeline.train.checkpoint import state
     from pipeline.train.encoders.kept import say_copy
@@ -246,7 +247,8 @@ def known_run(model: str) -> Known | None:
     plan = plan_of(saved.meta, saved.path)
     say_copy(plan, saved)
     augment = plan.config.augment
-    known = Preprocessing(augment.global_size, augment.mean, augment.std, plan.value_range or FULL)
+    side = evaluation_size(plan.config)
+    known = Preprocessing(side, augment.mean, augment.std, plan.value_range or FULL)
     return partial(load_teacher, str(saved.path)), state.identity(saved), known
 
 

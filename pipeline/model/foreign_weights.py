@@ -104,11 +104,12 @@ def save_foreign(
     mean: Sequence[float],
     std: Sequence[float],
     value_range: ValueRange = FULL,
+    image_size: int | None = None,
 ) -> Path:
     """Write `model.safetensors` under timm's own names and `config.json`; each file appears whole
     or not at all. `timm.create_model("local-dir:<folder>", pretrained=True)` loads it.
 
-    The mask token is of use in training only and is left out.
+    The mask token is of use in training only and is left out. Arguments as `save_module`.
     """
     spec = backbone.spec
     config = {
@@ -117,7 +118,7 @@ def save_foreign(
         "num_features": backbone.width,
         "model_args": dict(backbone.arguments),
         "pretrained_cfg": {
-            **timm_transform(mean, std, spec.image_size),
+            **timm_transform(mean, std, image_size or spec.image_size),
             **deep_key(value_range),
             "num_classes": 0,
         },

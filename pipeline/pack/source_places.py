@@ -110,7 +110,7 @@ def source_places(source: str, field: str = "data.source") -> list[Place]:
             said = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise DataError(
                 f"cannot open {public_uri(part)[:200]!r}: {said[:200]}",
-                hint=f"check {field} (and the mount).",
+                hint=f"check this path, which is {field} (and the mount).",
             ) from error
     if any(place.fs != places[0].fs for place in places):
         raise DataError(
@@ -165,7 +165,7 @@ def _literal(uri: str, fs: pafs.FileSystem, path: str, field: str) -> Place:
 def _missing(uri: str, field: str) -> DataError:
     return DataError(
         f"no such path: {public_uri(uri)}",
-        hint=f"check {field} (and the mount).",
+        hint=f"check this path, which is {field} (and the mount).",
     )
 
 

@@ -16,6 +16,7 @@ from pipeline.embed.run import Report, Request, embed_set
 from pipeline.embed.vectors import MARK, open_vectors, shape_in
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.value_range import AUTO, shown
+from pipeline.plan.plan import evaluation_size
 from pipeline.shards.set_range import other_range
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages.evaluation import chosen_in
@@ -234,7 +235,7 @@ def expected(config: Config, folder: RunFolder, training: bool) -> tuple[str, in
             from pipeline.train import build
 
             width = build.pair(config, heads=False).student.backbone.width
-        side = (config.embed.image_size or config.augment.global_size) // model.patch_size
+        side = (config.embed.image_size or evaluation_size(config)) // model.patch_size
         return "the teacher of this run", width, side**2
     embedder = open_embedder(model_of(config, folder))
     embedder.outputs([], config.embed.outputs, config.embed.blocks)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.data import Augment
 from pipeline.context import Context, result_line
 from pipeline.evaluate.teacher import Evaluator
 from pipeline.heartbeat import now
@@ -35,7 +34,7 @@ from pipeline.model.weights import (
     verify_timm,
     without_huggingface,
 )
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.stages.evaluation import chosen, teacher, trained_plan
 from pipeline.stages.pretrain import params
 from pipeline.stages.tracked import model_page
@@ -60,7 +59,8 @@ def key(context: Context) -> str:
     saved, settings = chosen(context), context.config.export
     name = context.config.track.register or context.config.track.model_name
     asked = [["onnx", *settings.onnx_sizes]] * settings.onnx + [["register", name]] * bool(name)
-    return fingerprint([identity(saved), FORMATS, *asked])
+    size = trained_plan(saved).config.evaluate.image_size
+    return fingerprint([identity(saved), FORMATS, *asked] + [["size", size]] * bool(size))
 
 
 def intact(context: Context) -> bool:
@@ -81,18 +81,19 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     plan = trained_plan(saved)
     config, value_range = plan.config, plan.value_range or FULL
     backbone = teacher(saved).backbone.eval()
-    weights = context.folder.path / "weights"
+    weights, side = context.folder.path / "weights", evaluation_size(config)
     if isinstance(backbone, TimmBackbone):
         mean, std = config.augment.mean, config.augment.std
-        folder = save_foreign(backbone, weights / "timm", mean, std, value_range)
+        folder = save_foreign(backbone, weights / "timm", mean, std, value_range, side)
         formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
     elif isinstance(backbone, ModuleBackbone):
         mean, std = config.augment.mean, config.augment.std
-        folder = save_module(backbone, weights / "module", mean, std, value_range)
+        folder = save_module(backbone, weights / "module", mean, std, value_range, image_size=side)
         formats, agreed = {"module": verify_module(backbone, folder)}, ONLY_OURS
     elif isinstance(backbone, VisionTransformer):
         spec = build.backbone_spec(config)
-        formats = _write(backbone, spec, weights, config.augment, value_range)
+        pixels = config.augment.mean, config.augment.std, side, value_range
+        formats = _write(backbone, spec, weights, pixels)
         agreed = agreement(spec)
         folder = weights / "dinov2"
     evaluated = context.results.get("evaluate") or context.folder.last("evaluate")
@@ -100,9 +101,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     score = scores.get(f"eval/knn{context.config.evaluate.k}_top1")
     place = public(context.folder.at("weights"))
     text = f"{place} from step {saved.step}: {', '.join(formats)}, loaded back and equal"
-    result_line("export", text)
-    if agreed == ONLY_OURS and context.only:
-        result_line("", agreed)
+    limits = f"; {agreed}" if agreed == ONLY_OURS else ""
+    result_line("export", f"{text}{limits}")
     if (of_before := weights / "onnx").is_dir():
         shutil.rmtree(of_before)  # perhaps of another checkpoint than the weights beside it
     onnx = _onnx(context, saved, backbone) if context.config.export.onnx else {}
@@ -116,7 +116,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         name=track.register or track.model_name,
         score=score,
         note=" ".join(filter(None, [verdict, text])),
-        image_size=config.augment.global_size,
+        image_size=side,
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
@@ -143,20 +143,18 @@ def _write(
     backbone: VisionTransformer,
     spec: BackboneSpec,
     weights: Path,
-    augment: Augment,
-    value_range: ValueRange,
+    pixels: tuple[Sequence[float], Sequence[float], int, ValueRange],
 ) -> dict[str, str]:
     """Writes and checks every format; gives what each was compared with."""
-    size = augment.global_size
-    pixels = augment.mean, augment.std, size, value_range
+    mean, std, size, value_range = pixels
     done = {}
     now("export: dinov2, written and read back")
     folder = save_backbone(backbone, spec, weights / "dinov2")
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_mean": augment.mean,
-            "image_std": augment.std,
+            "image_mean": mean,
+            "image_std": std,
             "crop_size": size,
             "resize": evaluation_resize(size),  # both sides, whatever the image's, bicubic
             **deep_key(value_range),
@@ -180,7 +178,8 @@ def _onnx(
     """Writes `weights/onnx`; gives what is known of each file, by its name."""
     plan = trained_plan(saved)
     augment, settings = plan.config.augment, context.config.export
-    sizes = sorted({augment.global_size, *settings.onnx_sizes})
+    side = evaluation_size(plan.config)
+    sizes = sorted({side, *settings.onnx_sizes})
     now(f"export: onnx for {', '.join(map(str, sizes))} pixels, written and compared")
     pixels = Pixels(augment.mean, augment.std, plan.value_range or FULL)
     files = save_onnx(backbone, context.folder.path / "weights" / "onnx", sizes, pixels)
@@ -189,7 +188,7 @@ def _onnx(
         for file in files
     }
     now("export: onnx, k-NN of each kind")
-    native = [file for file in files if file.size == augment.global_size]
+    native = [file for file in files if file.size == side]
     for name, score in _knn(context, plan, backbone, native).items():
         said[name] += f", {score}"
     for name, sentence in said.items():
@@ -207,7 +206,7 @@ def _knn(
     current = {"evaluate": context.config.evaluate, "data": context.config.data}
     config = plan.config.model_copy(update=current)
     spec = evaluation_spec(plan.model_copy(update={"config": config}), context.shards())
-    spec = replace(spec, image_size=plan.config.augment.global_size, half=False)
+    spec = replace(spec, image_size=evaluation_size(plan.config), half=False)
     limit, threads = config.evaluate.during_training, len(os.sched_getaffinity(0))
     evaluator = Evaluator(spec, threads)
     own = evaluator.top1(backbone, limit)

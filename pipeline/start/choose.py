@@ -147,6 +147,10 @@ def _images(lines: Lines, folder: Folder) -> None:
         take("data.max_bad_fraction", 0.1, "broken files are listed and left out, up to a tenth")
     if not folder.labelled and folder.images >= PILE:
         take("curate.preset", "dedup", "a pile without classes: copies, blanks and junk go first")
+    elif folder.images:
+        kind = "sorted into classes" if folder.labelled else "few"
+        why = f"{kind}: nothing is taken away; dedup takes near-copies, blanks and junk first"
+        take("curate.preset", "", why)
 
 
 def _what(folder: Folder) -> str:

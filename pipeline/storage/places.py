@@ -190,7 +190,10 @@ def _files(
             hint=f"check the rights, links and names of files in {field} (and the mount).",
         ) from error
     if info.type == pafs.FileType.NotFound:
-        raise DataError(f"no such path: {public_uri(uri)}", hint=f"check {field} (and the mount).")
+        raise DataError(
+            f"no such path: {public_uri(uri)}",
+            hint=f"check this path, which is {field} (and the mount).",
+        )
     return [info]
 
 

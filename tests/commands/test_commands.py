@@ -82,6 +82,8 @@ def test_raydino_has_the_commands_and_speaks_of_itself(
     typed(monkeypatch)
     shown = capsys.readouterr().out
     assert all(f"raydino {name} " in shown for name in COMMANDS)
+    assert all(one.what in shown for one in COMMANDS.values())
+    assert all(len(line) <= 100 for line in shown.splitlines())
     assert len(shown.splitlines()) <= SCREEN
     typed(monkeypatch, "run", "--help")
     shown = capsys.readouterr().out

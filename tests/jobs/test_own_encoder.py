@@ -55,6 +55,7 @@ OWN = [
     "loss.mask_probability=0",
     "optim.layerwise_decay=1",
     "augment.local_crops=0",
+    "evaluate.image_size=20",  # what it is scored at is what it is used at; trained at 16
 ]
 
 
@@ -110,7 +111,7 @@ def test_the_chain_ends_with_weights_and_the_text(place: Place, trained: str) ->
     saved = state.latest(run / "checkpoints")
     assert saved is not None and plan_of(saved.meta, saved.path).encoder_files == FILES
     assert (run / "weights" / "module" / "encoder" / "nets" / "cnn.py").is_file()
-    assert (run / "weights" / "onnx" / "fp32-16.onnx").is_file()
+    assert (run / "weights" / "onnx" / "fp32-20.onnx").is_file()
     exported = json.loads((run / "export" / "_done.json").read_text())["result"]
     assert "module, loaded back and equal" in exported["text"]
     assert "module:nets.cnn:small, 12 wide (not used: model.width" in trained
@@ -130,9 +131,10 @@ def test_running_means_are_saved_and_the_same_whoever_reads_them(
     backbone: Any = load_any(run / "weights" / "module")[0]
     mean = teacher["backbone.module.norm.running_mean"]
     assert torch.equal(backbone.module.norm.running_mean, mean)
-    assert torch.equal(
-        api.open_embedder(api.embedder_of(str(run))).network.module.norm.running_mean, mean
-    )
+    embedder = api.open_embedder(api.embedder_of(str(run)))
+    assert torch.equal(embedder.network.module.norm.running_mean, mean)
+    exported = api.embedder_of(str(run / "weights" / "module"))
+    assert embedder.spec.image_size == exported.image_size == 20
 
 
 def test_a_changed_text_is_not_resumed_and_its_own_is_used_elsewhere(

@@ -9,7 +9,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.console import outlook
-from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Outlook, outlook_of
+from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Earlier, Outlook, outlook_of
 from pipeline.train import build, estimate
 
 MACHINE = Machine(cpus=2, gpus=0, bfloat16=True, nodes=(Node(2, driver=True),))
@@ -64,6 +64,9 @@ def test_the_guess_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ahead.line().startswith("about 11 minutes in all (pretrain 10m 30s, evaluate ")
     unknown = outlook_of(config, stages, 0, 0, MACHINE)
     assert set(unknown.expected.values()) == {None}
+    # half of the 3,000 steps of 64 images are done, at 32 images a second
+    again = outlook_of(config, stages, 1000, 100, MACHINE, Earlier(1500, 32.0))
+    assert again.expected["pretrain"] == 1500 * 64 / 32 + FIXED["pretrain"]
     # more images a step than there are: the stage says that, here nothing is known
     few = outlook_of(config, stages, 10, 0, MACHINE)
     assert few.expected["pretrain"] is None

@@ -1,7 +1,8 @@
 """How long what is left of a chain takes: guesses before it, corrected by what stages took.
 
-Of training it is the dry run's guess, and from its first steps on what the workers measure. Of the
-other stages it is a line through what they took on two cores.
+Of training it is the dry run's guess, or what an earlier start of the run measured, and from its
+first steps on what the workers measure. Of the other stages it is a line through what they took on
+two cores.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.config.config import Config
 from pipeline.context import Context
@@ -19,6 +22,7 @@ from pipeline.heartbeat import HEART
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.checks.known_sets import KnownSet
+from pipeline.track import journal
 from pipeline.train import build, estimate
 from pipeline.train.speed.bottleneck import duration
 from pipeline.train.speed.lasts import flops_per_s, in_words, seconds_of
@@ -31,6 +35,19 @@ AN_IMAGE = {"pack": 0.001, "curate": 0.006, "evaluate": 0.002, "embed": 0.001}
 CONTENDERS = 2  # networks that an evaluation runs: the trained one, and the one at step 0
 FORWARD = 1 / 6  # of the FLOPs of a step: a third of forward and backward, of one view of two
 LEAST, MOST = 0.5, 5.0  # by how much stages that are over correct those to come
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier starts of a training came to.
+
+    Attributes:
+        steps: that are done.
+        images_per_s: that it trained with at last; 0: it has not begun.
+    """
+
+    steps: int = 0
+    images_per_s: float = 0.0
 
 
 class Outlook:
@@ -106,7 +123,12 @@ class Outlook:
 
 
 def outlook_of(
-    config: Config, stages: Sequence[str], images: int, queries: int, machine: Machine | None
+    config: Config,
+    stages: Sequence[str],
+    images: int,
+    queries: int,
+    machine: Machine | None,
+    earlier: Earlier = Earlier(),
 ) -> Outlook:
     """What the stages of a chain are expected to take.
 
@@ -116,9 +138,10 @@ def outlook_of(
         images: of the set, before any is left out; 0: not known.
         queries: of the evaluation set.
         machine: that it runs on; None where nothing is trained.
+        earlier: starts of the training.
     """
     expected: dict[str, float | None] = {}
-    training, forward = _training(config, images, machine) if machine else (None, 0.0)
+    training, forward = _training(config, images, machine, earlier) if machine else (None, 0.0)
     for stage in stages:
         if not images or stage not in FIXED:
             expected[stage] = None
@@ -134,12 +157,17 @@ def outlook_of(
     return Outlook(expected)
 
 
-def _training(config: Config, images: int, machine: Machine) -> tuple[float | None, float]:
+def _training(
+    config: Config, images: int, machine: Machine, earlier: Earlier
+) -> tuple[float | None, float]:
     """Seconds of training, and of a forward pass of one image; None where nobody knows."""
     if not images or config.adapt.enabled:  # its recipe is not derived yet
         return None, 0.0
     try:
         plan = resolve(config, SetFacts(images, ""), machine=machine)
+        if earlier.images_per_s:
+            left = max(0, plan.steps - earlier.steps) * config.optim.global_batch_size
+            return left / earlier.images_per_s, FORWARD / earlier.images_per_s
         cost = estimate.estimated_cost(plan, build.for_estimate(plan))
     except PipelineError as error:
         log.debug("no guess of the time: %s", error)  # the stage says it, where it still holds
@@ -148,6 +176,15 @@ def _training(config: Config, images: int, machine: Machine) -> tuple[float | No
     if not speed:
         return None, 0.0
     return seconds_of(plan, cost), FORWARD * cost.flops_per_image / speed
+
+
+def _earlier(metrics: Path) -> Earlier:
+    """What the journal of a run says of its training."""
+    steps = journal.read_steps(metrics, "pretrain") if metrics.is_file() else {}
+    speeds = [
+        values["perf/images_per_s"] for values in steps.values() if "perf/images_per_s" in values
+    ]
+    return Earlier(max(steps) + 1, speeds[-1]) if speeds else Earlier()
 
 
 @contextmanager
@@ -169,6 +206,7 @@ def looking_ahead(
         source.images if source else 0,
         queries.images if queries else 0,
         cluster.machine() if "pretrain" in stages else None,
+        _earlier(context.folder.path / journal.FILE_NAME),
     )
     if len(stages) > 1 and (line := ahead.line()):
         log.info("%-11s %s", "time", line)

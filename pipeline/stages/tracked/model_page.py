@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Plan, evaluation_size
 from pipeline.stages.tracked.pipeline_page import name_of_images
 from pipeline.uri import public
 
@@ -31,7 +31,7 @@ def page(plan: Plan, width: int, verdict: str, formats: Mapping[str, str]) -> st
         formats: weights that were written beside it, by format.
     """
     config = plan.config
-    size = config.augment.global_size
+    size = evaluation_size(config)
     parts = [
         verdict or "An image encoder; there is no verdict on it yet.",
         f"**Takes** encoded image files (column `image`), which it cuts to {size} x {size} pixels "
