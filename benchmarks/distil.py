@@ -33,7 +33,6 @@ from pipeline.model.foreign_weights import save_module
 
 TEACHER = "pipeline.model.encoders.residual:small"
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
-CROPS = api.CropSpec(global_size=32, local_crops=0, global_scale=(0.3, 1.0))
 COLOUR = api.PhotometricSpec(
     jitter_probability=0.8,
     greyscale_probability=0.2,
@@ -45,15 +44,16 @@ COLOUR = api.PhotometricSpec(
 HEAD = api.HeadSpec(1024, 64, 512, norm="batch", input_norm="batch")
 ALONE = api.ObjectiveSpec(ibot_weight=0.0, centring="sinkhorn")
 VOTERS, ASKED, BATCH = 5_000, 2_000, 128
-LR, WARMUP, DECAY, MOMENTUM, TEMPERATURE = 3e-3, 0.05, (0.04, 0.1), (0.99, 1.0), 0.04
+LR, WARMUP, DECAY, TEMPERATURE = 3e-3, 0.05, (0.04, 0.1), 0.04
 SHARE = 0.95  # of the teacher's k-NN
 
 
 class Images:
     """Part of CIFAR-10 in memory: uint8 pictures and labels."""
 
-    def __init__(self, folder: Path, images: int, half: bool) -> None:
+    def __init__(self, folder: Path, images: int, half: bool, side: int) -> None:
         self.dtype = torch.bfloat16 if half else torch.float32
+        self.crops = api.CropSpec(global_size=side, local_crops=0, global_scale=(0.3, 1.0))
         self.train, labels = _read(sorted(folder.glob("train*.parquet")), images)
         self.asked, asked_labels = _read(sorted(folder.glob("test*.parquet")), ASKED)
         self.voters, self.labels = self.train[:VOTERS], (labels[:VOTERS], asked_labels)
@@ -64,7 +64,7 @@ class Images:
         number, place = divmod(step, per_pass)
         order = np.random.default_rng([seed, number]).permutation(len(self.train))
         chosen = [self.train[i] for i in order[place * BATCH : (place + 1) * BATCH]]
-        return api.multi_crop(chosen, CROPS, COLOUR, seed=seed, pass_index=number)
+        return api.multi_crop(chosen, self.crops, COLOUR, seed=seed, pass_index=number)
 
     def knn(self, backbone: torch.nn.Module) -> float:
         """k-NN-20 top-1 of a backbone."""
@@ -106,7 +106,7 @@ def learn(
         values = api.StepValues(
             lr=lr,
             weight_decay=api.cosine(step, *DECAY, steps),
-            teacher_momentum=api.cosine(step, *MOMENTUM, steps),
+            teacher_momentum=api.cosine(step, *note["momentum"], steps),
             teacher_temperature=TEMPERATURE,
             last_layer_lr=lr if step >= 0.01 * steps else 0.0,
         )
@@ -147,15 +147,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=25_000)
     parser.add_argument("--losses", default="cosine", help="cosine, smooth_l1, beside")
     parser.add_argument("--weights", type=Path, default=Path("teacher"), help="made once")
+    parser.add_argument("--side", type=int, default=32, help="of a crop, pixels")
+    parser.add_argument("--momentum", default="0.99,0.998", help="of the moving average")
     parser.add_argument("--half", action="store_true", help="bfloat16")
     parser.add_argument("--without", action="store_true", help="no self-distillation")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    images = Images(given.data, given.images, given.half)
+    images = Images(given.data, given.images, given.half, given.side)
     widths = [int(x) for x in given.widths.split(",")]
-    common = {"half": given.half}
+    common = {"half": given.half, "momentum": [float(x) for x in given.momentum.split(",")]}
     if not (given.weights / "config.json").is_file():
-        spec = ModuleSpec(TEACHER, 32, 8, files=read_source(Name.of(f"module:{TEACHER}")))
+        spec = ModuleSpec(TEACHER, given.side, 8, files=read_source(Name.of(f"module:{TEACHER}")))
         torch.manual_seed(100)
         pair = api.student_teacher(spec.build(), HEAD, seed=100)
         note = common | {"what": "teacher", "seed": 100}
