@@ -57,12 +57,15 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Without the first and the last Ray and gloo listen on all addresses of the machine, for nodes that
-# are not to come. Ray reads the first when it is imported; it is not for Windows and macOS alone.
-LOOPBACK = {
+# Of a Ray that is started here. Without RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which Ray reads when it is
+# imported and not for these systems alone, and gloo's interface, both listen on all addresses of the
+# machine, for nodes that are not to come.
+OWN_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_raylet_start_wait_time_s": "2",  # one look, then ray_internals looks again
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+    "RAY_raylet_start_wait_time_s": "2",  # one look, then ray_internals looks again
+    # Each process counts for a dashboard that is not started: a fourth of what idle ones cost.
+    "RAY_enable_metrics_collection": "0",
 }
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +95,7 @@ def joined(resources: Resources) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:  # a loaded cluster needs more than the default 30
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-    with ended_by_sigterm(), nullcontext() if address else _loopback():
+    with ended_by_sigterm(), nullcontext() if address else _own_switches():
         check_version()  # imports Ray, which reads then whether it may listen beyond loopback
         yield from _joined(resources, address)
 
@@ -211,9 +214,9 @@ def _until_started(start: Callable[[], object]) -> None:
 
 
 @contextmanager
-def _loopback() -> Iterator[None]:
-    missing = LOOPBACK.keys() - os.environ.keys()
-    os.environ.update({name: LOOPBACK[name] for name in missing})
+def _own_switches() -> Iterator[None]:
+    missing = OWN_RAY.keys() - os.environ.keys()
+    os.environ.update({name: OWN_RAY[name] for name in missing})
     try:
         yield
     finally:
