@@ -57,9 +57,8 @@ QUIET = {
     "RAY_COLOR_PREFIX": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Of a Ray that is started here. Without RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which Ray reads when it is
-# imported and not for these systems alone, and gloo's interface, both listen on all addresses of the
-# machine, for nodes that are not to come.
+# Of a Ray that is started here. Without the first two, Ray and gloo listen on all addresses of the
+# machine, for nodes that are not to come. Ray reads the first, on any system, when it is imported.
 OWN_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
