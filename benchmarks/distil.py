@@ -26,6 +26,7 @@ from PIL import Image
 from pipeline import api
 from pipeline.evaluate.deciding import deciding_score
 from pipeline.evaluate.features import embed
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.encoders.residual import Residual
 from pipeline.model.encoders.source import Name, read_source
@@ -162,7 +163,7 @@ def main() -> None:
         pair = api.student_teacher(spec.build(), HEAD, seed=100)
         note = common | {"what": "teacher", "seed": 100}
         learn(images, pair, ALONE, given.teacher_steps, 100, note)
-        save_module(pair.teacher.backbone, given.weights, MEAN, STD)
+        save_module(pair.teacher.backbone, given.weights, Preprocessing(None, MEAN, STD))
     teacher = api.feature_teacher(str(given.weights), mean=MEAN, std=STD)
     goal = SHARE * images.knn(teacher.network)
     print(json.dumps({"teacher": goal / SHARE, "goal": goal}), flush=True)

@@ -22,7 +22,8 @@ from pipeline import api
 from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.evaluate.teacher import Evaluator
-from pipeline.model.onnx_out import KINDS, OnnxFile, Pixels, SessionModule, save_onnx
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.model.onnx_out import KINDS, OnnxFile, SessionModule, save_onnx
 from pipeline.stages.evaluate import chosen_in, teacher, trained_plan
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train.evaluator import evaluation_spec
@@ -54,7 +55,9 @@ def speeds(network: torch.nn.Module, files: list[OnnxFile]) -> dict[str, float]:
 def measured(name: str, network: torch.nn.Module, patch: int, native: int, spec=None) -> None:
     mean, std = (spec.mean, spec.std) if spec else (PhotometricSpec.mean, PhotometricSpec.std)
     with tempfile.TemporaryDirectory() as folder:
-        files = save_onnx(network, Path(folder, "onnx"), sizes_of(native, patch), Pixels(mean, std))
+        files = save_onnx(
+            network, Path(folder, "onnx"), sizes_of(native, patch), Preprocessing(None, mean, std)
+        )
         for size in sizes_of(native, patch):
             of_size = [file for file in files if file.size == size]
             ms, knn = speeds(network, of_size), {}

@@ -143,7 +143,7 @@ TABLE = [
     row("card", "config curate.threshold.* embed errors evaluate heartbeat images model report "
         "search shards storage uri use views", others="numpy pyarrow",
         others_inside="PIL ray torch"),
-    row("adapt", "adapt card config embed errors evaluate storage.places uri",
+    row("adapt", "adapt card config embed errors evaluate storage.places uri images.preprocessing",
         "model plan train", "yaml"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "

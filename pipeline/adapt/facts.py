@@ -15,13 +15,13 @@ from pipeline.config.config import Config
 from pipeline.embed.load import (
     EXPORTS,
     TIMM,
-    Preprocessing,
     load_weights,
     preprocessing_of,
     timm_facts,
     weights_at,
 )
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.storage.places import absolute_uri
 from pipeline.uri import is_uri, public
 

@@ -35,6 +35,7 @@ from pipeline.embed.forward import (
 from pipeline.embed.onnx.embedder import OnnxModel
 from pipeline.embed.onnx.files import files_of, is_onnx, on_this_node
 from pipeline.errors import DataError, one_line
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.shown import three_channels
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.storage.places import absolute_uri, exists, resolve_uri
@@ -127,7 +128,7 @@ def embedder_of(
 
         return EmbedderSpec(digest=str(descriptor.VERSION))
     opened: Callable[[], Any] | None
-    usual = load.Preprocessing(None, tuple(mean or MEAN), tuple(std or STD))
+    usual = Preprocessing(None, tuple(mean or MEAN), tuple(std or STD))
     if model.startswith(load.TIMM):
         name = model.removeprefix(load.TIMM)
         digest, known = load.timm_facts(name)
@@ -136,7 +137,7 @@ def embedder_of(
         path = absolute_uri(model)
         files = files_of(path)
         digest = files.digest
-        known = load.Preprocessing(None, files.mean, files.std, files.value_range)
+        known = Preprocessing(None, files.mean, files.std, files.value_range)
         opened, kind, model = None, ONNX, path
     else:
         model = absolute_model(model, folder)

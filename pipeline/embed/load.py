@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, PipelineError
-from pipeline.images.value_range import FULL, ValueRange, from_json
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.value_range import FULL, from_json
 from pipeline.storage.places import list_files, resolve_uri
 from pipeline.uri import is_uri, join, public
 
@@ -27,16 +28,6 @@ TIMM = "timm:"
 EXPORTS = ("dinov2", "timm", "huggingface", "module")
 _BLOCK = 2**24
 _NAMED = 8  # models that are at hand, in a sentence
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What stands beside weights on the images they take; None and () where nothing does."""
-
-    image_size: int | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    value_range: ValueRange = FULL
 
 
 # ---- Where it is, and whether it is the same as before.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError
 from pipeline.finetune.classifier import Classifier, spec_of
 from pipeline.finetune.settings import Settings
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.value_range import ValueRange
 from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import TimmBackbone
@@ -33,7 +34,6 @@ from pipeline.model.foreign_weights import (
 )
 from pipeline.model.formats import (
     CONFIG,
-    deep_key,
     huggingface_config,
     preprocessor_config,
     timm_transform,
@@ -104,6 +104,10 @@ def export(
     return _compared(classifier, settings, folder, load)
 
 
+def _images(settings: Settings, value_range: ValueRange) -> Preprocessing:
+    return Preprocessing(settings.image_size, settings.mean, settings.std, value_range)
+
+
 Load = Callable[[], tuple[str, Callable[[Tensor], Tensor]]]
 
 
@@ -128,10 +132,8 @@ def save_huggingface(
     }
     tensors = {f"{kind}.{n}": x for n, x in to_huggingface(_on_cpu(backbone)).items()}
     tensors |= {f"classifier.{n}": x for n, x in _on_cpu(classifier.head).items()}
-    processor = preprocessor_config(
-        settings.mean, settings.std, settings.image_size, spec.in_channels, value_range
-    )
-    write_folder(folder, tensors, {PREPROCESSOR: processor, CONFIG: config})
+    configs = {PREPROCESSOR: preprocessor_config(_images(settings, value_range)), CONFIG: config}
+    write_folder(folder, tensors, configs)
 
     def load() -> tuple[str, Callable[[Tensor], Tensor]]:
         transformers: Any = import_module("transformers")
@@ -171,8 +173,7 @@ def save_timm(
         "label_names": list(class_names),
         "model_args": {**backbone.arguments, "num_classes": classes},
         "pretrained_cfg": {
-            **timm_transform(settings.mean, settings.std, settings.image_size),
-            **deep_key(value_range),
+            **timm_transform(_images(settings, value_range)),
             "num_classes": classes,
             "classifier": place,
         },
@@ -198,9 +199,8 @@ def save_own(
     """As `save_huggingface`, for an encoder of one's own, which no library but this one loads."""
     backbone = classifier.backbone
     assert isinstance(backbone, ModuleBackbone)
-    images = settings.mean, settings.std, value_range
     head = ClassHead(classifier.head.state_dict(), class_names)
-    save_module(backbone, folder, *images, head, settings.image_size)
+    save_module(backbone, folder, _images(settings, value_range), head)
 
     def load() -> tuple[str, Callable[[Tensor], Tensor]]:
         again = load_foreign(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.images.value_range import FULL, ValueRange
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
 from pipeline.model.encoders.source import CODE, PREFIX, Name, from_copy, read_kept
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone, TimmSpec
-from pipeline.model.formats import CONFIG, WEIGHTS, deep_key, timm_transform
+from pipeline.model.formats import CONFIG, WEIGHTS, timm_transform
 from pipeline.model.pair import Backbone, Spec
 from pipeline.model.read import read_json, spec_from
 from pipeline.model.weights import load_backbone, write_folder
@@ -101,10 +101,7 @@ def fit_foreign(
 def save_foreign(
     backbone: TimmBackbone,
     folder: str | Path,
-    mean: Sequence[float],
-    std: Sequence[float],
-    value_range: ValueRange = FULL,
-    image_size: int | None = None,
+    images: Preprocessing,
 ) -> Path:
     """Write `model.safetensors` under timm's own names and `config.json`; each file appears whole
     or not at all. `timm.create_model("local-dir:<folder>", pretrained=True)` loads it.
@@ -118,14 +115,18 @@ def save_foreign(
         "num_features": backbone.width,
         "model_args": dict(backbone.arguments),
         "pretrained_cfg": {
-            **timm_transform(mean, std, image_size or spec.image_size),
-            **deep_key(value_range),
+            **timm_transform(_sized(images, spec.image_size)),
             "num_classes": 0,
         },
         OURS: asdict(spec),
     }
     state = {name: x.detach().cpu() for name, x in backbone.module.state_dict().items()}
     return write_folder(folder, state, {CONFIG: config})
+
+
+def _sized(images: Preprocessing, side: int) -> Preprocessing:
+    """With that side where it is not said."""
+    return images if images.image_size else replace(images, image_size=side)
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,8 @@ class ClassHead:
 def save_module(
     backbone: ModuleBackbone,
     folder: str | Path,
-    mean: Sequence[float],
-    std: Sequence[float],
-    value_range: ValueRange = FULL,
+    images: Preprocessing,
     head: ClassHead | None = None,
-    image_size: int | None = None,
 ) -> Path:
     """Write the encoder of a module: `encoder/` with its text, `model.safetensors` under its own
     names, and `config.json` with its factory, the keywords that it gets and what images it takes.
@@ -151,12 +149,9 @@ def save_module(
     Args:
         backbone: made by a factory.
         folder: where to.
-        mean: of the images that it takes, a number for each channel.
-        std: deviation, as `mean`.
-        value_range: of images of more than 8 bits.
+        images: that it takes; their side is by default that of its factory, which gets the same
+            keywords again whatever stands here.
         head: a classifier on its features, whose tensors get the names `classifier.*`.
-        image_size: side of the images that it takes, pixels; default: that of its factory, which
-            gets the same keywords again whatever stands here.
     """
     spec = backbone.spec
     assert spec is not None  # of a run, always
@@ -171,10 +166,7 @@ def save_module(
         "keywords": spec.taken(),
         "num_features": backbone.width,
         "code_digest": spec.digest,
-        "pretrained_cfg": {
-            **timm_transform(mean, std, image_size or spec.image_size),
-            **deep_key(value_range),
-        },
+        "pretrained_cfg": timm_transform(_sized(images, spec.image_size)),
         OURS: sizes | {"name": f"{PREFIX}{spec.name}"},
     }
     state = {name: x.detach().cpu() for name, x in backbone.module.state_dict().items()}

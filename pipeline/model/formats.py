@@ -5,11 +5,11 @@ ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.images.value_range import FULL, ValueRange
 from pipeline.model.block import LAYER_NORM_EPS
 from pipeline.model.vit import BackboneSpec
@@ -55,41 +55,30 @@ def huggingface_config(spec: BackboneSpec, dtype: torch.dtype = torch.float32) -
     return config
 
 
-def preprocessor_config(
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-    in_channels: int = 3,
-    value_range: ValueRange = FULL,
-) -> dict[str, Any]:
+def preprocessor_config(images: Preprocessing) -> dict[str, Any]:
     """`preprocessor_config.json` for `AutoImageProcessor`: the pixels of `resize_centre_crop`, the
     recipe's mean and deviation.
     """
-    side = evaluation_resize(image_size)
+    size = known_size(images)
+    side = evaluation_resize(size)
     return {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": in_channels == 3,
+        "do_convert_rgb": len(images.mean) == 3,
         "do_resize": True,
         "size": {"height": side, "width": side},
         "resample": 3,  # bicubic
         "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
+        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        **deep_key(value_range),
+        "image_mean": list(images.mean),
+        "image_std": list(images.std),
+        **deep_key(images.value_range),
     }
 
 
-def timm_config(
-    spec: BackboneSpec,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-    value_range: ValueRange = FULL,
-) -> dict[str, Any]:
+def timm_config(spec: BackboneSpec, images: Preprocessing) -> dict[str, Any]:
     """`config.json` for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     The named architecture only lends what JSON cannot say, the kind of feed-forward layer; sizes
@@ -122,8 +111,7 @@ def timm_config(
             "num_classes": 0,
         },
         "pretrained_cfg": {
-            **timm_transform(mean, std, image_size),
-            **deep_key(value_range),
+            **timm_transform(images),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -132,21 +120,36 @@ def timm_config(
     }
 
 
-def timm_transform(mean: Sequence[float], std: Sequence[float], image_size: int) -> dict[str, Any]:
-    """What `timm.create_transform` needs for the pixels of `resize_centre_crop`."""
-    side = evaluation_resize(image_size)
-    share = image_size / side
-    if math.floor(image_size / share) < side:  # what timm resizes to
+def timm_transform(images: Preprocessing) -> dict[str, Any]:
+    """What `timm.create_transform` needs for the pixels of `resize_centre_crop`, and what images of
+    more than 8 bits are like, which timm does not read.
+    """
+    size = known_size(images)
+    side = evaluation_resize(size)
+    share = size / side
+    if math.floor(size / share) < side:  # what timm resizes to
         share = math.nextafter(share, 0)
     return {
-        "input_size": [len(mean), image_size, image_size],
+        "input_size": [len(images.mean), size, size],
         "fixed_input_size": False,
         "interpolation": "bicubic",
         "crop_pct": share,
         "crop_mode": "squash",  # the whole image, like a `size` of height and width elsewhere
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(images.mean),
+        "std": list(images.std),
+        **deep_key(images.value_range),
     }
+
+
+def known_size(images: Preprocessing) -> int:
+    """The side of the images, pixels.
+
+    Raises:
+        ValueError: it is not said, and what is written beside weights must say it.
+    """
+    if images.image_size is None:
+        raise ValueError("Preprocessing.image_size is None; give the side of the images, pixels")
+    return images.image_size
 
 
 def deep_key(value_range: ValueRange) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.images.value_range import FULL, ValueRange
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone
 from pipeline.model.formats import deep_key
 from pipeline.model.vit import VisionTransformer
@@ -64,20 +64,11 @@ class OnnxFile:
         return f"{self.path.name} ({self.bytes / 2**20:.1f} MiB, error {self.error:.1g})"
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """What the images of a backbone are like; it stands in the file's metadata."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    value_range: ValueRange = FULL
-
-
 def save_onnx(
     backbone: VisionTransformer | ForeignBackbone,
     folder: Path,
     sizes: Sequence[int],
-    pixels: Pixels,
+    images: Preprocessing,
     kinds: Sequence[str] = KINDS,
 ) -> list[OnnxFile]:
     """Writes `folder/<kind>-<size>.onnx` for all sizes and kinds, each loaded back and compared.
@@ -87,7 +78,7 @@ def save_onnx(
         backbone: on the CPU.
         folder: made here.
         sizes: of images in pixels, multiples of the patch size.
-        pixels: for the metadata, beside `image_size`, `digest` and `patch_size`.
+        images: that it takes, for the metadata, beside `image_size`, `digest` and `patch_size`.
         kinds: of KINDS.
 
     Raises:
@@ -100,9 +91,9 @@ def save_onnx(
     try:
         written = []
         for size in sizes:
-            network = at_size(backbone, size, len(pixels.mean))
-            facts = _facts(network, size, digest, pixels)
-            example = _example(size, len(pixels.mean))
+            network = at_size(backbone, size, len(images.mean))
+            facts = _facts(network, size, digest, images)
+            example = _example(size, len(images.mean))
             whole = fresh / f"fp32-{size}.onnx"
             _export(network, example, whole, facts)
             for kind in [kind for kind in KINDS if kind in kinds]:
@@ -231,15 +222,15 @@ def _example(size: int, channels: int) -> Tensor:
 
 
 def _facts(
-    network: VisionTransformer | ForeignBackbone, size: int, digest: str, pixels: Pixels
+    network: VisionTransformer | ForeignBackbone, size: int, digest: str, images: Preprocessing
 ) -> dict[str, str]:
     facts: dict[str, Any] = {
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
+        "mean": list(images.mean),
+        "std": list(images.std),
         "image_size": size,
         "digest": digest,
         **({"patch_size": network.patch_size} if network.has_patches else {}),
-        **deep_key(pixels.value_range),
+        **deep_key(images.value_range),
     }
     return {name: x if isinstance(x, str) else json.dumps(x) for name, x in facts.items()}
 

@@ -7,7 +7,7 @@ back. Files appear whole or not at all, the config last.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from hashlib import blake2b
 from importlib import import_module
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.images.value_range import FULL, ValueRange
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.fit import Weights, fit
 from pipeline.model.formats import (
     CONFIG,
@@ -58,10 +58,7 @@ def save_huggingface(
     backbone: VisionTransformer,
     spec: BackboneSpec,
     folder: str | Path,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-    value_range: ValueRange = FULL,
+    images: Preprocessing,
 ) -> Path:
     """Write a folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`.
 
@@ -69,10 +66,7 @@ def save_huggingface(
         backbone: the model.
         spec: what it is made of.
         folder: where to; made if it is not there.
-        mean: of each channel, for pixels in 0 to 1.
-        std: of each channel.
-        image_size: side of the crop that the image processor makes, pixels.
-        value_range: of images of more than 8 bits, that becomes 0 to 255; noted in the config.
+        images: that it takes.
 
     Raises:
         PipelineError: Hugging Face has no such model (`without_huggingface`).
@@ -81,7 +75,7 @@ def save_huggingface(
         raise PipelineError(reason, "use the dinov2 or timm format, or a whole model.mlp_ratio")
     dtype = backbone.cls_token.dtype
     configs = {
-        PREPROCESSOR: preprocessor_config(mean, std, image_size, spec.in_channels, value_range),
+        PREPROCESSOR: preprocessor_config(images),
         CONFIG: huggingface_config(spec, dtype),
     }
     return write_folder(folder, to_huggingface(_state(backbone)), configs)
@@ -91,17 +85,14 @@ def save_timm(
     backbone: VisionTransformer,
     spec: BackboneSpec,
     folder: str | Path,
-    mean: Sequence[float],
-    std: Sequence[float],
-    image_size: int,
-    value_range: ValueRange = FULL,
+    images: Preprocessing,
 ) -> Path:
     """Write a folder for `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     timm has no mask token, and with registers one tensor for CLS and its position: features are the
     same, the two are not told apart any more. Arguments as `save_huggingface`.
     """
-    config = timm_config(spec, mean, std, image_size, value_range)
+    config = timm_config(spec, images)
     return write_folder(folder, to_timm(_state(backbone)), {CONFIG: config})
 
 

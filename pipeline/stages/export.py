@@ -12,7 +12,8 @@ from typing import Any
 from pipeline.context import Context, result_line
 from pipeline.evaluate.teacher import Evaluator
 from pipeline.heartbeat import now
-from pipeline.images.value_range import FULL, ValueRange
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.images.value_range import FULL
 from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone
 from pipeline.model.foreign_weights import (
@@ -21,8 +22,8 @@ from pipeline.model.foreign_weights import (
     verify_foreign,
     verify_module,
 )
-from pipeline.model.formats import deep_key
-from pipeline.model.onnx_out import OnnxFile, Pixels, SessionModule, save_onnx
+from pipeline.model.formats import deep_key, known_size
+from pipeline.model.onnx_out import OnnxFile, SessionModule, save_onnx
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
     agreement,
@@ -81,19 +82,16 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     plan = trained_plan(saved)
     config, value_range = plan.config, plan.value_range or FULL
     backbone = teacher(saved).backbone.eval()
-    weights, side = context.folder.path / "weights", evaluation_size(config)
+    weights, images = context.folder.path / "weights", _images(plan)
     if isinstance(backbone, TimmBackbone):
-        mean, std = config.augment.mean, config.augment.std
-        folder = save_foreign(backbone, weights / "timm", mean, std, value_range, side)
+        folder = save_foreign(backbone, weights / "timm", images)
         formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
     elif isinstance(backbone, ModuleBackbone):
-        mean, std = config.augment.mean, config.augment.std
-        folder = save_module(backbone, weights / "module", mean, std, value_range, image_size=side)
+        folder = save_module(backbone, weights / "module", images)
         formats, agreed = {"module": verify_module(backbone, folder)}, ONLY_OURS
     elif isinstance(backbone, VisionTransformer):
         spec = build.backbone_spec(config)
-        pixels = config.augment.mean, config.augment.std, side, value_range
-        formats = _write(backbone, spec, weights, pixels)
+        formats = _write(backbone, spec, weights, images)
         agreed = agreement(spec)
         folder = weights / "dinov2"
     evaluated = context.results.get("evaluate") or context.folder.last("evaluate")
@@ -116,7 +114,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         name=track.register or track.model_name,
         score=score,
         note=" ".join(filter(None, [verdict, text])),
-        image_size=side,
+        image_size=evaluation_size(config),
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
@@ -139,35 +137,42 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     }
 
 
+def _images(plan: Plan) -> Preprocessing:
+    """What the verdict's images became."""
+    augment = plan.config.augment
+    size = evaluation_size(plan.config)
+    return Preprocessing(size, augment.mean, augment.std, plan.value_range or FULL)
+
+
 def _write(
     backbone: VisionTransformer,
     spec: BackboneSpec,
     weights: Path,
-    pixels: tuple[Sequence[float], Sequence[float], int, ValueRange],
+    images: Preprocessing,
 ) -> dict[str, str]:
     """Writes and checks every format; gives what each was compared with."""
-    mean, std, size, value_range = pixels
+    size = known_size(images)
     done = {}
     now("export: dinov2, written and read back")
     folder = save_backbone(backbone, spec, weights / "dinov2")
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_mean": mean,
-            "image_std": std,
+            "image_mean": images.mean,
+            "image_std": images.std,
             "crop_size": size,
             "resize": evaluation_resize(size),  # both sides, whatever the image's, bicubic
-            **deep_key(value_range),
+            **deep_key(images.value_range),
         },
     )
     verify(backbone, folder)
     done["dinov2"] = "equal to the bit, read back"
     if not without_huggingface(spec):
         now("export: huggingface, written and compared")
-        folder = save_huggingface(backbone, spec, weights / "huggingface", *pixels)
+        folder = save_huggingface(backbone, spec, weights / "huggingface", images)
         done["huggingface"] = verify_huggingface(backbone, spec, folder)
     now("export: timm, written and compared")
-    folder = save_timm(backbone, spec, weights / "timm", *pixels)
+    folder = save_timm(backbone, spec, weights / "timm", images)
     done["timm"] = verify_timm(backbone, spec, folder)
     return done
 
@@ -177,12 +182,11 @@ def _onnx(
 ) -> dict[str, str]:
     """Writes `weights/onnx`; gives what is known of each file, by its name."""
     plan = trained_plan(saved)
-    augment, settings = plan.config.augment, context.config.export
+    settings = context.config.export
     side = evaluation_size(plan.config)
     sizes = sorted({side, *settings.onnx_sizes})
     now(f"export: onnx for {', '.join(map(str, sizes))} pixels, written and compared")
-    pixels = Pixels(augment.mean, augment.std, plan.value_range or FULL)
-    files = save_onnx(backbone, context.folder.path / "weights" / "onnx", sizes, pixels)
+    files = save_onnx(backbone, context.folder.path / "weights" / "onnx", sizes, _images(plan))
     said = {
         file.path.name: f"{file.bytes / 2**20:.1f} MiB, outputs within {file.error:.1g} of torch"
         for file in files

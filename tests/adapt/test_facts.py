@@ -15,6 +15,7 @@ from pipeline.adapt.facts import facts_of
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.encoders.source import Name, read_source
 from pipeline.model.foreign import TimmSpec
@@ -62,7 +63,7 @@ def test_an_export_of_ours(tmp_path: Path) -> None:
     place = save_backbone(SPEC.build(), SPEC, tmp_path / "dinov2")
     alone = facts_of(asked(place))
     assert "augment.mean" not in alone.values  # this form says nothing of it
-    save_huggingface(SPEC.build(), SPEC, tmp_path / "huggingface", MEAN, STD, 56)
+    save_huggingface(SPEC.build(), SPEC, tmp_path / "huggingface", Preprocessing(56, MEAN, STD))
     facts_module._facts.cache_clear()
     facts = facts_of(asked(place))
     assert known(facts.values, PLANTED) == PLANTED
@@ -76,7 +77,7 @@ def test_an_export_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["huggingface", "timm"])
 def test_what_the_libraries_read(tmp_path: Path, form: str) -> None:
     save = save_huggingface if form == "huggingface" else save_timm
-    place = save(SPEC.build(), SPEC, tmp_path / form, MEAN, STD, 56)
+    place = save(SPEC.build(), SPEC, tmp_path / form, Preprocessing(56, MEAN, STD))
     facts = facts_of(asked(place))
     assert known(facts.values, PLANTED) == PLANTED
     assert facts.values["augment.std"] == pytest.approx(STD)
@@ -96,7 +97,7 @@ def test_a_pth_without_registers_resizes_as_it_was_trained(tmp_path: Path) -> No
 def test_a_timm_encoder_of_ours(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     backbone = TimmSpec("resnet10t", image_size=64).build()
-    place = save_foreign(backbone, tmp_path / "timm", MEAN[:3], STD[:3])
+    place = save_foreign(backbone, tmp_path / "timm", Preprocessing(None, MEAN[:3], STD[:3]))
     facts = facts_of(asked(place))
     assert facts.values["model.encoder"] == "timm:resnet10t"
     assert facts.values["augment.mean"] == pytest.approx(MEAN[:3])
@@ -128,7 +129,9 @@ def test_places_that_cannot_be_hidden_are_no_patches_to_hide(tmp_path: Path) -> 
     files = read_source(Name.of(f"module:{name}"))
     backbone = ModuleSpec(name, 32, 8, files=files).build()
     assert backbone.has_patches and not backbone.takes_masks
-    facts = facts_of(asked(save_module(backbone, tmp_path / "module", MEAN[:3], STD[:3])))
+    facts = facts_of(
+        asked(save_module(backbone, tmp_path / "module", Preprocessing(None, MEAN[:3], STD[:3])))
+    )
     assert facts.patch_size == 0 and facts.values["model.patch_size"] == 8
     recipe = derive(asked("/w"), facts, 10_000, True)
     assert recipe.value("loss.ibot_weight") == 0 and recipe.value("head.norm") == "batch"

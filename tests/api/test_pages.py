@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from pipeline import api
-from pipeline.model.onnx_out import Pixels, save_onnx
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.model.onnx_out import save_onnx
 from pipeline.model.weights import save_huggingface
 from pipeline.track import server
 from pipeline.views.photometric import PhotometricSpec
@@ -111,8 +112,8 @@ def test_the_code_of_the_page_about_weights(folder: Path) -> None:
     network, spec = api.load_backbone("runs/photos/weights/dinov2")
     mean, std = PhotometricSpec.mean, PhotometricSpec.std
     exports = folder / "runs" / "photos" / "weights"
-    save_huggingface(network, spec, exports / "huggingface", mean, std, 56)
-    save_onnx(network, exports / "onnx", [56], Pixels(mean, std), ["fp32"])
+    save_huggingface(network, spec, exports / "huggingface", Preprocessing(56, mean, std))
+    save_onnx(network, exports / "onnx", [56], Preprocessing(None, mean, std), ["fp32"])
     space: dict[str, Any] = {}
     for block in blocks("weights.md"):
         exec(compile(block, "weights.md", "exec"), space)

@@ -24,6 +24,7 @@ from pipeline.embed.onnx.files import external_files, files_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.features import embed as features_of
 from pipeline.images.decode import decode_image
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
 from pipeline.views.crops import resize_centre_crop
@@ -62,7 +63,7 @@ def test_weights_in_every_form_give_their_features(tmp_path, backbone, form, mon
     if form == "ours":
         path = save_backbone(backbone, SPEC, tmp_path / "w")
     elif form == "huggingface":
-        path = save_huggingface(backbone, SPEC, tmp_path / "w", MEAN, STD, 28)
+        path = save_huggingface(backbone, SPEC, tmp_path / "w", Preprocessing(28, MEAN, STD))
     else:
         path = tmp_path / "w.pth"
         torch.save(backbone.state_dict(), path)

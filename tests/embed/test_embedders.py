@@ -21,6 +21,7 @@ from pipeline.embed.load import at_hand, preprocessing_of
 from pipeline.errors import DataError, PipelineError
 from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
 from pipeline.images.decode import decode_image
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.formats import timm_transform
 from pipeline.model.vit import VisionTransformer
 from pipeline.model.weights import save_backbone, save_huggingface, save_timm
@@ -44,7 +45,7 @@ def normalised() -> torch.Tensor:
 @torch.no_grad()
 def test_outputs_are_those_of_transformers(backbone: VisionTransformer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = save_huggingface(backbone, SPEC, tmp_path / "hf", MEAN, STD, 28)
+    folder = save_huggingface(backbone, SPEC, tmp_path / "hf", Preprocessing(28, MEAN, STD))
     embedder = open_embedder(embedder_of(str(folder), batch_size=4))
     assert (embedder.dim, embedder.size, embedder.channels, embedder.patch_size) == (32, 28, 3, 7)
     assert embedder.registers == 2 and (embedder.mean, embedder.std) == (MEAN, STD)
@@ -66,7 +67,7 @@ def test_outputs_are_those_of_transformers(backbone: VisionTransformer, tmp_path
 @pytest.mark.long
 def test_a_timm_model_gives_what_ours_gives(backbone: VisionTransformer, tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    folder = save_timm(backbone, SPEC, tmp_path / "timm", MEAN, STD, 28)
+    folder = save_timm(backbone, SPEC, tmp_path / "timm", Preprocessing(28, MEAN, STD))
     spec = embedder_of(f"timm:local-dir:{folder}")
     embedder = open_embedder(spec)
     assert (embedder.mean, embedder.size, embedder.registers) == (MEAN, 28, 2)
@@ -177,7 +178,7 @@ def test_weights_that_keep_the_shape_of_an_image_are_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     square = {"height": 64, "width": 64}
-    squash = timm_transform(MEAN, STD, 56)
+    squash = timm_transform(Preprocessing(56, MEAN, STD))
     for number, (name, content, said) in enumerate(
         [
             ("preprocessor_config.json", {"size": square, "crop_size": 56}, False),
@@ -272,7 +273,7 @@ def test_position_embeddings_are_resized_as_the_weights_want_it(kind: str, tmp_p
     if kind == "ours":
         path = save_backbone(network, made_of, tmp_path / "w")
     elif kind == "huggingface":
-        path = save_huggingface(network, made_of, tmp_path / "w", MEAN, STD, 56)
+        path = save_huggingface(network, made_of, tmp_path / "w", Preprocessing(56, MEAN, STD))
     else:
         path = tmp_path / "w.pth"
         torch.save(network.state_dict(), path)

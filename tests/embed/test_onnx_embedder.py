@@ -11,7 +11,8 @@ import torch
 from pipeline.embed.embedders import embedder_of, open_embedder
 from pipeline.errors import DataError
 from pipeline.evaluate.baselines import colour_vectors, pixel_vectors
-from pipeline.model.onnx_out import Pixels, save_onnx
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.model.onnx_out import save_onnx
 from pipeline.model.vit import BackboneSpec
 
 pytest.importorskip("onnx")
@@ -28,7 +29,7 @@ def test_vectors_are_those_of_torch(tmp_path: Path, channels: int) -> None:
     )
     network = spec.build().eval()
     mean, std = (0.4,) * channels, (0.3,) * channels
-    pixels = Pixels(mean, std, (0.0, 4095.0))
+    pixels = Preprocessing(None, mean, std, (0.0, 4095.0))
     whole, half, small = save_onnx(network, tmp_path / "onnx", [28], pixels)
     images = list(np.random.default_rng(0).integers(0, 256, (5, 28, 28, channels), np.uint8))
     x = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.4) / 0.3

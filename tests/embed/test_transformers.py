@@ -11,6 +11,7 @@ import torch
 
 from pipeline.embed.embedders import embedder_of
 from pipeline.embed.run import Request, embed_set
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
 from pipeline.shards.shards import open_shards
@@ -34,7 +35,7 @@ def test_a_thousand_photos(shared: Path, tmp_path: Path) -> None:
         for name, value in network.named_parameters():
             if "gamma" in name:
                 value.fill_(0.5)
-    folder = save_huggingface(network.eval(), spec, tmp_path / "hf", MEAN, STD, 112)
+    folder = save_huggingface(network.eval(), spec, tmp_path / "hf", Preprocessing(112, MEAN, STD))
     shard(tmp_path / "in" / "a.parquet", [path.read_bytes() for path in paths], group=100)
     request = Request(embedder_of(str(folder)), open_shards(str(tmp_path / "in")))
     vectors = embed_set(request, str(tmp_path / "vectors")).vectors

@@ -10,6 +10,7 @@ import yaml
 
 from pipeline import job
 from pipeline.card.files import read_card
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.job import spelled_out
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
@@ -27,7 +28,7 @@ SHORT = {"queries": "evaluate.queries"}
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    return save_huggingface(SPEC.build(), SPEC, tmp_path / "weights", MEAN, STD, 28)
+    return save_huggingface(SPEC.build(), SPEC, tmp_path / "weights", Preprocessing(28, MEAN, STD))
 
 
 def given(weights: Path, images: Path, runs: Path, *more: str) -> list[str]:

@@ -16,6 +16,7 @@ from pipeline import job
 from pipeline.config.load import load
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import ConfigError, DataError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.job import spelled_out
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_backbone, save_huggingface
@@ -110,7 +111,9 @@ def test_values_that_the_model_never_saw(tmp_path: Path, weights: Path) -> None:
     assert stage.images_of(config, folder, spec).value_range == (0, 4095)
     # weights that say that they were trained so
     mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
-    deep = save_huggingface(SPEC.build(), SPEC, tmp_path / "hf", mean, std, 28, (0, 4000))
+    deep = save_huggingface(
+        SPEC.build(), SPEC, tmp_path / "hf", Preprocessing(28, mean, std, (0, 4000))
+    )
     config = load([f"embed.model={deep}", f"data.shards={shards}"])
     spec = stage.model_of(config, folder)
     assert stage.images_of(config, folder, spec).columns.value_range == (0, 4000)

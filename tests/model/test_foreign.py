@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import TimmSpec, check_sizes
 from pipeline.model.foreign_weights import fit_foreign, load_any, save_foreign, verify_foreign
@@ -243,7 +244,7 @@ def test_a_module_with_another_shape() -> None:
 def test_the_export_is_read_by_timm_and_by_us(tmp_path: Any, spec: TimmSpec) -> None:
     torch.manual_seed(0)
     ours = spec.build().eval()
-    folder = save_foreign(ours, tmp_path / "timm", (0.5,), (0.25,))
+    folder = save_foreign(ours, tmp_path / "timm", Preprocessing(None, (0.5,), (0.25,)))
     assert "equal to the bit" in verify_foreign(ours, folder)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = drawn(2, spec.in_channels, 64, 64)

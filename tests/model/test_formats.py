@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.formats import preprocessor_config, timm_transform
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
@@ -99,7 +100,7 @@ def colours(spec: BackboneSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def test_transformers_gives_the_same(case: str, transformers: Any, tmp_path: Path) -> None:
     spec = BackboneSpec(**(TINY | CASES[case]))
     backbone = made(spec)
-    save_huggingface(backbone, spec, tmp_path, *colours(spec), image_size=224)
+    save_huggingface(backbone, spec, tmp_path, Preprocessing(224, *colours(spec)))
     model = transformers.AutoModel.from_pretrained(tmp_path, local_files_only=True).eval()
     kind = "Dinov2WithRegistersModel" if spec.registers else "Dinov2Model"
     assert type(model).__name__ == kind
@@ -120,7 +121,7 @@ def test_transformers_gives_the_same(case: str, transformers: Any, tmp_path: Pat
 def test_timm_gives_the_same(case: str, timm: Any, tmp_path: Path) -> None:
     spec = BackboneSpec(**(TINY | CASES[case]))
     backbone = made(spec)
-    save_timm(backbone, spec, tmp_path, *colours(spec), image_size=224)
+    save_timm(backbone, spec, tmp_path, Preprocessing(224, *colours(spec)))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert type(model).__name__ == "VisionTransformer"
     apart = differences(spec, backbone, model.forward_features)
@@ -135,7 +136,7 @@ def test_timm_gives_the_same(case: str, timm: Any, tmp_path: Path) -> None:
 def test_masks_mean_the_same_in_transformers(transformers: Any, tmp_path: Path) -> None:
     spec = BackboneSpec(**TINY)
     backbone = made(spec)
-    save_huggingface(backbone, spec, tmp_path, MEAN, STD, 224)
+    save_huggingface(backbone, spec, tmp_path, Preprocessing(224, MEAN, STD))
     model = transformers.AutoModel.from_pretrained(tmp_path).eval()
     x, masks = torch.randn(2, 3, 224, 280), torch.rand(2, 16 * 20) < 0.4
     theirs = model(x, bool_masked_pos=masks).last_hidden_state
@@ -149,7 +150,7 @@ def test_the_order_of_gate_and_value_matters(timm: Any, tmp_path: Path) -> None:
     """Were the halves of SwiGLU swapped on both ways, only another library would tell."""
     spec = BackboneSpec(**TINY, ffn="swiglu")
     backbone = made(spec)
-    save_timm(backbone, spec, tmp_path, MEAN, STD, 224)
+    save_timm(backbone, spec, tmp_path, Preprocessing(224, MEAN, STD))
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 3, 224, 224)
     assert torch.equal(model.forward_features(x), tokens(backbone, x))
@@ -162,7 +163,7 @@ def test_the_image_processor_is_the_recipes(transformers: Any, tmp_path: Path) -
     from PIL import Image
 
     spec = BackboneSpec(**TINY)
-    save_huggingface(made(spec), spec, tmp_path, MEAN, STD, 224)
+    save_huggingface(made(spec), spec, tmp_path, Preprocessing(224, MEAN, STD))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True)
     assert type(processor).__name__.startswith("BitImageProcessor")
     assert (processor.size["height"], processor.size["width"]) == (256, 256)
@@ -176,7 +177,7 @@ def test_the_image_processor_is_the_recipes(transformers: Any, tmp_path: Path) -
 
 def test_timm_knows_the_recipes_colours(timm: Any, tmp_path: Path) -> None:
     spec = BackboneSpec(**TINY)
-    save_timm(made(spec), spec, tmp_path, MEAN, STD, 280)
+    save_timm(made(spec), spec, tmp_path, Preprocessing(280, MEAN, STD))
     model = timm.create_model(f"local-dir:{tmp_path}")
     settings = timm.data.resolve_model_data_config(model)
     assert (tuple(settings["mean"]), tuple(settings["std"])) == (MEAN, STD)
@@ -193,10 +194,12 @@ def test_both_processors_make_the_pixels_of_our_evaluation(
     sizes = [(96, 131), (120, 97), (97, 97), (40, 40), (50, 70), (1, 1), (1, 300), (300, 7), (5, 6)]
     scale, shift = 255 * torch.tensor(STD)[:, None, None], torch.tensor(MEAN)[:, None, None]
     for crop in (7, 33, 48, 64, 98, 224):
-        config = preprocessor_config(MEAN, STD, crop)
+        config = preprocessor_config(Preprocessing(crop, MEAN, STD))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
         processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-        resolved = timm.data.resolve_data_config(pretrained_cfg=timm_transform(MEAN, STD, crop))
+        resolved = timm.data.resolve_data_config(
+            pretrained_cfg=timm_transform(Preprocessing(crop, MEAN, STD))
+        )
         transform = timm.data.create_transform(**resolved)
         for height, width in sizes:
             rng = np.random.default_rng(height * width)
@@ -311,7 +314,7 @@ def test_official_weights_go_through_all_formats(
     fit(backbone, read_weights(tmp_path / "official.pth"), "official.pth")
     backbone, spec = load_backbone(save_backbone(backbone, spec, tmp_path / "own"))
     shutil.rmtree(tmp_path / "own")
-    save_huggingface(backbone, spec, tmp_path / "ours", MEAN, STD, 518)
+    save_huggingface(backbone, spec, tmp_path / "ours", Preprocessing(518, MEAN, STD))
     model = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
     for height, side in SIZES[:: 2 if blocks else 1]:  # few blocks of a wide one: not at 518
         x = torch.randn(1, 3, height, side)
@@ -346,7 +349,7 @@ def test_what_hugging_face_has_no_model_for(tmp_path: Path) -> None:
     assert agreement(spec).endswith("not 3.5; timm gives the same features at every size.")
     assert without_huggingface(BackboneSpec()) == ""
     with pytest.raises(PipelineError, match=r"whole numbers as mlp_ratio only, not 3\.5"):
-        save_huggingface(spec.build(), spec, tmp_path, MEAN, STD, 224)
+        save_huggingface(spec.build(), spec, tmp_path, Preprocessing(224, MEAN, STD))
 
 
 # 88 wide: 480 / 88 * 88 is a little under 480 in floating point, and timm rounds down.
@@ -357,7 +360,7 @@ def test_odd_ratios_in_timm(ratio: float, width: int, timm: Any, tmp_path: Path)
         sizes = TINY | {"width": width, "heads": width // 8}
         spec = BackboneSpec(**sizes, mlp_ratio=ratio, ffn=ffn)
         backbone = made(spec)
-        save_timm(backbone, spec, tmp_path / ffn, MEAN, STD, 224)
+        save_timm(backbone, spec, tmp_path / ffn, Preprocessing(224, MEAN, STD))
         assert "equal to the bit" in verify_timm(backbone, spec, tmp_path / ffn)
 
 
@@ -370,7 +373,7 @@ def test_a_wrong_file_is_noticed_without_the_libraries(
     backbone = made(spec)
     for save, verify in ((save_huggingface, verify_huggingface), (save_timm, verify_timm)):
         folder = tmp_path / save.__name__
-        save(backbone, spec, folder, MEAN, STD, 28)
+        save(backbone, spec, folder, Preprocessing(28, MEAN, STD))
         assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
         assert verify(backbone, spec, folder).startswith("not compared (import of ")
         other = made(spec, seed=1)
@@ -383,13 +386,13 @@ def test_a_wrong_config_is_noticed_with_the_libraries(
 ) -> None:
     spec = BackboneSpec(**TINY)
     backbone = made(spec)
-    save_huggingface(backbone, spec, tmp_path / "h", MEAN, STD, 224)
+    save_huggingface(backbone, spec, tmp_path / "h", Preprocessing(224, MEAN, STD))
     change(tmp_path / "h", layer_norm_eps=1e-6, num_register_tokens=4, hidden_act="gelu")
     verify_huggingface(backbone, spec, tmp_path / "h")
     change(tmp_path / "h", num_attention_heads=6)
     with pytest.raises(PipelineError, match="6 attention heads, expected 3"):
         verify_huggingface(backbone, spec, tmp_path / "h")
-    save_timm(backbone, spec, tmp_path / "t", MEAN, STD, 224)
+    save_timm(backbone, spec, tmp_path / "t", Preprocessing(224, MEAN, STD))
     options = json.loads((tmp_path / "t" / "config.json").read_text())["model_args"]
     change(tmp_path / "t", model_args=options | {"act_layer": "relu"})
     with pytest.raises(PipelineError, match=r"gives other features in timm .* at 224 x 224 pixels"):

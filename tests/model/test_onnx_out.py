@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.onnx_out import (
     KINDS,
     OPSET,
     OnnxFile,
-    Pixels,
     SessionModule,
     at_size,
     save_onnx,
@@ -29,7 +29,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.long
 SIZES = [28, 42, 56]  # 28 is the native one
-PIXELS = Pixels((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), (0, 4095))
+PIXELS = Preprocessing(None, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), (0, 4095))
 
 
 def backbone(registers: int = 2, antialias: bool = True) -> VisionTransformer:

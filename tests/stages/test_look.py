@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.images.value_range import FULL
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.foreign_weights import save_foreign
 from pipeline.model.weights import save_backbone
@@ -238,7 +238,9 @@ def test_a_whole_look(tmp_path: Path, weights: Path) -> None:
 def test_a_network_without_patches_is_one_sentence(tmp_path: Path) -> None:
     pytest.importorskip("timm", reason="needs timm")
     convnet = TimmSpec("test_resnet", image_size=32).build()
-    folder = save_foreign(convnet, tmp_path / "convnet", (0.5,) * 3, (0.5,) * 3, FULL)
+    folder = save_foreign(
+        convnet, tmp_path / "convnet", Preprocessing(None, (0.5,) * 3, (0.5,) * 3)
+    )
     asked = context(tmp_path, f"look.images={photo(tmp_path / 'a.png')}", f"look.model={folder}")
     with pytest.raises(PipelineError) as error:
         look.run(asked, NullTracker())

@@ -17,6 +17,7 @@ from pipeline.commands.table import COMMANDS
 from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import DataError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
 from pipeline.plan.layout import Machine
@@ -283,7 +284,9 @@ def test_weights_make_an_adaptation(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     spec = BackboneSpec(image_size=28, patch_size=7, width=32, depth=2, heads=2)
-    held = save_huggingface(spec.build(), spec, tmp_path / "held", (0.5,) * 3, (0.2,) * 3, 28)
+    held = save_huggingface(
+        spec.build(), spec, tmp_path / "held", Preprocessing(28, (0.5,) * 3, (0.2,) * 3)
+    )
     ran(str(photos), str(held), "recipe=adapted")
     assert "adapt: you name weights" in capsys.readouterr().out
     recipe = load([str(tmp_path / "adapted.yaml")])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleBackbone
 from pipeline.model.foreign import TimmSpec
 from pipeline.model.vit import VisionTransformer
@@ -55,7 +56,7 @@ def test_transformers_gives_the_same_on_exported_weights(
 ) -> None:
     transformers: Any = pytest.importorskip("transformers", reason="needs transformers")
     backbone, x = drawn(), images(2, *size)
-    save_huggingface(backbone, SPEC, tmp_path, [0.5] * 3, [0.5] * 3, image_size=28)
+    save_huggingface(backbone, SPEC, tmp_path, Preprocessing(28, [0.5] * 3, [0.5] * 3))
     model = transformers.AutoModel.from_pretrained(
         tmp_path, local_files_only=True, attn_implementation="eager"
     ).eval()

@@ -12,6 +12,7 @@ import torch
 from pipeline.card.inputs.networks import Opening, networks_of, short_names
 from pipeline.embed.beginnings import untrained
 from pipeline.embed.embedders import EmbedderSpec, embedder_of, open_embedder
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.vit import BackboneSpec
 from pipeline.model.weights import save_huggingface, save_timm
 
@@ -23,7 +24,9 @@ OPENING = Opening(None, 4, MEAN, STD, "runs")
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     torch.manual_seed(1)
-    return save_huggingface(SPEC.build(), SPEC, tmp_path / "net/dinov2", MEAN, STD, 28)
+    return save_huggingface(
+        SPEC.build(), SPEC, tmp_path / "net/dinov2", Preprocessing(28, MEAN, STD)
+    )
 
 
 def vectors(spec: EmbedderSpec) -> np.ndarray:  # type: ignore[type-arg]
@@ -52,7 +55,7 @@ def test_weights_stand_beside_the_same_network_with_random_ones(weights: Path) -
 @pytest.mark.long
 def test_a_timm_model_stands_beside_random_weights(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    folder = save_timm(SPEC.build(), SPEC, tmp_path / "timm", MEAN, STD, 28)
+    folder = save_timm(SPEC.build(), SPEC, tmp_path / "timm", Preprocessing(28, MEAN, STD))
     spec = embedder_of(f"timm:local-dir:{folder}")
     random = untrained(spec)
     assert random is not None and vectors(random).shape == vectors(spec).shape

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleSpec
 from pipeline.model.encoders.residual import Block, small
 from pipeline.model.encoders.source import Name, read_source
@@ -148,7 +149,7 @@ def test_what_is_wrong_with_a_factory_is_said_in_one_sentence(factory: str) -> N
 def test_weights_of_a_module_come_back_with_their_text(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = spec("pooled").build()
-    folder = save_module(backbone, tmp_path / "module", (0.5,) * 3, (0.2,) * 3)
+    folder = save_module(backbone, tmp_path / "module", Preprocessing(None, (0.5,) * 3, (0.2,) * 3))
     assert (folder / "encoder" / "mine.py").read_text() == TEXT
     assert verify_module(backbone, folder) == "equal to the bit, read back"
     again, made_of = load_any(folder)

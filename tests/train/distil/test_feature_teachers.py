@@ -15,6 +15,7 @@ from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.embed.teacher import TeacherSource, teacher_of
 from pipeline.errors import PipelineError
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.frozen import FeatureTeacher
 from pipeline.model.pair import Pair
 from pipeline.model.vit import BackboneSpec, VisionTransformer
@@ -84,9 +85,9 @@ def test_a_teacher_says_what_its_network_says(
     if kind == "dinov2":
         save_backbone(backbone, SPEC, folder)
     elif kind == "huggingface":
-        save_huggingface(backbone, SPEC, folder, MEAN, STD, 35)
+        save_huggingface(backbone, SPEC, folder, Preprocessing(35, MEAN, STD))
     elif kind == "timm":
-        save_timm(backbone, SPEC, folder, MEAN, STD, 35)
+        save_timm(backbone, SPEC, folder, Preprocessing(35, MEAN, STD))
     else:
         backbone = of_a_run(folder)
     loss = [f"distill.teacher={folder}", "distill.loss=cosine"]
@@ -121,9 +122,9 @@ def of_a_run(folder: Path) -> VisionTransformer:
 def test_onnx(backbone: VisionTransformer, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from pipeline.model.onnx_out import Pixels, save_onnx
+    from pipeline.model.onnx_out import save_onnx
 
-    whole, *_ = save_onnx(backbone, tmp_path, [35], Pixels(MEAN, STD, "full"))
+    whole, *_ = save_onnx(backbone, tmp_path, [35], Preprocessing(None, MEAN, STD, "full"))
     plan = planned(f"distill.teacher={whole.path}")
     assert plan.distil_loss == "cosine" and "without heads" in plan.distil_reason
     pair = built(plan)
@@ -147,7 +148,7 @@ def test_a_timm_model(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     network = TimmSpec("convnext_atto", 32, 16).build().eval()
-    save_foreign(network, tmp_path / "timm", MEAN, STD)
+    save_foreign(network, tmp_path / "timm", Preprocessing(None, MEAN, STD))
     plan = planned(f"distill.teacher=timm:local-dir:{tmp_path / 'timm'}")
     pair = built(plan)
     teacher = pair.feature_teacher
@@ -275,7 +276,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, backbone: VisionTransforme
 
 
 def test_an_image_size_of_ones_own(backbone: VisionTransformer, tmp_path: Path) -> None:
-    save_huggingface(backbone, SPEC, tmp_path / "hf", MEAN, STD, 35)
+    save_huggingface(backbone, SPEC, tmp_path / "hf", Preprocessing(35, MEAN, STD))
     plan = planned(f"distill.teacher={tmp_path / 'hf'}", "distill.image_size=14")
     teacher = built(plan).feature_teacher
     assert teacher is not None and (teacher.size, teacher.grid) == (14, (2, 2))
@@ -294,9 +295,9 @@ def test_values_of_onnx(backbone: VisionTransformer, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     from pipeline.embed.onnx.embedder import OnnxModel
-    from pipeline.model.onnx_out import Pixels, save_onnx
+    from pipeline.model.onnx_out import save_onnx
 
-    whole, *_ = save_onnx(backbone, tmp_path, [35], Pixels(MEAN, STD, "full"))
+    whole, *_ = save_onnx(backbone, tmp_path, [35], Preprocessing(None, MEAN, STD, "full"))
     model = OnnxModel(str(whole.path), None, MEAN, STD)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 35, 35, 3), np.uint8)
     as_floats = model.of_values(pixels.astype(np.float32) / 255)
