@@ -13,8 +13,8 @@ B: all ten classes in other colours: each picture is a negative with its channel
 Printed for each seed: k-NN on B of the weights as they are, adapted, and of the same network from
 nothing in as many steps of as many pictures at its own rate; on A of the weights and adapted; each
 difference with its 95 % interval, for it is of the same pictures. Then what the guard does where
-the rate is ten times the derived one. Nothing is fetched. Finished jobs are skipped on a second
-call, so it goes on after a stop.
+the rate is ten times the derived one (`--times 10,100`). Nothing is fetched. Finished jobs are
+skipped on a second call, so it goes on after a stop.
 """
 
 from __future__ import annotations
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0, help="pixels; default: the weights' own")
     parser.add_argument("--trained", type=int, default=20_000, help="pictures of B")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--times", default="10", help="the derived rate, to see the guard")
     parser.add_argument("--set", action="append", default=[], help="field=value of all adaptations")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
@@ -202,13 +203,15 @@ def main() -> None:
         )
         print(f"        {text.strip().splitlines()[-1]}", flush=True)
     recipe = yaml.safe_load((out / "runs" / "b-0" / "adapt" / "recipe.yaml").read_text())
-    rate = 10 * recipe["optim"]["lr"]
-    text = run("adapt", weights, f"{out}/b/train", "run.name=ten-times", *fields, *common(out, 0),
-               f"optim.lr={rate}")  # fmt: skip
-    print(f"ten times the rate, {rate:g}:")
-    for line in text.splitlines():
-        if line.startswith(("warning: guard", "guard", "pretrain", "before", "after", "verdict")):
-            print(f"        {line}")
+    for times in filter(None, arguments.times.split(",")):
+        rate = float(times) * recipe["optim"]["lr"]
+        text = run("adapt", weights, f"{out}/b/train", f"run.name=times-{times}", *fields,
+                   *common(out, 0), f"optim.lr={rate}")  # fmt: skip
+        print(f"{times} times the rate, {rate:g}:", flush=True)
+        wanted = ("warning: guard", "guard", "pretrain", "before", "after", "verdict")
+        for line in text.splitlines():
+            if line.startswith(wanted):
+                print(f"        {line}", flush=True)
 
 
 if __name__ == "__main__":
