@@ -6,8 +6,9 @@ SHARDS is a folder that `jobs/pack.py configs/cifar10.yaml` has filled. `ours` i
 with two workers, through Ray Train and Ray Data: the CPU seconds of ALL processes of the run in a
 window of steps, divided by the steps. The plain loop (`plain_step.py`) is one process of one thread
 with the same network, batch, crops and colours, whose losses and update are written in plain torch.
-Both begin with encoded images in parquet files. They run in turn, so that a slow moment of a shared
-machine meets both; wall time is not looked at. Evaluation and checkpoints lie outside the window.
+Two plain loops at once say what busy cores cost each other. All begin with encoded images in
+parquet files. They run in turn, so that a slow moment of a shared machine meets all; wall time is
+not looked at. Evaluation and checkpoints lie outside the window.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def ours(shards: str, network: str, steps: int, fields: list[str]) -> tuple[dict
         return per_step, table.read_text()
 
 
-def plain(shards: str, network: str, steps: int, decoded: bool) -> float:
+def plain(shards: str, network: str, steps: int, decoded: bool = False, loops: int = 1) -> float:
     """CPU milliseconds a step of the plain loop.
 
     Args:
@@ -178,11 +179,17 @@ def plain(shards: str, network: str, steps: int, decoded: bool) -> float:
         network: of `NETWORKS`.
         steps: that count.
         decoded: whether images are decoded before the clock starts.
+        loops: that run at once, each for itself; the mean of them.
     """
     command = [sys.executable, "benchmarks/plain_step.py", shards, network, str(steps)]
     command += ["decoded"] * decoded
-    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return float(out.stdout.split()[-1])
+    runs = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(loops)
+    ]
+    said = [run.communicate()[0] for run in runs]
+    if any(run.returncode for run in runs):
+        raise SystemExit("the plain loop failed; what it said stands above")
+    return statistics.mean(float(text.split()[-1]) for text in said)
 
 
 def spread(values: list[float], form: Callable[[float], str]) -> str:
@@ -193,8 +200,9 @@ def spread(values: list[float], form: Callable[[float], str]) -> str:
 def compare(shards: str, network: str, rounds: int, steps: int, fields: list[str]) -> None:
     """Prints both in turn, their ratio, and where the CPU time of ours goes."""
     ways: dict[str, Callable[[], float]] = {
-        "plain loop": lambda: plain(shards, network, steps, False),
-        "plain loop, images decoded before": lambda: plain(shards, network, steps, True),
+        "plain loop": lambda: plain(shards, network, steps),
+        "plain loop, images decoded before": lambda: plain(shards, network, steps, decoded=True),
+        "plain loops, two at once": lambda: plain(shards, network, steps, loops=2),
     }
     taken: dict[str, list[float]] = defaultdict(list)
     kinds: dict[str, list[float]] = defaultdict(list)
