@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.report.page import Bar, Bars, Heading, Links, Numbers, Section, Table, Text
-from pipeline.report.units import bytes_of
+from pipeline.report.units import bytes_of, time_of
 from pipeline.run_report.facts import RunFacts
-from pipeline.run_report.words import images, speed, stage_name, time_of
+from pipeline.run_report.words import images, speed, stage_name
 from pipeline.uri import public
 
 COPIES = ("duplicate_bytes", "duplicate_near")

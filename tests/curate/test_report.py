@@ -22,12 +22,12 @@ from pipeline.curate.report.words import (
     STAGES,
     WORDS,
     phrase,
-    seconds,
     share,
     similarity,
 )
 from pipeline.curate.rows.tables import REASONS
 from pipeline.report.page import Gallery, Group, Tile, render
+from pipeline.report.units import time_of
 from pipeline.track.names import metric_name, picture_key
 from tests.curate.conftest import summarised
 from tests.curate.made_up import HOSTILE, Run, calibration, write_run
@@ -411,7 +411,7 @@ def test_numbers_in_words() -> None:
     assert phrase(1, "undecodable") == "1 cannot be read"
     assert similarity(1.0) == "1.000" and similarity(0.99996) == "> 0.999"
     assert similarity(0.8765) == "0.876" or similarity(0.8765) == "0.877"
-    assert [seconds(s) for s in (0.4, 59.7, 60, 3599.6, 7500)] == [
+    assert [time_of(s) for s in (0.4, 59.7, 60, 3599.6, 7500)] == [
         "0.4 s",
         "1 min 0 s",
         "1 min 0 s",

@@ -15,12 +15,12 @@ from PIL import Image
 
 from pipeline.card.files import CARD, EVALUATE, read_card
 from pipeline.card.verdict import verdict_of
-from pipeline.report.units import bytes_of
+from pipeline.report.units import bytes_of, time_of
 from pipeline.run_report.curves import Curves, by_size
 from pipeline.run_report.details import trimmed
 from pipeline.run_report.facts import RunFacts
 from pipeline.run_report.result import chosen_rows, compared, three_bars
-from pipeline.run_report.words import metric_name, stage_name, time_of
+from pipeline.run_report.words import metric_name, stage_name
 from pipeline.run_report.write import LIMIT_BYTES, has_report, write_run_report
 from tests.card.cards import card_of, contender
 from tests.run_report.run_folders import (

@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.curate.report.report import balance, sentence
 from pipeline.curate.report.summary import Summary
-from pipeline.curate.report.words import REMOVED, name_of, seconds, share, similarity
+from pipeline.curate.report.words import REMOVED, name_of, share, similarity
+from pipeline.report.units import time_of
 
 TABLE_ROWS = 500
 
@@ -123,7 +124,7 @@ def note(summary: Summary) -> str:
         said.append(f"Of the evaluation set {leak.name}, {leak.leaked:,}{of} images leaked.")
     if summary.costs:
         wall, cpu = (sum(getattr(c, n) for c in summary.costs) for n in ("seconds", "cpu_s"))
-        said.append(f"It took {seconds(wall)}, and {seconds(cpu)} of CPU time in all.")
+        said.append(f"It took {time_of(wall)}, and {time_of(cpu)} of CPU time in all.")
     return "\n".join([*lines, *(["", *said] if said else []), "", "Pictures: `report.html`."])
 
 

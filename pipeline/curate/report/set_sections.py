@@ -15,7 +15,6 @@ from pipeline.curate.report.words import (
     images,
     listed,
     name_of,
-    seconds,
     share,
     similarity,
 )
@@ -36,7 +35,7 @@ from pipeline.report.page import (
     Table,
     Text,
 )
-from pipeline.report.units import bytes_of
+from pipeline.report.units import bytes_of, time_of
 
 BARS = 4  # fewer are a sentence, not a chart
 LONGEST = 6  # steps that are shown
@@ -285,8 +284,8 @@ def cost_sections(summary: Summary) -> list[Section]:
         return []
     columns: Mapping[str, Sequence[Any]] = {
         "step": [s.name for s in steps],
-        "wall time, this run": [seconds(s.seconds) for s in steps],
-        "CPU time": [seconds(s.cpu_s) for s in steps],
+        "wall time, this run": [time_of(s.seconds) for s in steps],
+        "CPU time": [time_of(s.cpu_s) for s in steps],
         "rows": [int(s.total("rows")) for s in steps],
         "rows/s of CPU": [f"{s.total('rows') / s.cpu_s:,.0f}" if s.cpu_s else "–" for s in steps],
         "written": [bytes_of(s.total("bytes")) for s in steps],
@@ -296,15 +295,15 @@ def cost_sections(summary: Summary) -> list[Section]:
     }
     wall, cpu = sum(s.seconds for s in steps), sum(s.cpu_s for s in steps)
     text = (
-        f"{seconds(wall)} of this run, {seconds(cpu)} of CPU time in all; "
+        f"{time_of(wall)} of this run, {time_of(cpu)} of CPU time in all; "
         f"{sum(s.reused for s in steps):,} of {sum(len(s.accounts) for s in steps):,} tasks were "
         "finished before and used again."
     )
     longest = sorted(steps, key=lambda s: -s.cpu_s)[:LONGEST]
-    bars = [Bar(_step(s.name), ((s.cpu_s, "var(--c0)"),), seconds(s.cpu_s)) for s in longest]
+    bars = [Bar(_step(s.name), ((s.cpu_s, "var(--c0)"),), time_of(s.cpu_s)) for s in longest]
     if left := steps[LONGEST:]:
         spent = cpu - sum(s.cpu_s for s in longest)
-        bars.append(Bar(f"{len(left):,} other steps", ((spent, "var(--c6)"),), seconds(spent)))
+        bars.append(Bar(f"{len(left):,} other steps", ((spent, "var(--c6)"),), time_of(spent)))
     return [
         Heading("What it cost", text),
         Bars(bars, "CPU time, the longest steps"),

@@ -122,18 +122,6 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.1f}\u00a0%" if percent < 99.95 and percent else f"{percent:.0f}\u00a0%"
 
 
-def seconds(number: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
-    if number < 10:
-        return f"{number:.1f} s"
-    whole = round(number)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
-
-
 def similarity(number: float) -> str:
     """0.953; 1.000 only where it is one."""
     number = min(number, 1.0)  # unit vectors in half precision come to 1.0001
