@@ -42,7 +42,7 @@ def guarded(
     if guard.ended is None:
         return outcome
     done = int(outcome.get("step", plan.steps))
-    text = words.sentence(guard.ended, done, plan.steps, plan.lr, best)
+    text = words.sentence(guard.ended, done, plan.steps, plan.config.optim.lr, best)
     log.warning("guard       %s", text)
     tracker.tags({"guard": text})
     tracker.metrics(done, {"guard/ended": 1})

@@ -49,7 +49,7 @@ def sentence(ended: Ended, done: int, steps: int, lr: float, best: Mapping[str, 
         ended: by what.
         done: steps that were done.
         steps: of the whole run.
-        lr: the peak learning rate.
+        lr: `optim.lr` as the recipe has it.
         best: step, score and name of the checkpoint that is kept; None: none was compared.
     """
     when = f"after step {done} of {steps}" if done < steps else f"at the end of all {steps} steps"

@@ -27,12 +27,14 @@ KNN, N, STEPS = "eval/knn20_top1", 300, 60
 IDS = np.random.default_rng(0).integers(0, 256, (N, 16), dtype=np.uint8)
 PLAN: Any = SimpleNamespace(
     config=SimpleNamespace(
-        evaluate=SimpleNamespace(k=20, during_training=100), head=SimpleNamespace(prototypes=64)
+        evaluate=SimpleNamespace(k=20, during_training=100),
+        head=SimpleNamespace(prototypes=64),
+        optim=SimpleNamespace(lr=0.5),
     ),
     steps=STEPS,
     warmup_steps=99,
     temperature_warmup_steps=0,
-    lr=0.5,
+    lr=0.25,  # scaled by the batch
 )
 
 
@@ -119,6 +121,7 @@ def test_a_fall_keeps_the_start(tmp_path: Path) -> None:
     outcome = guarded({"status": "stopped", "step": 23}, guard, PLAN, evaluations.best, tracker)
     assert outcome["status"] == "guarded" and outcome["step"] == 23
     assert "the weights it started from are kept (knn20_top1 0.7000)" in outcome["guard"]
+    assert "lower optim.lr (it was 0.5)" in outcome["guard"]
     assert tracker.said["guard"] == outcome["guard"] and tracker.rows[23]["guard/ended"] == 1
 
 
