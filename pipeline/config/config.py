@@ -147,6 +147,11 @@ class Config(Section):
                 f"train.tune={self.train.tune} freezes weights, but model.init is empty: random "
                 "weights would stay random; name weights with model.init or set train.tune=all"
             )
+        if self.train.batch_norm == "kept" and not self.model.init:
+            raise ValueError(
+                "train.batch_norm=kept keeps the running means of weights, but model.init is empty; "
+                "name weights with model.init or set train.batch_norm=batch"
+            )
         if self.train.tune == "heads" and self.distill.alone and self.distill.loss != "targets":
             raise ValueError(
                 f"train.tune=heads freezes the backbone, and distill.loss={self.distill.loss} may "

@@ -240,6 +240,11 @@ class Train(Section):
         description="what learns beside the heads: all, last_blocks=2, lora(rank=16), or heads "
         "alone; all but all need model.init",
     )
+    batch_norm: Literal["batch", "kept"] = Field(
+        "batch",
+        description="what BatchNorm of the backbone normalises with: the batch, or the running "
+        "means that model.init brought, which stay as they are",
+    )
     max_restarts: int = Field(
         3, ge=0, description="restarts of the worker group without a new checkpoint in between"
     )

@@ -33,16 +33,20 @@ def tuned(pair: Pair, config: Config) -> Pair:
     * `heads`: nothing of the backbone.
 
     BatchNorm that does not learn keeps its statistics as well, in student and teacher: with those
-    of a batch it would be another network than the one that was loaded.
+    of a batch it would be another network than the one that was loaded. `train.batch_norm=kept`
+    says so of all BatchNorm of the backbone; its weights and biases learn.
 
     Args:
         pair: with the weights that training begins with, or to be restored from a checkpoint.
         config: the recipe.
 
     Raises:
-        PipelineError: the backbone has no blocks that are known, or fewer; the rank is not low.
+        PipelineError: the backbone has no blocks that are known, or fewer; the rank is not low; it
+            has no BatchNorm whose statistics could be kept.
     """
     tune = Tune.parse(config.train.tune)
+    if config.train.batch_norm == "kept":
+        _keep_statistics(pair)
     if tune.kind == "all":
         return pair
     backbone = pair.student.backbone.requires_grad_(False)
@@ -60,6 +64,22 @@ def tuned(pair: Pair, config: Config) -> Pair:
             module.eval()
     pair.teacher = _sharing(pair.student)
     return pair
+
+
+def _keep_statistics(pair: Pair) -> None:
+    norms = [
+        module
+        for encoder in pair
+        for module in encoder.backbone.modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        raise PipelineError(
+            "train.batch_norm=kept, but the backbone has no BatchNorm with running means",
+            "leave train.batch_norm out",
+        )
+    for module in norms:
+        module.eval()
 
 
 def last_blocks(backbone: Backbone, count: int) -> list[nn.Parameter]:
