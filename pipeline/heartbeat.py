@@ -55,13 +55,15 @@ class Heartbeat:
         """Inside, this is what is being done; where it is nested, the innermost is said."""
         begun = self._clock()
         with self._lock:
-            depth = len(self._doing)
+            depth, left_s = len(self._doing), self.left_s
             self._doing.append((what, begun))
+            self.left_s = None  # it is of what was done before
         try:
             yield
         finally:
             with self._lock:
                 del self._doing[depth:]
+                self.left_s = left_s
 
     @contextmanager
     def idle(self) -> Iterator[None]:

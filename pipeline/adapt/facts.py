@@ -231,7 +231,7 @@ def _of_module(backbone: Any, path: str, known: Preprocessing) -> Facts:
         init=path,
         what=f"{PREFIX}{spec.name}, {'patches of ' + str(patches) if patches else 'no patches'}",
         values=values | _normalisation(known),
-        image_size=known.image_size or spec.image_size,
+        image_size=spec.image_size,  # of its training; beside the weights stands that of its use
         own_grid=None,
         patch_size=patches,
         width=backbone.width,

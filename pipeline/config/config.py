@@ -149,8 +149,8 @@ class Config(Section):
             )
         if self.train.batch_norm == "kept" and not self.model.init:
             raise ValueError(
-                "train.batch_norm=kept keeps the running means of weights, but model.init is empty; "
-                "name weights with model.init or set train.batch_norm=batch"
+                "train.batch_norm=kept keeps the running means of weights, but model.init is "
+                "empty; name weights with model.init or set train.batch_norm=batch"
             )
         if self.train.tune == "heads" and self.distill.alone and self.distill.loss != "targets":
             raise ValueError(

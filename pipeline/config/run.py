@@ -107,5 +107,5 @@ class Export(Section):
         False, description="write weights/onnx too: fp32, fp16 and int8 (needs the extra onnx)"
     )
     onnx_sizes: tuple[Positive, ...] = Field(
-        (), description="image sizes of files in ONNX beside the native one, pixels"
+        (), description="image sizes of files in ONNX beside that of the verdict, pixels"
     )

@@ -1,4 +1,4 @@
-"""How the images become that a network takes, as it stands beside weights."""
+"""What images become before a network takes them, as it stands beside weights."""
 
 from __future__ import annotations
 

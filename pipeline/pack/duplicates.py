@@ -7,19 +7,24 @@ classes are a fault of the labels that only their owner can mend, so they are sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from pipeline.storage.places import public_uri, resolve_uri
-from pipeline.storage.transfer import parquet_writer_atomic, write_parquet_atomic
+from pipeline.storage.transfer import open_patiently, parquet_writer_atomic, write_parquet_atomic
 
 log = logging.getLogger("pipeline.pack")
+Progress = Callable[[str, int, int], None]
 NAMED = 3  # pairs in a warning
+ROW_GROUP = 65_536
+READERS = 16
 DUPLICATE_SCHEMA = pa.schema(
     [
         pa.field("source", pa.string()),
@@ -32,40 +37,46 @@ DUPLICATE_SCHEMA = pa.schema(
 
 
 def write_part(
-    index: int, rows: pa.Table, packed: Sequence[int], classes: Sequence[str | None], scratch: str
+    index: int,
+    rows: pa.Table,
+    packed: np.ndarray[Any, Any],
+    classes: Sequence[str | None],
+    scratch: str,
 ) -> dict[str, Any]:
     """Lists the duplicates of one shard.
 
     Args:
         index: of the shard.
         rows: of the runs' indexes, ordered so that an image follows the equal one that is packed.
-        packed: for each row, the row that is packed in its place; itself where it is packed.
+        packed: for each row, int64 [N], the row that is packed in its place; itself where it is.
         classes: name of the class of each row; None where it has none.
         scratch: folder of the intermediate files.
 
     Returns:
-        For the shard's account: `duplicates`, the rows that are not packed, and `disagreeing`,
-        pairs of sources of which each has a class, and another one.
+        For the shard's account: `duplicates`, the number of rows that are not packed, and
+        `disagreeing`, how many of them have another class than the row that is.
     """
-    left_out = [row for row, other in enumerate(packed) if row != other]
-    sources, ids = (rows.column(name).to_pylist() for name in ("source", "image_id"))
-    columns = [
-        [sources[row] for row in left_out],
-        [ids[row] for row in left_out],
-        [classes[row] for row in left_out],
-        [sources[packed[row]] for row in left_out],
-        [classes[packed[row]] for row in left_out],
-    ]
-    if left_out:
-        fs, folder = resolve_uri(scratch)
-        arrays = [pa.array(x, f.type) for x, f in zip(columns, DUPLICATE_SCHEMA, strict=True)]
-        table = pa.table(arrays, schema=DUPLICATE_SCHEMA)
-        write_parquet_atomic(table, fs, _part(folder, index), row_group_size=65_536)
-        return {"duplicates": len(left_out), "disagreeing": _disagreeing(table).num_rows}
-    return {"duplicates": 0, "disagreeing": 0}
+    left_out = np.flatnonzero(packed != np.arange(len(packed)))
+    if not len(left_out):
+        return {"duplicates": 0, "disagreeing": 0}
+    every = pa.table(
+        {
+            "source": rows.column("source"),
+            "image_id": rows.column("image_id"),
+            "class": pa.array(classes, pa.string()),
+        }
+    )
+    own, other = (every.take(pa.array(which)) for which in (left_out, packed[left_out]))
+    columns = [*own.columns, other["source"], other["class"]]
+    table = pa.table(columns, schema=DUPLICATE_SCHEMA)
+    fs, folder = resolve_uri(scratch)
+    write_parquet_atomic(table, fs, _part(folder, index), row_group_size=ROW_GROUP)
+    return {"duplicates": len(left_out), "disagreeing": _disagreeing(table).num_rows}
 
 
-def write_duplicates(place: str, scratch: str, accounts: Sequence[dict[str, Any]]) -> None:
+def write_duplicates(
+    place: str, scratch: str, accounts: Sequence[dict[str, Any]], on_progress: Progress | None
+) -> None:
     """One table of the parts of all shards, in the order of the ids; it has no rows where there
     are no duplicates. Says which ones disagree about their class.
 
@@ -73,13 +84,14 @@ def write_duplicates(place: str, scratch: str, accounts: Sequence[dict[str, Any]
         place: of the table, a path or URI.
         scratch: folder of the intermediate files.
         accounts: of the shards, in order.
+        on_progress: called with what is done, parts done, parts in all.
     """
     fs, folder = resolve_uri(scratch)
     named: list[str] = []
     out, path = resolve_uri(place)
     with parquet_writer_atomic(DUPLICATE_SCHEMA, out, path) as writer:
-        for table in _parts(fs, folder, accounts):
-            writer.write_table(table)
+        for table in _gathered(_parts(fs, folder, accounts, on_progress)):
+            writer.write_table(table, row_group_size=ROW_GROUP)
             if len(named) < NAMED:
                 pairs = _disagreeing(table).slice(0, NAMED - len(named)).to_pylist()
                 named += [f"{row['source']} and {row['packed_source']}" for row in pairs]
@@ -96,12 +108,35 @@ def write_duplicates(place: str, scratch: str, accounts: Sequence[dict[str, Any]
 
 
 def _parts(
-    fs: pafs.FileSystem, folder: str, accounts: Sequence[dict[str, Any]]
+    fs: pafs.FileSystem,
+    folder: str,
+    accounts: Sequence[dict[str, Any]],
+    on_progress: Progress | None,
 ) -> Iterator[pa.Table]:
-    for account in accounts:
-        if account["duplicates"]:
-            with fs.open_input_file(_part(folder, account["index"])) as file:
-                yield pq.read_table(file, schema=DUPLICATE_SCHEMA)
+    """The parts that there are, in order; some are read ahead, for storage answers slowly."""
+
+    def read(index: int) -> pa.Table:
+        with open_patiently(fs, _part(folder, index)) as file:
+            return pq.read_table(file, schema=DUPLICATE_SCHEMA)
+
+    indexes = [account["index"] for account in accounts if account["duplicates"]]
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(indexes), READERS):
+            if start and on_progress is not None:
+                on_progress("list of duplicates", start, len(indexes))
+            yield from pool.map(read, indexes[start : start + READERS])
+
+
+def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Small tables together, so that there is no row group for each shard."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(len(one) for one in waiting) >= ROW_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _part(folder: str, index: int) -> str:

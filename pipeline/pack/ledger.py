@@ -1,7 +1,8 @@
 """What a pack has done, on storage: accounts of finished tasks, the manifest, the last report.
 
 The scratch folder holds `plan.json` (the key of the pack under way), `runs/` and `shards/`
-(accounts of finished tasks). When the pack is finished, it holds only `report.json`.
+(accounts of finished tasks), and `duplicates/`. When the pack is finished, it holds only
+`report.json`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from pipeline.storage.transfer import (
 
 _PART = re.compile(r"part-\d{5,}\.parquet")
 _INTERMEDIATE = re.compile(
-    r"(task-\d{6,}\.json|task-\d{6,}-\d{4,}\.(bin|parquet)|shard-\d{6,}\.json)"
+    r"(task-\d{6,}\.json|task-\d{6,}-\d{4,}\.(bin|parquet)|shard-\d{6,}\.(json|parquet))"
     r"|\.(task|shard)-[\d-]+\.(json|bin|parquet)\.[0-9a-f]{8}\.tmp"
 )
 _LEFTOVER = re.compile(r"\.(part-\d{5,}\.parquet|_manifest\.json)\.[0-9a-f]{8}\.tmp")
@@ -230,7 +231,7 @@ def check_source(shards: str, source: str) -> Any:
 
 def _clean(fs: pafs.FileSystem, folder: str) -> None:
     """Takes away the intermediate files, by their names: nothing else is ever deleted."""
-    for name in ("runs", "shards"):
+    for name in ("runs", "shards", "duplicates"):
         for info in list_files(fs, f"{folder}/{name}", recursive=False):
             if _INTERMEDIATE.fullmatch(info.base_name):
                 delete_file(fs, info.path)

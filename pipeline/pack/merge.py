@@ -128,7 +128,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     every, packed = _by_id(pa.concat_tables(parts))
     every_label = _labels(every, [run["names"] for run in runs], merge)
     classes = [_class_name(label, merge) for label in every_label]
-    kept = [row for row, other in enumerate(packed) if row == other]
+    kept = np.flatnonzero(packed == np.arange(len(packed)))
     rows = every.take(pa.array(kept, pa.int64())).combine_chunks()
     account: dict[str, Any] = {"index": index, "name": shard_name(index), "rows": rows.num_rows}
     account |= duplicates.write_part(index, every, packed, classes, spec.scratch)
@@ -136,7 +136,7 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
     schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
     if rows.num_rows:
-        labels = [every_label[row] for row in kept]
+        labels = [every_label[row] for row in kept.tolist()]
         images = _Images(scratch_fs, [run["path"] for run in runs], rows)
 
         def group(start: int, end: int) -> pa.Table:
@@ -199,18 +199,16 @@ def _rows_of(fs: pafs.FileSystem, path: str, run: int, low: str, high: str) -> p
     return table.append_column("run", pa.array(np.full(table.num_rows, run, np.int32)))
 
 
-def _by_id(table: pa.Table) -> tuple[pa.Table, list[int]]:
+def _by_id(table: pa.Table) -> tuple[pa.Table, np.ndarray[Any, Any]]:
     """Rows by id, then source (then place in the source), and for each row the first of its id."""
     if not table.num_rows:
-        return table, []
+        return table, np.empty(0, np.int64)
     keys = [(name, "ascending") for name in ("image_id", "source", "run", "offset")]
     table = table.take(pc.sort_indices(table, sort_keys=keys)).combine_chunks()
-    packed: list[int] = []
-    before = None
-    for row, name in enumerate(table.column("image_id").to_pylist()):
-        packed.append(packed[-1] if name == before else row)
-        before = name
-    return table, packed
+    ids = table.column("image_id").combine_chunks()
+    changed = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+    first = np.concatenate([[True], changed])
+    return table, np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
 
 
 def _class_name(label: int | None, merge: Merge) -> str | None:

@@ -26,6 +26,7 @@ from pipeline.images.value_range import AUTO, FULL, Sample, ValueRange
 from pipeline.log import only_errors
 from pipeline.pack import duplicates, ledger
 from pipeline.pack.bad_files import Outcome, PackReport
+from pipeline.pack.duplicates import Progress
 from pipeline.pack.listing import list_source
 from pipeline.pack.merge import Merge, merge_of, write_shard
 from pipeline.pack.sorted_runs import INDEX_VERSION, PackSpec, write_runs
@@ -42,7 +43,6 @@ log = logging.getLogger("pipeline.pack")
 RGB = 3  # channels
 RUN_BYTES = 128 * 2**20  # of images in memory of one task before they are written
 MAX_IMAGE_BYTES = 64 * 2**20
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def pack(
         written = _write_all(merge, read, spec, on_progress)
         claim.check()
         ledger.drop(claim, stale, written)
-        duplicates.write_duplicates(places.duplicates, scratch, written)
+        duplicates.write_duplicates(places.duplicates, scratch, written, on_progress)
         digest = ledger.write_manifest(
             shards, source, merge.class_names, written, value_range, used
         )

@@ -82,12 +82,12 @@ def data_sections(facts: RunFacts) -> Iterator[Section]:
 
 def _packed(facts: RunFacts, name: str, one: Mapping[str, Any], source: str) -> list[Any]:
     left = [
-        f"{int(number):,} {what.removesuffix('s') if number == 1 else what}"
-        for number, what in (
-            (one.get("duplicates", 0), "identical files"),
-            (one.get("disagreeing", 0), "of them labelled as another class"),
-            (one.get("bad_images", 0), "broken"),
-            (one.get("other_files", 0), "other files"),
+        f"{int(number):,} {singular if number == 1 else plural}"
+        for number, singular, plural in (
+            (one.get("duplicates", 0), "identical file", "identical files"),
+            (one.get("disagreeing", 0), "of them in another class", "of them in other classes"),
+            (one.get("bad_images", 0), "broken", "broken"),
+            (one.get("other_files", 0), "other file", "other files"),
         )
         if number
     ]

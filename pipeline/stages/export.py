@@ -22,7 +22,7 @@ from pipeline.model.foreign_weights import (
     verify_foreign,
     verify_module,
 )
-from pipeline.model.formats import deep_key, known_size
+from pipeline.model.formats import deep_key, known_size, same_sizes
 from pipeline.model.onnx_out import OnnxFile, SessionModule, save_onnx
 from pipeline.model.vit import BackboneSpec, VisionTransformer
 from pipeline.model.weights import (
@@ -60,8 +60,10 @@ def key(context: Context) -> str:
     saved, settings = chosen(context), context.config.export
     name = context.config.track.register or context.config.track.model_name
     asked = [["onnx", *settings.onnx_sizes]] * settings.onnx + [["register", name]] * bool(name)
-    size = trained_plan(saved).config.evaluate.image_size
-    return fingerprint([identity(saved), FORMATS, *asked] + [["size", size]] * bool(size))
+    plan = trained_plan(saved)
+    size = scored_size(context, plan)
+    other = size != plan.config.augment.global_size  # told apart from what was written before
+    return fingerprint([identity(saved), FORMATS, *asked] + [["size", size]] * other)
 
 
 def intact(context: Context) -> bool:
@@ -82,7 +84,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     plan = trained_plan(saved)
     config, value_range = plan.config, plan.value_range or FULL
     backbone = teacher(saved).backbone.eval()
-    weights, images = context.folder.path / "weights", _images(plan)
+    weights, images = context.folder.path / "weights", _images(context, plan)
     if isinstance(backbone, TimmBackbone):
         folder = save_foreign(backbone, weights / "timm", images)
         formats, agreed = {"timm": verify_foreign(backbone, folder)}, ""
@@ -114,13 +116,13 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         name=track.register or track.model_name,
         score=score,
         note=" ".join(filter(None, [verdict, text])),
-        image_size=evaluation_size(config),
+        image_size=scored_size(context, plan),
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
         metrics=scores,
         params={**params(plan), "step": saved.step, "weights": ", ".join(formats)},
-        page=model_page.page(plan, backbone.width, verdict, formats),
+        page=model_page.page(plan, images, backbone.width, verdict, formats),
         tags=model_page.tags(plan, context.config.run.name, rule),
         data=evaluated.get("data", ("", "")),
     )
@@ -137,10 +139,16 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     }
 
 
-def _images(plan: Plan) -> Preprocessing:
+def scored_size(context: Context, plan: Plan) -> int:
+    """Side of the verdict's images, pixels: by today's recipe, else by that of the training."""
+    settings = context.config.evaluate
+    own = settings.image_size if not settings.models else None
+    return own or evaluation_size(plan.config)
+
+
+def _images(context: Context, plan: Plan) -> Preprocessing:
     """What the verdict's images became."""
-    augment = plan.config.augment
-    size = evaluation_size(plan.config)
+    augment, size = plan.config.augment, scored_size(context, plan)
     return Preprocessing(size, augment.mean, augment.std, plan.value_range or FULL)
 
 
@@ -167,14 +175,31 @@ def _write(
     )
     verify(backbone, folder)
     done["dinov2"] = "equal to the bit, read back"
+    # Where a library resizes position embeddings in its own way, its images stay at the size of the
+    # training: there its features are ours.
+    native = replace(images, image_size=spec.image_size)
+    everywhere = same_sizes(spec)
     if not without_huggingface(spec):
         now("export: huggingface, written and compared")
-        folder = save_huggingface(backbone, spec, weights / "huggingface", images)
-        done["huggingface"] = verify_huggingface(backbone, spec, folder)
+        own = images if everywhere[0] else native
+        folder = save_huggingface(backbone, spec, weights / "huggingface", own)
+        done["huggingface"] = verify_huggingface(backbone, spec, folder) + _cut(own, size)
     now("export: timm, written and compared")
-    folder = save_timm(backbone, spec, weights / "timm", images)
-    done["timm"] = verify_timm(backbone, spec, folder)
+    own = images if everywhere[1] else native
+    folder = save_timm(backbone, spec, weights / "timm", own)
+    done["timm"] = verify_timm(backbone, spec, folder) + _cut(own, size)
     return done
+
+
+def _cut(images: Preprocessing, scored: int) -> str:
+    """What is to be known where a format takes images of another size than the verdict is of."""
+    own = known_size(images)
+    if own == scored:
+        return ""
+    return (
+        f"; cuts images to {own} x {own} pixels, for at the {scored} x {scored} of the verdict the "
+        "features of this library are others"
+    )
 
 
 def _onnx(
@@ -183,10 +208,12 @@ def _onnx(
     """Writes `weights/onnx`; gives what is known of each file, by its name."""
     plan = trained_plan(saved)
     settings = context.config.export
-    side = evaluation_size(plan.config)
+    side = scored_size(context, plan)
     sizes = sorted({side, *settings.onnx_sizes})
     now(f"export: onnx for {', '.join(map(str, sizes))} pixels, written and compared")
-    files = save_onnx(backbone, context.folder.path / "weights" / "onnx", sizes, _images(plan))
+    files = save_onnx(
+        backbone, context.folder.path / "weights" / "onnx", sizes, _images(context, plan)
+    )
     said = {
         file.path.name: f"{file.bytes / 2**20:.1f} MiB, outputs within {file.error:.1g} of torch"
         for file in files
@@ -210,7 +237,7 @@ def _knn(
     current = {"evaluate": context.config.evaluate, "data": context.config.data}
     config = plan.config.model_copy(update=current)
     spec = evaluation_spec(plan.model_copy(update={"config": config}), context.shards())
-    spec = replace(spec, image_size=evaluation_size(plan.config), half=False)
+    spec = replace(spec, image_size=scored_size(context, plan), half=False)
     limit, threads = config.evaluate.during_training, len(os.sched_getaffinity(0))
     evaluator = Evaluator(spec, threads)
     own = evaluator.top1(backbone, limit)

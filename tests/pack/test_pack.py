@@ -78,6 +78,37 @@ def plant(root: Path, classes=("ant", "bee", "cow"), each=9) -> dict[str, bytes]
 # ---- folders
 
 
+@pytest.mark.parametrize("labels", ["auto", "none"])
+def test_duplicates_of_several_runs_and_shards_are_listed_beside_what_stays(
+    tmp_path, tasks_here, monkeypatch, labels
+):
+    """A loop over the files: of equal bytes the first by name stays, each other is listed."""
+    monkeypatch.setattr(packing, "RUN_BYTES", 2000)  # a run of some images
+    root, out = tmp_path / "photos", tmp_path / "out"
+    files = plant(root, each=12)
+    rng = random.Random(0)
+    for number in range(30):
+        source = rng.choice(sorted(files))
+        copy = f"{rng.choice(['ant', 'bee', 'cow'])}/copy_{number:02d}.{source[-3:]}"
+        files[copy] = files[source]
+        write(root / copy, files[copy])
+    stays: dict[bytes, str] = {}
+    expected = []
+    for source in sorted(files):
+        first = stays.setdefault(files[source], source)
+        if first != source:
+            classes = [x.split("/")[0] if labels == "auto" else None for x in (source, first)]
+            expected.append((source, image_id(files[source]), classes[0], first, classes[1]))
+    report = packed(root, out, labels=labels, shard_bytes=4000)
+    assert report.shards > 3
+    listed = pq.read_table(out / "duplicates.parquet").to_pylist()
+    assert sorted(tuple(row.values()) for row in listed) == expected
+    assert report.duplicates == len(expected) == 30
+    assert report.disagreeing == sum(row[2] != row[4] for row in expected)
+    assert set(table_of(out)["source"].to_pylist()) == set(stays.values())
+    assert [p.name for p in (out / "work").iterdir()] == ["report.json"]
+
+
 def test_a_folder_gives_each_image_once_and_lists_the_rest(tmp_path, tasks_here, caplog):
     root, out = tmp_path / "photos", tmp_path / "out"
     good = plant(root)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.config.config import Config
 from pipeline.context import Context
@@ -24,6 +23,7 @@ from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.checks.known_sets import KnownSet
 from pipeline.track import journal
 from pipeline.train import build, estimate
+from pipeline.train.checkpoint import state
 from pipeline.train.speed.bottleneck import duration
 from pipeline.train.speed.lasts import flops_per_s, in_words, seconds_of
 
@@ -42,7 +42,7 @@ class Earlier:
     """What earlier starts of a training came to.
 
     Attributes:
-        steps: that are done.
+        steps: of the checkpoint that it goes on from.
         images_per_s: that it trained with at last; 0: it has not begun.
     """
 
@@ -178,13 +178,17 @@ def _training(
     return seconds_of(plan, cost), FORWARD * cost.flops_per_image / speed
 
 
-def _earlier(metrics: Path) -> Earlier:
-    """What the journal of a run says of its training."""
-    steps = journal.read_steps(metrics, "pretrain") if metrics.is_file() else {}
-    speeds = [
-        values["perf/images_per_s"] for values in steps.values() if "perf/images_per_s" in values
-    ]
-    return Earlier(max(steps) + 1, speeds[-1]) if speeds else Earlier()
+def _earlier(context: Context) -> Earlier:
+    """The checkpoint that training goes on from, and the speed that the journal gives last."""
+    saved = state.latest(context.folder.path / "checkpoints")
+    metrics = context.folder.path / journal.FILE_NAME
+    if saved is None or not metrics.is_file():
+        return Earlier()
+    name = "perf/images_per_s"
+    events = journal.read(metrics, having=name.encode())
+    speeds = [event["metrics"].get(name) for _, event in events if "metrics" in event]
+    known = [speed for speed in speeds if speed]  # null where it was not finite
+    return Earlier(saved.step, known[-1]) if known else Earlier()
 
 
 @contextmanager
@@ -200,13 +204,14 @@ def looking_ahead(
     """
     source = sets.get("data.shards") or sets.get("data.source")
     queries = sets.get("evaluate.queries")
+    trains = "pretrain" in stages
     ahead = outlook_of(
         context.config,
         stages,
         source.images if source else 0,
         queries.images if queries else 0,
-        cluster.machine() if "pretrain" in stages else None,
-        _earlier(context.folder.path / journal.FILE_NAME),
+        cluster.machine() if trains else None,
+        _earlier(context) if trains else Earlier(),
     )
     if len(stages) > 1 and (line := ahead.line()):
         log.info("%-11s %s", "time", line)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.plan.plan import Plan, evaluation_size
+from pipeline.images.preprocessing import Preprocessing
+from pipeline.plan.plan import Plan
 from pipeline.stages.tracked.pipeline_page import name_of_images
 from pipeline.uri import public
 
@@ -21,17 +22,20 @@ vectors = model.predict(images)["embedding"]  # a list of numbers for each image
 ```"""
 
 
-def page(plan: Plan, width: int, verdict: str, formats: Mapping[str, str]) -> str:
+def page(
+    plan: Plan, images: Preprocessing, width: int, verdict: str, formats: Mapping[str, str]
+) -> str:
     """The description of the model, markdown.
 
     Args:
         plan: that it was trained with.
+        images: that it takes.
         width: numbers of an embedding.
         verdict: of the run's evaluation; may be empty.
         formats: weights that were written beside it, by format.
     """
     config = plan.config
-    size = evaluation_size(config)
+    size = images.image_size
     parts = [
         verdict or "An image encoder; there is no verdict on it yet.",
         f"**Takes** encoded image files (column `image`), which it cuts to {size} x {size} pixels "
