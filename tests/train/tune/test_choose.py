@@ -213,10 +213,61 @@ class Blocks(nn.Module):
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
-def convolutional(tune: str) -> Pair:
-    built = build_pair(ModuleBackbone(Blocks(), 8), HEAD, None, seed=0)
-    recipe = config(tune, "loss.ibot_weight=0", "loss.mask_probability=0")
+def convolutional(tune: str, *overrides: str, seed: int = 0) -> Pair:
+    torch.manual_seed(seed)
+    built = build_pair(ModuleBackbone(Blocks(), 8), HEAD, None, seed=seed)
+    recipe = config(tune, "loss.ibot_weight=0", "loss.mask_probability=0", *overrides)
     return tuned(built, recipe)
+
+
+def convolutional_state(*overrides: str, seed: int = 0) -> TrainState:
+    built = convolutional("all", *overrides, seed=seed)
+    for module in built.student.backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as weights bring them, not 0 and 1
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    built.teacher.load_state_dict(built.student.state_dict())
+    optimizer = torch.optim.AdamW(parameter_groups(built.student))
+    return TrainState(built, Objective.for_pair(ObjectiveSpec(ibot_weight=0), built), optimizer)
+
+
+def test_kept_statistics_are_those_of_the_weights_and_all_else_learns(tmp_path: Path) -> None:
+    left_alone = convolutional_state("train.batch_norm=kept")
+    student = left_alone.pair.student
+    image = torch.randn(3, 3, 28, 28)
+    evaluated = copy.deepcopy(student.backbone).eval()
+    torch.testing.assert_close(student.backbone(image), evaluated(image))  # in training mode
+    means = {f"backbone.module.blocks.{n}.1.running_mean" for n in range(3)}
+    assert means <= frozen_names(student)
+    before = copy.deepcopy(student.state_dict())
+    for number in range(2):
+        step(left_alone, number)
+    for encoder in left_alone.pair:
+        after = encoder.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in means)
+    changed = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    assert changed >= {n for n in learnt(student) if n.startswith("backbone.module.blocks")}
+    # it goes on to the bit
+    state.save(tmp_path, 2, left_alone.state(), {"plan": {}})
+    again = convolutional_state("train.batch_norm=kept", seed=5)
+    source = restore.newest(tmp_path)
+    assert source is not None
+    source.into(again, torch.device("cpu"))
+    for each in (left_alone, again):
+        step(each, 2)
+    for name, x in again.pair.student.state_dict().items():
+        assert torch.equal(x, student.state_dict()[name]), name
+    # and without it, they move
+    moving = convolutional_state()
+    step(moving, 0)
+    assert not any(torch.equal(before[n], moving.pair.student.state_dict()[n]) for n in means)
+
+
+def test_statistics_that_are_not_there_are_not_kept() -> None:
+    with pytest.raises(PipelineError, match="the backbone has no BatchNorm with running means"):
+        pair_of("all", "train.batch_norm=kept")
+    with pytest.raises(ConfigError, match=r"weights, but model\.init is empty"):
+        load([*SMALL, "train.batch_norm=kept"])
 
 
 @pytest.mark.parametrize("tune", ["last_blocks=1", "lora(rank=2)", "heads"])
