@@ -209,6 +209,9 @@ def _network(lines: Derivation, facts: Facts, images: int) -> None:
             why = "no patch tokens to hide, so no iBOT"
             take("loss.ibot_weight", 0.0, why, "weights")
             take("loss.mask_probability", 0.0, why, "weights")
+    if facts.batch_norm:
+        why = "with the means of other crops they were another network before anything was learnt"
+        take("train.batch_norm", "kept", why, "weights")
     drop = 0.1 if facts.depth >= 12 and images >= FEW else 0.0
     take("model.drop_path", drop, "every block is needed to keep what the weights know")
     if facts.depth > BLOCKS_TUNED and images < FEW and not facts.has_heads:

@@ -56,6 +56,7 @@ class Facts:
         has_layers: layers are known, for layerwise rates.
         has_heads: trained heads come along.
         parameters: of the backbone.
+        batch_norm: its BatchNorm brings running means, of a training that is over.
     """
 
     init: str
@@ -69,6 +70,7 @@ class Facts:
     has_layers: bool
     has_heads: bool
     parameters: int
+    batch_norm: bool = False
 
 
 def facts_of(config: Config) -> Facts:
@@ -239,6 +241,7 @@ def _of_module(backbone: Any, path: str, known: Preprocessing) -> Facts:
         has_layers=False,
         has_heads=False,
         parameters=_parameters(backbone),
+        batch_norm=_has_running_means(backbone),
     )
 
 
@@ -269,6 +272,7 @@ def _of_timm(encoder: str, init: str, known: Preprocessing) -> Facts:
         has_layers=backbone.has_layers,
         has_heads=False,
         parameters=_parameters(backbone),
+        batch_norm=_has_running_means(backbone),
     )
 
 
@@ -293,6 +297,10 @@ def _depth(backbone: Any) -> int:
 
 def _has_layers(backbone: Any) -> bool:
     return bool(getattr(backbone, "has_layers", True))
+
+
+def _has_running_means(backbone: Any) -> bool:
+    return any(name.endswith("running_mean") for name, _ in backbone.named_buffers())
 
 
 def _parameters(backbone: Any) -> int:

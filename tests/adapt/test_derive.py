@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -196,3 +197,11 @@ def test_what_the_weights_say_is_known_before_the_images_are() -> None:
         whole = values(derive(asked(), CONVNET, images, True))
         known = values(facts_alone(asked(), CONVNET))
         assert {field: whole[field] for field in known} == known
+
+
+def test_running_means_of_weights_are_kept_and_the_user_may_say_otherwise() -> None:
+    with_means = replace(CONVNET, batch_norm=True)
+    assert derive(asked(), with_means, 1000, False).value("train.batch_norm") == "kept"
+    assert "train.batch_norm" not in values(derive(asked(), CONVNET, 1000, False))
+    yours = derive(asked("train.batch_norm=batch"), with_means, 1000, False)
+    assert yours.value("train.batch_norm") == "batch"

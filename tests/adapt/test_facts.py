@@ -102,6 +102,7 @@ def test_a_timm_encoder_of_ours(tmp_path: Path) -> None:
     assert facts.values["model.encoder"] == "timm:resnet10t"
     assert facts.values["augment.mean"] == pytest.approx(MEAN[:3])
     assert (facts.image_size, facts.own_grid, facts.patch_size) == (64, None, 0)
+    assert facts.batch_norm
     assert facts.has_layers and facts.depth == 0
 
 
@@ -116,6 +117,7 @@ def test_a_timm_folder_of_another_kind_and_a_loose_file(tmp_path: Path) -> None:
     assert facts.values["model.encoder"] == "timm:vit_tiny_patch16_224"  # it has no LayerScale
     assert facts.values["augment.std"] == [0.25] * 3
     assert (facts.patch_size, facts.depth, facts.image_size) == (16, 12, 32)
+    assert not facts.batch_norm
     assert facts_of(asked(f"timm:local-dir:{tmp_path}")) == facts
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "loose.safetensors")
     with pytest.raises(PipelineError):
