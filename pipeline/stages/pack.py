@@ -209,14 +209,14 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             PackPlaces(
                 bad_images=str(context.folder.at("pack", f"bad_images_{stem}.parquet")),
                 scratch=str(context.folder.at("pack", f"work_{stem}")),
-                other_files=str(_other_files(context, stem)),
+                other_files=str(context.folder.at("pack", f"other_files_{stem}.parquet")),
                 duplicates=str(context.folder.at("pack", f"duplicates_{stem}.parquet")),
             ),
             _options(context.config, FIELDS[name]),
             field=FIELDS[name],
             on_progress=partial(_progress, name),
         )
-        text = _text(name, report, _other_files(context, stem))
+        text = _text(name, report, context.folder.at("pack"))
         result_line("pack", text)
         if said := sentence(report.used_range, report.value_range):
             result_line("range", f"{name} set: {said}")
@@ -225,10 +225,6 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         summary[name] = _numbers(report)
         summary["text"] = "; ".join(filter(None, [summary.get("text"), text]))
     return summary
-
-
-def _other_files(context: Context, stem: str) -> Place:
-    return context.folder.at("pack", f"other_files_{stem}.parquet")
 
 
 def _progress(name: str, what: str, done: int, total: int) -> None:
@@ -267,21 +263,21 @@ def _numbers(report: PackReport) -> dict[str, Any]:
     }
 
 
-def _text(name: str, report: PackReport, other_files: Place) -> str:
+def _text(name: str, report: PackReport, lists: Place) -> str:
+    """What became of the files of a set, and the folder of the lists of those that are no rows."""
     bad = ", ".join(f"{count} {reason}" for reason, count in sorted(report.bad.items()))
     count = sum(report.others.values())
     others = ""
     if count:
         kinds = ", ".join(f"{n} {reason}" for reason, n in sorted(report.others.items()))
-        others = (
-            f"; {count} other file{'s' * (count != 1)} left alone ({kinds}), "
-            f"listed in {public(other_files)}"
-        )
+        others = f"; {count} other file{'s' * (count != 1)} left alone ({kinds})"
     other_class = f" ({report.disagreeing:,} in another class)" if report.disagreeing else ""
+    listed = count or report.duplicates or report.bad
     return (
         f"{name}: {report.images_in:,} in = {report.images_packed:,} packed + "
         f"{report.duplicates:,} byte duplicates{other_class} + {sum(report.bad.values()):,} bad"
         f"{f' ({bad})' if bad else ''}, {report.seconds:.0f} s{others}"
+        f"{f'; listed in {public(lists)}' if listed else ''}"
     )
 
 
@@ -306,5 +302,6 @@ def _track(
         tracker.tags({"images.manifest": report.digest, "shards": public(shards)})
         tracker.note(
             f"{report.images_packed:,} images packed of {report.images_in:,}: "
-            f"{report.duplicates:,} byte duplicates, {numbers['bad_images']:,} bad"
+            f"{report.duplicates:,} byte duplicates, {report.disagreeing:,} in another class, "
+            f"{numbers['bad_images']:,} bad"
         )
