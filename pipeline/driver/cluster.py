@@ -63,7 +63,7 @@ OWN_RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     "RAY_raylet_start_wait_time_s": "2",  # one look, then ray_internals looks again
-    # Each process counts for a dashboard that is not started: a fourth of what idle ones cost.
+    # Each process counts for a dashboard that is not started: a fourth of what an idle Ray costs.
     "RAY_enable_metrics_collection": "0",
 }
 ROOT = Path(__file__).resolve().parents[2]
