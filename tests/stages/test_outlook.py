@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from pipeline.config.load import load
@@ -10,6 +15,7 @@ from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.console import outlook
 from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Earlier, Outlook, outlook_of
+from pipeline.track.journal import Journal
 from pipeline.train import build, estimate
 
 MACHINE = Machine(cpus=2, gpus=0, bfloat16=True, nodes=(Node(2, driver=True),))
@@ -84,3 +90,21 @@ def test_an_estimate_on_gpus_needs_no_weights(recipe: str, gpus: int, device: st
     assert {one.device.type for one in shapes.student.parameters()} == {device}
     expected = estimate.estimated_cost(plan, build.pair(plan.config))
     assert estimate.estimated_cost(plan, shapes) == expected
+
+
+def test_a_resume_counts_from_its_checkpoint_at_the_speed_it_had_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context: Any = SimpleNamespace(folder=SimpleNamespace(path=tmp_path))
+    saved: list[Any] = [None]
+    monkeypatch.setattr(outlook.state, "latest", lambda folder: saved[0])
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for step, speed in ((49, 20.0), (99, 32.0), (149, math.nan)):
+        journal.metrics("pretrain", step, {"perf/images_per_s": speed})
+    journal.metrics("pretrain", 160, {"loss/total": 1.0})
+    journal.close()
+    assert outlook._earlier(context) == Earlier()  # killed before its first checkpoint
+    saved[0] = SimpleNamespace(step=120)
+    assert outlook._earlier(context) == Earlier(120, 32.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert outlook._earlier(context) == Earlier()
