@@ -56,7 +56,8 @@ class Facts:
         has_layers: layers are known, for layerwise rates.
         has_heads: trained heads come along.
         parameters: of the backbone.
-        batch_norm: its BatchNorm brings running means, of a training that is over.
+        batch_norm: its BatchNorm brings running means to keep: of weights that are done, or kept in
+            their own training.
     """
 
     init: str
@@ -177,6 +178,7 @@ def _of_run(init: str) -> Facts | None:
         has_layers=_has_layers(backbone),
         has_heads=trained,
         parameters=_parameters(backbone),
+        batch_norm=config.train.batch_norm == "kept",  # else its own means moved, and go on
     )
 
 
@@ -300,7 +302,9 @@ def _has_layers(backbone: Any) -> bool:
 
 
 def _has_running_means(backbone: Any) -> bool:
-    return any(name.endswith("running_mean") for name, _ in backbone.named_buffers())
+    from pipeline.train.tune.choose import with_running_means
+
+    return bool(with_running_means(backbone))
 
 
 def _parameters(backbone: Any) -> int:

@@ -152,6 +152,11 @@ class Config(Section):
                 "train.batch_norm=kept keeps the running means of weights, but model.init is "
                 "empty; name weights with model.init or set train.batch_norm=batch"
             )
+        if self.train.batch_norm == "kept" and self.model.encoder == "dinov2":
+            raise ValueError(
+                "train.batch_norm=kept, but a ViT of ours has no BatchNorm; leave it out, or name "
+                "the encoder of the weights: model.encoder=timm:… or module:…"
+            )
         if self.train.tune == "heads" and self.distill.alone and self.distill.loss != "targets":
             raise ValueError(
                 f"train.tune=heads freezes the backbone, and distill.loss={self.distill.loss} may "

@@ -130,11 +130,13 @@ def _parts(
 def _gathered(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Small tables together, so that there is no row group for each shard."""
     waiting: list[pa.Table] = []
+    rows = 0
     for table in tables:
         waiting.append(table)
-        if sum(len(one) for one in waiting) >= ROW_GROUP:
+        rows += len(table)
+        if rows >= ROW_GROUP:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, rows = [], 0
     if waiting:
         yield pa.concat_tables(waiting)
 

@@ -38,7 +38,7 @@ from pipeline.train.checkpoint import state
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.adapt")
-FORM = 1  # of what the stage stores; one of another form is made once more
+FORM = 2  # of what the stage stores; one of another form is made once more
 RECIPE, PAGE = "recipe.yaml", "card.html"
 GPU_BYTES = 20 * 2**30  # that a step may take where nobody knows the GPU: one of 24 GB
 ROOM = 0.6  # of a machine's memory for the steps of all workers

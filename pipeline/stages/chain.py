@@ -149,6 +149,8 @@ def _run(
             _write_report(context)
         say_verdict(context)
         return
+    if "adapt" in context.results:  # it was finished before: what it derived is what is trained
+        config = context.config
     written = write_config(config, folder)
     push()  # a remote run folder that cannot be written is said now
     hide_credentials()  # before there are workers, which get the environment

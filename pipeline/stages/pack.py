@@ -302,6 +302,6 @@ def _track(
         tracker.tags({"images.manifest": report.digest, "shards": public(shards)})
         tracker.note(
             f"{report.images_packed:,} images packed of {report.images_in:,}: "
-            f"{report.duplicates:,} byte duplicates, {report.disagreeing:,} in another class, "
+            f"{report.duplicates:,} byte duplicates ({report.disagreeing:,} in another class), "
             f"{numbers['bad_images']:,} bad"
         )

@@ -34,7 +34,7 @@ from pipeline.train.evaluator import evaluation_spec
 from pipeline.train.guard.begin import described, is_guarded
 from pipeline.train.run import check_resume, plan_for, pretrain, write_plan
 from pipeline.train.speed.cost import Cost
-from pipeline.train.tune.choose import tuned
+from pipeline.train.tune.choose import tuned, with_running_means
 from pipeline.train.tune.share import said
 from pipeline.uri import public
 from pipeline.views.photometric import skipped_operations
@@ -293,6 +293,11 @@ def describe(plan: Plan, built: Pair, cost: Cost) -> list[str]:
         lines.append(f"tune        {config.train.tune}: {said(built)}")
         if config.train.tune == "heads" and config.train.freeze_backbone_steps:
             lines.append("            train.freeze_backbone_steps is not used: no backbone learns")
+    if config.model.init and with_running_means(built.student.backbone):
+        means = "the running means of model.init, which stay (train.batch_norm)"
+        if config.train.batch_norm == "batch":
+            means = "the batch; train.batch_norm=kept keeps the running means of model.init"
+        lines.append(f"norm        BatchNorm of the backbone uses {means}")
     if plan.value_range not in (None, FULL):
         lines.append(
             f"range       values {shown(plan.value_range)} of images of more than 8 bits become 0 "

@@ -95,13 +95,14 @@ def test_an_estimate_on_gpus_needs_no_weights(recipe: str, gpus: int, device: st
 def test_a_resume_counts_from_its_checkpoint_at_the_speed_it_had_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context: Any = SimpleNamespace(folder=SimpleNamespace(path=tmp_path))
+    context: Any = SimpleNamespace(folder=SimpleNamespace(path=tmp_path, checkpoints=tmp_path))
     saved: list[Any] = [None]
     monkeypatch.setattr(outlook.state, "latest", lambda folder: saved[0])
     journal = Journal(tmp_path / "metrics.jsonl")
     for step, speed in ((49, 20.0), (99, 32.0), (149, math.nan)):
         journal.metrics("pretrain", step, {"perf/images_per_s": speed})
     journal.metrics("pretrain", 160, {"loss/total": 1.0})
+    journal.metrics("finetune", 5, {"perf/images_per_s": 500.0})
     journal.close()
     assert outlook._earlier(context) == Earlier()  # killed before its first checkpoint
     saved[0] = SimpleNamespace(step=120)

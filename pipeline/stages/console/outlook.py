@@ -180,13 +180,14 @@ def _training(
 
 def _earlier(context: Context) -> Earlier:
     """The checkpoint that training goes on from, and the speed that the journal gives last."""
-    saved = state.latest(context.folder.path / "checkpoints")
+    saved = state.latest(context.folder.checkpoints)
     metrics = context.folder.path / journal.FILE_NAME
     if saved is None or not metrics.is_file():
         return Earlier()
     name = "perf/images_per_s"
     events = journal.read(metrics, having=name.encode())
-    speeds = [event["metrics"].get(name) for _, event in events if "metrics" in event]
+    ours = (one for _, one in events if one["run"] == "pretrain" and "metrics" in one)
+    speeds = [event["metrics"].get(name) for event in ours]
     known = [speed for speed in speeds if speed]  # null where it was not finite
     return Earlier(saved.step, known[-1]) if known else Earlier()
 

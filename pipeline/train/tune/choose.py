@@ -66,20 +66,21 @@ def tuned(pair: Pair, config: Config) -> Pair:
     return pair
 
 
+def with_running_means(backbone: nn.Module) -> list[nn.Module]:
+    """The BatchNorm of a backbone that has statistics to keep."""
+    norms = (module for module in backbone.modules() if isinstance(module, BatchNorm))
+    return [norm for norm in norms if norm.track_running_stats]
+
+
 def _keep_statistics(pair: Pair) -> None:
-    norms = [
-        module
-        for encoder in pair
-        for module in encoder.backbone.modules()
-        if isinstance(module, BatchNorm) and module.track_running_stats
-    ]
+    norms = [norm for encoder in pair for norm in with_running_means(encoder.backbone)]
     if not norms:
         raise PipelineError(
             "train.batch_norm=kept, but the backbone has no BatchNorm with running means",
-            "leave train.batch_norm out",
+            "set train.batch_norm=batch, which changes nothing for it",
         )
-    for module in norms:
-        module.eval()
+    for norm in norms:
+        norm.eval()
 
 
 def last_blocks(backbone: Backbone, count: int) -> list[nn.Parameter]:

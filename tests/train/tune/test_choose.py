@@ -197,6 +197,13 @@ def test_the_last_blocks_of_the_residual_network_of_ours() -> None:
     assert "module.stages.0.conv1.low_rank_up" in learnt(low)
 
 
+class Mean(nn.Module):
+    """[B, C, N] to [B, C]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2)
+
+
 class Blocks(nn.Module):
     """Convolutions with BatchNorm, as rows of blocks."""
 
@@ -213,10 +220,18 @@ class Blocks(nn.Module):
         return self.blocks(self.stem(x)).mean((2, 3))
 
 
+CONVOLUTIONAL = [
+    "model.encoder=module:nets:blocks",
+    "loss.ibot_weight=0",
+    "loss.mask_probability=0",
+    "optim.layerwise_decay=1",
+]
+
+
 def convolutional(tune: str, *overrides: str, seed: int = 0) -> Pair:
     torch.manual_seed(seed)
     built = build_pair(ModuleBackbone(Blocks(), 8), HEAD, None, seed=seed)
-    recipe = config(tune, "loss.ibot_weight=0", "loss.mask_probability=0", *overrides)
+    recipe = config(tune, *CONVOLUTIONAL, *overrides)
     return tuned(built, recipe)
 
 
@@ -264,8 +279,12 @@ def test_kept_statistics_are_those_of_the_weights_and_all_else_learns(tmp_path: 
 
 
 def test_statistics_that_are_not_there_are_not_kept() -> None:
+    without = ModuleBackbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), Mean()), 8)
+    recipe = config("all", *CONVOLUTIONAL, "train.batch_norm=kept")
     with pytest.raises(PipelineError, match="the backbone has no BatchNorm with running means"):
-        pair_of("all", "train.batch_norm=kept")
+        tuned(build_pair(without, HEAD, None, seed=0), recipe)
+    with pytest.raises(ConfigError, match="a ViT of ours has no BatchNorm"):
+        config("all", "train.batch_norm=kept")
     with pytest.raises(ConfigError, match=r"weights, but model\.init is empty"):
         load([*SMALL, "train.batch_norm=kept"])
 
