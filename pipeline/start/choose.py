@@ -14,6 +14,7 @@ from pipeline.adapt.recipe import Line, Recipe, is_set
 from pipeline.config.config import Config
 from pipeline.config.load import RECIPES, read_recipe
 from pipeline.errors import DataError
+from pipeline.stages.console.closing import typed
 from pipeline.start.folder import Folder
 from pipeline.start.machine import Surroundings
 from pipeline.start.reasons import REASONS
@@ -104,8 +105,8 @@ def choose(config: Config, folder: Folder, around: Surroundings) -> Choice:
         raise DataError(
             f"{config.data.source} has {folder.images} images: too few for anything but adaptation "
             f"(random weights need {FEWEST} at least, and learn little from some hundreds)",
-            "get released weights and name them: python jobs/start.py "
-            f"{config.data.source} weights=FILE (docs/adapt.md)",
+            "get released weights and name them: "
+            f"{typed('start', config.data.source, 'weights=FILE')} (docs/adapt.md)",
         )
     elif gpu and folder.images >= FOR_A_VIT and (folder.side or 224) >= SMALL_SIDE:
         name = "vits14"

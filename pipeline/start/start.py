@@ -14,6 +14,7 @@ from pipeline.doctor.dry_run import dry_run
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import now
 from pipeline.stages.chain import ORDER
+from pipeline.stages.console.closing import typed
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import choose
@@ -90,8 +91,8 @@ def start(config: Config, dry: bool = False) -> Started:
             said = write(path, text_of(choice, facts))
             load([str(path)])  # what is written can be read
             result_line("wrote", f"{path}, each value with its reason" + f" ({said})" * bool(said))
-            result_line("dry run", f"python jobs/run.py {path} --dry-run")
-            result_line("run", f"python jobs/run.py {path}")
+            result_line("dry run", typed("run", str(path), "--dry-run"))
+            result_line("run", typed("run", str(path)))
     reasons = {line.field: line.reason for line in choice.recipe.lines}
     return Started(path, folder.source, choice.name, choice.why, reasons, recipe.seconds)
 
@@ -139,7 +140,7 @@ def _say_weights(config: Config) -> None:
         return
     result_line("weights", "none named; these are here, and give more than random ones:")
     for place in there:
-        result_line("", f"python jobs/start.py {config.data.source} {place}")
+        result_line("", typed("start", config.data.source, str(place)))
 
 
 def _say_time(recipe: Fitted, folder: Folder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,13 @@ def test_without_vectors_they_are_what_comes_next(context: Context) -> None:
     assert closing(context, "")[-1] == (
         "next", "python jobs/embed.py model=runs/x data.source=photos/",
     )  # fmt: skip
+
+
+def test_a_name_with_a_space_is_quoted(context: Context) -> None:
+    del context.results["embed"]
+    context.config = load(["run.name=x", "data.source=my photos/"])
+    (_, line) = closing(context, "")[-1]
+    assert shlex.split(line)[2:] == ["model=runs/x", "data.source=my photos/"]
 
 
 def test_a_run_says_less_of_its_plan_than_a_dry_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,13 @@ def _next(context: Context) -> list[str]:
     home = short_path(context.folder)
     if "embed" in context.results:
         return [
-            f"python jobs/search.py vectors={home} query=PHOTO.jpg",
-            f"python jobs/serve.py model={home} vectors={home}/vectors",
+            typed("search", f"vectors={home}", "query=PHOTO.jpg"),
+            typed("serve", f"model={home}", f"vectors={home}/vectors"),
         ]
     source = public(context.config.data.source) or "PHOTOS/"
-    return [f"python jobs/embed.py model={home} data.source={source}"]
+    return [typed("embed", f"model={home}", f"data.source={source}")]
+
+
+def typed(job: str, *words: str) -> str:
+    """A command as a shell takes it: names with spaces are quoted."""
+    return shlex.join(["python", f"jobs/{job}.py", *words])
