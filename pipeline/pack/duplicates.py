@@ -42,8 +42,8 @@ def write_part(
     packed: np.ndarray[Any, Any],
     classes: Sequence[str | None],
     scratch: str,
-) -> dict[str, Any]:
-    """Lists the duplicates of one shard.
+) -> pa.Table:
+    """Lists the duplicates of one shard, in a file and as a table of `DUPLICATE_SCHEMA`.
 
     Args:
         index: of the shard.
@@ -51,14 +51,8 @@ def write_part(
         packed: for each row, int64 [N], the row that is packed in its place; itself where it is.
         classes: name of the class of each row; None where it has none.
         scratch: folder of the intermediate files.
-
-    Returns:
-        For the shard's account: `duplicates`, the number of rows that are not packed, and
-        `disagreeing`, how many of them have another class than the row that is.
     """
     left_out = np.flatnonzero(packed != np.arange(len(packed)))
-    if not len(left_out):
-        return {"duplicates": 0, "disagreeing": 0}
     every = pa.table(
         {
             "source": rows.column("source"),
@@ -71,7 +65,7 @@ def write_part(
     table = pa.table(columns, schema=DUPLICATE_SCHEMA)
     fs, folder = resolve_uri(scratch)
     write_parquet_atomic(table, fs, _part(folder, index), row_group_size=ROW_GROUP)
-    return {"duplicates": len(left_out), "disagreeing": _disagreeing(table).num_rows}
+    return table
 
 
 def write_duplicates(
@@ -93,7 +87,7 @@ def write_duplicates(
         for table in _gathered(_parts(fs, folder, accounts, on_progress)):
             writer.write_table(table, row_group_size=ROW_GROUP)
             if len(named) < NAMED:
-                pairs = _disagreeing(table).slice(0, NAMED - len(named)).to_pylist()
+                pairs = disagreeing(table).slice(0, NAMED - len(named)).to_pylist()
                 named += [f"{row['source']} and {row['packed_source']}" for row in pairs]
     if count := sum(account["disagreeing"] for account in accounts):
         log.warning(
@@ -145,5 +139,6 @@ def _part(folder: str, index: int) -> str:
     return f"{folder}/duplicates/shard-{index:06d}.parquet"
 
 
-def _disagreeing(table: pa.Table) -> pa.Table:
+def disagreeing(table: pa.Table) -> pa.Table:
+    """The rows of a list of duplicates whose class is not that of the image that is packed."""
     return table.filter(pc.not_equal(table["class"], table["packed_class"]))

@@ -127,11 +127,14 @@ def write_shard(index: int, merge: Merge, spec: PackSpec) -> dict[str, Any]:
     parts = [_rows_of(scratch_fs, run["path"], n, low, high) for n, run in enumerate(runs)]
     every, packed = _by_id(pa.concat_tables(parts))
     every_label = _labels(every, [run["names"] for run in runs], merge)
-    classes = [_class_name(label, merge) for label in every_label]
     kept = np.flatnonzero(packed == np.arange(len(packed)))
     rows = every.take(pa.array(kept, pa.int64())).combine_chunks()
     account: dict[str, Any] = {"index": index, "name": shard_name(index), "rows": rows.num_rows}
-    account |= duplicates.write_part(index, every, packed, classes, spec.scratch)
+    account |= {"duplicates": len(packed) - len(kept), "disagreeing": 0}
+    if account["duplicates"]:
+        classes = [_class_name(label, merge) for label in every_label]
+        listed = duplicates.write_part(index, every, packed, classes, spec.scratch)
+        account["disagreeing"] = duplicates.disagreeing(listed).num_rows
     groups: Iterator[pa.Table] = iter(())
     schema = pa.schema([*IMAGE_SHARD_SCHEMA, *spec.extras])
     schema = schema.with_metadata(shard_metadata(merge.class_names, merge.value_range))
