@@ -208,12 +208,10 @@ class Config(Section):
         features = self.distill.alone and self.distill.loss != "targets"
         if self.model.encoder != "dinov2" and (features or not self.loss.ibot_weight):
             return self  # an encoder that may have no patches: it says itself what it takes
-        # models that are named instead of this recipe's say themselves what sizes they take
-        own = self.evaluate.image_size if not self.evaluate.models else None
         for name, size in (
             ("augment.global_size", self.augment.global_size),
             ("augment.local_size", self.augment.local_size if self.augment.local_crops else patch),
-            ("evaluate.image_size", own or patch),
+            ("evaluate.image_size", self.evaluate.own_image_size or patch),
         ):
             if size % patch:
                 raise ValueError(

@@ -142,6 +142,11 @@ class Evaluate(Section):
             )
         return self
 
+    @property
+    def own_image_size(self) -> int | None:
+        """`image_size` where the recipe's own network is scored: with `models` it is theirs."""
+        return None if self.models else self.image_size
+
     def choosing(self) -> list[str]:
         """Names of the scores that can choose the best checkpoint of a training."""
         return [*(f"knn{k}_top1" for k in sorted({*VOTERS, self.k})), *DECIDING]

@@ -42,7 +42,7 @@ def model_of(config: Config, folder: RunFolder) -> EmbedderSpec:
         own, run = chosen_in(folder, config).path, str(folder.at())
         named = checkpoint_at(run)
         model = run if named and str(named.path) == str(own) else str(own)
-    scored = None if embed.model or config.evaluate.models else config.evaluate.image_size
+    scored = None if embed.model else config.evaluate.own_image_size
     return embedder_of(
         model,
         image_size=embed.image_size or scored,

@@ -116,7 +116,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         name=track.register or track.model_name,
         score=score,
         note=" ".join(filter(None, [verdict, text])),
-        image_size=scored_size(context, plan),
+        image_size=known_size(images),
         mean=config.augment.mean,
         std=config.augment.std,
         value_range=value_range,
@@ -141,9 +141,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
 
 def scored_size(context: Context, plan: Plan) -> int:
     """Side of the verdict's images, pixels: by today's recipe, else by that of the training."""
-    settings = context.config.evaluate
-    own = settings.image_size if not settings.models else None
-    return own or evaluation_size(plan.config)
+    return context.config.evaluate.own_image_size or evaluation_size(plan.config)
 
 
 def _images(context: Context, plan: Plan) -> Preprocessing:
