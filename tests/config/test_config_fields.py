@@ -58,8 +58,9 @@ def test_without_its_readers_a_field_is_reported() -> None:
         touched = {place.rpartition(":")[0] for place in FOUND[field]}
         files = {name: SOURCES[name] for name in touched}
         assert field in reads(files, SHAPE), field
-        readers = "dimensions|alone|changed|model_dump|getattr"
-        word = re.compile(rf"\b({field.rpartition('.')[2]}|{readers})\b")
+        properties = [name for (_, name), read in SHAPE.properties.items() if field in read]
+        readers = [field.rpartition(".")[2], *properties, "model_dump", "getattr"]
+        word = re.compile(rf"\b({'|'.join(readers)})\b")
         files = {name: word.sub("rubbed_out", text) for name, text in files.items()}
         assert field not in reads(files, SHAPE), field
 
