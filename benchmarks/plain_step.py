@@ -1,11 +1,11 @@
 """The plain loop that `benchmarks/step.py` compares with: one process, one thread, plain torch.
 
-    python benchmarks/plain_step.py SHARDS NETWORK STEPS [decoded]
+    python benchmarks/plain_step.py SHARDS NETWORK STEPS [decoded] [half]
 
 The networks, crops, colours and masks are those of the product. All else is written out: dense
 float32 targets and losses, `torch.optim.AdamW` in its fused form, `clip_grad_norm_` and a lerp for
-the teacher. `decoded`: images are decoded and cut before the clock starts. Prints the CPU
-milliseconds of a step.
+the teacher. `decoded`: images are decoded and cut before the clock starts. `half`: a step has half
+the batch. Prints the CPU milliseconds of a step.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ from pipeline.views.batch import Batch, Views
 SETTLED = 10  # steps before the clock starts
 
 
-def plan_for(network: str, shards: ShardSet, steps: int) -> Plan:
+def plan_for(network: str, shards: ShardSet, steps: int, half: bool) -> Plan:
     """The recipe for one worker."""
     fields = [f"optim.steps={steps}", "train.workers=1", "data.source=", "data.shards=x"]
+    if half:
+        whole = load(recipe(network)).optim.global_batch_size
+        fields += [f"optim.global_batch_size={whole // 2}"]
     machine = Machine(cpus=2, gpus=0, bfloat16=cpu_has_bfloat16())
     return planned(load(recipe(network, *fields)), shards, machine)
 
@@ -120,17 +123,17 @@ class PlainLoop:
             raise RuntimeError("the loss is not finite")
 
 
-def main(shards_folder: str, network: str, steps: int, decoded: bool) -> float:
+def main(shards_folder: str, network: str, steps: int, *how: str) -> float:
     """CPU milliseconds a step."""
     torch.set_num_threads(1)
     shards = open_shards(shards_folder)
-    plan = plan_for(network, shards, SETTLED + steps)
+    plan = plan_for(network, shards, SETTLED + steps, "half" in how)
     pair = build.pair(plan.config)
     prepare(pair, build.layout(plan, torch.device("cpu")))  # channels last, where it is for us
     make = build.view_maker(plan, pair, torch.device("cpu"))
     loop = PlainLoop(plan, pair)
     images = batches(plan, shards, SETTLED + steps)
-    if decoded:
+    if "decoded" in how:
         images = iter(list(images))
     begin = 0.0
     for number in range(SETTLED + steps):
@@ -141,4 +144,4 @@ def main(shards_folder: str, network: str, steps: int, decoded: bool) -> float:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), "decoded" in sys.argv[4:]))
+    print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:]))

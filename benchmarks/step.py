@@ -3,12 +3,13 @@
     python benchmarks/step.py SHARDS [--network vit residual] [--rounds N] [--steps N]
 
 SHARDS is a folder that `jobs/pack.py configs/cifar10.yaml` has filled. `ours` is `jobs/pretrain.py`
-with two workers, through Ray Train and Ray Data: the CPU seconds of ALL processes of the run in a
-window of steps, divided by the steps. The plain loop (`plain_step.py`) is one process of one thread
-with the same network, batch, crops and colours, whose losses and update are written in plain torch.
-Two plain loops at once say what busy cores cost each other. All begin with encoded images in
-parquet files. They run in turn, so that a slow moment of a shared machine meets all; wall time is
-not looked at. Evaluation and checkpoints lie outside the window.
+through Ray Train and Ray Data: the CPU seconds of ALL processes of the run in a window of steps,
+divided by the steps; with one worker of one thread, as the plain loop has, and with two that halve
+the batch, as the recipe has. The plain loop (`plain_step.py`) is one process of one thread with the
+same network, batch, crops and colours, whose losses and update are written in plain torch. Two of
+its steps of half the batch say what halving costs by itself, and two loops at once what busy cores
+cost each other. All begin with encoded images in parquet files. They run in turn, so that a slow
+moment of a shared machine meets all. Evaluation and checkpoints lie outside the window.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -47,6 +49,12 @@ NETWORKS: dict[str, list[str]] = {
         "optim.global_batch_size=64",
         "optim.lr=1e-3",
     ],
+}
+
+
+WORKERS: dict[str, list[str]] = {
+    "ours, one worker": ["train.workers=1", "resources.threads=1"],
+    "ours, two workers": ["train.workers=2"],
 }
 
 
@@ -124,8 +132,17 @@ def last_step(metrics: Path) -> int:
     return max(steps)
 
 
-def ours(shards: str, network: str, steps: int, fields: list[str]) -> tuple[dict[str, float], str]:
-    """CPU milliseconds a step by kind of process, and the parts of a step of rank 0's trace."""
+@dataclass(frozen=True)
+class Taken:
+    """What a run of ours took: milliseconds a step, and the parts of a step of rank 0's trace."""
+
+    cpu: dict[str, float]  # by kind of process
+    wall: float
+    trace: str
+
+
+def ours(shards: str, network: str, steps: int, fields: list[str]) -> Taken:
+    """One run through `jobs/pretrain.py`."""
     first, last = SETTLED, SETTLED + steps
     with tempfile.TemporaryDirectory() as folder:
         end = last + 5 + TRACED
@@ -166,23 +183,21 @@ def ours(shards: str, network: str, steps: int, fields: list[str]) -> tuple[dict
                 raise SystemExit(output.read_text())
         kinds = meter.between(before, after)
         per_step = {kind: 1000 * s / (stop - start) for kind, s in kinds.items()}
-        print(f"{stop - start} steps in {seconds:.0f} s of wall time", flush=True)
         (table,) = (Path(folder) / "step" / "pretrain" / "profile").glob("*.md")
-        return per_step, table.read_text()
+        return Taken(per_step, 1000 * seconds / (stop - start), table.read_text())
 
 
-def plain(shards: str, network: str, steps: int, decoded: bool = False, loops: int = 1) -> float:
+def plain(shards: str, network: str, steps: int, *how: str, loops: int = 1) -> float:
     """CPU milliseconds a step of the plain loop.
 
     Args:
         shards: the folder.
         network: of `NETWORKS`.
         steps: that count.
-        decoded: whether images are decoded before the clock starts.
+        how: "decoded", images are decoded before the clock starts; "half", of half the batch.
         loops: that run at once, each for itself; the mean of them.
     """
-    command = [sys.executable, "benchmarks/plain_step.py", shards, network, str(steps)]
-    command += ["decoded"] * decoded
+    command = [sys.executable, "benchmarks/plain_step.py", shards, network, str(steps), *how]
     runs = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(loops)
     ]
@@ -198,33 +213,35 @@ def spread(values: list[float], form: Callable[[float], str]) -> str:
 
 
 def compare(shards: str, network: str, rounds: int, steps: int, fields: list[str]) -> None:
-    """Prints both in turn, their ratio, and where the CPU time of ours goes."""
-    ways: dict[str, Callable[[], float]] = {
+    """Prints all in turn, their ratio, and where the CPU time of ours goes."""
+    loops: dict[str, Callable[[], float]] = {
         "plain loop": lambda: plain(shards, network, steps),
-        "plain loop, images decoded before": lambda: plain(shards, network, steps, decoded=True),
+        "plain loop, decoded before": lambda: plain(shards, network, steps, "decoded"),
+        "plain loop, two halves": lambda: 2 * plain(shards, network, steps, "half"),
         "plain loops, two at once": lambda: plain(shards, network, steps, loops=2),
     }
-    taken: dict[str, list[float]] = defaultdict(list)
-    kinds: dict[str, list[float]] = defaultdict(list)
-    table = ""
+    cpu: dict[str, list[float]] = defaultdict(list)
+    runs: dict[str, list[Taken]] = defaultdict(list)
     for number in range(rounds):
-        for name, way in ways.items():
-            taken[name].append(way())
-        by_kind, table = ours(shards, network, steps, fields)
-        for kind, ms in by_kind.items():
-            kinds[kind].append(ms)
-        taken["ours"].append(sum(by_kind.values()))
-        row = ", ".join(f"{name} {values[-1]:.0f}" for name, values in taken.items())
+        for name, loop in loops.items():
+            cpu[name].append(loop())
+        for name, workers in WORKERS.items():
+            runs[name].append(ours(shards, network, steps, [*workers, *fields]))
+            cpu[name].append(sum(runs[name][-1].cpu.values()))
+        row = ", ".join(f"{name} {values[-1]:.0f}" for name, values in cpu.items())
         print(f"{network} round {number + 1}: CPU ms a step: {row}", flush=True)
     print(f"\n{network}, {rounds} rounds of {steps} steps, CPU ms a step, median (min to max):")
-    for name, values in taken.items():
-        ratio = [a / b for a, b in zip(taken["ours"], values, strict=True)]
+    for name, values in cpu.items():
+        ratio = [a / b for a, b in zip(values, cpu["plain loop"], strict=True)]
         line = f"{name:36} {spread(values, lambda x: f'{x:.0f}')}"
-        print(line + f"; ours / it {spread(ratio, lambda x: f'{x:.2f}')}" * (name != "ours"))
-    print("\nof ours, by process:")
-    for kind, values in sorted(kinds.items(), key=lambda item: -statistics.median(item[1])):
-        print(f"{kind:36} {spread(values, lambda x: f'{x:.1f}')}")
-    print(f"\ninside worker 0, traced:\n{table}")
+        print(f"{line}; of the plain loop {spread(ratio, lambda x: f'{x:.2f}')}")
+    for name, taken in runs.items():
+        wall = spread([run.wall for run in taken], lambda x: f"{x:.0f}")
+        print(f"\n{name}: {wall} ms of wall time a step; CPU ms by process:")
+        for kind in sorted(taken[-1].cpu, key=lambda kind: -taken[-1].cpu[kind]):
+            values = [run.cpu.get(kind, 0.0) for run in taken]
+            print(f"{kind:36} {spread(values, lambda x: f'{x:.1f}')}")
+        print(f"\ninside worker 0, traced:\n{taken[-1].trace}")
 
 
 def main() -> None:

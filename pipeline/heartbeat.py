@@ -63,7 +63,8 @@ class Heartbeat:
         finally:
             with self._lock:
                 del self._doing[depth:]
-                self.left_s = left_s
+                passed = self._clock() - begun
+                self.left_s = None if left_s is None else max(0.0, left_s - passed)
 
     @contextmanager
     def idle(self) -> Iterator[None]:

@@ -118,3 +118,17 @@ def test_a_line_of_progress_has_a_word_on_all_that_is_left(
     assert capsys.readouterr().out == (
         "still       step 3 of 9 | all 65 s\nstill       counting | all 60 s\n"
     )
+
+
+def test_what_was_done_meanwhile_is_no_longer_left() -> None:
+    clock = Clock()
+    heart = Heartbeat(print, clock=clock)
+    with heart.doing("training"):
+        heart.now("step 3 of 9", left_s=30.0)
+        with heart.doing("saving"):
+            assert heart.left_s is None
+            clock.seconds += 12
+        assert heart.left_s == 18
+        with heart.doing("saving"):
+            clock.seconds += 60
+        assert heart.left_s == 0
