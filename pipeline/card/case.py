@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from pipeline.card.card import Card, Contender, Role
@@ -34,12 +34,15 @@ class ModelFacts:
         alarm: the sentence of `evaluate.health.alarm`, where it has one.
         init: the weights that its run started from, as they were named; "" where from nothing.
         passes: over these images; 0 where that is unknown.
+        best_of: evaluations on the images of the card that its checkpoint was chosen from by the
+            score that decides.
     """
 
     training_images: int = 0
     alarm: str = ""
     init: str = ""
     passes: float = 0.0
+    best_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Gain:
     def needed(self) -> float:
         """Images that would tell: a margin falls with the root of their number."""
         worth = max(abs(self.interval.value), TELLING * self.scale)
-        return max(1.0, self.images * (self.interval.margin / worth) ** 2)
+        margin = max(self.interval.margin, self.interval.value - self.interval.low)
+        return max(1.0, self.images * (margin / worth) ** 2)
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,10 @@ class Case:
     def gain(self, other: Contender, over: Contender | None = None, level: float = LEVEL) -> Gain:
         """Of the best model, or of `over`, against another, on the same images."""
         one = over or self.best
+        best_of = self.facts.models.get(one.name, ModelFacts()).best_of
         pair = (one.role, one.name, other.role, other.name, level)
         if pair not in self._gains:
-            self._gains[pair] = gain(self.score(one), self.score(other), level)
+            self._gains[pair] = gain(self.score(one), self.score(other), level, best_of)
         return self._gains[pair]
 
     @cached_property
@@ -235,17 +240,33 @@ class Case:
         return f"{self.said()} against {self.value(other)}"
 
 
-def gain(one: Score, other: Score, level: float = LEVEL) -> Gain:
+def gain(one: Score, other: Score, level: float = LEVEL, best_of: int = 1) -> Gain:
     """By how much one score is better than another.
+
+    Args:
+        one: that may be better.
+        other: of the same images.
+        level: of the interval.
+        best_of: evaluations on these images that `one` is the best of. The best of many looks
+            better than it is, so the lower end is one of 1 - (1 - level) / best_of (Bonferroni).
 
     Raises:
         DataError: they cannot be compared, see `difference`.
     """
+    interval = _improvement(one, other, level)
+    if best_of > 1:
+        low = _improvement(one, other, 1 - (1 - level) / best_of).low
+        interval = replace(interval, low=low)
+    scale = abs(other.value) if is_lower_better(one.name) else 1.0
+    return Gain(interval, scale, len(one.ids))
+
+
+def _improvement(one: Score, other: Score, level: float) -> Interval:
+    """A difference that is above 0 where `one` is better, whichever way the score goes."""
     between = difference(one, other, level=level)
     if not is_lower_better(one.name):
-        return Gain(between, 1.0, len(one.ids))
-    turned = Interval(-between.value, -between.high, -between.low)
-    return Gain(turned, abs(other.value), len(one.ids))
+        return between
+    return Interval(-between.value, -between.high, -between.low)
 
 
 def is_comparable(one: Score | None, other: Score | None) -> bool:

@@ -66,6 +66,7 @@ def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
             alarm if one is request.networks[0] else "",
             public(one.start),
             one.passes,
+            one.best_of,
         )
         for one in request.networks
         if one.role == "model"

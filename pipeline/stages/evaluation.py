@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from pipeline.card.dense.opening import looks_dense, open_dense_set
@@ -286,7 +288,7 @@ def request_of(context: Context) -> Request:
     settings = config.evaluate
     named = [one.name for one in models if one.role == "model"]
     whose = " and ".join(named) if len(named) <= NAMED else f"{len(named)} models"
-    return Request(
+    request = Request(
         tuple(models),
         sets,
         folder.at("evaluate"),
@@ -299,6 +301,23 @@ def request_of(context: Context) -> Request:
         gpu=_gpu(config, folder),
         remarks=(*sampled(sets), *_unread(sets, folder)),
     )
+    if not is_own(config) or (best_of := _best_of(config, folder, request.score)) == 1:
+        return request
+    chosen_from = (
+        f"the weights are the best of {best_of:,} evaluations on such images, and the best of many "
+        "looks better than it is: the verdict asks for more than chance among them would give"
+    )
+    chosen_first = (replace(models[0], best_of=best_of), *models[1:])
+    return replace(request, networks=chosen_first, remarks=(*request.remarks, chosen_from))
+
+
+def _best_of(config: Config, folder: RunFolder, score: str) -> int:
+    """Evaluations that `chosen_in` chose from by a score of labels; 1 where it took the last."""
+    best, last = state.best(folder.checkpoints), state.latest(folder.checkpoints)
+    _, name = state.best_of(folder.checkpoints)
+    if config.export.checkpoint != "best" or not (best and last) or name != f"eval/{score}":
+        return 1
+    return 1 + math.ceil(last.step / trained_plan(last).eval_every)
 
 
 def _unread(sets: Sets | None, folder: RunFolder) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.card.card import Card, Contender, Result
+from pipeline.card.case import gain
 from pipeline.card.verdict import GOOD, RULES, Facts, ModelFacts, verdict_of
 from pipeline.evaluate.score import Score
 from tests.card.cards import KNN, card_of, contender, hits, ids_of
@@ -243,6 +244,34 @@ def test_planted_situations_get_their_rule_and_their_words(name: str) -> None:
     for words in planted.words:
         assert words in verdict.text, verdict
     assert verdict.text.count(". ") <= 2 and verdict.text.endswith("."), verdict
+
+
+def test_the_best_of_many_evaluations_has_to_be_better_by_more() -> None:
+    card = card_of(few(0.57, 500), few(0.5, 500, "step0"), few(0.2, 500, "colours"), images=500)
+    single, eleven = (
+        verdict_of(card, Facts({"model": ModelFacts(best_of=count)})) for count in (1, 11)
+    )
+    assert single.rule == "learnt"
+    assert eleven.rule == "" and "cannot be told from untrained" in eleven.text
+    # what is surely better stays so, and what is worse is worse by the level of one
+    planted = SITUATIONS["learnt"].contenders, SITUATIONS["worse than at step 0"].contenders
+    for contenders in planted:
+        alone = verdict_of(card_of(*contenders))
+        assert verdict_of(card_of(*contenders), about(best_of=11)) == alone
+
+
+def test_the_best_of_many_evaluations_that_learnt_nothing_is_seldom_called_better() -> None:
+    """Eleven evaluations of networks as good as the start, of which the best is taken."""
+    called = {1: 0, 11: 0}
+    for draw in range(200):
+        generator = np.random.default_rng(draw)
+        right = generator.random((12, 400)) < 0.5
+        best = right[:11][right[:11].mean(1).argmax()]
+        scores = [Score.of_hits(KNN, x, ids_of(400)) for x in (best, right[11])]
+        for best_of in called:
+            called[best_of] += gain(*scores, best_of=best_of).is_better
+    assert called[1] > 20  # 16 %
+    assert called[11] <= 5
 
 
 def test_every_rule_that_says_something_is_planted() -> None:

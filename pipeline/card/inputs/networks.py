@@ -34,6 +34,7 @@ class Network:
         images: that it was trained on; 0: that is not known.
         passes: over these images; 0: that is not known.
         start: the weights that its training began with; "": random ones, or that is not known.
+        best_of: evaluations of its training, on these images, that it was chosen from.
     """
 
     role: Role
@@ -44,6 +45,7 @@ class Network:
     images: int = 0
     start: str = ""
     passes: float = 0.0
+    best_of: int = 1
 
     @property
     def identity(self) -> list[Any]:
