@@ -44,27 +44,31 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._doing: list[tuple[str, float]] = []
         self._spoken = clock()
-        self.left_s: float | None = None  # of what is being done, where that is known
+        self._ends: float | None = None  # when what is being done is over, where that is known
         self.rest: Callable[[float | None], str] | None = None  # a word on all that is left
         self.live: Callable[[str, float], None] | None = (
             None  # takes what is done, and for how long
         )
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until what is being done is over, where that is known."""
+        return None if self._ends is None else max(0.0, self._ends - self._clock())
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Inside, this is what is being done; where it is nested, the innermost is said."""
         begun = self._clock()
         with self._lock:
-            depth, left_s = len(self._doing), self.left_s
+            depth, ends = len(self._doing), self._ends
             self._doing.append((what, begun))
-            self.left_s = None  # it is of what was done before
+            self._ends = None  # it is of what was done before
         try:
             yield
         finally:
             with self._lock:
                 del self._doing[depth:]
-                passed = self._clock() - begun
-                self.left_s = None if left_s is None else max(0.0, left_s - passed)
+                self._ends = ends
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -85,7 +89,7 @@ class Heartbeat:
             left_s: seconds until that is over, where they are known.
         """
         with self._lock:
-            self.left_s = left_s
+            self._ends = None if left_s is None else self._clock() + left_s
             if self._doing:
                 self._doing[-1] = (what, self._clock())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import NormalDist
 
 from pipeline.card.card import Card, Contender, Role
 from pipeline.card.words import (
@@ -70,11 +71,13 @@ class Gain:
         interval: of the difference; above 0: better.
         scale: of what a difference is a share: 1 for shares, the other's value for errors.
         images: n of both.
+        single_low: the lower end if the better one were not the best of several evaluations.
     """
 
     interval: Interval
     scale: float
     images: int
+    single_low: float
 
     @property
     def is_better(self) -> bool:
@@ -100,14 +103,23 @@ class Gain:
     def is_unclear(self) -> bool:
         """Neither, and a gain worth having could hide in the interval."""
         contains = self.interval.low <= 0 <= self.interval.high
-        return contains and self.interval.margin > TELLING * self.scale
+        # what one evaluation alone would call better is not as good either
+        return contains and (self.margin > TELLING * self.scale or self.single_low > 0)
+
+    @property
+    def margin(self) -> float:
+        """What stands after the plus-minus sign."""
+        interval = self.interval
+        if interval.low < self.single_low:  # the best of several: its lower side is the wider one
+            return interval.value - interval.low
+        return interval.margin
 
     @property
     def needed(self) -> float:
         """Images that would tell: a margin falls with the root of their number."""
-        worth = max(abs(self.interval.value), TELLING * self.scale)
-        margin = max(self.interval.margin, self.interval.value - self.interval.low)
-        return max(1.0, self.images * (margin / worth) ** 2)
+        value = abs(self.interval.value)
+        worth = value if self.single_low > 0 else max(value, TELLING * self.scale)
+        return max(1.0, self.images * (self.margin / worth) ** 2)
 
 
 @dataclass(frozen=True)
@@ -248,25 +260,19 @@ def gain(one: Score, other: Score, level: float = LEVEL, best_of: int = 1) -> Ga
         other: of the same images.
         level: of the interval.
         best_of: evaluations on these images that `one` is the best of. The best of many looks
-            better than it is, so the lower end is one of 1 - (1 - level) / best_of (Bonferroni).
+            better than it is, so the lower end is one of 1 - (1 - level) / best_of (Bonferroni), by
+            the normal distribution: the draws of a bootstrap are too few so far out.
 
     Raises:
         DataError: they cannot be compared, see `difference`.
     """
-    interval = _improvement(one, other, level)
-    if best_of > 1:
-        low = _improvement(one, other, 1 - (1 - level) / best_of).low
-        interval = replace(interval, low=low)
-    scale = abs(other.value) if is_lower_better(one.name) else 1.0
-    return Gain(interval, scale, len(one.ids))
-
-
-def _improvement(one: Score, other: Score, level: float) -> Interval:
-    """A difference that is above 0 where `one` is better, whichever way the score goes."""
-    between = difference(one, other, level=level)
-    if not is_lower_better(one.name):
-        return between
-    return Interval(-between.value, -between.high, -between.low)
+    between, scale = difference(one, other, level=level), 1.0
+    if is_lower_better(one.name):
+        between = Interval(-between.value, -between.high, -between.low)
+        scale = abs(other.value)
+    tails = [NormalDist().inv_cdf((1 - level) / 2 / count) for count in (1, best_of)]
+    low = between.value - (between.value - between.low) * tails[1] / tails[0]
+    return Gain(replace(between, low=low), scale, len(one.ids), between.low)
 
 
 def is_comparable(one: Score | None, other: Score | None) -> bool:

@@ -1,7 +1,8 @@
 """The verdict: one or two sentences that a person can act on, by the first rule that fits.
 
 Each rule is a function of a `Case` that gives its words, or nothing where it does not fit.
-Differences are those of the same images with 95 % intervals (`evaluate.score.difference`). Two
+Differences are those of the same images with 95 % intervals (`evaluate.score.difference`), wider
+below where the model is the best of several evaluations (`card.case.gain`). Two
 things are called different where the interval of their difference is on one side of 0, and alike
 where it holds 0 and is at most 0.05 to each side. Anything else is no verdict, and says how many
 images would do. docs/evaluate.md has the rules as a table.
@@ -15,7 +16,7 @@ from pipeline.card.card import Card, Verdict
 from pipeline.card.case import Case, Facts, Gain, ModelFacts
 from pipeline.card.started import kept_init, no_better_than_init, worse_than_init
 from pipeline.card.words import UNLABELLED, about, short_of, title_of, with_margin
-from pipeline.evaluate.score import LEVEL
+from pipeline.evaluate.score import LEVEL, Interval
 
 __all__ = ["RULES", "Facts", "ModelFacts", "verdict_of"]
 
@@ -339,4 +340,5 @@ def _advice(case: Case) -> str:
 
 
 def _difference(gain: Gain) -> str:
-    return with_margin(gain.interval, sign=True)
+    value, margin = gain.interval.value, gain.margin
+    return with_margin(Interval(value, value - margin, value + margin), sign=True)

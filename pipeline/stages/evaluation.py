@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -28,6 +27,7 @@ from pipeline.model.pair import Encoder
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.stages import pack
+from pipeline.stages.checks.chosen_from import chosen_from, remark
 from pipeline.stages.checks.known_sets import of_runs
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -301,23 +301,12 @@ def request_of(context: Context) -> Request:
         gpu=_gpu(config, folder),
         remarks=(*sampled(sets), *_unread(sets, folder)),
     )
-    if not is_own(config) or (best_of := _best_of(config, folder, request.score)) == 1:
+    evaluations = chosen_from(config, folder, request.score) if is_own(config) else 1
+    if evaluations == 1:
         return request
-    chosen_from = (
-        f"the weights are the best of {best_of:,} evaluations on such images, and the best of many "
-        "looks better than it is: the verdict asks for more than chance among them would give"
-    )
-    chosen_first = (replace(models[0], best_of=best_of), *models[1:])
-    return replace(request, networks=chosen_first, remarks=(*request.remarks, chosen_from))
-
-
-def _best_of(config: Config, folder: RunFolder, score: str) -> int:
-    """Evaluations that `chosen_in` chose from by a score of labels; 1 where it took the last."""
-    best, last = state.best(folder.checkpoints), state.latest(folder.checkpoints)
-    _, name = state.best_of(folder.checkpoints)
-    if config.export.checkpoint != "best" or not (best and last) or name != f"eval/{score}":
-        return 1
-    return 1 + math.ceil(last.step / trained_plan(last).eval_every)
+    best = replace(models[0], best_of=evaluations)
+    remarks = (*request.remarks, remark(evaluations))
+    return replace(request, networks=(best, *models[1:]), remarks=remarks)
 
 
 def _unread(sets: Sets | None, folder: RunFolder) -> list[str]:

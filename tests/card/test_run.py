@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.card.card import Card
+from pipeline.card.card import Card, SetFacts
 from pipeline.card.files import read_card
 from pipeline.card.inputs.common import common
-from pipeline.card.run import evaluate
+from pipeline.card.run import evaluate, facts_of
 from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.embed.vectors import open_vectors
@@ -104,6 +104,53 @@ def pixel_features(spec: EvaluationSpec) -> list[LabelledFeatures]:
         )
         for x, parts in zip(small, sets, strict=True)
     ]
+
+
+def with_best(trained: Trained, score: str, *steps: int, **settings: int) -> None:
+    """Checkpoints of more steps than that of `Trained`, whose step 5 is the best by a score."""
+    place = trained.folder / "runs" / "tiny" / "checkpoints"
+    tensors = {"teacher": teacher(trained.saved).state_dict()}
+    plan = trained.plan.model_copy(update=settings).model_dump(mode="json")
+    for step in steps:
+        state.save(place, step, tensors, {"plan": plan})
+    state.mark_best(place, 5, 0.7, "images", score)
+
+
+def test_a_card_says_of_how_many_evaluations_its_model_is_the_best(trained: Trained) -> None:
+    assert request_of(trained.context()).networks[0].best_of == 1  # nothing was chosen
+    key = stage.key(trained.context())
+    with_best(trained, "eval/knn5_top1", 12, steps=12, eval_every=5)
+    request = request_of(trained.context())
+    # at 5, 10 and, at the end, 12; that of step 0 has no checkpoint
+    assert [one.best_of for one in request.networks] == [3, *([1] * (len(request.networks) - 1))]
+    assert any("the best of 3 evaluations" in remark for remark in request.remarks)
+    assert stage.key(trained.context()) != key
+    card = Card("", "", "knn5_top1", SetFacts("", "", 1, 1), None, ())
+    facts = facts_of(request, card)
+    assert facts.models[request.networks[0].name].best_of == 3
+    # another score, the last checkpoint, other images or no labels: nothing was chosen by this
+    for changes in (
+        ["evaluate.k=10"],
+        ["export.checkpoint=last"],
+        [f"evaluate.queries={trained.folder}/reference"],
+        ["evaluate.decide_by=rank_me"],
+        [f"evaluate.models=[{trained.saved.path}]"],
+    ):
+        other = request_of(trained.context(*changes))
+        assert other.networks[0].best_of == 1, changes
+        assert not any("the best of" in remark for remark in other.remarks), changes
+
+
+def test_a_stopped_run_has_as_many_evaluations_as_it_reached(trained: Trained) -> None:
+    with_best(trained, "eval/knn5_top1", 12, steps=100, eval_every=5)
+    assert request_of(trained.context()).networks[0].best_of == 2
+
+
+def test_a_single_evaluation_is_no_choice(trained: Trained) -> None:
+    with_best(trained, "eval/knn5_top1", 6, steps=6, eval_every=10)
+    request = request_of(trained.context())
+    assert request.networks[0].best_of == 1
+    assert not any("the best of" in remark for remark in request.remarks)
 
 
 @pytest.mark.long

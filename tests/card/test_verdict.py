@@ -253,6 +253,16 @@ def test_the_best_of_many_evaluations_has_to_be_better_by_more() -> None:
     )
     assert single.rule == "learnt"
     assert eleven.rule == "" and "cannot be told from untrained" in eleven.text
+    # what one evaluation alone would call better is neither that nor as good
+    for share, images, needed in ((0.54, 2000, 2000), (0.555, 1000, 1000)):
+        contenders = few(share, images), few(0.5, images, "step0"), few(0.2, images, "colours")
+        several = Facts({"model": ModelFacts(best_of=11)})
+        verdict = verdict_of(card_of(*contenders, images=images), several)
+        assert verdict.rule == "" and "cannot be told from untrained" in verdict.text
+        said, _, margin = verdict.text.split("difference +")[1].split(")")[0].partition(" ± ")
+        assert float(margin) >= float(said)
+        images_that_would_do = verdict.text.split("about ")[1].split(" labelled")[0]
+        assert int(images_that_would_do.replace(",", "")) >= needed
     # what is surely better stays so, and what is worse is worse by the level of one
     planted = SITUATIONS["learnt"].contenders, SITUATIONS["worse than at step 0"].contenders
     for contenders in planted:

@@ -49,8 +49,8 @@ class Network:
 
     @property
     def identity(self) -> list[Any]:
-        """Changes with the network and with the images that it sees."""
-        return [self.role, self.name, self.spec.settings]
+        """Changes with the network, the images that it sees, and what it was chosen from."""
+        return [self.role, self.name, self.spec.settings, self.best_of]
 
 
 @dataclass(frozen=True)
