@@ -158,6 +158,10 @@ class Plan(BaseModel):
         """Bytes of the uint8 crops of one image."""
         return view_bytes(self.config, self.local_crops)
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation follows a step: step 0, every n steps, the last one."""
+        return step % self.eval_every == 0 or step == self.steps
+
     @property
     def evaluation_size(self) -> int:
         """Side of an evaluation image, pixels."""

@@ -65,7 +65,7 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
     step = worker.first_step
     if not worker.resumed and is_guarded(plan.config):
         rank_zero.save(step)  # the start may be the best
-    if _evaluation_due(plan, step):
+    if plan.evaluates_at(step):
         # after a resume too: what was under way died with the workers
         rank_zero.evaluate(step, worker.teacher())
     while step < plan.steps:
@@ -95,7 +95,7 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
         step += 1  # from here on: steps done
 
         last = step == plan.steps
-        evaluate_due = _evaluation_due(plan, step)
+        evaluate_due = plan.evaluates_at(step)
         # every teacher that is evaluated from here on has a checkpoint: any can be the best
         save_due = evaluate_due or result.stop or step % plan.save_every == 0
         if save_due or step % plan.config.train.log_every == 0:
@@ -119,8 +119,3 @@ def _train(worker: Worker, garbage: Garbage) -> dict[str, Any] | None:
     worker.memory.close()
     worker.images.close()  # before the last evaluation and checkpoint are waited for
     return rank_zero.finish(outcome, clock)
-
-
-def _evaluation_due(plan: Plan, step: int) -> bool:
-    """Step 0, every n steps, the last one."""
-    return step % plan.eval_every == 0 or step == plan.steps

@@ -29,10 +29,9 @@ def chosen_from(config: Config, folder: RunFolder, score: str) -> int:
     trained, asked = plan.config.evaluate, config.evaluate
     if (trained.reference, trained.queries) != (asked.reference, asked.queries):
         return 1
-    # train/loop.py evaluates at each of these steps and at the last one; only the checkpoint of a
-    # guarded run's step 0 is there to be chosen
-    at_the_end = last.step == plan.steps and last.step % plan.eval_every != 0
-    return max(1, last.step // plan.eval_every + at_the_end + is_guarded(plan.config))
+    # only a guarded run has a checkpoint of step 0 that could be chosen
+    first = 0 if is_guarded(plan.config) else 1
+    return max(1, sum(map(plan.evaluates_at, range(first, last.step + 1))))
 
 
 def remark(evaluations: int) -> str:
