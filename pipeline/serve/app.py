@@ -38,6 +38,7 @@ from pipeline.serve.intake import (
     query_of,
     read_body,
 )
+from pipeline.serve.lingering import lingering
 from pipeline.serve.refusal import Refusal, busy, of_bad_image
 from pipeline.serve.thumbnails import SIZES, Cache, thumbnail
 from pipeline.serve.token import Gate
@@ -144,7 +145,7 @@ def build_app(site: Site, start: Callable[[], Awaitable[None]] | None = None) ->
         lifespan=lifespan,
         exception_handlers=HANDLERS,
     )
-    return guarded(app, site.gate)
+    return lingering(guarded(app, site.gate), site.limits.timeout_s)
 
 
 class _Answers:

@@ -154,6 +154,19 @@ def test_what_is_hostile_gets_a_sentence(endpoint: Endpoint) -> None:
         assert list(answer) == ["error"]
 
 
+def test_who_is_still_sending_gets_the_sentence(endpoint: Endpoint) -> None:
+    host, port = "127.0.0.1", int(endpoint.address.rstrip("/").rpartition(":")[2])
+    head = f"POST /embed HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: 6000000"
+    with socket.create_connection((host, port), timeout=30) as connection:
+        connection.sendall(f"{head}\r\nAuthorization: Bearer {endpoint.token}\r\n\r\n".encode())
+        for _ in range(6):
+            time.sleep(0.2)  # by the second piece it is answered
+            connection.sendall(b"x" * 1_000_000)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+    assert answer.endswith(b'"}')
+
+
 def test_slow_clients_are_ended_and_hold_nobody_up(endpoint: Endpoint, made: Made) -> None:
     host, port = "127.0.0.1", int(endpoint.address.rstrip("/").rpartition(":")[2])
     head = (
