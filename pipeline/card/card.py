@@ -90,6 +90,11 @@ class Contender:
     facts: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def best_of(self) -> int:
+        """Evaluations, on the queries of the card and by its score, that a model is the best of."""
+        return int(self.facts.get("best_of", 1))
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -35,15 +35,12 @@ class ModelFacts:
         alarm: the sentence of `evaluate.health.alarm`, where it has one.
         init: the weights that its run started from, as they were named; "" where from nothing.
         passes: over these images; 0 where that is unknown.
-        best_of: evaluations on the images of the card that its checkpoint was chosen from by the
-            score that decides.
     """
 
     training_images: int = 0
     alarm: str = ""
     init: str = ""
     passes: float = 0.0
-    best_of: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,16 +65,17 @@ class Gain:
     """By how much one contender is better than another, whichever way the score goes.
 
     Attributes:
-        interval: of the difference; above 0: better.
+        interval: of the difference; above 0: better. Its ends allow for evaluations that the
+            contenders are the best of.
+        single: as if each had been evaluated once.
         scale: of what a difference is a share: 1 for shares, the other's value for errors.
         images: n of both.
-        single_low: the lower end if the better one were not the best of several evaluations.
     """
 
     interval: Interval
+    single: Interval
     scale: float
     images: int
-    single_low: float
 
     @property
     def is_better(self) -> bool:
@@ -102,23 +100,31 @@ class Gain:
     @property
     def is_unclear(self) -> bool:
         """Neither, and a gain worth having could hide in the interval."""
-        contains = self.interval.low <= 0 <= self.interval.high
-        # what one evaluation alone would call better is not as good either
-        return contains and (self.margin > TELLING * self.scale or self.single_low > 0)
+        # what one evaluation alone would call better or worse is not as good either
+        return self.interval.holds_0 and (
+            self.margin > TELLING * self.scale or not self.single.holds_0
+        )
 
     @property
     def margin(self) -> float:
         """What stands after the plus-minus sign."""
         interval = self.interval
-        if interval.low < self.single_low:  # the best of several: its lower side is the wider one
-            return interval.value - interval.low
-        return interval.margin
+        if interval == self.single:
+            return interval.margin
+        # the best of several: the side on which that weighs is the wider one
+        return max(interval.value - interval.low, interval.high - interval.value)
+
+    @property
+    def shown(self) -> Interval:
+        """As wide to both sides."""
+        value, margin = self.interval.value, self.margin
+        return Interval(value, value - margin, value + margin)
 
     @property
     def needed(self) -> float:
         """Images that would tell: a margin falls with the root of their number."""
         value = abs(self.interval.value)
-        worth = value if self.single_low > 0 else max(value, TELLING * self.scale)
+        worth = max(value, TELLING * self.scale) if self.single.holds_0 else value
         return max(1.0, self.images * (self.margin / worth) ** 2)
 
 
@@ -196,10 +202,10 @@ class Case:
     def gain(self, other: Contender, over: Contender | None = None, level: float = LEVEL) -> Gain:
         """Of the best model, or of `over`, against another, on the same images."""
         one = over or self.best
-        best_of = self.facts.models.get(one.name, ModelFacts()).best_of
         pair = (one.role, one.name, other.role, other.name, level)
         if pair not in self._gains:
-            self._gains[pair] = gain(self.score(one), self.score(other), level, best_of)
+            best_of = one.best_of, other.best_of
+            self._gains[pair] = gain(self.score(one), self.score(other), best_of, level)
         return self._gains[pair]
 
     @cached_property
@@ -252,16 +258,17 @@ class Case:
         return f"{self.said()} against {self.value(other)}"
 
 
-def gain(one: Score, other: Score, level: float = LEVEL, best_of: int = 1) -> Gain:
+def gain(one: Score, other: Score, best_of: tuple[int, int] = (1, 1), level: float = LEVEL) -> Gain:
     """By how much one score is better than another.
 
     Args:
         one: that may be better.
         other: of the same images.
+        best_of: evaluations on these images that each is the best of. The best of many looks
+            better than it is, so the end that would call it better is one of 1 - (1 - level) / n
+            (Bonferroni), by the normal distribution: the draws of a bootstrap are too few so far
+            out.
         level: of the interval.
-        best_of: evaluations on these images that `one` is the best of. The best of many looks
-            better than it is, so the lower end is one of 1 - (1 - level) / best_of (Bonferroni), by
-            the normal distribution: the draws of a bootstrap are too few so far out.
 
     Raises:
         DataError: they cannot be compared, see `difference`.
@@ -270,9 +277,11 @@ def gain(one: Score, other: Score, level: float = LEVEL, best_of: int = 1) -> Ga
     if is_lower_better(one.name):
         between = Interval(-between.value, -between.high, -between.low)
         scale = abs(other.value)
-    tails = [NormalDist().inv_cdf((1 - level) / 2 / count) for count in (1, best_of)]
-    low = between.value - (between.value - between.low) * tails[1] / tails[0]
-    return Gain(replace(between, low=low), scale, len(one.ids), between.low)
+    single, *tails = (NormalDist().inv_cdf((1 - level) / 2 / count) for count in (1, *best_of))
+    value, wider = between.value, [tail / single for tail in tails]
+    low, high = value - (value - between.low) * wider[0], value + (between.high - value) * wider[1]
+    chosen = replace(between, low=low, high=high) if max(best_of) > 1 else between
+    return Gain(chosen, between, scale, len(one.ids))
 
 
 def is_comparable(one: Score | None, other: Score | None) -> bool:

@@ -66,7 +66,6 @@ def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
             alarm if one is request.networks[0] else "",
             public(one.start),
             one.passes,
-            one.best_of,
         )
         for one in request.networks
         if one.role == "model"
@@ -161,8 +160,11 @@ def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:
     known = tables.reference.facts if tables else {}
     shown = ("digest", "image_size", "dim", "precision", "mean", "std")
     facts = {name: known[name] for name in shown if name in known}
-    step = {} if network.step is None else {"step": network.step}
-    return {"digest": network.spec.digest} | facts | step
+    if network.step is not None:
+        facts["step"] = network.step
+    if network.best_of > 1:
+        facts["best_of"] = network.best_of
+    return {"digest": network.spec.digest} | facts
 
 
 # ---- The card.

@@ -16,7 +16,7 @@ from pipeline.card.card import Card, Verdict
 from pipeline.card.case import Case, Facts, Gain, ModelFacts
 from pipeline.card.started import kept_init, no_better_than_init, worse_than_init
 from pipeline.card.words import UNLABELLED, about, short_of, title_of, with_margin
-from pipeline.evaluate.score import LEVEL, Interval
+from pipeline.evaluate.score import LEVEL
 
 __all__ = ["RULES", "Facts", "ModelFacts", "verdict_of"]
 
@@ -340,5 +340,4 @@ def _advice(case: Case) -> str:
 
 
 def _difference(gain: Gain) -> str:
-    value, margin = gain.interval.value, gain.margin
-    return with_margin(Interval(value, value - margin, value + margin), sign=True)
+    return with_margin(gain.shown, sign=True)

@@ -90,6 +90,11 @@ class Interval:
         """Half of the interval's width: what stands after the plus-minus sign."""
         return (self.high - self.low) / 2
 
+    @property
+    def holds_0(self) -> bool:
+        """Whether 0 is within it, its ends included."""
+        return self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True)
 class Score:

@@ -41,6 +41,19 @@ CACHE_BYTES = 2**30  # of decoded images kept between evaluations
 
 
 @dataclass(frozen=True)
+class EvaluatedOn:
+    """What scores are of: those with two keys are unlike.
+
+    Attributes:
+        key: see `EvaluationSpec.key`.
+        asked: digest of the images that are classified; "": none are.
+    """
+
+    key: str = ""
+    asked: str = ""
+
+
+@dataclass(frozen=True)
 class EvaluationSpec:
     """What to evaluate on. `reference` is None where there are no labels; `queries` is None there
     too, and where each image of the reference is classified by the others.
@@ -96,6 +109,15 @@ class EvaluationSpec:
             [limit, self.seed] if sampled else [],
         ]
         return _digest(content)
+
+    def of(self, limit: int | None = None) -> EvaluatedOn:
+        """Which images and settings scores are of.
+
+        Args:
+            limit: as for `compared`.
+        """
+        asked = self.queries or self.reference
+        return EvaluatedOn(self.key(limit), asked.digest if asked else "")
 
     def guard_key(self, limit: int | None = None) -> str:
         """Changes with all that the guard compares: answers with two keys are unlike.

@@ -301,12 +301,19 @@ def request_of(context: Context) -> Request:
         gpu=_gpu(config, folder),
         remarks=(*sampled(sets), *_unread(sets, folder)),
     )
-    evaluations = chosen_from(config, folder, request.score) if is_own(config) else 1
-    if evaluations == 1:
-        return request
-    best = replace(models[0], best_of=evaluations)
-    remarks = (*request.remarks, remark(evaluations))
-    return replace(request, networks=(best, *models[1:]), remarks=remarks)
+    return _with_choices(request, config)
+
+
+def _with_choices(request: Request, config: Config) -> Request:
+    """The request, whose checkpoints know of how many evaluations they are the best."""
+    if is_own(config) and config.export.checkpoint == "last":
+        return request  # not chosen, even where it happens to be the best
+    networks = tuple(
+        replace(one, best_of=chosen_from(one.spec, request.score, request.sets))
+        for one in request.networks
+    )
+    remarks = [remark(one.name, one.best_of) for one in networks if one.best_of > 1]
+    return replace(request, networks=networks, remarks=(*request.remarks, *remarks))
 
 
 def _unread(sets: Sets | None, folder: RunFolder) -> list[str]:

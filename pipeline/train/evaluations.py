@@ -22,10 +22,10 @@ from torch import Tensor
 from pipeline.errors import last_line, one_line
 from pipeline.evaluate.health import alarm
 from pipeline.evaluate.pictures import CAPTIONS
-from pipeline.evaluate.teacher import Evaluation
+from pipeline.evaluate.teacher import EvaluatedOn, Evaluation
 from pipeline.heartbeat import now
 from pipeline.plan.plan import Plan
-from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.choice import Choice
 from pipeline.train.evaluator import Weights
 from pipeline.train.guard.decision import LEFT, Compared
 from pipeline.train.guard.guard import Guard
@@ -100,7 +100,7 @@ class Evaluations:
         evaluator: the actor.
         tracker: takes metrics and pictures.
         folder: of the run.
-        compared: which images and settings its scores are of, see `EvaluationSpec.key`.
+        of: the images and settings of its scores.
         counts: as `counts` was at the checkpoint that training goes on from.
         guard: compares them with the start; None: nothing is compared.
     """
@@ -111,32 +111,20 @@ class Evaluations:
         evaluator: Any,
         tracker: Any,
         folder: Place,
-        compared: str,
+        of: EvaluatedOn,
         counts: Mapping[str, int] | None = None,
         guard: Guard | None = None,
     ) -> None:
         self.plan, self.evaluator, self.tracker = plan, evaluator, tracker
         self.guard, self.late = guard, list[tuple[int, Evaluation]]()  # that wait for the start
-        self.compared = compared
         self.checkpoints = join(folder, "checkpoints")
         self.pending: list[Request] = []
         self.counts = Counter(counts or {})  # skipped, failed
         self.longest_s = 0.0
         self.newest: dict[str, float] = {}
         self.alarm_text = self.note = ""
-        self.best: dict[str, Any] | None = None
-        if (best := state.best(self.checkpoints)) is not None:
-            was, name = state.best_of(self.checkpoints)
-            name = name or f"eval/knn{plan.config.evaluate.k}_top1"  # before it was written down
-            self.best = {"step": best[0].step, "score": best[1], "name": name}
-            if was != compared:
-                log.warning(
-                    "the best checkpoint so far (step %d, score %.4f) was evaluated with other "
-                    "images or settings (evaluate.*): the best is chosen anew from here on",
-                    best[0].step,
-                    best[1],
-                )
-                self.best = None
+        usual = f"eval/knn{plan.config.evaluate.k}_top1"
+        self.choice = Choice(self.checkpoints, of.key, of.asked, usual)
 
     def request(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Asks for an evaluation of a backbone's weights, which nobody changes any more, or skips
@@ -164,6 +152,12 @@ class Evaluations:
         arrays = {name: value.numpy() for name, value in weights.items()}
         limit = self.plan.config.evaluate.during_training
         self.pending.append(Request(step, self.evaluator, arrays, limit))
+
+    @property
+    def best_known(self) -> dict[str, Any] | None:
+        """The best so far, as the result of a training has it."""
+        best = self.choice.best
+        return best.summary if best else None
 
     def pending_steps(self) -> set[int]:
         """Steps whose checkpoints may yet turn out to be the best. With a guard the start is one:
@@ -328,23 +322,7 @@ class Evaluations:
                 continue
             try:
                 # without labels nothing says which is better: the newest that has not fallen
-                self._note_best(step, score, name, newest=bool(left) and name == f"guard/{LEFT}")
+                self.choice.note(step, score, name, bool(left) and name == f"guard/{LEFT}")
             except OSError as error:
                 place = public(join(self.checkpoints, "best.json"))
                 log.error("%s could not be written (%s)", place, one_line(error))
-
-    def _note_best(self, step: int, score: float, name: str, newest: bool = False) -> None:
-        if self.best and self.best["name"] != name:
-            log.warning(
-                "the best checkpoint so far (step %d) was chosen by %s: it is chosen anew by %s "
-                "from here on",
-                self.best["step"],
-                self.best["name"],
-                name,
-            )
-            self.best = None
-        known = {saved.step for saved in state.checkpoints(self.checkpoints)}
-        best = self.best
-        if step in known and (best is None or newest or score >= best["score"]):
-            self.best = {"step": step, "score": score, "name": name}
-            state.mark_best(self.checkpoints, step, score, self.compared, name)

@@ -68,7 +68,7 @@ class RankZero(OtherRank):
             job["evaluator"],
             self.tracker,
             folder,
-            job["compared"],
+            job["evaluated_on"],
             resumed.get("evaluations") if resumed else None,
             self.guard,
         )
@@ -285,7 +285,7 @@ class RankZero(OtherRank):
             self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        best = self.evaluations.best
+        best = self.evaluations.best_known
         outcome = guarded(outcome, self.guard, self.plan, best, self.tracker)
         if outcome["status"] == "stopped" and self.unsaved:
             lost = outcome["step"] - self.saved_step

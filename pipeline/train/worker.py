@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.driver.compiler import uncompilable
+from pipeline.evaluate.teacher import EvaluatedOn
 from pipeline.heartbeat import now
 from pipeline.model.low_rank import merged_state
 from pipeline.plan.plan import Plan
@@ -50,7 +51,7 @@ class Job(TypedDict):
     mark: str  # a file in it that the driver has made; "" at a URI
     feeder: Any  # actor handle of the `Feeder`, which is the mailbox as well
     evaluator: Any  # actor handle of the `EvaluatorActor`
-    compared: str  # `EvaluationSpec.key`: scores of another one are not compared
+    evaluated_on: EvaluatedOn
     guard_key: str  # `EvaluationSpec.guard_key`: the same of what a guard compares
     track: Any  # settings from which rank 0 makes its tracker
     teacher: Source | None  # of a network whose features are learnt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.card.card import Card, SetFacts
+from pipeline.card.card import Card
 from pipeline.card.files import read_card
 from pipeline.card.inputs.common import common
-from pipeline.card.run import evaluate, facts_of
+from pipeline.card.run import evaluate
 from pipeline.config.load import load
 from pipeline.context import Context
 from pipeline.embed.vectors import open_vectors
@@ -24,11 +25,13 @@ from pipeline.evaluate.neighbours.knn import knn_classify
 from pipeline.evaluate.teacher import EvaluationSpec, Evaluator
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan
+from pipeline.shards.shards import open_shards
 from pipeline.stages import evaluate as stage
 from pipeline.stages.evaluation import request_of, teacher
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build
 from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.best import Best, write_best
 from pipeline.train.evaluator import evaluation_spec
 from pipeline.train.run import plan_for
 from pipeline.train.start import starting_pair
@@ -106,48 +109,51 @@ def pixel_features(spec: EvaluationSpec) -> list[LabelledFeatures]:
     ]
 
 
-def with_best(trained: Trained, score: str, *steps: int, **settings: int) -> None:
-    """Checkpoints of more steps than that of `Trained`, whose step 5 is the best by a score."""
-    place = trained.folder / "runs" / "tiny" / "checkpoints"
-    tensors = {"teacher": teacher(trained.saved).state_dict()}
-    plan = trained.plan.model_copy(update=settings).model_dump(mode="json")
-    for step in steps:
-        state.save(place, step, tensors, {"plan": plan})
-    state.mark_best(place, 5, 0.7, "images", score)
+def with_best(trained: Trained, score: str, *evaluated: int) -> None:
+    """The checkpoint of `Trained` is the best of several by a score, on the queries."""
+    queries = open_shards(f"{trained.folder}/queries", "image", "label")
+    best = Best(5, 0.7, score, "any", queries.digest, evaluated)
+    write_best(trained.folder / "runs" / "tiny" / "checkpoints", best)
 
 
 def test_a_card_says_of_how_many_evaluations_its_model_is_the_best(trained: Trained) -> None:
     assert request_of(trained.context()).networks[0].best_of == 1  # nothing was chosen
     key = stage.key(trained.context())
-    with_best(trained, "eval/knn5_top1", 12, steps=12, eval_every=5)
-    request = request_of(trained.context())
-    # at 5, 10 and, at the end, 12; that of step 0 has no checkpoint
-    assert [one.best_of for one in request.networks] == [3, *([1] * (len(request.networks) - 1))]
-    assert any("the best of 3 evaluations" in remark for remark in request.remarks)
+    with_best(trained, "eval/knn5_top1", 5, 10, 12)
+    own = request_of(trained.context())
     assert stage.key(trained.context()) != key
-    card = Card("", "", "knn5_top1", SetFacts("", "", 1, 1), None, ())
-    facts = facts_of(request, card)
-    assert facts.models[request.networks[0].name].best_of == 3
+    # the same weights by the name of their run, their images by another place: another job
+    shutil.copytree(trained.folder / "queries", trained.folder / "elsewhere")
+    asked = [f"evaluate.queries={trained.folder}/elsewhere", f"evaluate.reference={trained.folder}"]
+    named = request_of(
+        trained.context(
+            f"evaluate.models=[{trained.folder}/runs/tiny]", asked[0], f"{asked[1]}/reference"
+        )
+    )
+    for request in (own, named):
+        others = [1] * (len(request.networks) - 1)
+        assert [one.best_of for one in request.networks] == [3, *others]
+        assert any("the best of 3 evaluations" in remark for remark in request.remarks)
     # another score, the last checkpoint, other images or no labels: nothing was chosen by this
     for changes in (
         ["evaluate.k=10"],
         ["export.checkpoint=last"],
         [f"evaluate.queries={trained.folder}/reference"],
         ["evaluate.decide_by=rank_me"],
-        [f"evaluate.models=[{trained.saved.path}]"],
     ):
         other = request_of(trained.context(*changes))
         assert other.networks[0].best_of == 1, changes
         assert not any("the best of" in remark for remark in other.remarks), changes
 
 
-def test_a_stopped_run_has_as_many_evaluations_as_it_reached(trained: Trained) -> None:
-    with_best(trained, "eval/knn5_top1", 12, steps=100, eval_every=5)
-    assert request_of(trained.context()).networks[0].best_of == 2
+def test_the_choice_is_on_the_card(trained: Trained) -> None:
+    with_best(trained, "eval/knn5_top1", 5, 10, 12)
+    model, *others = trained.card("evaluate.scores=[knn]").contenders
+    assert model.best_of == 3 and {one.best_of for one in others} == {1}
 
 
 def test_a_single_evaluation_is_no_choice(trained: Trained) -> None:
-    with_best(trained, "eval/knn5_top1", 6, steps=6, eval_every=10)
+    with_best(trained, "eval/knn5_top1", 5)
     request = request_of(trained.context())
     assert request.networks[0].best_of == 1
     assert not any("the best of" in remark for remark in request.remarks)

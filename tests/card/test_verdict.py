@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -247,17 +247,16 @@ def test_planted_situations_get_their_rule_and_their_words(name: str) -> None:
 
 
 def test_the_best_of_many_evaluations_has_to_be_better_by_more() -> None:
-    card = card_of(few(0.57, 500), few(0.5, 500, "step0"), few(0.2, 500, "colours"), images=500)
+    beside = few(0.5, 500, "step0"), few(0.2, 500, "colours")
     single, eleven = (
-        verdict_of(card, Facts({"model": ModelFacts(best_of=count)})) for count in (1, 11)
+        verdict_of(card_of(few(0.57, 500, best_of=count), *beside, images=500)) for count in (1, 11)
     )
     assert single.rule == "learnt"
     assert eleven.rule == "" and "cannot be told from untrained" in eleven.text
     # what one evaluation alone would call better is neither that nor as good
     for share, images, needed in ((0.54, 2000, 2000), (0.555, 1000, 1000)):
-        contenders = few(share, images), few(0.5, images, "step0"), few(0.2, images, "colours")
-        several = Facts({"model": ModelFacts(best_of=11)})
-        verdict = verdict_of(card_of(*contenders, images=images), several)
+        beside = few(0.5, images, "step0"), few(0.2, images, "colours")
+        verdict = verdict_of(card_of(few(share, images, best_of=11), *beside, images=images))
         assert verdict.rule == "" and "cannot be told from untrained" in verdict.text
         said, _, margin = verdict.text.split("difference +")[1].split(")")[0].partition(" ± ")
         assert float(margin) >= float(said)
@@ -265,9 +264,23 @@ def test_the_best_of_many_evaluations_has_to_be_better_by_more() -> None:
         assert int(images_that_would_do.replace(",", "")) >= needed
     # what is surely better stays so, and what is worse is worse by the level of one
     planted = SITUATIONS["learnt"].contenders, SITUATIONS["worse than at step 0"].contenders
-    for contenders in planted:
-        alone = verdict_of(card_of(*contenders))
-        assert verdict_of(card_of(*contenders), about(best_of=11)) == alone
+    for best, *beside in planted:
+        chosen = replace(best, facts={**best.facts, "best_of": 11})
+        assert verdict_of(card_of(chosen, *beside)) == verdict_of(card_of(best, *beside))
+
+
+def test_of_two_models_that_were_chosen_neither_is_favoured() -> None:
+    shares = {"a": 0.555, "b": 0.5}
+    called = {}
+    for chosen in ((), ("a",), ("b",), ("a", "b")):
+        models = [
+            few(share, 1000, name=name, best_of=11 if name in chosen else 1)
+            for name, share in shares.items()
+        ]
+        called[chosen] = verdict_of(card_of(*models, images=1000)).text.split(",")[0]
+    assert called[()] == called["b",] == "Best: a"  # that b is flattered makes a no worse
+    assert called["a",] == called["a", "b"]
+    assert "a and b cannot be told apart" in called["a",]
 
 
 def test_the_best_of_many_evaluations_that_learnt_nothing_is_seldom_called_better() -> None:
@@ -279,7 +292,7 @@ def test_the_best_of_many_evaluations_that_learnt_nothing_is_seldom_called_bette
         best = right[:11][right[:11].mean(1).argmax()]
         scores = [Score.of_hits(KNN, x, ids_of(400)) for x in (best, right[11])]
         for best_of in called:
-            called[best_of] += gain(*scores, best_of=best_of).is_better
+            called[best_of] += gain(*scores, best_of=(best_of, 1)).is_better
     assert called[1] > 20  # 16 %
     assert called[11] <= 5
 

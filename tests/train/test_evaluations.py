@@ -15,9 +15,10 @@ import pytest
 import torch
 from ray import cloudpickle
 
-from pipeline.evaluate.teacher import Evaluation
+from pipeline.evaluate.teacher import EvaluatedOn, Evaluation
 from pipeline.train import evaluations as module
 from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.best import Best, read_best, write_best
 from pipeline.train.evaluations import Evaluations
 from pipeline.train.evaluator import Weights
 from pipeline.train.parallel.strategy import whole_weights
@@ -80,7 +81,7 @@ def evaluations_of(evaluator: Any, folder: Path) -> Evaluations:
         evaluate=SimpleNamespace(k=20, during_training=100), head=SimpleNamespace(prototypes=64)
     )
     plan = SimpleNamespace(config=config, steps=STEPS, warmup_steps=99, temperature_warmup_steps=0)
-    return Evaluations(plan, evaluator, Tracker(), folder, "")  # type: ignore[arg-type]
+    return Evaluations(plan, evaluator, Tracker(), folder, EvaluatedOn())  # type: ignore[arg-type]
 
 
 def within(seconds: float, call: Callable[[], None]) -> bool:
@@ -125,7 +126,7 @@ def test_steps_go_on_and_the_run_ends_where_the_evaluator_hangs(
     assert within(30, evaluations.finish)
     assert "no results of the evaluations of steps 0, 10, 40: the run is done" in caplog.text
     assert evaluations.said() == "evaluations: 2 skipped, 3 failed"
-    assert evaluations.pending_steps() == set() and evaluations.best is None
+    assert evaluations.pending_steps() == set() and evaluations.choice.best is None
     assert len(evaluator.cancelled) == 3
 
 
@@ -147,7 +148,7 @@ def test_an_evaluator_that_hangs_is_started_again_and_keeps_no_checkpoints(
     evaluator.calls[2].set_result(scored(0.5))
     evaluator.calls[0].set_result(scored(0.9))  # too late: nobody knows of it any more
     evaluations.wait(30)
-    assert evaluations.best == {"step": 20, "score": 0.5, "name": KNN}
+    assert evaluations.best_known == {"step": 20, "score": 0.5, "name": KNN}
 
 
 def test_a_slow_evaluator_is_not_taken_for_one_that_hangs(
@@ -185,7 +186,10 @@ def test_results_of_a_slow_evaluator_come_in_order(
         20: 0.8,
         30: 0.75,
     }
-    assert evaluations.best == {"step": 20, "score": 0.8, "name": KNN} and evaluations.said() == ""
+    assert (
+        evaluations.best_known == {"step": 20, "score": 0.8, "name": KNN}
+        and evaluations.said() == ""
+    )
     assert evaluations.longest_s > 0
 
 
@@ -199,7 +203,7 @@ def test_an_evaluation_that_fails_is_said_and_the_next_one_is_tried(
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert within(30, evaluations.finish)
     assert "the evaluation of step 10 failed: DataError: no image" in caplog.text
-    assert evaluations.best == {"step": 20, "score": 0.5, "name": KNN}
+    assert evaluations.best_known == {"step": 20, "score": 0.5, "name": KNN}
     assert evaluations.said() == "evaluations: 1 failed"
 
 
@@ -245,18 +249,34 @@ def test_a_best_of_another_score_is_chosen_anew(
     assert (
         "(step 20) was chosen by eval/knn20_top1: it is chosen anew by eval/rank_me" in caplog.text
     )
-    assert again.best == {"step": 10, "score": 0.5, "name": "eval/rank_me"}
-    assert evaluations_of(evaluator, tmp_path).best == again.best
+    assert again.best_known == {"step": 10, "score": 0.5, "name": "eval/rank_me"}
+    assert evaluations_of(evaluator, tmp_path).best_known == again.best_known
+
+
+def test_the_best_knows_what_it_was_chosen_from(evaluator: Evaluator, tmp_path: Path) -> None:
+    """Evaluations with a checkpoint, once each, whatever is repeated after a restart."""
+    first = evaluations_of(evaluator, tmp_path)
+    for step, value in ((0, 0.3), (10, 0.5), (15, 0.9), (20, 0.4)):  # 15 has no checkpoint
+        first._record(step, scored(value))
+    again = evaluations_of(evaluator, tmp_path)
+    for step, value in ((20, 0.4), (30, 0.45)):
+        again._record(step, scored(value))
+    best = read_best(tmp_path / "checkpoints")
+    assert best == Best(10, 0.5, KNN, evaluated=(0, 10, 20, 30))
+    # by another score it is chosen from that on
+    again._record(STEPS, Evaluation({"eval/rank_me": 3.0}, decided_by="eval/rank_me"))
+    best = read_best(tmp_path / "checkpoints")
+    assert best is not None and best.evaluated == (STEPS,)
 
 
 def test_the_name_of_an_older_best_is_that_of_its_k_nn(
     evaluator: Evaluator, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluations_of(evaluator, tmp_path)
-    state.mark_best(tmp_path / "checkpoints", 20, 0.9)  # as it was written before
+    write_best(tmp_path / "checkpoints", Best(20, 0.9))  # as it was written before
     again = evaluations_of(evaluator, tmp_path)
     again._record(10, scored(0.8))
-    assert again.best == {"step": 20, "score": 0.9, "name": KNN} and not caplog.records
+    assert again.best_known == {"step": 20, "score": 0.9, "name": KNN} and not caplog.records
 
 
 def test_labels_that_are_not_used_are_said_once(
@@ -269,9 +289,9 @@ def test_labels_that_are_not_used_are_said_once(
         )
     said = [r.getMessage() for r in caplog.records if "labels are not used" in r.getMessage()]
     assert said == ["evaluation: labels are not used: one class; no checkpoint is best"]
-    assert evaluations.best is None and state.best(evaluations.checkpoints) is None
+    assert evaluations.choice.best is None and state.best(evaluations.checkpoints) is None
     evaluations._record(
         20, Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "labels are not used: two")
     )
     assert "labels are not used: two; rank_me chooses the best checkpoint" in caplog.text
-    assert evaluations.best == {"step": 20, "score": 3.0, "name": "eval/rank_me"}
+    assert evaluations.best_known == {"step": 20, "score": 3.0, "name": "eval/rank_me"}

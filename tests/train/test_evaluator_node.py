@@ -12,6 +12,7 @@ import torch
 
 from pipeline.config.load import load
 from pipeline.errors import ConfigError
+from pipeline.evaluate.teacher import EvaluatedOn
 from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node, Share, room
@@ -102,24 +103,24 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     settings = SimpleNamespace(config=SimpleNamespace(evaluate=SimpleNamespace(k=20)))
 
     def evaluations(compared: str) -> Evaluations:
-        return Evaluations(settings, None, None, tmp_path, compared)  # type: ignore[arg-type]
+        return Evaluations(settings, None, None, tmp_path, EvaluatedOn(compared))  # type: ignore[arg-type]
 
     first = evaluations("a")
-    first._note_best(10, 0.9, KNN)
+    first.choice.note(10, 0.9, KNN)
     again = evaluations("a")
-    assert again.best == {"step": 10, "score": 0.9, "name": KNN} and not caplog.records
-    again._note_best(20, 0.5, KNN)
+    assert again.best_known == {"step": 10, "score": 0.9, "name": KNN} and not caplog.records
+    again.choice.note(20, 0.5, KNN)
     best = state.best(folder)
-    assert best and (best[0].step, best[1]) == (10, 0.9)
+    assert best and (best[0].step, best[1].score) == (10, 0.9)
     other = evaluations("b")
-    assert other.best is None
+    assert other.choice.best is None
     assert "(step 10, score 0.9000) was evaluated with other images or settings" in caplog.text
     best = state.best(folder)  # until another is known
     assert best and best[0].step == 10
-    other._note_best(20, 0.5, KNN)
+    other.choice.note(20, 0.5, KNN)
     best = state.best(folder)
-    assert best and (best[0].step, best[1]) == (20, 0.5)
-    assert evaluations("b").best == {"step": 20, "score": 0.5, "name": KNN}
+    assert best and (best[0].step, best[1].score) == (20, 0.5)
+    assert evaluations("b").best_known == {"step": 20, "score": 0.5, "name": KNN}
 
 
 def test_the_network_that_is_evaluated_has_the_weights_that_were_sent(

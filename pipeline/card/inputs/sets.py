@@ -17,6 +17,8 @@ from pipeline.shards.shard_set import ShardFile
 from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.uri import public
 
+FIRST = ", first "  # in the digest of a sample
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
@@ -61,7 +63,7 @@ class EvaluationSet:
                     rows += group
             if groups:
                 files.append(replace(file, rows=sum(groups), row_groups=tuple(groups)))
-        digest = f"{self.shards.digest}, first {rows}"
+        digest = f"{self.shards.digest}{FIRST}{rows}"
         shards = replace(self.shards, files=tuple(files), rows=rows, digest=digest)
         return replace(self, shards=shards, whole=self.shards.rows)
 
@@ -74,6 +76,11 @@ class EvaluationSet:
     def digest(self) -> str:
         """Changes with its images, or with its vectors."""
         return self.vectors.key if self.vectors is not None else self.shards.digest  # type: ignore[union-attr]
+
+    @property
+    def digest_of_all(self) -> str:
+        """That of the set of which this is a sample, if it is one."""
+        return self.digest.partition(FIRST)[0]
 
     @property
     def labels(self) -> Labels:

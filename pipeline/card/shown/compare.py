@@ -51,7 +51,7 @@ class Compared:
     @property
     def ahead(self) -> Interval:
         """By how much the higher one is better."""
-        one = self.gain.interval
+        one = self.gain.shown
         return Interval(-one.value, -one.high, -one.low) if one.value < 0 else one
 
     @property
@@ -165,7 +165,9 @@ def compared(card: Card) -> Iterator[Compared]:
                 continue
             if is_comparable(result.score, back.score):
                 assert result.score is not None and back.score is not None
-                yield Compared(name, first, other, gain(back.score, result.score))
+                decides = name == card.score  # other scores chose no checkpoint
+                best_of = (other.best_of, first.best_of) if decides else (1, 1)
+                yield Compared(name, first, other, gain(back.score, result.score, best_of))
 
 
 def _verdict(card: Card, unlike: Sequence[str]) -> Verdict:

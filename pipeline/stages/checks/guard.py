@@ -44,9 +44,7 @@ def ended_before(context: Context) -> dict[str, Any]:
     if end is None:
         return {}
     was, best = plan_of(saved.meta, saved.path), state.best(folder)
-    known = None
-    if best is not None:
-        known = {"step": best[0].step, "score": best[1], "name": state.best_of(folder)[1]}
+    known = best[1].summary if best else None
     text = words.sentence(end, saved.step, was.steps, was.lr, known)
     return {
         "text": f"guarded at step {saved.step}/{was.steps}; {text}",

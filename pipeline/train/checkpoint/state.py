@@ -13,19 +13,17 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DamagedError, DataError, StorageError, TrainError
+from pipeline.errors import DamagedError, StorageError, TrainError
 from pipeline.model.low_rank import merged_state
-from pipeline.storage.places import resolve_uri
 from pipeline.storage.run_folder import fingerprint
-from pipeline.storage.transfer import read_json, write_bytes_atomic
 from pipeline.train.checkpoint import files, version4
+from pipeline.train.checkpoint.best import Best, read_best
 from pipeline.train.checkpoint.files import step_of
 from pipeline.train.checkpoint.names import nested
 from pipeline.train.checkpoint.reader import Reader, read_whole
@@ -226,63 +224,19 @@ def place_of(folder: Place, step: int) -> Place:
     return join(folder, name)
 
 
-def best(folder: Place) -> tuple[Saved, float] | None:
-    """The checkpoint that `mark_best` named and its score, if it is still there."""
-    if (marked := _best(folder)) is not None:
+def best(folder: Place) -> tuple[Saved, Best] | None:
+    """The checkpoint that `best.json` names, if it is still there."""
+    if (marked := read_best(folder)) is not None:
         for saved in checkpoints(folder):
-            if saved.step == marked[0]:
-                return saved, marked[1]
+            if saved.step == marked.step:
+                return saved, marked
     return None
-
-
-def _best(folder: Place) -> tuple[int, float] | None:
-    """Step and score of `best.json`; None, and a warning, where it says something else."""
-    place = join(folder, "best.json")
-    try:
-        content = read_json(*resolve_uri(str(place)))
-        if content is None:
-            return None
-        step, score = content["step"], content["score"]
-        if type(step) is not int or type(score) not in (int, float) or not math.isfinite(score):
-            raise ValueError(f"step {step!r}, score {score!r}")
-    except StorageError:
-        raise
-    except (DataError, KeyError, TypeError, ValueError) as error:
-        why = error.what if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        log.warning("%s names no checkpoint (%s); going on without it", public(place), why[:200])
-        return None
-    return step, float(score)
-
-
-def best_of(folder: Place) -> tuple[str, str]:
-    """Which images and settings the score of `best.json` is of, and what the score is called, as
-    `mark_best` wrote them; or "".
-    """
-    content: dict[str, Any] = {}
-    if _best(folder) is not None:
-        content = read_json(*resolve_uri(str(join(folder, "best.json")))) or {}
-    return str(content.get("compared", "")), str(content.get("name", ""))
-
-
-def mark_best(folder: Place, step: int, score: float, compared: str = "", name: str = "") -> None:
-    """Points `best.json` at a step; the checkpoint of that step is then kept.
-
-    Args:
-        folder: of the checkpoints.
-        step: of a checkpoint.
-        score: of its evaluation.
-        compared: changes with the images and settings of evaluations: scores of others are unlike.
-        name: of the score; another one is not compared with it.
-    """
-    content = {"step": step, "score": score, "compared": compared, "name": name}
-    text = json.dumps(content, indent=1) + "\n"
-    write_bytes_atomic(text.encode(), *resolve_uri(str(join(folder, "best.json"))))
 
 
 def prune(folder: Place, keep_last: int, protected: set[int]) -> None:
     """Removes all but the newest `keep_last` checkpoints and those of `protected` steps."""
-    if marked := _best(folder):
-        protected = protected | {marked[0]}
+    if marked := read_best(folder):
+        protected = protected | {marked.step}
     for saved in checkpoints(folder)[:-keep_last]:
         if saved.step not in protected:
             files.remove(saved.path)

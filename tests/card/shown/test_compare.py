@@ -59,6 +59,22 @@ def test_the_difference_is_of_pairs_of_images() -> None:
     assert row.gain.interval.margin < 0.01 < row.one.results[KNN].interval.margin
 
 
+def test_a_model_that_was_chosen_has_to_be_better_by_more(tmp_path: Path) -> None:
+    """By the score that decides, which chose it; another score did not."""
+    for best_of, start in ((1, "Best: runs/b"), (11, "runs/b and runs/a cannot be told apart")):
+        cards = []
+        for name, share, facts in (("runs/a", 0.7, {}), ("runs/b", 0.735, {"best_of": best_of})):
+            one = card_of(contender("model", share, name, **facts), settings={"k": 20})
+            (model,) = one.contenders
+            logistic = Result.of(Score.of_hits("logistic_top1", hits(share), ids_of(2000)))
+            results = {**model.results, "logistic_top1": logistic}
+            cards.append(replace(one, contenders=(replace(model, results=results),)))
+        assert compare_cards(written(tmp_path, *cards), tmp_path / "out").startswith(start)
+        rows = {row.score: row.better for row in compared(merged(cards))}
+        assert rows["logistic_top1"] == "runs/b"
+        assert rows[KNN] == ("runs/b" if best_of == 1 else "cannot be told")
+
+
 def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     places = written(tmp_path, card(0.70, "runs/a"), card(0.80, "runs/a"))
     text = compare_cards([str(one) for one in places], tmp_path / "out")

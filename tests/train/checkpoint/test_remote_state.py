@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError, StorageError, TrainError
 from pipeline.storage import places as storage
 from pipeline.storage import retry
 from pipeline.train.checkpoint import state
+from pipeline.train.checkpoint.best import Best, write_best
 from pipeline.train.start import checkpoint_at, starting_pair
 from tests.s3 import S3
 
@@ -121,12 +122,12 @@ def test_a_cut_checkpoint_and_another_version(bucket: S3) -> None:
 def test_the_right_ones_are_kept(bucket: S3) -> None:
     for step in (10, 20, 30, 40, 50):
         state.save(FOLDER, step, small(step), META)
-    state.mark_best(FOLDER, 20, 0.5)
+    write_best(FOLDER, Best(20, 0.5))
     state.prune(FOLDER, 2, {10})
     assert steps() == [10, 20, 40, 50]
     best = state.best(FOLDER)
     assert best
-    assert (best[0].step, best[1]) == (20, 0.5)
+    assert (best[0].step, best[1].score) == (20, 0.5)
 
 
 def test_a_removal_that_breaks_off_leaves_no_half_checkpoint(bucket: S3) -> None:
@@ -168,5 +169,5 @@ def test_a_run_and_a_checkpoint_are_found_by_their_uris(bucket: S3) -> None:
     one = checkpoint_at(f"{FOLDER}/step-00000010{query}")
     assert one
     assert float(one.teacher()["w"][0, 0]) == 10.0
-    state.mark_best(FOLDER, 10, 0.5)
+    write_best(FOLDER, Best(10, 0.5))
     assert checkpoint_at(RUN).step == 10  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from pipeline.errors import DamagedError, TrainError
 from pipeline.model.groups import parameter_groups
 from pipeline.train.checkpoint import files, reader, restore, state, tensor_file
+from pipeline.train.checkpoint.best import Best, write_best
 from pipeline.train.checkpoint.names import nested
 from pipeline.train.checkpoint.saving import Saving
 from pipeline.train.start import TrainState
@@ -384,7 +385,7 @@ def test_prune_keeps_the_last_the_best_and_the_undecided(
     for step in range(10, 70, 10):
         state.save(tmp_path, step, small(step), META)
     if best:
-        state.mark_best(tmp_path, best, 0.5)
+        write_best(tmp_path, Best(best, 0.5))
     state.prune(tmp_path, keep_last, pending)
     assert steps(tmp_path) == left
 
@@ -400,10 +401,10 @@ def test_prune_counts_only_whole_ones(tmp_path: Path) -> None:
 def test_the_best_is_found_as_long_as_it_is_there(tmp_path: Path) -> None:
     for step in (10, 20):
         state.save(tmp_path, step, small(step), META)
-    state.mark_best(tmp_path, 10, 0.25)
+    write_best(tmp_path, Best(10, 0.25))
     best = state.best(tmp_path)
     assert best
-    assert (best[0].step, best[1]) == (10, 0.25)
+    assert (best[0].step, best[1].score) == (10, 0.25)
     cut_tensors(tmp_path / "step-00000010")
     assert state.best(tmp_path) is None
 

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.evaluate.guard.answers import Answers
 from pipeline.evaluate.score import Score
-from pipeline.evaluate.teacher import Evaluation
+from pipeline.evaluate.teacher import EvaluatedOn, Evaluation
 from pipeline.train import evaluations as module
 from pipeline.train.checkpoint import state
 from pipeline.train.evaluations import Evaluations
@@ -96,7 +96,7 @@ def evaluations_of(folder: Path, evaluator: Any, key: str = "a", first: int = 0)
         state.save(checkpoints, step, {"teacher": {"backbone.w": torch.ones(1)}}, {})
     start = {"w": np.zeros(1, np.float32)}
     guard = Guard(Limits(2, 0.5, 0.01), checkpoints, key, lambda: start)
-    return Evaluations(PLAN, evaluator, Tracker(), folder, key, None, guard)
+    return Evaluations(PLAN, evaluator, Tracker(), folder, EvaluatedOn(key), None, guard)
 
 
 def run(evaluations: Evaluations, *steps: int) -> None:
@@ -113,12 +113,14 @@ def test_a_fall_keeps_the_start(tmp_path: Path) -> None:
     assert 0 in evaluations.pending_steps()  # its checkpoint stays, whatever comes
     run(evaluations, 20)
     assert guard.ended is not None
-    assert evaluations.best == {"step": 0, "score": 0.7, "name": KNN}
+    assert evaluations.best_known == {"step": 0, "score": 0.7, "name": KNN}
     best = state.best(evaluations.checkpoints)
     assert best is not None and best[0].step == 0
     tracker = evaluations.tracker
     assert tracker.rows[20]["guard/falls"] == 2 and tracker.rows[10]["guard/falls"] == 1
-    outcome = guarded({"status": "stopped", "step": 23}, guard, PLAN, evaluations.best, tracker)
+    outcome = guarded(
+        {"status": "stopped", "step": 23}, guard, PLAN, evaluations.best_known, tracker
+    )
     assert outcome["status"] == "guarded" and outcome["step"] == 23
     assert "the weights it started from are kept (knn20_top1 0.7000)" in outcome["guard"]
     assert "lower optim.lr (it was 0.5)" in outcome["guard"]
@@ -131,16 +133,16 @@ def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
     run(evaluations, 0, 10, 20, 30, 40)
     guard = evaluations.guard
     assert guard is not None and guard.ended is None
-    assert evaluations.best == {"step": 40, "score": 0.65, "name": KNN}
+    assert evaluations.best_known == {"step": 40, "score": 0.65, "name": KNN}
     outcome = {"status": "finished"}
-    assert guarded(outcome, guard, PLAN, evaluations.best, Tracker()) is outcome
+    assert guarded(outcome, guard, PLAN, evaluations.best_known, Tracker()) is outcome
 
 
 def test_the_best_has_not_fallen_and_has_forgotten_nothing(tmp_path: Path) -> None:
     answers = scored(0.5, 0.8), scored(0.6, 0.8), scored(0.9, 0.5), scored(0.7, 0.8)
     evaluations = evaluations_of(tmp_path, Evaluator(*answers))
     run(evaluations, 0, 10, 20, 30)
-    assert evaluations.best == {"step": 30, "score": 0.7, "name": KNN}
+    assert evaluations.best_known == {"step": 30, "score": 0.7, "name": KNN}
     assert evaluations.tracker.rows[20]["guard/keep_falls"] == 1
 
 
@@ -151,7 +153,7 @@ def test_a_start_that_fails_is_asked_again_and_the_others_wait_for_it(tmp_path: 
     guard = evaluations.guard
     assert guard is not None and guard.start is not None
     assert [float(w["w"][0]) for w in evaluator.weights] == [0.0, 0.0, 10.0]
-    assert evaluations.best is not None and evaluations.best["step"] == 0
+    assert evaluations.choice.best is not None and evaluations.choice.best.step == 0
     run(evaluations, 20)
     assert guard.ended is not None and guard.ended.step == 20
 
@@ -161,9 +163,11 @@ def test_without_its_start_the_rest_goes_on_as_without_a_guard(tmp_path: Path) -
     answers = [*lost, *lost, scored(0.3), *lost, scored(0.4)]
     evaluations = evaluations_of(tmp_path, Evaluator(*answers))
     run(evaluations, 0, 10)
-    assert evaluations.best is None and 10 in evaluations.pending_steps()  # it waits for the start
+    assert (
+        evaluations.choice.best is None and 10 in evaluations.pending_steps()
+    )  # it waits for the start
     run(evaluations, 20)
-    assert evaluations.best == {"step": 20, "score": 0.4, "name": KNN}
+    assert evaluations.best_known == {"step": 20, "score": 0.4, "name": KNN}
     assert evaluations.guard is not None and not evaluations.guard.waits
 
 
@@ -173,9 +177,13 @@ def test_a_run_that_ends_before_its_start_is_known_keeps_the_best_all_the_same(
     error = RuntimeError("lost")
     evaluations = evaluations_of(tmp_path, Evaluator(error, error, scored(0.6)))
     run(evaluations, 0, STEPS)
-    assert evaluations.best is None and evaluations.guard is not None and evaluations.guard.waits
+    assert (
+        evaluations.choice.best is None
+        and evaluations.guard is not None
+        and evaluations.guard.waits
+    )
     evaluations.finish()
-    assert evaluations.best == {"step": STEPS, "score": 0.6, "name": KNN}
+    assert evaluations.best_known == {"step": STEPS, "score": 0.6, "name": KNN}
     assert not evaluations.late
 
 
@@ -187,7 +195,7 @@ def test_after_a_restart_the_start_is_not_asked_again_unless_the_images_changed(
     run(again, 10, 20)  # what was under way at 10 is asked again
     assert len(evaluator.weights) == 2
     assert again.guard is not None and again.guard.ended is not None
-    assert again.best is not None and again.best["step"] == 0
+    assert again.choice.best is not None and again.choice.best.step == 0
     (tmp_path / "checkpoints" / "guard.json").unlink()
     answers = scored(0.9), scored(0.8), scored(0.85)
     other = evaluations_of(tmp_path, evaluator := Evaluator(*answers), key="b", first=10)
@@ -195,18 +203,20 @@ def test_after_a_restart_the_start_is_not_asked_again_unless_the_images_changed(
     run(other, 30)
     assert [float(w["w"][0]) for w in evaluator.weights] == [0.0, 30.0]
     assert other.guard is not None and other.guard.falls.rows["score"] == [30]
-    assert other.best == {"step": 0, "score": 0.9, "name": KNN}
+    assert other.best_known == {"step": 0, "score": 0.9, "name": KNN}
 
 
 def test_without_labels_the_newest_that_did_not_fall_is_kept(tmp_path: Path) -> None:
     answers = unlabelled(0.0), unlabelled(0.1), unlabelled(0.2), unlabelled(1.0), unlabelled(1.0)
     evaluations = evaluations_of(tmp_path, Evaluator(*answers))
     run(evaluations, 0, 10, 20)
-    assert evaluations.best is not None and evaluations.best["step"] == 20
-    assert evaluations.best["name"] == f"guard/{LEFT}" and 0.5 < evaluations.best["score"] < 1
+    assert evaluations.choice.best is not None and evaluations.choice.best.step == 20
+    assert (
+        evaluations.choice.best.name == f"guard/{LEFT}" and 0.5 < evaluations.choice.best.score < 1
+    )
     run(evaluations, 30, 40)
     assert evaluations.guard is not None and evaluations.guard.ended is not None
-    assert evaluations.best["step"] == 20
+    assert evaluations.choice.best.step == 20
 
 
 def test_a_step_that_is_not_finite_ends_as_guarded_where_there_is_a_best(tmp_path: Path) -> None:
@@ -216,6 +226,6 @@ def test_a_step_that_is_not_finite_ends_as_guarded_where_there_is_a_best(tmp_pat
     assert guarded(dict(error), guard, PLAN, None, tracker)["status"] == "non_finite"
     assert guarded(dict(error), None, PLAN, None, tracker)["status"] == "non_finite"
     run(evaluations, 0)
-    outcome = guarded(dict(error), guard, PLAN, evaluations.best, tracker)
+    outcome = guarded(dict(error), guard, PLAN, evaluations.best_known, tracker)
     assert outcome["status"] == "guarded"
     assert "after step 3 of 60: step 3: not finite: loss/ibot; the weights it" in outcome["guard"]
