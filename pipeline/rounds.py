@@ -190,9 +190,13 @@ class Round:
     number: int
 
     def _context(self, context: Context) -> Context:
-        """Its own config and folder; evaluation sets are those that the chain has packed."""
+        """Its own config and folder; evaluation sets and those of the guard are the chain's, which
+        has packed them.
+        """
         config = config_of(self.recipe, context.folder, self.number)
-        config = config.model_copy(update={"evaluate": context.config.evaluate})
+        config = config.model_copy(
+            update={"evaluate": context.config.evaluate, "guard": context.config.guard}
+        )
         return Context(config, folder_of(context.folder, self.number), stages=chain.STAGES)
 
     def key(self, context: Context) -> str:
@@ -254,7 +258,11 @@ class Comparison:
 
     def run(self, context: Context, tracker: Any) -> dict[str, Any]:
         """Scores all rounds on the same images, on one card."""
-        request = _named_by_round(evaluation.request_of(self._context(context)))
+        inside = self._context(context)
+        request = _named_by_round(evaluation.request_of(inside))
+        if remark := on_training_images(inside.config):
+            log.warning("rounds      %s", remark)
+            request = replace(request, remarks=(*request.remarks, remark))
         card = make_card(request)
         folder = context.folder.stage(COMPARED)
         write_card(card, folder)
@@ -278,6 +286,16 @@ class Comparison:
         for file in (PAGE, CARD):
             tracker.artifact(folder / file, COMPARED)
         return {"text": text, "scores": metrics, "page": f"{COMPARED}/{PAGE}"}
+
+
+def on_training_images(config: Config) -> str:
+    """Why a comparison of rounds favours the last one; "" where it does not."""
+    if config.evaluate.reference or config.evaluate.queries:
+        return ""
+    return (
+        "rounds are compared on the images that the last one chose and trained on, which favours "
+        "it: name labelled images that no round trains on (evaluate.queries=…)"
+    )
 
 
 def _named_by_round(request: Request) -> Request:

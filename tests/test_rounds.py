@@ -11,6 +11,7 @@ import pytest
 from pipeline import rounds
 from pipeline.config.config import Config
 from pipeline.config.load import load
+from pipeline.context import Context
 from pipeline.errors import ConfigError
 from pipeline.storage.mirror import _belongs
 from pipeline.storage.run_folder import RunFolder
@@ -52,6 +53,28 @@ def test_each_round_is_a_recipe_that_is_allowed(name: str, tmp_path: Path) -> No
     # each round is a run of one round, but the last, which is the recipe's
     assert [one.curate.rounds for one in (first, second, last)] == [1, 1, 3]
     assert {one.model.init for one in (first, second, last)} == {""}
+
+
+def test_an_earlier_round_has_the_sets_that_the_chain_has_packed(tmp_path: Path) -> None:
+    more = [*RECIPES["balance"], "curate.rounds=2", "guard.keep=birds/", "model.init=w"]
+    more += ["evaluate.queries=test/"]
+    config, folder = recipe(tmp_path, *more)
+    last = rounds.config_of(config, folder, 2)
+    packed = last.model_copy(
+        update={
+            "guard": last.guard.model_copy(update={"keep": "pack/keep"}),
+            "evaluate": last.evaluate.model_copy(update={"queries": "pack/queries"}),
+        }
+    )
+    inside = rounds.Round(config, 1)._context(Context(packed, folder)).config
+    assert (inside.guard.keep, inside.evaluate.queries) == ("pack/keep", "pack/queries")
+
+
+def test_a_comparison_on_training_images_is_said(tmp_path: Path) -> None:
+    more = [*RECIPES["balance"], "curate.rounds=2"]
+    assert "trained on" in rounds.on_training_images(recipe(tmp_path, *more)[0])
+    for named in ("evaluate.queries=test/", "evaluate.reference=other/"):
+        assert not rounds.on_training_images(recipe(tmp_path, *more, named)[0])
 
 
 def test_the_first_round_goes_by_an_embedder_that_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,12 @@ from collections.abc import Callable
 
 from pipeline.card.card import Card, Verdict
 from pipeline.card.case import Case, Facts, Gain, ModelFacts
-from pipeline.card.started import kept_init, no_better_than_init, worse_than_init
+from pipeline.card.started import (
+    init_not_scored,
+    kept_init,
+    no_better_than_init,
+    worse_than_init,
+)
 from pipeline.card.words import UNLABELLED, about, short_of, title_of, with_margin
 from pipeline.evaluate.score import LEVEL
 
@@ -273,6 +278,7 @@ BEST: list[tuple[str, Callable[[Case], str]]] = [
     ("no_better_than_raw_pixels", _no_better_than("raw_pixels")),
     ("no_better_than_majority", _no_better_than("majority")),
     ("", _cannot_tell),
+    ("", init_not_scored),
     ("better_than_init", _better_than_init),
     ("learnt_little", _learnt_little),
     ("learnt", _learnt),

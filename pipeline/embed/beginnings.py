@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.embed.embedders import BACKBONE, EmbedderSpec
 from pipeline.embed.load import load_teacher, load_timm, load_weights
 from pipeline.errors import DataError
-from pipeline.uri import is_uri, public
+from pipeline.uri import is_uri, parent, public
 
 SEED = 0  # of random weights
 
@@ -41,13 +41,18 @@ def trained_on(checkpoint: str) -> int:
 
 
 def passes_over(checkpoint: str) -> float:
-    """How many times the run of a checkpoint goes over its images.
+    """How many times the run of a checkpoint went over its images until its last checkpoint.
 
     Raises:
         DataError: the checkpoint is gone.
     """
+    from pipeline.train.checkpoint import state
+
     plan = _plan(checkpoint)
-    return float(plan.steps * plan.config.optim.global_batch_size / max(plan.images, 1))
+    last = state.latest(parent(checkpoint if is_uri(checkpoint) else Path(checkpoint))[0])
+    return float(
+        (last.step if last else 0) * plan.config.optim.global_batch_size / max(plan.images, 1)
+    )
 
 
 def computes_in_half(checkpoint: str) -> bool:

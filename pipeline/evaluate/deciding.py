@@ -69,7 +69,10 @@ def training_scores(
     Raises:
         DataError: two sets of which one has no labels.
     """
-    if queries is reference and (why := why_unusable(queries.labels)):
+    why = why_unusable(queries.labels) if queries is reference else ""
+    if not why and _are_one_class(reference.labels, queries.labels):
+        why = "all labelled images of both sets are of one class"
+    if why:
         return TrainingScores.unlabelled(queries, decide_by, f"labels are not used: {why}")
     usual = f"knn{k}_top1"
     scores = {usual: image_score(usual, reference, queries, temperature)}
@@ -143,6 +146,12 @@ def image_score(
     return knn_score(
         reference, queries, int(name.removeprefix("knn").removesuffix("_top1")), temperature
     )
+
+
+def _are_one_class(*labels: torch.Tensor) -> bool:
+    """Whether all labels that are known are the same: then every answer is right."""
+    known = torch.cat([one[one >= 0] for one in labels])
+    return len(known) > 0 and bool((known == known[0]).all())
 
 
 def why_unusable(labels: torch.Tensor) -> str:

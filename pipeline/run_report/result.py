@@ -45,7 +45,7 @@ def result_sections(facts: RunFacts) -> Iterator[Section]:
     if card is not None:
         yield from _scores(card)
     if facts.change:
-        yield Table(chosen_rows(facts), "Before and after", note=SAME_IMAGES)
+        yield Table(chosen_rows(facts), "Before and after", note=facts.unlike or SAME_IMAGES)
 
 
 def _scores(card: Card) -> Iterator[Section]:

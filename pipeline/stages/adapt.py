@@ -252,13 +252,15 @@ def _has_gpus(config: Config) -> bool:
 
 
 def before_and_after(context: Context, results: Mapping[str, Any]) -> Comparison | None:
-    """The two cards of this run side by side; None where nothing was adapted or scored.
+    """The two cards of this run side by side; None where nothing was adapted, or the last card is
+    not of the adapted weights but of models that were named.
 
     Args:
         context: of the job.
         results: of stages by name, whose cards count.
     """
-    if not (results.get("adapt") and results.get("evaluate")):
+    own = "step" in (results.get("evaluate") or {})
+    if not (results.get("adapt") and own):
         return None
     place = context.folder.path
     before = None

@@ -313,8 +313,8 @@ def _write_report(context: Context) -> tuple[Path, RunFacts]:
     """Writes `report.html` of the run folder; gives its path and what it was made of."""
     known = {name: context.folder.last(name) for name in context.stages} | context.results
     comparison = adapt.before_and_after(context, known)
-    change = comparison.table if comparison and comparison.rows else {}
-    facts = RunFacts.of(context.config, context.folder, known, change)
+    shown = comparison and comparison.rows and (comparison.table, comparison.warning)
+    facts = RunFacts.of(context.config, context.folder, known, *(shown or ()))
     return write_run_report(facts), facts
 
 

@@ -122,7 +122,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         value_range=value_range,
         metrics=scores,
         params={**params(plan), "step": saved.step, "weights": ", ".join(formats)},
-        page=model_page.page(plan, images, backbone.width, verdict, formats),
+        page=model_page.page(plan, saved.step, images, backbone.width, verdict, formats),
         tags=model_page.tags(plan, context.config.run.name, rule),
         data=evaluated.get("data", ("", "")),
     )

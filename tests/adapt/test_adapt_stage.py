@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pipeline.adapt.derive import derive
+from pipeline.card.files import write_card
 from pipeline.config.config import Config
 from pipeline.config.load import load
+from pipeline.context import Context
 from pipeline.errors import TrainError
 from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
@@ -17,6 +19,7 @@ from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages import adapt
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train.checkpoint import state
+from tests.card.cards import card_of, contender
 
 STAGES = ["pack", "curate", "adapt", "pretrain", "evaluate", "export"]
 SPEC = BackboneSpec(image_size=28, patch_size=14, width=64, depth=5, heads=1)
@@ -49,6 +52,18 @@ def test_other_weights_are_refused_before_anything_is_packed(tmp_path: Path) -> 
     assert config.model.width == 64
     with pytest.raises(TrainError, match=r"run a began with .*first\.pth, and .*second\.pth"):
         adapt.begun(asked(tmp_path, "second.pth"), folder, STAGES)
+
+
+def test_models_that_were_named_later_are_no_before_and_after(tmp_path: Path) -> None:
+    """Whoever evaluates another model in the folder of an adapted run compares nothing with it."""
+    context = Context(asked(tmp_path, "first.pth"), RunFolder.of(str(tmp_path), "a"))
+    write_card(card_of(contender("model", 0.5)), context.folder.path / "adapt")
+    after = card_of(contender("model", 0.6), contender("init", 0.5))
+    write_card(after, context.folder.path / "evaluate")
+    own = adapt.before_and_after(context, {"adapt": {"text": "x"}, "evaluate": {"step": 20}})
+    assert own is not None and own.rows
+    named = {"adapt": {"text": "x"}, "evaluate": {"text": "another model"}}
+    assert adapt.before_and_after(context, named) is None
 
 
 def test_a_run_that_goes_on_keeps_what_was_derived(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.card.inputs.common import common
 from pipeline.card.run import evaluate
 from pipeline.config.load import load
 from pipeline.context import Context
+from pipeline.embed.beginnings import passes_over
 from pipeline.embed.vectors import open_vectors
 from pipeline.errors import PipelineError
 from pipeline.evaluate.baselines import pixel_vectors, without_mean
@@ -35,6 +36,7 @@ from pipeline.train.checkpoint.best import Best, write_best
 from pipeline.train.evaluator import evaluation_spec
 from pipeline.train.run import plan_for
 from pipeline.train.start import starting_pair
+from pipeline.uri import parent
 from tests.card.conftest import COLOURS, coloured
 from tests.data import hub_table, stored
 from tests.tiny import write_tiny
@@ -144,6 +146,15 @@ def test_a_card_says_of_how_many_evaluations_its_model_is_the_best(trained: Trai
         other = request_of(trained.context(*changes))
         assert other.networks[0].best_of == 1, changes
         assert not any("the best of" in remark for remark in other.remarks), changes
+
+
+def test_passes_are_those_that_were_done(trained: Trained) -> None:
+    """A run that was stopped, and whose best checkpoint is not its last."""
+    plan = trained.plan.model_copy(update={"steps": 1000})
+    place = parent(trained.saved.path)[0]
+    state.save(place, 12, {"teacher": {}}, {"plan": plan.model_dump(mode="json")})
+    each = plan.config.optim.global_batch_size / plan.images
+    assert passes_over(str(trained.saved.path)) == pytest.approx(12 * each)
 
 
 def test_the_choice_is_on_the_card(trained: Trained) -> None:

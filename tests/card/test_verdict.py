@@ -198,6 +198,18 @@ SITUATIONS = {
         (model(None, numbers={"rank_me": 40.0, "feature_std": 0.9}),),
         card={"labelled": 0},
     ),
+    "its weights cannot be opened any more": Planted(
+        "",
+        ["No verdict: k-NN 0.74 ± 0.02, untrained 0.30, but what it started from (timm:x) has no"],
+        (model(0.74, step=300), contender("untrained", 0.3, of=MODEL), *SMALL),
+        about(init="timm:x"),
+    ),
+    "kept weights that cannot be opened any more": Planted(
+        "kept_init",
+        ["Kept the weights it started from (k-NN 0.74 ± 0.02)"],
+        (model(0.74, step=0), contender("untrained", 0.3, of=MODEL), *SMALL),
+        about(init="timm:x"),
+    ),
     "no labels, collapsed": Planted(
         "collapsed",
         ["Collapsed: effective rank is 1.1, below 2"],

@@ -52,6 +52,18 @@ def test_the_score_that_decides_is_the_one_of_its_name() -> None:
     assert scores.values["knn5_top1"] == pytest.approx(hits / len(x))
 
 
+def test_two_sets_of_one_class_say_nothing() -> None:
+    """Each answer would be right, whatever the features are."""
+    votes, asked = rows(9.0), rows(9.0, seed=1)
+    votes.labels, asked.labels = torch.full_like(votes.labels, 4), torch.full_like(asked.labels, 4)
+    asked.labels[0] = -1
+    scores = training_scores(votes, asked, 5, "logistic_top1")
+    assert list(scores.values) == [RANK_ME] and not scores.decided_by and scores.guarded is None
+    assert "all labelled images of both sets are of one class" in scores.note
+    asked.labels[0] = 3  # another class, though nobody votes for it
+    assert "knn5_top1" in training_scores(votes, asked, 5).values
+
+
 def test_two_sets_without_labels_are_refused() -> None:
     plain = rows(0.5)
     plain.labels = torch.full_like(plain.labels, -1)

@@ -45,7 +45,7 @@ def ended_before(context: Context) -> dict[str, Any]:
         return {}
     was, best = plan_of(saved.meta, saved.path), state.best(folder)
     known = best[1].summary if best else None
-    text = words.sentence(end, saved.step, was.steps, was.lr, known)
+    text = words.sentence(end, saved.step, was.steps, was.config.optim.lr, known)
     return {
         "text": f"guarded at step {saved.step}/{was.steps}; {text}",
         "status": "guarded",

@@ -23,12 +23,18 @@ vectors = model.predict(images)["embedding"]  # a list of numbers for each image
 
 
 def page(
-    plan: Plan, images: Preprocessing, width: int, verdict: str, formats: Mapping[str, str]
+    plan: Plan,
+    step: int,
+    images: Preprocessing,
+    width: int,
+    verdict: str,
+    formats: Mapping[str, str],
 ) -> str:
     """The description of the model, markdown.
 
     Args:
         plan: that it was trained with.
+        step: of its checkpoint; 0: the weights that training began with.
         images: that it takes.
         width: numbers of an embedding.
         verdict: of the run's evaluation; may be empty.
@@ -42,11 +48,18 @@ def page(
         f"as the evaluation does. **Gives** {width:,} numbers for each (column `embedding`).",
         f"**Load it**\n\n{LOAD}",
         f"**Trained on** {name_of_images(config)}: {plan.images:,} images, digest "
-        f"`{plan.digest[:16]}`, {plan.steps:,} steps of {config.optim.global_batch_size}.",
+        f"`{plan.digest[:16]}`, {_steps(plan, step)}.",
         f"**As files** in the run's folder `weights/`: {', '.join(formats)}.",
         f"**Licence** of the code inside: {CODE_LICENCE}. {_weights_licence(plan)}",
     ]
     return "\n\n".join(parts)
+
+
+def _steps(plan: Plan, step: int) -> str:
+    if step == 0:
+        return "but no step is in it: it is what training began with, which was kept"
+    of = "" if step == plan.steps else f" of {plan.steps:,} planned"
+    return f"{step:,} steps{of}, each of {plan.config.optim.global_batch_size:,} images"
 
 
 def tags(plan: Plan, run: str, rule: str) -> dict[str, str]:
