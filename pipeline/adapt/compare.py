@@ -22,12 +22,21 @@ class Comparison:
     Attributes:
         lines: for the console, each with its first word.
         rows: of a table: score, before, after, difference.
-        warning: why the two cannot be compared; or empty.
+        warning: why the card before is not like the one after; or empty.
+        one_card: the rows are of the card after alone: of the same images, seen in the same way.
     """
 
     lines: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, str, str, str], ...]
     warning: str = ""
+    one_card: bool = False
+
+    @property
+    def note(self) -> str:
+        """What to know of the rows."""
+        alike = "The same images for both; differences with 95 % intervals."
+        warning = f"{self.warning[:1].upper()}{self.warning[1:]}." if self.warning else ""
+        return " ".join(filter(None, [alike if self.one_card or not warning else "", warning]))
 
     @property
     def table(self) -> dict[str, list[Any]]:
@@ -78,7 +87,7 @@ def compared(before: Card | None, after: Card) -> Comparison:
             lines[1] = ("after", f"{lines[1][1]} ({gain})")
     else:
         lines = [("before", _unlabelled(start)), ("after", _unlabelled(model))]
-    return Comparison(tuple(lines), rows, _unlike(before, after, init))
+    return Comparison(tuple(lines), rows, _unlike(before, after, init), init is not None)
 
 
 def _row(name: str, start: Contender, model: Contender) -> tuple[str, str, str, str]:

@@ -91,6 +91,11 @@ class Contender:
     cost: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def start(self) -> str:
+        """The weights that its training began with, as they were named; "": random ones."""
+        return str(self.facts.get("started_from", ""))
+
+    @property
     def best_of(self) -> int:
         """Evaluations, on the queries of the card and by its score, that a model is the best of."""
         return int(self.facts.get("best_of", 1))

@@ -33,13 +33,11 @@ class ModelFacts:
     Attributes:
         training_images: that it was trained on by us; 0 where that is unknown.
         alarm: the sentence of `evaluate.health.alarm`, where it has one.
-        init: the weights that its run started from, as they were named; "" where from nothing.
         passes: over these images; 0 where that is unknown.
     """
 
     training_images: int = 0
     alarm: str = ""
-    init: str = ""
     passes: float = 0.0
 
 
@@ -100,19 +98,21 @@ class Gain:
     @property
     def is_unclear(self) -> bool:
         """Neither, and a gain worth having could hide in the interval."""
+        interval = self.interval
+        wider = max(interval.value - interval.low, interval.high - interval.value)
         # what one evaluation alone would call better or worse is not as good either
-        return self.interval.holds_0 and (
-            self.margin > TELLING * self.scale or not self.single.holds_0
-        )
+        return interval.holds_0 and (wider > TELLING * self.scale or not self.single.holds_0)
 
     @property
     def margin(self) -> float:
-        """What stands after the plus-minus sign."""
+        """What stands after the plus-minus sign. Where one is the best of several evaluations, the
+        sides differ: then the one towards 0, on which the claim rests.
+        """
         interval = self.interval
         if interval == self.single:
             return interval.margin
-        # the best of several: the side on which that weighs is the wider one
-        return max(interval.value - interval.low, interval.high - interval.value)
+        towards_0 = interval.low if interval.value >= 0 else interval.high
+        return abs(interval.value - towards_0)
 
     @property
     def shown(self) -> Interval:
@@ -190,7 +190,7 @@ class Case:
     @cached_property
     def init(self) -> Contender | None:
         """What the run started from, where that were weights."""
-        return self.baseline("init", *(START[:1] if self.about_best.init else ()))
+        return self.baseline("init", *(START[:1] if self.best.start else ()))
 
     @cached_property
     def simple(self) -> Contender | None:

@@ -23,6 +23,7 @@ from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Answers
 from pipeline.card.scoring.tasks import Growing
 from pipeline.card.verdict import Facts, ModelFacts, verdict_of
+from pipeline.card.words import chosen
 from pipeline.evaluate.deciding import why_unusable
 from pipeline.uri import join, public
 
@@ -64,7 +65,6 @@ def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
         one.name: ModelFacts(
             one.images,
             alarm if one is request.networks[0] else "",
-            public(one.start),
             one.passes,
         )
         for one in request.networks
@@ -84,6 +84,7 @@ def facts_of(request: Request, card: Card, alarm: str = "") -> Facts:
 def _tables(request: Request) -> tuple[list[Tables], list[str]]:
     """The vectors of the images that all networks have, and what is to be said of them."""
     said, sets = list(request.remarks), request.sets
+    said += [chosen(one.name, one.best_of) for one in request.networks if one.best_of > 1]
     if sets is None:
         return [], said
     said += sets.overlap.sentences() if sets.overlap else []
@@ -162,6 +163,8 @@ def _facts_of(network: Network, tables: Tables | None = None) -> dict[str, Any]:
     facts = {name: known[name] for name in shown if name in known}
     if network.step is not None:
         facts["step"] = network.step
+    if network.start:
+        facts["started_from"] = public(network.start)
     if network.best_of > 1:
         facts["best_of"] = network.best_of
     return {"digest": network.spec.digest} | facts

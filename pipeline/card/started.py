@@ -8,7 +8,7 @@ from pipeline.card.words import title_of
 
 def kept_init(case: Case) -> str:
     """The weights that the run started from are the best checkpoint: its guard kept them."""
-    if not (case.init or case.about_best.init) or case.best.facts.get("step") != 0:
+    if not (case.init or case.best.start) or case.best.facts.get("step") != 0:
         return ""
     return (
         f"Kept the weights it started from ({case.said()}): no later checkpoint was kept as a "
@@ -38,10 +38,10 @@ def no_better_than_init(case: Case) -> str:
 
 def init_not_scored(case: Case) -> str:
     """Nothing says whether training was worth it: its beginning is not on the card."""
-    if case.init is not None or not case.about_best.init:
+    if case.init is not None or not case.best.start:
         return ""
     start = f", {case.against(case.start)}" if case.start else ""
     return (
-        f"No verdict: {case.said()}{start}, but what it started from ({case.about_best.init}) has "
+        f"No verdict: {case.said()}{start}, but what it started from ({case.best.start}) has "
         f"no {title_of(case.card.score)} on this card, so nothing says whether this is better."
     )

@@ -2,10 +2,10 @@
 
 Each rule is a function of a `Case` that gives its words, or nothing where it does not fit.
 Differences are those of the same images with 95 % intervals (`evaluate.score.difference`), wider
-below where the model is the best of several evaluations (`card.case.gain`). Two
-things are called different where the interval of their difference is on one side of 0, and alike
-where it holds 0 and is at most 0.05 to each side. Anything else is no verdict, and says how many
-images would do. docs/evaluate.md has the rules as a table.
+where a contender is the best of several evaluations (`card.case.gain`). Two things are called
+different where the interval of their difference is on one side of 0, and alike where it holds 0 and
+is at most 0.05 to each side. Anything else is no verdict, and says how many images would do.
+docs/evaluate.md has the rules as a table.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ def _advice(case: Case) -> str:
         return (
             f"better than what it started from, {before}; train longer, or start from other weights"
         )
-    if case.init or about_it.init:
+    if case.init or case.best.start:
         return "keep the weights that it started from, or train again with a lower optim.lr"
     if 0 < about_it.training_images < FEW_TO_TRAIN and 0 < about_it.passes < MANY_PASSES:
         return (

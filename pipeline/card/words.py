@@ -56,6 +56,15 @@ def short_of(role: Role, score: str) -> str:
     return "the mean depth" if role == "majority" and score.startswith("depth_") else SHORT[role]
 
 
+def chosen(name: str, evaluations: int) -> str:
+    """What a card says of a model that is the best of several evaluations."""
+    return (
+        f"{name} was chosen as the best of {evaluations:,} evaluations on these images, or on a "
+        "sample of them, which flatters it: the verdict asks for gains beyond that, and tables of "
+        "single models show plain 95 % intervals"
+    )
+
+
 def title_of(score: str) -> str:
     """A score's title without its numbers: `k-NN`; an unknown name is its own title."""
     matches = (title for name, title in _TITLES.items() if re.fullmatch(name, score))

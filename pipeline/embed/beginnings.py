@@ -49,10 +49,8 @@ def passes_over(checkpoint: str) -> float:
     from pipeline.train.checkpoint import state
 
     plan = _plan(checkpoint)
-    last = state.latest(parent(checkpoint if is_uri(checkpoint) else Path(checkpoint))[0])
-    return float(
-        (last.step if last else 0) * plan.config.optim.global_batch_size / max(plan.images, 1)
-    )
+    last = state.checkpoints(parent(checkpoint if is_uri(checkpoint) else Path(checkpoint))[0])[-1]
+    return float(last.step * plan.config.optim.global_batch_size / max(plan.images, 1))
 
 
 def computes_in_half(checkpoint: str) -> bool:

@@ -110,7 +110,7 @@ class EvaluationSpec:
         ]
         return _digest(content)
 
-    def of(self, limit: int | None = None) -> EvaluatedOn:
+    def evaluated_on(self, limit: int | None = None) -> EvaluatedOn:
         """Which images and settings scores are of.
 
         Args:

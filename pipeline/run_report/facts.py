@@ -34,7 +34,7 @@ class RunFacts:
         examples: images that show what the model does.
         change: what an adaptation has changed, as columns of a table; empty where nothing was
             adapted.
-        unlike: why before and after are not of the same images, seen in the same way; or "".
+        change_note: what to know of these.
     """
 
     config: Config
@@ -43,7 +43,7 @@ class RunFacts:
     card: Card | None = None
     examples: Examples = field(default_factory=Examples)
     change: Mapping[str, list[Any]] = field(default_factory=dict)
-    unlike: str = ""
+    change_note: str = ""
 
     @classmethod
     def of(
@@ -52,7 +52,7 @@ class RunFacts:
         folder: RunFolder,
         results: Mapping[str, Mapping[str, Any]],
         change: Mapping[str, list[Any]] | None = None,
-        unlike: str = "",
+        change_note: str = "",
     ) -> RunFacts:
         """With what lies in the folder; a damaged card is said and left out."""
         there = {name: result for name, result in results.items() if result}
@@ -64,7 +64,7 @@ class RunFacts:
                 log.warning("report      without the card: %s", error.what)
         if card and (folder.path / EVALUATE / FILE).is_file():
             examples = read_examples(folder.path / EVALUATE)
-        return cls(config, folder, there, card, examples, change or {}, unlike)
+        return cls(config, folder, there, card, examples, change or {}, change_note)
 
     @property
     def path(self) -> Path:

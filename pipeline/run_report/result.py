@@ -27,7 +27,6 @@ NAMES = {
     "colours": "colours alone",
     "raw_pixels": "pixels alone",
 }
-SAME_IMAGES = "The same images for both; differences with 95 % intervals."
 NO_LABELS = "They can show a collapse. None of them says that a model is good."
 CHANGES = 7  # rows of before and after that are not folded
 MODEL, OTHER = "var(--c0)", "var(--c6)"
@@ -45,7 +44,7 @@ def result_sections(facts: RunFacts) -> Iterator[Section]:
     if card is not None:
         yield from _scores(card)
     if facts.change:
-        yield Table(chosen_rows(facts), "Before and after", note=facts.unlike or SAME_IMAGES)
+        yield Table(chosen_rows(facts), "Before and after", note=facts.change_note)
 
 
 def _scores(card: Card) -> Iterator[Section]:

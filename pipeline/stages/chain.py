@@ -313,7 +313,7 @@ def _write_report(context: Context) -> tuple[Path, RunFacts]:
     """Writes `report.html` of the run folder; gives its path and what it was made of."""
     known = {name: context.folder.last(name) for name in context.stages} | context.results
     comparison = adapt.before_and_after(context, known)
-    shown = comparison and comparison.rows and (comparison.table, comparison.warning)
+    shown = comparison and comparison.rows and (comparison.table, comparison.note)
     facts = RunFacts.of(context.config, context.folder, known, *(shown or ()))
     return write_run_report(facts), facts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 from pipeline.card.dense.opening import looks_dense, open_dense_set
@@ -27,7 +26,7 @@ from pipeline.model.pair import Encoder
 from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.stages import pack
-from pipeline.stages.checks.chosen_from import chosen_from, remark
+from pipeline.stages.checks.chosen_from import with_choices
 from pipeline.stages.checks.known_sets import of_runs
 from pipeline.storage.places import exists, resolve_uri
 from pipeline.storage.run_folder import RunFolder
@@ -301,19 +300,9 @@ def request_of(context: Context) -> Request:
         gpu=_gpu(config, folder),
         remarks=(*sampled(sets), *_unread(sets, folder)),
     )
-    return _with_choices(request, config)
-
-
-def _with_choices(request: Request, config: Config) -> Request:
-    """The request, whose checkpoints know of how many evaluations they are the best."""
     if is_own(config) and config.export.checkpoint == "last":
         return request  # not chosen, even where it happens to be the best
-    networks = tuple(
-        replace(one, best_of=chosen_from(one.spec, request.score, request.sets))
-        for one in request.networks
-    )
-    remarks = [remark(one.name, one.best_of) for one in networks if one.best_of > 1]
-    return replace(request, networks=networks, remarks=(*request.remarks, *remarks))
+    return with_choices(request)
 
 
 def _unread(sets: Sets | None, folder: RunFolder) -> list[str]:

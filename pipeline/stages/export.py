@@ -121,7 +121,12 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         std=config.augment.std,
         value_range=value_range,
         metrics=scores,
-        params={**params(plan), "step": saved.step, "weights": ", ".join(formats)},
+        params={
+            **params(plan),
+            "steps": saved.step,
+            "steps_planned": plan.steps,
+            "weights": ", ".join(formats),
+        },
         page=model_page.page(plan, saved.step, images, backbone.width, verdict, formats),
         tags=model_page.tags(plan, context.config.run.name, rule),
         data=evaluated.get("data", ("", "")),

@@ -100,7 +100,7 @@ class Evaluations:
         evaluator: the actor.
         tracker: takes metrics and pictures.
         folder: of the run.
-        of: the images and settings of its scores.
+        evaluated_on: the images and settings of its scores.
         counts: as `counts` was at the checkpoint that training goes on from.
         guard: compares them with the start; None: nothing is compared.
     """
@@ -111,7 +111,7 @@ class Evaluations:
         evaluator: Any,
         tracker: Any,
         folder: Place,
-        of: EvaluatedOn,
+        evaluated_on: EvaluatedOn,
         counts: Mapping[str, int] | None = None,
         guard: Guard | None = None,
     ) -> None:
@@ -124,7 +124,7 @@ class Evaluations:
         self.newest: dict[str, float] = {}
         self.alarm_text = self.note = ""
         usual = f"eval/knn{plan.config.evaluate.k}_top1"
-        self.choice = Choice(self.checkpoints, of.key, of.asked, usual)
+        self.choice = Choice(self.checkpoints, evaluated_on.key, evaluated_on.asked, usual)
 
     def request(self, step: int, weights: Mapping[str, Tensor]) -> None:
         """Asks for an evaluation of a backbone's weights, which nobody changes any more, or skips
@@ -154,7 +154,7 @@ class Evaluations:
         self.pending.append(Request(step, self.evaluator, arrays, limit))
 
     @property
-    def best_known(self) -> dict[str, Any] | None:
+    def best_summary(self) -> dict[str, Any] | None:
         """The best so far, as the result of a training has it."""
         best = self.choice.best
         return best.summary if best else None

@@ -285,7 +285,7 @@ class RankZero(OtherRank):
             self.evaluations.collect()
         if self.too_many_bad and outcome["status"] == "stopped":
             outcome["status"] = "bad_images"
-        best = self.evaluations.best_known
+        best = self.evaluations.best_summary
         outcome = guarded(outcome, self.guard, self.plan, best, self.tracker)
         if outcome["status"] == "stopped" and self.unsaved:
             lost = outcome["step"] - self.saved_step

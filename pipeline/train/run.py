@@ -183,7 +183,7 @@ def pretrain(
         "folder": str(folder.at()),
         "feeder": feeder,
         "evaluator": evaluator,
-        "evaluated_on": evaluation.of(plan.config.evaluate.during_training),
+        "evaluated_on": evaluation.evaluated_on(plan.config.evaluate.during_training),
         "guard_key": evaluation.guard_key(plan.config.evaluate.during_training),
         "track": track,
         "teacher": teacher,

@@ -61,7 +61,7 @@ def test_models_that_were_named_later_are_no_before_and_after(tmp_path: Path) ->
     after = card_of(contender("model", 0.6), contender("init", 0.5))
     write_card(after, context.folder.path / "evaluate")
     own = adapt.before_and_after(context, {"adapt": {"text": "x"}, "evaluate": {"step": 20}})
-    assert own is not None and own.rows
+    assert own is not None and own.rows and own.one_card
     named = {"adapt": {"text": "x"}, "evaluate": {"text": "another model"}}
     assert adapt.before_and_after(context, named) is None
 

@@ -30,5 +30,10 @@ def test_what_cannot_be_compared_is_said_with_and_without_the_start_scored_anew(
         assert "other images" in compared(other_images, after).warning
         other_size = card_of(contender("model", 0.5, **(SEEN | {"image_size": 32})))
         assert "image_size 32" in compared(other_size, after).warning
+    # the rows are of the same images where the start was scored anew; else only the warning stands
+    scored_anew, alone = (compared(other_images, card_of(MODEL, *x)).note for x in ([INIT], []))
+    assert scored_anew.startswith("The same images for both") and scored_anew.endswith("anew.")
+    assert alone.startswith("The card before") and alone.endswith("are not alike.")
+    assert compared(BEFORE, card_of(MODEL)).note.startswith("The same images for both")
     other_weights = card_of(contender("model", 0.4, **SEEN))
     assert "something else has changed" in compared(other_weights, card_of(MODEL, INIT)).warning

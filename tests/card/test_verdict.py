@@ -110,20 +110,17 @@ SITUATIONS = {
     "its guard kept the weights": Planted(
         "kept_init",
         ["Kept the weights it started from (k-NN 0.78 ± 0.02)", "lower optim.lr"],
-        (model(0.78, step=0), contender("init", 0.78, of=MODEL), *SMALL),
-        about(init="dinov2.pth"),
+        (model(0.78, step=0, started_from="dinov2.pth"), contender("init", 0.78, of=MODEL), *SMALL),
     ),
     "worse than its weights": Planted(
         "worse_than_init",
         ["Worse than what it started from (k-NN 0.71 ± 0.02 against 0.78)", "lower optim.lr"],
-        (model(0.71), contender("init", 0.78, of=MODEL), *SMALL),
-        about(init="dinov2.pth"),
+        (model(0.71, started_from="dinov2.pth"), contender("init", 0.78, of=MODEL), *SMALL),
     ),
     "better than its weights": Planted(
         "better_than_init",
         ["Better than what it started from: k-NN 0.86 ± 0.02, before 0.78 (+0.08 ± 0.02)"],
-        (model(0.86), contender("init", 0.78, of=MODEL), *SMALL),
-        about(init="dinov2.pth"),
+        (model(0.86, started_from="dinov2.pth"), contender("init", 0.78, of=MODEL), *SMALL),
     ),
     "better than its weights, and no better than pixels": Planted(
         "no_better_than_raw_pixels",
@@ -131,14 +128,16 @@ SITUATIONS = {
             "(0.50 ± 0.02 against 0.50): better than what it started from, 0.40 (+0.10",
             "train longer",
         ],
-        (model(0.50), contender("init", 0.40, of=MODEL), contender("raw_pixels", 0.5)),
-        about(init="dinov2.pth"),
+        (
+            model(0.50, started_from="dinov2.pth"),
+            contender("init", 0.40, of=MODEL),
+            contender("raw_pixels", 0.5),
+        ),
     ),
     "step 0 is what it started from": Planted(
         "no_better_than_init",
         ["No better than what it started from", "keep those weights"],
-        (model(0.66), STEP0, *SMALL),
-        about(init="dinov2.pth"),
+        (model(0.66, started_from="dinov2.pth"), STEP0, *SMALL),
     ),
     "collapsed by the alarm": Planted(
         "collapsed",
@@ -201,14 +200,16 @@ SITUATIONS = {
     "its weights cannot be opened any more": Planted(
         "",
         ["No verdict: k-NN 0.74 ± 0.02, untrained 0.30, but what it started from (timm:x) has no"],
-        (model(0.74, step=300), contender("untrained", 0.3, of=MODEL), *SMALL),
-        about(init="timm:x"),
+        (
+            model(0.74, step=300, started_from="timm:x"),
+            contender("untrained", 0.3, of=MODEL),
+            *SMALL,
+        ),
     ),
     "kept weights that cannot be opened any more": Planted(
         "kept_init",
         ["Kept the weights it started from (k-NN 0.74 ± 0.02)"],
-        (model(0.74, step=0), contender("untrained", 0.3, of=MODEL), *SMALL),
-        about(init="timm:x"),
+        (model(0.74, step=0, started_from="timm:x"), contender("untrained", 0.3, of=MODEL), *SMALL),
     ),
     "no labels, collapsed": Planted(
         "collapsed",

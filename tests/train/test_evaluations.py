@@ -148,7 +148,7 @@ def test_an_evaluator_that_hangs_is_started_again_and_keeps_no_checkpoints(
     evaluator.calls[2].set_result(scored(0.5))
     evaluator.calls[0].set_result(scored(0.9))  # too late: nobody knows of it any more
     evaluations.wait(30)
-    assert evaluations.best_known == {"step": 20, "score": 0.5, "name": KNN}
+    assert evaluations.best_summary == {"step": 20, "score": 0.5, "name": KNN}
 
 
 def test_a_slow_evaluator_is_not_taken_for_one_that_hangs(
@@ -187,7 +187,7 @@ def test_results_of_a_slow_evaluator_come_in_order(
         30: 0.75,
     }
     assert (
-        evaluations.best_known == {"step": 20, "score": 0.8, "name": KNN}
+        evaluations.best_summary == {"step": 20, "score": 0.8, "name": KNN}
         and evaluations.said() == ""
     )
     assert evaluations.longest_s > 0
@@ -203,7 +203,7 @@ def test_an_evaluation_that_fails_is_said_and_the_next_one_is_tried(
     with caplog.at_level(logging.INFO, logger="pipeline"):
         assert within(30, evaluations.finish)
     assert "the evaluation of step 10 failed: DataError: no image" in caplog.text
-    assert evaluations.best_known == {"step": 20, "score": 0.5, "name": KNN}
+    assert evaluations.best_summary == {"step": 20, "score": 0.5, "name": KNN}
     assert evaluations.said() == "evaluations: 1 failed"
 
 
@@ -249,8 +249,8 @@ def test_a_best_of_another_score_is_chosen_anew(
     assert (
         "(step 20) was chosen by eval/knn20_top1: it is chosen anew by eval/rank_me" in caplog.text
     )
-    assert again.best_known == {"step": 10, "score": 0.5, "name": "eval/rank_me"}
-    assert evaluations_of(evaluator, tmp_path).best_known == again.best_known
+    assert again.best_summary == {"step": 10, "score": 0.5, "name": "eval/rank_me"}
+    assert evaluations_of(evaluator, tmp_path).best_summary == again.best_summary
 
 
 def test_the_best_knows_what_it_was_chosen_from(evaluator: Evaluator, tmp_path: Path) -> None:
@@ -276,7 +276,8 @@ def test_the_name_of_an_older_best_is_that_of_its_k_nn(
     write_best(tmp_path / "checkpoints", Best(20, 0.9))  # as it was written before
     again = evaluations_of(evaluator, tmp_path)
     again._record(10, scored(0.8))
-    assert again.best_known == {"step": 20, "score": 0.9, "name": KNN} and not caplog.records
+    assert again.best_summary == {"step": 20, "score": 0.9, "name": KNN} and not caplog.records
+    assert again.choice.best is not None and again.choice.best.evaluated == (10, 20)
 
 
 def test_labels_that_are_not_used_are_said_once(
@@ -294,4 +295,4 @@ def test_labels_that_are_not_used_are_said_once(
         20, Evaluation({"eval/rank_me": 3.0}, {}, "eval/rank_me", "labels are not used: two")
     )
     assert "labels are not used: two; rank_me chooses the best checkpoint" in caplog.text
-    assert evaluations.best_known == {"step": 20, "score": 3.0, "name": "eval/rank_me"}
+    assert evaluations.best_summary == {"step": 20, "score": 3.0, "name": "eval/rank_me"}

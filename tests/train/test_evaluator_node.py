@@ -108,7 +108,7 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     first = evaluations("a")
     first.choice.note(10, 0.9, KNN)
     again = evaluations("a")
-    assert again.best_known == {"step": 10, "score": 0.9, "name": KNN} and not caplog.records
+    assert again.best_summary == {"step": 10, "score": 0.9, "name": KNN} and not caplog.records
     again.choice.note(20, 0.5, KNN)
     best = state.best(folder)
     assert best and (best[0].step, best[1].score) == (10, 0.9)
@@ -120,7 +120,7 @@ def test_the_best_is_begun_anew_where_other_images_are_compared(
     other.choice.note(20, 0.5, KNN)
     best = state.best(folder)
     assert best and (best[0].step, best[1].score) == (20, 0.5)
-    assert evaluations("b").best_known == {"step": 20, "score": 0.5, "name": KNN}
+    assert evaluations("b").best_summary == {"step": 20, "score": 0.5, "name": KNN}
 
 
 def test_the_network_that_is_evaluated_has_the_weights_that_were_sent(

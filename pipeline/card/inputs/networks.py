@@ -50,7 +50,8 @@ class Network:
     @property
     def identity(self) -> list[Any]:
         """Changes with the network, the images that it sees, and what it was chosen from."""
-        return [self.role, self.name, self.spec.settings, self.best_of]
+        chosen = [self.best_of] if self.best_of > 1 else []
+        return [self.role, self.name, self.spec.settings, *chosen]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.card.case import Gain, gain, is_comparable
 from pipeline.card.files import card_folder, read_card
 from pipeline.card.shown.page import deciding_bars, group_of, mood_of, number_of, words_of
 from pipeline.card.verdict import verdict_of
-from pipeline.card.words import UNLABELLED, with_margin
+from pipeline.card.words import UNLABELLED, chosen, with_margin
 from pipeline.errors import ConfigError, DataError, shortened
 from pipeline.evaluate.score import Interval
 from pipeline.report.page import Heading, Section, Statement, Table, Text, write_report
@@ -181,6 +181,10 @@ def _sections(
     card: Card, cards: Sequence[Card], unlike: Sequence[str], scores: Sequence[Compared]
 ) -> list[Section]:
     sections: list[Section] = [Statement(card.verdict.text, mood_of(card.verdict))]
+    several = [chosen(one.name, one.best_of) for one in card.contenders if one.best_of > 1]
+    if several and not unlike:
+        text = "; ".join(several)
+        sections.append(Text(f"{text}. Differences of {group_of(card.score)} allow for that."))
     if unlike:
         sections.append(Text("\n".join(unlike), "Why they cannot be compared"))
     elif any(card.score in one.results for one in card.contenders):

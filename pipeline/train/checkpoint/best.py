@@ -31,7 +31,8 @@ class Best:
         name: of the score, `eval/knn20_top1`; another one is not compared with it.
         compared: changes with the images and settings of evaluations (`EvaluationSpec.key`).
         asked: digest of the images that it was right or wrong about: the queries, where there are.
-        evaluated: steps of the checkpoints that it was chosen from, its own among them.
+        evaluated: steps of the checkpoints that it was chosen from, its own among them; those that
+            the guard found to have fallen are not.
     """
 
     step: int

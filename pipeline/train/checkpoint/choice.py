@@ -33,7 +33,8 @@ class Choice:
             return
         best = marked[1]
         if best.compared == key:
-            self.best = replace(best, name=best.name or usual)
+            known = best.evaluated or (best.step,)  # earlier files do not say it
+            self.best = replace(best, name=best.name or usual, asked=asked, evaluated=known)
             return
         log.warning(
             "the best checkpoint so far (step %d, score %.4f) was evaluated with other images or "

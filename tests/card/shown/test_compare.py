@@ -70,9 +70,33 @@ def test_a_model_that_was_chosen_has_to_be_better_by_more(tmp_path: Path) -> Non
             results = {**model.results, "logistic_top1": logistic}
             cards.append(replace(one, contenders=(replace(model, results=results),)))
         assert compare_cards(written(tmp_path, *cards), tmp_path / "out").startswith(start)
+        page = (tmp_path / "out" / "compare.html").read_text()
+        assert ("the best of 11 evaluations" in page) == (best_of == 11)
         rows = {row.score: row.better for row in compared(merged(cards))}
         assert rows["logistic_top1"] == "runs/b"
         assert rows[KNN] == ("runs/b" if best_of == 1 else "cannot be told")
+
+
+def test_what_is_said_of_a_difference_agrees_with_its_interval() -> None:
+    """The chosen model is behind: only the end that would favour it is wider."""
+    one = card_of(contender("model", 0.735, "runs/a"))
+    other = card_of(contender("model", 0.70, "runs/b", best_of=30))
+    (row,) = compared(merged([one, other]))
+    assert row.better == "runs/a" and row.ahead.low > 0
+    assert row.gain.interval.value - row.gain.interval.low > row.ahead.margin
+
+
+def test_a_start_that_is_not_on_the_cards_is_missed(tmp_path: Path) -> None:
+    cards = [
+        card_of(
+            contender("model", share, name, started_from="timm:x"),
+            contender("untrained", 0.3, of=name),
+            settings={"k": 20},
+        )
+        for name, share in (("runs/a", 0.74), ("runs/b", 0.65))
+    ]
+    text = compare_cards(written(tmp_path, *cards), tmp_path / "out")
+    assert "what it started from (timm:x) has no k-NN on this card" in text
 
 
 def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -113,13 +113,13 @@ def test_a_fall_keeps_the_start(tmp_path: Path) -> None:
     assert 0 in evaluations.pending_steps()  # its checkpoint stays, whatever comes
     run(evaluations, 20)
     assert guard.ended is not None
-    assert evaluations.best_known == {"step": 0, "score": 0.7, "name": KNN}
+    assert evaluations.best_summary == {"step": 0, "score": 0.7, "name": KNN}
     best = state.best(evaluations.checkpoints)
     assert best is not None and best[0].step == 0
     tracker = evaluations.tracker
     assert tracker.rows[20]["guard/falls"] == 2 and tracker.rows[10]["guard/falls"] == 1
     outcome = guarded(
-        {"status": "stopped", "step": 23}, guard, PLAN, evaluations.best_known, tracker
+        {"status": "stopped", "step": 23}, guard, PLAN, evaluations.best_summary, tracker
     )
     assert outcome["status"] == "guarded" and outcome["step"] == 23
     assert "the weights it started from are kept (knn20_top1 0.7000)" in outcome["guard"]
@@ -133,16 +133,16 @@ def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
     run(evaluations, 0, 10, 20, 30, 40)
     guard = evaluations.guard
     assert guard is not None and guard.ended is None
-    assert evaluations.best_known == {"step": 40, "score": 0.65, "name": KNN}
+    assert evaluations.best_summary == {"step": 40, "score": 0.65, "name": KNN}
     outcome = {"status": "finished"}
-    assert guarded(outcome, guard, PLAN, evaluations.best_known, Tracker()) is outcome
+    assert guarded(outcome, guard, PLAN, evaluations.best_summary, Tracker()) is outcome
 
 
 def test_the_best_has_not_fallen_and_has_forgotten_nothing(tmp_path: Path) -> None:
     answers = scored(0.5, 0.8), scored(0.6, 0.8), scored(0.9, 0.5), scored(0.7, 0.8)
     evaluations = evaluations_of(tmp_path, Evaluator(*answers))
     run(evaluations, 0, 10, 20, 30)
-    assert evaluations.best_known == {"step": 30, "score": 0.7, "name": KNN}
+    assert evaluations.best_summary == {"step": 30, "score": 0.7, "name": KNN}
     assert evaluations.tracker.rows[20]["guard/keep_falls"] == 1
 
 
@@ -163,11 +163,10 @@ def test_without_its_start_the_rest_goes_on_as_without_a_guard(tmp_path: Path) -
     answers = [*lost, *lost, scored(0.3), *lost, scored(0.4)]
     evaluations = evaluations_of(tmp_path, Evaluator(*answers))
     run(evaluations, 0, 10)
-    assert (
-        evaluations.choice.best is None and 10 in evaluations.pending_steps()
-    )  # it waits for the start
+    assert evaluations.choice.best is None
+    assert 10 in evaluations.pending_steps()  # it waits for the start
     run(evaluations, 20)
-    assert evaluations.best_known == {"step": 20, "score": 0.4, "name": KNN}
+    assert evaluations.best_summary == {"step": 20, "score": 0.4, "name": KNN}
     assert evaluations.guard is not None and not evaluations.guard.waits
 
 
@@ -183,7 +182,7 @@ def test_a_run_that_ends_before_its_start_is_known_keeps_the_best_all_the_same(
         and evaluations.guard.waits
     )
     evaluations.finish()
-    assert evaluations.best_known == {"step": STEPS, "score": 0.6, "name": KNN}
+    assert evaluations.best_summary == {"step": STEPS, "score": 0.6, "name": KNN}
     assert not evaluations.late
 
 
@@ -203,7 +202,7 @@ def test_after_a_restart_the_start_is_not_asked_again_unless_the_images_changed(
     run(other, 30)
     assert [float(w["w"][0]) for w in evaluator.weights] == [0.0, 30.0]
     assert other.guard is not None and other.guard.falls.rows["score"] == [30]
-    assert other.best_known == {"step": 0, "score": 0.9, "name": KNN}
+    assert other.best_summary == {"step": 0, "score": 0.9, "name": KNN}
 
 
 def test_without_labels_the_newest_that_did_not_fall_is_kept(tmp_path: Path) -> None:
@@ -226,6 +225,6 @@ def test_a_step_that_is_not_finite_ends_as_guarded_where_there_is_a_best(tmp_pat
     assert guarded(dict(error), guard, PLAN, None, tracker)["status"] == "non_finite"
     assert guarded(dict(error), None, PLAN, None, tracker)["status"] == "non_finite"
     run(evaluations, 0)
-    outcome = guarded(dict(error), guard, PLAN, evaluations.best_known, tracker)
+    outcome = guarded(dict(error), guard, PLAN, evaluations.best_summary, tracker)
     assert outcome["status"] == "guarded"
     assert "after step 3 of 60: step 3: not finite: loss/ibot; the weights it" in outcome["guard"]
