@@ -20,7 +20,7 @@ from pipeline.start import machine, weights
 from pipeline.start.choose import choose
 from pipeline.start.fitted import Fitted, fitted
 from pipeline.start.folder import Folder
-from pipeline.start.written import place_of, text_of, write
+from pipeline.start.written import check, place_of, text_of, write
 from pipeline.storage.once import looked_up_once
 from pipeline.train.speed.bottleneck import count
 
@@ -82,6 +82,7 @@ def start(config: Config, dry: bool = False) -> Started:
             _say_time(recipe, folder)
         path = place_of(config)
         if dry:
+            check(path)
             result_line("would write", str(path))
             run = choice.config.run.name or path.stem
             named = choice.config.run.model_copy(update={"name": run})

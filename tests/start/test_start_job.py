@@ -16,7 +16,7 @@ from pipeline import job
 from pipeline.commands.table import COMMANDS
 from pipeline.config.config import Config
 from pipeline.config.load import load
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
@@ -31,7 +31,7 @@ from pipeline.start.fitted import fitted
 from pipeline.start.folder import Folder
 from pipeline.start.machine import GB, Surroundings
 from pipeline.start.memory import ROOM, planned
-from pipeline.start.written import MARK, place_of, write
+from pipeline.start.written import MARK, place_of, text_of, write
 from pipeline.train import estimate
 
 SHORT = {"recipe": "start.recipe", "weights": "model.init", "gpu_gb": "start.gpu_gb"}
@@ -115,6 +115,10 @@ def test_a_dry_start_writes_nothing(
     assert "would write My-photos.yaml" in shown and "jobs/run.py My-photos" not in shown
     assert re.search(r"^time +about", shown, re.M)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["My photos.v2"]
+    (tmp_path / "mine.yaml").write_text("by hand: 1\n")  # what the real start would refuse
+    with pytest.raises(SystemExit):
+        ran(str(photos), "recipe=mine", "--dry-run")
+    assert "mine.yaml is there and was not written by" in capsys.readouterr().err
 
 
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -129,6 +133,36 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="was not written by jobs/start"):
         write(path, f"{MARK}: four\n")
     assert path.read_text() == "mine: 1\n"
+
+
+def test_a_place_that_cannot_be_read_or_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photos.yaml"
+    write(path, f"{MARK}: one\n")
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    for method, words in (
+        ("read_text", "photos.yaml cannot be read: Permission denied"),
+        ("exists", "photos.yaml cannot be read: Permission denied"),
+        ("replace", "photos.yaml cannot be written: Permission denied"),
+        ("write_text", "photos.yaml cannot be written: Permission denied"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, refused)
+            with pytest.raises(StorageError, match=words):
+                write(path, f"{MARK}: two\n")
+        # whatever failed, the earlier recipe is where it was
+        assert [x.name for x in tmp_path.iterdir()] == ["photos.yaml"], method
+        assert path.read_text() == f"{MARK}: one\n"
+
+
+def test_names_with_a_line_break_stay_in_their_comment() -> None:
+    choice = choose(config(), pile(150), here())
+    text = text_of(choice, ["images: a\nrun: {name: b}"])
+    assert "# images: a run: {name: b}\n" in text and "run" not in yaml.safe_load(text)
 
 
 def test_names_of_recipes() -> None:
