@@ -103,7 +103,7 @@ def choose(config: Config, folder: Folder, around: Surroundings) -> Choice:
         lines.take("adapt.enabled", True, "rates, batch, length and heads follow from the weights")
     elif 0 < folder.images < FEWEST:
         raise DataError(
-            f"{config.data.source} has {folder.images} images: too few for anything but adaptation "
+            f"{folder.source} has {folder.images} images: too few for anything but adaptation "
             f"(random weights need {FEWEST} at least, and learn little from some hundreds)",
             "get released weights and name them: "
             f"{typed('start', config.data.source, 'weights=FILE')} (docs/adapt.md)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,16 +17,11 @@ from pipeline.images.kinds import HEAD, begins_like_an_image, claims_images
 from pipeline.pack.listing import list_source
 from pipeline.pack.source_places import absolute_source
 from pipeline.shards.row_group import read_row_group
-from pipeline.stages.checks.known_sets import KnownSet, known_set
+from pipeline.stages.checks.known_sets import KnownSet
+from pipeline.start.split import split
 from pipeline.uri import is_uri
 
 SAMPLE = 32  # images whose headers are read
-TRAINING = ("train", "training")
-# Of the sets beside it the first: a score that chooses a checkpoint leaves the test set unseen
-HELD_OUT = ("val", "valid", "validation", "test", "testing", "eval")
-FEW_OF_A_CLASS = 4  # images of a folder on average, below which folders are no classes
-# Folders by date, and those that cameras make (DCIM/100CANON)
-NO_CLASS = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|\d{1,2}|\d{3}[A-Z_]{3,5}|DCIM", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,8 +34,10 @@ class Folder:
         images: files and rows; 0 where archives hide them.
         size: bytes.
         classes: names of the folders that are classes; none where there are no labels.
+        classes_why: why folders of doubtful names are classes all the same; "" where none are.
         no_classes: why folders that are there are taken for no classes; "" where it is not so.
         labels_elsewhere: labels are in columns or archives: whether there are any shows later.
+        beside: parts of the named folder that are not used, as (place, why).
         others: files that are left alone, as (name, why).
         sides: shorter sides of a sample, pixels.
         megapixels: of the same.
@@ -54,8 +50,10 @@ class Folder:
     images: int
     size: int
     classes: tuple[str, ...] = ()
+    classes_why: str = ""
     no_classes: str = ""
     labels_elsewhere: bool = False
+    beside: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
     sides: tuple[int, ...] = ()
     megapixels: tuple[float, ...] = ()
@@ -66,6 +64,14 @@ class Folder:
     def side(self) -> int:
         """The median shorter side, pixels; 0 where no header was read."""
         return round(median(self.sides)) if self.sides else 0
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the held-out set lies inside what is trained on, or the other way about."""
+        if not self.queries or any(is_uri(place) for place in (self.source, self.queries)):
+            return False
+        trained, scored = Path(self.source).resolve(), Path(self.queries).resolve()
+        return scored.is_relative_to(trained) or trained.is_relative_to(scored)
 
     @property
     def labelled(self) -> bool:
@@ -79,18 +85,8 @@ def look(config: Config) -> Folder:
     Raises:
         PipelineError: nothing is there, or nothing that can be packed.
     """
-    named = config.data.source
-    source, queries = _split(config)
-    changed = {"data": config.data.model_copy(update={"source": source})}
-    config = config.model_copy(update=changed)
-    known = known_set(config, "data.source", source)
-    if queries and not config.evaluate.queries:
-        asked = known_set(config, "evaluate.queries", queries)
-        if asked.labels.kind == "none" or known.labels.kind == "none":
-            queries = ""
-    classes, why = _classes(known.labels.names, known.images)
-    if known.labels.kind != "names":
-        classes, why = (), ""
+    named, parts = config.data.source, split(config)
+    known, source = parts.known, parts.source
     others = _others(source, config.data.follow_links)
     if _is_without_images(known, source, config.data.follow_links):
         raise DataError(
@@ -106,48 +102,20 @@ def look(config: Config) -> Folder:
         )
     return Folder(
         source=source,
-        queries=queries,
+        queries=parts.queries,
         images=known.images,
         size=known.size,
-        classes=classes,
-        no_classes=why,
+        classes=parts.classes,
+        classes_why=parts.classes_why,
+        no_classes=parts.no_classes,
         labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
+        beside=parts.beside,
         others=others,
         sides=sample.sides,
         megapixels=sample.megapixels,
         formats=sample.formats,
         bad=sample.bad,
     )
-
-
-def _split(config: Config) -> tuple[str, str]:
-    """Training images and held-out ones, where a folder has `train/` and `val/` or `test/`.
-
-    A `train/` among other folders is no part of a set but a class: pictures of trains.
-    """
-    source, queries = config.data.source, config.evaluate.queries
-    if source.startswith(BUILTIN) or is_uri(source) or queries or not Path(source).is_dir():
-        return source, queries
-    names = {path.name.lower(): path.name for path in Path(source).iterdir() if path.is_dir()}
-    training = next((names[name] for name in TRAINING if name in names), "")
-    held_out = next((names[name] for name in HELD_OUT if name in names), "")
-    others = [name for name in names.values() if name != training and not name.startswith(".")]
-    if not training or (others and not held_out):
-        return source, ""
-    home = source.rstrip("/")
-    return f"{home}/{training}", f"{home}/{held_out}" if held_out else ""
-
-
-def _classes(names: tuple[str, ...], images: int) -> tuple[tuple[str, ...], str]:
-    """The names, or none of them and why."""
-    if not names:
-        return (), ""
-    if images and images < FEW_OF_A_CLASS * len(names):
-        each = images / len(names)
-        return (), f"{len(names):,} folders with {each:.1f} images each are no classes"
-    if all(NO_CLASS.fullmatch(name) for name in names):
-        return (), f"folders such as {names[0]} are dates, numbers or a camera's, no classes"
-    return names, ""
 
 
 def _others(source: str, follow_links: bool) -> tuple[tuple[str, str], ...]:

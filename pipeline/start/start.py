@@ -14,6 +14,7 @@ from pipeline.doctor.dry_run import dry_run
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import now
 from pipeline.stages.chain import ORDER
+from pipeline.stages.checks.start import check_scored
 from pipeline.stages.console.closing import typed
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
@@ -77,6 +78,7 @@ def start(config: Config, dry: bool = False) -> Started:
         now("planning")
         recipe = fitted(choose(config, folder, around), folder, around)
         choice = recipe.choice
+        check_scored(choice.config)
         result_line("recipe", f"{choice.name}: {choice.why}")
         if recipe.plan is not None and not dry:
             _say_time(recipe, folder)
@@ -106,14 +108,19 @@ def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     if folder.classes:
         names = ", ".join(folder.classes[:NAMED])
         more = ", …" * (len(folder.classes) > NAMED)
-        lines.append(("labels", f"{len(folder.classes):,} classes: {names}{more}"))
+        why = f"; {folder.classes_why}" * bool(folder.classes_why)
+        lines.append(("labels", f"{len(folder.classes):,} classes: {names}{more}{why}"))
     elif folder.labels_elsewhere:
         lines.append(("labels", "in columns or archives, if there are any"))
     else:
         why = folder.no_classes or "no folders of classes: the evaluation has scores without labels"
         lines.append(("labels", f"none; {why}"))
     if folder.queries:
-        lines.append(("held out", f"{folder.queries}: scored, never trained on"))
+        text = "scored, never trained on"
+        if folder.overlap:
+            text = f"scored, and trained on as far as it overlaps with {folder.source}"
+        lines.append(("held out", f"{folder.queries}: {text}"))
+    lines += [("left alone", f"{place}: {text}") for place, text in folder.beside]
     if folder.sides:
         low, high = min(folder.sides), max(folder.sides)
         formats = ", ".join(f"{n} {name}" for name, n in folder.formats.items())

@@ -5,43 +5,29 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from pipeline import job
 from pipeline.commands.table import COMMANDS
-from pipeline.config.config import Config
 from pipeline.config.load import load
 from pipeline.errors import DataError, StorageError
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
-from pipeline.plan.layout import Machine
-from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.plan.resume import value_at
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import FOR_A_VIT, choose
 from pipeline.start.fitted import fitted
-from pipeline.start.folder import Folder
 from pipeline.start.machine import GB, Surroundings
 from pipeline.start.memory import ROOM, planned
 from pipeline.start.written import MARK, place_of, text_of, write
 from pipeline.train import estimate
-
-SHORT = {"recipe": "start.recipe", "weights": "model.init", "gpu_gb": "start.gpu_gb"}
-WORDS = ("data.source", "model.init")
-
-
-def picture(path: Path, side: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
+from tests.start.starting import config, here, picture, pile, ran
 
 
 @pytest.fixture
@@ -53,25 +39,6 @@ def photos(tmp_path: Path) -> Path:
     (home / "README.md").write_text("notes")
     (home / "cat" / ".DS_Store").write_bytes(b"x")
     return home
-
-
-def ran(*words: str) -> None:
-    job.main(["start"], "doc", [*words, "track.enabled=false"], SHORT, WORDS)
-
-
-def here(cpus: int = 2, gb: float = 0.0) -> Surroundings:
-    """A machine, as `machine.look` would give it; its speed is not tried."""
-    gpus = int(gb > 0)
-    found = Machine(cpus=cpus, gpus=gpus, bfloat16=True, nodes=(Node(cpus, gpus, driver=True),))
-    return Surroundings(found, "a machine", "", gb * GB, "", 8e9, None, False)
-
-
-def pile(number: int, side: int = 400) -> Folder:
-    return Folder("photos/", "", number, number * 10**5, sides=(side,), megapixels=(0.2,))
-
-
-def config(*fields: str) -> Config:
-    return load(["data.source=photos/", *fields])
 
 
 @pytest.mark.long
