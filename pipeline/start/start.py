@@ -19,8 +19,9 @@ from pipeline.stages.console.closing import typed
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import choose
-from pipeline.start.fitted import Fitted, fitted
+from pipeline.start.fitted import Fitted, fitted, unused
 from pipeline.start.folder import Folder
+from pipeline.start.machine import Surroundings
 from pipeline.start.written import check, place_of, text_of, write
 from pipeline.storage.once import looked_up_once
 from pipeline.train.speed.bottleneck import count
@@ -80,17 +81,25 @@ def start(config: Config, dry: bool = False) -> Started:
         choice = recipe.choice
         check_scored(choice.config)
         result_line("recipe", f"{choice.name}: {choice.why}")
-        if recipe.plan is not None and not dry:
-            _say_time(recipe, folder)
+        for sentence in (sentences := unused(recipe, around)):
+            result_line("not used", sentence)
+        if recipe.plan is not None:
+            if not dry:
+                _say_time(recipe, around)
+                _say_memory(recipe, around)
+            _say_decoding(recipe, folder)
         path = place_of(config)
         if dry:
             check(path)
             result_line("would write", str(path))
             run = choice.config.run.name or path.stem
             named = choice.config.run.model_copy(update={"name": run})
-            dry_run(choice.config.model_copy(update={"run": named}), ORDER)
+            other = around.machine if around.machine.elsewhere else None
+            dry_run(choice.config.model_copy(update={"run": named}), ORDER, other)
         else:
-            facts = [f"{name}: {text}" for name, text in [*lines, ("machine", around.line())]]
+            lines.append(("machine", around.line()))
+            lines += [("not used", sentence) for sentence in sentences]
+            facts = [f"{name}: {text}" for name, text in lines]
             said = write(path, text_of(choice, facts))
             load([str(path)])  # what is written can be read
             result_line("wrote", f"{path}, each value with its reason" + f" ({said})" * bool(said))
@@ -151,9 +160,9 @@ def _say_weights(config: Config) -> None:
         result_line("", typed("start", config.data.source, str(place)))
 
 
-def _say_time(recipe: Fitted, folder: Folder) -> None:
-    plan, cost = recipe.plan, recipe.cost
-    assert plan is not None and cost is not None
+def _say_time(recipe: Fitted, around: Surroundings) -> None:
+    plan = recipe.plan
+    assert plan is not None
     seen = plan.steps * plan.config.optim.global_batch_size
     passes = plan.steps / plan.steps_per_pass
     result_line("length", f"{plan.steps:,} steps, {seen:,} images seen, each {passes:.3g} times")
@@ -164,7 +173,20 @@ def _say_time(recipe: Fitted, folder: Folder) -> None:
             "speed of matrix products; the run says better after some steps",
         )
     else:
-        result_line("time", "not known: these GPUs are not here, or their speed is not known")
+        where = "it is not here" if not around.here else "the speed of its GPU is not known"
+        result_line("time", f"not known on {around.place}: {where}")
+
+
+def _say_memory(recipe: Fitted, around: Surroundings) -> None:
+    """Warns where what the user has set does not fit."""
+    assert recipe.plan is not None and recipe.cost is not None
+    fits.say_memory(recipe.plan, recipe.cost, around.machine)
+
+
+def _say_decoding(recipe: Fitted, folder: Folder) -> None:
+    """Warns of photos that are decoded at their full size again and again."""
+    plan = recipe.plan
+    assert plan is not None
     average = sum(folder.megapixels) / max(1, len(folder.megapixels))
     if average > LARGE:
         each = recipe.decode_s / max(1, plan.decode_tasks)

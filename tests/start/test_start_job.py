@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,8 @@ import yaml
 from pipeline import job
 from pipeline.commands.table import COMMANDS
 from pipeline.config.load import load
-from pipeline.errors import DataError, StorageError
+from pipeline.doctor import fits
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
@@ -22,7 +24,7 @@ from pipeline.plan.resume import value_at
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import FOR_A_VIT, choose
-from pipeline.start.fitted import fitted
+from pipeline.start.fitted import fitted, unused
 from pipeline.start.machine import GB, Surroundings
 from pipeline.start.memory import ROOM, planned
 from pipeline.start.written import MARK, place_of, text_of, write
@@ -260,7 +262,83 @@ def test_a_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = machine.look(config("start.gpu_gb=24"))
     assert found.gpu_bytes == 24e9 and found.machine.gpus == 1 and not found.here
-    assert "22 GiB" in found.line()
+    line = found.line()
+    assert "22 GiB" in line and "8 CPUs (a guess" in line
+    assert "disk" not in line and "of memory" not in line  # those of this machine
+    told = machine.look(config("start.gpu_gb=24", "resources.cpus=32"))
+    assert told.machine.cpus == 32 and "32 CPUs, 1 GPU" in told.line()
+    with pytest.raises(ConfigError, match=r"start.gpu_gb=24 asks for a GPU, and train.device=cpu"):
+        machine.look(config("start.gpu_gb=24", "train.device=cpu"))
+
+
+@pytest.mark.long
+def test_a_dry_start_for_another_machine_plans_for_it(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran(str(photos), "gpu_gb=24", "--dry-run")
+    shown = capsys.readouterr().out
+    assert re.search(r"^workers .* cuda, bfloat16", shown, re.M)
+    assert re.search(r"^time +not known: a machine with a GPU of 24 GB", shown, re.M)
+    assert re.search(r"^machine .*24 GB.*disks of this machine$", shown, re.M)
+    assert not re.search(r"^machine +this machine", shown, re.M)
+    # what the user sets is held against the memory that was asked for
+    ran(str(photos), "gpu_gb=0.7", "train.accumulation=1", "optim.global_batch_size=96")
+    assert re.search(r"a GPU has 0\.7 GiB", "".join(capsys.readouterr()))
+
+
+def test_memory_and_time_of_a_machine_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = machine.look(config("start.gpu_gb=24")).machine
+    plan, built = planned(choose(config(), pile(20_000), here(gb=24)).config, other, 20_000)
+    cost = estimate.estimated_cost(plan, built)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a smaller one is here
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: pytest.fail("was asked"))
+    monkeypatch.setattr("pipeline.doctor.fits.seconds_of", lambda *_: pytest.fail("was timed"))
+    assert fits.memory_of(plan, cost, other) == (cost.memory_bytes, 24e9)
+    with caplog.at_level("INFO", "pipeline"):
+        fits.say_time(plan, cost, other)
+    assert "24 GB (start.gpu_gb) is not here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "fields", "said"),
+    [
+        (150, ["start.hours=2"], []),
+        (150, [], []),
+        (150, ["start.hours=2", "optim.passes=5"], ["start.hours=2: optim.passes sets"]),
+        (150, ["start.hours=2", "model.init=w.pth"], ["start.hours=2: an adaptation takes"]),
+        (150, ["start.gpu_gb=24", "model.init=w.pth"], ["start.gpu_gb=24: an adaptation fits"]),
+        (
+            0,
+            ["start.hours=2", "start.gpu_gb=24"],
+            ["start.hours=2: archives hide", "start.gpu_gb=24: archives hide"],
+        ),
+        (
+            150,
+            ["start.hours=2", "start.gpu_gb=24", "train.accumulation=2"],
+            ["start.hours=2 for the training", "start.gpu_gb=24 for the batch"],
+        ),
+    ],
+)
+def test_a_field_of_start_that_is_not_used_is_named(
+    number: int, fields: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.train.speed.lasts.peak_flops", lambda *_: 1e11)
+    asked = config(*fields, "train.device=auto")
+    around = machine.look(asked)
+    if around.here:
+        around = replace(here(), here=True)
+    recipe = fitted(choose(asked, pile(number), around), pile(number), around)
+    sentences = unused(recipe, around)
+    assert len(sentences) == len(said)
+    for sentence, begin in zip(sentences, said, strict=True):
+        assert sentence.startswith(begin)
 
 
 def test_the_call_from_python(
@@ -296,6 +374,13 @@ def test_weights_make_an_adaptation(
     job.main(stages, "doc", ["adapted.yaml", f"run.folder={tmp_path}/runs", "--dry-run"])
     shown = capsys.readouterr().out
     assert "a ViT 32 x 2, patches of 7" in shown and re.search(r"^time +about", shown, re.M)
+    ran(str(photos), str(held), "recipe=other", "gpu_gb=24", "hours=2", "--dry-run")
+    shown = capsys.readouterr().out
+    assert re.search(r"^not used +start.hours=2: an adaptation", shown, re.M)
+    assert re.search(r"^not used +start.gpu_gb=24: an adaptation", shown, re.M)
+    assert re.search(r"^workers .* cuda", shown, re.M)
+    ran(str(photos), str(held), "recipe=other", "hours=2")
+    assert "# not used: start.hours=2: an adaptation" in (tmp_path / "other.yaml").read_text()
     monkeypatch.setattr(images, "SAMPLE", 2)
     for path in sorted(photos.rglob("*.png"))[20:]:
         path.unlink()
