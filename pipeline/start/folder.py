@@ -37,6 +37,7 @@ class Folder:
         classes_why: why folders of doubtful names are classes all the same; "" where none are.
         no_classes: why folders that are there are taken for no classes; "" where it is not so.
         labels_elsewhere: labels are in columns or archives: whether there are any shows later.
+        together: which parts of a set are all trained on; "" where there are none.
         beside: parts of the named folder that are not used, as (place, why).
         others: files that are left alone, as (name, why).
         sides: shorter sides of a sample, pixels.
@@ -53,6 +54,7 @@ class Folder:
     classes_why: str = ""
     no_classes: str = ""
     labels_elsewhere: bool = False
+    together: str = ""
     beside: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
     sides: tuple[int, ...] = ()
@@ -109,6 +111,7 @@ def look(config: Config) -> Folder:
         classes_why=parts.classes_why,
         no_classes=parts.no_classes,
         labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
+        together=parts.together,
         beside=parts.beside,
         others=others,
         sides=sample.sides,

@@ -41,6 +41,7 @@ class Split:
     classes: tuple[str, ...]
     classes_why: str
     no_classes: str
+    together: str
     beside: tuple[tuple[str, str], ...]
 
 
@@ -71,7 +72,8 @@ def split(config: Config) -> Split:
         beside += _beside(Path(named), seen, config.data.follow_links)
     if beside and beside[0][0] == queries:
         queries = ""
-    return Split(known, source, queries, classes, why, no_classes, tuple(beside))
+    together = "" if source != named or config.evaluate.queries else _together(config, known)
+    return Split(known, source, queries, classes, why, no_classes, together, tuple(beside))
 
 
 def _parts(config: Config) -> tuple[str, str]:
@@ -95,6 +97,25 @@ def _parts(config: Config) -> tuple[str, str]:
     if not training or (others and not held_out):
         return source, ""
     return f"{home}/{training}", f"{home}/{held_out}" if held_out else ""
+
+
+def _together(config: Config, known: KnownSet) -> str:
+    """Which parts of a set are trained on together: those of a list, a pattern or a URI, where none
+    is held out. "" where there are none.
+    """
+    source = config.data.source
+    if source.startswith(BUILTIN) or known.shards is not None:
+        return ""
+    listing = list_source(absolute_source(source), follow_links=config.data.follow_links)
+    names = {entry.path.partition("/")[0] for entry in listing.entries if "/" in entry.path}
+    training = sorted(name for name in names if name.lower() in TRAINING)
+    others = sorted(name for name in names if name.lower() in HELD_OUT)
+    if not training or not others:
+        return ""
+    return (
+        f"none: {', '.join([*training, *others])} are all trained on; to hold one out, set "
+        f"data.source=…/{training[0]} evaluate.queries=…/{others[0]}"
+    )
 
 
 def _held_out(config: Config, queries: str) -> KnownSet | None:
@@ -122,6 +143,8 @@ def _classes(
         doubt = f"{len(names):,} folders with {each:.1f} images each are no classes"
     elif all(NO_CLASS.fullmatch(name) for name in names):
         doubt = f"folders such as {names[0]} are dates, numbers or a camera's, no classes"
+    elif all(name.lower() in TRAINING + HELD_OUT for name in names):
+        doubt = f"folders such as {names[0]} are parts of a set, no classes"
     if not doubt:
         return names, "", ""
     if config.evaluate.queries and not config.evaluate.reference:

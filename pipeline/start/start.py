@@ -129,6 +129,8 @@ def folder_lines(folder: Folder) -> list[tuple[str, str]]:
         if folder.overlap:
             text = f"scored, and trained on as far as it overlaps with {folder.source}"
         lines.append(("held out", f"{folder.queries}: {text}"))
+    elif folder.together:
+        lines.append(("held out", folder.together))
     lines += [("left alone", f"{place}: {text}") for place, text in folder.beside]
     if folder.sides:
         low, high = min(folder.sides), max(folder.sides)

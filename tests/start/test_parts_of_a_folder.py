@@ -121,6 +121,23 @@ def test_a_held_out_part_of_other_classes_is_left_alone(tmp_path: Path) -> None:
     assert "none of its classes" in dict(looked_at.beside)[f"{tmp_path}/val"]
 
 
+def test_parts_that_are_trained_on_together_are_said(tmp_path: Path) -> None:
+    for number in range(16):
+        for split in ("train", "val"):
+            picture(tmp_path / "flat" / split / f"{number}.png", 32, number)
+            picture(tmp_path / "sorted" / split / f"k{number % 2}" / f"{number}.png", 32, number)
+    for source in (f"{tmp_path}/flat/train,{tmp_path}/flat/val", f"{tmp_path}/flat/*/*.png"):
+        looked_at = images.look(config(f"data.source={source}"))
+        assert looked_at.images == 32 and looked_at.queries == ""
+        assert looked_at.classes == () and "parts of a set" in looked_at.no_classes
+        assert lines_of(looked_at)["held out"].startswith("none: train, val are all trained on")
+    looked_at = images.look(config(f"data.source=file://{tmp_path}/sorted"))
+    assert looked_at.images == 32 and looked_at.classes == ("k0", "k1")
+    assert lines_of(looked_at)["held out"].startswith("none: train, val are all trained on")
+    looked_at = images.look(config(f"data.source={tmp_path}/sorted/train"))
+    assert "held out" not in lines_of(looked_at)
+
+
 def test_queries_without_classes_are_refused_before_the_recipe_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
