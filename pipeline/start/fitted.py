@@ -77,7 +77,7 @@ def unused(recipe: Fitted, around: Surroundings) -> list[str]:
         if choice.name == "adapt":
             why = ": an adaptation fits its batch to the GPU that it runs on, when it runs"
         elif recipe.plan is None:
-            why = ": archives hide the number of images, and a batch is fitted with it"
+            why = ": a batch is fitted to a number of images, which only packing shows"
         elif _yours(choice, "train.accumulation"):
             why = " for the batch: train.accumulation sets how many images are computed at once"
         if why:
@@ -94,7 +94,7 @@ def _no_hours(recipe: Fitted, around: Surroundings) -> str:
     if choice.name == "adapt":
         return ": an adaptation takes its length from weights and images; optim.steps=… sets it"
     if recipe.plan is None:
-        return ": archives hide the number of images; optim.passes=… sets the length"
+        return ": only packing shows how many images there are; optim.passes=… sets the length"
     if not recipe.seconds:
         place = f"how fast {around.place} trains is not known"
         return f" for the training: {place}; optim.passes=… sets the length"

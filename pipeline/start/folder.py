@@ -31,7 +31,7 @@ class Folder:
     Attributes:
         source: what is trained on, as `data.source`.
         queries: the held-out set beside it; "" where there is none.
-        images: files and rows; 0 where archives hide them.
+        images: files and rows; 0 where archives hide them, or names.
         size: bytes.
         classes: names of the folders that are classes; none where there are no labels.
         classes_why: why folders of doubtful names are classes all the same; "" where none are.
@@ -39,6 +39,8 @@ class Folder:
         labels_elsewhere: labels are in columns or archives: whether there are any shows later.
         together: which parts of a set are all trained on; "" where there are none.
         beside: parts of the named folder that are not used, as (place, why).
+        unnamed: files without an image's ending, where some begin like an image.
+        example: the name of such a one.
         others: files that are left alone, as (name, why).
         sides: shorter sides of a sample, pixels.
         megapixels: of the same.
@@ -54,6 +56,8 @@ class Folder:
     classes_why: str = ""
     no_classes: str = ""
     labels_elsewhere: bool = False
+    unnamed: int = 0
+    example: str = ""
     together: str = ""
     beside: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
@@ -76,6 +80,11 @@ class Folder:
         return scored.is_relative_to(trained) or trained.is_relative_to(scored)
 
     @property
+    def hidden(self) -> str:
+        """What hides the number of images, where it is 0."""
+        return "files without an image's ending" if self.unnamed else "archives"
+
+    @property
     def labelled(self) -> bool:
         """Whether there are labels, as far as it is known."""
         return bool(self.classes) or self.labels_elsewhere
@@ -89,8 +98,12 @@ def look(config: Config) -> Folder:
     """
     named, parts = config.data.source, split(config)
     known, source = parts.known, parts.source
-    others = _others(source, config.data.follow_links)
-    if _is_without_images(known, source, config.data.follow_links):
+    unnamed, example = _unnamed(source, config.data.follow_links)
+    others = _others(source, config.data.follow_links, unnamed > 0)
+    local = not source.startswith(BUILTIN) and not is_uri(source)
+    # a list of files alone, none of which is an image by its name or begins like one
+    names_alone = local and known.files == () and known.labels.kind != "unknown"
+    if names_alone and not known.images and not unnamed:
         raise DataError(
             f"no image in {named}, but {len(others):,} other files such as {others[0][0]}",
             "name a folder of images, archives or parquet",
@@ -110,6 +123,8 @@ def look(config: Config) -> Folder:
         classes=parts.classes,
         classes_why=parts.classes_why,
         no_classes=parts.no_classes,
+        unnamed=unnamed,
+        example=example,
         labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
         together=parts.together,
         beside=parts.beside,
@@ -121,15 +136,15 @@ def look(config: Config) -> Folder:
     )
 
 
-def _others(source: str, follow_links: bool) -> tuple[tuple[str, str], ...]:
+def _others(source: str, follow_links: bool, opened: bool) -> tuple[tuple[str, str], ...]:
+    """What is left alone; not the files without an image's ending where pack takes some of them."""
     if source.startswith(BUILTIN):
         return ()
     listing = list_source(absolute_source(source), follow_links=follow_links)
     kept = [(one.source, one.reason) for one in listing.others]
     kept += [(one.source, one.reason) for one in listing.refused]
-    # pack opens these, and takes what begins like an image
     names = [one.path for one in listing.entries if not claims_images(one.path)]
-    kept += [(name, "no_image") for name in names]
+    kept += [(name, "no_image") for name in names if not opened]
     return tuple((PurePosixPath(name).name, reason) for name, reason in kept)
 
 
@@ -177,20 +192,19 @@ def _encoded(known: KnownSet) -> Iterator[tuple[str, bytes | OSError]]:
             yield f"row {number}", bytes(encoded)
 
 
-def _is_without_images(known: KnownSet, source: str, follow_links: bool) -> bool:
-    """Whether a list of files holds none that is named as an image, and none of some that are not
-    begins like one.
+def _unnamed(source: str, follow_links: bool) -> tuple[int, str]:
+    """How many local files have no image's ending, and the first of a sample that begins like an
+    image all the same: pack takes it. (0, "") where none of the sample does.
     """
-    if known.images or known.files != () or known.labels.kind == "unknown":
-        return False
     if source.startswith(BUILTIN) or is_uri(source):
-        return False
+        return 0, ""
     listing = list_source(absolute_source(source), follow_links=follow_links)
-    for entry in listing.entries[:SAMPLE]:
+    paths = [entry.path for entry in listing.entries if not claims_images(entry.path)]
+    for path in paths[:: max(1, len(paths) // SAMPLE)][:SAMPLE]:
         try:
-            with (Path(listing.root) / entry.path).open("rb") as file:
+            with (Path(listing.root) / path).open("rb") as file:
                 if begins_like_an_image(file.read(HEAD)):
-                    return False
+                    return len(paths), PurePosixPath(path).name
         except OSError:
             continue
-    return True
+    return 0, ""

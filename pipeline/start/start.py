@@ -111,7 +111,7 @@ def start(config: Config, dry: bool = False) -> Started:
 
 def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     """What is known of the images, as (first word, text)."""
-    number = f"{folder.images:,} images" if folder.images else "archives"
+    number = f"{folder.images:,} images" if folder.images else folder.hidden
     text = f"{folder.source}: {number}, {size_of(folder.size)}"
     lines = [("images", text)]
     if folder.classes:
@@ -145,6 +145,10 @@ def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     if folder.bad:
         shown = ", ".join(folder.bad[:NAMED])
         lines.append(("bad", f"{len(folder.bad)} of the sample: {shown}"))
+    if folder.unnamed:
+        number = count(folder.unnamed, "file")
+        text = f"{number} without an image's ending, such as {folder.example}: packing opens them,"
+        lines.append(("opened", f"{text} and takes those that are images; they are not counted"))
     if folder.others:
         shown = ", ".join(name for name, _ in folder.others[:NAMED])
         more = ", …" * (len(folder.others) > NAMED)

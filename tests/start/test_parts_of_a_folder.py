@@ -138,6 +138,27 @@ def test_parts_that_are_trained_on_together_are_said(tmp_path: Path) -> None:
     assert "held out" not in lines_of(looked_at)
 
 
+def test_images_without_an_ending_are_not_said_to_be_left_alone(tmp_path: Path) -> None:
+    for number in range(3):
+        picture(tmp_path / f"{number}.png", 32, number)
+        (tmp_path / f"{number}.png").rename(tmp_path / f"h{number}")
+    (tmp_path / ".hidden").write_text("nothing")
+    looked_at = images.look(config(f"data.source={tmp_path}"))
+    said = lines_of(looked_at)
+    assert "files without an image's ending" in said["images"] and "archives" not in str(said)
+    assert said["opened"].startswith("3 files without an image's ending, such as h0")
+    assert "1 other file: .hidden" in said["left alone"]
+    choice = choose(config(), looked_at, here())
+    assert "files without an image's ending hide" in choice.why
+    picture(tmp_path / "named.png", 32, 9)
+    assert images.look(config(f"data.source={tmp_path}")).images == 1
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.png").write_bytes((tmp_path / "named.png").read_bytes())
+    (tmp_path / "notes" / "README.md").write_text("nothing")
+    said = lines_of(images.look(config(f"data.source={tmp_path}/notes")))
+    assert "opened" not in said and "README.md" in said["left alone"]
+
+
 def test_queries_without_classes_are_refused_before_the_recipe_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -316,7 +316,7 @@ def test_memory_and_time_of_a_machine_that_is_not_here(
         (
             0,
             ["start.hours=2", "start.gpu_gb=24"],
-            ["start.hours=2: archives hide", "start.gpu_gb=24: archives hide"],
+            ["start.hours=2: only packing shows", "start.gpu_gb=24: a batch is fitted"],
         ),
         (
             150,
