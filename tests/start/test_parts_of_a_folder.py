@@ -62,6 +62,7 @@ def test_where_labels_are_dropped_the_held_out_part_is_too_and_it_is_said(tmp_pa
         said = lines_of(looked_at)
         assert "held out" not in said
         assert re.search(r"val: \d+ images, neither trained on nor scored", said["left alone"])
+        assert "train has no classes to tell its images by" in said["left alone"]
         recipe = recipe_of(settings, looked_at)
         assert recipe.data.labels == "none" and recipe.evaluate.queries == ""
 
