@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from pipeline import rounds
 from pipeline.config.config import Config
-from pipeline.context import Context, packed_uri, shards_uri, size_of, with_packed_sets
+from pipeline.context import (
+    Context,
+    packed_uri,
+    result_line,
+    shards_uri,
+    size_of,
+    with_packed_sets,
+)
 from pipeline.curate.dry_run import TABLE_BYTES, curation_plan
 from pipeline.doctor import fits
 from pipeline.doctor.rounds_plan import say_rounds
@@ -39,8 +46,14 @@ NOT_CURATED = "not curated yet"  # the number of images is then that of all
 Needs = list[tuple[str, str, float]]  # field, place, bytes
 
 
-def dry_run(config: Config, stages: Sequence[str]) -> None:
+def dry_run(config: Config, stages: Sequence[str], machine: Machine | None = None) -> None:
     """Prints steps, images, memory, disk and time.
+
+    Args:
+        config: the recipe.
+        stages: of the job.
+        machine: one that is not here, for which the run is planned; default: this machine, or the
+            cluster of RAY_ADDRESS.
 
     Raises:
         PipelineError: for all that would stop the real run at its start.
@@ -68,7 +81,11 @@ def dry_run(config: Config, stages: Sequence[str]) -> None:
         config = with_packed_sets(config, folder)
         if stages[0] in STAGES:
             STAGES[stages[0]].key(Context(config, folder, only=len(stages) == 1))
-    machine, _ = machine_of(config)
+    if machine is None:
+        machine, _ = machine_of(config)
+    else:
+        text = "workers and memory are of it, folders and disks of this machine"
+        result_line("machine", f"{machine.elsewhere}: {text}")
     log.info("run         %s in %s (dry run: nothing is written)", config.run.name, folder)
     needs: Needs = []
     packed = _opened(packed_uri(config, folder), config)
@@ -237,7 +254,7 @@ def _adapted(
     facts, recipe = adapt.recipe_for(asked, images, gpu, folder)
     planned = recipe.applied(asked)
     plan = resolve(planned, SetFacts(images, NOT_PACKED), machine=machine)
-    if line := adapt.lighter(asked, plan):
+    if line := adapt.lighter(asked, plan, machine.gpu_bytes):
         recipe = recipe.with_line(line)
     adapt.say(facts, recipe, images)
     evaluation = {"evaluate": config.evaluate}

@@ -21,6 +21,7 @@ __all__ = ["in_words", "say_disk", "say_memory", "say_time", "seconds_of"]
 log = logging.getLogger("pipeline")
 GIB = 2**30
 PROCESS = 0.3 * GIB  # of a worker on a CPU, before it has a network
+GPU_ROOM = 0.85  # of a GPU's memory, as adapt and start fill it
 ROOM = 0.8  # of the memory for training workers; driver, decoders and evaluation need the rest
 LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
 
@@ -28,13 +29,14 @@ LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
 def say_memory(plan: Plan, cost: Cost, machine: Machine) -> None:
     """Warns where the workers of a node take more memory than it has, with what would fit."""
     taken, there = memory_of(plan, cost, machine)
-    if not there or taken <= ROOM * there:
+    room = GPU_ROOM if plan.device == "cuda" else ROOM
+    if not there or taken <= room * there:
         return
     for change, lighter in lighter_plans(plan):
         memory = cost.memory.of(lighter.micro_batch, lighter.accumulation)
         lighter_cost = replace(cost, memory=memory)
         less, _ = memory_of(lighter, lighter_cost, machine)
-        if less <= ROOM * there:
+        if less <= room * there:
             way = f"{change} takes about {less / GIB:.1f} GiB"
             break
     else:
@@ -56,6 +58,8 @@ def memory_of(plan: Plan, cost: Cost, machine: Machine) -> tuple[float, float]:
     if plan.device == "cuda":
         import torch
 
+        if machine.elsewhere:
+            return cost.memory_bytes, machine.gpu_bytes * plan.gpus_per_worker
         if not one(machine) or not torch.cuda.is_available():
             return cost.memory_bytes, 0.0
         card = torch.cuda.get_device_properties(0).total_memory
@@ -138,6 +142,9 @@ def say_disk(needs: Sequence[tuple[str, str, float]]) -> None:
 
 def say_time(plan: Plan, cost: Cost, machine: Machine) -> None:
     """Says how long training takes, and warns where that is more than a day."""
+    if machine.elsewhere:
+        log.info("time        not known: %s is not here, and was not timed", machine.elsewhere)
+        return
     seconds = seconds_of(plan, cost)
     if not seconds:
         log.info("time        not known: this machine has no GPU whose speed is known")

@@ -36,7 +36,8 @@ def say_rounds(config: Config, folder: RunFolder, machine: Machine, facts: SetFa
             continue
         # the weights of the round before are of the same network, and not there yet
         plan = resolve(one.model_copy(update={"model": config.model}), facts, machine=machine)
-        took = fits.seconds_of(plan, estimate.estimated_cost(plan, starting_pair(plan, place)))
+        cost = estimate.estimated_cost(plan, starting_pair(plan, place))
+        took = 0.0 if machine.elsewhere else fits.seconds_of(plan, cost)
         result_line("", f"trains {_steps(plan)}{_about(took)}, from {_start(config, number)}")
         seconds += took
     if seconds:

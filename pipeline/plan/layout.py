@@ -34,6 +34,9 @@ class Machine(BaseModel):
     gpus: int
     bfloat16: bool  # the CPUs multiply it in hardware; GPUs of this decade do
     nodes: tuple[Node, ...] = ()  # the same by node; none: all on one
+    # Of a machine that is asked for and is not here
+    elsewhere: str = ""  # which one it is, in words
+    gpu_bytes: float = 0.0  # memory of its GPU
 
     @property
     def rooms(self) -> tuple[Node, ...]:

@@ -210,12 +210,14 @@ def say(facts: Facts, recipe: Recipe, images: int) -> None:
         log.info("%s", line)
 
 
-def lighter(asked: Config, plan: Plan) -> Line | None:
-    """More and smaller micro batches where a step would not fit into memory; None where it does."""
+def lighter(asked: Config, plan: Plan, gpu_bytes: float = 0.0) -> Line | None:
+    """More and smaller micro batches where a step would not fit into memory, `gpu_bytes` where the
+    GPU is not here; None where it does.
+    """
     if is_set(asked, "train.accumulation"):
         return None
     memory = estimate.estimated_cost(plan, build.pair(plan.config)).memory
-    room = _room(plan)
+    room = _room(plan, gpu_bytes)
     if memory.of(plan.micro_batch, plan.accumulation).total <= room:
         return None
     for parts in range(2, plan.micro_batch // 2 + 1):
@@ -229,11 +231,13 @@ def lighter(asked: Config, plan: Plan) -> Line | None:
     return None
 
 
-def _room(plan: Plan) -> float:
+def _room(plan: Plan, gpu_bytes: float) -> float:
     """Bytes that the steps of a worker may take."""
     if plan.device == "cuda":
         import torch
 
+        if gpu_bytes:
+            return 0.85 * gpu_bytes * plan.gpus_per_worker
         if torch.cuda.is_available():
             return 0.85 * torch.cuda.get_device_properties(0).total_memory * plan.gpus_per_worker
         return float(GPU_BYTES)

@@ -103,7 +103,7 @@ def choose(config: Config, folder: Folder, around: Surroundings) -> Choice:
         lines.take("adapt.enabled", True, "rates, batch, length and heads follow from the weights")
     elif 0 < folder.images < FEWEST:
         raise DataError(
-            f"{config.data.source} has {folder.images} images: too few for anything but adaptation "
+            f"{folder.source} has {folder.images} images: too few for anything but adaptation "
             f"(random weights need {FEWEST} at least, and learn little from some hundreds)",
             "get released weights and name them: "
             f"{typed('start', config.data.source, 'weights=FILE')} (docs/adapt.md)",
@@ -125,7 +125,9 @@ def choose(config: Config, folder: Folder, around: Surroundings) -> Choice:
 
 def _why_small(folder: Folder, gpu: bool) -> str:
     if not folder.images:
-        return "archives hide the number of images: the smallest recipe that learns something"
+        return (
+            f"{folder.hidden} hide the number of images: the smallest recipe that learns something"
+        )
     if not gpu:
         return (
             f"{folder.images:,} images and no GPU: a small residual network learns in minutes to "
@@ -155,7 +157,7 @@ def _images(lines: Lines, folder: Folder) -> None:
 
 
 def _what(folder: Folder) -> str:
-    number = f"{folder.images:,} images" if folder.images else "archives"
+    number = f"{folder.images:,} images" if folder.images else folder.hidden
     if folder.classes:
         return f"{number} of {len(folder.classes)} classes, for the evaluation alone"
     return number if folder.labels_elsewhere else f"{number}, no classes"

@@ -66,6 +66,41 @@ def fitted(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
     return recipe
 
 
+def unused(recipe: Fitted, around: Surroundings) -> list[str]:
+    """A sentence for each field of `start` that this recipe does not follow, with the reason."""
+    choice, settings = recipe.choice, recipe.choice.asked.start
+    sentences = []
+    if settings.hours is not None and (why := _no_hours(recipe, around)):
+        sentences.append(f"start.hours={settings.hours:g}{why}")
+    if settings.gpu_gb is not None:
+        why = ""
+        if choice.name == "adapt":
+            why = ": an adaptation fits its batch to the GPU that it runs on, when it runs"
+        elif recipe.plan is None:
+            why = ": a batch is fitted to a number of images, which only packing shows"
+        elif _yours(choice, "train.accumulation"):
+            why = " for the batch: train.accumulation sets how many images are computed at once"
+        if why:
+            sentences.append(f"start.gpu_gb={settings.gpu_gb:g}{why}")
+    return sentences
+
+
+def _no_hours(recipe: Fitted, around: Surroundings) -> str:
+    """Why `start.hours` is not followed; "" where it is."""
+    choice = recipe.choice
+    lengths = [field for field in ("optim.steps", "optim.passes") if _yours(choice, field)]
+    if lengths:
+        return f": {lengths[0]} sets the length"
+    if choice.name == "adapt":
+        return ": an adaptation takes its length from weights and images; optim.steps=… sets it"
+    if recipe.plan is None:
+        return ": only packing shows how many images there are; optim.passes=… sets the length"
+    if not recipe.seconds:
+        place = f"how fast {around.place} trains is not known"
+        return f" for the training: {place}; optim.passes=… sets the length"
+    return ""
+
+
 def _planned(choice: Choice, folder: Folder, around: Surroundings) -> Fitted:
     plan, built = planned(choice.config, around.machine, folder.images)
     cost = estimate.estimated_cost(plan, built)
@@ -89,10 +124,8 @@ def _shorter(recipe: Fitted, part: float, hours: float) -> Choice:
     passes = part * plan.steps / plan.steps_per_pass
     value = float(f"{passes:.2g}") if passes < 10 else int(passes)
     whole = plan.steps / plan.steps_per_pass
-    why = (
-        f"of {whole:.0f}, so that training takes about {hours:g} hours here (start.hours=… changes "
-        "that)"
-    )
+    what = "training" if recipe.seconds else "decoding"
+    why = f"of {whole:.0f}, so that {what} takes about {hours:g} hours (start.hours=… changes that)"
     line = Line("optim.passes", value, why, "images")
     return _changed(choice, line)
 

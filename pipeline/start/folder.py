@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,16 +17,11 @@ from pipeline.images.kinds import HEAD, begins_like_an_image, claims_images
 from pipeline.pack.listing import list_source
 from pipeline.pack.source_places import absolute_source
 from pipeline.shards.row_group import read_row_group
-from pipeline.stages.checks.known_sets import KnownSet, known_set
+from pipeline.stages.checks.known_sets import KnownSet
+from pipeline.start.split import split
 from pipeline.uri import is_uri
 
 SAMPLE = 32  # images whose headers are read
-TRAINING = ("train", "training")
-# Of the sets beside it the first: a score that chooses a checkpoint leaves the test set unseen
-HELD_OUT = ("val", "valid", "validation", "test", "testing", "eval")
-FEW_OF_A_CLASS = 4  # images of a folder on average, below which folders are no classes
-# Folders by date, and those that cameras make (DCIM/100CANON)
-NO_CLASS = re.compile(r"(19|20)\d\d([-_. ]?\d\d){0,2}|\d{1,2}|\d{3}[A-Z_]{3,5}|DCIM", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,11 +31,16 @@ class Folder:
     Attributes:
         source: what is trained on, as `data.source`.
         queries: the held-out set beside it; "" where there is none.
-        images: files and rows; 0 where archives hide them.
+        images: files and rows; 0 where archives hide them, or names.
         size: bytes.
         classes: names of the folders that are classes; none where there are no labels.
+        classes_why: why folders of doubtful names are classes all the same; "" where none are.
         no_classes: why folders that are there are taken for no classes; "" where it is not so.
         labels_elsewhere: labels are in columns or archives: whether there are any shows later.
+        together: which parts of a set are all trained on; "" where there are none.
+        beside: parts of the named folder that are not used, as (place, why).
+        unnamed: files without an image's ending, where some begin like an image.
+        example: the name of such a one.
         others: files that are left alone, as (name, why).
         sides: shorter sides of a sample, pixels.
         megapixels: of the same.
@@ -54,8 +53,13 @@ class Folder:
     images: int
     size: int
     classes: tuple[str, ...] = ()
+    classes_why: str = ""
     no_classes: str = ""
     labels_elsewhere: bool = False
+    unnamed: int = 0
+    example: str = ""
+    together: str = ""
+    beside: tuple[tuple[str, str], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
     sides: tuple[int, ...] = ()
     megapixels: tuple[float, ...] = ()
@@ -66,6 +70,19 @@ class Folder:
     def side(self) -> int:
         """The median shorter side, pixels; 0 where no header was read."""
         return round(median(self.sides)) if self.sides else 0
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the held-out set lies inside what is trained on, or the other way about."""
+        if not self.queries or any(is_uri(place) for place in (self.source, self.queries)):
+            return False
+        trained, scored = Path(self.source).resolve(), Path(self.queries).resolve()
+        return scored.is_relative_to(trained) or trained.is_relative_to(scored)
+
+    @property
+    def hidden(self) -> str:
+        """What hides the number of images, where it is 0."""
+        return "files without an image's ending" if self.unnamed else "archives"
 
     @property
     def labelled(self) -> bool:
@@ -79,20 +96,14 @@ def look(config: Config) -> Folder:
     Raises:
         PipelineError: nothing is there, or nothing that can be packed.
     """
-    named = config.data.source
-    source, queries = _split(config)
-    changed = {"data": config.data.model_copy(update={"source": source})}
-    config = config.model_copy(update=changed)
-    known = known_set(config, "data.source", source)
-    if queries and not config.evaluate.queries:
-        asked = known_set(config, "evaluate.queries", queries)
-        if asked.labels.kind == "none" or known.labels.kind == "none":
-            queries = ""
-    classes, why = _classes(known.labels.names, known.images)
-    if known.labels.kind != "names":
-        classes, why = (), ""
-    others = _others(source, config.data.follow_links)
-    if _is_without_images(known, source, config.data.follow_links):
+    named, parts = config.data.source, split(config)
+    known, source = parts.known, parts.source
+    unnamed, example = _unnamed(source, config.data.follow_links)
+    others = _others(source, config.data.follow_links, unnamed > 0)
+    local = not source.startswith(BUILTIN) and not is_uri(source)
+    # a list of files alone, none of which is an image by its name or begins like one
+    names_alone = local and known.files == () and known.labels.kind != "unknown"
+    if names_alone and not known.images and not unnamed:
         raise DataError(
             f"no image in {named}, but {len(others):,} other files such as {others[0][0]}",
             "name a folder of images, archives or parquet",
@@ -106,12 +117,17 @@ def look(config: Config) -> Folder:
         )
     return Folder(
         source=source,
-        queries=queries,
+        queries=parts.queries,
         images=known.images,
         size=known.size,
-        classes=classes,
-        no_classes=why,
+        classes=parts.classes,
+        classes_why=parts.classes_why,
+        no_classes=parts.no_classes,
+        unnamed=unnamed,
+        example=example,
         labels_elsewhere=known.labels.kind in ("numbers", "unknown"),
+        together=parts.together,
+        beside=parts.beside,
         others=others,
         sides=sample.sides,
         megapixels=sample.megapixels,
@@ -120,45 +136,15 @@ def look(config: Config) -> Folder:
     )
 
 
-def _split(config: Config) -> tuple[str, str]:
-    """Training images and held-out ones, where a folder has `train/` and `val/` or `test/`.
-
-    A `train/` among other folders is no part of a set but a class: pictures of trains.
-    """
-    source, queries = config.data.source, config.evaluate.queries
-    if source.startswith(BUILTIN) or is_uri(source) or queries or not Path(source).is_dir():
-        return source, queries
-    names = {path.name.lower(): path.name for path in Path(source).iterdir() if path.is_dir()}
-    training = next((names[name] for name in TRAINING if name in names), "")
-    held_out = next((names[name] for name in HELD_OUT if name in names), "")
-    others = [name for name in names.values() if name != training and not name.startswith(".")]
-    if not training or (others and not held_out):
-        return source, ""
-    home = source.rstrip("/")
-    return f"{home}/{training}", f"{home}/{held_out}" if held_out else ""
-
-
-def _classes(names: tuple[str, ...], images: int) -> tuple[tuple[str, ...], str]:
-    """The names, or none of them and why."""
-    if not names:
-        return (), ""
-    if images and images < FEW_OF_A_CLASS * len(names):
-        each = images / len(names)
-        return (), f"{len(names):,} folders with {each:.1f} images each are no classes"
-    if all(NO_CLASS.fullmatch(name) for name in names):
-        return (), f"folders such as {names[0]} are dates, numbers or a camera's, no classes"
-    return names, ""
-
-
-def _others(source: str, follow_links: bool) -> tuple[tuple[str, str], ...]:
+def _others(source: str, follow_links: bool, opened: bool) -> tuple[tuple[str, str], ...]:
+    """What is left alone; not the files without an image's ending where pack takes some of them."""
     if source.startswith(BUILTIN):
         return ()
     listing = list_source(absolute_source(source), follow_links=follow_links)
     kept = [(one.source, one.reason) for one in listing.others]
     kept += [(one.source, one.reason) for one in listing.refused]
-    # pack opens these, and takes what begins like an image
     names = [one.path for one in listing.entries if not claims_images(one.path)]
-    kept += [(name, "no_image") for name in names]
+    kept += [(name, "no_image") for name in names if not opened]
     return tuple((PurePosixPath(name).name, reason) for name, reason in kept)
 
 
@@ -206,20 +192,19 @@ def _encoded(known: KnownSet) -> Iterator[tuple[str, bytes | OSError]]:
             yield f"row {number}", bytes(encoded)
 
 
-def _is_without_images(known: KnownSet, source: str, follow_links: bool) -> bool:
-    """Whether a list of files holds none that is named as an image, and none of some that are not
-    begins like one.
+def _unnamed(source: str, follow_links: bool) -> tuple[int, str]:
+    """How many local files have no image's ending, and the first of a sample that begins like an
+    image all the same: pack takes it. (0, "") where none of the sample does.
     """
-    if known.images or known.files != () or known.labels.kind == "unknown":
-        return False
     if source.startswith(BUILTIN) or is_uri(source):
-        return False
+        return 0, ""
     listing = list_source(absolute_source(source), follow_links=follow_links)
-    for entry in listing.entries[:SAMPLE]:
+    paths = [entry.path for entry in listing.entries if not claims_images(entry.path)]
+    for path in paths[:: max(1, len(paths) // SAMPLE)][:SAMPLE]:
         try:
-            with (Path(listing.root) / entry.path).open("rb") as file:
+            with (Path(listing.root) / path).open("rb") as file:
                 if begins_like_an_image(file.read(HEAD)):
-                    return False
+                    return len(paths), PurePosixPath(path).name
         except OSError:
             continue
-    return True
+    return 0, ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pipeline.config.config import Config
 from pipeline.context import local_machine, memory_bytes, nearest
 from pipeline.driver import cluster
+from pipeline.errors import ConfigError
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.train.speed.bottleneck import count
@@ -38,6 +39,7 @@ class Surroundings:
         memory: bytes, of this machine.
         disk: bytes that are free where runs go; None at a URI.
         here: it is this machine, whose speed can be tried.
+        cpu_guess: that the number of CPUs is not known, in words; "" where it is.
     """
 
     machine: Machine
@@ -48,10 +50,11 @@ class Surroundings:
     memory: float
     disk: int | None
     here: bool
+    cpu_guess: str = ""
 
     def line(self) -> str:
         """For the console."""
-        parts = [count(self.machine.cpus, "CPU")]
+        parts = [count(self.machine.cpus, "CPU") + self.cpu_guess]
         if self.machine.gpus:
             size = f"{self.gpu_bytes / GIB:.0f} GiB{self.gpu_guess}"
             each = " each" if self.machine.gpus > 1 else ""
@@ -71,21 +74,39 @@ def look(config: Config) -> Surroundings:
     size, wherever it may be.
 
     Raises:
-        PipelineError: the cluster does not answer.
+        PipelineError: the cluster does not answer, or a GPU is asked for and not to be used.
     """
     near = nearest(config.run.folder)
     disk = shutil.disk_usage(near).free if near is not None else None
     memory, size = memory_bytes(), config.start.gpu_gb
     if size is not None:
-        nodes = (Node(OTHER_CPUS, 1, driver=True),)
-        machine = Machine(cpus=OTHER_CPUS, gpus=1, bfloat16=False, nodes=nodes)
-        place = f"a machine with a GPU of {size:g} GB (start.gpu_gb)"
-        return Surroundings(machine, place, "", size * GB, "", memory, disk, False)
+        return _other(config, size, memory)
     if os.environ.get("RAY_ADDRESS"):
         return _cluster(config, memory, disk)
     machine = local_machine(config)
     name, size_bytes = _local_gpu() if machine.gpus else ("", 0.0)
     return Surroundings(machine, "this machine", name, size_bytes, "", memory, disk, True)
+
+
+def _other(config: Config, gpu_gb: float, memory: float) -> Surroundings:
+    """One that is asked for: nothing is known of it but its GPU."""
+    if config.train.device == "cpu":
+        raise ConfigError(
+            f"start.gpu_gb={gpu_gb:g} asks for a GPU, and train.device=cpu for none",
+            "leave one of them out",
+        )
+    cpus = config.resources.cpus or OTHER_CPUS
+    place = f"a machine with a GPU of {gpu_gb:g} GB (start.gpu_gb)"
+    machine = Machine(
+        cpus=cpus,
+        gpus=1,
+        bfloat16=False,
+        nodes=(Node(cpus, 1, driver=True),),
+        elsewhere=place,
+        gpu_bytes=gpu_gb * GB,
+    )
+    guess = "" if config.resources.cpus else " (a guess: resources.cpus says it)"
+    return Surroundings(machine, place, "", gpu_gb * GB, "", memory, None, False, guess)
 
 
 def _local_gpu() -> tuple[str, float]:

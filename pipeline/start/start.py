@@ -14,13 +14,15 @@ from pipeline.doctor.dry_run import dry_run
 from pipeline.errors import ConfigError
 from pipeline.heartbeat import now
 from pipeline.stages.chain import ORDER
+from pipeline.stages.checks.start import check_scored
 from pipeline.stages.console.closing import typed
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import choose
-from pipeline.start.fitted import Fitted, fitted
+from pipeline.start.fitted import Fitted, fitted, unused
 from pipeline.start.folder import Folder
-from pipeline.start.written import place_of, text_of, write
+from pipeline.start.machine import Surroundings
+from pipeline.start.written import check, place_of, text_of, write
 from pipeline.storage.once import looked_up_once
 from pipeline.train.speed.bottleneck import count
 
@@ -77,17 +79,27 @@ def start(config: Config, dry: bool = False) -> Started:
         now("planning")
         recipe = fitted(choose(config, folder, around), folder, around)
         choice = recipe.choice
+        check_scored(choice.config)
         result_line("recipe", f"{choice.name}: {choice.why}")
-        if recipe.plan is not None and not dry:
-            _say_time(recipe, folder)
+        for sentence in (sentences := unused(recipe, around)):
+            result_line("not used", sentence)
+        if recipe.plan is not None:
+            if not dry:
+                _say_time(recipe, around)
+                _say_memory(recipe, around)
+            _say_decoding(recipe, folder)
         path = place_of(config)
         if dry:
+            check(path)
             result_line("would write", str(path))
             run = choice.config.run.name or path.stem
             named = choice.config.run.model_copy(update={"name": run})
-            dry_run(choice.config.model_copy(update={"run": named}), ORDER)
+            other = around.machine if around.machine.elsewhere else None
+            dry_run(choice.config.model_copy(update={"run": named}), ORDER, other)
         else:
-            facts = [f"{name}: {text}" for name, text in [*lines, ("machine", around.line())]]
+            lines.append(("machine", around.line()))
+            lines += [("not used", sentence) for sentence in sentences]
+            facts = [f"{name}: {text}" for name, text in lines]
             said = write(path, text_of(choice, facts))
             load([str(path)])  # what is written can be read
             result_line("wrote", f"{path}, each value with its reason" + f" ({said})" * bool(said))
@@ -99,20 +111,27 @@ def start(config: Config, dry: bool = False) -> Started:
 
 def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     """What is known of the images, as (first word, text)."""
-    number = f"{folder.images:,} images" if folder.images else "archives"
+    number = f"{folder.images:,} images" if folder.images else folder.hidden
     text = f"{folder.source}: {number}, {size_of(folder.size)}"
     lines = [("images", text)]
     if folder.classes:
         names = ", ".join(folder.classes[:NAMED])
         more = ", …" * (len(folder.classes) > NAMED)
-        lines.append(("labels", f"{len(folder.classes):,} classes: {names}{more}"))
+        why = f"; {folder.classes_why}" * bool(folder.classes_why)
+        lines.append(("labels", f"{len(folder.classes):,} classes: {names}{more}{why}"))
     elif folder.labels_elsewhere:
         lines.append(("labels", "in columns or archives, if there are any"))
     else:
         why = folder.no_classes or "no folders of classes: the evaluation has scores without labels"
         lines.append(("labels", f"none; {why}"))
     if folder.queries:
-        lines.append(("held out", f"{folder.queries}: scored, never trained on"))
+        text = "scored, never trained on"
+        if folder.overlap:
+            text = f"scored, and trained on as far as it overlaps with {folder.source}"
+        lines.append(("held out", f"{folder.queries}: {text}"))
+    elif folder.together:
+        lines.append(("held out", folder.together))
+    lines += [("left alone", f"{place}: {text}") for place, text in folder.beside]
     if folder.sides:
         low, high = min(folder.sides), max(folder.sides)
         formats = ", ".join(f"{n} {name}" for name, n in folder.formats.items())
@@ -126,6 +145,10 @@ def folder_lines(folder: Folder) -> list[tuple[str, str]]:
     if folder.bad:
         shown = ", ".join(folder.bad[:NAMED])
         lines.append(("bad", f"{len(folder.bad)} of the sample: {shown}"))
+    if folder.unnamed:
+        number = count(folder.unnamed, "file")
+        text = f"{number} without an image's ending, such as {folder.example}: packing opens them,"
+        lines.append(("opened", f"{text} and takes those that are images; they are not counted"))
     if folder.others:
         shown = ", ".join(name for name, _ in folder.others[:NAMED])
         more = ", …" * (len(folder.others) > NAMED)
@@ -143,9 +166,9 @@ def _say_weights(config: Config) -> None:
         result_line("", typed("start", config.data.source, str(place)))
 
 
-def _say_time(recipe: Fitted, folder: Folder) -> None:
-    plan, cost = recipe.plan, recipe.cost
-    assert plan is not None and cost is not None
+def _say_time(recipe: Fitted, around: Surroundings) -> None:
+    plan = recipe.plan
+    assert plan is not None
     seen = plan.steps * plan.config.optim.global_batch_size
     passes = plan.steps / plan.steps_per_pass
     result_line("length", f"{plan.steps:,} steps, {seen:,} images seen, each {passes:.3g} times")
@@ -156,7 +179,20 @@ def _say_time(recipe: Fitted, folder: Folder) -> None:
             "speed of matrix products; the run says better after some steps",
         )
     else:
-        result_line("time", "not known: these GPUs are not here, or their speed is not known")
+        where = "it is not here" if not around.here else "the speed of its GPU is not known"
+        result_line("time", f"not known on {around.place}: {where}")
+
+
+def _say_memory(recipe: Fitted, around: Surroundings) -> None:
+    """Warns where what the user has set does not fit."""
+    assert recipe.plan is not None and recipe.cost is not None
+    fits.say_memory(recipe.plan, recipe.cost, around.machine)
+
+
+def _say_decoding(recipe: Fitted, folder: Folder) -> None:
+    """Warns of photos that are decoded at their full size again and again."""
+    plan = recipe.plan
+    assert plan is not None
     average = sum(folder.megapixels) / max(1, len(folder.megapixels))
     if average > LARGE:
         each = recipe.decode_s / max(1, plan.decode_tasks)

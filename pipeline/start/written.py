@@ -28,9 +28,9 @@ def text_of(choice: Choice, facts: Sequence[str]) -> str:
     """
     reasons = {line.field: line.reason for line in choice.recipe.lines}
     lines = [
-        f"{MARK} for {public(choice.config.data.source)}; jobs/run.py takes it.",
+        f"{MARK} for {_one_line(public(choice.config.data.source))}; jobs/run.py takes it.",
         "#",
-        *(f"# {fact}" for fact in facts),
+        *(f"# {_one_line(fact)}" for fact in facts),
         f"# So: {choice.name}. {choice.why[:1].upper()}{choice.why[1:]}.",
         "#",
         "# Change what you like here, or as section.field=value on the command line.",
@@ -45,8 +45,13 @@ def text_of(choice: Choice, facts: Sequence[str]) -> str:
         for name, value in fields.items():
             said = f"  {name}: {flow(_short(value))}"
             reason = reasons.get(f"{section}.{name}", "as you set it")
-            lines.append(f"{said}  # {reason}")
+            lines.append(f"{said}  # {_one_line(reason)}")
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """A comment, whatever the names of folders in it hold."""
+    return " ".join(text.split())
 
 
 def _short(value: Any) -> Any:
@@ -71,35 +76,59 @@ def _free(path: Path) -> Path:
     return next(one for name in names if not (one := path.with_name(name)).exists())
 
 
+def check(path: Path) -> None:
+    """Refuses a place where a recipe may not be written, before anything is.
+
+    Raises:
+        ConfigError: a file of somebody else is there.
+        StorageError: it cannot be read.
+    """
+    _earlier(path)
+
+
+def _earlier(path: Path) -> str | None:
+    """The text of an earlier start at a place; None where nothing is."""
+    try:
+        if not path.exists():
+            return None
+        before = path.read_text(errors="replace") if path.is_file() else ""
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read: {error.strerror}",
+            "name a file where you may read and write: recipe=NAME.yaml",
+        ) from None
+    if not before.startswith(MARK):
+        raise ConfigError(
+            f"{path} is there and was not written by jobs/start.py",
+            "name another file: recipe=NAME.yaml",
+        )
+    return before
+
+
 def write(path: Path, text: str) -> str:
     """Writes the file. Returns what became of one that was there, in words.
 
     One of an earlier start is kept beside it, with what was changed in it since; one of somebody
-    else's is not touched.
+    else's is not touched. It is moved once the new text is on the disk, so that a disk without
+    room leaves it where it is.
 
     Raises:
         ConfigError: such a file is there.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written, or the file cannot be read.
     """
-    said = ""
-    if path.exists():
-        before = path.read_text(errors="replace") if path.is_file() else ""
-        if before == text:
-            return "the same as before"
-        if not before.startswith(MARK):
-            raise ConfigError(
-                f"{path} is there and was not written by jobs/start.py",
-                "name another file: recipe=NAME.yaml",
-            )
-        kept = _free(path)
-        path.replace(kept)
-        said = f"the earlier one is now {kept}"
+    before, said = _earlier(path), ""
+    if before == text:
+        return "the same as before"
     try:
         with atomic(path) as temporary:
             temporary.write_text(text)
+            if before is not None:
+                kept = _free(path)
+                path.replace(kept)
+                said = f"the earlier one is now {kept}"
     except OSError as error:
         raise StorageError(
             f"{path} cannot be written: {error.strerror}",
-            "name a file where you may write: recipe=…",
+            "name a file where you may write: recipe=NAME.yaml",
         ) from None
     return said

@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
 
 from pipeline import job
 from pipeline.commands.table import COMMANDS
-from pipeline.config.config import Config
 from pipeline.config.load import load
-from pipeline.errors import DataError
+from pipeline.doctor import fits
+from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
-from pipeline.plan.layout import Machine
-from pipeline.plan.nodes import Node
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.plan.resume import value_at
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import FOR_A_VIT, choose
-from pipeline.start.fitted import fitted
-from pipeline.start.folder import Folder
+from pipeline.start.fitted import fitted, unused
 from pipeline.start.machine import GB, Surroundings
 from pipeline.start.memory import ROOM, planned
-from pipeline.start.written import MARK, place_of, write
+from pipeline.start.written import MARK, place_of, text_of, write
 from pipeline.train import estimate
-
-SHORT = {"recipe": "start.recipe", "weights": "model.init", "gpu_gb": "start.gpu_gb"}
-WORDS = ("data.source", "model.init")
-
-
-def picture(path: Path, side: int, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 8, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
+from tests.start.starting import config, here, picture, pile, ran
 
 
 @pytest.fixture
@@ -53,25 +41,6 @@ def photos(tmp_path: Path) -> Path:
     (home / "README.md").write_text("notes")
     (home / "cat" / ".DS_Store").write_bytes(b"x")
     return home
-
-
-def ran(*words: str) -> None:
-    job.main(["start"], "doc", [*words, "track.enabled=false"], SHORT, WORDS)
-
-
-def here(cpus: int = 2, gb: float = 0.0) -> Surroundings:
-    """A machine, as `machine.look` would give it; its speed is not tried."""
-    gpus = int(gb > 0)
-    found = Machine(cpus=cpus, gpus=gpus, bfloat16=True, nodes=(Node(cpus, gpus, driver=True),))
-    return Surroundings(found, "a machine", "", gb * GB, "", 8e9, None, False)
-
-
-def pile(number: int, side: int = 400) -> Folder:
-    return Folder("photos/", "", number, number * 10**5, sides=(side,), megapixels=(0.2,))
-
-
-def config(*fields: str) -> Config:
-    return load(["data.source=photos/", *fields])
 
 
 @pytest.mark.long
@@ -115,6 +84,10 @@ def test_a_dry_start_writes_nothing(
     assert "would write My-photos.yaml" in shown and "jobs/run.py My-photos" not in shown
     assert re.search(r"^time +about", shown, re.M)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["My photos.v2"]
+    (tmp_path / "mine.yaml").write_text("by hand: 1\n")  # what the real start would refuse
+    with pytest.raises(SystemExit):
+        ran(str(photos), "recipe=mine", "--dry-run")
+    assert "mine.yaml is there and was not written by" in capsys.readouterr().err
 
 
 def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -129,6 +102,36 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="was not written by jobs/start"):
         write(path, f"{MARK}: four\n")
     assert path.read_text() == "mine: 1\n"
+
+
+def test_a_place_that_cannot_be_read_or_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "photos.yaml"
+    write(path, f"{MARK}: one\n")
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    for method, words in (
+        ("read_text", "photos.yaml cannot be read: Permission denied"),
+        ("exists", "photos.yaml cannot be read: Permission denied"),
+        ("replace", "photos.yaml cannot be written: Permission denied"),
+        ("write_text", "photos.yaml cannot be written: Permission denied"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, method, refused)
+            with pytest.raises(StorageError, match=words):
+                write(path, f"{MARK}: two\n")
+        # whatever failed, the earlier recipe is where it was
+        assert [x.name for x in tmp_path.iterdir()] == ["photos.yaml"], method
+        assert path.read_text() == f"{MARK}: one\n"
+
+
+def test_names_with_a_line_break_stay_in_their_comment() -> None:
+    choice = choose(config(), pile(150), here())
+    text = text_of(choice, ["images: a\nrun: {name: b}"])
+    assert "# images: a run: {name: b}\n" in text and "run" not in yaml.safe_load(text)
 
 
 def test_names_of_recipes() -> None:
@@ -259,7 +262,83 @@ def test_a_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     found = machine.look(config("start.gpu_gb=24"))
     assert found.gpu_bytes == 24e9 and found.machine.gpus == 1 and not found.here
-    assert "22 GiB" in found.line()
+    line = found.line()
+    assert "22 GiB" in line and "8 CPUs (a guess" in line
+    assert "disk" not in line and "of memory" not in line  # those of this machine
+    told = machine.look(config("start.gpu_gb=24", "resources.cpus=32"))
+    assert told.machine.cpus == 32 and "32 CPUs, 1 GPU" in told.line()
+    with pytest.raises(ConfigError, match=r"start.gpu_gb=24 asks for a GPU, and train.device=cpu"):
+        machine.look(config("start.gpu_gb=24", "train.device=cpu"))
+
+
+@pytest.mark.long
+def test_a_dry_start_for_another_machine_plans_for_it(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran(str(photos), "gpu_gb=24", "--dry-run")
+    shown = capsys.readouterr().out
+    assert re.search(r"^workers .* cuda, bfloat16", shown, re.M)
+    assert re.search(r"^time +not known: a machine with a GPU of 24 GB", shown, re.M)
+    assert re.search(r"^machine .*24 GB.*disks of this machine$", shown, re.M)
+    assert not re.search(r"^machine +this machine", shown, re.M)
+    # what the user sets is held against the memory that was asked for
+    ran(str(photos), "gpu_gb=0.7", "train.accumulation=1", "optim.global_batch_size=96")
+    assert re.search(r"a GPU has 0\.7 GiB", "".join(capsys.readouterr()))
+
+
+def test_memory_and_time_of_a_machine_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = machine.look(config("start.gpu_gb=24")).machine
+    plan, built = planned(choose(config(), pile(20_000), here(gb=24)).config, other, 20_000)
+    cost = estimate.estimated_cost(plan, built)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a smaller one is here
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: pytest.fail("was asked"))
+    monkeypatch.setattr("pipeline.doctor.fits.seconds_of", lambda *_: pytest.fail("was timed"))
+    assert fits.memory_of(plan, cost, other) == (cost.memory_bytes, 24e9)
+    with caplog.at_level("INFO", "pipeline"):
+        fits.say_time(plan, cost, other)
+    assert "24 GB (start.gpu_gb) is not here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("number", "fields", "said"),
+    [
+        (150, ["start.hours=2"], []),
+        (150, [], []),
+        (150, ["start.hours=2", "optim.passes=5"], ["start.hours=2: optim.passes sets"]),
+        (150, ["start.hours=2", "model.init=w.pth"], ["start.hours=2: an adaptation takes"]),
+        (150, ["start.gpu_gb=24", "model.init=w.pth"], ["start.gpu_gb=24: an adaptation fits"]),
+        (
+            0,
+            ["start.hours=2", "start.gpu_gb=24"],
+            ["start.hours=2: only packing shows", "start.gpu_gb=24: a batch is fitted"],
+        ),
+        (
+            150,
+            ["start.hours=2", "start.gpu_gb=24", "train.accumulation=2"],
+            ["start.hours=2 for the training", "start.gpu_gb=24 for the batch"],
+        ),
+    ],
+)
+def test_a_field_of_start_that_is_not_used_is_named(
+    number: int, fields: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.train.speed.lasts.peak_flops", lambda *_: 1e11)
+    asked = config(*fields, "train.device=auto")
+    around = machine.look(asked)
+    if around.here:
+        around = replace(here(), here=True)
+    recipe = fitted(choose(asked, pile(number), around), pile(number), around)
+    sentences = unused(recipe, around)
+    assert len(sentences) == len(said)
+    for sentence, begin in zip(sentences, said, strict=True):
+        assert sentence.startswith(begin)
 
 
 def test_the_call_from_python(
@@ -295,6 +374,13 @@ def test_weights_make_an_adaptation(
     job.main(stages, "doc", ["adapted.yaml", f"run.folder={tmp_path}/runs", "--dry-run"])
     shown = capsys.readouterr().out
     assert "a ViT 32 x 2, patches of 7" in shown and re.search(r"^time +about", shown, re.M)
+    ran(str(photos), str(held), "recipe=other", "gpu_gb=24", "hours=2", "--dry-run")
+    shown = capsys.readouterr().out
+    assert re.search(r"^not used +start.hours=2: an adaptation", shown, re.M)
+    assert re.search(r"^not used +start.gpu_gb=24: an adaptation", shown, re.M)
+    assert re.search(r"^workers .* cuda", shown, re.M)
+    ran(str(photos), str(held), "recipe=other", "hours=2")
+    assert "# not used: start.hours=2: an adaptation" in (tmp_path / "other.yaml").read_text()
     monkeypatch.setattr(images, "SAMPLE", 2)
     for path in sorted(photos.rglob("*.png"))[20:]:
         path.unlink()

@@ -267,6 +267,24 @@ def voting(known: Mapping[str, KnownSet]) -> KnownSet | None:
     return next((known[field] for field in fields if field in known), None)
 
 
+def check_scored(config: Config) -> None:
+    """Refuses a recipe whose sets cannot be scored, as far as it shows before they are packed.
+
+    Raises:
+        PipelineError: what is wrong with which set.
+    """
+    sets = {"train": config.data.source, **evaluation_sources(config)}
+    fields = {pack.FIELDS[name]: uri for name, uri in sets.items()}
+    known = {
+        field: known_set(config, field, uri)
+        for field, uri in fields.items()
+        if field in ("data.source", KEEP) or not is_vectors(uri)
+    }
+    _check_evaluation(config, known)
+    if KEEP in known:
+        check_keep(known[KEEP].labels)
+
+
 def _check_evaluation(config: Config, known: Mapping[str, KnownSet]) -> None:
     queries, reference = known.get("evaluate.queries"), voting(known)
     score = config.evaluate.decide_by
