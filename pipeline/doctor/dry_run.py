@@ -236,7 +236,7 @@ def _adapted(
     gpu = bool(machine.gpus) and asked.train.device != "cpu"
     facts, recipe = adapt.recipe_for(asked, images, gpu, folder)
     planned = recipe.applied(asked)
-    plan = resolve(planned, SetFacts(images, NOT_PACKED), machine=machine)
+    plan = located(resolve(planned, SetFacts(images, NOT_PACKED), machine=machine), folder)
     if line := adapt.lighter(asked, plan):
         recipe = recipe.with_line(line)
     adapt.say(facts, recipe, images)
