@@ -92,11 +92,14 @@ def fit_foreign(
         _some("of another shape", len(others), [_shapes(k, tensors, expected) for k in others]),
     ]
     if missing or unexpected or others:
+        hint = "name the model that these weights are of in model.encoder"
+        if grid and not missing and not unexpected and len(others) == 1:
+            hint = "model.init_resize=true resizes position embeddings"
+        elif others and isinstance(backbone, ModuleBackbone):
+            hint += ", and in augment.global_size, model.patch_size and model.in_channels the sizes"
+            hint += " that they were trained with"
         raise PipelineError(
-            f"{source} does not fit the encoder: {'; '.join(filter(None, problems))}",
-            "model.init_resize=true resizes position embeddings"
-            if grid and not missing and not unexpected and len(others) == 1
-            else "name the model that these weights are of in model.encoder",
+            f"{source} does not fit the encoder: {'; '.join(filter(None, problems))}", hint
         )
     backbone.load_state_dict(tensors)
     return f"{len(tensors)} tensors, {len(left_out)} of a classifier left out"

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.adapt.compare import Comparison, before_line, compared, numbers_before
 from pipeline.adapt.derive import derive, facts_alone
-from pipeline.adapt.facts import Facts, facts_of
+from pipeline.adapt.facts import facts_of
+from pipeline.adapt.networks import Facts
 from pipeline.adapt.recipe import Line, Recipe, is_set, set_values, written
 from pipeline.card.card import Card
 from pipeline.card.files import CARD, read_card, write_card
@@ -211,10 +212,12 @@ def say(facts: Facts, recipe: Recipe, images: int) -> None:
 
 
 def lighter(asked: Config, plan: Plan) -> Line | None:
-    """More and smaller micro batches where a step would not fit into memory; None where it does."""
+    """More and smaller micro batches where a step of a `located` plan would not fit into memory;
+    None where it does.
+    """
     if is_set(asked, "train.accumulation"):
         return None
-    memory = estimate.estimated_cost(plan, build.pair(plan.config)).memory
+    memory = estimate.estimated_cost(plan, build.for_estimate(plan)).memory
     room = _room(plan)
     if memory.of(plan.micro_batch, plan.accumulation).total <= room:
         return None
