@@ -32,6 +32,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.stages import evaluate as evaluation_stage
 from pipeline.stages import pretrain
+from pipeline.stages.checks.weights import check_weights
 from pipeline.stages.evaluation import dense_of, groups_of, sampled, sets_of
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
 from pipeline.train import build, estimate
@@ -81,7 +82,11 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
     _check_began_with(facts.init, folder)
     model = config.model.model_copy(update={"init": facts.init})
     asked = config.model_copy(update={"model": model})
-    return facts_alone(asked, facts).applied(asked), asked
+    recipe = facts_alone(asked, facts)
+    rows = folder.last("adapt").get("recipe")
+    if rows and state.latest(folder.checkpoints) is not None:
+        recipe = recipe.within(Recipe.from_json(rows))  # a later version may read more off weights
+    return recipe.applied(asked), asked
 
 
 def _with_weights(config: Config, folder: RunFolder) -> Config:
@@ -172,6 +177,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         config = with_packed_sets(recipe.applied(asked), folder)
         plan = pretrain.plan(replace(context, config=config))
     say(facts, recipe, shards.rows)
+    for remark in check_weights(config, folder, shards):
+        log.warning("init: %s", remark)
     path = folder.path / "adapt" / RECIPE
     with atomic(path) as temporary:
         temporary.write_text(written(recipe, config))
@@ -187,7 +194,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             "parameters": f"{facts.parameters / 1e6:.1f} M",
         }
     )
-    tracker.table("recipe", _table(recipe))
+    tracker.table("recipe", recipe.columns())
     context.tracking.tracker.tags({"adapted.from": public(facts.init)})
     text = f"{plan.steps:,} steps of {config.optim.global_batch_size} from {facts.what}"
     result: dict[str, Any] = {"text": text, "recipe": recipe.to_json()}
@@ -339,11 +346,3 @@ def _card(context: Context, plan: Plan, asked: Config) -> Card:
     write_page(card, place / PAGE, evaluation_stage.image_of(request), name)
     result_line("card", public(folder.at("adapt", PAGE)))
     return card
-
-
-def _table(recipe: Recipe) -> dict[str, list[Any]]:
-    rows = [(one.field, str(one.value), one.whose, one.reason) for one in recipe.lines]
-    return {
-        name: [row[i] for row in rows]
-        for i, name in enumerate(("field", "value", "follows from", "reason"))
-    }
