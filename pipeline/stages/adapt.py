@@ -228,13 +228,15 @@ def lighter(asked: Config, plan: Plan) -> Line | None:
     room = _room(plan)
     if memory.of(plan.micro_batch, plan.accumulation).total <= room:
         return None
-    for parts in range(2, plan.micro_batch // 2 + 1):
-        micro = plan.micro_batch // parts
-        if plan.micro_batch % parts:
-            continue
-        if memory.of(micro, plan.accumulation * parts).total <= room or micro <= 2:
-            gib = f"{room / 2**30:.0f} GiB"
-            why = f"{micro} images at once, so that a worker takes less than {gib}"
+    pieces = [n for n in range(2, plan.micro_batch // 2 + 1) if plan.micro_batch % n == 0]
+    for parts in pieces:
+        micro, gib = plan.micro_batch // parts, 2**30
+        need = memory.of(micro, plan.accumulation * parts).total
+        why = f"{micro} images at once, so that a worker takes less than {room / gib:.0f} GiB"
+        if need > room:
+            why = f"{micro} images at once, the fewest: about {need / gib:.1f} GiB, for which there"
+            why += f" are {room / gib:.1f} GiB"
+        if need <= room or parts == pieces[-1]:
             return Line("train.accumulation", plan.accumulation * parts, why, "weights")
     return None
 

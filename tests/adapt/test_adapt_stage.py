@@ -83,6 +83,11 @@ def test_micro_batches_are_cut_by_the_memory_of_what_is_trained(
     monkeypatch.setattr(adapt, "_room", lambda plan: 0.98 * trained)
     line = adapt.lighter(config, plan)
     assert line is not None and line.field == "train.accumulation" and line.value > 1
+    assert "so that a worker takes less than" in line.reason
+    monkeypatch.setattr(adapt, "_room", lambda plan: 2.0**20)  # what no step fits into
+    line = adapt.lighter(config, plan)
+    assert line is not None and line.value == plan.micro_batch // 2
+    assert "2 images at once, the fewest: about" in line.reason
 
 
 def test_a_later_job_need_not_name_the_weights(tmp_path: Path) -> None:

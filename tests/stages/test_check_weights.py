@@ -132,7 +132,9 @@ def test_what_is_read_alike_is_not_refused(tmp_path: Path) -> None:
     config = recipe(tmp_path, init)
     assert checked(config, pictures(tmp_path / "same", 3900)) == []  # near enough
     assert checked(config, pictures(tmp_path / "bytes", 255, np.uint8)) == []
-    assert checked(recipe(tmp_path, init, "data.range=[0,4095]"), bright) == []
+    (said,) = checked(recipe(tmp_path, init, "data.range=[0,4095]"), bright)
+    assert "use values 0 to 60000, and data.range=[0,4095] becomes 0 to 255" in said
+    assert "set data.range=[0,60000] if" in said
     # what nobody says is no other range: an export without one, and 8 bits
     assert checked(recipe(tmp_path, export_of(tmp_path / "weights", FULL)), bright) == []
     assert checked(load([*SMALL, *OWN, "run.name=a"]), bright) == []
@@ -153,7 +155,8 @@ def test_a_run_without_a_range_may_have_seen_8_bits(tmp_path: Path) -> None:
     assert "trained with data.range=full" in what
     assert "data.range=[0,4095] if it was trained on images of 8 bits" in hint
     assert "data.range=full if they had 16" in hint
-    assert checked(recipe(tmp_path, init, "data.range=full"), twelve) == []
+    (said,) = checked(recipe(tmp_path, init, "data.range=full"), twelve)
+    assert "some 16 of 256 levels are left" in said
 
 
 def test_a_run_that_has_begun_is_not_asked_again(tmp_path: Path) -> None:
@@ -204,7 +207,8 @@ def test_adaptation_reads_images_as_the_weights_do(tmp_path: Path) -> None:
         applied = derived.applied(config)
         assert applied.data.range == TWELVE_BITS
         assert applied.augment.mean == (0.5,)
-        assert checked(applied, bright) == []
+        (said,) = checked(applied, bright)
+        assert "the two differ" in said
         yours = load([*places, "data.range=full", f"run.folder={tmp_path}/runs"])
         applied = derive(yours, facts_of(yours), 600, False).applied(yours)
         assert applied.data.range == FULL

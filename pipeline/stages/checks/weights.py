@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.images.bad_image import BadImage
 from pipeline.images.decode import value_span
 from pipeline.images.preprocessing import Preprocessing
-from pipeline.images.value_range import AUTO, FULL, ValueRange, range_of, shown, similar
+from pipeline.images.value_range import AUTO, FULL, ValueRange, range_of, sentence, shown, similar
 from pipeline.shards.set_range import ranged, used_values
 from pipeline.shards.shard_set import ShardSet
 from pipeline.stages.checks.known_sets import KnownSet
@@ -27,6 +27,7 @@ from pipeline.train.checkpoint import state
 from pipeline.uri import is_uri, public
 
 FILES = 16  # of a source that is not packed, whose values are looked at
+COST = "Scores at the start are too low for it, and part of a gain is getting used to it"
 ALIKE = 1e-3  # means and deviations that differ by less are the same ones
 
 
@@ -65,8 +66,21 @@ def known_of(init: str) -> Known:
     return Known(preprocessing_beside(path))
 
 
-def read_with(config: Config, images: KnownSet | ShardSet) -> ValueRange | None:
-    """The values of images of more than 8 bits that become 0 to 255; None where a set has none.
+@dataclass(frozen=True)
+class DeepImages:
+    """Images of more than 8 bits of a set.
+
+    Attributes:
+        used: values that they use.
+        read_with: values that become 0 to 255.
+    """
+
+    used: ValueRange
+    read_with: ValueRange
+
+
+def deep_images(config: Config, images: KnownSet | ShardSet) -> DeepImages | None:
+    """Those of a set, as a recipe reads them; None where there are none.
 
     Of a source that is not packed it is what some of its files show.
     """
@@ -75,12 +89,10 @@ def read_with(config: Config, images: KnownSet | ShardSet) -> ValueRange | None:
     if shards is not None:
         shards = ranged(shards, setting, channels)
         used = used_values(shards, channels)
-        return None if used is None else shards.columns.value_range
+        return used and DeepImages(used, shards.columns.value_range)
     assert isinstance(images, KnownSet)
     used = _used_by_files([path for path, _ in images.files or ()], channels)
-    if used is None:
-        return None
-    return used if setting == AUTO else setting
+    return used and DeepImages(used, used if setting == AUTO else setting)
 
 
 def _used_by_files(files: Sequence[str], channels: int) -> ValueRange | None:
@@ -111,12 +123,15 @@ def check_weights(config: Config, folder: RunFolder, images: KnownSet | ShardSet
     init = config.model.init
     if not init or state.latest(folder.checkpoints) is not None:
         return []
-    known = known_of(init)
-    theirs, ours = known.images.value_range, read_with(config, images)
+    known, deep = known_of(init), deep_images(config, images)
     said = _normalised_otherwise(config, known.images)
-    if ours is None or similar(ours, theirs) or not (known.ours or theirs != FULL):
+    theirs = known.images.value_range
+    if deep is None or not (known.ours or theirs != FULL):
         return said
-    if config.data.range == AUTO:
+    ours, named = deep.read_with, config.data.range != AUTO
+    if similar(ours, theirs):
+        return [*_cut_off(deep, init), *said] if named else said
+    if not named:
         raise ConfigError(
             f"model.init={public(init)} was trained with data.range={shown(theirs)}, and these "
             f"images would be read with {shown(ours)}: its features of them would mean nothing",
@@ -124,12 +139,19 @@ def check_weights(config: Config, folder: RunFolder, images: KnownSet | ShardSet
         )
     values = (
         f"model.init={public(init)} was trained with data.range={shown(theirs)}, and the recipe "
-        f"reads these images with data.range={shown(ours)}. {_COST}"
+        f"reads these images with data.range={shown(ours)}. {COST}"
     )
     return [values, *said]
 
 
-_COST = "Scores at the start are too low for it, and part of a gain is getting used to it"
+def _cut_off(deep: DeepImages, init: str) -> list[str]:
+    """A sentence where images are read as the weights know them, and use other values."""
+    if similar(deep.used, deep.read_with):
+        return []
+    return [
+        f"{sentence(deep.used, deep.read_with)}. This range is that of model.init={public(init)}; "
+        f"set data.range={shown(deep.used)} if its values mean the same here"
+    ]
 
 
 def _ways(theirs: ValueRange, ours: ValueRange) -> str:
@@ -162,7 +184,7 @@ def _normalised_otherwise(config: Config, known: Preprocessing) -> list[str]:
         " ".join(f"{field}={_numbers(pair[i])}" for field, pair in others.items()) for i in (0, 1)
     )
     init = public(config.model.init)
-    return [f"model.init={init} was trained with {theirs}, and the recipe has {ours}. {_COST}"]
+    return [f"model.init={init} was trained with {theirs}, and the recipe has {ours}. {COST}"]
 
 
 def _numbers(values: Sequence[float]) -> str:
