@@ -143,8 +143,8 @@ TABLE = [
     row("card", "config curate.threshold.* embed errors evaluate heartbeat images model report "
         "search shards storage uri use views", others="numpy pyarrow",
         others_inside="PIL ray torch"),
-    row("adapt", "adapt card config embed errors evaluate storage.places uri images.preprocessing",
-        "model plan train", "yaml"),
+    row("adapt", "adapt card config embed errors evaluate images.preprocessing images.value_range "
+        "storage.places uri", "model plan train", "yaml"),
     row("finetune.settings", "schedule"),
     row("finetune", "config driver errors evaluate heartbeat images log loss model plan schedule "
         "shards storage stream.order train.checkpoint.* train.speed.bottleneck uri views",

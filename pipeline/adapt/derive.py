@@ -12,7 +12,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from pipeline.adapt.facts import Facts
+from pipeline.adapt.networks import Facts
 from pipeline.adapt.recipe import Line, Recipe, Whose, is_set
 from pipeline.config.config import Config
 
@@ -121,6 +121,8 @@ def _views(lines: Derivation, facts: Facts, gpu: bool) -> int:
     take, patch = lines.take, facts.patch_size or 1
     own = facts.image_size or USUAL_SIDE
     side, why = own, f"the weights' own {own} pixels"
+    if not facts.image_size:
+        why = "nothing says what size the weights are for; this is the usual one"
     if own > 256 and not facts.has_heads:
         side = max(1, round(USUAL_SIDE / patch)) * patch
         why = f"the weights are for {own}; most of DINOv2's training is at {USUAL_SIDE}"

@@ -66,6 +66,20 @@ class Recipe:
         """The recipe with one more line, in the place of an earlier one of the same field."""
         return Recipe((*(one for one in self.lines if one.field != line.field), line))
 
+    def within(self, earlier: Recipe) -> Recipe:
+        """The lines whose fields are those of an earlier recipe."""
+        fields = {line.field for line in earlier.lines}
+        return Recipe(tuple(line for line in self.lines if line.field in fields))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """As a table for a tracker."""
+        return {
+            "field": [line.field for line in self.lines],
+            "value": [str(line.value) for line in self.lines],
+            "follows from": [line.whose for line in self.lines],
+            "reason": [line.reason for line in self.lines],
+        }
+
     def said(self) -> list[str]:
         """For the console: the weights' facts in one line, then a line for each choice."""
         facts = " ".join(_assigned(line) for line in self.lines if line.whose == "weights")

@@ -31,6 +31,7 @@ from pipeline.stages.checks.known_sets import KnownSet, also_in
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.checks.teacher import located
+from pipeline.stages.checks.weights import check_weights
 from pipeline.stages.evaluation import JOB, asked_for, chosen, is_own
 from pipeline.stages.pretrain import describe, starting_pair
 from pipeline.storage.once import looked_up_once
@@ -116,6 +117,11 @@ def dry_run(config: Config, stages: Sequence[str], machine: Machine | None = Non
         _say_one_set(reference)
     if "adapt" in stages and asked is not None and images:
         config = _adapted(asked, config, folder, machine, images)
+    if "pretrain" in stages and (
+        known_images := known.get("data.shards") or known.get("data.source")
+    ):
+        for remark in check_weights(config, folder, known_images):
+            log.warning("init: %s", remark)
     if "pretrain" in stages and images:
         _say_training(config, folder, machine, images, digest, needs)
     elif "pretrain" in stages:
@@ -253,7 +259,7 @@ def _adapted(
     gpu = bool(machine.gpus) and asked.train.device != "cpu"
     facts, recipe = adapt.recipe_for(asked, images, gpu, folder)
     planned = recipe.applied(asked)
-    plan = resolve(planned, SetFacts(images, NOT_PACKED), machine=machine)
+    plan = located(resolve(planned, SetFacts(images, NOT_PACKED), machine=machine), folder)
     if line := adapt.lighter(asked, plan, machine.gpu_bytes):
         recipe = recipe.with_line(line)
     adapt.say(facts, recipe, images)

@@ -26,6 +26,8 @@ TIMM = "timm:"
 # what an export leaves of a ViT of ours, of a timm encoder, of a module of one's own, and a
 # fine-tuning of a ViT of ours
 EXPORTS = ("dinov2", "timm", "huggingface", "module")
+LOCAL_DIR = "local-dir:"  # timm's word for a folder
+Stamps = tuple[tuple[Path, int, int], ...]  # files, their bytes, when they were written
 _BLOCK = 2**24
 _NAMED = 8  # models that are at hand, in a sentence
 
@@ -63,13 +65,20 @@ def digest_of(path: str | Path) -> str:
             f"no embedder: there is no {path}",
             "give descriptor, a run folder, weights as for model.init, timm:<name> or a .onnx file",
         )
+    return _hashed(place, stamps_of(place))
+
+
+def stamps_of(place: Path) -> Stamps:
+    """Size and time of a file, or of all files in a folder: what is remembered of weights is
+    remembered under them, for a file may be written anew.
+    """
     files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-    known = [(file, file.stat()) for file in files]
-    return _hashed(place, tuple((f, facts.st_size, facts.st_mtime_ns) for f, facts in known))
+    known = [(file, file.stat()) for file in files if file.exists()]
+    return tuple((file, facts.st_size, facts.st_mtime_ns) for file, facts in known)
 
 
 @lru_cache(8)  # a stage asks for its key several times
-def _hashed(place: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+def _hashed(place: Path, files: Stamps) -> str:
     hashed = blake2b(digest_size=8)
     for file, _, _ in files:
         hashed.update(f"{file.relative_to(place)}\0".encode())
@@ -190,6 +199,24 @@ def preprocessing_of(path: str) -> Preprocessing:
     return known
 
 
+def preprocessing_beside(path: str) -> Preprocessing:
+    """As `preprocessing_of`; beside weights that we exported in DINOv2's form nothing is written,
+    and the other forms of the same export say it.
+
+    Raises:
+        PipelineError: as `preprocessing_of`.
+    """
+    place = Path(path)
+    if not place.exists():
+        return Preprocessing()
+    known = preprocessing_of(path)
+    if known.mean or place.name != EXPORTS[0]:
+        return known
+    others = [place.parent / name for name in EXPORTS[1:]]
+    said = [preprocessing_of(str(one)) for one in others if one.is_dir()]
+    return next((one for one in said if one.mean), known)
+
+
 @lru_cache
 def _say_other_shape(file: str) -> None:
     """Says once that images of other shapes are prepared otherwise than by the file beside them."""
@@ -301,13 +328,18 @@ def load_timm(name: str, random: bool = False) -> Any:
     return timm_by_name(name, pretrained=not random).eval()
 
 
-@lru_cache(4)
 def timm_facts(name: str) -> tuple[str, Preprocessing]:
     """Digest of a timm model's weights, and the images they take.
 
     Raises:
         PipelineError: as `load_timm`.
     """
+    folder = name.removeprefix(LOCAL_DIR) if name.startswith(LOCAL_DIR) else ""
+    return _timm_facts(name, stamps_of(Path(folder)) if folder else ())
+
+
+@lru_cache(4)
+def _timm_facts(name: str, files: Stamps) -> tuple[str, Preprocessing]:
     from pipeline.model.weights import tensors_digest
 
     backbone = load_timm(name)

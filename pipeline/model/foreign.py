@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, one_line, shortened
+from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.vit import check_masks
 
 NOT_HIDDEN = "iBOT needs patch tokens that can be hidden, and this encoder has none"
@@ -247,6 +248,18 @@ def timm_by_name(
         in_channels=int(options.get("in_chans", module.pretrained_cfg["input_size"][0])),
     )
     return TimmBackbone(module, spec, extra | options)
+
+
+def usual_images(name: str) -> Preprocessing:
+    """The images that the weights of a timm model take, without making the model.
+
+    Raises:
+        PipelineError: timm is missing, or has no such model.
+    """
+    known = _timm(name).get_pretrained_cfg(name)
+    if known is None:  # timm has no weights of it
+        return Preprocessing()
+    return Preprocessing(int(known.input_size[-1]), tuple(known.mean), tuple(known.std))
 
 
 def check_sizes(backbone: ForeignBackbone, channels: int, sizes: Sequence[int]) -> None:

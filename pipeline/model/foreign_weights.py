@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.images.preprocessing import Preprocessing
 from pipeline.model.encoders.module import ModuleBackbone, ModuleSpec
 from pipeline.model.encoders.source import CODE, PREFIX, Name, from_copy, read_kept
+from pipeline.model.fit import fold
 from pipeline.model.foreign import ForeignBackbone, TimmBackbone, TimmSpec
 from pipeline.model.formats import CONFIG, WEIGHTS, timm_transform
 from pipeline.model.pair import Backbone, Spec
@@ -24,6 +25,7 @@ from pipeline.model.read import read_json, spec_from
 from pipeline.model.weights import load_backbone, write_folder
 from pipeline.storage.run_folder import atomic
 
+NAMED = 3  # tensors of a kind that do not fit, in a sentence
 CLASSIFIER = "classifier"  # before the names of a classifier's tensors
 OURS = "raydino_spec"  # key of config.json under which our own settings stand; timm ignores it
 
@@ -62,7 +64,8 @@ def fit_foreign(
         resize: give position embeddings of timm models this encoder's grid (timm's own way).
 
     Raises:
-        PipelineError: with every missing and unexpected name and every other shape.
+        PipelineError: with some of the missing and unexpected names and of the other shapes, and
+            their numbers.
     """
     expected = backbone.state_dict()
     tensors = {k if k in expected else f"module.{k}": v for k, v in state.items()}
@@ -80,22 +83,49 @@ def fit_foreign(
     if grid and resize and isinstance(backbone, TimmBackbone):
         tensors["module.pos_embed"] = backbone.resized_position(tensors["module.pos_embed"])
         grid = False
-    problems = [f"missing {k}" for k in expected if k not in tensors]
-    problems += [f"unexpected {k}" for k in tensors if k not in expected]
-    problems += [
-        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in tensors.items()
-        if k in expected and v.shape != expected[k].shape
+    missing = [k for k in expected if k not in tensors]
+    unexpected = [k for k in tensors if k not in expected]
+    others = [k for k, v in tensors.items() if k in expected and v.shape != expected[k].shape]
+    problems = [
+        _some("missing", len(missing), fold(_bare(missing))),
+        _some("unexpected", len(unexpected), fold(_bare(unexpected))),
+        _some("of another shape", len(others), [_shapes(k, tensors, expected) for k in others]),
     ]
-    if problems:
+    if missing or unexpected or others:
+        hint = "name the model that these weights are of in model.encoder"
+        if grid and not missing and not unexpected and len(others) == 1:
+            hint = "model.init_resize=true resizes position embeddings"
+        elif others and isinstance(backbone, ModuleBackbone):
+            hint += ", and in augment.global_size, model.patch_size and model.in_channels the sizes"
+            hint += " that they were trained with"
         raise PipelineError(
-            f"{source} does not fit the encoder: {'; '.join(problems)}",
-            "model.init_resize=true resizes position embeddings"
-            if grid and len(problems) == 1
-            else "name the model that these weights are of in model.encoder",
+            f"{source} does not fit the encoder: {'; '.join(filter(None, problems))}", hint
         )
     backbone.load_state_dict(tensors)
     return f"{len(tensors)} tensors, {len(left_out)} of a classifier left out"
+
+
+def _some(kind: str, count: int, named: Sequence[str]) -> str:
+    """What is wrong with tensors, some of them by name; "" where there are none.
+
+    Args:
+        kind: of what is wrong.
+        count: of the tensors.
+        named: all of them, those of many blocks as one.
+    """
+    if len(named) <= NAMED:
+        return f"{kind} {', '.join(named)}" if named else ""
+    return f"{count:,} {kind}, such as {', '.join(named[:NAMED])}"
+
+
+def _bare(names: Sequence[str]) -> list[str]:
+    """Names as the library has them."""
+    return [name.removeprefix("module.") for name in names]
+
+
+def _shapes(name: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    theirs, ours = (tuple(one[name].shape) for one in (tensors, expected))
+    return f"{name.removeprefix('module.')}: {theirs}, expected {ours}"
 
 
 def save_foreign(

@@ -86,6 +86,13 @@ def other_range(shards: ShardSet, value_range: ValueRange, channels: int = 3) ->
     return None if own is None or similar(own, value_range) else own
 
 
+def used_values(shards: ShardSet, channels: int = 3) -> ValueRange | None:
+    """The values that the deep images of a set use, as packing found or a few places show; None
+    where it has none.
+    """
+    return shards.used_range or _measured(shards, channels)
+
+
 def difference(name: str, shards: ShardSet, value_range: ValueRange, channels: int = 3) -> str:
     """A sentence where the values of a set are not those of the range it is read with; else ""."""
     own = other_range(shards, value_range, channels)

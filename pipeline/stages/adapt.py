@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.adapt.compare import Comparison, before_line, compared, numbers_before
 from pipeline.adapt.derive import derive, facts_alone
-from pipeline.adapt.facts import Facts, facts_of
+from pipeline.adapt.facts import facts_of
+from pipeline.adapt.networks import Facts
 from pipeline.adapt.recipe import Line, Recipe, is_set, set_values, written
 from pipeline.card.card import Card
 from pipeline.card.files import CARD, read_card, write_card
@@ -31,6 +32,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.stages import evaluate as evaluation_stage
 from pipeline.stages import pretrain
+from pipeline.stages.checks.weights import check_weights
 from pipeline.stages.evaluation import dense_of, groups_of, sampled, sets_of
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
 from pipeline.train import build, estimate
@@ -80,7 +82,11 @@ def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Con
     _check_began_with(facts.init, folder)
     model = config.model.model_copy(update={"init": facts.init})
     asked = config.model_copy(update={"model": model})
-    return facts_alone(asked, facts).applied(asked), asked
+    recipe = facts_alone(asked, facts)
+    rows = folder.last("adapt").get("recipe")
+    if rows and state.latest(folder.checkpoints) is not None:
+        recipe = recipe.within(Recipe.from_json(rows))  # a later version may read more off weights
+    return recipe.applied(asked), asked
 
 
 def _with_weights(config: Config, folder: RunFolder) -> Config:
@@ -171,6 +177,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
         config = with_packed_sets(recipe.applied(asked), folder)
         plan = pretrain.plan(replace(context, config=config))
     say(facts, recipe, shards.rows)
+    for remark in check_weights(config, folder, shards):
+        log.warning("init: %s", remark)
     path = folder.path / "adapt" / RECIPE
     with atomic(path) as temporary:
         temporary.write_text(written(recipe, config))
@@ -186,7 +194,7 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
             "parameters": f"{facts.parameters / 1e6:.1f} M",
         }
     )
-    tracker.table("recipe", _table(recipe))
+    tracker.table("recipe", recipe.columns())
     context.tracking.tracker.tags({"adapted.from": public(facts.init)})
     text = f"{plan.steps:,} steps of {config.optim.global_batch_size} from {facts.what}"
     result: dict[str, Any] = {"text": text, "recipe": recipe.to_json()}
@@ -211,22 +219,24 @@ def say(facts: Facts, recipe: Recipe, images: int) -> None:
 
 
 def lighter(asked: Config, plan: Plan, gpu_bytes: float = 0.0) -> Line | None:
-    """More and smaller micro batches where a step would not fit into memory, `gpu_bytes` where the
-    GPU is not here; None where it does.
+    """More and smaller micro batches where a step of a `located` plan would not fit into memory,
+    `gpu_bytes` where the GPU is not here; None where it does.
     """
     if is_set(asked, "train.accumulation"):
         return None
-    memory = estimate.estimated_cost(plan, build.pair(plan.config)).memory
+    memory = estimate.estimated_cost(plan, build.for_estimate(plan)).memory
     room = _room(plan, gpu_bytes)
     if memory.of(plan.micro_batch, plan.accumulation).total <= room:
         return None
-    for parts in range(2, plan.micro_batch // 2 + 1):
-        micro = plan.micro_batch // parts
-        if plan.micro_batch % parts:
-            continue
-        if memory.of(micro, plan.accumulation * parts).total <= room or micro <= 2:
-            gib = f"{room / 2**30:.0f} GiB"
-            why = f"{micro} images at once, so that a worker takes less than {gib}"
+    pieces = [n for n in range(2, plan.micro_batch // 2 + 1) if plan.micro_batch % n == 0]
+    for parts in pieces:
+        micro, gib = plan.micro_batch // parts, 2**30
+        need = memory.of(micro, plan.accumulation * parts).total
+        why = f"{micro} images at once, so that a worker takes less than {room / gib:.0f} GiB"
+        if need > room:
+            why = f"{micro} images at once, the fewest: about {need / gib:.1f} GiB, for which there"
+            why += f" are {room / gib:.1f} GiB"
+        if need <= room or parts == pieces[-1]:
             return Line("train.accumulation", plan.accumulation * parts, why, "weights")
     return None
 
@@ -342,11 +352,3 @@ def _card(context: Context, plan: Plan, asked: Config) -> Card:
     write_page(card, place / PAGE, evaluation_stage.image_of(request), name)
     result_line("card", public(folder.at("adapt", PAGE)))
     return card
-
-
-def _table(recipe: Recipe) -> dict[str, list[Any]]:
-    rows = [(one.field, str(one.value), one.whose, one.reason) for one in recipe.lines]
-    return {
-        name: [row[i] for row in rows]
-        for i, name in enumerate(("field", "value", "follows from", "reason"))
-    }

@@ -21,6 +21,7 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import MAY_CHANGE, value_at
 from pipeline.stages.checks.guard import ended_before, remarks_on_keep
 from pipeline.stages.checks.teacher import located, teacher_source
+from pipeline.stages.checks.weights import check_weights
 from pipeline.stages.console.brief import brief, trained
 from pipeline.stages.tracked import pipeline_page
 from pipeline.storage.run_folder import RunFolder, fingerprint
@@ -56,9 +57,11 @@ def key(context: Context) -> str:
     """Changes with whatever a resumed run may not change, and with the images.
 
     Raises:
-        TrainError: where such a change meets a checkpoint; said here, before Ray is started.
+        PipelineError: where such a change meets a checkpoint, or weights to begin with meet images
+            of other values; said here, before Ray is started.
     """
     config, shards = context.config, context.shards()
+    check_weights(config, context.folder, shards)
     layout = layout_of(group_rows(shards))
     check_resume(
         config, shards.digest, context.folder, layout, value_range=shards.columns.value_range
@@ -103,6 +106,8 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     compared = spec.compared(run_plan.config.evaluate.during_training)
     if compared:
         result_line("kNN", f"while training: {compared}")
+    for remark in check_weights(run_plan.config, context.folder, shards):
+        log.warning("init: %s", remark)
     for remark in remarks(run_plan.config, shards):
         log.warning("evaluation: %s", remark)
     for remark in remarks_on_keep(run_plan.config, shards):

@@ -21,6 +21,7 @@ from pipeline.train.ahead import ViewMaker
 from pipeline.train.distil.features import FeatureSpec
 from pipeline.train.parallel.strategy import Layout
 from pipeline.train.step import Objective, ObjectiveSpec
+from pipeline.train.tune.choose import tuned
 from pipeline.views.batch import Apply
 from pipeline.views.crops import CropSpec
 from pipeline.views.masked import PatchFinder, usual_length
@@ -116,15 +117,17 @@ def pair(config: Config, files: Mapping[str, str] | None = None, heads: bool = T
 
 
 def for_estimate(plan: Plan) -> Pair:
-    """The networks of a plan, for its cost: on GPUs a ViT of ours has shapes alone, which take no
-    time and no memory. On CPUs networks are small, and an estimate runs a part of them.
+    """The networks of a `located` plan, for its cost, with what `train.tune` lets learn: on GPUs a
+    ViT of ours has shapes alone, which take no time and no memory. On CPUs networks are small, and
+    an estimate runs a part of them.
 
     Raises:
-        PipelineError: as `pair`.
+        PipelineError: as `pair` and `tuned`.
     """
-    shapes = plan.device == "cuda" and plan.config.model.encoder == "dinov2"
+    config = plan.config
+    shapes = plan.device == "cuda" and config.model.encoder == "dinov2"
     with torch.device("meta") if shapes else nullcontext():
-        return pair(plan.config)
+        return tuned(pair(config, plan.encoder_files, not plan.headless), config)
 
 
 def feature_spec(plan: Plan) -> FeatureSpec:

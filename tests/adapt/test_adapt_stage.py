@@ -18,6 +18,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages import adapt
 from pipeline.storage.run_folder import RunFolder
+from pipeline.train import build, estimate
 from pipeline.train.checkpoint import state
 from tests.card.cards import card_of, contender
 
@@ -76,6 +77,32 @@ def test_a_run_that_goes_on_keeps_what_was_derived(tmp_path: Path) -> None:
     assert [line.value for line in lines if line.field == "optim.lr"] == [2e-4]
     mine = asked(tmp_path, "first.pth", "optim.lr=0.5", "train.eval_every=3")
     assert adapt.recipe_for(mine, 600, False, folder)[1].applied(mine).train.eval_every == 3
+
+
+def test_micro_batches_are_cut_by_the_memory_of_what_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few images tune the last blocks alone, which takes less than the whole network."""
+    config = asked(tmp_path, "first.pth", "train.precision=float32")
+    recipe = derive(config, adapt.facts_of(config), 600, False)
+    assert recipe.value("train.tune") == "last_blocks=4"
+    applied = recipe.applied(config)
+    plan = resolve(applied, SetFacts(600, "d"), Machine(cpus=2, gpus=0, bfloat16=False))
+    whole, trained = (
+        estimate.estimated_cost(plan, built).memory_bytes
+        for built in (build.pair(applied), build.for_estimate(plan))
+    )
+    assert trained < whole
+    monkeypatch.setattr(adapt, "_room", lambda plan: (trained + whole) / 2)
+    assert adapt.lighter(config, plan) is None
+    monkeypatch.setattr(adapt, "_room", lambda plan: 0.98 * trained)
+    line = adapt.lighter(config, plan)
+    assert line is not None and line.field == "train.accumulation" and line.value > 1
+    assert "so that a worker takes less than" in line.reason
+    monkeypatch.setattr(adapt, "_room", lambda plan: 2.0**20)  # what no step fits into
+    line = adapt.lighter(config, plan)
+    assert line is not None and line.value == plan.micro_batch // 2
+    assert "2 images at once, the fewest: about" in line.reason
 
 
 def test_a_later_job_need_not_name_the_weights(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.adapt.derive import derive, facts_alone
-from pipeline.adapt.facts import Facts
+from pipeline.adapt.networks import Facts
 from pipeline.adapt.recipe import Line, Recipe, written
 from pipeline.config.config import Config
 from pipeline.config.load import field_paths, load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -191,8 +192,24 @@ def test_weights_of_the_same_model_fit_and_others_do_not() -> None:
     broken["blocks.0.extra"] = broken.pop("blocks.0.norm1.weight")
     with pytest.raises(PipelineError) as caught:
         fit_foreign(ours, broken, "x.safetensors")
-    assert "missing module.blocks.0.norm1.weight" in caught.value.what
-    assert "unexpected module.blocks.0.extra" in caught.value.what
+    assert "missing blocks.0.norm1.weight; unexpected blocks.0.extra" in caught.value.what
+
+
+@pytest.mark.parametrize("other", ["resnet18", "vit_base_patch16_224"])
+def test_weights_of_another_model_are_told_in_one_sentence(other: str) -> None:
+    """Three names of a kind and their number, not all thousand."""
+    state = timm.create_model(other, num_classes=0).state_dict()
+    with pytest.raises(PipelineError) as caught:
+        fit_foreign(VIT.build(), state, "x.safetensors")
+    said = caught.value.what
+    assert len(said) < 500
+    assert "model.encoder" in caught.value.hint
+    if other == "resnet18":
+        assert f"{len(state)} unexpected, such as conv1.weight, bn1.weight, bn1.bias" in said
+        assert re.search(r"15\d missing, such as cls_token, pos_embed, patch_embed", said)
+    else:
+        assert "cls_token: (1, 1, 768), expected (1, 1, 192)" in said
+        assert re.search(r"1\d\d of another shape, such as", said)
 
 
 class Pooled(nn.Module):

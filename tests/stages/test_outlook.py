@@ -17,6 +17,7 @@ from pipeline.stages.console import outlook
 from pipeline.stages.console.outlook import AN_IMAGE, FIXED, Earlier, Outlook, outlook_of
 from pipeline.track.journal import Journal
 from pipeline.train import build, estimate
+from pipeline.train.tune.choose import tuned
 
 MACHINE = Machine(cpus=2, gpus=0, bfloat16=True, nodes=(Node(2, driver=True),))
 
@@ -90,6 +91,38 @@ def test_an_estimate_on_gpus_needs_no_weights(recipe: str, gpus: int, device: st
     assert {one.device.type for one in shapes.student.parameters()} == {device}
     expected = estimate.estimated_cost(plan, build.pair(plan.config))
     assert estimate.estimated_cost(plan, shapes) == expected
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("tune", ["last_blocks=1", "lora(rank=2)", "heads"])
+def test_an_estimate_is_of_what_is_trained(tune: str, gpus: int) -> None:
+    """What does not learn keeps nothing for a backward pass, and AdamW has nothing for it."""
+    sizes = ["model.width=24", "model.depth=3", "model.heads=2", "head.prototypes=50"]
+    sides = ["augment.global_size=56", "augment.local_size=28", "optim.steps=10"]
+    recipe = [*sizes, *sides, "optim.global_batch_size=32", "train.compile=false"]
+    config = load([*recipe, f"train.tune={tune}", "model.init=w.pth"])
+    nodes = (Node(2, gpus, driver=True),)
+    machine = Machine(cpus=2, gpus=gpus, bfloat16=True, nodes=nodes)
+    plan = resolve(config, SetFacts(500, ""), machine=machine)
+    estimated = estimate.estimated_cost(plan, build.for_estimate(plan))
+    assert estimated == estimate.estimated_cost(plan, tuned(build.pair(config), config))
+    whole = estimate.estimated_cost(plan, build.pair(config))
+    assert estimated.memory_bytes < whole.memory_bytes
+    if not tune.startswith("lora"):  # its updates are in every block
+        assert estimated.memory.activations < whole.memory.activations
+
+
+def test_an_estimate_has_no_heads_where_features_alone_are_learnt() -> None:
+    sizes = ["model.width=24", "model.depth=2", "model.heads=2", "augment.global_size=56"]
+    small = ["augment.local_size=28", "optim.steps=10", "optim.global_batch_size=32"]
+    features = ["distill.teacher=t.onnx", "distill.loss=cosine", "distill.objective=false"]
+    config = load([*sizes, *small, *features])
+    plan = resolve(config, SetFacts(500, ""), machine=MACHINE)
+    plan = plan.model_copy(update={"distil_loss": "cosine"})
+    built = build.for_estimate(plan)
+    assert plan.headless and built.student.dino_head is None
+    heads = sum(p.numel() for p in build.pair(config).student.parameters())
+    assert estimate.estimated_cost(plan, built).parameters < heads / 2
 
 
 def test_a_resume_counts_from_its_checkpoint_at_the_speed_it_had_last(

@@ -32,6 +32,7 @@ from pipeline.evaluate.sets import KEEP
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, embed, finetune, pack, search
 from pipeline.stages.checks.known_sets import KnownSet, known_set
+from pipeline.stages.checks.weights import check_weights
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.settings import TrackSettings
@@ -104,6 +105,9 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
             curate.embedders(config)
         if config.curate.preset and not config.curate.query:
             check_curated(config, folder, [seed.uri for seed in seeds.values()], earlier)
+    images = known.get("data.shards") or known.get("data.source")
+    if "pretrain" in stages and images:
+        check_weights(config, folder, images)
     if {"pretrain", "evaluate"} & set(stages):
         _check_evaluation(config, known)
     if KEEP in known:

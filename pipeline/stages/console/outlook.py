@@ -22,7 +22,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages.checks.known_sets import KnownSet
 from pipeline.track import journal
-from pipeline.train import build, estimate
+from pipeline.train import build, estimate, start
 from pipeline.train.checkpoint import state
 from pipeline.train.speed.bottleneck import duration
 from pipeline.train.speed.lasts import flops_per_s, in_words, seconds_of
@@ -168,6 +168,7 @@ def _training(
         if earlier.images_per_s:
             left = max(0, plan.steps - earlier.steps) * config.optim.global_batch_size
             return left / earlier.images_per_s, FORWARD / earlier.images_per_s
+        plan = start.located(plan, None)  # with features of a teacher alone there are no heads
         cost = estimate.estimated_cost(plan, build.for_estimate(plan))
     except PipelineError as error:
         log.debug("no guess of the time: %s", error)  # the stage says it, where it still holds
