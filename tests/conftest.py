@@ -9,9 +9,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pipeline.storage import places as storage
 from pipeline.track import server
@@ -20,6 +22,9 @@ from tests.mlflow_server import TestServer
 from tests.s3 import S3, serving
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No example fails for the time that it took. All else is as it was: Hypothesis has its own for CI.
+settings.register_profile("no deadline", settings(), deadline=None)
+settings.load_profile("no deadline")
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared"
 JOB_FOLDERS = {"jobs", "cluster"}
@@ -114,14 +119,15 @@ def mlflow_server(started_server: TestServer) -> TestServer:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray cluster for the test session, on free ports, in a short temp dir, ended with it."""
-    from pipeline.driver.cluster import quiet_environment
+    from pipeline.driver.cluster import _until_started, quiet_environment
 
     quiet_environment()
     import ray
 
     # Unix socket paths are limited to 107 bytes, so Ray's folder must be short.
     folder = tempfile.mkdtemp(prefix="rd", dir="/tmp" if Path("/tmp").is_dir() else None)
-    ray.init(
+    start = partial(
+        ray.init,
         num_cpus=2,
         object_store_memory=512 * 2**20,
         _temp_dir=folder,
@@ -129,6 +135,7 @@ def ray_cluster() -> Iterator[None]:
         logging_level="error",
         log_to_driver=bool(os.environ.get("PIPELINE_DEBUG")),
     )
+    _until_started(start)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

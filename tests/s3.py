@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 KEY, SECRET = "testkey", "testsecret"
-HANG_S = 4.0
+HANG_S = 30.0
 
 
 @dataclass

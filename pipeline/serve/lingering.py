@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SILENCE_S = 1.0  # a client that sends nothing for so long has read its answer, or never will
+SILENCE_S = 5.0  # a client that sends nothing for so long has read its answer, or never will
 
 
 def lingering(app: ASGIApp, timeout_s: float) -> ASGIApp:

@@ -369,7 +369,8 @@ def test_plain_images_are_embedded_as_the_evaluation_does(tmp_path: Path) -> Non
         expected = pair.teacher.backbone(prepared)
     torch.testing.assert_close(features, expected)
     assert torch.equal(features, api.embed(pair.teacher.backbone, paths, 28))
-    assert torch.equal(features[:1], api.embed(pair.teacher, paths[0], 28))
+    alone = api.embed(pair.teacher, paths[0], 28)  # another batch size adds in another order
+    torch.testing.assert_close(features[:1], alone, rtol=1e-5, atol=1e-6)
     assert torch.equal(features, api.embed(pair, paths))  # 28 is what it was built for
     assert pair.student.training
 

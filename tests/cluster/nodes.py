@@ -357,7 +357,7 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
         return
     process.send_signal(signal.SIGSTOP)
     root = psutil.Process(process.pid)
-    while below := [p for p in root.children(recursive=True) if _living(p)]:
+    while below := [p for p in root.children(recursive=True) if living(p)]:
         for child in below:
             try:
                 child.kill()
@@ -368,9 +368,10 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def _living(process: psutil.Process) -> bool:
+def living(process: psutil.Process) -> bool:
+    """Whether it is there, and no zombie that nobody has taken away yet."""
     try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

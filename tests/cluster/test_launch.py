@@ -34,8 +34,8 @@ from tests.cluster.hosts import Host, hosts, lacking
 from tests.cluster.nodes import ROOT, clean_environment, free_port, wait_for
 from tests.tiny import write_tiny
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-STEPS = 300
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]
+STEPS = 2000  # so many that a stop comes before the last one
 SHARED = "/mnt/shared"  # on the hosts
 RAY = str(Path(sys.executable).with_name("ray"))
 OURS = re.compile(r"raylet|gcs_server|ray::|/ray/|mlflow|ray start")
@@ -87,7 +87,8 @@ class Launch:
             "submit",
             *("--submission-id", name, "--working-dir", ".", "--no-wait", "--"),
             *("python", "jobs/run.py", "tiny.yaml", f"run.folder={SHARED}/runs"),
-            *(f"data.source={SHARED}/photos", f"optim.steps={STEPS}", "track.enabled=true"),
+            *(f"data.source={SHARED}/photos", f"optim.steps={STEPS}", "train.eval_every=500"),
+            "track.enabled=true",
         )
         assert code == 0, shown
 

@@ -28,7 +28,7 @@ from tests.cluster.nodes import RAY, ROOT, Cluster, cluster, free_port, token, w
 from tests.cluster.submit import Job
 from tests.mlflow_server import answering
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 STEPS = 600
 RECIPE = f"""\
 # Tests of submitting: tiles of the demo, seconds of training.

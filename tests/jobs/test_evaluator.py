@@ -28,7 +28,7 @@ from tests.jobs.conftest import ROOT
 from tests.tiny import STEPS
 
 SCORE = "eval/knn20_top1"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 class Planted:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from pipeline.storage.run_folder import RunFolder
 from pipeline.track.journal import read_steps
 from tests.data import encoded, noise, own_table, written
 from tests.jobs.conftest import ROOT, Job, runner
+from tests.jobs.running import finish, held, terminate_held
 
 SPEC = BackboneSpec(
     image_size=28, patch_size=7, width=32, depth=2, heads=2, registers=1, layer_scale=0.1
@@ -124,15 +125,15 @@ def test_from_a_folder_to_a_classifier_with_a_stop_on_the_way(
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert process.stdout
-    console = ""
-    for line in process.stdout:
-        console += line
-        if re.match(r"step 0*[2-9][05]/400", line):
-            process.send_signal(signal.SIGTERM)
-            break
-    console += process.stdout.read()
-    assert process.wait() == 143, console
+    checkpoints = runs / "finetune" / "finetune" / "checkpoints"
+    while not list(checkpoints.glob("step-*")):  # at step 20; a line on the console comes later
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.01)
+    with held(2):
+        console = terminate_held(process)
+    code, rest = finish(process)
+    console += rest
+    assert code == 143, console
     stopped = re.search(r"stopped     at step (\d+)", console)
     assert stopped, console
     assert "80 images of 2 classes to train on, 20 to score" in console

@@ -12,7 +12,7 @@ import pytest
 
 from tests.jobs.conftest import ROOT, runner
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 

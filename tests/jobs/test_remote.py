@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import yaml
 from pipeline.storage.places import PART_TRIES
 from pipeline.track.journal import read_steps
 from tests.jobs.conftest import ROOT, runner
+from tests.jobs.running import finish, held, terminate_held
 from tests.s3 import S3
 from tests.tiny import STEPS
 
@@ -65,10 +65,13 @@ def test_a_run_in_a_bucket_goes_on_elsewhere(
         deadline = time.monotonic() + 400
         while first not in s3.objects(BUCKET) and job.poll() is None:
             assert time.monotonic() < deadline
-            time.sleep(0.2)
-        job.send_signal(signal.SIGTERM)
-        said, _ = job.communicate(timeout=300)
-    assert job.returncode == 143, said
+            time.sleep(0.05)
+        assert job.poll() is None, finish(job)[1]
+        with held(1):  # the steps that are left take a second or two
+            said = terminate_held(job)
+        code, rest = finish(job)
+        said += rest
+    assert code == 143, said
     assert read.done == 2, said
     assert written.done == PART_TRIES, said
     assert f"in s3://{BUCKET}/runs/tiny" in said

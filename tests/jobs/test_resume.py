@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeline import job
 from pipeline.track.journal import read, read_steps
 from tests.cluster.figures import record
 from tests.jobs.conftest import ROOT, Job, runner
+from tests.jobs.running import finish, held, terminate_held, training_workers
 from tests.tiny import STEPS
 
 pytestmark = pytest.mark.timeout(900)  # seconds; half a minute each where nobody else works
@@ -200,17 +201,6 @@ def started(
         process.wait()
 
 
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """The console up to the line that fits; the test's own timeout ends the wait."""
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if re.match(pattern, line):
-            return "".join(lines)
-    raise AssertionError(f"ended without {pattern}:\n" + "".join(lines))
-
-
 @contextmanager
 def held_midway(running: subprocess.Popen[str], folder: Path) -> Iterator[list[psutil.Process]]:
     """Inside, the training workers stand still, somewhere after step 10.
@@ -222,34 +212,18 @@ def held_midway(running: subprocess.Popen[str], folder: Path) -> Iterator[list[p
     while not list(late.glob("step-000000[1-4]*")):
         assert running.poll() is None, finish(running)[1]
         time.sleep(0.01)
-    workers = training_workers()
-    assert len(workers) == 2
-    for worker in workers:
-        worker.suspend()
-    newest = max(path.name for path in late.glob("step-*"))
-    assert newest < f"step-{STEPS:08d}", f"{newest} came before the workers could be held"
-    try:
+    with held(2) as workers:
+        newest = max(path.name for path in late.glob("step-*"))
+        assert newest < f"step-{STEPS:08d}", f"{newest} came before the workers could be held"
         yield workers
-    finally:
-        for worker in workers:
-            with suppress(psutil.Error):
-                worker.resume()
 
 
 def stop_midway(running: subprocess.Popen[str], folder: Path) -> tuple[int, str]:
     """SIGTERM to the driver between two steps; its exit code and its console."""
     with held_midway(running, folder):
-        running.send_signal(signal.SIGTERM)
-        console = read_until(running, "SIGTERM ")
-        time.sleep(1)  # the driver's word reaches the mailbox, which the workers ask at each step
+        console = terminate_held(running)
     code, rest = finish(running)
     return code, console + rest
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    assert process.stdout
-    rest = process.stdout.read()
-    return process.wait(), rest
 
 
 @pytest.mark.slow
@@ -300,18 +274,6 @@ def note(name: str, folder: Path, at: float, remark: str) -> None:
         metrics_lost=STEPS - len(set(steps)),
         note=remark,
     )
-
-
-def training_workers() -> list[psutil.Process]:
-    """The training workers of this test's own cluster: they are below this process."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "RayTrainWorker" in " ".join([process.name(), *process.cmdline()]):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.mark.slow

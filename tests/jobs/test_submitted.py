@@ -144,7 +144,6 @@ job.main(["pack"], "", sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("early", [False, True], ids=["wait", "init"])
 def test_sigterm_while_the_job_waits_for_ray(
     early: bool, images: Path, environment: dict[str, str], tmp_path: Path

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.jobs.conftest import ROOT, runner
-from tests.jobs.test_resume import arguments, finish, stop_midway
+from tests.jobs.running import finish
+from tests.jobs.test_resume import arguments, stop_midway
 from tests.tiny import STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.jobs, pytest.mark.timeout(900)]

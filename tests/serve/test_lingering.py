@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-import uvicorn
 
+from pipeline.serve import lingering
 from pipeline.serve.app import Site, build_app
+from tests.serve.browser import serving
 from tests.serve.conftest import PORT, TOKEN
 
 MEGABYTES = 6  # more than the buffers of both ends take
@@ -18,15 +19,8 @@ MEGABYTES = 6  # more than the buffers of both ends take
 
 @pytest.fixture(scope="module")
 def address(site: Site) -> Iterator[tuple[str, int]]:
-    config = uvicorn.Config(build_app(site), port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield server.servers[0].sockets[0].getsockname()
-    server.should_exit = True
-    thread.join()
+    with serving(build_app(site)) as port:
+        yield "127.0.0.1", port
 
 
 def sent(address: tuple[str, int], length: int, token: str = TOKEN) -> socket.socket:
@@ -56,8 +50,13 @@ def test_who_sends_all_before_reading_reads_the_sentence(
     assert answer.endswith(b'"}')
 
 
-def test_who_stops_sending_has_the_answer_at_once_and_is_let_go(address: tuple[str, int]) -> None:
-    with sent(address, 10**12) as connection:
+def test_who_stops_sending_has_the_answer_at_once_and_is_let_go(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the time of a body is over."""
+    monkeypatch.setattr(lingering, "SILENCE_S", 0.3)
+    patient = replace(site, limits=replace(site.limits, timeout_s=600))
+    with serving(build_app(patient)) as port, sent(("127.0.0.1", port), 10**12) as connection:
         head = b""
         while not head.endswith(b'"}'):
             more = connection.recv(4096)

@@ -15,7 +15,7 @@ from pipeline.embed.ids import Ids
 from pipeline.serve.app import Site, build_app
 from pipeline.serve.collection import Collection
 from pipeline.serve.gallery import everything, grouped
-from tests.serve.browser import serving
+from tests.serve.browser import new_page, serving
 from tests.serve.conftest import TOKEN
 from tests.serve.made import EVIL, Made, encoded
 
@@ -31,12 +31,11 @@ def open_page(browser: Any, site: Site) -> Iterator[Open]:
     def opened(site: Site = site, width: int = 1200, height: int = 800, token: str = TOKEN) -> Any:
         served = serving(build_app(site))
         port = served.__enter__()
-        context = browser.new_context(viewport={"width": width, "height": height})
-        page = context.new_page()
+        page = new_page(browser, viewport={"width": width, "height": height})
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: (said.append(f"dialog {dialog.message}"), dialog.accept()))
-        closing.extend((lambda: served.__exit__(None, None, None), context.close))
+        closing.extend((lambda: served.__exit__(None, None, None), page.context.close))
         page.goto(f"http://127.0.0.1:{port}/" + f"#token={token}" * bool(token))
         return page
 
@@ -272,19 +271,17 @@ def test_a_wall_higher_than_browsers_scroll_ends_at_its_last_image(
 
 def test_the_page_is_readable_in_the_dark(browser: Any, site: Site) -> None:
     with serving(build_app(site)) as port:
-        context = browser.new_context(color_scheme="dark")
-        page = context.new_page()
+        page = new_page(browser, color_scheme="dark")
         page.goto(f"http://127.0.0.1:{port}/#token={TOKEN}")
         seen(page, ".cell img")
         pixels = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
         assert pixels[:40].mean() < 80
-        context.close()
+        page.context.close()
 
 
 def test_without_the_token_the_page_asks_for_it(browser: Any, site: Site) -> None:
     with serving(build_app(site)) as port:
-        context = browser.new_context()
-        page = context.new_page()
+        page = new_page(browser)
         page.goto(f"http://127.0.0.1:{port}/#token=wrong-one")
         page.wait_for_selector("#enter")
         assert page.locator(".cell").count() == 0
@@ -297,4 +294,4 @@ def test_without_the_token_the_page_asks_for_it(browser: Any, site: Site) -> Non
         assert page.locator("#enter").is_hidden()
         page.reload()  # by the cookie
         page.wait_for_selector(".cell img")
-        context.close()
+        page.context.close()

@@ -146,7 +146,8 @@ def test_wrong_names_are_said_in_a_sentence(job: Job, classes: Path, tmp_path: P
                 continue
             status, shown = job(*given, *dry)
             assert status == 2 and sentence in shown, (given, shown)
-            assert len(shown.strip().splitlines()) <= 3, shown
+            said = [line for line in shown.strip().splitlines() if not line.startswith("still ")]
+            assert len(said) <= 3, shown
     assert not (tmp_path / "runs" / "evaluate" / "evaluate").exists()
 
 

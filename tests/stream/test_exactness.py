@@ -424,7 +424,10 @@ def test_windows_that_are_too_large_to_hold_two_are_fetched_one_by_one(
     tasks = reading_of(shards, seed=0, global_batch=8, window=16).tasks(0, 4)
     portions = read_portions(tasks, shards.columns, 0, 4)
     next(portions)
-    time.sleep(0.3)  # what is fetched ahead is fetched by now
     expected = len(tasks[0].places) + (len(tasks[1].places) if limit else 0)
+    end = time.monotonic() + 30
+    while len(fetched) < expected and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)  # one window too many would be fetched by now
     assert len(fetched) == expected
     assert sum(len(portion) for portion in portions) == 28

@@ -14,6 +14,7 @@ from tests.mlflow_server import TestServer, free_port
 
 # Before anything imports mlflow: what the client reads at call time.
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "60"  # a loaded machine needs more than our 5
 
 
 class Wire:

@@ -17,7 +17,7 @@ from pipeline.track.mlflow_writer import Writer
 from pipeline.track.pages import charts, pictures
 from pipeline.track.state import Known
 from pipeline.uri import public
-from tests.serve.browser import chromium
+from tests.serve.browser import chromium, new_page
 
 ROOT = Path(__file__).parents[2]
 
@@ -188,17 +188,17 @@ def test_mlflow_draws_the_charts_in_this_order(told: dict[str, Any], mlflow_serv
     stage = told["a"]["pretrain"].info.run_id
     pages = f"{mlflow_server.uri}/#/experiments/{experiment}/runs/{stage}/model-metrics"
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 2000})
+        page = new_page(browser, viewport={"width": 1280, "height": 2000})
         page.goto(link)
-        page.get_by_text("knn20_top1").first.wait_for(timeout=60_000)
+        page.get_by_text("knn20_top1").first.wait_for()
         text = page.inner_text("body")
         assert re.findall(r"^(\w+)\s*\(\d+\)$", text, re.MULTILINE) == ["eval", "loss", "health"], (
             text
         )
         page.goto(f"{pages}?workflowType=machine_learning")
-        page.get_by_text("first and last step/neighbours").first.wait_for(timeout=60_000)
+        page.get_by_text("first and last step/neighbours").first.wait_for()
         shown = page.locator("img[src*='first']").first
-        shown.wait_for(timeout=60_000)
+        shown.wait_for()
         assert page.get_by_text("No image logged at this step").count() == 0
 
 

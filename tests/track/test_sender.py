@@ -31,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sender, "LONGEST_WAIT_AT_CLOSE_S", 0.4)
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
+def until(condition: Any, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
@@ -144,7 +144,7 @@ def test_a_closed_port_delays_nothing_and_sync_sends_it_later(
         before = time.monotonic()
         tracker.metrics(step, {"loss/total": step, "optim/lr": 0.1})
         slowest = max(slowest, time.monotonic() - before)
-    assert slowest < 2.0  # one MLflow call would wait for its time limit of 5 s, or 247 s
+    assert slowest < 2.0  # one MLflow call would wait for its time limit, or for its tries
     tracker.picture("crops", 0, np.zeros((8, 8, 3), np.uint8))
     pipeline.close("FAILED", timeout=1.0)
     assert time.monotonic() - begin < 20.0
