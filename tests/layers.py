@@ -169,7 +169,7 @@ TABLE = [
         others_inside="ray torch"),
     # from Python: what a run is made of, one call each, and all of it as one call
     row("api api.networks api.losses api.images api.distil api.start api.train api.finetune "
-        "api.evaluate",
+        "api.chosen_recipe api.evaluate",
         "api.* config.sizes embed errors evaluate images loss model schedule "
         "search.search shards.columns shards.shard_set stream.decoder stream.reader train.step "
         "train.distil.features train.objective train.step uri use views",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.api.train import settings_text
+from pipeline.api.train import as_words, say_on_console
 
 if TYPE_CHECKING:
     from pipeline.start.start import Started
@@ -35,13 +34,11 @@ def start(
         PipelineError: there are no images, or too few for random weights; the file is there and
             was written by somebody else.
     """
-    from pipeline import log
     from pipeline.config.load import load
     from pipeline.start.start import start as begin
 
     fields = {"data.source": source, "start.recipe": recipe, "model.init": weights}
     named = {name: value for name, value in fields.items() if str(value)} | dict(settings or {})
-    config = load([f"{name}={settings_text(value)}" for name, value in named.items()])
-    if not logging.getLogger("pipeline").handlers:
-        log.configure()
+    config = load(as_words(named))
+    say_on_console()
     return begin(config)

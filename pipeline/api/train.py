@@ -15,6 +15,8 @@ from pipeline.errors import PipelineError
 from pipeline.model.pair import Backbone
 from pipeline.uri import parent, public
 
+PLACE = ("run.folder=", "run.name=")  # of the run, which its recipe does not say
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -85,20 +87,48 @@ def train(
     Starts a Ray on this machine and ends it, or joins the one of `RAY_ADDRESS`. The same call
     again goes on where the last one ended; a finished run is only read.
 
+    Without a recipe it looks at images and machine, takes the recipe that `start` would write, and
+    says so in a line. That recipe stands in the run folder, `recipe.yaml`, and later calls of the
+    run take it from there. Where settings name `model.init`, `optim.passes` or `optim.steps`,
+    nothing is chosen: all other fields have their defaults.
+
     Args:
-        source: images, as `data.source`: a folder, archives, parquet, a URI.
+        source: images, as `data.source`: a folder, archives, parquet, a URI. Where the recipe is
+            chosen and there are `train/` and `val/` in it, `train/` is trained on.
         out: the run folder: `run.folder` and `run.name` in one.
-        recipe: a YAML file, e.g. `configs/demo.yaml`; default: the defaults of all fields.
-        settings: other fields by their names, e.g. `{"optim.steps": 1000}`.
+        recipe: a YAML file, e.g. `configs/demo.yaml`; default: the one that fits.
+        settings: other fields by their names, e.g. `{"optim.lr": 1e-3}`; they stand above the
+            recipe.
 
     Raises:
-        PipelineError: for whatever the user can mend.
+        PipelineError: for whatever the user can mend; without a recipe also fewer than 100 images.
         SystemExit: after Ctrl-C or SIGTERM, which end training in a checkpoint.
     """
     from pipeline.stages import ORDER
 
+    settings = settings or {}
     fields = {"data.source": str(source)}
-    return Trained(*run_stages("train", ORDER, out, fields, recipe, settings or {}))
+    if not recipe:
+        given = fields_of("train", out, fields, settings)
+        recipe, fields["data.source"] = _chosen(given)
+    return Trained(*run_stages("train", ORDER, out, fields, recipe, settings))
+
+
+def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
+    """The recipe that an earlier call or this one chooses, "" where none is asked for, and what is
+    trained on.
+    """
+    from pipeline.api.chosen_recipe import ENOUGH, choose_recipe, kept_recipe, source_of
+
+    say_on_console()
+    out, name, source = given["run.folder"], given["run.name"], given["data.source"]
+    recipe = kept_recipe(out, name)
+    if recipe is None:
+        if any(given.get(field) for field in ENOUGH):
+            return "", source
+        asked = [words for words in as_words(given) if not words.startswith(PLACE)]
+        recipe = choose_recipe(out, name, asked)
+    return str(recipe), source_of(recipe, source)
 
 
 def run_stages(
@@ -122,11 +152,33 @@ def run_stages(
     Raises:
         PipelineError: for whatever the user can mend.
     """
-    from pipeline import log
     from pipeline.config.load import load
     from pipeline.rounds import run
     from pipeline.storage.run_folder import RunFolder
 
+    given = fields_of(call, out, fields, settings)
+    config = load([str(recipe)] * bool(recipe) + as_words(given))
+    say_on_console()
+    run(config, stages)
+    done = RunFolder.of(config.run.folder, config.run.name)
+    results = {stage: done.last(stage) for stage in stages}
+    return done.path, {stage: result for stage, result in results.items() if result}
+
+
+def fields_of(
+    call: str, out: str | Path, fields: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All fields that a call sets, the run folder's among them.
+
+    Args:
+        call: the name of the function, for messages.
+        out: the run folder.
+        fields: what the call's own arguments say, by field.
+        settings: other fields.
+
+    Raises:
+        PipelineError: a Ray is running in this process, or a field is given twice.
+    """
     ray: Any = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         raise PipelineError(
@@ -142,16 +194,20 @@ def run_stages(
             f"out='{public(str(out))}') says",
             "give it once",
         )
-    overrides = {**fields, **settings}
-    config = load(
-        [str(recipe)] * bool(recipe) + [f"{k}={settings_text(v)}" for k, v in overrides.items()]
-    )
+    return {**fields, **settings}
+
+
+def say_on_console() -> None:
+    """Shows what a job says, where the program has set up no log of its own."""
+    from pipeline import log
+
     if not logging.getLogger("pipeline").handlers:
         log.configure()
-    run(config, stages)
-    done = RunFolder.of(config.run.folder, config.run.name)
-    results = {stage: done.last(stage) for stage in stages}
-    return done.path, {stage: result for stage, result in results.items() if result}
+
+
+def as_words(fields: Mapping[str, Any]) -> list[str]:
+    """Fields as the command line has them."""
+    return [f"{name}={settings_text(value)}" for name, value in fields.items()]
 
 
 def settings_text(value: Any) -> str:
