@@ -28,6 +28,7 @@ from pipeline.shards.shards import ShardSet, open_shards
 from pipeline.stages import adapt, embed, finetune, look, search
 from pipeline.stages.chain import STAGES, by_name, named
 from pipeline.stages.checks.known_sets import KnownSet, also_in
+from pipeline.stages.checks.micro_batches import lighter
 from pipeline.stages.checks.places import with_absolute_weights
 from pipeline.stages.checks.start import check_start, embeds, voting
 from pipeline.stages.checks.teacher import located
@@ -260,7 +261,7 @@ def _adapted(
     facts, recipe = adapt.recipe_for(asked, images, gpu, folder)
     planned = recipe.applied(asked)
     plan = located(resolve(planned, SetFacts(images, NOT_PACKED), machine=machine), folder)
-    if line := adapt.lighter(asked, plan, machine.gpu_bytes):
+    if line := lighter(asked, plan, machine.gpu_bytes):
         recipe = recipe.with_line(line)
     adapt.say(facts, recipe, images)
     evaluation = {"evaluate": config.evaluate}

@@ -14,7 +14,7 @@ from pipeline.adapt.compare import Comparison, before_line, compared, numbers_be
 from pipeline.adapt.derive import derive, facts_alone
 from pipeline.adapt.facts import facts_of
 from pipeline.adapt.networks import Facts
-from pipeline.adapt.recipe import Line, Recipe, is_set, set_values, written
+from pipeline.adapt.recipe import Recipe, is_set, set_values, written
 from pipeline.card.card import Card
 from pipeline.card.files import CARD, read_card, write_card
 from pipeline.card.inputs.networks import Network
@@ -23,7 +23,7 @@ from pipeline.card.scoring.request import Request
 from pipeline.card.scoring.scores import Scoring
 from pipeline.card.shown.page import write_page
 from pipeline.config.config import Config
-from pipeline.context import Context, memory_bytes, result_line, with_packed_sets
+from pipeline.context import Context, result_line, with_packed_sets
 from pipeline.embed.beginnings import load_planned
 from pipeline.embed.embedders import EmbedderSpec, embedder_of
 from pipeline.errors import ConfigError, PipelineError, TrainError
@@ -32,18 +32,16 @@ from pipeline.plan.plan import Plan
 from pipeline.plan.resume import plan_of
 from pipeline.stages import evaluate as evaluation_stage
 from pipeline.stages import pretrain
+from pipeline.stages.checks.micro_batches import lighter
 from pipeline.stages.checks.weights import check_weights
 from pipeline.stages.evaluation import dense_of, groups_of, sampled, sets_of
 from pipeline.storage.run_folder import RunFolder, atomic, fingerprint
-from pipeline.train import build, estimate
 from pipeline.train.checkpoint import state
 from pipeline.uri import public
 
 log = logging.getLogger("pipeline.adapt")
 FORM = 2  # of what the stage stores; one of another form is made once more
 RECIPE, PAGE = "recipe.yaml", "card.html"
-GPU_BYTES = 20 * 2**30  # that a step may take where nobody knows the GPU: one of 24 GB
-ROOM = 0.6  # of a machine's memory for the steps of all workers
 
 
 def begun(config: Config, folder: RunFolder, stages: Sequence[str]) -> tuple[Config, Config | None]:
@@ -216,42 +214,6 @@ def say(facts: Facts, recipe: Recipe, images: int) -> None:
     result_line("adapt", f"a recipe for {images:,} images; a field that you set stays as it is")
     for line in recipe.said():
         log.info("%s", line)
-
-
-def lighter(asked: Config, plan: Plan, gpu_bytes: float = 0.0) -> Line | None:
-    """More and smaller micro batches where a step of a `located` plan would not fit into memory,
-    `gpu_bytes` where the GPU is not here; None where it does.
-    """
-    if is_set(asked, "train.accumulation"):
-        return None
-    memory = estimate.estimated_cost(plan, build.for_estimate(plan)).memory
-    room = _room(plan, gpu_bytes)
-    if memory.of(plan.micro_batch, plan.accumulation).total <= room:
-        return None
-    pieces = [n for n in range(2, plan.micro_batch // 2 + 1) if plan.micro_batch % n == 0]
-    for parts in pieces:
-        micro, gib = plan.micro_batch // parts, 2**30
-        need = memory.of(micro, plan.accumulation * parts).total
-        why = f"{micro} images at once, so that a worker takes less than {room / gib:.0f} GiB"
-        if need > room:
-            why = f"{micro} images at once, the fewest: about {need / gib:.1f} GiB, for which there"
-            why += f" are {room / gib:.1f} GiB"
-        if need <= room or parts == pieces[-1]:
-            return Line("train.accumulation", plan.accumulation * parts, why, "weights")
-    return None
-
-
-def _room(plan: Plan, gpu_bytes: float) -> float:
-    """Bytes that the steps of a worker may take."""
-    if plan.device == "cuda":
-        import torch
-
-        if gpu_bytes:
-            return 0.85 * gpu_bytes * plan.gpus_per_worker
-        if torch.cuda.is_available():
-            return 0.85 * torch.cuda.get_device_properties(0).total_memory * plan.gpus_per_worker
-        return float(GPU_BYTES)
-    return ROOM * memory_bytes() / plan.workers
 
 
 def _has_gpus(config: Config) -> bool:

@@ -17,6 +17,7 @@ from pipeline.model.vit import BackboneSpec
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.stages import adapt
+from pipeline.stages.checks import micro_batches
 from pipeline.storage.run_folder import RunFolder
 from pipeline.train import build, estimate
 from pipeline.train.checkpoint import state
@@ -93,14 +94,16 @@ def test_micro_batches_are_cut_by_the_memory_of_what_is_trained(
         for built in (build.pair(applied), build.for_estimate(plan))
     )
     assert trained < whole
-    monkeypatch.setattr(adapt, "_room", lambda plan: (trained + whole) / 2)
-    assert adapt.lighter(config, plan) is None
-    monkeypatch.setattr(adapt, "_room", lambda plan: 0.98 * trained)
-    line = adapt.lighter(config, plan)
+    monkeypatch.setattr(micro_batches, "_room", lambda plan, gpu_bytes: (trained + whole) / 2)
+    assert micro_batches.lighter(config, plan) is None
+    monkeypatch.setattr(micro_batches, "_room", lambda plan, gpu_bytes: 0.98 * trained)
+    line = micro_batches.lighter(config, plan)
     assert line is not None and line.field == "train.accumulation" and line.value > 1
-    assert "so that a worker takes less than" in line.reason
-    monkeypatch.setattr(adapt, "_room", lambda plan: 2.0**20)  # what no step fits into
-    line = adapt.lighter(config, plan)
+    assert "images at once: about" in line.reason and "GiB that a worker may take" in line.reason
+    monkeypatch.setattr(
+        micro_batches, "_room", lambda plan, gpu_bytes: 2.0**20
+    )  # what no step fits into
+    line = micro_batches.lighter(config, plan)
     assert line is not None and line.value == plan.micro_batch // 2
     assert "2 images at once, the fewest: about" in line.reason
 
