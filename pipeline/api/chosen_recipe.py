@@ -10,11 +10,19 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.uri import public
+from pipeline.uri import parent, public
 
 log = logging.getLogger("pipeline")
 NAME = "recipe.yaml"  # in the run folder
-ENOUGH = ("model.init", "optim.passes", "optim.steps")  # who sets one has a training in mind
+ENOUGH = (  # who sets one of these has a training in mind
+    "model.init",
+    "model.encoder",
+    "model.size",
+    "model.width",
+    "model.depth",
+    "optim.passes",
+    "optim.steps",
+)
 
 
 def kept_recipe(out: str, name: str) -> Path | None:
@@ -60,6 +68,7 @@ def choose_recipe(out: str, name: str, overrides: Sequence[str]) -> Path:
             run folder cannot be written, or has a recipe that somebody else wrote.
     """
     from pipeline.config.load import load
+    from pipeline.stages.checks.start import check_scored
     from pipeline.start import folder as images
     from pipeline.start import machine
     from pipeline.start.choose import choose
@@ -75,6 +84,7 @@ def choose_recipe(out: str, name: str, overrides: Sequence[str]) -> Path:
         folder, around = images.look(config), machine.look(config)
         choice = fitted(choose(config, folder, around), folder, around).choice
     lines = [*folder_lines(folder), ("machine", around.line())]
+    check_scored(choice.config)  # or a later call without a wrong field would meet it again
     write(recipe, text_of(choice, [f"{name}: {text}" for name, text in lines]))
     log.info(
         "%-11s %s (%s): %s; recipe=FILE.yaml takes another one",
@@ -86,16 +96,43 @@ def choose_recipe(out: str, name: str, overrides: Sequence[str]) -> Path:
     return recipe
 
 
+def has_begun(out: str, name: str) -> bool:
+    """Whether a run is there already, with a recipe that no call has chosen.
+
+    Args:
+        out: the folder of the run folder, as `run.folder`.
+        name: of the run.
+    """
+    from pipeline.storage.places import exists, resolve_uri
+    from pipeline.storage.run_folder import RunFolder
+
+    return exists(*resolve_uri(str(RunFolder.of(out, name).at("config.yaml"))))
+
+
 def source_of(recipe: Path, named: str) -> str:
-    """What is trained on: what the user names, or the part of it that the recipe chose.
+    """What is trained on: what the recipe was chosen for, or the part of it that it chose.
+
+    Args:
+        recipe: that was chosen.
+        named: `data.source` of this call, in any spelling.
 
     Raises:
-        ConfigError: the recipe is none.
+        ConfigError: the recipe is none, or was chosen for other images.
     """
     from pipeline.config.load import load
+    from pipeline.errors import ConfigError
+    from pipeline.storage.places import absolute_uri
 
     chosen = load([str(recipe)]).data.source
-    if chosen.startswith(f"{named.rstrip('/')}/"):
+    place, asked = absolute_uri(chosen), absolute_uri(named)
+    if not chosen:
+        return named
+    if place.rstrip("/") == asked.rstrip("/"):
+        return chosen
+    if str(parent(place)[0]) == asked.rstrip("/"):
         log.info("%-11s %s, as the recipe says", "images", public(chosen))
         return chosen
-    return named
+    raise ConfigError(
+        f"the run has a recipe that was chosen for {public(chosen)}, and source={public(named)}",
+        "take another out=…, or name a recipe: recipe=FILE.yaml",
+    )

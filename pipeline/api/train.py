@@ -89,8 +89,9 @@ def train(
 
     Without a recipe it looks at images and machine, takes the recipe that `start` would write, and
     says so in a line. That recipe stands in the run folder, `recipe.yaml`, and later calls of the
-    run take it from there. Where settings name `model.init`, `optim.passes` or `optim.steps`,
-    nothing is chosen: all other fields have their defaults.
+    run take it from there. Where settings name `optim.passes` or `optim.steps`, `model.init`,
+    `model.encoder` or a size, or a run is there already, nothing is chosen: all other fields have
+    their defaults.
 
     Args:
         source: images, as `data.source`: a folder, archives, parquet, a URI. Where the recipe is
@@ -118,13 +119,19 @@ def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
     """The recipe that an earlier call or this one chooses, "" where none is asked for, and what is
     trained on.
     """
-    from pipeline.api.chosen_recipe import ENOUGH, choose_recipe, kept_recipe, source_of
+    from pipeline.api.chosen_recipe import (
+        ENOUGH,
+        choose_recipe,
+        has_begun,
+        kept_recipe,
+        source_of,
+    )
 
     say_on_console()
     out, name, source = given["run.folder"], given["run.name"], given["data.source"]
     recipe = kept_recipe(out, name)
     if recipe is None:
-        if any(given.get(field) for field in ENOUGH):
+        if any(given.get(field) for field in ENOUGH) or has_begun(out, name):
             return "", source
         asked = [words for words in as_words(given) if not words.startswith(PLACE)]
         recipe = choose_recipe(out, name, asked)

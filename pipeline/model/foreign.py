@@ -290,9 +290,7 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise PipelineError(
-            f"model.encoder=timm:{name} needs the package timm", "pip install timm"
-        ) from error
+        raise PipelineError(f"timm:{name} needs the package timm", "pip install timm") from error
     if "local-dir:" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise PipelineError(

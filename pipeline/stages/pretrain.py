@@ -106,8 +106,9 @@ def run(context: Context, tracker: Any) -> dict[str, Any]:
     compared = spec.compared(run_plan.config.evaluate.during_training)
     if compared:
         result_line("kNN", f"while training: {compared}")
-    for remark in check_weights(run_plan.config, context.folder, shards):
-        log.warning("init: %s", remark)
+    if context.asked is None:  # an adaptation has said it
+        for remark in check_weights(run_plan.config, context.folder, shards):
+            log.warning("init: %s", remark)
     for remark in remarks(run_plan.config, shards):
         log.warning("evaluation: %s", remark)
     for remark in remarks_on_keep(run_plan.config, shards):

@@ -74,7 +74,8 @@ class Folder:
     @property
     def overlap(self) -> bool:
         """Whether the held-out set lies inside what is trained on, or the other way about."""
-        if not self.queries or any(is_uri(place) for place in (self.source, self.queries)):
+        places = (self.source, self.queries)
+        if not self.queries or any(is_uri(x) or x.startswith(BUILTIN) for x in places):
             return False
         trained, scored = Path(self.source).resolve(), Path(self.queries).resolve()
         return scored.is_relative_to(trained) or trained.is_relative_to(scored)

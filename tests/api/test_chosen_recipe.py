@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline import api, rounds
 from pipeline.config.config import Config
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.start import machine
@@ -80,7 +80,30 @@ def test_the_same_call_again_takes_the_recipe_of_the_run(
     assert shorter.optim.passes == 20 and shorter.optim.global_batch_size == 16
 
 
-def test_the_held_out_part_is_not_trained_on(tmp_path: Path, ran: list[Config]) -> None:
+def test_a_run_that_began_with_defaults_goes_on_with_them(
+    tmp_path: Path, ran: list[Config]
+) -> None:
+    photos = pictures(tmp_path / "photos", 120)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "config.yaml").write_text("{}")
+    api.train(photos, tmp_path / "runs" / "x", settings={"optim.global_batch_size": 64})
+    assert ran[0].optim.global_batch_size == 64 and not ran[0].model.encoder.startswith("module:")
+    assert not (tmp_path / "runs" / "x" / "recipe.yaml").exists()
+
+
+def test_a_call_that_fails_leaves_no_recipe(tmp_path: Path, ran: list[Config]) -> None:
+    photos = pictures(tmp_path / "photos", 120)
+    alone = pictures(tmp_path / "alone", 0) / "dark"
+    (alone / "a").mkdir(parents=True)
+    (photos / "dark" / "0.png").rename(alone / "a" / "0.png")
+    with pytest.raises(DataError, match=r"evaluate\.queries"):
+        api.train(photos, tmp_path / "runs" / "x", settings={"evaluate.queries": str(alone)})
+    assert not (tmp_path / "runs" / "x" / "recipe.yaml").exists()
+
+
+def test_the_held_out_part_is_not_trained_on(
+    tmp_path: Path, ran: list[Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     photos = tmp_path / "photos"
     pictures(photos / "train", 120)
     pictures(photos / "val", 8)
@@ -88,16 +111,20 @@ def test_the_held_out_part_is_not_trained_on(tmp_path: Path, ran: list[Config]) 
         api.train(f"{photos}/", tmp_path / "runs" / "x")
     assert [one.data.source for one in ran] == [f"{photos}/train"] * 2
     assert [one.evaluate.queries for one in ran] == [f"{photos}/val"] * 2
-    other = pictures(tmp_path / "photos-2", 8)  # not a part of what the recipe is of
-    api.train(other, tmp_path / "runs" / "x")
-    assert ran[-1].data.source == str(other)
+    monkeypatch.chdir(tmp_path)
+    for spelt in ("photos", "./photos", photos / "train"):
+        api.train(spelt, tmp_path / "runs" / "x")
+        assert ran[-1].data.source == f"{photos}/train"
+    other = pictures(tmp_path / "photos-2", 8)
+    with pytest.raises(ConfigError, match=r"chosen for .*photos/train, and source=.*photos-2"):
+        api.train(other, tmp_path / "runs" / "x")
 
 
-@pytest.mark.parametrize("field", ["optim.steps", "optim.passes", "model.init"])
+@pytest.mark.parametrize("field", ["optim.steps", "optim.passes", "model.init", "model.width"])
 def test_settings_that_say_enough_choose_nothing(
     field: str, tmp_path: Path, ran: list[Config]
 ) -> None:
-    value = "weights.safetensors" if field == "model.init" else 5
+    value: str | int = {"model.init": "weights.safetensors", "model.width": 96}.get(field, 5)
     api.train(tmp_path / "nothing", tmp_path / "runs" / "x", settings={field: value})
     assert ran[0].optim.global_batch_size == Config().optim.global_batch_size
     assert not (tmp_path / "runs").exists()

@@ -151,12 +151,24 @@ def test_whoever_names_other_values_is_told_and_not_stopped(tmp_path: Path) -> N
 def test_a_run_without_a_range_may_have_seen_8_bits(tmp_path: Path) -> None:
     init = run_of(tmp_path / "photos", FULL)
     twelve = pictures(tmp_path / "twelve", 4095)
-    what, hint = checked(recipe(tmp_path, init), twelve)
-    assert "trained with data.range=full" in what
-    assert "data.range=[0,4095] if it was trained on images of 8 bits" in hint
-    assert "data.range=full if they had 16" in hint
+    (asked,) = checked(recipe(tmp_path, init), twelve)
+    assert "8 bits, or on 16 bits with data.range=full, and these images are read with" in asked
+    assert checked(recipe(tmp_path, init, "data.range=[0,4095]"), twelve) == []
     (said,) = checked(recipe(tmp_path, init, "data.range=full"), twelve)
     assert "some 16 of 256 levels are left" in said
+
+
+def test_few_files_within_the_range_of_the_weights_prove_nothing(tmp_path: Path) -> None:
+    """Others may be brighter: what is packed decides."""
+    init = run_of(tmp_path / "microscope", TWELVE_BITS)
+    dark = pictures(tmp_path / "dark", 2_000)
+    folder = RunFolder.of(f"{tmp_path}/runs", "a")
+    shards = shards_of(tmp_path / "table", dark)
+    for fields in ([], ["data.range=[0,4095]"]):
+        config = recipe(tmp_path, init, *fields)
+        assert check_weights(config, folder, known_set(config, "data.source", str(dark))) == []
+    with pytest.raises(ConfigError, match="mean nothing"):
+        check_weights(recipe(tmp_path, init), folder, open_shards(str(shards)))
 
 
 def test_a_run_that_has_begun_is_not_asked_again(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def rank_zero(tmp_path: Path) -> RankZero:
         pending_steps=set,
         counts={},
         said=str,
-        best=None,
+        best_summary=None,
         alarm_text="",
     )
     duties.bad, duties.bad_table = Counter(), BadTable(tmp_path / "bad.parquet")

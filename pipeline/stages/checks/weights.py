@@ -73,10 +73,18 @@ class DeepImages:
     Attributes:
         used: values that they use.
         read_with: values that become 0 to 255.
+        sampled: some files of a source that is not packed show it: others may go beyond.
     """
 
     used: ValueRange
     read_with: ValueRange
+    sampled: bool = False
+
+    def may_fit(self, known: ValueRange) -> bool:
+        """Whether all of a set can be like weights that know a range: few of its files, whose
+        values are within the range, do not show that others are.
+        """
+        return similar(self.read_with, known) or (self.sampled and _within(self.used, known))
 
 
 def deep_images(config: Config, images: KnownSet | ShardSet) -> DeepImages | None:
@@ -92,7 +100,11 @@ def deep_images(config: Config, images: KnownSet | ShardSet) -> DeepImages | Non
         return used and DeepImages(used, shards.columns.value_range)
     assert isinstance(images, KnownSet)
     used = _used_by_files([path for path, _ in images.files or ()], channels)
-    return used and DeepImages(used, used if setting == AUTO else setting)
+    return used and DeepImages(used, used if setting == AUTO else setting, sampled=True)
+
+
+def _within(one: ValueRange, other: ValueRange) -> bool:
+    return other == FULL or (one != FULL and other[0] <= one[0] and one[1] <= other[1])
 
 
 def _used_by_files(files: Sequence[str], channels: int) -> ValueRange | None:
@@ -126,16 +138,23 @@ def check_weights(config: Config, folder: RunFolder, images: KnownSet | ShardSet
     known, deep = known_of(init), deep_images(config, images)
     said = _normalised_otherwise(config, known.images)
     theirs = known.images.value_range
-    if deep is None or not (known.ours or theirs != FULL):
+    if deep is None:
         return said
     ours, named = deep.read_with, config.data.range != AUTO
-    if similar(ours, theirs):
+    if theirs == FULL:  # so says a run on 8 bits, too, and an export that notes no range
+        if not known.ours:
+            return said
+        if named:
+            return [*(_cut_off(deep, init) if ours == FULL else []), *said]
+        return [*([] if similar(ours, FULL) else [_eight_or_sixteen(init, ours)]), *said]
+    if deep.may_fit(theirs):
         return [*_cut_off(deep, init), *said] if named else said
     if not named:
         raise ConfigError(
             f"model.init={public(init)} was trained with data.range={shown(theirs)}, and these "
             f"images would be read with {shown(ours)}: its features of them would mean nothing",
-            _ways(theirs, ours),
+            f"set data.range={shown(theirs)} to read them as it does, or "
+            f"data.range={shown(ours)} if these values mean the same",
         )
     values = (
         f"model.init={public(init)} was trained with data.range={shown(theirs)}, and the recipe "
@@ -146,7 +165,8 @@ def check_weights(config: Config, folder: RunFolder, images: KnownSet | ShardSet
 
 def _cut_off(deep: DeepImages, init: str) -> list[str]:
     """A sentence where images are read as the weights know them, and use other values."""
-    if similar(deep.used, deep.read_with):
+    narrower = deep.sampled and deep.read_with != FULL and _within(deep.used, deep.read_with)
+    if narrower or similar(deep.used, deep.read_with):
         return []
     return [
         f"{sentence(deep.used, deep.read_with)}. This range is that of model.init={public(init)}; "
@@ -154,15 +174,11 @@ def _cut_off(deep: DeepImages, init: str) -> list[str]:
     ]
 
 
-def _ways(theirs: ValueRange, ours: ValueRange) -> str:
-    if theirs == FULL:
-        return (
-            f"set data.range={shown(ours)} if it was trained on images of 8 bits, or "
-            "data.range=full if they had 16"
-        )
+def _eight_or_sixteen(init: str, ours: ValueRange) -> str:
     return (
-        f"set data.range={shown(theirs)} to read them as it does, or data.range={shown(ours)} if "
-        "these values mean the same"
+        f"model.init={public(init)} was trained on images of 8 bits, or on 16 bits with "
+        f"data.range=full, and these images are read with {shown(ours)}. If it had 16 bits, set "
+        "data.range=full: else scores at the start are too low"
     )
 
 
