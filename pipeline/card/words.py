@@ -59,9 +59,8 @@ def short_of(role: Role, score: str) -> str:
 def chosen(name: str, evaluations: int) -> str:
     """What a card says of a model that is the best of several evaluations."""
     return (
-        f"{name} was chosen as the best of {evaluations:,} evaluations on these images, or on a "
-        "sample of them, which flatters it: the verdict asks for gains beyond that, and tables of "
-        "single models show plain 95 % intervals"
+        f"{name} was chosen as the best of {evaluations:,} evaluations on these images or a sample "
+        "of them, so the verdict asks for more of it"
     )
 
 

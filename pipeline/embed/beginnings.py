@@ -50,7 +50,7 @@ def passes_over(checkpoint: str) -> float:
 
     plan = _plan(checkpoint)
     last = state.checkpoints(parent(checkpoint if is_uri(checkpoint) else Path(checkpoint))[0])[-1]
-    return float(last.step * plan.config.optim.global_batch_size / max(plan.images, 1))
+    return float(last.step / plan.steps_per_pass)
 
 
 def computes_in_half(checkpoint: str) -> bool:

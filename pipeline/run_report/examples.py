@@ -53,7 +53,8 @@ def look_sections(facts: RunFacts) -> Iterator[Section]:
     if not examples.looks:
         if why and examples.asked:
             yield Heading("What it sees", "")
-            yield Text(f"There are no pictures of patches: {why}.")
+            known = "its network has no patches" if "no patch tokens" in why else why
+            yield Text(f"There are no pictures of patches: {known}.")
         return
     start = "before" if facts.card and any(
         one.role == "init" for one in facts.card.contenders

@@ -53,7 +53,9 @@ def use_sections(facts: RunFacts) -> Iterator[Section]:
     formats = facts.result("export").get("formats", {})
     if not formats:
         return
-    yield Heading("Use it", "Lines to copy; other programs load the same weights.")
+    others = {"huggingface", "timm", "dinov2"} & set(formats)
+    whose = "other programs load the same weights" if others else "only this package loads them"
+    yield Heading("Use it", f"Lines to copy; {whose}.")
     yield Code(OURS.format(model=facts.place), "With this package")
     for name, text, title in (
         ("huggingface", HUGGINGFACE, "With transformers"),

@@ -50,6 +50,8 @@ def subtitle(facts: RunFacts) -> str:
         parts.append(f"trained on {images(trained)}")
     if steps := int(facts.result("pretrain").get("step") or 0):
         parts.append(f"{steps:,} steps of {facts.config.optim.global_batch_size:,}")
+        if facts.result("evaluate").get("step") == 0:
+            parts.append("the weights it started from are kept")
     parts.append(f"{datetime.now(UTC):%-d %B %Y}")
     return " · ".join(parts)
 

@@ -159,7 +159,7 @@ def _images(lines: Lines, folder: Folder) -> None:
 def _what(folder: Folder) -> str:
     number = f"{folder.images:,} images" if folder.images else folder.hidden
     if folder.classes:
-        return f"{number} of {len(folder.classes)} classes, for the evaluation alone"
+        return f"{number}; their {len(folder.classes)} classes serve the evaluation alone"
     return number if folder.labels_elsewhere else f"{number}, no classes"
 
 

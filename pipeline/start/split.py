@@ -18,12 +18,10 @@ from pipeline.images.kinds import claims_images
 from pipeline.pack.listing import list_source
 from pipeline.pack.source_places import absolute_source
 from pipeline.stages.checks.known_sets import KnownSet, known_set
+from pipeline.stages.checks.parts import HELD_OUT, TRAINING, parts_of
 from pipeline.train.speed.bottleneck import count
 from pipeline.uri import is_uri
 
-TRAINING = ("train", "training")
-# Of the sets beside it the first: a score that chooses a checkpoint leaves the test set unseen
-HELD_OUT = ("val", "valid", "validation", "test", "testing", "eval")
 FEW_OF_A_CLASS = 4  # images of a folder on average, below which folders are no classes
 NUMBER = re.compile(r"\d{1,2}")
 # Folders by date, and those that cameras make (DCIM/100CANON)
@@ -108,8 +106,7 @@ def _together(config: Config, known: KnownSet) -> str:
         return ""
     listing = list_source(absolute_source(source), follow_links=config.data.follow_links)
     names = {entry.path.partition("/")[0] for entry in listing.entries if "/" in entry.path}
-    training = sorted(name for name in names if name.lower() in TRAINING)
-    others = sorted(name for name in names if name.lower() in HELD_OUT)
+    training, others = parts_of(names)
     if not training or not others:
         return ""
     return (

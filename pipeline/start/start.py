@@ -170,8 +170,8 @@ def _say_time(recipe: Fitted, around: Surroundings) -> None:
     plan = recipe.plan
     assert plan is not None
     seen = plan.steps * plan.config.optim.global_batch_size
-    passes = plan.steps / plan.steps_per_pass
-    result_line("length", f"{plan.steps:,} steps, {seen:,} images seen, each {passes:.3g} times")
+    each = seen / max(1, plan.images)
+    result_line("length", f"{plan.steps:,} steps, {seen:,} images seen, each {each:.3g} times")
     if recipe.seconds:
         result_line(
             "time",

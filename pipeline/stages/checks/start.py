@@ -5,6 +5,7 @@ Nothing of it needs Ray, and nothing that it writes stays.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,14 @@ from pipeline.evaluate.sets import KEEP
 from pipeline.heartbeat import doing
 from pipeline.stages import curate, embed, finetune, pack, search
 from pipeline.stages.checks.known_sets import KnownSet, known_set
+from pipeline.stages.checks.parts import taken_together
 from pipeline.stages.checks.weights import check_weights
 from pipeline.storage.places import absolute_uri, resolve_uri
 from pipeline.storage.run_folder import RunFolder
 from pipeline.track.settings import TrackSettings
 from pipeline.uri import is_uri
+
+log = logging.getLogger("pipeline")
 
 
 def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
@@ -94,6 +98,9 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         needs_packages()
     if "pack" not in stages:  # what an earlier job packed
         config = with_packed_sets(config, folder)
+    if "pack" in stages:
+        for remark in taken_together(config):
+            log.warning("%s", remark)
     with doing("listing the image sets"):
         known = _known_sets(config, folder, stages)
     if "pack" in stages:

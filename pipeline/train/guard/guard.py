@@ -85,7 +85,7 @@ class Guard:
             if one is None:
                 continue
             rows[what] = row_after(rows[what], step, one.fell)
-            if one.fell:
+            if one.fell and len(rows[what]) <= self.limits.falls:
                 log.warning(
                     "guard       fallen %d of %d times: %s",
                     len(rows[what]),
