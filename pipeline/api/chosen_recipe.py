@@ -7,22 +7,16 @@ and the same call again must go on with the recipe that the run began with.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pipeline.uri import parent, public
+from pipeline.uri import is_uri, public
 
 log = logging.getLogger("pipeline")
 NAME = "recipe.yaml"  # in the run folder
-ENOUGH = (  # who sets one of these has a training in mind
-    "model.init",
-    "model.encoder",
-    "model.size",
-    "model.width",
-    "model.depth",
-    "optim.passes",
-    "optim.steps",
-)
+ENOUGH = ("model.init", "optim.passes", "optim.steps")  # who sets one has a training in mind
+NETWORK = ("model.encoder", "model.size", "model.width", "model.depth")  # that a recipe chooses
 
 
 def kept_recipe(out: str, name: str) -> Path | None:
@@ -83,8 +77,8 @@ def choose_recipe(out: str, name: str, overrides: Sequence[str]) -> Path:
     with looked_up_once():
         folder, around = images.look(config), machine.look(config)
         choice = fitted(choose(config, folder, around), folder, around).choice
+        check_scored(choice.config)  # or a later call without a wrong field would meet it again
     lines = [*folder_lines(folder), ("machine", around.line())]
-    check_scored(choice.config)  # or a later call without a wrong field would meet it again
     write(recipe, text_of(choice, [f"{name}: {text}" for name, text in lines]))
     log.info(
         "%-11s %s (%s): %s; recipe=FILE.yaml takes another one",
@@ -96,17 +90,32 @@ def choose_recipe(out: str, name: str, overrides: Sequence[str]) -> Path:
     return recipe
 
 
-def has_begun(out: str, name: str) -> bool:
-    """Whether a run is there already, with a recipe that no call has chosen.
+def check_open(out: str, name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses to choose a recipe where that would not be the one that is meant.
 
     Args:
         out: the folder of the run folder, as `run.folder`.
         name: of the run.
+        settings: of the call, by field.
+
+    Raises:
+        ConfigError: the run has begun with another one, or settings name a network.
     """
-    from pipeline.storage.places import exists, resolve_uri
+    from pipeline.errors import ConfigError
+    from pipeline.stages.evaluation import has_checkpoint
     from pipeline.storage.run_folder import RunFolder
 
-    return exists(*resolve_uri(str(RunFolder.of(out, name).at("config.yaml"))))
+    if has_checkpoint(RunFolder.of(out, name)):
+        raise ConfigError(
+            f"run {name} has begun with a recipe or settings of its own, and this call names none",
+            "give the same recipe=… or settings again",
+        )
+    if field := next((field for field in NETWORK if settings.get(field)), ""):
+        raise ConfigError(
+            f"settings name {field}, and there is no recipe: a chosen one has its own network",
+            "name a recipe, such as recipe='configs/vits14.yaml', or set optim.passes and "
+            "optim.global_batch_size too",
+        )
 
 
 def source_of(recipe: Path, named: str) -> str:
@@ -114,25 +123,32 @@ def source_of(recipe: Path, named: str) -> str:
 
     Args:
         recipe: that was chosen.
-        named: `data.source` of this call, in any spelling.
+        named: `data.source` of this call. It may be spelt otherwise than then.
 
     Raises:
-        ConfigError: the recipe is none, or was chosen for other images.
+        ConfigError: the recipe is none.
     """
     from pipeline.config.load import load
-    from pipeline.errors import ConfigError
-    from pipeline.storage.places import absolute_uri
+    from pipeline.stages.checks.parts import TRAINING
 
     chosen = load([str(recipe)]).data.source
-    place, asked = absolute_uri(chosen), absolute_uri(named)
-    if not chosen:
-        return named
-    if place.rstrip("/") == asked.rstrip("/"):
+    place, asked = _comparable(chosen), _comparable(named)
+    above, last = place.rpartition("/")[::2]
+    if place == asked:
         return chosen
-    if str(parent(place)[0]) == asked.rstrip("/"):
+    if above == asked and last.lower() in TRAINING:
         log.info("%-11s %s, as the recipe says", "images", public(chosen))
         return chosen
-    raise ConfigError(
-        f"the run has a recipe that was chosen for {public(chosen)}, and source={public(named)}",
-        "take another out=…, or name a recipe: recipe=FILE.yaml",
-    )
+    if chosen:
+        log.warning(
+            "%s was chosen for %s, and this call names %s; to choose anew, take another out=…",
+            recipe,
+            public(chosen),
+            public(named),
+        )
+    return named
+
+
+def _comparable(place: str) -> str:
+    """One name for a place, without what may be a secret."""
+    return public(place).rstrip("/") if is_uri(place) else str(Path(place).expanduser().resolve())

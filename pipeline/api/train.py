@@ -89,9 +89,8 @@ def train(
 
     Without a recipe it looks at images and machine, takes the recipe that `start` would write, and
     says so in a line. That recipe stands in the run folder, `recipe.yaml`, and later calls of the
-    run take it from there. Where settings name `optim.passes` or `optim.steps`, `model.init`,
-    `model.encoder` or a size, or a run is there already, nothing is chosen: all other fields have
-    their defaults.
+    run take it from there. Where settings name `model.init`, `optim.passes` or `optim.steps`,
+    nothing is chosen: all other fields have their defaults.
 
     Args:
         source: images, as `data.source`: a folder, archives, parquet, a URI. Where the recipe is
@@ -102,7 +101,8 @@ def train(
             recipe.
 
     Raises:
-        PipelineError: for whatever the user can mend; without a recipe also fewer than 100 images.
+        PipelineError: for whatever the user can mend; without a recipe also fewer than 100 images,
+            settings that name a network, or a run that began with another recipe.
         SystemExit: after Ctrl-C or SIGTERM, which end training in a checkpoint.
     """
     from pipeline.stages import ORDER
@@ -121,8 +121,8 @@ def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
     """
     from pipeline.api.chosen_recipe import (
         ENOUGH,
+        check_open,
         choose_recipe,
-        has_begun,
         kept_recipe,
         source_of,
     )
@@ -131,8 +131,9 @@ def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
     out, name, source = given["run.folder"], given["run.name"], given["data.source"]
     recipe = kept_recipe(out, name)
     if recipe is None:
-        if any(given.get(field) for field in ENOUGH) or has_begun(out, name):
+        if any(given.get(field) for field in ENOUGH):
             return "", source
+        check_open(out, name, given)
         asked = [words for words in as_words(given) if not words.startswith(PLACE)]
         recipe = choose_recipe(out, name, asked)
     return str(recipe), source_of(recipe, source)

@@ -53,7 +53,7 @@ def use_sections(facts: RunFacts) -> Iterator[Section]:
     formats = facts.result("export").get("formats", {})
     if not formats:
         return
-    others = {"huggingface", "timm", "dinov2"} & set(formats)
+    others = {"huggingface", "timm", "dinov2"} & set(formats) or facts.result("export").get("onnx")
     whose = "other programs load the same weights" if others else "only this package loads them"
     yield Heading("Use it", f"Lines to copy; {whose}.")
     yield Code(OURS.format(model=facts.place), "With this package")

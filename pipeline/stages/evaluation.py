@@ -70,6 +70,11 @@ def chosen_in(run: RunFolder, config: Config) -> state.Saved:
     return saved
 
 
+def has_checkpoint(run: RunFolder) -> bool:
+    """Whether a run has trained."""
+    return state.latest(run.checkpoints) is not None
+
+
 def trained_plan(saved: state.Saved) -> Plan:
     """The plan that a checkpoint was trained with; today's recipe may differ."""
     return plan_of(saved.meta, saved.path)

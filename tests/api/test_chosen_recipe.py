@@ -16,6 +16,7 @@ from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import Node
 from pipeline.start import machine
 from pipeline.start.machine import GB, Surroundings
+from pipeline.train.checkpoint import state
 from tests.s3 import S3
 
 
@@ -80,15 +81,21 @@ def test_the_same_call_again_takes_the_recipe_of_the_run(
     assert shorter.optim.passes == 20 and shorter.optim.global_batch_size == 16
 
 
-def test_a_run_that_began_with_defaults_goes_on_with_them(
+def test_no_recipe_is_chosen_for_a_run_that_has_one_of_its_own(
     tmp_path: Path, ran: list[Config]
 ) -> None:
     photos = pictures(tmp_path / "photos", 120)
-    (tmp_path / "runs" / "x").mkdir(parents=True)
-    (tmp_path / "runs" / "x" / "config.yaml").write_text("{}")
-    api.train(photos, tmp_path / "runs" / "x", settings={"optim.global_batch_size": 64})
-    assert ran[0].optim.global_batch_size == 64 and not ran[0].model.encoder.startswith("module:")
-    assert not (tmp_path / "runs" / "x" / "recipe.yaml").exists()
+    state.save(tmp_path / "runs" / "x" / "checkpoints", 5, {}, {})
+    with pytest.raises(ConfigError, match="run x has begun with a recipe or settings of its own"):
+        api.train(photos, tmp_path / "runs" / "x")
+    assert not ran and not (tmp_path / "runs" / "x" / "recipe.yaml").exists()
+
+
+def test_a_network_that_is_named_is_not_replaced(tmp_path: Path, ran: list[Config]) -> None:
+    photos = pictures(tmp_path / "photos", 120)
+    with pytest.raises(ConfigError, match=r"settings name model\.width, and there is no recipe"):
+        api.train(photos, tmp_path / "runs" / "x", settings={"model.width": 96})
+    assert not ran
 
 
 def test_a_call_that_fails_leaves_no_recipe(tmp_path: Path, ran: list[Config]) -> None:
@@ -102,7 +109,10 @@ def test_a_call_that_fails_leaves_no_recipe(tmp_path: Path, ran: list[Config]) -
 
 
 def test_the_held_out_part_is_not_trained_on(
-    tmp_path: Path, ran: list[Config], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    ran: list[Config],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     photos = tmp_path / "photos"
     pictures(photos / "train", 120)
@@ -116,15 +126,21 @@ def test_the_held_out_part_is_not_trained_on(
         api.train(spelt, tmp_path / "runs" / "x")
         assert ran[-1].data.source == f"{photos}/train"
     other = pictures(tmp_path / "photos-2", 8)
-    with pytest.raises(ConfigError, match=r"chosen for .*photos/train, and source=.*photos-2"):
-        api.train(other, tmp_path / "runs" / "x")
+    api.train(other, tmp_path / "runs" / "x")
+    assert ran[-1].data.source == str(other)
+    said = capsys.readouterr().out
+    assert "was chosen for" in said and "photos-2; to choose anew, take another out=" in said
+    part = pictures(tmp_path / "years" / "2024", 120)  # no part of a set by its name
+    api.train(part, tmp_path / "runs" / "y")
+    api.train(tmp_path / "years", tmp_path / "runs" / "y")
+    assert ran[-1].data.source == str(tmp_path / "years")
 
 
-@pytest.mark.parametrize("field", ["optim.steps", "optim.passes", "model.init", "model.width"])
+@pytest.mark.parametrize("field", ["optim.steps", "optim.passes", "model.init"])
 def test_settings_that_say_enough_choose_nothing(
     field: str, tmp_path: Path, ran: list[Config]
 ) -> None:
-    value: str | int = {"model.init": "weights.safetensors", "model.width": 96}.get(field, 5)
+    value = "weights.safetensors" if field == "model.init" else 5
     api.train(tmp_path / "nothing", tmp_path / "runs" / "x", settings={field: value})
     assert ran[0].optim.global_batch_size == Config().optim.global_batch_size
     assert not (tmp_path / "runs").exists()

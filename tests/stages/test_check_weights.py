@@ -79,12 +79,12 @@ def export_of(path: Path, value_range: ValueRange, form: str = "huggingface") ->
     return path / form
 
 
-def pictures(path: Path, highest: int, kind: type = np.uint16) -> Path:
-    """Twelve grey images with values from 0 to `highest`."""
+def pictures(path: Path, highest: int, kind: type = np.uint16, number: int = 12) -> Path:
+    """Grey images with values from 0 to `highest`."""
     path.mkdir(parents=True)
-    for number in range(12):
+    for n in range(number):
         values = np.linspace(0, highest, 32 * 32).reshape(32, 32).astype(kind)
-        (path / f"{number}.png").write_bytes(encoded(np.roll(values, number, axis=0)))
+        (path / f"{n}.png").write_bytes(encoded(np.roll(values, n, axis=0)))
     return path
 
 
@@ -161,12 +161,15 @@ def test_a_run_without_a_range_may_have_seen_8_bits(tmp_path: Path) -> None:
 def test_few_files_within_the_range_of_the_weights_prove_nothing(tmp_path: Path) -> None:
     """Others may be brighter: what is packed decides."""
     init = run_of(tmp_path / "microscope", TWELVE_BITS)
-    dark = pictures(tmp_path / "dark", 2_000)
+    dark = pictures(tmp_path / "dark", 2_000, number=40)
     folder = RunFolder.of(f"{tmp_path}/runs", "a")
     shards = shards_of(tmp_path / "table", dark)
-    for fields in ([], ["data.range=[0,4095]"]):
-        config = recipe(tmp_path, init, *fields)
-        assert check_weights(config, folder, known_set(config, "data.source", str(dark))) == []
+    files = known_set(recipe(tmp_path, init), "data.source", str(dark))
+    (said,) = check_weights(recipe(tmp_path, init), folder, files)
+    assert "If all use no more, the job stops once they are packed; set data.range=[0,4095]" in said
+    assert check_weights(recipe(tmp_path, init, "data.range=[0,4095]"), folder, files) == []
+    (other,) = check_weights(recipe(tmp_path, init, "data.range=full"), folder, files)
+    assert "trained with data.range=[0,4095], and the recipe reads" in other
     with pytest.raises(ConfigError, match="mean nothing"):
         check_weights(recipe(tmp_path, init), folder, open_shards(str(shards)))
 

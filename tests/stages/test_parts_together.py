@@ -21,9 +21,11 @@ def test_what_is_taken_together_is_said(field: str, tmp_path: Path) -> None:
         (home / name).mkdir(parents=True)
     (said,) = taken_together(load([f"{field}={home}"]))
     assert "train, val are taken together, as one set" in said
+    assert taken_together(load([f"{field}={home}", "data.labels=none"])) == []
     assert f"set {field}={home}/train evaluate.queries={home}/val" in said
     assert taken_together(load([f"{field}={home}/train"])) == []
     assert taken_together(load([f"{field}={home}/train", f"evaluate.queries={home}/val"])) == []
+    assert taken_together(load([f"{field}={','.join(['shard-000.tar'] * 30)}"])) == []
     (home / "val").rmdir()  # a class of trains
     (home / "planes").mkdir()
     assert taken_together(load([f"{field}={home}"])) == []

@@ -98,11 +98,11 @@ def check_start(config: Config, stages: Sequence[str]) -> dict[str, KnownSet]:
         needs_packages()
     if "pack" not in stages:  # what an earlier job packed
         config = with_packed_sets(config, folder)
-    if "pack" in stages:
-        for remark in taken_together(config):
-            log.warning("%s", remark)
     with doing("listing the image sets"):
         known = _known_sets(config, folder, stages)
+    if "pack" in stages and {"pretrain", "evaluate"} & set(stages):
+        for remark in taken_together(config):
+            log.warning("%s", remark)
     if "pack" in stages:
         pack.check_places(config, folder)
     if "curate" in stages and (config.curate.preset or len(stages) == 1):

@@ -81,10 +81,8 @@ class DeepImages:
     sampled: bool = False
 
     def may_fit(self, known: ValueRange) -> bool:
-        """Whether all of a set can be like weights that know a range: few of its files, whose
-        values are within the range, do not show that others are.
-        """
-        return similar(self.read_with, known) or (self.sampled and _within(self.used, known))
+        """Whether the whole set may use a range, where some files use no more of it."""
+        return self.sampled and _within(self.used, known)
 
 
 def deep_images(config: Config, images: KnownSet | ShardSet) -> DeepImages | None:
@@ -100,7 +98,8 @@ def deep_images(config: Config, images: KnownSet | ShardSet) -> DeepImages | Non
         return used and DeepImages(used, shards.columns.value_range)
     assert isinstance(images, KnownSet)
     used = _used_by_files([path for path, _ in images.files or ()], channels)
-    return used and DeepImages(used, used if setting == AUTO else setting, sampled=True)
+    sampled = len(images.files or ()) > FILES
+    return used and DeepImages(used, used if setting == AUTO else setting, sampled)
 
 
 def _within(one: ValueRange, other: ValueRange) -> bool:
@@ -147,8 +146,10 @@ def check_weights(config: Config, folder: RunFolder, images: KnownSet | ShardSet
         if named:
             return [*(_cut_off(deep, init) if ours == FULL else []), *said]
         return [*([] if similar(ours, FULL) else [_eight_or_sixteen(init, ours)]), *said]
-    if deep.may_fit(theirs):
+    if similar(ours, theirs):
         return [*_cut_off(deep, init), *said] if named else said
+    if not named and deep.may_fit(theirs):
+        return [_perhaps_darker(deep, init, theirs), *said]
     if not named:
         raise ConfigError(
             f"model.init={public(init)} was trained with data.range={shown(theirs)}, and these "
@@ -172,6 +173,14 @@ def _cut_off(deep: DeepImages, init: str) -> list[str]:
         f"{sentence(deep.used, deep.read_with)}. This range is that of model.init={public(init)}; "
         f"set data.range={shown(deep.used)} if its values mean the same here"
     ]
+
+
+def _perhaps_darker(deep: DeepImages, init: str, theirs: ValueRange) -> str:
+    return (
+        f"some of these images use values {shown(deep.used)}, and model.init={public(init)} was "
+        f"trained with data.range={shown(theirs)}. If all use no more, the job stops once they are "
+        f"packed; set data.range={shown(theirs)} to read them as it does"
+    )
 
 
 def _eight_or_sixteen(init: str, ours: ValueRange) -> str:
