@@ -110,12 +110,12 @@ def train(
     settings = settings or {}
     fields = {"data.source": str(source)}
     if not recipe:
-        given = fields_of("train", out, fields, settings)
-        recipe, fields["data.source"] = _chosen(given)
+        overrides = fields_of("train", out, fields, settings)
+        recipe, fields["data.source"] = _chosen(overrides)
     return Trained(*run_stages("train", ORDER, out, fields, recipe, settings))
 
 
-def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
+def _chosen(overrides: Mapping[str, Any]) -> tuple[str, str]:
     """The recipe that an earlier call or this one chooses, "" where none is asked for, and what is
     trained on.
     """
@@ -128,13 +128,13 @@ def _chosen(given: Mapping[str, Any]) -> tuple[str, str]:
     )
 
     say_on_console()
-    out, name, source = given["run.folder"], given["run.name"], given["data.source"]
+    out, name, source = overrides["run.folder"], overrides["run.name"], overrides["data.source"]
     recipe = kept_recipe(out, name)
     if recipe is None:
-        if any(given.get(field) for field in ENOUGH):
+        if any(overrides.get(field) for field in ENOUGH):
             return "", source
-        check_open(out, name, given)
-        asked = [words for words in as_words(given) if not words.startswith(PLACE)]
+        check_open(out, name, overrides)
+        asked = [words for words in as_words(overrides) if not words.startswith(PLACE)]
         recipe = choose_recipe(out, name, asked)
     return str(recipe), source_of(recipe, source)
 
@@ -164,8 +164,8 @@ def run_stages(
     from pipeline.rounds import run
     from pipeline.storage.run_folder import RunFolder
 
-    given = fields_of(call, out, fields, settings)
-    config = load([str(recipe)] * bool(recipe) + as_words(given))
+    overrides = fields_of(call, out, fields, settings)
+    config = load([str(recipe)] * bool(recipe) + as_words(overrides))
     say_on_console()
     run(config, stages)
     done = RunFolder.of(config.run.folder, config.run.name)
