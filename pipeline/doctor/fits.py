@@ -12,6 +12,7 @@ from pipeline.context import nearest
 from pipeline.plan.layout import Machine
 from pipeline.plan.nodes import placed
 from pipeline.plan.plan import Plan
+from pipeline.stages.checks.micro_batches import GPU_ROOM
 from pipeline.train.speed.bottleneck import count
 from pipeline.train.speed.cost import Cost
 from pipeline.train.speed.lasts import HOUR_S, in_words, seconds_of
@@ -21,7 +22,6 @@ __all__ = ["in_words", "say_disk", "say_memory", "say_time", "seconds_of"]
 log = logging.getLogger("pipeline")
 GIB = 2**30
 PROCESS = 0.3 * GIB  # of a worker on a CPU, before it has a network
-GPU_ROOM = 0.85  # of a GPU's memory, as adapt and start fill it
 ROOM = 0.8  # of the memory for training workers; driver, decoders and evaluation need the rest
 LONG_S = 24 * HOUR_S  # a run that takes longer is worth a word before it starts
 

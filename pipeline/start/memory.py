@@ -10,9 +10,9 @@ from pipeline.errors import ConfigError
 from pipeline.model.pair import Pair
 from pipeline.plan.layout import Machine
 from pipeline.plan.plan import Plan, SetFacts, resolve
+from pipeline.stages.checks.micro_batches import GPU_ROOM
 from pipeline.train import build, estimate
 
-ROOM = 0.85  # of a GPU's memory, as adapt leaves it: gaps, and what other processes take
 ENOUGH = 32  # images at once, above which it does not pay to compute activations again
 
 
@@ -61,7 +61,7 @@ def _largest(
     memory = estimate.estimated_cost(plan, built).memory
     for micro, accumulation in _pieces(plan):
         total = memory.of(micro, accumulation).total
-        if total <= ROOM * gpu_bytes:
+        if total <= GPU_ROOM * gpu_bytes:
             return Fit(accumulation, micro, checkpointing, total)
     return None
 

@@ -21,12 +21,13 @@ from pipeline.model.pair import BackboneSpec
 from pipeline.model.weights import save_huggingface
 from pipeline.plan.plan import SetFacts, resolve
 from pipeline.plan.resume import value_at
+from pipeline.stages.checks.micro_batches import GPU_ROOM
 from pipeline.start import folder as images
 from pipeline.start import machine, weights
 from pipeline.start.choose import FOR_A_VIT, choose
 from pipeline.start.fitted import fitted, unused
 from pipeline.start.machine import GB, Surroundings
-from pipeline.start.memory import ROOM, planned
+from pipeline.start.memory import planned
 from pipeline.start.written import MARK, place_of, text_of, write
 from pipeline.train import estimate
 from tests.start.starting import config, here, picture, pile, ran
@@ -219,11 +220,11 @@ def test_a_step_fits_the_gpu_and_twice_the_images_would_not(gb: int) -> None:
     plan, built = planned(recipe, around.machine, folder.images)
     memory = estimate.estimated_cost(plan, built).memory
     assert plan.device == "cuda" and plan.micro_batch * plan.accumulation == 1024
-    assert memory.total <= ROOM * gb * GB
+    assert memory.total <= GPU_ROOM * gb * GB
     assert plan.micro_batch >= 32
     if plan.micro_batch < 1024:
         twice = memory.of(2 * plan.micro_batch, plan.accumulation // 2).total
-        assert twice > ROOM * gb * GB
+        assert twice > GPU_ROOM * gb * GB
     assert resolve(recipe, SetFacts(folder.images, ""), around.machine).lr == 2e-3
 
 

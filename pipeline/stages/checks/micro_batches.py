@@ -9,7 +9,7 @@ from pipeline.plan.plan import Plan
 from pipeline.train import build, estimate
 
 GPU_BYTES = 20 * 2**30  # that a step may take where nobody knows the GPU: one of 24 GB
-GPU_ROOM = 0.85  # of a GPU's memory
+GPU_ROOM = 0.85  # of a GPU's memory: gaps, and what other processes take
 ROOM = 0.6  # of a machine's memory for the steps of all workers
 
 
